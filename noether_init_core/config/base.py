@@ -1,0 +1,144 @@
+"""The pydantic models that every kind's config derives from."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import pydantic
+
+from noether_init_core.errors import ConfigError
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.paths import check_name
+
+__all__ = ["CheckpointTag", "InitializerConfig", "KindConfig", "ModelInfo", "ModelName", "RunId", "StageName", "YamlText"]
+
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_WORDS: dict[str, Any] = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+
+
+class YamlText(str):
+    """An unquoted scalar of a YAML file, still as it was written.
+
+    Typed fields decide what it means (``verify: off`` and ``run_id: 2026_02_19`` are texts). A field of type Any has
+    no opinion, so there the core schema of YAML 1.2 decides: ``resolve``.
+    """
+
+    def resolve(self) -> Any:
+        """The value by the core schema of YAML 1.2: true, false, an integer, a float, else the text."""
+        if self in _WORDS:
+            return _WORDS[self]
+        if _INTEGER.fullmatch(self):
+            return int(self)
+        if _FLOAT.fullmatch(self):
+            return float(self)
+        return str(self)
+
+
+def _resolve_texts(value: Any) -> Any:
+    if isinstance(value, YamlText):
+        return value.resolve()
+    if isinstance(value, Mapping):
+        return {str(key): _resolve_texts(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_resolve_texts(item) for item in value]
+    return value
+
+
+def _mentions_any(annotation: Any) -> bool:
+    return annotation is Any or any(_mentions_any(argument) for argument in typing.get_args(annotation))
+
+
+class KindConfig(pydantic.BaseModel):
+    """The least config of an initializer: its kind. Unknown keys are errors; instances cannot be changed.
+
+    ``kwargs`` are handed to the initializer's constructor as keyword arguments.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), arbitrary_types_allowed=True)
+
+    #: The kind that a config of this class has when none is said; None: it must be said.
+    default_kind: ClassVar[str | None] = None
+
+    kind: str = pydantic.Field(description="Name of a registered kind (see: noether-init kinds).")
+    kwargs: dict[str, Any] | None = pydantic.Field(
+        default=None, description="Additional keyword arguments for the constructor of the initializer."
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _prepare(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        values = {str(key): value for key, value in values.items()}
+        if cls.default_kind is not None:
+            values.setdefault("kind", cls.default_kind)
+        for name, field in cls.model_fields.items():
+            if name in values and _mentions_any(field.annotation):
+                values[name] = _resolve_texts(values[name])
+        return values
+
+
+def _named(what: str) -> pydantic.AfterValidator:
+    return pydantic.AfterValidator(lambda value: check_name(value, what))
+
+
+def _check_model_name(value: str) -> str:
+    check_name(value, "model_name")
+    if "=" in value:
+        model, _, info = value.partition("_") if value.index("=") > value.find("_") >= 0 else (value, "", "")
+        hint = f" Did you mean model_name: {model}, model_info: {info}?" if info else ""
+        raise ConfigError(f"model_name {value!r} holds '=', which only a model_info may hold.{hint}")
+    return value
+
+
+def _check_tag(value: Any) -> Any:
+    """A tag is None, a text as it stands in file names, or an iteration: one field or all three."""
+    if value is None:
+        return None
+    if isinstance(value, TrainingIteration):
+        value = value.to_mapping()
+    if isinstance(value, Mapping):
+        values = {str(key): int(item) if _is_count(item) else item for key, item in value.items()}
+        iteration = TrainingIteration.from_mapping(values)
+        if not (iteration.is_minimally_specified or iteration.is_fully_specified):
+            raise ConfigError(
+                f"checkpoint_tag {dict(value)!r} says {len(values)} of epoch, update, sample; say one of them or all three"
+            )
+        return iteration.to_mapping()
+    if isinstance(value, str):
+        return check_name(str(value), "checkpoint_tag")
+    raise ConfigError(f"checkpoint_tag must be a text or a mapping of epoch, update, sample, not {value!r}")
+
+
+def _is_count(value: Any) -> bool:
+    if isinstance(value, str):
+        return _INTEGER.fullmatch(value) is not None
+    return isinstance(value, float) and value.is_integer()
+
+
+RunId = Annotated[str, _named("run_id")]
+StageName = Annotated[str, _named("stage_name")]
+ModelName = Annotated[str, pydantic.AfterValidator(_check_model_name)]
+ModelInfo = Annotated[str, _named("model_info")]
+CheckpointTag = Annotated[str | dict[str, int] | None, pydantic.BeforeValidator(_check_tag)]
+
+
+class InitializerConfig(KindConfig):
+    """A config that names a run; the fields that every initializer of Noether has."""
+
+    run_id: RunId | None = pydantic.Field(default=None, description="The run to read from.")
+    stage_name: StageName | None = pydantic.Field(default=None, description="Its stage, where it has stages.")
+    model_name: ModelName | None = pydantic.Field(
+        default=None, description="Name of the model in the files; the name of the model that is initialized when null."
+    )
+    checkpoint_tag: CheckpointTag = pydantic.Field(
+        default=None,
+        description="latest (also when null), last, best, best.<metric>, E10_U100_S200, E10, or {epoch: 10}.",
+    )
+    model_info: ModelInfo | None = pydantic.Field(
+        default=None, description="Variant of the weights in the file name, such as ema=0.9999."
+    )

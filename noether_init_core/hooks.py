@@ -1,0 +1,57 @@
+"""The five hooks of an initialization, and the version of their contract.
+
+An initializer is a subclass of ``InitializerBase``: its methods with these names are the hooks, no decorator needed.
+An observer is a plain object whose methods carry ``hookimpl(wrapper=True)``. A hook is called once per initializer, in
+the order of the config; ``initializer`` is the one it is called for, and an implementation may leave out any argument
+that it does not need.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from noether_init_core.initializers.base import InitializerBase
+    from noether_init_core.iteration import TrainingIteration
+
+__all__ = ["CONTRACT_VERSION", "HOOK_NAMES", "PROJECT_NAME", "HookSpecs", "hookimpl", "hookspec"]
+
+CONTRACT_VERSION = 1
+PROJECT_NAME = "noether_init"
+HOOK_NAMES = ("start_checkpoint", "init_trainer", "init_weights", "init_optimizer", "init_callbacks")
+
+hookspec = pluggy.HookspecMarker(PROJECT_NAME)
+hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
+
+
+class HookSpecs:
+    """The specification; the names and arguments here are the contract of ``CONTRACT_VERSION``."""
+
+    @hookspec
+    def start_checkpoint(self, initializer: InitializerBase) -> TrainingIteration | None:
+        """Say at which iteration training starts. Called first, before anything is changed.
+
+        Zero or None: this initializer continues nothing. It may be called more than once and must not change
+        anything. In a distributed run every rank calls it and must get the same answer.
+        """
+
+    @hookspec
+    def init_trainer(self, trainer: Any, initializer: InitializerBase) -> None:
+        """Restore the state of ``trainer`` (``load_state_dict``). Not called where there is no trainer."""
+
+    @hookspec
+    def init_weights(self, model: Any, initializer: InitializerBase) -> None:
+        """Write parameters and buffers of ``model`` in place; a composite is passed whole.
+
+        The tensors keep their identity, shape, dtype and device. Called once per initialization, by every rank.
+        """
+
+    @hookspec
+    def init_optimizer(self, model: Any, initializer: InitializerBase) -> None:
+        """Restore the state of ``model.optimizer``, for a composite of each submodel's, after all weights."""
+
+    @hookspec
+    def init_callbacks(self, callbacks: list[Any], model: Any, initializer: InitializerBase) -> None:
+        """Restore the state of the callbacks, last. Not called where there are no callbacks."""

@@ -1,0 +1,109 @@
+"""TrainingIteration: how far a training run has come."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Self
+
+import attrs
+
+from noether_init_core.errors import ConfigError
+
+__all__ = ["TrainingIteration"]
+
+_FIELDS = ("epoch", "update", "sample")
+_PATTERN = re.compile(r"(?:E(?P<epoch>\d{1,18}))?(?:_?U(?P<update>\d{1,18}))?(?:_?S(?P<sample>\d{1,18}))?", re.ASCII)
+
+
+def _count(instance: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ConfigError(f"{attribute.name} must be a whole number of at least 0, not {value!r}")
+
+
+@attrs.frozen(order=False)
+class TrainingIteration:
+    """Completed epochs, optimizer updates and samples of a run; a field that is None is not said.
+
+    *Fully specified*: all three fields. *Minimally specified*: exactly one (a query: 'the newest of epoch 10').
+    Iterations that say the same fields are ordered by epoch, then update, then sample; comparing others raises
+    ``ConfigError``, since neither would be the earlier one.
+    """
+
+    epoch: int | None = attrs.field(default=None, validator=_count)
+    update: int | None = attrs.field(default=None, validator=_count)
+    sample: int | None = attrs.field(default=None, validator=_count)
+
+    @classmethod
+    def zero(cls) -> Self:
+        """The start of a run that continues nothing."""
+        return cls(0, 0, 0)
+
+    @classmethod
+    def from_string(cls, text: str) -> Self:
+        """Parse ``E10_U100_S200`` or a part of it (``E10``, ``U100_S200``). Raises ``ConfigError``."""
+        found = _PATTERN.fullmatch(text)
+        if not text or found is None or text.startswith("_"):
+            raise ConfigError(f"{text!r} is no training iteration; it is written E10_U100_S200, or E10, U100, S200")
+        parsed = cls(**{name: int(value) for name, value in found.groupdict().items() if value is not None})
+        if str(parsed) != text:
+            raise ConfigError(f"{text!r} is no training iteration; written out it would be {parsed}")
+        return parsed
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, object]) -> Self:
+        """Build from ``{"epoch": 1, "update": 4, "sample": 32}`` or a part of it. Raises ``ConfigError``."""
+        unknown = sorted(str(name) for name in values if name not in _FIELDS)
+        if unknown:
+            raise ConfigError(f"unknown field {', '.join(unknown)} of an iteration; it has epoch, update, sample")
+        return cls(**values)  # type: ignore[arg-type]  # the validator checks each value
+
+    @property
+    def is_fully_specified(self) -> bool:
+        """All three fields are said."""
+        return None not in (self.epoch, self.update, self.sample)
+
+    @property
+    def is_minimally_specified(self) -> bool:
+        """Exactly one field is said."""
+        return sum(value is not None for value in (self.epoch, self.update, self.sample)) == 1
+
+    @property
+    def is_zero(self) -> bool:
+        """Nothing has been trained: no field is other than 0."""
+        return not (self.epoch or self.update or self.sample)
+
+    def matches(self, other: TrainingIteration) -> bool:
+        """Whether every field that this one says is the same in ``other``."""
+        return all(getattr(self, name) in (None, getattr(other, name)) for name in _FIELDS)
+
+    def to_mapping(self) -> dict[str, int]:
+        """The fields that are said, as plain data."""
+        return {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
+
+    def _key(self, other: object) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        if not isinstance(other, TrainingIteration):
+            return None
+        mine, theirs = self.to_mapping(), other.to_mapping()
+        if mine.keys() != theirs.keys():
+            raise ConfigError(f"{self or 'an empty iteration'} and {other or 'an empty iteration'} cannot be compared")
+        return tuple(mine.values()), tuple(theirs.values())
+
+    def __lt__(self, other: object) -> bool:
+        keys = self._key(other)
+        return NotImplemented if keys is None else keys[0] < keys[1]
+
+    def __le__(self, other: object) -> bool:
+        keys = self._key(other)
+        return NotImplemented if keys is None else keys[0] <= keys[1]
+
+    def __gt__(self, other: object) -> bool:
+        keys = self._key(other)
+        return NotImplemented if keys is None else keys[0] > keys[1]
+
+    def __ge__(self, other: object) -> bool:
+        keys = self._key(other)
+        return NotImplemented if keys is None else keys[0] >= keys[1]
+
+    def __str__(self) -> str:
+        return "_".join(f"{name[0].upper()}{value}" for name, value in self.to_mapping().items())

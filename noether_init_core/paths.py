@@ -1,0 +1,154 @@
+"""Where runs live on disk, and which texts may become part of a path."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+import attrs
+
+from noether_init_core.errors import ConfigError, InvalidNameError
+
+__all__ = ["PathProvider", "PathProviderLike", "check_name"]
+
+MAX_NAME_BYTES = 200
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def check_name(value: str, what: str) -> str:
+    """Return ``value`` if it can be one component of a path below the output root.
+
+    Raises ``InvalidNameError`` for an empty name, a path separator, ``..``, a leading dot, a drive letter, a control
+    character, surrounding white space, or more than 200 bytes of UTF-8.
+    """
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    reason = None
+    if not value:
+        reason = "is empty"
+    elif "/" in value or "\\" in value:
+        reason = "holds a path separator"
+    elif value.startswith("."):
+        reason = "starts with a dot"
+    elif ".." in value:
+        reason = "holds '..'"
+    elif _DRIVE.match(value):
+        reason = "starts with a drive letter"
+    elif any(ord(character) < 32 or ord(character) == 127 for character in value):
+        reason = "holds a control character"
+    elif value != value.strip():
+        reason = "starts or ends with white space"
+    else:
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            reason = "is not valid Unicode"
+        else:
+            if size > MAX_NAME_BYTES:
+                reason = f"has {size} bytes, more than {MAX_NAME_BYTES}"
+    if reason is not None:
+        raise InvalidNameError(
+            f"{what} {shown!r} {reason}; it must be a single folder or file name", what=what, value=value
+        )
+    return value
+
+
+@runtime_checkable
+class PathProviderLike(Protocol):
+    """What is needed of a path provider: Noether's own and ``PathProvider`` have it."""
+
+    @property
+    def output_root(self) -> Path: ...
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def stage_name(self) -> str | None: ...
+
+
+def _optional_stage(instance: object, attribute: attrs.Attribute[str | None], value: str | None) -> None:
+    if value is not None:
+        check_name(value, "stage_name")
+
+
+@attrs.frozen
+class PathProvider:
+    """The folders of one run: ``<output_root>/[debug/]<run_id>/[<stage_name>/]checkpoints``.
+
+    Only names are handled here: no property reads the disk, none creates a folder. ``run_id_is_generated`` is true
+    where the run id is a new one at each start (``generate``); ``auto_resume`` refuses such a run.
+
+    Raises ``InvalidNameError`` for names that are not a single path component.
+    """
+
+    output_root: Path = attrs.field(converter=Path)
+    run_id: str = attrs.field(validator=lambda _self, _attribute, value: check_name(value, "run_id"))
+    stage_name: str | None = attrs.field(default=None, validator=_optional_stage)
+    debug: bool = attrs.field(default=False, kw_only=True)
+    run_id_is_generated: bool = attrs.field(default=False, kw_only=True, eq=False)
+
+    @classmethod
+    def generate(cls, output_root: Path | str, stage_name: str | None = None, *, debug: bool = False) -> Self:
+        """A provider with a new run id: the date and five random characters. For runs that never resume."""
+        import datetime
+        import secrets
+
+        alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
+        run_id = f"{datetime.date.today():%Y-%m-%d}_" + "".join(secrets.choice(alphabet) for _ in range(5))
+        return cls(Path(output_root), run_id, stage_name, debug=debug, run_id_is_generated=True)
+
+    @classmethod
+    def of(cls, provider: Any) -> Self:
+        """``provider`` as one of these; anything with ``output_root``, ``run_id`` and ``stage_name`` will do.
+
+        Noether's provider creates folders when its paths are asked for, hence only its names are read.
+        """
+        if isinstance(provider, cls):
+            return provider
+        if not isinstance(provider, PathProviderLike):
+            raise ConfigError(
+                f"path_provider must have output_root, run_id and stage_name; a {type(provider).__name__} does not. "
+                "Next: PathProvider(output_root, run_id, stage_name)"
+            )
+        return cls(
+            Path(provider.output_root),
+            str(provider.run_id),
+            provider.stage_name,
+            debug=bool(getattr(provider, "debug", False)),
+        )
+
+    @property
+    def output_root_path(self) -> Path:
+        """Noether's name of ``output_root``."""
+        return self.output_root
+
+    @property
+    def run_output_path(self) -> Path:
+        """The folder of this run and stage. It may not exist."""
+        path = self.output_root / "debug" / self.run_id if self.debug else self.output_root / self.run_id
+        return path if self.stage_name is None else path / self.stage_name
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The folder of the checkpoints of this run and stage. It may not exist."""
+        return self.run_output_path / "checkpoints"
+
+    def with_run(
+        self, run_id: str | None = None, stage_name: str | None = None, *, output_root: Path | str | None = None
+    ) -> Self:
+        """The same provider for another run; ``run_id`` None keeps the run, ``stage_name`` None means no stage.
+
+        ``debug`` is kept. A run that does not exist below ``debug`` is sought outside it.
+        """
+        other = attrs.evolve(
+            self,
+            output_root=self.output_root if output_root is None else Path(output_root),
+            run_id=self.run_id if run_id is None else run_id,
+            stage_name=stage_name,
+            run_id_is_generated=self.run_id_is_generated if run_id is None else False,
+        )
+        if other.debug and run_id is not None and not os.path.isdir(other.run_output_path):
+            outside = attrs.evolve(other, debug=False)
+            if os.path.isdir(outside.run_output_path):
+                return outside
+        return other
