@@ -1,0 +1,17 @@
+"""Fixtures that every part of the tests shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def noether_runs() -> Path:
+    """The folder of checkpoints that Noether wrote; tests that need it are skipped where it is absent."""
+    for parent in Path(__file__).resolve().parents:
+        folder = parent / "shared" / "noether_runs"
+        if folder.is_dir():
+            return folder
+    pytest.skip("the folder shared/noether_runs is absent")
