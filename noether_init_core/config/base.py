@@ -53,10 +53,7 @@ def _mentions_any(annotation: Any) -> bool:
 
 
 class KindConfig(pydantic.BaseModel):
-    """The least config of an initializer: its kind. Unknown keys are errors; instances cannot be changed.
-
-    ``kwargs`` are handed to the initializer's constructor as keyword arguments.
-    """
+    """The least config of an initializer: its kind. Unknown keys are errors; instances cannot be changed."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), arbitrary_types_allowed=True)
 
@@ -64,9 +61,6 @@ class KindConfig(pydantic.BaseModel):
     default_kind: ClassVar[str | None] = None
 
     kind: str = pydantic.Field(description="Name of a registered kind (see: noether-init kinds).")
-    kwargs: dict[str, Any] | None = pydantic.Field(
-        default=None, description="Additional keyword arguments for the constructor of the initializer."
-    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -128,8 +122,14 @@ CheckpointTag = Annotated[str | dict[str, int] | None, pydantic.BeforeValidator(
 
 
 class InitializerConfig(KindConfig):
-    """A config that names a run; the fields that every initializer of Noether has."""
+    """A config that names a run; the fields that every initializer of Noether has.
 
+    ``kwargs`` are handed to the initializer's constructor as keyword arguments.
+    """
+
+    kwargs: dict[str, Any] | None = pydantic.Field(
+        default=None, description="Additional keyword arguments for the constructor of the initializer."
+    )
     run_id: RunId | None = pydantic.Field(default=None, description="The run to read from.")
     stage_name: StageName | None = pydantic.Field(default=None, description="Its stage, where it has stages.")
     model_name: ModelName | None = pydantic.Field(

@@ -18,7 +18,7 @@ class InitializerBase(abc.ABC):
 
     A subclass names its ``config_class`` and implements ``init_weights`` and ``init_optimizer``; the other hooks do
     nothing unless overridden. Methods with the names of hooks are hooks, no decorator needed. It is created by
-    ``cls(config, path_provider=..., **(config.kwargs or {}))``.
+    ``cls(config, path_provider=..., **kwargs)``, with the ``kwargs`` of the config where it has them.
 
     Attributes:
         config: The validated config, an instance of ``config_class``.
@@ -42,6 +42,13 @@ class InitializerBase(abc.ABC):
         Whatever can be known beforehand (files, bytes, keys, shapes, optimizer and callback state) is raised here, so
         that a failed initialization leaves everything as it was. It may be called more than once.
         """
+
+    def takes_part_in(self, hook: str) -> bool:
+        """Whether an ``InitializerStack`` calls ``hook`` for this initializer. A direct call always works."""
+        return True
+
+    def release(self) -> None:
+        """Let go of open files and cached state. The stack calls it at the end; it may be called more than once."""
 
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration at which training starts: zero, unless the kind resumes. May be called more than once."""

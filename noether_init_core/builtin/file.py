@@ -1,0 +1,63 @@
+"""The kind ``file``: weights from any file that a reader opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+
+from noether_init_core.config.base import KindConfig
+from noether_init_core.errors import CheckpointNotFoundError, ConfigError
+from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
+
+__all__ = ["FileInitializer", "FileInitializerConfig"]
+
+
+class FileInitializerConfig(SourceInitializerConfig):
+    """The config of ``file``."""
+
+    default_kind: ClassVar[str | None] = "file"
+
+    path: Path = pydantic.Field(description="The file: .th, .pt, .pth, .ckpt or .bin as torch.save writes it.")
+    digest: str | None = pydantic.Field(
+        default=None, description="Expected digest of the whole file: xxh3_128:... or sha256:..."
+    )
+
+
+class FileInitializer(SourceInitializer):
+    """Weights of one single model from one file; a relative path is meant from the working folder.
+
+    A composite needs ``submodel``, since one file holds one model.
+    """
+
+    config_class: ClassVar[type[KindConfig]] = FileInitializerConfig
+    contract: ClassVar[int] = 1
+    config: FileInitializerConfig
+
+    def locate(self, model_name: str, part: Part) -> Source | None:
+        """The file, for weights only. Raises ``CheckpointNotFoundError`` with what is in its folder."""
+        if part != "model":
+            return None
+        path = self.config.path.expanduser()
+        if not path.exists():
+            folder = path.parent
+            if folder.is_dir():
+                there = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+                shown = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if there[8:] else "")
+                raise CheckpointNotFoundError(
+                    f"there is no file {path.name} in {folder}; there are: {shown or 'no files'}",
+                    path=path,
+                    asked=path.name,
+                    candidates=there,
+                )
+            raise CheckpointNotFoundError(f"there is no folder {folder}", path=path, asked=str(path))
+        return Source(path, digest=self.config.digest)
+
+    def leaves(self, model: Any) -> tuple[Leaf, ...]:
+        """The one model that the file is for."""
+        found = super().leaves(model)
+        if len(found) > 1:
+            names = ", ".join(leaf.path.partition(".")[2] for leaf in found)
+            raise ConfigError(f"one file holds one model, {model.name} has several: {names}. Add: submodel: ...")
+        return found

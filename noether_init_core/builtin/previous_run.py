@@ -1,0 +1,105 @@
+"""The kind ``previous_run``: a warm start from the weights of an earlier run, with surgery on keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import pydantic
+
+from noether_init_core.config.base import KindConfig, RunId
+from noether_init_core.errors import StateMismatchError
+from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
+from noether_init_core.initializers.resumption import ResumptionPaths
+from noether_init_core.initializers.source import Leaf
+from noether_init_core.surgery.names import NameRules, NoetherSurgery, Rename
+
+__all__ = ["PreviousRunInitializer", "PreviousRunInitializerConfig", "RenamePattern"]
+
+Pattern = Annotated[str, pydantic.Field(min_length=1)]
+
+
+class RenamePattern(pydantic.BaseModel):
+    """Every occurrence of ``src`` in a key becomes ``dst``, which must be said (``dst: ""`` deletes ``src``)."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    src: Pattern
+    dst: str
+
+
+class PreviousRunInitializerConfig(CheckpointInitializerConfig):
+    """The config of ``previous_run``.
+
+    The four surgery fields work on substrings of keys, one field after the other, as in Noether.
+    """
+
+    default_kind: ClassVar[str | None] = "previous_run"
+
+    run_id: RunId = pydantic.Field(description="The run to start from.")
+    load_optim: bool = pydantic.Field(default=False, description="Whether the state of the optimizer is loaded too.")
+    load_callbacks: bool = pydantic.Field(
+        default=False, description="Whether callbacks resume from the files of the source run (such as an EMA)."
+    )
+    keys_to_remove: list[Pattern] | None = pydantic.Field(
+        default=None, description="Keys of the file to ignore, whole names."
+    )
+    patterns_to_remove: list[Pattern] | None = pydantic.Field(
+        default=None, description="Keys of the file that contain one of these are ignored."
+    )
+    patterns_to_rename: list[RenamePattern] | None = pydantic.Field(
+        default=None, description="Replacements in keys of the file, each applied to the result of the one before."
+    )
+    patterns_to_instantiate: list[Pattern] | None = pydantic.Field(
+        default=None, description="Keys of the model that contain one of these keep their present value."
+    )
+
+
+class PreviousRunInitializer(CheckpointInitializer):
+    """Warm start: weights of an earlier run, for single models and, recursively, for composites.
+
+    Training starts at iteration zero. See ``PreviousRunInitializerConfig``.
+    """
+
+    config_class: ClassVar[type[KindConfig]] = PreviousRunInitializerConfig
+    contract: ClassVar[int] = 1
+    fresh_hint: ClassVar[str] = "To keep the model's own values there: patterns_to_instantiate: {pattern}"
+    config: PreviousRunInitializerConfig
+
+    @property
+    def rules(self) -> NameRules:
+        """The four surgery fields of Noether."""
+        config = self.config
+        return NoetherSurgery(
+            tuple(dict.fromkeys(config.keys_to_remove or ())),
+            tuple(config.patterns_to_remove or ()),
+            tuple(Rename(rename.src, rename.dst) for rename in config.patterns_to_rename or ()),
+            tuple(config.patterns_to_instantiate or ()),
+        )
+
+    def takes_part_in(self, hook: str) -> bool:
+        """A stack calls ``init_callbacks`` only with ``load_callbacks``."""
+        return hook != "init_callbacks" or self.config.load_callbacks
+
+    def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
+        """Let every callback that can (``resume_from_checkpoint``) resume from the files of the source run."""
+        self.before_locating(self.leaves(model))
+        with ResumptionPaths.of(self.source_paths, self._selected, self.logger) as paths:
+            for callback in callbacks:
+                resume = getattr(callback, "resume_from_checkpoint", None)
+                if callable(resume):
+                    resume(resumption_paths=paths, model=model)
+
+    def optimizer_source_names(self, leaf: Leaf) -> Mapping[str, str | None] | None:
+        """As the weights: renamed parameters take the state of their source, kept ones start afresh."""
+        rules = self.rules
+        if rules == NoetherSurgery():
+            return None
+        reader = self.opened(leaf, "model")
+        if reader is None:
+            raise StateMismatchError(f"{leaf.path}: no weights to match optimizer state by")
+        targets = tuple(name for name, _parameter in leaf.model.named_parameters())
+        match = rules.match(tuple(reader.tensors), targets)
+        names: dict[str, str | None] = {target: source for target, (source, _rule) in match.moves.items()}
+        names.update({target: None for target in match.kept})
+        return names

@@ -1,0 +1,307 @@
+"""CheckpointInitializer: weights and optimizer state from the checkpoints of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import attrs
+import pydantic
+import torch
+
+from noether_init_core.checkpoints.reader import CheckpointReader
+from noether_init_core.checkpoints.store import CheckpointSet, Need, RunStore, check_consistency
+from noether_init_core.checkpoints.tensor_info import TensorInfo
+from noether_init_core.config.base import InitializerConfig, KindConfig
+from noether_init_core.errors import CheckpointFormatError, ConfigError, IncompleteSetError, PartlyInitializedError
+from noether_init_core.errors import StateMismatchError
+from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.paths import PathProvider
+from noether_init_core.surgery.optimizer import (
+    OptimizerPlan,
+    apply_optimizer,
+    optimizer_names,
+    plan_optimizer,
+    torch_optimizer,
+)
+
+__all__ = ["CheckpointInitializer", "CheckpointInitializerConfig"]
+
+
+class CheckpointInitializerConfig(InitializerConfig, SourceInitializerConfig):
+    """The config of kinds that read from the checkpoints of a run."""
+
+    load_optim: bool = pydantic.Field(description="Whether the state of the optimizer is loaded too.")
+    pop_ckpt_kwargs_keys: list[str] | None = pydantic.Field(
+        default=None, description="Keys to drop from the stored model_config when a model is rebuilt from it."
+    )
+    output_path: Path | None = pydantic.Field(
+        default=None, description="Output root of the source run; the current run's when null."
+    )
+
+
+@attrs.frozen(eq=False)
+class _OptimizerStep:
+    leaf: Leaf
+    optimizer: torch.optim.Optimizer
+    plan: OptimizerPlan
+    reader: CheckpointReader
+    keep_fields: bool
+
+
+class CheckpointInitializer(SourceInitializer):
+    """Weights, and with ``load_optim`` optimizer state, of one set of checkpoints of a run.
+
+    Every file comes from one set: the same tag, the same training iteration. Base of ``previous_run`` and ``resume``;
+    it can be derived from and is not a kind itself.
+
+    Raises ``ConfigError`` if no run can be told from the config and the path provider.
+    """
+
+    config_class: ClassVar[type[KindConfig]] = CheckpointInitializerConfig
+    config: CheckpointInitializerConfig
+
+    def __init__(self, config: KindConfig, *, path_provider: Any = None) -> None:
+        super().__init__(config, path_provider=path_provider)
+        self.source_paths = self._source_paths()
+        self.store = RunStore(self.source_paths)
+        self._selected: CheckpointSet | None = None
+
+    @property
+    def checkpoint_tag(self) -> str | dict[str, int]:
+        """The tag that is asked for; ``latest`` where the config says none."""
+        return self.config.checkpoint_tag if self.config.checkpoint_tag is not None else "latest"
+
+    def select(self, needs: Sequence[Need]) -> CheckpointSet:
+        """The set that the tag means. It is decided once; a later call only makes sure that it has ``needs``.
+
+        Raises ``CheckpointNotFoundError``, ``IncompleteSetError`` or ``AmbiguousCheckpointError``.
+        """
+        if self._selected is None:
+            self._selected = self.store.find(self.checkpoint_tag, needs)
+            self.logger.info("%s: %s is %s", self.config.kind, self.checkpoint_tag, self._selected.folder)
+        else:
+            missing = [need for need in needs if self._selected.file(need.model, need.part, need.info) is None]
+            if missing:
+                self.store.find(self._selected.name, needs)
+                raise IncompleteSetError(
+                    f"{self._selected.name} lacks {missing[0].part} of {missing[0].model}",
+                    path=self._selected.folder,
+                    asked=self._selected.name,
+                    missing=[f"{need.part} of {need.model}" for need in missing],
+                )
+        return self._selected
+
+    def locate(self, model_name: str, part: Part) -> Source | None:
+        """The file of the selected set. Optimizer state belongs to the plain weights, whatever ``model_info`` says."""
+        info = self.config.model_info if part == "model" else None
+        selected = self._selected
+        if selected is None:
+            selected = self.select([Need(model_name, part, info)])
+        found = selected.file(model_name, part, info)
+        if found is None:
+            return None
+        origin = {"run_id": self.source_paths.run_id, "tag": self._tag_words()}
+        if self.source_paths.stage_name is not None:
+            origin["stage_name"] = self.source_paths.stage_name
+        iteration = self.store.iteration_of(selected)
+        if iteration is not None:
+            origin["iteration"] = str(iteration)
+        return Source(found.path, origin=origin)
+
+    def file_root(self, name: str, below: str) -> str:
+        """``model_name`` where the config says it, also for a composite."""
+        return self.config.model_name or super().file_root(name, below)
+
+    def before_locating(self, leaves: Sequence[Leaf]) -> None:
+        """Select the set that has the weights of all models."""
+        self.select([self._need(leaf, "model") for leaf in leaves])
+
+    def after_opening(self, leaves: Sequence[Leaf]) -> None:
+        """Make sure that the files of the set are of one iteration and one run."""
+        found: dict[str, tuple[TrainingIteration | None, str | None]] = {}
+        for leaf in leaves:
+            reader, source = self.opened(leaf, "model"), self.source_of(leaf, "model")
+            if reader is not None and source is not None:
+                found[source.path.name] = said_by(reader.metadata, source.path)
+        if self._selected is not None:
+            check_consistency(found, self._selected)
+
+    def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
+        """Weights as in ``SourceInitializer``, and the state of every optimizer that will be loaded."""
+        super().check(model, trainer, callbacks)
+        self._plan_optimizers(model)
+
+    def init_optimizer(self, model: Any) -> None:
+        """Restore the optimizer state by parameter name; nothing with ``load_optim: false``.
+
+        Everything is planned and verified before the first optimizer changes.
+        """
+        done: list[str] = []
+        steps = self._plan_optimizers(model)
+        for step in steps:
+            try:
+                apply_optimizer(step.plan, step.optimizer, lambda value, step=step: read_tree(value, step.reader),
+                                keep_fields=step.keep_fields)
+            except Exception as error:
+                raise PartlyInitializedError(
+                    f"{self.config.kind}: the optimizer of {step.leaf.path} failed while it took its state: {error}",
+                    done=done,
+                    failed=step.leaf.path,
+                    pending=[other.leaf.path for other in steps if other.leaf.path not in (*done, step.leaf.path)],
+                ) from error
+            done.append(step.leaf.path)
+            self.logger.info("%s: optimizer state of %s", self.config.kind, step.leaf.path)
+        for step in steps:
+            self._close(step.leaf.path, "optim")
+
+    def stored_model_config(self, model_name: str) -> dict[str, Any]:
+        """The ``model_config`` stored with the weights, without ``pop_ckpt_kwargs_keys``.
+
+        Raises ``ConfigError`` where the file has none or a key to drop is absent.
+        """
+        self.select([Need(model_name, "model", self.config.model_info)])
+        leaf = Leaf(model_name, (model_name,), None)
+        reader = self.opened(leaf, "model")
+        stored = None if reader is None else reader.metadata.get("model_config")
+        self._close(model_name, "model")
+        if not isinstance(stored, Mapping):
+            raise ConfigError(f"the file of {model_name} at {self._tag_words()} stores no model_config")
+        dropped = self.config.pop_ckpt_kwargs_keys or []
+        absent = [key for key in dropped if key not in stored]
+        if absent:
+            raise ConfigError(
+                f"pop_ckpt_kwargs_keys: the stored model_config has no {', '.join(absent)}; it has "
+                f"{', '.join(map(str, stored))}"
+            )
+        return {key: value for key, value in stored.items() if key not in dropped}
+
+    def release(self) -> None:
+        """Close every file and forget which set the tag meant."""
+        super().release()
+        self._selected = None
+
+    def _need(self, leaf: Leaf, part: Part) -> Need:
+        """The first name of the model that some set has, else its full path."""
+        info = self.config.model_info if part == "model" else None
+        if len(leaf.file_names) > 1:
+            known = {file.model for found in self.store.sets() for file in found.files if file.part == part}
+            for name in leaf.file_names:
+                if name in known:
+                    return Need(name, part, info)
+        return Need(leaf.file_names[0], part, info)
+
+    def _tag_words(self) -> str:
+        tag = self.checkpoint_tag
+        return str(TrainingIteration.from_mapping(tag)) if isinstance(tag, Mapping) else tag
+
+    def _source_paths(self) -> PathProvider:
+        config, current = self.config, self.path_provider
+        if current is None:
+            if config.output_path is None or config.run_id is None:
+                raise ConfigError(
+                    f"{config.kind} needs path_provider=PathProvider(output_root, run_id), or output_path and run_id "
+                    "in its config"
+                )
+            return PathProvider(config.output_path, config.run_id, config.stage_name)
+        stage = config.stage_name
+        if config.run_id is None and stage is None:
+            stage = current.stage_name
+        return current.with_run(config.run_id, stage, output_root=config.output_path)
+
+    def _optimizer_leaves(self, model: Any) -> list[Leaf]:
+        """Models whose optimizer state is loaded: those with an optimizer that are not frozen."""
+        if not self.config.load_optim:
+            return []
+        chosen = []
+        for leaf in self.leaves(model):
+            if leaf.model.is_frozen:
+                self.logger.info("%s: %s is frozen, its optimizer is left", self.config.kind, leaf.path)
+            elif leaf.model.optimizer is None:
+                self.logger.info("%s: %s has no optimizer", self.config.kind, leaf.path)
+            else:
+                chosen.append(leaf)
+        return chosen
+
+    def _plan_optimizers(self, model: Any) -> list[_OptimizerStep]:
+        leaves = self._optimizer_leaves(model)
+        if not leaves:
+            return []
+        self.before_locating(self.leaves(model))
+        self.select([self._need(leaf, "optim") for leaf in leaves])
+        steps = []
+        for leaf in leaves:
+            reader, source = self.opened(leaf, "optim"), self.source_of(leaf, "optim")
+            if reader is None or source is None:
+                raise StateMismatchError(f"{leaf.path} has no optimizer file")
+            reader.verify(self.config.verify)
+            optimizer = torch_optimizer(leaf.model.optimizer)
+            plan = plan_optimizer(
+                reader.metadata,
+                optimizer_names(optimizer, leaf.model),
+                {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
+                source_names=self.optimizer_source_names(leaf),
+                where=source.path.name,
+            )
+            for warning in plan.warnings:
+                self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, warning)
+            self._check_moments(leaf, reader, plan, source.path.name)
+            wrapped = optimizer is not leaf.model.optimizer
+            steps.append(_OptimizerStep(leaf, optimizer, plan, reader, keep_fields=wrapped))
+        return steps
+
+    def optimizer_source_names(self, leaf: Leaf) -> Mapping[str, str | None] | None:
+        """Name in the model -> name in the file where surgery changed it; None without surgery."""
+        return None
+
+    def _check_moments(self, leaf: Leaf, reader: CheckpointReader, plan: OptimizerPlan, file: str) -> None:
+        """Refuse NaN and infinities in the state, once per file."""
+        if self.config.on_nonfinite == "ignore" or (leaf.path, id(reader)) in self._checked_values:
+            return
+        self._checked_values.add((leaf.path, id(reader)))
+        for states in plan.state:
+            for state in states:
+                for key, value in (state or {}).items():
+                    if isinstance(value, TensorInfo) and not _finite(reader.read(value)):
+                        message = f"{file}: {key} of the optimizer holds NaN or infinities"
+                        if self.config.on_nonfinite == "error":
+                            raise StateMismatchError(
+                                f"{message}. Nothing was changed. To load it all the same: on_nonfinite: warn",
+                                problems=[message],
+                            )
+                        self.logger.warning("%s: %s", self.config.kind, message)
+
+
+def read_tree(value: Any, reader: CheckpointReader) -> Any:
+    """``value`` with every description of a tensor replaced by the tensor."""
+    if isinstance(value, TensorInfo):
+        return reader.read(value)
+    if isinstance(value, Mapping):
+        return {key: read_tree(item, reader) for key, item in value.items()}
+    if isinstance(value, list):
+        return [read_tree(item, reader) for item in value]
+    if isinstance(value, tuple):
+        return tuple(read_tree(item, reader) for item in value)
+    return value
+
+
+def said_by(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration | None, str | None]:
+    """The iteration and the run id that a file says it is of; None where it says nothing.
+
+    Raises ``CheckpointFormatError`` for an iteration that is none.
+    """
+    iteration, run_id = metadata.get("training_iteration"), metadata.get("run_id")
+    if iteration is not None:
+        try:
+            iteration = TrainingIteration.from_mapping(iteration)
+        except (ConfigError, TypeError, AttributeError) as error:
+            raise CheckpointFormatError(
+                f"{path.name}: training_iteration is {iteration!r}, which is no iteration", path=path
+            ) from error
+    return iteration, run_id if isinstance(run_id, str) else None
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor.sum()))

@@ -1,0 +1,299 @@
+"""SourceInitializer: weights from a file that the kind locates; all else is inherited."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import attrs
+import pydantic
+
+from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
+from noether_init_core.config.base import KindConfig
+from noether_init_core.errors import CheckpointNotFoundError, ConfigError, PartlyInitializedError
+from noether_init_core.initializers.base import InitializerBase
+from noether_init_core.protocols import CompositeModelLike, ModelLike
+from noether_init_core.surgery.apply import apply_rows, check_values
+from noether_init_core.surgery.names import NameRules, NoetherSurgery
+from noether_init_core.surgery.plan import LoadPlan, PlanPart, plan_load
+from noether_init_core.surgery.targets import ModelTargets, model_targets
+
+__all__ = ["Leaf", "Part", "Source", "SourceInitializer", "SourceInitializerConfig", "submodel_of"]
+
+Part = Literal["model", "optim", "trainer"]
+
+
+class SourceInitializerConfig(KindConfig):
+    """What every kind that reads weights from a file can be told."""
+
+    verify: Literal["full", "header", "none"] = pydantic.Field(
+        default="full", description="full: every byte against its checksum; header: the structure only; none: nothing."
+    )
+    on_nonfinite: Literal["error", "warn", "ignore"] = pydantic.Field(
+        default="error", description="What NaN, or infinities in a parameter, lead to."
+    )
+    cast: Literal["same_kind", "none", "any"] = pydantic.Field(
+        default="same_kind", description="Which dtypes may be converted: float to float, none, or any."
+    )
+    submodel: str | None = pydantic.Field(
+        default=None, description="Initialize this submodel of a composite only, such as encoder or encoder.stem."
+    )
+
+
+@attrs.frozen
+class Source:
+    """A file with weights or state.
+
+    Attributes:
+        path: The file.
+        digest: Digest of the whole file, as ``xxh3_128:...`` or ``sha256:...``; it is checked on the handle that is
+            read from.
+        origin: Where it came from, for people and reports: run, stage, tag, iteration.
+    """
+
+    path: Path = attrs.field(converter=Path)
+    digest: str | None = None
+    origin: Mapping[str, str] = attrs.Factory(dict)
+
+    def describe(self) -> str:
+        """The origin in words."""
+        if not self.origin:
+            return str(self.path)
+        run = "/".join(self.origin[key] for key in ("run_id", "stage_name") if key in self.origin)
+        tag, iteration = self.origin.get("tag"), self.origin.get("iteration")
+        words = [run, f"@ {tag}" if tag else "", f"= {iteration}" if iteration and iteration != tag else ""]
+        return " ".join(word for word in words if word)
+
+
+@attrs.frozen(eq=False)
+class Leaf:
+    """A single model, the path of names that leads to it, and the names that its files may have, best first."""
+
+    path: str
+    file_names: tuple[str, ...]
+    model: Any
+
+
+@attrs.define(eq=False)
+class _Opened:
+    source: Source
+    reader: CheckpointReader
+
+
+@attrs.frozen(eq=False)
+class _Prepared:
+    plan: LoadPlan
+    leaves: tuple[Leaf, ...]
+    targets: Mapping[str, ModelTargets]
+
+
+class SourceInitializer(InitializerBase):
+    """Initialize weights from files that ``locate`` names.
+
+    A subclass implements ``locate`` and gets the rest: screening, plan, verification, application in place, composites.
+    Files are opened once and kept open from ``check`` to the end of ``init_weights``, so that what was verified is
+    what is loaded. All submodels are planned and verified before the first one is changed.
+    """
+
+    config_class: ClassVar[type[KindConfig]] = SourceInitializerConfig
+    config: SourceInitializerConfig
+
+    #: The config line that keeps entries of the model, shown beside missing ones; empty where the kind has none.
+    fresh_hint: ClassVar[str] = ""
+
+    def __init__(self, config: KindConfig, *, path_provider: Any = None) -> None:
+        super().__init__(config, path_provider=path_provider)
+        self._opened: dict[tuple[str, Part], _Opened] = {}
+        self._checked_values: set[tuple[str, int]] = set()
+        self.last_plan: LoadPlan | None = None
+
+    @abc.abstractmethod
+    def locate(self, model_name: str, part: Part) -> Source | None:
+        """The file that holds ``part`` of the model called ``model_name``; None where there is none.
+
+        Args:
+            model_name: Name in the files; for a submodel the path of names, such as ``autoenc.encoder``.
+            part: ``model`` for weights, ``optim`` for optimizer state, ``trainer`` for the trainer's state.
+        """
+
+    @property
+    def rules(self) -> NameRules:
+        """Surgery on names; none unless a kind has some."""
+        return NoetherSurgery()
+
+    def plan_weights(self, model: Any) -> LoadPlan:
+        """What ``init_weights(model)`` will do. Only headers are read; ``model`` may be on the meta device.
+
+        Raises errors of ``locate`` and of the reader; problems of the plan itself are in the plan.
+        """
+        return self._prepare(model).plan
+
+    def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
+        """Plan the weights, verify every byte that will be read, and look at the values. Changes nothing."""
+        self._check_weights(model)
+
+    def init_weights(self, model: Any) -> None:
+        """Write the weights in place, after everything about them has been checked.
+
+        A problem that can be known beforehand leaves the model as it was. Should a disk fail between check and read,
+        ``PartlyInitializedError`` names the models that were written.
+        """
+        prepared = self._check_weights(model)
+        done: list[str] = []
+        for leaf in prepared.leaves:
+            rows = prepared.plan.rows_of(leaf.path)
+            try:
+                written = apply_rows(rows, self._opened[leaf.path, "model"].reader, prepared.targets[leaf.path])
+            except Exception as error:
+                raise PartlyInitializedError(
+                    f"{self.config.kind}: writing the weights of {leaf.path} failed after verification: {error}. "
+                    f"Written before: {', '.join(done) or 'none'}. Build the model anew before trying again",
+                    done=done,
+                    failed=leaf.path,
+                    pending=[other.path for other in prepared.leaves if other.path not in (*done, leaf.path)],
+                ) from error
+            done.append(leaf.path)
+            self.logger.info(
+                "%s: %d tensors of %s from %s",
+                self.config.kind,
+                len(written),
+                leaf.path,
+                self._opened[leaf.path, "model"].source.path,
+            )
+        self.last_plan = prepared.plan
+        for leaf in prepared.leaves:
+            self._close(leaf.path, "model")
+
+    def init_optimizer(self, model: Any) -> None:
+        """Nothing: this kind brings weights only, unless a subclass says otherwise."""
+
+    def release(self) -> None:
+        """Close every file."""
+        for opened in self._opened.values():
+            opened.reader.close()
+        self._opened.clear()
+        self._checked_values.clear()
+
+    # What follows is shared by the kinds of this package.
+
+    def leaves(self, model: Any) -> tuple[Leaf, ...]:
+        """The single models below ``model`` that this initializer is for, in declared order.
+
+        Raises ``ConfigError`` if ``submodel`` names none, or ``model`` is no model.
+        """
+        if not isinstance(model, ModelLike | CompositeModelLike):
+            raise ConfigError(
+                f"a {type(model).__name__} has no name, optimizer, is_frozen and device. "
+                'Next: bind(module, name="...", optimizer=...), or compose(name, {...}) for submodels'
+            )
+        name, below = str(model.name), self.config.submodel or ""
+        path = f"{name}.{below}" if below else name
+        chosen = submodel_of(model, tuple(below.split(".")) if below else ())
+        found = tuple(_walk(chosen, path, self.file_root(name, below), ()))
+        if not found:
+            raise ConfigError(f"{path} has no submodel that is a model")
+        return found
+
+    def file_root(self, name: str, below: str) -> str:
+        """The name in the files of the submodel ``below`` (empty: the whole) of the model called ``name``."""
+        return f"{name}.{below}" if below else name
+
+    def before_locating(self, leaves: Sequence[Leaf]) -> None:
+        """Called with all models before the first ``locate`` for one of them."""
+
+    def opened(self, leaf: Leaf, part: Part) -> CheckpointReader | None:
+        """The reader of ``part`` of ``leaf``, opened at the first call; None where there is no such file."""
+        key = (leaf.path, part)
+        if key not in self._opened:
+            source = next((found for name in leaf.file_names if (found := self.locate(name, part)) is not None), None)
+            if source is None:
+                return None
+            self._opened[key] = _Opened(source, open_checkpoint(source.path, digest=source.digest))
+        return self._opened[key].reader
+
+    def source_of(self, leaf: Leaf, part: Part) -> Source | None:
+        """The source behind ``opened``."""
+        found = self._opened.get((leaf.path, part))
+        return None if found is None else found.source
+
+    def _prepare(self, model: Any) -> _Prepared:
+        leaves = self.leaves(model)
+        self.before_locating(leaves)
+        parts = []
+        targets = {}
+        for leaf in leaves:
+            reader = self.opened(leaf, "model")
+            if reader is None:
+                raise CheckpointNotFoundError(
+                    f"{self.config.kind}: there are no weights for {leaf.path}", asked=leaf.path
+                )
+            source = self._opened[leaf.path, "model"].source
+            targets[leaf.path] = found = model_targets(leaf.model)
+            sources = {**reader.tensors, **{name: _EXTRA for name in reader.extra_state}}
+            parts.append(
+                PlanPart(leaf.path, source.describe(), source.path.name, sources, found.specs, found.hidden)
+            )
+        self.after_opening(leaves)
+        plan = plan_load(
+            self.config.kind, parts, self.rules, cast=self.config.cast, fresh_hint=self.fresh_hint
+        )
+        return _Prepared(plan, leaves, targets)
+
+    def after_opening(self, leaves: Sequence[Leaf]) -> None:
+        """Called when the weights of all models are open, before they are planned."""
+
+    def _check_weights(self, model: Any) -> _Prepared:
+        prepared = self._prepare(model)
+        prepared.plan.raise_for_problems()
+        for warning in prepared.plan.warnings:
+            self.logger.warning("%s: %s: %s", self.config.kind, warning.model, warning.message)
+        for leaf in prepared.leaves:
+            reader = self._opened[leaf.path, "model"].reader
+            reader.verify(self.config.verify)
+            if (leaf.path, id(reader)) not in self._checked_values:
+                for finding in check_values(prepared.plan, leaf.path, reader, self.config.on_nonfinite):
+                    self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, finding.message)
+                self._checked_values.add((leaf.path, id(reader)))
+        return prepared
+
+    def _close(self, path: str, part: Part) -> None:
+        opened = self._opened.pop((path, part), None)
+        if opened is not None:
+            self._checked_values.discard((path, id(opened.reader)))
+            opened.reader.close()
+
+
+@attrs.frozen
+class _ExtraState:
+    shape: tuple[int, ...] = ()
+    dtype: str = "object"
+    nbytes: int = 0
+
+
+_EXTRA = _ExtraState()
+
+
+def submodel_of(model: Any, names: Sequence[str]) -> Any:
+    """The submodel that ``names`` lead to; ``model`` itself for none. Raises ``ConfigError`` with what exists."""
+    chosen, path = model, str(model.name)
+    for name in names:
+        submodels = getattr(chosen, "submodels", None) or {}
+        if submodels.get(name) is None:
+            there = ", ".join(other for other, submodel in submodels.items() if submodel is not None)
+            raise ConfigError(f"{path} has no submodel {name!r}; it has {there or 'none'}")
+        chosen, path = submodels[name], f"{path}.{name}"
+    return chosen
+
+
+def _walk(model: Any, path: str, file_name: str, others: tuple[str, ...]) -> Iterator[Leaf]:
+    """``others``: names that Noether's writer gives to nested submodels (only the inner composite's own name)."""
+    submodels = getattr(model, "submodels", None)
+    if isinstance(submodels, Mapping):
+        for name, submodel in submodels.items():
+            if submodel is not None:
+                own = f"{model.name}.{name}"
+                yield from _walk(submodel, f"{path}.{name}", f"{file_name}.{name}", (own,))
+    else:
+        yield Leaf(path, tuple(dict.fromkeys((file_name, *others))), model)

@@ -1,0 +1,349 @@
+"""InitializerStack: the initializers of one training run, called in order through pluggy."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import attrs
+import pluggy
+
+from noether_init_core import kinds
+from noether_init_core.checkpoints.store import RunStore
+from noether_init_core.config.base import KindConfig
+from noether_init_core.config.files import Entry, LoadedConfig, load_config_file, load_config_mapping, validate_entry
+from noether_init_core.errors import ConfigError, PartlyInitializedError, StartConflictError
+from noether_init_core.hooks import HOOK_NAMES, PROJECT_NAME, HookSpecs
+from noether_init_core.initializers.base import InitializerBase
+from noether_init_core.initializers.source import SourceInitializer, submodel_of
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.observers import load_observer
+from noether_init_core.paths import PathProvider
+from noether_init_core.provenance import InitializerReport, InitReport
+from noether_init_core.surgery.plan import LoadPlan
+
+__all__ = ["InitializerStack"]
+
+logger = logging.getLogger(__name__)
+
+
+@attrs.frozen(eq=False)
+class _Member:
+    """An initializer, the part of the model that it is for, and the hooks that it is called for."""
+
+    initializer: InitializerBase
+    submodel: tuple[str, ...] = ()
+    hooks: frozenset[str] = frozenset(HOOK_NAMES)
+
+    @property
+    def kind(self) -> str:
+        return self.initializer.config.kind
+
+    def takes_part_in(self, hook: str) -> bool:
+        return hook in self.hooks and self.initializer.takes_part_in(hook)
+
+    def model(self, model: Any) -> Any:
+        return submodel_of(model, self.submodel)
+
+
+class _PluginManager(pluggy.PluginManager):
+    """Recognises the hooks of an ``InitializerBase`` by their names; observers mark theirs with ``hookimpl``."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        if isinstance(plugin, InitializerBase):
+            if name not in HOOK_NAMES:
+                return None
+            return pluggy.HookimplOpts(
+                wrapper=False, hookwrapper=False, optionalhook=False, tryfirst=False, trylast=False, specname=None
+            )
+        return super().parse_hookimpl_opts(plugin, name)
+
+
+class InitializerStack:
+    """The initializers of a run, in the order of the config, with one pluggy manager of their own.
+
+    Args:
+        initializers: Instances of ``InitializerBase``.
+        observers: Objects with ``hookimpl(wrapper=True)`` methods around the hooks.
+
+    Every rank of a distributed run builds the same stack and makes the same calls.
+    """
+
+    def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
+        self._members = tuple(_Member(initializer) for initializer in initializers)
+        self._auto_resume = ""
+        self._build(observers)
+
+    def _build(self, observers: Iterable[Any]) -> None:
+        self._manager = _PluginManager(PROJECT_NAME)
+        self._manager.add_hookspecs(HookSpecs)
+        for number, member in enumerate(self._members):
+            self._manager.register(member.initializer, name=f"{number}:{member.kind}")
+        for observer in observers:
+            self._manager.register(observer)
+        self._manager.check_pending()
+
+    @classmethod
+    def from_config(
+        cls,
+        configs: Sequence[Mapping[str, Any] | KindConfig] | Mapping[str, Any],
+        *,
+        path_provider: Any = None,
+        observers: Iterable[Any] = (),
+    ) -> Self:
+        """Build from a list of configs, or from a mapping with ``initializers``, ``auto_resume``, ``observers``.
+
+        Args:
+            configs: Mappings (also OmegaConf's and the like) or validated configs.
+            path_provider: The folders of the run that is started; anything with ``output_root``, ``run_id`` and
+                ``stage_name``. None where no kind needs it.
+            observers: Further observers, as objects.
+
+        Raises ``ConfigError`` and its children. Only the kinds that are named are imported.
+        """
+        if isinstance(configs, Mapping):
+            return cls._from_loaded(load_config_mapping(configs), path_provider, observers)
+        return cls._from_members(
+            [_Member(kinds.create(config, path_provider=path_provider)) for config in configs], observers
+        )
+
+    @classmethod
+    def from_file(cls, path: Path | str, *, path_provider: Any = None, observers: Iterable[Any] = ()) -> Self:
+        """Build from a YAML file: ours, or Noether's resolved config. Errors name file, line and key."""
+        return cls._from_loaded(load_config_file(Path(path)), path_provider, observers)
+
+    @classmethod
+    def _from_loaded(cls, loaded: LoadedConfig, path_provider: Any, observers: Iterable[Any]) -> Self:
+        observers = [*(load_observer(name) for name in loaded.observers), *observers]
+        decision = ""
+        if loaded.auto_resume:
+            resumed, decision = _auto_resume(path_provider)
+            if resumed is not None:
+                stack = cls._from_members([_Member(kinds.create(resumed, path_provider=path_provider))], observers)
+                stack._auto_resume = decision
+                return stack
+        members = [_member(entry, path_provider) for entry in loaded.entries]
+        stack = cls._from_members(members, observers)
+        stack._auto_resume = decision
+        return stack
+
+    @classmethod
+    def _from_members(cls, members: Sequence[_Member], observers: Iterable[Any]) -> Self:
+        stack = cls.__new__(cls)
+        stack._members = tuple(members)
+        stack._auto_resume = ""
+        stack._build(observers)
+        return stack
+
+    @property
+    def initializers(self) -> tuple[InitializerBase, ...]:
+        """The initializers, in order."""
+        return tuple(member.initializer for member in self._members)
+
+    def start_checkpoint(self) -> TrainingIteration:
+        """The iteration at which training starts. May be called before ``initialize`` and more than once.
+
+        Raises ``StartConflictError`` if more than one initializer starts at other than zero.
+        """
+        return self._starts()[0]
+
+    def plan(self, model: Any) -> LoadPlan:
+        """What ``initialize(model)`` will do to the weights. The model is untouched; only headers are read.
+
+        Kinds that cannot plan are left out.
+        """
+        try:
+            plans = [
+                member.initializer.plan_weights(member.model(model))
+                for member in self._members
+                if isinstance(member.initializer, SourceInitializer) and member.takes_part_in("init_weights")
+            ]
+        finally:
+            self._release()
+        return LoadPlan.merged(plans)
+
+    def initialize(self, model: Any, trainer: Any = None, callbacks: Sequence[Any] | None = None) -> InitReport:
+        """Start the run: find out all that could fail, then change trainer, weights, optimizer and callbacks.
+
+        Args:
+            model: A model or composite; ``bind`` makes one of a plain module.
+            trainer: Anything with ``state_dict`` and ``load_state_dict``; ``restore_rng`` is called last where it is.
+            callbacks: Callbacks with ``state_dict`` and ``load_state_dict``; others are passed along.
+
+        Returns: the report; ``report.start`` is the iteration at which training starts.
+
+        Raises:
+            InitError: one of its children, before anything has been changed, for all that can be known beforehand.
+            PartlyInitializedError: user code, a kind without ``check``, or a device failed afterwards. States of
+                trainer and callbacks have been put back.
+        """
+        callbacks = list(callbacks) if callbacks is not None else None
+        try:
+            start, starts = self._starts()
+            for member in self._members:
+                everything = member.takes_part_in("init_trainer")
+                member.initializer.check(
+                    member.model(model),
+                    trainer if everything else None,
+                    callbacks if member.takes_part_in("init_callbacks") else None,
+                )
+            steps = self._steps(model, trainer, callbacks)
+            self._run(steps, trainer, callbacks or [])
+            report = self._report(start, starts, [hook for hook, _member, _call in steps])
+            if trainer is not None:
+                if hasattr(trainer, "lineage"):
+                    trainer.lineage = tuple(report.lineage())
+                restore = getattr(trainer, "restore_rng", None)
+                if callable(restore):
+                    restore()
+        finally:
+            self._release()
+        logger.info("%s", report)
+        return report
+
+    def _starts(self) -> tuple[TrainingIteration, list[TrainingIteration | None]]:
+        starts: list[TrainingIteration | None] = []
+        for member in self._members:
+            results = self._call("start_checkpoint", member) if member.takes_part_in("start_checkpoint") else []
+            start = results[0] if results else None
+            if start is not None and not isinstance(start, TrainingIteration):
+                raise ConfigError(
+                    f"{member.kind}: start_checkpoint returned a {type(start).__name__}, not a TrainingIteration"
+                )
+            starts.append(start)
+        others = {
+            f"{number}: {member.kind}": str(start)
+            for number, (member, start) in enumerate(zip(self._members, starts, strict=True))
+            if start is not None and not start.is_zero
+        }
+        if len(others) > 1:
+            listed = ", ".join(f"initializers.{name} at {start}" for name, start in others.items())
+            raise StartConflictError(
+                f"more than one initializer continues a run: {listed}. Keep one; the others can be previous_run",
+                starts=others,
+            )
+        chosen = next((start for start in starts if start is not None and not start.is_zero), None)
+        return chosen or TrainingIteration.zero(), starts
+
+    def _call(self, hook: str, member: _Member, **arguments: Any) -> list[Any]:
+        others = [other.initializer for other in self._members if other.initializer is not member.initializer]
+        caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
+        results: list[Any] = caller(initializer=member.initializer, **arguments)
+        return results
+
+    def _steps(
+        self, model: Any, trainer: Any, callbacks: list[Any] | None
+    ) -> list[tuple[str, _Member, Callable[[], Any]]]:
+        arguments: dict[str, Callable[[_Member], dict[str, Any]]] = {}
+        if trainer is not None:
+            arguments["init_trainer"] = lambda member: {"trainer": trainer}
+        arguments["init_weights"] = lambda member: {"model": member.model(model)}
+        arguments["init_optimizer"] = lambda member: {"model": member.model(model)}
+        if callbacks is not None:
+            arguments["init_callbacks"] = lambda member: {"callbacks": callbacks, "model": member.model(model)}
+        return [
+            (hook, member, lambda hook=hook, member=member, make=make: self._call(hook, member, **make(member)))
+            for hook, make in arguments.items()
+            for member in self._members
+            if member.takes_part_in(hook)
+        ]
+
+    def _run(
+        self, steps: Sequence[tuple[str, _Member, Callable[[], Any]]], trainer: Any, callbacks: Sequence[Any]
+    ) -> None:
+        before = _States.taken(trainer, callbacks) if self._members else _States(())
+        labels = [f"{hook} of {member.kind}" for hook, member, _call in steps]
+        for number, (_hook, _member, call) in enumerate(steps):
+            try:
+                call()
+            except Exception as error:
+                problems = before.put_back()
+                kept = "States of trainer and callbacks were put back." if not problems else " ".join(problems)
+                raise PartlyInitializedError(
+                    f"{labels[number]} failed: {error}\nDone before it: {', '.join(labels[:number]) or 'nothing'}. "
+                    f"{kept} Build the model anew before trying again",
+                    done=labels[:number],
+                    failed=labels[number],
+                    pending=labels[number + 1 :],
+                ) from error
+
+    def _report(
+        self, start: TrainingIteration, starts: Sequence[TrainingIteration | None], called: Sequence[str]
+    ) -> InitReport:
+        offers = {info.name: f"{info.distribution} {info.version}" for info in kinds.installed()}
+        reports = []
+        for member, own_start in zip(self._members, starts, strict=True):
+            plan = getattr(member.initializer, "last_plan", None)
+            planned = plan if isinstance(plan, LoadPlan) else None
+            hooks = tuple(hook for hook in HOOK_NAMES if hook in called and member.takes_part_in(hook))
+            reports.append(
+                InitializerReport(
+                    kind=member.kind,
+                    distribution=offers.get(member.kind, ""),
+                    hooks=hooks,
+                    origins=() if planned is None else planned.origins,
+                    counts={} if planned is None else planned.counts(),
+                    coverage=None if planned is None else planned.coverage(),
+                    start=str(own_start) if own_start is not None and not own_start.is_zero else None,
+                )
+            )
+        return InitReport(start, tuple(reports), self._auto_resume)
+
+    def _release(self) -> None:
+        for member in self._members:
+            member.initializer.release()
+
+
+@attrs.frozen(eq=False)
+class _States:
+    """States of trainer and callbacks as they were."""
+
+    saved: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def taken(cls, trainer: Any, callbacks: Sequence[Any]) -> _States:
+        saved = []
+        for owner in (trainer, *callbacks):
+            take = getattr(owner, "state_dict", None)
+            if callable(take) and callable(getattr(owner, "load_state_dict", None)):
+                saved.append((owner, copy.deepcopy(take())))
+        return cls(tuple(saved))
+
+    def put_back(self) -> list[str]:
+        """Give every owner its state again; what went wrong with that, in words."""
+        problems = []
+        for owner, state in self.saved:
+            if state is not None:
+                try:
+                    owner.load_state_dict(state)
+                except Exception as error:
+                    problems.append(f"The state of {type(owner).__name__} could not be put back: {error}.")
+        return problems
+
+
+def _member(entry: Entry, path_provider: Any) -> _Member:
+    config = validate_entry(entry)
+    return _Member(
+        kinds.create(config, path_provider=path_provider),
+        entry.submodel or (),
+        frozenset(HOOK_NAMES) if entry.hooks is None else entry.hooks,
+    )
+
+
+def _auto_resume(path_provider: Any) -> tuple[dict[str, Any] | None, str]:
+    """The config that resumes this run from its newest set, or None, and the decision in words."""
+    if path_provider is None:
+        raise ConfigError("auto_resume needs path_provider=PathProvider(output_root, run_id): it resumes this very run")
+    paths = PathProvider.of(path_provider)
+    if paths.run_id_is_generated:
+        raise ConfigError(
+            f"auto_resume: the run id {paths.run_id} was generated for this start, so that no later start could find "
+            "its checkpoints. Give a fixed run_id"
+        )
+    newest = RunStore(paths).newest()
+    if newest is None:
+        return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
+    return {"kind": "resume", "checkpoint_tag": newest.name}, f"auto_resume: resumed from {newest.name}"

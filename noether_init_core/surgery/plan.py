@@ -1,0 +1,431 @@
+"""LoadPlan: what an initialization will do to every tensor, computed from names, shapes and dtypes alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import attrs
+
+from noether_init_core.errors import PlanError
+from noether_init_core.surgery.names import NameMatch, NameRules, near
+
+__all__ = ["Action", "LoadPlan", "PlanPart", "PlanRow", "Problem", "TargetSpec", "TensorSpec", "plan_load"]
+
+Action = Literal[
+    "load", "rename", "transform", "cast", "keep", "missing", "unexpected", "removed", "mismatch", "outside"
+]
+Cast = Literal["same_kind", "none", "any"]
+
+#: Actions that write a tensor of the model.
+WRITING: frozenset[str] = frozenset({"load", "rename", "transform", "cast"})
+SCHEMA_VERSION = 1
+
+
+class TensorSpec(Protocol):
+    """What the plan needs of a tensor of a file: ``TensorInfo`` of the readers has it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+@attrs.frozen
+class TargetSpec:
+    """One entry of a model's state dict.
+
+    Attributes:
+        shape: The shape; empty for a 0-dimensional tensor and for an object that is no tensor.
+        dtype: The dtype without ``torch.``, or ``object`` for a module's extra state.
+        nbytes: Number of elements times bytes of one.
+        is_parameter: False for buffers and extra state.
+        tied_to: The first name of the same tensor, where this is another name of it.
+        on_meta: The tensor has no memory yet.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    is_parameter: bool = True
+    tied_to: str | None = None
+    on_meta: bool = False
+
+
+@attrs.frozen
+class PlanRow:
+    """What happens to one entry of the model's state dict, or to one entry of the file that is not used.
+
+    Attributes:
+        model: Path of names of the single model, such as ``autoenc.encoder``.
+        target: Name in the model's state dict; None where the row is about an unused entry of the file.
+        sources: Names in the file.
+        action: ``load``, ``rename``, ``cast`` and ``transform`` write the target; the others leave it.
+        shape: Shape of the target, or of the unused entry.
+        dtype: Dtype of the target, or of the unused entry.
+        nbytes: Bytes of the target, or of the unused entry.
+        rule: The config line responsible; None where no rule had a say.
+        source_shape: Shape in the file, where there is one source.
+        source_dtype: Dtype in the file, where there is one source.
+        is_parameter: Whether the target is a parameter; buffers may hold infinities.
+    """
+
+    model: str
+    target: str | None
+    sources: tuple[str, ...]
+    action: Action
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    rule: str | None = None
+    source_shape: tuple[int, ...] | None = None
+    source_dtype: str | None = None
+    is_parameter: bool = True
+
+    @property
+    def writes(self) -> bool:
+        """Whether carrying out the row changes the model."""
+        return self.action in WRITING
+
+    @property
+    def key(self) -> str:
+        """The name that the row is listed under."""
+        return self.target if self.target is not None else self.sources[0]
+
+
+@attrs.frozen
+class Problem:
+    """A reason why the plan may not be carried out. ``code`` is stable, ``message`` is for people."""
+
+    code: str
+    message: str
+    model: str
+    keys: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class PlanPart:
+    """One single model with the file that it is initialized from.
+
+    Attributes:
+        model: Path of names of the model.
+        origin: Where the file came from, in words: ``pretrain @ latest = E4_U16_S128``.
+        file: Name of the file.
+        sources: Entries of the file's state dict.
+        targets: Entries of the model's state dict, in order.
+        hidden: Names of buffers that the model has but its state dict has not (non-persistent ones).
+    """
+
+    model: str
+    origin: str
+    file: str
+    sources: Mapping[str, TensorSpec]
+    targets: Mapping[str, TargetSpec]
+    hidden: frozenset[str] = frozenset()
+
+
+@attrs.frozen
+class LoadPlan:
+    """What ``init_weights`` will do, row by row; pure data.
+
+    A plan with problems is never carried out, not even in part. ``warnings`` do not stop it. ``equal`` lists
+    ``(model, name, name)`` of entries of the file that end up in one tied tensor and must hold the same bytes.
+    """
+
+    kind: str
+    rows: tuple[PlanRow, ...]
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
+    origins: tuple[tuple[str, str, str], ...] = ()
+    equal: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def is_fine(self) -> bool:
+        """No problem stands in the way."""
+        return not self.problems
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the model that will be written."""
+        return sum(row.nbytes for row in self.rows if row.writes)
+
+    def counts(self) -> dict[str, int]:
+        """Number of rows of each action that occurs."""
+        return dict(sorted(Counter(row.action for row in self.rows).items()))
+
+    def coverage(self) -> float:
+        """Share of the bytes of parameters that come from the checkpoint, from 0 to 1 (1 for no parameters)."""
+        parameters = [row for row in self.rows if row.is_parameter and row.target is not None]
+        total = sum(row.nbytes for row in parameters)
+        return sum(row.nbytes for row in parameters if row.writes) / total if total else 1.0
+
+    def rows_of(self, model: str) -> tuple[PlanRow, ...]:
+        """The rows of one single model."""
+        return tuple(row for row in self.rows if row.model == model)
+
+    def raise_for_problems(self) -> None:
+        """Raise ``PlanError`` with every problem, where there is one."""
+        if self.problems:
+            shown = [problem.message for problem in self.problems]
+            listed = "\n  ".join(shown)
+            sources = "; ".join(f"{model} <- {origin} ({file})" for model, origin, file in self.origins)
+            raise PlanError(
+                f"{self.kind}: {sources}\n  {listed}\nNothing was changed.", plan=self, problems=tuple(shown)
+            )
+
+    @classmethod
+    def merged(cls, plans: Sequence[LoadPlan]) -> LoadPlan:
+        """Several plans for one model, in order, as one; each later one writes over the earlier."""
+        return cls(
+            " + ".join(plan.kind for plan in plans),
+            tuple(row for plan in plans for row in plan.rows),
+            tuple(problem for plan in plans for problem in plan.problems),
+            tuple(warning for plan in plans for warning in plan.warnings),
+            tuple(origin for plan in plans for origin in plan.origins),
+            tuple(names for plan in plans for names in plan.equal),
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON; ``version`` changes when a field changes its meaning."""
+        return json.dumps({"version": SCHEMA_VERSION, **attrs.asdict(self), "counts": self.counts()}, indent=1)
+
+
+def plan_load(
+    kind: str, parts: Sequence[PlanPart], rules: NameRules, *, cast: Cast = "same_kind", fresh_hint: str = ""
+) -> LoadPlan:
+    """Decide what happens to every entry of every part. Pure: nothing is read, nothing is changed.
+
+    Args:
+        kind: The kind that asks, for messages.
+        parts: The single models, each with its file.
+        rules: The surgery on names; the same rules for every part.
+        cast: ``same_kind`` allows float to float and integer to integer of any width, ``none`` only equal dtypes,
+            ``any`` everything but complex to real.
+        fresh_hint: The config line that keeps entries of the model, with ``{pattern}`` for their names; it is shown
+            beside missing and misshaped entries. Empty where the kind has no such line.
+    """
+    rows: list[PlanRow] = []
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    equal: list[tuple[str, str, str]] = []
+    matches: list[NameMatch] = []
+    for part in parts:
+        match = rules.match(tuple(part.sources), tuple(part.targets))
+        matches.append(match)
+        planned = _PartPlanner(part, match, cast, fresh_hint)
+        planned.run()
+        rows += planned.rows
+        problems += planned.problems
+        warnings += planned.warnings
+        equal += planned.equal
+    names = ", ".join(part.model for part in parts)
+    for message, is_error in rules.unmatched(matches, [tuple(part.sources) for part in parts]):
+        (problems if is_error else warnings).append(Problem("unmatched-rule", message, names))
+    if parts and not problems and not any(row.writes for row in rows):
+        problems.append(Problem("nothing-loaded", "no tensor of the model would be loaded", names))
+    origins = tuple((part.model, part.origin, part.file) for part in parts)
+    return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, tuple(equal))
+
+
+def _kind_of(dtype: str) -> str:
+    if dtype == "bool" or dtype == "object":
+        return dtype
+    if dtype.startswith("complex"):
+        return "complex"
+    return "float" if dtype.startswith(("float", "bfloat")) else "integer"
+
+
+def _can_cast(source: str, target: str, cast: Cast) -> bool:
+    if source == target:
+        return True
+    from_kind, to_kind = _kind_of(source), _kind_of(target)
+    if cast == "none" or "object" in (from_kind, to_kind) or (from_kind == "complex" and to_kind != "complex"):
+        return False
+    return cast == "any" or from_kind == to_kind
+
+
+class _PartPlanner:
+    """The rows and problems of one part."""
+
+    def __init__(self, part: PlanPart, match: NameMatch, cast: Cast, fresh_hint: str) -> None:
+        self.part, self.match, self.cast, self.fresh_hint = part, match, cast, fresh_hint
+        self.rows: list[PlanRow] = []
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+        self.equal: list[tuple[str, str, str]] = []
+        self._tied: dict[str, list[str]] = {}
+        for name, spec in part.targets.items():
+            self._tied.setdefault(spec.tied_to or name, []).append(name)
+
+    def run(self) -> None:
+        found: dict[str, list[str]] = {"missing": [], "mismatch": [], "dtype": [], "meta": []}
+        for name, spec in self.part.targets.items():
+            problem = self._plan_target(name, spec)
+            if problem is not None:
+                found[problem].append(name)
+        unexpected = self._plan_unused()
+        for source, by, target, rule in self.match.overwritten:
+            self._warn("overwritten", f"{source} and {by} both become {target} ({rule}); {by} is taken", (source, by))
+        self._report_missing(found["missing"], unexpected)
+        self._report_mismatched(found["mismatch"])
+        self._report_dtypes(found["dtype"])
+        if unexpected:
+            self._problem(
+                "unexpected",
+                f"the file has {_listed(unexpected)}, which {self.part.model} has not"
+                + self._near_hint(unexpected, list(self.part.targets), "the model has"),
+                unexpected,
+            )
+        if found["meta"]:
+            self._problem(
+                "meta",
+                f"{_listed(found['meta'])}: on the meta device, without memory. Next: model.to_empty(device='cpu')",
+                found["meta"],
+            )
+        self._check_tied()
+
+    def _plan_target(self, name: str, spec: TargetSpec) -> str | None:
+        """Add the row of one entry of the model; the code of its problem, if it has one."""
+        match = self.match
+        if name in match.kept:
+            self._row(name, (), "keep", spec, rule=match.kept[name])
+            return None
+        move = match.moves.get(name)
+        if move is None:
+            donor = next((other for other in self._tied[spec.tied_to or name] if other in match.moves), None)
+            if donor is None:
+                self._row(name, (), "missing", spec)
+                return "missing"
+            move = (match.moves[donor][0], f"tied to {donor}")
+        source, rule = move
+        source_spec = self.part.sources[source]
+        if tuple(source_spec.shape) != spec.shape:
+            self._row(name, (source,), "mismatch", spec, rule=rule, source=source_spec)
+            return "mismatch"
+        if not _can_cast(source_spec.dtype, spec.dtype, self.cast):
+            self._row(name, (source,), "mismatch", spec, rule=rule, source=source_spec)
+            return "dtype"
+        action: Action = "load" if source == name or name not in match.moves else "rename"
+        if source_spec.dtype != spec.dtype:
+            action = "cast"
+            self._warn("cast", f"{name}: {source_spec.dtype} in the file becomes {spec.dtype}", (name,))
+        self._row(name, (source,), action, spec, rule=rule, source=source_spec)
+        return "meta" if spec.on_meta else None
+
+    def _plan_unused(self) -> list[str]:
+        used = {source for row in self.rows for source in row.sources}
+        unexpected = []
+        for source, spec in self.part.sources.items():
+            if source in used:
+                continue
+            rule = self.match.removed.get(source) or self.match.unused_kept.get(source)
+            if rule is None and source in self.part.hidden:
+                rule = "non-persistent buffer of the model"
+            action: Action = "unexpected" if rule is None else "removed"
+            if rule is None:
+                unexpected.append(source)
+            shape, dtype = tuple(spec.shape), spec.dtype
+            self.rows.append(
+                PlanRow(
+                    self.part.model, None, (source,), action, shape, dtype, spec.nbytes, rule, shape, dtype, False
+                )
+            )
+        return unexpected
+
+    def _check_tied(self) -> None:
+        writes = {row.target: row for row in self.rows if row.writes}
+        keeps = {row.target for row in self.rows if row.action == "keep"}
+        for names in self._tied.values():
+            sources = list(dict.fromkeys(writes[name].sources[0] for name in names if name in writes))
+            for other in sources[1:]:
+                self.equal.append((self.part.model, sources[0], other))
+            kept = [name for name in names if name in keeps and name in self.match.kept]
+            if kept and sources:
+                loaded = next(name for name in names if name in writes)
+                self._problem(
+                    "tied", f"{kept[0]} is kept, but it is the same tensor as {loaded}, which is loaded", names
+                )
+
+    def _report_missing(self, missing: list[str], unexpected: list[str]) -> None:
+        if missing:
+            self._problem(
+                "missing",
+                f"{self.part.model} needs {_listed(missing)}, which the file has not"
+                + self._near_hint(missing, unexpected or list(self.part.sources), "the file has")
+                + self._fresh(missing),
+                missing,
+            )
+
+    def _report_mismatched(self, mismatched: list[str]) -> None:
+        if mismatched:
+            first = next(row for row in self.rows if row.target == mismatched[0])
+            more = f"; {_listed(mismatched[1:])} too" if len(mismatched) > 1 else ""
+            self._problem(
+                "mismatch",
+                f"{first.target}: file {list(first.source_shape or ())}, model {list(first.shape)}{more}."
+                + self._fresh(mismatched),
+                mismatched,
+            )
+
+    def _report_dtypes(self, names: list[str]) -> None:
+        if names:
+            row = next(row for row in self.rows if row.target == names[0])
+            more = f"; {_listed(names[1:])} too" if len(names) > 1 else ""
+            self._problem(
+                "dtype",
+                f"{row.target}: the file has {row.source_dtype}, the model {row.dtype}; "
+                f"cast: {self.cast} does not convert one to the other{more}",
+                names,
+            )
+
+    def _near_hint(self, names: list[str], others: list[str], words: str) -> str:
+        candidates = near(names[0], others)
+        return f". Near {names[0]}, {words}: {', '.join(candidates)}" if candidates else ""
+
+    def _fresh(self, names: list[str]) -> str:
+        if not self.fresh_hint:
+            return ""
+        modules = dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names)
+        pattern = "[" + ", ".join(list(modules)[:3]) + (", ...]" if len(modules) > 3 else "]")
+        return " " + self.fresh_hint.format(pattern=pattern)
+
+    def _row(
+        self,
+        target: str,
+        sources: tuple[str, ...],
+        action: Action,
+        spec: TargetSpec,
+        *,
+        rule: str | None = None,
+        source: TensorSpec | None = None,
+    ) -> None:
+        self.rows.append(
+            PlanRow(
+                self.part.model,
+                target,
+                sources,
+                action,
+                spec.shape,
+                spec.dtype,
+                spec.nbytes,
+                rule,
+                None if source is None else tuple(source.shape),
+                None if source is None else source.dtype,
+                spec.is_parameter,
+            )
+        )
+
+    def _problem(self, code: str, message: str, keys: Sequence[str]) -> None:
+        self.problems.append(Problem(code, message, self.part.model, tuple(keys)))
+
+    def _warn(self, code: str, message: str, keys: Sequence[str]) -> None:
+        self.warnings.append(Problem(code, message, self.part.model, tuple(keys)))
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
