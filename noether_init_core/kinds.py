@@ -146,12 +146,12 @@ def resolve(kind: str) -> type[InitializerBase]:
     return _checked(info, loaded)
 
 
-def validate(config: Mapping[str, Any] | KindConfig) -> KindConfig:
-    """``config`` as an instance of its kind's ``config_class`` (steps 1 to 8).
+def validate(config: Mapping[str, Any] | KindConfig, *, context: Any = None) -> KindConfig:
+    """``config`` as an instance of its kind's ``config_class`` (steps 1 to 8); ``context`` is pydantic's.
 
     Raises ``ConfigError`` where no kind is said, ``KindError``, or the ``pydantic.ValidationError`` of the config.
     """
-    return _validated(config)[1]
+    return _validated(config, context)[1]
 
 
 def create(config: Mapping[str, Any] | KindConfig, *, path_provider: Any = None) -> InitializerBase:
@@ -296,7 +296,7 @@ def _shown(value: object) -> str:
     return f"the class {value.__qualname__}" if isinstance(value, type) else f"of type {type(value).__qualname__}"
 
 
-def _validated(config: Mapping[str, Any] | KindConfig) -> tuple[type[InitializerBase], KindConfig]:
+def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> tuple[type[InitializerBase], KindConfig]:
     from noether_init_core.config.base import KindConfig
 
     if isinstance(config, KindConfig):
@@ -316,7 +316,7 @@ def _validated(config: Mapping[str, Any] | KindConfig) -> tuple[type[Initializer
         said = "no kind" if kind is None else f"a kind that is no text ({kind!r})"
         raise ConfigError(f"the config of an initializer says {said}. {_offered()}. Next: noether-init kinds")
     cls = resolve(kind)
-    return cls, cls.config_class.model_validate(config)
+    return cls, cls.config_class.model_validate(config, context=context)
 
 
 def _check_keywords(cls: type[InitializerBase], config: KindConfig, keywords: Mapping[str, Any]) -> None:

@@ -1,0 +1,263 @@
+"""Files of config: what they ask for, entry by entry, with the line of every key for messages.
+
+A file has ``initializers`` (a list), ``auto_resume`` and ``observers``; or it is the resolved config that Noether
+writes beside a run. Nothing is validated by a kind here until ``validate_entry``, so no plugin is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pydantic
+
+from noether_init_core import kinds
+from noether_init_core.config.base import KindConfig
+from noether_init_core.config.noether_resolved import is_resolved, resolved_entries
+from noether_init_core.config.yaml_text import KeyPath, read_yaml, shown_path
+from noether_init_core.errors import ConfigError, ConfigFileError
+
+__all__ = ["Entry", "LoadedConfig", "load_config_file", "load_config_mapping", "validate_entry"]
+
+_KEYS = ("initializers", "auto_resume", "observers")
+_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_RESOLVED = "use the resolved config that Noether writes into the folder of a run, hp_resolved.yaml"
+
+
+@attrs.frozen(eq=False)
+class _Document:
+    """Where values come from, so that errors can say it. ``source`` is None for a plain mapping."""
+
+    source: Path | None = None
+    lines: Mapping[KeyPath, int] = attrs.field(factory=dict)
+
+    def line(self, place: KeyPath) -> int | None:
+        """The line of ``place``, or of the nearest key above it that has one."""
+        return next((self.lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in self.lines), None)
+
+    def error(self, message: str, place: KeyPath = ()) -> ConfigError:
+        if self.source is not None:
+            return ConfigFileError(message, path=self.source, line=self.line(place), key_path=shown_path(place))
+        return ConfigError(f"{shown_path(place)}: {message}" if place else message)
+
+
+@attrs.frozen(eq=False)
+class Entry:
+    """One initializer that a config asks for, not validated yet.
+
+    ``submodel`` is the path of names of the part of a composite that it is for, None the whole model. ``hooks`` are
+    the hooks that it takes part in, None all five. ``place`` is its path in the document and ``line`` its line there.
+    """
+
+    config: Mapping[str, Any] | KindConfig
+    submodel: tuple[str, ...] | None = None
+    hooks: frozenset[str] | None = None
+    place: KeyPath = ()
+    # Where single keys stand, if not below ``place``: the root keys of a resolved config that make a resume.
+    places: Mapping[str, KeyPath] = attrs.field(factory=dict, repr=False)
+    document: _Document = attrs.field(factory=_Document, repr=False)
+
+    @property
+    def key_path(self) -> str:
+        """Where it stands, as messages write it: ``initializers.0``."""
+        return shown_path(self.place)
+
+    @property
+    def line(self) -> int | None:
+        """The line where it starts, from 1; None where there is no file."""
+        return self.document.line(self.place)
+
+
+@attrs.frozen(eq=False)
+class LoadedConfig:
+    """What a config asks for. ``source`` is its file; None for a plain mapping."""
+
+    entries: tuple[Entry, ...]
+    auto_resume: bool = False
+    observers: tuple[str, ...] = ()
+    source: Path | None = None
+
+
+def load_config_file(path: str | os.PathLike[str]) -> LoadedConfig:
+    """Read a YAML file: ours, or Noether's resolved config. Raises ``ConfigFileError`` with line and key."""
+    read = read_yaml(Path(path))
+    return _load(read.value, _Document(read.path, read.lines))
+
+
+def load_config_mapping(mapping: Mapping[str, Any]) -> LoadedConfig:
+    """The same from a mapping: a dict, OmegaConf's, a jsonargparse namespace. Raises ``ConfigError`` with the key."""
+    document = _Document()
+    return _load(_plain(mapping, (), document), document)
+
+
+def validate_entry(entry: Entry) -> KindConfig:
+    """The config of ``entry``, validated by its kind, whose plugin is imported for that.
+
+    Raises ``ConfigFileError`` (``ConfigError`` where there is no file) that names line and key of everything that is
+    wrong; what the kind or pydantic raised is its ``__cause__``.
+    """
+    try:
+        return kinds.validate(entry.config)
+    except pydantic.ValidationError as error:
+        raise _explained(entry, error) from error
+    except ConfigError as error:
+        raise entry.document.error(error.message, _place(entry, ("kind",))) from error
+
+
+def _load(value: Any, document: _Document) -> LoadedConfig:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        raise document.error("is a list; put it under the key initializers:")
+    if not isinstance(value, Mapping):
+        raise document.error(f"holds no keys; it needs initializers: (and may have {', '.join(_KEYS[1:])})")
+    _refuse_fragment(value, document)
+    if is_resolved(value):
+        entries = [
+            Entry(found.config, found.submodel, found.hooks, found.place, found.places, document)
+            for found in resolved_entries(value, document.error)
+        ]
+    else:
+        _refuse_unknown_keys(value, document)
+        entries = _entries(value, document)
+    return LoadedConfig(tuple(entries), _switch(value, document), tuple(_observers(value, document)), document.source)
+
+
+def _entries(value: Mapping[str, Any], document: _Document) -> list[Entry]:
+    if "initializers" not in value:
+        if "auto_resume" in value:
+            return []
+        raise document.error("has no initializers:; an empty list there means a start from nothing")
+    items = value["initializers"]
+    if not isinstance(items, list):
+        raise document.error("must be a list of mappings, each with a kind; [] for none", ("initializers",))
+    entries = []
+    for number, item in enumerate(items):
+        place: KeyPath = ("initializers", number)
+        if isinstance(item, str):
+            raise document.error(f"is a text; write it as a mapping: kind: {item}", place)
+        if not isinstance(item, Mapping | KindConfig):
+            raise document.error("must be a mapping with a kind", place)
+        entries.append(Entry(item, place=place, document=document))
+    return entries
+
+
+def _switch(value: Mapping[str, Any], document: _Document) -> bool:
+    said = value.get("auto_resume", False)
+    if isinstance(said, str) and said.lower() in _SWITCHES:
+        return _SWITCHES[said.lower()]
+    if not isinstance(said, bool):
+        raise document.error(f"must be true or false, not {'null' if said is None else said}", ("auto_resume",))
+    return said
+
+
+def _observers(value: Mapping[str, Any], document: _Document) -> list[str]:
+    said = value.get("observers", [])
+    if not isinstance(said, list):
+        raise document.error("must be a list of names", ("observers",))
+    for number, name in enumerate(said):
+        if not isinstance(name, str) or not name:
+            raise document.error("must be the name of an observer", ("observers", number))
+    return [str(name) for name in said]
+
+
+def _refuse_unknown_keys(value: Mapping[str, Any], document: _Document) -> None:
+    for key in value:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"Near: {near[0]}. " if near else ""
+            raise document.error(f"unknown key. {hint}A config has {', '.join(_KEYS)}", (key,))
+
+
+def _refuse_fragment(value: Mapping[str, Any], document: _Document) -> None:
+    if isinstance(value.get("defaults"), list):
+        raise document.error(
+            f"a defaults list is composed by Hydra, this is a fragment of a config; {_RESOLVED}", ("defaults",)
+        )
+    place = _find_missing(value, ())
+    if place is not None:
+        raise document.error(f"??? is filled in by Hydra, this is a fragment of a config; {_RESOLVED}", place)
+
+
+def _find_missing(value: Any, place: KeyPath) -> KeyPath | None:
+    if isinstance(value, str):
+        return place if value == "???" else None
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    return next((found for key, item in items if (found := _find_missing(item, (*place, key))) is not None), None)
+
+
+def _plain(value: Any, place: KeyPath, document: _Document) -> Any:
+    """Mappings and sequences of any library as dict and list; everything else as it is."""
+    if isinstance(value, argparse.Namespace):  # jsonargparse's is one
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(_read(value, key, place, document), (*place, str(key)), document) for key in value}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [
+            _plain(_read(value, number, place, document), (*place, number), document) for number in range(len(value))
+        ]
+    return value
+
+
+def _read(container: Any, key: Any, place: KeyPath, document: _Document) -> Any:
+    try:
+        return container[key]
+    # OmegaConf raises errors of its own for values that Hydra has not filled in; it is not imported for their names.
+    except Exception as error:
+        where = (*place, key if isinstance(key, int) else str(key))
+        raise document.error(f"the value cannot be read: {error}. If Hydra fills it in: {_RESOLVED}", where) from error
+
+
+def _place(entry: Entry, path: KeyPath) -> KeyPath:
+    """The place in the document of ``path`` in the config of ``entry``."""
+    if path and path[0] in entry.places:
+        return (*entry.places[str(path[0])], *path[1:])
+    return (*entry.place, *path)
+
+
+def _explained(entry: Entry, error: pydantic.ValidationError) -> ConfigError:
+    messages: dict[KeyPath, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        path = _known_part(entry.config, problem["loc"], missing=problem["type"] == "missing")
+        message = _message(entry, problem["type"], problem["msg"], path)
+        if message not in messages.setdefault(path, []):
+            messages[path].append(message)
+    # A field that takes several types fails once for each of them, at one place.
+    (first, first_messages), *others = messages.items()
+    text = "; ".join(first_messages)
+    for path, more in others:
+        text += f"\n{entry.document.error('; '.join(more), _place(entry, path))}"
+    return entry.document.error(text, _place(entry, first))
+
+
+def _known_part(config: Any, location: Sequence[str | int], *, missing: bool) -> KeyPath:
+    """``location`` up to where the config goes: pydantic adds names of its own for unions and the like."""
+    path: list[str | int] = []
+    for part in location:
+        inside = part in config if isinstance(config, Mapping) else isinstance(config, list) and isinstance(part, int)
+        if not inside:
+            return (*path, part) if missing and part == location[-1] else tuple(path)
+        path.append(part)
+        config = config[part]
+    return tuple(path)
+
+
+def _message(entry: Entry, problem: str, message: str, path: KeyPath) -> str:
+    kind = str(entry.config.get("kind")) if isinstance(entry.config, Mapping) else entry.config.kind
+    fields = kinds.resolve(kind).config_class.model_fields if len(path) == 1 else {}
+    if problem == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), fields, n=1) if path else []
+        hint = f" Near: {near[0]}." if near else ""
+        has = f" {kind} has: {', '.join(fields)}." if fields else ""
+        return f"unknown key.{hint}{has} Next: noether-init schema {kind}"
+    if problem == "missing":
+        description = fields[str(path[0])].description if path and path[0] in fields else None
+        return f"is missing{': ' + description if description else ''}"
+    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
