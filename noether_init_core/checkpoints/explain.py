@@ -1,0 +1,231 @@
+"""What exists, in words: the errors of the store, each with what was asked, what there is, and the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+
+from noether_init_core.checkpoints.names import parse
+from noether_init_core.checkpoints.sets import CheckpointSet, Need
+from noether_init_core.errors import (
+    AmbiguousCheckpointError,
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    IncompleteSetError,
+)
+
+if TYPE_CHECKING:
+    from noether_init_core.checkpoints.store import RunStore
+
+__all__ = ["broken_set", "missing_files", "no_such_tag", "nothing_here"]
+
+_PART_NAMES = {"model": "weights", "optim": "optimizer state", "trainer": "trainer state"}
+
+
+def nothing_here(store: RunStore) -> CheckpointNotFoundError:
+    """There is no set at all: no such run or stage, or one without checkpoints."""
+    paths, root = store.paths, store.paths.run_output_path.parent
+    run, stage = paths.run_id, paths.stage_name
+    run_folder = paths.run_output_path if stage is None else root
+    if not store.storage.is_folder(run_folder):
+        runs = store.runs()
+        listed = _near(run, runs, "It has", "no run with checkpoints")
+        return CheckpointNotFoundError(
+            f'run "{run}" does not exist below {run_folder.parent}. {listed}',
+            path=run_folder,
+            asked=run,
+            candidates=_sorted_by_nearness(run, runs),
+        )
+    stages = {name: _count(store, name) for name in store.stages(run) if name != stage}
+    listed = "; ".join(f'stage "{name}" has {count}' for name, count in stages.items())
+    unfinished = _unfinished(store)
+    if stage is None:
+        name = next(iter(stages), None)
+        return CheckpointNotFoundError(
+            f'run "{run}" has no checkpoints itself; '
+            + (f"{listed}. Add: stage_name: {name}" if name else f"looked in {paths.checkpoint_path}")
+            + unfinished,
+            path=paths.checkpoint_path,
+            asked=run,
+            candidates=tuple(stages),
+        )
+    own = _count(store, None)
+    if own != "no sets":
+        listed = "; ".join(filter(None, (f"the run itself has {own}. Leave out stage_name", listed)))
+    near = _sorted_by_nearness(stage, tuple(stages))
+    exists = store.storage.is_folder(paths.checkpoint_path)
+    return CheckpointNotFoundError(
+        (f'stage "{stage}" of run "{run}" has no checkpoints' if exists else f'run "{run}" has no stage "{stage}"')
+        + (f"; {listed}" if listed else f"; looked in {paths.checkpoint_path}")
+        + (f". Did you mean: stage_name: {near[0]}" if near else "")
+        + unfinished,
+        path=paths.checkpoint_path,
+        asked=stage,
+        candidates=tuple(stages),
+    )
+
+
+def no_such_tag(store: RunStore, tag: str) -> CheckpointNotFoundError:
+    """The run has sets, none is meant by the tag."""
+    tags = _sorted_by_nearness(tag, store.tags())
+    unfinished = [name for name in store.uncommitted() if name.partition("_")[2] == tag]
+    if unfinished:
+        found = f"the save of {unfinished[-1]} was never finished (uncommitted). "
+    else:
+        found = ""
+    return CheckpointNotFoundError(
+        f'{_where(store)} has no checkpoint "{tag}". {found}{_near(tag, tags, "It has", "no tags")}'
+        + ("" if found else _unfinished(store))
+        + _irregular(store),
+        path=store.folder,
+        asked=tag,
+        candidates=tags,
+    )
+
+
+def broken_set(store: RunStore, error: CheckpointError, good: CheckpointSet | None) -> CheckpointError:
+    """The set that was meant is damaged; the newest older good one is named."""
+    advice = (
+        f"The newest older set whose files are there is {good.name} ({good.folder.name}). "
+        f"Next: checkpoint_tag: {good.name}"
+        if good is not None
+        else "No older set is left"
+    )
+    kind = CheckpointFormatError if isinstance(error, CheckpointFormatError) else CheckpointCorruptError
+    return kind(f"{error}. {advice}", path=error.path)
+
+
+def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequence[Need]) -> CheckpointError:
+    """The set lacks a file: the wrong name, or a part that was never saved."""
+    need = next(need for need in needs if not found.has(need))
+    shown = tag if tag in found.tags or found.iteration is None else found.name
+    named = found.models(need.part)
+    plain = [file.model for file in found.files if file.part == need.part and file.info == need.info]
+    what = _PART_NAMES[need.part]
+    if need.model is None and len(plain) > 1:
+        return AmbiguousCheckpointError(
+            f'"{shown}" has {what} of {", ".join(plain)}. Say which: model_name: {plain[0]}',
+            path=found.folder,
+            candidates=plain,
+        )
+    infos = found.infos(need.model) if need.model is not None else ()
+    if need.part == "model" and need.info is not None and need.model in named:
+        plainly = "plain weights" if found.file(need.model, "model") else ""
+        listed = ", ".join(filter(None, (plainly, *infos)))
+        advice = f"Add: model_info: {infos[0]}" if infos else "Leave out model_info"
+        return CheckpointNotFoundError(
+            f'"{shown}" has no weights of {need.model} with model_info "{need.info}"; it has {listed}. {advice}'
+            + _others_with(store, found, needs, "Other sets have it")
+            + _irregular(store),
+            path=found.folder,
+            asked=need.info,
+            candidates=infos,
+        )
+    if need.model is not None and not infos and need.model not in found.models():
+        models = named or found.models()
+        near = _sorted_by_nearness(need.model, models)
+        return CheckpointNotFoundError(
+            f'"{shown}" of {_where(store)} has no model "{need.model}"; it has {what if named else "files"} of '
+            f"{_some(models)}. Add: model_name: {near[0]}"
+            + _others_with(store, found, needs, "Other sets have it")
+            + _irregular(store),
+            path=found.folder,
+            asked=need.model,
+            candidates=near,
+        )
+    missing = sorted({_PART_NAMES[other.part] for other in needs if not found.has(other)})
+    parts = {file.part for file in found.files}
+    holds = "holds weights only" if parts == {"model"} else f"has no {' and no '.join(missing)}"
+    if named and need.model is not None:
+        holds = f"has no {what} of {need.model}, only of {_some(named)}"
+    complete = _complete(store, found, needs)
+    advice = f"Resume from {_alternatives(store, found, complete)}" if complete else "No other set has everything"
+    if need.part != "model":
+        advice += "; weights alone: kind: previous_run"
+    return IncompleteSetError(
+        f'"{shown}" {holds}. {advice}' + _irregular(store),
+        path=found.folder,
+        asked=tag,
+        missing=missing,
+        candidates=[tag for one in complete for tag in one.tags],
+    )
+
+
+def _complete(store: RunStore, found: CheckpointSet, needs: Sequence[Need]) -> list[CheckpointSet]:
+    """Sets that have everything: those of the same iteration first, then ``latest``, then the newest."""
+    sets = [one for one in store.sets()[::-1] if one != found and all(one.has(need) for need in needs)]
+    same = _iteration(store, found)
+    sets.sort(key=lambda one: "latest" not in one.tags)
+    sets.sort(key=lambda one: same is None or one.iteration != same)
+    return sets
+
+
+def _alternatives(store: RunStore, found: CheckpointSet, complete: Sequence[CheckpointSet]) -> str:
+    same = _iteration(store, found)
+    names = []
+    for one in complete[:3]:
+        name = "latest" if "latest" in one.tags and one.iteration != same else one.name
+        names.append(f"{name} (same iteration)" if same is not None and one.iteration == same else name)
+    return " or ".join(names)
+
+
+def _others_with(store: RunStore, found: CheckpointSet, needs: Sequence[Need], words: str) -> str:
+    others = [one.name for one in _complete(store, found, needs)]
+    return f". {words}: {_some(others)}" if others else ""
+
+
+def _iteration(store: RunStore, checkpoint_set: CheckpointSet) -> object:
+    try:
+        return store.iteration_of(checkpoint_set)
+    except CheckpointError:  # advice only; what is wrong with the file is said when it is read
+        return None
+
+
+def _count(store: RunStore, stage: str | None) -> str:
+    from noether_init_core.checkpoints.store import RunStore
+
+    count = len(RunStore(attrs.evolve(store.paths, stage_name=stage), storage=store.storage).sets())
+    return f"{count or 'no'} set{'' if count == 1 else 's'}"
+
+
+def _where(store: RunStore) -> str:
+    stage = store.paths.stage_name
+    return f'run "{store.paths.run_id}"' + (f', stage "{stage}"' if stage is not None else "")
+
+
+def _unfinished(store: RunStore) -> str:
+    names = store.uncommitted()
+    return f". Uncommitted, never picked: {_some(names)}" if names else ""
+
+
+def _irregular(store: RunStore) -> str:
+    """Names of checkpoints that are no regular files: FIFOs, folders, dangling links."""
+    try:
+        names = store.storage.list_folder(store.folder)
+    except OSError:  # advice only
+        return ""
+    odd = sorted(name for name in names if parse(name) and store.storage.size_of(Path(store.folder, name)) is None)
+    return f". No regular files, ignored: {_some(odd)}" if odd else ""
+
+
+def _sorted_by_nearness(asked: str, names: Sequence[str]) -> tuple[str, ...]:
+    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
+    return (*near, *(name for name in names if name not in near))
+
+
+def _near(asked: str, names: Sequence[str], words: str, nothing: str) -> str:
+    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
+    if not names:
+        return f"{words} {nothing}"
+    return (f"Near: {', '.join(near)}. " if near else "") + f"{words}: {_some(names)}"
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

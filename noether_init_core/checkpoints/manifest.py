@@ -1,0 +1,125 @@
+"""The manifest of a set: what was written, under which digests. Its presence is the commit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import pydantic_core
+
+from noether_init_core.checkpoints.names import Part, check_tag, parse
+from noether_init_core.checkpoints.storage import LOCAL, Storage
+from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, ConfigError
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.paths import check_name
+
+__all__ = ["MANIFEST_NAME", "Manifest", "ManifestFile", "ManifestTensor", "read_manifest"]
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "noether-init-set"
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 256 << 20
+
+Digest = Annotated[str, pydantic.Field(pattern=r"\Axxh3_128:[0-9a-f]{32}\z")]
+_Count = Annotated[int, pydantic.Field(ge=0)]
+
+
+class _Model(pydantic.BaseModel):
+    # Keys that a later release adds without a new format version are no error.
+    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class ManifestTensor(_Model):
+    """One tensor of a file; the digest is that of its contiguous little-endian bytes."""
+
+    dtype: str
+    shape: tuple[_Count, ...]
+    digest: Digest
+
+
+class ManifestFile(_Model):
+    """One file of the set; the digest is that of all its bytes."""
+
+    name: str
+    model: str
+    info: str | None = None
+    part: Part
+    size: _Count
+    digest: Digest
+    tensors: dict[str, ManifestTensor]
+
+    @pydantic.model_validator(mode="after")
+    def _check_name(self) -> ManifestFile:
+        check_name(self.name, "file name")
+        parsed = parse(self.name)
+        if parsed is None or (parsed.model, parsed.info, parsed.part) != (self.model, self.info, self.part):
+            raise ConfigError(f"file name {self.name!r} is not that of {self.model}, {self.info}, {self.part}")
+        return self
+
+
+class Manifest(_Model):
+    """The content of ``manifest.json``."""
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    sequence: _Count
+    iteration: dict[str, int]
+    tags: tuple[str, ...]
+    run_id: str
+    stage_name: str | None = None
+    created: str
+    files: tuple[ManifestFile, ...]
+    lineage: tuple[dict[str, Any], ...] = ()
+    versions: dict[str, str] = {}
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Manifest:
+        if not self.training_iteration.is_fully_specified:
+            raise ConfigError("iteration must say epoch, update and sample")
+        for tag in self.tags:
+            check_tag(tag)
+        if str(self.training_iteration) not in self.tags:
+            raise ConfigError(f"tags must hold {self.training_iteration}")
+        names = [file.name for file in self.files]
+        if len(set(names)) != len(names):
+            raise ConfigError("a file is listed twice")
+        return self
+
+    @property
+    def training_iteration(self) -> TrainingIteration:
+        """The iteration of the set, all three fields said."""
+        return TrainingIteration.from_mapping(self.iteration)
+
+    def to_bytes(self) -> bytes:
+        """The JSON text, readable by people."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
+    """Read and check a manifest.
+
+    Raises ``CheckpointFormatError`` for a newer format, ``CheckpointCorruptError`` for a file that cannot be read as
+    a manifest at all: too large, no regular file, no JSON, a wrong field, or an entry that is not a plain file name.
+    """
+    try:
+        values = pydantic_core.from_json(storage.read_bytes(path, MAX_MANIFEST_BYTES), allow_inf_nan=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error}", path=path) from error
+    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+        raise CheckpointCorruptError(f"{path} is no manifest of a checkpoint set", path=path)
+    version = values.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointFormatError(
+            f"{path} has format version {version}, this release reads up to {FORMAT_VERSION}. "
+            "Next: pip install --upgrade noether-init-core",
+            path=path,
+        )
+    try:
+        return Manifest.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'manifest'}: {problem['msg']}" for problem in error.errors()[:5]
+        )
+        raise CheckpointCorruptError(f"{path} is no valid manifest: {problems}", path=path) from error

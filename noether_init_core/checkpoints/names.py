@@ -1,0 +1,131 @@
+"""The grammar of checkpoint file names and tags: a parser and a printer, pure text.
+
+::
+
+    {model}[_{info}]_cp={tag}_{model|optim|trainer}.th         info: key=value, no '_' in the key
+
+The info starts at the last ``_`` before the first ``=``, so a model name may hold ``_`` but not ``=``. Noether itself
+writes names that this cannot tell apart (an info ``ema``, or ``ema_factor=0.9``); hence the store compares the whole
+``stem``, model and info together, when it is asked for a certain file.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+
+import attrs
+
+from noether_init_core.errors import ConfigError, InvalidNameError
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.paths import check_name
+
+__all__ = ["PARTS", "CheckpointFileName", "Part", "check_tag", "iteration_of_tag", "parse", "stem_of"]
+
+Part = Literal["model", "optim", "trainer"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+MAX_FILE_NAME_BYTES = 255
+_MARK = "_cp="
+_SUFFIX = re.compile(r"_(model|optim|trainer)\.th\Z")
+
+
+@attrs.frozen
+class CheckpointFileName:
+    """The four things that a file name says. ``str()`` prints the name."""
+
+    model: str
+    info: str | None
+    tag: str
+    part: Part
+
+    @property
+    def stem(self) -> str:
+        """Model and info as they stand in the name."""
+        return stem_of(self.model, self.info)
+
+    def checked(self) -> CheckpointFileName:
+        """Itself, if it can be written: every component is a name, and the printed name parses to the same.
+
+        Raises ``InvalidNameError``.
+        """
+        check_name(self.model, "model_name")
+        check_tag(self.tag)
+        if "=" in self.model:
+            raise InvalidNameError(
+                f"model_name {self.model!r} holds '=', which only a model_info may hold: its files could not be told "
+                "from those of another model. Rename the model",
+                what="model_name",
+                value=self.model,
+            )
+        if self.info is not None:
+            check_name(self.info, "model_info")
+            key, equals, _ = self.info.partition("=")
+            if not equals or not key or "_" in key:
+                raise InvalidNameError(
+                    f"model_info {self.info!r} must be written key=value, without '_' in the key; such as ema=0.999",
+                    what="model_info",
+                    value=self.info,
+                )
+        size = len(str(self).encode())
+        if size > MAX_FILE_NAME_BYTES:
+            raise InvalidNameError(
+                f"the file name {str(self)[:60]}... has {size} bytes, more than {MAX_FILE_NAME_BYTES}. "
+                "Shorten the model's name or the tag",
+                what="model_name",
+                value=self.model,
+            )
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.stem}{_MARK}{self.tag}_{self.part}.th"
+
+
+def stem_of(model: str, info: str | None) -> str:
+    """Model and info as they stand in a file name."""
+    return model if info is None else f"{model}_{info}"
+
+
+def parse(name: str) -> CheckpointFileName | None:
+    """What the file name says; None if it is not the name of a checkpoint. ``str(parse(name)) == name``."""
+    suffix = _SUFFIX.search(name)
+    if suffix is None:
+        return None
+    stem, mark, tag = name[: suffix.start()].rpartition(_MARK)
+    if not mark or not _is_name(stem) or not _is_name(tag):
+        return None
+    model, info = stem, None
+    split = stem.rfind("_", 0, stem.index("=")) if "=" in stem else -1
+    if split > 0:
+        model, info = stem[:split], stem[split + 1 :]
+    part = next(part for part in PARTS if part == suffix[1])
+    return CheckpointFileName(model, info, tag, part)
+
+
+def check_tag(tag: str) -> str:
+    """Return ``tag`` if it can be written; raises ``InvalidNameError``."""
+    check_name(tag, "checkpoint_tag")
+    if _MARK in tag:
+        raise InvalidNameError(
+            f"checkpoint_tag {tag!r} holds {_MARK!r}, which separates the tag in file names. Choose another tag",
+            what="checkpoint_tag",
+            value=tag,
+        )
+    return tag
+
+
+def iteration_of_tag(tag: str) -> TrainingIteration | None:
+    """The iteration that a tag says: of ``E1_U7_S28`` and of ``E1_U7_S28.early_exit``; None for any other tag."""
+    try:
+        iteration = TrainingIteration.from_string(tag.partition(".")[0])
+    except ConfigError:
+        return None
+    return iteration if iteration.is_fully_specified else None
+
+
+def _is_name(text: str) -> bool:
+    try:
+        check_name(text, "name")
+    except InvalidNameError:
+        return False
+    return True

@@ -1,0 +1,172 @@
+"""The one seam for file operations: every look at the disk and every change to it, in single steps.
+
+The store and the writer do nothing on disk but through a ``Storage``, so that a test can let any single step fail or
+list a folder in another order. The methods raise ``OSError`` as the system does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["LOCAL", "Storage"]
+
+_FICLONE = 0x40049409
+_NO_HARDLINK = frozenset({errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS})
+
+
+class Storage:
+    """Files on a local or mounted file system."""
+
+    # Looking: nothing here creates or changes anything, or blocks on a FIFO.
+
+    def list_folder(self, folder: Path) -> list[str]:
+        """Names in the folder, in no order."""
+        return os.listdir(folder)
+
+    def is_folder(self, path: Path) -> bool:
+        """Whether the path leads to a folder, symbolic links followed."""
+        return os.path.isdir(path)
+
+    def size_of(self, path: Path) -> int | None:
+        """Bytes of a regular file, symbolic links followed; None for anything else, or nothing."""
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None
+            raise
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def exists(self, path: Path) -> bool:
+        """Whether there is anything under this name, a dangling link included."""
+        return os.path.lexists(path)
+
+    def resolve(self, path: Path) -> Path:
+        """The path without symbolic links; it need not exist."""
+        return Path(os.path.realpath(path))
+
+    def is_same_file(self, first: Path, second: Path) -> bool:
+        """Whether both names lead to one file on disk."""
+        try:
+            return os.path.samefile(first, second)
+        except FileNotFoundError:
+            return False
+
+    def read_bytes(self, path: Path, limit: int) -> bytes:
+        """The content of a regular file. Raises ``OSError`` (EFBIG) if it has more than ``limit`` bytes."""
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            if found.st_size > limit:
+                raise OSError(errno.EFBIG, f"{found.st_size} bytes, more than {limit}", str(path))
+            return file.read(limit)
+
+    # Changing: one step each.
+
+    def make_folder(self, folder: Path) -> None:
+        """Create one folder; its parent exists, it does not."""
+        folder.mkdir()
+
+    def open_write(self, path: Path) -> BinaryIO:
+        """Create a file that does not exist yet and open it for writing."""
+        return open(path, "xb")
+
+    def fsync(self, file: BinaryIO) -> None:
+        """Bring the written bytes onto the disk."""
+        file.flush()
+        if sys.platform == "darwin":  # fsync alone leaves them in the drive's cache there
+            import fcntl
+
+            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+            return
+        os.fsync(file.fileno())
+
+    def fsync_folder(self, folder: Path) -> None:
+        """Bring the names in the folder onto the disk."""
+        if sys.platform == "win32":  # folders cannot be opened there
+            return
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def make_read_only(self, path: Path) -> None:
+        """Take away the permission to write, from everybody."""
+        os.chmod(path, 0o444)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file another name, atomically; what had that name is replaced."""
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name; nothing happens where there is none."""
+        path.unlink(missing_ok=True)
+
+    def remove_folder(self, folder: Path) -> None:
+        """Remove an empty folder."""
+        folder.rmdir()
+
+    def reflink(self, source: Path, target: Path) -> bool:
+        """Create ``target`` as a copy that shares blocks until one side is written; False where that cannot be."""
+        if sys.platform != "linux":
+            return False
+        import fcntl
+
+        with open(source, "rb") as reading, open(target, "xb") as writing:
+            try:
+                fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
+            except OSError:  # another file system answers in its own way; a real failure returns at the next step
+                pass
+            else:
+                return True
+        os.unlink(target)
+        return False
+
+    def hardlink(self, source: Path, target: Path) -> bool:
+        """Create ``target`` as another name of the file; False where the file system has no such thing."""
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno in _NO_HARDLINK:
+                return False
+            raise
+        return True
+
+    def copy(self, source: Path, target: Path) -> None:
+        """Create ``target`` as a copy of its own, writable by its owner."""
+        import shutil
+
+        with open(source, "rb") as reading, open(target, "xb") as writing:
+            shutil.copyfileobj(reading, writing, 4 << 20)
+
+    @contextlib.contextmanager
+    def lock(self, path: Path, timeout: float) -> Iterator[None]:
+        """Hold the lock of this name; it ends with the process. Raises ``TimeoutError`` after ``timeout`` seconds."""
+        import filelock
+
+        guard = filelock.FileLock(path, timeout=timeout)
+        try:
+            guard.acquire()
+        except filelock.Timeout as error:
+            held = f"another process has held the lock for {timeout:g} s"
+            raise TimeoutError(errno.ETIMEDOUT, held, str(path)) from error
+        try:
+            yield
+        finally:
+            guard.release()
+
+
+#: The disk.
+LOCAL = Storage()

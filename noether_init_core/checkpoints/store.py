@@ -1,0 +1,363 @@
+"""RunStore: which runs, stages, sets and tags exist on disk, and which set a tag means. Never creates anything."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from noether_init_core.checkpoints import explain
+from noether_init_core.checkpoints.names import CheckpointFileName, iteration_of_tag, parse
+from noether_init_core.checkpoints.sets import (
+    CheckpointFile,
+    CheckpointSet,
+    Need,
+    SetFolder,
+    check_consistency,
+    check_files,
+    list_names,
+    load_set,
+    set_folders,
+    sorted_files,
+)
+from noether_init_core.checkpoints.storage import LOCAL, Storage
+from noether_init_core.errors import (
+    AmbiguousCheckpointError,
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointFormatError,
+    ConfigError,
+)
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.paths import PathProvider, check_name
+
+__all__ = ["CheckpointFile", "CheckpointSet", "Need", "RunStore", "check_consistency"]
+
+logger = logging.getLogger(__name__)
+
+#: Tags that follow the run by themselves; Noether rewrites their files in place.
+_FOLLOWING = ("latest", "last")
+_BEST = ("best_model.", "best.")
+
+
+@attrs.frozen
+class _Query:
+    """What a tag asks for: a tag as it is written, an iteration, or any iteration that has some of its fields."""
+
+    text: str
+    iteration: TrainingIteration | None
+    automatic: bool
+
+    @classmethod
+    def of(cls, tag: str | Mapping[str, Any] | TrainingIteration | None) -> _Query:
+        if tag is None:
+            return cls("latest", None, automatic=True)
+        if isinstance(tag, Mapping):
+            tag = TrainingIteration.from_mapping(tag)
+        if isinstance(tag, TrainingIteration):
+            if not (tag.is_minimally_specified or tag.is_fully_specified):
+                raise ConfigError(
+                    f"checkpoint_tag {tag.to_mapping()} must say one of epoch, update, sample, or all three"
+                )
+            return cls(str(tag), tag, automatic=not tag.is_fully_specified)
+        check_name(tag, "checkpoint_tag")
+        try:
+            iteration = TrainingIteration.from_string(tag)
+        except ConfigError:
+            return cls(tag, None, automatic=tag in _FOLLOWING)
+        return cls(tag, iteration, automatic=not iteration.is_fully_specified)
+
+
+class RunStore:
+    """The checkpoints of one run and stage.
+
+    Everything is looked up anew at each call. Answers depend on names and contents only, never on the order in which
+    a folder lists its entries. In a folder with a committed set, the flat files beside it are not read.
+    """
+
+    def __init__(self, paths: PathProvider, *, storage: Storage = LOCAL) -> None:
+        self.paths = PathProvider.of(paths)
+        self.storage = storage
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoints, symbolic links resolved. It may not exist."""
+        return self.storage.resolve(self.paths.checkpoint_path)
+
+    # What exists.
+
+    def runs(self) -> tuple[str, ...]:
+        """Runs below the output root that have a checkpoint folder, themselves or in a stage; sorted."""
+        root = self._root
+        return tuple(
+            name
+            for name in list_names(root, self.storage)
+            if self.storage.is_folder(root / name / "checkpoints")
+            # below the root, the folder "debug" holds runs of its own
+            or ((self.paths.debug or name != "debug") and self.stages(name))
+        )
+
+    def stages(self, run_id: str | None = None) -> tuple[str, ...]:
+        """Stages of the run that have a checkpoint folder, sorted."""
+        run = self._root / (self.paths.run_id if run_id is None else check_name(run_id, "run_id"))
+        return tuple(
+            name for name in list_names(run, self.storage) if self.storage.is_folder(run / name / "checkpoints")
+        )
+
+    def sets(self) -> tuple[CheckpointSet, ...]:
+        """Every set, oldest first.
+
+        Committed sets, in the order of their commits, if there are any; sets whose manifest cannot be read are in
+        ``broken()``. Otherwise the sets of a legacy folder: those whose tag says the iteration in its order, then the
+        others by tag.
+        """
+        folders = self._committed()
+        if folders:
+            broken: list[tuple[SetFolder, CheckpointError]] = []
+            return tuple(self._newest_first(folders, broken))[::-1]
+        legacy = self._legacy()
+        known = [one for one in legacy if one.iteration is not None]
+        return (*reversed(known), *(one for one in legacy if one.iteration is None))
+
+    def broken(self) -> tuple[CheckpointError, ...]:
+        """For each committed set that cannot be used, newest first, what is wrong with its manifest or files."""
+        errors: list[tuple[SetFolder, CheckpointError]] = []
+        folders = self._committed()
+        by_path = {folder.path: folder for folder in folders}
+        for checkpoint_set in self._newest_first(folders, errors):
+            try:
+                check_files(checkpoint_set, self.storage)
+            except CheckpointError as error:
+                errors.append((by_path[checkpoint_set.folder], error))
+        return tuple(error for _, error in sorted(errors, key=lambda item: -item[0].sequence))
+
+    def uncommitted(self) -> tuple[str, ...]:
+        """Folders of sets that were never finished: no manifest. They are never picked."""
+        return tuple(folder.path.name for folder in set_folders(self.folder, self.storage) if not folder.committed)
+
+    def tags(self) -> tuple[str, ...]:
+        """Every tag, sorted."""
+        return tuple(sorted({tag for checkpoint_set in self.sets() for tag in checkpoint_set.tags}))
+
+    def trainerlist_names(self) -> tuple[str, ...]:
+        """Models that have trainer files, sorted."""
+        return tuple(sorted({name for checkpoint_set in self.sets() for name in checkpoint_set.models("trainer")}))
+
+    # What is meant.
+
+    def newest(self) -> CheckpointSet | None:
+        """The set to resume this run from: the newest that has a trainer file; None where there is none.
+
+        Newest is the highest sequence of the committed sets; in a legacy folder the latest iteration, the plain
+        ``E.._U.._S..`` before other tags of it. Raises ``CheckpointCorruptError`` if a newer committed set is broken,
+        ``AmbiguousCheckpointError`` if flat files beside the committed sets are of a later iteration.
+        """
+        folders = self._committed()
+        if not folders:
+            return self._newest_legacy()
+        self._refuse_later_flat_files(folders)
+        broken: list[tuple[SetFolder, CheckpointError]] = []
+        found = next((one for one in self._newest_first(folders, broken) if one.models("trainer")), None)
+        self._refuse_broken(found, folders, broken, TrainingIteration())
+        return found
+
+    def find(
+        self, tag: str | Mapping[str, Any] | TrainingIteration | None, needs: Sequence[Need] = ()
+    ) -> CheckpointSet:
+        """The set that ``tag`` means, with every file that is needed.
+
+        ``tag`` is None (``latest``), a tag as it was saved, ``best`` or ``best.<metric>``, an iteration as text or
+        mapping (``E10_U100_S200``), or one field of it (``E10``, ``{"epoch": 10}``): then the newest match that has
+        everything needed.
+
+        Raises:
+            CheckpointNotFoundError: The run, stage, tag, model or info does not exist; what exists is listed.
+            IncompleteSetError: The set lacks a part; sets that have everything are listed.
+            AmbiguousCheckpointError: ``best`` with several metrics; several models for a need without a name; flat
+                files of a later iteration than the newest committed set, unless one set is asked for by name.
+            CheckpointCorruptError: The manifest is broken, or files are missing or cut short.
+        """
+        query = _Query.of(tag)
+        folders = self._committed()
+        broken: list[tuple[SetFolder, CheckpointError]] = []
+        if folders:
+            if query.automatic:
+                self._refuse_later_flat_files(folders)
+            candidates = self._matches(query, lambda: self._newest_first(folders, broken))
+        else:
+            legacy = self._legacy()
+            if not legacy:
+                raise explain.nothing_here(self)
+            candidates = self._matches(query, lambda: iter(legacy))
+        scope = query.iteration if query.iteration is not None else TrainingIteration()
+        first = next(candidates, None)
+        if first is None:
+            self._refuse_broken(None, folders, broken, scope)
+            raise explain.no_such_tag(self, query.text)
+        chosen = first
+        while not all(chosen.has(need) for need in needs):
+            following = next(candidates, None)
+            if following is None:
+                raise explain.missing_files(self, first, query.text, needs)
+            chosen = following
+        self._refuse_broken(chosen, folders, broken, scope)
+        return chosen
+
+    def iteration_of(self, checkpoint_set: CheckpointSet) -> TrainingIteration | None:
+        """The iteration of the set; where its name does not say, the header of its trainer file, else of weights.
+
+        None where no file says. Raises errors of the reader, ``CheckpointFormatError`` for a malformed iteration.
+        """
+        if checkpoint_set.iteration is not None:
+            return checkpoint_set.iteration
+        from noether_init_core.checkpoints.reader import open_checkpoint
+
+        order = {"trainer": 0, "model": 1, "optim": 2}
+        for file in sorted(checkpoint_set.files, key=lambda file: (order[file.part], file.stem)):
+            if file.part == "optim":
+                continue
+            with open_checkpoint(file.path) as reader:
+                said = reader.metadata.get("training_iteration")
+            if isinstance(said, Mapping):
+                try:
+                    return TrainingIteration.from_mapping(said)
+                except ConfigError as error:
+                    raise CheckpointFormatError(f"{file.path}: training_iteration: {error}", path=file.path) from error
+        return None
+
+    # The rest is behind the scenes.
+
+    @property
+    def _root(self) -> Path:
+        return self.paths.output_root / "debug" if self.paths.debug else self.paths.output_root
+
+    def _committed(self) -> list[SetFolder]:
+        return [folder for folder in set_folders(self.folder, self.storage) if folder.committed]
+
+    def _newest_first(
+        self, folders: Sequence[SetFolder], broken: list[tuple[SetFolder, CheckpointError]]
+    ) -> Iterator[CheckpointSet]:
+        """Read manifests as they are asked for; those that cannot be read are collected in ``broken``."""
+        for folder in reversed(folders):
+            try:
+                yield load_set(folder, self.storage)
+            except CheckpointError as error:
+                broken.append((folder, error))
+
+    def _refuse_broken(
+        self,
+        chosen: CheckpointSet | None,
+        folders: Sequence[SetFolder],
+        broken: Sequence[tuple[SetFolder, CheckpointError]],
+        asked: TrainingIteration,
+    ) -> None:
+        """Raise if ``chosen`` is damaged, or an unreadable newer set could have been the one that was asked for."""
+        sequence = -1 if chosen is None or chosen.sequence is None else chosen.sequence
+        problem: tuple[int, CheckpointError] | None = next(
+            (
+                (folder.sequence, error)
+                for folder, error in broken
+                if folder.sequence > sequence and asked.matches(folder.iteration)
+            ),
+            None,
+        )
+        if problem is None and chosen is not None:
+            try:
+                check_files(chosen, self.storage)
+            except CheckpointCorruptError as error:
+                problem = sequence, error
+        if problem is None:
+            return
+        older = [folder for folder in folders if folder.sequence < problem[0]]
+        raise explain.broken_set(self, problem[1], self._newest_good(older)) from problem[1]
+
+    def _newest_good(self, folders: Sequence[SetFolder]) -> CheckpointSet | None:
+        for checkpoint_set in self._newest_first(folders, []):
+            try:
+                check_files(checkpoint_set, self.storage)
+            except CheckpointError:
+                continue
+            return checkpoint_set
+        return None
+
+    def _matches(self, query: _Query, newest_first: Callable[[], Iterator[CheckpointSet]]) -> Iterator[CheckpointSet]:
+        """Sets that the query can mean, best first. Tags that mean one set yield at most that one."""
+        iteration = query.iteration
+        if iteration is not None and not iteration.is_fully_specified:
+            return (one for one in newest_first() if one.iteration is not None and iteration.matches(one.iteration))
+        if iteration is not None:
+            return itertools.islice((one for one in newest_first() if one.iteration == iteration), 1)
+        text = query.text
+        if text == "best" or text.startswith(_BEST[1]):
+            text = self._best(text, {tag for one in newest_first() for tag in one.tags})
+        return itertools.islice((one for one in newest_first() if text in one.tags), 1)
+
+    def _best(self, text: str, tags: set[str]) -> str:
+        if text in tags:
+            return text
+        if text != "best":
+            return _BEST[0] + text.removeprefix("best.")
+        found = sorted(tag for tag in tags if tag.startswith(_BEST))
+        if len(found) > 1:
+            raise AmbiguousCheckpointError(
+                f'"best" could be any of {", ".join(found)}. Say which: checkpoint_tag: {found[0]}',
+                path=self.folder,
+                candidates=found,
+            )
+        return found[0] if found else text
+
+    def _legacy(self) -> list[CheckpointSet]:
+        """Sets by the tag of flat files: latest iteration first, the plain tag before suffixed ones; then the named."""
+        folder = self.folder
+        by_tag: dict[str, list[CheckpointFile]] = {}
+        for name in list_names(folder, self.storage):
+            parsed = parse(name)
+            if parsed is not None and self.storage.size_of(folder / name) is not None:
+                by_tag.setdefault(parsed.tag, []).append(_file(folder, name, parsed))
+        found = [
+            CheckpointSet(folder, tag, (tag,), iteration_of_tag(tag), None, False, sorted_files(files))
+            for tag, files in sorted(by_tag.items())
+        ]
+        known = [one for one in found if one.iteration is not None]
+        known.sort(key=lambda one: one.name != str(one.iteration))
+        known.sort(key=lambda one: one.iteration or TrainingIteration.zero(), reverse=True)
+        return [*known, *(one for one in found if one.iteration is None)]
+
+    def _newest_legacy(self) -> CheckpointSet | None:
+        preferred = [one for one in self._legacy() if one.models("trainer")]
+        preferred.sort(key=lambda one: _FOLLOWING.index(one.name) if one.name in _FOLLOWING else 2)
+        preferred.sort(key=lambda one: one.iteration is None)
+        found = [(one, self.iteration_of(one)) for one in preferred]
+        said = [(one, iteration) for one, iteration in found if iteration is not None and iteration.is_fully_specified]
+        newest = max((iteration for _, iteration in said), default=None)
+        return next((one for one, iteration in said if iteration == newest), None)
+
+    def _refuse_later_flat_files(self, folders: Sequence[SetFolder]) -> None:
+        """Somebody else (Noether itself) went on from our sets: which of both is meant is not ours to guess."""
+        newest = folders[-1].iteration
+        committed = {folder.iteration for folder in folders}
+        for flat in self._legacy():
+            iteration = flat.iteration
+            if iteration is None and flat.name in _FOLLOWING:
+                try:
+                    iteration = self.iteration_of(flat)
+                except CheckpointError as error:
+                    # A copy for Noether that a crash left unfinished says nothing about our sets.
+                    logger.warning("%s beside committed sets cannot be read: %s", flat.name, error)
+            if iteration is None or not iteration.is_fully_specified or iteration in committed or iteration <= newest:
+                continue
+            raise AmbiguousCheckpointError(
+                f"{self.folder} holds flat files {flat.files[0].path.name} of {iteration}, later than the newest "
+                f"committed set {folders[-1].path.name}: another program has gone on from here. "
+                f"Say which: checkpoint_tag: {newest} for the committed set; or read the flat files with kind: file",
+                path=self.folder,
+                candidates=(str(newest), flat.name),
+            )
+
+
+def _file(folder: Path, name: str, parsed: CheckpointFileName) -> CheckpointFile:
+    return CheckpointFile(folder / name, parsed.model, parsed.info, parsed.part)
