@@ -1,0 +1,220 @@
+"""TrainingLoader: batches in an order that a seed and an epoch determine, from the position that was consumed.
+
+The order of epoch ``n`` is a pure function of ``(seed, n)``, and the randomness of a batch's samples one of
+``(seed, n, number of the batch)``. So the position of a run in its data is two numbers, epoch and consumed batches;
+neither prefetching nor the number of worker processes has a part in it, and nothing is read to be skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import Any, cast
+
+import attrs
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data.dataloader import default_collate
+
+from noether_init_core.errors import ConfigError, StateMismatchError
+from noether_init_core.training.randomness import derive_seed, seeded
+
+__all__ = ["Layout", "Position", "TrainingLoader"]
+
+
+@attrs.frozen
+class Layout:
+    """How an epoch is cut into batches; part of every checkpoint, since a position means nothing without it."""
+
+    length: int
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+
+    @property
+    def batches(self) -> int:
+        """Batches of a full epoch."""
+        full, rest = divmod(self.length, self.batch_size)
+        return full if self.drop_last or not rest else full + 1
+
+    def size_of(self, batch: int) -> int:
+        """Samples in the batch with this number."""
+        return min(self.batch_size, self.length - batch * self.batch_size)
+
+    def indices(self, seed: int, epoch: int) -> torch.Tensor:
+        """The order of an epoch: int64 ``[length]``."""
+        if not self.shuffle:
+            return torch.arange(self.length)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+        return torch.randperm(self.length, generator=generator)
+
+    def differences(self, stored: Mapping[str, Any], batch: int) -> list[str]:
+        """Why a run with this layout cannot continue after ``batch`` batches of an epoch of a ``stored`` one."""
+        fields = ["length"] if batch == 0 else ["length", "batch_size", "shuffle", "drop_last"]
+        shown = {"length": "samples in the dataset"}
+        return [
+            f"{shown.get(name, name)}: {stored.get(name)!r} when saved, {getattr(self, name)!r} now"
+            for name in fields
+            if stored.get(name) != getattr(self, name)
+        ]
+
+
+@attrs.define
+class Position:
+    """Where a run is in its data. ``batch`` counts consumed batches; handed out ones are consumed by ``advance``."""
+
+    seed: int
+    epoch: int = 0
+    batch: int = 0
+    handed: int = 0
+    samples: int = 0
+    current_pass: object | None = None
+
+    def begin_pass(self) -> object:
+        """A new ``for`` over the loader; what an earlier one handed out and nobody consumed is handed out again."""
+        self.handed = self.samples = 0
+        self.current_pass = object()
+        return self.current_pass
+
+    def hand_out(self, samples: int) -> None:
+        """One batch goes to the loop."""
+        self.handed += 1
+        self.samples += samples
+
+    def consume(self, batches: int | None) -> int:
+        """An optimizer step was made with what was handed out; returns its samples. ``batches``: those of an epoch."""
+        self.batch += self.handed
+        samples, self.handed, self.samples = self.samples, 0, 0
+        if batches is not None and self.batch >= batches > 0:
+            self.epoch, self.batch = self.epoch + 1, 0
+        return samples
+
+    def end_pass(self) -> None:
+        """The data of the epoch came to an end. Batches too few for another step end with their epoch.
+
+        Their samples still count, should the loop make a step with them after its ``for``.
+        """
+        if not self.handed:
+            return
+        if self.batch == 0:
+            raise StateMismatchError(
+                f"epoch {self.epoch} ended without advance() after {self.handed} batches. "
+                "Next: call state.advance() after each optimizer step"
+            )
+        self.epoch, self.batch, self.handed = self.epoch + 1, 0, 0
+
+
+@attrs.frozen
+class _Batch:
+    """What a worker process is told: which samples, and the seed of everything that is random about them."""
+
+    indices: list[int]
+    seed: int
+
+
+class _Batches(Sampler[_Batch]):
+    """The batches from the current position to the end of its epoch."""
+
+    def __init__(self, layout: Layout, position: Position) -> None:
+        self.layout = layout
+        self.position = position
+
+    def __iter__(self) -> Iterator[_Batch]:
+        seed, epoch, size = self.position.seed, self.position.epoch, self.layout.batch_size
+        order = self.layout.indices(seed, epoch)
+        for number in range(self.position.batch, self.layout.batches):
+            chosen: list[int] = order[number * size : (number + 1) * size].tolist()
+            yield _Batch(chosen, derive_seed(seed, "batch", epoch, number))
+
+    def __len__(self) -> int:
+        return self.layout.batches
+
+
+class _Fetcher(Dataset[Any]):
+    """Reads and collates one whole batch with that batch's own seed; what runs in a worker process."""
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+
+    def __getitem__(self, batch: _Batch) -> Any:
+        with seeded(batch.seed):
+            if getattr(self.dataset, "__getitems__", None):
+                samples = self.dataset.__getitems__(batch.indices)
+            else:
+                samples = [self.dataset[index] for index in batch.indices]
+            return self.collate_fn(samples)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class TrainingLoader:
+    """Batches of the training data; each ``for`` runs from the consumed position to the end of that epoch.
+
+    Made by ``TrainerState.loader``. ``len()`` is the number of batches of a full epoch. A ``for`` that is left early
+    is continued by the next one after the last batch that ``advance()`` marked as consumed.
+    """
+
+    def __init__(
+        self,
+        position: Position,
+        dataset: Any,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        drop_last: bool,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        **options: Any,
+    ) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise ConfigError(
+                f"a {type(dataset).__name__} has no samples by number, so that its order cannot be resumed. "
+                "Next: a dataset with __len__ and __getitem__"
+            )
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise ConfigError("loader() serves a single process; several ranks would all read the same samples")
+        self.dataset = dataset
+        self.layout = Layout(len(cast(Sized, dataset)), batch_size, bool(shuffle), bool(drop_last))
+        if self.layout.batches == 0:
+            raise ConfigError(
+                f"{self.layout.length} samples in batches of {batch_size} with drop_last={drop_last} are no batch"
+            )
+        self._position = position
+        self._generator = torch.Generator()
+        self._batches: DataLoader[Any] = DataLoader(
+            _Fetcher(dataset, default_collate if collate_fn is None else collate_fn),
+            batch_size=None,
+            sampler=_Batches(self.layout, position),
+            collate_fn=_as_it_is,
+            generator=self._generator,
+            **options,
+        )
+
+    def __len__(self) -> int:
+        return self.layout.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        position = self._position
+        mine = position.begin_pass()
+        # The seed that DataLoader draws for its workers, which worker_init_fn may use, is part of the run, too.
+        self._generator.manual_seed(derive_seed(position.seed, "workers", position.epoch))
+        number = position.batch
+        try:
+            for batch in self._batches:
+                if position.current_pass is not mine:
+                    raise StateMismatchError(
+                        "this for over the loader is outdated: the state was loaded, or another for was begun, since. "
+                        "Next: begin a new for"
+                    )
+                position.hand_out(self.layout.size_of(number))
+                number += 1
+                yield batch
+            if position.current_pass is mine:
+                position.end_pass()
+        finally:
+            if position.current_pass is mine:
+                position.current_pass = None

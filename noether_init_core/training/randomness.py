@@ -1,0 +1,134 @@
+"""States of random number generators: taken and put back as plain tensors and lists, and seeds that are derived."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+import torch
+
+from noether_init_core.errors import StateMismatchError
+
+__all__ = ["check_rng", "derive_seed", "put_rng", "seed_everything", "seeded", "take_rng"]
+
+_logger = logging.getLogger(__name__)
+
+
+def derive_seed(seed: int, *path: str | int) -> int:
+    """A seed of 63 bits that is a pure function of ``seed`` and ``path``, the same on every machine."""
+    text = ":".join(str(part) for part in (seed, *path))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (all devices), Python's ``random`` and NumPy's global generator."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the generators of the CPU inside the block; afterwards they are as they were before."""
+    kept = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    # torch.manual_seed would also seed the accelerators, whose state would then have to be kept as well.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(kept[0])
+        random.setstate(kept[1])
+        numpy.random.set_state(kept[2])
+
+
+def take_rng() -> dict[str, Any]:
+    """The state of every generator: torch on the CPU and on each CUDA device in use, Python's ``random``, NumPy.
+
+    Tensors, numbers, lists and None only, so that a safe loader can read them.
+    """
+    version, numbers, gauss = random.getstate()
+    legacy = numpy.random.get_state(legacy=False)
+    if not isinstance(legacy, dict) or legacy.get("bit_generator") != "MT19937":
+        raise StateMismatchError(
+            "NumPy's global generator was replaced by one other than MT19937, which cannot be stored. Next: keep "
+            "numpy.random as it is, and give a generator of your own to TrainerState as a stateful object"
+        )
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": {"version": version, "state": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
+        "numpy": {
+            "state": torch.from_numpy(legacy["state"]["key"].astype(numpy.int64)),
+            "position": int(legacy["state"]["pos"]),
+            "has_gauss": int(legacy["has_gauss"]),
+            "gauss": float(legacy["gauss"]),
+        },
+    }
+    # A device that was not initialized has drawn nothing, and asking for its state would initialize it.
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch lacks it
+        state["cuda"] = [device_state.cpu() for device_state in torch.cuda.get_rng_state_all()]
+    return state
+
+
+def check_rng(state: Mapping[str, Any]) -> None:
+    """Raise ``StateMismatchError`` unless ``put_rng(state)`` will succeed. Changes nothing."""
+    try:
+        torch.Generator().set_state(_torch_state(state))
+        random.Random().setstate(_python_state(state))
+        numpy.random.RandomState().set_state(_numpy_state(state))
+        for device_state in state.get("cuda", ()):
+            if device_state.dtype != torch.uint8:
+                raise TypeError(f"the state of a CUDA device is {device_state.dtype}, not uint8")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise StateMismatchError(
+            f"the stored states of random number generators cannot be used: {type(error).__name__}: {error}. "
+            "Next: resume from another tag, or start anew with kind previous_run"
+        ) from error
+
+
+def put_rng(state: Mapping[str, Any]) -> None:
+    """Put every generator into the state that ``take_rng`` found."""
+    torch.set_rng_state(_torch_state(state))
+    random.setstate(_python_state(state))
+    numpy.random.set_state(_numpy_state(state))
+    stored = state.get("cuda", ())
+    available = torch.cuda.device_count() if stored and torch.cuda.is_available() else 0
+    for device in range(min(len(stored), available)):
+        torch.cuda.set_rng_state(stored[device].cpu(), device)
+    if len(stored) > available:
+        _logger.warning(
+            "the checkpoint holds the generators of %d CUDA devices, %d are here; the rest is not restored",
+            len(stored),
+            available,
+        )
+
+
+def _torch_state(state: Mapping[str, Any]) -> torch.Tensor:
+    found = state["torch"]
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(f"torch: a {type(found).__name__}, not a tensor")
+    return found.cpu().clone()
+
+
+def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    found = state["python"]
+    return (found["version"], tuple(found["state"].tolist()), found["gauss"])
+
+
+def _numpy_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    found = state["numpy"]
+    key = found["state"].cpu().numpy().astype(numpy.uint32)
+    if key.shape != (624,):
+        raise ValueError(f"numpy: {key.size} words, not 624")
+    return {
+        "bit_generator": "MT19937",
+        "state": {"key": key, "pos": found["position"]},
+        "has_gauss": found["has_gauss"],
+        "gauss": found["gauss"],
+    }
