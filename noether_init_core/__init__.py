@@ -1,1 +1,175 @@
-"""noether-init."""
+"""noether-init: start any PyTorch training run from any checkpoint, declared in the config.
+
+This is the public front. Every name is imported from its module on first use, so that importing the package imports
+neither torch nor pydantic nor a plugin.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from noether_init_core import kinds
+    from noether_init_core.binding import bind, compose
+    from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
+    from noether_init_core.checkpoints.store import RunStore
+    from noether_init_core.checkpoints.writer import CheckpointWriter
+    from noether_init_core.config.any_initializer import AnyInitializer
+    from noether_init_core.config.base import InitializerConfig, KindConfig
+    from noether_init_core.errors import (
+        AmbiguousCheckpointError,
+        CheckpointCorruptError,
+        CheckpointError,
+        CheckpointFormatError,
+        CheckpointNotFoundError,
+        CheckpointWriteError,
+        ConfigError,
+        ConfigFileError,
+        IncompleteSetError,
+        InitError,
+        InvalidNameError,
+        KindBlockedError,
+        KindConflictError,
+        KindContractError,
+        KindError,
+        KindImportError,
+        PartlyInitializedError,
+        PlanError,
+        StartConflictError,
+        StateMismatchError,
+        TornSetError,
+        UnknownKindError,
+        UnsafeGlobalError,
+    )
+    from noether_init_core.hooks import CONTRACT_VERSION, hookimpl, hookspec
+    from noether_init_core.initializers.base import InitializerBase
+    from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
+    from noether_init_core.initializers.source import SourceInitializer, SourceInitializerConfig
+    from noether_init_core.iteration import TrainingIteration
+    from noether_init_core.paths import PathProvider
+    from noether_init_core.provenance import InitReport
+    from noether_init_core.stack import InitializerStack
+    from noether_init_core.surgery.plan import LoadPlan
+    from noether_init_core.training import TrainerState
+
+    __version__: str
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "AmbiguousCheckpointError",
+    "AnyInitializer",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointFormatError",
+    "CheckpointInitializer",
+    "CheckpointInitializerConfig",
+    "CheckpointNotFoundError",
+    "CheckpointReader",
+    "CheckpointWriteError",
+    "CheckpointWriter",
+    "ConfigError",
+    "ConfigFileError",
+    "IncompleteSetError",
+    "InitError",
+    "InitReport",
+    "InitializerBase",
+    "InitializerConfig",
+    "InitializerStack",
+    "InvalidNameError",
+    "KindBlockedError",
+    "KindConfig",
+    "KindConflictError",
+    "KindContractError",
+    "KindError",
+    "KindImportError",
+    "LoadPlan",
+    "PartlyInitializedError",
+    "PathProvider",
+    "PlanError",
+    "RunStore",
+    "SourceInitializer",
+    "SourceInitializerConfig",
+    "StartConflictError",
+    "StateMismatchError",
+    "TornSetError",
+    "TrainerState",
+    "TrainingIteration",
+    "UnknownKindError",
+    "UnsafeGlobalError",
+    "__version__",
+    "bind",
+    "compose",
+    "hookimpl",
+    "hookspec",
+    "kinds",
+    "open_checkpoint",
+]
+
+# Module -> the public names that it defines.
+_HOMES = {
+    "binding": ("bind", "compose"),
+    "checkpoints.reader": ("CheckpointReader", "open_checkpoint"),
+    "checkpoints.store": ("RunStore",),
+    "checkpoints.writer": ("CheckpointWriter",),
+    "config.any_initializer": ("AnyInitializer",),
+    "config.base": ("InitializerConfig", "KindConfig"),
+    "errors": (
+        "AmbiguousCheckpointError",
+        "CheckpointCorruptError",
+        "CheckpointError",
+        "CheckpointFormatError",
+        "CheckpointNotFoundError",
+        "CheckpointWriteError",
+        "ConfigError",
+        "ConfigFileError",
+        "IncompleteSetError",
+        "InitError",
+        "InvalidNameError",
+        "KindBlockedError",
+        "KindConflictError",
+        "KindContractError",
+        "KindError",
+        "KindImportError",
+        "PartlyInitializedError",
+        "PlanError",
+        "StartConflictError",
+        "StateMismatchError",
+        "TornSetError",
+        "UnknownKindError",
+        "UnsafeGlobalError",
+    ),
+    "hooks": ("CONTRACT_VERSION", "hookimpl", "hookspec"),
+    "initializers.base": ("InitializerBase",),
+    "initializers.checkpoint": ("CheckpointInitializer", "CheckpointInitializerConfig"),
+    "initializers.source": ("SourceInitializer", "SourceInitializerConfig"),
+    "iteration": ("TrainingIteration",),
+    "paths": ("PathProvider",),
+    "provenance": ("InitReport",),
+    "stack": ("InitializerStack",),
+    "surgery.plan": ("LoadPlan",),
+    "training": ("TrainerState",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+# Hidden from type checkers, which would take it to mean that any name exists.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        import importlib
+
+        if name == "__version__":
+            import importlib.metadata
+
+            value = importlib.metadata.version("noether-init-core")
+        elif name == "kinds":
+            value = importlib.import_module("noether_init_core.kinds")
+        elif name in _HOME_OF:
+            value = getattr(importlib.import_module(f"noether_init_core.{_HOME_OF[name]}"), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
