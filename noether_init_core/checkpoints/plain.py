@@ -1,0 +1,155 @@
+"""Values made safe before they are written: plain data and CPU tensors, or an error that names the place."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from noether_init_core.errors import CheckpointFormatError
+
+__all__ = ["digest_of_tensor", "plain", "tensors_in"]
+
+MAX_DEPTH = 60
+_METADATA = "_metadata"
+
+
+def plain(value: Any, place: str) -> Any:
+    """A copy of ``value`` that the reader can read again.
+
+    Dicts (order kept), lists, tuples, numbers, texts, None and dense tensors stay what they are; tensors are detached
+    and on the CPU, sharing their memory where they were already. NumPy scalars become Python numbers, paths texts,
+    other mappings dicts. Tensors that share one storage still do.
+
+    Raises ``CheckpointFormatError`` for anything else, naming ``place`` in the object.
+    """
+    return _Plain().of(value, place, 0)
+
+
+class _Plain:
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[Any, ...], torch.Tensor] = {}
+        # keys hold the address of a storage, so no storage may be freed while they are in use
+        self._alive: list[torch.Tensor] = []
+
+    def of(self, value: Any, place: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise _refuse(place, f"nested more than {MAX_DEPTH} deep, or holding itself")
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, place)
+        if isinstance(value, Counter):  # milestones of torch's MultiStepLR
+            return Counter(
+                {self._key(key, place): self.of(item, f"{place}.{key}", depth + 1) for key, item in value.items()}
+            )
+        if isinstance(value, Mapping):
+            return self._mapping(value, place, depth)
+        if type(value) is list:
+            return [self.of(item, f"{place}.{index}", depth + 1) for index, item in enumerate(value)]
+        if type(value) in (tuple, torch.Size):
+            return tuple(self.of(item, f"{place}.{index}", depth + 1) for index, item in enumerate(value))
+        return _scalar(value, place)
+
+    def _mapping(self, value: Mapping[Any, Any], place: str, depth: int) -> dict[Any, Any]:
+        items = ((self._key(key, place), self.of(item, f"{place}.{key}", depth + 1)) for key, item in value.items())
+        if not isinstance(value, OrderedDict):
+            return dict(items)
+        ordered = OrderedDict(items)
+        metadata = getattr(value, _METADATA, None)
+        if metadata is not None:  # versions of modules, in every state dict of torch
+            setattr(ordered, _METADATA, self.of(metadata, f"{place}.{_METADATA}", depth + 1))
+        return ordered
+
+    def _key(self, key: Any, place: str) -> Any:
+        if isinstance(key, tuple):
+            return tuple(_scalar(item, f"{place}: key {key!r}") for item in key)
+        return _scalar(key, f"{place}: key {key!r}")
+
+    def _tensor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        detached = tensor.detach()
+        if type(detached) is not torch.Tensor:
+            raise _refuse(
+                place, f"a {_name(tensor)}, no plain tensor", "Save full tensors, such as full_tensor() gives"
+            )
+        if detached.layout is not torch.strided or detached.is_quantized:
+            raise _refuse(place, f"a tensor that is {detached.layout} or quantized", "Save it dense: to_dense()")
+        if detached.is_meta:
+            raise _refuse(place, "a tensor on the meta device, which has no values")
+        storage = detached.untyped_storage()
+        key = (
+            storage.data_ptr() or id(storage),
+            str(detached.device),
+            detached.dtype,
+            detached.storage_offset(),
+            tuple(detached.shape),
+            detached.stride(),
+        )
+        if key not in self._tensors:
+            ready = detached.cpu().resolve_conj().resolve_neg()
+            if not _is_whole(ready):
+                ready = ready.clone(memory_format=torch.contiguous_format)
+            self._tensors[key] = ready
+            self._alive += [detached, ready]
+        return self._tensors[key]
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is all of its storage, each element once; a view would drag the rest into the file."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def _scalar(value: Any, place: str) -> Any:
+    if value is None or type(value) in (bool, int, float, complex, str):
+        return value
+    if isinstance(value, np.generic):
+        item = value.item()
+        if type(item) in (bool, int, float, complex, str):
+            return item
+        raise _refuse(place, f"a {_name(value)}")
+    if isinstance(value, np.ndarray):
+        raise _refuse(place, "a NumPy array", "Save torch.from_numpy(array), or array.tolist()")
+    if isinstance(value, PurePath):
+        return str(value)
+    # subclasses (enumerations among them) would be written by the name of their class
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return str.__str__(value) if kind is str else kind(value)
+    raise _refuse(place, f"a {_name(value)}", "Save numbers, texts, lists, tuples, dicts and tensors only")
+
+
+def _refuse(place: str, what: str, advice: str = "") -> CheckpointFormatError:
+    return CheckpointFormatError(
+        f"{place}: {what} cannot be saved, since it could not be read again safely" + (f". {advice}" if advice else "")
+    )
+
+
+def _name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in plain data, by the path of keys and indices that leads to it, joined by dots."""
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_in(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, f"{place}.{index}" if place else str(index))
+
+
+def digest_of_tensor(tensor: torch.Tensor) -> str:
+    """``xxh3_128:`` and the digest of the contiguous little-endian bytes."""
+    data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"

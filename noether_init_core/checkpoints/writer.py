@@ -1,0 +1,314 @@
+"""CheckpointWriter: saves sets, each as a whole or not at all."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+import xxhash
+
+from noether_init_core.checkpoints.content import FileContent, contents_of, iteration_for
+from noether_init_core.checkpoints.housekeeping import collect_leftovers, refresh_flat_names, retire_sets
+from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
+from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
+from noether_init_core.checkpoints.plain import digest_of_tensor, plain, tensors_in
+from noether_init_core.checkpoints.sets import SETS_FOLDER, CheckpointSet, SetFolder, load_set, set_folders
+from noether_init_core.checkpoints.storage import LOCAL, Storage
+from noether_init_core.errors import CheckpointError, CheckpointWriteError, ConfigError
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.paths import PathProvider
+
+__all__ = ["CheckpointWriter"]
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".noether-init.lock"
+LOCK_TIMEOUT_S = 600.0
+
+
+class CheckpointWriter:
+    """Saves models, optimizers and the trainer of one run as committed sets.
+
+    A set is written to a folder of its own, brought onto the disk, read back, and then committed by renaming its
+    manifest into place. A process that is killed before that leaves the sets from before, and an uncommitted folder
+    that the next save removes. In a distributed run one rank may call it, with full tensors.
+
+    Args:
+        path_provider: The folders of the run; anything with ``output_root``, ``run_id`` and ``stage_name``.
+        report: The report of the initialization; its lineage is kept in every manifest.
+        flat_names: Whether Noether shall find the files under its own names as well.
+        keep_last: How many sets stay; None keeps all. The set to walk back to and the current set of every tag stay
+            in any case.
+        storage: The file operations.
+    """
+
+    def __init__(
+        self,
+        path_provider: Any,
+        *,
+        report: Any = None,
+        flat_names: bool = True,
+        keep_last: int | None = None,
+        storage: Storage = LOCAL,
+    ) -> None:
+        if keep_last is not None and (not isinstance(keep_last, int) or keep_last < 1):
+            raise ConfigError(f"keep_last must be a whole number of at least 1, or None for all, not {keep_last!r}")
+        self.paths = PathProvider.of(path_provider)
+        self.report = report
+        self.flat_names = flat_names
+        self.keep_last = keep_last
+        self.storage = storage
+
+    def save(
+        self,
+        model: Any,
+        iteration: TrainingIteration | None = None,
+        *,
+        tags: Sequence[str] = ("latest",),
+        optimizer: bool = True,
+        trainer: Any = None,
+        averages: Mapping[str, Any] | None = None,
+    ) -> CheckpointSet:
+        """Save one set and commit it under ``tags`` and the tag of its iteration; returns the committed set.
+
+        When this returns, the set is on the disk. The same iteration may be saved again: the later set is meant then.
+
+        Args:
+            model: A model, or a composite of which every single model is saved.
+            iteration: How far training has come, all three fields; None: ``trainer.iteration``.
+            tags: Such as ``latest``, ``last``, ``best_model.loss.val``. A tag means the last set saved with it.
+            optimizer: Whether optimizer state is saved, of models that have an optimizer and are not frozen.
+            trainer: Anything whose ``state_dict()`` is a dict of plain data and tensors. Without one, the trainer
+                file holds the iteration only.
+            averages: Further weights, by info: ``{"ema=0.999": state_dict}``; for a composite by submodel first.
+
+        Raises:
+            ConfigError: The model, iteration, tags or optimizer cannot be saved. Nothing was written.
+            CheckpointFormatError: A value could not be read again; its place is named. Nothing was written.
+            CheckpointWriteError: The disk is full, read-only or failing, or another process holds the lock. The set
+                was not committed; the sets from before are untouched.
+        """
+        full = iteration_for(iteration, trainer)
+        all_tags = _all_tags(full, tags)
+        contents = contents_of(model, full, self.paths.run_id, optimizer=optimizer, trainer=trainer, averages=averages)
+        for content in contents:
+            for tag in all_tags if self.flat_names else ():
+                CheckpointFileName(content.name.model, content.name.info, tag, content.name.part).checked()
+        lineage = self._lineage(trainer)
+        checkpoints = self.storage.resolve(self.paths.checkpoint_path)
+        with _as_write_error(f"{full} of run {self.paths.run_id}", checkpoints):
+            self._make_folders(checkpoints / SETS_FOLDER)
+            with self.storage.lock(checkpoints / LOCK_NAME, LOCK_TIMEOUT_S):
+                collect_leftovers(checkpoints, self.storage)
+                committed = self._commit(checkpoints, full, all_tags, contents, lineage)
+                self._follow_up(checkpoints, committed)
+        return committed
+
+    def _make_folders(self, folder: Path) -> None:
+        """Create the folder and its parents, so that they survive a power failure."""
+        missing = []
+        while not self.storage.is_folder(folder):
+            missing.append(folder)
+            folder = folder.parent
+        for folder in reversed(missing):
+            try:
+                self.storage.make_folder(folder)
+            except FileExistsError:  # another writer was faster
+                if not self.storage.is_folder(folder):
+                    raise
+            self.storage.fsync_folder(folder.parent)
+
+    def _commit(
+        self,
+        checkpoints: Path,
+        iteration: TrainingIteration,
+        tags: tuple[str, ...],
+        contents: Sequence[FileContent],
+        lineage: tuple[dict[str, Any], ...],
+    ) -> CheckpointSet:
+        storage = self.storage
+        sequence = 1 + max((folder.sequence for folder in set_folders(checkpoints, storage)), default=0)
+        folder = checkpoints / SETS_FOLDER / f"{sequence:08d}_{iteration}"
+        storage.make_folder(folder)
+        storage.fsync_folder(folder.parent)
+        manifest = Manifest(
+            sequence=sequence,
+            iteration=iteration.to_mapping(),
+            tags=tags,
+            run_id=self.paths.run_id,
+            stage_name=self.paths.stage_name,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            files=tuple(self._write_file(folder, content) for content in contents),
+            lineage=lineage,
+            versions=_versions(),
+        )
+        temporary = folder / f"{MANIFEST_NAME}.tmp"
+        with storage.open_write(temporary) as file:
+            file.write(manifest.to_bytes())
+            storage.fsync(file)
+        storage.fsync_folder(folder)
+        storage.rename(temporary, folder / MANIFEST_NAME)
+        storage.fsync_folder(folder)
+        return load_set(SetFolder(folder, sequence, iteration, committed=True), storage)
+
+    def _write_file(self, folder: Path, content: FileContent) -> ManifestFile:
+        path = folder / str(content.name)
+        with self.storage.open_write(path) as file:
+            sink = _Sink(file)
+            with _checksums():
+                torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
+            sink.raise_error()
+            self.storage.fsync(file)
+        self.storage.make_read_only(path)
+        tensors = {
+            key: ManifestTensor(
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tuple(tensor.shape),
+                digest=digest_of_tensor(tensor),
+            )
+            for key, tensor in _tensors_of(content)
+        }
+        _prove(path, tensors)
+        name = content.name
+        return ManifestFile(
+            name=str(name),
+            model=name.model,
+            info=name.info,
+            part=name.part,
+            size=sink.size,
+            digest=f"xxh3_128:{sink.hash.hexdigest()}",
+            tensors=tensors,
+        )
+
+    def _follow_up(self, checkpoints: Path, committed: CheckpointSet) -> None:
+        """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""
+        try:
+            if self.flat_names:
+                refresh_flat_names(checkpoints, committed, self.storage)
+            if self.keep_last is not None:
+                retire_sets(checkpoints, self.keep_last, self.storage)
+        except OSError as error:
+            logger.warning(
+                "%s is committed, but the flat names for Noether or the removal of old sets failed: %s. "
+                "The next save tries again",
+                committed.folder,
+                error,
+            )
+
+    def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:
+        found = self.report.lineage() if self.report is not None else getattr(trainer, "lineage", None) or ()
+        return tuple(dict(plain(dict(entry), f"lineage.{number}")) for number, entry in enumerate(found))
+
+
+class _Sink:
+    """What ``torch.save`` writes to: passes bytes on, hashes and counts them.
+
+    An error is kept instead of raised, because torch turns it into one that does not say what happened.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._error: Exception | None = None
+        self.hash = xxhash.xxh3_128()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if self._error is None:
+            try:
+                self._file.write(view)
+            except OSError as error:
+                self._error = error
+        self.hash.update(view)
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed when it is brought onto the disk."""
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _all_tags(iteration: TrainingIteration, tags: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(tags, str):
+        raise ConfigError(f'tags must be a sequence of texts: tags=("{tags}",)')
+    for tag in tags:
+        check_tag(tag)
+        said = iteration_of_tag(tag)
+        if said is not None and said != iteration:
+            raise ConfigError(f"tag {tag!r} says another iteration than the {iteration} that is saved")
+        if said is None and _is_query(tag):
+            raise ConfigError(f"tag {tag!r} would be read as a question for an iteration. Choose another tag")
+    return tuple(dict.fromkeys((str(iteration), *tags)))
+
+
+def _is_query(tag: str) -> bool:
+    try:
+        TrainingIteration.from_string(tag)
+    except ConfigError:
+        return False
+    return True
+
+
+def _tensors_of(content: FileContent) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by the keys that the reader gives them: those of a state dict by its own keys."""
+    if content.name.part == "model":
+        yield from tensors_in(content.content["state_dict"])
+    else:
+        yield from tensors_in(content.content)
+
+
+def _prove(path: Path, written: Mapping[str, ManifestTensor]) -> None:
+    """Read the header back with our own reader: a file that it cannot read must never be committed."""
+    from noether_init_core.checkpoints.reader import open_checkpoint
+
+    with open_checkpoint(path) as reader:
+        found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors.items()}
+    expected = {key: (tensor.dtype, tensor.shape) for key, tensor in written.items()}
+    if found != expected:
+        different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        raise CheckpointWriteError(
+            f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
+        )
+
+
+@contextmanager
+def _checksums() -> Iterator[None]:
+    """Have torch write a checksum of every record, whatever the program chose for its own files."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+@contextmanager
+def _as_write_error(what: str, folder: Path) -> Iterator[None]:
+    untouched = "It was not committed; the sets from before are untouched"
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointWriteError(f"{what} was not saved: {error}. {untouched}", path=error.path) from error
+    except OSError as error:
+        path = Path(error.filename) if isinstance(error.filename, str) else folder
+        raise CheckpointWriteError(
+            f"{what} was not saved: {path}: {error.strerror or error}. {untouched}", path=path
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = importlib.metadata.version("noether-init-core")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        own = "source tree"
+    return {"noether_init": own, "torch": str(torch.__version__), "python": platform.python_version()}
