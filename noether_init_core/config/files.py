@@ -35,10 +35,18 @@ class _Document:
 
     source: Path | None = None
     lines: Mapping[KeyPath, int] = attrs.field(factory=dict)
+    refusals: Sequence[tuple[KeyPath, ConfigFileError]] = ()
 
     def line(self, place: KeyPath) -> int | None:
         """The line of ``place``, or of the nearest key above it that has one."""
         return next((self.lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in self.lines), None)
+
+    def refuse_within(self, place: KeyPath) -> None:
+        """Raise the first refusal (a YAML tag) on the way to ``place``, at it, or below it."""
+        for refused, error in self.refusals:
+            shared = min(len(refused), len(place))
+            if refused[:shared] == place[:shared]:
+                raise error
 
     def error(self, message: str, place: KeyPath = ()) -> ConfigError:
         if self.source is not None:
@@ -86,7 +94,7 @@ class LoadedConfig:
 def load_config_file(path: str | os.PathLike[str]) -> LoadedConfig:
     """Read a YAML file: ours, or Noether's resolved config. Raises ``ConfigFileError`` with line and key."""
     read = read_yaml(Path(path))
-    return _load(read.value, _Document(read.path, read.lines))
+    return _load(read.value, _Document(read.path, read.lines, read.refusals))
 
 
 def load_config_mapping(mapping: Mapping[str, Any]) -> LoadedConfig:
@@ -111,6 +119,7 @@ def validate_entry(entry: Entry) -> KindConfig:
 
 def _load(value: Any, document: _Document) -> LoadedConfig:
     if isinstance(value, Sequence) and not isinstance(value, str):
+        document.refuse_within(())
         raise document.error("is a list; put it under the key initializers:")
     if not isinstance(value, Mapping):
         raise document.error(f"holds no keys; it needs initializers: (and may have {', '.join(_KEYS[1:])})")
@@ -120,7 +129,11 @@ def _load(value: Any, document: _Document) -> LoadedConfig:
             Entry(found.config, found.submodel, found.hooks, found.place, found.places, document)
             for found in resolved_entries(value, document.error)
         ]
+        # The rest of it may hold tags: Noether writes tuples and sets so. They are left as they are.
+        for place in [place for entry in entries for place in (entry.place, *entry.places.values())]:
+            document.refuse_within(place)
     else:
+        document.refuse_within(())
         _refuse_unknown_keys(value, document)
         entries = _entries(value, document)
     return LoadedConfig(tuple(entries), _switch(value, document), tuple(_observers(value, document)), document.source)

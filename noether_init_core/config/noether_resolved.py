@@ -20,6 +20,8 @@ _MARKS = ("model", "trainer", "resume_run_id")
 # Keys that only hold submodels and are no names of any.
 _STRUCTURAL = frozenset({"submodels", "models"})
 
+_DEFAULT_KIND = "noether.core.initializers.PreviousRunInitializer"
+
 _Refuse = Callable[[str, KeyPath], Exception]
 
 
@@ -50,7 +52,9 @@ def resolved_entries(document: Mapping[str, Any], refuse: _Refuse) -> Iterator[R
         yield _resume(document, model)
     elif trainer.get("initializer") is not None:
         place: KeyPath = ("trainer", "initializer")
-        yield ResolvedEntry(_mapping(trainer["initializer"], place, refuse), None, None, place)
+        # Noether leaves out of the file what was not set, and this is the kind of a config that says none.
+        config = {"kind": _DEFAULT_KIND, **_mapping(trainer["initializer"], place, refuse)}
+        yield ResolvedEntry(config, None, None, place)
 
 
 def _of_model(

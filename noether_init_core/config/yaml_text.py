@@ -1,8 +1,9 @@
 """YAML in which every scalar stays the text that was written, with the line of every key.
 
 What a text means is decided by the typed field that it is for, so that ``verify: off`` and ``run_id: 2026_02_19`` are
-texts. Only an unquoted ``null``, ``~`` or nothing at all is None. Refused are: keys that occur twice, tags of any
-kind, more than one document, aliases that contain themselves or that blow up the document, and deep nesting.
+texts. Only an unquoted ``null``, ``~`` or nothing at all is None. Refused are: keys that occur twice, more than one
+document, aliases that contain themselves or that blow up the document, and deep nesting. Tags (``!!python/object``)
+construct nothing; where they stand is noted, for the caller to refuse.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ _MAP, _SEQUENCE, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq",
 class YamlDocument:
     """``value`` is made of dict, list, ``YamlText`` (unquoted), str (quoted, block) and None.
 
-    ``lines`` has the line (from 1) of every key and list item, by its path.
+    ``lines`` has the line (from 1) of every key and list item, by its path. ``refusals`` are the errors of tags and
+    of keys that are no texts; below such a place, ``value`` is not what the author of the file meant.
     """
 
     path: Path
     value: Any
     lines: Mapping[KeyPath, int]
+    refusals: tuple[tuple[KeyPath, ConfigFileError], ...] = ()
 
 
 def shown_path(key_path: KeyPath) -> str:
@@ -62,7 +65,7 @@ def read_yaml(path: Path) -> YamlDocument:
         raise ConfigFileError(f"is nested more than {MAX_DEPTH} levels deep", path=path) from error
     reader = _Reader(path)
     value = None if node is None else reader.value(node, ())
-    return YamlDocument(path, value, reader.lines)
+    return YamlDocument(path, value, reader.lines, tuple(reader.refusals))
 
 
 def _content(path: Path) -> bytes:
@@ -91,13 +94,14 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: dict[KeyPath, int] = {}
+        self.refusals: list[tuple[KeyPath, ConfigFileError]] = []
         self._count = 0
 
     def value(self, node: yaml.Node, place: KeyPath) -> Any:
         self._count_one(node, place)
         if len(place) > MAX_DEPTH:
             raise self._error(node, place, f"nested more than {MAX_DEPTH} levels deep, or an alias contains itself")
-        self._refuse_tag(node, place)
+        self._note_tag(node, place)
         if isinstance(node, yaml.MappingNode):
             values = {}
             for key, (key_node, value_node) in self._pairs(node, place, 0).items():
@@ -133,6 +137,8 @@ class _Reader:
                             value_node, (*place, key), "a merge key takes a mapping or a list of mappings"
                         )
                     brought = {**self._pairs(source, place, depth + 1), **brought}
+            elif key is None:
+                continue
             elif key in own:
                 raise self._error(key_node, (*place, key), f"the key occurs twice, first in line {_line(own[key][0])}")
             else:
@@ -145,17 +151,19 @@ class _Reader:
         if self._count > MAX_NODES:
             raise self._error(node, place, f"more than {MAX_NODES} values once aliases are written out")
 
-    def _key(self, node: yaml.Node, place: KeyPath) -> str:
-        self._refuse_tag(node, place)
+    def _key(self, node: yaml.Node, place: KeyPath) -> str | None:
+        self._note_tag(node, place)
         if not isinstance(node, yaml.ScalarNode):
-            raise self._error(node, place, "a key must be a text")
+            self.refusals.append((place, self._error(node, place, "a key must be a text")))
+            return None
         return str(node.value)
 
-    def _refuse_tag(self, node: yaml.Node, place: KeyPath) -> None:
+    def _note_tag(self, node: yaml.Node, place: KeyPath) -> None:
         plain = {yaml.MappingNode: _MAP, yaml.SequenceNode: _SEQUENCE, yaml.ScalarNode: _TEXT}[type(node)]
         if node.tag != plain:
             shown = node.tag.replace("tag:yaml.org,2002:", "!!")
-            raise self._error(node, place, f"the tag {shown} is refused; a config is plain text, lists and mappings")
+            message = f"the tag {shown} is refused; a config is plain text, lists and mappings"
+            self.refusals.append((place, self._error(node, place, message)))
 
     def _error(self, node: yaml.Node, place: KeyPath, message: str) -> ConfigFileError:
         return ConfigFileError(message, path=self.path, line=_line(node), key_path=shown_path(place))
