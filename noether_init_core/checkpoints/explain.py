@@ -115,26 +115,24 @@ def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequen
             candidates=plain,
         )
     infos = found.infos(need.model) if need.model is not None else ()
-    if need.part == "model" and need.info is not None and need.model in named:
-        plainly = "plain weights" if found.file(need.model, "model") else ""
-        listed = ", ".join(filter(None, (plainly, *infos)))
+    if need.part == "model" and need.model in named:
+        listed = ", ".join((*(["plain weights"] if found.file(need.model, "model") else []), *infos))
+        asked = f'with model_info "{need.info}"' if need.info is not None else "without model_info"
         advice = f"Add: model_info: {infos[0]}" if infos else "Leave out model_info"
         return CheckpointNotFoundError(
-            f'"{shown}" has no weights of {need.model} with model_info "{need.info}"; it has {listed}. {advice}'
-            + _others_with(store, found, needs, "Other sets have it")
+            f'"{shown}" has no weights of {need.model} {asked}; it has {listed}. {advice}'
+            + _others_with(store, found, needs)
             + _irregular(store),
             path=found.folder,
-            asked=need.info,
+            asked=need.info or "",
             candidates=infos,
         )
-    if need.model is not None and not infos and need.model not in found.models():
-        models = named or found.models()
-        near = _sorted_by_nearness(need.model, models)
+    is_misnamed = need.model is not None and (need.part != "optim" or need.model not in found.models())
+    if named and need.model is not None and is_misnamed:
+        near = _sorted_by_nearness(need.model, named)
         return CheckpointNotFoundError(
-            f'"{shown}" of {_where(store)} has no model "{need.model}"; it has {what if named else "files"} of '
-            f"{_some(models)}. Add: model_name: {near[0]}"
-            + _others_with(store, found, needs, "Other sets have it")
-            + _irregular(store),
+            f'"{shown}" of {_where(store)} has no {what} of "{need.model}"; it has {what} of {_some(named)}. '
+            f"Add: model_name: {near[0]}" + _others_with(store, found, needs) + _irregular(store),
             path=found.folder,
             asked=need.model,
             candidates=near,
@@ -175,9 +173,9 @@ def _alternatives(store: RunStore, found: CheckpointSet, complete: Sequence[Chec
     return " or ".join(names)
 
 
-def _others_with(store: RunStore, found: CheckpointSet, needs: Sequence[Need], words: str) -> str:
+def _others_with(store: RunStore, found: CheckpointSet, needs: Sequence[Need]) -> str:
     others = [one.name for one in _complete(store, found, needs)]
-    return f". {words}: {_some(others)}" if others else ""
+    return f". Other sets have it: {_some(others)}" if others else ""
 
 
 def _iteration(store: RunStore, checkpoint_set: CheckpointSet) -> object:

@@ -151,5 +151,5 @@ def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, torch.Tensor]
 
 def digest_of_tensor(tensor: torch.Tensor) -> str:
     """``xxh3_128:`` and the digest of the contiguous little-endian bytes."""
-    data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
