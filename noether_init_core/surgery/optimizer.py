@@ -93,6 +93,8 @@ def plan_optimizer(
         raise StateMismatchError(f"{where} is no state of an optimizer: it needs state and param_groups")
     renamed = dict(source_names or {})
     stored, warnings = _stored_names(saved, groups, where)
+    wanted = {renamed.get(name, name) for names in groups for name in names}
+    left = [name for name in stored if name not in wanted]
     problems: list[str] = []
     fresh: list[str] = []
     states: list[tuple[Mapping[str, Any] | None, ...]] = []
@@ -106,7 +108,7 @@ def plan_optimizer(
                 fresh.append(name)
                 group_states.append(None)
             elif source not in stored:
-                candidates = near(source, list(stored))
+                candidates = near(source, left)
                 hint = f"; near: {', '.join(candidates)}" if candidates else ""
                 problems.append(f"{name} has no state in the file{hint}")
                 group_states.append(None)
@@ -126,8 +128,7 @@ def plan_optimizer(
         states.append(tuple(group_states))
         chosen = saved["param_groups"][next(iter(from_groups))] if from_groups else {}
         fields.append({key: value for key, value in chosen.items() if key not in ("params", "param_names")})
-    wanted = {renamed.get(name, name) for names in groups for name in names}
-    gone = [name for name, (index, _group) in stored.items() if name not in wanted and index in saved["state"]]
+    gone = [name for name in left if stored[name][0] in saved["state"]]
     if gone:
         message = f"the file has state of {', '.join(gone[:5])}" + (f" and {len(gone) - 5} more" if gone[5:] else "")
         message += ", which the optimizer has not"

@@ -1,0 +1,136 @@
+"""The plan: pure, complete, and honest about what stands in the way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from noether_init_core.errors import PlanError
+from noether_init_core.surgery.names import NoetherSurgery, Rename
+from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec, plan_load
+
+
+def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:
+    size = 4
+    for length in shape:
+        size *= length
+    return TargetSpec(shape, dtype, size, **more)  # type: ignore[arg-type]
+
+
+def plan(
+    sources: dict[str, TargetSpec], targets: dict[str, TargetSpec], rules: NoetherSurgery | None = None, **more: object
+) -> LoadPlan:
+    part = PlanPart("net", "pretrain @ latest", "net_cp=latest_model.th", sources, targets)
+    return plan_load("previous_run", [part], rules or NoetherSurgery(), **more)  # type: ignore[arg-type]
+
+
+def codes(found: LoadPlan) -> list[str]:
+    return [problem.code for problem in found.problems]
+
+
+def test_every_entry_has_a_row_with_the_rule_responsible() -> None:
+    """Loaded, renamed, kept, cast and removed entries each have their row, in the order of the model."""
+    rules = NoetherSurgery(("old",), (), (Rename("inp.", "stem."),), ("head.",))
+    found = plan(
+        {"inp.w": spec(2, 3), "norm": spec(3, dtype="bfloat16"), "head.w": spec(4, 3), "old": spec(1), "same": spec(5)},
+        {"stem.w": spec(2, 3), "norm": spec(3), "head.w": spec(7, 3), "same": spec(5)},
+        rules,
+    )
+    assert found.is_fine
+    assert [(row.key, row.action, row.rule) for row in found.rows] == [
+        ("stem.w", "rename", "patterns_to_rename: inp. -> stem."),
+        ("norm", "cast", None),
+        ("head.w", "keep", "patterns_to_instantiate: head."),
+        ("same", "load", None),
+        ("head.w", "removed", "patterns_to_instantiate: head."),
+        ("old", "removed", "keys_to_remove: old"),
+    ]
+    assert found.counts() == {"cast": 1, "keep": 1, "load": 1, "removed": 2, "rename": 1}
+    assert found.coverage() == pytest.approx((24 + 12 + 20) / (24 + 12 + 20 + 84))
+
+
+def test_the_error_names_file_model_neighbour_and_the_line_to_add() -> None:
+    """A missing entry's message says where the file came from, what is near and how to keep the model's own."""
+    found = plan({"blocks.0.w": spec(2)}, {"block.0.w": spec(2)}, fresh_hint="keep: {pattern}")
+    with pytest.raises(PlanError) as caught:
+        found.raise_for_problems()
+    assert str(caught.value) == (
+        "previous_run: net <- pretrain @ latest (net_cp=latest_model.th)\n"
+        "  net needs block.0.w, which the file has not. Near block.0.w, the file has: blocks.0.w keep: [block.0.]\n"
+        "  the file has blocks.0.w, which net has not. Near blocks.0.w, the model has: block.0.w\n"
+        "Nothing was changed."
+    )
+    assert caught.value.plan is found
+
+
+def test_misshaped_entries_are_told_with_both_shapes() -> None:
+    """The message for a head of another size names both shapes once and the other entries beside it."""
+    found = plan({"head.w": spec(10, 4), "head.b": spec(10)}, {"head.w": spec(4, 4), "head.b": spec(4)})
+    assert [problem.message for problem in found.problems] == ["head.w: file [10, 4], model [4, 4]; head.b too."]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "cast", "fine"),
+    [
+        ("float32", "float64", "same_kind", True),
+        ("bfloat16", "float32", "same_kind", True),
+        ("float32", "float64", "none", False),
+        ("int32", "int64", "same_kind", True),
+        ("float32", "int64", "same_kind", False),
+        ("int64", "float32", "same_kind", False),
+        ("bool", "int64", "same_kind", False),
+        ("float32", "int64", "any", True),
+        ("complex64", "float32", "any", False),
+        ("complex64", "complex128", "same_kind", True),
+        ("float32", "complex64", "same_kind", False),
+    ],
+)
+def test_casts_are_allowed_by_policy(source: str, target: str, cast: str, fine: bool) -> None:
+    """Only dtypes of one kind are converted unless the config says otherwise; complex never becomes real."""
+    found = plan({"w": spec(2, dtype=source)}, {"w": spec(2, dtype=target)}, cast=cast)
+    assert found.is_fine is fine
+    assert codes(found) == ([] if fine else ["dtype"])
+
+
+def test_tied_entries_are_loaded_from_any_of_their_names() -> None:
+    """One stored name serves both; two stored names must hold the same bytes."""
+    targets = {"emb.w": spec(3), "head.w": spec(3, tied_to="emb.w")}
+    one = plan({"head.w": spec(3)}, targets)
+    assert one.is_fine
+    assert [(row.key, row.sources, row.rule) for row in one.rows] == [
+        ("emb.w", ("head.w",), "tied to head.w"),
+        ("head.w", ("head.w",), None),
+    ]
+    both = plan({"emb.w": spec(3), "head.w": spec(3)}, targets)
+    assert both.equal == (("net", "emb.w", "head.w"),)
+
+
+def test_keeping_one_name_of_a_tied_tensor_and_loading_the_other_is_a_problem() -> None:
+    """The tensor cannot both keep its value and be loaded."""
+    targets = {"emb.w": spec(3), "head.w": spec(3, tied_to="emb.w")}
+    found = plan({"emb.w": spec(3), "head.w": spec(3)}, targets, NoetherSurgery(patterns_to_instantiate=("head.",)))
+    assert codes(found) == ["tied"]
+
+
+def test_a_plan_that_loads_nothing_is_a_problem() -> None:
+    """Keeping every entry would be an initialization in name only."""
+    found = plan({"w": spec(2)}, {"w": spec(2)}, NoetherSurgery(patterns_to_instantiate=("w",)))
+    assert codes(found) == ["nothing-loaded"]
+
+
+def test_non_persistent_buffers_in_a_file_are_left_out() -> None:
+    """Averaged weights hold buffers that a state dict has not; they are no reason to refuse the file."""
+    part = PlanPart("net", "", "f", {"w": spec(2), "mask": spec(2)}, {"w": spec(2)}, frozenset({"mask"}))
+    found = plan_load("previous_run", [part], NoetherSurgery())
+    assert found.is_fine
+    assert (found.rows[1].action, found.rows[1].rule) == ("removed", "non-persistent buffer of the model")
+
+
+def test_the_json_holds_every_row_and_a_version() -> None:
+    """Programs get the same rows that people see."""
+    found = plan({"w": spec(2)}, {"w": spec(2)})
+    data = json.loads(found.to_json())
+    assert data["version"] == 1
+    assert [row["target"] for row in data["rows"]] == ["w"]
+    assert data["counts"] == {"load": 1}
