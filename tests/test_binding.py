@@ -1,0 +1,142 @@
+"""bind and compose: plain modules as models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from noether_init_core.binding import bind, compose
+from noether_init_core.errors import ConfigError, InvalidNameError
+from noether_init_core.protocols import CompositeModelLike, ModelLike, leaf_models
+
+
+class Named(torch.nn.Linear):
+    """A module that has everything a model needs by itself."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 3)
+        self.name = "own"
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        self.is_frozen = True
+        self.device = torch.device("meta")
+
+
+def test_view_is_a_model_with_the_modules_own_keys() -> None:
+    """A bound module satisfies the protocol, and its keys carry no prefix."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    model = bind(module, name="net")
+    assert isinstance(model, ModelLike)
+    assert not isinstance(model, CompositeModelLike)
+    assert list(model.state_dict()) == list(module.state_dict())
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert model.state_dict(keep_vars=True)["0.weight"] is module[0].weight
+
+
+def test_everything_else_is_the_modules() -> None:
+    """Methods and attributes that a view has not are looked up in the module, and calling it runs the module."""
+    module = torch.nn.Linear(2, 2)
+    model = bind(module, name="net")
+    other = torch.nn.Linear(2, 2).state_dict()
+    model.load_state_dict(other)
+    assert torch.equal(module.weight, other["weight"])
+    assert list(model.modules()) == [module]
+    assert model.in_features == 2
+    assert torch.equal(model(torch.ones(1, 2)), module(torch.ones(1, 2)))
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        model.no_such_thing  # noqa: B018  # the access is what is tested
+
+
+def test_defaults_follow_the_module() -> None:
+    """Frozen means that no parameter requires a gradient, and the device is that of the first parameter, each now."""
+    module = torch.nn.Linear(2, 2)
+    model = bind(module, name="net")
+    assert (model.optimizer, model.is_frozen, model.device) == (None, False, torch.device("cpu"))
+    module.requires_grad_(False)
+    assert model.is_frozen
+    module.to("meta")
+    assert model.device == torch.device("meta")
+
+
+def test_attributes_of_the_module_are_taken() -> None:
+    """A module that has a name, an optimizer and the rest needs no arguments."""
+    module = Named()
+    model = bind(module)
+    assert (model.name, model.is_frozen, model.device) == ("own", True, torch.device("meta"))
+    assert model.optimizer is module.optimizer
+
+
+def test_arguments_beat_attributes() -> None:
+    """What is given to bind wins over the module's own, also over a view's."""
+    module, optimizer = Named(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    model = bind(module, name="other", optimizer=optimizer, is_frozen=False, device="cpu")
+    assert (model.name, model.is_frozen, model.device) == ("other", False, torch.device("cpu"))
+    assert model.optimizer is optimizer
+    again = bind(model, name="third")
+    assert (again.name, again.module, again.optimizer, again.is_frozen) == ("third", module, optimizer, False)
+
+
+def test_submodules_called_name_or_device_are_no_attributes() -> None:
+    """A child module that happens to be called optimizer, device or is_frozen is a child, nothing more."""
+    module = torch.nn.ModuleDict({"optimizer": torch.nn.Linear(1, 1), "device": torch.nn.Linear(1, 1)})
+    model = bind(module, name="net")
+    assert model.optimizer is None
+    assert model.device == torch.device("cpu")
+
+
+def test_a_name_is_needed() -> None:
+    """Without a name anywhere the error says how to give one."""
+    with pytest.raises(ConfigError, match=r"a Linear has no name.*bind\(module, name="):
+        bind(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a=b", "mlp_ema=0.9", "x" * 300, "a\0b", "C:net"])
+def test_names_that_are_no_file_names_are_refused(name: str) -> None:
+    """A name becomes part of a file name, so that separators, dots in front and '=' are refused."""
+    with pytest.raises(InvalidNameError):
+        bind(torch.nn.Linear(1, 1), name=name)
+
+
+def test_only_modules_are_bound() -> None:
+    """A state dict or a class is refused by its type."""
+    with pytest.raises(ConfigError, match="not a dict"):
+        bind({}, name="net")  # type: ignore[arg-type]  # the mistake that is tested
+    with pytest.raises(ConfigError, match="not a type"):
+        bind(torch.nn.Linear, name="net")  # type: ignore[arg-type]  # the mistake that is tested
+
+
+def test_views_can_be_copied() -> None:
+    """A deep copy has its own module."""
+    model = bind(torch.nn.Linear(1, 1), name="net")
+    other = copy.deepcopy(model)
+    assert other.name == "net"
+    assert other.module is not model.module
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_composites_nest_and_leave_out_what_is_none() -> None:
+    """A composite's single models are found under their path of names, in declared order."""
+    encoder, stem = bind(torch.nn.Linear(1, 1), name="enc"), bind(torch.nn.Linear(1, 1), name="stem")
+    model = compose("autoenc", {"encoder": encoder, "decoder": None, "rest": compose("rest", {"stem": stem})})
+    assert isinstance(model, CompositeModelLike)
+    assert list(leaf_models(model)) == [("autoenc.encoder", encoder), ("autoenc.rest.stem", stem)]
+    with pytest.raises(TypeError):
+        model.submodels["other"] = encoder  # type: ignore[index]  # it is read-only
+
+
+@pytest.mark.parametrize(
+    ("name", "submodels", "message"),
+    [
+        ("net", {}, "no submodels"),
+        ("net", {"encoder": torch.nn.Linear(1, 1)}, r"'encoder' of 'net' is a Linear.*bind\("),
+        ("a=b", {"encoder": None}, "holds '='"),
+        ("net", {"a=b": None}, "holds '='"),
+        ("net", {"a.b": None}, "holds a dot"),
+        ("net", {"../b": None}, "separator"),
+    ],
+)
+def test_composites_of_something_else_are_refused(name: str, submodels: dict[str, object], message: str) -> None:
+    """A plain module, an empty composite and names that are no names each get their own message."""
+    with pytest.raises(ConfigError, match=message):
+        compose(name, submodels)
