@@ -15,6 +15,7 @@ A kind is an entry point of the group ``noether_init.initializers``. A name beco
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -195,7 +196,7 @@ def clear_cache() -> None:
     """Forget the scan: the next use sees distributions that were installed or removed since. Keeps ``register``."""
     global _scanned
     _scanned = None
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
+    importlib.invalidate_caches()
 
 
 def _scan() -> tuple[_Offer, ...]:

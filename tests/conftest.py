@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.foreign import ForeignPackages
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +17,11 @@ def noether_runs() -> Path:
         if folder.is_dir():
             return folder
     pytest.skip("the folder shared/noether_runs is absent")
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForeignPackages]:
+    """Installs distributions of strangers for one test."""
+    packages = ForeignPackages(tmp_path, monkeypatch)
+    yield packages
+    packages.forget()
