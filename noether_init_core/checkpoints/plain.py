@@ -17,14 +17,15 @@ __all__ = ["digest_of_tensor", "plain", "tensors_in"]
 
 MAX_DEPTH = 60
 _METADATA = "_metadata"
+_SCALARS = (bool, int, float, complex, str, bytes, bytearray)
 
 
 def plain(value: Any, place: str) -> Any:
     """A copy of ``value`` that the reader can read again.
 
-    Dicts (order kept), lists, tuples, numbers, texts, None and dense tensors stay what they are; tensors are detached
-    and on the CPU, sharing their memory where they were already. NumPy scalars become Python numbers, paths texts,
-    other mappings dicts. Tensors that share one storage still do.
+    Dicts (order kept), lists, tuples, sets, numbers, texts, bytes, None and dense tensors stay what they are; tensors
+    are detached and on the CPU, sharing their memory where they were there already. NumPy scalars become Python
+    numbers, paths texts, other mappings dicts, members of enumerations what they stand for. Tied tensors stay tied.
 
     Raises ``CheckpointFormatError`` for anything else, naming ``place`` in the object.
     """
@@ -52,6 +53,8 @@ class _Plain:
             return [self.of(item, f"{place}.{index}", depth + 1) for index, item in enumerate(value)]
         if type(value) in (tuple, torch.Size):
             return tuple(self.of(item, f"{place}.{index}", depth + 1) for index, item in enumerate(value))
+        if type(value) is set:
+            return {self._key(member, place) for member in value}
         return _scalar(value, place)
 
     def _mapping(self, value: Mapping[Any, Any], place: str, depth: int) -> dict[Any, Any]:
@@ -65,9 +68,9 @@ class _Plain:
         return ordered
 
     def _key(self, key: Any, place: str) -> Any:
-        if isinstance(key, tuple):
-            return tuple(_scalar(item, f"{place}: key {key!r}") for item in key)
-        return _scalar(key, f"{place}: key {key!r}")
+        if type(key) is tuple:
+            return tuple(_scalar(item, f"{place}: {key!r}") for item in key)
+        return _scalar(key, f"{place}: {key!r}")
 
     def _tensor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         detached = tensor.detach()
@@ -109,11 +112,11 @@ def _is_whole(tensor: torch.Tensor) -> bool:
 
 
 def _scalar(value: Any, place: str) -> Any:
-    if value is None or type(value) in (bool, int, float, complex, str):
+    if value is None or type(value) in _SCALARS:
         return value
     if isinstance(value, np.generic):
         item = value.item()
-        if type(item) in (bool, int, float, complex, str):
+        if type(item) in _SCALARS:
             return item
         raise _refuse(place, f"a {_name(value)}")
     if isinstance(value, np.ndarray):

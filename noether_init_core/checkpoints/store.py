@@ -143,7 +143,7 @@ class RunStore:
         """Every tag, sorted."""
         return tuple(sorted({tag for checkpoint_set in self.sets() for tag in checkpoint_set.tags}))
 
-    def trainerlist_names(self) -> tuple[str, ...]:
+    def trainer_names(self) -> tuple[str, ...]:
         """Models that have trainer files, sorted."""
         return tuple(sorted({name for checkpoint_set in self.sets() for name in checkpoint_set.models("trainer")}))
 
@@ -206,6 +206,11 @@ class RunStore:
             chosen = following
         self._refuse_broken(chosen, folders, broken, scope)
         return chosen
+
+    def require(self, checkpoint_set: CheckpointSet, needs: Sequence[Need]) -> None:
+        """Make sure that a set which was found before has further files; raises what ``find`` would raise."""
+        if not all(checkpoint_set.has(need) for need in needs):
+            raise explain.missing_files(self, checkpoint_set, checkpoint_set.name, needs)
 
     def iteration_of(self, checkpoint_set: CheckpointSet) -> TrainingIteration | None:
         """The iteration of the set; where its name does not say, the header of its trainer file, else of weights.
