@@ -1,0 +1,261 @@
+"""Config files and plain mappings: entries, places in errors, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+from collections import UserDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+import pytest
+
+from noether_init_core import kinds
+from noether_init_core.config.base import InitializerConfig, KindConfig
+from noether_init_core.config.files import LoadedConfig, load_config_file, load_config_mapping, validate_entry
+from noether_init_core.errors import ConfigError, ConfigFileError, InvalidNameError, UnknownKindError
+from noether_init_core.initializers.base import InitializerBase
+
+
+class Rule(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    pattern: str
+    times: int = 1
+
+
+class SampleConfig(InitializerConfig):
+    load_optim: bool = False
+    verify: str = "full"
+    count: int | None = None
+    rules: list[Rule] = pydantic.Field(default_factory=list)
+    either: bool | dict[str, int] = False
+    needed: str = pydantic.Field(default="x", description="What is needed.")
+
+
+class Sample(InitializerBase):
+    config_class: ClassVar[type[KindConfig]] = SampleConfig
+
+    def init_weights(self, model: Any) -> None:
+        """Nothing."""
+
+    def init_optimizer(self, model: Any) -> None:
+        """Nothing."""
+
+
+class StrictConfig(SampleConfig):
+    needed: str = pydantic.Field(description="What is needed.")
+
+
+class Strict(Sample):
+    config_class: ClassVar[type[KindConfig]] = StrictConfig
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    """The kinds of this module."""
+    kinds.register("sample", Sample)
+    kinds.register("strict", Strict)
+    yield
+    kinds.unregister("sample")
+    kinds.unregister("strict")
+
+
+def _load(tmp_path: Path, text: str) -> LoadedConfig:
+    path = tmp_path / "init.yaml"
+    path.write_text(text)
+    return load_config_file(path)
+
+
+def _validate(tmp_path: Path, text: str) -> KindConfig:
+    (entry,) = _load(tmp_path, text).entries
+    return validate_entry(entry)
+
+
+def test_a_file_gives_its_entries_in_order(tmp_path: Path) -> None:
+    """Entries know where they stand; switches and observers are read."""
+    loaded = _load(
+        tmp_path,
+        "auto_resume: true\nobservers: [timing]\ninitializers:\n- kind: sample\n  run_id: a\n\n- {kind: strict}\n",
+    )
+    assert [dict(entry.config) for entry in loaded.entries] == [{"kind": "sample", "run_id": "a"}, {"kind": "strict"}]
+    assert [(entry.line, entry.key_path) for entry in loaded.entries] == [(4, "initializers.0"), (7, "initializers.1")]
+    assert all(entry.submodel is None and entry.hooks is None for entry in loaded.entries)
+    assert (loaded.auto_resume, loaded.observers, loaded.source) == (True, ("timing",), tmp_path / "init.yaml")
+
+
+def test_typed_fields_decide_what_a_scalar_means(tmp_path: Path) -> None:
+    """off and a date stay texts in text fields, and are numbers and booleans where the field is one."""
+    config = _validate(
+        tmp_path,
+        "initializers:\n- kind: sample\n  verify: off\n  run_id: 2026_02_19\n  stage_name: 2026-02-19\n"
+        "  load_optim: true\n  count: 12\n  checkpoint_tag: {epoch: 10}\n  rules: [{pattern: 1e3, times: 2}]\n"
+        "  model_info:\n  kwargs: {a: 3, b: '3', c: off, d: 1.5, e: true, f: [1, null]}\n",
+    )
+    assert isinstance(config, SampleConfig)
+    assert (config.verify, config.run_id, config.stage_name) == ("off", "2026_02_19", "2026-02-19")
+    assert (config.load_optim, config.count, config.checkpoint_tag) == (True, 12, {"epoch": 10})
+    assert config.rules == [Rule(pattern="1e3", times=2)]
+    assert config.model_info is None
+    assert config.kwargs == {"a": 3, "b": "3", "c": "off", "d": 1.5, "e": True, "f": [1, None]}
+    assert type(config.verify) is str
+
+
+def test_the_likeliest_mistake_is_told_word_for_word(tmp_path: Path) -> None:
+    """File, line, key, what was asked, what is near with its distribution, and the next command."""
+    (entry,) = _load(tmp_path, "# warm start\ninitializers:\n- kind: previous-run\n  run_id: pretrain\n").entries
+    with pytest.raises(ConfigFileError) as caught:
+        validate_entry(entry)
+    version = kinds.describe("previous_run").version
+    text = f'no kind "previous-run". Near: previous_run (noether-init-core {version}). Next: noether-init kinds'
+    assert str(caught.value) == f"init.yaml:3 initializers.0.kind: {text}"
+    assert isinstance(caught.value.__cause__, UnknownKindError)
+    assert caught.value.__cause__.candidates == ("previous_run",)
+
+
+@pytest.mark.parametrize(
+    ("entry", "line", "key_path", "message"),
+    [
+        ("kind: os.system", 2, "kind", 'no kind "os.system"'),
+        ("run_id: x", 2, "kind", "says no kind"),
+        ("kind:", 2, "kind", "says no kind"),
+        ("kind: sample\n  run_id: ../x", 3, "run_id", "holds a path separator"),
+        ("kind: sample\n  stage_name: ''", 3, "stage_name", "is empty"),
+        ("kind: sample\n  runid: x", 3, "runid", "unknown key. Near: run_id. sample has: kind, kwargs, run_id,"),
+        ("kind: sample\n  load_optim: maybe", 3, "load_optim", "valid boolean"),
+        ("kind: sample\n  rules:\n  - pattern: a\n  - pattern: b\n    times: x", 6, "rules.1.times", "valid integer"),
+        ("kind: sample\n  rules:\n  - times: 3", 4, "rules.0.pattern", "is missing"),
+        ("kind: sample\n  rules:\n  - pattern: a\n    glob: b", 5, "rules.0.glob", "unknown key"),
+        ("kind: sample\n  either: q", 3, "either", "valid boolean.*; .*valid dictionary"),
+        ("kind: strict\n  run_id: x", 2, "needed", "is missing: What is needed."),
+        ("kind: sample\n  checkpoint_tag: {epoch: 1, update: 2}", 3, "checkpoint_tag", "one of them or all three"),
+        ("kind: sample\n  checkpoint_tag: ['E1']", 3, "checkpoint_tag", "must be a text or a mapping"),
+    ],
+)
+def test_errors_in_an_entry_name_line_and_key(
+    tmp_path: Path, entry: str, line: int, key_path: str, message: str
+) -> None:
+    """Also deep inside; a missing key has the line of what lacks it."""
+    with pytest.raises(ConfigFileError, match=message) as caught:
+        _validate(tmp_path, f"initializers:\n- {entry}\n")
+    assert (caught.value.line, caught.value.key_path) == (line, f"initializers.0.{key_path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_that_is_wrong_in_an_entry_is_told_at_once(tmp_path: Path) -> None:
+    """The first place is the error's, the others follow on lines of their own."""
+    with pytest.raises(ConfigFileError) as caught:
+        _validate(tmp_path, "initializers:\n- kind: sample\n  count: x\n  run_id: .hidden\n  colour: red\n")
+    lines = str(caught.value).split("\n")
+    assert sorted(line.split(": ")[0] for line in lines) == [
+        "init.yaml:3 initializers.0.count",
+        "init.yaml:4 initializers.0.run_id",
+        "init.yaml:5 initializers.0.colour",
+    ]
+    assert isinstance(caught.value.__cause__, pydantic.ValidationError)
+
+
+def test_the_original_error_of_a_bad_name_is_kept(tmp_path: Path) -> None:
+    """InvalidNameError with its data is reachable through the chain."""
+    with pytest.raises(ConfigFileError) as caught:
+        _validate(tmp_path, "initializers:\n- kind: sample\n  run_id: a/b\n")
+    assert isinstance(caught.value.__cause__, pydantic.ValidationError)
+    error = caught.value.__cause__.errors()[0]["ctx"]["error"]
+    assert isinstance(error, InvalidNameError)
+    assert (error.what, error.value) == ("run_id", "a/b")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("initialisers: []", 1, "unknown key. Near: initializers"),
+        ("initializers: []\nseed: 3", 2, "unknown key. A config has initializers, auto_resume, observers"),
+        ("initializers: []\nmodel: {}", 2, "unknown key"),
+        ("initializers:", 1, "must be a list"),
+        ("initializers: {kind: sample}", 1, "must be a list"),
+        ("initializers: [sample]", 1, "write it as a mapping: kind: sample"),
+        ("initializers: [[]]", 1, "must be a mapping with a kind"),
+        ("initializers: [~]", 1, "must be a mapping with a kind"),
+        ("observers: []", None, "has no initializers:"),
+        ("", None, "holds no keys"),
+        ("text", None, "holds no keys"),
+        ("- kind: sample", None, "put it under the key initializers:"),
+        ("initializers: []\nauto_resume: maybe", 2, "must be true or false, not maybe"),
+        ("initializers: []\nauto_resume: [true]", 2, "must be true or false"),
+        ("initializers: []\nobservers: timing", 2, "must be a list of names"),
+        ("initializers: []\nobservers: [~]", 2, "must be the name of an observer"),
+        ("defaults:\n- base\ninitializers: []", 1, "hp_resolved.yaml"),
+        ("initializers:\n- kind: sample\n  run_id: ???", 3, "hp_resolved.yaml"),
+        ("model:\n  name: ???", 2, "hp_resolved.yaml"),
+        ("initializers:\n- kind: !!python/name:os.system x", 2, r"the tag !!python/name:os.system is refused"),
+        ("initializers:\n- !!python/object/apply:os.system ['true']", 2, "is refused"),
+        ("initializers: !custom []", 1, "the tag !custom is refused"),
+        ("initializers: []\n? {a: b}\n: 3", 2, "a key must be a text"),
+        ("!!python/object:x\n- a", 1, "is refused"),
+    ],
+)
+def test_a_file_that_is_no_config_of_ours_is_refused(tmp_path: Path, text: str, line: int | None, message: str) -> None:
+    """Each with the line where the mistake is."""
+    with pytest.raises(ConfigFileError, match=message) as caught:
+        _load(tmp_path, text)
+    assert caught.value.line == line
+
+
+@pytest.mark.parametrize(("text", "expected"), [("true", True), ("'on'", True), ("no", False), ("FALSE", False)])
+def test_auto_resume_alone_is_a_config(tmp_path: Path, text: str, expected: bool) -> None:
+    """A run that only ever resumes itself needs no list."""
+    loaded = _load(tmp_path, f"auto_resume: {text}\n")
+    assert (loaded.auto_resume, loaded.entries) == (expected, ())
+
+
+def test_a_mapping_gives_the_same_entries_and_the_same_text_without_a_file() -> None:
+    """No file and line in the message, the path of the key is there."""
+    loaded = load_config_mapping({"initializers": [{"kind": "sample"}, {"kind": "sample", "count": "x"}]})
+    assert isinstance(validate_entry(loaded.entries[0]), SampleConfig)
+    assert (loaded.entries[0].line, loaded.source) == (None, None)
+    with pytest.raises(ConfigError) as caught:
+        validate_entry(loaded.entries[1])
+    assert str(caught.value).startswith("initializers.1.count: Input should be a valid integer")
+    assert not isinstance(caught.value, ConfigFileError)
+    assert isinstance(caught.value.__cause__, pydantic.ValidationError)
+
+
+def test_validated_configs_may_stand_in_a_mapping() -> None:
+    """A KindConfig built in Python passes as it is."""
+    config = SampleConfig(kind="sample", count=3)
+    (entry,) = load_config_mapping({"initializers": [config]}).entries
+    assert validate_entry(entry) is config
+    (wrong,) = load_config_mapping({"initializers": [KindConfig(kind="sample")]}).entries
+    with pytest.raises(ConfigError, match=r"initializers\.0\.kind: kind \"sample\" takes a SampleConfig"):
+        validate_entry(wrong)
+
+
+class _Sealed(UserDict[str, Any]):
+    """Like OmegaConf's mapping: reading a value that Hydra has not filled in raises an error of its own."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value == "???":
+            raise RuntimeError(f"Missing mandatory value: {key}")
+        return value
+
+
+def test_mappings_of_other_libraries_work_without_importing_them() -> None:
+    """Any Mapping, nested, and argparse's namespaces become plain data."""
+    inner: Mapping[str, Any] = _Sealed(kind="sample", count=2, rules=(_Sealed(pattern="a"),))
+    for config in (_Sealed(initializers=[inner]), argparse.Namespace(initializers=[argparse.Namespace(**inner)])):
+        (entry,) = load_config_mapping(config).entries  # type: ignore[arg-type]  # a namespace is taken as a mapping
+        validated = validate_entry(entry)
+        assert isinstance(validated, SampleConfig)
+        assert (validated.count, validated.rules[0].pattern) == (2, "a")
+
+
+def test_a_value_that_hydra_has_not_filled_in_is_named() -> None:
+    """The key and the way out: the resolved config."""
+    with pytest.raises(ConfigError, match=r"initializers\.0\.run_id: .*Missing mandatory value.*hp_resolved\.yaml"):
+        load_config_mapping(_Sealed(initializers=[_Sealed(kind="sample", run_id="???")]))
+
+
+def test_loading_a_file_imports_no_plugin(tmp_path: Path) -> None:
+    """Unknown kinds are only noticed when an entry is validated."""
+    assert len(_load(tmp_path, "initializers: [{kind: nobody.has.this}]").entries) == 1
