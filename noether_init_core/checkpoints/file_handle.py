@@ -1,0 +1,180 @@
+"""One open regular file: opened without blocking, read by position, until it is closed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import attrs
+
+from noether_init_core.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+)
+
+__all__ = ["FileHandle", "Transfer", "open_file"]
+
+#: Bytes of one read into memory of the caller.
+CHUNK = 4 << 20
+#: From here on a second thread is worth its start.
+_PARALLEL = 16 << 20
+_DIGEST_LENGTHS = {"xxh3_128": 32, "sha256": 64}
+# A FIFO must not block, and a terminal must not become ours.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
+
+
+@attrs.frozen
+class Transfer:
+    """Bytes of the file from ``offset`` on that are to fill ``target``; ``key`` is named if that fails."""
+
+    target: memoryview
+    offset: int
+    key: str = ""
+
+
+class FileHandle:
+    """A regular file under one descriptor, so that what was checked is what is read."""
+
+    def __init__(self, descriptor: int, path: Path, size: int) -> None:
+        self._descriptor: int | None = descriptor
+        self.path = path
+        self.size = size
+
+    def close(self) -> None:
+        """Close the file; repeating it does nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def read(self, length: int, offset: int, key: str = "") -> bytes:
+        """Exactly ``length`` bytes. The caller has checked that the file has them."""
+        buffer = bytearray(length)
+        self.read_into(memoryview(buffer), offset, key)
+        return bytes(buffer)
+
+    def read_into(self, target: memoryview, offset: int, key: str = "") -> None:
+        """Fill ``target``. Raises ``CheckpointCorruptError`` if the file has become shorter than it was."""
+        descriptor = self._descriptor
+        if descriptor is None:
+            raise CheckpointError(f"{self.path}: the reader is closed. Next: open_checkpoint again", path=self.path)
+        done, length = 0, len(target)
+        while done < length:
+            try:
+                count = os.preadv(descriptor, [target[done : done + CHUNK]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path} cannot be read at byte {offset + done}: {error}", path=self.path
+                ) from error
+            if count == 0:
+                raise CheckpointCorruptError(
+                    f"{self.path} ends at byte {offset + done}"
+                    + (f", within {key!r}" if key else "")
+                    + f", though it had {self.size} bytes when it was opened: it was cut off meanwhile",
+                    path=self.path,
+                    key=key,
+                )
+            done += count
+
+    def read_all(self, transfers: Iterable[Transfer]) -> None:
+        """Carry out the transfers, large amounts with two threads."""
+        pieces = list(_pieces(transfers))
+        if len(pieces) < 2 or sum(len(piece.target) for piece in pieces) < _PARALLEL:
+            for piece in pieces:
+                self.read_into(piece.target, piece.offset, piece.key)
+            return
+
+        def read(some: list[Transfer]) -> None:
+            for piece in some:
+                self.read_into(piece.target, piece.offset, piece.key)
+
+        with ThreadPoolExecutor(2) as pool:
+            for result in [pool.submit(read, pieces[0::2]), pool.submit(read, pieces[1::2])]:
+                result.result()
+
+    def check_digest(self, digest: str) -> None:
+        """Compare the whole file with ``xxh3_128:<hex>`` or ``sha256:<hex>``."""
+        algorithm, _, expected = digest.partition(":")
+        if len(expected) != _DIGEST_LENGTHS.get(algorithm) or not set(expected) <= set("0123456789abcdef"):
+            raise CheckpointError(
+                f"{digest!r} is no digest that can be checked. Write xxh3_128:<32 hexadecimal digits> or "
+                "sha256:<64 hexadecimal digits>, in small letters",
+                path=self.path,
+            )
+        state = _hasher(algorithm)
+        buffer = memoryview(bytearray(min(CHUNK, self.size)))
+        for offset in range(0, self.size, CHUNK):
+            chunk = buffer[: min(CHUNK, self.size - offset)]
+            self.read_into(chunk, offset)
+            state.update(chunk)
+        if state.hexdigest() != expected:
+            raise CheckpointCorruptError(
+                f"{self.path} has the digest {algorithm}:{state.hexdigest()}, expected was {digest}: "
+                "it is damaged, or another file. Next: copy it again, or take an older checkpoint",
+                path=self.path,
+            )
+
+
+def open_file(path: Path) -> FileHandle:
+    """Open a regular file, symbolic links followed; anything else is refused without blocking."""
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointNotFoundError(
+            f"{path} does not exist{_neighbours(path)}", path=path, asked=str(path)
+        ) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in {errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP}:
+            raise _not_regular(path, "device or socket") from error
+        raise CheckpointError(f"{path} cannot be opened: {error}", path=path) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            what = "folder" if stat.S_ISDIR(status.st_mode) else "FIFO" if stat.S_ISFIFO(status.st_mode) else "device"
+            raise _not_regular(path, what)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return FileHandle(descriptor, path, status.st_size)
+
+
+class _Hasher(Protocol):
+    def update(self, data: memoryview, /) -> object: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def _hasher(algorithm: str) -> _Hasher:
+    if algorithm == "sha256":
+        return hashlib.sha256()
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
+def _not_regular(path: Path, what: str) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{path} is a {what}, not a checkpoint file. Name the file itself", path=path)
+
+
+def _neighbours(path: Path) -> str:
+    try:
+        names = sorted(entry.name for entry in os.scandir(path.parent) if entry.name.endswith(path.suffix or ".th"))
+    except OSError:
+        return f", nor can its folder {path.parent} be listed"
+    if not names:
+        return f". The folder {path.parent} has no such file"
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f". The folder {path.parent} has: {listed}"
+
+
+def _pieces(transfers: Iterable[Transfer]) -> Iterable[Transfer]:
+    for transfer in transfers:
+        for start in range(0, len(transfer.target), CHUNK):
+            yield Transfer(transfer.target[start : start + CHUNK], transfer.offset + start, transfer.key)

@@ -1,0 +1,292 @@
+"""The reader of files that torch.save writes: opened once, screened, verified and read without torch.load.
+
+Nothing that a file names is imported or called, and nothing is allocated that a header merely claims. Torch is
+imported when the first tensor is read, not before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from noether_init_core.checkpoints.file_handle import FileHandle, open_file
+from noether_init_core.checkpoints.opcodes import Interpreter, OpcodeError
+from noether_init_core.checkpoints.records import Record, read_records
+from noether_init_core.checkpoints.survey import Survey
+from noether_init_core.checkpoints.tensor_info import TensorInfo
+from noether_init_core.checkpoints.verify import damaged_records
+from noether_init_core.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    UnsafeGlobalError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ALLOW_GLOBALS_VARIABLE", "CheckpointReader", "VerifyMode", "open_checkpoint"]
+
+VerifyMode = Literal["full", "header", "none"]
+
+ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
+_HEADER = "data.pkl"
+_MAX_HEADER = 512 << 20
+_EXTRA_STATE = "_extra_state"
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], *, digest: str | None = None, allow_globals: Collection[str] = ()
+) -> CheckpointReader:
+    """Open and screen a file that torch.save wrote: ``.th``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin``.
+
+    Its structure, its header and every tensor's place are checked; bytes of tensors are not read, see
+    ``CheckpointReader.verify``. Only ``digest`` (``xxh3_128:<hex>`` or ``sha256:<hex>``) reads the whole file.
+
+    ``allow_globals``: names like ``module.Class`` that may stand in the file besides those that torch.save needs;
+    objects of them are read as inert ``ForeignObject`` records. The environment variable
+    ``NOETHER_INIT_ALLOW_GLOBALS`` adds to them, separated by commas. A config never does.
+
+    Raises ``CheckpointNotFoundError``, ``CheckpointFormatError`` (``UnsafeGlobalError`` for names that are not
+    allowed) or ``CheckpointCorruptError`` (digest, or checksum of the header).
+    """
+    handle = open_file(Path(path))
+    try:
+        if digest is not None:
+            handle.check_digest(digest)
+        return CheckpointReader(handle, allow_globals=allow_globals, is_verified=digest is not None)
+    except BaseException:
+        handle.close()
+        raise
+
+
+class CheckpointReader:
+    """An open checkpoint file. Use it as a context manager, or ``close`` it; ``open_checkpoint`` makes it.
+
+    Attributes:
+        path: The file.
+        tensors: The keys of a model file's ``state_dict``, or of a bare state dict; otherwise the dotted paths of all
+            tensors (``state.0.exp_avg``).
+        metadata: The object without the state dict, plain Python; a tensor stands there as ``TensorInfo``. Of an
+            object that is no dict it is ``{"object": ...}``. To be read only: ``load`` is built from the same values.
+        extra_state: The entries of the state dict that are no tensors, with tensors as ``TensorInfo``, too;
+            ``materialize`` reads them.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, Any]
+    extra_state: Mapping[str, Any]
+
+    def __init__(self, handle: FileHandle, *, allow_globals: Collection[str] = (), is_verified: bool = False) -> None:
+        self.path = handle.path
+        self._handle = handle
+        self._is_verified = is_verified
+        self._records = read_records(handle)
+        # torch.serialization.set_crc32_options(False) writes zero for all of them
+        self._has_checksums = any(record.crc for record in self._records.values())
+        header = self._read_header()
+        self._object, self._survey = self._interpret(header, allow_globals)
+        self._split()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<CheckpointReader {str(self.path)!r}: {len(self.tensors)} tensors>"
+
+    def close(self) -> None:
+        """Close the file; what was said of it stays readable. Repeating it does nothing."""
+        self._handle.close()
+
+    def verify(self, mode: VerifyMode = "full") -> None:
+        """Compare bytes with the checksums in the file. A second call, or one after a digest was checked, is free.
+
+        ``full``: every record. ``header``: what was compared when the file was opened, the names, shapes and plain
+        values. ``none``: nothing. Raises ``CheckpointCorruptError``, which names the keys in every damaged record,
+        and ``CheckpointFormatError`` where ``full`` is asked of a file that was written without checksums.
+        """
+        if mode not in ("full", "header", "none"):
+            raise CheckpointError(f"verify is {mode!r}; it can be full, header or none", path=self.path)
+        if mode != "full" or self._is_verified:
+            return
+        records = list(self._records.values())
+        if not self._has_checksums and any(record.size for record in records):
+            raise CheckpointFormatError(
+                f"{self.path} was written without checksums (torch.serialization.set_crc32_options(False)), so its "
+                "bytes cannot be verified. To load it without that: verify: header",
+                path=self.path,
+            )
+        damaged = damaged_records(self._handle, records)
+        if damaged:
+            elsewhere = self._survey.tensors({**self.metadata, **self.extra_state})
+            self._report(damaged, {**elsewhere, **self.tensors})
+        self._is_verified = True
+
+    def read(self, key_or_info: str | TensorInfo) -> torch.Tensor:
+        """The tensor, on the CPU, in memory of its own, without gradient."""
+        from noether_init_core.checkpoints.transfer import read_tensor
+
+        if isinstance(key_or_info, TensorInfo):
+            return read_tensor(self._handle, self._records, self._own(key_or_info))
+        return read_tensor(self._handle, self._records, self._find(key_or_info), key_or_info)
+
+    def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors into existing ones of the same shape, in place, without gradient.
+
+        The same dtype in contiguous CPU memory is read straight into it; anything else goes through a temporary copy
+        of that one tensor, and ``Tensor.copy_`` casts it or brings it to the device. Unknown keys, other shapes and
+        meta tensors are found before anything is changed.
+        """
+        from noether_init_core.checkpoints.transfer import copy_tensors
+
+        sources = [(key, self._find(key), target) for key, target in targets.items()]
+        copy_tensors(self._handle, self._records, sources)
+
+    def load(self) -> Any:
+        """The whole object with real tensors, each with memory of its own; keys of one tensor get one tensor.
+
+        Kinds of dict become ``dict``, ``torch.Size`` becomes ``tuple``, parameters become plain tensors.
+        """
+        return self.materialize(self._object)
+
+    def materialize(self, value: Any) -> Any:
+        """``value``, taken from ``metadata`` or ``extra_state``, with real tensors."""
+        from noether_init_core.checkpoints.transfer import Materializer
+
+        return Materializer(self._handle, self._records).convert(value)
+
+    def _read_header(self) -> bytes:
+        record = self._records[_HEADER]
+        if record.size > _MAX_HEADER:
+            self._refuse(f"its header is {record.size} bytes long, more than {_MAX_HEADER}")
+        order = self._records.get("byteorder")
+        if order is not None:
+            said = self._handle.read(min(order.size, 16), order.offset)
+            if said == b"big":
+                self._refuse("it was written on a big-endian machine; save it again on a little-endian one")
+            if said != b"little":
+                self._refuse(f"its byte order is {said!r}, neither little nor big")
+        if self._has_checksums and not self._is_verified and damaged_records(self._handle, [record]):
+            self._report([record], {})
+        return self._handle.read(record.size, record.offset)
+
+    def _interpret(self, header: bytes, allow_globals: Collection[str]) -> tuple[Any, Survey]:
+        from_environment = os.environ.get(ALLOW_GLOBALS_VARIABLE, "").split(",")
+        allowed = {*allow_globals, *(name.strip() for name in from_environment)}
+        sizes = {name: record.size for name, record in self._records.items()}
+        interpreter = Interpreter(header, sizes, allowed)
+        try:
+            value = interpreter.run()
+            if interpreter.unknown:
+                self._refuse_globals(interpreter.unknown)
+            survey = Survey(value, len(header))
+        except OpcodeError as error:
+            if interpreter.unknown:
+                self._refuse_globals(interpreter.unknown)
+            self._refuse(str(error))
+        if survey.problems:
+            problems = [f"{_printable(path)}: {reason}" for path, reason in survey.problems.items()]
+            self._refuse(_listed(problems, "; ", 10))
+        return value, survey
+
+    def _split(self) -> None:
+        """Tell the state dict from the rest."""
+        value = self._object
+        state_dict = value.get("state_dict") if type(value) is dict else None
+        if type(state_dict) is dict:
+            rest = {key: child for key, child in value.items() if key != "state_dict"}
+        elif _is_state_dict(value):
+            state_dict, rest = value, {}
+        else:
+            rest = value if type(value) is dict else {"object": value}
+            self.tensors = MappingProxyType(self._survey.tensors(rest))
+            self.metadata, self.extra_state = rest, {}
+            return
+        wrong = [key for key in state_dict if type(key) is not str]
+        if wrong:
+            self._refuse(f"its state dict has the key {_printable(repr(wrong[0]))}, which is no text")
+        tensors = {key: child for key, child in state_dict.items() if type(child) is TensorInfo}
+        self.tensors = MappingProxyType(tensors)
+        self.metadata = rest
+        self.extra_state = {key: child for key, child in state_dict.items() if key not in tensors}
+
+    def _find(self, key: str) -> TensorInfo:
+        info = self.tensors.get(key)
+        if info is None:
+            import difflib
+
+            # looking for near names among very many takes seconds
+            near = difflib.get_close_matches(key, self.tensors, 3) if len(self.tensors) < 5_000 else []
+            hint = f"Near: {', '.join(near)}" if near else f"It has: {_listed(list(self.tensors), ', ', 5) or 'none'}"
+            raise CheckpointNotFoundError(
+                f"{self.path} has no tensor {key!r}. {hint}", path=self.path, asked=key, candidates=near
+            )
+        return info
+
+    def _own(self, info: TensorInfo) -> TensorInfo:
+        record = self._records.get(info.record)
+        if record is None or (info.storage_offset + info.span) * info.itemsize > record.size:
+            raise CheckpointError(
+                f"{self.path} has no such tensor as {info}: it is one of another file", path=self.path
+            )
+        return info
+
+    def _report(self, damaged: Iterable[Record], tensors: Mapping[str, TensorInfo]) -> NoReturn:
+        keys: dict[str, list[str]] = {record.name: [] for record in damaged}
+        for key, info in tensors.items():
+            if info.record in keys:
+                keys[info.record].append(key)
+        parts = [f"{_listed(names, ', ', 10)} ({record})" if names else record for record, names in keys.items()]
+        raise CheckpointCorruptError(
+            f"{self.path} is damaged: the bytes of {_listed(parts, '; ', 20)} are not those that were written. "
+            "Next: copy the file again from where it was written, or take an older checkpoint",
+            path=self.path,
+            key=", ".join(name for names in keys.values() for name in names),
+        )
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise CheckpointFormatError(
+            f"{self.path} cannot be read as a checkpoint: {reason}. "
+            "Next: write it again with torch.save(state_dict, path), with tensors and plain values only",
+            path=self.path,
+        )
+
+    def _refuse_globals(self, unknown: Iterable[str]) -> NoReturn:
+        names = [_printable(name) for name in unknown]
+        raise UnsafeGlobalError(
+            f"{self.path} refers to {_listed(names, ', ', 20)}, which tensors and plain values do not need. Nothing of "
+            "it was imported or called. If these are harmless classes, they can be read as inert records: "
+            f"open_checkpoint(..., allow_globals=[...]) in code, or {ALLOW_GLOBALS_VARIABLE}="
+            f"{_listed(names, ',', 3)} in the environment",
+            path=self.path,
+            names=names,
+        )
+
+
+def _is_state_dict(value: Any) -> bool:
+    """A dict from names to tensors, with no other values than modules' extra state."""
+    if type(value) is not dict or not any(type(child) is TensorInfo for child in value.values()):
+        return False
+    return all(
+        type(key) is str and (type(child) is TensorInfo or key.rpartition(".")[2] == _EXTRA_STATE)
+        for key, child in value.items()
+    )
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() and text.isascii() else ascii(text)
+
+
+def _listed(names: list[str], separator: str, most: int) -> str:
+    shown = separator.join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
