@@ -15,7 +15,7 @@ __all__ = ["like", "plain"]
 
 
 def plain(value: Any, place: str) -> Any:
-    """``value`` made of dict, list, tuple, str, bytes, int, float, bool, None and tensors only.
+    """``value`` made of dict, list, tuple, str, int, float, bool, None and tensors only.
 
     Containers are new ones, tensors are not copied. NumPy scalars and arrays become numbers and tensors, sets become
     lists, kinds of dict become dict. Raises ``StateMismatchError`` naming the ``place`` of anything else: a checkpoint
@@ -30,7 +30,7 @@ def plain(value: Any, place: str) -> Any:
             return torch.from_numpy(value.copy())
         except TypeError as error:
             raise StateMismatchError(f"{place} is a NumPy array of {value.dtype}, which no tensor can hold") from error
-    if value is None or type(value) in (bool, int, float, str, bytes):
+    if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
         return {_key(key, place): plain(item, f"{place}.{key}") for key, item in value.items()}
