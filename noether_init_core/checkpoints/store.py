@@ -96,9 +96,13 @@ class RunStore:
         return tuple(
             name
             for name in list_names(root, self.storage)
-            if self.storage.is_folder(root / name / "checkpoints")
-            # below the root, the folder "debug" holds runs of its own
-            or ((self.paths.debug or name != "debug") and self.stages(name))
+            # a folder such as .git can be no run
+            if _is_name(name)
+            and (
+                self.storage.is_folder(root / name / "checkpoints")
+                # below the root, the folder "debug" holds runs of its own
+                or ((self.paths.debug or name != "debug") and self.stages(name))
+            )
         )
 
     def stages(self, run_id: str | None = None) -> tuple[str, ...]:
@@ -362,6 +366,14 @@ class RunStore:
                 path=self.folder,
                 candidates=(str(newest), flat.name),
             )
+
+
+def _is_name(name: str) -> bool:
+    try:
+        check_name(name, "run_id")
+    except ConfigError:
+        return False
+    return True
 
 
 def _file(folder: Path, name: str, parsed: CheckpointFileName) -> CheckpointFile:

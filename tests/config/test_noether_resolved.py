@@ -77,7 +77,7 @@ def test_entries_come_in_the_order_in_which_noether_applies_them(tmp_path: Path)
         (None, WEIGHTS, "model.initializers.0"),
         (None, None, "trainer.initializer"),
     ]
-    assert [entry.line for entry in loaded.entries] == [21, 25, 31, 12, 37]
+    assert [entry.line for entry in loaded.entries] == [21, 25, 32, 12, 38]
     assert loaded.auto_resume is False
 
 

@@ -1,0 +1,53 @@
+"""The command ``noether-init``: one module per command, which imports what it needs when it runs.
+
+Exit codes: 0 fine, 1 a file or config has problems, 2 usage. Torch is imported only where a plugin needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from noether_init_core.cli import inspect, kinds, overview, schema, validate
+from noether_init_core.errors import InitError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="noether-init",
+    help="Start any PyTorch training run from any checkpoint, declared in the config.",
+    epilog="Example: noether-init kinds",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("kinds", rich_help_panel="Look", epilog="Example: noether-init kinds --json")(kinds.run)
+app.command("inspect", rich_help_panel="Look", epilog="Example: noether-init inspect runs/pretrain")(inspect.run)
+app.command("schema", rich_help_panel="Decide", epilog="Example: noether-init schema previous_run")(schema.run)
+app.command("validate", rich_help_panel="Decide", epilog="Example: noether-init validate init.yaml")(validate.run)
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Start any PyTorch training run from any checkpoint, declared in the config."""
+    if version:
+        overview.show_version()
+    elif context.invoked_subcommand is None:
+        overview.run()
+    else:
+        return
+    raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; an error of ours is its message on standard error and exit code 1."""
+    try:
+        app()
+    except InitError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
