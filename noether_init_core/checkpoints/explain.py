@@ -186,9 +186,7 @@ def _iteration(store: RunStore, checkpoint_set: CheckpointSet) -> object:
 
 
 def _count(store: RunStore, stage: str | None) -> str:
-    from noether_init_core.checkpoints.store import RunStore
-
-    count = len(RunStore(attrs.evolve(store.paths, stage_name=stage), storage=store.storage).sets())
+    count = len(type(store)(attrs.evolve(store.paths, stage_name=stage), storage=store.storage).sets())
     return f"{count or 'no'} set{'' if count == 1 else 's'}"
 
 
