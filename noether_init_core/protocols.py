@@ -7,7 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-__all__ = ["CallbackLike", "CompositeModelLike", "ModelLike", "TrainerLike", "leaf_models"]
+from noether_init_core.errors import ConfigError
+
+__all__ = ["CallbackLike", "CompositeModelLike", "ModelLike", "TrainerLike", "check_model", "leaf_models"]
 
 
 @runtime_checkable
@@ -50,6 +52,15 @@ class CallbackLike(Protocol):
 
     def state_dict(self) -> dict[str, Any] | None: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+def check_model(model: Any) -> None:
+    """Raise ``ConfigError`` with the next step unless ``model`` is a model or a composite."""
+    if not isinstance(model, ModelLike | CompositeModelLike):
+        raise ConfigError(
+            f"a {type(model).__name__} has no name, optimizer, is_frozen and device. "
+            'Next: bind(module, name="...", optimizer=...), or compose(name, {...}) for submodels'
+        )
 
 
 def leaf_models(model: Any, path: str | None = None) -> Iterator[tuple[str, Any]]:

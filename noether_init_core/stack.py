@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from noether_init_core.initializers.source import SourceInitializer, submodel_of
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.observers import load_observer
 from noether_init_core.paths import PathProvider
+from noether_init_core.protocols import check_model
 from noether_init_core.provenance import InitializerReport, InitReport
 from noether_init_core.surgery.plan import LoadPlan
 
@@ -104,11 +106,8 @@ class InitializerStack:
 
         Raises ``ConfigError`` and its children. Only the kinds that are named are imported.
         """
-        if isinstance(configs, Mapping):
-            return cls._from_loaded(load_config_mapping(configs), path_provider, observers)
-        return cls._from_members(
-            [_Member(kinds.create(config, path_provider=path_provider)) for config in configs], observers
-        )
+        mapping = configs if isinstance(configs, Mapping) else {"initializers": list(configs)}
+        return cls._from_loaded(load_config_mapping(mapping), path_provider, observers)
 
     @classmethod
     def from_file(cls, path: Path | str, *, path_provider: Any = None, observers: Iterable[Any] = ()) -> Self:
@@ -155,6 +154,7 @@ class InitializerStack:
 
         Kinds that cannot plan are left out.
         """
+        check_model(model)
         try:
             plans = [
                 member.initializer.plan_weights(member.model(model))
@@ -180,6 +180,7 @@ class InitializerStack:
             PartlyInitializedError: user code, a kind without ``check``, or a device failed afterwards. States of
                 trainer and callbacks have been put back.
         """
+        check_model(model)
         callbacks = list(callbacks) if callbacks is not None else None
         try:
             start, starts = self._starts()
@@ -245,7 +246,7 @@ class InitializerStack:
         if callbacks is not None:
             arguments["init_callbacks"] = lambda member: {"callbacks": callbacks, "model": member.model(model)}
         return [
-            (hook, member, lambda hook=hook, member=member, make=make: self._call(hook, member, **make(member)))
+            (hook, member, functools.partial(self._call, hook, member, **make(member)))
             for hook, make in arguments.items()
             for member in self._members
             if member.takes_part_in(hook)

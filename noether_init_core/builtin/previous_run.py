@@ -84,7 +84,7 @@ class PreviousRunInitializer(CheckpointInitializer):
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
         """Let every callback that can (``resume_from_checkpoint``) resume from the files of the source run."""
         self.before_locating(self.leaves(model))
-        with ResumptionPaths.of(self.source_paths, self._selected, self.logger) as paths:
+        with ResumptionPaths.showing(self.source_paths, self._selected, self.logger) as paths:
             for callback in callbacks:
                 resume = getattr(callback, "resume_from_checkpoint", None)
                 if callable(resume):

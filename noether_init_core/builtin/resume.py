@@ -147,7 +147,7 @@ class ResumeInitializer(CheckpointInitializer):
         for warning in plan.warnings:
             self.logger.warning("%s: %s", self.config.kind, warning)
         apply_callbacks(plan)
-        with ResumptionPaths.of(self.source_paths, self._selected, self.logger) as paths:
+        with ResumptionPaths.showing(self.source_paths, self._selected, self.logger) as paths:
             for callback in callbacks:
                 resume = getattr(callback, "resume_from_checkpoint", None)
                 if callable(resume):

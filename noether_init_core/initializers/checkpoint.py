@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -143,8 +144,8 @@ class CheckpointInitializer(SourceInitializer):
         steps = self._plan_optimizers(model)
         for step in steps:
             try:
-                apply_optimizer(step.plan, step.optimizer, lambda value, step=step: read_tree(value, step.reader),
-                                keep_fields=step.keep_fields)
+                read = functools.partial(read_tree, step.reader)
+                apply_optimizer(step.plan, step.optimizer, read, keep_fields=step.keep_fields)
             except Exception as error:
                 raise PartlyInitializedError(
                     f"{self.config.kind}: the optimizer of {step.leaf.path} failed while it took its state: {error}",
@@ -274,16 +275,16 @@ class CheckpointInitializer(SourceInitializer):
                         self.logger.warning("%s: %s", self.config.kind, message)
 
 
-def read_tree(value: Any, reader: CheckpointReader) -> Any:
+def read_tree(reader: CheckpointReader, value: Any) -> Any:
     """``value`` with every description of a tensor replaced by the tensor."""
     if isinstance(value, TensorInfo):
         return reader.read(value)
     if isinstance(value, Mapping):
-        return {key: read_tree(item, reader) for key, item in value.items()}
+        return {key: read_tree(reader, item) for key, item in value.items()}
     if isinstance(value, list):
-        return [read_tree(item, reader) for item in value]
+        return [read_tree(reader, item) for item in value]
     if isinstance(value, tuple):
-        return tuple(read_tree(item, reader) for item in value)
+        return tuple(read_tree(reader, item) for item in value)
     return value
 
 

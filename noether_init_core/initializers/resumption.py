@@ -36,7 +36,7 @@ class ResumptionPaths(PathProvider):
 
     @classmethod
     @contextmanager
-    def of(
+    def showing(
         cls, paths: PathProvider, selected: CheckpointSet | None, logger: logging.Logger
     ) -> Iterator[ResumptionPaths]:
         """The provider for one set; ``selected`` None shows the folder as it is."""
@@ -64,5 +64,5 @@ def _link_files(view: Path, folder: Path, selected: CheckpointSet, logger: loggi
         latest.discard((file.model, file.info))
     for model, info in sorted(latest):
         logger.warning("%s has no %s of %s; callbacks find that of latest instead", selected.name, info, model)
-    for name, target in links.items():
-        os.symlink(target.resolve(), view / name)
+    for link, target in links.items():
+        os.symlink(target.resolve(), view / link)

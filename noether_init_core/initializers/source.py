@@ -14,10 +14,10 @@ from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoi
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError, PartlyInitializedError
 from noether_init_core.initializers.base import InitializerBase
-from noether_init_core.protocols import CompositeModelLike, ModelLike
+from noether_init_core.protocols import check_model
 from noether_init_core.surgery.apply import apply_rows, check_values
 from noether_init_core.surgery.names import NameRules, NoetherSurgery
-from noether_init_core.surgery.plan import LoadPlan, PlanPart, plan_load
+from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec, plan_load
 from noether_init_core.surgery.targets import ModelTargets, model_targets
 
 __all__ = ["Leaf", "Part", "Source", "SourceInitializer", "SourceInitializerConfig", "submodel_of"]
@@ -183,11 +183,7 @@ class SourceInitializer(InitializerBase):
 
         Raises ``ConfigError`` if ``submodel`` names none, or ``model`` is no model.
         """
-        if not isinstance(model, ModelLike | CompositeModelLike):
-            raise ConfigError(
-                f"a {type(model).__name__} has no name, optimizer, is_frozen and device. "
-                'Next: bind(module, name="...", optimizer=...), or compose(name, {...}) for submodels'
-            )
+        check_model(model)
         name, below = str(model.name), self.config.submodel or ""
         path = f"{name}.{below}" if below else name
         chosen = submodel_of(model, tuple(below.split(".")) if below else ())
@@ -231,14 +227,10 @@ class SourceInitializer(InitializerBase):
                 )
             source = self._opened[leaf.path, "model"].source
             targets[leaf.path] = found = model_targets(leaf.model)
-            sources = {**reader.tensors, **{name: _EXTRA for name in reader.extra_state}}
-            parts.append(
-                PlanPart(leaf.path, source.describe(), source.path.name, sources, found.specs, found.hidden)
-            )
+            sources: dict[str, TensorSpec] = {**reader.tensors, **{name: _EXTRA for name in reader.extra_state}}
+            parts.append(PlanPart(leaf.path, source.describe(), source.path.name, sources, found.specs, found.hidden))
         self.after_opening(leaves)
-        plan = plan_load(
-            self.config.kind, parts, self.rules, cast=self.config.cast, fresh_hint=self.fresh_hint
-        )
+        plan = plan_load(self.config.kind, parts, self.rules, cast=self.config.cast, fresh_hint=self.fresh_hint)
         return _Prepared(plan, leaves, targets)
 
     def after_opening(self, leaves: Sequence[Leaf]) -> None:

@@ -175,11 +175,11 @@ def apply_optimizer(
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
         optimizer.load_state_dict(_positional(optimizer, prepared, fields))
         return
-    for group, states, stored in zip(optimizer.param_groups, prepared, fields, strict=True):
-        for parameter, state in zip(group["params"], states, strict=True):
+    for group, placed, stored in zip(optimizer.param_groups, prepared, fields, strict=True):
+        for parameter, values in zip(group["params"], placed, strict=True):
             optimizer.state.pop(parameter, None)
-            if state is not None:
-                optimizer.state[parameter] = state
+            if values is not None:
+                optimizer.state[parameter] = values
         group.update(stored)
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 

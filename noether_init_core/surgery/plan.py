@@ -330,9 +330,7 @@ class _PartPlanner:
                 unexpected.append(source)
             shape, dtype = tuple(spec.shape), spec.dtype
             self.rows.append(
-                PlanRow(
-                    self.part.model, None, (source,), action, shape, dtype, spec.nbytes, rule, shape, dtype, False
-                )
+                PlanRow(self.part.model, None, (source,), action, shape, dtype, spec.nbytes, rule, shape, dtype, False)
             )
         return unexpected
 

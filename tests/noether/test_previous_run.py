@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.ground_truth import build_target, digests, expected, file_digests, paths_for, record_id, records
 
-from noether_init_core import CheckpointNotFoundError, ConfigError, InitializerStack, InitError, PlanError
+from noether_init_core import CheckpointNotFoundError, ConfigError, InitError, InitializerStack, PlanError
 
 LATEST = "mlp_cp=latest_model.th"
 
@@ -121,7 +121,9 @@ def test_previous_run_gives_the_recorded_weights(
     check_record("previous_run", run, record, caplog)
 
 
-@pytest.mark.parametrize(("run", "record"), records("previous_run")[:1] + records("resume_init_weights")[:1], ids=record_id)
+@pytest.mark.parametrize(
+    ("run", "record"), records("previous_run")[:1] + records("resume_init_weights")[:1], ids=record_id
+)
 def test_the_dotted_kinds_of_noether_do_the_same(
     run: str, record: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,16 +137,16 @@ def test_the_dotted_kinds_of_noether_do_the_same(
 
 
 @pytest.mark.parametrize(("run", "record"), records("resume_init_weights"), ids=record_id)
-def test_resume_gives_the_recorded_weights(
-    run: str, record: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_resume_gives_the_recorded_weights(run: str, record: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """The weights of ``resume`` are Noether's, also where Noether refused weights that were there already."""
     check_record("resume", run, record, caplog)
 
 
 def test_every_difference_is_about_a_record() -> None:
     """No expectation is left over for a record that does not exist, and every recorded failure has one."""
-    known = {(run, record["id"]) for section in ("previous_run", "resume_init_weights") for run, record in records(section)}
+    known = {
+        (run, record["id"]) for section in ("previous_run", "resume_init_weights") for run, record in records(section)
+    }
     failed = {
         (run, record["id"])
         for section in ("previous_run", "resume_init_weights")

@@ -118,7 +118,10 @@ class ExponentialAverage:
 
 def plain_state(state: dict[str, Any]) -> dict[str, Any]:
     """A state of the ground truth whose tensors are empty ones."""
-    return {key: torch.empty(0) if isinstance(value, dict) and "__tensor__" in value else value for key, value in state.items()}
+    return {
+        key: torch.empty(0) if isinstance(value, dict) and "__tensor__" in value else value
+        for key, value in state.items()
+    }
 
 
 @pytest.mark.parametrize(("run", "record"), records("resume_callbacks"), ids=record_id)
@@ -247,7 +250,12 @@ def test_without_its_moments_training_goes_elsewhere(run: str) -> None:
 
 
 def every_optimizer_file() -> list[tuple[str, str]]:
-    return [(run, name) for run in ("mlp_train", "composite", "early_stop") for name in expected(run).get("files", {}) if name.endswith("_optim.th")]
+    return [
+        (run, name)
+        for run in ("mlp_train", "composite", "early_stop")
+        for name in expected(run).get("files", {})
+        if name.endswith("_optim.th")
+    ]
 
 
 @pytest.mark.parametrize(("run", "file"), every_optimizer_file(), ids=str)

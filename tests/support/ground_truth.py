@@ -69,7 +69,9 @@ def paths_for(run: str) -> PathProvider:
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of the contiguous little-endian bytes, as in the ground truth."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 def digests(module: torch.nn.Module) -> dict[str, str]:

@@ -93,4 +93,7 @@ def test_a_key_that_is_absent_in_every_part_is_an_error_and_a_pattern_a_warning(
 
 def test_near_prefers_the_same_leaf() -> None:
     """A neighbour with the same last segment comes before one that merely looks alike."""
-    assert near("encoder.layer.0.weight", ["encoder.layers.0.weight", "encoder.layer.0.bias"])[0] == "encoder.layers.0.weight"
+    assert (
+        near("encoder.layer.0.weight", ["encoder.layers.0.weight", "encoder.layer.0.bias"])[0]
+        == "encoder.layers.0.weight"
+    )
