@@ -101,5 +101,5 @@ class PreviousRunInitializer(CheckpointInitializer):
         targets = tuple(name for name, _parameter in leaf.model.named_parameters())
         match = rules.match(tuple(reader.tensors), targets)
         names: dict[str, str | None] = {target: source for target, (source, _rule) in match.moves.items()}
-        names.update({target: None for target in match.kept})
+        names.update(dict.fromkeys(match.kept))
         return names

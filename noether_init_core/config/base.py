@@ -13,7 +13,16 @@ from noether_init_core.errors import ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name
 
-__all__ = ["CheckpointTag", "InitializerConfig", "KindConfig", "ModelInfo", "ModelName", "RunId", "StageName", "YamlText"]
+__all__ = [
+    "CheckpointTag",
+    "InitializerConfig",
+    "KindConfig",
+    "ModelInfo",
+    "ModelName",
+    "RunId",
+    "StageName",
+    "YamlText",
+]
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
@@ -55,7 +64,7 @@ def _mentions_any(annotation: Any) -> bool:
 class KindConfig(pydantic.BaseModel):
     """The least config of an initializer: its kind. Unknown keys are errors; instances cannot be changed."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), arbitrary_types_allowed=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     #: The kind that a config of this class has when none is said; None: it must be said.
     default_kind: ClassVar[str | None] = None
@@ -100,7 +109,8 @@ def _check_tag(value: Any) -> Any:
         iteration = TrainingIteration.from_mapping(values)
         if not (iteration.is_minimally_specified or iteration.is_fully_specified):
             raise ConfigError(
-                f"checkpoint_tag {dict(value)!r} says {len(values)} of epoch, update, sample; say one of them or all three"
+                f"checkpoint_tag {dict(value)!r} says {len(values)} of epoch, update, sample; "
+                "say one of them or all three"
             )
         return iteration.to_mapping()
     if isinstance(value, str):

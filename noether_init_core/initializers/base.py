@@ -36,7 +36,7 @@ class InitializerBase(abc.ABC):
         self.path_provider: PathProvider | None = None if path_provider is None else PathProvider.of(path_provider)
         self.logger = logging.getLogger(f"{type(self).__module__}.{type(self).__qualname__}")
 
-    def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
+    def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:  # noqa: B027 - doing nothing is the default
         """Find out everything that could fail, and change nothing. Not a hook; the stack calls it before any hook.
 
         Whatever can be known beforehand (files, bytes, keys, shapes, optimizer and callback state) is raised here, so
@@ -47,14 +47,14 @@ class InitializerBase(abc.ABC):
         """Whether an ``InitializerStack`` calls ``hook`` for this initializer. A direct call always works."""
         return True
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 - doing nothing is the default
         """Let go of open files and cached state. The stack calls it at the end; it may be called more than once."""
 
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration at which training starts: zero, unless the kind resumes. May be called more than once."""
         return TrainingIteration.zero()
 
-    def init_trainer(self, trainer: Any) -> None:
+    def init_trainer(self, trainer: Any) -> None:  # noqa: B027 - doing nothing is the default
         """Restore the state of the trainer; by default nothing."""
 
     @abc.abstractmethod
@@ -65,5 +65,5 @@ class InitializerBase(abc.ABC):
     def init_optimizer(self, model: Any) -> None:
         """Restore the state of the optimizer of ``model``; do nothing where the kind has no such state."""
 
-    def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
+    def init_callbacks(self, callbacks: list[Any], model: Any) -> None:  # noqa: B027 - doing nothing is the default
         """Restore the state of the callbacks; by default nothing."""

@@ -15,8 +15,13 @@ from noether_init_core.checkpoints.reader import CheckpointReader
 from noether_init_core.checkpoints.store import CheckpointSet, Need, RunStore, check_consistency
 from noether_init_core.checkpoints.tensor_info import TensorInfo
 from noether_init_core.config.base import InitializerConfig, KindConfig
-from noether_init_core.errors import CheckpointFormatError, ConfigError, IncompleteSetError, PartlyInitializedError
-from noether_init_core.errors import StateMismatchError
+from noether_init_core.errors import (
+    CheckpointFormatError,
+    ConfigError,
+    IncompleteSetError,
+    PartlyInitializedError,
+    StateMismatchError,
+)
 from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider

@@ -12,7 +12,7 @@ import pydantic
 
 from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
 from noether_init_core.config.base import KindConfig
-from noether_init_core.errors import CheckpointNotFoundError, ConfigError, PartlyInitializedError
+from noether_init_core.errors import CheckpointNotFoundError, ConfigError, PartlyInitializedError, PlanError
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.protocols import check_model
 from noether_init_core.surgery.apply import apply_rows, check_values
@@ -227,7 +227,7 @@ class SourceInitializer(InitializerBase):
                 )
             source = self._opened[leaf.path, "model"].source
             targets[leaf.path] = found = model_targets(leaf.model)
-            sources: dict[str, TensorSpec] = {**reader.tensors, **{name: _EXTRA for name in reader.extra_state}}
+            sources: dict[str, TensorSpec] = {**reader.tensors, **dict.fromkeys(reader.extra_state, _EXTRA)}
             parts.append(PlanPart(leaf.path, source.describe(), source.path.name, sources, found.specs, found.hidden))
         self.after_opening(leaves)
         plan = plan_load(self.config.kind, parts, self.rules, cast=self.config.cast, fresh_hint=self.fresh_hint)
@@ -242,6 +242,16 @@ class SourceInitializer(InitializerBase):
         for warning in prepared.plan.warnings:
             self.logger.warning("%s: %s: %s", self.config.kind, warning.model, warning.message)
         for leaf in prepared.leaves:
+            tensors = prepared.targets[leaf.path].tensors
+            rows = prepared.plan.rows_of(leaf.path)
+            without = [row.key for row in rows if row.writes and row.key in tensors and tensors[row.key].is_meta]
+            if without:
+                raise PlanError(
+                    f"{leaf.path} is on the meta device: {without[0]} and {len(without) - 1} more have no memory to "
+                    "load into. Next: module.to_empty(device='cpu')",
+                    plan=prepared.plan,
+                    problems=[f"{key} is on the meta device" for key in without],
+                )
             reader = self._opened[leaf.path, "model"].reader
             reader.verify(self.config.verify)
             if (leaf.path, id(reader)) not in self._checked_values:

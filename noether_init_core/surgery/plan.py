@@ -45,7 +45,6 @@ class TargetSpec:
         nbytes: Number of elements times bytes of one.
         is_parameter: False for buffers and extra state.
         tied_to: The first name of the same tensor, where this is another name of it.
-        on_meta: The tensor has no memory yet.
     """
 
     shape: tuple[int, ...]
@@ -53,7 +52,6 @@ class TargetSpec:
     nbytes: int
     is_parameter: bool = True
     tied_to: str | None = None
-    on_meta: bool = False
 
 
 @attrs.frozen
@@ -262,7 +260,7 @@ class _PartPlanner:
             self._tied.setdefault(spec.tied_to or name, []).append(name)
 
     def run(self) -> None:
-        found: dict[str, list[str]] = {"missing": [], "mismatch": [], "dtype": [], "meta": []}
+        found: dict[str, list[str]] = {"missing": [], "mismatch": [], "dtype": []}
         for name, spec in self.part.targets.items():
             problem = self._plan_target(name, spec)
             if problem is not None:
@@ -279,12 +277,6 @@ class _PartPlanner:
                 f"the file has {_listed(unexpected)}, which {self.part.model} has not"
                 + self._near_hint(unexpected, list(self.part.targets), "the model has"),
                 unexpected,
-            )
-        if found["meta"]:
-            self._problem(
-                "meta",
-                f"{_listed(found['meta'])}: on the meta device, without memory. Next: model.to_empty(device='cpu')",
-                found["meta"],
             )
         self._check_tied()
 
@@ -314,7 +306,7 @@ class _PartPlanner:
             action = "cast"
             self._warn("cast", f"{name}: {source_spec.dtype} in the file becomes {spec.dtype}", (name,))
         self._row(name, (source,), action, spec, rule=rule, source=source_spec)
-        return "meta" if spec.on_meta else None
+        return None
 
     def _plan_unused(self) -> list[str]:
         used = {source for row in self.rows for source in row.sources}

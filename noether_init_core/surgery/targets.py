@@ -57,7 +57,6 @@ def model_targets(model: Any) -> ModelTargets:
             nbytes=value.numel() * value.element_size(),
             is_parameter=isinstance(value, torch.nn.Parameter),
             tied_to=None if first == name else first,
-            on_meta=value.is_meta,
         )
     hidden = frozenset(name for name, _buffer in model.named_buffers(remove_duplicate=False)) - specs.keys()
     return ModelTargets(specs, tensors, hidden, extra)

@@ -1,0 +1,266 @@
+"""Models of every shape: nested, partly absent, frozen, tied, with extra state, without memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from noether_init_core import (
+    CheckpointInitializer,
+    CheckpointNotFoundError,
+    CheckpointWriter,
+    ConfigError,
+    InitializerStack,
+    PathProvider,
+    PlanError,
+    TornSetError,
+    TrainingIteration,
+    bind,
+    compose,
+    open_checkpoint,
+)
+
+ITERATION = TrainingIteration(1, 5, 40)
+
+
+def linear(seed: int) -> torch.nn.Linear:
+    torch.manual_seed(seed)
+    return torch.nn.Linear(3, 2)
+
+
+def nested(seed: int) -> tuple[list[torch.nn.Linear], Any]:
+    """outer -> (inner -> (left, right), tail, none)."""
+    layers = [linear(seed), linear(seed + 1), linear(seed + 2)]
+    inner = compose("inner", {"left": bind(layers[0], name="l"), "right": bind(layers[1], name="r")})
+    return layers, compose("outer", {"body": inner, "tail": bind(layers[2], name="t"), "none": None})
+
+
+def equal(first: torch.nn.Module, other: torch.nn.Module) -> bool:
+    mine, theirs = first.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> PathProvider:
+    return PathProvider(tmp_path, "source")
+
+
+def start(config: dict[str, Any], paths: PathProvider, model: Any, **more: Any) -> Any:
+    provider = paths if config["kind"] == "resume" else paths.with_run("new")
+    return InitializerStack.from_config([config], path_provider=provider).initialize(model, **more)
+
+
+@pytest.mark.parametrize("kind", ["previous_run", "resume"])
+def test_nested_composites_are_found_under_their_full_path(paths: PathProvider, kind: str) -> None:
+    """What we saved for a composite in a composite comes back to the same leaf; None is left out."""
+    source, model = nested(0)
+    saved = CheckpointWriter(paths).save(model, ITERATION)
+    assert saved.models("model") == ("outer.body.left", "outer.body.right", "outer.tail")
+    target, other = nested(10)
+    start({"kind": kind, "run_id": "source"}, paths, other)
+    assert all(equal(mine, theirs) for mine, theirs in zip(source, target, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["previous_run", "resume"])
+def test_nested_composites_of_noether_are_found_under_its_names(paths: PathProvider, kind: str) -> None:
+    """Noether's writer names an inner submodel after the inner composite only."""
+    source, _model = nested(0)
+    paths.checkpoint_path.mkdir(parents=True)
+    for name, module in zip(("inner.left", "inner.right", "outer.tail"), source, strict=True):
+        torch.save(
+            {"state_dict": module.state_dict(), "training_iteration": ITERATION.to_mapping(), "run_id": "source"},
+            paths.checkpoint_path / f"{name}_cp=latest_model.th",
+        )
+    trainer = {"callback_state_dicts": {}, "training_iteration": ITERATION.to_mapping()}
+    torch.save(trainer, paths.checkpoint_path / "outer_cp=latest_trainer.th")
+    target, other = nested(10)
+    start({"kind": kind, "run_id": "source"}, paths, other)
+    assert all(equal(mine, theirs) for mine, theirs in zip(source, target, strict=True))
+
+
+def test_files_of_different_iterations_are_refused_as_torn(paths: PathProvider) -> None:
+    """Encoder of one iteration and decoder of another, under one tag, load into nothing."""
+    paths.checkpoint_path.mkdir(parents=True)
+    for name, update in (("pair.a", 5), ("pair.b", 6)):
+        content = {"state_dict": linear(0).state_dict(), "training_iteration": {"epoch": 1, "update": update, "sample": 9}}
+        torch.save({**content, "run_id": "source"}, paths.checkpoint_path / f"{name}_cp=latest_model.th")
+    target = [linear(5), linear(6)]
+    before = [layer.weight.clone() for layer in target]
+    model = compose("pair", {"a": bind(target[0], name="a"), "b": bind(target[1], name="b")})
+    with pytest.raises(TornSetError) as caught:
+        start({"kind": "previous_run", "run_id": "source"}, paths, model)
+    assert set(caught.value.found) == {"pair.a_cp=latest_model.th", "pair.b_cp=latest_model.th"}
+    assert all(torch.equal(layer.weight, old) for layer, old in zip(target, before, strict=True))
+
+
+def test_a_trainer_file_of_another_iteration_is_refused_as_torn(paths: PathProvider) -> None:
+    """Resume never pairs weights with a trainer of another iteration."""
+    paths.checkpoint_path.mkdir(parents=True)
+    content = {"state_dict": linear(0).state_dict(), "training_iteration": {"epoch": 1, "update": 5, "sample": 9}}
+    torch.save({**content, "run_id": "source"}, paths.checkpoint_path / "net_cp=latest_model.th")
+    trainer = {"callback_state_dicts": {}, "training_iteration": {"epoch": 1, "update": 6, "sample": 9}}
+    torch.save(trainer, paths.checkpoint_path / "net_cp=latest_trainer.th")
+    with pytest.raises(TornSetError):
+        start({"kind": "resume"}, paths, bind(linear(4), name="net"))
+
+
+class Tied(torch.nn.Module):
+    """An embedding whose weight is also that of the head, and a mask that the state dict has not."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = torch.nn.Embedding(5, 3)
+        self.head = torch.nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("mask", torch.ones(3), persistent=False)
+
+
+def test_tied_weights_stay_tied_and_conflicting_ones_are_refused(paths: PathProvider, tmp_path: Path) -> None:
+    """One stored name is enough; two that differ are an error before anything changes."""
+    source, target = Tied(0), Tied(1)
+    wanted = source.embedding.weight.detach().clone()
+    one = tmp_path / "one.pt"
+    torch.save({"head.weight": wanted, "mask": torch.zeros(3)}, one)  # as averaged weights: alias and mask
+    start({"kind": "file", "path": str(one)}, paths, bind(target, name="tied"))
+    assert target.head.weight is target.embedding.weight
+    assert torch.equal(target.embedding.weight, wanted)
+    assert torch.equal(target.mask, torch.ones(3))
+    two = tmp_path / "two.pt"
+    torch.save({"head.weight": wanted, "embedding.weight": wanted + 1}, two)
+    with pytest.raises(PlanError, match="differ in the file but are one tensor"):
+        start({"kind": "file", "path": str(two)}, paths, bind(target, name="tied"))
+    assert torch.equal(target.embedding.weight, wanted)
+
+
+class WithExtraState(torch.nn.Module):
+    """A module that keeps a number outside its tensors."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+        self.number = number
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"number": self.number, "tensor": torch.full((2,), float(self.number))}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.number = int(state["tensor"][0]) + state["number"]
+
+
+def test_extra_state_of_modules_comes_along(paths: PathProvider) -> None:
+    """State that is no tensor is handed to the module that it belongs to, with real tensors in it."""
+    CheckpointWriter(paths).save(bind(WithExtraState(4), name="net"), ITERATION)
+    target = WithExtraState(1)
+    start({"kind": "previous_run", "run_id": "source"}, paths, bind(target, name="net"))
+    assert target.number == 8
+
+
+def test_frozen_models_get_weights_and_keep_their_optimizer(paths: PathProvider) -> None:
+    """A frozen submodel is loaded, its optimizer is neither saved nor asked for."""
+    source = linear(0)
+    for parameter in source.parameters():
+        parameter.requires_grad = False
+    optimizer = torch.optim.AdamW(source.parameters())
+    saved = CheckpointWriter(paths).save(bind(source, name="net", optimizer=optimizer), ITERATION)
+    assert saved.models("optim") == ()
+    target = linear(1)
+    target.requires_grad_(False)
+    model = bind(target, name="net", optimizer=torch.optim.AdamW(target.parameters()))
+    report = start({"kind": "resume"}, paths, model)
+    assert equal(source, target)
+    assert report.start == ITERATION
+
+
+def test_a_model_without_memory_can_be_planned_but_not_loaded(paths: PathProvider) -> None:
+    """Names and shapes are enough for the plan; loading says what to do first."""
+    CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+    with torch.device("meta"):
+        module = torch.nn.Linear(3, 2)
+    stack = InitializerStack.from_config([{"kind": "previous_run", "run_id": "source"}], path_provider=paths.with_run("n"))
+    assert stack.plan(bind(module, name="net")).is_fine
+    with pytest.raises(PlanError, match="to_empty"):
+        stack.initialize(bind(module, name="net"))
+
+
+def test_file_reads_a_bare_state_dict_and_checks_its_digest(paths: PathProvider, tmp_path: Path) -> None:
+    """``kind: file`` opens what torch.save wrote; a digest that differs stops it."""
+    source, target = linear(0), linear(1)
+    path = tmp_path / "weights.pt"
+    torch.save(source.state_dict(), path)
+    start({"kind": "file", "path": str(path)}, paths, bind(target, name="net"))
+    assert equal(source, target)
+    before = target.weight.clone()
+    with pytest.raises(Exception, match="digest"):
+        start({"kind": "file", "path": str(path), "digest": "sha256:" + "0" * 64}, paths, bind(target, name="net"))
+    assert torch.equal(target.weight, before)
+    with pytest.raises(CheckpointNotFoundError, match=r"there are: weights\.pt"):
+        start({"kind": "file", "path": str(tmp_path / "weight.pt")}, paths, bind(target, name="net"))
+    two = compose("pair", {"a": bind(linear(0), name="a"), "b": bind(linear(1), name="b")})
+    with pytest.raises(ConfigError, match="Add: submodel:"):
+        start({"kind": "file", "path": str(path)}, paths, two)
+
+
+def test_the_source_run_can_live_under_another_output_root(paths: PathProvider, tmp_path: Path) -> None:
+    """``output_path`` names the root; without a path provider it is enough together with ``run_id``."""
+    CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+    config = {"kind": "previous_run", "run_id": "source", "output_path": str(tmp_path)}
+    target = linear(1)
+    elsewhere = PathProvider(tmp_path / "elsewhere", "new")
+    InitializerStack.from_config([config], path_provider=elsewhere).initialize(bind(target, name="net"))
+    assert equal(target, linear(0))
+    InitializerStack.from_config([config]).initialize(bind(linear(2), name="net"))
+    assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(ConfigError, match="path_provider"):
+        InitializerStack.from_config([{"kind": "previous_run", "run_id": "source"}])
+
+
+def test_a_debug_run_is_sought_outside_debug_where_it_is_absent(tmp_path: Path) -> None:
+    """A debug run warm-starts from an ordinary one, and from a debug one of that name first."""
+    CheckpointWriter(PathProvider(tmp_path, "source")).save(bind(linear(0), name="net"), ITERATION)
+    config = {"kind": "previous_run", "run_id": "source"}
+    target = linear(5)
+    debug = PathProvider(tmp_path, "new", debug=True)
+    InitializerStack.from_config([config], path_provider=debug).initialize(bind(target, name="net"))
+    assert equal(target, linear(0))
+    CheckpointWriter(PathProvider(tmp_path, "source", debug=True)).save(bind(linear(1), name="net"), ITERATION)
+    InitializerStack.from_config([config], path_provider=debug).initialize(bind(target, name="net"))
+    assert equal(target, linear(1))
+
+
+def test_the_stored_model_config_comes_without_the_keys_to_pop(paths: PathProvider) -> None:
+    """A model can be rebuilt from the stored config without keys that the new class does not take."""
+    module = linear(0)
+    module.model_config = {"width": 3, "obsolete": True}  # type: ignore[assignment]
+    CheckpointWriter(paths).save(bind(module, name="net"), ITERATION)
+    config = {"kind": "previous_run", "run_id": "source", "pop_ckpt_kwargs_keys": ["obsolete"]}
+    initializer = InitializerStack.from_config([config], path_provider=paths.with_run("new")).initializers[0]
+    assert isinstance(initializer, CheckpointInitializer)
+    assert initializer.stored_model_config("net") == {"width": 3}
+    config["pop_ckpt_kwargs_keys"] = ["obsolet"]
+    initializer = InitializerStack.from_config([config], path_provider=paths.with_run("new")).initializers[0]
+    assert isinstance(initializer, CheckpointInitializer)
+    with pytest.raises(ConfigError, match="it has width, obsolete"):
+        initializer.stored_model_config("net")
+
+
+def test_a_committed_file_that_was_rewritten_is_refused(paths: PathProvider) -> None:
+    """Another checkpoint written in place over a committed file is whole by itself, but not what was committed."""
+    saved = CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+    file = saved.file("net", "model")
+    assert file is not None
+    with open_checkpoint(file.path) as reader:
+        content = reader.load()
+    content["state_dict"]["weight"] = content["state_dict"]["weight"] + 1
+    file.path.chmod(0o644)
+    with file.path.open("wb") as stream:
+        torch.save(content, stream)
+    target = linear(3)
+    before = target.weight.clone()
+    with pytest.raises(Exception, match="net_cp=E1_U5_S40_model.th") as caught:
+        start({"kind": "previous_run", "run_id": "source"}, paths, bind(target, name="net"))
+    assert type(caught.value).__name__ == "CheckpointCorruptError"
+    assert torch.equal(target.weight, before)
