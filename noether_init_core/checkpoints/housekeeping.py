@@ -46,8 +46,8 @@ def refresh_flat_names(checkpoints: Path, committed: CheckpointSet, storage: Sto
     """Give the files of a committed set Noether's names in the folder of checkpoints.
 
     The names of its iteration are further names of the same files. Every other tag is rewritten by Noether in place,
-    so its names are copies. Names with optimizer and trainer state go first and the trainer's comes back last: while
-    there is a trainer file, everything beside it belongs to it.
+    so its names are copies. There, the trainer's name goes first and comes back last: while there is a trainer file,
+    everything beside it belongs to it.
 
     Raises ``OSError``.
     """
@@ -64,9 +64,10 @@ def _refresh_tag(checkpoints: Path, committed: CheckpointSet, tag: str, storage:
     previous = _holder_before(checkpoints, committed, tag, storage)
     names = {_flat_name(file, tag): file for file in committed.files}
     stale = {_flat_name(file, tag): file for file in (previous.files if previous else ())}
-    for name, file in sorted({**stale, **names}.items()):
-        if file.part != "model" or name not in names:
-            storage.unlink(checkpoints / name)
+    for part in ("trainer", "optim", "model"):
+        for name, file in sorted({**stale, **names}.items()):
+            if file.part == part and (part != "model" or name not in names):
+                storage.unlink(checkpoints / name)
     for part in ("model", "optim", "trainer"):
         for name, file in sorted(names.items()):
             if file.part == part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import logging
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -150,7 +151,7 @@ class CheckpointWriter:
             versions=_versions(),
         )
         temporary = folder / f"{MANIFEST_NAME}.tmp"
-        with storage.open_write(temporary) as file:
+        with _naming(temporary), storage.open_write(temporary) as file:
             file.write(manifest.to_bytes())
             storage.fsync(file)
         storage.fsync_folder(folder)
@@ -160,7 +161,7 @@ class CheckpointWriter:
 
     def _write_file(self, folder: Path, content: FileContent) -> ManifestFile:
         path = folder / str(content.name)
-        with self.storage.open_write(path) as file:
+        with _naming(path), self.storage.open_write(path) as file:
             sink = _Sink(file)
             with _checksums():
                 torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
@@ -293,6 +294,17 @@ def _checksums() -> Iterator[None]:
 
 
 @contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file a failing write or fsync was for; the system knows it by number only."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def _as_write_error(what: str, folder: Path) -> Iterator[None]:
     untouched = "It was not committed; the sets from before are untouched"
     try:
@@ -300,7 +312,7 @@ def _as_write_error(what: str, folder: Path) -> Iterator[None]:
     except CheckpointError as error:
         raise CheckpointWriteError(f"{what} was not saved: {error}. {untouched}", path=error.path) from error
     except OSError as error:
-        path = Path(error.filename) if isinstance(error.filename, str) else folder
+        path = Path(error.filename) if isinstance(error.filename, str | os.PathLike) else folder
         raise CheckpointWriteError(
             f"{what} was not saved: {path}: {error.strerror or error}. {untouched}", path=path
         ) from error

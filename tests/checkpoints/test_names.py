@@ -111,7 +111,9 @@ def test_name_that_would_read_back_as_another_is_refused(name: CheckpointFileNam
     assert caught.value.what == what
 
 
-@pytest.mark.parametrize("tag", ["latest", "last", "best_model.loss.val.total", "E10_U100_S200", "E1_U7_S28.early_exit"])
+@pytest.mark.parametrize(
+    "tag", ["latest", "last", "best_model.loss.val.total", "E10_U100_S200", "E1_U7_S28.early_exit"]
+)
 def test_tags_of_noether_are_legal(tag: str) -> None:
     """Tags that Noether writes can be written."""
     assert check_tag(tag) == tag

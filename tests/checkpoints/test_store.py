@@ -206,7 +206,9 @@ def test_missing_run_names_near_runs_and_creates_nothing(noether_runs: Path, tmp
     shutil.copytree(noether_runs / "early_stop", tmp_path / "early_stop")
     before = listing(tmp_path)
     store = RunStore(PathProvider(tmp_path, "early_stopp", "train"))
-    with pytest.raises(CheckpointNotFoundError, match=r'run "early_stopp" does not exist .* Near: early_stop') as caught:
+    with pytest.raises(
+        CheckpointNotFoundError, match=r'run "early_stopp" does not exist .* Near: early_stop'
+    ) as caught:
         store.find("latest", MLP)
     assert caught.value.candidates == ("early_stop",)
     assert (store.newest(), store.sets(), store.tags(), store.uncommitted()) == (None, (), (), ())
@@ -560,7 +562,9 @@ def test_files_of_different_iterations_are_torn() -> None:
     checkpoint_set = CheckpointSet(Path("x"), "latest", ("latest",), None, None, False, ())
     one, two = TrainingIteration(1, 1, 1), TrainingIteration(2, 2, 2)
     check_consistency({"a": (one, "run"), "b": (one, None), "c": (None, "run")}, checkpoint_set)
-    with pytest.raises(TornSetError, match=r"mixes files of different iterations: a: E1_U1_S1 .*; b: E2_U2_S2") as caught:
+    with pytest.raises(
+        TornSetError, match=r"mixes files of different iterations: a: E1_U1_S1 .*; b: E2_U2_S2"
+    ) as caught:
         check_consistency({"a": (one, "run"), "b": (two, None)}, checkpoint_set)
     assert caught.value.found == {"a": "E1_U1_S1 of run run", "b": "E2_U2_S2"}
 
