@@ -1,0 +1,41 @@
+# Development of noether-init. `make env` needs Python 3.11 or newer and pip, nothing else.
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint docs clean
+
+# The first Python that is new enough; PYTHON3=... chooses another.
+PYTHON3 ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
+	"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$candidate" && break; done)
+PYTHON := .venv/bin/python
+STAMP := .venv/.installed
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 8
+
+env: $(STAMP)  ## Create .venv with everything for development
+
+# Where Python comes without ensurepip, the pip that is there installs one into the environment.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON3)" || { echo "Python 3.11 or newer is needed; PYTHON3=... names it" >&2; exit 2; }
+	test -x $(PYTHON) || "$(PYTHON3)" -m venv .venv || { "$(PYTHON3)" -m venv --clear --without-pip .venv \
+		&& "$(PYTHON3)" -m pip --python $(PYTHON) install --quiet pip; }
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt hatchling editables
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $(STAMP)
+
+demo: env  ## Train, kill, resume, compare, warm-start; draws the picture
+	$(PYTHON) examples/digits/demo.py
+
+test: env  ## Run the tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+lint: env  ## Check style and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+docs: env  ## Build the site into site/; warnings are errors
+	$(PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -b html docs site
+
+clean:  ## Remove what was built
+	rm -rf .venv site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
