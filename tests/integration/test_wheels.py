@@ -1,0 +1,309 @@
+"""A third party, for real: built wheels in a clean environment, where nothing of this checkout is importable."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import textwrap
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CONSTANT = '''
+"""A kind of a stranger: fills every parameter with one number."""
+
+import torch
+from pydantic import Field
+
+from noether_init_core import InitializerBase, KindConfig
+
+
+class ConstantConfig(KindConfig):
+    value: float = Field(description="The number.")
+
+
+class ConstantInitializer(InitializerBase):
+    config_class = ConstantConfig
+    contract = 1
+
+    def init_weights(self, model):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(self.config.value)
+
+    def init_optimizer(self, model):
+        pass
+'''
+
+
+@attrs.frozen
+class Environment:
+    """A virtual environment with the core's wheel; dependencies are those of the running one, without our own."""
+
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def site_packages(self) -> Path:
+        (found,) = (self.folder / "lib").glob("python*/site-packages")
+        return found
+
+    def run(self, program: str, *, where: Path, code: int = 0) -> str:
+        """Run a program that sees neither this checkout nor the variables of the tests; return what it printed."""
+        command = [self.python, "-I", "-c", textwrap.dedent(program)]
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, env={"PATH": ""}, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    def command(self, *arguments: str, where: Path) -> subprocess.CompletedProcess[str]:
+        """Run the installed console script."""
+        command = [self.folder / "bin" / "noether-init", *arguments]
+        return subprocess.run(command, cwd=where, capture_output=True, text=True, env={"PATH": ""}, check=False)
+
+    def pip(self, *arguments: str | Path) -> None:
+        """Run the pip of the running environment on this one, without a network."""
+        _run(sys.executable, "-m", "pip", "--python", self.python, "--quiet", *arguments)
+
+
+def _run(*command: str | Path, where: Path | None = None) -> None:
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _foreign_wheel(folder: Path, name: str, source: str, *, kind: str, target: str) -> Path:
+    """Build the wheel of a distribution with one module and one kind."""
+    module = name.replace("-", "_")
+    project = folder / name
+    (project / module).mkdir(parents=True)
+    (project / module / "__init__.py").write_text(source)
+    (project / "pyproject.toml").write_text(
+        textwrap.dedent(f"""
+            [build-system]
+            requires = ["hatchling"]
+            build-backend = "hatchling.build"
+            [project]
+            name = "{name}"
+            version = "2.1"
+            dependencies = ["noether-init-core>=0.1"]
+            [project.entry-points."noether_init.initializers"]
+            {kind} = "{module}:{target}"
+        """)
+    )
+    _run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, where=project)
+    (wheel,) = folder.glob(f"{module}-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist of the core, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """A clean virtual environment with the core installed from its wheel."""
+    folder = tmp_path_factory.mktemp("clean")
+    # Torch alone is a gigabyte, so everything but our own distributions is borrowed. The editable install of this
+    # checkout and its metadata stay outside: they would hide what the wheel lacks.
+    borrowed = folder / "borrowed"
+    borrowed.mkdir()
+    for item in Path(sysconfig.get_path("purelib")).iterdir():
+        if "noether" not in item.name and not item.name.endswith(".pth"):
+            (borrowed / item.name).symlink_to(item)
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    clean = Environment(folder / "venv")
+    (clean.site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
+    clean.pip("install", "--no-index", "--find-links", built, "noether-init-core")
+    return clean
+
+
+@pytest.fixture
+def constant(environment: Environment, built: Path, tmp_path: Path) -> Iterator[Environment]:
+    """The environment with the stranger's wheel in it."""
+    wheel = _foreign_wheel(tmp_path, "acme-constant", CONSTANT, kind="constant", target="ConstantInitializer")
+    environment.pip("install", "--no-index", "--find-links", built, wheel)
+    yield environment
+    environment.pip("uninstall", "--yes", "acme-constant")
+
+
+def _members(archive: Path) -> set[str]:
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return set(wheel.namelist())
+    with tarfile.open(archive) as sdist:
+        return {name.partition("/")[2] for name in sdist.getnames()}
+
+
+def test_the_wheel_and_the_sdist_hold_the_package_and_nothing_of_the_repository(built: Path) -> None:
+    """No tests, plugins, examples or docs; every module of the package and py.typed are there."""
+    (wheel,) = built.glob("noether_init_core-*.whl")
+    (sdist,) = built.glob("noether_init_core-*.tar.gz")
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "noether_init_core").rglob("*.py")}
+    for archive in (wheel, sdist):
+        members = _members(archive)
+        assert sources | {"noether_init_core/py.typed"} <= members
+    assert {name.split("/")[0].partition("-")[0] for name in _members(wheel)} == {"noether_init_core"}
+    roots = {name.split("/")[0] for name in _members(sdist)}
+    allowed = {"noether_init_core", "README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    assert {"noether_init_core", "LICENSE", "pyproject.toml"} <= roots <= allowed
+
+
+def test_the_wheel_registers_what_the_project_file_says(environment: Environment, tmp_path: Path) -> None:
+    """The installed kinds are those of pyproject.toml, found without importing a plugin, torch or pydantic."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    output = environment.run(
+        """
+        import json, sys
+        from noether_init_core import kinds
+        found = {info.name: info.target for info in kinds.installed()}
+        heavy = [name for name in sys.modules if name in ("torch", "pydantic") or ".builtin" in name]
+        import noether_init_core
+        print(json.dumps([found, heavy, noether_init_core.__file__, noether_init_core.__version__]))
+        """,
+        where=tmp_path,
+    )
+    found, heavy, file, version = json.loads(output)
+    assert found == project["entry-points"]["noether_init.initializers"]
+    assert heavy == []
+    assert Path(file).is_relative_to(environment.site_packages)
+    assert version == project["version"]
+
+
+def test_a_strangers_kind_is_selected_in_a_file_and_runs(constant: Environment, tmp_path: Path) -> None:
+    """Its own distribution, kind and config class; the model holds the number of the YAML file."""
+    (tmp_path / "init.yaml").write_text("initializers:\n- kind: constant\n  value: 2.5\n")
+    output = constant.run(
+        """
+        import json, sys, torch
+        from noether_init_core import InitializerStack, bind, kinds
+        before = "acme_constant" in sys.modules
+        model = torch.nn.Linear(3, 2)
+        listed = kinds.describe("constant").source
+        seen = "acme_constant" in sys.modules
+        report = InitializerStack.from_file("init.yaml").initialize(bind(model, name="mlp"))
+        print(json.dumps([before, seen, listed, model.weight.tolist(), model.bias.tolist(), report.start.is_zero]))
+        """,
+        where=tmp_path,
+    )
+    assert json.loads(output) == [False, False, "acme-constant 2.1", [[2.5] * 3] * 2, [2.5] * 2, True]
+    checked = constant.command("validate", "init.yaml", where=tmp_path)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "initializers.0: constant" in checked.stdout
+    (tmp_path / "init.yaml").write_text("initializers:\n- kind: constant\n  valeu: 2.5\n")
+    checked = constant.command("validate", "init.yaml", where=tmp_path)
+    assert checked.returncode == 1
+    assert "init.yaml:3 initializers.0.valeu: unknown key. Near: value." in checked.stdout
+    assert "init.yaml:2 initializers.0.value: is missing: The number." in checked.stdout
+
+
+def test_after_uninstalling_it_the_error_names_what_is_missing(
+    environment: Environment, constant: Environment, tmp_path: Path
+) -> None:
+    """File, line, key, kind, what there is, and the next command."""
+    constant.pip("uninstall", "--yes", "acme-constant")
+    (tmp_path / "init.yaml").write_text("initializers:\n- kind: constant\n  value: 2.5\n")
+    output = environment.run(
+        """
+        from noether_init_core import ConfigFileError, InitializerStack, UnknownKindError
+        try:
+            InitializerStack.from_file("init.yaml")
+        except ConfigFileError as error:
+            assert isinstance(error.__cause__, UnknownKindError) and error.__cause__.kind == "constant"
+            print(error)
+        """,
+        where=tmp_path,
+    )
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert output == (
+        'init.yaml:2 initializers.0.kind: no kind "constant". '
+        f"Installed: file, previous_run, resume (noether-init-core {version}). Next: noether-init kinds\n"
+    )
+    checked = environment.command("validate", "init.yaml", where=tmp_path)
+    assert (checked.returncode, checked.stderr) == (1, "")
+    assert output.strip() in checked.stdout
+
+
+def test_two_wheels_that_claim_a_kind_and_one_that_raises_do_no_harm(
+    constant: Environment, built: Path, tmp_path: Path
+) -> None:
+    """The conflict names both and imports neither; every other kind works in the same process."""
+    names = ("claim-one", "claim-two", "raising-init")
+    sources = [f"open({str(tmp_path / name)!r}, 'w').close()\n{CONSTANT}" for name in names[:2]]
+    sources.append("def connect():\n    raise RuntimeError('no licence')\nconnect()\n")
+    for name, source, kind in zip(names, sources, ("claimed", "claimed", "raising"), strict=True):
+        wheel = _foreign_wheel(tmp_path, name, source, kind=kind, target="ConstantInitializer")
+        (tmp_path / name).rename(tmp_path / f"{name}-project")
+        constant.pip("install", "--no-index", "--find-links", built, wheel)
+    try:
+        output = constant.run(
+            """
+            import json, traceback
+            from noether_init_core import KindConflictError, KindImportError, kinds
+            kinds.installed()
+            try:
+                kinds.create({"kind": "claimed", "value": 1})
+            except KindConflictError as error:
+                conflict = [str(error), list(error.offers)]
+            try:
+                kinds.create({"kind": "raising"})
+            except KindImportError as error:
+                raised = [str(error), "in connect" in "".join(traceback.format_exception(error))]
+            works = [kinds.create({"kind": "constant", "value": 1}).config.value]
+            works += [kinds.resolve(name).__name__ for name in ("file", "previous_run", "resume")]
+            print(json.dumps([conflict, raised, works]))
+            """,
+            where=tmp_path,
+        )
+    finally:
+        constant.pip("uninstall", "--yes", *names)
+    (message, offers), (raised, shows_traceback), works = json.loads(output)
+    assert offers == [
+        "claim-one 2.1 -> claim_one:ConstantInitializer",
+        "claim-two 2.1 -> claim_two:ConstantInitializer",
+    ]
+    assert all(offer in message for offer in offers)
+    assert not (tmp_path / "claim-one").exists()
+    assert not (tmp_path / "claim-two").exists()
+    assert "raising-init 2.1" in raised
+    assert "RuntimeError: no licence" in raised
+    assert shows_traceback
+    assert works == [1.0, "FileInitializer", "PreviousRunInitializer", "ResumeInitializer"]
+
+
+def test_without_its_entry_points_the_core_knows_no_kind(environment: Environment, tmp_path: Path) -> None:
+    """Nothing but the metadata makes previous_run a kind."""
+    (points,) = environment.site_packages.glob("noether_init_core-*.dist-info/entry_points.txt")
+    original = points.read_text()
+    points.write_text(original[: original.index("[noether_init.initializers]")])
+    try:
+        output = environment.run(
+            """
+            from noether_init_core import UnknownKindError, kinds
+            try:
+                kinds.create({"kind": "previous_run", "run_id": "x"})
+            except UnknownKindError as error:
+                print(error)
+            """,
+            where=tmp_path,
+        )
+        listed = environment.command("kinds", where=tmp_path)
+    finally:
+        points.write_text(original)
+    assert output == 'no kind "previous_run". No kind is installed. Next: noether-init kinds\n'
+    assert (listed.returncode, listed.stdout) == (0, "no kind is installed. Next: pip install noether-init-core\n")
