@@ -47,7 +47,7 @@ def _start(
 def main() -> None:
     """Run the command; an error of ours is its message on standard error and exit code 1."""
     try:
-        app()
+        app(prog_name="noether-init")
     except InitError as error:
         print(error, file=sys.stderr)
         sys.exit(1)

@@ -1,0 +1,221 @@
+"""The command line: what each command prints, its exit codes, and what it imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from support.foreign import INITIALIZER, ForeignPackages
+
+from noether_init_core import cli, kinds
+
+
+@attrs.frozen
+class Result:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """Call the console script's function as the shell would."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def call(*arguments: Any) -> Result:
+        monkeypatch.setattr(sys, "argv", ["noether-init", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        return Result(code or 0, captured.out, captured.err)
+
+    return call
+
+
+def _version() -> str | None:
+    return kinds.describe("file").version
+
+
+def test_alone_it_shows_what_is_here_and_the_next_commands(
+    invoke: Invoke, noether_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version, plain kinds, runs below the folder where there are any; a folder of code is no run."""
+    (tmp_path / "package" / "checkpoints").mkdir(parents=True)
+    (tmp_path / ".git").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = invoke()
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert lines[:2] == [f"noether-init-core {_version()}", "kinds: file, previous_run, resume"]
+    assert [line.split()[1] for line in lines if line.startswith("  noether-init")] == ["kinds", "inspect", "validate"]
+    assert "runs below" not in result.out
+    monkeypatch.chdir(noether_runs)
+    assert "runs below this folder: composite, early_stop, mlp_train" in invoke().out
+
+
+def test_the_version_is_one_line(invoke: Invoke) -> None:
+    """For bug reports."""
+    assert invoke("--version") == Result(0, f"noether-init-core {_version()}\n", "")
+
+
+def test_kinds_lists_every_kind_with_its_distribution(invoke: Invoke, foreign: ForeignPackages) -> None:
+    """Conflicts and blocked kinds are marked by symbol and word; no plugin is imported."""
+    marker = foreign.folder / "imported"
+    source = f"open({str(marker)!r}, 'w').close()"
+    foreign.install("acme-init", offers={"acme": "acme_cli:K"}, modules={"acme_cli": source})
+    foreign.install("rival-init", offers={"acme": "acme_cli:K"})
+    rows = [line.split() for line in invoke("kinds").out.splitlines()]
+    assert ["=", "previous_run", "noether-init-core", _version()] in rows
+    assert ["x", "conflict", "acme", "acme-init", "1.0"] in rows
+    assert ["x", "conflict", "acme", "rival-init", "1.0"] in rows
+    assert not marker.exists()
+
+
+def test_kinds_as_json_is_for_programs(
+    invoke: Invoke, foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of objects with stable keys."""
+    foreign.install("acme-init", offers={"acme": "acme_cli:K"}, version="3.2")
+    monkeypatch.setenv("NOETHER_INIT_DENY", "acme-init")
+    rows = {row["name"]: row for row in json.loads(invoke("kinds", "--json").out)}
+    assert rows["acme"] == {
+        "name": "acme",
+        "distribution": "acme-init",
+        "version": "3.2",
+        "target": "acme_cli:K",
+        "blocked_by": "NOETHER_INIT_DENY",
+        "conflict": False,
+    }
+    assert rows["file"]["blocked_by"] is None
+
+
+def test_schema_prints_the_json_schema_of_a_kind(invoke: Invoke, foreign: ForeignPackages) -> None:
+    """Of a stranger's kind too, with its name as a constant."""
+    target = "constant_cli:ConstantInitializer"
+    foreign.install("acme-init", offers={"constant": target}, modules={"constant_cli": INITIALIZER})
+    schema = json.loads(invoke("schema", "constant").out)
+    assert schema["properties"]["kind"]["const"] == "constant"
+    assert schema["properties"]["value"] == {"default": 0.0, "title": "Value", "type": "number"}
+    assert schema["additionalProperties"] is False
+
+
+def test_an_error_of_ours_is_its_message_and_exit_code_1(invoke: Invoke) -> None:
+    """No traceback, on standard error."""
+    result = invoke("schema", "previous-run")
+    message = f'no kind "previous-run". Near: previous_run (noether-init-core {_version()}). Next: noether-init kinds\n'
+    assert result == Result(1, "", message)
+
+
+def test_validate_tells_every_problem_of_every_entry(invoke: Invoke, tmp_path: Path) -> None:
+    """Good entries are listed too; the exit code is 1 as long as one problem is left."""
+    config = tmp_path / "init.yaml"
+    config.write_text(
+        "auto_resume: true\ninitializers:\n- kind: previous_run\n  run_id: a\n- kind: nothing_like_it\n"
+        "- kind: previous_run\n  run_id: ../b\n"
+    )
+    result = invoke("validate", config)
+    lines = result.out.splitlines()
+    assert result.code == 1
+    assert lines[0] == "= initializers.0: previous_run"
+    assert lines[1].startswith('x init.yaml:5 initializers.1.kind: no kind "nothing_like_it".')
+    assert lines[2].startswith("x init.yaml:7 initializers.2.run_id: run_id '../b' holds a path separator")
+    assert lines[-1] == "initializers: 3, problems: 2"
+    config.write_text("model:\n  name: m\n  encoder:\n    initializers:\n    - {kind: previous_run, run_id: a}\n")
+    result = invoke("validate", config)
+    assert result.code == 0
+    assert result.out.splitlines()[0] == (
+        "= model.encoder.initializers.0: previous_run for encoder, init_optimizer, init_weights only"
+    )
+
+
+def test_validate_of_an_absent_file_names_its_neighbours(invoke: Invoke, tmp_path: Path) -> None:
+    """Exit code 1 and the YAML files that are there."""
+    (tmp_path / "other.yaml").touch()
+    result = invoke("validate", tmp_path / "init.yaml")
+    assert (result.code, result.out) == (1, "")
+    assert "other.yaml" in result.err
+
+
+def test_inspect_shows_the_sets_of_a_run_newest_first(invoke: Invoke, noether_runs: Path) -> None:
+    """Tags, iterations and parts, whether the run, its stage or its checkpoints folder is given."""
+    run = noether_runs / "mlp_train"
+    outputs = [invoke("inspect", path) for path in (run, run / "train", run / "train" / "checkpoints")]
+    for result in outputs:
+        assert result.code == 0
+        rows = [line.split() for line in result.out.splitlines()]
+        assert ["o", "legacy", "E4_U16_S128", "latest", "mlp,", "mlp", "(ema=0.9)", "mlp", "mlp"] in rows
+        assert ["o", "legacy", "E3_U12_S96", "best_model.loss.val.total", "mlp"] in rows
+    assert outputs[0].out.splitlines()[0].strip() == "mlp_train/train"
+
+
+def test_inspect_lists_the_runs_of_an_output_root(invoke: Invoke, noether_runs: Path) -> None:
+    """Each with its stages."""
+    result = invoke("inspect", noether_runs)
+    assert result.code == 0
+    assert result.out.splitlines()[:3] == [
+        "composite: stages pretrain",
+        "early_stop: stages train",
+        "mlp_train: stages train",
+    ]
+
+
+def test_inspect_lists_the_tensors_of_a_file(invoke: Invoke, noether_runs: Path) -> None:
+    """Key, dtype and shape from the header."""
+    result = invoke("inspect", noether_runs / "mlp_train/train/checkpoints/mlp_cp=latest_model.th")
+    assert result.code == 0
+    rows = [line.split(maxsplit=2) for line in result.out.splitlines()]
+    assert ["head.weight", "float32", "[4, 24]"] in [[cell.strip() for cell in row] for row in rows]
+    assert result.out.splitlines()[-1] == "29 tensors, 15,712 bytes"
+
+
+def test_inspect_of_what_is_no_run_and_no_file_creates_nothing(invoke: Invoke, tmp_path: Path) -> None:
+    """An absent path and an empty folder are errors."""
+    assert "does not exist" in invoke("inspect", tmp_path / "absent").err
+    result = invoke("inspect", tmp_path)
+    assert result.code == 1
+    assert "holds no run" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["schema"], ["schema", "file", "file"], ["kinds", "--yaml"], ["validate"], ["inspect"]]
+)
+def test_wrong_usage_is_exit_code_2(invoke: Invoke, arguments: list[str]) -> None:
+    """A missing or surplus argument, an unknown command or option."""
+    result = invoke(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "Usage: noether-init" in result.err
+
+
+@pytest.mark.parametrize("command", [[], ["kinds"], ["inspect"], ["schema"], ["validate"]])
+def test_help_ends_with_one_example_of_that_command(invoke: Invoke, command: list[str]) -> None:
+    """The last line can be copied."""
+    lines = [line.strip() for line in invoke(*command, "--help").out.splitlines() if line.strip()]
+    examples = [line for line in lines if line.startswith("Example: ")]
+    assert examples == lines[-1:]
+    assert examples[0].startswith("Example: " + " ".join(["noether-init", *(command or ["kinds"])]))
+
+
+def test_listing_kinds_imports_no_torch() -> None:
+    """A fresh process: neither torch nor numpy nor a built-in is loaded (typer itself may load pydantic)."""
+    program = (
+        "import sys\nfrom noether_init_core import cli\nsys.argv = ['noether-init', 'kinds']\n"
+        "try:\n    cli.main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "print([name for name in sys.modules if name in ('torch', 'numpy') or '.builtin' in name])"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
