@@ -75,10 +75,11 @@ def no_such_tag(store: RunStore, tag: str) -> CheckpointNotFoundError:
     """The run has sets, none is meant by the tag."""
     tags = _sorted_by_nearness(tag, store.tags())
     unfinished = [name for name in store.uncommitted() if name.partition("_")[2] == tag]
+    found = ""
     if unfinished:
         found = f"the save of {unfinished[-1]} was never finished (uncommitted). "
-    else:
-        found = ""
+    elif tag in store.flat_tags():
+        found = "There are flat files of it, which are not read beside committed sets (kind: file reads one). "
     return CheckpointNotFoundError(
         f'{_where(store)} has no checkpoint "{tag}". {found}{_near(tag, tags, "It has", "no tags")}'
         + ("" if found else _unfinished(store))

@@ -147,6 +147,10 @@ class RunStore:
         """Every tag, sorted."""
         return tuple(sorted({tag for checkpoint_set in self.sets() for tag in checkpoint_set.tags}))
 
+    def flat_tags(self) -> tuple[str, ...]:
+        """Tags of flat files, sorted; where there are committed sets, ``find`` does not read these."""
+        return tuple(sorted(one.name for one in self._legacy()))
+
     def trainer_names(self) -> tuple[str, ...]:
         """Models that have trainer files, sorted."""
         return tuple(sorted({name for checkpoint_set in self.sets() for name in checkpoint_set.models("trainer")}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -19,7 +20,7 @@ from noether_init_core.checkpoints.content import FileContent, contents_of, iter
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, refresh_flat_names, retire_sets
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
-from noether_init_core.checkpoints.plain import digest_of_tensor, plain, tensors_in
+from noether_init_core.checkpoints.plain import digest_of_tensor, tensors_in
 from noether_init_core.checkpoints.sets import SETS_FOLDER, CheckpointSet, SetFolder, load_set, set_folders
 from noether_init_core.checkpoints.storage import LOCAL, Storage
 from noether_init_core.errors import CheckpointError, CheckpointWriteError, ConfigError
@@ -205,7 +206,7 @@ class CheckpointWriter:
 
     def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:
         found = self.report.lineage() if self.report is not None else getattr(trainer, "lineage", None) or ()
-        return tuple(dict(plain(dict(entry), f"lineage.{number}")) for number, entry in enumerate(found))
+        return tuple(json.loads(json.dumps(dict(entry), default=str)) for entry in found)
 
 
 class _Sink:

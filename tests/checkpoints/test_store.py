@@ -403,8 +403,22 @@ def test_flat_files_beside_committed_sets_are_not_read(store: RunStore, folder: 
     assert store.trainer_names() == ("mlp",)
     with pytest.raises(CheckpointNotFoundError, match=r'no checkpoint "latest"\. .*It has: last, E2_U20_S200'):
         store.find("latest", WEIGHTS)
-    with pytest.raises(CheckpointNotFoundError):
+    with pytest.raises(CheckpointNotFoundError, match="There are flat files of it"):
         store.find("E1_U1_S1", WEIGHTS)
+
+
+def test_tag_with_a_suffix_is_one_more_tag_of_the_set(store: RunStore) -> None:
+    """An early exit is committed under its own tag and found by it and by its iteration."""
+    saved = write_set(store, 1, "E1_U10_S100.early_exit")
+    assert [store.find(tag, MLP) for tag in ("E1_U10_S100.early_exit", "E1_U10_S100", "E1")] == [saved] * 3
+
+
+def test_further_needs_of_a_set_are_answered_like_those_of_a_search(store: RunStore) -> None:
+    """A set that was found before is asked for more."""
+    saved = write_set(store, 1)
+    store.require(saved, MLP)
+    with pytest.raises(CheckpointNotFoundError, match=r'"E1_U10_S100" .*has no weights of "other"'):
+        store.require(saved, [Need("other", "model")])
 
 
 @pytest.mark.parametrize(
