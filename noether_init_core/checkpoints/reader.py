@@ -6,8 +6,10 @@ imported when the first tensor is read, not before.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -186,7 +188,8 @@ class CheckpointReader:
         sizes = {name: record.size for name, record in self._records.items()}
         interpreter = Interpreter(header, sizes, allowed)
         try:
-            value = interpreter.run()
+            with _no_garbage_collection():
+                value = interpreter.run()
             if interpreter.unknown:
                 self._refuse_globals(interpreter.unknown)
             survey = Survey(value, len(header))
@@ -271,6 +274,18 @@ class CheckpointReader:
             path=self.path,
             names=names,
         )
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A header of many keys is many objects and no garbage: looking for some would double the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _is_state_dict(value: Any) -> bool:

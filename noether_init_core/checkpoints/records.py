@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
@@ -137,6 +138,7 @@ def _read_central(handle: FileHandle, start: int, count: int, end: int) -> list[
         if flags & _ENCRYPTED:
             raise _bad(path, f"its record {_show(name)} is encrypted", _NEXT_SAVE)
         if method != 0 or stored != size:
+            _check_torchscript(path, [name.partition("/")[2]])
             raise _bad(path, f"its record {_show(name)} is compressed; torch.save stores as is", _NEXT_SAVE)
         if disk or position + _LOCAL.size + name_length + size > start:
             raise _bad(path, f"its record {_show(name)} of {size} bytes does not fit into the file", _NEXT_COPY)
@@ -199,13 +201,17 @@ def _data_offset(handle: FileHandle, entry: _Entry, limit: int) -> int:
     return offset
 
 
-def _check_content(path: Path, records: dict[str, Record]) -> None:
-    if "constants.pkl" in records or any(name.startswith("code/") for name in records):
+def _check_torchscript(path: Path, names: Iterable[str]) -> None:
+    if any(name == "constants.pkl" or name.startswith("code/") for name in names):
         raise _bad(
             path,
             "it is a TorchScript archive, which holds code",
             "Next, where it is trusted: torch.save(torch.jit.load(path).state_dict(), path)",
         )
+
+
+def _check_content(path: Path, records: dict[str, Record]) -> None:
+    _check_torchscript(path, records)
     if "data.pkl" not in records:
         known = ", ".join(_show(name) for name in itertools.islice(records, 5))
         raise _bad(path, f"it is a zip archive without data.pkl (it has {known}), so torch.save did not write it")

@@ -29,13 +29,15 @@ def read_tensor(handle: FileHandle, records: Mapping[str, Record], info: TensorI
             "Next: pip install --upgrade torch",
             path=handle.path,
         )
-    if info.nbytes == 0:
-        return torch.empty(info.shape, dtype=dtype)
     memory = torch.empty(info.span * info.itemsize, dtype=torch.uint8)
+    if info.nbytes == 0:
+        return memory.view(dtype).reshape(info.shape)
     handle.read_all([Transfer(_bytes_of(memory), _offset(records, info), key)])
-    tensor = memory.view(dtype).as_strided(info.shape, info.stride)
+    # As integers, because not every dtype can be cloned.
+    carrier = memory.view(_carriers()[info.itemsize]).as_strided(info.shape, info.stride)
     if memory.numel() != info.nbytes:  # the tensor was a view with gaps, or elements that it has several times
-        tensor = tensor.clone()
+        carrier = carrier.clone()
+    tensor = carrier.view(dtype)
     if info.is_conjugated:
         tensor = tensor.conj().resolve_conj()
     return tensor.neg() if info.is_negated else tensor
@@ -148,6 +150,12 @@ def _dtype(value: GlobalName) -> Any:
     return getattr(torch, name, value)
 
 
+def _carriers() -> dict[int, torch.dtype]:
+    import torch
+
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
 def _offset(records: Mapping[str, Record], info: TensorInfo) -> int:
     return records[info.record].offset + info.storage_offset * info.itemsize
 
@@ -158,7 +166,7 @@ def _is_direct(info: TensorInfo, target: torch.Tensor) -> bool:
     return (
         type(target) in (torch.Tensor, torch.nn.Parameter)
         and target.device.type == "cpu"
-        and str(target.dtype) == f"torch.{info.dtype}"
+        and target.dtype is getattr(torch, info.dtype, None)
         and target.layout == torch.strided
         and target.is_contiguous()
         and info.is_contiguous
@@ -170,4 +178,5 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor; it stays valid as long as the view is held."""
     import torch
 
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    # A dimension of one element may have any stride, which a plain view would keep.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
