@@ -523,7 +523,7 @@ def test_manifest_of_a_newer_release_asks_for_an_upgrade(store: RunStore) -> Non
         store.find(None)
 
 
-@pytest.mark.parametrize("entry", ["../outside_cp=latest_model.th", "/tmp/mlp_cp=latest_model.th", "..", "notes.txt"])
+@pytest.mark.parametrize("entry", ["../outside_cp=latest_model.th", "/etc/mlp_cp=latest_model.th", "..", "notes.txt"])
 def test_manifest_entry_that_is_no_plain_name_is_refused(store: RunStore, entry: str) -> None:
     """An entry cannot lead out of its folder."""
     manifest = write_set(store, 1).folder / "manifest.json"
