@@ -60,7 +60,8 @@ def open_checkpoint(
     try:
         if digest is not None:
             handle.check_digest(digest)
-        return CheckpointReader(handle, allow_globals=allow_globals, is_verified=digest is not None)
+        with _no_garbage_collection():
+            return CheckpointReader(handle, allow_globals=allow_globals, is_verified=digest is not None)
     except BaseException:
         handle.close()
         raise
@@ -188,8 +189,7 @@ class CheckpointReader:
         sizes = {name: record.size for name, record in self._records.items()}
         interpreter = Interpreter(header, sizes, allowed)
         try:
-            with _no_garbage_collection():
-                value = interpreter.run()
+            value = interpreter.run()
             if interpreter.unknown:
                 self._refuse_globals(interpreter.unknown)
             survey = Survey(value, len(header))
