@@ -41,7 +41,9 @@ ranges = st.builds(range, st.integers(-9, 9), st.integers(-9, 99), st.integers(1
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of the values, lazy operations carried out."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # complex32 calls itself experimental, once
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
 
 
