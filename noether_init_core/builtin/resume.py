@@ -72,7 +72,7 @@ class ResumeInitializer(CheckpointInitializer):
                         f"{file.path.name} is no trainer file: it says no training_iteration", path=file.path
                     )
                 check_consistency({file.path.name: (iteration, run_id)}, selected)
-                reader.verify(self.config.verify)
+                reader.verify(self.config.verify, digest=selected.digest_of(file))
                 self._trainer_state = dict(reader.load())
         return self._trainer_state
 

@@ -111,17 +111,29 @@ class CheckpointReader:
         """Close the file; what was said of it stays readable. Repeating it does nothing."""
         self._handle.close()
 
-    def verify(self, mode: VerifyMode = "full") -> None:
+    def verify(self, mode: VerifyMode = "full", *, digest: str | None = None) -> None:
         """Compare bytes with the checksums in the file. A second call, or one after a digest was checked, is free.
 
-        ``full``: every record. ``header``: what was compared when the file was opened, the names, shapes and plain
-        values. ``none``: nothing. Raises ``CheckpointCorruptError``, which names the keys in every damaged record,
+        ``full``: every record, or with ``digest`` (as in ``open_checkpoint``) the whole file instead. ``header``: what
+        was compared when the file was opened, the names, shapes and plain values. ``none``: nothing. Raises ``CheckpointCorruptError``, which names the keys in every damaged record,
         and ``CheckpointFormatError`` where ``full`` is asked of a file that was written without checksums.
         """
         if mode not in ("full", "header", "none"):
             raise CheckpointError(f"verify is {mode!r}; it can be full, header or none", path=self.path)
         if mode != "full" or self._is_verified:
             return
+        if digest is None:
+            self._compare_checksums()
+        else:
+            try:
+                self._handle.check_digest(digest)
+            except CheckpointCorruptError:
+                if self._has_checksums:
+                    self._compare_checksums()  # names the keys, where it is damage and not another file
+                raise
+        self._is_verified = True
+
+    def _compare_checksums(self) -> None:
         records = list(self._records.values())
         if not self._has_checksums and any(record.size for record in records):
             raise CheckpointFormatError(
@@ -133,7 +145,6 @@ class CheckpointReader:
         if damaged:
             elsewhere = self._survey.tensors({**self.metadata, **self.extra_state})
             self._report(damaged, {**elsewhere, **self.tensors})
-        self._is_verified = True
 
     def read(self, key_or_info: str | TensorInfo) -> torch.Tensor:
         """The tensor, on the CPU, in memory of its own, without gradient."""

@@ -262,9 +262,10 @@ def _is_query(tag: str) -> bool:
 
 
 def _tensors_of(content: FileContent) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors by the keys that the reader gives them: those of a state dict by its own keys."""
+    """Tensors by the keys that the reader gives them: those of a state dict by its own keys, without extra state."""
     if content.name.part == "model":
-        yield from tensors_in(content.content["state_dict"])
+        state_dict = content.content["state_dict"]
+        yield from ((key, value) for key, value in state_dict.items() if isinstance(value, torch.Tensor))
     else:
         yield from tensors_in(content.content)
 

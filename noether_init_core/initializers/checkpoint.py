@@ -18,7 +18,6 @@ from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.errors import (
     CheckpointFormatError,
     ConfigError,
-    IncompleteSetError,
     PartlyInitializedError,
     StateMismatchError,
 )
@@ -89,15 +88,7 @@ class CheckpointInitializer(SourceInitializer):
             self._selected = self.store.find(self.checkpoint_tag, needs)
             self.logger.info("%s: %s is %s", self.config.kind, self.checkpoint_tag, self._selected.folder)
         else:
-            missing = [need for need in needs if self._selected.file(need.model, need.part, need.info) is None]
-            if missing:
-                self.store.find(self._selected.name, needs)
-                raise IncompleteSetError(
-                    f"{self._selected.name} lacks {missing[0].part} of {missing[0].model}",
-                    path=self._selected.folder,
-                    asked=self._selected.name,
-                    missing=[f"{need.part} of {need.model}" for need in missing],
-                )
+            self.store.require(self._selected, needs)
         return self._selected
 
     def locate(self, model_name: str, part: Part) -> Source | None:
@@ -115,7 +106,7 @@ class CheckpointInitializer(SourceInitializer):
         iteration = self.store.iteration_of(selected)
         if iteration is not None:
             origin["iteration"] = str(iteration)
-        return Source(found.path, origin=origin)
+        return Source(found.path, digest=selected.digest_of(found), origin=origin)
 
     def file_root(self, name: str, below: str) -> str:
         """``model_name`` where the config says it, also for a composite."""
@@ -242,7 +233,7 @@ class CheckpointInitializer(SourceInitializer):
             reader, source = self.opened(leaf, "optim"), self.source_of(leaf, "optim")
             if reader is None or source is None:
                 raise StateMismatchError(f"{leaf.path} has no optimizer file")
-            reader.verify(self.config.verify)
+            reader.verify(self.config.verify, digest=source.digest)
             optimizer = torch_optimizer(leaf.model.optimizer)
             plan = plan_optimizer(
                 reader.metadata,

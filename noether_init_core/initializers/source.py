@@ -48,8 +48,8 @@ class Source:
 
     Attributes:
         path: The file.
-        digest: Digest of the whole file, as ``xxh3_128:...`` or ``sha256:...``; it is checked on the handle that is
-            read from.
+        digest: Digest of the whole file, as ``xxh3_128:...`` or ``sha256:...``; with ``verify: full`` it is checked on
+            the handle that is read from.
         origin: Where it came from, for people and reports: run, stage, tag, iteration.
     """
 
@@ -206,7 +206,7 @@ class SourceInitializer(InitializerBase):
             source = next((found for name in leaf.file_names if (found := self.locate(name, part)) is not None), None)
             if source is None:
                 return None
-            self._opened[key] = _Opened(source, open_checkpoint(source.path, digest=source.digest))
+            self._opened[key] = _Opened(source, open_checkpoint(source.path))
         return self._opened[key].reader
 
     def source_of(self, leaf: Leaf, part: Part) -> Source | None:
@@ -252,8 +252,9 @@ class SourceInitializer(InitializerBase):
                     plan=prepared.plan,
                     problems=[f"{key} is on the meta device" for key in without],
                 )
-            reader = self._opened[leaf.path, "model"].reader
-            reader.verify(self.config.verify)
+            opened = self._opened[leaf.path, "model"]
+            reader = opened.reader
+            reader.verify(self.config.verify, digest=opened.source.digest)
             if (leaf.path, id(reader)) not in self._checked_values:
                 for finding in check_values(prepared.plan, leaf.path, reader, self.config.on_nonfinite):
                     self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, finding.message)

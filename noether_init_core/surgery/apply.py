@@ -21,6 +21,7 @@ class WeightReader(Protocol):
 
     @property
     def extra_state(self) -> Mapping[str, Any]: ...
+    def materialize(self, value: Any) -> Any: ...
     def read(self, key: str) -> torch.Tensor: ...
     def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None: ...
 
@@ -41,7 +42,7 @@ def apply_rows(rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTarg
         written.append(row.target)
         source = row.sources[0]
         if row.dtype == "object":
-            targets.extra_state[row.target].set_extra_state(reader.extra_state[source])
+            targets.extra_state[row.target].set_extra_state(reader.materialize(reader.extra_state[source]))
             continue
         tensor = targets.tensors[row.target]
         if id(tensor) in seen:
