@@ -115,8 +115,10 @@ class CheckpointReader:
         """Compare bytes with the checksums in the file. A second call, or one after a digest was checked, is free.
 
         ``full``: every record, or with ``digest`` (as in ``open_checkpoint``) the whole file instead. ``header``: what
-        was compared when the file was opened, the names, shapes and plain values. ``none``: nothing. Raises ``CheckpointCorruptError``, which names the keys in every damaged record,
-        and ``CheckpointFormatError`` where ``full`` is asked of a file that was written without checksums.
+        was compared when the file was opened, the names, shapes and plain values. ``none``: nothing.
+
+        Raises ``CheckpointCorruptError``, which names the keys in every damaged record, and ``CheckpointFormatError``
+        where ``full`` is asked of a file that was written without checksums.
         """
         if mode not in ("full", "header", "none"):
             raise CheckpointError(f"verify is {mode!r}; it can be full, header or none", path=self.path)
