@@ -51,9 +51,9 @@ def accuracy(network: nn.Module, task: str) -> float:
 
 def augment(images: Tensor) -> Tensor:
     """Shift, contrast and noise, each from another of the three global generators that a resume has to restore."""
-    shift = tuple(int(step) for step in numpy.random.randint(-1, 2, size=2))
-    contrast = random.uniform(0.7, 1.3)
-    return torch.roll(images, shift, dims=(2, 3)) * contrast + 0.1 * torch.randn_like(images)
+    shifts = numpy.random.randint(-1, 2, size=(len(images), 2)).tolist()
+    shifted = torch.stack([torch.roll(image, shift, dims=(1, 2)) for image, shift in zip(images, shifts, strict=True)])
+    return shifted * random.uniform(0.8, 1.2) + 0.1 * torch.randn_like(images)
 
 
 class Network(nn.Module):

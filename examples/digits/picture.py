@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 __all__ = ["Attempt", "draw"]
 
@@ -18,10 +19,17 @@ INK, BLUE, PALE, RED, AMBER = "#1b1f24", "#0b4f8a", "#9fcdf0", "#c62828", "#e8a3
 
 @attrs.frozen
 class Attempt:
-    """One process: the updates that it made, with their losses, and what its kill hit (None: it came to its end)."""
+    """One process.
+
+    Attributes:
+        lines: The updates that it made, with their losses.
+        killed: Where its kill hit; None: it came to its end.
+        torn: The set that the kill left uncommitted.
+    """
 
     lines: list[dict[str, float]]
     killed: str | None
+    torn: str | None = None
 
     @property
     def first(self) -> int:
@@ -34,7 +42,8 @@ class Attempt:
         return int(self.lines[-1]["update"])
 
     def __str__(self) -> str:
-        outcome = f"SIGKILL {self.killed}" if self.killed else "to the end"
+        torn = f", which left {self.torn} without manifest" if self.torn else ""
+        outcome = f"killed {self.killed}{torn}" if self.killed else "to the end"
         return f"updates {self.first:>3} to {self.last:>3}, {outcome}"
 
 
@@ -51,7 +60,6 @@ def draw(path: Path, whole: list[dict[str, float]], attempts: list[Attempt], equ
             "axes.spines.right": False,
             "xtick.color": "#4a525c",
             "ytick.color": "#4a525c",
-            "svg.fonttype": "none",
             "svg.hashsalt": "noether-init",
         }
     ):
@@ -59,9 +67,9 @@ def draw(path: Path, whole: list[dict[str, float]], attempts: list[Attempt], equ
             2, 1, figsize=(10, 6.2), sharex=True, height_ratios=(3.4, 0.38 * len(attempts) + 0.25), layout="constrained"
         )
         kills = sum(attempt.killed is not None for attempt in attempts)
-        verdict = f"{equal} of {total} tensors equal"
+        times = {1: "once", 2: "twice"}.get(kills, f"{kills} times")
         figure.suptitle(
-            f"Killed {kills} times, started again unedited: {verdict}",
+            f"Killed {times}, started again unedited: {equal} of {total} tensors equal",
             fontsize=15,
             fontweight="bold",
             x=0.012,
@@ -83,6 +91,7 @@ def draw(path: Path, whole: list[dict[str, float]], attempts: list[Attempt], equ
 
 def _draw_losses(axes: Axes, whole: list[dict[str, float]], attempts: list[Attempt]) -> None:
     updates = [line["update"] for line in whole]
+    low, high = min(line["loss"] for line in whole) * 0.85, max(line["loss"] for line in whole) * 1.15
     axes.plot(
         updates,
         [line["loss"] for line in whole],
@@ -101,11 +110,28 @@ def _draw_losses(axes: Axes, whole: list[dict[str, float]], attempts: list[Attem
             label="killed and started again" if number == 0 else None,
             zorder=3,
         )
+    killed = [attempt.lines[-1] for attempt in attempts if attempt.killed]
+    axes.plot(
+        [line["update"] for line in killed],
+        [line["loss"] for line in killed],
+        linestyle="none",
+        marker="X",
+        markersize=11,
+        color=RED,
+        markeredgecolor="white",
+        label="SIGKILL",
+        zorder=4,
+    )
+    axes.bar(0, 0, color=AMBER, label="made again: the same losses")  # for the legend only
     axes.set_yscale("log")
+    axes.set_yticks([value for value in (0.1, 0.2, 0.5, 1, 2, 5) if low <= value <= high])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(low, high)
     axes.set_ylabel("training loss")
     axes.grid(axis="y", which="major", color="#e6e9ed", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper right", frameon=True, facecolor="white", edgecolor="none", framealpha=0.95)
+    axes.legend(loc="lower left", frameon=False)
 
 
 def _draw_processes(axes: Axes, attempts: list[Attempt]) -> None:
@@ -114,20 +140,11 @@ def _draw_processes(axes: Axes, attempts: list[Attempt]) -> None:
         made_again = max(0, min(reached, attempt.last) - attempt.first + 1)
         axes.barh(number, attempt.last - attempt.first + 1, left=attempt.first - 1, height=0.52, color=BLUE, zorder=2)
         if made_again:
-            axes.barh(
-                number,
-                made_again,
-                left=attempt.first - 1,
-                height=0.52,
-                color=AMBER,
-                zorder=3,
-                label=None if axes.get_legend_handles_labels()[0] else "made again after the kill, same losses",
-            )
+            axes.barh(number, made_again, left=attempt.first - 1, height=0.52, color=AMBER, zorder=3)
         if attempt.killed:
             axes.plot(attempt.last, number, marker="X", markersize=9, color=RED, markeredgecolor="white", zorder=4)
-            short = "in the middle of a save" if "saving" in attempt.killed else attempt.killed
             axes.annotate(
-                f"SIGKILL {short}",
+                f"killed {attempt.killed}",
                 (attempt.last, number),
                 xytext=(9, 0),
                 textcoords="offset points",
@@ -141,5 +158,3 @@ def _draw_processes(axes: Axes, attempts: list[Attempt]) -> None:
     axes.set_ylim(len(attempts) - 0.5, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", frameon=False, handlelength=1.2)

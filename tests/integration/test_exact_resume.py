@@ -50,7 +50,8 @@ class Run:
         """Make updates, as a training script would, until there are that many."""
         while self.state.iteration.update != until:
             for inputs, targets in self.loader:
-                inputs = inputs * random.uniform(0.5, 1.5) + float(numpy.random.normal()) * 0.1
+                noise = torch.from_numpy(numpy.random.normal(scale=0.1, size=tuple(inputs.shape))).float()
+                inputs = inputs * random.uniform(0.5, 1.5) + noise
                 loss = torch.nn.functional.mse_loss(self.network(inputs), targets)
                 self.optimizer.zero_grad()
                 loss.backward()
