@@ -152,15 +152,22 @@ def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequen
         path=found.folder,
         asked=tag,
         missing=missing,
-        candidates=[tag for one in complete for tag in one.tags],
+        candidates=[tag for one in complete for tag in _meant_by(store, one)],
     )
+
+
+def _meant_by(store: RunStore, checkpoint_set: CheckpointSet) -> list[str]:
+    """The tags that mean this set: a later set that was saved under the same tag has taken it over."""
+    own = checkpoint_set.sequence or 0
+    later = {tag for one in store.sets() if (one.sequence or 0) > own for tag in one.tags}
+    return [tag for tag in checkpoint_set.tags if tag not in later]
 
 
 def _complete(store: RunStore, found: CheckpointSet, needs: Sequence[Need]) -> list[CheckpointSet]:
     """Sets that have everything: those of the same iteration first, then ``latest``, then the newest."""
     sets = [one for one in store.sets()[::-1] if one != found and all(one.has(need) for need in needs)]
     same = _iteration(store, found)
-    sets.sort(key=lambda one: "latest" not in one.tags)
+    sets.sort(key=lambda one: "latest" not in _meant_by(store, one))
     sets.sort(key=lambda one: same is None or one.iteration != same)
     return sets
 
@@ -169,7 +176,7 @@ def _alternatives(store: RunStore, found: CheckpointSet, complete: Sequence[Chec
     same = _iteration(store, found)
     names = []
     for one in complete[:3]:
-        name = "latest" if "latest" in one.tags and one.iteration != same else one.name
+        name = "latest" if "latest" in _meant_by(store, one) and one.iteration != same else one.name
         names.append(f"{name} (same iteration)" if same is not None and one.iteration == same else name)
     return " or ".join(names)
 

@@ -17,15 +17,14 @@ IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 
 
 @pytest.fixture
-def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Takes back what a page changes in the process: modules, the import path, registered kinds, generators."""
+def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Takes back what a page changes in the process: its modules, the import path, registered kinds, generators."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    modules = set(sys.modules)
     registered = {info.name for info in kinds.installed() if info.distribution is None}
     with torch.random.fork_rng(devices=[]):
         yield
-    for name in set(sys.modules) - modules:
-        if not name.startswith(("torch", "noether_init_core")):
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]
     for info in kinds.installed():
         if info.distribution is None and info.name not in registered:
