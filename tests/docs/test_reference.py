@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,23 @@ def test_the_page_of_hooks_has_every_hook_with_its_arguments(hook: str) -> None:
     arguments = list(inspect.signature(getattr(HookSpecs, hook)).parameters)[1:]
     page = (ROOT / "docs" / "write" / "hooks.md").read_text()
     assert f"### `{hook}({', '.join(arguments)})`\n" in page
+
+
+def test_the_page_of_dependencies_has_every_one() -> None:
+    """Each requirement of the package has its row, and no row is about another."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[<>=!~ \[]", requirement)[0] for requirement in project["dependencies"]}
+    page = (ROOT / "docs" / "maintain" / "dependencies.md").read_text()
+    table = page.split("## Of the installed package")[1].split("\n##")[0].split("\n\n")[1]
+    assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == required
+
+
+def test_what_the_readme_points_to_exists() -> None:
+    """Pictures and files that the README names are in the tree."""
+    readme = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"\]\(([^):]+)\)", readme)) | set(re.findall(r"`((?:docs|examples)/[^`]*)`", readme))
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
