@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from noether_init_core.binding import bind, compose
+from noether_init_core.binding import BoundModel, bind, compose
 from noether_init_core.errors import ConfigError, InvalidNameError
 from noether_init_core.protocols import CompositeModelLike, ModelLike, leaf_models
 
@@ -113,6 +113,18 @@ def test_views_can_be_copied() -> None:
     assert other.name == "net"
     assert other.module is not model.module
     assert torch.equal(other.weight, model.weight)
+
+
+def test_half_built_views_and_special_methods_are_not_the_modules() -> None:
+    """A view without its module has no attributes, and copying one does not copy the module in its place."""
+    with pytest.raises(AttributeError, match="module"):
+        BoundModel.__new__(BoundModel).weight  # noqa: B018  # the access is what is tested
+
+    class Copying(torch.nn.Linear):
+        def __deepcopy__(self, memo: dict[int, object]) -> Copying:
+            return Copying(1, 1)
+
+    assert copy.deepcopy(bind(Copying(1, 1), name="net")).name == "net"
 
 
 def test_composites_nest_and_leave_out_what_is_none() -> None:
