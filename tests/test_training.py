@@ -528,6 +528,34 @@ def test_a_step_before_the_generators_were_restored_warns(caplog: pytest.LogCapt
     assert caplog.text.count("restore_rng()") == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_generators_of_absent_devices_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """A state from a machine with two GPUs is loaded on one without; the log says what could not be restored."""
+    state = TrainerState(seed=0)
+    saved = through_file(state.state_dict())
+    assert "cuda" not in saved["trainer_state"]["rng"]
+    expected = draw()
+    saved["trainer_state"]["rng"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 2
+    state.load_state_dict(saved)
+    with caplog.at_level(logging.WARNING):
+        state.restore_rng()
+    assert draw() == expected
+    assert "2 CUDA devices, 0 are here" in caplog.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_generators_of_devices_are_restored() -> None:
+    """Numbers drawn on each CUDA device come again."""
+    state = TrainerState(seed=0)
+    devices = range(torch.cuda.device_count())
+    torch.rand(3, device=0)
+    saved = through_file(state.state_dict())
+    expected = [torch.rand(3, device=index).tolist() for index in devices]
+    state.load_state_dict(saved)
+    state.restore_rng()
+    assert [torch.rand(3, device=index).tolist() for index in devices] == expected
+
+
 @pytest.mark.parametrize("name", ["torch", "python", "numpy"])
 def test_broken_generator_states_are_found_before_anything_changes(name: str) -> None:
     """A state that a generator would refuse is refused while nothing has been loaded."""
