@@ -104,6 +104,7 @@ def test_starts_at_zero_and_counts_updates_samples_and_epochs() -> None:
         state.advance()
         seen.append(str(state.iteration))
     assert seen == ["E0_U1_S4", "E0_U2_S8", "E1_U3_S10"]
+    assert (state.epoch, state.update, state.sample) == (1, 3, 10)
 
 
 def test_drop_last_leaves_the_rest_out() -> None:

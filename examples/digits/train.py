@@ -29,7 +29,7 @@ def train(paths: PathProvider, config: Path, task: str, epochs: int, images: int
     print(report, flush=True)
 
     log = LossLog(paths.run_output_path / "losses.jsonl")
-    while state.iteration.epoch < epochs:
+    while state.epoch < epochs:
         for inputs, labels in loader:
             network.train()
             loss = network.loss(augment(inputs), labels)
@@ -39,8 +39,8 @@ def train(paths: PathProvider, config: Path, task: str, epochs: int, images: int
             schedule.step()
             ema.update_parameters(network)
             state.advance()
-            log.write(state.iteration.update, loss.item())
-            if state.iteration.update % 12 == 0 or state.iteration.epoch == epochs:
+            log.write(state.update, loss.item())
+            if state.update % 12 == 0 or state.epoch == epochs:
                 writer.save(model, trainer=state, averages={"ema=0.95": ema.module.state_dict()})
         print(f"{state.iteration}  loss {loss.item():.4f}  accuracy {accuracy(network, task):.1%}", flush=True)
 

@@ -32,11 +32,11 @@ class TrainerState:
         state = TrainerState(seed=0, schedule=schedule, ema=ema)
         loader = state.loader(dataset, batch_size=32)
         stack.initialize(model, trainer=state)
-        while state.iteration.epoch < 10:
+        while state.epoch < 10:
             for inputs, targets in loader:
                 ...                       # forward, backward, optimizer.step(), schedule.step()
                 state.advance()
-                if state.iteration.update % 100 == 0:
+                if state.update % 100 == 0:
                     writer.save(model, trainer=state)
 
     A run that is killed anywhere and resumed from what was saved ends with the same bits as one that was never
@@ -86,6 +86,21 @@ class TrainerState:
     def iteration(self) -> TrainingIteration:
         """Completed epochs, updates and samples; always fully specified."""
         return TrainingIteration(self._position.epoch, self._updates, self._samples)
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs."""
+        return self._position.epoch
+
+    @property
+    def update(self) -> int:
+        """Completed optimizer updates."""
+        return self._updates
+
+    @property
+    def sample(self) -> int:
+        """Samples of the completed updates."""
+        return self._samples
 
     def advance(self, samples: int | None = None, *, end_of_epoch: bool = False) -> None:
         """Say that an optimizer step was made: the batches handed out since the last one are consumed.
