@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 __all__ = [
     "AmbiguousCheckpointError",
@@ -99,11 +99,25 @@ class InvalidNameError(ConfigError):
 
 
 class KindError(ConfigError):
-    """The kind named ``kind`` cannot be used."""
+    """The kind named ``kind`` cannot be used.
+
+    ``config_file``, ``line`` and ``key_path`` say where a config file asks for it.
+    """
 
     def __init__(self, message: str, *, kind: str) -> None:
         super().__init__(message)
         self.kind = kind
+        self.config_file: Path | None = None
+        self.line: int | None = None
+        self.key_path = ""
+
+    def found_at(self, located: ConfigError) -> Self:
+        """This error with the place and the message of ``located``; its class and its cause stay."""
+        self.message = located.message
+        self.args = (located.message,)
+        if isinstance(located, ConfigFileError):
+            self.config_file, self.line, self.key_path = located.path, located.line, located.key_path
+        return self
 
 
 class UnknownKindError(KindError, LookupError):

@@ -20,7 +20,7 @@ from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.noether_resolved import is_resolved, resolved_entries
 from noether_init_core.config.yaml_text import KeyPath, read_yaml, shown_path
-from noether_init_core.errors import ConfigError, ConfigFileError
+from noether_init_core.errors import ConfigError, ConfigFileError, KindError
 
 __all__ = ["Entry", "LoadedConfig", "load_config_file", "load_config_mapping", "validate_entry"]
 
@@ -107,12 +107,14 @@ def validate_entry(entry: Entry) -> KindConfig:
     """The config of ``entry``, validated by its kind, whose plugin is imported for that.
 
     Raises ``ConfigFileError`` (``ConfigError`` where there is no file) that names line and key of everything that is
-    wrong; what the kind or pydantic raised is its ``__cause__``.
+    wrong; what pydantic raised is its ``__cause__``. A ``KindError`` keeps its class, and its message gets the place.
     """
     try:
         return kinds.validate(entry.config)
     except pydantic.ValidationError as error:
         raise _explained(entry, error) from error
+    except KindError as error:
+        raise error.found_at(entry.document.error(error.message, _place(entry, ("kind",)))) from error.__cause__
     except ConfigError as error:
         raise entry.document.error(error.message, _place(entry, ("kind",))) from error
 

@@ -275,7 +275,7 @@ class _PartPlanner:
             self._problem(
                 "unexpected",
                 f"the file has {_listed(unexpected)}, which {self.part.model} has not"
-                + self._near_hint(unexpected, list(self.part.targets), "the model has"),
+                + self._near_hint(unexpected, list(self.part.targets), "the model has").rstrip("."),
                 unexpected,
             )
         self._check_tied()
@@ -374,7 +374,7 @@ class _PartPlanner:
 
     def _near_hint(self, names: list[str], others: list[str], words: str) -> str:
         candidates = near(names[0], others)
-        return f". Near {names[0]}, {words}: {', '.join(candidates)}" if candidates else ""
+        return f". Near {names[0]}, {words}: {', '.join(candidates)}." if candidates else "."
 
     def _fresh(self, names: list[str]) -> str:
         if not self.fresh_hint:
