@@ -55,6 +55,12 @@ class FileHandle:
         if descriptor is not None:
             os.close(descriptor)
 
+    def fileno(self) -> int:
+        """The open descriptor. Raises ``CheckpointError`` once the file is closed."""
+        if self._descriptor is None:
+            raise CheckpointError(f"{self.path}: the reader is closed. Next: open_checkpoint again", path=self.path)
+        return self._descriptor
+
     def read(self, length: int, offset: int, key: str = "") -> bytes:
         """Exactly ``length`` bytes. The caller has checked that the file has them."""
         if self._descriptor is not None and length <= CHUNK:

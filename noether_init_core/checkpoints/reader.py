@@ -1,4 +1,4 @@
-"""The reader of files that torch.save writes: opened once, screened, verified and read without torch.load.
+"""The reader of files that torch.save or safetensors writes: opened once, screened, verified, read without torch.load.
 
 Nothing that a file names is imported or called, and nothing is allocated that a header merely claims. Torch is
 imported when the first tensor is read, not before.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from noether_init_core.checkpoints.file_handle import FileHandle, open_file
 from noether_init_core.checkpoints.opcodes import Interpreter, OpcodeError
 from noether_init_core.checkpoints.records import Record, read_records
+from noether_init_core.checkpoints.safetensors_header import is_safetensors, read_safetensors_header
 from noether_init_core.checkpoints.survey import Survey
 from noether_init_core.checkpoints.tensor_info import TensorInfo
 from noether_init_core.checkpoints.verify import damaged_records
@@ -39,12 +41,15 @@ ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
 _MAX_HEADER = 512 << 20
 _EXTRA_STATE = "_extra_state"
+_logger = logging.getLogger(__name__)
 
 
 def open_checkpoint(
     path: str | os.PathLike[str], *, digest: str | None = None, allow_globals: Collection[str] = ()
 ) -> CheckpointReader:
-    """Open and screen a file that torch.save wrote: ``.th``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin``.
+    """Open and screen a checkpoint: ``.th``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin`` of torch.save, or ``.safetensors``.
+
+    What a file is, its content says and not its name.
 
     Its structure, its header and every tensor's place are checked; bytes of tensors are not read, see
     ``CheckpointReader.verify``. Only ``digest`` (``xxh3_128:<hex>`` or ``sha256:<hex>``) reads the whole file.
@@ -78,17 +83,24 @@ class CheckpointReader:
             object that is no dict it is ``{"object": ...}``. To be read only: ``load`` is built from the same values.
         extra_state: The entries of the state dict that are no tensors, with tensors as ``TensorInfo``, too;
             ``materialize`` reads them.
+        format: ``torch`` or ``safetensors``. A safetensors file has nothing but tensors and texts: ``metadata`` is its
+            ``__metadata__``, ``extra_state`` is empty, ``load`` gives a dict of all tensors.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Any]
     extra_state: Mapping[str, Any]
+    format: Literal["torch", "safetensors"]
 
     def __init__(self, handle: FileHandle, *, allow_globals: Collection[str] = (), is_verified: bool = False) -> None:
         self.path = handle.path
         self._handle = handle
         self._is_verified = is_verified
+        if is_safetensors(handle):
+            self._open_safetensors()
+            return
+        self.format = "torch"
         self._records = read_records(handle)
         # torch.serialization.set_crc32_options(False) writes zero for all of them
         self._has_checksums = any(record.crc for record in self._records.values())
@@ -115,7 +127,8 @@ class CheckpointReader:
         """Compare bytes with the checksums in the file. A second call, or one after a digest was checked, is free.
 
         ``full``: every record, or with ``digest`` (as in ``open_checkpoint``) the whole file instead. ``header``: what
-        was compared when the file was opened, the names, shapes and plain values. ``none``: nothing.
+        was compared when the file was opened, the names, shapes and plain values. ``none``: nothing. A safetensors file
+        carries no checksums, ever: without ``digest``, ``full`` is ``header`` for it, and a line in the log says so.
 
         Raises ``CheckpointCorruptError``, which names the keys in every damaged record, and ``CheckpointFormatError``
         where ``full`` is asked of a file that was written without checksums.
@@ -136,6 +149,13 @@ class CheckpointReader:
         self._is_verified = True
 
     def _compare_checksums(self) -> None:
+        if self.format == "safetensors":
+            _logger.info(
+                "%s: a safetensors file carries no checksums, so only its structure was checked. A digest would cover "
+                "every byte: digest: xxh3_128:... or sha256:...",
+                self.path,
+            )
+            return
         records = list(self._records.values())
         if not self._has_checksums and any(record.size for record in records):
             raise CheckpointFormatError(
@@ -180,6 +200,14 @@ class CheckpointReader:
         from noether_init_core.checkpoints.transfer import Materializer
 
         return Materializer(self._handle, self._records).convert(value)
+
+    def _open_safetensors(self) -> None:
+        header = read_safetensors_header(self._handle)
+        self.format = "safetensors"
+        self.tensors = MappingProxyType(header.tensors)
+        self.metadata, self.extra_state = header.metadata, {}
+        self._records, self._has_checksums = header.records, False
+        self._object = header.tensors
 
     def _read_header(self) -> bytes:
         record = self._records[_HEADER]

@@ -23,6 +23,7 @@ _ENCRYPTED = 0x2041  # traditional, strong, masked headers
 _DESCRIPTOR_FOLLOWS = 0x8
 _MAX_CENTRAL = 1 << 30
 _LOCAL_GUESS = 512
+_INDEX_GUESS = 1 << 20
 _NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
 _NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
 # torch.save without the zip format; the number is torch.serialization.MAGIC_NUMBER
@@ -229,13 +230,21 @@ def _check_kind(handle: FileHandle) -> None:
         raise _bad(handle.path, "it is a plain pickle", _NEXT_SAVE)
     if head.startswith(b"version https://git-lfs"):
         raise _bad(handle.path, "it is a pointer of Git LFS, not the file itself", "Next: git lfs pull")
-    if head[8:10] == b'{"':
-        raise _bad(handle.path, "it looks like a safetensors file", "Next: give it the suffix .safetensors")
+    if head.lstrip()[:1] == b"{" and b'"weight_map"' in handle.read(min(handle.size, _INDEX_GUESS), 0):
+        raise _bad(
+            handle.path,
+            "it is the index of a checkpoint in several files (shards), which cannot be read yet",
+            "Next: name one of the shards, or put all of them into one file",
+        )
     if head.startswith(b"\x1f\x8b"):
         raise _bad(handle.path, "it is compressed by gzip", "Next: gunzip it")
     if not any(head):
         raise _bad(handle.path, "it begins with zeros: its content never reached the disk", _NEXT_COPY)
-    what = "a text" if head.isascii() and head.decode("ascii").strip("\r\n\t").isprintable() else "no zip archive"
+    what = (
+        "a text"
+        if head.isascii() and head.decode("ascii").strip("\r\n\t").isprintable()
+        else "neither a zip archive nor safetensors"
+    )
     raise _bad(handle.path, f"it is {what} (it begins with {head[:16]!r})", _NEXT_SAVE)
 
 

@@ -391,7 +391,7 @@ NOT_ARCHIVES = {
     "safetensors": (struct.pack("<Q", 20) + b'{"w":{"dtype":"F32"}}', "safetensors"),
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(60), "gunzip"),
     "pickle": (pickle.dumps({"a": 1}, 4), "plain pickle"),
-    "noise": (bytes(range(128, 256)), "no zip archive"),
+    "noise": (bytes(range(128, 256)), "neither a zip archive nor safetensors"),
 }
 
 
