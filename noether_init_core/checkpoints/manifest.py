@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 import pydantic_core
+import xxhash
 
 from noether_init_core.checkpoints.names import Part, check_tag, parse
 from noether_init_core.checkpoints.storage import LOCAL, Storage
@@ -15,12 +17,14 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatErr
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name
 
-__all__ = ["MANIFEST_NAME", "Manifest", "ManifestFile", "ManifestTensor", "read_manifest"]
+__all__ = ["MANIFEST_NAME", "Manifest", "ManifestFile", "ManifestTensor", "read_manifest", "sealed"]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "noether-init-set"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
+_SEAL = re.compile(rb',\n "digest": "(xxh3_128:[0-9a-f]{32})"\n}\n')
+_SEAL_BYTES = len(',\n "digest": "xxh3_128:"\n}\n') + 32
 
 Digest = Annotated[str, pydantic.Field(pattern=r"\Axxh3_128:[0-9a-f]{32}\z")]
 _Count = Annotated[int, pydantic.Field(ge=0)]
@@ -70,6 +74,7 @@ class Manifest(_Model):
     run_id: str
     stage_name: str | None = None
     created: str
+    metrics: dict[str, float | None] = {}
     files: tuple[ManifestFile, ...]
     lineage: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] = {}
@@ -93,18 +98,38 @@ class Manifest(_Model):
         return TrainingIteration.from_mapping(self.iteration)
 
     def to_bytes(self) -> bytes:
-        """The JSON text, readable by people."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        """The JSON text, readable by people; its last key is the digest of everything before it."""
+        return sealed(self.model_dump_json(indent=1).encode())
+
+
+def sealed(text: bytes) -> bytes:
+    """A JSON object with one more key at its end: the digest of what stands before that key.
+
+    Without it a damaged tag would be another tag, and an older set would silently be the latest.
+    """
+    content = text.rstrip().removesuffix(b"}").rstrip()
+    return content + f',\n "digest": "{_digest(content)}"\n}}\n'.encode()
+
+
+def _digest(content: bytes) -> str:
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
+
+
+def _is_sealed(text: bytes) -> bool:
+    found = _SEAL.fullmatch(text[-_SEAL_BYTES:])
+    return found is not None and found[1].decode() == _digest(text[:-_SEAL_BYTES])
 
 
 def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
     """Read and check a manifest.
 
     Raises ``CheckpointFormatError`` for a newer format, ``CheckpointCorruptError`` for a file that cannot be read as
-    a manifest at all: too large, no regular file, no JSON, a wrong field, or an entry that is not a plain file name.
+    a manifest at all: too large, no regular file, no JSON, bytes that differ from what was written, a wrong field, or
+    an entry that is not a plain file name.
     """
     try:
-        values = pydantic_core.from_json(storage.read_bytes(path, MAX_MANIFEST_BYTES), allow_inf_nan=False)
+        text = storage.read_bytes(path, MAX_MANIFEST_BYTES)
+        values = pydantic_core.from_json(text, allow_inf_nan=False)
     except (OSError, ValueError) as error:
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error}", path=path) from error
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
@@ -114,6 +139,12 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
         raise CheckpointFormatError(
             f"{path} has format version {version}, this release reads up to {FORMAT_VERSION}. "
             "Next: pip install --upgrade noether-init-core",
+            path=path,
+        )
+    if not _is_sealed(text):
+        raise CheckpointCorruptError(
+            f"{path} is not as it was written: its digest is not that of its content. It is damaged, or was edited. "
+            "Next: take an older checkpoint, or read the files beside it with kind: file",
             path=path,
         )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import attrs
 import pytest
 import torch
 
+from noether_init_core.checkpoints.manifest import sealed
 from noether_init_core.checkpoints.names import parse
 from noether_init_core.checkpoints.sets import CheckpointSet
 from noether_init_core.checkpoints.storage import Storage
@@ -19,6 +21,7 @@ from noether_init_core.checkpoints.store import Need, RunStore, check_consistenc
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
     ConfigError,
@@ -525,11 +528,28 @@ def test_manifest_of_a_newer_release_asks_for_an_upgrade(store: RunStore) -> Non
 
 @pytest.mark.parametrize("entry", ["../outside_cp=latest_model.th", "/etc/mlp_cp=latest_model.th", "..", "notes.txt"])
 def test_manifest_entry_that_is_no_plain_name_is_refused(store: RunStore, entry: str) -> None:
-    """An entry cannot lead out of its folder."""
+    """An entry cannot lead out of its folder, whoever wrote the manifest."""
     manifest = write_set(store, 1).folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("mlp_cp=E1_U10_S100_model.th", entry))
+    values = json.loads(manifest.read_text().replace("mlp_cp=E1_U10_S100_model.th", entry))
+    del values["digest"]
+    manifest.write_bytes(sealed(json.dumps(values).encode()))
     with pytest.raises(CheckpointCorruptError, match=r"files\.0"):
         store.find(None)
+
+
+@pytest.mark.parametrize("name", ['"latest"', '"created"', '"digest": "', "\n}"])
+def test_manifest_with_one_flipped_bit_never_means_an_older_set(store: RunStore, name: str) -> None:
+    """Not even where the bit makes another tag of ``latest``: the set before has that tag, too."""
+    write_set(store, 1)
+    manifest = write_set(store, 2).folder / "manifest.json"
+    whole = manifest.read_bytes()
+    start = whole.rindex(name.encode())
+    for bit in range(8 * start, 8 * min(start + len(name) + 3, len(whole))):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"Next: checkpoint_tag: E1_U10_S100"):
+            store.find(None, MLP)
 
 
 def test_file_of_a_set_that_is_a_link_to_elsewhere_is_refused(store: RunStore, tmp_path: Path) -> None:
