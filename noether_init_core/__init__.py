@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from noether_init_core import kinds
     from noether_init_core.binding import bind, compose
     from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
+    from noether_init_core.checkpoints.retention import Retention
     from noether_init_core.checkpoints.store import RunStore
     from noether_init_core.checkpoints.writer import CheckpointWriter
     from noether_init_core.config.any_initializer import AnyInitializer
@@ -86,6 +87,7 @@ __all__ = [
     "PartlyInitializedError",
     "PathProvider",
     "PlanError",
+    "Retention",
     "RunStore",
     "SourceInitializer",
     "SourceInitializerConfig",
@@ -109,6 +111,7 @@ __all__ = [
 _HOMES = {
     "binding": ("bind", "compose"),
     "checkpoints.reader": ("CheckpointReader", "open_checkpoint"),
+    "checkpoints.retention": ("Retention",),
     "checkpoints.store": ("RunStore",),
     "checkpoints.writer": ("CheckpointWriter",),
     "config.any_initializer": ("AnyInitializer",),

@@ -13,11 +13,12 @@ import attrs
 
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME
 from noether_init_core.checkpoints.names import parse
+from noether_init_core.checkpoints.retention import Retention, superfluous_sets
 from noether_init_core.checkpoints.sets import (
     SETS_FOLDER,
     CheckpointFile,
     CheckpointSet,
-    SetFolder,
+    check_files,
     list_names,
     load_set,
     set_folders,
@@ -104,39 +105,44 @@ def _replace(target: Path, source: Path, storage: Storage, *, linked: bool) -> N
     storage.unlink(temporary)
 
 
-def retire_sets(checkpoints: Path, keep_last: int, storage: Storage) -> None:
-    """Remove the oldest committed sets.
+def retire_sets(checkpoints: Path, rules: Retention, storage: Storage) -> None:
+    """Remove the committed sets that no rule keeps, oldest first.
 
-    What stays: the newest ``keep_last``, but at least two, so that there is one to walk back to; the set that any tag
-    other than its iteration means; and sets that cannot be read, since somebody will want to look at them.
+    Sets that cannot be read stay, since somebody will want to look at them. Whether a set is good is told from the
+    presence and the sizes of its files.
 
     Raises ``OSError``.
     """
     folders = [folder for folder in set_folders(checkpoints, storage) if folder.committed]
-    tags_seen: set[str] = set()
-    retired: list[tuple[SetFolder, CheckpointSet]] = []
-    kept_names: set[str] = set()
-    for age, folder in enumerate(reversed(folders)):
+    found: list[tuple[CheckpointSet, bool]] = []
+    for folder in reversed(folders):
         try:
             candidate = load_set(folder, storage)
         except CheckpointError as error:
             logger.warning("kept: %s", error)
             continue
-        named = {tag for tag in candidate.tags if tag != candidate.name}
-        if age < max(keep_last, 2) or named - tags_seen:
-            kept_names |= {file.path.name for file in candidate.files}
-        else:
-            retired.append((folder, candidate))
-        tags_seen |= named
-    for folder, candidate in reversed(retired):
+        found.append((candidate, _has_its_files(candidate, storage)))
+    retired = superfluous_sets(found, rules)
+    gone = {candidate.folder for candidate in retired}
+    kept_names = {file.path.name for candidate, _ in found if candidate.folder not in gone for file in candidate.files}
+    for candidate in reversed(retired):
         # Without its manifest the set is gone for every reader; only then do its files go.
-        storage.unlink(folder.path / MANIFEST_NAME)
-        storage.fsync_folder(folder.path)
+        storage.unlink(candidate.folder / MANIFEST_NAME)
+        storage.fsync_folder(candidate.folder)
         for name in {file.path.name for file in candidate.files} - kept_names:
             storage.unlink(checkpoints / name)
-        _remove_folder(checkpoints, folder.path, storage)
+        _remove_folder(checkpoints, candidate.folder, storage)
     if retired:
         storage.fsync_folder(checkpoints / SETS_FOLDER)
+
+
+def _has_its_files(candidate: CheckpointSet, storage: Storage) -> bool:
+    try:
+        check_files(candidate, storage)
+    except CheckpointError as error:
+        logger.warning("no good set: %s", error)
+        return False
+    return True
 
 
 def _remove_folder(checkpoints: Path, folder: Path, storage: Storage) -> None:

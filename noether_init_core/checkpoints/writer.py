@@ -21,6 +21,7 @@ from noether_init_core.checkpoints.housekeeping import collect_leftovers, refres
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
 from noether_init_core.checkpoints.plain import digest_of_tensor, tensors_in
+from noether_init_core.checkpoints.retention import Retention, checked_metrics
 from noether_init_core.checkpoints.sets import SETS_FOLDER, CheckpointSet, SetFolder, load_set, set_folders
 from noether_init_core.checkpoints.storage import LOCAL, Storage
 from noether_init_core.errors import CheckpointError, CheckpointWriteError, ConfigError
@@ -47,7 +48,8 @@ class CheckpointWriter:
         report: The report of the initialization; its lineage is kept in every manifest.
         flat_names: Whether Noether shall find the files under its own names as well.
         keep_last: How many sets stay; None keeps all. The set to walk back to and the current set of every tag stay
-            in any case.
+            in any case. Short for ``retention=Retention(last=keep_last)``.
+        retention: Which sets stay, where more than their age decides: a ``Retention``, or its fields as a mapping.
         storage: The file operations.
     """
 
@@ -58,14 +60,15 @@ class CheckpointWriter:
         report: Any = None,
         flat_names: bool = True,
         keep_last: int | None = None,
+        retention: Retention | Mapping[str, Any] | None = None,
         storage: Storage = LOCAL,
     ) -> None:
-        if keep_last is not None and (not isinstance(keep_last, int) or keep_last < 1):
-            raise ConfigError(f"keep_last must be a whole number of at least 1, or None for all, not {keep_last!r}")
+        if keep_last is not None and retention is not None:
+            raise ConfigError("keep_last and retention were both given; say keep_last as retention's last")
         self.paths = PathProvider.of(path_provider)
         self.report = report
         self.flat_names = flat_names
-        self.keep_last = keep_last
+        self.retention = Retention(last=keep_last) if retention is None else Retention.of(retention)
         self.storage = storage
 
     def save(
@@ -77,6 +80,7 @@ class CheckpointWriter:
         optimizer: bool = True,
         trainer: Any = None,
         averages: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> CheckpointSet:
         """Save one set and commit it under ``tags`` and the tag of its iteration; returns the committed set.
 
@@ -90,15 +94,18 @@ class CheckpointWriter:
             trainer: Anything whose ``state_dict()`` is a dict of plain data and tensors. Without one, the trainer
                 file holds the iteration only.
             averages: Further weights, by info: ``{"ema=0.999": state_dict}``; for a composite by submodel first.
+            metrics: Values of this iteration, such as ``{"loss.val": 0.41}``; they are recorded in the manifest, and
+                ``Retention(best=...)`` compares them.
 
         Raises:
-            ConfigError: The model, iteration, tags or optimizer cannot be saved. Nothing was written.
+            ConfigError: The model, iteration, tags, metrics or optimizer cannot be saved. Nothing was written.
             CheckpointFormatError: A value could not be read again; its place is named. Nothing was written.
             CheckpointWriteError: The disk is full, read-only or failing, or another process holds the lock. The set
                 was not committed; the sets from before are untouched.
         """
         full = iteration_for(iteration, trainer)
         all_tags = _all_tags(full, tags)
+        values = self._metrics(metrics)
         contents = contents_of(model, full, self.paths.run_id, optimizer=optimizer, trainer=trainer, averages=averages)
         for content in contents:
             for tag in all_tags if self.flat_names else ():
@@ -109,7 +116,7 @@ class CheckpointWriter:
             self._make_folders(checkpoints / SETS_FOLDER)
             with self.storage.lock(checkpoints / LOCK_NAME, LOCK_TIMEOUT_S):
                 collect_leftovers(checkpoints, self.storage)
-                committed = self._commit(checkpoints, full, all_tags, contents, lineage)
+                committed = self._commit(checkpoints, full, all_tags, contents, lineage, values)
                 self._follow_up(checkpoints, committed)
         return committed
 
@@ -134,6 +141,7 @@ class CheckpointWriter:
         tags: tuple[str, ...],
         contents: Sequence[FileContent],
         lineage: tuple[dict[str, Any], ...],
+        metrics: dict[str, float | None],
     ) -> CheckpointSet:
         storage = self.storage
         sequence = 1 + max((folder.sequence for folder in set_folders(checkpoints, storage)), default=0)
@@ -147,6 +155,7 @@ class CheckpointWriter:
             run_id=self.paths.run_id,
             stage_name=self.paths.stage_name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            metrics=metrics,
             files=tuple(self._write_file(folder, content) for content in contents),
             lineage=lineage,
             versions=_versions(),
@@ -194,8 +203,8 @@ class CheckpointWriter:
         try:
             if self.flat_names:
                 refresh_flat_names(checkpoints, committed, self.storage)
-            if self.keep_last is not None:
-                retire_sets(checkpoints, self.keep_last, self.storage)
+            if not self.retention.keeps_all:
+                retire_sets(checkpoints, self.retention, self.storage)
         except OSError as error:
             logger.warning(
                 "%s is committed, but the flat names for Noether or the removal of old sets failed: %s. "
@@ -203,6 +212,17 @@ class CheckpointWriter:
                 committed.folder,
                 error,
             )
+
+    def _metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
+        """The metrics as they are recorded. A rule for a metric that is never given would keep nothing."""
+        values = checked_metrics(metrics)
+        if metrics:
+            for rule in self.retention.best:
+                if rule.metric not in values:
+                    logger.warning(
+                        "the best sets by %s are to be kept, but this save gives %s only", rule.metric, ", ".join(values)
+                    )
+        return values
 
     def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:
         found = self.report.lineage() if self.report is not None else getattr(trainer, "lineage", None) or ()

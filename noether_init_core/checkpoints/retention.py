@@ -1,0 +1,211 @@
+"""Which committed sets stay: the rules as values, and the decision as a pure function of what is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Self, get_args
+
+import attrs
+
+from noether_init_core.checkpoints.sets import CheckpointSet
+from noether_init_core.errors import ConfigError
+from noether_init_core.iteration import TrainingIteration
+
+__all__ = ["Best", "Retention", "checked_metrics", "superfluous_sets"]
+
+#: The newest good set, and one superseded good set to walk back to, stay whatever the rules say.
+LEAST = 2
+_FIELDS = ("epoch", "update", "sample")
+_Mode = Literal["min", "max"]
+
+
+def _at_least_one(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{_shown(attribute.name)} must be a whole number of at least 1, not {value!r}")
+
+
+def _mode(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in get_args(_Mode):
+        raise ConfigError(f"mode of the best sets must be min or max, not {value!r}")
+
+
+@attrs.frozen
+class Best:
+    """Keep the ``count`` sets with the lowest (``mode="max"``: highest) value of ``metric``."""
+
+    metric: str
+    count: int = attrs.field(default=1, validator=_at_least_one)
+    mode: _Mode = attrs.field(default="min", validator=_mode)
+
+    def __attrs_post_init__(self) -> None:
+        _check_metric_name(self.metric)
+
+
+def _to_best(value: Any) -> tuple[Best, ...]:
+    """``{"loss.val": 3}``, ``{"metric": "acc", "mode": "max", "count": 3}``, a ``Best``, or a list of these."""
+    if value is None:
+        return ()
+    if isinstance(value, Best):
+        return (value,)
+    if isinstance(value, Mapping):
+        if isinstance(value.get("metric"), str):
+            unknown = [str(key) for key in value if key not in ("metric", "mode", "count")]
+            if unknown:
+                raise ConfigError(f"best has the unknown key {', '.join(unknown)}; it has metric, mode and count")
+            return (Best(**value),)
+        return tuple(Best(metric, count) for metric, count in value.items())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return tuple(rule for one in value for rule in _to_best(one))
+    raise ConfigError(f'best must be like {{"loss.val": 3}} or {{"metric": "acc", "mode": "max"}}, not {value!r}')
+
+
+def _to_every(value: Any) -> Mapping[str, int] | None:
+    if value is None:
+        return None
+    if isinstance(value, TrainingIteration):
+        value = value.to_mapping()
+    if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in _FIELDS:
+        raise ConfigError(f'every must say one of epoch, update, sample, like {{"epoch": 5}}, not {value!r}')
+    return dict(value)
+
+
+def _every(instance: object, attribute: attrs.Attribute[Any], value: Mapping[str, int] | None) -> None:
+    for step in value.values() if value else ():
+        _at_least_one(instance, attribute, step)
+
+
+def _last(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        _at_least_one(instance, attribute, value)
+
+
+@attrs.frozen
+class Retention:
+    """Which sets stay. A set stays if any rule keeps it; without any rule all stay.
+
+    Whatever the rules say, these stay: the newest good set and one good set before it, to walk back to; the set that a
+    tag other than that of an iteration means; sets that cannot be read. A set whose files are damaged is no good one.
+
+    Attributes:
+        last: The newest so many good sets.
+        every: ``{"epoch": 5}``, ``{"update": 1000}`` or ``{"sample": n}``: of each such period, counted from zero, the
+            first set in it; none of the first period. ``TrainingIteration(epoch=5)`` says the same.
+        best: The best sets by a metric that was given to ``save``: ``{"loss.val": 3}`` keeps the three lowest,
+            ``{"metric": "acc", "mode": "max", "count": 3}`` the three highest; a list of these keeps what any keeps.
+    """
+
+    last: int | None = attrs.field(default=None, validator=_last)
+    every: Mapping[str, int] | None = attrs.field(default=None, converter=_to_every, validator=_every)
+    best: tuple[Best, ...] = attrs.field(default=(), converter=_to_best)
+
+    @classmethod
+    def of(cls, value: Any) -> Self:
+        """Itself, or built from a mapping with ``last``, ``every``, ``best``. Raises ``ConfigError``."""
+        if isinstance(value, cls):
+            return value
+        if value is None:
+            return cls()
+        known = [field.name for field in attrs.fields(cls)]
+        if not isinstance(value, Mapping) or any(key not in known for key in value):
+            raise ConfigError(f"retention must be a Retention or a mapping with {', '.join(known)}, not {value!r}")
+        return cls(**value)
+
+    @property
+    def keeps_all(self) -> bool:
+        """There is no rule."""
+        return self.last is None and self.every is None and not self.best
+
+
+def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """Metrics as a manifest holds them: numbers by name; None for NaN and infinities, which are never the best.
+
+    Raises ``ConfigError`` for a name that is no text or a value that is no single number.
+    """
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(f'metrics must be a mapping like {{"loss.val": 0.41}}, not a {type(metrics).__name__}')
+    found: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        _check_metric_name(name)
+        try:
+            if isinstance(value, str | bytes | bool):
+                raise TypeError
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ConfigError(f"metric {name} must be a number, not {value!r}") from error
+        found[name] = number if math.isfinite(number) else None
+    return found
+
+
+def superfluous_sets(sets: Sequence[tuple[CheckpointSet, bool]], rules: Retention) -> list[CheckpointSet]:
+    """The sets that may go, newest first.
+
+    Args:
+        sets: Every committed set whose manifest can be read, newest first, and whether its files are as written.
+        rules: What to keep.
+
+    What a tag means never changes through it to an older set: the tag keeps its set, or it is gone with it.
+    """
+    if rules.keeps_all:
+        return []
+    good = [one for one, is_good in sets if is_good]
+    kept = {_sequence(one) for one in good[: max(rules.last or 0, LEAST)]}
+    newest_good = max((_sequence(one) for one in good), default=-1)
+    seen: set[str] = set()
+    for one, _is_good in sets:
+        named = {tag for tag in one.tags if tag != one.name}
+        if named - seen or _sequence(one) > newest_good:
+            kept.add(_sequence(one))
+        seen |= named
+    # Of an iteration that was saved more than once only the last is meant by its tag.
+    meant: dict[TrainingIteration, CheckpointSet] = {}
+    for one in good:
+        if one.iteration is not None:
+            meant.setdefault(one.iteration, one)
+    kept |= _first_of_periods(meant, rules.every)
+    for rule in rules.best:
+        kept |= _best(list(meant.values()), rule)
+    # While an older set of an iteration stays, so must the one that the iteration's tag means.
+    latest: dict[str, int] = {}
+    for one, _is_good in sets:
+        latest.setdefault(one.name, _sequence(one))
+    kept |= {latest[one.name] for one, _is_good in sets if _sequence(one) in kept}
+    return [one for one, _is_good in sets if _sequence(one) not in kept]
+
+
+def _first_of_periods(meant: Mapping[TrainingIteration, CheckpointSet], every: Mapping[str, int] | None) -> set[int]:
+    if every is None:
+        return set()
+    ((field, step),) = every.items()
+    first: dict[int, TrainingIteration] = {}
+    for iteration in meant:
+        period = getattr(iteration, field) // step
+        if period and (period not in first or iteration < first[period]):
+            first[period] = iteration
+    return {_sequence(meant[iteration]) for iteration in first.values()}
+
+
+def _best(candidates: Sequence[CheckpointSet], rule: Best) -> set[int]:
+    """``candidates`` are newest first: of equal values the newer one is kept."""
+    valued = []
+    for one in candidates:
+        value = one.manifest.metrics.get(rule.metric) if one.manifest is not None else None
+        if value is not None:
+            valued.append((value if rule.mode == "min" else -value, one))
+    valued.sort(key=lambda pair: pair[0])
+    return {_sequence(one) for _, one in valued[: rule.count]}
+
+
+def _sequence(one: CheckpointSet) -> int:
+    return one.sequence or 0
+
+
+def _check_metric_name(name: Any) -> None:
+    if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable():
+        raise ConfigError(f"the name of a metric must be a printable text of 1 to 200 characters, not {name!r}")
+
+
+def _shown(attribute: str) -> str:
+    return {"last": "keep_last", "count": "count of the best sets"}.get(attribute, attribute)
