@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import stat
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,8 @@ __all__ = ["FileHandle", "Transfer", "open_file"]
 
 #: Bytes of one read into memory of the caller.
 CHUNK = 4 << 20
+#: How many threads read at once; a few are as fast as the memory.
+THREADS = min(4, max(2, os.cpu_count() or 2))
 #: From here on a second thread is worth its start.
 _PARALLEL = 16 << 20
 _DIGEST_LENGTHS = {"xxh3_128": 32, "sha256": 64}
@@ -96,19 +99,22 @@ class FileHandle:
             done += count
 
     def read_all(self, transfers: Iterable[Transfer]) -> None:
-        """Carry out the transfers, large amounts with two threads."""
-        pieces = list(_pieces(transfers))
+        """Carry out the transfers, large amounts with several threads."""
+        pieces = deque(_pieces(transfers))
+
+        def read() -> None:
+            while True:
+                try:
+                    piece = pieces.popleft()
+                except IndexError:
+                    return
+                self.read_into(piece.target, piece.offset, piece.key)
+
         if len(pieces) < 2 or sum(len(piece.target) for piece in pieces) < _PARALLEL:
-            for piece in pieces:
-                self.read_into(piece.target, piece.offset, piece.key)
+            read()
             return
-
-        def read(some: list[Transfer]) -> None:
-            for piece in some:
-                self.read_into(piece.target, piece.offset, piece.key)
-
-        with ThreadPoolExecutor(2) as pool:
-            for result in [pool.submit(read, pieces[0::2]), pool.submit(read, pieces[1::2])]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for result in [pool.submit(read) for _ in range(THREADS)]:
                 result.result()
 
     def check_digest(self, digest: str) -> None:

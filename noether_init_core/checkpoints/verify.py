@@ -1,4 +1,8 @@
-"""Comparison of every record with the checksum that was written for it."""
+"""One pass over a file: every byte against its checksum or digest, and the values while they are in the cache.
+
+Several threads read into a small buffer each, or straight into memory of the caller where that is given; nothing else
+is allocated, however large the file is.
+"""
 
 from __future__ import annotations
 
@@ -7,78 +11,203 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import attrs
+import xxhash
 from isal import isal_zlib
 
-from noether_init_core.checkpoints.file_handle import FileHandle
+from noether_init_core.checkpoints.file_handle import THREADS, FileHandle
+from noether_init_core.checkpoints.finite import Finding, nonfinite
 from noether_init_core.checkpoints.records import Record
 
-__all__ = ["damaged_records"]
+__all__ = ["Findings", "Stretch", "Values", "damaged_records", "examine"]
 
-# Small enough for the processor's cache, large enough that the system calls do not count.
-_BUFFER = 1 << 20
-# One thread takes this much at a time; larger records are split and their sums combined.
+# Small enough for the processor's cache, large enough that the system calls do not count. A multiple of every size of
+# an element, so that no element lies in two pieces.
+_BUFFER = 768 << 10
+# One thread takes this much at a time; larger stretches are split where their checksum can be combined of parts.
 _GROUP = 32 << 20
 
 
 @attrs.frozen
-class _Segment:
-    index: int
+class Values:
+    """Floating-point elements from byte ``begin`` to ``end`` of a stretch, to be looked at for NaN and infinities."""
+
+    begin: int
+    end: int
+    dtype: str
+
+
+@attrs.frozen(eq=False)
+class Stretch:
+    """Neighbouring bytes of the file that have one checksum.
+
+    Attributes:
+        name: For the caller.
+        offset: Place of the first byte.
+        size: Number of bytes.
+        crc: Expected CRC-32; None: not compared.
+        digest: Expected ``xxh3_128:<hex>``, compared instead of ``crc``.
+        values: What to look at; whole elements, counted from the first byte of the stretch.
+        target: Memory of ``size`` bytes that the bytes are read into; None: they are only looked at.
+    """
+
+    name: str
     offset: int
-    length: int
+    size: int
+    crc: int | None = None
+    digest: str | None = None
+    values: tuple[Values, ...] = ()
+    target: memoryview | None = None
+
+
+@attrs.frozen
+class Findings:
+    """What ``examine`` found: stretches whose bytes are not those that were written, and values that are not finite.
+
+    ``nonfinite`` has the positions (of the stretch, and of its ``values``) and what is there.
+    """
+
+    damaged: tuple[Stretch, ...]
+    nonfinite: dict[tuple[int, int], Finding]
 
 
 def damaged_records(handle: FileHandle, records: Sequence[Record]) -> list[Record]:
     """The records whose bytes do not have their CRC-32. Never more than a small buffer per thread is in memory."""
-    groups = deque(_grouped(records))
-    sums: dict[_Segment, int] = {}
+    stretches = {Stretch(record.name, record.offset, record.size, record.crc): record for record in records}
+    return [stretches[damaged] for damaged in examine(handle, list(stretches)).damaged]
 
-    def work() -> None:
+
+def examine(handle: FileHandle, stretches: Sequence[Stretch]) -> Findings:
+    """Read every stretch once, compare it and look at its values. Raises ``CheckpointCorruptError`` if the file ends.
+
+    A stretch with neither checksum, values nor target is not read.
+    """
+    for stretch in stretches:
+        if stretch.target is not None and stretch.target.nbytes != stretch.size:
+            raise ValueError(f"{stretch.name}: {stretch.target.nbytes} bytes of memory for {stretch.size} bytes")
+    groups = deque(_grouped(stretches))
+    work = _Work(handle, stretches)
+    if len(groups) < 2:
+        work.run(groups)
+    else:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for result in [pool.submit(work.run, groups) for _ in range(THREADS)]:
+                result.result()
+    return work.findings()
+
+
+@attrs.frozen
+class _Part:
+    index: int
+    begin: int
+    length: int
+
+
+def _grouped(stretches: Sequence[Stretch]) -> list[list[_Part]]:
+    """Parts that one thread reads one behind the other, the largest groups first so that no thread is left alone."""
+    groups: list[list[_Part]] = []
+    total = _GROUP
+    for index, stretch in sorted(enumerate(stretches), key=lambda pair: pair[1].offset):
+        if stretch.crc is None and stretch.digest is None and not stretch.values and stretch.target is None:
+            continue
+        step = max(stretch.size, 1) if stretch.digest is not None else _GROUP
+        for begin in range(0, max(stretch.size, 1), step):
+            length = min(step, stretch.size - begin)
+            if total >= _GROUP // 4:
+                groups.append([])
+                total = 0
+            groups[-1].append(_Part(index, begin, length))
+            total += length
+    return sorted(groups, key=lambda group: -sum(part.length for part in group))
+
+
+class _Work:
+    """What the threads share; every operation on the containers is a single step."""
+
+    def __init__(self, handle: FileHandle, stretches: Sequence[Stretch]) -> None:
+        self._handle = handle
+        self._stretches = stretches
+        self._sums: dict[tuple[int, int], tuple[int, int]] = {}
+        self._digests: dict[int, str] = {}
+        self._found: set[tuple[int, int, Finding]] = set()
+
+    def run(self, groups: deque[list[_Part]]) -> None:
         buffer = memoryview(bytearray(_BUFFER))
         while True:
             try:
                 group = groups.popleft()
             except IndexError:
                 return
-            _sum_group(handle, group, buffer, sums)
+            self._read_group(group, buffer)
 
-    if len(groups) < 2:
-        work()
-    else:
-        with ThreadPoolExecutor(2) as pool:
-            for result in [pool.submit(work), pool.submit(work)]:
-                result.result()
-    found = [0] * len(records)
-    for segment in sorted(sums, key=lambda segment: segment.offset):
-        found[segment.index] = isal_zlib.crc32_combine(found[segment.index], sums[segment], segment.length)
-    return [record for record, crc in zip(records, found, strict=True) if crc != record.crc]
+    def findings(self) -> Findings:
+        crcs = [0] * len(self._stretches)
+        for (index, _begin), (crc, length) in sorted(self._sums.items()):
+            crcs[index] = isal_zlib.crc32_combine(crcs[index], crc, length)
+        damaged = []
+        for index, stretch in enumerate(self._stretches):
+            if stretch.digest is not None:
+                if self._digests[index] != stretch.digest:
+                    damaged.append(stretch)
+            elif stretch.crc is not None and crcs[index] != stretch.crc:
+                damaged.append(stretch)
+        found: dict[tuple[int, int], Finding] = {}
+        for index, number, finding in self._found:
+            if found.get((index, number)) != "NaN":
+                found[index, number] = finding
+        return Findings(tuple(damaged), found)
 
+    def _read_group(self, group: list[_Part], buffer: memoryview) -> None:
+        """One pass over neighbouring parts; one read serves as many small ones as it holds."""
+        begin = end = 0  # what part of the file is in the buffer
+        last = group[-1]
+        stop = self._stretches[last.index].offset + last.begin + last.length
+        for part in group:
+            stretch = self._stretches[part.index]
+            position = stretch.offset + part.begin
+            upto = position + part.length
+            if stretch.target is not None:
+                target = stretch.target[part.begin : part.begin + part.length]
+                self._look(part, self._pieces(position, target, stretch.name))
+            elif part.length > len(buffer):
+                begin = end = 0
+                self._look(part, self._through(buffer, position, upto, stretch.name))
+            else:
+                if position < begin or upto > end:
+                    begin, end = position, min(position + len(buffer), stop)
+                    self._handle.read_into(buffer[: end - begin], begin, stretch.name)
+                self._look(part, (buffer[position - begin : upto - begin],))
 
-def _grouped(records: Sequence[Record]) -> Iterable[list[_Segment]]:
-    group: list[_Segment] = []
-    total = 0
-    for index, record in sorted(enumerate(records), key=lambda pair: pair[1].offset):
-        for start in range(0, record.size, _GROUP):
-            length = min(_GROUP, record.size - start)
-            group.append(_Segment(index, record.offset + start, length))
-            total += length
-            if total >= _GROUP:
-                yield group
-                group, total = [], 0
-    if group:
-        yield group
+    def _pieces(self, position: int, target: memoryview, name: str) -> Iterable[memoryview]:
+        for begin in range(0, len(target), _BUFFER):
+            piece = target[begin : begin + _BUFFER]
+            self._handle.read_into(piece, position + begin, name)
+            yield piece
 
+    def _through(self, buffer: memoryview, position: int, upto: int, name: str) -> Iterable[memoryview]:
+        while position < upto:
+            piece = buffer[: min(len(buffer), upto - position)]
+            self._handle.read_into(piece, position, name)
+            yield piece
+            position += len(piece)
 
-def _sum_group(handle: FileHandle, group: list[_Segment], buffer: memoryview, sums: dict[_Segment, int]) -> None:
-    """One pass over neighbouring segments; one read serves as many small ones as it holds."""
-    begin = end = 0  # what part of the file is in the buffer
-    stop = group[-1].offset + group[-1].length
-    for segment in group:
-        crc, position, last = 0, segment.offset, segment.offset + segment.length
-        while position < last:
-            if not begin <= position < end:
-                begin, end = position, min(position + len(buffer), stop)
-                handle.read_into(buffer[: end - begin], begin)
-            upto = min(end, last)
-            crc = isal_zlib.crc32(buffer[position - begin : upto - begin], crc)
-            position = upto
-        sums[segment] = crc
+    def _look(self, part: _Part, pieces: Iterable[memoryview]) -> None:
+        """Sum up and look at the pieces of one part, each while it is in the cache."""
+        stretch = self._stretches[part.index]
+        state = xxhash.xxh3_128() if stretch.digest is not None else None
+        crc, at = 0, part.begin
+        for piece in pieces:
+            if state is not None:
+                state.update(piece)
+            elif stretch.crc is not None:
+                crc = isal_zlib.crc32(piece, crc)
+            for number, values in enumerate(stretch.values):
+                first, behind = max(values.begin, at), min(values.end, at + len(piece))
+                if first < behind:
+                    found = nonfinite(piece[first - at : behind - at], values.dtype)
+                    if found is not None:
+                        self._found.add((part.index, number, found))
+            at += len(piece)
+        if state is not None:
+            self._digests[part.index] = f"xxh3_128:{state.hexdigest()}"
+        elif stretch.crc is not None:
+            self._sums[part.index, part.begin] = crc, part.length
