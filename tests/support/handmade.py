@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["call", "integer", "name", "string", "tensor", "write_pickle", "write_zip"]
+__all__ = ["call", "integer", "name", "string", "tensor", "write_pickle", "write_safetensors", "write_zip"]
 
 
 def name(module: str, attribute: str) -> bytes:
@@ -68,6 +70,15 @@ def write_zip(path: Path, records: Mapping[str, bytes], *, folder: str = "archiv
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for record, content in records.items():
             archive.writestr(zipfile.ZipInfo(folder + record), content)
+    return path
+
+
+def write_safetensors(
+    path: Path, header: Mapping[str, Any] | bytes, data: bytes = b"", *, length: int | None = None
+) -> Path:
+    """A file in the safetensors format; ``header`` as bytes, or another ``length`` of it, need not be right."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
     return path
 
 
