@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import pydantic
 
 from noether_init_core.config.base import KindConfig, RunId
-from noether_init_core.errors import StateMismatchError
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
 from noether_init_core.initializers.resumption import ResumptionPaths
-from noether_init_core.initializers.source import Leaf
 from noether_init_core.surgery.names import NameRules, NoetherSurgery, Rename
 
 __all__ = ["PreviousRunInitializer", "PreviousRunInitializerConfig", "RenamePattern"]
@@ -53,6 +50,9 @@ class PreviousRunInitializerConfig(CheckpointInitializerConfig):
     patterns_to_instantiate: list[Pattern] | None = pydantic.Field(
         default=None, description="Keys of the model that contain one of these keep their present value."
     )
+    keys_to_instantiate: list[Pattern] | None = pydantic.Field(
+        default=None, description="Keys of the model, whole names, that keep their present value."
+    )
 
 
 class PreviousRunInitializer(CheckpointInitializer):
@@ -63,7 +63,7 @@ class PreviousRunInitializer(CheckpointInitializer):
 
     config_class: ClassVar[type[KindConfig]] = PreviousRunInitializerConfig
     contract: ClassVar[int] = 1
-    fresh_hint: ClassVar[str] = "To keep the model's own values there: patterns_to_instantiate: {pattern}"
+    fresh_hint: ClassVar[str] = "To keep the model's own values there: {line}"
     config: PreviousRunInitializerConfig
 
     @property
@@ -75,6 +75,7 @@ class PreviousRunInitializer(CheckpointInitializer):
             tuple(config.patterns_to_remove or ()),
             tuple(Rename(rename.src, rename.dst) for rename in config.patterns_to_rename or ()),
             tuple(config.patterns_to_instantiate or ()),
+            tuple(dict.fromkeys(config.keys_to_instantiate or ())),
         )
 
     def takes_part_in(self, hook: str) -> bool:
@@ -89,17 +90,3 @@ class PreviousRunInitializer(CheckpointInitializer):
                 resume = getattr(callback, "resume_from_checkpoint", None)
                 if callable(resume):
                     resume(resumption_paths=paths, model=model)
-
-    def optimizer_source_names(self, leaf: Leaf) -> Mapping[str, str | None] | None:
-        """As the weights: renamed parameters take the state of their source, kept ones start afresh."""
-        rules = self.rules
-        if rules == NoetherSurgery():
-            return None
-        reader = self.opened(leaf, "model")
-        if reader is None:
-            raise StateMismatchError(f"{leaf.path}: no weights to match optimizer state by")
-        targets = tuple(name for name, _parameter in leaf.model.named_parameters())
-        match = rules.match(tuple(reader.tensors), targets)
-        names: dict[str, str | None] = {target: source for target, (source, _rule) in match.moves.items()}
-        names.update(dict.fromkeys(match.kept))
-        return names

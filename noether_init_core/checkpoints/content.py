@@ -145,6 +145,8 @@ def _model_config(path: str, model: Any) -> dict[str, Any]:
 def _optimizer_content(path: str, model: Any) -> dict[str, Any]:
     optimizer = model.optimizer
     state = dict(optimizer.state_dict())
+    inner = getattr(optimizer, "torch_optim", optimizer)
+    state["optimizer_class"] = f"{type(inner).__module__}.{type(inner).__qualname__}"
     names = state.pop("param_idx_to_name", None) or getattr(optimizer, "param_idx_to_name", None)
     if names is None:
         names = _names_of_parameters(path, model, optimizer)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest
 from noether_init_core.checkpoints.names import Part, iteration_of_tag, stem_of
 from noether_init_core.checkpoints.storage import LOCAL, Storage
-from noether_init_core.errors import CheckpointCorruptError, CheckpointNotFoundError, TornSetError
+from noether_init_core.errors import (
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    ConfigError,
+    TornSetError,
+)
 from noether_init_core.iteration import TrainingIteration
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "check_files",
     "list_names",
     "load_set",
+    "said_by",
     "set_folders",
     "sorted_files",
 ]
@@ -220,6 +228,22 @@ def check_consistency(
         path=checkpoint_set.folder,
         found=says,
     )
+
+
+def said_by(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration | None, str | None]:
+    """The iteration and the run id that a file says it is of; None where it says nothing.
+
+    Raises ``CheckpointFormatError`` for an iteration that is none.
+    """
+    iteration, run_id = metadata.get("training_iteration"), metadata.get("run_id")
+    if iteration is not None:
+        try:
+            iteration = TrainingIteration.from_mapping(iteration)
+        except (ConfigError, TypeError, AttributeError) as error:
+            raise CheckpointFormatError(
+                f"{path.name}: training_iteration is {iteration!r}, which is no iteration", path=path
+            ) from error
+    return iteration, run_id if isinstance(run_id, str) else None
 
 
 def list_names(folder: Path, storage: Storage) -> list[str]:

@@ -12,11 +12,11 @@ import pydantic
 import torch
 
 from noether_init_core.checkpoints.reader import CheckpointReader
+from noether_init_core.checkpoints.sets import said_by
 from noether_init_core.checkpoints.store import CheckpointSet, Need, RunStore, check_consistency
 from noether_init_core.checkpoints.tensor_info import TensorInfo
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.errors import (
-    CheckpointFormatError,
     ConfigError,
     PartlyInitializedError,
     StateMismatchError,
@@ -27,10 +27,13 @@ from noether_init_core.paths import PathProvider
 from noether_init_core.surgery.optimizer import (
     OptimizerPlan,
     apply_optimizer,
+    class_name,
     optimizer_names,
+    parameter_aliases,
     plan_optimizer,
     torch_optimizer,
 )
+from noether_init_core.surgery.plan import WRITING
 
 __all__ = ["CheckpointInitializer", "CheckpointInitializerConfig"]
 
@@ -228,6 +231,7 @@ class CheckpointInitializer(SourceInitializer):
             return []
         self.before_locating(self.leaves(model))
         self.select([self._need(leaf, "optim") for leaf in leaves])
+        source_names = self._source_names(model)
         steps = []
         for leaf in leaves:
             reader, source = self.opened(leaf, "optim"), self.source_of(leaf, "optim")
@@ -239,7 +243,10 @@ class CheckpointInitializer(SourceInitializer):
                 reader.metadata,
                 optimizer_names(optimizer, leaf.model),
                 {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
-                source_names=self.optimizer_source_names(leaf),
+                source_names=source_names[leaf.path],
+                aliases=parameter_aliases(leaf.model),
+                current=optimizer.param_groups if optimizer is leaf.model.optimizer else None,
+                optimizer_class=class_name(optimizer),
                 where=source.path.name,
             )
             for warning in plan.warnings:
@@ -249,9 +256,21 @@ class CheckpointInitializer(SourceInitializer):
             steps.append(_OptimizerStep(leaf, optimizer, plan, reader, keep_fields=wrapped))
         return steps
 
-    def optimizer_source_names(self, leaf: Leaf) -> Mapping[str, str | None] | None:
-        """Name in the model -> name in the file where surgery changed it; None without surgery."""
-        return None
+    def _source_names(self, model: Any) -> dict[str, dict[str, str | None] | None]:
+        """Path of a model -> name in it -> name in the file (None: kept), where the plan of the weights differs.
+
+        None for a model whose names are the same on both sides.
+        """
+        plan = self.planned(model)
+        found: dict[str, dict[str, str | None] | None] = {}
+        for leaf in self.leaves(model):
+            names: dict[str, str | None] = {
+                row.target: row.sources[0] if row.writes else None
+                for row in plan.rows_of(leaf.path)
+                if row.target is not None and row.is_parameter and row.action in (*WRITING, "keep")
+            }
+            found[leaf.path] = names if any(name != source for name, source in names.items()) else None
+        return found
 
     def _check_moments(self, leaf: Leaf, reader: CheckpointReader, plan: OptimizerPlan, file: str) -> None:
         """Refuse NaN and infinities in the state, once per file."""
@@ -282,22 +301,6 @@ def read_tree(reader: CheckpointReader, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(read_tree(reader, item) for item in value)
     return value
-
-
-def said_by(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration | None, str | None]:
-    """The iteration and the run id that a file says it is of; None where it says nothing.
-
-    Raises ``CheckpointFormatError`` for an iteration that is none.
-    """
-    iteration, run_id = metadata.get("training_iteration"), metadata.get("run_id")
-    if iteration is not None:
-        try:
-            iteration = TrainingIteration.from_mapping(iteration)
-        except (ConfigError, TypeError, AttributeError) as error:
-            raise CheckpointFormatError(
-                f"{path.name}: training_iteration is {iteration!r}, which is no iteration", path=path
-            ) from error
-    return iteration, run_id if isinstance(run_id, str) else None
 
 
 def _finite(tensor: torch.Tensor) -> bool:

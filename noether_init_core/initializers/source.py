@@ -108,6 +108,7 @@ class SourceInitializer(InitializerBase):
         self._opened: dict[tuple[str, Part], _Opened] = {}
         self._checked_values: set[tuple[str, int]] = set()
         self.last_plan: LoadPlan | None = None
+        self._planned: tuple[Any, LoadPlan] | None = None
 
     @abc.abstractmethod
     def locate(self, model_name: str, part: Part) -> Source | None:
@@ -174,6 +175,7 @@ class SourceInitializer(InitializerBase):
         for opened in self._opened.values():
             opened.reader.close()
         self._opened.clear()
+        self._planned = None
         self._checked_values.clear()
 
     # What follows is shared by the kinds of this package.
@@ -209,6 +211,12 @@ class SourceInitializer(InitializerBase):
             self._opened[key] = _Opened(source, open_checkpoint(source.path))
         return self._opened[key].reader
 
+    def planned(self, model: Any) -> LoadPlan:
+        """The plan of the weights; the one that was checked or carried out last, where there is one for this model."""
+        if self._planned is None or self._planned[0] is not model:
+            self._planned = (model, self._prepare(model).plan)
+        return self._planned[1]
+
     def source_of(self, leaf: Leaf, part: Part) -> Source | None:
         """The source behind ``opened``."""
         found = self._opened.get((leaf.path, part))
@@ -228,6 +236,8 @@ class SourceInitializer(InitializerBase):
             source = self._opened[leaf.path, "model"].source
             targets[leaf.path] = found = model_targets(leaf.model)
             sources: dict[str, TensorSpec] = {**reader.tensors, **dict.fromkeys(reader.extra_state, _EXTRA)}
+            # modules may keep their extra state in a tensor
+            sources.update((name, _EXTRA) for name in found.extra_state if name in sources)
             parts.append(PlanPart(leaf.path, source.describe(), source.path.name, sources, found.specs, found.hidden))
         self.after_opening(leaves)
         plan = plan_load(self.config.kind, parts, self.rules, cast=self.config.cast, fresh_hint=self.fresh_hint)
@@ -238,8 +248,10 @@ class SourceInitializer(InitializerBase):
 
     def _check_weights(self, model: Any) -> _Prepared:
         prepared = self._prepare(model)
+        is_new = self._planned is None or self._planned[0] is not model
+        self._planned = (model, prepared.plan)
         prepared.plan.raise_for_problems()
-        for warning in prepared.plan.warnings:
+        for warning in prepared.plan.warnings if is_new else ():
             self.logger.warning("%s: %s: %s", self.config.kind, warning.model, warning.message)
         for leaf in prepared.leaves:
             tensors = prepared.targets[leaf.path].tensors

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
+from torch.nn.modules.module import _IncompatibleKeys
 
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
@@ -29,20 +30,27 @@ class WeightReader(Protocol):
 def apply_rows(rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> list[str]:
     """Write every tensor that ``rows`` (of one model) load, in place; parameters keep their identity.
 
-    Each tensor is written once, also when it has several names. The plan must be free of problems and the reader
-    verified; nothing is decided here. Returns the names that were written.
+    Each tensor is written once, also when it has several names. Modules with loading code of their own get it run,
+    with everything below them, on tensors in memory; hooks that follow a load are called. The plan must be free of
+    problems and the reader verified; nothing is decided here. Returns the names that were written.
     """
+    rows = tuple(rows)
     copies: dict[str, torch.Tensor] = {}
     repeated: list[tuple[str, torch.Tensor]] = []
     written: list[str] = []
     seen: set[int] = set()
+    for own in targets.own_loading:
+        own.module.load_state_dict(_state_below(own.prefix, rows, reader, targets))
     for row in rows:
         if not row.writes or row.target is None:
+            continue
+        if any(row.target.startswith(own.prefix) for own in targets.own_loading):
+            written.append(row.target)
             continue
         written.append(row.target)
         source = row.sources[0]
         if row.dtype == "object":
-            targets.extra_state[row.target].set_extra_state(reader.materialize(reader.extra_state[source]))
+            targets.extra_state[row.target].set_extra_state(_extra_state(reader, source))
             continue
         tensor = targets.tensors[row.target]
         if id(tensor) in seen:
@@ -56,7 +64,32 @@ def apply_rows(rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTarg
         reader.copy_into(copies)
         for source, tensor in repeated:
             reader.copy_into({source: tensor})
+    for module in targets.after_loading:
+        for hook in tuple(module._load_state_dict_post_hooks.values()):
+            hook(module, _IncompatibleKeys([], []))
     return written
+
+
+def _state_below(prefix: str, rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> dict[str, Any]:
+    """The planned state dict of one module, names without its prefix; what is kept stands in it as it is."""
+    state: dict[str, Any] = {}
+    for row in rows:
+        if row.target is None or not row.target.startswith(prefix):
+            continue
+        name = row.target.removeprefix(prefix)
+        if row.dtype == "object":
+            if row.writes:
+                state[name] = _extra_state(reader, row.sources[0])
+            else:
+                state[name] = targets.extra_state[row.target].get_extra_state()
+        else:
+            state[name] = reader.read(row.sources[0]) if row.writes else targets.tensors[row.target].detach().clone()
+    return state
+
+
+def _extra_state(reader: WeightReader, key: str) -> Any:
+    """Extra state as it was saved; some modules keep it in a tensor."""
+    return reader.materialize(reader.extra_state[key]) if key in reader.extra_state else reader.read(key)
 
 
 def check_values(plan: LoadPlan, model: str, reader: WeightReader, on_nonfinite: OnNonfinite) -> list[Problem]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import attrs
 
-__all__ = ["NameMatch", "NameRules", "NoetherSurgery", "Rename", "near"]
+__all__ = ["NameMatch", "NameRules", "NoetherSurgery", "Rename", "near", "single_rename", "with_wrappers"]
+
+#: Segments that wrappers of modules put into names.
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 
 
 @attrs.frozen
@@ -19,7 +22,7 @@ class NameMatch:
         moves: Name in the model -> (name in the file, rule or None where the name is the same).
         removed: Name in the file that rules drop -> rule.
         kept: Name in the model that keeps its present value -> rule.
-        unused_kept: Name in the file whose target keeps its own value -> rule.
+        unused_kept: Name in the file whose target keeps its own value -> that target.
         overwritten: (name in the file that loses, name that wins, their common target, rule).
         matched: Rules that matched at least one name.
     """
@@ -58,13 +61,15 @@ class NoetherSurgery:
 
     ``keys_to_remove`` (whole names), ``patterns_to_remove``, ``patterns_to_rename`` (each sees the result of the one
     before; a name that becomes another's takes its place), ``patterns_to_instantiate`` (names of the model that keep
-    their present value).
+    their present value). ``keys_to_instantiate`` is ours: the same for whole names, since no text within ``5.weight``
+    tells it from ``15.weight``.
     """
 
     keys_to_remove: tuple[str, ...] = ()
     patterns_to_remove: tuple[str, ...] = ()
     patterns_to_rename: tuple[Rename, ...] = ()
     patterns_to_instantiate: tuple[str, ...] = ()
+    keys_to_instantiate: tuple[str, ...] = ()
 
     def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
         """As Noether does it; see the class."""
@@ -95,13 +100,17 @@ class NoetherSurgery:
                 current[target] = source
                 last_rule[source] = rule
         kept: dict[str, str] = {}
+        for key in self.keys_to_instantiate:
+            if key in targets:
+                kept[key] = rule = f"keys_to_instantiate: {key}"
+                matched.add(rule)
         for pattern in self.patterns_to_instantiate:
             rule = f"patterns_to_instantiate: {pattern}"
             for name in targets:
                 if pattern in name:
                     kept.setdefault(name, rule)
                     matched.add(rule)
-        unused_kept = {current[name]: rule for name, rule in kept.items() if name in current}
+        unused_kept = {current[name]: name for name in kept if name in current}
         known = set(targets)
         moves = {
             target: (source, last_rule.get(source))
@@ -120,6 +129,11 @@ class NoetherSurgery:
                 neighbours = near(key, names)
                 hint = f"; near: {', '.join(neighbours)}" if neighbours else ""
                 messages.append((f"keys_to_remove: the file has no {key}{hint}", True))
+        messages += [
+            (f"keys_to_instantiate: the model has no {key}", True)
+            for key in self.keys_to_instantiate
+            if f"keys_to_instantiate: {key}" not in matched
+        ]
         for field, patterns in (
             ("patterns_to_remove", self.patterns_to_remove),
             ("patterns_to_instantiate", self.patterns_to_instantiate),
@@ -135,6 +149,48 @@ class NoetherSurgery:
             if f"patterns_to_rename: {rename.src} -> {rename.dst}" not in matched
         ]
         return messages
+
+
+def with_wrappers(match: NameMatch, sources: Iterable[str], targets: Iterable[str]) -> NameMatch:
+    """``match`` plus the names that differ only in the segments that wrappers of modules add.
+
+    ``module.`` (DistributedDataParallel), ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.`` are looked
+    through on both sides, for names that nothing else decided, where exactly one name fits on each side.
+    """
+    used = {source for source, _rule in match.moves.values()} | match.removed.keys() | match.unused_kept.keys()
+    left = _by_bare_name(source for source in sources if source not in used)
+    missing = _by_bare_name(target for target in targets if target not in match.moves and target not in match.kept)
+    moves = {
+        names[0]: (left[bare][0], "prefix of a wrapper")
+        for bare, names in missing.items()
+        if len(names) == 1 and len(left.get(bare, ())) == 1
+    }
+    return attrs.evolve(match, moves={**match.moves, **moves}) if moves else match
+
+
+def _by_bare_name(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        bare = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+        found.setdefault(bare, []).append(name)
+    return found
+
+
+def single_rename(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[str, str] | None:
+    """The one replacement ``(src, dst)`` in names of the file that yields every missing name, if there is one."""
+    first = unexpected[0].split(".")
+    for wanted in [name for name in missing if name.rpartition(".")[2] == first[-1]][:20]:
+        other = wanted.split(".")
+        shared = 0
+        while shared < min(len(first), len(other)) and first[-1 - shared] == other[-1 - shared]:
+            shared += 1
+        src, dst = (
+            ".".join(segments[: len(segments) - shared]) + ("." if len(segments) > shared else "")
+            for segments in (first, other)
+        )
+        if src and {name.replace(src, dst) for name in unexpected} >= set(missing):
+            return src, dst
+    return None
 
 
 def near(name: str, others: Sequence[str], most: int = 3) -> list[str]:

@@ -11,9 +11,37 @@ import torch
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.surgery.names import near
 
-__all__ = ["OptimizerPlan", "apply_optimizer", "optimizer_names", "plan_optimizer", "torch_optimizer"]
+__all__ = [
+    "OptimizerPlan",
+    "apply_optimizer",
+    "class_name",
+    "optimizer_names",
+    "parameter_aliases",
+    "plan_optimizer",
+    "torch_optimizer",
+]
 
 LAYOUT_KEYS = {"state", "param_groups"}
+#: Fields of groups by which the algorithms of torch differ; other fields come and go with releases and schedulers.
+_TELLING_FIELDS = frozenset(
+    {
+        "betas",
+        "momentum",
+        "alpha",
+        "rho",
+        "lambd",
+        "etas",
+        "nesterov",
+        "history_size",
+        "centered",
+        "lr_decay",
+        "beta2_decay",
+    }
+)
+#: State that has the shape of its parameter, whatever the optimizer.
+_SHAPED_STATE = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "exp_inf"}
+)
 
 
 @attrs.frozen(eq=False)
@@ -67,12 +95,28 @@ def optimizer_names(optimizer: torch.optim.Optimizer, model: Any) -> list[list[s
     return groups
 
 
+def parameter_aliases(model: Any) -> dict[str, tuple[str, ...]]:
+    """First name of a parameter -> all of its names; a file may know it by another one than the first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {found[0]: tuple(found) for found in names.values()}
+
+
+def class_name(optimizer: torch.optim.Optimizer) -> str:
+    """The class of an optimizer, as it is recorded beside its state."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
 def plan_optimizer(
     saved: Mapping[str, Any],
     groups: Sequence[Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     source_names: Mapping[str, str | None] | None = None,
+    aliases: Mapping[str, tuple[str, ...]] | None = None,
+    current: Sequence[Mapping[str, Any]] | None = None,
+    optimizer_class: str = "",
     where: str = "",
 ) -> OptimizerPlan:
     """Match a stored optimizer state to the groups of an optimizer, by name. Pure.
@@ -83,22 +127,27 @@ def plan_optimizer(
         shapes: Shape of each of them.
         source_names: Name in the model -> name in the file, None for a parameter that keeps its own value and so
             starts with fresh state; names that are absent are the same on both sides.
+        aliases: First name of a parameter -> all of its names; state is found under any of them.
+        current: The groups as they are, where their fields will be replaced by stored ones.
+        optimizer_class: The class that the state is for; compared with the one that is recorded, where one is.
         where: The file, for messages.
 
     Raises:
         StateMismatchError: listing every parameter without counterpart, every shape that does not fit, and every
-            group whose parameters come from several stored groups.
+            group whose parameters come from several stored groups. Also where the state is that of another class of
+            optimizer, and where groups with different fields would all take those of one stored group.
     """
     if not isinstance(saved, Mapping) or not saved.keys() >= LAYOUT_KEYS:
         raise StateMismatchError(f"{where} is no state of an optimizer: it needs state and param_groups")
-    renamed = dict(source_names or {})
     stored, warnings = _stored_names(saved, groups, where)
+    renamed = _renamed(groups, stored, source_names or {}, aliases or {})
     wanted = {renamed.get(name, name) for names in groups for name in names}
     left = [name for name in stored if name not in wanted]
-    problems: list[str] = []
+    problems = _other_class(saved, current, optimizer_class)
     fresh: list[str] = []
     states: list[tuple[Mapping[str, Any] | None, ...]] = []
     fields: list[Mapping[str, Any]] = []
+    chosen_groups: list[int | None] = []
     for number, names in enumerate(groups):
         group_states: list[Mapping[str, Any] | None] = []
         from_groups: dict[int, str] = {}
@@ -126,16 +175,17 @@ def plan_optimizer(
                 + "), so that its lr and weight_decay would be ambiguous"
             )
         states.append(tuple(group_states))
+        chosen_groups.append(next(iter(from_groups), None))
         chosen = saved["param_groups"][next(iter(from_groups))] if from_groups else {}
         fields.append({key: value for key, value in chosen.items() if key not in ("params", "param_names")})
+    problems += _ambiguous_fields(chosen_groups, current)
     gone = [name for name in left if stored[name][0] in saved["state"]]
     if gone:
-        message = f"the file has state of {', '.join(gone[:5])}" + (f" and {len(gone) - 5} more" if gone[5:] else "")
-        message += ", which the optimizer has not"
+        listed = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if gone[5:] else "")
         if source_names is None:
-            problems.append(message)
+            problems.append(f"the file has state of {listed}, which the optimizer has not")
         else:
-            warnings.append(message)
+            warnings.append(f"optimizer state of {listed} is not taken over: nothing was loaded from there")
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if problems[20:] else "")
         raise StateMismatchError(
@@ -162,6 +212,8 @@ def apply_optimizer(
         read: Turns the description of a tensor into the tensor, and leaves everything else.
         keep_fields: Keep the fields of the groups (``lr``, ``weight_decay``) as they are configured now, as Noether's
             wrapper does; otherwise the stored ones are taken, as torch does.
+
+    Should the optimizer refuse its state, it is put back as it was and the error goes on.
     """
     prepared: list[list[dict[str, Any] | None]] = []
     for group, states in zip(optimizer.param_groups, plan.state, strict=True):
@@ -172,6 +224,21 @@ def apply_optimizer(
     fields = [{key: read(value) for key, value in stored.items()} for stored in plan.fields]
     if keep_fields:
         fields = [{} for _ in fields]
+    before = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
+    try:
+        _hand_over(optimizer, prepared, fields)
+    except Exception:
+        optimizer.state.clear()
+        optimizer.state.update(before[0])
+        for group, values in zip(optimizer.param_groups, before[1], strict=True):
+            group.clear()
+            group.update(values)
+        raise
+
+
+def _hand_over(
+    optimizer: torch.optim.Optimizer, prepared: list[list[dict[str, Any] | None]], fields: list[dict[str, Any]]
+) -> None:
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
         optimizer.load_state_dict(_positional(optimizer, prepared, fields))
         return
@@ -218,14 +285,71 @@ def _stored_names(
 
 
 def _misfits(name: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> list[str]:
-    """State with as many dimensions as the parameter must have its shape or, as in Adafactor, sizes of 1."""
+    """State that should have the shape of its parameter and has not; other state (``step``, factors) is free."""
     return [
         f"{name}: {key} has shape {list(value.shape)}, the parameter {list(shape)}"
         for key, value in state.items()
-        if hasattr(value, "shape")
-        and len(value.shape) == len(shape)
-        and any(size not in (1, wanted) for size, wanted in zip(value.shape, shape, strict=True))
+        if key in _SHAPED_STATE and hasattr(value, "shape") and tuple(value.shape) != shape
     ]
+
+
+def _renamed(
+    groups: Sequence[Sequence[str]],
+    stored: Mapping[str, Any],
+    source_names: Mapping[str, str | None],
+    aliases: Mapping[str, tuple[str, ...]],
+) -> dict[str, str | None]:
+    """Name in the model -> name in the file: by the plan of the weights, else under any of the parameter's names."""
+    renamed: dict[str, str | None] = {}
+    for name in (name for names in groups for name in names):
+        names = aliases.get(name, (name,))
+        decided = [source_names[alias] for alias in names if alias in source_names]
+        if decided:
+            sources = [source for source in decided if source is not None]
+            renamed[name] = next((source for source in sources if source in stored), sources[0] if sources else None)
+        else:
+            renamed[name] = next((alias for alias in names if alias in stored), name)
+    return renamed
+
+
+def _other_class(
+    saved: Mapping[str, Any], current: Sequence[Mapping[str, Any]] | None, optimizer_class: str
+) -> list[str]:
+    """Whether the state is that of another class: by its record, else by the fields that tell algorithms apart."""
+    recorded = saved.get("optimizer_class")
+    if isinstance(recorded, str) and optimizer_class:
+        same = recorded == optimizer_class
+        return [] if same else [f"the state is of a {recorded}, the optimizer is a {optimizer_class}"]
+    problems = []
+    for stored in saved["param_groups"][:1] if current else ():
+        mine, theirs = _TELLING_FIELDS & set(current[0]), _TELLING_FIELDS & set(stored)
+        decoupled = (current[0].get("decoupled_weight_decay"), stored.get("decoupled_weight_decay"))
+        if mine != theirs or (None not in decoupled and decoupled[0] != decoupled[1]):
+            problems.append(
+                f"the state is of another class of optimizer than {optimizer_class or 'this one'}: its groups have "
+                f"{', '.join(sorted(key for key in stored if key not in ('params', 'param_names')))}"
+            )
+    return problems
+
+
+def _ambiguous_fields(chosen: Sequence[int | None], current: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """Groups that differ now and would all get the fields of one stored group."""
+    problems = []
+    for stored in sorted({number for number in chosen if number is not None}):
+        numbers = [number for number, source in enumerate(chosen) if source == stored]
+        if current is None or len(numbers) < 2:
+            continue
+        first = current[numbers[0]]
+        for number in numbers[1:]:
+            differing = [
+                key for key in ("lr", "weight_decay") if key in first and current[number].get(key) != first.get(key)
+            ]
+            if differing:
+                problems.append(
+                    f"groups {numbers[0]} and {number} of the optimizer differ in {' and '.join(differing)}, but both "
+                    f"would take the values of stored group {stored}. Build the groups as the saved run did"
+                )
+    return problems
 
 
 def _placed(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import attrs
 
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.names import NameMatch, NameRules, near
+from noether_init_core.surgery.names import NameMatch, NameRules, near, single_rename, with_wrappers
 
 __all__ = ["Action", "LoadPlan", "PlanPart", "PlanRow", "Problem", "TargetSpec", "TensorSpec", "plan_load"]
 
@@ -44,7 +44,9 @@ class TargetSpec:
         dtype: The dtype without ``torch.``, or ``object`` for a module's extra state.
         nbytes: Number of elements times bytes of one.
         is_parameter: False for buffers and extra state.
-        tied_to: The first name of the same tensor, where this is another name of it.
+        tied_to: The first name of the same memory in this model, where this is another name of it.
+        identity: Equal for entries, also of other models, that are the same memory; None where that is not known.
+        unwritable: Why the entry cannot be written in place, in words; empty where it can.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +54,8 @@ class TargetSpec:
     nbytes: int
     is_parameter: bool = True
     tied_to: str | None = None
+    identity: Hashable = None
+    unwritable: str = ""
 
 
 @attrs.frozen
@@ -131,7 +135,8 @@ class LoadPlan:
     """What ``init_weights`` will do, row by row; pure data.
 
     A plan with problems is never carried out, not even in part. ``warnings`` do not stop it. ``equal`` lists
-    ``(model, name, name)`` of entries of the file that end up in one tied tensor and must hold the same bytes.
+    ``(model, name, name)`` of entries of the file that end up in one tied tensor and must hold the same bytes;
+    ``equal_across`` lists ``(model, name, model, name)`` of those that are tied across submodels.
     """
 
     kind: str
@@ -140,6 +145,7 @@ class LoadPlan:
     warnings: tuple[Problem, ...] = ()
     origins: tuple[tuple[str, str, str], ...] = ()
     equal: tuple[tuple[str, str, str], ...] = ()
+    equal_across: tuple[tuple[str, str, str, str], ...] = ()
 
     @property
     def is_fine(self) -> bool:
@@ -185,6 +191,7 @@ class LoadPlan:
             tuple(warning for plan in plans for warning in plan.warnings),
             tuple(origin for plan in plans for origin in plan.origins),
             tuple(names for plan in plans for names in plan.equal),
+            tuple(names for plan in plans for names in plan.equal_across),
         )
 
     def to_json(self) -> str:
@@ -203,8 +210,8 @@ def plan_load(
         rules: The surgery on names; the same rules for every part.
         cast: ``same_kind`` allows float to float and integer to integer of any width, ``none`` only equal dtypes,
             ``any`` everything but complex to real.
-        fresh_hint: The config line that keeps entries of the model, with ``{pattern}`` for their names; it is shown
-            beside missing and misshaped entries. Empty where the kind has no such line.
+        fresh_hint: What is said beside missing and misshaped entries, with ``{line}`` for the config line that keeps
+            them. Empty where the kind has no such line.
     """
     rows: list[PlanRow] = []
     problems: list[Problem] = []
@@ -212,7 +219,7 @@ def plan_load(
     equal: list[tuple[str, str, str]] = []
     matches: list[NameMatch] = []
     for part in parts:
-        match = rules.match(tuple(part.sources), tuple(part.targets))
+        match = with_wrappers(rules.match(tuple(part.sources), tuple(part.targets)), part.sources, part.targets)
         matches.append(match)
         planned = _PartPlanner(part, match, cast, fresh_hint)
         planned.run()
@@ -225,8 +232,44 @@ def plan_load(
         (problems if is_error else warnings).append(Problem("unmatched-rule", message, names))
     if parts and not problems and not any(row.writes for row in rows):
         problems.append(Problem("nothing-loaded", "no tensor of the model would be loaded", names))
+    across, shared = _ties_across(parts, rows)
+    problems += shared
     origins = tuple((part.model, part.origin, part.file) for part in parts)
-    return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, tuple(equal))
+    return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, tuple(equal), across)
+
+
+def _ties_across(
+    parts: Sequence[PlanPart], rows: Sequence[PlanRow]
+) -> tuple[tuple[tuple[str, str, str, str], ...], list[Problem]]:
+    """Entries of different models that are the same memory: what must be equal, and what cannot be."""
+    places: dict[Hashable, list[PlanRow]] = {}
+    identities = {
+        (part.model, name): spec.identity
+        for part in parts
+        for name, spec in part.targets.items()
+        if spec.identity is not None
+    }
+    for row in rows:
+        identity = identities.get((row.model, row.target or ""))
+        if identity is not None and (row.writes or row.action == "keep"):
+            places.setdefault(identity, []).append(row)
+    across: list[tuple[str, str, str, str]] = []
+    problems: list[Problem] = []
+    for group in places.values():
+        first = next((row for row in group if row.writes), None)
+        others = [row for row in group if first is not None and row.model != first.model]
+        if first is None:
+            continue
+        for row in others:
+            if row.writes:
+                across.append((first.model, first.sources[0], row.model, row.sources[0]))
+            else:
+                message = (
+                    f"{row.model}: {row.target} is kept, but it is the same tensor as {first.target} of "
+                    f"{first.model}, which is loaded"
+                )
+                problems.append(Problem("tied", message, row.model, (row.key,)))
+    return tuple(dict.fromkeys(across)), problems
 
 
 def _kind_of(dtype: str) -> str:
@@ -260,7 +303,7 @@ class _PartPlanner:
             self._tied.setdefault(spec.tied_to or name, []).append(name)
 
     def run(self) -> None:
-        found: dict[str, list[str]] = {"missing": [], "mismatch": [], "dtype": []}
+        found: dict[str, list[str]] = {"missing": [], "mismatch": [], "dtype": [], "unwritable": []}
         for name, spec in self.part.targets.items():
             problem = self._plan_target(name, spec)
             if problem is not None:
@@ -271,6 +314,8 @@ class _PartPlanner:
         self._report_missing(found["missing"], unexpected)
         self._report_mismatched(found["mismatch"])
         self._report_dtypes(found["dtype"])
+        for name in found["unwritable"]:
+            self._problem("unwritable", f"{name} {self.part.targets[name].unwritable}, so it cannot be loaded", [name])
         if unexpected:
             self._problem(
                 "unexpected",
@@ -284,7 +329,7 @@ class _PartPlanner:
         """Add the row of one entry of the model; the code of its problem, if it has one."""
         match = self.match
         if name in match.kept:
-            self._row(name, (), "keep", spec, rule=match.kept[name])
+            self._keep(name, spec)
             return None
         move = match.moves.get(name)
         if move is None:
@@ -306,7 +351,16 @@ class _PartPlanner:
             action = "cast"
             self._warn("cast", f"{name}: {source_spec.dtype} in the file becomes {spec.dtype}", (name,))
         self._row(name, (source,), action, spec, rule=rule, source=source_spec)
-        return None
+        return "unwritable" if spec.unwritable else None
+
+    def _keep(self, name: str, spec: TargetSpec) -> None:
+        rule = self.match.kept[name]
+        source = next((source for source, target in self.match.unused_kept.items() if target == name), None)
+        pattern = rule.partition(": ")[2]
+        if source is not None and tuple(self.part.sources[source].shape) == spec.shape and not name.startswith(pattern):
+            # a pattern that hits inside a name may not be meant for it: 5. is in 15.weight, head. in lm_head.weight
+            self._warn("kept", f"{name} keeps its value by {rule}, though the file has one that fits", (name,))
+        self._row(name, (), "keep", spec, rule=rule)
 
     def _plan_unused(self) -> list[str]:
         used = {source for row in self.rows for source in row.sources}
@@ -314,7 +368,9 @@ class _PartPlanner:
         for source, spec in self.part.sources.items():
             if source in used:
                 continue
-            rule = self.match.removed.get(source) or self.match.unused_kept.get(source)
+            rule = self.match.removed.get(source)
+            if rule is None and source in self.match.unused_kept:
+                rule = self.match.kept[self.match.unused_kept[source]]
             if rule is None and source in self.part.hidden:
                 rule = "non-persistent buffer of the model"
             action: Action = "unexpected" if rule is None else "removed"
@@ -346,7 +402,7 @@ class _PartPlanner:
                 "missing",
                 f"{self.part.model} needs {_listed(missing)}, which the file has not"
                 + self._near_hint(missing, unexpected or list(self.part.sources), "the file has")
-                + self._fresh(missing),
+                + (self._rename(missing, unexpected) or self._fresh(missing)),
                 missing,
             )
 
@@ -377,11 +433,26 @@ class _PartPlanner:
         return f". Near {names[0]}, {words}: {', '.join(candidates)}." if candidates else "."
 
     def _fresh(self, names: list[str]) -> str:
+        """The config line that keeps exactly ``names`` of the model: whole names where parts of them would hit more."""
         if not self.fresh_hint:
             return ""
-        modules = dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names)
-        pattern = "[" + ", ".join(list(modules)[:3]) + (", ...]" if len(modules) > 3 else "]")
-        return " " + self.fresh_hint.format(pattern=pattern)
+        wanted = set(names)
+        modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
+        if any(module in target for module in modules for target in self.part.targets if target not in wanted):
+            field, entries = "keys_to_instantiate", names
+        else:
+            field, entries = "patterns_to_instantiate", modules
+        shown = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "")
+        return " " + self.fresh_hint.format(line=f"{field}: [{shown}]")
+
+    def _rename(self, missing: list[str], unexpected: list[str]) -> str:
+        """The config line of one rename that would resolve every missing name, where there is one."""
+        if not self.fresh_hint or not unexpected or len(missing) > 10_000:
+            return ""
+        found = single_rename(missing, unexpected)
+        if found is None:
+            return ""
+        return f' One rename fits all: patterns_to_rename: [{{src: {found[0]}, dst: "{found[1]}"}}]'
 
     def _row(
         self,

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
 import torch
 
+from noether_init_core.errors import ConfigError
 from noether_init_core.surgery.plan import TargetSpec
 
-__all__ = ["ModelTargets", "dtype_name", "model_targets"]
+__all__ = ["ModelTargets", "OwnLoading", "dtype_name", "model_targets", "tensor_identity"]
+
+_EXTRA_STATE = "_extra_state"
+
+
+@attrs.frozen(eq=False)
+class OwnLoading:
+    """A module with loading code of its own: pre-hooks, ``_load_from_state_dict``, at the root ``load_state_dict``."""
+
+    prefix: str
+    module: torch.nn.Module
 
 
 @attrs.frozen(eq=False)
@@ -19,15 +31,19 @@ class ModelTargets:
 
     Attributes:
         specs: Name -> specification, in the order of the state dict.
-        tensors: Name -> the parameter or buffer itself, not a copy. Extra state is not in it.
+        tensors: Name -> the parameter or buffer itself, never a copy. Extra state is not in it.
         hidden: Names of non-persistent buffers.
         extra_state: Name -> the module that has extra state.
+        own_loading: The outermost modules whose own loading code has to run, with everything below them.
+        after_loading: Other modules with hooks that run after a load, innermost first as torch has it.
     """
 
     specs: Mapping[str, TargetSpec]
     tensors: Mapping[str, torch.Tensor]
     hidden: frozenset[str]
     extra_state: Mapping[str, torch.nn.Module]
+    own_loading: tuple[OwnLoading, ...] = ()
+    after_loading: tuple[torch.nn.Module, ...] = ()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -35,28 +51,117 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def tensor_identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are the same elements of the same memory; on the meta device, for one object."""
+    if tensor.is_meta or tensor.numel() == 0 or type(tensor.data) is not torch.Tensor:
+        return ("object", id(tensor))
+    storage = tensor.untyped_storage()
+    return (
+        str(tensor.device),
+        storage.data_ptr(),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+    )
+
+
 def model_targets(model: Any) -> ModelTargets:
-    """Read names, shapes and dtypes of ``model`` (a module, or a view on one). Nothing is changed or copied."""
+    """Read names, shapes and dtypes of ``model`` (a module, or a view on one). Nothing is changed or copied.
+
+    Every target is a registered parameter or buffer: where ``state_dict`` is overridden or hooked and hands out
+    copies, the tensor registered under that name is meant, as in torch's own loading.
+
+    Raises ``ConfigError`` for a module that has not seen its first input yet, and for an entry of the state dict that
+    no module has under that name.
+    """
+    owned = _registered(model)
+    modules = dict(model.named_modules())
     specs: dict[str, TargetSpec] = {}
     tensors: dict[str, torch.Tensor] = {}
     extra: dict[str, torch.nn.Module] = {}
-    first_names: dict[int, str] = {}
-    modules = dict(model.named_modules())
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, torch.Tensor):
-            owner, _, leaf = name.rpartition(".")
-            if leaf == "_extra_state" and owner in modules:
-                extra[name] = modules[owner]
+    first_names: dict[tuple[Any, ...], str] = {}
+    by_object = {id(tensor) for tensor in owned.values()}
+    for name, value in _state_dict(model).items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == _EXTRA_STATE and owner in modules:
+            extra[name] = modules[owner]
             specs[name] = TargetSpec((), "object", 0, is_parameter=False)
             continue
-        first = first_names.setdefault(id(value), name)
-        tensors[name] = value
+        tensor = value if id(value) in by_object else owned.get(name)
+        if tensor is None:
+            raise ConfigError(
+                f"{model.name}: its state_dict() has {name}, but no module has a parameter or buffer of that name, so "
+                "it could not be loaded. Initialize the module without the hook or override that adds it"
+            )
+        identity = tensor_identity(tensor)
+        first = first_names.setdefault(identity, name)
+        tensors[name] = tensor
         specs[name] = TargetSpec(
-            shape=tuple(value.shape),
-            dtype=dtype_name(value.dtype),
-            nbytes=value.numel() * value.element_size(),
-            is_parameter=isinstance(value, torch.nn.Parameter),
+            shape=tuple(tensor.shape),
+            dtype=dtype_name(tensor.dtype),
+            nbytes=tensor.numel() * tensor.element_size(),
+            is_parameter=isinstance(tensor, torch.nn.Parameter),
             tied_to=None if first == name else first,
+            identity=identity,
+            unwritable=_unwritable(tensor),
         )
     hidden = frozenset(name for name, _buffer in model.named_buffers(remove_duplicate=False)) - specs.keys()
-    return ModelTargets(specs, tensors, hidden, extra)
+    own = _own_loading(modules)
+    after = [
+        module
+        for path, module in reversed(modules.items())
+        if module._load_state_dict_post_hooks and not any(f"{path}.".startswith(other.prefix) for other in own)
+    ]
+    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after))
+
+
+def _own_loading(modules: Mapping[str, torch.nn.Module]) -> tuple[OwnLoading, ...]:
+    found: list[OwnLoading] = []
+    for path, module in modules.items():
+        if any(f"{path}.".startswith(other.prefix) for other in found):
+            continue
+        own_root = not path and type(module).load_state_dict is not torch.nn.Module.load_state_dict
+        if own_root or _loads_itself(module):
+            found.append(OwnLoading(f"{path}." if path else "", module))
+    return tuple(found)
+
+
+def _registered(model: Any) -> dict[str, torch.Tensor]:
+    found: Iterable[tuple[str, torch.Tensor]] = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    owned = {}
+    for name, tensor in found:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ConfigError(
+                f"{model.name}: {name} has no shape yet (a lazy module). Next: pass one batch through the model"
+            )
+        owned[name] = tensor
+    return owned
+
+
+def _state_dict(model: Any) -> Mapping[str, Any]:
+    try:
+        state: Mapping[str, Any] = model.state_dict(keep_vars=True)
+    except TypeError:  # an override without torch's arguments
+        state = model.state_dict()
+    return state
+
+
+def _loads_itself(module: torch.nn.Module) -> bool:
+    """Modules of torch itself only translate older files there, and what they would add is reported as missing."""
+    if type(module).__module__.split(".")[0] == "torch":
+        return bool(module._load_state_dict_pre_hooks)
+    return bool(module._load_state_dict_pre_hooks) or (
+        type(module)._load_from_state_dict is not torch.nn.Module._load_from_state_dict
+    )
+
+
+def _unwritable(tensor: torch.Tensor) -> str:
+    """Why the tensor cannot be written in place, in words; empty where it can."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made in inference mode"
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "is expanded: several of its elements share memory"
+    return ""

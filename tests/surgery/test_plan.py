@@ -52,12 +52,13 @@ def test_every_entry_has_a_row_with_the_rule_responsible() -> None:
 
 def test_the_error_names_file_model_neighbour_and_the_line_to_add() -> None:
     """A missing entry's message says where the file came from, what is near and how to keep the model's own."""
-    found = plan({"blocks.0.w": spec(2)}, {"block.0.w": spec(2)}, fresh_hint="keep: {pattern}")
+    found = plan({"blocks.0.w": spec(2)}, {"block.0.w": spec(2)}, fresh_hint="keep: {line}")
     with pytest.raises(PlanError) as caught:
         found.raise_for_problems()
     assert str(caught.value) == (
         "previous_run: net <- pretrain @ latest (net_cp=latest_model.th)\n"
-        "  net needs block.0.w, which the file has not. Near block.0.w, the file has: blocks.0.w. keep: [block.0.]\n"
+        "  net needs block.0.w, which the file has not. Near block.0.w, the file has: blocks.0.w. "
+        'One rename fits all: patterns_to_rename: [{src: blocks., dst: "block."}]\n'
         "  the file has blocks.0.w, which net has not. Near blocks.0.w, the model has: block.0.w\n"
         "Nothing was changed."
     )
@@ -134,3 +135,59 @@ def test_the_json_holds_every_row_and_a_version() -> None:
     assert data["version"] == 1
     assert [row["target"] for row in data["rows"]] == ["w"]
     assert data["counts"] == {"load": 1}
+
+
+def test_the_line_to_keep_entries_keeps_no_others() -> None:
+    """Where a part of a name would hit other entries as well, whole names are proposed."""
+    targets = {"5.w": spec(4), "15.w": spec(2), "head.w": spec(2)}
+    found = plan({"5.w": spec(2), "15.w": spec(2), "head.w": spec(2)}, targets, fresh_hint="keep: {line}")
+    assert found.problems[0].message == "5.w: file [2], model [4]. keep: keys_to_instantiate: [5.w]"
+    found = plan({"5.w": spec(2), "15.w": spec(2), "head.w": spec(7)}, targets | {"5.w": spec(2)}, fresh_hint="{line}")
+    assert found.problems[0].message == "head.w: file [7], model [2]. patterns_to_instantiate: [head.]"
+
+
+def test_following_that_line_gives_a_plan_without_problems() -> None:
+    """The proposed field keeps the one entry and loads its neighbour."""
+    targets = {"5.w": spec(4), "15.w": spec(2)}
+    rules = NoetherSurgery(keys_to_instantiate=("5.w",))
+    found = plan({"5.w": spec(2), "15.w": spec(2)}, targets, rules)
+    assert found.is_fine
+    assert [(row.key, row.action) for row in found.rows] == [("5.w", "keep"), ("15.w", "load"), ("5.w", "removed")]
+
+
+def test_a_pattern_that_hits_inside_a_name_is_told() -> None:
+    """``head.`` also keeps ``lm_head.w``, which the file could fill: a warning names it."""
+    rules = NoetherSurgery(patterns_to_instantiate=("head.",))
+    found = plan(
+        {"head.w": spec(2), "lm_head.w": spec(2)}, {"head.w": spec(2), "lm_head.w": spec(2), "x": spec(1)}, rules
+    )
+    assert [(warning.code, warning.keys) for warning in found.warnings] == [("kept", ("lm_head.w",))]
+
+
+def test_prefixes_of_wrappers_are_looked_through() -> None:
+    """A compiled or data-parallel model's names fit the bare model, and the other way round."""
+    found = plan({"_orig_mod.a.w": spec(2), "b.module.w": spec(3)}, {"a.w": spec(2), "module.b.w": spec(3)})
+    assert found.is_fine
+    assert [(row.key, row.sources, row.rule) for row in found.rows] == [
+        ("a.w", ("_orig_mod.a.w",), "prefix of a wrapper"),
+        ("module.b.w", ("b.module.w",), "prefix of a wrapper"),
+    ]
+    both = plan({"module.a.w": spec(2), "_orig_mod.a.w": spec(2)}, {"a.w": spec(2)})
+    assert codes(both) == ["missing", "unexpected"]
+
+
+def test_entries_that_cannot_be_written_are_a_problem() -> None:
+    """An expanded parameter is found before anything is written."""
+    found = plan({"w": spec(3)}, {"w": spec(3, unwritable="is expanded")})
+    assert codes(found) == ["unwritable"]
+
+
+def test_ties_across_submodels_must_agree() -> None:
+    """One tensor in two submodels: both files must hold the same bytes, and it cannot be kept in one of them."""
+    parts = [
+        PlanPart(name, "", f"{name}.th", {"w": spec(2)}, {"w": spec(2, identity="memory")})
+        for name in ("pair.a", "pair.b")
+    ]
+    found = plan_load("previous_run", parts, NoetherSurgery())
+    assert found.is_fine
+    assert found.equal_across == (("pair.a", "w", "pair.b", "w"),)
