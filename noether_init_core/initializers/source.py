@@ -15,6 +15,7 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError, PartlyInitializedError, PlanError
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.protocols import check_model
+from noether_init_core.surgery.agreement import check_across, check_casts
 from noether_init_core.surgery.apply import apply_rows, check_values
 from noether_init_core.surgery.names import NameRules, NoetherSurgery
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec, plan_load
@@ -270,7 +271,9 @@ class SourceInitializer(InitializerBase):
             if (leaf.path, id(reader)) not in self._checked_values:
                 for finding in check_values(prepared.plan, leaf.path, reader, self.config.on_nonfinite):
                     self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, finding.message)
+                check_casts(prepared.plan, leaf.path, reader)
                 self._checked_values.add((leaf.path, id(reader)))
+        check_across(prepared.plan, {leaf.path: self._opened[leaf.path, "model"].reader for leaf in prepared.leaves})
         return prepared
 
     def _close(self, path: str, part: Part) -> None:

@@ -177,3 +177,76 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     """Parameters that the model has not cannot be named."""
     with pytest.raises(StateMismatchError, match="not parameters of the model"):
         optimizer_names(torch.optim.SGD(Net().parameters(), lr=0.1), Net())
+
+
+def test_the_state_of_another_class_of_optimizer_is_refused() -> None:
+    """By the recorded class, and in files that record none by the fields of the groups."""
+    net, optimizer = trained()
+    saved = copy.deepcopy(saved_state(net, optimizer))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    with pytest.raises(StateMismatchError, match="another class of optimizer"):
+        plan_for(saved, net, sgd, current=sgd.param_groups)
+    adam = torch.optim.Adam(net.parameters())
+    with pytest.raises(StateMismatchError, match="another class of optimizer"):
+        plan_for(saved, net, adam, current=adam.param_groups)
+    recorded = {**saved, "optimizer_class": "torch.optim.adamw.AdamW"}
+    with pytest.raises(
+        StateMismatchError, match=r"of a torch\.optim\.adamw\.AdamW, the optimizer is a torch\.optim\.sgd"
+    ):
+        plan_for(recorded, net, sgd, current=sgd.param_groups, optimizer_class="torch.optim.sgd.SGD")
+    again = torch.optim.AdamW(net.parameters())
+    plan_for(recorded, net, again, current=again.param_groups, optimizer_class="torch.optim.adamw.AdamW")
+
+
+def test_groups_that_differ_do_not_share_one_stored_group() -> None:
+    """A learning rate that the script sets for one group would silently become that of the other."""
+    net, optimizer = trained()
+    saved = copy.deepcopy(saved_state(net, optimizer))
+    two = torch.optim.AdamW([{"params": net.first.parameters(), "lr": 1e-5}, {"params": net.second.parameters()}])
+    with pytest.raises(StateMismatchError, match="groups 0 and 1 of the optimizer differ in lr"):
+        plan_for(saved, net, two, current=two.param_groups)
+    alike = torch.optim.AdamW([{"params": net.first.parameters()}, {"params": net.second.parameters()}])
+    assert plan_for(saved, net, alike, current=alike.param_groups).fields[1]["lr"] == 0.1
+
+
+def test_state_is_found_under_another_name_of_a_shared_parameter() -> None:
+    """A module registered twice has parameters of two names; the file may know the second one."""
+    net, optimizer = trained()
+    saved = copy.deepcopy(saved_state(net, optimizer))
+    saved["param_idx_to_name"] = {
+        index: name.replace("first", "alias") for index, name in saved["param_idx_to_name"].items()
+    }
+    aliases = {"first.weight": ("first.weight", "alias.weight"), "first.bias": ("first.bias", "alias.bias")}
+    plan = plan_for(saved, net, optimizer, aliases=aliases)
+    assert all(state is not None for state in plan.state[0])
+
+
+def test_an_optimizer_that_refuses_its_state_is_put_back() -> None:
+    """State and fields are as before when the optimizer's own code raises."""
+
+    class Refusing(torch.optim.SGD):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            raise RuntimeError("not this one")
+
+    net, optimizer = trained(torch.optim.SGD, momentum=0.9)
+    saved = copy.deepcopy(saved_state(net, optimizer))
+    other = Refusing(net.parameters(), lr=0.5, momentum=0.9)
+    with pytest.raises(RuntimeError, match="not this one"):
+        apply_optimizer(plan_for(saved, net, other), other, same)
+    assert other.param_groups[0]["lr"] == 0.5
+    assert not other.state
+
+
+def test_moments_of_another_shape_are_refused_and_factors_are_not() -> None:
+    """A first moment has the shape of its parameter; row and column factors of Adafactor have not."""
+    net, optimizer = trained()
+    saved = copy.deepcopy(saved_state(net, optimizer))
+    saved["state"][0]["exp_avg"] = torch.zeros(1, 3)
+    saved["state"][2]["exp_avg_sq"] = torch.zeros(9)
+    with pytest.raises(StateMismatchError) as caught:
+        plan_for(saved, net, optimizer)
+    assert caught.value.problems == (
+        "first.weight: exp_avg has shape [1, 3], the parameter [3, 3]",
+        "second.weight: exp_avg_sq has shape [9], the parameter [3, 3]",
+    )

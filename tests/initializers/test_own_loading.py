@@ -1,0 +1,187 @@
+"""Modules that hand out copies, have hooks, or have loading code of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from noether_init_core import (
+    CheckpointWriter,
+    ConfigError,
+    InitializerStack,
+    PathProvider,
+    PlanError,
+    TrainingIteration,
+    bind,
+    compose,
+)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> PathProvider:
+    return PathProvider(tmp_path, "source")
+
+
+def warm_start(paths: PathProvider, saved: Any, target: Any, **config: Any) -> Any:
+    CheckpointWriter(paths).save(saved, TrainingIteration(0, 1, 8))
+    stack = InitializerStack.from_config(
+        [{"kind": "previous_run", "run_id": "source", **config}], path_provider=paths.with_run("new")
+    )
+    return stack.initialize(target)
+
+
+class Copies(torch.nn.Module):
+    """A state dict of copies, by an override or by a hook."""
+
+    def __init__(self, *, hooked: bool) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+        self.hooked = hooked
+        if hooked:
+            self._register_state_dict_hook(
+                lambda module, state, prefix, metadata: {name: value.clone() for name, value in state.items()}
+            )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().state_dict(*args, **kwargs)
+        return state if self.hooked else {name: value.detach().clone() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_weights_reach_the_module_and_not_a_copy(paths: PathProvider, hooked: bool) -> None:
+    """The registered parameter is written, whatever ``state_dict`` hands out."""
+    source, target = Copies(hooked=hooked), Copies(hooked=hooked)
+    warm_start(paths, bind(source, "net"), bind(target, "net"))
+    assert torch.equal(source.layer.weight, target.layer.weight)
+
+
+class TensorState(torch.nn.Module):
+    """Extra state in a tensor, and a cache that follows the weights."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+        self.value = value
+        self.refreshed = 0
+        self.register_load_state_dict_post_hook(self.refresh)
+
+    @staticmethod
+    def refresh(module: Any, incompatible: Any) -> None:
+        module.refreshed += 1
+        module.cache = module.layer.weight.detach().clone()
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self.value])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.value = int(state[0])
+
+
+def test_extra_state_in_a_tensor_is_set_and_hooks_after_loading_run(paths: PathProvider) -> None:
+    """As after torch's own loading: the module has its state, and its cache is that of the new weights."""
+    source, target = TensorState(7), TensorState(0)
+    warm_start(paths, bind(source, "net"), bind(target, "net"))
+    assert target.value == 7
+    assert target.refreshed == 1
+    assert torch.equal(target.cache, source.layer.weight)
+
+
+class Doubling(torch.nn.Module):
+    """Stores half of its weight, and doubles what it loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3))
+        self.head = torch.nn.Linear(3, 2)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def test_loading_code_of_a_module_runs_on_the_planned_tensors(paths: PathProvider) -> None:
+    """Only below that module; what the config keeps is kept there, too."""
+    sources = torch.nn.Sequential(torch.nn.Linear(2, 2), Doubling())
+    targets = torch.nn.Sequential(torch.nn.Linear(2, 2), Doubling())
+    head = targets[1].head.weight.detach().clone()
+    warm_start(paths, bind(sources, "net"), bind(targets, "net"), patterns_to_instantiate=["1.head."])
+    assert torch.equal(targets[1].weight, sources[1].weight * 2)
+    assert torch.equal(targets[1].head.weight, head)
+    assert torch.equal(targets[0].weight, sources[0].weight)
+
+
+class SameMemory(torch.nn.Module):
+    """Two parameters over the same memory, which is no tie by identity."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(2, 2, bias=False)
+        self.b = torch.nn.Linear(2, 2, bias=False)
+        if tied:
+            self.b.weight = torch.nn.Parameter(self.a.weight.detach())
+
+
+def test_parameters_over_the_same_memory_must_agree_in_the_file(paths: PathProvider) -> None:
+    """Otherwise the one that is written last would win."""
+    target = SameMemory(tied=True)
+    before = target.a.weight.detach().clone()
+    with pytest.raises(PlanError, match="differ in the file but are one tensor"):
+        warm_start(paths, bind(SameMemory(tied=False), "net"), bind(target, "net"))
+    assert torch.equal(target.a.weight, before)
+
+
+def test_submodels_that_share_a_parameter_must_agree(paths: PathProvider) -> None:
+    """Two files for one tensor: refused where they differ, and where one submodel keeps it."""
+
+    def pair(*, tied: bool) -> tuple[torch.nn.Linear, Any]:
+        first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+        if tied:
+            second.weight = first.weight
+        return first, compose("pair", {"first": bind(first, "a"), "second": bind(second, "b")})
+
+    _source, saved = pair(tied=False)
+    target, model = pair(tied=True)
+    before = target.weight.detach().clone()
+    with pytest.raises(PlanError, match=r"pair\.first and weight of pair\.second|are one tensor"):
+        warm_start(paths, saved, model)
+    assert torch.equal(target.weight, before)
+    source, saved = pair(tied=True)
+    warm_start(paths, saved, model)
+    assert torch.equal(target.weight, source.weight)
+
+
+def test_a_lazy_module_is_told_to_see_a_batch_first(paths: PathProvider) -> None:
+    """Without shapes there is nothing to plan."""
+    CheckpointWriter(paths).save(bind(torch.nn.Linear(2, 2), "net"), TrainingIteration(0, 1, 8))
+    stack = InitializerStack.from_config(
+        [{"kind": "previous_run", "run_id": "source"}], path_provider=paths.with_run("new")
+    )
+    with pytest.raises(ConfigError, match="pass one batch through"):
+        stack.initialize(bind(torch.nn.LazyLinear(2), "net"))
+
+
+def test_values_that_do_not_fit_the_target_dtype_are_refused(paths: PathProvider) -> None:
+    """A number that becomes infinite, or another integer, is not the number that was saved."""
+
+    class Numbers(torch.nn.Module):
+        def __init__(self, *, small: bool) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((3,), 1e6 if not small else 1.0))
+            self.register_buffer("index", torch.tensor([3, 70000 if not small else 7]))
+
+    target = Numbers(small=True).half()
+    with pytest.raises(PlanError, match="float16"):
+        warm_start(paths, bind(Numbers(small=False), "net"), bind(target, "net"))
+    assert torch.equal(target.weight, torch.ones(3).half())
+    narrow = Numbers(small=True)
+    narrow.index = narrow.index.to(torch.int8)
+    wide = Numbers(small=False)
+    with torch.no_grad():
+        wide.weight.fill_(2.0)
+    with pytest.raises(PlanError, match="int8"):
+        warm_start(paths, bind(wide, "net"), bind(narrow, "net"))
+    warm_start(paths, bind(Numbers(small=True), "net"), bind(narrow, "net"))
+    assert narrow.index.tolist() == [3, 7]
