@@ -16,6 +16,8 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from noether_init_core.checkpoints.file_handle import FileHandle, open_file
+from noether_init_core.checkpoints.finite import Finding
+from noether_init_core.checkpoints.integrity import CommittedFile, Integrity, digest_of_records
 from noether_init_core.checkpoints.opcodes import Interpreter, OpcodeError
 from noether_init_core.checkpoints.records import Record, read_records
 from noether_init_core.checkpoints.safetensors_header import is_safetensors, read_safetensors_header
@@ -92,6 +94,7 @@ class CheckpointReader:
     metadata: Mapping[str, Any]
     extra_state: Mapping[str, Any]
     format: Literal["torch", "safetensors"]
+    _records: Mapping[str, Record]
 
     def __init__(self, handle: FileHandle, *, allow_globals: Collection[str] = (), is_verified: bool = False) -> None:
         self.path = handle.path
@@ -99,11 +102,13 @@ class CheckpointReader:
         self._is_verified = is_verified
         if is_safetensors(handle):
             self._open_safetensors()
+            self._integrity = Integrity(handle, self._records)
             return
         self.format = "torch"
         self._records = read_records(handle)
         # torch.serialization.set_crc32_options(False) writes zero for all of them
         self._has_checksums = any(record.crc for record in self._records.values())
+        self._integrity = Integrity(handle, self._records)
         header = self._read_header()
         self._object, self._survey = self._interpret(header, allow_globals)
         self._split()
@@ -123,50 +128,156 @@ class CheckpointReader:
         """Close the file; what was said of it stays readable. Repeating it does nothing."""
         self._handle.close()
 
-    def verify(self, mode: VerifyMode = "full", *, digest: str | None = None) -> None:
+    def verify(
+        self,
+        mode: VerifyMode = "full",
+        *,
+        digest: str | None = None,
+        committed: CommittedFile | None = None,
+        values: Iterable[str | TensorInfo] = (),
+    ) -> None:
         """Compare bytes with the checksums in the file. A second call, or one after a digest was checked, is free.
 
         ``full``: every record, or with ``digest`` (as in ``open_checkpoint``) the whole file instead. ``header``: what
         was compared when the file was opened, the names, shapes and plain values. ``none``: nothing. A safetensors file
         carries no checksums, ever: without ``digest``, ``full`` is ``header`` for it, and a line in the log says so.
 
+        Args:
+            mode: What is compared.
+            digest: Of the whole file.
+            committed: What a manifest says of the file. With it, ``full`` compares header and records with the
+                manifest, and every tensor with its digest there.
+            values: Tensors whose values are looked at while their bytes are in the cache, so that ``nonfinite`` need
+                not read them again.
+
         Raises ``CheckpointCorruptError``, which names the keys in every damaged record, and ``CheckpointFormatError``
         where ``full`` is asked of a file that was written without checksums.
         """
         if mode not in ("full", "header", "none"):
             raise CheckpointError(f"verify is {mode!r}; it can be full, header or none", path=self.path)
-        if mode != "full" or self._is_verified:
-            return
-        if digest is None:
-            self._compare_checksums()
-        else:
+        if mode == "full" and not self._is_verified:
+            self._verify(digest, committed, [self._info(value) for value in values], {})
+
+    def nonfinite(self, keys: Iterable[str | TensorInfo]) -> dict[str | TensorInfo, Finding]:
+        """Those of the tensors that hold ``NaN``, or else ``infinities``; every other one is all finite.
+
+        What ``verify`` was told to look at is not read again. No tensor is read into memory as a whole.
+        """
+        infos = {key: self._info(key) for key in keys}
+        found = self._integrity.nonfinite(infos.values())
+        return {key: found[info] for key, info in infos.items() if info in found}
+
+    def is_same(self, first: str, other: str) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes. They are not read into memory as a whole."""
+        from noether_init_core.checkpoints.transfer import are_equal
+
+        return are_equal(self._handle, self._records, self._find(first), self._find(other))
+
+    @property
+    def digest_of_records(self) -> str:
+        """Digest of what the file says of its records, their checksums included; see ``verify(committed=...)``."""
+        return digest_of_records(self._records.values())
+
+    def _verify(
+        self,
+        digest: str | None,
+        committed: CommittedFile | None,
+        values: list[TensorInfo],
+        targets: Mapping[str, memoryview],
+    ) -> None:
+        """Compare, look at values and fill memory (record -> all of its bytes), in one pass where that can be."""
+        if committed is not None and (committed.records is None or not self._has_checksums):
+            digest = committed.digest  # written before manifests knew of records
+        if digest is not None:
             try:
                 self._handle.check_digest(digest)
             except CheckpointCorruptError:
                 if self._has_checksums:
                     self._compare_checksums()  # names the keys, where it is damage and not another file
                 raise
+            if targets or values:
+                self._integrity.damaged(values, targets=targets, has_checksums=False)
+        elif committed is not None:
+            try:
+                self._integrity.check_committed(committed, self.tensors)
+            except CheckpointCorruptError:
+                self._compare_checksums()
+                raise
+            digests = {
+                info.record: committed.tensors[key].digest
+                for key, info in self.tensors.items()
+                if info.is_contiguous and info.nbytes == self._records[info.record].size
+            }
+            self._compare_checksums(values, digests, targets)
+        else:
+            self._compare_checksums(values, targets=targets)
         self._is_verified = True
 
-    def _compare_checksums(self) -> None:
+    def _compare_checksums(
+        self,
+        values: Iterable[TensorInfo] = (),
+        digests: Mapping[str, str] | None = None,
+        targets: Mapping[str, memoryview] | None = None,
+    ) -> None:
         if self.format == "safetensors":
             _logger.info(
                 "%s: a safetensors file carries no checksums, so only its structure was checked. A digest would cover "
                 "every byte: digest: xxh3_128:... or sha256:...",
                 self.path,
             )
+            if targets:
+                self._integrity.damaged(values, targets=targets, has_checksums=False)
             return
-        records = list(self._records.values())
-        if not self._has_checksums and any(record.size for record in records):
+        if not self._has_checksums and any(record.size for record in self._records.values()):
             raise CheckpointFormatError(
                 f"{self.path} was written without checksums (torch.serialization.set_crc32_options(False)), so its "
                 "bytes cannot be verified. To load it without that: verify: header",
                 path=self.path,
             )
-        damaged = damaged_records(self._handle, records)
+        damaged = self._integrity.damaged(values, digests=digests, targets=targets)
         if damaged:
             elsewhere = self._survey.tensors({**self.metadata, **self.extra_state})
             self._report(damaged, {**elsewhere, **self.tensors})
+
+    def read_all(
+        self,
+        infos: Iterable[TensorInfo],
+        mode: VerifyMode = "none",
+        *,
+        digest: str | None = None,
+        committed: CommittedFile | None = None,
+        look: bool = False,
+    ) -> dict[TensorInfo, torch.Tensor]:
+        """Read tensors into memory of their own, as ``read`` does, and ``verify`` the file in the same pass.
+
+        With ``look``, ``nonfinite`` knows these tensors afterwards. What raises, raises as in ``verify``.
+        """
+        from noether_init_core.checkpoints.transfer import allocated, read_tensor
+
+        if mode not in ("full", "header", "none"):
+            raise CheckpointError(f"verify is {mode!r}; it can be full, header or none", path=self.path)
+        wanted = [self._own(info) for info in dict.fromkeys(infos)]
+        found, targets = allocated(self._handle, self._records, wanted)
+        values = wanted if look else []
+        if mode == "full" and not self._is_verified:
+            self._verify(digest, committed, values, targets)
+        elif targets:
+            self._integrity.damaged(values, targets=targets, has_checksums=False)
+        for info in wanted:
+            if info not in found:
+                found[info] = read_tensor(self._handle, self._records, info)
+        return found
+
+    def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors that are the file itself, mapped privately: writing to them never changes the file.
+
+        The other direction is not so: what changes the file later, changes tensors that were not written to, and a
+        file that is cut off kills the process that touches them. Keys whose bytes cannot be used as they lie in the
+        file are left out; ``read`` gives them.
+        """
+        from noether_init_core.checkpoints.transfer import map_tensors
+
+        return map_tensors(self._handle, self._records, {key: self._find(key) for key in keys})
 
     def read(self, key_or_info: str | TensorInfo) -> torch.Tensor:
         """The tensor, on the CPU, in memory of its own, without gradient."""
@@ -179,9 +290,9 @@ class CheckpointReader:
     def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors into existing ones of the same shape, in place, without gradient.
 
-        The same dtype in contiguous CPU memory is read straight into it; anything else goes through a temporary copy
-        of that one tensor, and ``Tensor.copy_`` casts it or brings it to the device. Unknown keys, other shapes and
-        meta tensors are found before anything is changed.
+        The same dtype in CPU memory of the same order is read straight into it, with several threads; anything else
+        goes in chunks through small buffers (pinned ones for a CUDA device), and ``Tensor.copy_`` casts them. Unknown
+        keys, other shapes, and tensors without memory are found before anything is changed.
         """
         from noether_init_core.checkpoints.transfer import copy_tensors
 
@@ -276,6 +387,9 @@ class CheckpointReader:
                 f"{self.path} has no tensor {key!r}. {hint}", path=self.path, asked=key, candidates=near
             )
         return info
+
+    def _info(self, key_or_info: str | TensorInfo) -> TensorInfo:
+        return self._own(key_or_info) if isinstance(key_or_info, TensorInfo) else self._find(key_or_info)
 
     def _own(self, info: TensorInfo) -> TensorInfo:
         record = self._records.get(info.record)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from noether_init_core.checkpoints.file_handle import FileHandle, Transfer
+import attrs
+
+from noether_init_core.checkpoints.file_handle import CHUNK, FileHandle, Transfer
 from noether_init_core.checkpoints.records import Record
 from noether_init_core.checkpoints.survey import children
 from noether_init_core.checkpoints.tensor_info import ITEMSIZES, TensorInfo
@@ -15,20 +17,17 @@ from noether_init_core.errors import CheckpointFormatError, StateMismatchError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Materializer", "copy_tensors", "read_tensor"]
+__all__ = ["Materializer", "allocated", "are_equal", "copy_staged", "copy_tensors", "map_tensors", "read_tensor"]
+
+# Bytes of a temporary tensor, where one is needed.
+_PIECE = 1 << 20
 
 
 def read_tensor(handle: FileHandle, records: Mapping[str, Record], info: TensorInfo, key: str = "") -> torch.Tensor:
     """A new CPU tensor that owns its memory, without gradient; lazy conjugation and negation are carried out."""
     import torch
 
-    dtype = getattr(torch, info.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointFormatError(
-            f"{handle.path}: {key or info.record} has the dtype {info.dtype}, which torch {torch.__version__} lacks. "
-            "Next: pip install --upgrade torch",
-            path=handle.path,
-        )
+    dtype = _dtype_of(handle, info, key)
     memory = torch.empty(info.span * info.itemsize, dtype=torch.uint8)
     if info.nbytes == 0:
         return memory.view(dtype).reshape(info.shape)
@@ -46,7 +45,7 @@ def read_tensor(handle: FileHandle, records: Mapping[str, Record], info: TensorI
 def copy_tensors(
     handle: FileHandle, records: Mapping[str, Record], sources: Sequence[tuple[str, TensorInfo, torch.Tensor]]
 ) -> None:
-    """Copy into existing tensors of the same shape: straight into their memory, or through one tensor at a time.
+    """Copy into existing tensors of the same shape: straight into their memory, or in chunks through small buffers.
 
     Everything that can be known is checked first, so ``StateMismatchError`` means that nothing was changed.
     """
@@ -58,6 +57,8 @@ def copy_tensors(
             problems.append(f"{key}: file {list(info.shape)}, target {list(target.shape)}")
         elif target.is_meta:
             problems.append(f"{key}: the target is on the meta device and has no memory; use read()")
+        elif not _has_memory(target):
+            problems.append(f"{key}: the memory of the target was taken away")
     if problems:
         raise StateMismatchError(
             f"{handle.path} cannot be copied into these tensors, nothing was changed: {'; '.join(problems[:10])}"
@@ -66,17 +67,134 @@ def copy_tensors(
         )
     direct: list[Transfer] = []
     rest: list[tuple[str, TensorInfo, torch.Tensor]] = []
+    staged: dict[torch.device, list[tuple[str, TensorInfo, torch.Tensor]]] = {}
     for key, info, target in sources:
         if info.nbytes == 0:
             continue
         if _is_direct(info, target):
-            direct.append(Transfer(_bytes_of(target), _offset(records, info), key))
+            direct.append(_transfer(records, info, target, key))
+        elif target.device.type == "cuda" and info.is_contiguous and target.is_contiguous() and _is_plain(info, target):
+            staged.setdefault(target.device, []).append((key, info, target))
         else:
             rest.append((key, info, target))
     handle.read_all(direct)
     with torch.no_grad():
+        for device, of_device in staged.items():
+            copy_staged(handle, records, of_device, device)
         for key, info, target in rest:
-            target.copy_(read_tensor(handle, records, info, key))
+            _copy_in_chunks(handle, records, info, target, key)
+
+
+def copy_staged(
+    handle: FileHandle,
+    records: Mapping[str, Record],
+    sources: Sequence[tuple[str, TensorInfo, torch.Tensor]],
+    device: torch.device,
+) -> None:
+    """Copy contiguous tensors to contiguous ones on ``device`` through two buffers, one filled while one is sent.
+
+    The buffers are pinned for a CUDA device, so that it fetches them by itself. When this returns, all has arrived.
+    """
+    import torch
+
+    is_cuda = device.type == "cuda"
+    buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
+    sent: list[torch.cuda.Event | None] = [None, None]
+    turn = 0
+    try:
+        for key, info, target in sources:
+            flat = target.detach().view(-1)
+            step = CHUNK // info.itemsize
+            for begin in range(0, flat.numel(), step):
+                end = min(begin + step, flat.numel())
+                piece = buffers[turn][: (end - begin) * info.itemsize]
+                event = sent[turn]
+                if event is not None:
+                    event.synchronize()  # its former content is on its way no more
+                handle.read_into(_bytes_of(piece), _offset(records, info) + begin * info.itemsize, key)
+                values = piece.view(getattr(torch, info.dtype))
+                if values.dtype is not flat.dtype:  # sent as it is, cast over there
+                    values = values.to(device, non_blocking=True)
+                flat[begin:end].copy_(values, non_blocking=True)
+                if is_cuda:
+                    event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                    event.record(torch.cuda.current_stream(device))
+                    sent[turn] = event
+                turn = 1 - turn
+    finally:
+        for event in sent:
+            if event is not None:
+                event.synchronize()  # the buffers must outlive what is on its way
+
+
+def allocated(
+    handle: FileHandle, records: Mapping[str, Record], infos: Iterable[TensorInfo]
+) -> tuple[dict[TensorInfo, torch.Tensor], dict[str, memoryview]]:
+    """New, unfilled tensors for those that are their whole record, and record -> the memory of its tensor.
+
+    Other tensors are left out. The memory views keep the tensors alive.
+    """
+    import torch
+
+    tensors: dict[TensorInfo, torch.Tensor] = {}
+    memory: dict[str, memoryview] = {}
+    for info in infos:
+        whole = info.nbytes == records[info.record].size and info.is_contiguous and info.nbytes > 0
+        if whole and info.record not in memory and not (info.is_conjugated or info.is_negated):
+            dtype = _dtype_of(handle, info, "")
+            carrier = torch.empty(info.nbytes, dtype=torch.uint8)
+            tensors[info] = carrier.view(dtype).view(info.shape)
+            memory[info.record] = _bytes_of(carrier)
+    return tensors, memory
+
+
+def map_tensors(
+    handle: FileHandle, records: Mapping[str, Record], infos: Mapping[str, TensorInfo]
+) -> dict[str, torch.Tensor]:
+    """Tensors over one private mapping of the file; those that cannot be are left out. No two of them share memory."""
+    import mmap
+
+    import torch
+
+    content = mmap.mmap(handle.fileno(), handle.size, access=mmap.ACCESS_COPY)
+    taken: set[str] = set()
+    found = {}
+    for key, info in infos.items():
+        offset = _offset(records, info)
+        usable = info.is_contiguous and not (info.is_conjugated or info.is_negated) and offset % info.itemsize == 0
+        if info.nbytes == 0 or not usable or info.record in taken:
+            continue
+        if offset + info.nbytes > len(content):  # cut off since it was opened
+            continue
+        taken.add(info.record)
+        # the tensor keeps the mapping alive
+        flat = torch.frombuffer(
+            content, dtype=_dtype_of(handle, info, key), count=info.nbytes // info.itemsize, offset=offset
+        )
+        found[key] = flat.view(info.shape)
+    return found
+
+
+def are_equal(handle: FileHandle, records: Mapping[str, Record], first: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes; they are read in chunks."""
+    import torch
+
+    if (first.dtype, first.shape) != (other.dtype, other.shape):
+        return False
+    if first == other or first.nbytes == 0:
+        return True
+    flags = (first.is_conjugated, first.is_negated, other.is_conjugated, other.is_negated)
+    if first.is_contiguous and other.is_contiguous and not any(flags):
+        begins = _offset(records, first), _offset(records, other)
+        for at in range(0, first.nbytes, _PIECE):
+            length = min(_PIECE, first.nbytes - at)
+            if handle.read(length, begins[0] + at) != handle.read(length, begins[1] + at):
+                return False
+        return True
+    carrier = _carriers()[first.itemsize]
+    tensors = (read_tensor(handle, records, info).contiguous() for info in (first, other))
+    mine, theirs = (tensor.view(carrier) for tensor in tensors)
+    return torch.equal(mine.view(-1).view(torch.uint8), theirs.view(-1).view(torch.uint8))
 
 
 class Materializer:
@@ -150,6 +268,19 @@ def _dtype(value: GlobalName) -> Any:
     return getattr(torch, name, value)
 
 
+def _dtype_of(handle: FileHandle, info: TensorInfo, key: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, info.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointFormatError(
+            f"{handle.path}: {key or info.record} has the dtype {info.dtype}, which torch {torch.__version__} lacks. "
+            "Next: pip install --upgrade torch",
+            path=handle.path,
+        )
+    return dtype
+
+
 def _carriers() -> dict[int, torch.dtype]:
     import torch
 
@@ -160,18 +291,72 @@ def _offset(records: Mapping[str, Record], info: TensorInfo) -> int:
     return records[info.record].offset + info.storage_offset * info.itemsize
 
 
-def _is_direct(info: TensorInfo, target: torch.Tensor) -> bool:
+def _is_plain(info: TensorInfo, target: torch.Tensor) -> bool:
     import torch
 
     return (
         type(target) in (torch.Tensor, torch.nn.Parameter)
-        and target.device.type == "cpu"
-        and target.dtype is getattr(torch, info.dtype, None)
         and target.layout == torch.strided
-        and target.is_contiguous()
-        and info.is_contiguous
+        and isinstance(getattr(torch, info.dtype, None), torch.dtype)
         and not (info.is_conjugated or info.is_negated or target.is_conj() or target.is_neg())
     )
+
+
+def _is_direct(info: TensorInfo, target: torch.Tensor) -> bool:
+    import torch
+
+    return (
+        _is_plain(info, target)
+        and target.device.type == "cpu"
+        and target.dtype is getattr(torch, info.dtype)
+        and target.is_contiguous()
+        and info.is_contiguous
+    )
+
+
+def _has_memory(target: torch.Tensor) -> bool:
+    """Whether the storage reaches as far as the tensor says; sharded training takes storages away meanwhile."""
+    import torch
+
+    if type(target) not in (torch.Tensor, torch.nn.Parameter) or target.layout != torch.strided or not target.numel():
+        return True
+    span = 1 + sum((size - 1) * stride for size, stride in zip(target.shape, target.stride(), strict=True))
+    return (target.storage_offset() + span) * target.element_size() <= target.untyped_storage().nbytes()
+
+
+def _transfer(records: Mapping[str, Record], info: TensorInfo, target: torch.Tensor, key: str) -> Transfer:
+    memory = _bytes_of(target)
+    if memory.nbytes != info.nbytes:  # never write beyond a tensor, whatever else is wrong
+        raise StateMismatchError(f"{key}: {info.nbytes} bytes do not fit into {memory.nbytes}", problems=[key])
+    return Transfer(memory, _offset(records, info), key)
+
+
+def _copy_in_chunks(
+    handle: FileHandle, records: Mapping[str, Record], info: TensorInfo, target: torch.Tensor, key: str
+) -> None:
+    """Copy along the dimension that is the slowest one in the file, so that a chunk is one piece of it."""
+    if info.is_contiguous and target.is_contiguous():
+        info, target = _flat(info), target.view(-1)
+    if not info.shape:
+        target.copy_(read_tensor(handle, records, info, key))
+        return
+    dimension = max(range(len(info.shape)), key=lambda number: (info.shape[number] > 1, info.stride[number]))
+    size, stride = info.shape[dimension], info.stride[dimension]
+    step = max(1, _PIECE // (info.nbytes // size))
+    for begin in range(0, size, step):
+        length = min(step, size - begin)
+        shape = (*info.shape[:dimension], length, *info.shape[dimension + 1 :])
+        part = attrs.evolve(
+            info,
+            shape=shape,
+            nbytes=info.nbytes // size * length,
+            storage_offset=info.storage_offset + begin * stride,
+        )
+        target.narrow(dimension, begin, length).copy_(read_tensor(handle, records, part, key))
+
+
+def _flat(info: TensorInfo) -> TensorInfo:
+    return attrs.evolve(info, shape=(info.nbytes // info.itemsize,), stride=(1,))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from support.handmade import integer, string, tensor, write_large, write_pickle, write_zip
 
-from noether_init_core.checkpoints import verify
+from noether_init_core.checkpoints import integrity, verify
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.errors import (
     CheckpointCorruptError,
@@ -75,13 +75,14 @@ def test_verification_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """After a full verification, or a digest, bytes are not read again for it."""
     path = save(tmp_path / "a.th", a=torch.ones(100))
     asked = []
-    original = verify.damaged_records
+    original = verify.examine
 
-    def counted(handle: Any, records: Any) -> Any:
-        asked.append(len(records))
-        return original(handle, records)
+    def counted(handle: Any, stretches: Any) -> Any:
+        asked.append(len(stretches))
+        return original(handle, stretches)
 
-    monkeypatch.setattr("noether_init_core.checkpoints.reader.damaged_records", counted)
+    monkeypatch.setattr(verify, "examine", counted)
+    monkeypatch.setattr(integrity, "examine", counted)
     with open_checkpoint(path) as reader:
         assert asked == [1]  # the header, when it was opened
         reader.verify()
