@@ -6,7 +6,9 @@ inert ones; none allocates more than bytes of the file account for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -14,13 +16,25 @@ import attrs
 from noether_init_core.checkpoints.tensor_info import ITEMSIZES, TensorInfo
 from noether_init_core.checkpoints.values import ForeignObject, GlobalName, RefusedTensor, StorageRef
 
-__all__ = ["BUILDERS", "KNOWN_NAMES", "STORAGES", "OpcodeError", "Scope", "build_storage", "check_key"]
+__all__ = [
+    "BUILDERS",
+    "KNOWN_NAMES",
+    "STORAGES",
+    "OpcodeError",
+    "Scope",
+    "add_members",
+    "build_storage",
+    "set_items",
+]
 
 #: No dimension, stride or offset of a tensor is larger, so that products with an itemsize fit into 64 bits.
 _LARGEST = 1 << 58
 _MOST_DIMENSIONS = 64
 #: Tuples as keys are hashed again at every use; their elements, nested ones included, are counted.
 _KEY_DEPTH = 8
+#: So many keys are inserted between two looks at the clock, and this is what they may take: fifty times the usual.
+_SLICE = 256
+_SECONDS_PER_KEY = 5e-6
 
 
 class OpcodeError(Exception):
@@ -29,19 +43,31 @@ class OpcodeError(Exception):
 
 @attrs.define
 class Scope:
-    """What builders may know and use: sizes of the records, and what is left of two budgets."""
+    """What builders may know and use: sizes of the records, and what is left of three budgets."""
 
     records: Mapping[str, int]
     #: bytes or elements that calls may still copy
     copies: int
     #: elements of compound keys that may still be hashed
     key_elements: int
+    #: processor time that keys may still take beyond what is usual
+    key_seconds: float = 0.5
 
     def charge(self, amount: int) -> None:
         """Account for a copy. A file cannot ask for more memory than its own size accounts for."""
         self.copies -= amount
         if self.copies < 0:
             raise OpcodeError("its calls copy far more than the file holds")
+
+    def charge_keys(self, count: int, seconds: float) -> None:
+        """Account for the insertion of keys that are no texts.
+
+        Hashes of numbers and tuples are no secret, so that keys can be chosen to collide, and each then takes as long
+        as all before it together. Only the clock sees every way of doing that and no honest dict, however large.
+        """
+        self.key_seconds -= max(0.0, seconds - count * _SECONDS_PER_KEY)
+        if self.key_seconds < 0:
+            raise OpcodeError("its keys are numbers or tuples that collide with each other")
 
 
 Builder = Callable[[Scope, tuple[Any, ...]], Any]
@@ -76,7 +102,30 @@ _QUANTIZED_DTYPES = frozenset(f"torch.{dtype}" for dtype in ("qint8", "qint32", 
 _SUB_BYTE_DTYPES = frozenset(f"torch.{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))
 
 
-def check_key(scope: Scope, key: object) -> None:
+def set_items(scope: Scope, target: dict[Any, Any], items: list[Any]) -> None:
+    """Set items of ``target``; keys and values alternate. Keys are checked before they are hashed."""
+    for start in range(0, len(items), 2 * _SLICE):
+        part = items[start : start + 2 * _SLICE]
+        keys = part[0::2]
+        unusual = sum(type(key) is not str and not _check_key(scope, key) for key in keys)
+        began = time.thread_time() if unusual else 0.0
+        target.update(zip(keys, part[1::2], strict=True))
+        if unusual:
+            scope.charge_keys(unusual, time.thread_time() - began)
+
+
+def add_members(scope: Scope, target: set[Any], members: Iterable[Any]) -> None:
+    """Add to ``target``; members are checked before they are hashed."""
+    following = iter(members)
+    while part := list(itertools.islice(following, _SLICE)):
+        for member in part:
+            _check_key(scope, member)
+        began = time.thread_time()
+        target.update(part)
+        scope.charge_keys(len(part), time.thread_time() - began)
+
+
+def _check_key(scope: Scope, key: object) -> None:
     """Check a key of a dict or a member of a set before it is hashed for the first time."""
     pending = [(key, 0)]
     while pending:
@@ -228,12 +277,10 @@ def _plain_dict(scope: Scope, args: tuple[Any, ...]) -> Any:
     scope.charge(len(content))
     if type(content) is dict:
         return dict(content)
-    result = {}
-    for pair in content:
-        if type(pair) not in (list, tuple) or len(pair) != 2:
-            raise OpcodeError("a dict is built from something that is no pair")
-        check_key(scope, pair[0])
-        result[pair[0]] = pair[1]
+    result: dict[Any, Any] = {}
+    if any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in content):
+        raise OpcodeError("a dict is built from something that is no pair")
+    set_items(scope, result, list(itertools.chain.from_iterable(content)))
     return result
 
 
@@ -243,24 +290,18 @@ def _default_dict(scope: Scope, args: tuple[Any, ...]) -> Any:
     return {}
 
 
-def _members(scope: Scope, args: tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
-    if not args:
-        return ()
-    if len(args) != 1 or type(args[0]) not in (list, tuple):
-        raise OpcodeError("a set is built from arguments of a wrong type")
-    scope.charge(len(args[0]))
-    for member in args[0]:
-        check_key(scope, member)
-    members: list[Any] | tuple[Any, ...] = args[0]
-    return members
-
-
 def _set(scope: Scope, args: tuple[Any, ...]) -> Any:
-    return set(_members(scope, args))
+    result: set[Any] = set()
+    if args:
+        if len(args) != 1 or type(args[0]) not in (list, tuple):
+            raise OpcodeError("a set is built from arguments of a wrong type")
+        scope.charge(len(args[0]))
+        add_members(scope, result, args[0])
+    return result
 
 
 def _frozen_set(scope: Scope, args: tuple[Any, ...]) -> Any:
-    return frozenset(_members(scope, args))
+    return frozenset(_set(scope, args))
 
 
 def _encode(scope: Scope, args: tuple[Any, ...]) -> Any:

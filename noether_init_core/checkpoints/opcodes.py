@@ -11,7 +11,15 @@ import struct
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from noether_init_core.checkpoints.builders import BUILDERS, KNOWN_NAMES, OpcodeError, Scope, build_storage, check_key
+from noether_init_core.checkpoints.builders import (
+    BUILDERS,
+    KNOWN_NAMES,
+    OpcodeError,
+    Scope,
+    add_members,
+    build_storage,
+    set_items,
+)
 from noether_init_core.checkpoints.values import ForeignObject, GlobalName
 
 __all__ = ["Interpreter", "OpcodeError"]
@@ -21,6 +29,8 @@ _MARKS = 400
 #: Longest integer in bytes; str() of a much longer one is slow, and is refused by Python.
 _LONGEST_INTEGER = 1024
 _LONGEST_NAME = 512
+#: Parts are numbered one by one; numbers that anybody may choose could be chosen to collide in a dict.
+_MEMO_GAP = 1024
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _OLD_NAMES = {"builtins.xrange": "builtins.range", "builtins.unicode": "builtins.str", "builtins.long": "builtins.int"}
 
@@ -79,7 +89,10 @@ class Interpreter:
                 stack.append(memo[data[position]])
                 position += 1
             elif opcode == 0x72:  # LONG_BINPUT
-                memo[_LENGTH_4(data, position)[0]] = stack[-1]
+                number = _LENGTH_4(data, position)[0]
+                if number > len(memo) + _MEMO_GAP:
+                    raise OpcodeError(f"data.pkl stores a part under the number {number}, far beyond those before")
+                memo[number] = stack[-1]
                 position += 4
             elif opcode == 0x4B:  # BININT1
                 stack.append(data[position])
@@ -227,10 +240,9 @@ class Interpreter:
 
     def _frozen_set(self) -> None:
         self._count_container()
-        items = self._pop_mark()
-        for item in items:
-            check_key(self._scope, item)
-        self._stack.append(frozenset(items))
+        members: set[Any] = set()
+        add_members(self._scope, members, self._pop_mark())
+        self._stack.append(frozenset(members))
 
     def _tuple_3(self) -> None:
         stack = self._stack
@@ -258,9 +270,7 @@ class Interpreter:
         target = self._stack[-1]
         if type(target) is not set:
             raise OpcodeError(f"data.pkl adds members to a {type(target).__name__}")
-        for item in items:
-            check_key(self._scope, item)
-        target.update(items)
+        add_members(self._scope, target, items)
 
     def _set_item(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
@@ -278,11 +288,7 @@ class Interpreter:
         if type(target) is not dict or len(items) % 2:
             raise OpcodeError(f"data.pkl sets an item of a {type(target).__name__}")
         expected = len(target) + len(items) // 2
-        for index in range(0, len(items), 2):
-            key = items[index]
-            if type(key) is not str:
-                check_key(self._scope, key)
-            target[key] = items[index + 1]
+        set_items(self._scope, target, items)
         if len(target) != expected:
             raise OpcodeError("data.pkl has a dict with one key twice")
 
