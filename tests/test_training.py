@@ -363,6 +363,133 @@ def test_batches_too_few_for_a_step_end_with_their_epoch() -> None:
     assert str(state.iteration) == "E2_U8_S20"
 
 
+def batch_numbers(batches: int, **options: Any) -> tuple[TrainerState, Any]:
+    """A state and a loader of batches [0], [1], ... in this order."""
+    state = TrainerState(seed=0)
+    return state, state.loader(Numbers(batches), 1, shuffle=False, **options)
+
+
+def test_batches_at_the_end_of_an_epoch_belong_to_the_next_step() -> None:
+    """Gradients go on over the end of an epoch, and so do their samples; saving in between would lose them."""
+    state, loader = batch_numbers(6)
+    number = 0
+    for epoch in range(4):
+        for _batch in loader:
+            number += 1
+            if number % 4 == 0:
+                state.advance()
+        if number % 4:
+            with pytest.raises(StateMismatchError, match=rf"last 2 batches before epoch {epoch + 1} .*discard\(\)"):
+                state.state_dict()
+        else:
+            state.state_dict()
+    assert str(state.iteration) == "E4_U6_S24"
+
+
+def test_discarded_batches_go_into_no_step() -> None:
+    """A loop that sets gradients to zero says so; then it can save, and they do not count."""
+    state, loader = batch_numbers(5)
+    for number, _batch in enumerate(loader, start=1):
+        if number % 2 == 0:
+            state.advance()
+    state.discard()
+    saved = state.state_dict()
+    assert str(state.iteration) == "E1_U2_S4"
+    assert saved["trainer_state"]["loader"]["batch"] == 0
+    passing = iter(loader)
+    next(passing)
+    state.discard()
+    assert next(passing).tolist() == [1]
+    state.advance()
+    assert str(state.iteration) == "E1_U3_S5"
+    assert state.state_dict()["trainer_state"]["loader"]["batch"] == 2
+
+
+def test_a_step_of_more_batches_than_an_epoch_has_is_announced() -> None:
+    """With accumulate=4 an epoch of 2 batches needs no step; one that should have had a step is still an error."""
+    state, loader = batch_numbers(2)
+    with pytest.raises(StateMismatchError, match=r"ended without advance\(\) after 2 batches.*accumulate=3"):
+        list(loader)
+    state, loader = batch_numbers(2, accumulate=4)
+    list(loader)
+    with pytest.raises(StateMismatchError, match="after 4 batches"):
+        list(loader)
+    state, loader = batch_numbers(2, accumulate=4)
+    number = 0
+    while state.epoch < 6:
+        for _batch in loader:
+            number += 1
+            if number % 4 == 0:
+                state.advance()
+    assert str(state.iteration) == "E6_U3_S12"
+    assert state.state_dict()["trainer_state"]["loader"]["batch"] == 0
+    with pytest.raises(ConfigError, match="accumulate must be"):
+        batch_numbers(2, accumulate=0)
+
+
+def prefetched(state: TrainerState, loader: Any, updates: int) -> list[int]:
+    """Train on one batch while the next one is fetched already; returns what was trained on."""
+    seen: list[int] = []
+    while len(seen) < updates:
+        passing = iter(loader)
+        following = next(passing)
+        while following is not None and len(seen) < updates:
+            current, following = following, next(passing, None)
+            seen += current.tolist()
+            state.advance(batches=1)
+            state.state_dict()
+    return seen
+
+
+def test_a_loop_that_fetches_ahead_says_how_many_batches_it_used() -> None:
+    """Saved after any step and resumed, it goes on with the batch that it had fetched but not used."""
+    expected = [0, 1, 2, 3, 4] * 2
+    for stop in range(1, 10):
+        state, loader = batch_numbers(5)
+        assert prefetched(state, loader, stop) == expected[:stop]
+        assert str(state.iteration) == f"E{stop // 5}_U{stop}_S{stop}"
+        resumed, other = batch_numbers(5)
+        resumed.load_state_dict(through_file(state.state_dict()))
+        assert prefetched(resumed, other, 10 - stop) == expected[stop:]
+        assert str(resumed.iteration) == "E2_U10_S10"
+
+
+def test_a_loop_that_fetches_ahead_without_saying_so_is_found_out() -> None:
+    """By its samples at the first step, without them at the last step of the epoch."""
+    state, loader = batch_numbers(3)
+    passing = iter(loader)
+    following = next(passing)
+    current, following = following, next(passing)
+    with pytest.raises(StateMismatchError, match=r"batches of 1, 1 samples were.*advance\(batches=1\)"):
+        state.advance(samples=len(current))
+    state.advance()
+    current, following = following, next(passing)
+    state.advance()
+    assert next(passing, None) is None
+    with pytest.raises(StateMismatchError, match=r"without a batch .*advance\(batches=1\) if .*advance\(samples=0\)"):
+        state.advance()
+    assert str(state.iteration) == "E1_U2_S3"
+    state.advance(samples=0)
+    assert str(state.iteration) == "E1_U3_S3"
+
+
+def test_a_step_can_count_its_samples_itself() -> None:
+    """With both numbers said, other samples than those handed out are meant."""
+    state, loader = batch_numbers(4)
+    passing = iter(loader)
+    next(passing)
+    with pytest.raises(StateMismatchError, match=r"advance\(samples=7, batches=1\)"):
+        state.advance(samples=7)
+    state.advance(samples=7, batches=1)
+    assert str(state.iteration) == "E0_U1_S7"
+    with pytest.raises(StateMismatchError, match=r"batches=2\), but 0 were handed out"):
+        state.advance(batches=2)
+    with pytest.raises(ConfigError, match="batches must be"):
+        state.advance(batches=-1)
+    with pytest.raises(ConfigError, match="without a loader"):
+        TrainerState().advance(samples=1, batches=1)
+
+
 def test_an_epoch_without_a_step_is_an_error() -> None:
     """Who forgets advance() learns it at the end of the first epoch, not from an endless loop."""
     state = TrainerState(seed=0)
@@ -522,9 +649,27 @@ def test_generators_are_restored_last_and_only_then() -> None:
 def test_a_step_before_the_generators_were_restored_warns(caplog: pytest.LogCaptureFixture) -> None:
     """Training on without restore_rng would make other numbers silently."""
     state = TrainerState()
-    state.load_state_dict(state.state_dict())
+    state.load_state_dict(TrainerState().state_dict())
     with caplog.at_level(logging.WARNING):
         state.advance(samples=1)
+        state.advance(samples=1)
+    assert caplog.text.count("restore_rng()") == 1
+
+
+def test_a_state_that_was_put_back_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
+    """After a failed start the object has its own earlier state again, with the generators where they were."""
+    state = TrainerState(seed=3)
+    before = copy.deepcopy(state.state_dict())
+    state.load_state_dict(saved_after(2) | {"trainer_state": saved_after(2)["trainer_state"] | {"seed": 3}})
+    TrainerState(seed=3)
+    state.load_state_dict(before)
+    draw()
+    with caplog.at_level(logging.WARNING):
+        state.advance(samples=1)
+    assert "restore_rng()" not in caplog.text
+    draw()
+    state.load_state_dict(before)
+    with caplog.at_level(logging.WARNING):
         state.advance(samples=1)
     assert caplog.text.count("restore_rng()") == 1
 

@@ -60,47 +60,65 @@ class Layout:
 
 @attrs.define
 class Position:
-    """Where a run is in its data. ``batch`` counts consumed batches; handed out ones are consumed by ``advance``."""
+    """Where a run is in its data. ``batch`` counts consumed batches; handed out ones are consumed by ``advance``.
+
+    Attributes:
+        handed: Samples of each batch of this epoch that was handed out and not consumed.
+        ahead: How many of these were fetched ahead at the last ``advance``: untouched, so that they may come again.
+        carried: Samples of each batch at the end of earlier epochs that went into no step yet.
+    """
 
     seed: int
     epoch: int = 0
     batch: int = 0
-    handed: int = 0
-    samples: int = 0
+    handed: list[int] = attrs.Factory(list)
+    ahead: int = 0
+    carried: list[int] = attrs.Factory(list)
     current_pass: object | None = None
+
+    @property
+    def waiting(self) -> list[int]:
+        """Samples of each batch that waits for its step, oldest first."""
+        return [*self.carried, *self.handed]
+
+    def move_to(self, seed: int, epoch: int, batch: int) -> None:
+        """Another position, with which every pass that is under way ends."""
+        self.seed, self.epoch, self.batch = seed, epoch, batch
+        self.handed, self.ahead, self.carried, self.current_pass = [], 0, [], None
 
     def begin_pass(self) -> object:
         """A new ``for`` over the loader; what an earlier one handed out and nobody consumed is handed out again."""
-        self.handed = self.samples = 0
+        self.handed, self.ahead = [], 0
         self.current_pass = object()
         return self.current_pass
 
     def hand_out(self, samples: int) -> None:
         """One batch goes to the loop."""
-        self.handed += 1
-        self.samples += samples
+        self.handed.append(samples)
 
-    def consume(self, batches: int | None) -> int:
-        """An optimizer step was made with what was handed out; returns its samples. ``batches``: those of an epoch."""
-        self.batch += self.handed
-        samples, self.handed, self.samples = self.samples, 0, 0
+    def consume(self, number: int, batches: int | None) -> None:
+        """The oldest ``number`` batches that wait are done with. ``batches``: those of an epoch."""
+        of_earlier = min(number, len(self.carried))
+        of_this = number - of_earlier
+        del self.carried[:of_earlier], self.handed[:of_this]
+        self.ahead = len(self.handed)
+        self.batch += of_this
         if batches is not None and self.batch >= batches > 0:
             self.epoch, self.batch = self.epoch + 1, 0
-        return samples
 
-    def end_pass(self) -> None:
-        """The data of the epoch came to an end. Batches too few for another step end with their epoch.
-
-        Their samples still count, should the loop make a step with them after its ``for``.
-        """
+    def end_pass(self, accumulate: int) -> None:
+        """The data of the epoch came to an end. Batches too few for another step wait for the next one."""
         if not self.handed:
             return
-        if self.batch == 0:
+        waiting = len(self.waiting)
+        if self.batch == 0 and waiting >= accumulate:
             raise StateMismatchError(
-                f"epoch {self.epoch} ended without advance() after {self.handed} batches. "
-                "Next: call state.advance() after each optimizer step"
+                f"epoch {self.epoch} ended without advance() after {waiting} batches. Next: call state.advance() "
+                "after each optimizer step; where one step takes more batches than an epoch has, say how many: "
+                f"state.loader(..., accumulate={waiting + 1})"
             )
-        self.epoch, self.batch, self.handed = self.epoch + 1, 0, 0
+        self.carried = self.waiting
+        self.epoch, self.batch, self.handed, self.ahead = self.epoch + 1, 0, [], 0
 
 
 @attrs.frozen
@@ -164,6 +182,7 @@ class TrainingLoader:
         batch_size: int,
         shuffle: bool,
         drop_last: bool,
+        accumulate: int,
         collate_fn: Callable[[list[Any]], Any] | None,
         **options: Any,
     ) -> None:
@@ -172,8 +191,9 @@ class TrainingLoader:
                 f"a {type(dataset).__name__} has no samples by number, so that its order cannot be resumed. "
                 "Next: a dataset with __len__ and __getitem__"
             )
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ConfigError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+        for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
             raise ConfigError("loader() serves a single process; several ranks would all read the same samples")
@@ -184,6 +204,7 @@ class TrainingLoader:
                 f"{self.layout.length} samples in batches of {batch_size} with drop_last={drop_last} are no batch"
             )
         self._position = position
+        self._accumulate = accumulate
         self._generator = torch.Generator()
         self._batches: DataLoader[Any] = DataLoader(
             _Fetcher(dataset, default_collate if collate_fn is None else collate_fn),
@@ -214,7 +235,7 @@ class TrainingLoader:
                 number += 1
                 yield batch
             if position.current_pass is mine:
-                position.end_pass()
+                position.end_pass(self._accumulate)
         finally:
             if position.current_pass is mine:
                 position.current_pass = None

@@ -14,7 +14,7 @@ import torch
 
 from noether_init_core.errors import StateMismatchError
 
-__all__ = ["check_rng", "derive_seed", "put_rng", "seed_everything", "seeded", "take_rng"]
+__all__ = ["check_rng", "derive_seed", "put_rng", "same_rng", "seed_everything", "seeded", "take_rng"]
 
 _logger = logging.getLogger(__name__)
 
@@ -90,6 +90,16 @@ def check_rng(state: Mapping[str, Any]) -> None:
             f"the stored states of random number generators cannot be used: {type(error).__name__}: {error}. "
             "Next: resume from another tag, or start anew with kind previous_run"
         ) from error
+
+
+def same_rng(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two states that ``take_rng`` found are those of one moment, as far as the CPU can tell."""
+    return (
+        torch.equal(first["torch"].cpu(), second["torch"].cpu())
+        and _python_state(first) == _python_state(second)
+        and torch.equal(first["numpy"]["state"], second["numpy"]["state"])
+        and first["numpy"]["position"] == second["numpy"]["position"]
+    )
 
 
 def put_rng(state: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from noether_init_core.errors import ConfigError, InitError, StateMismatchError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.training.loader import Position, TrainingLoader
 from noether_init_core.training.plain import like, plain
-from noether_init_core.training.randomness import check_rng, put_rng, seed_everything, take_rng
+from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
 __all__ = ["TrainerState"]
 
@@ -71,6 +71,8 @@ class TrainerState:
         self._loader: TrainingLoader | None = None
         self._stored_layout: Mapping[str, Any] | None = None
         self._stored_rng: dict[str, Any] | None = None
+        self._given_rng: dict[str, Any] | None = None
+        self._rng_is_own = False
         self.lineage: tuple[Mapping[str, Any], ...] = ()
 
     def __repr__(self) -> str:
@@ -102,41 +104,82 @@ class TrainerState:
         """Samples of the completed updates."""
         return self._samples
 
-    def advance(self, samples: int | None = None, *, end_of_epoch: bool = False) -> None:
+    def advance(self, samples: int | None = None, *, batches: int | None = None, end_of_epoch: bool = False) -> None:
         """Say that an optimizer step was made: the batches handed out since the last one are consumed.
 
         Call it last in a step, after schedulers and averages were stepped, and save after it. With accumulated
-        gradients it is called once per step, not once per batch. The last batch of an epoch completes the epoch.
+        gradients it is called once per step, not once per batch. The last batch of an epoch completes the epoch;
+        batches at its end that were too few for a step belong to the next one (else: ``discard``).
 
         Args:
             samples: Samples of this step; None means those of the batches that ``loader`` handed out.
+            batches: How many batches this step used, for loops that fetch the next batch before the step: the others
+                are used later, and come again where a run is resumed from here. None: all that were handed out.
             end_of_epoch: This step completes an epoch. Only for loops that have their data from elsewhere.
 
         Raises ``ConfigError`` where ``samples`` or the end of the epoch cannot be known or are known already, and
-        ``StateMismatchError`` where a position inside an epoch was resumed but ``loader`` was not called.
+        ``StateMismatchError`` where what is said does not fit what ``loader`` handed out, or where a position inside
+        an epoch was resumed but ``loader`` was not called. Then nothing has changed.
         """
-        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 0):
-            raise ConfigError(f"samples must be a whole number of at least 0, not {samples!r}")
-        if self._stored_rng is not None:
-            _logger.warning(
-                "the random generators of the checkpoint were not restored before the first step, which makes other "
-                "numbers than the interrupted run. Next: call restore_rng() after everything is built"
-            )
-            self._stored_rng = None
+        for name, value in (("samples", samples), ("batches", batches)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ConfigError(f"{name} must be a whole number of at least 0, not {value!r}")
         if self._loader is None:
-            if samples is None:
-                raise ConfigError("advance() cannot count samples without a loader. Next: advance(samples=len(batch))")
+            if samples is None or batches is not None:
+                raise ConfigError("advance() cannot count batches without a loader. Next: advance(samples=len(batch))")
             if self._stored_layout is not None and self._position.batch > 0:
                 raise StateMismatchError(
                     f"resumed after {self._position.batch} batches of epoch {self._position.epoch}, but the data does "
                     "not come from loader(). Next: call state.loader(dataset, batch_size=...) as the saved run did"
                 )
+            counted = samples
             self._position.epoch += int(end_of_epoch)
         elif end_of_epoch:
             raise ConfigError("the loader knows the end of its epochs. Next: advance() without end_of_epoch")
-        counted = self._position.consume(None if self._loader is None else len(self._loader))
+        else:
+            counted = self._count(samples, batches)
+            used = len(self._position.waiting) if batches is None else batches
+            self._position.consume(used, len(self._loader))
+        if self._stored_rng is not None:
+            if not self._rng_is_own:
+                _logger.warning(
+                    "the random generators of the checkpoint were not restored before the first step, which makes "
+                    "other numbers than the interrupted run. Next: call restore_rng() after everything is built"
+                )
+            self._stored_rng = None
         self._updates += 1
-        self._samples += counted if samples is None else samples
+        self._samples += counted
+
+    def _count(self, samples: int | None, batches: int | None) -> int:
+        """The samples of a step with the oldest ``batches`` batches; raises where that cannot be."""
+        waiting = self._position.waiting
+        if batches is not None:
+            if batches > len(waiting):
+                raise StateMismatchError(
+                    f"advance(batches={batches}), but {len(waiting)} were handed out since the last step"
+                )
+            return sum(waiting[:batches]) if samples is None else samples
+        if samples is None and not waiting:
+            raise StateMismatchError(
+                "advance() without a batch since the last one. Next: advance(batches=1) if the loop fetches the next "
+                "batch before the step; advance(samples=0) for a further step with the same batch"
+            )
+        if samples is not None and waiting and samples != sum(waiting):
+            raise StateMismatchError(
+                f"advance(samples={samples}), but batches of {', '.join(map(str, waiting))} samples were handed out "
+                "since the last step. Next: advance(batches=1) if the loop fetches the next batch before the step; "
+                "state.discard() for batches that go into no step; "
+                f"advance(samples={samples}, batches={len(waiting)}) to count otherwise"
+            )
+        return sum(waiting) if samples is None else samples
+
+    def discard(self) -> None:
+        """Say that the batches handed out since the last step go into none: their gradients were set to zero.
+
+        They are consumed, and count neither as an update nor as samples.
+        """
+        if self._loader is not None:
+            self._position.consume(len(self._position.waiting), len(self._loader))
 
     def loader(
         self,
@@ -145,6 +188,7 @@ class TrainerState:
         *,
         shuffle: bool = True,
         drop_last: bool = False,
+        accumulate: int = 1,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
@@ -158,7 +202,9 @@ class TrainerState:
 
         Each ``for`` over it is the rest of the current epoch. What is random in ``dataset`` and ``collate_fn`` is
         seeded per batch, whether workers run it or not, so that ``num_workers`` and ``prefetch_factor`` may change at
-        any time without changing a number. The other options are those of ``torch.utils.data.DataLoader``.
+        any time without changing a number. An epoch without ``advance()`` is an error, unless ``accumulate``, the
+        number of batches that one step takes, is larger. The other options are those of
+        ``torch.utils.data.DataLoader``.
 
         Between save and resume the number of samples must stay the same; ``batch_size``, ``shuffle`` and
         ``drop_last`` must, too, unless the checkpoint was saved at the end of an epoch: from there on, changed ones
@@ -178,6 +224,7 @@ class TrainerState:
             batch_size=batch_size,
             shuffle=shuffle,
             drop_last=drop_last,
+            accumulate=accumulate,
             collate_fn=collate_fn,
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -195,17 +242,24 @@ class TrainerState:
     def state_dict(self) -> dict[str, Any]:
         """Everything as plain data and tensors, in the form of a trainer file. Tensors are not copied.
 
-        Raises ``StateMismatchError`` inside a ``for`` over the loader between a batch and its ``advance()``, where a
-        resumed run could not be exact, and where a stateful object has state that no checkpoint can hold.
+        Raises ``StateMismatchError`` inside a ``for`` over the loader between a batch and its ``advance()``, and after
+        one whose last batches went into no step yet: a resumed run could not be exact there, since gradients are in no
+        checkpoint. Also where a stateful object has state that no checkpoint can hold.
         """
         position = self._position
-        if position.handed and position.current_pass is not None:
+        if position.carried:
             raise StateMismatchError(
-                f"{position.handed} batches were handed out since the last advance(), so that this is the state of no "
-                "iteration. Next: save right after advance()"
+                f"the last {len(position.carried)} batches before epoch {position.epoch} went into no step yet, and "
+                "their gradients are in no checkpoint. Next: save right after advance(); or make a step with them at "
+                "the end of the epoch; or set the gradients to zero and call state.discard()"
             )
-        if position.handed:
-            _logger.warning("%d batches after the last advance() will be handed out again", position.handed)
+        if len(position.handed) > position.ahead:
+            if position.current_pass is not None:
+                raise StateMismatchError(
+                    f"{len(position.handed)} batches were handed out since the last advance(), so that this is the "
+                    "state of no iteration. Next: save right after advance()"
+                )
+            _logger.warning("%d batches after the last advance() will be handed out again", len(position.handed))
         layout = self._stored_layout if self._loader is None else attrs.asdict(self._loader.layout)
         members = {name: plain(member.state_dict(), name) for name, member in self._stateful.items()}
         state: dict[str, Any] = {"callback_state_dicts": {}, "training_iteration": self.iteration.to_mapping()}
@@ -218,6 +272,7 @@ class TrainerState:
             "loader": {"batch": position.batch, "layout": None if layout is None else dict(layout)},
             "rng": take_rng(),
         }
+        self._given_rng = state[_OUR_KEY]["rng"]
         return state
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -250,6 +305,9 @@ class TrainerState:
             _logger.warning("the checkpoint holds no position of a loader; the data begins with its epoch")
         self._move_to(parsed.iteration, ours["seed"], ours["loader"]["batch"], ours["loader"]["layout"])
         self._stored_rng = copy.deepcopy(ours["rng"])
+        # Put back after a failure: where the generators still are, there is nothing to restore.
+        given = self._given_rng
+        self._rng_is_own = given is not None and same_rng(given, ours["rng"]) and same_rng(given, take_rng())
 
     def restore_rng(self) -> None:
         """Put the random generators into the loaded state; to be called last, after everything is built.
@@ -261,11 +319,8 @@ class TrainerState:
             self._stored_rng = None
 
     def _move_to(self, iteration: TrainingIteration, seed: int, batch: int, layout: Mapping[str, Any] | None) -> None:
-        position = self._position
         epoch, self._updates, self._samples = iteration.to_mapping().values()
-        position.seed, position.epoch, position.batch = seed, epoch, batch
-        position.handed = position.samples = 0
-        position.current_pass = None
+        self._position.move_to(seed, epoch, batch)
         self._stored_layout = layout
 
     def _parse(self, state_dict: Mapping[str, Any]) -> _Parsed:
