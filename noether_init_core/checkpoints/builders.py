@@ -107,11 +107,13 @@ def set_items(scope: Scope, target: dict[Any, Any], items: list[Any]) -> None:
     for start in range(0, len(items), 2 * _SLICE):
         part = items[start : start + 2 * _SLICE]
         keys = part[0::2]
-        unusual = sum(type(key) is not str and not _check_key(scope, key) for key in keys)
+        unusual = [key for key in keys if type(key) is not str]
+        for key in unusual:
+            _check_key(scope, key)
         began = time.thread_time() if unusual else 0.0
         target.update(zip(keys, part[1::2], strict=True))
         if unusual:
-            scope.charge_keys(unusual, time.thread_time() - began)
+            scope.charge_keys(len(unusual), time.thread_time() - began)
 
 
 def add_members(scope: Scope, target: set[Any], members: Iterable[Any]) -> None:

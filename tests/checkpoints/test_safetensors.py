@@ -369,16 +369,18 @@ def test_random_damage_raises_nothing_but_our_errors(tmp_path: Path, data: st.Da
     for _ in range(data.draw(st.integers(1, 6))):
         start = data.draw(st.integers(0, len(content) - 1))
         removed = data.draw(st.sampled_from([0, 1, 1, 1, 2, 8]))
-        inserted = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from([b"[", b"{", b'"', b",", b"0", b"9" * 5])))
-        content[start : start + removed] = inserted
+        syntax = st.sampled_from([b"[", b"{", b'"', b",", b"0", b"9" * 5])
+        content[start : start + removed] = data.draw(st.one_of(st.binary(max_size=8), syntax))
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
+    said = None
     try:
         with open_checkpoint(path) as reader:
             reader.verify()
             reader.load()
     except InitError as error:
-        assert str(path) in str(error)
+        said = str(error)
+    assert said is None or str(path) in said
 
 
 def test_a_file_that_is_replaced_after_opening_does_not_count(tmp_path: Path) -> None:
