@@ -20,6 +20,7 @@
     |   |-- CheckpointFormatError (ValueError)    the reader refuses the file
     |   |   `-- UnsafeGlobalError                 ... for the globals that it names
     |   |-- CheckpointCorruptError                bytes differ from what was written
+    |   |   `-- NoGoodSetError                    ... in every set that could be walked back to
     |   `-- CheckpointWriteError (OSError)
     |-- PlanError (ValueError)                    the plan has problems; nothing was changed
     |-- StateMismatchError (ValueError)           optimizer, trainer or callback state does not fit
@@ -53,6 +54,7 @@ __all__ = [
     "KindContractError",
     "KindError",
     "KindImportError",
+    "NoGoodSetError",
     "PartlyInitializedError",
     "PlanError",
     "StartConflictError",
@@ -225,6 +227,14 @@ class CheckpointCorruptError(CheckpointError):
     def __init__(self, message: str, *, path: Path | None = None, key: str = "") -> None:
         super().__init__(message, path=path)
         self.key = key
+
+
+class NoGoodSetError(CheckpointCorruptError):
+    """Every set that could be resumed from is broken. ``tried``: set -> what is wrong with it, newest first."""
+
+    def __init__(self, message: str, *, path: Path | None = None, tried: dict[str, str] | None = None) -> None:
+        super().__init__(message, path=path)
+        self.tried = dict(tried or {})
 
 
 class CheckpointWriteError(CheckpointError, OSError):

@@ -26,6 +26,7 @@ class InitializerReport:
         counts: Number of tensors by action of the plan.
         coverage: Share of the bytes of parameters that came from the checkpoint, from 0 to 1; None without a plan.
         start: The iteration that it starts at; None for zero.
+        passed_over: (set, why) of each broken set that was passed over on the way back to a good one, newest first.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class InitializerReport:
     counts: dict[str, int] = attrs.Factory(dict)
     coverage: float | None = None
     start: str | None = None
+    passed_over: tuple[tuple[str, str], ...] = ()
 
 
 @attrs.frozen
@@ -71,4 +73,5 @@ class InitReport:
             counts = ", ".join(f"{count} {action}" for action, count in report.counts.items())
             sources = "; ".join(f"{model} <- {origin}" for model, origin, _file in report.origins)
             lines.append(f"{report.kind}: {sources or 'no files'}" + (f" ({counts})" if counts else ""))
+            lines.extend(f"  passed over {name}: {reason}" for name, reason in report.passed_over)
         return "\n".join(lines)

@@ -119,7 +119,7 @@ class InitializerStack:
         observers = [*(load_observer(name) for name in loaded.observers), *observers]
         decision = ""
         if loaded.auto_resume:
-            resumed, decision = _auto_resume(path_provider)
+            resumed, decision = _auto_resume(path_provider, loaded.on_invalid)
             if resumed is not None:
                 stack = cls._from_members([_Member(kinds.create(resumed, path_provider=path_provider))], observers)
                 stack._auto_resume = decision
@@ -289,6 +289,7 @@ class InitializerStack:
                     counts={} if planned is None else planned.counts(),
                     coverage=None if planned is None else planned.coverage(),
                     start=str(own_start) if own_start is not None and not own_start.is_zero else None,
+                    passed_over=tuple(getattr(member.initializer, "passed_over", ())),
                 )
             )
         return InitReport(start, tuple(reports), self._auto_resume)
@@ -334,8 +335,8 @@ def _member(entry: Entry, path_provider: Any) -> _Member:
     )
 
 
-def _auto_resume(path_provider: Any) -> tuple[dict[str, Any] | None, str]:
-    """The config that resumes this run from its newest set, or None, and the decision in words."""
+def _auto_resume(path_provider: Any, on_invalid: str) -> tuple[dict[str, Any] | None, str]:
+    """The config that resumes this run from its newest set (that is good), or None, and the decision in words."""
     if path_provider is None:
         raise ConfigError("auto_resume needs path_provider=PathProvider(output_root, run_id): it resumes this very run")
     paths = PathProvider.of(path_provider)
@@ -344,7 +345,12 @@ def _auto_resume(path_provider: Any) -> tuple[dict[str, Any] | None, str]:
             f"auto_resume: the run id {paths.run_id} was generated for this start, so that no later start could find "
             "its checkpoints. Give a fixed run_id"
         )
-    newest = RunStore(paths).newest()
+    store = RunStore(paths)
+    if on_invalid == "previous" and store.is_begun():
+        # Which set is good is found out by reading it, when the start iteration is asked for.
+        config = {"kind": "resume", "on_invalid": on_invalid, "kwargs": {"any_tag": True}}
+        return config, "auto_resume: resumed from the newest good set"
+    newest = store.newest()
     if newest is None:
         return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
     return {"kind": "resume", "checkpoint_tag": newest.name}, f"auto_resume: resumed from {newest.name}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pydantic
 
+from noether_init_core.checkpoints.queries import Query
 from noether_init_core.checkpoints.reader import open_checkpoint
-from noether_init_core.checkpoints.store import Need, check_consistency
+from noether_init_core.checkpoints.sets import check_files, said_by
+from noether_init_core.checkpoints.store import CheckpointSet, Need, check_consistency
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
@@ -19,9 +21,10 @@ from noether_init_core.errors import (
     StateMismatchError,
 )
 from noether_init_core.initializers.callbacks import CallbackPlan, apply_callbacks, plan_callbacks
-from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig, said_by
+from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
 from noether_init_core.initializers.resumption import ResumptionPaths
 from noether_init_core.initializers.source import Leaf
+from noether_init_core.initializers.walk_back import walk_back
 from noether_init_core.iteration import TrainingIteration
 
 __all__ = ["ResumeInitializer", "ResumeInitializerConfig"]
@@ -33,20 +36,38 @@ class ResumeInitializerConfig(CheckpointInitializerConfig):
     default_kind: ClassVar[str | None] = "resume"
 
     load_optim: bool = pydantic.Field(default=True, description="Whether the state of the optimizer is loaded.")
+    on_invalid: Literal["error", "previous"] = pydantic.Field(
+        default="error",
+        description="What a broken set leads to, where the tag is an open one (latest, last, E10): "
+        "an error, or the newest good set before it.",
+    )
 
 
 class ResumeInitializer(CheckpointInitializer):
     """Continue a run: everything comes from one set, so that no two parts are of different iterations.
 
     Frozen submodels and submodels without optimizer keep their optimizer as it is. The trainer file is read once.
+
+    With ``on_invalid: previous`` every file of the set is verified before the start iteration is told, and a broken set
+    that an open tag means gives way to the newest good one before it. A tag that names one set never does.
+
+    Args:
+        config: A ``ResumeInitializerConfig``.
+        path_provider: The folders of the run.
+        any_tag: With ``on_invalid: previous`` and no ``checkpoint_tag``: begin with the newest set, whatever its tags.
+
+    Attributes:
+        passed_over: (set, why) of each broken set that was passed over, newest first.
     """
 
     config_class: ClassVar[type[KindConfig]] = ResumeInitializerConfig
     contract: ClassVar[int] = 1
     config: ResumeInitializerConfig
 
-    def __init__(self, config: KindConfig, *, path_provider: Any = None) -> None:
+    def __init__(self, config: KindConfig, *, path_provider: Any = None, any_tag: bool = False) -> None:
         super().__init__(config, path_provider=path_provider)
+        self.passed_over: tuple[tuple[str, str], ...] = ()
+        self._any_tag = any_tag and self.config.checkpoint_tag is None
         self._trainer_state: dict[str, Any] | None = None
         self._root: str | None = None
 
@@ -57,24 +78,75 @@ class ResumeInitializer(CheckpointInitializer):
     def trainer_state(self) -> dict[str, Any]:
         """The content of the trainer file, read and verified once.
 
-        Raises ``CheckpointFormatError`` if it says no full iteration.
+        Raises ``CheckpointFormatError`` if it says no full iteration, ``NoGoodSetError`` if every set that could be
+        walked back to is broken.
         """
         if self._trainer_state is None:
-            root = self.root_name()
-            selected = self.select([*self._observed_needs(root), Need(root, "trainer")])
-            file = selected.file(root, "trainer")
-            if file is None:
-                raise CheckpointNotFoundError(f"{selected.name} has no trainer file of {root}", path=selected.folder)
-            with open_checkpoint(file.path) as reader:
-                iteration, run_id = said_by(reader.metadata, file.path)
-                if iteration is None or not iteration.is_fully_specified:
-                    raise CheckpointFormatError(
-                        f"{file.path.name} is no trainer file: it says no training_iteration", path=file.path
-                    )
-                check_consistency({file.path.name: (iteration, run_id)}, selected)
-                reader.verify(self.config.verify, digest=selected.digest_of(file))
-                self._trainer_state = dict(reader.load())
+            if self._walks_back:
+                self._trainer_state = self._select_good()
+            else:
+                root = self.root_name()
+                selected = self.select([*self._observed_needs(root), Need(root, "trainer")])
+                self._trainer_state = self._read_trainer(selected, root)
         return self._trainer_state
+
+    @property
+    def _walks_back(self) -> bool:
+        return self.config.on_invalid == "previous" and Query.of(self.checkpoint_tag).automatic
+
+    def _select_good(self) -> dict[str, Any]:
+        """Select the newest good set that the tag leads to; returns the state of its trainer."""
+        # without a readable manifest no model is known, and no set will be chosen either
+        root = self.root_name() if self.config.model_name or self.store.trainer_names() else None
+        is_choosy = self._any_tag or Query.of(self.checkpoint_tag).iteration is not None
+        walked = walk_back(
+            self.store,
+            self.store.descending(self.checkpoint_tag, any_tag=self._any_tag),
+            lambda found: self._prove(found, root),
+            needs=[Need(root, "trainer")],
+            wanted=() if root is None else self._wanted(root),
+            is_choosy=is_choosy,
+        )
+        self._selected, self.passed_over = walked.chosen, walked.passed_over
+        for name, reason in walked.passed_over:
+            self.logger.warning("%s: passed over %s: %s", self.config.kind, name, reason)
+        if walked.passed_over:
+            self.logger.warning("%s: walked back to %s, %s", self.config.kind, walked.chosen.name, walked.chosen.folder)
+        else:
+            self.logger.info("%s: %s is %s", self.config.kind, self.checkpoint_tag, walked.chosen.folder)
+        return walked.proof
+
+    def _prove(self, found: CheckpointSet, root: str | None) -> dict[str, Any]:
+        """Verify every file of the set as ``verify`` says; returns the state of the trainer.
+
+        Beside flat files there may be averages of another iteration, which Noether saves at times of their own.
+        """
+        check_files(found)
+        said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
+        for file in found.files:
+            is_below = root is None or file.model == root or file.model.startswith(f"{root}.")
+            if not is_below or not (found.committed or file.info in (None, self.config.model_info)):
+                continue
+            with open_checkpoint(file.path) as reader:
+                if file.part != "optim":
+                    said[file.path.name] = said_by(reader.metadata, file.path)
+                reader.verify(self.config.verify, digest=found.digest_of(file))
+        check_consistency(said, found)
+        return self._read_trainer(found, root)
+
+    def _read_trainer(self, selected: CheckpointSet, root: str | None) -> dict[str, Any]:
+        file = selected.file(root, "trainer")
+        if file is None:
+            raise CheckpointNotFoundError(f"{selected.name} has no trainer file of {root}", path=selected.folder)
+        with open_checkpoint(file.path) as reader:
+            iteration, run_id = said_by(reader.metadata, file.path)
+            if iteration is None or not iteration.is_fully_specified:
+                raise CheckpointFormatError(
+                    f"{file.path.name} is no trainer file: it says no training_iteration", path=file.path
+                )
+            check_consistency({file.path.name: (iteration, run_id)}, selected)
+            reader.verify(self.config.verify, digest=selected.digest_of(file))
+            return dict(reader.load())
 
     def root_name(self) -> str:
         """The name of the whole model in the files: ``model_name``, else that of the only trainer file.
@@ -163,23 +235,39 @@ class ResumeInitializer(CheckpointInitializer):
         saved = self.trainer_state().get("callback_state_dicts", {})
         return plan_callbacks(saved, callbacks, where=f"the trainer file of {self._tag_words()}")
 
+    def _tag_words(self) -> str:
+        if self._selected is not None and (self.passed_over or self._any_tag):
+            return self._selected.name
+        return super()._tag_words()
+
     def _observed_needs(self, root: str) -> list[Need]:
         """What a set of ``root`` has at best: an open tag (``{epoch: 10}``) then means the newest such set."""
         tag = self.checkpoint_tag
         iteration = TrainingIteration.from_mapping(tag) if isinstance(tag, Mapping) else _iteration_or_none(tag)
         if iteration is None or iteration.is_fully_specified:
             return []
+        wanted = self._seen_parts(root)
+        try:
+            self.store.find(tag, [*wanted, Need(root, "trainer")])
+        except IncompleteSetError:
+            return []
+        return wanted
+
+    def _seen_parts(self, root: str) -> list[Need]:
         wanted: dict[Need, None] = {}
         for found in self.store.sets():
             for file in found.files:
                 below = file.model == root or file.model.startswith(f"{root}.")
                 if below and file.info is None and (file.part == "model" or self._loads(file.part)):
                     wanted[Need(file.model, file.part)] = None
-        try:
-            self.store.find(tag, [*wanted, Need(root, "trainer")])
-        except IncompleteSetError:
-            return []
         return list(wanted)
+
+    def _wanted(self, root: str) -> list[Need]:
+        """What a set that is walked back to must have, before a model says what it needs: what sets have at best."""
+        wanted = self._seen_parts(root)
+        asked = Query.of(self.checkpoint_tag).iteration or TrainingIteration()
+        matching = [one for one in self.store.sets() if one.iteration is None or asked.matches(one.iteration)]
+        return wanted if any(all(one.has(need) for need in wanted) for one in matching) else []
 
     def _loads(self, part: str) -> bool:
         return part == "optim" and self.config.load_optim

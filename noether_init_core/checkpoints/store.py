@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from noether_init_core.checkpoints import explain
 from noether_init_core.checkpoints.names import CheckpointFileName, iteration_of_tag, parse
+from noether_init_core.checkpoints.queries import FOLLOWING, Query
 from noether_init_core.checkpoints.sets import (
     CheckpointFile,
     CheckpointSet,
@@ -21,6 +20,7 @@ from noether_init_core.checkpoints.sets import (
     check_files,
     list_names,
     load_set,
+    said_by,
     set_folders,
     sorted_files,
 )
@@ -39,37 +39,7 @@ __all__ = ["CheckpointFile", "CheckpointSet", "Need", "RunStore", "check_consist
 
 logger = logging.getLogger(__name__)
 
-#: Tags that follow the run by themselves; Noether rewrites their files in place.
-_FOLLOWING = ("latest", "last")
 _BEST = ("best_model.", "best.")
-
-
-@attrs.frozen
-class _Query:
-    """What a tag asks for: a tag as it is written, an iteration, or any iteration that has some of its fields."""
-
-    text: str
-    iteration: TrainingIteration | None
-    automatic: bool
-
-    @classmethod
-    def of(cls, tag: str | Mapping[str, Any] | TrainingIteration | None) -> _Query:
-        if tag is None:
-            return cls("latest", None, automatic=True)
-        if isinstance(tag, Mapping):
-            tag = TrainingIteration.from_mapping(tag)
-        if isinstance(tag, TrainingIteration):
-            if not (tag.is_minimally_specified or tag.is_fully_specified):
-                raise ConfigError(
-                    f"checkpoint_tag {tag.to_mapping()} must say one of epoch, update, sample, or all three"
-                )
-            return cls(str(tag), tag, automatic=not tag.is_fully_specified)
-        check_name(tag, "checkpoint_tag")
-        try:
-            iteration = TrainingIteration.from_string(tag)
-        except ConfigError:
-            return cls(tag, None, automatic=tag in _FOLLOWING)
-        return cls(tag, iteration, automatic=not iteration.is_fully_specified)
 
 
 class RunStore:
@@ -189,7 +159,7 @@ class RunStore:
                 files of a later iteration than the newest committed set, unless one set is asked for by name.
             CheckpointCorruptError: The manifest is broken, or files are missing or cut short.
         """
-        query = _Query.of(tag)
+        query = Query.of(tag)
         folders = self._committed()
         broken: list[tuple[SetFolder, CheckpointError]] = []
         if folders:
@@ -214,6 +184,56 @@ class RunStore:
             chosen = following
         self._refuse_broken(chosen, folders, broken, scope)
         return chosen
+
+    def is_begun(self) -> bool:
+        """Whether there is a set to resume this run from, be it a broken one; unfinished saves do not count."""
+        folders = self._committed()
+        broken: list[tuple[SetFolder, CheckpointError]] = []
+        sets = self._newest_first(folders, broken) if folders else iter(self._legacy())
+        return any(one.models("trainer") for one in sets) or bool(broken)
+
+    def descending(
+        self, tag: str | Mapping[str, Any] | TrainingIteration | None, *, any_tag: bool = False
+    ) -> Iterator[tuple[str, CheckpointSet | CheckpointError]]:
+        """What an open tag means, and then, one by one, what to walk back to.
+
+        Open are ``latest`` and ``last``, and iterations that are not full (``E10``). Committed sets come in falling
+        sequence: for a text every set before the one that has the tag, for an iteration every set that it matches.
+        A folder without manifests gives what the tag means, and then only the plain ``E.._U.._S..`` that are not later
+        than the iteration that some file of it says.
+
+        Args:
+            tag: As in ``find``.
+            any_tag: Begin with the newest set, whatever its tags, as ``newest`` does.
+
+        Yields: the name of a set, and the set, or why its manifest or its header cannot be read.
+
+        Raises what ``find`` raises where nothing is meant; ``CheckpointFormatError`` for a set of a newer release,
+        which is not broken.
+        """
+        query = Query.of(tag)
+        folders = self._committed()
+        if not folders:
+            yield from self._legacy_descending(query, any_tag)
+            return
+        self._refuse_later_flat_files(folders)
+        scope = query.iteration if query.iteration is not None else TrainingIteration()
+        is_below = any_tag or query.iteration is not None
+        is_empty = True
+        for folder in reversed(folders):
+            if not scope.matches(folder.iteration):
+                continue
+            try:
+                found: CheckpointSet | CheckpointError = load_set(folder, self.storage)
+            except CheckpointFormatError:
+                raise
+            except CheckpointError as error:
+                found = error
+            if is_below or isinstance(found, CheckpointError) or query.text in found.tags:
+                is_below, is_empty = True, False
+                yield folder.path.name, found
+        if is_empty:
+            raise explain.no_such_tag(self, query.text)
 
     def require(self, checkpoint_set: CheckpointSet, needs: Sequence[Need]) -> None:
         """Make sure that a set which was found before has further files; raises what ``find`` would raise."""
@@ -297,7 +317,7 @@ class RunStore:
             return checkpoint_set
         return None
 
-    def _matches(self, query: _Query, newest_first: Callable[[], Iterator[CheckpointSet]]) -> Iterator[CheckpointSet]:
+    def _matches(self, query: Query, newest_first: Callable[[], Iterator[CheckpointSet]]) -> Iterator[CheckpointSet]:
         """Sets that the query can mean, best first. Tags that mean one set yield at most that one."""
         iteration = query.iteration
         if iteration is not None and not iteration.is_fully_specified:
@@ -340,11 +360,56 @@ class RunStore:
         known.sort(key=lambda one: one.iteration or TrainingIteration.zero(), reverse=True)
         return [*known, *(one for one in found if one.iteration is None)]
 
-    def _newest_legacy(self) -> CheckpointSet | None:
+    def _legacy_descending(self, query: Query, any_tag: bool) -> Iterator[tuple[str, CheckpointSet | CheckpointError]]:
+        legacy = self._legacy()
+        if not legacy:
+            raise explain.nothing_here(self)
+        if any_tag:
+            unreadable: list[tuple[str, CheckpointError]] = []
+            first = self._newest_legacy(unreadable)
+            yield from unreadable
+        else:
+            first = next(self._matches(query, lambda: iter(legacy)), None)
+            if first is None:
+                raise explain.no_such_tag(self, query.text)
+        if first is None:
+            return
+        yield first.name, first
+        latest = max(self._iterations_in(first), default=None)
+        for one in legacy:
+            iteration = one.iteration
+            if latest is None or iteration is None or iteration > latest or one == first:
+                continue
+            if one.name == str(iteration) and (query.iteration is None or query.iteration.matches(iteration)):
+                yield one.name, one
+
+    def _iterations_in(self, checkpoint_set: CheckpointSet) -> Iterator[TrainingIteration]:
+        """The full iterations that the files of a set say, as far as they can be read."""
+        from noether_init_core.checkpoints.reader import open_checkpoint
+
+        for file in checkpoint_set.files:
+            try:
+                with open_checkpoint(file.path) as reader:
+                    iteration, _run = said_by(reader.metadata, file.path)
+            except (CheckpointError, OSError) as error:
+                logger.debug("%s says no iteration: %s", file.path, error)
+                continue
+            if iteration is not None and iteration.is_fully_specified:
+                yield iteration
+
+    def _newest_legacy(self, unreadable: list[tuple[str, CheckpointError]] | None = None) -> CheckpointSet | None:
+        """The set of the latest iteration; ``unreadable`` collects sets of which it cannot be told, else they raise."""
         preferred = [one for one in self._legacy() if one.models("trainer")]
-        preferred.sort(key=lambda one: _FOLLOWING.index(one.name) if one.name in _FOLLOWING else 2)
+        preferred.sort(key=lambda one: FOLLOWING.index(one.name) if one.name in FOLLOWING else 2)
         preferred.sort(key=lambda one: one.iteration is None)
-        found = [(one, self.iteration_of(one)) for one in preferred]
+        found: list[tuple[CheckpointSet, TrainingIteration | None]] = []
+        for one in preferred:
+            try:
+                found.append((one, self.iteration_of(one)))
+            except CheckpointError as error:
+                if unreadable is None:
+                    raise
+                unreadable.append((one.name, error))
         said = [(one, iteration) for one, iteration in found if iteration is not None and iteration.is_fully_specified]
         newest = max((iteration for _, iteration in said), default=None)
         return next((one for one, iteration in said if iteration == newest), None)
@@ -355,7 +420,7 @@ class RunStore:
         committed = {folder.iteration for folder in folders}
         for flat in self._legacy():
             iteration = flat.iteration
-            if iteration is None and flat.name in _FOLLOWING:
+            if iteration is None and flat.name in FOLLOWING:
                 try:
                     iteration = self.iteration_of(flat)
                 except CheckpointError as error:

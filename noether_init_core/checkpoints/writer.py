@@ -219,9 +219,8 @@ class CheckpointWriter:
         if metrics:
             for rule in self.retention.best:
                 if rule.metric not in values:
-                    logger.warning(
-                        "the best sets by %s are to be kept, but this save gives %s only", rule.metric, ", ".join(values)
-                    )
+                    given = ", ".join(values)
+                    logger.warning("the best sets by %s are to be kept, but this save gives %s", rule.metric, given)
         return values
 
     def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:

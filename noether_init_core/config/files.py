@@ -1,7 +1,7 @@
 """Files of config: what they ask for, entry by entry, with the line of every key for messages.
 
-A file has ``initializers`` (a list), ``auto_resume`` and ``observers``; or it is the resolved config that Noether
-writes beside a run. Nothing is validated by a kind here until ``validate_entry``, so no plugin is imported.
+A file has ``initializers`` (a list), ``auto_resume``, ``on_invalid`` and ``observers``; or it is the resolved config
+that Noether writes beside a run. Nothing is validated by a kind here until ``validate_entry``, so no plugin is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from noether_init_core.errors import ConfigError, ConfigFileError, KindError
 
 __all__ = ["Entry", "LoadedConfig", "load_config_file", "load_config_mapping", "validate_entry"]
 
-_KEYS = ("initializers", "auto_resume", "observers")
+_KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
+_ON_INVALID = ("error", "previous")
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _RESOLVED = "use the resolved config that Noether writes into the folder of a run, hp_resolved.yaml"
 
@@ -83,12 +84,16 @@ class Entry:
 
 @attrs.frozen(eq=False)
 class LoadedConfig:
-    """What a config asks for. ``source`` is its file; None for a plain mapping."""
+    """What a config asks for. ``source`` is its file; None for a plain mapping.
+
+    ``on_invalid`` is what ``auto_resume`` does where the newest set is broken: ``error`` or ``previous``.
+    """
 
     entries: tuple[Entry, ...]
     auto_resume: bool = False
     observers: tuple[str, ...] = ()
     source: Path | None = None
+    on_invalid: str = "error"
 
 
 def load_config_file(path: str | os.PathLike[str]) -> LoadedConfig:
@@ -138,7 +143,13 @@ def _load(value: Any, document: _Document) -> LoadedConfig:
         document.refuse_within(())
         _refuse_unknown_keys(value, document)
         entries = _entries(value, document)
-    return LoadedConfig(tuple(entries), _switch(value, document), tuple(_observers(value, document)), document.source)
+    return LoadedConfig(
+        tuple(entries),
+        _switch(value, document),
+        tuple(_observers(value, document)),
+        document.source,
+        _on_invalid(value, document),
+    )
 
 
 def _entries(value: Mapping[str, Any], document: _Document) -> list[Entry]:
@@ -167,6 +178,19 @@ def _switch(value: Mapping[str, Any], document: _Document) -> bool:
     if not isinstance(said, bool):
         raise document.error(f"must be true or false, not {'null' if said is None else said}", ("auto_resume",))
     return said
+
+
+def _on_invalid(value: Mapping[str, Any], document: _Document) -> str:
+    said = value.get("on_invalid", _ON_INVALID[0])
+    if said not in _ON_INVALID:
+        raise document.error(f"must be {' or '.join(_ON_INVALID)}, not {said!r}", ("on_invalid",))
+    if "on_invalid" in value and "auto_resume" not in value:
+        raise document.error(
+            "says what auto_resume does with a broken set, and there is no auto_resume. Write it into the initializer "
+            "of kind resume, or add: auto_resume: true",
+            ("on_invalid",),
+        )
+    return str(said)
 
 
 def _observers(value: Mapping[str, Any], document: _Document) -> list[str]:

@@ -169,7 +169,7 @@ def test_the_original_error_of_a_bad_name_is_kept(tmp_path: Path) -> None:
     ("text", "line", "message"),
     [
         ("initialisers: []", 1, "unknown key. Near: initializers"),
-        ("initializers: []\nseed: 3", 2, "unknown key. A config has initializers, auto_resume, observers"),
+        ("initializers: []\nseed: 3", 2, "unknown key. A config has initializers, auto_resume, on_invalid, observers"),
         ("initializers: []\nmodel: {}", 2, "unknown key"),
         ("initializers:", 1, "must be a list"),
         ("initializers: {kind: sample}", 1, "must be a list"),
@@ -182,6 +182,8 @@ def test_the_original_error_of_a_bad_name_is_kept(tmp_path: Path) -> None:
         ("- kind: sample", None, "put it under the key initializers:"),
         ("initializers: []\nauto_resume: maybe", 2, "must be true or false, not maybe"),
         ("initializers: []\nauto_resume: [true]", 2, "must be true or false"),
+        ("auto_resume: true\non_invalid: newest", 2, "must be error or previous, not 'newest'"),
+        ("initializers: []\non_invalid: previous", 2, "there is no auto_resume"),
         ("initializers: []\nobservers: timing", 2, "must be a list of names"),
         ("initializers: []\nobservers: [~]", 2, "must be the name of an observer"),
         ("defaults:\n- base\ninitializers: []", 1, "hp_resolved.yaml"),
@@ -199,6 +201,13 @@ def test_a_file_that_is_no_config_of_ours_is_refused(tmp_path: Path, text: str, 
     with pytest.raises(ConfigFileError, match=message) as caught:
         _load(tmp_path, text)
     assert caught.value.line == line
+
+
+def test_what_auto_resume_does_with_a_broken_set_stands_beside_it(tmp_path: Path) -> None:
+    """The default is an error; a switched-off auto_resume may keep the line."""
+    assert _load(tmp_path, "auto_resume: true").on_invalid == "error"
+    assert _load(tmp_path, "auto_resume: true\non_invalid: previous").on_invalid == "previous"
+    assert _load(tmp_path, "auto_resume: false\ninitializers: []\non_invalid: previous").on_invalid == "previous"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("true", True), ("'on'", True), ("no", False), ("FALSE", False)])
