@@ -19,7 +19,9 @@ class FileInitializerConfig(SourceInitializerConfig):
 
     default_kind: ClassVar[str | None] = "file"
 
-    path: Path = pydantic.Field(description="The file: .th, .pt, .pth, .ckpt or .bin as torch.save writes it.")
+    path: Path = pydantic.Field(
+        description="The file: .th, .pt, .pth, .ckpt or .bin as torch.save writes it, or .safetensors."
+    )
     digest: str | None = pydantic.Field(
         default=None, description="Expected digest of the whole file: xxh3_128:... or sha256:..."
     )

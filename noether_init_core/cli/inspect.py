@@ -108,4 +108,4 @@ def _file(path: Path) -> None:
             table.add_row(Text(str(key)), Text(info.dtype), Text(f"[{shape}]"))
         total = sum(info.nbytes for info in tensors.values())
     Console().print(table)
-    typer.echo(f"{len(tensors)} tensors, {total:,} bytes")
+    typer.echo(f"{len(tensors)} tensors, {total:,} bytes, {reader.format} format")

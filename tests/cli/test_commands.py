@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import pytest
 from support.foreign import INITIALIZER, ForeignPackages
+from support.handmade import write_safetensors
 
 from noether_init_core import cli, kinds
 
@@ -179,7 +180,17 @@ def test_inspect_lists_the_tensors_of_a_file(invoke: Invoke, noether_runs: Path)
     assert result.code == 0
     rows = [line.split(maxsplit=2) for line in result.out.splitlines()]
     assert ["head.weight", "float32", "[4, 24]"] in [[cell.strip() for cell in row] for row in rows]
-    assert result.out.splitlines()[-1] == "29 tensors, 15,712 bytes"
+    assert result.out.splitlines()[-1] == "29 tensors, 15,712 bytes, torch format"
+
+
+def test_inspect_lists_the_tensors_of_a_safetensors_file(invoke: Invoke, tmp_path: Path) -> None:
+    """The same table; the last line says the format. A damaged one ends with the reason."""
+    header = {"__metadata__": {"format": "pt"}, "w": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}
+    result = invoke("inspect", write_safetensors(tmp_path / "a.safetensors", header, bytes(8)))
+    assert [line.split() for line in result.out.splitlines()][1] == ["w", "bfloat16", "[2,", "2]"]
+    assert result.out.splitlines()[-1] == "1 tensors, 8 bytes, safetensors format"
+    result = invoke("inspect", write_safetensors(tmp_path / "b.safetensors", header, bytes(9)))
+    assert (result.code, "1 bytes behind its last tensor" in result.err) == (1, True)
 
 
 def test_inspect_of_what_is_no_run_and_no_file_creates_nothing(invoke: Invoke, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from noether_init_core import (
     CheckpointCorruptError,
+    CheckpointFormatError,
     CheckpointInitializer,
     CheckpointNotFoundError,
     CheckpointWriter,
@@ -17,7 +19,9 @@ from noether_init_core import (
     InitializerStack,
     PathProvider,
     PlanError,
+    StateMismatchError,
     TornSetError,
+    TrainerState,
     TrainingIteration,
     bind,
     compose,
@@ -269,6 +273,96 @@ def test_a_committed_file_that_was_rewritten_is_refused(paths: PathProvider) -> 
         reader.verify()
     target = linear(3)
     before = target.weight.clone()
-    with pytest.raises(CheckpointCorruptError, match=r"net_cp=E1_U5_S40_model\.th has the digest"):
+    with pytest.raises(CheckpointCorruptError, match=r"net_cp=E1_U5_S40_model\.th is damaged") as caught:
         start({"kind": "previous_run", "run_id": "source"}, paths, bind(target, name="net"))
+    assert caught.value.key == "weight"
     assert torch.equal(target.weight, before)
+
+
+def test_file_reads_safetensors_for_a_model_and_for_a_submodel(paths: PathProvider, tmp_path: Path) -> None:
+    """The same kind, the same plan and the same errors as for files of torch; a digest is checked."""
+    source, target = linear(0), linear(1)
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(source.state_dict(), path, {"format": "pt"})
+    start({"kind": "file", "path": str(path)}, paths, bind(target, name="net"))
+    assert equal(source, target)
+    layers, model = nested(10)
+    start({"kind": "file", "path": str(path), "submodel": "body.right"}, paths, model)
+    assert equal(layers[1], source)
+    assert not equal(layers[0], source)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(CheckpointCorruptError, match="expected was sha256:00"):
+        start({"kind": "file", "path": str(path), "digest": "sha256:" + "0" * 64}, paths, bind(target, name="net"))
+    assert all(torch.equal(before[key], value) for key, value in target.state_dict().items())
+
+
+def test_file_names_what_differs_between_safetensors_and_model(paths: PathProvider, tmp_path: Path) -> None:
+    """Names and shapes that do not fit are told, an index of shards too, and nothing is changed."""
+    target = linear(1)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"net.weight": torch.ones(2, 3), "bias": torch.ones(5)}, path)
+    with pytest.raises(PlanError, match=r"(?s)weight.*net\.weight.*bias: file \[5\], model \[2\]"):
+        start({"kind": "file", "path": str(path)}, paths, bind(target, name="net"))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}, "weight_map": {"weight": "model-00001-of-00001.safetensors"}}')
+    with pytest.raises(CheckpointFormatError, match="index of a checkpoint in several files"):
+        start({"kind": "file", "path": str(index)}, paths, bind(target, name="net"))
+    assert all(torch.equal(before[key], value) for key, value in target.state_dict().items())
+
+
+def flat_run(paths: PathProvider, *, optim_update: int, optim_run: str) -> None:
+    """Flat files as of one save, but for the optimizer's."""
+    module = linear(0)
+    model = bind(module, name="net", optimizer=torch.optim.AdamW(module.parameters()))
+    for update in (5, 6):
+        CheckpointWriter(paths).save(model, TrainingIteration(1, update, update * 8))
+    optim = torch.load(paths.checkpoint_path / "net_cp=latest_optim.th", weights_only=True)
+    assert optim["training_iteration"] == {"epoch": 1, "update": 6, "sample": 48}
+    optim["training_iteration"]["update"] = optim_update
+    optim["run_id"] = optim_run
+    torch.save(optim, paths.checkpoint_path / "net_cp=latest_optim.th")
+    import shutil
+
+    shutil.rmtree(paths.checkpoint_path / "sets")
+
+
+@pytest.mark.parametrize(("update", "run"), [(5, "source"), (6, "other")])
+def test_an_optimizer_file_of_another_iteration_or_run_is_refused_as_torn(
+    paths: PathProvider, update: int, run: str
+) -> None:
+    """Files that were copied while training went on do not make a set."""
+    flat_run(paths, optim_update=update, optim_run=run)
+    target = linear(3)
+    before = target.weight.clone()
+    model = bind(target, name="net", optimizer=torch.optim.AdamW(target.parameters()))
+    with pytest.raises(TornSetError, match=r"net_cp=latest_optim\.th"):
+        start({"kind": "resume", "checkpoint_tag": "latest"}, paths, model)
+    assert torch.equal(target.weight, before)
+
+
+def test_a_resume_without_the_trainer_that_was_saved_is_refused(paths: PathProvider) -> None:
+    """The loop would start again from zero with trained weights."""
+    module = linear(0)
+    state = TrainerState(seed=0)
+    state.advance(samples=8)
+    CheckpointWriter(paths).save(bind(module, name="net"), trainer=state)
+    with pytest.raises(StateMismatchError, match="no trainer was given"):
+        start({"kind": "resume"}, paths, bind(linear(1), name="net"))
+    report = start({"kind": "resume"}, paths, bind(linear(1), name="net"), trainer=TrainerState(seed=0))
+    assert report.initializers[0].restored == ("trainer",)
+    assert str(report).splitlines()[1].endswith("(2 loaded; trainer)")
+
+
+def test_asking_for_an_optimizer_that_is_not_there_is_refused(paths: PathProvider) -> None:
+    """``load_optim: true`` with a model that has no optimizer would silently do nothing."""
+    CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+    with pytest.raises(ConfigError, match="has no optimizer to load into"):
+        start({"kind": "previous_run", "run_id": "source", "load_optim": True}, paths, bind(linear(1), name="net"))
+
+
+def test_another_name_than_the_only_trainer_file_is_told(paths: PathProvider, caplog: pytest.LogCaptureFixture) -> None:
+    """Resume takes the only model there is, and says so where it is called otherwise."""
+    CheckpointWriter(paths).save(bind(linear(0), name="disc"), ITERATION)
+    start({"kind": "resume"}, paths, bind(linear(1), name="gen"))
+    assert "the model is called gen, the only trainer file is of disc" in caplog.text
