@@ -13,6 +13,9 @@ __all__ = ["InitReport", "InitializerReport"]
 
 REPORT_VERSION = 1
 
+#: Actions of a plan as things that were done.
+_DONE = {"load": "loaded", "rename": "loaded by another name", "cast": "loaded and converted", "keep": "kept"}
+
 
 @attrs.frozen
 class InitializerReport:
@@ -26,6 +29,7 @@ class InitializerReport:
         counts: Number of tensors by action of the plan.
         coverage: Share of the bytes of parameters that came from the checkpoint, from 0 to 1; None without a plan.
         start: The iteration that it starts at; None for zero.
+        restored: What was restored besides weights: optimizers, trainer, callbacks.
         passed_over: (set, why) of each broken set that was passed over on the way back to a good one, newest first.
     """
 
@@ -36,6 +40,7 @@ class InitializerReport:
     counts: dict[str, int] = attrs.Factory(dict)
     coverage: float | None = None
     start: str | None = None
+    restored: tuple[str, ...] = ()
     passed_over: tuple[tuple[str, str], ...] = ()
 
 
@@ -70,8 +75,9 @@ class InitReport:
     def __str__(self) -> str:
         lines = [f"start {self.start}" + (f"  ({self.auto_resume})" if self.auto_resume else "")]
         for report in self.initializers:
-            counts = ", ".join(f"{count} {action}" for action, count in report.counts.items())
+            counts = ", ".join(f"{count} {_DONE.get(action, action)}" for action, count in report.counts.items())
             sources = "; ".join(f"{model} <- {origin}" for model, origin, _file in report.origins)
-            lines.append(f"{report.kind}: {sources or 'no files'}" + (f" ({counts})" if counts else ""))
+            said = "; ".join(filter(None, (counts, *report.restored)))
+            lines.append(f"{report.kind}: {sources or 'no files'}" + (f" ({said})" if said else ""))
             lines.extend(f"  passed over {name}: {reason}" for name, reason in report.passed_over)
         return "\n".join(lines)

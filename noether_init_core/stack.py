@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +16,8 @@ from noether_init_core import kinds
 from noether_init_core.checkpoints.store import RunStore
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.files import Entry, LoadedConfig, load_config_file, load_config_mapping, validate_entry
-from noether_init_core.errors import ConfigError, PartlyInitializedError, StartConflictError
-from noether_init_core.hooks import HOOK_NAMES, PROJECT_NAME, HookSpecs
+from noether_init_core.errors import ConfigError, PartlyInitializedError, StartConflictError, StateMismatchError
+from noether_init_core.hooks import HOOK_NAMES, PROJECT_NAME, HookSpecs, hookimpl
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.source import SourceInitializer, submodel_of
 from noether_init_core.iteration import TrainingIteration
@@ -64,14 +64,53 @@ class _PluginManager(pluggy.PluginManager):
         return super().parse_hookimpl_opts(plugin, name)
 
 
+class _Recorder:
+    """The innermost wrapper: what the initializer itself returned or raised, whatever observers make of it."""
+
+    def __init__(self) -> None:
+        self.results: list[Any] = []
+        self.error: BaseException | None = None
+
+    def _record(self) -> Generator[None, list[Any], list[Any]]:
+        self.results, self.error = [], None
+        try:
+            self.results = yield
+        except BaseException as error:
+            self.error = error
+            raise
+        return self.results
+
+    @hookimpl(wrapper=True, trylast=True)
+    def start_checkpoint(self) -> Generator[None, list[Any], list[Any]]:
+        return (yield from self._record())
+
+    @hookimpl(wrapper=True, trylast=True)
+    def init_trainer(self) -> Generator[None, list[Any], list[Any]]:
+        return (yield from self._record())
+
+    @hookimpl(wrapper=True, trylast=True)
+    def init_weights(self) -> Generator[None, list[Any], list[Any]]:
+        return (yield from self._record())
+
+    @hookimpl(wrapper=True, trylast=True)
+    def init_optimizer(self) -> Generator[None, list[Any], list[Any]]:
+        return (yield from self._record())
+
+    @hookimpl(wrapper=True, trylast=True)
+    def init_callbacks(self) -> Generator[None, list[Any], list[Any]]:
+        return (yield from self._record())
+
+
 class InitializerStack:
     """The initializers of a run, in the order of the config, with one pluggy manager of their own.
 
     Args:
         initializers: Instances of ``InitializerBase``.
-        observers: Objects with ``hookimpl(wrapper=True)`` methods around the hooks.
+        observers: Objects with ``hookimpl(wrapper=True)`` methods around the hooks. They see what happens; they
+            cannot change what an initializer returned, nor make one that failed look as if it had not.
 
-    Every rank of a distributed run builds the same stack and makes the same calls.
+    Raises ``ConfigError`` for an object that is no initializer, one that is in the stack twice, and an observer that
+    is no wrapper. Every rank of a distributed run builds the same stack and makes the same calls.
     """
 
     def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
@@ -83,10 +122,34 @@ class InitializerStack:
         self._manager = _PluginManager(PROJECT_NAME)
         self._manager.add_hookspecs(HookSpecs)
         for number, member in enumerate(self._members):
-            self._manager.register(member.initializer, name=f"{number}:{member.kind}")
+            if not isinstance(member.initializer, InitializerBase):
+                raise ConfigError(
+                    f"initializers.{number} is a {type(member.initializer).__name__}, no initializer. "
+                    "Next: InitializerStack.from_config([...]) for configs"
+                )
+            self._register(member.initializer, f"{number}:{member.kind}")
+        observers = tuple(observers)
         for observer in observers:
-            self._manager.register(observer)
+            self._register(observer, None)
+        for hook in HOOK_NAMES:
+            for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+                if implementation.plugin in observers and not (implementation.wrapper or implementation.hookwrapper):
+                    raise ConfigError(
+                        f"{hook} of the observer {type(implementation.plugin).__name__} is no wrapper, so that it "
+                        "would stand in for an initializer. Next: mark it with hookimpl(wrapper=True) and yield"
+                    )
+        # registered last, so that it is called innermost
+        self._recorder = _Recorder()
+        self._manager.register(self._recorder)
         self._manager.check_pending()
+
+    def _register(self, plugin: Any, name: str | None) -> None:
+        try:
+            self._manager.register(plugin, name=name)
+        except ValueError as error:
+            raise ConfigError(f"{type(plugin).__name__} is in the stack twice; make another instance") from error
+        except pluggy.PluginValidationError as error:
+            raise ConfigError(f"{type(plugin).__name__} cannot be called: {error}") from error
 
     @classmethod
     def from_config(
@@ -191,15 +254,11 @@ class InitializerStack:
                     trainer if everything else None,
                     callbacks if member.takes_part_in("init_callbacks") else None,
                 )
-            steps = self._steps(model, trainer, callbacks)
-            self._run(steps, trainer, callbacks or [])
-            report = self._report(start, starts, [hook for hook, _member, _call in steps])
-            if trainer is not None:
-                if hasattr(trainer, "lineage"):
-                    trainer.lineage = tuple(report.lineage())
-                restore = getattr(trainer, "restore_rng", None)
-                if callable(restore):
-                    restore()
+            self._run(self._steps(model, trainer, callbacks), trainer, callbacks or [])
+            present = {"init_trainer": trainer is not None, "init_callbacks": callbacks is not None}
+            report = self._report(start, starts, [hook for hook in HOOK_NAMES if present.get(hook, True)])
+            if hasattr(trainer, "lineage"):
+                trainer.lineage = tuple(report.lineage())
         finally:
             self._release()
         logger.info("%s", report)
@@ -232,12 +291,13 @@ class InitializerStack:
     def _call(self, hook: str, member: _Member, **arguments: Any) -> list[Any]:
         others = [other.initializer for other in self._members if other.initializer is not member.initializer]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
-        results: list[Any] = caller(initializer=member.initializer, **arguments)
-        return results
+        caller(initializer=member.initializer, **arguments)
+        if self._recorder.error is not None:
+            raise self._recorder.error
+        return self._recorder.results
 
-    def _steps(
-        self, model: Any, trainer: Any, callbacks: list[Any] | None
-    ) -> list[tuple[str, _Member, Callable[[], Any]]]:
+    def _steps(self, model: Any, trainer: Any, callbacks: list[Any] | None) -> list[tuple[str, Callable[[], Any]]]:
+        """What is done after the checks, in order, each with its name."""
         arguments: dict[str, Callable[[_Member], dict[str, Any]]] = {}
         if trainer is not None:
             arguments["init_trainer"] = lambda member: {"trainer": trainer}
@@ -245,23 +305,27 @@ class InitializerStack:
         arguments["init_optimizer"] = lambda member: {"model": member.model(model)}
         if callbacks is not None:
             arguments["init_callbacks"] = lambda member: {"callbacks": callbacks, "model": member.model(model)}
-        return [
-            (hook, member, functools.partial(self._call, hook, member, **make(member)))
+        steps: list[tuple[str, Callable[[], Any]]] = [
+            (f"{hook} of {member.kind}", functools.partial(self._call, hook, member, **make(member)))
             for hook, make in arguments.items()
             for member in self._members
             if member.takes_part_in(hook)
         ]
+        restore = getattr(trainer, "restore_rng", None)
+        if callable(restore):
+            steps.append(("restore_rng of the trainer", restore))
+        return steps
 
-    def _run(
-        self, steps: Sequence[tuple[str, _Member, Callable[[], Any]]], trainer: Any, callbacks: Sequence[Any]
-    ) -> None:
+    def _run(self, steps: Sequence[tuple[str, Callable[[], Any]]], trainer: Any, callbacks: Sequence[Any]) -> None:
         before = _States.taken(trainer, callbacks) if self._members else _States(())
-        labels = [f"{hook} of {member.kind}" for hook, member, _call in steps]
-        for number, (_hook, _member, call) in enumerate(steps):
+        labels = [label for label, _call in steps]
+        for number, (_label, call) in enumerate(steps):
             try:
                 call()
-            except Exception as error:
+            except BaseException as error:
                 problems = before.put_back()
+                if not isinstance(error, Exception):  # an interrupt goes on as what it is
+                    raise
                 kept = "States of trainer and callbacks were put back." if not problems else " ".join(problems)
                 raise PartlyInitializedError(
                     f"{labels[number]} failed: {error}\nDone before it: {', '.join(labels[:number]) or 'nothing'}. "
@@ -289,6 +353,7 @@ class InitializerStack:
                     counts={} if planned is None else planned.counts(),
                     coverage=None if planned is None else planned.coverage(),
                     start=str(own_start) if own_start is not None and not own_start.is_zero else None,
+                    restored=tuple(getattr(member.initializer, "restored", ())),
                     passed_over=tuple(getattr(member.initializer, "passed_over", ())),
                 )
             )
@@ -296,7 +361,10 @@ class InitializerStack:
 
     def _release(self) -> None:
         for member in self._members:
-            member.initializer.release()
+            try:
+                member.initializer.release()
+            except Exception:  # what is done stays done, and an error on its way must not be hidden
+                logger.exception("release of %s failed", member.kind)
 
 
 @attrs.frozen(eq=False)
@@ -311,18 +379,26 @@ class _States:
         for owner in (trainer, *callbacks):
             take = getattr(owner, "state_dict", None)
             if callable(take) and callable(getattr(owner, "load_state_dict", None)):
-                saved.append((owner, copy.deepcopy(take())))
+                try:
+                    saved.append((owner, copy.deepcopy(take())))
+                except Exception as error:
+                    raise StateMismatchError(
+                        f"the state of a {type(owner).__name__} cannot be taken, so that it could not be put back: "
+                        f"{error}. Nothing was changed"
+                    ) from error
         return cls(tuple(saved))
 
     def put_back(self) -> list[str]:
         """Give every owner its state again; what went wrong with that, in words."""
         problems = []
         for owner, state in self.saved:
-            if state is not None:
-                try:
+            try:
+                if state is not None:
                     owner.load_state_dict(state)
-                except Exception as error:
-                    problems.append(f"The state of {type(owner).__name__} could not be put back: {error}.")
+                elif owner.state_dict() is not None:
+                    problems.append(f"{type(owner).__name__} had no state before and has one now.")
+            except Exception as error:
+                problems.append(f"The state of {type(owner).__name__} could not be put back: {error}.")
         return problems
 
 

@@ -178,6 +178,93 @@ def test_observers_wrap_each_initializer_by_itself() -> None:
     assert seen == [("before", 0, []), ("after", 0, []), ("before", 3, []), ("after", 3, [])]
 
 
+class Forgetful:
+    """Observers that return nothing, and one that hides errors."""
+
+    @hookimpl(wrapper=True)
+    def start_checkpoint(self, initializer: Any) -> Any:
+        yield
+
+    @hookimpl(wrapper=True)
+    def init_weights(self, model: Any, initializer: Any) -> Any:
+        try:
+            yield
+        except RuntimeError:
+            return None
+
+
+def test_observers_change_neither_the_start_nor_a_failure() -> None:
+    """What an initializer returned or raised counts, whatever a wrapper makes of it."""
+    stack = InitializerStack.from_config([{"kind": "recorder", "start": 5}], observers=[Forgetful()])
+    assert stack.start_checkpoint() == TrainingIteration(0, 5, 0)
+    failing = InitializerStack.from_config([{"kind": "recorder", "fail_in": "init_weights"}], observers=[Forgetful()])
+    with pytest.raises(PartlyInitializedError, match="init_weights of the plugin failed"):
+        failing.initialize(bound(net()))
+
+
+def test_what_is_no_wrapper_no_initializer_or_there_twice_is_refused() -> None:
+    """Each with what it is and what to do."""
+
+    class Plain:
+        @hookimpl
+        def start_checkpoint(self) -> TrainingIteration:
+            return TrainingIteration(9, 9, 9)
+
+    with pytest.raises(ConfigError, match="start_checkpoint of the observer Plain is no wrapper"):
+        InitializerStack.from_config([{"kind": "recorder"}], observers=[Plain()])
+    with pytest.raises(ConfigError, match=r"initializers\.0 is a dict, no initializer"):
+        InitializerStack([{"kind": "recorder"}])  # type: ignore[list-item]
+    initializer = Recorder(RecorderConfig(kind="recorder"))
+    with pytest.raises(ConfigError, match="in the stack twice"):
+        InitializerStack([initializer, initializer])
+
+
+def test_an_interrupt_puts_states_back_and_goes_on() -> None:
+    """Ctrl-C in the middle leaves trainer and callbacks as they were."""
+
+    class Interrupted(Recorder):
+        contract: ClassVar[int] = 1
+
+        def init_weights(self, model: Any) -> None:
+            raise KeyboardInterrupt
+
+    class Loader(Recorder):
+        contract: ClassVar[int] = 1
+
+        def init_trainer(self, trainer: Any) -> None:
+            trainer.load_state_dict({"value": 40})
+
+    config = RecorderConfig(kind="recorder")
+    trainer = Stateful(3)
+    with pytest.raises(KeyboardInterrupt):
+        InitializerStack([Loader(config), Interrupted(config)]).initialize(bound(net()), trainer=trainer)
+    assert trainer.value == 3
+
+
+def test_a_trainer_whose_generators_cannot_be_restored_is_put_back() -> None:
+    """``restore_rng`` is the last step, and its failure is told as one."""
+
+    class Trainer(Stateful):
+        def restore_rng(self) -> None:
+            raise RuntimeError("no such device")
+
+    with pytest.raises(PartlyInitializedError, match="no such device") as caught:
+        InitializerStack.from_config([{"kind": "recorder"}]).initialize(bound(net()), trainer=Trainer(1))
+    assert caught.value.failed == "restore_rng of the trainer"
+
+
+def test_a_state_that_cannot_be_taken_stops_before_anything_changes() -> None:
+    """Without the state from before nothing could be put back."""
+
+    class Trainer(Stateful):
+        def state_dict(self) -> dict[str, Any]:
+            raise ValueError("in the middle of a batch")
+
+    with pytest.raises(StateMismatchError, match="in the middle of a batch"):
+        InitializerStack.from_config([{"kind": "recorder"}]).initialize(bound(net()), trainer=Trainer(1))
+    assert CALLS == ["check 0"]
+
+
 def test_stacks_do_not_share_plugins() -> None:
     """Another stack's initializers are not called."""
     first = InitializerStack.from_config([{"kind": "recorder", "start": 1}])

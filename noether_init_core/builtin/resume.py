@@ -30,6 +30,10 @@ from noether_init_core.iteration import TrainingIteration
 __all__ = ["ResumeInitializer", "ResumeInitializerConfig"]
 
 
+#: Under this key a trainer file holds what ``TrainerState`` keeps.
+_TRAINER_STATE = "trainer_state"
+
+
 class ResumeInitializerConfig(CheckpointInitializerConfig):
     """The config of ``resume``; ``run_id`` null is the current run, ``model_name`` null the only trainer file's."""
 
@@ -70,6 +74,7 @@ class ResumeInitializer(CheckpointInitializer):
         self._any_tag = any_tag and self.config.checkpoint_tag is None
         self._trainer_state: dict[str, Any] | None = None
         self._root: str | None = None
+        self._told_name = False
 
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration that the trainer file says."""
@@ -174,6 +179,16 @@ class ResumeInitializer(CheckpointInitializer):
 
     def file_root(self, name: str, below: str) -> str:
         """The whole model's name in the files, then the names of submodels."""
+        if name != self.root_name() and self.config.model_name is None and not self._told_name:
+            self._told_name = True
+            self.logger.warning(
+                "%s: the model is called %s, the only trainer file is of %s, which is taken. "
+                "If that is meant, say model_name: %s",
+                self.config.kind,
+                name,
+                self.root_name(),
+                self.root_name(),
+            )
         return f"{self.root_name()}.{below}" if below else self.root_name()
 
     def before_locating(self, leaves: Sequence[Leaf]) -> None:
@@ -186,17 +201,27 @@ class ResumeInitializer(CheckpointInitializer):
         super().after_opening(leaves)
         if self._selected is None:
             return
-        found: dict[str, tuple[TrainingIteration | None, str | None]] = {"trainer": (self.start_checkpoint(), None)}
+        run_id = self.trainer_state().get("run_id")
+        found: dict[str, tuple[TrainingIteration | None, str | None]] = {
+            "trainer": (self.start_checkpoint(), run_id if isinstance(run_id, str) else None)
+        }
         for leaf in leaves:
             reader, source = self.opened(leaf, "model"), self.source_of(leaf, "model")
             if reader is not None and source is not None:
                 found[source.path.name] = said_by(reader.metadata, source.path)
         check_consistency(found, self._selected)
+        self._said.update(found)
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Weights and optimizer as in ``CheckpointInitializer``, then the states of trainer and callbacks."""
         super().check(model, trainer, callbacks)
         state = self.trainer_state()
+        if trainer is None and _TRAINER_STATE in state:
+            members = ", ".join(["the position in the data", "random generators", *_members(state)])
+            raise StateMismatchError(
+                f"{self._tag_words()} has the state of a training loop ({members}), but no trainer was given to restore "
+                "it. Next: stack.initialize(model, trainer=state); for weights alone: kind: previous_run"
+            )
         if trainer is not None:
             if not callable(getattr(trainer, "load_state_dict", None)):
                 raise StateMismatchError(
@@ -211,7 +236,9 @@ class ResumeInitializer(CheckpointInitializer):
 
     def init_trainer(self, trainer: Any) -> None:
         """Hand the trainer file's content to ``trainer.load_state_dict``."""
-        trainer.load_state_dict(copy.deepcopy(self.trainer_state()))
+        state = self.trainer_state()
+        trainer.load_state_dict(copy.deepcopy(state))
+        self.restored.append(": ".join(filter(None, ("trainer", ", ".join(_members(state))))))
 
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
         """Hand each callback its state, unless the trainer has done so, then let those that can resume from files."""
@@ -219,6 +246,8 @@ class ResumeInitializer(CheckpointInitializer):
         for warning in plan.warnings:
             self.logger.warning("%s: %s", self.config.kind, warning)
         apply_callbacks(plan)
+        if plan.states:
+            self.restored.append(f"{len(plan.states)} callback{'s' if len(plan.states) > 1 else ''}")
         with ResumptionPaths.showing(self.source_paths, self._selected, self.logger) as paths:
             for callback in callbacks:
                 resume = getattr(callback, "resume_from_checkpoint", None)
@@ -271,6 +300,13 @@ class ResumeInitializer(CheckpointInitializer):
 
     def _loads(self, part: str) -> bool:
         return part == "optim" and self.config.load_optim
+
+
+def _members(state: Mapping[str, Any]) -> list[str]:
+    """Names of the stateful objects that a trainer file of a plain loop holds."""
+    ours = state.get(_TRAINER_STATE)
+    stateful = ours.get("stateful") if isinstance(ours, Mapping) else None
+    return [str(name) for name in stateful] if isinstance(stateful, Mapping) else []
 
 
 def _iteration_or_none(tag: str) -> TrainingIteration | None:

@@ -320,8 +320,10 @@ def _other_class(
     if isinstance(recorded, str) and optimizer_class:
         same = recorded == optimizer_class
         return [] if same else [f"the state is of a {recorded}, the optimizer is a {optimizer_class}"]
-    problems = []
-    for stored in saved["param_groups"][:1] if current else ():
+    problems: list[str] = []
+    if not current:
+        return problems
+    for stored in saved["param_groups"][:1]:
         mine, theirs = _TELLING_FIELDS & set(current[0]), _TELLING_FIELDS & set(stored)
         decoupled = (current[0].get("decoupled_weight_decay"), stored.get("decoupled_weight_decay"))
         if mine != theirs or (None not in decoupled and decoupled[0] != decoupled[1]):
