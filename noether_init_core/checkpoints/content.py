@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -66,6 +66,8 @@ def contents_of(
         state = plain(leaf.state_dict(), f"{path}.state_dict")
         add(path, None, "model", {"state_dict": state, **common, **config})
         for info, average in variants.get(path, {}).items():
+            CheckpointFileName(path, info, tag, "model").checked()
+            _check_average(path, info, average, leaf)
             key, _, value = info.partition("=")
             # Noether's EMA files say their factor; a key of ours is never replaced
             said = {key: _number(value)} if key not in ("state_dict", *common, *config) else {}
@@ -73,8 +75,10 @@ def contents_of(
             add(path, info, "model", {"state_dict": state, **common, **said, **config})
     for path, leaf in leaves.items() if optimizer else ():
         if leaf.optimizer is not None and not leaf.is_frozen:
-            add(path, None, "optim", _optimizer_content(path, leaf))
-    add(str(model.name), None, "trainer", _trainer_content(trainer, iteration))
+            # torch and Noether take state and param_groups only, and leave what else is there
+            said = {key: common[key] for key in ("training_iteration", "run_id")}
+            add(path, None, "optim", {**_optimizer_content(path, leaf), **said})
+    add(str(model.name), None, "trainer", _trainer_content(trainer, iteration, run_id))
     names = [str(file.name) for file in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -114,6 +118,49 @@ def _averages(averages: Averages | None, model: Any, leaves: Mapping[str, Any]) 
             )
         found[path] = variants
     return found
+
+
+def _check_average(path: str, info: str, average: Any, model: Any) -> None:
+    """Refuse an average that could never be loaded into ``model``: other keys, other shapes.
+
+    Further names of a parameter that is there, and buffers that the state dict leaves out, make no difference.
+    """
+    place = f"averages of {path}, {info!r}"
+    if not isinstance(average, Mapping):
+        raise ConfigError(f"{place}: a {type(average).__name__} is no state dict. Next: its state_dict()")
+    own = model.state_dict()
+    hidden = {name for name, _ in model.named_buffers()} if callable(getattr(model, "named_buffers", None)) else set()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    covered = {name for aliases in names.values() if any(alias in average for alias in aliases) for name in aliases}
+    missing = [key for key in own if key not in average and key not in covered]
+    strange = [key for key in average if key not in own and key not in hidden]
+    unlike = [key for key in own if _shape(own[key]) != _shape(average.get(key, own[key]))]
+    if not (missing or strange or unlike):
+        return
+    said = [
+        f"it has no {_some(missing)}" if missing else "",
+        f"the model has no {_some(strange)}" if strange else "",
+        f"{_some(unlike)} has another shape" if unlike else "",
+    ]
+    inner = {key.removeprefix("module.") for key in average if str(key).startswith("module.")}
+    if inner >= {*own} - covered:
+        advice = f'averages={{"{info}": averaged.module.state_dict()}}'
+    elif missing and not strange and not unlike:
+        advice = f'averages={{"{info}": {{**model.state_dict(), **average}}}}'
+    else:
+        advice = "the state dict of an average of this very model"
+    raise ConfigError(f"{place}: {'; '.join(filter(None, said))}, so that it could not be loaded. Next: {advice}")
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    shape = getattr(value, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 def _number(text: str) -> Any:
@@ -173,7 +220,7 @@ def _names_of_parameters(path: str, model: Any, optimizer: Any) -> dict[int, str
     return names
 
 
-def _trainer_content(trainer: Any, iteration: TrainingIteration) -> dict[str, Any]:
+def _trainer_content(trainer: Any, iteration: TrainingIteration, run_id: str) -> dict[str, Any]:
     """The trainer's state; without a trainer just what makes the set one that can be resumed."""
     state = {} if trainer is None else trainer.state_dict()
     if not isinstance(state, Mapping):
@@ -184,6 +231,11 @@ def _trainer_content(trainer: Any, iteration: TrainingIteration) -> dict[str, An
             f"the trainer is at {iteration_for(said, None)}, the set was to be saved as {iteration}. "
             "Leave out the iteration, or advance the trainer first"
         )
-    content = plain({**state, "training_iteration": iteration.to_mapping()}, "trainer")
+    if state.get("run_id", run_id) != run_id:
+        raise ConfigError(
+            f"the trainer's state_dict() has the key run_id with {state['run_id']!r}; there, the file says the run "
+            f"that it belongs to, {run_id!r}. Give the key another name"
+        )
+    content = plain({**state, "training_iteration": iteration.to_mapping(), "run_id": run_id}, "trainer")
     content.setdefault("callback_state_dicts", {})
     return dict(content)

@@ -80,6 +80,11 @@ def trained(name: str = "mlp", module: torch.nn.Module | None = None) -> Any:
     return model
 
 
+def average_of(model: Any, value: float = 1.0) -> dict[str, torch.Tensor]:
+    """An average of the weights in which every element has one value."""
+    return {key: torch.full_like(tensor, value) for key, tensor in model.state_dict().items()}
+
+
 def fill(model: Any, value: float) -> Any:
     """Give every parameter one recognisable value."""
     with torch.no_grad():
@@ -136,8 +141,30 @@ def test_files_have_the_keys_of_noether(writer: CheckpointWriter, noether_runs: 
     assert vars(model["state_dict"])["_metadata"]["norm"] == {"version": 2}
     assert (model["checkpoint_tag"], model["run_id"]) == ("E1_U10_S100", "run")
     assert model["training_iteration"] == {"epoch": 1, "update": 10, "sample": 100}
-    assert list(optim) == list(real_optim)
-    assert trainer == {"callback_state_dicts": {}, "training_iteration": {"epoch": 1, "update": 10, "sample": 100}}
+    said = {"training_iteration": {"epoch": 1, "update": 10, "sample": 100}, "run_id": "run"}
+    assert optim.items() >= said.items()
+    assert set(optim) == {*real_optim, "optimizer_class", *said}
+    assert trainer == {"callback_state_dicts": {}, **said}
+
+
+def test_what_files_say_of_themselves_is_no_obstacle_to_an_optimizer(writer: CheckpointWriter) -> None:
+    """torch takes the whole content of an optimizer file as a state dict."""
+    model = trained()
+    stored = content(writer.save(model, ONE), "optim")
+    other = trained()
+    other.optimizer.load_state_dict(stored)
+    assert set(other.optimizer.state_dict()) == {"state", "param_groups"}
+    moments = [state["exp_avg"] for state in other.optimizer.state.values()]
+    expected = [state["exp_avg"] for state in model.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, expected, strict=True))
+
+
+def test_trainer_whose_own_run_id_is_another_is_refused(writer: CheckpointWriter, folder: Path) -> None:
+    """There, the file says which run it belongs to; a set with two answers could not be resumed."""
+    with pytest.raises(ConfigError, match=r"key run_id with 'wandb-7'.*'run'.*Give the key another name"):
+        writer.save(trained(), ONE, trainer=Trainer(run_id="wandb-7"))
+    assert not folder.exists()
+    assert content(writer.save(trained(), ONE, trainer=Trainer(run_id="run")), "trainer")["run_id"] == "run"
 
 
 def test_weights_come_back_bit_for_bit(writer: CheckpointWriter) -> None:
@@ -193,8 +220,9 @@ def test_optimizer_of_other_parameters_is_refused(writer: CheckpointWriter, fold
 def test_composite_is_saved_by_path_of_names(writer: CheckpointWriter) -> None:
     """Every single model has its files, frozen ones no optimizer state, the root the trainer file."""
     frozen = bind(torch.nn.Linear(2, 2), name="own_name", is_frozen=True, optimizer=object())
-    model = compose("auto", {"encoder": compose("inner", {"stem": trained("x")}), "decoder": frozen, "absent": None})
-    averages = {"encoder.stem": {"ema=0.9": {"w": torch.ones(2)}}}
+    stem = trained("x")
+    model = compose("auto", {"encoder": compose("inner", {"stem": stem}), "decoder": frozen, "absent": None})
+    averages = {"encoder.stem": {"ema=0.9": average_of(stem)}}
     saved = writer.save(model, ONE, averages=averages)
     assert [(file.model, file.info, file.part) for file in saved.files] == [
         ("auto", None, "trainer"),
@@ -209,13 +237,46 @@ def test_composite_is_saved_by_path_of_names(writer: CheckpointWriter) -> None:
 
 def test_averages_are_in_the_same_set(writer: CheckpointWriter, noether_runs: Path) -> None:
     """An EMA is found by its info, at the same iteration, with the key that Noether gives it."""
-    saved = writer.save(trained(), ONE, averages={"ema=0.9": {"first.weight": torch.full((4, 4), 7.0)}})
+    model = trained()
+    saved = writer.save(model, ONE, averages={"ema=0.9": average_of(model, 7.0)})
     average = content(saved, "model", info="ema=0.9")
     real = load(noether_runs / "mlp_train/train/checkpoints/mlp_ema=0.9_cp=E1_U4_S32_model.th")
     assert set(average) == set(real) - {"model_config", "config_kind"}
     assert average["ema"] == real["ema"] == 0.9
     assert average["state_dict"]["first.weight"].unique().tolist() == [7.0]
     assert average["training_iteration"] == ONE.to_mapping()
+
+
+def test_averages_that_could_not_be_loaded_are_refused(writer: CheckpointWriter, folder: Path) -> None:
+    """Keys and shapes must be those of the model; what torch's own average adds is named with the way out."""
+    model = trained()
+    whole = model.state_dict()
+    averaged = torch.optim.swa_utils.AveragedModel(model.module)
+    refused = [
+        (
+            averaged.state_dict(),
+            r"no n_averaged, module\.scale, .*averages=\{\"ema=0\.9\": averaged\.module\.state_dict\(\)\}",
+        ),
+        ({"first.weight": whole["first.weight"]}, r"has no scale, .* \{\*\*model\.state_dict\(\), \*\*average\}"),
+        (whole | {"n_averaged": torch.zeros(())}, "the model has no n_averaged"),
+        (whole | {"first.bias": torch.zeros(5)}, r"first\.bias has another shape"),
+        ([1], "a list is no state dict"),
+    ]
+    for average, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            writer.save(model, ONE, averages={"ema=0.9": average})
+    assert not folder.exists()
+    writer.save(model, ONE, averages={"ema=0.9": averaged.module.state_dict()})
+
+
+def test_averages_may_leave_out_what_is_there_under_another_name(writer: CheckpointWriter) -> None:
+    """One name of a tie is enough, and buffers that are not in state dicts are no strangers."""
+    model = trained()
+    model.module.register_buffer("cache", torch.zeros(2), persistent=False)
+    average = average_of(model) | {"cache": torch.zeros(2)}
+    del average["tied.weight"]
+    saved = writer.save(model, ONE, averages={"ema=0.9": average})
+    assert set(content(saved, "model", info="ema=0.9")["state_dict"]) == set(average)
 
 
 def test_trainer_state_is_saved_with_what_a_trainer_file_needs(writer: CheckpointWriter) -> None:
@@ -397,7 +458,7 @@ def test_checksums_are_written_even_where_the_program_has_switched_them_off(writ
 
 def test_manifest_vouches_for_every_byte(writer: CheckpointWriter) -> None:
     """Sizes and digests of files, dtype, shape and digest of every tensor."""
-    saved = writer.save(trained(), ONE, tags=("latest", "best_model.loss"), averages={"ema=0.5": {"w": torch.ones(2)}})
+    saved = writer.save(trained(), ONE, tags=("latest", "best_model.loss"), averages={"ema=0.5": average_of(trained())})
     manifest = saved.manifest
     assert manifest is not None
     assert manifest.tags == ("E1_U10_S100", "latest", "best_model.loss")
@@ -417,7 +478,7 @@ def test_manifest_vouches_for_every_byte(writer: CheckpointWriter) -> None:
                 assert entry.tensors[key].digest == f"xxh3_128:{xxhash.xxh3_128_hexdigest(raw)}"
                 assert entry.tensors[key].shape == tuple(tensor.shape)
                 checked += 1
-    assert checked == len(Net().state_dict()) + 1
+    assert checked == 2 * len(Net().state_dict())
 
 
 def test_lineage_is_kept_in_the_manifest(paths: PathProvider) -> None:
@@ -449,7 +510,7 @@ def test_what_is_returned_is_what_is_found(writer: CheckpointWriter, paths: Path
 
 def test_every_flat_file_is_read_by_torch_with_the_content_of_the_set(writer: CheckpointWriter, folder: Path) -> None:
     """Under each tag, Noether finds every part."""
-    saved = writer.save(trained(), ONE, tags=("latest", "best_model.loss"), averages={"ema=0.9": {"w": torch.ones(1)}})
+    saved = writer.save(trained(), ONE, tags=("latest", "best_model.loss"), averages={"ema=0.9": average_of(trained())})
     flat = {path.name for path in folder.glob("*.th")}
     assert flat == {
         name
@@ -500,7 +561,7 @@ def test_flat_names_can_be_switched_off(paths: PathProvider, folder: Path) -> No
 
 def test_flat_names_of_the_set_before_do_not_stay(writer: CheckpointWriter, folder: Path) -> None:
     """A variant or optimizer that the new set lacks would belong to another iteration; files of others stay."""
-    writer.save(trained(), ONE, averages={"ema=0.9": {"w": torch.ones(1)}})
+    writer.save(trained(), ONE, averages={"ema=0.9": average_of(trained())})
     torch.save({}, folder / "mlp_ema=0.5_cp=latest_model.th")
     writer.save(trained(), TWO, optimizer=False)
     latest = sorted(path.name for path in folder.glob("*_cp=latest_*"))
