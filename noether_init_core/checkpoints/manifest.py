@@ -44,7 +44,10 @@ class ManifestTensor(_Model):
 
 
 class ManifestFile(_Model):
-    """One file of the set; the digest is that of all its bytes."""
+    """One file of the set; the digest is that of all its bytes.
+
+    ``records`` is the digest of the list of the file's records with their checksums; None in sets of earlier releases.
+    """
 
     name: str
     model: str
@@ -52,6 +55,7 @@ class ManifestFile(_Model):
     part: Part
     size: _Count
     digest: Digest
+    records: Digest | None = None
     tensors: dict[str, ManifestTensor]
 
     @pydantic.model_validator(mode="after")

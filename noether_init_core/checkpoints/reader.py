@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from noether_init_core.checkpoints.file_handle import FileHandle, open_file
 from noether_init_core.checkpoints.finite import Finding
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["ALLOW_GLOBALS_VARIABLE", "CheckpointReader", "VerifyMode", "open_checkpoint"]
 
 VerifyMode = Literal["full", "header", "none"]
+Key = TypeVar("Key", bound=str | TensorInfo)
 
 ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
@@ -146,7 +147,7 @@ class CheckpointReader:
             mode: What is compared.
             digest: Of the whole file.
             committed: What a manifest says of the file. With it, ``full`` compares header and records with the
-                manifest, and every tensor with its digest there.
+                manifest, and every tensor with its digest there; ``digest`` is not needed then.
             values: Tensors whose values are looked at while their bytes are in the cache, so that ``nonfinite`` need
                 not read them again.
 
@@ -158,7 +159,7 @@ class CheckpointReader:
         if mode == "full" and not self._is_verified:
             self._verify(digest, committed, [self._info(value) for value in values], {})
 
-    def nonfinite(self, keys: Iterable[str | TensorInfo]) -> dict[str | TensorInfo, Finding]:
+    def nonfinite(self, keys: Iterable[Key]) -> dict[Key, Finding]:
         """Those of the tensors that hold ``NaN``, or else ``infinities``; every other one is all finite.
 
         What ``verify`` was told to look at is not read again. No tensor is read into memory as a whole.
@@ -186,8 +187,9 @@ class CheckpointReader:
         targets: Mapping[str, memoryview],
     ) -> None:
         """Compare, look at values and fill memory (record -> all of its bytes), in one pass where that can be."""
-        if committed is not None and (committed.records is None or not self._has_checksums):
-            digest = committed.digest  # written before manifests knew of records
+        if committed is not None:
+            # manifests did not always know of records
+            digest = None if committed.records is not None and self._has_checksums else committed.digest
         if digest is not None:
             try:
                 self._handle.check_digest(digest)
@@ -198,16 +200,16 @@ class CheckpointReader:
             if targets or values:
                 self._integrity.damaged(values, targets=targets, has_checksums=False)
         elif committed is not None:
-            try:
-                self._integrity.check_committed(committed, self.tensors)
-            except CheckpointCorruptError:
-                self._compare_checksums()
-                raise
             digests = {
                 info.record: committed.tensors[key].digest
                 for key, info in self.tensors.items()
-                if info.is_contiguous and info.nbytes == self._records[info.record].size
+                if key in committed.tensors and info.is_contiguous and info.nbytes == self._records[info.record].size
             }
+            try:
+                self._integrity.check_committed(committed, self.tensors)
+            except CheckpointCorruptError:
+                self._compare_checksums((), digests)  # names the keys whose bytes differ
+                raise
             self._compare_checksums(values, digests, targets)
         else:
             self._compare_checksums(values, targets=targets)

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest
+from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
 from noether_init_core.checkpoints.names import Part, iteration_of_tag, stem_of
 from noether_init_core.checkpoints.storage import LOCAL, Storage
 from noether_init_core.errors import (
@@ -119,9 +119,14 @@ class CheckpointSet:
 
     def digest_of(self, file: CheckpointFile) -> str | None:
         """The digest of the whole file that the manifest vouches for, as ``xxh3_128:...``; None in a legacy set."""
+        found = self.committed_file(file)
+        return None if found is None else found.digest
+
+    def committed_file(self, file: CheckpointFile) -> ManifestFile | None:
+        """All that the manifest says of the file; None in a legacy set. ``CheckpointReader.verify`` takes it."""
         if self.manifest is None:
             return None
-        return next((entry.digest for entry in self.manifest.files if entry.name == file.path.name), None)
+        return next((entry for entry in self.manifest.files if entry.name == file.path.name), None)
 
 
 @attrs.frozen

@@ -186,7 +186,7 @@ class CheckpointWriter:
             )
             for key, tensor in _tensors_of(content)
         }
-        _prove(path, tensors)
+        records = _prove(path, tensors)
         name = content.name
         return ManifestFile(
             name=str(name),
@@ -195,6 +195,7 @@ class CheckpointWriter:
             part=name.part,
             size=sink.size,
             digest=f"xxh3_128:{sink.hash.hexdigest()}",
+            records=records,
             tensors=tensors,
         )
 
@@ -289,18 +290,23 @@ def _tensors_of(content: FileContent) -> Iterator[tuple[str, torch.Tensor]]:
         yield from tensors_in(content.content)
 
 
-def _prove(path: Path, written: Mapping[str, ManifestTensor]) -> None:
-    """Read the header back with our own reader: a file that it cannot read must never be committed."""
+def _prove(path: Path, written: Mapping[str, ManifestTensor]) -> str:
+    """Read the header back with our own reader: a file that it cannot read must never be committed.
+
+    Returns the digest of the file's records.
+    """
     from noether_init_core.checkpoints.reader import open_checkpoint
 
     with open_checkpoint(path) as reader:
         found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors.items()}
+        records = reader.digest_of_records
     expected = {key: (tensor.dtype, tensor.shape) for key, tensor in written.items()}
     if found != expected:
         different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
         raise CheckpointWriteError(
             f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
         )
+    return records
 
 
 @contextmanager

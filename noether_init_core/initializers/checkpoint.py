@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +57,7 @@ class _OptimizerStep:
     plan: OptimizerPlan
     reader: CheckpointReader
     keep_fields: bool
+    tensors: dict[TensorInfo, torch.Tensor]
 
 
 class CheckpointInitializer(SourceInitializer):
@@ -76,6 +77,9 @@ class CheckpointInitializer(SourceInitializer):
         self.source_paths = self._source_paths()
         self.store = RunStore(self.source_paths)
         self._selected: CheckpointSet | None = None
+        #: What the headers of opened files say: name -> (iteration, run id).
+        self._said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
+        self._moments: dict[tuple[str, int], dict[TensorInfo, torch.Tensor]] = {}
 
     @property
     def checkpoint_tag(self) -> str | dict[str, int]:
@@ -109,7 +113,9 @@ class CheckpointInitializer(SourceInitializer):
         iteration = self.store.iteration_of(selected)
         if iteration is not None:
             origin["iteration"] = str(iteration)
-        return Source(found.path, digest=selected.digest_of(found), origin=origin)
+        return Source(
+            found.path, digest=selected.digest_of(found), committed=selected.committed_file(found), origin=origin
+        )
 
     def file_root(self, name: str, below: str) -> str:
         """``model_name`` where the config says it, also for a composite."""
@@ -128,6 +134,7 @@ class CheckpointInitializer(SourceInitializer):
                 found[source.path.name] = said_by(reader.metadata, source.path)
         if self._selected is not None:
             check_consistency(found, self._selected)
+        self._said.update(found)
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Weights as in ``SourceInitializer``, and the state of every optimizer that will be loaded."""
@@ -143,7 +150,7 @@ class CheckpointInitializer(SourceInitializer):
         steps = self._plan_optimizers(model)
         for step in steps:
             try:
-                read = functools.partial(read_tree, step.reader)
+                read = functools.partial(read_tree, step.reader, step.tensors)
                 apply_optimizer(step.plan, step.optimizer, read, keep_fields=step.keep_fields)
             except Exception as error:
                 raise PartlyInitializedError(
@@ -153,7 +160,9 @@ class CheckpointInitializer(SourceInitializer):
                     pending=[other.leaf.path for other in steps if other.leaf.path not in (*done, step.leaf.path)],
                 ) from error
             done.append(step.leaf.path)
+            self.restored.append(f"optimizer of {step.leaf.path}")
             self.logger.info("%s: optimizer state of %s", self.config.kind, step.leaf.path)
+        self._moments.clear()
         for step in steps:
             self._close(step.leaf.path, "optim")
 
@@ -182,6 +191,8 @@ class CheckpointInitializer(SourceInitializer):
         """Close every file and forget which set the tag meant."""
         super().release()
         self._selected = None
+        self._said.clear()
+        self._moments.clear()
 
     def _need(self, leaf: Leaf, part: Part) -> Need:
         """The first name of the model that some set has, else its full path."""
@@ -216,13 +227,20 @@ class CheckpointInitializer(SourceInitializer):
         if not self.config.load_optim:
             return []
         chosen = []
+        without = []
         for leaf in self.leaves(model):
             if leaf.model.is_frozen:
                 self.logger.info("%s: %s is frozen, its optimizer is left", self.config.kind, leaf.path)
             elif leaf.model.optimizer is None:
                 self.logger.info("%s: %s has no optimizer", self.config.kind, leaf.path)
+                without.append(leaf.path)
             else:
                 chosen.append(leaf)
+        if without and not chosen and "load_optim" in self.config.model_fields_set:
+            raise ConfigError(
+                f"load_optim: true, but {', '.join(without)} has no optimizer to load into. "
+                "Next: bind(module, optimizer=...), or load_optim: false"
+            )
         return chosen
 
     def _plan_optimizers(self, model: Any) -> list[_OptimizerStep]:
@@ -237,7 +255,9 @@ class CheckpointInitializer(SourceInitializer):
             reader, source = self.opened(leaf, "optim"), self.source_of(leaf, "optim")
             if reader is None or source is None:
                 raise StateMismatchError(f"{leaf.path} has no optimizer file")
-            reader.verify(self.config.verify, digest=source.digest)
+            if self._selected is not None:
+                said = said_by(reader.metadata, source.path)
+                check_consistency({**self._said, source.path.name: said}, self._selected)
             optimizer = torch_optimizer(leaf.model.optimizer)
             plan = plan_optimizer(
                 reader.metadata,
@@ -251,9 +271,9 @@ class CheckpointInitializer(SourceInitializer):
             )
             for warning in plan.warnings:
                 self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, warning)
-            self._check_moments(leaf, reader, plan, source.path.name)
             wrapped = optimizer is not leaf.model.optimizer
-            steps.append(_OptimizerStep(leaf, optimizer, plan, reader, keep_fields=wrapped))
+            tensors = self._read_moments(leaf, reader, source, plan)
+            steps.append(_OptimizerStep(leaf, optimizer, plan, reader, keep_fields=wrapped, tensors=tensors))
         return steps
 
     def _source_names(self, model: Any) -> dict[str, dict[str, str | None] | None]:
@@ -272,36 +292,67 @@ class CheckpointInitializer(SourceInitializer):
             found[leaf.path] = names if any(name != source for name, source in names.items()) else None
         return found
 
-    def _check_moments(self, leaf: Leaf, reader: CheckpointReader, plan: OptimizerPlan, file: str) -> None:
-        """Refuse NaN and infinities in the state, once per file."""
-        if self.config.on_nonfinite == "ignore" or (leaf.path, id(reader)) in self._checked_values:
-            return
-        self._checked_values.add((leaf.path, id(reader)))
-        for states in plan.state:
-            for state in states:
-                for key, value in (state or {}).items():
-                    if isinstance(value, TensorInfo) and not _finite(reader.read(value)):
-                        message = f"{file}: {key} of the optimizer holds NaN or infinities"
-                        if self.config.on_nonfinite == "error":
-                            raise StateMismatchError(
-                                f"{message}. Nothing was changed. To load it all the same: on_nonfinite: warn",
-                                problems=[message],
-                            )
-                        self.logger.warning("%s: %s", self.config.kind, message)
+    def _read_moments(
+        self, leaf: Leaf, reader: CheckpointReader, source: Source, plan: OptimizerPlan
+    ) -> dict[TensorInfo, torch.Tensor]:
+        """Read the state into the memory that it will stay in, verify it and look at it, in one pass, once per file."""
+        key = (leaf.path, id(reader))
+        if key not in self._moments:
+            states = [state for states in plan.state for state in states if state is not None]
+            on_nonfinite = self.on_nonfinite
+            self._moments[key] = reader.read_all(
+                tensors_of([*states, *([] if self._keeps_fields(leaf) else plan.fields)]),
+                self.config.verify,
+                digest=source.digest,
+                committed=source.committed,
+                look=on_nonfinite != "ignore",
+            )
+            if on_nonfinite != "ignore":
+                self._check_moments(reader, states, source.path.name)
+        return self._moments[key]
+
+    @staticmethod
+    def _keeps_fields(leaf: Leaf) -> bool:
+        return torch_optimizer(leaf.model.optimizer) is not leaf.model.optimizer
+
+    def _check_moments(self, reader: CheckpointReader, states: Sequence[Mapping[str, Any]], file: str) -> None:
+        """Refuse NaN and infinities in the state."""
+        named = [(key, value) for state in states for key, value in state.items() if isinstance(value, TensorInfo)]
+        found = reader.nonfinite([value for _key, value in named])
+        for key in dict.fromkeys(key for key, value in named if value in found):
+            message = f"{file}: {key} of the optimizer holds NaN or infinities"
+            if self.config.on_nonfinite == "error":
+                raise StateMismatchError(
+                    f"{message}. Nothing was changed. To load it all the same: on_nonfinite: warn",
+                    problems=[message],
+                )
+            self.logger.warning("%s: %s", self.config.kind, message)
 
 
-def read_tree(reader: CheckpointReader, value: Any) -> Any:
-    """``value`` with every description of a tensor replaced by the tensor."""
+def tensors_of(value: Any) -> Iterator[TensorInfo]:
+    """Every description of a tensor in a stored value."""
     if isinstance(value, TensorInfo):
-        return reader.read(value)
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)
+
+
+def read_tree(reader: CheckpointReader, tensors: dict[TensorInfo, torch.Tensor], value: Any) -> Any:
+    """``value`` with every description of a tensor replaced by the tensor: out of ``tensors``, from where it goes.
+
+    A tensor that is described twice gets memory twice, since each is updated by itself.
+    """
+    if isinstance(value, TensorInfo):
+        tensor = tensors.pop(value, None)
+        return reader.read(value) if tensor is None else tensor
     if isinstance(value, Mapping):
-        return {key: read_tree(reader, item) for key, item in value.items()}
+        return {key: read_tree(reader, tensors, item) for key, item in value.items()}
     if isinstance(value, list):
-        return [read_tree(reader, item) for item in value]
+        return [read_tree(reader, tensors, item) for item in value]
     if isinstance(value, tuple):
-        return tuple(read_tree(reader, item) for item in value)
+        return tuple(read_tree(reader, tensors, item) for item in value)
     return value
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor.sum()))

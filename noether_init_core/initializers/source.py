@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,13 +11,15 @@ from typing import Any, ClassVar, Literal
 import attrs
 import pydantic
 
+from noether_init_core.checkpoints.integrity import CommittedFile
 from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError, PartlyInitializedError, PlanError
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.protocols import check_model
 from noether_init_core.surgery.agreement import check_across, check_casts
-from noether_init_core.surgery.apply import apply_rows, check_values
+from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
+from noether_init_core.surgery.fresh import device_for, has_weak_references, left_without_memory, on_meta
 from noether_init_core.surgery.names import NameRules, NoetherSurgery
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec, plan_load
 from noether_init_core.surgery.targets import ModelTargets, model_targets
@@ -30,7 +33,9 @@ class SourceInitializerConfig(KindConfig):
     """What every kind that reads weights from a file can be told."""
 
     verify: Literal["full", "header", "none"] = pydantic.Field(
-        default="full", description="full: every byte against its checksum; header: the structure only; none: nothing."
+        default="full",
+        description="full: every byte against its checksum; header: the structure only; none: nothing, nor are values "
+        "looked at unless on_nonfinite is given.",
     )
     on_nonfinite: Literal["error", "warn", "ignore"] = pydantic.Field(
         default="error", description="What NaN, or infinities in a parameter, lead to."
@@ -51,11 +56,13 @@ class Source:
         path: The file.
         digest: Digest of the whole file, as ``xxh3_128:...`` or ``sha256:...``; with ``verify: full`` it is checked on
             the handle that is read from.
+        committed: What a manifest says of the file; compared instead of ``digest``, and faster.
         origin: Where it came from, for people and reports: run, stage, tag, iteration.
     """
 
     path: Path = attrs.field(converter=Path)
     digest: str | None = None
+    committed: CommittedFile | None = attrs.field(default=None, kw_only=True, repr=False)
     origin: Mapping[str, str] = attrs.Factory(dict)
 
     def describe(self) -> str:
@@ -109,6 +116,8 @@ class SourceInitializer(InitializerBase):
         self._opened: dict[tuple[str, Part], _Opened] = {}
         self._checked_values: set[tuple[str, int]] = set()
         self.last_plan: LoadPlan | None = None
+        #: What was restored besides weights, in words for the report.
+        self.restored: list[str] = []
         self._planned: tuple[Any, LoadPlan] | None = None
 
     @abc.abstractmethod
@@ -147,7 +156,13 @@ class SourceInitializer(InitializerBase):
         for leaf in prepared.leaves:
             rows = prepared.plan.rows_of(leaf.path)
             try:
-                written = apply_rows(rows, self._opened[leaf.path, "model"].reader, prepared.targets[leaf.path])
+                written = apply_rows(
+                    rows,
+                    self._opened[leaf.path, "model"].reader,
+                    prepared.targets[leaf.path],
+                    device=device_for(leaf.model),
+                    may_map=self.config.verify == "none",
+                )
             except Exception as error:
                 raise PartlyInitializedError(
                     f"{self.config.kind}: writing the weights of {leaf.path} failed after verification: {error}. "
@@ -193,7 +208,12 @@ class SourceInitializer(InitializerBase):
         found = tuple(_walk(chosen, path, self.file_root(name, below), ()))
         if not found:
             raise ConfigError(f"{path} has no submodel that is a model")
-        return found
+        # a fallback name that two models would claim tells nothing
+        claims = Counter(other for leaf in found for other in leaf.file_names)
+        return tuple(
+            attrs.evolve(leaf, file_names=(leaf.file_names[0], *(n for n in leaf.file_names[1:] if claims[n] == 1)))
+            for leaf in found
+        )
 
     def file_root(self, name: str, below: str) -> str:
         """The name in the files of the submodel ``below`` (empty: the whole) of the model called ``name``."""
@@ -255,26 +275,54 @@ class SourceInitializer(InitializerBase):
         for warning in prepared.plan.warnings if is_new else ():
             self.logger.warning("%s: %s: %s", self.config.kind, warning.model, warning.message)
         for leaf in prepared.leaves:
-            tensors = prepared.targets[leaf.path].tensors
             rows = prepared.plan.rows_of(leaf.path)
-            without = [row.key for row in rows if row.writes and row.key in tensors and tensors[row.key].is_meta]
-            if without:
-                raise PlanError(
-                    f"{leaf.path} is on the meta device: {without[0]} and {len(without) - 1} more have no memory to "
-                    "load into. Next: module.to_empty(device='cpu')",
-                    plan=prepared.plan,
-                    problems=[f"{key} is on the meta device" for key in without],
-                )
+            self._check_memory(leaf, prepared)
             opened = self._opened[leaf.path, "model"]
             reader = opened.reader
-            reader.verify(self.config.verify, digest=opened.source.digest)
+            on_nonfinite = self.on_nonfinite
+            reader.verify(
+                self.config.verify,
+                digest=opened.source.digest,
+                committed=opened.source.committed,
+                values=[row.sources[0] for row in rows if row.writes and row.dtype != "object"]
+                if on_nonfinite != "ignore"
+                else (),
+            )
             if (leaf.path, id(reader)) not in self._checked_values:
-                for finding in check_values(prepared.plan, leaf.path, reader, self.config.on_nonfinite):
+                for finding in check_values(prepared.plan, leaf.path, reader, on_nonfinite):
                     self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, finding.message)
                 check_casts(prepared.plan, leaf.path, reader)
                 self._checked_values.add((leaf.path, id(reader)))
         check_across(prepared.plan, {leaf.path: self._opened[leaf.path, "model"].reader for leaf in prepared.leaves})
         return prepared
+
+    @property
+    def on_nonfinite(self) -> OnNonfinite:
+        """The policy for NaN and infinities; ``verify: none`` looks at no values, unless the config says it."""
+        if self.config.verify == "none" and "on_nonfinite" not in self.config.model_fields_set:
+            return "ignore"
+        return self.config.on_nonfinite
+
+    def _check_memory(self, leaf: Leaf, prepared: _Prepared) -> None:
+        """A model on the meta device gets memory, but only for what the file has."""
+        targets = prepared.targets[leaf.path]
+        without = left_without_memory(leaf.model, prepared.plan.rows_of(leaf.path), targets)
+        if without:
+            listed = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if without[5:] else "")
+            raise PlanError(
+                f"{leaf.path} is on the meta device, and {listed} would stay there: the file does not have them, or "
+                "they are kept. Next: module.to_empty(device='cpu'), then fill these, or build the module on the CPU",
+                plan=prepared.plan,
+                problems=[f"{key} is on the meta device" for key in without],
+            )
+        held = [name for name, tensor in on_meta(targets).items() if has_weak_references(tensor)]
+        if held:
+            raise PlanError(
+                f"{leaf.path} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "
+                "reference to it. Next: module.to_empty(device='cpu')",
+                plan=prepared.plan,
+                problems=[f"{key} is held by a weak reference" for key in held],
+            )
 
     def _close(self, path: str, part: Part) -> None:
         opened = self._opened.pop((path, part), None)

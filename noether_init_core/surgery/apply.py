@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from noether_init_core.errors import PlanError
+from noether_init_core.surgery.fresh import FreshMemory, on_meta
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.targets import ModelTargets
 
@@ -24,11 +25,23 @@ class WeightReader(Protocol):
     def extra_state(self) -> Mapping[str, Any]: ...
     def materialize(self, value: Any) -> Any: ...
     def read(self, key: str) -> torch.Tensor: ...
+    def is_same(self, first: str, other: str) -> bool: ...
+    def nonfinite(self, keys: Collection[str]) -> Mapping[str, str]: ...
+    def mapped(self, keys: Collection[str]) -> Mapping[str, torch.Tensor]: ...
     def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None: ...
 
 
-def apply_rows(rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> list[str]:
+def apply_rows(
+    rows: Iterable[PlanRow],
+    reader: WeightReader,
+    targets: ModelTargets,
+    *,
+    device: torch.device | None = None,
+    may_map: bool = False,
+) -> list[str]:
     """Write every tensor that ``rows`` (of one model) load, in place; parameters keep their identity.
+
+    Tensors on the meta device get memory on ``device`` (the CPU); with ``may_map`` that may be the file, mapped.
 
     Each tensor is written once, also when it has several names. Modules with loading code of their own get it run,
     with everything below them, on tensors in memory; hooks that follow a load are called. The plan must be free of
@@ -39,7 +52,9 @@ def apply_rows(rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTarg
     repeated: list[tuple[str, torch.Tensor]] = []
     written: list[str] = []
     seen: set[int] = set()
+    fresh = FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
     for own in targets.own_loading:
+        fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(own.prefix))
         own.module.load_state_dict(_state_below(own.prefix, rows, reader, targets))
     for row in rows:
         if not row.writes or row.target is None:
@@ -60,10 +75,22 @@ def apply_rows(rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTarg
             repeated.append((source, tensor))
         else:
             copies[source] = tensor
+    if may_map:
+        usable = [
+            row.sources[0]
+            for row in rows
+            if row.sources
+            and row.sources[0] in copies
+            and row.source_dtype
+            and fresh.can_be_mapped(copies[row.sources[0]], row.source_dtype)
+        ]
+        for source, tensor in reader.mapped(usable).items():
+            fresh.put(copies.pop(source), tensor)
     with torch.no_grad():
-        reader.copy_into(copies)
+        reader.copy_into({source: fresh.of(tensor) for source, tensor in copies.items()})
         for source, tensor in repeated:
-            reader.copy_into({source: tensor})
+            reader.copy_into({source: fresh.of(tensor)})
+    fresh.hand_over()
     for module in targets.after_loading:
         for hook in tuple(module._load_state_dict_post_hooks.values()):
             hook(module, _IncompatibleKeys([], []))
@@ -103,17 +130,18 @@ def check_values(plan: LoadPlan, model: str, reader: WeightReader, on_nonfinite:
     """
     problems = []
     for of_model, first, other in plan.equal:
-        if of_model == model and not _same(reader.read(first), reader.read(other)):
+        if of_model == model and not reader.is_same(first, other):
             problems.append(
                 Problem("tied", f"{first} and {other} differ in the file but are one tensor in {model}", model)
             )
     findings: list[Problem] = []
     if on_nonfinite != "ignore":
-        for row in plan.rows_of(model):
-            if row.writes and row.dtype != "object":
-                what = _nonfinite(reader.read(row.sources[0]), infinities=row.is_parameter)
-                if what:
-                    findings.append(Problem("nonfinite", f"{row.sources[0]} holds {what}", model, (row.key,)))
+        rows = [row for row in plan.rows_of(model) if row.writes and row.dtype != "object"]
+        found = reader.nonfinite([row.sources[0] for row in rows])
+        for row in rows:
+            what = found.get(row.sources[0])
+            if what == "NaN" or (what and row.is_parameter):
+                findings.append(Problem("nonfinite", f"{row.sources[0]} holds {what}", model, (row.key,)))
     if on_nonfinite == "error" and findings:
         problems += findings[:5]
         if len(findings) > 5:
@@ -128,23 +156,3 @@ def check_values(plan: LoadPlan, model: str, reader: WeightReader, on_nonfinite:
             problems=shown,
         )
     return findings
-
-
-def _same(first: torch.Tensor, other: torch.Tensor) -> bool:
-    return first.dtype == other.dtype and torch.equal(
-        first.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
-    )
-
-
-def _nonfinite(tensor: torch.Tensor, *, infinities: bool) -> str:
-    """What is not finite in ``tensor``, in words; empty where all is well. One sum settles the ordinary case."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
-        return ""
-    if tensor.element_size() == 1:
-        tensor = tensor.float()
-    total = tensor.sum() if tensor.element_size() >= 4 else tensor.sum(dtype=torch.float32)
-    if bool(torch.isfinite(total)):
-        return ""
-    if bool(torch.isnan(tensor).any()):
-        return "NaN"
-    return "infinities" if infinities and bool(torch.isinf(tensor).any()) else ""

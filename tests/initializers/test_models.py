@@ -183,17 +183,61 @@ def test_frozen_models_get_weights_and_keep_their_optimizer(paths: PathProvider)
     assert report.start == ITERATION
 
 
-def test_a_model_without_memory_can_be_planned_but_not_loaded(paths: PathProvider) -> None:
-    """Names and shapes are enough for the plan; loading says what to do first."""
-    CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+@pytest.mark.parametrize("verify", ["full", "header", "none"])
+def test_a_model_without_memory_is_read_into_fresh_memory(paths: PathProvider, verify: str) -> None:
+    """Parameters and buffers of a model on the meta device get memory; objects, ties and gradients stay as they are."""
+    source = torch.nn.Sequential(Tied(0), torch.nn.BatchNorm1d(3))
+    source[1].running_mean.fill_(4)
+    CheckpointWriter(paths).save(bind(source, name="net"), ITERATION)
     with torch.device("meta"):
-        module = torch.nn.Linear(3, 2)
-    stack = InitializerStack.from_config(
-        [{"kind": "previous_run", "run_id": "source"}], path_provider=paths.with_run("n")
-    )
+        module = torch.nn.Sequential(Tied(1), torch.nn.BatchNorm1d(3))
+    module[0].mask = torch.ones(3)
+    module[1].bias.requires_grad = False
+    before = dict(module.named_parameters())
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    config = {"kind": "previous_run", "run_id": "source", "verify": verify}
+    stack = InitializerStack.from_config([config], path_provider=paths.with_run("n"))
     assert stack.plan(bind(module, name="net")).is_fine
-    with pytest.raises(PlanError, match="to_empty"):
-        stack.initialize(bind(module, name="net"))
+    stack.initialize(bind(module, name="net"))
+    assert equal(source, module)
+    assert not any(tensor.is_meta for tensor in module.state_dict().values())
+    assert all(parameter is before[name] for name, parameter in module.named_parameters())
+    assert module[0].head.weight is module[0].embedding.weight
+    assert [name for name, parameter in module.named_parameters() if not parameter.requires_grad] == ["1.bias"]
+    module[0].embedding.weight.sum().backward()
+    optimizer.step()
+    assert torch.equal(module[0].head.weight, source[0].head.weight - 1)
+    again = torch.nn.Sequential(Tied(2), torch.nn.BatchNorm1d(3))
+    start(config, paths, bind(again, name="net"))
+    assert equal(source, again)  # what was written to the model never reached the file
+
+
+def test_memory_that_a_file_cannot_give_is_asked_for(paths: PathProvider) -> None:
+    """A buffer that no file has, and an entry that is kept, would stay without values: both are named."""
+    CheckpointWriter(paths).save(bind(Tied(0), name="net"), ITERATION)
+    with torch.device("meta"):
+        module = Tied(1)
+    with pytest.raises(PlanError, match="mask would stay there") as caught:
+        start({"kind": "previous_run", "run_id": "source"}, paths, bind(module, name="net"))
+    assert tuple(caught.value.problems) == ("mask is on the meta device",)
+    assert module.embedding.weight.is_meta
+    CheckpointWriter(paths.with_run("other")).save(bind(linear(0), name="net"), ITERATION)
+    with torch.device("meta"):
+        layer = torch.nn.Linear(3, 2)
+    config = {"kind": "previous_run", "run_id": "other", "patterns_to_instantiate": ["bias"]}
+    with pytest.raises(PlanError, match="bias would stay there"):
+        start(config, paths, bind(layer, name="net"))
+    assert layer.weight.is_meta
+
+
+def test_a_model_without_memory_can_have_another_dtype(paths: PathProvider) -> None:
+    """What the file holds in another dtype is cast on its way, mapped or not."""
+    CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+    for verify in ("full", "none"):
+        with torch.device("meta"):
+            module = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+        start({"kind": "previous_run", "run_id": "source", "verify": verify}, paths, bind(module, name="net"))
+        assert torch.equal(module.weight, linear(0).weight.bfloat16())
 
 
 def test_file_reads_a_bare_state_dict_and_checks_its_digest(paths: PathProvider, tmp_path: Path) -> None:
