@@ -31,7 +31,8 @@ def run(
         hooks = f", {', '.join(sorted(entry.hooks))} only" if entry.hooks is not None else ""
         typer.echo(f"= {entry.key_path}: {validated.kind}{part}{hooks}")
     if loaded.auto_resume:
-        typer.echo("= auto_resume: the newest set of this run comes before the list")
+        which = "good set" if loaded.on_invalid == "previous" else "set"
+        typer.echo(f"= auto_resume: the newest {which} of this run comes before the list")
     typer.echo(f"initializers: {len(loaded.entries)}, problems: {problems}")
     if problems:
         raise typer.Exit(1)

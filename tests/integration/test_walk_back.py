@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.damage import flip_tensor_bit, rewrite
 
 from noether_init_core import (
     AmbiguousCheckpointError,
@@ -87,24 +86,9 @@ def resume(
     return report, model, trainer
 
 
-def rewrite(path: Path, content: bytes) -> None:
-    path.chmod(0o644)
-    path.write_bytes(content)
-
-
 def file_of(folder: Path, part: str) -> Path:
     (found,) = folder.glob(f"*_{part}.th")
     return found
-
-
-def flip(path: Path) -> None:
-    """One bit in the bytes of the first tensor."""
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        (entry,) = [one for one in archive.infolist() if one.filename.endswith("/data/0")]
-    name_bytes, extra_bytes = struct.unpack_from("<HH", content, entry.header_offset + 26)
-    content[entry.header_offset + 30 + name_bytes + extra_bytes] ^= 4
-    rewrite(path, bytes(content))
 
 
 @pytest.fixture
@@ -127,7 +111,7 @@ def _truncated(part: str) -> Callable[[Path], None]:
 
 
 def _flipped(part: str) -> Callable[[Path], None]:
-    return lambda folder: flip(file_of(folder, part))
+    return lambda folder: flip_tensor_bit(file_of(folder, part))
 
 
 def _from_another_set(part: str) -> Callable[[Path], None]:
@@ -181,7 +165,7 @@ def test_broken_newest_set_gives_way_to_the_one_before_it(
 
 def test_good_newest_set_is_taken_as_without_the_switch(paths: PathProvider, folders: list[Path]) -> None:
     """Nothing is passed over, nothing is reported."""
-    flip(file_of(folders[1], "model"))
+    flip_tensor_bit(file_of(folders[1], "model"))
     report, model, trainer = resume(paths)
     assert (report.start, values_of(model, trainer)) == (ITERATIONS[2], {2.0})
     assert report.initializers[0].passed_over == ()
@@ -190,7 +174,7 @@ def test_good_newest_set_is_taken_as_without_the_switch(paths: PathProvider, fol
 
 def test_several_broken_sets_are_all_named(paths: PathProvider, folders: list[Path]) -> None:
     """The newest good one may be two steps back."""
-    flip(file_of(folders[2], "model"))
+    flip_tensor_bit(file_of(folders[2], "model"))
     rewrite(folders[1] / "manifest.json", b"{}")
     report, model, trainer = resume(paths, "latest")
     assert (report.start, values_of(model, trainer)) == (ITERATIONS[0], {0.0})
@@ -199,7 +183,7 @@ def test_several_broken_sets_are_all_named(paths: PathProvider, folders: list[Pa
 
 def test_no_good_set_is_an_error_that_lists_what_was_tried(paths: PathProvider, folders: list[Path]) -> None:
     """Never a fresh start, and nothing is changed."""
-    flip(file_of(folders[2], "model"))
+    flip_tensor_bit(file_of(folders[2], "model"))
     rewrite(folders[1] / "manifest.json", b"{}")
     file_of(folders[0], "optim").unlink()
     model, trainer = bound(), Trainer()
@@ -235,7 +219,7 @@ def test_not_one_readable_manifest_is_an_error(paths: PathProvider, folders: lis
 def test_tag_that_names_one_set_is_never_walked_back_from(paths: PathProvider, folders: list[Path], tag: Any) -> None:
     """Whoever names a set wants that one; the error names the older good set."""
     newest = save(paths, 3, ITERATIONS[2], tags=("best_model.loss", "mine"))
-    flip(file_of(newest, "model"))
+    flip_tensor_bit(file_of(newest, "model"))
     with pytest.raises(CheckpointCorruptError):
         resume(paths, tag)
     file_of(newest, "trainer").unlink()
@@ -246,17 +230,17 @@ def test_tag_that_names_one_set_is_never_walked_back_from(paths: PathProvider, f
 @pytest.mark.parametrize("tag", ["E9_U9_S9", "best", "best.loss", "E9", "other", {"update": 3}])
 def test_tag_that_means_nothing_is_always_an_error(paths: PathProvider, folders: list[Path], tag: Any) -> None:
     """A misspelt tag must not lead to another set, whatever else is broken."""
-    flip(file_of(folders[2], "model"))
+    flip_tensor_bit(file_of(folders[2], "model"))
     with pytest.raises(CheckpointNotFoundError):
         resume(paths, tag)
 
 
 def test_iteration_that_is_not_full_walks_back_within_what_it_says(paths: PathProvider, folders: list[Path]) -> None:
     """``E1`` never means a set of another epoch."""
-    flip(file_of(folders[1], "model"))
+    flip_tensor_bit(file_of(folders[1], "model"))
     report, model, trainer = resume(paths, "E1")
     assert (report.start, values_of(model, trainer)) == (ITERATIONS[0], {0.0})
-    flip(file_of(folders[2], "optim"))
+    flip_tensor_bit(file_of(folders[2], "optim"))
     with pytest.raises(NoGoodSetError) as caught:
         resume(paths, {"epoch": 2})
     assert list(caught.value.tried) == [folders[2].name]
@@ -296,13 +280,13 @@ def test_older_set_without_the_optimizer_is_passed_over(paths: PathProvider) -> 
     """Walking back must not lose a part; without ``load_optim`` it is none."""
     first = save(paths, 0, ITERATIONS[0])
     second = save(paths, 1, ITERATIONS[1], optimizer=False)
-    flip(file_of(save(paths, 2, ITERATIONS[2]), "model"))
+    flip_tensor_bit(file_of(save(paths, 2, ITERATIONS[2]), "model"))
     report, model, trainer = resume(paths)
     assert (report.start, values_of(model, trainer)) == (ITERATIONS[0], {0.0})
     assert report.initializers[0].passed_over[1] == (second.name, "it was saved without optimizer state of mlp")
     report, _, _ = resume(paths, load_optim=False)
     assert report.start == ITERATIONS[1]
-    flip(file_of(first, "model"))
+    flip_tensor_bit(file_of(first, "model"))
     with pytest.raises(NoGoodSetError, match="saved without optimizer state"):
         resume(paths)
 
@@ -319,13 +303,13 @@ def test_averages_are_verified_too(paths: PathProvider, folders: list[Path]) -> 
     average = {"ema=0.9": {key: value.clone() for key, value in bound(3).state_dict().items()}}
     newest = save(paths, 3, TrainingIteration(3, 30, 300), averages=average)
     (file,) = newest.glob("*ema=0.9*")
-    flip(file)
+    flip_tensor_bit(file)
     assert resume(paths)[0].start == ITERATIONS[2]
 
 
 def test_verify_header_finds_what_a_header_shows(paths: PathProvider, folders: list[Path]) -> None:
     """The proof is as deep as ``verify`` says: a truncated file shows, a flipped bit of a tensor does not."""
-    flip(file_of(folders[2], "model"))
+    flip_tensor_bit(file_of(folders[2], "model"))
     assert resume(paths, verify="header")[0].start == ITERATIONS[2]
     file_of(folders[2], "trainer").unlink()
     assert resume(paths, verify="header")[0].start == ITERATIONS[1]
@@ -337,7 +321,7 @@ def test_damage_between_start_and_initialize_is_an_error_not_another_start(
     """Whoever built a schedule from the start must not get another one."""
     stack = InitializerStack.from_config([{"kind": "resume", "on_invalid": "previous"}], path_provider=paths)
     assert stack.start_checkpoint() == ITERATIONS[2]
-    flip(file_of(folders[2], "model"))
+    flip_tensor_bit(file_of(folders[2], "model"))
     model, trainer = bound(), Trainer()
     with pytest.raises(CheckpointCorruptError):
         stack.initialize(model, trainer=trainer)
@@ -346,7 +330,7 @@ def test_damage_between_start_and_initialize_is_an_error_not_another_start(
 
 def test_the_run_goes_on_from_there(paths: PathProvider, folders: list[Path]) -> None:
     """The next save is the newest set again; the broken one is no longer in the way."""
-    flip(file_of(folders[2], "model"))
+    flip_tensor_bit(file_of(folders[2], "model"))
     assert resume(paths)[0].start == ITERATIONS[1]
     save(paths, 5, ITERATIONS[2])
     config = [{"kind": "resume"}]
@@ -374,7 +358,7 @@ def test_auto_resume_walks_back_if_asked(paths: PathProvider, tmp_path: Path) ->
     assert auto(paths)[0].start.is_zero
     folders = [save(paths, value, iteration, tags=("mine",)) for value, iteration in enumerate(ITERATIONS)]
     assert auto(paths)[0].start == ITERATIONS[2]
-    flip(file_of(folders[2], "optim"))
+    flip_tensor_bit(file_of(folders[2], "optim"))
     report, model, trainer = auto(paths)
     assert (report.start, values_of(model, trainer)) == (ITERATIONS[1], {1.0})
     assert str(report).startswith("start E1_U15_S150  (auto_resume: resumed from the newest good set)")
@@ -407,7 +391,7 @@ def test_flat_latest_gives_way_to_the_newest_complete_iteration(paths: PathProvi
         assert [name for name, _ in report.initializers[0].passed_over] == ["latest"]
         report, model, trainer = auto(paths)
         assert (report.start, values_of(model, trainer)) == (ITERATIONS[2], {2.0})
-    flip(folder / "mlp_cp=E2_U20_S200_optim.th")
+    flip_tensor_bit(folder / "mlp_cp=E2_U20_S200_optim.th")
     for report, model, trainer in (resume(paths), auto(paths)):
         assert (report.start, values_of(model, trainer)) == (ITERATIONS[1], {1.0})
 
@@ -417,7 +401,7 @@ def test_flat_files_that_lack_a_part_or_are_later_are_passed_over(paths: PathPro
     folder = make_legacy(paths)
     for part in ("model", "optim", "trainer"):
         shutil.copy(folder / f"mlp_cp=E1_U15_S150_{part}.th", folder / f"mlp_cp=latest_{part}.th")
-    flip(folder / "mlp_cp=latest_model.th")
+    flip_tensor_bit(folder / "mlp_cp=latest_model.th")
     (folder / "mlp_cp=E1_U15_S150_optim.th").unlink()
     report, model, trainer = resume(paths)
     assert (report.start, values_of(model, trainer)) == (ITERATIONS[0], {0.0})
@@ -431,7 +415,7 @@ def test_flat_files_that_lack_a_part_or_are_later_are_passed_over(paths: PathPro
 
 def test_later_flat_files_beside_committed_sets_stay_an_error(paths: PathProvider, folders: list[Path]) -> None:
     """Another program has gone on: no walk-back decides between the two."""
-    flip(file_of(folders[2], "model"))
+    flip_tensor_bit(file_of(folders[2], "model"))
     for part in ("model", "optim", "trainer"):
         flat = paths.checkpoint_path / f"mlp_cp=E5_U50_S500_{part}.th"
         shutil.copy(file_of(folders[0], part), flat)

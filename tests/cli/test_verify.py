@@ -1,0 +1,258 @@
+"""``noether-init verify``: what it finds at every kind of path, what it says of it, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import yaml
+from support.damage import flip_tensor_bit
+
+from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind, cli
+
+ONE, TWO, THREE = (TrainingIteration(n, 10 * n, 100 * n) for n in (1, 2, 3))
+
+
+@attrs.frozen
+class Result:
+    """What the command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """Set -> its line of the table."""
+        return {line.split()[2]: line for line in self.out.splitlines() if line[:2] in ("= ", "x ", "- ") and line[2:]}
+
+
+Verify = Callable[..., Result]
+
+
+@pytest.fixture
+def verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verify:
+    """Call the console script's function as the shell would, on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def call(*arguments: Any) -> Result:
+        monkeypatch.setattr(sys, "argv", ["noether-init", "verify", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        assert ended.value.code is None or isinstance(ended.value.code, int)
+        return Result(ended.value.code or 0, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> PathProvider:
+    return PathProvider(tmp_path, "run", "train")
+
+
+def save(paths: PathProvider, iteration: TrainingIteration, **how: Any) -> Path:
+    """One set, whose folder is returned."""
+    module = torch.nn.Linear(3, 2)
+    model = bind(module, name="mlp", optimizer=torch.optim.AdamW(module.parameters()))
+    return CheckpointWriter(paths).save(model, iteration, **how).folder
+
+
+def test_good_sets_are_good_whatever_path_is_given(verify: Verify, paths: PathProvider) -> None:
+    """An output root, a run, a stage, its checkpoints, its sets, one set, one file: exit code 0 and the same sets."""
+    save(paths, ONE)
+    newest = save(paths, TWO)
+    folder = paths.checkpoint_path
+    for path in (paths.output_root, paths.output_root / "run", folder.parent, folder, folder / "sets", newest):
+        result = verify(path)
+        assert (result.code, result.err) == (0, "")
+        assert list(result.rows) == ["00000002_E2_U20_S200", "00000001_E1_U10_S100"]
+        assert result.out.splitlines()[0].strip() == "run/train"
+        assert "  - {kind: resume, run_id: run, stage_name: train, checkpoint_tag: E2_U20_S200}" in result.out
+        assert result.out.splitlines()[-1] == "sets: 2, problems: 0"
+    result = verify(newest / "mlp_cp=E2_U20_S200_model.th")
+    assert result.code == 0
+    assert result.out.splitlines()[0].endswith(": 2 tensors, 32 bytes")
+
+
+def test_tags_are_those_that_mean_the_set_now(verify: Verify, paths: PathProvider) -> None:
+    """A tag that a later set took over is not listed again."""
+    save(paths, ONE, tags=("latest", "best_model.loss"))
+    save(paths, TWO)
+    data = json.loads(verify(paths.checkpoint_path, "--json").out)
+    sets = data["runs"][0]["sets"]
+    assert [one["tags"] for one in sets] == [["E2_U20_S200", "latest"], ["E1_U10_S100", "best_model.loss"]]
+
+
+def test_everything_that_is_wrong_is_said_of_its_set(verify: Verify, paths: PathProvider) -> None:
+    """Every bad file, not the first only; the newest good set and a line that works."""
+    folders = [save(paths, iteration) for iteration in (ONE, TWO, THREE)]
+    flip_tensor_bit(folders[2] / "mlp_cp=E3_U30_S300_model.th")
+    (folders[2] / "mlp_cp=E3_U30_S300_trainer.th").unlink()
+    manifest = folders[1] / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-5])
+    (folders[0].parent / "00000004_E4_U40_S400").mkdir()
+    (folders[0] / "notes.txt").touch()
+    result = verify(paths.output_root)
+    assert result.code == 1
+    assert list(result.rows) == [f"0000000{n}_E{n}_U{n}0_S{n}00" for n in (4, 3, 2, 1)]
+    marks = [line.split()[:2] for line in result.rows.values()]
+    assert marks == [["-", "uncommitted"], ["x", "broken"], ["x", "broken"], ["=", "good"]]
+    assert "mlp_cp=E3_U30_S300_model.th is damaged" in result.out
+    assert "mlp_cp=E3_U30_S300_trainer.th is missing" in result.out
+    assert "manifest.json cannot be read as a manifest" in result.out
+    assert "(notes.txt is not in the manifest)" in result.out
+    assert result.out.splitlines()[-1] == "sets: 3, problems: 2"
+    data = json.loads(verify(paths.output_root, "--json").out)
+    (run,) = data["runs"]
+    assert (data["version"], data["problems"], run["newest_good"]["name"]) == (1, 2, folders[0].name)
+    assert [len(one["problems"]) for one in run["sets"]] == [0, 2, 1, 0]
+    (config,) = yaml.safe_load(run["use"])
+    stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
+    assert stack.start_checkpoint() == ONE
+
+
+def test_line_leads_to_the_good_set_even_if_every_tag_of_it_means_a_broken_one(
+    verify: Verify, paths: PathProvider
+) -> None:
+    """The same iteration, saved again and damaged since: only a walk-back leads to the first."""
+    save(paths, ONE)
+    (save(paths, ONE) / "mlp_cp=E1_U10_S100_optim.th").unlink()
+    data = json.loads(verify(paths.output_root, "--json").out)
+    (config,) = yaml.safe_load(data["runs"][0]["use"])
+    assert config["on_invalid"] == "previous"
+    stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
+    assert stack.start_checkpoint() == ONE
+    assert stack.initializers[0].passed_over[0][0] == "00000002_E1_U10_S100"  # type: ignore[attr-defined]
+
+
+def test_file_of_another_set_is_found(verify: Verify, paths: PathProvider) -> None:
+    """Good by itself, and not what was written there."""
+    old, new = save(paths, ONE), save(paths, TWO)
+    target = new / "mlp_cp=E2_U20_S200_trainer.th"
+    target.unlink()
+    shutil.copy(old / "mlp_cp=E1_U10_S100_trainer.th", target)
+    result = verify(new)
+    assert result.code == 1
+    assert result.rows["00000002_E2_U20_S200"].startswith("x broken")
+
+
+def test_flat_files_later_than_the_committed_sets_are_a_problem(verify: Verify, paths: PathProvider) -> None:
+    """Nothing can be chosen by itself then; both are named."""
+    folder = save(paths, ONE)
+    for part in ("model", "optim", "trainer"):
+        flat = paths.checkpoint_path / f"mlp_cp=E7_U70_S700_{part}.th"
+        shutil.copy(folder / f"mlp_cp=E1_U10_S100_{part}.th", flat)
+    result = verify(paths.output_root)
+    assert result.code == 1
+    assert "mlp_cp=E7_U70_S700_model.th of E7_U70_S700, later than the newest committed set" in result.out
+    assert result.out.splitlines()[-1] == "sets: 1, problems: 1"
+
+
+def test_legacy_folders_are_compared_with_their_own_checksums(
+    verify: Verify, noether_runs: Path, tmp_path: Path
+) -> None:
+    """Those that Noether wrote are good; a flipped bit and files of two iterations under one tag are found."""
+    result = verify(noether_runs)
+    assert (result.code, result.out.splitlines()[-1]) == (0, "sets: 26, problems: 0")
+    assert "no manifests: every file was compared with the checksums inside it" in result.out
+    run = tmp_path / "mlp_train"
+    shutil.copytree(noether_runs / "mlp_train", run)
+    for path in run.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    folder = run / "train" / "checkpoints"
+    flip_tensor_bit(folder / "mlp_cp=E4_U16_S128_optim.th")
+    shutil.copy(folder / "mlp_cp=E3_U12_S96_trainer.th", folder / "mlp_cp=latest_trainer.th")
+    (folder / "mlp_cp=last_trainer.th").unlink()
+    result = verify(folder)
+    assert result.code == 1
+    states = {name: line.split()[1] for name, line in result.rows.items()}
+    assert [name for name, state in states.items() if state == "broken"] == ["E4_U16_S128", "latest"]
+    assert '"latest" mixes files of different iterations' in result.out
+    use = "{kind: resume, run_id: mlp_train, stage_name: train, checkpoint_tag: E3_U12_S96}"
+    assert use in result.out
+    weights = tmp_path / "weights" / "mlp_train" / "checkpoints"
+    weights.mkdir(parents=True)
+    shutil.copy(folder / "mlp_cp=E2_U8_S64_model.th", weights)
+    assert "{kind: previous_run, run_id: mlp_train, model_name: mlp, checkpoint_tag: E2_U8_S64}" in verify(weights).out
+
+
+def test_a_single_file_is_verified_to_the_last_byte(verify: Verify, paths: PathProvider, tmp_path: Path) -> None:
+    """Damage, no checkpoint at all, and a file without checksums, which cannot be vouched for."""
+    file = save(paths, ONE) / "mlp_cp=E1_U10_S100_model.th"
+    flip_tensor_bit(file)
+    result = verify(file)
+    assert result.code == 1
+    assert "is damaged: the bytes of weight" in result.out or "is damaged: the bytes of bias" in result.out
+    text = tmp_path / "notes.th"
+    text.write_text("no checkpoint")
+    assert verify(text).code == 1
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(3)}, tmp_path / "unsummed.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    result = verify(tmp_path / "unsummed.pt", "--json")
+    assert result.code == 1
+    (found,) = json.loads(result.out)["files"]
+    assert "written without checksums" in found["problem"]
+
+
+def test_a_run_whose_only_save_was_cut_short_has_no_problem(verify: Verify, paths: PathProvider) -> None:
+    """Nobody ever picks it: the next start is a fresh one."""
+    (paths.checkpoint_path / "sets" / "00000001_E1_U10_S100").mkdir(parents=True)
+    result = verify(paths.output_root)
+    assert result.code == 0
+    assert "a save that was never finished; never picked" in result.out
+    assert "no good set" in result.out
+
+
+def test_an_absent_path_and_a_folder_without_runs_are_errors(verify: Verify, tmp_path: Path) -> None:
+    """They name the next step and create nothing."""
+    assert "does not exist" in verify(tmp_path / "absent").err
+    result = verify(tmp_path)
+    assert (result.code, result.out) == (1, "")
+    assert "holds no run" in result.err
+    assert list(tmp_path.iterdir()) == []
+    assert verify().code == 2
+    assert verify("--yaml", tmp_path).code == 2
+
+
+def test_runs_below_debug_are_verified_too(verify: Verify, tmp_path: Path) -> None:
+    """Whoever verifies an output root wants all of it."""
+    save(PathProvider(tmp_path, "one"), ONE)
+    save(PathProvider(tmp_path, "two", debug=True), ONE)
+    data = json.loads(verify(tmp_path, "--json").out)
+    assert [run["run_id"] for run in data["runs"]] == ["one", "two"]
+
+
+def test_verify_imports_no_torch_and_changes_nothing(paths: PathProvider) -> None:
+    """It runs on a machine that stores checkpoints and trains nothing."""
+    save(paths, ONE)
+    before = {path: path.stat().st_mtime_ns for path in paths.output_root.rglob("*")}
+    program = (
+        "import sys\nfrom noether_init_core import cli\n"
+        f"sys.argv = ['noether-init', 'verify', {str(paths.output_root)!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "print([name for name in sys.modules if name in ('torch', 'numpy')])"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
+    assert {path: path.stat().st_mtime_ns for path in paths.output_root.rglob("*")} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no FIFO")
+def test_a_fifo_does_not_block(verify: Verify, tmp_path: Path) -> None:
+    """It is no regular file."""
+    os.mkfifo(tmp_path / "pipe.th")
+    assert verify(tmp_path / "pipe.th").code == 1
