@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import attrs
-import pluggy
 
 from noether_init_core import kinds
 from noether_init_core.checkpoints.store import RunStore
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.files import Entry, LoadedConfig, load_config_file, load_config_mapping, validate_entry
 from noether_init_core.errors import ConfigError, PartlyInitializedError, StartConflictError, StateMismatchError
-from noether_init_core.hooks import HOOK_NAMES, PROJECT_NAME, HookSpecs, hookimpl
+from noether_init_core.hook_caller import HookCaller
+from noether_init_core.hooks import HOOK_NAMES
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.source import SourceInitializer, submodel_of
 from noether_init_core.iteration import TrainingIteration
@@ -51,56 +51,6 @@ class _Member:
         return submodel_of(model, self.submodel)
 
 
-class _PluginManager(pluggy.PluginManager):
-    """Recognises the hooks of an ``InitializerBase`` by their names; observers mark theirs with ``hookimpl``."""
-
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
-        if isinstance(plugin, InitializerBase):
-            if name not in HOOK_NAMES:
-                return None
-            return pluggy.HookimplOpts(
-                wrapper=False, hookwrapper=False, optionalhook=False, tryfirst=False, trylast=False, specname=None
-            )
-        return super().parse_hookimpl_opts(plugin, name)
-
-
-class _Recorder:
-    """The innermost wrapper: what the initializer itself returned or raised, whatever observers make of it."""
-
-    def __init__(self) -> None:
-        self.results: list[Any] = []
-        self.error: BaseException | None = None
-
-    def _record(self) -> Generator[None, list[Any], list[Any]]:
-        self.results, self.error = [], None
-        try:
-            self.results = yield
-        except BaseException as error:
-            self.error = error
-            raise
-        return self.results
-
-    @hookimpl(wrapper=True, trylast=True)
-    def start_checkpoint(self) -> Generator[None, list[Any], list[Any]]:
-        return (yield from self._record())
-
-    @hookimpl(wrapper=True, trylast=True)
-    def init_trainer(self) -> Generator[None, list[Any], list[Any]]:
-        return (yield from self._record())
-
-    @hookimpl(wrapper=True, trylast=True)
-    def init_weights(self) -> Generator[None, list[Any], list[Any]]:
-        return (yield from self._record())
-
-    @hookimpl(wrapper=True, trylast=True)
-    def init_optimizer(self) -> Generator[None, list[Any], list[Any]]:
-        return (yield from self._record())
-
-    @hookimpl(wrapper=True, trylast=True)
-    def init_callbacks(self) -> Generator[None, list[Any], list[Any]]:
-        return (yield from self._record())
-
-
 class InitializerStack:
     """The initializers of a run, in the order of the config, with one pluggy manager of their own.
 
@@ -116,40 +66,7 @@ class InitializerStack:
     def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
         self._members = tuple(_Member(initializer) for initializer in initializers)
         self._auto_resume = ""
-        self._build(observers)
-
-    def _build(self, observers: Iterable[Any]) -> None:
-        self._manager = _PluginManager(PROJECT_NAME)
-        self._manager.add_hookspecs(HookSpecs)
-        for number, member in enumerate(self._members):
-            if not isinstance(member.initializer, InitializerBase):
-                raise ConfigError(
-                    f"initializers.{number} is a {type(member.initializer).__name__}, no initializer. "
-                    "Next: InitializerStack.from_config([...]) for configs"
-                )
-            self._register(member.initializer, f"{number}:{member.kind}")
-        observers = tuple(observers)
-        for observer in observers:
-            self._register(observer, None)
-        for hook in HOOK_NAMES:
-            for implementation in getattr(self._manager.hook, hook).get_hookimpls():
-                if implementation.plugin in observers and not (implementation.wrapper or implementation.hookwrapper):
-                    raise ConfigError(
-                        f"{hook} of the observer {type(implementation.plugin).__name__} is no wrapper, so that it "
-                        "would stand in for an initializer. Next: mark it with hookimpl(wrapper=True) and yield"
-                    )
-        # registered last, so that it is called innermost
-        self._recorder = _Recorder()
-        self._manager.register(self._recorder)
-        self._manager.check_pending()
-
-    def _register(self, plugin: Any, name: str | None) -> None:
-        try:
-            self._manager.register(plugin, name=name)
-        except ValueError as error:
-            raise ConfigError(f"{type(plugin).__name__} is in the stack twice; make another instance") from error
-        except pluggy.PluginValidationError as error:
-            raise ConfigError(f"{type(plugin).__name__} cannot be called: {error}") from error
+        self._hooks = HookCaller(self.initializers, observers)
 
     @classmethod
     def from_config(
@@ -197,7 +114,7 @@ class InitializerStack:
         stack = cls.__new__(cls)
         stack._members = tuple(members)
         stack._auto_resume = ""
-        stack._build(observers)
+        stack._hooks = HookCaller(stack.initializers, observers)
         return stack
 
     @property
@@ -267,7 +184,11 @@ class InitializerStack:
     def _starts(self) -> tuple[TrainingIteration, list[TrainingIteration | None]]:
         starts: list[TrainingIteration | None] = []
         for member in self._members:
-            results = self._call("start_checkpoint", member) if member.takes_part_in("start_checkpoint") else []
+            results = (
+                self._hooks.call("start_checkpoint", member.initializer)
+                if member.takes_part_in("start_checkpoint")
+                else []
+            )
             start = results[0] if results else None
             if start is not None and not isinstance(start, TrainingIteration):
                 raise ConfigError(
@@ -288,14 +209,6 @@ class InitializerStack:
         chosen = next((start for start in starts if start is not None and not start.is_zero), None)
         return chosen or TrainingIteration.zero(), starts
 
-    def _call(self, hook: str, member: _Member, **arguments: Any) -> list[Any]:
-        others = [other.initializer for other in self._members if other.initializer is not member.initializer]
-        caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
-        caller(initializer=member.initializer, **arguments)
-        if self._recorder.error is not None:
-            raise self._recorder.error
-        return self._recorder.results
-
     def _steps(self, model: Any, trainer: Any, callbacks: list[Any] | None) -> list[tuple[str, Callable[[], Any]]]:
         """What is done after the checks, in order, each with its name."""
         arguments: dict[str, Callable[[_Member], dict[str, Any]]] = {}
@@ -306,7 +219,7 @@ class InitializerStack:
         if callbacks is not None:
             arguments["init_callbacks"] = lambda member: {"callbacks": callbacks, "model": member.model(model)}
         steps: list[tuple[str, Callable[[], Any]]] = [
-            (f"{hook} of {member.kind}", functools.partial(self._call, hook, member, **make(member)))
+            (f"{hook} of {member.kind}", functools.partial(self._hooks.call, hook, member.initializer, **make(member)))
             for hook, make in arguments.items()
             for member in self._members
             if member.takes_part_in(hook)

@@ -27,6 +27,7 @@ __all__ = ["Entry", "LoadedConfig", "load_config_file", "load_config_mapping", "
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
 _ON_INVALID = ("error", "previous")
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_DEEPEST = 100
 _RESOLVED = "use the resolved config that Noether writes into the folder of a run, hp_resolved.yaml"
 
 
@@ -234,6 +235,8 @@ def _find_missing(value: Any, place: KeyPath) -> KeyPath | None:
 
 def _plain(value: Any, place: KeyPath, document: _Document) -> Any:
     """Mappings and sequences of any library as dict and list; everything else as it is."""
+    if len(place) > _DEEPEST:
+        raise document.error(f"is nested deeper than {_DEEPEST}, or holds itself", place[:8])
     if isinstance(value, argparse.Namespace):  # jsonargparse's is one
         value = vars(value)
     if isinstance(value, Mapping):

@@ -21,7 +21,8 @@ from noether_init_core.surgery.agreement import check_across, check_casts
 from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
 from noether_init_core.surgery.fresh import device_for, has_weak_references, left_without_memory, on_meta
 from noether_init_core.surgery.names import NameRules, NoetherSurgery
-from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec, plan_load
+from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
+from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.targets import ModelTargets, model_targets
 
 __all__ = ["Leaf", "Part", "Source", "SourceInitializer", "SourceInitializerConfig", "submodel_of"]

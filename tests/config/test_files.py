@@ -268,3 +268,11 @@ def test_a_value_that_hydra_has_not_filled_in_is_named() -> None:
 def test_loading_a_file_imports_no_plugin(tmp_path: Path) -> None:
     """Unknown kinds are only noticed when an entry is validated."""
     assert len(_load(tmp_path, "initializers: [{kind: nobody.has.this}]").entries) == 1
+
+
+def test_a_mapping_that_holds_itself_is_refused() -> None:
+    """And one that is nested without end; both with the place where it begins."""
+    endless: dict[str, Any] = {"kind": "file"}
+    endless["kwargs"] = endless
+    with pytest.raises(ConfigError, match="nested deeper than 100, or holds itself"):
+        load_config_mapping({"initializers": [endless]})

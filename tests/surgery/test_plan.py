@@ -8,7 +8,8 @@ import pytest
 
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.names import NoetherSurgery, Rename
-from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec, plan_load
+from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec
+from noether_init_core.surgery.planner import plan_load
 
 
 def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:
