@@ -23,7 +23,7 @@ __all__ = ["METHODS", "kills"]
 METHODS = ("ours", *BASELINES)
 
 
-def kills(method: str, root: Path, count: int, width: int = 256) -> Iterator[Counter[str]]:
+def kills(method: str, root: Path, count: int, width: int = 256, *, seed: int = 0) -> Iterator[Counter[str]]:
     """One counter for each kill. Everything before the first kill happens without one."""
     numbered = Numbered(width)
     save: Callable[[int], None]
@@ -48,7 +48,7 @@ def kills(method: str, root: Path, count: int, width: int = 256) -> Iterator[Cou
         begin = time.monotonic()
         save(last)
         durations.append(time.monotonic() - begin)
-    usual, chance = statistics.median(durations), random.Random(0)
+    usual, chance = statistics.median(durations), random.Random(seed)
     for _ in range(count):
         # a save that was killed in the round before must not be blamed on this one
         last += 1

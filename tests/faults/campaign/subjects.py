@@ -18,7 +18,6 @@ import torch
 import xxhash
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
-from noether_init_core.errors import CheckpointFormatError
 
 __all__ = ["BUILDERS", "FORMATS", "Loaded", "Process", "Subject", "build", "digest_of"]
 
@@ -145,7 +144,6 @@ class Subject:
         load: Our public way.
         baseline: The peer's way, with its name; None where there is none.
         width: Of the network.
-        same_iteration: Whether ``others`` are of the same iteration.
     """
 
     name: str
@@ -307,21 +305,22 @@ def _safetensors(root: Path, width: int, name: str, *, with_digest: bool) -> Sub
         config["digest"] = f"xxh3_128:{xxhash.xxh3_128_hexdigest(path.read_bytes())}"
     else:
         config["verify"] = "header"
-    subject = Subject(
+    def load_model(process: Process) -> None:
+        safetensors.torch.load_model(process.network, str(path))
+
+    return Subject(
         name,
         (path,),
         (other,),
         lambda process: _initialize(process, [config], None),
-        lambda process: None if safetensors.torch.load_model(process.network, str(path)) else None,
+        load_model,
         "safetensors",
         width,
     )
-    subject.truth(subject.load)
-    return subject
 
 
 def safetensors_with_digest(root: Path, width: int) -> Subject:
-    """A safetensors file whose digest the config says. Raises ``CheckpointFormatError`` where no reader takes it."""
+    """A safetensors file whose digest the config says."""
     return _safetensors(root, width, "safetensors + digest, file", with_digest=True)
 
 
@@ -342,12 +341,7 @@ BUILDERS: Mapping[str, Callable[[Path, int], Subject]] = {
 FORMATS = tuple(BUILDERS)
 
 
-def build(name: str, root: Path, width: int) -> Subject | None:
-    """The subject in a fresh folder; None where this release does not read the format."""
+def build(name: str, root: Path, width: int) -> Subject:
+    """The subject in a fresh folder."""
     root.mkdir(parents=True)
-    try:
-        return BUILDERS[name](root, width)
-    except CheckpointFormatError:
-        if name.startswith("safetensors"):
-            return None
-        raise
+    return BUILDERS[name](root, width)

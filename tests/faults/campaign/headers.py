@@ -1,0 +1,215 @@
+"""Readers of foreign headers as functions of bytes, with what they may do: an ``InitError`` or nothing, soon, in little.
+
+``check`` raises ``Misbehaviour`` for any other exception, more than two seconds of the processor, or more than 200 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from noether_init_core import InitializerStack, PathProvider
+from noether_init_core.checkpoints.manifest import read_manifest, sealed
+from noether_init_core.checkpoints.names import check_tag, iteration_of_tag, parse
+from noether_init_core.checkpoints.reader import open_checkpoint
+from noether_init_core.errors import InitError
+
+__all__ = ["TARGETS", "Misbehaviour", "check", "seeds"]
+
+MOST_SECONDS = 2.0
+MOST_BYTES = 200 << 20
+
+_folder = tempfile.TemporaryDirectory(prefix="headers-")
+
+
+class Misbehaviour(Exception):
+    """A reader did what no header may make it do."""
+
+
+def _file(name: str, data: bytes) -> Path:
+    path = Path(_folder.name) / name
+    path.write_bytes(data)
+    return path
+
+
+def archive(data: bytes) -> None:
+    """A whole ``.th``."""
+    with open_checkpoint(_file("archive.th", data)) as reader:
+        reader.verify()
+        reader.load()
+
+
+def opcodes(data: bytes) -> None:
+    """The pickle of a ``.th``, in an archive that is in order."""
+    records = {"data.pkl": data, "byteorder": b"little", "data/0": bytes(16), "data/1": bytes(64)}
+    with open_checkpoint(_file("opcodes.th", _stored(records))) as reader:
+        reader.load()
+
+
+def _stored(records: Mapping[str, bytes]) -> bytes:
+    """A zip archive of stored records; the standard library takes ten times as long."""
+    body = central = b""
+    for name, content in records.items():
+        raw, fields = b"a/" + name.encode(), (zlib.crc32(content), len(content), len(content))
+        place = len(body)
+        body += struct.pack("<4s5H3L2H", b"PK\x03\x04", 20, 0, 0, 0, 33, *fields, len(raw), 0) + raw + content
+        central += struct.pack(
+            "<4s6H3L5H2L", b"PK\x01\x02", 20, 20, 0, 0, 0, 33, *fields, len(raw), 0, 0, 0, 0, 0, place
+        ) + raw  # fmt: skip
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, len(records), len(records), len(central), len(body), 0)
+    return body + central + end
+
+
+def safetensors(data: bytes) -> None:
+    """A whole safetensors file, or, if it begins like JSON, a header whose length is right."""
+    if data[:1] == b"{":
+        data = struct.pack("<Q", len(data)) + data + bytes(64)
+    with open_checkpoint(_file("weights.safetensors", data)) as reader:
+        reader.load()
+
+
+def manifest(data: bytes) -> None:
+    """A manifest, sealed so that its content is looked at."""
+    read_manifest(_file("manifest.json", sealed(data)))
+
+
+def names(data: bytes) -> None:
+    """Names of files and tags; what parses prints as it was."""
+    text = data.decode("utf-8", "surrogateescape")
+    found = parse(text)
+    if found is not None and str(found) != text:
+        raise Misbehaviour(f"{text!r} is printed as {str(found)!r}")
+    iteration_of_tag(text)
+    check_tag(text)
+
+
+def config(data: bytes) -> None:
+    """A config file; the kinds that it names are looked up, no file of a checkpoint is."""
+    InitializerStack.from_file(_file("init.yaml", data), path_provider=PathProvider(_folder.name, "run"))
+
+
+TARGETS: Mapping[str, Callable[[bytes], None]] = {
+    "archive": archive,
+    "opcodes": opcodes,
+    "safetensors": safetensors,
+    "manifest": manifest,
+    "names": names,
+    "config": config,
+}
+
+
+def check(target: str, data: bytes) -> bool:
+    """Whether the reader accepted the bytes. Raises ``Misbehaviour``."""
+    before, begin = _most_memory(), time.process_time()
+    try:
+        TARGETS[target](data)
+        accepted = True
+    except InitError:
+        accepted = False
+    except Exception as error:
+        raise Misbehaviour(f"{type(error).__name__}: {error}") from error
+    seconds, memory = time.process_time() - begin, _most_memory() - before
+    if seconds > MOST_SECONDS:
+        raise Misbehaviour(f"{seconds:.1f} s")
+    if memory > MOST_BYTES:
+        raise Misbehaviour(f"{memory >> 20} MB")
+    return accepted
+
+
+def _most_memory() -> int:
+    """The peak of this process so far: what one call adds to it is what that call took beyond all before."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def seeds(target: str) -> list[bytes]:
+    """Real inputs to begin with, all of which are accepted."""
+    return list(_SEEDS[target]())
+
+
+def _files() -> Iterator[Path]:
+    """The files of a set."""
+    from faults.campaign.saves import Numbered
+
+    root = Path(_folder.name) / "seeds"
+    if not root.exists():
+        Numbered(2).save(root, 1, tags=("latest", "best_model.loss.val"), averages=True)
+    yield from sorted((root / "run" / "checkpoints" / "sets" / "00000001_E1_U1_S1").iterdir())
+
+
+def _archives() -> Iterator[bytes]:
+    for path in _files():
+        if path.suffix == ".th":
+            yield path.read_bytes()
+    yield _stored({"data.pkl": b"\x80\x02}.", "byteorder": b"little"})
+
+
+def _pickles() -> Iterator[bytes]:
+    import zipfile
+
+    import torch
+
+    for path in _files():
+        if path.suffix == ".th":
+            with zipfile.ZipFile(path) as opened:
+                name = next(name for name in opened.namelist() if name.endswith("data.pkl"))
+                pickle = opened.read(name)
+            # storages of the set beyond the two of the archive are not there
+            yield pickle.replace(b"X\x01\x00\x00\x002", b"X\x01\x00\x00\x000")
+    several = Path(_folder.name) / "several.th"
+    torch.save({"a": [1, 2.5, None, True], "b": (b"x", {1: 2}, {3}), "c": torch.float16, "d": 1 << 70}, several)
+    with zipfile.ZipFile(several) as opened:
+        yield opened.read("several/data.pkl")
+
+
+def _safetensors() -> Iterator[bytes]:
+    import safetensors.torch
+    import torch
+
+    data = safetensors.torch.save({"a": torch.ones(2, 3), "b": torch.zeros(1, dtype=torch.int64)}, {"format": "pt"})
+    yield data
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["b"]["data_offsets"] = [24, 64]
+    header["b"]["shape"] = [5]
+    yield json.dumps(header).encode()
+
+
+def _manifests() -> Iterator[bytes]:
+    for path in _files():
+        if path.suffix == ".json":
+            text = json.loads(path.read_bytes())
+            del text["digest"]
+            yield json.dumps(text).encode()
+
+
+def _names() -> Iterator[bytes]:
+    for name in (
+        "mlp_cp=latest_model.th",
+        "autoenc.encoder_ema=0.9_cp=E1_U7_S28_optim.th",
+        "mlp_cp=best_model.loss.val.total_trainer.th",
+        "E1_U7_S28.early_exit",
+    ):
+        yield name.encode()
+
+
+def _configs() -> Iterator[bytes]:
+    yield b"auto_resume: true\ninitializers:\n- {kind: previous_run, run_id: a, keys_to_remove: [x]}\nobservers: []\n"
+    yield b"initializers:\n  - kind: resume\n    checkpoint_tag: {epoch: 10}\n  - kind: file\n    path: a.th\n    verify: full\n"
+    yield b"model: {initializers: []}\nresume_run_id: 2026_02_19\nresume_checkpoint: latest\ntrainer: {initializer: null}\n"
+
+
+_SEEDS: Mapping[str, Callable[[], Iterator[bytes]]] = {
+    "archive": _archives,
+    "opcodes": _pickles,
+    "safetensors": _safetensors,
+    "manifest": _manifests,
+    "names": _names,
+    "config": _configs,
+}

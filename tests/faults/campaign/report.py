@@ -1,0 +1,2 @@
+def problems(r): return []
+def write_page(*a): pass
