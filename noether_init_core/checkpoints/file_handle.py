@@ -47,10 +47,27 @@ class Transfer:
 class FileHandle:
     """A regular file under one descriptor, so that what was checked is what is read."""
 
-    def __init__(self, descriptor: int, path: Path, size: int) -> None:
+    def __init__(self, descriptor: int, path: Path, size: int, modified: int) -> None:
         self._descriptor: int | None = descriptor
+        self._modified = modified
         self.path = path
         self.size = size
+
+    def check_unchanged(self) -> None:
+        """Raise ``CheckpointCorruptError`` if the file was written to since it was opened.
+
+        One open file serves from check to load, so a file that is *replaced* meanwhile does no harm. One that is
+        rewritten in place, as Noether rewrites ``latest``, would be verified in one state and loaded in another.
+        """
+        if self._descriptor is None:
+            return
+        status = os.fstat(self._descriptor)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
+            raise CheckpointCorruptError(
+                f"{self.path} was written to while it was in use. Next: start again when the run that writes it is "
+                "done, or take a checkpoint that is not written over (E.._U.._S..)",
+                path=self.path,
+            )
 
     def close(self) -> None:
         """Close the file; repeating it does nothing."""
@@ -160,7 +177,7 @@ def open_file(path: Path) -> FileHandle:
     except BaseException:
         os.close(descriptor)
         raise
-    return FileHandle(descriptor, path, status.st_size)
+    return FileHandle(descriptor, path, status.st_size, status.st_mtime_ns)
 
 
 class _Hasher(Protocol):

@@ -213,6 +213,7 @@ class CheckpointReader:
             self._compare_checksums(values, digests, targets)
         else:
             self._compare_checksums(values, targets=targets)
+        self._handle.check_unchanged()
         self._is_verified = True
 
     def _compare_checksums(
@@ -299,7 +300,9 @@ class CheckpointReader:
         from noether_init_core.checkpoints.transfer import copy_tensors
 
         sources = [(key, self._find(key), target) for key, target in targets.items()]
+        self._handle.check_unchanged()
         copy_tensors(self._handle, self._records, sources)
+        self._handle.check_unchanged()
 
     def load(self) -> Any:
         """The whole object with real tensors, each with memory of its own; keys of one tensor get one tensor.
@@ -312,7 +315,9 @@ class CheckpointReader:
         """``value``, taken from ``metadata`` or ``extra_state``, with real tensors."""
         from noether_init_core.checkpoints.transfer import Materializer
 
-        return Materializer(self._handle, self._records).convert(value)
+        converted = Materializer(self._handle, self._records).convert(value)
+        self._handle.check_unchanged()
+        return converted
 
     def _open_safetensors(self) -> None:
         header = read_safetensors_header(self._handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from noether_init_core import (
     CheckpointWriter,
     ConfigError,
     InitializerStack,
+    PartlyInitializedError,
     PathProvider,
     PlanError,
     StateMismatchError,
@@ -410,3 +412,23 @@ def test_another_name_than_the_only_trainer_file_is_told(paths: PathProvider, ca
     CheckpointWriter(paths).save(bind(linear(0), name="disc"), ITERATION)
     start({"kind": "resume"}, paths, bind(linear(1), name="gen"))
     assert "the model is called gen, the only trainer file is of disc" in caplog.text
+
+
+def test_a_file_that_is_rewritten_between_check_and_load_is_refused(paths: PathProvider) -> None:
+    """A live run saves over ``latest`` in place: what was verified is not what would be loaded."""
+    paths.checkpoint_path.mkdir(parents=True)
+    path = paths.checkpoint_path / "net_cp=latest_model.th"
+    content = {"state_dict": linear(0).state_dict(), "training_iteration": {"epoch": 1, "update": 5, "sample": 9}}
+    torch.save(content, path)
+    target = linear(3)
+    before = target.weight.clone()
+    config = {"kind": "previous_run", "run_id": "source"}
+    initializer = InitializerStack.from_config([config], path_provider=paths.with_run("new")).initializers[0]
+    initializer.check(bind(target, name="net"))
+    time_before = path.stat().st_mtime_ns
+    torch.save({**content, "state_dict": linear(1).state_dict()}, path)
+    if path.stat().st_mtime_ns == time_before:  # a coarse clock
+        os.utime(path, ns=(time_before, time_before + 10**7))
+    with pytest.raises(PartlyInitializedError, match="was written to while it was in use"):
+        initializer.init_weights(bind(target, name="net"))
+    assert torch.equal(target.weight, before)
