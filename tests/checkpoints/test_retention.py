@@ -1,0 +1,370 @@
+"""Which sets stay: each rule, what no rule can take away, and both under random histories of saves and damages."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.damage import rewrite
+
+from noether_init_core import (
+    CheckpointError,
+    CheckpointWriter,
+    ConfigError,
+    PathProvider,
+    Retention,
+    RunStore,
+    TrainingIteration,
+    bind,
+)
+from noether_init_core.checkpoints.manifest import Manifest
+from noether_init_core.checkpoints.retention import Best, checked_metrics, superfluous_sets
+from noether_init_core.checkpoints.sets import CheckpointSet, check_files
+
+MODEL = bind(torch.nn.Linear(1, 1), name="mlp")
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> PathProvider:
+    return PathProvider(tmp_path, "run")
+
+
+def at(epoch: int) -> TrainingIteration:
+    return TrainingIteration(epoch, 10 * epoch, 100 * epoch)
+
+
+def epochs(paths: PathProvider) -> list[int]:
+    """The epochs of the sets that are there, in the order of their commits."""
+    return [one.iteration.epoch or 0 for one in RunStore(paths).sets() if one.iteration is not None]
+
+
+def save_all(paths: PathProvider, rules: Any, losses: list[float | None]) -> None:
+    """One set for each loss, at epochs from 1."""
+    writer = CheckpointWriter(paths, retention=rules, flat_names=False)
+    for epoch, loss in enumerate(losses, start=1):
+        writer.save(MODEL, at(epoch), metrics=None if loss is None else {"loss.val": loss})
+
+
+# The rules.
+
+
+def test_without_rules_all_sets_stay(paths: PathProvider) -> None:
+    """Nothing is removed that nobody asked to remove."""
+    save_all(paths, None, [None] * 5)
+    assert epochs(paths) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (Retention(last=3), [6, 7, 8]),
+        (Retention(last=1), [7, 8]),
+        (Retention(every={"epoch": 3}), [3, 6, 7, 8]),
+        (Retention(every={"update": 30}), [3, 6, 7, 8]),
+        (Retention(every=TrainingIteration(sample=400)), [4, 7, 8]),
+        (Retention(best={"loss.val": 2}), [2, 4, 7, 8]),
+        (Retention(best={"metric": "loss.val", "mode": "max"}), [1, 7, 8]),
+        (Retention(best=[{"loss.val": 1}, Best("loss.val", 2, "max")]), [1, 2, 7, 8]),
+        (Retention(last=3, every={"epoch": 5}, best={"loss.val": 1}), [2, 5, 6, 7, 8]),
+        ({"last": 2, "best": {"loss.val": 1}}, [2, 7, 8]),
+        (Retention(best={"misspelt": 3}), [7, 8]),
+    ],
+)
+def test_a_set_stays_if_any_rule_keeps_it(paths: PathProvider, rules: Any, expected: list[int]) -> None:
+    """The newest two stay in any case."""
+    save_all(paths, rules, [0.9, 0.2, 0.5, 0.4, 0.6, 0.7, 0.8, 0.85])
+    assert epochs(paths) == expected
+
+
+def test_periods_need_no_save_at_their_beginning(paths: PathProvider) -> None:
+    """Of each period the first set that there is, and it does not change while the run goes on."""
+    writer = CheckpointWriter(paths, retention=Retention(every={"update": 100}), flat_names=False)
+    for update in range(30, 500, 40):
+        writer.save(MODEL, TrainingIteration(0, update, update))
+    updates = [one.iteration.update for one in RunStore(paths).sets() if one.iteration]
+    assert updates == [110, 230, 310, 430, 470]
+
+
+def test_metrics_are_recorded_and_sets_without_them_are_never_the_best(paths: PathProvider) -> None:
+    """NaN and infinities neither; numbers of any library are numbers."""
+    values: list[Any] = [torch.tensor(0.5), np.float32(0.25), float("nan"), float("-inf"), 3, None, None]
+    save_all(paths, Retention(best={"loss.val": 2}), values)
+    assert epochs(paths) == [1, 2, 6, 7]
+    manifest = json.loads((RunStore(paths).sets()[0].folder / "manifest.json").read_text())
+    assert manifest["metrics"] == {"loss.val": 0.5}
+    assert checked_metrics({"a": float("nan"), "b": 1}) == {"a": None, "b": 1.0}
+
+
+def test_of_equal_values_the_newer_set_is_better(paths: PathProvider) -> None:
+    """It has seen more."""
+    save_all(paths, Retention(best={"loss.val": 1}), [0.5, 0.5, 0.6, 0.7])
+    assert epochs(paths) == [2, 3, 4]
+
+
+def test_iteration_that_was_saved_twice_counts_once(paths: PathProvider) -> None:
+    """Its older set is meant by nothing; the best are two different iterations."""
+    writer = CheckpointWriter(paths, retention=Retention(best={"loss": 2}), flat_names=False)
+    for epoch, loss in ((1, 0.3), (2, 0.1), (2, 0.1), (3, 0.5), (4, 0.6)):
+        writer.save(MODEL, at(epoch), metrics={"loss": loss})
+    assert [(one.sequence, one.name[:2]) for one in RunStore(paths).sets()] == [
+        (1, "E1"),
+        (3, "E2"),
+        (4, "E3"),
+        (5, "E4"),
+    ]
+
+
+def test_rule_for_a_metric_that_is_not_given_is_a_warning(
+    paths: PathProvider, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise a misspelt name would show only when the best set is gone."""
+    writer = CheckpointWriter(paths, retention=Retention(best={"loss.vla": 2}))
+    writer.save(MODEL, at(1), metrics={"loss.val": 1})
+    assert "the best sets by loss.vla are to be kept, but this save gives loss.val" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"last": 0}, "keep_last must be a whole number"),
+        ({"last": True}, "keep_last must be a whole number"),
+        ({"every": {"epoch": 0}}, "every must be a whole number"),
+        ({"every": {"epochs": 2}}, "every must say one of epoch, update, sample"),
+        ({"every": {"epoch": 2, "update": 3}}, "every must say one of"),
+        ({"every": 5}, "every must say one of"),
+        ({"best": "loss"}, "best must be like"),
+        ({"best": {"loss": 0}}, "count of the best sets"),
+        ({"best": {"metric": "loss", "mode": "lowest"}}, "must be min or max"),
+        ({"best": {"metric": "loss", "number": 2}}, "unknown key number"),
+        ({"best": {"": 2}}, "name of a metric"),
+        ({"newest": 2}, "with last, every, best"),
+        (3, "retention must be a Retention"),
+    ],
+)
+def test_rules_that_are_none_are_refused(paths: PathProvider, rules: Any, message: str) -> None:
+    """When the writer is made, not when the first set would be removed."""
+    with pytest.raises(ConfigError, match=message):
+        CheckpointWriter(paths, retention=rules)
+
+
+def test_keep_last_is_short_for_a_rule(paths: PathProvider) -> None:
+    """Both at once could contradict each other."""
+    assert CheckpointWriter(paths, keep_last=3).retention == Retention(last=3)
+    with pytest.raises(ConfigError, match="both given"):
+        CheckpointWriter(paths, keep_last=3, retention=Retention(last=3))
+
+
+@pytest.mark.parametrize("metrics", [{"loss": "0.1"}, {"loss": [1]}, {"loss": True}, {1: 2.0}, {"": 1.0}, [0.1]])
+def test_metrics_that_are_no_numbers_are_refused(paths: PathProvider, metrics: Any) -> None:
+    """Before anything is written."""
+    with pytest.raises(ConfigError, match="metric"):
+        CheckpointWriter(paths).save(MODEL, at(1), metrics=metrics)
+    assert not paths.checkpoint_path.exists()
+
+
+# What no rule takes away.
+
+
+def test_damaged_sets_are_no_good_sets(paths: PathProvider) -> None:
+    """The newest good set and one before it stay, however many damaged ones are newer."""
+    writer = CheckpointWriter(paths, keep_last=1, flat_names=False)
+    for epoch in (1, 2, 3):
+        writer.save(MODEL, at(epoch))
+    newest = RunStore(paths).sets()[-1]
+    (file,) = [one.path for one in newest.files if one.part == "model"]
+    rewrite(file, file.read_bytes()[:-1])
+    saved = writer.save(MODEL, at(4))
+    assert epochs(paths) == [2, 4]
+    assert RunStore(paths).find("latest") == saved
+
+
+def test_set_that_cannot_be_read_stays(paths: PathProvider) -> None:
+    """Somebody will want to look at it, and it may hold the only good weights."""
+    writer = CheckpointWriter(paths, keep_last=1, flat_names=False)
+    first = writer.save(MODEL, at(1))
+    rewrite(first.folder / "manifest.json", b"{")
+    for epoch in (2, 3, 4):
+        writer.save(MODEL, at(epoch))
+    assert epochs(paths) == [3, 4]
+    assert first.folder.exists()
+
+
+def test_older_set_of_an_iteration_never_takes_over_its_tag(paths: PathProvider) -> None:
+    """While a named tag holds the older set, the newer one stays, too."""
+    writer = CheckpointWriter(paths, keep_last=1, flat_names=False)
+    writer.save(MODEL, at(1), tags=("mine",))
+    later = writer.save(MODEL, at(1))
+    for epoch in (2, 3, 4):
+        writer.save(MODEL, at(epoch))
+    assert RunStore(paths).find("E1_U10_S100") == later
+    assert [one.sequence for one in RunStore(paths).sets()] == [1, 2, 4, 5]
+
+
+# Random histories.
+
+
+RULES = st.builds(
+    Retention,
+    last=st.none() | st.integers(1, 4),
+    every=st.none() | st.builds(dict, epoch=st.integers(1, 4)) | st.builds(dict, update=st.integers(1, 40)),
+    best=st.just(()) | st.builds(Best, st.sampled_from("ab"), st.integers(1, 3), st.sampled_from(["min", "max"])),
+)
+METRICS = st.dictionaries(st.sampled_from("ab"), st.none() | st.integers(0, 3).map(float))
+TAGS = st.sets(st.sampled_from(["latest", "mine", "best_model.a"])).map(lambda tags: tuple(sorted(tags)))
+
+
+def a_set(sequence: int, epoch: int, tags: tuple[str, ...], metrics: Mapping[str, float | None]) -> CheckpointSet:
+    """As it would be read."""
+    iteration = at(epoch)
+    own = (str(iteration), *tags)
+    manifest = Manifest.model_construct(
+        sequence=sequence,
+        iteration=iteration.to_mapping(),
+        tags=own,
+        run_id="run",
+        created="",
+        files=(),
+        metrics=dict(metrics),
+    )
+    return CheckpointSet(Path(f"{sequence:08d}"), str(iteration), own, iteration, sequence, True, (), manifest=manifest)
+
+
+def meanings(sets: list[CheckpointSet]) -> dict[str, int]:
+    """Tag -> sequence of the set that it means."""
+    found: dict[str, int] = {}
+    for one in sorted(sets, key=lambda one: one.sequence or 0):
+        found |= dict.fromkeys(one.tags, one.sequence or 0)
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    history=st.lists(st.tuples(st.integers(1, 8), TAGS, METRICS, st.booleans()), min_size=1, max_size=12), rules=RULES
+)
+def test_rules_never_take_the_newest_good_set_nor_move_a_tag(
+    history: list[tuple[int, tuple[str, ...], dict[str, float | None], bool]], rules: Retention
+) -> None:
+    """Decided at once for a history, and again: what stays does not depend on how often it is asked."""
+    sets = [(a_set(number, *what[:3]), what[3]) for number, what in enumerate(history, start=1)][::-1]
+    gone = superfluous_sets(sets, rules)
+    kept = [one for one, _ in sets if one not in gone]
+    good = [one for one, is_good in sets if is_good]
+    assert all(one in kept for one in good[:2])
+    before, after = meanings([one for one, _ in sets]), meanings(kept)
+    assert all(before[tag] == sequence for tag, sequence in after.items())
+    assert all(tag in after for tag in before if not tag.startswith("E"))
+    if rules.keeps_all:
+        assert gone == []
+    kept_good = [one for one, is_good in sets if is_good and one in kept]
+    assert kept_good[: rules.last or 0] == good[: rules.last or 0]
+    for rule in rules.best:
+        sign = 1 if rule.mode == "min" else -1
+        latest = {one.iteration: one for one in reversed(good)}.values()
+
+        def values(of: Any, rule: Best = rule, sign: int = sign) -> list[float]:
+            said = [one.manifest.metrics.get(rule.metric) for one in of]
+            return sorted(sign * value for value in said if value is not None)
+
+        assert values(one for one in latest if one in kept)[: rule.count] == values(latest)[: rule.count]
+    assert superfluous_sets([pair for pair in sets if pair[0] in kept], rules) == []
+
+
+DAMAGE = st.sampled_from(["shorten", "remove", "manifest", "uncommit"])
+ACTIONS = st.one_of(
+    st.tuples(st.just("save"), st.integers(1, 6), TAGS, METRICS),
+    st.tuples(st.just("damage"), st.integers(0, 5), DAMAGE),
+)
+
+
+@attrs.define
+class History:
+    """A folder of checkpoints, and what is known of the sets that were acknowledged."""
+
+    paths: PathProvider
+    tags: dict[int, tuple[str, ...]] = attrs.Factory(dict)
+    good: set[int] = attrs.Factory(set)
+    readable: set[int] = attrs.Factory(set)
+
+    def save(self, rules: Retention, epoch: int, tags: tuple[str, ...], metrics: dict[str, float | None]) -> None:
+        given = {name: float("nan") if value is None else value for name, value in metrics.items()}
+        writer = CheckpointWriter(self.paths, retention=rules, flat_names=False)
+        saved = writer.save(MODEL, at(epoch), tags=tags, metrics=given)
+        sequence = saved.sequence or 0
+        assert sequence > max(self.tags, default=0)
+        self.tags[sequence] = saved.tags
+        self.good.add(sequence)
+        self.readable.add(sequence)
+
+    def damage(self, which: int, how: str) -> None:
+        sets = [one for one in RunStore(self.paths).sets() if one.sequence in self.readable]
+        if not sets:
+            return
+        victim = sets[which % len(sets)]
+        sequence = victim.sequence or 0
+        file = victim.files[which % len(victim.files)].path
+        self.good.discard(sequence)
+        if how == "shorten" and file.exists():
+            rewrite(file, file.read_bytes()[:-1])
+        elif how == "remove":
+            file.unlink(missing_ok=True)
+        elif how == "manifest":
+            rewrite(victim.folder / "manifest.json", b"{")
+            self.readable.discard(sequence)
+        elif how == "uncommit":
+            (victim.folder / "manifest.json").unlink()
+            self.readable.discard(sequence)
+            del self.tags[sequence]
+
+    def check(self) -> None:
+        there = {one.sequence: one for one in RunStore(self.paths).sets()}
+        newest_good = sorted(self.good)[-2:]
+        for sequence in newest_good:
+            check_files(there[sequence])
+        known = {sequence: tags for sequence, tags in self.tags.items() if sequence in self.readable}
+        meant: dict[str, int] = {}
+        for sequence in sorted(known):
+            meant |= dict.fromkeys(known[sequence], sequence)
+        for tag in {tag for one in there.values() for tag in one.tags}:
+            holders = [sequence for sequence, one in there.items() if tag in one.tags]
+            assert max(one or 0 for one in holders) == meant[tag], tag
+        for tag, sequence in meant.items():
+            assert tag.startswith("E") or sequence in there
+        # sets that retention removed are forgotten
+        for sequence in set(self.readable) - set(there):
+            self.readable.discard(sequence)
+            self.good.discard(sequence)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(actions=st.lists(ACTIONS, min_size=2, max_size=9), rules=st.lists(RULES, min_size=1, max_size=3))
+def test_good_sets_survive_random_saves_and_damages(actions: list[tuple[Any, ...]], rules: list[Retention]) -> None:
+    """On the disk, with changing rules: the newest two good sets are there, and no tag moves to an older set."""
+    root = Path(tempfile.mkdtemp())
+    try:
+        history = History(PathProvider(root, "run"))
+        for action, rule in zip(actions, itertools.cycle(rules), strict=False):
+            if action[0] == "save":
+                history.save(rule, *action[1:])
+                history.check()
+            else:
+                history.damage(*action[1:])
+        leftovers = RunStore(history.paths).uncommitted()
+        history.save(rules[0], 9, ("latest",), {})
+        history.check()
+        assert RunStore(history.paths).uncommitted() == ()
+        assert len(leftovers) <= len(actions)
+    except CheckpointError as error:
+        raise AssertionError(str(error)) from error
+    finally:
+        shutil.rmtree(root)
