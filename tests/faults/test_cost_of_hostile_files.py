@@ -1,0 +1,112 @@
+"""What a refusal may cost: small files that ask for much, and keys that were chosen to collide."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.handmade import call, integer, write_pickle
+from support.hostile import FILES
+
+from noether_init_core import CheckpointFormatError, open_checkpoint
+
+# Another process opens each file, in the way a program would, and prints what that took: processor time, and the peak
+# of resident memory or of Python's own, whichever grew more.
+MEASURE = """
+import json, sys, time, tracemalloc
+import torch
+from noether_init_core import CheckpointError, InitializerStack, PathProvider, bind, open_checkpoint
+
+def peak():
+    # resident bytes at most, since reset
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+def by_stack(path):
+    stack = InitializerStack.from_config([{"kind": "file", "path": path}], path_provider=PathProvider(".", "run"))
+    stack.initialize(bind(torch.nn.Linear(3, 2), name="net"))
+
+def refuse(entry, path):
+    try:
+        entry(path)
+    except CheckpointError:
+        return
+    raise AssertionError(f"{path} was read")
+
+good, *paths = sys.argv[1:]
+found = {}
+for entry in (open_checkpoint, by_stack):
+    entry(good)  # imports what is imported at first use
+    for path in paths:
+        open("/proc/self/clear_refs", "w").write("5")
+        before, began = peak(), time.process_time()
+        refuse(entry, path)
+        took, grown = time.process_time() - began, peak() - before
+        tracemalloc.start()
+        refuse(entry, path)
+        traced = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        found[f"{entry.__name__} {path}"] = [took, max(grown, traced)]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is asked of Linux")
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_files_that_ask_for_much_cost_little(tmp_path: Path) -> None:
+    """Each is refused in less than 0.2 s, with less than 50 MB, by open_checkpoint and by the kind ``file``."""
+    good = tmp_path / "good.th"
+    torch.save(torch.nn.Linear(3, 2).state_dict(), good)
+    paths = []
+    for title, (row, write, _error, _says) in FILES.items():
+        if row in (3, 4, 5):
+            paths.append(tmp_path / f"{title}.th")
+            write(paths[-1])
+    assert all(path.stat().st_size < 4000 for path in paths)
+    command = [sys.executable, "-c", MEASURE, str(good), *map(str, paths)]
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
+    assert len(measured) == 2 * len(paths)
+    assert {what: cost for what, cost in measured.items() if cost[0] >= 0.2 or cost[1] >= 50 << 20} == {}
+
+
+def colliding(count: int) -> list[bytes]:
+    """Integers of different value and equal hash: hashes of integers are remainders of a known prime."""
+    return [integer(index * ((1 << 61) - 1)) for index in range(1, count)]
+
+
+MANY = 70_000
+COLLISIONS: dict[str, Callable[[], bytes]] = {
+    "keys of one dict": lambda: b"}(" + b"N".join([*colliding(MANY), b"u"]),
+    "keys one by one": lambda: b"}" + b"Ns".join([*colliding(MANY), b""]),
+    "tuples as keys": lambda: b"}(" + b"\x85N".join([*colliding(MANY), b"u"]),
+    "members of a set": lambda: b"\x8f(" + b"".join(colliding(MANY)) + b"\x90",
+    "members of a frozenset": lambda: b"(" + b"".join(colliding(MANY)) + b"\x91",
+    "set from a list": lambda: call("builtins", "set", b"](" + b"".join(colliding(MANY)) + b"e"),
+    "dict from pairs": lambda: call("collections", "OrderedDict", b"](" + b"N\x86".join([*colliding(MANY), b"e"])),
+}
+
+
+@pytest.mark.parametrize("title", COLLISIONS, ids=lambda title: title.replace(" ", "_"))
+def test_keys_that_collide_are_refused_in_time(tmp_path: Path, title: str) -> None:
+    """A megabyte of numbers with one hash would take half a minute; it is refused in less than two seconds."""
+    path = write_pickle(tmp_path / "a.th", COLLISIONS[title]())
+    assert path.stat().st_size < 1_100_000
+    began = time.process_time()
+    with pytest.raises(CheckpointFormatError, match="collide with each other"):
+        open_checkpoint(path)
+    assert time.process_time() - began < 2
+
+
+def test_honest_numbers_as_keys_are_read_however_many(tmp_path: Path) -> None:
+    """Dense and sparse ones, in any order: of 100,000 of each kind none is taken for an attack."""
+    numbers = torch.randperm(100_000).tolist()
+    content = {"dense": dict.fromkeys(numbers, 0.5), "sparse": {7919 * n: n for n in numbers}, "set": set(numbers)}
+    torch.save({"w": torch.ones(1), **content}, tmp_path / "a.th")
+    with open_checkpoint(tmp_path / "a.th") as reader:
+        assert {key: reader.metadata[key] for key in content} == content
