@@ -122,7 +122,7 @@ def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequen
         advice = f"Add: model_info: {infos[0]}" if infos else "Leave out model_info"
         return CheckpointNotFoundError(
             f'"{shown}" has no weights of {need.model} {asked}; it has {listed}. {advice}'
-            + _others_with(store, found, needs)
+            + _others_with(store, found, needs, shown)
             + _irregular(store),
             path=found.folder,
             asked=need.info or "",
@@ -130,13 +130,13 @@ def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequen
         )
     is_misnamed = need.model is not None and (need.part != "optim" or need.model not in found.models())
     if named and need.model is not None and is_misnamed:
-        near = _sorted_by_nearness(need.model, named)
         return CheckpointNotFoundError(
             f'"{shown}" of {_where(store)} has no {what} of "{need.model}"; it has {what} of {_some(named)}. '
-            f"Add: model_name: {near[0]}" + _others_with(store, found, needs) + _irregular(store),
+            + _where_else(store, found, needs, shown, need.model, named)
+            + _irregular(store),
             path=found.folder,
             asked=need.model,
-            candidates=near,
+            candidates=_sorted_by_nearness(need.model, named),
         )
     missing = sorted({_PART_NAMES[other.part] for other in needs if not found.has(other)})
     parts = {file.part for file in found.files}
@@ -145,6 +145,10 @@ def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequen
         holds = f"has no {what} of {need.model}, only of {_some(named)}"
     complete = _complete(store, found, needs)
     advice = f"Resume from {_alternatives(store, found, complete)}" if complete else "No other set has everything"
+    frozen = need.part == "optim" and found.manifest is not None and need.model in found.manifest.frozen
+    if frozen:
+        holds += f": {need.model} was frozen when it was saved, so its optimizer was left out"
+        advice += "; with a fresh optimizer: load_optim: false"
     if need.part != "model":
         advice += "; weights alone: kind: previous_run"
     return IncompleteSetError(
@@ -181,9 +185,28 @@ def _alternatives(store: RunStore, found: CheckpointSet, complete: Sequence[Chec
     return " or ".join(names)
 
 
-def _others_with(store: RunStore, found: CheckpointSet, needs: Sequence[Need]) -> str:
-    others = [one.name for one in _complete(store, found, needs)]
-    return f". Other sets have it: {_some(others)}" if others else ""
+def _where_else(
+    store: RunStore, found: CheckpointSet, needs: Sequence[Need], shown: str, asked: str, named: Sequence[str]
+) -> str:
+    """Where a model is that this set has not: in other sets, else perhaps under another name."""
+    near = difflib.get_close_matches(asked, named, n=1, cutoff=0.5)
+    others = _others_with(store, found, needs, shown)
+    tags = _tags_with(store, found, needs, shown)
+    if near:
+        return f"Add: model_name: {near[0]}{others}"
+    if tags:
+        return f"Add: checkpoint_tag: {tags[0]}{others}"
+    return f"If that is the same model under another name, add: model_name: {named[0]}"
+
+
+def _others_with(store: RunStore, found: CheckpointSet, needs: Sequence[Need], shown: str) -> str:
+    tags = _tags_with(store, found, needs, shown)
+    return f". Other sets have it: {_some(tags)}" if tags else ""
+
+
+def _tags_with(store: RunStore, found: CheckpointSet, needs: Sequence[Need], shown: str) -> list[str]:
+    """Tags of other sets that have everything; the tag that was asked for is no advice."""
+    return [one.name for one in _complete(store, found, needs) if one.name != shown]
 
 
 def _iteration(store: RunStore, checkpoint_set: CheckpointSet) -> object:

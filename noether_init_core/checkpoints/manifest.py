@@ -68,7 +68,7 @@ class ManifestFile(_Model):
 
 
 class Manifest(_Model):
-    """The content of ``manifest.json``."""
+    """The content of ``manifest.json``; ``frozen`` are models whose optimizer was left out since they were frozen."""
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
@@ -79,6 +79,7 @@ class Manifest(_Model):
     stage_name: str | None = None
     created: str
     metrics: dict[str, float | None] = {}
+    frozen: tuple[str, ...] = ()
     files: tuple[ManifestFile, ...]
     lineage: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] = {}
@@ -94,6 +95,9 @@ class Manifest(_Model):
         names = [file.name for file in self.files]
         if len(set(names)) != len(names):
             raise ConfigError("a file is listed twice")
+        parts = {file.part for file in self.files}
+        if not parts >= {"model", "trainer"}:
+            raise ConfigError("files must list weights and a trainer file, which every set has")
         return self
 
     @property

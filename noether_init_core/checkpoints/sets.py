@@ -29,6 +29,7 @@ __all__ = [
     "SetFolder",
     "check_consistency",
     "check_files",
+    "check_reachable",
     "list_names",
     "load_set",
     "said_by",
@@ -140,9 +141,15 @@ class SetFolder:
 
 
 def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
-    """The folders of sets in the order of their sequence; folders with other names are none."""
+    """The folders of sets in the order of their sequence; folders with other names are none.
+
+    Raises ``CheckpointNotFoundError`` where they cannot be reached, which is not the same as that there are none.
+    """
     found = []
-    for name in list_names(checkpoints / SETS_FOLDER, storage):
+    names = list_names(checkpoints / SETS_FOLDER, storage)
+    if not names:
+        check_reachable(checkpoints / SETS_FOLDER, storage)
+    for name in names:
         matched = _SET_NAME.fullmatch(name)
         iteration = iteration_of_tag(matched["tag"]) if matched else None
         path = checkpoints / SETS_FOLDER / name
@@ -249,6 +256,25 @@ def said_by(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration 
                 f"{path.name}: training_iteration is {iteration!r}, which is no iteration", path=path
             ) from error
     return iteration, run_id if isinstance(run_id, str) else None
+
+
+def check_reachable(folder: Path, storage: Storage) -> None:
+    """Tell a folder that does not exist yet from one that is out of reach, such as behind a disk that is not mounted.
+
+    Raises ``CheckpointNotFoundError`` if the folder, or the nearest thing above it that exists, is a link that leads
+    nowhere, or no folder.
+    """
+    for place in (folder, *folder.parents):
+        if storage.is_folder(place):
+            return
+        if storage.is_link(place):
+            raise CheckpointNotFoundError(
+                f"{place} is a link to {storage.resolve(place)}, which is no folder that can be reached: whether there "
+                "are checkpoints cannot be told. Next: mount the disk that it is on, or remove the link",
+                path=place,
+            )
+        if storage.exists(place):
+            raise CheckpointNotFoundError(f"{place} is no folder. Next: move what is there out of the way", path=place)
 
 
 def list_names(folder: Path, storage: Storage) -> list[str]:

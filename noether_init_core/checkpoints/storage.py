@@ -50,6 +50,18 @@ class Storage:
         """Whether there is anything under this name, a dangling link included."""
         return os.path.lexists(path)
 
+    def is_link(self, path: Path) -> bool:
+        """Whether the name is a symbolic link, wherever it leads."""
+        return os.path.islink(path)
+
+    def identity_of(self, path: Path) -> tuple[int, int] | None:
+        """Bytes and time of change (ns) of a regular file, links not followed; None for anything else, or nothing."""
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
     def resolve(self, path: Path) -> Path:
         """The path without symbolic links; it need not exist."""
         return Path(os.path.realpath(path))
@@ -135,7 +147,14 @@ class Storage:
         return False
 
     def hardlink(self, source: Path, target: Path) -> bool:
-        """Create ``target`` as another name of the file; False where the file system has no such thing."""
+        """Create ``target`` as another name of the file.
+
+        False where the file system has no such thing, or where this process may write to the file in spite of its
+        mode, as root may: then a program that rewrites one name in place would rewrite the other one.
+        """
+        effective = os.access in os.supports_effective_ids
+        if os.access(source, os.W_OK, effective_ids=effective):
+            return False
         try:
             os.link(source, target)
         except OSError as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from noether_init_core.checkpoints import explain
+from noether_init_core.checkpoints.manifest import MANIFEST_NAME
 from noether_init_core.checkpoints.names import CheckpointFileName, iteration_of_tag, parse
 from noether_init_core.checkpoints.queries import FOLLOWING, Query
 from noether_init_core.checkpoints.sets import (
@@ -18,6 +19,7 @@ from noether_init_core.checkpoints.sets import (
     SetFolder,
     check_consistency,
     check_files,
+    check_reachable,
     list_names,
     load_set,
     said_by,
@@ -40,6 +42,9 @@ __all__ = ["CheckpointFile", "CheckpointSet", "Need", "RunStore", "check_consist
 logger = logging.getLogger(__name__)
 
 _BEST = ("best_model.", "best.")
+#: How often sets are listed anew before an error is believed.
+_LOOKS = 5
+_Found = TypeVar("_Found")
 
 
 class RunStore:
@@ -55,7 +60,11 @@ class RunStore:
 
     @property
     def folder(self) -> Path:
-        """The folder of the checkpoints, symbolic links resolved. It may not exist."""
+        """The folder of the checkpoints, symbolic links resolved. It may not exist.
+
+        Raises ``CheckpointNotFoundError`` where it cannot be reached: a link that leads nowhere is no empty folder.
+        """
+        check_reachable(self.paths.checkpoint_path, self.storage)
         return self.storage.resolve(self.paths.checkpoint_path)
 
     # What exists.
@@ -134,7 +143,9 @@ class RunStore:
         ``E.._U.._S..`` before other tags of it. Raises ``CheckpointCorruptError`` if a newer committed set is broken,
         ``AmbiguousCheckpointError`` if flat files beside the committed sets are of a later iteration.
         """
-        folders = self._committed()
+        return self._steadily(self._newest_of)
+
+    def _newest_of(self, folders: Sequence[SetFolder]) -> CheckpointSet | None:
         if not folders:
             return self._newest_legacy()
         self._refuse_later_flat_files(folders)
@@ -149,8 +160,9 @@ class RunStore:
         """The set that ``tag`` means, with every file that is needed.
 
         ``tag`` is None (``latest``), a tag as it was saved, ``best`` or ``best.<metric>``, an iteration as text or
-        mapping (``E10_U100_S200``), or one field of it (``E10``, ``{"epoch": 10}``): then the newest match that has
-        everything needed.
+        mapping (``E10_U100_S200``): the newest set of it that has the models; or one field of it (``E10``,
+        ``{"epoch": 10}``): then the newest match that has everything needed. Sets that come and go meanwhile are no
+        error.
 
         Raises:
             CheckpointNotFoundError: The run, stage, tag, model or info does not exist; what exists is listed.
@@ -160,12 +172,15 @@ class RunStore:
             CheckpointCorruptError: The manifest is broken, or files are missing or cut short.
         """
         query = Query.of(tag)
-        folders = self._committed()
+        return self._steadily(lambda folders: self._find_in(folders, query, needs))
+
+    def _find_in(self, folders: Sequence[SetFolder], query: Query, needs: Sequence[Need]) -> CheckpointSet:
         broken: list[tuple[SetFolder, CheckpointError]] = []
         if folders:
             if query.automatic:
                 self._refuse_later_flat_files(folders)
-            candidates = self._matches(query, lambda: self._newest_first(folders, broken))
+            models = {need.model for need in needs if need.model is not None}
+            candidates = self._matches(query, lambda: self._newest_first(folders, broken), models)
         else:
             legacy = self._legacy()
             if not legacy:
@@ -228,6 +243,8 @@ class RunStore:
             except CheckpointFormatError:
                 raise
             except CheckpointError as error:
+                if not self.storage.exists(folder.path / MANIFEST_NAME):
+                    continue  # retired since it was listed
                 found = error
             if is_below or isinstance(found, CheckpointError) or query.text in found.tags:
                 is_below, is_empty = True, False
@@ -270,6 +287,17 @@ class RunStore:
 
     def _committed(self) -> list[SetFolder]:
         return [folder for folder in set_folders(self.folder, self.storage) if folder.committed]
+
+    def _steadily(self, look: Callable[[Sequence[SetFolder]], _Found]) -> _Found:
+        """Look again where a writer committed or retired sets meanwhile: what went wrong was only out of date."""
+        for _ in range(_LOOKS):
+            folders = self._committed()
+            try:
+                return look(folders)
+            except CheckpointError:
+                if self._committed() == folders:
+                    raise
+        return look(self._committed())
 
     def _newest_first(
         self, folders: Sequence[SetFolder], broken: list[tuple[SetFolder, CheckpointError]]
@@ -317,13 +345,19 @@ class RunStore:
             return checkpoint_set
         return None
 
-    def _matches(self, query: Query, newest_first: Callable[[], Iterator[CheckpointSet]]) -> Iterator[CheckpointSet]:
-        """Sets that the query can mean, best first. Tags that mean one set yield at most that one."""
+    def _matches(
+        self, query: Query, newest_first: Callable[[], Iterator[CheckpointSet]], models: Set[str] = frozenset()
+    ) -> Iterator[CheckpointSet]:
+        """Sets that the query can mean, best first. Tags that mean one set yield at most that one.
+
+        Several models can be saved at one iteration, each in sets of its own: the newest set with ``models`` is meant.
+        """
         iteration = query.iteration
         if iteration is not None and not iteration.is_fully_specified:
             return (one for one in newest_first() if one.iteration is not None and iteration.matches(one.iteration))
         if iteration is not None:
-            return itertools.islice((one for one in newest_first() if one.iteration == iteration), 1)
+            same = (one for one in newest_first() if one.iteration == iteration)
+            return itertools.islice(_with_models(same, models) if models else same, 1)
         text = query.text
         if text == "best" or text.startswith(_BEST[1]):
             text = self._best(text, {tag for one in newest_first() for tag in one.tags})
@@ -416,8 +450,29 @@ class RunStore:
 
     def _refuse_later_flat_files(self, folders: Sequence[SetFolder]) -> None:
         """Somebody else (Noether itself) went on from our sets: which of both is meant is not ours to guess."""
+        later = self._later_flat_files(folders)
+        # A writer refreshes flat names right after its commit: list the sets again before anybody is accused.
+        if later:
+            folders = self._committed() or folders
+            later = self._later_flat_files(folders)
+        if not later:
+            return
+        newest = folders[-1].iteration
+        first, iteration = later[0]
+        names = ", ".join(f"*_cp={flat.name}_*.th" for flat, _ in later)
+        raise AmbiguousCheckpointError(
+            f"{self.folder} holds flat files {first.files[0].path.name} of {iteration}, later than the newest "
+            f"committed set {folders[-1].path.name}: either another program has gone on from here, or the set that "
+            f"they belonged to was removed. Next: checkpoint_tag: {newest} to go on from the committed set; or "
+            f"kind: file for one of the flat files; if nobody needs them, remove {names}",
+            path=self.folder,
+            candidates=(str(newest), first.name),
+        )
+
+    def _later_flat_files(self, folders: Sequence[SetFolder]) -> list[tuple[CheckpointSet, TrainingIteration]]:
         newest = folders[-1].iteration
         committed = {folder.iteration for folder in folders}
+        later = []
         for flat in self._legacy():
             iteration = flat.iteration
             if iteration is None and flat.name in FOLLOWING:
@@ -426,15 +481,22 @@ class RunStore:
                 except CheckpointError as error:
                     # A copy for Noether that a crash left unfinished says nothing about our sets.
                     logger.warning("%s beside committed sets cannot be read: %s", flat.name, error)
-            if iteration is None or not iteration.is_fully_specified or iteration in committed or iteration <= newest:
-                continue
-            raise AmbiguousCheckpointError(
-                f"{self.folder} holds flat files {flat.files[0].path.name} of {iteration}, later than the newest "
-                f"committed set {folders[-1].path.name}: another program has gone on from here. "
-                f"Say which: checkpoint_tag: {newest} for the committed set; or read the flat files with kind: file",
-                path=self.folder,
-                candidates=(str(newest), flat.name),
-            )
+            if iteration is not None and iteration.is_fully_specified and iteration not in committed:
+                later += [(flat, iteration)] if iteration > newest else []
+        return later
+
+
+def _with_models(sets: Iterator[CheckpointSet], models: Set[str]) -> Iterator[CheckpointSet]:
+    """Those with all of the models; where there is none, the first set, which lacks some."""
+    first = None
+    is_found = False
+    for one in sets:
+        first = first or one
+        if all(any(name in (file.model, file.stem) for file in one.files) for name in models):
+            is_found = True
+            yield one
+    if first is not None and not is_found:
+        yield first
 
 
 def _is_name(name: str) -> bool:

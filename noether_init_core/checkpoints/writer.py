@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,16 +17,25 @@ import torch
 import xxhash
 
 from noether_init_core.checkpoints.content import FileContent, contents_of, iteration_for
-from noether_init_core.checkpoints.housekeeping import collect_leftovers, refresh_flat_names, retire_sets
+from noether_init_core.checkpoints.flat_names import refresh_flat_names, remove_orphans
+from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
 from noether_init_core.checkpoints.plain import digest_of_tensor, tensors_in
 from noether_init_core.checkpoints.retention import Retention, checked_metrics
-from noether_init_core.checkpoints.sets import SETS_FOLDER, CheckpointSet, SetFolder, load_set, set_folders
+from noether_init_core.checkpoints.sets import (
+    SETS_FOLDER,
+    CheckpointSet,
+    SetFolder,
+    check_reachable,
+    load_set,
+    set_folders,
+)
 from noether_init_core.checkpoints.storage import LOCAL, Storage
-from noether_init_core.errors import CheckpointError, CheckpointWriteError, ConfigError
+from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
+from noether_init_core.protocols import leaf_models
 
 __all__ = ["CheckpointWriter"]
 
@@ -70,6 +79,7 @@ class CheckpointWriter:
         self.flat_names = flat_names
         self.retention = Retention(last=keep_last) if retention is None else Retention.of(retention)
         self.storage = storage
+        self._warned: set[str] = set()
 
     def save(
         self,
@@ -100,8 +110,9 @@ class CheckpointWriter:
         Raises:
             ConfigError: The model, iteration, tags, metrics or optimizer cannot be saved. Nothing was written.
             CheckpointFormatError: A value could not be read again; its place is named. Nothing was written.
-            CheckpointWriteError: The disk is full, read-only or failing, or another process holds the lock. The set
-                was not committed; the sets from before are untouched.
+            CheckpointWriteError: The disk is full, read-only, failing or not mounted, or another process holds the
+                lock. The set was not committed (but for a disk that fails in the very last step: the message says
+                so); the sets from before are untouched.
         """
         full = iteration_for(iteration, trainer)
         all_tags = _all_tags(full, tags)
@@ -111,14 +122,53 @@ class CheckpointWriter:
             for tag in all_tags if self.flat_names else ():
                 CheckpointFileName(content.name.model, content.name.info, tag, content.name.part).checked()
         lineage = self._lineage(trainer)
+        frozen = self._frozen(model) if optimizer else ()
         checkpoints = self.storage.resolve(self.paths.checkpoint_path)
         with _as_write_error(f"{full} of run {self.paths.run_id}", checkpoints):
+            check_reachable(self.paths.checkpoint_path, self.storage)
+            check_reachable(checkpoints / SETS_FOLDER, self.storage)
             self._make_folders(checkpoints / SETS_FOLDER)
             with self.storage.lock(checkpoints / LOCK_NAME, LOCK_TIMEOUT_S):
                 collect_leftovers(checkpoints, self.storage)
-                committed = self._commit(checkpoints, full, all_tags, contents, lineage, values)
+                self._look_for_another_history(checkpoints, full, trainer)
+                committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
                 self._follow_up(checkpoints, committed)
         return committed
+
+    def _frozen(self, model: Any) -> tuple[str, ...]:
+        """Models whose optimizer is left out because they are frozen."""
+        frozen = tuple(path for path, leaf in leaf_models(model) if leaf.is_frozen and leaf.optimizer is not None)
+        self._warn_once(
+            f"the optimizer of {', '.join(frozen)} is not saved, since the model is frozen: it could not be resumed "
+            "unfrozen. Next: optimizer=None if that is meant, or is_frozen=False in bind(...) to save it all the same"
+            if frozen
+            else ""
+        )
+        return frozen
+
+    def _look_for_another_history(self, checkpoints: Path, iteration: TrainingIteration, trainer: Any) -> None:
+        """Two runs under one run id cannot be told apart later; refusing to save would lose the work of this one."""
+        newest = next((folder for folder in reversed(set_folders(checkpoints, self.storage)) if folder.committed), None)
+        if newest is None or iteration >= newest.iteration or self._is_continued(trainer):
+            return
+        self._warn_once(
+            f"{checkpoints} has sets up to {newest.iteration} already, and this run, which says nothing of a resume, "
+            f"saves from {iteration} on: tags that it does not save itself (E.., best) will mean the sets from before. "
+            "Next: a run_id of its own for each run, or auto_resume: true to go on; "
+            "CheckpointWriter(report=...) tells of a resume"
+        )
+
+    def _is_continued(self, trainer: Any) -> bool:
+        start = getattr(self.report, "start", None)
+        if isinstance(start, TrainingIteration):
+            return not start.is_zero
+        return any(dict(entry).get("kind") == "resume" for entry in getattr(trainer, "lineage", None) or ())
+
+    def _warn_once(self, text: str) -> None:
+        key = text.partition(",")[0]
+        if text and key not in self._warned:
+            self._warned.add(key)
+            logger.warning("%s", text)
 
     def _make_folders(self, folder: Path) -> None:
         """Create the folder and its parents, so that they survive a power failure."""
@@ -142,6 +192,7 @@ class CheckpointWriter:
         contents: Sequence[FileContent],
         lineage: tuple[dict[str, Any], ...],
         metrics: dict[str, float | None],
+        frozen: tuple[str, ...],
     ) -> CheckpointSet:
         storage = self.storage
         sequence = 1 + max((folder.sequence for folder in set_folders(checkpoints, storage)), default=0)
@@ -156,6 +207,7 @@ class CheckpointWriter:
             stage_name=self.paths.stage_name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             metrics=metrics,
+            frozen=frozen,
             files=tuple(self._write_file(folder, content) for content in contents),
             lineage=lineage,
             versions=_versions(),
@@ -165,9 +217,15 @@ class CheckpointWriter:
             file.write(manifest.to_bytes())
             storage.fsync(file)
         storage.fsync_folder(folder)
-        storage.rename(temporary, folder / MANIFEST_NAME)
-        storage.fsync_folder(folder)
-        return load_set(SetFolder(folder, sequence, iteration, committed=True), storage)
+        with _naming(folder / MANIFEST_NAME):
+            storage.rename(temporary, folder / MANIFEST_NAME)
+        unconfirmed = (
+            f"{folder} is written, and may or may not be committed: after a power failure it may be gone. "
+            "Next: save again, or look: noether-init inspect"
+        )
+        with _as_write_error(f"{iteration} of run {self.paths.run_id}", folder, unconfirmed):
+            storage.fsync_folder(folder)
+            return load_set(SetFolder(folder, sequence, iteration, committed=True), storage)
 
     def _write_file(self, folder: Path, content: FileContent) -> ManifestFile:
         path = folder / str(content.name)
@@ -201,18 +259,23 @@ class CheckpointWriter:
 
     def _follow_up(self, checkpoints: Path, committed: CheckpointSet) -> None:
         """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""
-        try:
-            if self.flat_names:
-                refresh_flat_names(checkpoints, committed, self.storage)
-            if not self.retention.keeps_all:
-                retire_sets(checkpoints, self.retention, self.storage)
-        except OSError as error:
-            logger.warning(
-                "%s is committed, but the flat names for Noether or the removal of old sets failed: %s. "
-                "The next save tries again",
-                committed.folder,
-                error,
+        steps: list[tuple[str, Callable[[], None]]] = [
+            ("the removal of flat names of removed sets", lambda: remove_orphans(checkpoints, self.storage))
+        ]
+        if self.flat_names:
+            steps.append(
+                ("the flat names for Noether", lambda: refresh_flat_names(checkpoints, committed, self.storage))
             )
+        if not self.retention.keeps_all:
+            steps.append(("the removal of old sets", lambda: retire_sets(checkpoints, self.retention, self.storage)))
+        for what, step in steps:
+            # each on its own: on a full disk, the removal of old sets is what makes room again
+            try:
+                step()
+            except OSError as error:
+                logger.warning(
+                    "%s is committed, but %s failed: %s. The next save tries again", committed.folder, what, error
+                )
 
     def _metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
         """The metrics as they are recorded. A rule for a metric that is never given would keep nothing."""
@@ -303,7 +366,7 @@ def _prove(path: Path, written: Mapping[str, ManifestTensor]) -> str:
     expected = {key: (tensor.dtype, tensor.shape) for key, tensor in written.items()}
     if found != expected:
         different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-        raise CheckpointWriteError(
+        raise CheckpointCorruptError(
             f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
         )
     return records
@@ -332,16 +395,19 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _as_write_error(what: str, folder: Path) -> Iterator[None]:
-    untouched = "It was not committed; the sets from before are untouched"
+def _as_write_error(
+    what: str, folder: Path, outcome: str = "It was not committed; the sets from before are untouched"
+) -> Iterator[None]:
     try:
         yield
+    except CheckpointWriteError:
+        raise
     except CheckpointError as error:
-        raise CheckpointWriteError(f"{what} was not saved: {error}. {untouched}", path=error.path) from error
+        raise CheckpointWriteError(f"{what} was not saved: {error}. {outcome}", path=error.path) from error
     except OSError as error:
         path = Path(error.filename) if isinstance(error.filename, str | os.PathLike) else folder
         raise CheckpointWriteError(
-            f"{what} was not saved: {path}: {error.strerror or error}. {untouched}", path=path
+            f"{what} was not saved: {path}: {error.strerror or error}. {outcome}", path=path
         ) from error
 
 

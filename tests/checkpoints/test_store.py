@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import attrs
 import pytest
 import torch
 
-from noether_init_core.checkpoints.manifest import sealed
+from noether_init_core.checkpoints.manifest import read_manifest, sealed
 from noether_init_core.checkpoints.names import parse
 from noether_init_core.checkpoints.sets import CheckpointSet
 from noether_init_core.checkpoints.storage import Storage
@@ -24,6 +25,7 @@ from noether_init_core.errors import (
     CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
+    CheckpointWriteError,
     ConfigError,
     IncompleteSetError,
     InvalidNameError,
@@ -253,10 +255,12 @@ def test_missing_tag_names_near_tags(noether_runs: Path) -> None:
 def test_missing_model_and_info_name_what_there_is(noether_runs: Path) -> None:
     """A wrong model name or info is answered with the right ones."""
     store = legacy(noether_runs, "mlp_train", "train")
-    with pytest.raises(CheckpointNotFoundError, match=r'no weights of "other"; .* Add: model_name: mlp'):
+    with pytest.raises(CheckpointNotFoundError, match=r'no weights of "other"; .* another name, add: model_name: mlp'):
         store.find("latest", [Need("other", "model")])
-    with pytest.raises(CheckpointNotFoundError, match=r'no trainer state of "other"; .* Add: model_name: mlp'):
+    with pytest.raises(CheckpointNotFoundError, match=r'no trainer state of "other"; .* add: model_name: mlp'):
         store.find("latest", [Need("other", "trainer")])
+    with pytest.raises(CheckpointNotFoundError, match=r'no weights of "mpl"; .* Add: model_name: mlp'):
+        store.find("latest", [Need("mpl", "model")])
     with pytest.raises(CheckpointNotFoundError, match=r'model_info "ema=0.99"; .* Add: model_info: ema=0.9') as caught:
         store.find("latest", [Need("mlp", "model", "ema=0.99")])
     assert caught.value.candidates == ("ema=0.9",)
@@ -398,6 +402,46 @@ def test_same_iteration_saved_twice_means_the_later_set(store: RunStore) -> None
     assert [store.find(tag, MLP).sequence for tag in ("E1_U10_S100", {"epoch": 1}, "S100", None)] == [2, 2, 2, 2]
 
 
+def test_models_that_are_saved_separately_at_one_iteration_are_both_found(store: RunStore) -> None:
+    """Generator and discriminator have sets of their own; the newest of a full iteration that has the model counts."""
+    generator, discriminator = write_set(store, 1, model="gen"), write_set(store, 1, model="disc")
+    for tag in ("E1_U10_S100", {"epoch": 1}):
+        assert store.find(tag, [Need("gen", "model"), Need("gen", "trainer")]) == generator
+        assert store.find(tag, [Need("disc", "model")]) == discriminator
+    assert store.find("E1_U10_S100") == discriminator
+    with pytest.raises(CheckpointNotFoundError, match=r'"latest" .*Add: checkpoint_tag: E1_U10_S100') as caught:
+        store.find("latest", [Need("gen", "model")])
+    assert "model_name" not in str(caught.value)
+    with pytest.raises(CheckpointNotFoundError, match=r'"E1_U10_S100" .*has no weights of "other"') as caught:
+        store.find("E1_U10_S100", [Need("other", "model")])
+    assert "checkpoint_tag: E1_U10_S100" not in str(caught.value)
+
+
+def test_newest_set_of_a_model_is_meant_even_where_it_lacks_a_part(store: RunStore) -> None:
+    """A repeated save without optimizer is not silently replaced by the one before it, whose weights are others."""
+    from noether_init_core.binding import bind
+    from noether_init_core.checkpoints.writer import CheckpointWriter
+
+    write_set(store, 1)
+    CheckpointWriter(store.paths, flat_names=False).save(
+        bind(torch.nn.Linear(1, 1), name="mlp"), TrainingIteration(1, 10, 100)
+    )
+    with pytest.raises(IncompleteSetError, match="has no optimizer state"):
+        store.find("E1_U10_S100", MLP)
+
+
+def test_optimizer_that_was_left_out_for_a_frozen_model_is_explained(store: RunStore) -> None:
+    """The message says why there is no optimizer state, and how to resume without."""
+    from noether_init_core.binding import bind
+    from noether_init_core.checkpoints.writer import CheckpointWriter
+
+    module = torch.nn.Linear(1, 1)
+    frozen = bind(module, name="mlp", optimizer=torch.optim.SGD(module.parameters(), lr=0.1), is_frozen=True)
+    CheckpointWriter(store.paths, flat_names=False).save(frozen, TrainingIteration(1, 10, 100))
+    with pytest.raises(IncompleteSetError, match=r"mlp was frozen when it was saved.*load_optim: false"):
+        store.find("latest", MLP)
+
+
 def test_flat_files_beside_committed_sets_are_not_read(store: RunStore, folder: Path) -> None:
     """Their tags do not exist, their models neither."""
     write_set(store, 2, "last")
@@ -463,6 +507,97 @@ def test_unreadable_flat_copy_does_not_stop_the_run(
     assert newest is not None
     assert newest.sequence == 1
     assert "latest beside committed sets cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", "run/checkpoints/sets"])
+@pytest.mark.parametrize("what", ["link", "loop", "file"])
+def test_folder_out_of_reach_is_not_an_empty_one(tmp_path: Path, place: str, what: str) -> None:
+    """A disk that is not mounted, or a file in the way: neither a fresh start nor new folders behind the link."""
+    from noether_init_core.binding import bind
+    from noether_init_core.checkpoints.writer import CheckpointWriter
+
+    store, path = RunStore(PathProvider(tmp_path, "run")), tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if what == "file":
+        path.write_text("x")
+    else:
+        path.symlink_to(path if what == "loop" else tmp_path / "scratch" / "run")
+    words = {"link": "is a link to", "loop": "is a link to|levels of symbolic links", "file": "is no folder"}[what]
+    for ask in (store.newest, store.is_begun, store.sets, store.uncommitted, lambda: store.find(None)):
+        with pytest.raises(CheckpointNotFoundError, match=words) as caught:
+            ask()
+        assert caught.value.path == path
+    with pytest.raises(CheckpointWriteError, match=str(path)):
+        CheckpointWriter(store.paths).save(bind(torch.nn.Linear(1, 1), name="mlp"), TrainingIteration(1, 1, 1))
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_set_without_a_trainer_file_is_broken(store: RunStore) -> None:
+    """Every set of ours has one: a manifest that lists none was edited, and the older set must not be taken instead."""
+    write_set(store, 1)
+    path = write_set(store, 2).folder / "manifest.json"
+    for kept in ([], ["model"], ["trainer"]):
+        values = json.loads(path.read_text())
+        values["files"] = [entry for entry in values["files"] if entry["part"] in kept]
+        del values["digest"]
+        rewritten = path.with_name("rewritten")
+        rewritten.write_bytes(sealed(json.dumps(values).encode()))
+        with pytest.raises(CheckpointCorruptError, match=r"weights and a trainer file, which every set has"):
+            read_manifest(rewritten)
+    rewritten.replace(path)
+    with pytest.raises(CheckpointCorruptError, match=r"checkpoint_tag: E1_U10_S100"):
+        store.newest()
+    assert len(store.broken()) == 1
+
+
+class Meanwhile(Storage):
+    """Something happens right after a folder was listed, once."""
+
+    def __init__(self, folder: Path, happens: Callable[[], object]) -> None:
+        self.folder, self.happens = folder, [happens]
+
+    def list_folder(self, folder: Path) -> list[str]:
+        names = super().list_folder(folder)
+        if folder == self.folder and self.happens:
+            self.happens.pop()()
+        return names
+
+
+def test_save_between_two_looks_is_no_other_program(store: RunStore, folder: Path) -> None:
+    """The flat names of a set that was committed after the sets were listed are not those of somebody else."""
+    from noether_init_core.binding import bind
+    from noether_init_core.checkpoints.writer import CheckpointWriter
+
+    first = write_set(store, 1)
+
+    def save() -> None:
+        CheckpointWriter(store.paths).save(bind(torch.nn.Linear(1, 1), name="mlp"), TrainingIteration(2, 20, 200))
+
+    for ask in (lambda racing: racing.newest(), lambda racing: racing.find(None, WEIGHTS)):
+        found = ask(RunStore(store.paths, storage=Meanwhile(folder / "sets", save)))
+        assert found.iteration.epoch in (1, 2)
+    assert store.newest() != first
+
+
+@pytest.mark.parametrize("tag", [None, "E1", "walk back"])
+def test_set_that_vanished_between_two_looks_is_no_error(store: RunStore, folder: Path, tag: str | None) -> None:
+    """Retention may remove every set that was listed; a newer one is there then, and is taken."""
+    old = [write_set(store, 1), write_set(store, 1)]
+    new = []
+
+    def retire() -> None:
+        new.append(write_set(store, 1))
+        for one in old:
+            shutil.rmtree(one.folder)
+
+    racing = RunStore(store.paths, storage=Meanwhile(folder / "sets", retire))
+    if tag == "walk back":
+        with pytest.raises(CheckpointNotFoundError):
+            list(racing.descending(None))
+        assert [one for _, one in racing.descending(None)] == new
+    else:
+        assert racing.find(tag, MLP) == new[0]
+    assert RunStore(store.paths, storage=Meanwhile(folder / "sets", lambda: None)).newest() == new[0]
 
 
 def test_uncommitted_set_is_named_and_never_picked(store: RunStore, folder: Path) -> None:

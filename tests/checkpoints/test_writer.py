@@ -29,6 +29,7 @@ from noether_init_core.checkpoints.storage import Storage
 from noether_init_core.checkpoints.store import Need, RunStore
 from noether_init_core.checkpoints.writer import CheckpointWriter
 from noether_init_core.errors import (
+    AmbiguousCheckpointError,
     CheckpointFormatError,
     CheckpointWriteError,
     ConfigError,
@@ -36,6 +37,7 @@ from noether_init_core.errors import (
 )
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
+from noether_init_core.provenance import InitReport
 
 ONE, TWO, THREE, FOUR = (TrainingIteration(n, 10 * n, 100 * n) for n in (1, 2, 3, 4))
 ALL = [Need("mlp", "model"), Need("mlp", "optim"), Need("mlp", "trainer")]
@@ -546,6 +548,77 @@ def test_writing_in_place_onto_a_rewritten_name_leaves_the_set_intact(
     assert RunStore(paths).find("latest", ALL) == saved
 
 
+def test_writing_in_place_onto_the_name_of_an_iteration_leaves_the_set_intact(
+    writer: CheckpointWriter, folder: Path, paths: PathProvider
+) -> None:
+    """Who may write onto a read-only file, as root may, gets copies; for others the write fails."""
+    saved = writer.save(trained(), ONE)
+    before = {path: digest(path) for path in saved.folder.iterdir()}
+    for part in ("model", "optim", "trainer"):
+        with contextlib.suppress(PermissionError, RuntimeError):
+            torch.save({"other": torch.zeros(1000)}, folder / f"mlp_cp=E1_U10_S100_{part}.th")
+    assert {path: digest(path) for path in saved.folder.iterdir()} == before
+    assert RunStore(paths).find("E1_U10_S100", ALL) == saved
+
+
+def test_hard_links_are_made_only_where_the_mode_protects_the_file(tmp_path: Path) -> None:
+    """A file that this process may write to would be rewritten under both names."""
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
+    assert not Storage().hardlink(source, tmp_path / "link")
+    source.chmod(0o444)
+    assert Storage().hardlink(source, tmp_path / "link") == (os.geteuid() != 0)
+    assert (tmp_path / "link").exists() == (os.geteuid() != 0)
+
+
+def test_flat_names_of_a_set_that_was_removed_by_hand_go_with_the_next_save(
+    writer: CheckpointWriter, folder: Path, paths: PathProvider
+) -> None:
+    """First a person is asked; once the older set was gone on from, the names that we wrote stop the run no more."""
+    writer.save(trained(), ONE, tags=("latest", "last"))
+    shutil.rmtree(writer.save(trained(), THREE, tags=("latest", "last")).folder)
+    with pytest.raises(AmbiguousCheckpointError, match=r"the set that they belonged to was removed.*E1_U10_S100"):
+        RunStore(paths).newest()
+    again = writer.save(trained(), TWO)
+    assert RunStore(paths).newest() == again
+    assert {path.name.split("_cp=")[1].rsplit("_", 1)[0] for path in folder.glob("*.th")} == {
+        "E1_U10_S100",
+        "E2_U20_S200",
+        "latest",
+    }
+
+
+def test_flat_files_of_another_program_stay(writer: CheckpointWriter, folder: Path, paths: PathProvider) -> None:
+    """A name of a removed set that was rewritten since is not ours to remove; nor is one that we never wrote."""
+    writer.save(trained(), ONE)
+    shutil.rmtree(writer.save(trained(), THREE).folder)
+    rewritten, foreign = folder / "mlp_cp=E3_U30_S300_model.th", folder / "mlp_cp=E4_U40_S400_model.th"
+    for path in (rewritten, foreign):
+        path.unlink(missing_ok=True)
+        torch.save({"state_dict": {}}, path)
+    writer.save(trained(), TWO)
+    assert rewritten.exists()
+    assert foreign.exists()
+    assert not (folder / "mlp_cp=E3_U30_S300_trainer.th").exists()
+    with pytest.raises(AmbiguousCheckpointError, match=r"remove \*_cp=E4_U40_S400_\*\.th, \*_cp=E3_U30_S300_\*\.th"):
+        RunStore(paths).newest()
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"[", b"[]", b'{"../../precious.th": ["gone", 1, 1]}', b'{"a_cp=b_model.th": 3}']
+)
+def test_damaged_record_of_flat_names_removes_nothing(
+    writer: CheckpointWriter, folder: Path, paths: PathProvider, record: bytes
+) -> None:
+    """It is advice for tidying up, nothing more."""
+    writer.save(trained(), ONE)
+    names = {path.name for path in folder.glob("*.th")}
+    (folder / ".noether-init-flat.json").write_bytes(record)
+    saved = writer.save(trained(), TWO)
+    assert {path.name for path in folder.glob("*.th")} >= names
+    assert RunStore(paths).newest() == saved
+
+
 def test_files_of_a_set_are_read_only(writer: CheckpointWriter, folder: Path) -> None:
     """A program that rewrites the name of an iteration in place fails loudly; copies can be rewritten."""
     saved = writer.save(trained(), ONE)
@@ -608,6 +681,31 @@ def test_failure_after_the_commit_is_no_lost_checkpoint(paths: PathProvider, cap
     saved = CheckpointWriter(paths, storage=NoCopies()).save(trained(), ONE)
     assert RunStore(paths).newest() == saved
     assert "is committed, but the flat names" in caplog.text
+
+
+def test_full_disk_at_the_flat_names_leaves_no_half_copy_and_retires_sets(
+    paths: PathProvider, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a disk that is full once would stay full: the removal of old sets is what makes room again."""
+
+    class FullForCopies(Storage):
+        def copy(self, source: Path, target: Path) -> None:
+            target.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+        def reflink(self, source: Path, target: Path) -> bool:
+            return False
+
+    for iteration in (ONE, TWO, THREE):
+        CheckpointWriter(paths, keep_last=2, flat_names=False).save(trained(), iteration)
+    saved = CheckpointWriter(paths, keep_last=2, storage=FullForCopies()).save(trained(), FOUR)
+    assert [one.sequence for one in RunStore(paths).sets()] == [3, 4]
+    assert RunStore(paths).newest() == saved
+    assert "the flat names for Noether failed" in caplog.text
+    assert not list(folder.glob(".noether-init-flat*"))
+    (folder / ".noether-init-flat.tmp").write_bytes(b"half")
+    CheckpointWriter(paths, flat_names=False).save(trained(), FOUR)
+    assert not list(folder.glob(".noether-init-flat*"))
 
 
 def test_file_system_without_links_gets_copies(paths: PathProvider, folder: Path) -> None:
@@ -733,6 +831,25 @@ def test_failure_at_any_single_step_keeps_the_sets_from_before(tmp_path: Path) -
     assert min(outcomes[True], outcomes[False]) > 10
 
 
+def test_failure_after_the_rename_of_the_manifest_does_not_claim_that_nothing_was_committed(
+    paths: PathProvider,
+) -> None:
+    """The set is there, but a power failure could take it back; both are said."""
+
+    class LastStep(Storage):
+        def fsync_folder(self, folder: Path) -> None:
+            if (folder / "manifest.json").exists():
+                raise OSError(errno.EIO, "Input/output error", str(folder))
+            super().fsync_folder(folder)
+
+    with pytest.raises(CheckpointWriteError, match=r"may or may not be committed.*noether-init inspect") as caught:
+        CheckpointWriter(paths, storage=LastStep()).save(trained(), ONE)
+    assert "was not committed" not in str(caught.value)
+    newest = RunStore(paths).newest()
+    assert newest is not None
+    assert newest.iteration == ONE
+
+
 def test_disk_that_fills_up_in_the_middle_of_a_file_is_named(paths: PathProvider) -> None:
     """The error is that of the system, with the file, not one of torch."""
 
@@ -782,6 +899,67 @@ def test_leftovers_of_a_killed_save_are_collected_by_the_next(writer: Checkpoint
     assert RunStore(paths).uncommitted() == ()
 
 
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_set_behind_a_link_is_never_removed(
+    paths: PathProvider, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_committed: bool
+) -> None:
+    """What a link leads to is not ours, be it a set that was archived or a folder with other things."""
+    writer = CheckpointWriter(paths, keep_last=1)
+    folder = writer.save(trained(), ONE).folder
+    elsewhere = tmp_path / "elsewhere"
+    if is_committed:
+        shutil.move(folder, elsewhere)
+        folder.symlink_to(elsewhere)
+    else:
+        elsewhere.mkdir()
+        (elsewhere / "precious.txt").write_text("x")
+        folder.with_name("00000009_E9_U9_S9").symlink_to(elsewhere)
+    before = sorted(elsewhere.iterdir())
+    for iteration in (TWO, THREE, FOUR):
+        writer.save(trained(), iteration)
+    assert sorted(elsewhere.iterdir()) == before
+    assert is_committed or "00000009_E9_U9_S9 has no manifest, and is a link to" in caplog.text
+
+
+def test_run_that_begins_anew_in_an_old_folder_is_told(paths: PathProvider, caplog: pytest.LogCaptureFixture) -> None:
+    """Under a run id that was used before, tags of the earlier run would be taken for those of this one."""
+    CheckpointWriter(paths).save(trained(), THREE)
+    writer = CheckpointWriter(paths)
+    writer.save(trained(), ONE)
+    writer.save(trained(), TWO)
+    assert caplog.text.count("has sets up to E3_U30_S300 already") == 1
+    assert "a run_id of its own" in caplog.text
+
+
+@pytest.mark.parametrize("said_by", ["report", "lineage", "nothing needed"])
+def test_run_that_went_back_on_purpose_is_not_warned(
+    paths: PathProvider, caplog: pytest.LogCaptureFixture, said_by: str
+) -> None:
+    """A resume from an earlier set is in the report and in the lineage of the trainer."""
+    CheckpointWriter(paths).save(trained(), THREE)
+    trainer = Trainer()
+    trainer.lineage = ({"kind": "resume"},) if said_by == "lineage" else ()  # type: ignore[attr-defined]
+    report = InitReport(ONE) if said_by == "report" else None
+    iteration = FOUR if said_by == "nothing needed" else TWO
+    CheckpointWriter(paths, report=report).save(trained(), iteration, trainer=trainer)
+    assert caplog.text == ""
+
+
+def test_optimizer_of_a_frozen_model_is_left_out_with_a_word(
+    writer: CheckpointWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Thawed later, the run could not be resumed; who has no optimizer there, or wants none, is not bothered."""
+    model = trained()
+    model.module.requires_grad_(False)
+    writer.save(model, ONE, optimizer=False)
+    writer.save(bind(model.module, name="mlp"), ONE)
+    assert caplog.text == ""
+    saved = [writer.save(model, iteration) for iteration in (ONE, TWO)]
+    assert caplog.text.count("the optimizer of mlp is not saved, since the model is frozen") == 1
+    assert saved[0].manifest is not None
+    assert saved[0].manifest.frozen == ("mlp",)
+
+
 def test_writers_at_the_same_time_take_turns(paths: PathProvider) -> None:
     """Two threads with writers of their own: every save is a whole set with a sequence of its own."""
     errors: list[BaseException] = []
@@ -828,7 +1006,7 @@ def test_retention_of_an_iteration_saved_twice_keeps_its_flat_names(paths: PathP
         saved = writer.save(trained(), iteration)
     assert [one.sequence for one in RunStore(paths).sets()] == [2, 3]
     for file in saved.files:
-        assert (folder / file.path.name).samefile(file.path)
+        assert digest(folder / file.path.name) == digest(file.path)
 
 
 @pytest.mark.parametrize("keep_last", [0, -1, "3", 1.5])
@@ -844,4 +1022,4 @@ def test_same_iteration_may_be_saved_again(writer: CheckpointWriter, paths: Path
     writer.save(fill(trained(), 2), ONE)
     assert weight_of(RunStore(paths).find("E1", ALL)) == 2
     assert load(folder / "mlp_cp=E1_U10_S100_model.th")["state_dict"]["first.weight"][0, 0] == 2
-    assert not list(folder.glob(".noether-init-flat*"))
+    assert not list(folder.glob(".noether-init-flat*.tmp"))
