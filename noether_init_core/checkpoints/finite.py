@@ -7,12 +7,9 @@ then, say what is there; unlike a sum they cannot overflow, so no second look is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import attrs
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["Finding", "can_be_nonfinite", "nonfinite"]
 
@@ -39,6 +36,8 @@ _PATTERNS = {
     "float8_e4m3fn": _Patterns(1, None, 0x7F),
     "float8_e5m2": _Patterns(1, 0x7C, 0x7D),
 }
+_SIGNED = {1: "i1", 2: "i2", 4: "i4", 8: "i8"}
+_UNSIGNED = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
 # Formats with a single NaN: the bits of minus zero, or, without a sign, all of them set.
 _SINGLE_NAN = {"float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80, "float8_e8m0fnu": 0xFF}
 
@@ -63,10 +62,9 @@ def nonfinite(data: memoryview, dtype: str) -> Finding | None:
         found = octets.view(np.int8).min() == -128 if single == 0x80 else octets.max() == single
         return "NaN" if found else None
     patterns = _PATTERNS[dtype]
-    unsigned: np.ndarray = np.frombuffer(data, np.dtype(f"u{patterns.size}"))
-    sign = 1 << (8 * patterns.size - 1)
-    negative = int(unsigned.max())  # as large as an element with a sign bit can be, where there is one
-    largest = max(int(unsigned.view(np.dtype(f"i{patterns.size}")).max()), negative - sign)
+    signed = np.frombuffer(data, _SIGNED[patterns.size])
+    negative = int(signed.view(_UNSIGNED[patterns.size]).max()) - (1 << (8 * patterns.size - 1))
+    largest = max(int(signed.max()), negative)
     if largest >= patterns.nan:
         return "NaN"
     return "infinities" if patterns.infinity is not None and largest >= patterns.infinity else None

@@ -290,6 +290,13 @@ class CheckpointReader:
             return read_tensor(self._handle, self._records, self._own(key_or_info))
         return read_tensor(self._handle, self._records, self._find(key_or_info), key_or_info)
 
+    def pieces(self, key: str) -> Iterator[torch.Tensor]:
+        """The tensor in slices along one dimension, each of about a megabyte, so that all of it is never in memory."""
+        from noether_init_core.checkpoints.transfer import read_pieces
+
+        info = self._find(key)
+        return (piece for _dimension, _begin, piece in read_pieces(self._handle, self._records, info, key))
+
     def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors into existing ones of the same shape, in place, without gradient.
 
@@ -349,9 +356,9 @@ class CheckpointReader:
         interpreter = Interpreter(header, sizes, allowed)
         try:
             value = interpreter.run()
-            if interpreter.unknown:
-                self._refuse_globals(interpreter.unknown)
             survey = Survey(value, len(header))
+            if interpreter.unknown:
+                self._refuse_globals(interpreter.unknown, survey.foreign)
         except OpcodeError as error:
             if interpreter.unknown:
                 self._refuse_globals(interpreter.unknown)
@@ -426,10 +433,12 @@ class CheckpointReader:
             path=self.path,
         )
 
-    def _refuse_globals(self, unknown: Iterable[str]) -> NoReturn:
+    def _refuse_globals(self, unknown: Iterable[str], places: Mapping[str, str] | None = None) -> NoReturn:
         names = [_printable(name) for name in unknown]
+        placed = {_printable(name): _printable(path) for name, path in (places or {}).items() if path}
+        shown = [f"{name} (at {placed[name]})" if name in placed else name for name in names]
         raise UnsafeGlobalError(
-            f"{self.path} refers to {_listed(names, ', ', 20)}, which tensors and plain values do not need. Nothing of "
+            f"{self.path} refers to {_listed(shown, ', ', 20)}, which tensors and plain values do not need. Nothing of "
             "it was imported or called. If these are harmless classes, they can be read as inert records: "
             f"open_checkpoint(..., allow_globals=[...]) in code, or {ALLOW_GLOBALS_VARIABLE}="
             f"{_listed(names, ',', 3)} in the environment",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from noether_init_core.checkpoints.file_handle import CHUNK, FileHandle, Transfer
+from noether_init_core.checkpoints.pages import prefer_large_pages
 from noether_init_core.checkpoints.records import Record
 from noether_init_core.checkpoints.survey import children
 from noether_init_core.checkpoints.tensor_info import ITEMSIZES, TensorInfo
@@ -17,7 +18,16 @@ from noether_init_core.errors import CheckpointFormatError, StateMismatchError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Materializer", "allocated", "are_equal", "copy_staged", "copy_tensors", "map_tensors", "read_tensor"]
+__all__ = [
+    "Materializer",
+    "allocated",
+    "are_equal",
+    "copy_staged",
+    "copy_tensors",
+    "map_tensors",
+    "read_pieces",
+    "read_tensor",
+]
 
 # Bytes of a temporary tensor, where one is needed.
 _PIECE = 1 << 20
@@ -142,7 +152,7 @@ def allocated(
         whole = info.nbytes == records[info.record].size and info.is_contiguous and info.nbytes > 0
         if whole and info.record not in memory and not (info.is_conjugated or info.is_negated):
             dtype = _dtype_of(handle, info, "")
-            carrier = torch.empty(info.nbytes, dtype=torch.uint8)
+            carrier = prefer_large_pages(torch.empty(info.nbytes, dtype=torch.uint8))
             tensors[info] = carrier.view(dtype).view(info.shape)
             memory[info.record] = _bytes_of(carrier)
     return tensors, memory
@@ -334,11 +344,25 @@ def _transfer(records: Mapping[str, Record], info: TensorInfo, target: torch.Ten
 def _copy_in_chunks(
     handle: FileHandle, records: Mapping[str, Record], info: TensorInfo, target: torch.Tensor, key: str
 ) -> None:
-    """Copy along the dimension that is the slowest one in the file, so that a chunk is one piece of it."""
     if info.is_contiguous and target.is_contiguous():
-        info, target = _flat(info), target.view(-1)
+        info, target = attrs.evolve(info, shape=(info.nbytes // info.itemsize,), stride=(1,)), target.view(-1)
+    for dimension, begin, piece in read_pieces(handle, records, info, key):
+        if piece.dim() == 0:
+            target.copy_(piece)
+        else:
+            target.narrow(dimension, begin, piece.shape[dimension]).copy_(piece)
+
+
+def read_pieces(
+    handle: FileHandle, records: Mapping[str, Record], info: TensorInfo, key: str = ""
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Dimension, begin along it, and the slice from there: along the slowest dimension in the file, so that a slice is
+    one piece of it. A tensor without elements has none, one without dimensions is its only slice.
+    """
+    if info.nbytes == 0:
+        return
     if not info.shape:
-        target.copy_(read_tensor(handle, records, info, key))
+        yield 0, 0, read_tensor(handle, records, info, key)
         return
     dimension = max(range(len(info.shape)), key=lambda number: (info.shape[number] > 1, info.stride[number]))
     size, stride = info.shape[dimension], info.stride[dimension]
@@ -352,11 +376,7 @@ def _copy_in_chunks(
             nbytes=info.nbytes // size * length,
             storage_offset=info.storage_offset + begin * stride,
         )
-        target.narrow(dimension, begin, length).copy_(read_tensor(handle, records, part, key))
-
-
-def _flat(info: TensorInfo) -> TensorInfo:
-    return attrs.evolve(info, shape=(info.nbytes // info.itemsize,), stride=(1,))
+        yield dimension, begin, read_tensor(handle, records, part, key)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -159,9 +159,7 @@ class _Work:
     def _read_group(self, group: list[_Part], buffer: memoryview) -> None:
         """One pass over neighbouring parts; one read serves as many small ones as it holds."""
         begin = end = 0  # what part of the file is in the buffer
-        last = group[-1]
-        stop = self._stretches[last.index].offset + last.begin + last.length
-        for part in group:
+        for number, part in enumerate(group):
             stretch = self._stretches[part.index]
             position = stretch.offset + part.begin
             upto = position + part.length
@@ -173,9 +171,20 @@ class _Work:
                 self._look(part, self._through(buffer, position, upto, stretch.name))
             else:
                 if position < begin or upto > end:
-                    begin, end = position, min(position + len(buffer), stop)
+                    begin, end = position, self._end_of_read(group, number, position + len(buffer))
                     self._handle.read_into(buffer[: end - begin], begin, stretch.name)
                 self._look(part, (buffer[position - begin : upto - begin],))
+
+    def _end_of_read(self, group: list[_Part], number: int, limit: int) -> int:
+        """Behind the last part, from ``number`` on, that one read can serve as a whole."""
+        end = 0
+        for part in group[number:]:
+            stretch = self._stretches[part.index]
+            behind = stretch.offset + part.begin + part.length
+            if stretch.target is not None or behind > limit:
+                break
+            end = behind
+        return end
 
     def _pieces(self, position: int, target: memoryview, name: str) -> Iterable[memoryview]:
         for begin in range(0, len(target), _BUFFER):

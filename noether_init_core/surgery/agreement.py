@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ class TensorReader(Protocol):
     """What is needed of a reader of checkpoints."""
 
     def read(self, key: str) -> torch.Tensor: ...
+    def pieces(self, key: str) -> Iterator[torch.Tensor]: ...
 
 
 def check_across(plan: LoadPlan, readers: Mapping[str, TensorReader]) -> None:
@@ -39,7 +40,9 @@ def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
         if row.action == "cast" and row.source_dtype is not None:
             target = getattr(torch, row.dtype)
             source = getattr(torch, row.source_dtype)
-            if _can_overflow(source, target) and not _fits(reader.read(row.sources[0]), target):
+            if _can_overflow(source, target) and not all(
+                _fits(piece, target) for piece in reader.pieces(row.sources[0])
+            ):
                 problems.append(f"{row.key}: values of {row.source_dtype} in the file do not fit {row.dtype}")
     _raise(plan, problems)
 
