@@ -21,13 +21,16 @@ _UNREADABLE = frozenset({RefusedTensor, StorageRef})
 
 
 class Survey:
-    """``problems``: path -> why, of tensors that cannot be read. ``size``: bytes of the pickle behind the object.
+    """What was found; ``size`` are the bytes of the pickle behind the object.
+
+    ``problems``: path -> why, of tensors that cannot be read. ``foreign``: name of a class -> path of its first object.
 
     Raises ``OpcodeError`` for an object that contains itself, or is too deep or too large as a tree.
     """
 
     def __init__(self, root: Any, size: int) -> None:
         self.problems: dict[str, str] = {}
+        self.foreign: dict[str, str] = {}
         self._largest = 1_000_000 + 20 * size
         self._most_tensors = 10_000 + size
         # id -> (values in the tree below, tensors in it); None while it is being looked at
@@ -58,6 +61,8 @@ class Survey:
             return known
         if depth == MAX_DEPTH:
             raise OpcodeError(f"its object is nested deeper than {MAX_DEPTH}")
+        if kind is ForeignObject:
+            self.foreign.setdefault(value.name, dotted(path))
         self._seen[id(value)] = None
         values, tensors = 1, 0
         for key, child in children(value):
