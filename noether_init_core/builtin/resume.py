@@ -135,7 +135,7 @@ class ResumeInitializer(CheckpointInitializer):
             with open_checkpoint(file.path) as reader:
                 if file.part != "optim":
                     said[file.path.name] = said_by(reader.metadata, file.path)
-                reader.verify(self.config.verify, digest=found.digest_of(file))
+                reader.verify(self.config.verify, committed=found.committed_file(file))
         check_consistency(said, found)
         return self._read_trainer(found, root)
 

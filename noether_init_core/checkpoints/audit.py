@@ -51,12 +51,13 @@ _CHECKPOINTS = "checkpoints"
 
 @attrs.frozen
 class AuditedFile:
-    """A single file and what is wrong with it; nothing is, where ``problem`` is empty."""
+    """A file and what is wrong with it: nothing, where ``problem`` is empty. ``note`` says what was not checked."""
 
     path: Path
     tensors: int = 0
     bytes: int = 0
     problem: str = ""
+    note: str = ""
 
 
 @attrs.frozen
@@ -149,7 +150,8 @@ def audit_file(path: Path, progress: Progress | None = None) -> AuditedFile:
         with open_checkpoint(path) as reader:
             tensors = reader.tensors
             reader.verify("full")
-            found = AuditedFile(path, len(tensors), sum(info.nbytes for info in tensors.values()))
+            note = "structure only: a safetensors file carries no checksums" if reader.format == "safetensors" else ""
+            found = AuditedFile(path, len(tensors), sum(info.nbytes for info in tensors.values()), note=note)
     except (CheckpointError, OSError) as error:
         found = AuditedFile(path, problem=str(error))
     if progress is not None:

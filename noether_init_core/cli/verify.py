@@ -85,9 +85,9 @@ def _show(audited: Sequence[AuditedStore], files: Sequence[AuditedFile], problem
     for store in audited:
         _show_store(store)
     for file in files:
-        typer.echo(
-            f"x {file.problem}" if file.problem else f"= {file.path}: {file.tensors} tensors, {file.bytes:,} bytes"
-        )
+        note = f" ({file.note})" if file.note else ""
+        good = f"= {file.path}: {file.tensors} tensors, {file.bytes:,} bytes{note}"
+        typer.echo(f"x {file.problem}" if file.problem else good)
     sets = sum(one.state != "uncommitted" for store in audited for one in store.sets)
     counted = f"sets: {sets}" if audited else f"files: {len(files)}"
     typer.echo(f"{counted}, problems: {problems}")
@@ -100,27 +100,29 @@ def _show_store(store: AuditedStore) -> None:
 
     title = f"{store.run_id}/{store.stage_name}" if store.stage_name is not None else store.run_id
     table = Table(box=None, pad_edge=False, header_style="bold", title=Text(title), title_justify="left")
-    for column in ("", "set", "iteration", "tags", "files", "bytes", "what is wrong"):
+    # the folder of a committed set has its iteration in its name
+    with_iterations = any(one.iteration is not None and one.iteration not in one.name for one in store.sets)
+    for column in ("", "set", *(["iteration"] if with_iterations else []), "tags", "files", "bytes"):
         is_number = column in ("files", "bytes")
-        table.add_column(
-            column,
-            overflow="fold",
-            no_wrap=column in ("", "iteration", "files", "bytes"),
-            justify="right" if is_number else "left",
-        )
+        table.add_column(column, overflow="fold", no_wrap=column != "tags", justify="right" if is_number else "left")
     for one in store.sets:
         mark, style = _MARKS[one.state]
-        words = [_short(text, store.folder) for text in one.problems] + [f"({note})" for note in one.notes]
-        if one.state == "uncommitted":
-            words.append("a save that was never finished; never picked")
         numbers = [str(one.files), f"{one.bytes:,}"] if one.files else ["", ""]
-        cells = [one.name, one.iteration or "unknown", ", ".join(one.tags), *numbers, "\n".join(words)]
-        table.add_row(Text(mark, style), *(Text(cell) for cell in cells))
-    console = Console()
+        iteration = [one.iteration or "unknown"] if with_iterations else []
+        table.add_row(
+            Text(mark, style), *(Text(cell) for cell in (one.name, *iteration, ", ".join(one.tags), *numbers))
+        )
     if store.sets:
-        console.print(table)
+        Console().print(table)
     else:
         typer.echo(f"{title}\nno sets")
+    for one in store.sets:
+        for problem in one.problems:
+            typer.echo(f"x {one.name}: {_short(problem, store.folder, one.name)}")
+        for note in one.notes:
+            typer.echo(f"- {one.name}: {note}")
+        if one.state == "uncommitted":
+            typer.echo(f"- {one.name}: a save that was never finished; never picked")
     if any(one.state == "good" and not one.is_committed for one in store.sets):
         typer.echo("no manifests: every file was compared with the checksums inside it")
     for problem in store.problems:
@@ -132,9 +134,11 @@ def _show_store(store: AuditedStore) -> None:
     typer.echo("")
 
 
-def _short(text: str, folder: Path) -> str:
-    """Paths within the folder of checkpoints; the folder is known."""
-    return text.replace(f"{folder}/", "")
+def _short(text: str, folder: Path, name: str) -> str:
+    """Without the folders that the line has named already."""
+    from noether_init_core.checkpoints.sets import SETS_FOLDER
+
+    return text.replace(f"{folder / SETS_FOLDER / name}/", "").replace(f"{folder}/", "")
 
 
 def _as_data(

@@ -15,6 +15,7 @@ import attrs
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from support.damage import flip_tensor_bit
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind, cli
@@ -33,7 +34,8 @@ class Result:
     @property
     def rows(self) -> dict[str, str]:
         """Set -> its line of the table."""
-        return {line.split()[2]: line for line in self.out.splitlines() if line[:2] in ("= ", "x ", "- ") and line[2:]}
+        table = [line for line in self.out.splitlines() if line.startswith(("= good", "x broken", "- uncommitted"))]
+        return {line.split()[2]: line for line in table}
 
 
 Verify = Callable[..., Result]
@@ -108,10 +110,10 @@ def test_everything_that_is_wrong_is_said_of_its_set(verify: Verify, paths: Path
     assert list(result.rows) == [f"0000000{n}_E{n}_U{n}0_S{n}00" for n in (4, 3, 2, 1)]
     marks = [line.split()[:2] for line in result.rows.values()]
     assert marks == [["-", "uncommitted"], ["x", "broken"], ["x", "broken"], ["=", "good"]]
-    assert "mlp_cp=E3_U30_S300_model.th is damaged" in result.out
+    assert "x 00000003_E3_U30_S300: mlp_cp=E3_U30_S300_model.th is damaged" in result.out
     assert "mlp_cp=E3_U30_S300_trainer.th is missing" in result.out
     assert "manifest.json cannot be read as a manifest" in result.out
-    assert "(notes.txt is not in the manifest)" in result.out
+    assert f"- {folders[0].name}: notes.txt is not in the manifest" in result.out
     assert result.out.splitlines()[-1] == "sets: 3, problems: 2"
     data = json.loads(verify(paths.output_root, "--json").out)
     (run,) = data["runs"]
@@ -206,6 +208,13 @@ def test_a_single_file_is_verified_to_the_last_byte(verify: Verify, paths: PathP
     assert result.code == 1
     (found,) = json.loads(result.out)["files"]
     assert "written without checksums" in found["problem"]
+
+
+def test_what_cannot_be_verified_is_not_called_verified(verify: Verify, tmp_path: Path) -> None:
+    """A safetensors file has no checksums."""
+    save_file({"w": torch.ones(3)}, tmp_path / "weights.safetensors")
+    result = verify(tmp_path / "weights.safetensors")
+    assert (result.code, "(structure only: a safetensors file carries no checksums)" in result.out) == (0, True)
 
 
 def test_a_run_whose_only_save_was_cut_short_has_no_problem(verify: Verify, paths: PathProvider) -> None:
