@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -229,21 +230,16 @@ class CheckpointWriter:
 
     def _write_file(self, folder: Path, content: FileContent) -> ManifestFile:
         path = folder / str(content.name)
-        with _naming(path), self.storage.open_write(path) as file:
+        # digests of tensors are taken meanwhile: the disk and torch's checksums take longer
+        with ThreadPoolExecutor(1) as pool, _naming(path), self.storage.open_write(path) as file:
+            described = pool.submit(_described, content)
             sink = _Sink(file)
             with _checksums():
                 torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
             sink.raise_error()
             self.storage.fsync(file)
         self.storage.make_read_only(path)
-        tensors = {
-            key: ManifestTensor(
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=tuple(tensor.shape),
-                digest=digest_of_tensor(tensor),
-            )
-            for key, tensor in _tensors_of(content)
-        }
+        tensors = described.result()
         records = _prove(path, tensors)
         name = content.name
         return ManifestFile(
@@ -351,6 +347,15 @@ def _tensors_of(content: FileContent) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((key, value) for key, value in state_dict.items() if isinstance(value, torch.Tensor))
     else:
         yield from tensors_in(content.content)
+
+
+def _described(content: FileContent) -> dict[str, ManifestTensor]:
+    return {
+        key: ManifestTensor(
+            dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), digest=digest_of_tensor(tensor)
+        )
+        for key, tensor in _tensors_of(content)
+    }
 
 
 def _prove(path: Path, written: Mapping[str, ManifestTensor]) -> str:
