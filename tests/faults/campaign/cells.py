@@ -66,9 +66,7 @@ def all_cells(scale: float = 1.0) -> list[Cell]:
         for error in ERRORS
         for mode in ("once", "lasting")
     ]
-    cells += [
-        Cell(f"reads/{format_name}/{how}", _reads(format_name, how)) for format_name in FORMATS for how in HOW
-    ]
+    cells += [Cell(f"reads/{format_name}/{how}", _reads(format_name, how)) for format_name in FORMATS for how in HOW]
     cells += [Cell(f"headers/{target}", _headers(target, scale)) for target in TARGETS]
     return cells
 

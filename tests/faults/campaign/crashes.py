@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import attrs
 
-from faults.campaign.disk import CHANGING, LOOKING, Disk, Recorder, crashes
+from faults.campaign.disk import CHANGING, LOOKING, Disk, Quick, Recorder, crashes
 from faults.campaign.saves import Numbered, found_by_us, is_torn_for_noether
 from faults.campaign.subjects import digest_of
 from noether_init_core import PathProvider
@@ -46,7 +46,7 @@ class Scenario:
         root.mkdir(parents=True)
         numbered = Numbered(WIDTH)
         for number in range(1, self.sets_before + 1):
-            numbered.save(root, number, **{**self.arguments, "keep_last": None})
+            numbered.save(root, number, **{**self.arguments, "keep_last": None, "storage": Quick()})
         if self.leftover:
             folder = root / "run" / "checkpoints" / "sets" / f"{self.sets_before + 1:08d}_E7_U7_S7"
             folder.mkdir()
@@ -66,26 +66,33 @@ SCENARIOS: Mapping[str, Scenario] = {
     "with retention": Scenario(4, {"keep_last": 2}),
     "same iteration again": Scenario(2, same_iteration=True),
     "after a kill": Scenario(2, leftover=True),
-    "best tag and average": Scenario(
-        3, {"keep_last": 1, "tags": ("latest", "best_model.loss.val"), "averages": True}
-    ),
+    "best tag and average": Scenario(3, {"keep_last": 1, "tags": ("latest", "best_model.loss.val"), "averages": True}),
 }
 
 
-def replay(scenario: Scenario, root: Path, *, start: int = 0, every: int = 1) -> Iterator[Counter[str]]:
+def replay(
+    scenario: Scenario,
+    root: Path,
+    *,
+    start: int = 0,
+    every: int = 1,
+    storage: type[Recorder] = Recorder,
+    acknowledged_only: bool = False,
+) -> Iterator[Counter[str]]:
     """Record one save, then start again from everything that a crash in it may leave on the disk.
 
-    One counter for each disk, from number ``start`` on; ``every`` takes each n-th only.
+    One counter for each disk, from number ``start`` on; ``every`` takes each n-th only. ``acknowledged_only``: crashes
+    after the save has returned.
     """
     numbered = scenario.prepare(root / "recorded")
-    recorder = Recorder(root / "recorded")
+    recorder = storage(root / "recorded")
     number = scenario.sets_before + 1
     scenario.save(numbered, root / "recorded", number, recorder)
     if recorder.now.signature() != Disk.of(recorder.root).signature():
         raise AssertionError("the recording lacks a change: something happened on disk outside of the storage")
     acknowledged_at = len(recorder.operations)
     for index, crash in enumerate(crashes(recorder, random.Random(0))):
-        if index < start or index % every:
+        if index < start or index % every or (acknowledged_only and crash.done < acknowledged_at):
             continue
         folder = root / "replayed"
         folder.mkdir()
@@ -112,13 +119,13 @@ def _look(root: Path, counted: Counter[str], acknowledged: int, newest: int) -> 
 
 def _save_again(numbered: Numbered, root: Path, number: int, counted: Counter[str]) -> None:
     """The next save has to succeed and to be found."""
-    numbered.save(root, number, keep_last=2)
+    numbered.save(root, number, keep_last=2, storage=Quick())
     store = RunStore(PathProvider(root, "run"))
     found = found_by_us(root, WIDTH)
     counted["next save not found"] += found.number != number or bool(store.broken()) or bool(store.uncommitted())
 
 
-class Failing(Storage):
+class Failing(Quick):
     """Fails at the call with the given number, and with ``lasting`` at every later one that changes something."""
 
     def __init__(self, at: int, code: int, *, lasting: bool) -> None:
@@ -146,7 +153,7 @@ class Failing(Storage):
 
 
 def _failing_method(name: str) -> Callable[..., Any]:
-    original, changes = getattr(Storage, name), name in CHANGING
+    original, changes = getattr(Quick, name), name in CHANGING
 
     def method(self: Failing, *arguments: Any) -> Any:
         self.step(next((path for path in arguments[::-1] if isinstance(path, Path)), None), changes=changes)
@@ -196,11 +203,12 @@ def failures(
         numbered.become(number)
         state = digest_of({"network": numbered.network.state_dict(), "optimizer": numbered.optimizer.state_dict()})
         counted = Counter(tried=1)
-        raised = False
+        raised = in_doubt = False
         try:
             scenario.save(numbered, folder, number, Failing(at, ERRORS[error], lasting=lasting))
-        except CheckpointWriteError:
-            raised = True
+        except CheckpointWriteError as caught:
+            raised, in_doubt = True, "may or may not be committed" in str(caught)
+            in_doubt &= "not committed" not in str(caught)
         except Exception as caught:
             raised = True
             counted["foreign error"] += 1
@@ -209,7 +217,8 @@ def failures(
         after = digest_of({"network": numbered.network.state_dict(), "optimizer": numbered.optimizer.state_dict()})
         counted["half changed"] += after != state
         found = _look(folder, counted, scenario.sets_before if raised else number, number)
-        counted["reported, though committed"] += raised and found == number
+        counted["in doubt"] += in_doubt
+        counted["wrongly reported"] += raised and found == number and not in_doubt
         counted["torn for Noether"] += is_torn_for_noether(folder)
         _save_again(numbered, folder, number + 1, counted)
         shutil.rmtree(folder)

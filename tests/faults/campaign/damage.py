@@ -42,7 +42,9 @@ class Damage:
 
 
 @contextlib.contextmanager
-def damaged(damage: Damage, files: Sequence[Path], contents: Sequence[bytes], others: Sequence[bytes]) -> Iterator[None]:
+def damaged(
+    damage: Damage, files: Sequence[Path], contents: Sequence[bytes], others: Sequence[bytes]
+) -> Iterator[None]:
     """The files with the damage in them; afterwards they are as they were."""
     for index in damage.replaced:
         files[index].write_bytes(others[index])
@@ -85,9 +87,7 @@ def flips(contents: Sequence[bytes], others: Sequence[bytes], count: int) -> lis
 
 def truncations(contents: Sequence[bytes], others: Sequence[bytes], count: int) -> list[Damage]:
     """Every length from none to one byte less; ``count`` spreads fewer of them evenly, 0 means all."""
-    found = [
-        Damage(index, length=length) for index, content in enumerate(contents) for length in range(len(content))
-    ]
+    found = [Damage(index, length=length) for index, content in enumerate(contents) for length in range(len(content))]
     return found[:: max(1, len(found) // count)] if count else found
 
 

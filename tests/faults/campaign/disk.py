@@ -23,13 +23,18 @@ import attrs
 
 from noether_init_core.checkpoints.storage import Storage
 
-__all__ = ["CHANGING", "LOOKING", "Crash", "Disk", "Operation", "Recorder", "crashes"]
+__all__ = ["CHANGING", "LOOKING", "Crash", "Disk", "Operation", "Quick", "Recorder", "crashes"]
 
 Data = Literal["all", "fsynced", "half", "zeros"]
 _DATA: tuple[Data, ...] = ("all", "fsynced", "half", "zeros")
 
 #: Methods of ``Storage`` that change nothing, and those that do. A new method has to be put into one of them.
-LOOKING = frozenset({"list_folder", "is_folder", "size_of", "exists", "resolve", "is_same_file", "read_bytes"})
+LOOKING = frozenset(
+    {
+        "list_folder", "is_folder", "size_of", "exists", "is_link", "identity_of", "resolve", "is_same_file",
+        "read_bytes",
+    }
+)  # fmt: skip
 CHANGING = frozenset(
     {
         "make_folder", "open_write", "fsync", "fsync_folder", "make_read_only", "rename", "unlink", "remove_folder",
@@ -172,7 +177,21 @@ class _File:
         self._file.close()
 
 
-class Recorder(Storage):
+class Quick(Storage):
+    """Does not wait for the disk: what has reached it is a question for the model. Links as for an ordinary user."""
+
+    def fsync(self, file: BinaryIO) -> None:
+        file.flush()
+
+    def fsync_folder(self, folder: Path) -> None:
+        pass
+
+    def hardlink(self, source: Path, target: Path) -> bool:
+        os.link(source, target)
+        return True
+
+
+class Recorder(Quick):
     """Does everything below ``root`` as it should be done, and writes it down."""
 
     def __init__(self, root: Path) -> None:
@@ -344,7 +363,9 @@ def _volatile(before: Disk, operations: Sequence[Operation]) -> list[int]:
     return list(found)
 
 
-def _after(recorder: Recorder, operations: Sequence[Operation], dropped: frozenset[int], how: Mapping[int, Data]) -> Disk:
+def _after(
+    recorder: Recorder, operations: Sequence[Operation], dropped: frozenset[int], how: Mapping[int, Data]
+) -> Disk:
     disk = recorder.before.copy()
     for node in recorder.now.entries:
         disk.entries.setdefault(node, {})

@@ -32,9 +32,9 @@ class Hunt:
     """Gives inputs to a reader, counts them, and keeps those that it misbehaved on."""
 
     def __init__(self, target: str, folder: Path) -> None:
-        from faults.campaign.headers import Misbehaviour, check
+        from faults.campaign.headers import MisbehaviourError, check
 
-        self._check, self._misbehaviour = check, Misbehaviour
+        self._check, self._misbehaviour = check, MisbehaviourError
         self.target, self.folder = target, folder
         self.counted = {"tried": 0, "accepted": 0, "found": 0}
         self.places: dict[str, str] = {}

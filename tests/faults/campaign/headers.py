@@ -1,6 +1,6 @@
-"""Readers of foreign headers as functions of bytes, with what they may do: an ``InitError`` or nothing, soon, in little.
+"""Readers of foreign headers as functions of bytes: an ``InitError`` or nothing, soon, and in little memory.
 
-``check`` raises ``Misbehaviour`` for any other exception, more than two seconds of the processor, or more than 200 MB.
+``check`` raises ``MisbehaviourError`` for any other exception, more than two seconds of the processor, or more than 200 MB.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from noether_init_core.checkpoints.names import check_tag, iteration_of_tag, par
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.errors import InitError
 
-__all__ = ["TARGETS", "Misbehaviour", "check", "seeds"]
+__all__ = ["TARGETS", "MisbehaviourError", "check", "seeds"]
 
 MOST_SECONDS = 2.0
 MOST_BYTES = 200 << 20
@@ -29,7 +29,7 @@ MOST_BYTES = 200 << 20
 _folder = tempfile.TemporaryDirectory(prefix="headers-")
 
 
-class Misbehaviour(Exception):
+class MisbehaviourError(Exception):
     """A reader did what no header may make it do."""
 
 
@@ -85,7 +85,7 @@ def names(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     found = parse(text)
     if found is not None and str(found) != text:
-        raise Misbehaviour(f"{text!r} is printed as {str(found)!r}")
+        raise MisbehaviourError(f"{text!r} is printed as {str(found)!r}")
     iteration_of_tag(text)
     check_tag(text)
 
@@ -106,7 +106,7 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
 
 
 def check(target: str, data: bytes) -> bool:
-    """Whether the reader accepted the bytes. Raises ``Misbehaviour``."""
+    """Whether the reader accepted the bytes. Raises ``MisbehaviourError``."""
     before, begin = _most_memory(), time.process_time()
     try:
         TARGETS[target](data)
@@ -114,12 +114,12 @@ def check(target: str, data: bytes) -> bool:
     except InitError:
         accepted = False
     except Exception as error:
-        raise Misbehaviour(f"{type(error).__name__}: {error}") from error
+        raise MisbehaviourError(f"{type(error).__name__}: {error}") from error
     seconds, memory = time.process_time() - begin, _most_memory() - before
     if seconds > MOST_SECONDS:
-        raise Misbehaviour(f"{seconds:.1f} s")
+        raise MisbehaviourError(f"{seconds:.1f} s")
     if memory > MOST_BYTES:
-        raise Misbehaviour(f"{memory >> 20} MB")
+        raise MisbehaviourError(f"{memory >> 20} MB")
     return accepted
 
 
@@ -151,21 +151,25 @@ def _archives() -> Iterator[bytes]:
 
 
 def _pickles() -> Iterator[bytes]:
+    """Pickles whose storages have the 16 and 64 bytes of the archive around them."""
     import zipfile
+    from collections import OrderedDict
 
     import torch
 
-    for path in _files():
-        if path.suffix == ".th":
-            with zipfile.ZipFile(path) as opened:
-                name = next(name for name in opened.namelist() if name.endswith("data.pkl"))
-                pickle = opened.read(name)
-            # storages of the set beyond the two of the archive are not there
-            yield pickle.replace(b"X\x01\x00\x00\x002", b"X\x01\x00\x00\x000")
-    several = Path(_folder.name) / "several.th"
-    torch.save({"a": [1, 2.5, None, True], "b": (b"x", {1: 2}, {3}), "c": torch.float16, "d": 1 << 70}, several)
-    with zipfile.ZipFile(several) as opened:
-        yield opened.read("several/data.pkl")
+    first, second = torch.ones(4), torch.zeros(8, dtype=torch.int64)
+    said = {"training_iteration": {"epoch": 1, "update": 2, "sample": 3}, "run_id": "run", "checkpoint_tag": "latest"}
+    state = {0: {"step": 1.0, "exp_avg": first.view(2, 2)}, 1: {"exp_avg": second}}
+    for value in (
+        {"state_dict": OrderedDict(w=torch.nn.Parameter(first), v=second[1:5], t=first.view(2, 2).T), **said},
+        {"state": state, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0, 1]}]},
+        {"a": [1, 2.5, None, True], "b": (b"x", {1: 2}, {3}, 1j), "c": torch.float16, "d": 1 << 70, "e": first},
+        [torch.device("cpu"), torch.Size([1, 2]), slice(1, 2), range(3), bytearray(b"xy"), frozenset({4})],
+    ):
+        path = Path(_folder.name) / "pickled.th"
+        torch.save(value, path)
+        with zipfile.ZipFile(path) as opened:
+            yield opened.read("pickled/data.pkl")
 
 
 def _safetensors() -> Iterator[bytes]:
@@ -176,8 +180,102 @@ def _safetensors() -> Iterator[bytes]:
     yield data
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    header["b"]["data_offsets"] = [24, 64]
-    header["b"]["shape"] = [5]
+    # the library puts tensors of many bytes per element first
+    header["b"]["data_offsets"], header["b"]["shape"] = [0, 40], [5]
+    header["a"]["data_offsets"] = [40, 64]
+    yield json.dumps(header).encode()
+
+
+def _manifests() -> Iterator[bytes]:
+    for path in _files():
+        if path.suffix == ".json":
+            text = json.loads(path.read_bytes())
+            del text["digest"]
+            yield json.dumps(text).encode()
+
+
+def _names() -> Iterator[bytes]:
+    for name in (
+        "mlp_cp=latest_model.th",
+        "autoenc.encoder_ema=0.9_cp=E1_U7_S28_optim.th",
+        "mlp_cp=best_model.loss.val.total_trainer.th",
+        "E1_U7_S28.early_exit",
+    ):
+        yield name.encode()
+
+
+def _configs() -> Iterator[bytes]:
+    for lines in (
+        (
+            "auto_resume: true",
+            "initializers:",
+            "- {kind: previous_run, run_id: a, keys_to_remove: [x]}",
+            "observers: []",
+        ),
+        ("initializers:", "  - kind: resume", "    checkpoint_tag: {epoch: 10}", "  - kind: file", "    path: a.th"),
+        (
+            "model: {initializers: []}",
+            "resume_run_id: 2026_02_19",
+            "resume_checkpoint: latest",
+            "trainer: {initializer: null}",
+        ),
+    ):
+        yield "\n".join([*lines, ""]).encode()
+
+
+_SEEDS[target]())
+
+
+def _files() -> Iterator[Path]:
+    """The files of a set."""
+    from faults.campaign.saves import Numbered
+
+    root = Path(_folder.name) / "seeds"
+    if not root.exists():
+        Numbered(2).save(root, 1, tags=("latest", "best_model.loss.val"), averages=True)
+    yield from sorted((root / "run" / "checkpoints" / "sets" / "00000001_E1_U1_S1").iterdir())
+
+
+def _archives() -> Iterator[bytes]:
+    for path in _files():
+        if path.suffix == ".th":
+            yield path.read_bytes()
+    yield _stored({"data.pkl": b"\x80\x02}.", "byteorder": b"little"})
+
+
+def _pickles() -> Iterator[bytes]:
+    """Pickles whose storages have the 16 and 64 bytes of the archive around them."""
+    import zipfile
+    from collections import OrderedDict
+
+    import torch
+
+    first, second = torch.ones(4), torch.zeros(8, dtype=torch.int64)
+    said = {"training_iteration": {"epoch": 1, "update": 2, "sample": 3}, "run_id": "run", "checkpoint_tag": "latest"}
+    state = {0: {"step": 1.0, "exp_avg": first.view(2, 2)}, 1: {"exp_avg": second}}
+    for value in (
+        {"state_dict": OrderedDict(w=torch.nn.Parameter(first), v=second[1:5], t=first.view(2, 2).T), **said},
+        {"state": state, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0, 1]}]},
+        {"a": [1, 2.5, None, True], "b": (b"x", {1: 2}, {3}, 1j), "c": torch.float16, "d": 1 << 70, "e": first},
+        [torch.device("cpu"), torch.Size([1, 2]), slice(1, 2), range(3), bytearray(b"xy"), frozenset({4})],
+    ):
+        path = Path(_folder.name) / "pickled.th"
+        torch.save(value, path)
+        with zipfile.ZipFile(path) as opened:
+            yield opened.read("pickled/data.pkl")
+
+
+def _safetensors() -> Iterator[bytes]:
+    import safetensors.torch
+    import torch
+
+    data = safetensors.torch.save({"a": torch.ones(2, 3), "b": torch.zeros(1, dtype=torch.int64)}, {"format": "pt"})
+    yield data
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    # the library puts tensors of many bytes per element first
+    header["b"]["data_offsets"], header["b"]["shape"] = [0, 40], [5]
+    header["a"]["data_offsets"] = [40, 64]
     yield json.dumps(header).encode()
 
 

@@ -1,0 +1,129 @@
+"""Saves that end early: crashes of the machine at every point, and operations that fail."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections import Counter
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from faults.campaign.crashes import ERRORS, SCENARIOS, Failing, failures, replay
+from faults.campaign.disk import CHANGING, LOOKING, Disk, Operation, Recorder, crashes
+from faults.campaign.kills import METHODS, kills
+from noether_init_core.checkpoints.storage import Storage
+
+#: Each n-th disk or call: coprime to the number of data variants, so that all of them come up.
+EVERY = {"first save": 37, "with retention": 113, "best tag and average": 211}
+
+
+@pytest.mark.parametrize("name", list(EVERY))
+def test_after_a_crash_anywhere_the_newest_acknowledged_set_is_there_and_whole(name: str, tmp_path: Path) -> None:
+    """Names and bytes that were not fsynced may be there or not; the set is, and the next save works."""
+    found = sum(replay(SCENARIOS[name], tmp_path, every=EVERY[name]), Counter[str]())
+    assert found["good"] == found["tried"] > 15
+    assert found["process killed"] > 0
+    problems = ("torn", "unloadable", "lost", "from the future", "next save not found", "torn for Noether")
+    assert [found[problem] for problem in problems] == [0] * len(problems)
+
+
+class ForgetsFiles(Recorder):
+    """Does not bring the bytes of files onto the disk."""
+
+    def fsync(self, file: BinaryIO) -> None:
+        file.flush()
+
+
+class ForgetsFolders(Recorder):
+    """Does not bring names onto the disk."""
+
+    def fsync_folder(self, folder: Path) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("storage", "problem"), [(ForgetsFiles, "unloadable"), (ForgetsFolders, "lost")])
+def test_the_replay_notices_a_missing_fsync(storage: type[Recorder], problem: str, tmp_path: Path) -> None:
+    """Both kinds are needed, and the model of the disk knows it."""
+    found = sum(
+        replay(SCENARIOS["third save"], tmp_path, storage=storage, acknowledged_only=True, every=5), Counter[str]()
+    )
+    assert found[problem] > 0
+
+
+@pytest.mark.parametrize("error", list(ERRORS))
+@pytest.mark.parametrize("name", ["first save", "with retention"])
+def test_a_failing_operation_is_reported_or_harmless(name: str, error: str, tmp_path: Path) -> None:
+    """The sets from before are whole, an error is ours and true, and the next save works."""
+    for lasting in (False, True):
+        found = sum(
+            failures(SCENARIOS[name], tmp_path / str(lasting), error, lasting=lasting, every=23), Counter[str]()
+        )
+        assert found["good"] == found["tried"] > 5
+        assert found["reported"] > 0
+        assert found["returned"] > 0
+        problems = ("lost", "wrongly reported", "foreign error", "half changed", "next save not found")
+        assert [found[problem] for problem in problems] == [0] * len(problems)
+
+
+def test_every_operation_of_the_storage_is_known_to_the_faults() -> None:
+    """A new one would neither be recorded nor fail."""
+    methods = {name for name, _ in inspect.getmembers(Storage, inspect.isfunction) if not name.startswith("_")}
+    assert methods == LOOKING | CHANGING
+    assert methods <= set(vars(Failing))
+    assert CHANGING - {"make_read_only", "lock"} <= set(vars(Recorder))
+
+
+def test_a_name_and_its_bytes_reach_the_disk_each_by_its_own_fsync(tmp_path: Path) -> None:
+    """What may be there after a crash: with neither, anything; with both, the file."""
+
+    def after(*steps: str) -> set[bytes | None]:
+        folder = tmp_path / "-".join(["none", *steps])
+        folder.mkdir()
+        recorder = Recorder(folder)
+        with recorder.open_write(folder / "file") as file:
+            file.write(b"four")
+            if "file" in steps:
+                recorder.fsync(file)
+        if "folder" in steps:
+            recorder.fsync_folder(folder)
+        last = [crash.disk for crash in crashes(recorder, random.Random(0)) if crash.done == len(recorder.operations)]
+        return {bytes(disk.contents[disk.tree()["file"]]) if "file" in disk.tree() else None for disk in last}
+
+    assert after() == {None, b"", b"fo", b"\0\0\0\0", b"four"}
+    assert after("folder") == {b"", b"fo", b"\0\0\0\0", b"four"}
+    assert after("file") == {None, b"four"}
+    assert after("file", "folder") == {b"four"}
+
+
+def test_a_rename_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    """The old name and the new one never both, never neither."""
+    (tmp_path / "old").write_bytes(b"x")
+    recorder = Recorder(tmp_path)
+    recorder.rename(tmp_path / "old", tmp_path / "new")
+    assert {tuple(crash.disk.tree()) for crash in crashes(recorder, random.Random(0))} == {("old",), ("new",)}
+    assert recorder.now.signature() == Disk.of(tmp_path).signature()
+
+
+def test_links_stay_links_on_the_modelled_disk(tmp_path: Path) -> None:
+    """Two names of one file share its bytes, also when it is made real again."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "real").mkdir()
+    first = tmp_path / "made" / "first"
+    first.write_bytes(b"x")
+    recorder = Recorder(tmp_path / "made")
+    recorder.hardlink(first, tmp_path / "made" / "second")
+    assert [operation.kind for operation in recorder.operations] == ["names"]
+    assert isinstance(recorder.operations[0], Operation)
+    recorder.now.write(tmp_path / "real")
+    assert (tmp_path / "real" / "first").samefile(tmp_path / "real" / "second")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kills_are_counted_for_ours_and_for_the_usual_ways(method: str, tmp_path: Path) -> None:
+    """Few of them here; a hundred of ours are tried with the writer's tests."""
+    found = sum(kills(method, tmp_path / "killed", 6, 64), Counter[str]())
+    assert found["tried"] == 6 == found["good"] + found["torn"] + found["unloadable"]
+    if method == "ours":
+        assert (found["good"], found["lost"]) == (6, 0)
