@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import torch
 
-from noether_init_core.errors import ConfigError, InvalidNameError
+from noether_init_core.errors import ConfigError, InvalidNameError, type_of
 from noether_init_core.paths import check_name
 from noether_init_core.protocols import CompositeModelLike, ModelLike
 
@@ -112,13 +112,12 @@ def bind(
             module._device if device is None else device,
         )
     if not isinstance(module, torch.nn.Module):
-        raise ConfigError(f"bind() takes a torch.nn.Module, not a {type(module).__name__}")
+        raise ConfigError(f"bind() takes a torch.nn.Module, not {type_of(module)}")
     if name is None:
         name = getattr(module, "name", None)
         if not isinstance(name, str):
             raise ConfigError(
-                f"a {type(module).__name__} has no name, and files are named after the model. "
-                'Next: bind(module, name="...")'
+                f'{type_of(module)} has no name, and files are named after the model. Next: bind(module, name="...")'
             )
     if optimizer is None:
         own = getattr(module, "optimizer", None)
@@ -151,7 +150,7 @@ def compose(name: str, submodels: Mapping[str, Any]) -> ComposedModel:
             )
         if submodel is not None and not isinstance(submodel, ModelLike | CompositeModelLike):
             raise ConfigError(
-                f"submodel {part!r} of {name!r} is a {type(submodel).__name__}, which is no model. "
+                f"submodel {part!r} of {name!r} is {type_of(submodel)}, which is no model. "
                 f'Next: bind(module, name="{part}", optimizer=...)'
             )
     return ComposedModel(name, MappingProxyType(dict(submodels)))

@@ -62,7 +62,14 @@ __all__ = [
     "TornSetError",
     "UnknownKindError",
     "UnsafeGlobalError",
+    "type_of",
 ]
+
+
+def type_of(value: object) -> str:
+    """The type of ``value`` as messages name it, with its article: ``an OrderedDict``, ``a Linear``."""
+    name = type(value).__name__
+    return f"an {name}" if name.lstrip("_")[:1].lower() in ("a", "e", "i", "o") else f"a {name}"
 
 
 class InitError(Exception):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pluggy
 
-from noether_init_core.errors import ConfigError
+from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.hooks import HOOK_NAMES, PROJECT_NAME, HookSpecs, hookimpl
 from noether_init_core.initializers.base import InitializerBase
 
@@ -78,7 +78,7 @@ class HookCaller:
         for number, initializer in enumerate(self._initializers):
             if not isinstance(initializer, InitializerBase):
                 raise ConfigError(
-                    f"initializers.{number} is a {type(initializer).__name__}, no initializer. "
+                    f"initializers.{number} is {type_of(initializer)}, no initializer. "
                     "Next: InitializerStack.from_config([...]) for configs"
                 )
             self._register(initializer, f"{number}:{initializer.config.kind}")

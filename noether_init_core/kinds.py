@@ -33,6 +33,7 @@ from noether_init_core.errors import (
     KindContractError,
     KindImportError,
     UnknownKindError,
+    type_of,
 )
 
 if TYPE_CHECKING:
@@ -304,8 +305,8 @@ def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> t
         cls = resolve(config.kind)
         if not isinstance(config, cls.config_class):
             raise ConfigError(
-                f"kind {_quoted(config.kind)} takes a {cls.config_class.__qualname__}, not a "
-                f"{type(config).__qualname__}. Next: noether-init schema {config.kind}"
+                f"kind {_quoted(config.kind)} takes a {cls.config_class.__qualname__}, not "
+                f"{type_of(config)}. Next: noether-init schema {config.kind}"
             )
         return cls, config
     if not isinstance(config, Mapping):

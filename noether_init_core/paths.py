@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import attrs
 
-from noether_init_core.errors import ConfigError, InvalidNameError
+from noether_init_core.errors import ConfigError, InvalidNameError, type_of
 
 __all__ = ["PathProvider", "PathProviderLike", "check_name"]
 
@@ -107,7 +107,7 @@ class PathProvider:
             return provider
         if not isinstance(provider, PathProviderLike):
             raise ConfigError(
-                f"path_provider must have output_root, run_id and stage_name; a {type(provider).__name__} does not. "
+                f"path_provider must have output_root, run_id and stage_name; {type_of(provider)} does not. "
                 "Next: PathProvider(output_root, run_id, stage_name)"
             )
         return cls(

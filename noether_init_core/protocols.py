@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from noether_init_core.errors import ConfigError
+from noether_init_core.errors import ConfigError, type_of
 
 __all__ = ["CallbackLike", "CompositeModelLike", "ModelLike", "TrainerLike", "check_model", "leaf_models"]
 
@@ -58,7 +58,7 @@ def check_model(model: Any) -> None:
     """Raise ``ConfigError`` with the next step unless ``model`` is a model or a composite."""
     if not isinstance(model, ModelLike | CompositeModelLike):
         raise ConfigError(
-            f"a {type(model).__name__} has no name, optimizer, is_frozen and device. "
+            f"{type_of(model)} has no name, optimizer, is_frozen and device. "
             'Next: bind(module, name="...", optimizer=...), or compose(name, {...}) for submodels'
         )
 

@@ -15,7 +15,13 @@ from noether_init_core import kinds
 from noether_init_core.checkpoints.store import RunStore
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.files import Entry, LoadedConfig, load_config_file, load_config_mapping, validate_entry
-from noether_init_core.errors import ConfigError, PartlyInitializedError, StartConflictError, StateMismatchError
+from noether_init_core.errors import (
+    ConfigError,
+    PartlyInitializedError,
+    StartConflictError,
+    StateMismatchError,
+    type_of,
+)
 from noether_init_core.hook_caller import HookCaller
 from noether_init_core.hooks import HOOK_NAMES
 from noether_init_core.initializers.base import InitializerBase
@@ -191,9 +197,7 @@ class InitializerStack:
             )
             start = results[0] if results else None
             if start is not None and not isinstance(start, TrainingIteration):
-                raise ConfigError(
-                    f"{member.kind}: start_checkpoint returned a {type(start).__name__}, not a TrainingIteration"
-                )
+                raise ConfigError(f"{member.kind}: start_checkpoint returned {type_of(start)}, not a TrainingIteration")
             starts.append(start)
         others = {
             f"{number}: {member.kind}": str(start)
@@ -296,7 +300,7 @@ class _States:
                     saved.append((owner, copy.deepcopy(take())))
                 except Exception as error:
                     raise StateMismatchError(
-                        f"the state of a {type(owner).__name__} cannot be taken, so that it could not be put back: "
+                        f"the state of {type_of(owner)} cannot be taken, so that it could not be put back: "
                         f"{error}. Nothing was changed"
                     ) from error
         return cls(tuple(saved))

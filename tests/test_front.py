@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 
 import noether_init_core
+from noether_init_core.errors import type_of
 
 FRONT = Path(noether_init_core.__file__)
 
@@ -125,3 +127,9 @@ def test_a_misspelt_public_name_fails_mypy_and_a_right_one_passes(tmp_path: Path
     assert 'has no attribute "InitialiserStack"' in caught.stdout
     assert 'has no attribute "TrainingIteratoin"' in caught.stdout
     assert '"from_string" of "TrainingIteration" has incompatible type "int"' in caught.stdout
+
+
+@pytest.mark.parametrize(("value", "shown"), [({}, "a dict"), (3, "an int"), (OrderedDict(), "an OrderedDict")])
+def test_messages_name_a_type_with_its_article(value: object, shown: str) -> None:
+    """Which one depends on the first letter."""
+    assert type_of(value) == shown

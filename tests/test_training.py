@@ -553,7 +553,7 @@ class Endless(IterableDataset[int]):
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        (Endless(), {"batch_size": 2}, "a Endless has no samples by number"),
+        (Endless(), {"batch_size": 2}, "an Endless has no samples by number"),
         (Numbers(), {"batch_size": 0}, "batch_size must be"),
         (Numbers(0), {"batch_size": 2}, "are no batch"),
         (Numbers(3), {"batch_size": 4, "drop_last": True}, "are no batch"),

@@ -19,6 +19,7 @@ from noether_init_core.errors import (
     CheckpointNotFoundError,
     IncompleteSetError,
     StateMismatchError,
+    type_of,
 )
 from noether_init_core.initializers.callbacks import CallbackPlan, apply_callbacks, plan_callbacks
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
@@ -225,7 +226,7 @@ class ResumeInitializer(CheckpointInitializer):
         if trainer is not None:
             if not callable(getattr(trainer, "load_state_dict", None)):
                 raise StateMismatchError(
-                    f"the trainer, a {type(trainer).__name__}, has no load_state_dict. "
+                    f"the trainer, {type_of(trainer)}, has no load_state_dict. "
                     "Next: trainer=TrainerState(...), or give it state_dict and load_state_dict"
                 )
             look = getattr(trainer, "check_state_dict", None)

@@ -9,7 +9,7 @@ import attrs
 
 from noether_init_core.checkpoints.names import CheckpointFileName, Part
 from noether_init_core.checkpoints.plain import plain
-from noether_init_core.errors import CheckpointFormatError, ConfigError
+from noether_init_core.errors import CheckpointFormatError, ConfigError, type_of
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.protocols import CompositeModelLike, ModelLike, leaf_models
 
@@ -89,11 +89,11 @@ def contents_of(
 def _leaves(model: Any) -> dict[str, Any]:
     hint = 'Next: bind(module, name="...", optimizer=...), or compose(name, {...}) for submodels'
     if not isinstance(model, ModelLike | CompositeModelLike) or not isinstance(model.name, str):
-        raise ConfigError(f"a {type(model).__name__} has no name, optimizer, is_frozen and device. {hint}")
+        raise ConfigError(f"{type_of(model)} has no name, optimizer, is_frozen and device. {hint}")
     leaves: dict[str, Any] = {}
     for path, leaf in leaf_models(model):
         if not isinstance(leaf, ModelLike):
-            raise ConfigError(f"{path}: a {type(leaf).__name__} has no name, optimizer, is_frozen and device. {hint}")
+            raise ConfigError(f"{path}: {type_of(leaf)} has no name, optimizer, is_frozen and device. {hint}")
         if path in leaves:
             raise ConfigError(f"two submodels have the path {path}. Rename one")
         leaves[path] = leaf
@@ -127,7 +127,7 @@ def _check_average(path: str, info: str, average: Any, model: Any) -> None:
     """
     place = f"averages of {path}, {info!r}"
     if not isinstance(average, Mapping):
-        raise ConfigError(f"{place}: a {type(average).__name__} is no state dict. Next: its state_dict()")
+        raise ConfigError(f"{place}: {type_of(average)} is no state dict. Next: its state_dict()")
     own = model.state_dict()
     hidden = {name for name, _ in model.named_buffers()} if callable(getattr(model, "named_buffers", None)) else set()
     names: dict[int, list[str]] = {}
@@ -205,7 +205,7 @@ def _names_of_parameters(path: str, model: Any, optimizer: Any) -> dict[int, str
     groups = getattr(optimizer, "param_groups", None)
     if groups is None:
         raise ConfigError(
-            f"{path}.optimizer: a {type(optimizer).__name__} has neither param_groups nor param_idx_to_name, so its "
+            f"{path}.optimizer: {type_of(optimizer)} has neither param_groups nor param_idx_to_name, so its "
             "state could not be given back to the right parameters. Add param_idx_to_name"
         )
     own = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -224,7 +224,7 @@ def _trainer_content(trainer: Any, iteration: TrainingIteration, run_id: str) ->
     """The trainer's state; without a trainer just what makes the set one that can be resumed."""
     state = {} if trainer is None else trainer.state_dict()
     if not isinstance(state, Mapping):
-        raise ConfigError(f"the trainer's state_dict() is a {type(state).__name__}, not a dict")
+        raise ConfigError(f"the trainer's state_dict() is {type_of(state)}, not a dict")
     said = state.get("training_iteration")
     if said is not None and iteration_for(said, None) != iteration:
         raise ConfigError(

@@ -21,6 +21,7 @@ from noether_init_core.checkpoints.builders import (
     set_items,
 )
 from noether_init_core.checkpoints.values import ForeignObject, GlobalName
+from noether_init_core.errors import type_of
 
 __all__ = ["Interpreter", "OpcodeError"]
 
@@ -211,7 +212,7 @@ class Interpreter:
         if type(target) is ForeignObject:
             target.state = state
         elif type(target) is not dict:
-            raise OpcodeError(f"data.pkl gives a state to a {type(target).__name__}")
+            raise OpcodeError(f"data.pkl gives a state to {type_of(target)}")
         # The state of an OrderedDict is what Python code attached to it (_metadata of state dicts); it has no use here.
 
     # Containers
@@ -262,14 +263,14 @@ class Interpreter:
                 target.items = []
             target = target.items
         if type(target) is not list:
-            raise OpcodeError(f"data.pkl appends to a {type(target).__name__}")
+            raise OpcodeError(f"data.pkl appends to {type_of(target)}")
         target.extend(items)
 
     def _add_items(self) -> None:
         items = self._pop_mark()
         target = self._stack[-1]
         if type(target) is not set:
-            raise OpcodeError(f"data.pkl adds members to a {type(target).__name__}")
+            raise OpcodeError(f"data.pkl adds members to {type_of(target)}")
         add_members(self._scope, target, items)
 
     def _set_item(self) -> None:
@@ -286,7 +287,7 @@ class Interpreter:
                 target.items = {}
             target = target.items
         if type(target) is not dict or len(items) % 2:
-            raise OpcodeError(f"data.pkl sets an item of a {type(target).__name__}")
+            raise OpcodeError(f"data.pkl sets an item of {type_of(target)}")
         expected = len(target) + len(items) // 2
         set_items(self._scope, target, items)
         if len(target) != expected:

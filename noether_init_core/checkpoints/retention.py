@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 import attrs
 
 from noether_init_core.checkpoints.sets import CheckpointSet
-from noether_init_core.errors import ConfigError
+from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.iteration import TrainingIteration
 
 __all__ = ["Best", "Retention", "checked_metrics", "superfluous_sets"]
@@ -125,7 +125,7 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None
     if metrics is None:
         return {}
     if not isinstance(metrics, Mapping):
-        raise ConfigError(f'metrics must be a mapping like {{"loss.val": 0.41}}, not a {type(metrics).__name__}')
+        raise ConfigError(f'metrics must be a mapping like {{"loss.val": 0.41}}, not {type_of(metrics)}')
     found: dict[str, float | None] = {}
     for name, value in metrics.items():
         _check_metric_name(name)

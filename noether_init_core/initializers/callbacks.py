@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.errors import StateMismatchError
+from noether_init_core.errors import StateMismatchError, type_of
 
 __all__ = ["CallbackPlan", "apply_callbacks", "callback_key", "plan_callbacks"]
 
@@ -39,7 +39,7 @@ def plan_callbacks(saved: Any, callbacks: Sequence[Any], *, where: str) -> Callb
         return _by_key(saved, callbacks, where)
     if isinstance(saved, list | tuple):
         return _by_position(saved, callbacks, where)
-    raise StateMismatchError(f"{where}: callback_state_dicts is a {type(saved).__name__}, not a mapping or a list")
+    raise StateMismatchError(f"{where}: callback_state_dicts is {type_of(saved)}, not a mapping or a list")
 
 
 def _by_key(saved: Mapping[str, Any], callbacks: Sequence[Any], where: str) -> CallbackPlan:

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import torch
 
-from noether_init_core.errors import StateMismatchError
+from noether_init_core.errors import StateMismatchError, type_of
 from noether_init_core.surgery.names import near
 
 __all__ = [
@@ -70,7 +70,7 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     inner = getattr(optimizer, "torch_optim", optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
         raise StateMismatchError(
-            f"a {type(optimizer).__name__} is neither a torch optimizer nor a wrapper with torch_optim; "
+            f"{type_of(optimizer)} is neither a torch optimizer nor a wrapper with torch_optim; "
             "its state cannot be matched by parameter names"
         )
     return inner

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.data.dataloader import default_collate
 
-from noether_init_core.errors import ConfigError, StateMismatchError
+from noether_init_core.errors import ConfigError, StateMismatchError, type_of
 from noether_init_core.training.randomness import derive_seed, seeded
 
 __all__ = ["Layout", "Position", "TrainingLoader"]
@@ -188,7 +188,7 @@ class TrainingLoader:
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             raise ConfigError(
-                f"a {type(dataset).__name__} has no samples by number, so that its order cannot be resumed. "
+                f"{type_of(dataset)} has no samples by number, so that its order cannot be resumed. "
                 "Next: a dataset with __len__ and __getitem__"
             )
         for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import torch
 
-from noether_init_core.errors import StateMismatchError
+from noether_init_core.errors import StateMismatchError, type_of
 
 __all__ = ["like", "plain"]
 
@@ -49,7 +49,7 @@ def _key(key: Any, place: str) -> Any:
         key = key.item()
     if key is None or type(key) in (bool, int, float, str):
         return key
-    raise StateMismatchError(f"{place} has the key {key!r}, a {type(key).__name__}; keys must be texts or numbers")
+    raise StateMismatchError(f"{place} has the key {key!r}, {type_of(key)}; keys must be texts or numbers")
 
 
 def like(template: Any, value: Any) -> Any:

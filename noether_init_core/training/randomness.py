@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import torch
 
-from noether_init_core.errors import StateMismatchError
+from noether_init_core.errors import StateMismatchError, type_of
 
 __all__ = ["check_rng", "derive_seed", "put_rng", "same_rng", "seed_everything", "seeded", "take_rng"]
 
@@ -122,7 +122,7 @@ def put_rng(state: Mapping[str, Any]) -> None:
 def _torch_state(state: Mapping[str, Any]) -> torch.Tensor:
     found = state["torch"]
     if not isinstance(found, torch.Tensor):
-        raise TypeError(f"torch: a {type(found).__name__}, not a tensor")
+        raise TypeError(f"torch: {type_of(found)}, not a tensor")
     return found.cpu().clone()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from noether_init_core.errors import ConfigError, InitError, StateMismatchError
+from noether_init_core.errors import ConfigError, InitError, StateMismatchError, type_of
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.training.loader import Position, TrainingLoader
 from noether_init_core.training.plain import like, plain
@@ -409,7 +409,7 @@ def _check_member(name: str, member: Any) -> None:
         callable(getattr(member, method, None)) for method in ("state_dict", "load_state_dict")
     ):
         raise ConfigError(
-            f"{name} is a {type(member).__name__} without state_dict() and load_state_dict(); "
+            f"{name} is {type_of(member)} without state_dict() and load_state_dict(); "
             "TrainerState takes objects that have both"
         )
 
