@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from noether_init_core.checkpoints.file_handle import CHUNK, FileHandle, Transfer
-from noether_init_core.checkpoints.pages import prefer_large_pages
 from noether_init_core.checkpoints.records import Record
 from noether_init_core.checkpoints.survey import children
 from noether_init_core.checkpoints.tensor_info import ITEMSIZES, TensorInfo
@@ -152,7 +151,7 @@ def allocated(
         whole = info.nbytes == records[info.record].size and info.is_contiguous and info.nbytes > 0
         if whole and info.record not in memory and not (info.is_conjugated or info.is_negated):
             dtype = _dtype_of(handle, info, "")
-            carrier = prefer_large_pages(torch.empty(info.nbytes, dtype=torch.uint8))
+            carrier = torch.empty(info.nbytes, dtype=torch.uint8)
             tensors[info] = carrier.view(dtype).view(info.shape)
             memory[info.record] = _bytes_of(carrier)
     return tensors, memory
