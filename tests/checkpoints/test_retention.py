@@ -299,9 +299,10 @@ class History:
     def save(self, rules: Retention, epoch: int, tags: tuple[str, ...], metrics: dict[str, float | None]) -> None:
         given = {name: float("nan") if value is None else value for name, value in metrics.items()}
         writer = CheckpointWriter(self.paths, retention=rules, flat_names=False)
+        there = [one.sequence or 0 for one in RunStore(self.paths).sets()]
         saved = writer.save(MODEL, at(epoch), tags=tags, metrics=given)
         sequence = saved.sequence or 0
-        assert sequence > max(self.tags, default=0)
+        assert sequence > max(there, default=0)
         self.tags[sequence] = saved.tags
         self.good.add(sequence)
         self.readable.add(sequence)
