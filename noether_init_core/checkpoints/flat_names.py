@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from noether_init_core.checkpoints.sets import CheckpointFile, CheckpointSet, lo
 from noether_init_core.checkpoints.storage import Storage
 from noether_init_core.errors import CheckpointError
 
-__all__ = ["TEMPORARY_NAMES", "refresh_flat_names", "remove_orphans"]
+__all__ = ["TEMPORARY_NAMES", "give_room", "refresh_flat_names", "remove_orphans"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +51,27 @@ def refresh_flat_names(checkpoints: Path, committed: CheckpointSet, storage: Sto
     Raises ``OSError``.
     """
     own = str(committed.iteration)
-    names = []
-    for file in committed.files:
-        names.append(_flat_name(file, own))
-        _replace(checkpoints / names[-1], file.path, storage, linked=True)
-    for tag in committed.tags:
-        if tag != own:
-            names += _refresh_tag(checkpoints, committed, tag, storage)
-    record = _read_record(checkpoints, storage)
-    for name in names:
-        found = storage.identity_of(checkpoints / name)
-        if found is not None:
-            record[name] = _Written(committed.folder.name, *found)
-    _write_record(checkpoints, record, storage)
+    names: list[str] = []
+    try:
+        for file in committed.files:
+            _replace(checkpoints / _flat_name(file, own), file.path, storage, linked=True)
+            names.append(_flat_name(file, own))
+        for tag in committed.tags:
+            if tag != own:
+                _refresh_tag(checkpoints, committed, tag, storage, names)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error is the telling one
+            _record(checkpoints, committed, names, storage)
+        raise
+    _record(checkpoints, committed, names, storage)
+
+
+def give_room(checkpoints: Path, storage: Storage) -> int:
+    """Remove every name that we wrote, for a set that finds no room; returns how many. The sets are untouched.
+
+    Raises ``OSError``.
+    """
+    return _remove(checkpoints, _read_record(checkpoints, storage), storage)
 
 
 def remove_orphans(checkpoints: Path, storage: Storage) -> None:
@@ -73,15 +81,20 @@ def remove_orphans(checkpoints: Path, storage: Storage) -> None:
     """
     record = _read_record(checkpoints, storage)
     committed = {folder.path.name for folder in set_folders(checkpoints, storage) if folder.committed}
-    orphans = [name for name, written in record.items() if written.set_name not in committed]
+    orphans = {name: written for name, written in record.items() if written.set_name not in committed}
+    if _remove(checkpoints, orphans, storage):
+        logger.info("flat names of removed sets are removed: %s", ", ".join(sorted(orphans)))
+
+
+def _remove(checkpoints: Path, names: Mapping[str, _Written], storage: Storage) -> int:
+    ours = [name for name, written in names.items() if _is_ours(checkpoints / name, written, storage)]
     # trainers first: without one, what is left beside it is no set
-    for name in sorted(orphans, key=lambda name: (not name.endswith("_trainer.th"), name)):
-        if _is_ours(checkpoints / name, record[name], storage):
-            storage.unlink(checkpoints / name)
-            logger.info("removed %s: its set %s is gone", name, record[name].set_name)
+    for name in sorted(ours, key=lambda name: (not name.endswith("_trainer.th"), name)):
+        storage.unlink(checkpoints / name)
+    return len(ours)
 
 
-def _refresh_tag(checkpoints: Path, committed: CheckpointSet, tag: str, storage: Storage) -> list[str]:
+def _refresh_tag(checkpoints: Path, committed: CheckpointSet, tag: str, storage: Storage, written: list[str]) -> None:
     previous = _holder_before(checkpoints, committed, tag, storage)
     names = {_flat_name(file, tag): file for file in committed.files}
     stale = {_flat_name(file, tag): file for file in (previous.files if previous else ())}
@@ -93,7 +106,7 @@ def _refresh_tag(checkpoints: Path, committed: CheckpointSet, tag: str, storage:
         for name, file in sorted(names.items()):
             if file.part == part:
                 _replace(checkpoints / name, file.path, storage, linked=False)
-    return list(names)
+                written.append(name)
 
 
 def _holder_before(checkpoints: Path, committed: CheckpointSet, tag: str, storage: Storage) -> CheckpointSet | None:
@@ -155,6 +168,15 @@ def _read_record(checkpoints: Path, storage: Storage) -> dict[str, _Written]:
         # nothing but names that a flat file can have is ever removed
         if parse(name) is not None and isinstance(entry, list) and list(map(type, entry)) == [str, int, int]
     }
+
+
+def _record(checkpoints: Path, committed: CheckpointSet, names: Iterable[str], storage: Storage) -> None:
+    record = _read_record(checkpoints, storage)
+    for name in names:
+        found = storage.identity_of(checkpoints / name)
+        if found is not None:
+            record[name] = _Written(committed.folder.name, *found)
+    _write_record(checkpoints, record, storage)
 
 
 def _write_record(checkpoints: Path, record: Mapping[str, _Written], storage: Storage) -> None:

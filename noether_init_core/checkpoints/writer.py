@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import logging
@@ -18,7 +19,7 @@ import torch
 import xxhash
 
 from noether_init_core.checkpoints.content import FileContent, contents_of, iteration_for
-from noether_init_core.checkpoints.flat_names import refresh_flat_names, remove_orphans
+from noether_init_core.checkpoints.flat_names import give_room, refresh_flat_names, remove_orphans
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".noether-init.lock"
 LOCK_TIMEOUT_S = 600.0
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class CheckpointWriter:
@@ -132,7 +134,14 @@ class CheckpointWriter:
             with self.storage.lock(checkpoints / LOCK_NAME, LOCK_TIMEOUT_S):
                 collect_leftovers(checkpoints, self.storage)
                 self._look_for_another_history(checkpoints, full, trainer)
-                committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
+                try:
+                    committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
+                except OSError as error:
+                    if error.errno not in _NO_ROOM or not give_room(checkpoints, self.storage):
+                        raise
+                    logger.warning("the disk is full: flat names for Noether were removed, to have room for the set")
+                    collect_leftovers(checkpoints, self.storage)
+                    committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
                 self._follow_up(checkpoints, committed)
         return committed
 

@@ -683,6 +683,39 @@ def test_failure_after_the_commit_is_no_lost_checkpoint(paths: PathProvider, cap
     assert "is committed, but the flat names" in caplog.text
 
 
+def test_full_disk_takes_the_flat_names_before_it_refuses_a_set(
+    paths: PathProvider, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copies for Noether can be made again, a set cannot; files of others are no room to be had."""
+
+    class Small(Storage):
+        """Room for a number of names with weights."""
+
+        def open_write(self, path: Path) -> BinaryIO:
+            if path.name.endswith("_model.th") and len(list(folder.rglob("*_model.th"))) > 5:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return super().open_write(path)
+
+    CheckpointWriter(paths).save(trained(), ONE)
+    CheckpointWriter(paths).save(trained(), TWO)
+    foreign = folder / "other_cp=latest_model.th"
+    torch.save({"state_dict": {}}, foreign)
+    saved = CheckpointWriter(paths, storage=Small()).save(trained(), THREE)
+    assert "flat names for Noether were removed" in caplog.text
+    assert RunStore(paths).newest() == saved
+    assert [one.sequence for one in RunStore(paths).sets()] == [1, 2, 3]
+    assert {path.name for path in folder.glob("*_model.th")} == {
+        foreign.name,
+        "mlp_cp=E3_U30_S300_model.th",
+        "mlp_cp=latest_model.th",
+    }
+    for number in range(2):
+        torch.save({"state_dict": {}}, folder / f"more{number}_cp=latest_model.th")
+    with pytest.raises(CheckpointWriteError, match="No space left on device"):
+        CheckpointWriter(paths, flat_names=False, storage=Small()).save(trained(), FOUR)
+    assert RunStore(paths).newest() == saved
+
+
 def test_full_disk_at_the_flat_names_leaves_no_half_copy_and_retires_sets(
     paths: PathProvider, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -702,10 +735,10 @@ def test_full_disk_at_the_flat_names_leaves_no_half_copy_and_retires_sets(
     assert [one.sequence for one in RunStore(paths).sets()] == [3, 4]
     assert RunStore(paths).newest() == saved
     assert "the flat names for Noether failed" in caplog.text
-    assert not list(folder.glob(".noether-init-flat*"))
+    assert not list(folder.glob(".noether-init-flat*.tmp"))
     (folder / ".noether-init-flat.tmp").write_bytes(b"half")
     CheckpointWriter(paths, flat_names=False).save(trained(), FOUR)
-    assert not list(folder.glob(".noether-init-flat*"))
+    assert not list(folder.glob(".noether-init-flat*.tmp"))
 
 
 def test_file_system_without_links_gets_copies(paths: PathProvider, folder: Path) -> None:
