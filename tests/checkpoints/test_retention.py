@@ -248,6 +248,14 @@ def meanings(sets: list[CheckpointSet]) -> dict[str, int]:
     return found
 
 
+def test_damaged_set_stays_only_while_it_is_newer_than_every_good_one() -> None:
+    """Until the next good save it is what ``E3`` means, and must not silently be nothing."""
+    sets = [(a_set(3, 3, (), {}), False), (a_set(2, 2, (), {}), True), (a_set(1, 1, (), {}), True)]
+    assert superfluous_sets(sets, Retention(last=1)) == []
+    later = [(a_set(4, 4, (), {}), True), *sets]
+    assert [one.sequence for one in superfluous_sets(later, Retention(last=1))] == [3, 1]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     history=st.lists(st.tuples(st.integers(1, 8), TAGS, METRICS, st.booleans()), min_size=1, max_size=12), rules=RULES
