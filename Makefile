@@ -1,7 +1,7 @@
 # Development of noether-init. `make env` needs Python 3.11 or newer and pip, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint docs clean
+.PHONY: help env demo test lint docs faults clean
 
 # The first Python that is new enough; PYTHON3=... chooses another.
 PYTHON3 ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
@@ -36,6 +36,13 @@ lint: env  ## Check style and types
 
 docs: env  ## Build the site into site/; warnings are errors
 	$(PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -b html docs site
+
+# What was counted stays in build/faults: a campaign that was stopped goes on; `make faults WORK=...` begins another one.
+WORK := build/faults
+faults: env  ## Put in faults by the thousand (25 minutes on two cores); writes table and picture
+	@$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[faults]' \
+		|| echo "atheris cannot be installed here: headers are changed blindly" >&2
+	PYTHONPATH=tests $(PYTHON) -m faults.campaign --work $(WORK) --page docs/maintain/faults.md
 
 clean:  ## Remove what was built
 	rm -rf .venv site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
