@@ -62,7 +62,6 @@ __all__ = [
     "TornSetError",
     "UnknownKindError",
     "UnsafeGlobalError",
-    "type_of",
 ]
 
 

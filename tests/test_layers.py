@@ -32,6 +32,7 @@ LAYERS = {
     "config.noether_resolved": 7,
     "config.any_initializer": 8,
     "config.files": 8,
+    "config.wording": 8,
     "hook_caller": 8,
     "stack": 9,
     "builtin": 9,

@@ -47,7 +47,7 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="For programs: a li
         elif counts[info.name] > 1:
             mark, style = "x conflict", "red"
         else:
-            mark, style = "=", "green"
+            mark, style = "ok", "green"
         cells = [Text(mark, style), *(Text(text) for text in (info.name, info.source))]
         table.add_row(*cells)
     Console().print(table)

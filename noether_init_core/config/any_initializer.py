@@ -7,10 +7,11 @@ from contextvars import ContextVar
 from typing import Annotated, Any, TypeAlias
 
 import pydantic
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
+from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
 
 from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig
+from noether_init_core.config.wording import explain
 from noether_init_core.errors import ConfigError, KindError
 
 __all__ = ["AnyInitializer"]
@@ -66,6 +67,18 @@ def _validate(value: Any, info: core_schema.ValidationInfo) -> KindConfig:
     except ConfigError as error:
         details = InitErrorDetails(type="value_error", loc=("kind",), input=value.get("kind"), ctx={"error": error})
         raise ValidationError.from_exception_data("AnyInitializer", [details]) from error
+    except ValidationError as error:
+        found = [_worded(str(value["kind"]), problem) for problem in error.errors(include_url=False)]
+        raise ValidationError.from_exception_data("AnyInitializer", found) from error
+
+
+def _worded(kind: str, problem: ErrorDetails) -> InitErrorDetails:
+    """The same error with the message that a config file would get; its type and place stay."""
+    message = problem["msg"]
+    if problem["type"] in ("extra_forbidden", "missing", "list_type"):
+        message = explain(kind, problem["type"], message, problem["loc"], problem["input"])
+    worded = PydanticCustomError(problem["type"], message, problem.get("ctx"))
+    return InitErrorDetails(type=worded, loc=problem["loc"], input=problem["input"])
 
 
 def _config_classes() -> dict[str, type[KindConfig]]:

@@ -115,7 +115,10 @@ def _check_tag(value: Any) -> Any:
         return iteration.to_mapping()
     if isinstance(value, str):
         return check_name(str(value), "checkpoint_tag")
-    raise ConfigError(f"checkpoint_tag must be a text or a mapping of epoch, update, sample, not {value!r}")
+    raise ConfigError(
+        f"checkpoint_tag must be a text or a mapping of epoch, update, sample, not {value!r}; "
+        "for example E4 or {epoch: 4}"
+    )
 
 
 def _is_count(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Files of config: what they ask for, entry by entry, with the line of every key for messages.
 
 A file has ``initializers`` (a list), ``auto_resume``, ``on_invalid`` and ``observers``; or it is the resolved config
-that Noether writes beside a run. Nothing is validated by a kind here until ``validate_entry``, so no plugin is imported.
+that Noether writes beside a run. Nothing is validated by a kind until ``validate_entry``, so no plugin is imported.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import pydantic
 from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.noether_resolved import is_resolved, resolved_entries
+from noether_init_core.config.wording import explain
 from noether_init_core.config.yaml_text import KeyPath, read_yaml, shown_path
-from noether_init_core.errors import ConfigError, ConfigFileError, KindError
+from noether_init_core.errors import ConfigError, ConfigFileError, KindError, type_of
 
-__all__ = ["Entry", "LoadedConfig", "load_config_file", "load_config_mapping", "validate_entry"]
+__all__ = ["Entry", "LoadedConfig", "load_config_file", "load_config_mapping", "problems_of", "validate_entry"]
 
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
 _ON_INVALID = ("error", "previous")
@@ -103,10 +104,32 @@ def load_config_file(path: str | os.PathLike[str]) -> LoadedConfig:
     return _load(read.value, _Document(read.path, read.lines, read.refusals))
 
 
-def load_config_mapping(mapping: Mapping[str, Any]) -> LoadedConfig:
-    """The same from a mapping: a dict, OmegaConf's, a jsonargparse namespace. Raises ``ConfigError`` with the key."""
+def load_config_mapping(config: Any) -> LoadedConfig:
+    """The same from Python: a mapping (a dict, OmegaConf's, a jsonargparse namespace), a list of configs, one config.
+
+    Raises ``ConfigError`` with the key.
+    """
     document = _Document()
-    return _load(_plain(mapping, (), document), document)
+    if isinstance(config, KindConfig):
+        config = [config]
+    if isinstance(config, Sequence) and not isinstance(config, str | bytes):
+        config = {"initializers": config}
+    if not isinstance(config, Mapping | argparse.Namespace):
+        raise document.error(_no_config(config))
+    return _load(_plain(config, (), document), document)
+
+
+def _no_config(config: Any) -> str:
+    if config is None:
+        return "the config is None. Next: [] for a start from nothing, or a list of configs"
+    if isinstance(config, str | bytes | os.PathLike):
+        shown = repr(config)[:60]
+        return f"a config is a list or a mapping, not the text {shown}. Next: InitializerStack.from_file({shown}, ...)"
+    fields = config.__dict__ if isinstance(config, pydantic.BaseModel) else {}
+    for name, value in fields.items():
+        if isinstance(value, KindConfig) or (isinstance(value, list) and value and isinstance(value[0], KindConfig)):
+            return f"{type_of(config)} is no config of initializers. Next: its field {name}"
+    return f"a config is a list of configs, one config or a mapping, not {type_of(config)}. Next: put it into a list"
 
 
 def validate_entry(entry: Entry) -> KindConfig:
@@ -118,11 +141,26 @@ def validate_entry(entry: Entry) -> KindConfig:
     try:
         return kinds.validate(entry.config)
     except pydantic.ValidationError as error:
-        raise _explained(entry, error) from error
+        found = _explained(entry, error)
+        found[0].message = "\n".join(str(one) for one in found)
+        found[0].args = (found[0].message,)
+        raise found[0] from error
     except KindError as error:
         raise error.found_at(entry.document.error(error.message, _place(entry, ("kind",)))) from error.__cause__
     except ConfigError as error:
         raise entry.document.error(error.message, _place(entry, ("kind",))) from error
+
+
+def problems_of(entry: Entry) -> tuple[ConfigError, ...]:
+    """What ``validate_entry`` would raise, one error for each key that is wrong, in the order of lines."""
+    try:
+        validate_entry(entry)
+    except ConfigError as error:
+        cause = error.__cause__
+        if isinstance(cause, pydantic.ValidationError) and not isinstance(error, KindError):
+            return tuple(_explained(entry, cause))
+        return (error,)
+    return ()
 
 
 def _load(value: Any, document: _Document) -> LoadedConfig:
@@ -209,6 +247,8 @@ def _refuse_unknown_keys(value: Mapping[str, Any], document: _Document) -> None:
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f"Near: {near[0]}. " if near else ""
+            if key == "kind":
+                hint = f"One initializer goes into the list, too: initializers: [{{kind: {value[key]}, ...}}]. "
             raise document.error(f"unknown key. {hint}A config has {', '.join(_KEYS)}", (key,))
 
 
@@ -264,19 +304,19 @@ def _place(entry: Entry, path: KeyPath) -> KeyPath:
     return (*entry.place, *path)
 
 
-def _explained(entry: Entry, error: pydantic.ValidationError) -> ConfigError:
+def _explained(entry: Entry, error: pydantic.ValidationError) -> list[ConfigError]:
+    """One error for each key that is wrong, in the order of lines."""
+    kind = str(entry.config.get("kind")) if isinstance(entry.config, Mapping) else entry.config.kind
     messages: dict[KeyPath, list[str]] = {}
     for problem in error.errors(include_url=False):
         path = _known_part(entry.config, problem["loc"], missing=problem["type"] == "missing")
-        message = _message(entry, problem["type"], problem["msg"], path)
+        message = explain(kind, problem["type"], problem["msg"], path, problem["input"])
         if message not in messages.setdefault(path, []):
             messages[path].append(message)
     # A field that takes several types fails once for each of them, at one place.
-    (first, first_messages), *others = messages.items()
-    text = "; ".join(first_messages)
-    for path, more in others:
-        text += f"\n{entry.document.error('; '.join(more), _place(entry, path))}"
-    return entry.document.error(text, _place(entry, first))
+    places = {path: _place(entry, path) for path in messages}
+    ordered = sorted(messages, key=lambda path: entry.document.line(places[path]) or 0)
+    return [entry.document.error("; ".join(messages[path]), places[path]) for path in ordered]
 
 
 def _known_part(config: Any, location: Sequence[str | int], *, missing: bool) -> KeyPath:
@@ -289,17 +329,3 @@ def _known_part(config: Any, location: Sequence[str | int], *, missing: bool) ->
         path.append(part)
         config = config[part]
     return tuple(path)
-
-
-def _message(entry: Entry, problem: str, message: str, path: KeyPath) -> str:
-    kind = str(entry.config.get("kind")) if isinstance(entry.config, Mapping) else entry.config.kind
-    fields = kinds.resolve(kind).config_class.model_fields if len(path) == 1 else {}
-    if problem == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), fields, n=1) if path else []
-        hint = f" Near: {near[0]}." if near else ""
-        has = f" {kind} has: {', '.join(fields)}." if fields else ""
-        return f"unknown key.{hint}{has} Next: noether-init schema {kind}"
-    if problem == "missing":
-        description = fields[str(path[0])].description if path and path[0] in fields else None
-        return f"is missing{': ' + description if description else ''}"
-    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")

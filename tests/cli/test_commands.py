@@ -80,7 +80,7 @@ def test_kinds_lists_every_kind_with_its_distribution(invoke: Invoke, foreign: F
     foreign.install("acme-init", offers={"acme": "acme_cli:K"}, modules={"acme_cli": source})
     foreign.install("rival-init", offers={"acme": "acme_cli:K"})
     rows = [line.split() for line in invoke("kinds").out.splitlines()]
-    assert ["=", "previous_run", "noether-init-core", _version()] in rows
+    assert ["ok", "previous_run", "noether-init-core", _version()] in rows
     assert ["x", "conflict", "acme", "acme-init", "1.0"] in rows
     assert ["x", "conflict", "acme", "rival-init", "1.0"] in rows
     assert not marker.exists()
@@ -126,20 +126,24 @@ def test_validate_tells_every_problem_of_every_entry(invoke: Invoke, tmp_path: P
     config = tmp_path / "init.yaml"
     config.write_text(
         "auto_resume: true\ninitializers:\n- kind: previous_run\n  run_id: a\n- kind: nothing_like_it\n"
-        "- kind: previous_run\n  run_id: ../b\n"
+        "- kind: previous_run\n  zzz: 1\n  run_id: ../b\n"
     )
     result = invoke("validate", config)
     lines = result.out.splitlines()
     assert result.code == 1
-    assert lines[0] == "= initializers.0: previous_run"
+    assert lines[0] == "ok initializers.0: previous_run"
     assert lines[1].startswith('x init.yaml:5 initializers.1.kind: no kind "nothing_like_it".')
-    assert lines[2].startswith("x init.yaml:7 initializers.2.run_id: run_id '../b' holds a path separator")
-    assert lines[-1] == "initializers: 3, problems: 2"
+    assert lines[2].startswith("x init.yaml:7 initializers.2.zzz: unknown key")
+    assert lines[3].startswith("x init.yaml:8 initializers.2.run_id: run_id '../b' holds a path separator")
+    assert lines[-2:] == [
+        "ok auto_resume: the newest set of this run comes before the list",
+        "initializers: 3, problems: 3",
+    ]
     config.write_text("model:\n  name: m\n  encoder:\n    initializers:\n    - {kind: previous_run, run_id: a}\n")
     result = invoke("validate", config)
     assert result.code == 0
     assert result.out.splitlines()[0] == (
-        "= model.encoder.initializers.0: previous_run for encoder, init_optimizer, init_weights only"
+        "ok model.encoder.initializers.0: previous_run for encoder, init_optimizer, init_weights only"
     )
 
 

@@ -13,7 +13,13 @@ import pytest
 
 from noether_init_core import kinds
 from noether_init_core.config.base import InitializerConfig, KindConfig
-from noether_init_core.config.files import LoadedConfig, load_config_file, load_config_mapping, validate_entry
+from noether_init_core.config.files import (
+    LoadedConfig,
+    load_config_file,
+    load_config_mapping,
+    problems_of,
+    validate_entry,
+)
 from noether_init_core.errors import ConfigError, ConfigFileError, InvalidNameError, UnknownKindError
 from noether_init_core.initializers.base import InitializerBase
 
@@ -239,6 +245,58 @@ def test_validated_configs_may_stand_in_a_mapping() -> None:
         validate_entry(wrong)
 
 
+def test_a_list_or_one_config_is_taken_as_it_is() -> None:
+    """The list may be a tuple, and one validated config needs no list."""
+    config = SampleConfig(kind="sample", count=3)
+    for given in (config, [config], (config,)):
+        (entry,) = load_config_mapping(given).entries
+        assert validate_entry(entry) is config
+    assert load_config_mapping([]).entries == ()
+
+
+class _Training(pydantic.BaseModel):
+    epochs: int = 3
+    start: KindConfig = SampleConfig(kind="sample")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, r"the config is None\. Next: \[\] for a start from nothing"),
+        ("init.yaml", r"not the text 'init\.yaml'\. Next: InitializerStack\.from_file\('init\.yaml', \.\.\.\)"),
+        (_Training(), r"a _Training is no config of initializers\. Next: its field start"),
+        (3, r"not an int\. Next: put it into a list"),
+        ({"kind": "file"}, r"kind: .*goes into the list, too: initializers: \[\{kind: file, \.\.\.\}\]"),
+    ],
+)
+def test_what_is_no_config_says_what_to_give(given: Any, message: str) -> None:
+    """A file name, None, one's whole config, a mapping of one initializer."""
+    with pytest.raises(ConfigError, match=message):
+        load_config_mapping(given)
+
+
+def test_problems_are_one_for_each_key_in_the_order_of_lines(tmp_path: Path) -> None:
+    """Whatever order pydantic finds them in; ``validate_entry`` raises all of them as one."""
+    loaded = _load(
+        tmp_path, "initializers:\n- kind: sample\n  zzz: 1\n  rules: 4.\n  count: x\n- kind: sample\n- kind: absent\n"
+    )
+    found = problems_of(loaded.entries[0])
+    assert [getattr(error, "line", None) for error in found] == [3, 4, 5]
+    assert str(found[1]).endswith("rules: Input should be a valid list: [4.]")
+    with pytest.raises(ConfigFileError) as caught:
+        validate_entry(loaded.entries[0])
+    assert str(caught.value) == "\n".join(map(str, found))
+    assert problems_of(loaded.entries[1]) == ()
+    assert [type(error) for error in problems_of(loaded.entries[2])] == [UnknownKindError]
+
+
+def test_a_tag_that_is_a_number_says_how_to_write_it() -> None:
+    """An epoch is E4, or a mapping."""
+    (entry,) = load_config_mapping([{"kind": "sample", "checkpoint_tag": 4}]).entries
+    with pytest.raises(ConfigError, match=r"not 4; for example E4 or \{epoch: 4\}"):
+        validate_entry(entry)
+
+
 class _Sealed(UserDict[str, Any]):
     """Like OmegaConf's mapping: reading a value that Hydra has not filled in raises an error of its own."""
 
@@ -253,7 +311,7 @@ def test_mappings_of_other_libraries_work_without_importing_them() -> None:
     """Any Mapping, nested, and argparse's namespaces become plain data."""
     inner: Mapping[str, Any] = _Sealed(kind="sample", count=2, rules=(_Sealed(pattern="a"),))
     for config in (_Sealed(initializers=[inner]), argparse.Namespace(initializers=[argparse.Namespace(**inner)])):
-        (entry,) = load_config_mapping(config).entries  # type: ignore[arg-type]  # a namespace is taken as a mapping
+        (entry,) = load_config_mapping(config).entries
         validated = validate_entry(entry)
         assert isinstance(validated, SampleConfig)
         assert (validated.count, validated.rules[0].pattern) == (2, "a")
