@@ -1,7 +1,7 @@
 # Development of noether-init. `make env` needs Python 3.11 or newer and pip, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint docs faults clean
+.PHONY: help env demo test lint docs bench faults clean
 
 # The first Python that is new enough; PYTHON3=... chooses another.
 PYTHON3 ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
@@ -43,6 +43,9 @@ faults: env  ## Put in faults by the thousand (25 minutes on two cores); writes 
 	@$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[faults]' \
 		|| echo "atheris cannot be installed here: headers are changed blindly" >&2
 	PYTHONPATH=tests $(PYTHON) -m faults.campaign --work $(WORK) --page docs/maintain/faults.md
+
+bench: env  ## Measure loading and saving against other ways; writes benchmarks/load.md
+	$(PYTHON) benchmarks/load.py
 
 clean:  ## Remove what was built
 	rm -rf .venv site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
