@@ -9,7 +9,8 @@ import pytest
 
 from faults.campaign.damage import FAULTS, counted, damaged, tally
 from faults.campaign.readings import HOW, reading_failures
-from faults.campaign.subjects import FORMATS, build
+from faults.campaign.subjects import FORMATS, Process, build
+from noether_init_core import InitializerStack, PathProvider
 
 AMOUNTS = {"flips": 60, "truncations": 40, "zeroed": 12, "stale": 12, "appended": 24, "replaced": 0}
 #: What carries a checksum or has one beside it; a lone safetensors file has none.
@@ -98,3 +99,31 @@ def test_lone_safetensors_file_is_said_to_be_unverified(tmp_path: Path, caplog: 
     caplog.set_level("INFO")
     subject.truth(subject.load)
     assert "carries no checksums, so only its structure was checked" in caplog.text
+
+
+def test_walking_back_from_damage_gives_the_set_before_as_a_whole(tmp_path: Path) -> None:
+    """With ``on_invalid: previous`` whatever is flipped, what loads is one of the two sets, bit for bit."""
+    root = tmp_path / "set"
+    subject = build("set_resume", root, 16)
+    stack = {"kind": "resume", "on_invalid": "previous"}
+
+    def load(process: Process) -> None:
+        made = InitializerStack.from_config([stack], path_provider=PathProvider(root, "run"))
+        made.initialize(process.model, trainer=process.trainer, callbacks=[process.callback])
+
+    contents, others = [path.read_bytes() for path in subject.files], [path.read_bytes() for path in subject.others]
+    newest = subject.truth(load)
+    manifest = subject.files[0].parent / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    before = subject.truth(load)
+    manifest.write_bytes(content)
+    assert before != newest
+    found = Counter[str]()
+    for damage in FAULTS["flips"](contents, others, 40):
+        with damaged(damage, subject.files, contents, others):
+            loaded = subject.attempt(load)
+        assert loaded.error is None
+        found[loaded.after] += 1
+    assert set(found) == {newest, before}
+    assert found[before] > 25

@@ -60,8 +60,8 @@ def failing_reads(at: int, how: str) -> Iterator[_Reads]:
 def reading_failures(subject: Subject, how: str, *, start: int = 0) -> Iterator[Counter[str]]:
     """One counter for each read of one initialization.
 
-    ``partly`` counts the one exception: the disk failed after everything had been verified, and
-    ``PartlyInitializedError`` says so.
+    ``partly`` counts the one exception: the disk failed after everything had been verified, ``PartlyInitializedError``
+    says so, and the states of trainer and callback are as they were.
     """
     truth = subject.truth(subject.load)
     with failing_reads(0, how) as counting:
@@ -73,7 +73,7 @@ def reading_failures(subject: Subject, how: str, *, start: int = 0) -> Iterator[
         if found.error is None:
             counted["harmless" if found.after == truth else "silent"] += 1
         elif isinstance(found.error, PartlyInitializedError):
-            counted["partly"] += 1
+            counted["partly" if found.states_kept else "half changed"] += 1
         else:
             counted["detected"] += 1
             counted["half changed"] += found.after != found.before

@@ -126,11 +126,15 @@ def _feed(hasher: Any, value: Any) -> None:
 
 @attrs.frozen
 class Loaded:
-    """Digests of a process before and after an attempt to load, and the error that ended it."""
+    """Digests of a process before and after an attempt to load, and the error that ended it.
+
+    ``states_kept``: whether trainer and callback are as they were.
+    """
 
     before: str
     after: str
     error: Exception | None
+    states_kept: bool
 
 
 @attrs.frozen(eq=False)
@@ -157,13 +161,14 @@ class Subject:
     def attempt(self, load: Callable[[Process], None]) -> Loaded:
         """Load into a fresh process."""
         process = Process(self.width)
-        before = process.digest()
+        before, states = process.digest(), digest_of([process.trainer.state, process.callback.state])
         error = None
         try:
             load(process)
         except Exception as caught:  # which errors are allowed is for the caller to say
             error = caught
-        return Loaded(before, process.digest(), error)
+        kept = digest_of([process.trainer.state, process.callback.state]) == states
+        return Loaded(before, process.digest(), error, kept)
 
     def truth(self, load: Callable[[Process], None]) -> str:
         """The digest after loading undamaged files."""
