@@ -101,7 +101,8 @@ def bind(
         is_frozen: A frozen model's optimizer is neither saved nor resumed. None: no parameter requires a gradient.
         device: None: the device of the first parameter.
 
-    Raises ``ConfigError`` where there is no module or no name, ``InvalidNameError`` for a name that no file can have.
+    Raises ``ConfigError`` where there is no module or no name, and for an optimizer that is none or holds parameters of
+    another module; ``InvalidNameError`` for a name that no file can have.
     """
     if isinstance(module, BoundModel):
         return bind(
@@ -122,6 +123,8 @@ def bind(
     if optimizer is None:
         own = getattr(module, "optimizer", None)
         optimizer = own if hasattr(own, "state_dict") and not isinstance(own, torch.nn.Module) else None
+    else:
+        _check_optimizer(name, module, optimizer)
     return BoundModel(
         module,
         _model_name(name, "name of a model"),
@@ -154,6 +157,29 @@ def compose(name: str, submodels: Mapping[str, Any]) -> ComposedModel:
                 f'Next: bind(module, name="{part}", optimizer=...)'
             )
     return ComposedModel(name, MappingProxyType(dict(submodels)))
+
+
+def _check_optimizer(name: str, module: torch.nn.Module, optimizer: Any) -> None:
+    """Refuse what could be neither saved nor resumed; a wrapper that has yet to build its optimizer passes."""
+    if isinstance(optimizer, type) or not callable(getattr(optimizer, "state_dict", None)):
+        shown = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type_of(optimizer)
+        raise ConfigError(
+            f"the optimizer of {name} is {shown}, which has no state. "
+            "Next: bind(module, ..., optimizer=torch.optim.AdamW(module.parameters()))"
+        )
+    groups = getattr(getattr(optimizer, "torch_optim", optimizer), "param_groups", None)
+    # One that says the names of its parameters is saved by these.
+    if not isinstance(groups, list) or getattr(optimizer, "param_idx_to_name", None) is not None:
+        return
+    own = {id(parameter) for parameter in module.parameters()}
+    held = [parameter for group in groups for parameter in group["params"]]
+    strange = [number for number, parameter in enumerate(held) if id(parameter) not in own]
+    if strange:
+        raise ConfigError(
+            f"the optimizer of {name} holds {len(strange)} parameters that are not the module's, the first of them "
+            f"number {strange[0]} with shape {list(held[strange[0]].shape)}. Next: build the optimizer from the "
+            "parameters() of this very module, after it was moved and has its final parameters"
+        )
 
 
 def _model_name(name: str, what: str) -> str:

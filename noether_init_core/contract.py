@@ -15,7 +15,7 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.hooks import HOOK_NAMES, HookSpecs
 from noether_init_core.initializers.base import InitializerBase
 
-__all__ = ["declared_version", "findings", "hook_arguments"]
+__all__ = ["declared_version", "findings", "hook_arguments", "unimplemented"]
 
 # Names that people write for a hook although they are not near by spelling.
 _MISNOMERS = {
@@ -56,6 +56,16 @@ def findings(cls: type[InitializerBase]) -> tuple[str, ...]:
     return (*found, *_check_findings(cls))
 
 
+def unimplemented(cls: type[InitializerBase]) -> tuple[str, ...]:
+    """The abstract methods that ``cls`` leaves, as they are called: ``locate(model_name, part)``."""
+    found = []
+    for name in sorted(getattr(cls, "__abstractmethods__", ())):
+        function = inspect.getattr_static(cls, name)
+        is_method = isinstance(function, FunctionType)
+        found.append(f"{name}({', '.join([*inspect.signature(function).parameters][1:])})" if is_method else name)
+    return tuple(found)
+
+
 def _class_findings(cls: type[InitializerBase]) -> Iterator[str]:
     version = declared_version(cls)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -65,8 +75,8 @@ def _class_findings(cls: type[InitializerBase]) -> Iterator[str]:
         yield f"config_class is {config_class!r}, not a subclass of KindConfig"
     elif config_class.model_config.get("extra") != "forbid":
         yield f"config_class {config_class.__qualname__} lets unknown keys pass; it must keep extra='forbid'"
-    for name in sorted(getattr(cls, "__abstractmethods__", ())):
-        yield f"{name} is not implemented"
+    for method in unimplemented(cls):
+        yield f"{method} is not implemented"
     try:
         inspect.signature(cls.__init__).bind_partial(None, None, path_provider=None)
     except TypeError as error:

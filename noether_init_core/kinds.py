@@ -275,10 +275,10 @@ def _checked(info: KindInfo, loaded: object) -> type[InitializerBase]:
     from noether_init_core.initializers.base import InitializerBase
 
     place = f"kind {_quoted(info.name)} ({info.source}): {info.target}"
-    upgrade = "correct the class" if info.distribution is None else f"pip install --upgrade {info.distribution}"
+    correct = "correct the class, see docs/write/first-kind.md" + _not_yours(info)
     if not (isinstance(loaded, type) and issubclass(loaded, InitializerBase)):
         finding = f"is {_shown(loaded)}, not a subclass of InitializerBase"
-        raise KindContractError(f"{place} {finding}. Next: {upgrade}", kind=info.name, findings=[finding])
+        raise KindContractError(f"{place} {finding}. Next: {correct}", kind=info.name, findings=[finding])
     version = contract.declared_version(loaded)
     if isinstance(version, int) and version > CONTRACT_VERSION:
         finding = f"was written for contract {version}; the installed noether-init-core has contract {CONTRACT_VERSION}"
@@ -288,10 +288,20 @@ def _checked(info: KindInfo, loaded: object) -> type[InitializerBase]:
     findings = contract.findings(loaded)
     if findings:
         listed = "; ".join(findings)
+        missing = contract.unimplemented(loaded)
+        if missing:
+            correct = correct.replace("correct the class", f"implement {', '.join(missing)}", 1)
         raise KindContractError(
-            f"{place} breaks the contract of initializers: {listed}. Next: {upgrade}", kind=info.name, findings=findings
+            f"{place} breaks the contract of initializers: {listed}. Next: {correct}", kind=info.name, findings=findings
         )
     return loaded
+
+
+def _not_yours(info: KindInfo) -> str:
+    """The way out for somebody who did not write the class."""
+    if info.distribution is None:
+        return ""
+    return f"; if the package is not yours: pip install --upgrade {info.distribution}"
 
 
 def _shown(value: object) -> str:

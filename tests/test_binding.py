@@ -69,7 +69,8 @@ def test_attributes_of_the_module_are_taken() -> None:
 
 def test_arguments_beat_attributes() -> None:
     """What is given to bind wins over the module's own, also over a view's."""
-    module, optimizer = Named(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    module = Named()
+    optimizer = torch.optim.SGD([module.weight], lr=1.0)
     model = bind(module, name="other", optimizer=optimizer, is_frozen=False, device="cpu")
     assert (model.name, model.is_frozen, model.device) == ("other", False, torch.device("cpu"))
     assert model.optimizer is optimizer
@@ -104,6 +105,46 @@ def test_only_modules_are_bound() -> None:
         bind({}, name="net")  # type: ignore[arg-type]  # the mistake that is tested
     with pytest.raises(ConfigError, match="not a type"):
         bind(torch.nn.Linear, name="net")  # type: ignore[arg-type]  # the mistake that is tested
+
+
+@pytest.mark.parametrize("optimizer", [3, {}, torch.optim.AdamW, lambda parameters: parameters])
+def test_an_optimizer_without_state_is_refused(optimizer: object) -> None:
+    """A number, a class that was not called, a function that would make one."""
+    with pytest.raises(ConfigError, match=r"the optimizer of net is .* no state\. Next: bind\(module"):
+        bind(torch.nn.Linear(1, 1), name="net", optimizer=optimizer)
+
+
+def test_an_optimizer_of_another_module_is_refused() -> None:
+    """Also if only some of its parameters are another's; one over a part of the module is fine."""
+    module, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    for parameters, first in (([*other.parameters()], 0), ([module.weight, other.bias], 1)):
+        with pytest.raises(ConfigError, match=rf"the optimizer of net holds .* not the module's.*number {first} with"):
+            bind(module, name="net", optimizer=torch.optim.SGD(parameters, lr=0.1))
+    part = torch.optim.SGD([module.bias], lr=0.1)
+    assert bind(module, name="net", optimizer=part).optimizer is part
+
+
+class Wrapper:
+    """Like Noether's: the optimizer is inside, and built later; or it says the names of its parameters."""
+
+    def __init__(self, torch_optim: object = None, param_idx_to_name: object = None) -> None:
+        self.torch_optim, self.param_idx_to_name = torch_optim, param_idx_to_name
+
+    def state_dict(self) -> dict[str, object]:
+        """Nothing yet."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Nothing."""
+
+
+def test_an_optimizer_in_a_wrapper_is_looked_at_where_it_can_be() -> None:
+    """One that is not built yet, or that says its names, passes; a wrapped one of another module does not."""
+    module, strange = torch.nn.Linear(2, 3), torch.optim.SGD(torch.nn.Linear(2, 3).parameters(), lr=0.1)
+    for wrapper in (Wrapper(), Wrapper(strange, {0: "weight", 1: "bias"})):
+        assert bind(module, name="net", optimizer=wrapper).optimizer is wrapper
+    with pytest.raises(ConfigError, match="holds 2 parameters that are not the module's"):
+        bind(module, name="net", optimizer=Wrapper(strange))
 
 
 def test_views_can_be_copied() -> None:

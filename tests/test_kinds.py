@@ -326,7 +326,7 @@ def test_an_object_that_is_no_initializer_class_is_refused(foreign: ForeignPacka
             "    def init_weights(self, model): pass\n    def init_optim(self, model): pass\n",
             "did you mean init_optimizer",
         ),
-        ("    def init_weights(self, model): pass\n", "init_optimizer is not implemented"),
+        ("    def init_weights(self, model): pass\n", r"init_optimizer\(model\) is not implemented"),
         (_GOOD_HOOKS + "    def init_trainer(self, trainer): yield\n", "init_trainer is a generator"),
         (_GOOD_HOOKS + "    async def init_trainer(self, trainer): pass\n", "init_trainer is async"),
         (_GOOD_HOOKS + "    async def init_trainer(self, trainer): yield\n", "init_trainer is async"),
@@ -388,6 +388,22 @@ def test_a_kind_for_a_newer_contract_asks_for_a_newer_core(foreign: ForeignPacka
         kinds.resolve("odd")
     assert f"contract {CONTRACT_VERSION + 1}" in str(caught.value)
     assert str(caught.value).endswith("Next: pip install --upgrade noether-init-core")
+
+
+def test_a_method_that_is_missing_is_named_for_its_author(foreign: ForeignPackages) -> None:
+    """The author has the newest release already; an upgrade helps everybody else."""
+    source = (
+        "from noether_init_core import SourceInitializer, SourceInitializerConfig\n\n\n"
+        "class Kind(SourceInitializer):\n    config_class = SourceInitializerConfig\n"
+    )
+    foreign.install("odd-init", offers={"odd": "odd_kind:Kind"}, modules={"odd_kind": source})
+    with pytest.raises(KindContractError) as caught:
+        kinds.resolve("odd")
+    assert caught.value.findings == ("locate(model_name, part) is not implemented",)
+    assert str(caught.value).endswith(
+        "Next: implement locate(model_name, part), see docs/write/first-kind.md; "
+        "if the package is not yours: pip install --upgrade odd-init"
+    )
 
 
 def test_a_contract_that_is_inherited_does_not_count(foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch) -> None:

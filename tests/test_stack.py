@@ -295,8 +295,8 @@ def test_resume_finds_problems_of_every_part_before_anything_changes(run: PathPr
     if change == "optimizer":
         layers = [{"params": list(module[0].parameters())}, {"params": list(module[2].parameters())}]
         two = torch.optim.AdamW([*layers, {"params": list(module[1].parameters()), "lr": 1.0}])
-        two.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
         model = bind(module, name="net", optimizer=two)
+        two.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     if change == "trainer":
         trainer = object()
     before = state_of(model)

@@ -758,6 +758,8 @@ def test_missing_and_unknown_objects_are_listed_together() -> None:
         TrainerState(seed=0, schedule=schedule, scaler=Counter(3)).load_state_dict(saved)
     assert schedule.value == 7
     assert len(caught.value.problems) == 2
+    with pytest.raises(StateMismatchError, match=r"Next: TrainerState\(\.\.\., schedule=\.\.\., ema=\.\.\.\)"):
+        TrainerState(seed=0).load_state_dict(saved)
 
 
 def test_weights_that_were_loaded_in_place_are_put_back() -> None:

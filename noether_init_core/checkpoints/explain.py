@@ -33,11 +33,19 @@ def nothing_here(store: RunStore) -> CheckpointNotFoundError:
     paths, root = store.paths, store.paths.run_output_path.parent
     run, stage = paths.run_id, paths.stage_name
     run_folder = paths.run_output_path if stage is None else root
+    if not store.storage.is_folder(paths.output_root):
+        return CheckpointNotFoundError(
+            f'run "{run}" was sought below {paths.output_root}, and there is no such folder: '
+            f"{paths.output_root.absolute()}. Next: say the folder of the runs with output_path:, or in PathProvider",
+            path=paths.output_root,
+            asked=run,
+        )
     if not store.storage.is_folder(run_folder):
         runs = store.runs()
         listed = _near(run, runs, "It has", "no run with checkpoints")
         return CheckpointNotFoundError(
-            f'run "{run}" does not exist below {run_folder.parent}. {listed}',
+            f'run "{run}" does not exist below {run_folder.parent}. {listed}. '
+            f"Next: noether-init inspect {run_folder.parent}",
             path=run_folder,
             asked=run,
             candidates=_sorted_by_nearness(run, runs),
@@ -80,9 +88,15 @@ def no_such_tag(store: RunStore, tag: str) -> CheckpointNotFoundError:
         found = f"the save of {unfinished[-1]} was never finished (uncommitted). "
     elif tag in store.flat_tags():
         found = "There are flat files of it, which are not read beside committed sets (kind: file reads one). "
+    elif tag == "best":
+        found = "No set was saved under a best_model.* tag. "
+    elif tag.isascii() and tag.isdigit():
+        found = f"An iteration is written E{tag}, U{tag} or {{epoch: {tag}}}. "
+    # nothing is near to best: latest only looks alike
+    there = _near("" if tag == "best" else tag, tags, "It has", "no tags")
     return CheckpointNotFoundError(
-        f'{_where(store)} has no checkpoint "{tag}". {found}{_near(tag, tags, "It has", "no tags")}'
-        + ("" if found else _unfinished(store))
+        f'{_where(store)} has no checkpoint "{tag}". {found}{there}'
+        + ("" if unfinished else _unfinished(store))
         + _irregular(store),
         path=store.folder,
         asked=tag,

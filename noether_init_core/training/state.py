@@ -40,8 +40,8 @@ class TrainerState:
                     writer.save(model, trainer=state)
 
     A run that is killed anywhere and resumed from what was saved ends with the same bits as one that was never
-    interrupted, on the same machine and software, if all that the loop changes is in the model, its optimizer and
-    here, and the randomness of samples comes from the global generators of torch, Python or NumPy.
+    interrupted, on the same machine and software, if all that the loop changes is in the model, its optimizer or an
+    argument of TrainerState, and the randomness of samples comes from the global generators of torch, Python or NumPy.
 
     Args:
         seed: Seeds torch, Python's ``random`` and NumPy now, and determines the order of the data. None: nothing is
@@ -366,7 +366,7 @@ class TrainerState:
         if unknown:
             problems.append(
                 f"the checkpoint has state of {', '.join(unknown)}, which this run does not have; it has "
-                f"{_listed(self._stateful)}. Next: TrainerState(..., {unknown[0]}=...)"
+                f"{_listed(self._stateful)}. Next: TrainerState(..., {', '.join(f'{name}=...' for name in unknown)})"
             )
         return problems
 

@@ -252,6 +252,32 @@ def test_missing_tag_names_near_tags(noether_runs: Path) -> None:
         store.find({"epoch": 9}, MLP)
 
 
+def test_a_missing_best_and_a_number_say_what_they_would_mean(store: RunStore, folder: Path) -> None:
+    """Best is no misspelling of latest, and a bare number is no iteration."""
+    write_flat(folder, "mlp_cp=E1_U1_S1_model.th")
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"No set was saved under a best_model\.\* tag\. It has: E1_U1_S1"
+    ):
+        store.find("best", WEIGHTS)
+    with pytest.raises(CheckpointNotFoundError, match=r"An iteration is written E4, U4 or \{epoch: 4\}\. It has"):
+        store.find("4", WEIGHTS)
+
+
+def test_an_absent_run_and_an_absent_root_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The root is named in full where it is not there; for a run that is not there, how to list the others."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        RunStore(PathProvider("out", "killed")).find(None, WEIGHTS)
+    assert f"there is no such folder: {tmp_path / 'out'}. Next: say the folder of the runs with output_path:" in str(
+        caught.value
+    )
+    (tmp_path / "out" / "other" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        RunStore(PathProvider("out", "killed")).find(None, WEIGHTS)
+    assert str(caught.value).startswith('run "killed" does not exist below out. It has')
+    assert str(caught.value).endswith(". Next: noether-init inspect out")
+
+
 def test_missing_model_and_info_name_what_there_is(noether_runs: Path) -> None:
     """A wrong model name or info is answered with the right ones."""
     store = legacy(noether_runs, "mlp_train", "train")

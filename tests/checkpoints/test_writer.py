@@ -210,8 +210,10 @@ def test_names_that_the_optimizer_brings_are_kept(writer: CheckpointWriter) -> N
 
 def test_optimizer_of_other_parameters_is_refused(writer: CheckpointWriter, folder: Path) -> None:
     """Its state could not be given back to anything."""
-    other = torch.nn.Linear(3, 2)
-    model = bind(Net(), name="mlp", optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
+    net, other = Net(), torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    model = bind(net, name="mlp", optimizer=optimizer)
+    optimizer.param_groups[0]["params"] = list(other.parameters())
     with pytest.raises(
         ConfigError, match=r"mlp\.optimizer: its parameter 0 with shape \[2, 3\] is no parameter of mlp"
     ):
@@ -221,7 +223,9 @@ def test_optimizer_of_other_parameters_is_refused(writer: CheckpointWriter, fold
 
 def test_composite_is_saved_by_path_of_names(writer: CheckpointWriter) -> None:
     """Every single model has its files, frozen ones no optimizer state, the root the trainer file."""
-    frozen = bind(torch.nn.Linear(2, 2), name="own_name", is_frozen=True, optimizer=object())
+    linear = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    frozen = bind(linear, name="own_name", is_frozen=True, optimizer=optimizer)
     stem = trained("x")
     model = compose("auto", {"encoder": compose("inner", {"stem": stem}), "decoder": frozen, "absent": None})
     averages = {"encoder.stem": {"ema=0.9": average_of(stem)}}
