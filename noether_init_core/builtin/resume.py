@@ -220,8 +220,8 @@ class ResumeInitializer(CheckpointInitializer):
         if trainer is None and _TRAINER_STATE in state:
             members = ", ".join(["the position in the data", "random generators", *_members(state)])
             raise StateMismatchError(
-                f"{self._tag_words()} has the state of a training loop ({members}), but no trainer was given to restore "
-                "it. Next: stack.initialize(model, trainer=state); for weights alone: kind: previous_run"
+                f"{self._tag_words()} has the state of a training loop ({members}), but no trainer was given to "
+                "restore it. Next: stack.initialize(model, trainer=state); for weights alone: kind: previous_run"
             )
         if trainer is not None:
             if not callable(getattr(trainer, "load_state_dict", None)):
