@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from noether_init_core.hooks import CONTRACT_VERSION, hookimpl, hookspec
     from noether_init_core.initializers.base import InitializerBase
     from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
-    from noether_init_core.initializers.source import SourceInitializer, SourceInitializerConfig
+    from noether_init_core.initializers.source import Part, Source, SourceInitializer, SourceInitializerConfig
     from noether_init_core.iteration import TrainingIteration
     from noether_init_core.paths import PathProvider
     from noether_init_core.provenance import InitReport
@@ -86,11 +86,13 @@ __all__ = [
     "KindImportError",
     "LoadPlan",
     "NoGoodSetError",
+    "Part",
     "PartlyInitializedError",
     "PathProvider",
     "PlanError",
     "Retention",
     "RunStore",
+    "Source",
     "SourceInitializer",
     "SourceInitializerConfig",
     "StartConflictError",
@@ -147,7 +149,7 @@ _HOMES = {
     "hooks": ("CONTRACT_VERSION", "hookimpl", "hookspec"),
     "initializers.base": ("InitializerBase",),
     "initializers.checkpoint": ("CheckpointInitializer", "CheckpointInitializerConfig"),
-    "initializers.source": ("SourceInitializer", "SourceInitializerConfig"),
+    "initializers.source": ("Part", "Source", "SourceInitializer", "SourceInitializerConfig"),
     "iteration": ("TrainingIteration",),
     "paths": ("PathProvider",),
     "provenance": ("InitReport",),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +37,11 @@ def _folder(path: Path) -> None:
     path = path.resolve()
     if path.name == "checkpoints":
         path = path.parent
+    if path.parent.name == "sets" and path.parents[1].name == "checkpoints":
+        run = path.parents[2]
+        raise CheckpointNotFoundError(
+            f"{path} is a set of run {run.name}. Next: noether-init inspect {_short(run)}", path=path, asked=str(path)
+        )
     below = RunStore(PathProvider(path, "run"))
     own = RunStore(PathProvider(path.parent, path.name or "run"))
     if own.folder.is_dir():
@@ -73,9 +79,10 @@ def _sets(store: RunStore, title: str) -> None:
             f"{file.model} ({file.info})" if file.info else file.model for file in found.files if file.part == "model"
         ]
         cells = [
-            "= committed" if found.committed else "o legacy",
+            "committed" if found.committed else "legacy",
             str(iteration) if iteration is not None else "unknown",
-            ", ".join(found.tags),
+            # the tag of its own iteration stands in the column before
+            ", ".join(tag for tag in found.tags if tag != str(iteration)),
             ", ".join(weights),
             ", ".join(found.models("optim")),
             ", ".join(found.models("trainer")),
@@ -107,5 +114,41 @@ def _file(path: Path) -> None:
             shape = ", ".join(str(size) for size in info.shape)
             table.add_row(Text(str(key)), Text(info.dtype), Text(f"[{shape}]"))
         total = sum(info.nbytes for info in tensors.values())
+        facts = _facts(reader.metadata)
     Console().print(table)
+    for fact in facts:
+        typer.echo(fact)
     typer.echo(f"{len(tensors)} tensors, {total:,} bytes, {reader.format} format")
+
+
+def _facts(metadata: Mapping[str, Any]) -> list[str]:
+    """What a file says besides tensors, a line each: run, iteration, and of a loop seed, names, place in the data.
+
+    The file may be anybody's, so nothing is taken for granted.
+    """
+    state = _mapping(metadata, "trainer_state")
+    loader = _mapping(state, "loader")
+    said = {
+        "run": metadata.get("run_id"),
+        "iteration": ", ".join(f"{name} {count}" for name, count in _mapping(metadata, "training_iteration").items()),
+        "seed": state.get("seed"),
+        "with state": ", ".join(map(str, _mapping(state, "stateful"))),
+        "callbacks": ", ".join(map(str, _mapping(metadata, "callback_state_dicts"))),
+        "data": f"{loader['batch']} batches of this epoch are consumed" if "batch" in loader else None,
+    }
+    return [_printable(f"{name}: {value}") for name, value in said.items() if value not in (None, "")]
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _printable(text: str) -> str:
+    shown = text if len(text) <= 200 else text[:197] + "..."
+    return "".join(character if character.isprintable() else "?" for character in shown)
+
+
+def _short(path: Path) -> Path:
+    """Below the current folder as it is seen from there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

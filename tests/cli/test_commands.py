@@ -162,8 +162,8 @@ def test_inspect_shows_the_sets_of_a_run_newest_first(invoke: Invoke, noether_ru
     for result in outputs:
         assert result.code == 0
         rows = [line.split() for line in result.out.splitlines()]
-        assert ["o", "legacy", "E4_U16_S128", "latest", "mlp,", "mlp", "(ema=0.9)", "mlp", "mlp"] in rows
-        assert ["o", "legacy", "E3_U12_S96", "best_model.loss.val.total", "mlp"] in rows
+        assert ["legacy", "E4_U16_S128", "latest", "mlp,", "mlp", "(ema=0.9)", "mlp", "mlp"] in rows
+        assert ["legacy", "E3_U12_S96", "best_model.loss.val.total", "mlp"] in rows
     assert outputs[0].out.splitlines()[0].strip() == "mlp_train/train"
 
 
@@ -195,6 +195,54 @@ def test_inspect_lists_the_tensors_of_a_safetensors_file(invoke: Invoke, tmp_pat
     assert result.out.splitlines()[-1] == "1 tensors, 8 bytes, safetensors format"
     result = invoke("inspect", write_safetensors(tmp_path / "b.safetensors", header, bytes(9)))
     assert (result.code, "1 bytes behind its last tensor" in result.err) == (1, True)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a set in the middle of an epoch, with a schedule."""
+    import torch
+
+    from noether_init_core import CheckpointWriter, PathProvider, TrainerState, bind
+
+    monkeypatch.chdir(tmp_path)
+    network = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    state = TrainerState(seed=7, schedule=torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9))
+    batches = iter(state.loader([torch.zeros(4)] * 20, batch_size=5))
+    for _update in range(3):
+        next(batches)
+        state.advance()
+    model = bind(network, name="mlp", optimizer=optimizer)
+    CheckpointWriter(PathProvider("runs", "killed")).save(model, trainer=state, tags=("latest", "best_model.loss.val"))
+    return next((tmp_path / "runs" / "killed" / "checkpoints" / "sets").iterdir())
+
+
+def test_inspect_of_a_trainer_file_says_where_the_loop_was(invoke: Invoke, saved: Path) -> None:
+    """Run, iteration, seed, the objects with state, and how far into the data."""
+    result = invoke("inspect", next(saved.glob("*_trainer.th")))
+    assert result.out.splitlines()[-6:-1] == [
+        "run: killed",
+        "iteration: epoch 0, update 3, sample 15",
+        "seed: 7",
+        "with state: schedule",
+        "data: 3 batches of this epoch are consumed",
+    ]
+
+
+def test_inspect_of_a_set_names_its_run(invoke: Invoke, saved: Path) -> None:
+    """With the command that lists it."""
+    result = invoke("inspect", saved)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.endswith(f"is a set of run killed. Next: noether-init inspect {Path('runs', 'killed')}\n")
+
+
+def test_inspect_fits_80_columns(invoke: Invoke, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for a set: the tag of the iteration is not said twice."""
+    monkeypatch.setenv("COLUMNS", "80")
+    result = invoke("inspect", Path("runs", "killed"))
+    assert [line.split() for line in result.out.splitlines()[2:]] == [
+        ["committed", "E0_U3_S15", "latest,", "best_model.loss.val", "mlp", "mlp", "mlp"]
+    ]
 
 
 def test_inspect_of_what_is_no_run_and_no_file_creates_nothing(invoke: Invoke, tmp_path: Path) -> None:
