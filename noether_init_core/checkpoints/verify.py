@@ -20,9 +20,9 @@ from noether_init_core.checkpoints.records import Record
 
 __all__ = ["Findings", "Stretch", "Values", "damaged_records", "examine"]
 
-# Small enough for the processor's cache, large enough that the system calls do not count. A multiple of every size of
-# an element, so that no element lies in two pieces.
-_BUFFER = 1 << 20
+# Small enough for the processor's caches, large enough that system calls, and threads that wait for the interpreter, do
+# not count. A multiple of every size of an element, so that no element lies in two pieces.
+_BUFFER = 2 << 20
 # One thread takes this much at a time; larger stretches are split where their checksum can be combined of parts.
 _GROUP = 32 << 20
 
