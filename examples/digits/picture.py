@@ -122,25 +122,26 @@ def _draw_losses(axes: Axes, whole: list[dict[str, float]], attempts: list[Attem
         label="SIGKILL",
         zorder=4,
     )
-    axes.bar(0, 0, color=AMBER, label="made again: the same losses")  # for the legend only
     axes.set_yscale("log")
     axes.set_yticks([value for value in (0.1, 0.2, 0.5, 1, 2, 5) if low <= value <= high])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(low, high)
-    axes.set_ylabel("training loss")
+    axes.set_ylabel("training loss (log scale)")
     axes.grid(axis="y", which="major", color="#e6e9ed", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(loc="lower left", frameon=False)
 
 
 def _draw_processes(axes: Axes, attempts: list[Attempt]) -> None:
-    reached = 0
+    reached, has_amber = 0, False
     for number, attempt in enumerate(attempts):
         made_again = max(0, min(reached, attempt.last) - attempt.first + 1)
         axes.barh(number, attempt.last - attempt.first + 1, left=attempt.first - 1, height=0.52, color=BLUE, zorder=2)
         if made_again:
-            axes.barh(number, made_again, left=attempt.first - 1, height=0.52, color=AMBER, zorder=3)
+            again = "made again: the same losses" if not has_amber else None
+            axes.barh(number, made_again, left=attempt.first - 1, height=0.52, color=AMBER, zorder=3, label=again)
+            has_amber = True
         if attempt.killed:
             axes.plot(attempt.last, number, marker="X", markersize=9, color=RED, markeredgecolor="white", zorder=4)
             axes.annotate(
@@ -157,4 +158,6 @@ def _draw_processes(axes: Axes, attempts: list[Attempt]) -> None:
     axes.set_yticks(range(len(attempts)), [f"process {number}" for number in range(1, len(attempts) + 1)])
     axes.set_ylim(len(attempts) - 0.5, -0.6)
     axes.tick_params(axis="y", length=0)
+    if has_amber:
+        axes.legend(loc="lower left", frameon=False)
     axes.spines["left"].set_visible(False)
