@@ -12,7 +12,6 @@ import pytest
 
 from faults.campaign.crashes import ERRORS, SCENARIOS, Failing, failures, replay
 from faults.campaign.disk import CHANGING, LOOKING, Disk, Operation, Recorder, crashes
-from faults.campaign.kills import METHODS, kills
 from noether_init_core.checkpoints.storage import Storage
 
 #: Each n-th disk or call: coprime to the number of data variants, so that all of them come up.
@@ -118,12 +117,3 @@ def test_links_stay_links_on_the_modelled_disk(tmp_path: Path) -> None:
     assert isinstance(recorder.operations[0], Operation)
     recorder.now.write(tmp_path / "real")
     assert (tmp_path / "real" / "first").samefile(tmp_path / "real" / "second")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_kills_are_counted_for_ours_and_for_the_usual_ways(method: str, tmp_path: Path) -> None:
-    """Few of them here; a hundred of ours are tried with the writer's tests."""
-    found = sum(kills(method, tmp_path / "killed", 6, 64), Counter[str]())
-    assert found["tried"] == 6 == found["good"] + found["torn"] + found["unloadable"]
-    if method == "ours":
-        assert (found["good"], found["lost"]) == (6, 0)

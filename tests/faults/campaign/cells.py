@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ KILLS = 500
 KILLS_WIDTH = 384
 #: The two largest readers get twice the time.
 HEADER_SECONDS = {**dict.fromkeys(TARGETS, 60), "archive": 120, "opcodes": 120}
+#: How often counts are brought onto the disk.
+KEPT_SECONDS = 0.5
 
 
 @attrs.frozen
@@ -78,7 +81,9 @@ def run_cell(cell: Cell, work: Path) -> None:
     """
     path = work / (cell.name.replace("/", "__").replace(" ", "_") + ".json")
     while not _is_done(path):
-        child = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads in the process: the child uses none
+            child = os.fork()
         if child == 0:
             code = 1
             try:
@@ -110,7 +115,7 @@ def _work(cell: Cell, path: Path) -> None:
     try:
         for counted in cell.run(folder / "cell", counts.copy()):
             counts.update(counted)
-            if time.monotonic() - kept > 0.5:
+            if time.monotonic() - kept > KEPT_SECONDS:
                 kept = time.monotonic()
                 _keep(path, {**state, "counts": dict(counts)})
         seconds = state["seconds"] + time.monotonic() - begin

@@ -82,7 +82,7 @@ def tables(results: Results) -> str:
 def _sections(results: Results) -> Iterator[str]:
     yield "### Bytes\n\n" + _table(
         ("fault", "format", "tried", "detected", "harmless", "**silently wrong**", "half changed",
-         "peer", "detected", "harmless", "silently wrong"),
+         "peer", "detected", "harmless", "silently wrong", "half changed"),
         _byte_rows(results),
     )  # fmt: skip
     yield "### Kills\n\n" + _table(
@@ -135,9 +135,9 @@ def _byte_rows(results: Results) -> Iterator[Sequence[str]]:
             if state is None:
                 continue
             peer = results.get(f"bytes/{fault}/{one}/baseline")
-            keys = ("detected", "harmless", "silent")
-            theirs = (PEERS.get(one, "torch.load"), *_numbers(peer, *keys)) if peer else ("", "", "", "")
-            ours = list(_numbers(state, "tried", *keys, "half changed"))
+            keys = ("detected", "harmless", "silent", "half changed")
+            theirs = (PEERS.get(one, "torch.load"), *_numbers(peer, *keys)) if peer else ("",) * 5
+            ours = list(_numbers(state, "tried", *keys))
             ours[3] = f"{ours[3]} (cannot be known)" if cannot_be_known(fault, one) and ours[3] != "0" else ours[3]
             yield (FAULT_NAMES[fault], " ".join(FORMAT_NAMES[one]), *ours, *theirs)
 
