@@ -7,6 +7,7 @@ what else the machine does falls on all alike. The files are in the page cache. 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import platform
@@ -59,6 +60,7 @@ class Peak:
 
     def __enter__(self) -> Peak:
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is no memory that can be used unseen
         self._before = self._most = anonymous_bytes()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
