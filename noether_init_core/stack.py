@@ -77,12 +77,12 @@ class InitializerStack:
     @classmethod
     def from_config(
         cls,
-        configs: Sequence[Mapping[str, Any] | KindConfig] | Mapping[str, Any],
+        configs: Sequence[Mapping[str, Any] | KindConfig] | Mapping[str, Any] | KindConfig,
         *,
         path_provider: Any = None,
         observers: Iterable[Any] = (),
     ) -> Self:
-        """Build from a list of configs, or from a mapping with ``initializers``, ``auto_resume``, ``observers``.
+        """Build from a list of configs, one config, or a mapping with ``initializers``, ``auto_resume``, ``observers``.
 
         Args:
             configs: Mappings (also OmegaConf's and the like) or validated configs.
@@ -92,8 +92,7 @@ class InitializerStack:
 
         Raises ``ConfigError`` and its children. Only the kinds that are named are imported.
         """
-        mapping = configs if isinstance(configs, Mapping) else {"initializers": list(configs)}
-        return cls._from_loaded(load_config_mapping(mapping), path_provider, observers)
+        return cls._from_loaded(load_config_mapping(configs), path_provider, observers)
 
     @classmethod
     def from_file(cls, path: Path | str, *, path_provider: Any = None, observers: Iterable[Any] = ()) -> Self:
