@@ -8,10 +8,10 @@ import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import attrs
 
@@ -22,14 +22,16 @@ from noether_init_core.errors import (
     CheckpointNotFoundError,
 )
 
-__all__ = ["FileHandle", "Transfer", "open_file"]
+__all__ = ["GROUP", "FileHandle", "Transfer", "by_threads", "grouped", "open_file"]
+
+Item = TypeVar("Item")
 
 #: Bytes of one read into memory of the caller.
 CHUNK = 4 << 20
 #: How many threads read at once; a few are as fast as the memory.
 THREADS = min(4, max(2, os.cpu_count() or 2))
-#: From here on a second thread is worth its start.
-_PARALLEL = 16 << 20
+#: Neighbouring bytes that one thread takes at a time: threads that take turns within a few megabytes are slower.
+GROUP = 32 << 20
 _DIGEST_LENGTHS = {"xxh3_128": 32, "sha256": 64}
 # A FIFO must not block, and a terminal must not become ours.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
@@ -117,22 +119,13 @@ class FileHandle:
 
     def read_all(self, transfers: Iterable[Transfer]) -> None:
         """Carry out the transfers, large amounts with several threads."""
-        pieces = deque(_pieces(transfers))
 
-        def read() -> None:
-            while True:
-                try:
-                    piece = pieces.popleft()
-                except IndexError:
-                    return
+        def read(group: Sequence[Transfer]) -> None:
+            for piece in group:
                 self.read_into(piece.target, piece.offset, piece.key)
 
-        if len(pieces) < 2 or sum(len(piece.target) for piece in pieces) < _PARALLEL:
-            read()
-            return
-        with ThreadPoolExecutor(THREADS) as pool:
-            for result in [pool.submit(read) for _ in range(THREADS)]:
-                result.result()
+        pieces = sorted(_pieces(transfers), key=lambda piece: piece.offset)
+        by_threads(grouped(pieces, lambda piece: len(piece.target)), read)
 
     def check_digest(self, digest: str) -> None:
         """Compare the whole file with ``xxh3_128:<hex>`` or ``sha256:<hex>``."""
@@ -209,7 +202,40 @@ def _neighbours(path: Path) -> str:
     return f". The folder {path.parent} has: {listed}"
 
 
+def grouped(items: Iterable[Item], size: Callable[[Item], int]) -> list[list[Item]]:
+    """Neighbours together, at least ``GROUP // 4`` bytes each; the largest first, so that no thread is left alone."""
+    groups: list[list[Item]] = []
+    sizes: list[int] = []
+    for item in items:
+        if not groups or sizes[-1] >= GROUP // 4:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(item)
+        sizes[-1] += size(item)
+    return [groups[number] for number in sorted(range(len(groups)), key=lambda number: -sizes[number])]
+
+
+def by_threads(groups: Iterable[Item], work: Callable[[Item], None]) -> None:
+    """``work`` for each, with several threads where there are several; the first error is raised."""
+    left = deque(groups)
+
+    def run() -> None:
+        while True:
+            try:
+                group = left.popleft()
+            except IndexError:
+                return
+            work(group)
+
+    if len(left) < 2:
+        run()
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for result in [pool.submit(run) for _ in range(THREADS)]:
+            result.result()
+
+
 def _pieces(transfers: Iterable[Transfer]) -> Iterable[Transfer]:
     for transfer in transfers:
-        for start in range(0, len(transfer.target), CHUNK):
-            yield Transfer(transfer.target[start : start + CHUNK], transfer.offset + start, transfer.key)
+        for start in range(0, len(transfer.target), GROUP):
+            yield Transfer(transfer.target[start : start + GROUP], transfer.offset + start, transfer.key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import xxhash
 
@@ -26,6 +26,8 @@ class CommittedTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def digest(self) -> str: ...
+    @property
+    def values(self) -> Literal["finite", "infinities", "NaN"] | None: ...
 
 
 class CommittedFile(Protocol):
@@ -78,6 +80,12 @@ class Integrity:
                 "It was written over. Next: take an older checkpoint",
                 path=path,
             )
+
+    def learn(self, infos: Mapping[TensorInfo, CommittedTensor]) -> None:
+        """Take over what the writer found in tensors whose bytes were compared with their digests."""
+        for info, tensor in infos.items():
+            if tensor.values is not None:
+                self._known[info] = None if tensor.values == "finite" else tensor.values
 
     def damaged(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import pydantic_core
@@ -36,11 +36,16 @@ class _Model(pydantic.BaseModel):
 
 
 class ManifestTensor(_Model):
-    """One tensor of a file; the digest is that of its contiguous little-endian bytes."""
+    """One tensor of a file; the digest is that of its contiguous little-endian bytes.
+
+    ``values`` is what was found among them when they were saved: bytes with this digest need no second look. None in
+    sets of earlier releases, where nobody looked.
+    """
 
     dtype: str
     shape: tuple[_Count, ...]
     digest: Digest
+    values: Literal["finite", "infinities", "NaN"] | None = None
 
 
 class ManifestFile(_Model):

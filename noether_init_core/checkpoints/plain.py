@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from noether_init_core.errors import CheckpointFormatError
 
-__all__ = ["digest_of_tensor", "plain", "tensors_in"]
+__all__ = ["bytes_of_tensor", "plain", "tensors_in"]
 
 MAX_DEPTH = 60
 _METADATA = "_metadata"
@@ -152,7 +151,6 @@ def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, torch.Tensor]
             yield from tensors_in(item, f"{place}.{index}" if place else str(index))
 
 
-def digest_of_tensor(tensor: torch.Tensor) -> str:
-    """``xxh3_128:`` and the digest of the contiguous little-endian bytes."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
+def bytes_of_tensor(tensor: torch.Tensor) -> memoryview:
+    """The contiguous little-endian bytes of a CPU tensor; those of another order are copied."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -179,6 +179,13 @@ class CheckpointReader:
         """Digest of what the file says of its records, their checksums included; see ``verify(committed=...)``."""
         return digest_of_records(self._records.values())
 
+    def checksum_of(self, key: str) -> int | None:
+        """The CRC-32 that the file has for the bytes of a tensor; None where it has none for these bytes alone."""
+        info = self._find(key)
+        record = self._records[info.record]
+        is_alone = info.is_contiguous and info.nbytes == record.size and not (info.is_conjugated or info.is_negated)
+        return record.crc if is_alone and self._has_checksums else None
+
     def _verify(
         self,
         digest: str | None,
@@ -200,17 +207,20 @@ class CheckpointReader:
             if targets or values:
                 self._integrity.damaged(values, targets=targets, has_checksums=False)
         elif committed is not None:
-            digests = {
-                info.record: committed.tensors[key].digest
+            whole = {
+                info: committed.tensors[key]
                 for key, info in self.tensors.items()
                 if key in committed.tensors and info.is_contiguous and info.nbytes == self._records[info.record].size
             }
+            digests = {info.record: tensor.digest for info, tensor in whole.items()}
             try:
                 self._integrity.check_committed(committed, self.tensors)
             except CheckpointCorruptError:
                 self._compare_checksums((), digests)  # names the keys whose bytes differ
                 raise
-            self._compare_checksums(values, digests, targets)
+            known = {info: tensor for info, tensor in whole.items() if tensor.values is not None}
+            self._compare_checksums([info for info in values if info not in known], digests, targets)
+            self._integrity.learn(known)
         else:
             self._compare_checksums(values, targets=targets)
         self._handle.check_unchanged()

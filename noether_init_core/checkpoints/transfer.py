@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from noether_init_core.checkpoints.file_handle import CHUNK, FileHandle, Transfer
+from noether_init_core.checkpoints.memory import in_large_pages
 from noether_init_core.checkpoints.records import Record
 from noether_init_core.checkpoints.survey import children
 from noether_init_core.checkpoints.tensor_info import ITEMSIZES, TensorInfo
@@ -37,7 +38,7 @@ def read_tensor(handle: FileHandle, records: Mapping[str, Record], info: TensorI
     import torch
 
     dtype = _dtype_of(handle, info, key)
-    memory = torch.empty(info.span * info.itemsize, dtype=torch.uint8)
+    memory = in_large_pages(torch.empty(info.span * info.itemsize, dtype=torch.uint8))
     if info.nbytes == 0:
         return memory.view(dtype).reshape(info.shape)
     handle.read_all([Transfer(_bytes_of(memory), _offset(records, info), key)])
@@ -151,7 +152,7 @@ def allocated(
         whole = info.nbytes == records[info.record].size and info.is_contiguous and info.nbytes > 0
         if whole and info.record not in memory and not (info.is_conjugated or info.is_negated):
             dtype = _dtype_of(handle, info, "")
-            carrier = torch.empty(info.nbytes, dtype=torch.uint8)
+            carrier = in_large_pages(torch.empty(info.nbytes, dtype=torch.uint8))
             tensors[info] = carrier.view(dtype).view(info.shape)
             memory[info.record] = _bytes_of(carrier)
     return tensors, memory

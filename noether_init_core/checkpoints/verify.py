@@ -6,25 +6,22 @@ is allocated, however large the file is.
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import attrs
 import xxhash
 from isal import isal_zlib
 
-from noether_init_core.checkpoints.file_handle import THREADS, FileHandle
-from noether_init_core.checkpoints.finite import Finding, nonfinite
+from noether_init_core.checkpoints.file_handle import GROUP, FileHandle, by_threads, grouped
+from noether_init_core.checkpoints.finite import Finding, can_be_nonfinite, nonfinite
 from noether_init_core.checkpoints.records import Record
 
-__all__ = ["Findings", "Stretch", "Values", "damaged_records", "examine"]
+__all__ = ["Examined", "Findings", "Stretch", "Values", "damaged_records", "examine", "examine_memory"]
 
 # Small enough for the processor's caches, large enough that system calls, and threads that wait for the interpreter, do
 # not count. A multiple of every size of an element, so that no element lies in two pieces.
 _BUFFER = 2 << 20
-# One thread takes this much at a time; larger stretches are split where their checksum can be combined of parts.
-_GROUP = 32 << 20
 
 
 @attrs.frozen
@@ -84,15 +81,31 @@ def examine(handle: FileHandle, stretches: Sequence[Stretch]) -> Findings:
     for stretch in stretches:
         if stretch.target is not None and stretch.target.nbytes != stretch.size:
             raise ValueError(f"{stretch.name}: {stretch.target.nbytes} bytes of memory for {stretch.size} bytes")
-    groups = deque(_grouped(stretches))
     work = _Work(handle, stretches)
-    if len(groups) < 2:
-        work.run(groups)
-    else:
-        with ThreadPoolExecutor(THREADS) as pool:
-            for result in [pool.submit(work.run, groups) for _ in range(THREADS)]:
-                result.result()
+    by_threads(grouped(_parts(stretches), lambda part: part.length), work.read_group)
     return work.findings()
+
+
+@attrs.frozen
+class Examined:
+    """Bytes in memory: ``xxh3_128:<hex>``, CRC-32, and what of NaN and infinities is among their values."""
+
+    digest: str
+    crc: int
+    nonfinite: Finding | None
+
+
+def examine_memory(data: memoryview, dtype: str) -> Examined:
+    """One look at whole elements of ``dtype``, by pieces that stay in the cache."""
+    state, crc, found = xxhash.xxh3_128(), 0, set[Finding]()
+    is_looked_at = can_be_nonfinite(dtype)
+    for begin in range(0, len(data), _BUFFER):
+        piece = data[begin : begin + _BUFFER]
+        state.update(piece)
+        crc = isal_zlib.crc32(piece, crc)
+        if is_looked_at and (finding := nonfinite(piece, dtype)) is not None:
+            found.add(finding)
+    return Examined(f"xxh3_128:{state.hexdigest()}", crc, "NaN" if "NaN" in found else next(iter(found), None))
 
 
 @attrs.frozen
@@ -102,22 +115,14 @@ class _Part:
     length: int
 
 
-def _grouped(stretches: Sequence[Stretch]) -> list[list[_Part]]:
-    """Parts that one thread reads one behind the other, the largest groups first so that no thread is left alone."""
-    groups: list[list[_Part]] = []
-    total = _GROUP
+def _parts(stretches: Sequence[Stretch]) -> Iterable[_Part]:
+    """In the order of the file; large stretches are split where their checksum can be combined of parts."""
     for index, stretch in sorted(enumerate(stretches), key=lambda pair: pair[1].offset):
         if stretch.crc is None and stretch.digest is None and not stretch.values and stretch.target is None:
             continue
-        step = max(stretch.size, 1) if stretch.digest is not None else _GROUP
+        step = max(stretch.size, 1) if stretch.digest is not None else GROUP
         for begin in range(0, max(stretch.size, 1), step):
-            length = min(step, stretch.size - begin)
-            if total >= _GROUP // 4:
-                groups.append([])
-                total = 0
-            groups[-1].append(_Part(index, begin, length))
-            total += length
-    return sorted(groups, key=lambda group: -sum(part.length for part in group))
+            yield _Part(index, begin, min(step, stretch.size - begin))
 
 
 class _Work:
@@ -129,15 +134,7 @@ class _Work:
         self._sums: dict[tuple[int, int], tuple[int, int]] = {}
         self._digests: dict[int, str] = {}
         self._found: set[tuple[int, int, Finding]] = set()
-
-    def run(self, groups: deque[list[_Part]]) -> None:
-        buffer = memoryview(bytearray(_BUFFER))
-        while True:
-            try:
-                group = groups.popleft()
-            except IndexError:
-                return
-            self._read_group(group, buffer)
+        self._own = threading.local()
 
     def findings(self) -> Findings:
         crcs = [0] * len(self._stretches)
@@ -156,8 +153,9 @@ class _Work:
                 found[index, number] = finding
         return Findings(tuple(damaged), found)
 
-    def _read_group(self, group: list[_Part], buffer: memoryview) -> None:
+    def read_group(self, group: list[_Part]) -> None:
         """One pass over neighbouring parts; one read serves as many small ones as it holds."""
+        buffer = self._buffer()
         begin = end = 0  # what part of the file is in the buffer
         for number, part in enumerate(group):
             stretch = self._stretches[part.index]
@@ -174,6 +172,12 @@ class _Work:
                     begin, end = position, self._end_of_read(group, number, position + len(buffer))
                     self._handle.read_into(buffer[: end - begin], begin, stretch.name)
                 self._look(part, (buffer[position - begin : upto - begin],))
+
+    def _buffer(self) -> memoryview:
+        """One for each thread, made once: its pages are touched for the first time only once."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(bytearray(_BUFFER))
+        return self._own.buffer  # type: ignore[no-any-return]  # what is kept for a thread has no type
 
     def _end_of_read(self, group: list[_Part], number: int, limit: int) -> int:
         """Behind the last part, from ``number`` on, that one read can serve as a whole."""

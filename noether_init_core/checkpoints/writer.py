@@ -23,7 +23,7 @@ from noether_init_core.checkpoints.flat_names import give_room, refresh_flat_nam
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
-from noether_init_core.checkpoints.plain import digest_of_tensor, tensors_in
+from noether_init_core.checkpoints.plain import bytes_of_tensor, tensors_in
 from noether_init_core.checkpoints.retention import Retention, checked_metrics
 from noether_init_core.checkpoints.sets import (
     SETS_FOLDER,
@@ -34,6 +34,7 @@ from noether_init_core.checkpoints.sets import (
     set_folders,
 )
 from noether_init_core.checkpoints.storage import LOCAL, Storage
+from noether_init_core.checkpoints.verify import Examined, examine_memory
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
@@ -42,6 +43,9 @@ from noether_init_core.protocols import leaf_models
 __all__ = ["CheckpointWriter"]
 
 logger = logging.getLogger(__name__)
+
+# dtype, shape, and what its bytes in memory are
+_Examined = tuple[str, tuple[int, ...], Examined]
 
 LOCK_NAME = ".noether-init.lock"
 LOCK_TIMEOUT_S = 600.0
@@ -126,8 +130,8 @@ class CheckpointWriter:
                 CheckpointFileName(content.name.model, content.name.info, tag, content.name.part).checked()
         lineage = self._lineage(trainer)
         frozen = self._frozen(model) if optimizer else ()
-        checkpoints = self.storage.resolve(self.paths.checkpoint_path)
-        with _as_write_error(f"{full} of run {self.paths.run_id}", checkpoints):
+        with _as_write_error(f"{full} of run {self.paths.run_id}", self.paths.checkpoint_path):
+            checkpoints = self.storage.resolve(self.paths.checkpoint_path)
             check_reachable(self.paths.checkpoint_path, self.storage)
             check_reachable(checkpoints / SETS_FOLDER, self.storage)
             self._make_folders(checkpoints / SETS_FOLDER)
@@ -241,15 +245,15 @@ class CheckpointWriter:
         path = folder / str(content.name)
         # digests of tensors are taken meanwhile: the disk and torch's checksums take longer
         with ThreadPoolExecutor(1) as pool, _naming(path), self.storage.open_write(path) as file:
-            described = pool.submit(_described, content)
+            described = pool.submit(_examined, content)
             sink = _Sink(file)
             with _checksums():
                 torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
             sink.raise_error()
             self.storage.fsync(file)
         self.storage.make_read_only(path)
-        tensors = described.result()
-        records = _prove(path, tensors)
+        examined = described.result()
+        records = _prove(path, examined)
         name = content.name
         return ManifestFile(
             name=str(name),
@@ -259,7 +263,12 @@ class CheckpointWriter:
             size=sink.size,
             digest=f"xxh3_128:{sink.hash.hexdigest()}",
             records=records,
-            tensors=tensors,
+            tensors={
+                key: ManifestTensor(
+                    dtype=dtype, shape=shape, digest=found.digest, values=found.nonfinite or "finite"
+                )
+                for key, (dtype, shape, found) in examined.items()
+            },
         )
 
     def _follow_up(self, checkpoints: Path, committed: CheckpointSet) -> None:
@@ -358,30 +367,39 @@ def _tensors_of(content: FileContent) -> Iterator[tuple[str, torch.Tensor]]:
         yield from tensors_in(content.content)
 
 
-def _described(content: FileContent) -> dict[str, ManifestTensor]:
-    return {
-        key: ManifestTensor(
-            dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), digest=digest_of_tensor(tensor)
-        )
-        for key, tensor in _tensors_of(content)
-    }
+def _examined(content: FileContent) -> dict[str, _Examined]:
+    found = {}
+    for key, tensor in _tensors_of(content):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found[key] = dtype, tuple(tensor.shape), examine_memory(bytes_of_tensor(tensor), dtype)
+    return found
 
 
-def _prove(path: Path, written: Mapping[str, ManifestTensor]) -> str:
+def _prove(path: Path, written: Mapping[str, _Examined]) -> str:
     """Read the header back with our own reader: a file that it cannot read must never be committed.
 
-    Returns the digest of the file's records.
+    The checksums that torch wrote are compared with those of the tensors in memory, so that what changed in the midst
+    of the save is found now, and not when the set is needed. Returns the digest of the file's records.
     """
     from noether_init_core.checkpoints.reader import open_checkpoint
 
     with open_checkpoint(path) as reader:
         found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors.items()}
+        checksums = {key: reader.checksum_of(key) for key in reader.tensors}
         records = reader.digest_of_records
-    expected = {key: (tensor.dtype, tensor.shape) for key, tensor in written.items()}
-    if found != expected:
-        different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+    expected = {key: (dtype, shape) for key, (dtype, shape, _) in written.items()}
+    different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+    if different:
         raise CheckpointCorruptError(
             f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
+        )
+    changed = [key for key, (*_, examined) in written.items() if checksums[key] not in (None, examined.crc)]
+    if changed:
+        raise CheckpointCorruptError(
+            f"{', '.join(changed[:5])} changed while {path} was written, by another thread or process. "
+            "Next: save a copy (clone), or wait for what updates it",
+            path=path,
+            key=", ".join(changed),
         )
     return records
 

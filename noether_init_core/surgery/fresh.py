@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from noether_init_core.checkpoints.memory import in_large_pages
 from noether_init_core.surgery.plan import PlanRow
 from noether_init_core.surgery.targets import ModelTargets
 
@@ -60,7 +61,9 @@ class FreshMemory:
         if id(tensor) not in self._meta:
             return tensor
         if id(tensor) not in self._new:
-            self._new[id(tensor)] = torch.empty_like(tensor, device=self._device, requires_grad=False)
+            self._new[id(tensor)] = in_large_pages(
+                torch.empty_like(tensor, device=self._device, requires_grad=False)
+            )
         return self._new[id(tensor)]
 
     def can_be_mapped(self, tensor: torch.Tensor, dtype: str) -> bool:

@@ -194,7 +194,7 @@ def failures(
     shutil.copytree(root / "before", root / "counting")
     scenario.save(numbered, root / "counting", number, counting)
     for at in range(1 + start, counting.calls + 1):
-        if at % every:
+        if (at - 1) % every:
             continue
         folder = root / "failing"
         # linked names stay linked

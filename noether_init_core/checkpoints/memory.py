@@ -1,0 +1,43 @@
+"""Memory for tensors that are about to be filled: in large pages where the system has them on request."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["in_large_pages"]
+
+# Below that, a large page would hardly be filled.
+_LEAST = 4 << 20
+
+
+def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """The same unfilled CPU tensor. Its memory is given out by large pages when it is touched for the first time.
+
+    By pages of 4 KiB that takes two to three times as long as all reading and comparing. It is advice: where a system
+    does not take it, nothing else changes.
+    """
+    advise = _advise()
+    if advise is not None and tensor.device.type == "cpu":
+        begin, length = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        if length >= _LEAST:
+            advise(first, begin + length - first, mmap.MADV_HUGEPAGE)
+    return tensor
+
+
+@functools.cache
+def _advise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    function.restype = ctypes.c_int
+    return function  # type: ignore[no-any-return]  # what ctypes finds has no type
