@@ -264,9 +264,7 @@ class CheckpointWriter:
             digest=f"xxh3_128:{sink.hash.hexdigest()}",
             records=records,
             tensors={
-                key: ManifestTensor(
-                    dtype=dtype, shape=shape, digest=found.digest, values=found.nonfinite or "finite"
-                )
+                key: ManifestTensor(dtype=dtype, shape=shape, digest=found.digest, values=found.nonfinite or "finite")
                 for key, (dtype, shape, found) in examined.items()
             },
         )

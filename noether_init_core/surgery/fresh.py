@@ -61,9 +61,7 @@ class FreshMemory:
         if id(tensor) not in self._meta:
             return tensor
         if id(tensor) not in self._new:
-            self._new[id(tensor)] = in_large_pages(
-                torch.empty_like(tensor, device=self._device, requires_grad=False)
-            )
+            self._new[id(tensor)] = in_large_pages(torch.empty_like(tensor, device=self._device, requires_grad=False))
         return self._new[id(tensor)]
 
     def can_be_mapped(self, tensor: torch.Tensor, dtype: str) -> bool:

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from support.handmade import integer, string, tensor, write_large, write_pickle, write_zip
 
-from noether_init_core.checkpoints import integrity, verify
+from noether_init_core.checkpoints import file_handle, integrity, verify
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.errors import (
     CheckpointCorruptError,
@@ -98,7 +98,8 @@ def test_records_larger_than_the_pieces_of_verification_are_summed_up(
 ) -> None:
     """Sums of pieces, taken by two threads and combined, are the sum of the record; a flip in any is found."""
     monkeypatch.setattr(verify, "_BUFFER", 1000)
-    monkeypatch.setattr(verify, "_GROUP", 3001)
+    monkeypatch.setattr(verify, "GROUP", 3001)
+    monkeypatch.setattr(file_handle, "GROUP", 3001)
     generator = torch.Generator().manual_seed(0)
     path = save(tmp_path / "a.th", **{str(n): torch.rand(n, generator=generator) for n in (0, 1, 7, 900, 2500, 5000)})
     content = path.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind
-from noether_init_core.checkpoints import transfer, verify
+from noether_init_core.checkpoints import file_handle, transfer, verify
 from noether_init_core.checkpoints.file_handle import open_file
 from noether_init_core.checkpoints.finite import can_be_nonfinite, nonfinite
 from noether_init_core.checkpoints.integrity import Integrity
@@ -107,7 +108,8 @@ def test_huge_finite_values_are_finite() -> None:
 def test_a_nan_is_found_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """First, last, on either side of the border of two pieces and of two groups; in its own tensor only."""
     monkeypatch.setattr(verify, "_BUFFER", 1 << 10)
-    monkeypatch.setattr(verify, "_GROUP", 4 << 10)
+    monkeypatch.setattr(verify, "GROUP", 4 << 10)
+    monkeypatch.setattr(file_handle, "GROUP", 4 << 10)
     count = (10 << 10) // dtype.itemsize + 3
     edge = (1 << 10) // dtype.itemsize
     for position in (0, count - 1, edge - 1, edge, 4 * edge - 1, 4 * edge):
@@ -123,7 +125,8 @@ def test_a_nan_is_found_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.M
             assert reader.nonfinite(["before", "a", "good"]) == {"a": "NaN"}
             monkeypatch.undo()
             monkeypatch.setattr(verify, "_BUFFER", 1 << 10)
-            monkeypatch.setattr(verify, "_GROUP", 4 << 10)
+            monkeypatch.setattr(verify, "GROUP", 4 << 10)
+            monkeypatch.setattr(file_handle, "GROUP", 4 << 10)
         with open_checkpoint(path) as reader:  # without a verification before
             assert reader.nonfinite(["good", "a"]) == {"a": "NaN"}
 
@@ -241,6 +244,42 @@ def test_a_set_of_an_earlier_release_is_checked_by_the_digest_of_the_file(tmp_pa
     path.write_bytes(content[:-1] + b"x")
     with pytest.raises(CheckpointError), open_checkpoint(path) as reader:
         reader.verify(committed=older)
+
+
+def test_what_the_writer_found_in_values_is_what_a_look_would_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a committed file the manifest tells; of one whose manifest does not, the bytes are looked at again."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last), torch.nn.Linear(3, 2))
+    module.register_buffer("mask", torch.tensor([-INF, 1.0]))
+    module.register_buffer("count", torch.tensor([3]))
+    with torch.no_grad():
+        module[0].weight[1, 1, 0, 1] = NAN
+        module[1].bias[1] = NAN
+        module[1].bias[0] = INF
+    saved = CheckpointWriter(PathProvider(tmp_path, "run")).save(bind(module, name="net"), TrainingIteration(1, 1, 1))
+    file = saved.file("net", "model")
+    assert file is not None
+    entry: Any = saved.committed_file(file)
+    said = {key: tensor.values for key, tensor in entry.tensors.items()}
+    assert said == {
+        "0.weight": "NaN",
+        "0.bias": "finite",
+        "1.weight": "finite",
+        "1.bias": "NaN",
+        "mask": "infinities",
+        "count": "finite",
+    }
+    silent = {key: tensor.model_copy(update={"values": None}) for key, tensor in entry.tensors.items()}
+    for told, looks in ((entry, 1), (entry.model_copy(update={"tensors": silent}), 5)):
+        look = unittest.mock.Mock(wraps=verify.nonfinite)
+        with open_checkpoint(file.path) as reader, monkeypatch.context() as patch:
+            patch.setattr(verify, "nonfinite", look)
+            reader.verify(committed=told, values=list(reader.tensors))
+            found = reader.nonfinite(list(reader.tensors))
+        assert found == {key: what for key, what in said.items() if what != "finite"}
+        assert look.call_count == looks, "0.weight lies in another order than its digest is of, and is looked at"
 
 
 def test_read_all_reads_verifies_and_looks_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +418,8 @@ def test_mapped_tensors_never_change_the_file(tmp_path: Path) -> None:
 def test_parts_of_all_sizes_are_read_as_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches smaller and larger than the buffer, with and without memory of the caller, in any order."""
     monkeypatch.setattr(verify, "_BUFFER", 128)
-    monkeypatch.setattr(verify, "_GROUP", 1024)
+    monkeypatch.setattr(verify, "GROUP", 1024)
+    monkeypatch.setattr(file_handle, "GROUP", 1024)
     generator = np.random.default_rng(0)
     content = generator.integers(0, 256, 20_000, dtype=np.uint8).tobytes()
     (tmp_path / "a").write_bytes(content)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +28,11 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
+from noether_init_core.checkpoints import writer as writer_module
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import CheckpointSet, check_files
 from noether_init_core.checkpoints.storage import Storage
+from noether_init_core.checkpoints.verify import examine_memory
 
 NOBODY = 65534
 STEPS = (
@@ -407,3 +410,41 @@ def test_write_that_fails_in_the_middle_of_each_file_is_no_set(tmp_path: Path) -
             == ["mlp_cp=E2_U20_S200_model.th", "mlp_cp=E2_U20_S200_trainer.th", "manifest.json.tmp"][which]
         )
         assert assert_all_good(paths) == {"E1_U10_S100": 1}
+
+
+def test_weights_that_change_in_the_midst_of_a_save_are_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread trains on: file and digests would be of two moments, and the set could never be loaded."""
+    paths = PathProvider(tmp_path, "run")
+    CheckpointWriter(paths).save(model_of(1), at(1))
+    model = model_of(2)
+    examined = threading.Event()
+
+    def look(data: memoryview, dtype: str) -> Any:
+        found = examine_memory(data, dtype)
+        if len(data) == model.weight.nbytes:
+            examined.set()
+        return found
+
+    class TrainsOn(Storage):
+        def open_write(self, path: Path) -> BinaryIO:
+            file = super().open_write(path)
+            if path.name.endswith("_model.th"):
+                examined.clear()
+                original = file.write
+
+                def write(data: Any) -> int:
+                    if not examined.is_set():
+                        assert examined.wait(60)
+                        with torch.no_grad():
+                            model.weight.add_(1)
+                    return original(data)
+
+                file.write = write  # type: ignore[method-assign]
+            return file
+
+    monkeypatch.setattr(writer_module, "examine_memory", look)
+    with pytest.raises(CheckpointWriteError, match=r"weight changed while .* was written, by another thread"):
+        CheckpointWriter(paths, storage=TrainsOn()).save(model, at(2))
+    assert set(assert_all_good(paths).values()) == {1.0}
