@@ -320,8 +320,11 @@ class _States:
 
 def _member(entry: Entry, path_provider: Any) -> _Member:
     config = validate_entry(entry)
+    initializer = kinds.create(config, path_provider=path_provider)
+    if isinstance(initializer, SourceInitializer):
+        initializer.said_at = entry.where
     return _Member(
-        kinds.create(config, path_provider=path_provider),
+        initializer,
         entry.submodel or (),
         frozenset(HOOK_NAMES) if entry.hooks is None else entry.hooks,
     )

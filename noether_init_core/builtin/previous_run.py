@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 
@@ -13,6 +13,13 @@ from noether_init_core.surgery.names import NameRules, NoetherSurgery, Rename
 
 __all__ = ["PreviousRunInitializer", "PreviousRunInitializerConfig", "RenamePattern"]
 
+_NOETHER_FIELDS = (
+    "keys_to_remove",
+    "patterns_to_remove",
+    "patterns_to_rename",
+    "patterns_to_instantiate",
+    "keys_to_instantiate",
+)
 Pattern = Annotated[str, pydantic.Field(min_length=1)]
 
 
@@ -54,6 +61,17 @@ class PreviousRunInitializerConfig(CheckpointInitializerConfig):
         default=None, description="Keys of the model, whole names, that keep their present value."
     )
 
+    @pydantic.model_validator(mode="after")
+    def _check_surgery(self) -> Self:
+        fields = [name for name in _NOETHER_FIELDS if getattr(self, name)]
+        modern = [name for name in ("transforms", "source_root", "target_root") if getattr(self, name)]
+        if fields and modern:
+            raise ValueError(
+                f"{modern[0]} and {fields[0]} are two ways to say the same, with different results. Write it all as "
+                "transforms: patterns_to_instantiate: [head.] is {keep_model: head.}, keys_to_remove: [a] is {drop: a}"
+            )
+        return self
+
 
 class PreviousRunInitializer(CheckpointInitializer):
     """Warm start: weights of an earlier run, for single models and, recursively, for composites.
@@ -68,14 +86,17 @@ class PreviousRunInitializer(CheckpointInitializer):
 
     @property
     def rules(self) -> NameRules:
-        """The four surgery fields of Noether."""
+        """``transforms``, or the four surgery fields of Noether."""
         config = self.config
+        if config.transforms or config.source_root or config.target_root:
+            return super().rules
         return NoetherSurgery(
             tuple(dict.fromkeys(config.keys_to_remove or ())),
             tuple(config.patterns_to_remove or ()),
             tuple(Rename(rename.src, rename.dst) for rename in config.patterns_to_rename or ()),
             tuple(config.patterns_to_instantiate or ()),
             tuple(dict.fromkeys(config.keys_to_instantiate or ())),
+            unmatched_is_error=config.on_unmatched_rule == "error",
         )
 
     def takes_part_in(self, hook: str) -> bool:

@@ -83,6 +83,12 @@ class Entry:
         """The line where it starts, from 1; None where there is no file."""
         return self.document.line(self.place)
 
+    def where(self, *path: str | int) -> str:
+        """Where a key of the config stands, for messages: ``init.yaml:12 transforms.1``, without a file the key."""
+        shown = shown_path(path)
+        source, line = self.document.source, self.document.line(_place(self, path))
+        return shown if source is None else f"{source.name}{'' if line is None else f':{line}'} {shown}"
+
 
 @attrs.frozen(eq=False)
 class LoadedConfig:

@@ -287,7 +287,7 @@ class CheckpointInitializer(SourceInitializer):
             names: dict[str, str | None] = {
                 row.target: row.sources[0] if row.writes else None
                 for row in plan.rows_of(leaf.path)
-                if row.target is not None and row.is_parameter and row.action in (*WRITING, "keep")
+                if row.target is not None and row.is_parameter and row.action in (*WRITING, "keep", "reset")
             }
             found[leaf.path] = names if any(name != source for name, source in names.items()) else None
         return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import abc
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import attrs
 import pydantic
@@ -16,18 +16,35 @@ from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoi
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError, PartlyInitializedError, PlanError
 from noether_init_core.initializers.base import InitializerBase
+from noether_init_core.initializers.transform_config import TransformConfig, rule_of
 from noether_init_core.protocols import check_model
 from noether_init_core.surgery.agreement import check_across, check_casts
 from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
 from noether_init_core.surgery.fresh import device_for, has_weak_references, left_without_memory, on_meta
 from noether_init_core.surgery.names import NameRules, NoetherSurgery
+from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
-from noether_init_core.surgery.planner import plan_load
+from noether_init_core.surgery.planner import KEEP_MODEL_HINT, Policies, plan_load
 from noether_init_core.surgery.targets import ModelTargets, model_targets
+from noether_init_core.surgery.transforms import Transforms
 
 __all__ = ["Leaf", "Part", "Source", "SourceInitializer", "SourceInitializerConfig", "submodel_of"]
 
 Part = Literal["model", "optim", "trainer"]
+
+
+def _checked_glob(value: str) -> str:
+    parse_glob(value)
+    return value
+
+
+def _for_all(value: Any) -> Any:
+    """A number alone is meant for all parameters."""
+    return value if isinstance(value, Mapping) else {"**": value}
+
+
+Glob = Annotated[str, pydantic.AfterValidator(_checked_glob)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 class SourceInitializerConfig(KindConfig):
@@ -43,6 +60,35 @@ class SourceInitializerConfig(KindConfig):
     )
     cast: Literal["same_kind", "none", "any"] = pydantic.Field(
         default="same_kind", description="Which dtypes may be converted: float to float, none, or any."
+    )
+    transforms: list[TransformConfig] = pydantic.Field(
+        default=[], description="Rules that say which keys of the file become which keys of the model."
+    )
+    source_root: str | None = pydantic.Field(
+        default=None, description="Prefix in the file that rules are relative to; keys outside it are left."
+    )
+    target_root: str | None = pydantic.Field(
+        default=None, description="Prefix in the model that rules are relative to; keys outside it keep their value."
+    )
+    on_missing: Literal["error", "keep", "reset"] = pydantic.Field(
+        default="error",
+        description="What a key of the model leads to that the file has not: an error, its present value, or a fresh "
+        "value by its module's reset_parameters.",
+    )
+    on_unexpected: Literal["error", "ignore"] = pydantic.Field(
+        default="error", description="What a key of the file leads to that the model has not."
+    )
+    on_mismatch: Literal["error", "keep", "slice", "pad"] = pydantic.Field(
+        default="error",
+        description="What different shapes lead to: an error, the model's own value, the leading part of the file's "
+        "tensor, or the file's tensor in the leading part of the model's.",
+    )
+    on_unmatched_rule: Literal["error", "warn"] | None = pydantic.Field(
+        default=None, description="What a rule that matches nothing leads to: an error; for Noether's fields a warning."
+    )
+    min_coverage: Annotated[dict[Glob, Share], pydantic.BeforeValidator(_for_all)] = pydantic.Field(
+        default={},
+        description="Least share of the parameters that must come from checkpoints, from 0 to 1; or globs -> shares.",
     )
     submodel: str | None = pydantic.Field(
         default=None, description="Initialize this submodel of a composite only, such as encoder or encoder.stem."
@@ -117,6 +163,10 @@ class SourceInitializer(InitializerBase):
         self._opened: dict[tuple[str, Part], _Opened] = {}
         self._checked_values: set[tuple[str, int]] = set()
         self.last_plan: LoadPlan | None = None
+        #: Where a key of the config stands, for messages; the stack says it where there is a file.
+        self.said_at: Callable[..., str] = lambda *path: ".".join(map(str, path))
+        #: Ids of tensors that initializers before this one will have loaded; the stack says it.
+        self.loaded_before: frozenset[int] = frozenset()
         #: What was restored besides weights, in words for the report.
         self.restored: list[str] = []
         self._planned: tuple[Any, LoadPlan] | None = None
@@ -134,8 +184,24 @@ class SourceInitializer(InitializerBase):
 
     @property
     def rules(self) -> NameRules:
-        """Surgery on names; none unless a kind has some."""
-        return NoetherSurgery()
+        """Surgery on names: ``transforms`` of the config."""
+        config = self.config
+        if not (config.transforms or config.source_root or config.target_root):
+            return NoetherSurgery()
+        return Transforms(
+            [rule_of(rule, self.said_at("transforms", number)) for number, rule in enumerate(config.transforms)],
+            source_root=config.source_root or "",
+            target_root=config.target_root or "",
+            warns=config.on_unmatched_rule == "warn",
+        )
+
+    @property
+    def policies(self) -> Policies:
+        """What is done where file and model do not fit."""
+        config = self.config
+        return Policies(
+            config.on_missing, config.on_unexpected, config.on_mismatch, config.cast, dict(config.min_coverage)
+        )
 
     def plan_weights(self, model: Any) -> LoadPlan:
         """What ``init_weights(model)`` will do. Only headers are read; ``model`` may be on the meta device.
@@ -263,9 +329,24 @@ class SourceInitializer(InitializerBase):
             sources: dict[str, TensorSpec] = {**reader.tensors, **dict.fromkeys(reader.extra_state, _EXTRA)}
             # modules may keep their extra state in a tensor
             sources.update((name, _EXTRA) for name in found.extra_state if name in sources)
-            parts.append(PlanPart(leaf.path, source.describe(), source.path.name, sources, found.specs, found.hidden))
+            before = frozenset(name for name, tensor in found.tensors.items() if id(tensor) in self.loaded_before)
+            parts.append(
+                PlanPart(
+                    leaf.path,
+                    source.describe(),
+                    source.path.name,
+                    sources,
+                    found.specs,
+                    found.hidden,
+                    before,
+                    frozenset(found.resettable),
+                )
+            )
         self.after_opening(leaves)
-        plan = plan_load(self.config.kind, parts, self.rules, cast=self.config.cast, fresh_hint=self.fresh_hint)
+        hint = self.fresh_hint
+        if not hint or self.config.transforms:
+            hint = KEEP_MODEL_HINT if self.config.transforms else f"{KEEP_MODEL_HINT} (under transforms:)"
+        plan = plan_load(self.config.kind, parts, self.rules, policies=self.policies, fresh_hint=hint)
         return _Prepared(plan, leaves, targets)
 
     def after_opening(self, leaves: Sequence[Leaf]) -> None:
@@ -288,7 +369,7 @@ class SourceInitializer(InitializerBase):
                 self.config.verify,
                 digest=opened.source.digest,
                 committed=opened.source.committed,
-                values=[row.sources[0] for row in rows if row.writes and row.dtype != "object"]
+                values=[source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
                 if on_nonfinite != "ignore"
                 else (),
             )

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.plan import LoadPlan
+from noether_init_core.surgery.plan import LoadPlan, TensorSpec
+from noether_init_core.surgery.steps import Cast
 
 __all__ = ["check_across", "check_casts"]
 
@@ -17,6 +18,8 @@ class TensorReader(Protocol):
     """What is needed of a reader of checkpoints."""
 
     def read(self, key: str) -> torch.Tensor: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]: ...
     def pieces(self, key: str) -> Iterator[torch.Tensor]: ...
 
 
@@ -37,13 +40,23 @@ def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
     """
     problems = []
     for row in plan.rows_of(model):
-        if row.action == "cast" and row.source_dtype is not None:
-            target = getattr(torch, row.dtype)
-            source = getattr(torch, row.source_dtype)
-            if _can_overflow(source, target) and not all(
-                _fits(piece, target) for piece in reader.pieces(row.sources[0])
-            ):
-                problems.append(f"{row.key}: values of {row.source_dtype} in the file do not fit {row.dtype}")
+        if row.action not in ("cast", "transform") or row.dtype == "object":
+            continue
+        dtypes = [*(step.dtype for step in row.steps if isinstance(step, Cast)), row.dtype]
+        for source in row.sources:
+            have = reader.tensors[source].dtype
+            narrow = next(
+                (
+                    dtype
+                    for dtype in dict.fromkeys(dtypes)
+                    if dtype != have
+                    and _can_overflow(getattr(torch, have), getattr(torch, dtype))
+                    and not all(_fits(piece, getattr(torch, dtype)) for piece in reader.pieces(source))
+                ),
+                None,
+            )
+            if narrow is not None:
+                problems.append(f"{row.key}: values of {have} in {source} of the file do not fit {narrow}")
     _raise(plan, problems)
 
 

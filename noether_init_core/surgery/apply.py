@@ -11,6 +11,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.fresh import FreshMemory, on_meta
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
+from noether_init_core.surgery.steps import Pad, Step, carry_out
 from noether_init_core.surgery.targets import ModelTargets
 
 __all__ = ["WeightReader", "apply_rows", "check_values"]
@@ -43,58 +44,100 @@ def apply_rows(
 
     Tensors on the meta device get memory on ``device`` (the CPU); with ``may_map`` that may be the file, mapped.
 
-    Each tensor is written once, also when it has several names. Modules with loading code of their own get it run,
-    with everything below them, on tensors in memory; hooks that follow a load are called. The plan must be free of
-    problems and the reader verified; nothing is decided here. Returns the names that were written.
+    Each tensor is written once, also when it has several names. Modules of rows that reset are initialized anew first,
+    by their own ``reset_parameters``. Modules with loading code of their own get it run, with everything below them, on
+    tensors in memory; hooks that follow a load are called. The plan must be free of problems and the reader verified;
+    nothing is decided here. Returns the names that were written.
     """
     rows = tuple(rows)
-    copies: dict[str, torch.Tensor] = {}
-    repeated: list[tuple[str, torch.Tensor]] = []
-    written: list[str] = []
-    seen: set[int] = set()
     fresh = FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
+    _reset(rows, targets, fresh)
     for own in targets.own_loading:
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(own.prefix))
         own.module.load_state_dict(_state_below(own.prefix, rows, reader, targets))
-    for row in rows:
-        if not row.writes or row.target is None:
-            continue
-        if any(row.target.startswith(own.prefix) for own in targets.own_loading):
-            written.append(row.target)
-            continue
-        written.append(row.target)
-        source = row.sources[0]
+    written = [row.target for row in rows if row.writes and row.target is not None]
+    prefixes = tuple(own.prefix for own in targets.own_loading)
+    left = [
+        row for row in rows if row.writes and row.target is not None and not row.target.startswith(prefixes or "\0")
+    ]
+    seen: set[int] = set()
+    plain: list[tuple[PlanRow, torch.Tensor]] = []
+    made: dict[tuple[tuple[str, ...], tuple[Step, ...]], list[tuple[PlanRow, torch.Tensor]]] = {}
+    for row in left:
+        name = str(row.target)
         if row.dtype == "object":
-            targets.extra_state[row.target].set_extra_state(_extra_state(reader, source))
+            targets.extra_state[name].set_extra_state(_extra_state(reader, row.sources[0]))
             continue
-        tensor = targets.tensors[row.target]
+        tensor = targets.tensors[name]
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        if source in copies:
-            repeated.append((source, tensor))
+        if row.steps:
+            made.setdefault((row.sources, row.steps), []).append((row, tensor))
         else:
-            copies[source] = tensor
-    if may_map:
-        usable = [
-            row.sources[0]
-            for row in rows
-            if row.sources
-            and row.sources[0] in copies
-            and row.source_dtype
-            and fresh.can_be_mapped(copies[row.sources[0]], row.source_dtype)
-        ]
-        for source, tensor in reader.mapped(usable).items():
-            fresh.put(copies.pop(source), tensor)
+            plain.append((row, tensor))
     with torch.no_grad():
-        reader.copy_into({source: fresh.of(tensor) for source, tensor in copies.items()})
-        for source, tensor in repeated:
-            reader.copy_into({source: fresh.of(tensor)})
+        _copy_plain(plain, reader, fresh, may_map)
+        for (sources, _steps), together in made.items():
+            tensors = [reader.read(source) for source in sources]
+            for row, tensor in together:
+                _put(row, tensors, fresh.of(tensor))
     fresh.hand_over()
     for module in targets.after_loading:
         for hook in tuple(module._load_state_dict_post_hooks.values()):
             hook(module, _IncompatibleKeys([], []))
     return written
+
+
+def _copy_plain(
+    plain: Iterable[tuple[PlanRow, torch.Tensor]], reader: WeightReader, fresh: FreshMemory, may_map: bool
+) -> None:
+    """Entries that are taken as they are, but for their dtype: mapped where that may be, else read into place."""
+    copies: dict[str, torch.Tensor] = {}
+    repeated: list[tuple[str, torch.Tensor]] = []
+    usable: list[str] = []
+    for row, tensor in plain:
+        source = row.sources[0]
+        if source in copies:
+            repeated.append((source, tensor))
+            continue
+        copies[source] = tensor
+        if may_map and row.source_dtype and fresh.can_be_mapped(tensor, row.source_dtype):
+            usable.append(source)
+    for source, tensor in reader.mapped(usable).items() if usable else ():
+        fresh.put(copies.pop(source), tensor)
+    reader.copy_into({source: fresh.of(tensor) for source, tensor in copies.items()})
+    for source, tensor in repeated:
+        reader.copy_into({source: fresh.of(tensor)})
+
+
+def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> None:
+    """Carry out the steps of a row; behind a pad without value the target keeps what it has."""
+    steps = list(row.steps)
+    while steps and isinstance(steps[-1], Pad) and steps[-1].value is None:
+        steps.pop()
+    value = carry_out(steps, sources)[row.part]
+    for dim, size in enumerate(value.shape):
+        if size != target.shape[dim]:
+            target = target.narrow(dim, 0, size)
+    target.copy_(value)
+
+
+def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: FreshMemory) -> None:
+    """Let the modules of rows that reset initialize themselves; what else they hold, and is kept, stays as it was."""
+    names = {row.target for row in rows if row.action == "reset" and row.target is not None}
+    kept = {row.target for row in rows if row.action == "keep" and row.target is not None}
+    modules = dict.fromkeys(targets.resettable[name] for name in targets.resettable if name in names)
+    for prefix, module in modules:
+        below = {name: tensor for name, tensor in targets.tensors.items() if name.startswith(prefix)}
+        fresh.hand_over(below.values())
+        before = {name: tensor.detach().clone() for name, tensor in below.items() if name in kept}
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+        with torch.no_grad():
+            for name, tensor in before.items():
+                below[name].copy_(tensor)
 
 
 def _state_below(prefix: str, rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> dict[str, Any]:
@@ -110,8 +153,18 @@ def _state_below(prefix: str, rows: Iterable[PlanRow], reader: WeightReader, tar
             else:
                 state[name] = targets.extra_state[row.target].get_extra_state()
         else:
-            state[name] = reader.read(row.sources[0]) if row.writes else targets.tensors[row.target].detach().clone()
+            state[name] = _value(row, reader, targets.tensors[row.target])
     return state
+
+
+def _value(row: PlanRow, reader: WeightReader, target: torch.Tensor) -> torch.Tensor:
+    """The planned value of a tensor, in memory of its own."""
+    if row.writes and not row.steps:
+        return reader.read(row.sources[0])
+    value = target.detach().clone()
+    if row.writes:
+        _put(row, [reader.read(source) for source in row.sources], value)
+    return value
 
 
 def _extra_state(reader: WeightReader, key: str) -> Any:
@@ -137,11 +190,14 @@ def check_values(plan: LoadPlan, model: str, reader: WeightReader, on_nonfinite:
     findings: list[Problem] = []
     if on_nonfinite != "ignore":
         rows = [row for row in plan.rows_of(model) if row.writes and row.dtype != "object"]
-        found = reader.nonfinite([row.sources[0] for row in rows])
+        found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
+        said: set[str] = set()
         for row in rows:
-            what = found.get(row.sources[0])
-            if what == "NaN" or (what and row.is_parameter):
-                findings.append(Problem("nonfinite", f"{row.sources[0]} holds {what}", model, (row.key,)))
+            for source in row.sources:
+                what = found.get(source)
+                if source not in said and (what == "NaN" or (what and row.is_parameter)):
+                    said.add(source)
+                    findings.append(Problem("nonfinite", f"{source} holds {what}", model, (row.key,)))
     if on_nonfinite == "error" and findings:
         problems += findings[:5]
         if len(findings) > 5:

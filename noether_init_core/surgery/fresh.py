@@ -29,7 +29,7 @@ def left_without_memory(model: Any, rows: Iterable[PlanRow], targets: ModelTarge
 
     Among them are non-persistent buffers, which no file has.
     """
-    names = [row.target for row in rows if row.writes and row.target is not None]
+    names = [row.target for row in rows if (row.writes or row.action == "reset") and row.target is not None]
     written = {id(targets.tensors[name]) for name in names if name in targets.tensors}
     found: dict[str, torch.Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),

@@ -8,10 +8,48 @@ from typing import Protocol
 
 import attrs
 
-__all__ = ["NameMatch", "NameRules", "NoetherSurgery", "Rename", "near", "single_rename", "with_wrappers"]
+from noether_init_core.surgery.steps import Step
+
+__all__ = [
+    "WRAPPERS",
+    "NameMatch",
+    "NameProblem",
+    "NameRules",
+    "NoetherSurgery",
+    "Rename",
+    "Taken",
+    "bare_names",
+    "near",
+    "single_rename",
+    "with_wrappers",
+]
 
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+
+
+@attrs.frozen
+class Taken:
+    """Where the value of one entry of a model comes from.
+
+    ``steps`` are carried out on the tensors of ``sources``, and ``part`` of the ``parts`` tensors that they make is
+    taken. ``rule`` is None where the name is the same on both sides.
+    """
+
+    sources: tuple[str, ...]
+    rule: str | None = None
+    steps: tuple[Step, ...] = ()
+    part: int = 0
+    parts: int = 1
+
+
+@attrs.frozen
+class NameProblem:
+    """Why the rules cannot be followed. ``code`` is stable, ``message`` is for people."""
+
+    code: str
+    message: str
+    names: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -19,20 +57,28 @@ class NameMatch:
     """What rules decided for one file and one model.
 
     Attributes:
-        moves: Name in the model -> (name in the file, rule or None where the name is the same).
+        moves: Name in the model -> where its value comes from.
         removed: Name in the file that rules drop -> rule.
         kept: Name in the model that keeps its present value -> rule.
         unused_kept: Name in the file whose target keeps its own value -> that target.
         overwritten: (name in the file that loses, name that wins, their common target, rule).
         matched: Rules that matched at least one name.
+        problems: Why the rules cannot be followed.
+        outside: Names of the file outside of what the rules are about.
+        astray: Name in the file -> (name that it would get, which the model has not; the rule, or empty).
+        shadowed: Rule -> rules that took names before it that it would have matched.
     """
 
-    moves: dict[str, tuple[str, str | None]]
+    moves: dict[str, Taken]
     removed: dict[str, str] = attrs.Factory(dict)
     kept: dict[str, str] = attrs.Factory(dict)
     unused_kept: dict[str, str] = attrs.Factory(dict)
     overwritten: tuple[tuple[str, str, str, str], ...] = ()
     matched: frozenset[str] = frozenset()
+    problems: tuple[NameProblem, ...] = ()
+    outside: frozenset[str] = frozenset()
+    astray: dict[str, tuple[str, str]] = attrs.Factory(dict)
+    shadowed: dict[str, frozenset[str]] = attrs.Factory(dict)
 
 
 class NameRules(Protocol):
@@ -70,6 +116,7 @@ class NoetherSurgery:
     patterns_to_rename: tuple[Rename, ...] = ()
     patterns_to_instantiate: tuple[str, ...] = ()
     keys_to_instantiate: tuple[str, ...] = ()
+    unmatched_is_error: bool = False
 
     def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
         """As Noether does it; see the class."""
@@ -113,7 +160,7 @@ class NoetherSurgery:
         unused_kept = {current[name]: name for name in kept if name in current}
         known = set(targets)
         moves = {
-            target: (source, last_rule.get(source))
+            target: Taken((source,), last_rule.get(source))
             for target, source in current.items()
             if target in known and target not in kept
         }
@@ -139,12 +186,12 @@ class NoetherSurgery:
             ("patterns_to_instantiate", self.patterns_to_instantiate),
         ):
             messages += [
-                (f"{field}: {pattern} matches nothing", False)
+                (f"{field}: {pattern} matches nothing", self.unmatched_is_error)
                 for pattern in patterns
                 if f"{field}: {pattern}" not in matched
             ]
         messages += [
-            (f"patterns_to_rename: {rename.src} matches nothing", False)
+            (f"patterns_to_rename: {rename.src} matches nothing", self.unmatched_is_error)
             for rename in self.patterns_to_rename
             if f"patterns_to_rename: {rename.src} -> {rename.dst}" not in matched
         ]
@@ -157,21 +204,29 @@ def with_wrappers(match: NameMatch, sources: Iterable[str], targets: Iterable[st
     ``module.`` (DistributedDataParallel), ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.`` are looked
     through on both sides, for names that nothing else decided, where exactly one name fits on each side.
     """
-    used = {source for source, _rule in match.moves.values()} | match.removed.keys() | match.unused_kept.keys()
+    used = {source for taken in match.moves.values() for source in taken.sources}
+    used |= match.removed.keys() | match.unused_kept.keys() | match.outside
     left = _by_bare_name(source for source in sources if source not in used)
     missing = _by_bare_name(target for target in targets if target not in match.moves and target not in match.kept)
     moves = {
-        names[0]: (left[bare][0], "prefix of a wrapper")
+        names[0]: Taken((left[bare][0],), "prefix of a wrapper")
         for bare, names in missing.items()
         if len(names) == 1 and len(left.get(bare, ())) == 1
     }
     return attrs.evolve(match, moves={**match.moves, **moves}) if moves else match
 
 
+def bare_names(names: Iterable[str]) -> dict[str, str]:
+    """Name without the segments of wrappers -> name. Where two would be one, both stay as they are."""
+    return {(bare if len(those) == 1 else name): name for bare, those in _by_bare_name(names).items() for name in those}
+
+
 def _by_bare_name(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
-        bare = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+        bare = name
+        if any(wrapper in name for wrapper in WRAPPERS):
+            bare = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
         found.setdefault(bare, []).append(name)
     return found
 

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import attrs
 
 from noether_init_core.errors import PlanError
+from noether_init_core.surgery.steps import Step, step_to_dict
 
-__all__ = ["Action", "LoadPlan", "PlanPart", "PlanRow", "Problem", "TargetSpec", "TensorSpec"]
+__all__ = [
+    "LOADED_BEFORE",
+    "Action",
+    "LoadPlan",
+    "PlanPart",
+    "PlanRow",
+    "Problem",
+    "TargetSpec",
+    "TensorSpec",
+    "share_loaded",
+]
 
 Action = Literal[
-    "load", "rename", "transform", "cast", "keep", "missing", "unexpected", "removed", "mismatch", "outside"
+    "load", "rename", "transform", "cast", "keep", "reset", "missing", "unexpected", "removed", "mismatch", "outside"
 ]
+
+#: The rule of an entry that an earlier initializer of the stack has loaded.
+LOADED_BEFORE = "loaded by an earlier initializer"
 
 #: Actions that write a tensor of the model.
 WRITING: frozenset[str] = frozenset({"load", "rename", "transform", "cast"})
@@ -64,7 +79,8 @@ class PlanRow:
         model: Path of names of the single model, such as ``autoenc.encoder``.
         target: Name in the model's state dict; None where the row is about an unused entry of the file.
         sources: Names in the file.
-        action: ``load``, ``rename``, ``cast`` and ``transform`` write the target; the others leave it.
+        action: ``load``, ``rename``, ``cast`` and ``transform`` write the target from the file; ``reset`` lets its
+            module initialize it anew; the others leave it.
         shape: Shape of the target, or of the unused entry.
         dtype: Dtype of the target, or of the unused entry.
         nbytes: Bytes of the target, or of the unused entry.
@@ -72,6 +88,11 @@ class PlanRow:
         source_shape: Shape in the file, where there is one source.
         source_dtype: Dtype in the file, where there is one source.
         is_parameter: Whether the target is a parameter; buffers may hold infinities.
+        steps: What is done with the tensors of ``sources``, in order, every argument said.
+        part: Which of the ``parts`` tensors that the steps make is the target's.
+        parts: How many tensors the steps make.
+        source_shapes: Shape of each source, in their order.
+        tied_to: The first name of the same memory in this model, where ``target`` is another name of it.
     """
 
     model: str
@@ -85,11 +106,21 @@ class PlanRow:
     source_shape: tuple[int, ...] | None = None
     source_dtype: str | None = None
     is_parameter: bool = True
+    steps: tuple[Step, ...] = ()
+    part: int = 0
+    parts: int = 1
+    source_shapes: tuple[tuple[int, ...], ...] = ()
+    tied_to: str | None = None
 
     @property
     def writes(self) -> bool:
-        """Whether carrying out the row changes the model."""
+        """Whether the target gets its value from the file."""
         return self.action in WRITING
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the target, or of the unused entry."""
+        return math.prod(self.shape) if self.dtype != "object" else 0
 
     @property
     def key(self) -> str:
@@ -118,6 +149,8 @@ class PlanPart:
         sources: Entries of the file's state dict.
         targets: Entries of the model's state dict, in order.
         hidden: Names of buffers that the model has but its state dict has not (non-persistent ones).
+        loaded: Names of the model that an earlier initializer will have loaded.
+        resettable: Names of the model whose module can initialize itself anew.
     """
 
     model: str
@@ -126,6 +159,8 @@ class PlanPart:
     sources: Mapping[str, TensorSpec]
     targets: Mapping[str, TargetSpec]
     hidden: frozenset[str] = frozenset()
+    loaded: frozenset[str] = frozenset()
+    resettable: frozenset[str] = frozenset()
 
 
 @attrs.frozen
@@ -159,11 +194,24 @@ class LoadPlan:
         """Number of rows of each action that occurs."""
         return dict(sorted(Counter(row.action for row in self.rows).items()))
 
-    def coverage(self) -> float:
-        """Share of the bytes of parameters that come from the checkpoint, from 0 to 1 (1 for no parameters)."""
-        parameters = [row for row in self.rows if row.is_parameter and row.target is not None]
-        total = sum(row.nbytes for row in parameters)
-        return sum(row.nbytes for row in parameters if row.writes) / total if total else 1.0
+    def coverage(self, module: str = "") -> float:
+        """Share of the elements of parameters that come from the checkpoint, from 0 to 1 (1 for no parameters).
+
+        Args:
+            module: Only those below this module, such as ``encoder.blocks``; empty for all. Tied parameters count once.
+        """
+        below = f"{module}." if module else ""
+        return share_loaded(row for row in self.rows if (row.target or "").startswith(below) or row.target == module)
+
+    def coverage_by_module(self) -> dict[str, float]:
+        """The coverage of every module with parameters below it, by path, parents first; the model's own is ``""``."""
+        found: dict[str, list[PlanRow]] = {}
+        for row in self.rows:
+            if row.target is not None and row.is_parameter:
+                segments = row.target.split(".")[:-1]
+                for depth in range(len(segments) + 1):
+                    found.setdefault(".".join(segments[:depth]), []).append(row)
+        return {module: share_loaded(rows) for module, rows in sorted(found.items())}
 
     def rows_of(self, model: str) -> tuple[PlanRow, ...]:
         """The rows of one single model."""
@@ -192,6 +240,51 @@ class LoadPlan:
             tuple(names for plan in plans for names in plan.equal_across),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, by ``docs/plan.schema.json``; ``version`` changes with the meaning of a field."""
+
+        def plain(row: PlanRow) -> dict[str, Any]:
+            values = {field.name: getattr(row, field.name) for field in attrs.fields(PlanRow)}
+            return {**values, "steps": [step_to_dict(step) for step in row.steps]}
+
+        return {
+            "format": "noether-init-plan",
+            "version": SCHEMA_VERSION,
+            "kind": self.kind,
+            "origins": [{"model": model, "origin": origin, "file": file} for model, origin, file in self.origins],
+            "rows": [plain(row) for row in self.rows],
+            "problems": [attrs.asdict(problem) for problem in self.problems],
+            "warnings": [attrs.asdict(warning) for warning in self.warnings],
+            "counts": self.counts(),
+            "totals": {
+                "parameters": sum(row.numel for row in self.rows if _is_counted(row)),
+                "parameters_loaded": sum(row.numel for row in self.rows if _is_counted(row) and row.writes),
+                "bytes": sum(row.nbytes for row in self.rows if row.target is not None),
+                "bytes_loaded": self.loaded_bytes,
+            },
+            "coverage": self.coverage(),
+            "coverage_by_module": self.coverage_by_module(),
+        }
+
     def to_json(self) -> str:
-        """The plan as JSON; ``version`` changes when a field changes its meaning."""
-        return json.dumps({"version": SCHEMA_VERSION, **attrs.asdict(self), "counts": self.counts()}, indent=1)
+        """``to_dict`` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+
+def share_loaded(rows: Iterable[PlanRow], *, or_before: bool = False) -> float:
+    """Share of the elements of parameters in ``rows`` that come from the file, from 0 to 1 (1 for no parameters).
+
+    With ``or_before``, what an earlier initializer has loaded counts, too.
+    """
+    loaded = total = 0
+    for row in rows:
+        if _is_counted(row):
+            numel = row.numel
+            total += numel
+            if row.writes or (or_before and row.rule == LOADED_BEFORE):
+                loaded += numel
+    return loaded / total if total else 1.0
+
+
+def _is_counted(row: PlanRow) -> bool:
+    return row.is_parameter and row.target is not None and row.tied_to is None

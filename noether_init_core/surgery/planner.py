@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
-from noether_init_core.surgery.names import NameMatch, NameRules, near, single_rename, with_wrappers
-from noether_init_core.surgery.plan import Action, LoadPlan, PlanPart, PlanRow, Problem, TargetSpec, TensorSpec
+import attrs
 
-__all__ = ["plan_load"]
+from noether_init_core.surgery.names import NameMatch, NameRules, Taken, near, single_rename, with_wrappers
+from noether_init_core.surgery.plan import (
+    LOADED_BEFORE,
+    Action,
+    LoadPlan,
+    PlanPart,
+    PlanRow,
+    Problem,
+    TargetSpec,
+    TensorSpec,
+    share_loaded,
+)
+from noether_init_core.surgery.steps import Cast as CastStep
+from noether_init_core.surgery.steps import Pad, Slice, Step, StepError, shapes_after
+from noether_init_core.surgery.transforms import glob_set
+
+__all__ = ["KEEP_MODEL_HINT", "Policies", "plan_load"]
 
 Cast = Literal["same_kind", "none", "any"]
 
+#: What is said beside entries that could keep the model's value, where there is a rule for it.
+KEEP_MODEL_HINT = "To keep the model's own values there add: {line}"
+
+
+@attrs.frozen
+class Policies:
+    """What is done where file and model do not fit; the first word of each is the default.
+
+    Attributes:
+        on_missing: The file has nothing for an entry of the model: ``error``, ``keep`` its present value, or ``reset``
+            it by its module's own ``reset_parameters``.
+        on_unexpected: The file has an entry that the model has not: ``error`` or ``ignore``.
+        on_mismatch: Shapes differ: ``error``, ``keep`` the model's value, ``slice`` what is too long in the file, or
+            ``pad`` what is too short (the model's own values stay behind it).
+        cast: ``same_kind`` allows float to float and integer to integer of any width, ``none`` only equal dtypes,
+            ``any`` everything but complex to real.
+        min_coverage: Glob of names -> least share of their parameters that must come from checkpoints, from 0 to 1.
+    """
+
+    on_missing: Literal["error", "keep", "reset"] = "error"
+    on_unexpected: Literal["error", "ignore"] = "error"
+    on_mismatch: Literal["error", "keep", "slice", "pad"] = "error"
+    cast: Cast = "same_kind"
+    min_coverage: Mapping[str, float] = attrs.Factory(dict)
+
 
 def plan_load(
-    kind: str, parts: Sequence[PlanPart], rules: NameRules, *, cast: Cast = "same_kind", fresh_hint: str = ""
+    kind: str,
+    parts: Sequence[PlanPart],
+    rules: NameRules,
+    *,
+    policies: Policies | None = None,
+    fresh_hint: str = "",
 ) -> LoadPlan:
     """Decide what happens to every entry of every part. Pure: nothing is read, nothing is changed.
 
@@ -22,11 +67,11 @@ def plan_load(
         kind: The kind that asks, for messages.
         parts: The single models, each with its file.
         rules: The surgery on names; the same rules for every part.
-        cast: ``same_kind`` allows float to float and integer to integer of any width, ``none`` only equal dtypes,
-            ``any`` everything but complex to real.
+        policies: What is done where file and model do not fit.
         fresh_hint: What is said beside missing and misshaped entries, with ``{line}`` for the config line that keeps
             them. Empty where the kind has no such line.
     """
+    policies = Policies() if policies is None else policies
     rows: list[PlanRow] = []
     problems: list[Problem] = []
     warnings: list[Problem] = []
@@ -35,7 +80,7 @@ def plan_load(
     for part in parts:
         match = with_wrappers(rules.match(tuple(part.sources), tuple(part.targets)), part.sources, part.targets)
         matches.append(match)
-        planned = _PartPlanner(part, match, cast, fresh_hint)
+        planned = _PartPlanner(part, match, policies, fresh_hint)
         planned.run()
         rows += planned.rows
         problems += planned.problems
@@ -48,8 +93,30 @@ def plan_load(
         problems.append(Problem("nothing-loaded", "no tensor of the model would be loaded", names))
     across, shared = _ties_across(parts, rows)
     problems += shared
+    problems += _too_little(rows, policies.min_coverage, names)
     origins = tuple((part.model, part.origin, part.file) for part in parts)
     return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, tuple(equal), across)
+
+
+def _too_little(rows: Sequence[PlanRow], least: Mapping[str, float], names: str) -> list[Problem]:
+    """What ``min_coverage`` asks for and does not get."""
+    problems = []
+    for glob, share in least.items():
+        globs = glob_set([glob])
+        chosen = [row for row in rows if row.target is not None and globs.matching(row.target)]
+        if not any(row.is_parameter for row in chosen):
+            problems.append(Problem("coverage", f"min_coverage: {glob} matches no parameter of the model", names))
+            continue
+        covered = share_loaded(chosen, or_before=True)
+        if covered < share:
+            lacks = [row.key for row in chosen if row.is_parameter and not row.writes and row.rule != LOADED_BEFORE]
+            what = "the parameters" if glob == "**" else f"the parameters of {glob}"
+            message = (
+                f"min_coverage: {100 * covered:.1f} % of {what} come from a checkpoint, {100 * share:g} % are asked "
+                f"for; not {_listed(lacks)}"
+            )
+            problems.append(Problem("coverage", message, names, tuple(lacks)))
+    return problems
 
 
 def _ties_across(
@@ -75,7 +142,13 @@ def _ties_across(
         if first is None:
             continue
         for row in others:
-            if row.writes:
+            if row.writes and (row.steps or first.steps):
+                message = (
+                    f"{row.target} of {row.model} and {first.target} of {first.model} are one tensor, and transforms "
+                    "make it twice. Next: keep_model for one of them"
+                )
+                problems.append(Problem("tied", message, row.model, (row.key,)))
+            elif row.writes:
                 across.append((first.model, first.sources[0], row.model, row.sources[0]))
             else:
                 message = (
@@ -103,15 +176,22 @@ def _can_cast(source: str, target: str, cast: Cast) -> bool:
     return cast == "any" or from_kind == to_kind
 
 
+# A rule that is wrong is wrong for every layer.
+_MOST_PROBLEMS = 5
+
+
 class _PartPlanner:
     """The rows and problems of one part."""
 
-    def __init__(self, part: PlanPart, match: NameMatch, cast: Cast, fresh_hint: str) -> None:
-        self.part, self.match, self.cast, self.fresh_hint = part, match, cast, fresh_hint
+    def __init__(self, part: PlanPart, match: NameMatch, policies: Policies, fresh_hint: str) -> None:
+        self.part, self.match, self.policies, self.fresh_hint = part, match, policies, fresh_hint
         self.rows: list[PlanRow] = []
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
         self.equal: list[tuple[str, str, str]] = []
+        self._step_errors: dict[tuple[str, str], list[str]] = {}
+        self._resolved: dict[tuple[int, tuple[str, ...], int], tuple[tuple[Step, ...], list[tuple[int, ...]]]] = {}
+        self._taking: set[str] | None = None
         self._tied: dict[str, list[str]] = {}
         for name, spec in part.targets.items():
             self._tied.setdefault(spec.tied_to or name, []).append(name)
@@ -125,18 +205,16 @@ class _PartPlanner:
         unexpected = self._plan_unused()
         for source, by, target, rule in self.match.overwritten:
             self._warn("overwritten", f"{source} and {by} both become {target} ({rule}); {by} is taken", (source, by))
+        for problem_of_names in self.match.problems[:_MOST_PROBLEMS]:
+            self._problem(problem_of_names.code, problem_of_names.message, problem_of_names.names)
+        if len(self.match.problems) > _MOST_PROBLEMS:
+            self._problem("more", f"and {len(self.match.problems) - _MOST_PROBLEMS} more of that sort", ())
         self._report_missing(found["missing"], unexpected)
         self._report_mismatched(found["mismatch"])
         self._report_dtypes(found["dtype"])
         for name in found["unwritable"]:
             self._problem("unwritable", f"{name} {self.part.targets[name].unwritable}, so it cannot be loaded", [name])
-        if unexpected:
-            self._problem(
-                "unexpected",
-                f"the file has {_listed(unexpected)}, which {self.part.model} has not"
-                + self._near_hint(unexpected, list(self.part.targets), "the model has").rstrip("."),
-                unexpected,
-            )
+        self._report_unexpected(unexpected)
         self._check_tied()
 
     def _plan_target(self, name: str, spec: TargetSpec) -> str | None:
@@ -145,27 +223,86 @@ class _PartPlanner:
         if name in match.kept:
             self._keep(name, spec)
             return None
-        move = match.moves.get(name)
-        if move is None:
+        taken = match.moves.get(name)
+        if taken is None:
             donor = next((other for other in self._tied[spec.tied_to or name] if other in match.moves), None)
             if donor is None:
-                self._row(name, (), "missing", spec)
-                return "missing"
-            move = (match.moves[donor][0], f"tied to {donor}")
-        source, rule = move
-        source_spec = self.part.sources[source]
-        if tuple(source_spec.shape) != spec.shape:
-            self._row(name, (source,), "mismatch", spec, rule=rule, source=source_spec)
+                return self._missing(name, spec)
+            taken = attrs.evolve(match.moves[donor], rule=f"tied to {donor}")
+        sources = [self.part.sources[source] for source in taken.sources]
+        try:
+            steps, shape = self._steps(taken, sources, spec)
+        except StepError as error:
+            if self.policies.on_mismatch == "keep":
+                self._row(name, (), "keep", spec, Taken((), "on_mismatch: keep"))
+                return None
+            self._row(name, taken.sources, "mismatch", spec, taken, sources)
+            self._step_errors.setdefault((taken.rule or "", str(error)), []).append(name)
+            return None
+        taken = attrs.evolve(taken, steps=steps)
+        if shape != spec.shape:
+            if self.policies.on_mismatch == "keep":
+                self._row(name, (), "keep", spec, Taken((), "on_mismatch: keep"))
+                return None
+            self._row(name, taken.sources, "mismatch", spec, taken, sources)
             return "mismatch"
-        if not _can_cast(source_spec.dtype, spec.dtype, self.cast):
-            self._row(name, (source,), "mismatch", spec, rule=rule, source=source_spec)
+        return self._plan_dtype(name, spec, taken, sources)
+
+    def _plan_dtype(self, name: str, spec: TargetSpec, taken: Taken, sources: list[TensorSpec]) -> str | None:
+        dtypes = dict.fromkeys(source.dtype for source in sources)
+        explicit = [step.dtype for step in taken.steps if isinstance(step, CastStep)]
+        before = explicit[-1] if explicit else next(iter(dtypes))
+        can = _can_cast(before, spec.dtype, self.policies.cast) and (len(dtypes) == 1 or bool(explicit))
+        # a step that asks for a dtype may convert what the config would not; complex never becomes real
+        if explicit and any(_kind_of(dtype) in ("complex", "object") for dtype in dtypes):
+            can = can and _kind_of(before) == _kind_of(next(iter(dtypes)))
+        if not can or (taken.steps and spec.dtype == "object"):
+            self._row(name, taken.sources, "mismatch", spec, taken, sources)
             return "dtype"
-        action: Action = "load" if source == name or name not in match.moves else "rename"
-        if source_spec.dtype != spec.dtype:
-            action = "cast"
-            self._warn("cast", f"{name}: {source_spec.dtype} in the file becomes {spec.dtype}", (name,))
-        self._row(name, (source,), action, spec, rule=rule, source=source_spec)
+        action: Action = "rename"
+        if taken.steps:
+            action = "transform"
+        elif taken.sources == (name,) or name not in self.match.moves:
+            action = "load"
+        if before != spec.dtype or list(dtypes) != [spec.dtype]:
+            action = "transform" if taken.steps else "cast"
+            if not explicit:
+                self._warn("cast", f"{name}: {before} in the file becomes {spec.dtype}", (name,))
+        self._row(name, taken.sources, action, spec, taken, sources)
         return "unwritable" if spec.unwritable else None
+
+    def _steps(
+        self, taken: Taken, sources: list[TensorSpec], spec: TargetSpec
+    ) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+        """The steps, every argument said, those that ``on_mismatch`` adds included, and the shape that they give."""
+        key = id(taken.steps), taken.sources, taken.parts
+        known = self._resolved.get(key)
+        if known is None:
+            known = self._resolved[key] = shapes_after(
+                taken.steps, [tuple(source.shape) for source in sources], taken.parts
+            )
+        steps, shapes = known
+        shape = shapes[taken.part]
+        if shape != spec.shape and len(shape) == len(spec.shape):
+            steps = (*steps, *_fitting(shape, spec.shape, self.policies.on_mismatch))
+            if len(steps) > len(known[0]):
+                shape = spec.shape
+        if any(isinstance(step, Pad) and step.value is None for step in steps[:-1]):
+            keeps = [number for number, step in enumerate(steps) if isinstance(step, Pad) and step.value is None]
+            if any(not isinstance(step, Pad) for step in steps[keeps[0] :]):
+                raise StepError("pad without a value lets the model's own elements stay, so it has to come last")
+        return steps, shape
+
+    def _missing(self, name: str, spec: TargetSpec) -> str | None:
+        if name in self.part.loaded:
+            self._row(name, (), "keep", spec, Taken((), LOADED_BEFORE))
+            return None
+        policy = self.policies.on_missing
+        if policy == "error" or (policy == "reset" and name not in self.part.resettable):
+            self._row(name, (), "missing", spec, Taken(()))
+            return "missing"
+        self._row(name, (), "keep" if policy == "keep" else "reset", spec, Taken((), f"on_missing: {policy}"))
+        return None
 
     def _keep(self, name: str, spec: TargetSpec) -> None:
         rule = self.match.kept[name]
@@ -174,20 +311,20 @@ class _PartPlanner:
         if source is not None and tuple(self.part.sources[source].shape) == spec.shape and not name.startswith(pattern):
             # a pattern that hits inside a name may not be meant for it: 5. is in 15.weight, head. in lm_head.weight
             self._warn("kept", f"{name} keeps its value by {rule}, though the file has one that fits", (name,))
-        self._row(name, (), "keep", spec, rule=rule)
+        self._row(name, (), "keep", spec, Taken((), rule))
 
     def _plan_unused(self) -> list[str]:
         used = {source for row in self.rows for source in row.sources}
         unexpected = []
         for source, spec in self.part.sources.items():
             if source in used:
+                if self.match.astray.get(source, ("", ""))[1]:
+                    unexpected.append(source)  # one of several parts has no place in the model
                 continue
-            rule = self.match.removed.get(source)
-            if rule is None and source in self.match.unused_kept:
-                rule = self.match.kept[self.match.unused_kept[source]]
-            if rule is None and source in self.part.hidden:
-                rule = "non-persistent buffer of the model"
+            rule = self._rule_of_unused(source)
             action: Action = "unexpected" if rule is None else "removed"
+            if source in self.match.outside:
+                action = "outside"
             if rule is None:
                 unexpected.append(source)
             shape, dtype = tuple(spec.shape), spec.dtype
@@ -196,18 +333,64 @@ class _PartPlanner:
             )
         return unexpected
 
+    def _rule_of_unused(self, source: str) -> str | None:
+        """Why an entry of the file is not used; None: nobody said that it should not be."""
+        if source in self.match.removed:
+            return self.match.removed[source]
+        if source in self.match.unused_kept:
+            return self.match.kept[self.match.unused_kept[source]]
+        if source in self.match.outside:
+            return "outside source_root"
+        if source in self.part.hidden:
+            return "non-persistent buffer of the model"
+        if source not in self.match.astray and self.policies.on_mismatch == "keep" and self._is_target_of(source):
+            return "on_mismatch: keep"
+        return None if self.policies.on_unexpected == "error" else "on_unexpected: ignore"
+
+    def _is_target_of(self, source: str) -> bool:
+        if self._taking is None:
+            self._taking = {name for taken in self.match.moves.values() for name in taken.sources}
+        return source in self._taking
+
+    def _report_unexpected(self, unexpected: list[str]) -> None:
+        by_rule: dict[str, list[str]] = {}
+        for source in unexpected:
+            by_rule.setdefault(self.match.astray.get(source, ("", ""))[1], []).append(source)
+        for rule, names in by_rule.items():
+            if not rule:
+                self._problem(
+                    "unexpected",
+                    f"the file has {_listed(names)}, which {self.part.model} has not"
+                    + self._near_hint(names, list(self.part.targets), "the model has").rstrip("."),
+                    names,
+                )
+                continue
+            made = [self.match.astray[name][0] for name in names]
+            self._problem(
+                "unexpected",
+                f"{rule} makes {_listed(made)}, which {self.part.model} has not"
+                + self._near_hint(made, list(self.part.targets), "the model has").rstrip("."),
+                names,
+            )
+
     def _check_tied(self) -> None:
         writes = {row.target: row for row in self.rows if row.writes}
         keeps = {row.target for row in self.rows if row.action == "keep"}
         for names in self._tied.values():
-            sources = list(dict.fromkeys(writes[name].sources[0] for name in names if name in writes))
-            for other in sources[1:]:
-                self.equal.append((self.part.model, sources[0], other))
+            if len(names) == 1:
+                continue
+            rows = [writes[name] for name in names if name in writes]
+            ways = dict.fromkeys((row.sources, row.steps, row.part) for row in rows)
+            if len(ways) > 1 and any(row.steps for row in rows):
+                both = " and ".join(row.key for row in rows[:2])
+                self._problem("tied", f"{both} are one tensor, and transforms make it twice. Next: drop one", names)
+            elif rows:
+                sources = list(dict.fromkeys(row.sources[0] for row in rows))
+                self.equal += [(self.part.model, sources[0], other) for other in sources[1:]]
             kept = [name for name in names if name in keeps and name in self.match.kept]
-            if kept and sources:
-                loaded = next(name for name in names if name in writes)
+            if kept and rows:
                 self._problem(
-                    "tied", f"{kept[0]} is kept, but it is the same tensor as {loaded}, which is loaded", names
+                    "tied", f"{kept[0]} is kept, but it is the same tensor as {rows[0].key}, which is loaded", names
                 )
 
     def _report_missing(self, missing: list[str], unexpected: list[str]) -> None:
@@ -224,12 +407,18 @@ class _PartPlanner:
         if mismatched:
             first = next(row for row in self.rows if row.target == mismatched[0])
             more = f"; {_listed(mismatched[1:])} too" if len(mismatched) > 1 else ""
+            made = f" by {first.rule}, gives {list(self._made(first))}" if first.steps else ""
+            shapes = ", ".join(str(list(shape)) for shape in first.source_shapes)
             self._problem(
                 "mismatch",
-                f"{first.target}: file {list(first.source_shape or ())}, model {list(first.shape)}{more}."
-                + self._fresh(mismatched),
+                f"{first.target}: file {shapes}{made}, model {list(first.shape)}{more}.{self._fresh(mismatched)}",
                 mismatched,
             )
+        for (rule, reason), names in self._step_errors.items():
+            self._problem("step", f"{rule or names[0]}: {reason} ({_listed(names)})", names)
+
+    def _made(self, row: PlanRow) -> tuple[int, ...]:
+        return shapes_after(row.steps, row.source_shapes, row.parts)[1][row.part]
 
     def _report_dtypes(self, names: list[str]) -> None:
         if names:
@@ -237,10 +426,13 @@ class _PartPlanner:
             more = f"; {_listed(names[1:])} too" if len(names) > 1 else ""
             self._problem(
                 "dtype",
-                f"{row.target}: the file has {row.source_dtype}, the model {row.dtype}; "
-                f"cast: {self.cast} does not convert one to the other{more}",
+                f"{row.target}: the file has {self._dtypes(row)}, the model {row.dtype}; "
+                f"cast: {self.policies.cast} does not convert one to the other{more}",
                 names,
             )
+
+    def _dtypes(self, row: PlanRow) -> str:
+        return " and ".join(dict.fromkeys(self.part.sources[source].dtype for source in row.sources))
 
     def _near_hint(self, names: list[str], others: list[str], words: str) -> str:
         candidates = near(names[0], others)
@@ -252,6 +444,17 @@ class _PartPlanner:
             return ""
         wanted = set(names)
         modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
+        if self.fresh_hint.startswith(KEEP_MODEL_HINT):
+            whole = [
+                module
+                for module in modules
+                if all(target in wanted for target in self.part.targets if f"{target}.".startswith(module))
+            ]
+            entries = [*whole, *(name for name in names if not f"{name}.".startswith(tuple(whole) or "\0"))]
+            shown = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "")
+            return " " + self.fresh_hint.format(
+                line=f"- keep_model: [{shown}]" if entries[1:] else f"- keep_model: {shown}"
+            )
         if any(module in target for module in modules for target in self.part.targets if target not in wanted):
             field, entries = "keys_to_instantiate", names
         else:
@@ -274,10 +477,10 @@ class _PartPlanner:
         sources: tuple[str, ...],
         action: Action,
         spec: TargetSpec,
-        *,
-        rule: str | None = None,
-        source: TensorSpec | None = None,
+        taken: Taken,
+        source_specs: Sequence[TensorSpec] = (),
     ) -> None:
+        single = source_specs[0] if len(source_specs) == 1 else None
         self.rows.append(
             PlanRow(
                 self.part.model,
@@ -287,10 +490,15 @@ class _PartPlanner:
                 spec.shape,
                 spec.dtype,
                 spec.nbytes,
-                rule,
-                None if source is None else tuple(source.shape),
-                None if source is None else source.dtype,
+                taken.rule,
+                None if single is None else tuple(single.shape),
+                None if single is None else single.dtype,
                 spec.is_parameter,
+                taken.steps,
+                taken.part,
+                taken.parts,
+                tuple(tuple(source.shape) for source in source_specs),
+                spec.tied_to,
             )
         )
 
@@ -304,3 +512,14 @@ class _PartPlanner:
 def _listed(names: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _fitting(shape: tuple[int, ...], wanted: tuple[int, ...], policy: str) -> tuple[Step, ...]:
+    """The steps of ``on_mismatch`` that make ``wanted`` of ``shape``; none where they cannot."""
+    if policy == "slice" and all(have >= want for have, want in zip(shape, wanted, strict=True)):
+        pairs = enumerate(zip(shape, wanted, strict=True))
+        return tuple(Slice(dim, 0, want) for dim, (have, want) in pairs if have > want)
+    if policy == "pad" and all(have <= want for have, want in zip(shape, wanted, strict=True)):
+        pairs = enumerate(zip(shape, wanted, strict=True))
+        return tuple(Pad(want, dim) for dim, (have, want) in pairs if have < want)
+    return ()

@@ -36,6 +36,7 @@ class ModelTargets:
         extra_state: Name -> the module that has extra state.
         own_loading: The outermost modules whose own loading code has to run, with everything below them.
         after_loading: Other modules with hooks that run after a load, innermost first as torch has it.
+        resettable: Name -> prefix and module of those entries whose module can initialize itself anew.
     """
 
     specs: Mapping[str, TargetSpec]
@@ -44,6 +45,7 @@ class ModelTargets:
     extra_state: Mapping[str, torch.nn.Module]
     own_loading: tuple[OwnLoading, ...] = ()
     after_loading: tuple[torch.nn.Module, ...] = ()
+    resettable: Mapping[str, tuple[str, torch.nn.Module]] = attrs.Factory(dict)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -113,7 +115,18 @@ def model_targets(model: Any) -> ModelTargets:
         for path, module in reversed(modules.items())
         if module._load_state_dict_post_hooks and not any(f"{path}.".startswith(other.prefix) for other in own)
     ]
-    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after))
+    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), _resettable(tensors, modules))
+
+
+def _resettable(names: Iterable[str], modules: Mapping[str, torch.nn.Module]) -> dict[str, tuple[str, torch.nn.Module]]:
+    found = {}
+    for name in names:
+        path = name.rpartition(".")[0]
+        module = modules.get(path)
+        if any(callable(getattr(module, method, None)) for method in ("reset_parameters", "_reset_parameters")):
+            assert module is not None
+            found[name] = (f"{path}." if path else "", module)
+    return found
 
 
 def _own_loading(modules: Mapping[str, torch.nn.Module]) -> tuple[OwnLoading, ...]:

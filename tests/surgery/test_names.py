@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noether_init_core.surgery.names import NoetherSurgery, Rename, near
+from noether_init_core.surgery.names import NoetherSurgery, Rename, Taken, near
 
 SEGMENTS = st.sampled_from(["a", "aa", "b", "ab", "head", "norm", "0", "1"])
 KEYS = st.lists(SEGMENTS, min_size=1, max_size=3).map(".".join)
@@ -51,7 +51,7 @@ def test_the_mapping_is_what_editing_a_dictionary_gives(
         if name in match.kept:
             assert edited[name] == model[name]
         elif name in match.moves:
-            assert edited[name] == file[match.moves[name][0]]
+            assert edited[name] == file[match.moves[name].sources[0]]
         else:
             assert name not in edited
 
@@ -62,7 +62,7 @@ def test_every_entry_of_the_file_is_accounted_for_once(
 ) -> None:
     """No entry of the file is both moved and dropped, and no two targets take the same entry."""
     match = surgery.match(tuple(sources), tuple(targets))
-    used = [source for source, _rule in match.moves.values()]
+    used = [source for taken in match.moves.values() for source in taken.sources]
     assert len(used) == len(set(used))
     assert not set(used) & match.removed.keys()
     assert not set(used) & match.unused_kept.keys()
@@ -73,7 +73,7 @@ def test_an_overwritten_entry_is_reported() -> None:
     """Two entries that become one name: the later wins, and both are named."""
     surgery = NoetherSurgery(patterns_to_rename=(Rename("blocks.0.", "blocks.1."),))
     match = surgery.match(("blocks.0.w", "blocks.1.w"), ("blocks.1.w",))
-    assert match.moves == {"blocks.1.w": ("blocks.0.w", "patterns_to_rename: blocks.0. -> blocks.1.")}
+    assert match.moves == {"blocks.1.w": Taken(("blocks.0.w",), "patterns_to_rename: blocks.0. -> blocks.1.")}
     assert match.overwritten == (
         ("blocks.1.w", "blocks.0.w", "blocks.1.w", "patterns_to_rename: blocks.0. -> blocks.1."),
     )

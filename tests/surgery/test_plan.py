@@ -9,7 +9,7 @@ import pytest
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.names import NoetherSurgery, Rename
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec
-from noether_init_core.surgery.planner import plan_load
+from noether_init_core.surgery.planner import Policies, plan_load
 
 
 def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:
@@ -90,7 +90,7 @@ def test_misshaped_entries_are_told_with_both_shapes() -> None:
 )
 def test_casts_are_allowed_by_policy(source: str, target: str, cast: str, fine: bool) -> None:
     """Only dtypes of one kind are converted unless the config says otherwise; complex never becomes real."""
-    found = plan({"w": spec(2, dtype=source)}, {"w": spec(2, dtype=target)}, cast=cast)
+    found = plan({"w": spec(2, dtype=source)}, {"w": spec(2, dtype=target)}, policies=Policies(cast=cast))  # type: ignore[arg-type]
     assert found.is_fine is fine
     assert codes(found) == ([] if fine else ["dtype"])
 

@@ -1,0 +1,239 @@
+"""How configs write transforms: the rules of key surgery, validated, and turned into those of ``surgery``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+
+from noether_init_core.checkpoints.tensor_info import ITEMSIZES
+from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pattern, parse_regex
+from noether_init_core.surgery.steps import (
+    Cast,
+    Concat,
+    Interpolate,
+    Pad,
+    Reshape,
+    Slice,
+    Split,
+    Stack,
+    Step,
+    Transpose,
+    Unstack,
+)
+from noether_init_core.surgery.transforms import Drop, KeepModel, Move, Only, Rule
+
+__all__ = ["StepConfig", "TransformConfig", "rule_of"]
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+def _check(parse: Callable[[str], object]) -> pydantic.AfterValidator:
+    def check(value: str) -> str:
+        parse(value)
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _dtype(value: str) -> str:
+    name = value.removeprefix("torch.")
+    if name not in ITEMSIZES or name.startswith("bits"):
+        raise ValueError(f"{value!r} is no dtype; for example float32, bfloat16")
+    return name
+
+
+Pattern = Annotated[str, _check(parse_pattern)]
+Patterns = Annotated[list[Pattern], pydantic.BeforeValidator(_listed), pydantic.Field(min_length=1)]
+Globs = Annotated[
+    list[Annotated[str, _check(parse_glob)]], pydantic.BeforeValidator(_listed), pydantic.Field(min_length=1)
+]
+Count = Annotated[int, pydantic.Field(ge=0)]
+Positive = Annotated[int, pydantic.Field(ge=1)]
+Grid = tuple[Positive, Positive]
+
+
+class SplitConfig(_Strict):
+    """``split`` into given sizes."""
+
+    dim: int = 0
+    sizes: Annotated[list[Positive], pydantic.Field(min_length=1)]
+
+
+class SliceConfig(_Strict):
+    """``slice``: from ``start`` to before ``stop``."""
+
+    dim: int = 0
+    start: Count = 0
+    stop: Positive | None = None
+
+
+class PadConfig(_Strict):
+    """``pad`` at the end, to ``size``; without ``value`` the model's own elements stay there."""
+
+    size: Positive
+    dim: int = 0
+    value: float | None = None
+
+
+class InterpolateConfig(_Strict):
+    """``interpolate`` a position embedding from ``grid`` to ``to_grid`` (rows, columns)."""
+
+    grid: Grid
+    to_grid: Grid
+    prefix_tokens: Count = 0
+    mode: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+class StepConfig(_Strict):
+    """One step of ``do``: a mapping with one key, or the text ``transpose``."""
+
+    transpose: Literal[True] | None = None
+    split: int | SplitConfig | None = None
+    concat: int | None = None
+    stack: int | None = None
+    unstack: int | None = None
+    reshape: Annotated[list[Annotated[int, pydantic.Field(ge=-1)]], pydantic.Field(min_length=1)] | None = None
+    slice: SliceConfig | None = None
+    pad: PadConfig | None = None
+    interpolate: InterpolateConfig | None = None
+    cast: Annotated[str, pydantic.AfterValidator(_dtype)] | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _prepare(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value != "transpose":
+                known = ", ".join(cls.model_fields)
+                raise ValueError(f"{str(value)!r} is no step; write transpose, or {{split: 0}} and the like: {known}")
+            return {"transpose": True}
+        if isinstance(value, Mapping) and len(value) != 1:
+            raise ValueError(f"one step has one key, this has {len(value)}; begin each step with a dash of its own")
+        if isinstance(value, Mapping) and "transpose" in value:
+            raise ValueError("transpose takes no arguments; write: do: [transpose]")
+        return value
+
+    def step(self) -> Step:
+        """The step as ``surgery`` has it."""
+        if self.split is not None:
+            return Split(self.split) if isinstance(self.split, int) else Split(self.split.dim, tuple(self.split.sizes))
+        if self.concat is not None:
+            return Concat(self.concat)
+        if self.stack is not None:
+            return Stack(self.stack)
+        if self.unstack is not None:
+            return Unstack(self.unstack)
+        if self.reshape is not None:
+            return Reshape(tuple(self.reshape))
+        if self.slice is not None:
+            return Slice(self.slice.dim, self.slice.start, self.slice.stop)
+        if self.pad is not None:
+            return Pad(self.pad.size, self.pad.dim, self.pad.value)
+        if self.interpolate is not None:
+            given = self.interpolate
+            return Interpolate(given.grid, given.to_grid, given.prefix_tokens, given.mode)
+        if self.cast is not None:
+            return Cast(self.cast)
+        return Transpose()
+
+
+class TransformConfig(_Strict):
+    """One rule: a move (``from`` or ``from_regex``, with ``to``, ``do``), ``drop``, ``keep_model`` or ``only``."""
+
+    from_: Patterns | None = pydantic.Field(
+        default=None, alias="from", description="Names in the file: <x> captures within a segment, <x..> segments."
+    )
+    from_regex: Annotated[str, _check(parse_regex)] | None = pydantic.Field(
+        default=None, description="A regular expression (RE2) for whole names in the file; (?P<x>..) captures."
+    )
+    to: Patterns | None = pydantic.Field(default=None, description="Names in the model; the same name when null.")
+    do: list[StepConfig] = pydantic.Field(default=[], description="Steps on the way, in order.")
+    optional: bool = pydantic.Field(default=False, description="Whether the rule may match nothing.")
+    drop: Globs | None = pydantic.Field(default=None, description="Names of the file to ignore.")
+    keep_model: Globs | None = pydantic.Field(
+        default=None, description="Names of the model that keep their present value."
+    )
+    only: Globs | None = pydantic.Field(default=None, description="The names of the file that are considered at all.")
+
+    @pydantic.model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        said = [
+            name
+            for name, value in (
+                ("from", self.from_),
+                ("from_regex", self.from_regex),
+                ("drop", self.drop),
+                ("keep_model", self.keep_model),
+                ("only", self.only),
+            )
+            if value is not None
+        ]
+        if len(said) != 1:
+            has = " and ".join(said) or "none"
+            raise ValueError(f"a rule has exactly one of from, from_regex, drop, keep_model, only; this has {has}")
+        given = self.model_fields_set - {"from_"}
+        if said[0] not in ("from", "from_regex"):
+            surplus = sorted(given & {"to", "do", "optional"})
+            if surplus:
+                raise ValueError(f"{surplus[0]} belongs to a rule with from; {said[0]} takes none")
+            return self
+        sources, targets = self._patterns()
+        captures = sources[0].captures
+        for pattern in (*sources[1:], *(targets if self.to is not None else ())):
+            unknown, lost = sorted(pattern.captures - captures), sorted(captures - pattern.captures)
+            if unknown:
+                shown = ", ".join(f"<{name}>" for name in sorted(captures)) or "none"
+                raise ValueError(
+                    f"{pattern.text!r} has <{unknown[0]}>, which {sources[0].text!r} does not capture: {shown}"
+                )
+            if lost:
+                raise ValueError(f"{pattern.text!r} lacks <{lost[0]}>, so several names would become one")
+            if pattern.below != sources[0].below:
+                raise ValueError(
+                    f"{sources[0].text!r} and {pattern.text!r}: a trailing dot stands on both or on neither"
+                )
+        names = [step for config in self.do for step in config.model_fields_set]
+        if len(sources) > 1 and not {"concat", "stack"} & set(names):
+            raise ValueError("several names in from need concat or stack in do")
+        if len(targets) > 1 and not {"split", "unstack"} & set(names):
+            raise ValueError("several names in to need split or unstack in do")
+        cuts = sorted({"split", "unstack"} & set(names))
+        if len(targets) == 1 and cuts and not {"concat", "stack"} & set(names):
+            raise ValueError(f"{cuts[0]} needs several names in to")
+        if sources[0].below and (len(sources) > 1 or len(targets) > 1):
+            raise ValueError(
+                "a trailing dot stands for many names; several from or to need whole names, such as <leaf>"
+            )
+        return self
+
+    def _patterns(self) -> tuple[tuple[NamePattern, ...], tuple[NamePattern, ...]]:
+        if self.from_regex is not None:
+            sources: tuple[NamePattern, ...] = (parse_regex(self.from_regex),)
+        else:
+            sources = tuple(parse_pattern(text) for text in self.from_ or ())
+        targets = sources[:1] if self.to is None else tuple(parse_pattern(text) for text in self.to)
+        return sources, targets
+
+
+def rule_of(config: TransformConfig, label: str) -> Rule:
+    """The rule as ``surgery`` has it; ``label`` says where it stands."""
+    if config.drop is not None:
+        return Drop(tuple(map(parse_glob, config.drop)), f"{label} (drop {', '.join(config.drop)})")
+    if config.keep_model is not None:
+        return KeepModel(
+            tuple(map(parse_glob, config.keep_model)), f"{label} (keep_model {', '.join(config.keep_model)})"
+        )
+    if config.only is not None:
+        return Only(tuple(map(parse_glob, config.only)), f"{label} (only {', '.join(config.only)})")
+    sources, targets = config._patterns()
+    shown = ", ".join(pattern.text for pattern in sources)
+    if config.to is not None:
+        shown += f" -> {', '.join(config.to)}"
+    return Move(sources, targets, tuple(step.step() for step in config.do), config.optional, f"{label} ({shown})")

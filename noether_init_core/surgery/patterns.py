@@ -1,0 +1,227 @@
+"""Patterns of names: captures by segment, globs, regular expressions that cannot hang. Pure.
+
+A name is made of segments between dots. Everything here becomes an expression of RE2, whose time grows with the length
+of the name and not with the number of ways to match it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+import re2
+
+__all__ = ["Captures", "NameGlob", "NamePattern", "PatternSet", "parse_glob", "parse_pattern", "parse_regex"]
+
+#: What the captures of a pattern stand for in one name.
+Captures = Mapping[str, str]
+
+#: Under this name everything below a trailing dot is captured.
+BELOW = "_below"
+
+_CAPTURE = re.compile(r"<([^<>]*)>")
+# A dot between segments; those within <x..> are none.
+_DOT = re.compile(r"\.(?![^<>]*>)")
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_SEGMENTS = r"[^.]+(?:\.[^.]+)*"
+# A name may hold a line break, and no dot of ours may stop at one.
+_FLAGS = "(?s)"
+
+
+@attrs.frozen
+class _Segment:
+    """One segment of a pattern: literal text with captures between; ``many`` is a capture of whole segments."""
+
+    literals: tuple[str, ...]
+    captures: tuple[str, ...] = ()
+    many: bool = False
+
+
+@attrs.frozen
+class NamePattern:
+    """A name with captures: ``blocks.<i>.norm<n>.``.
+
+    Attributes:
+        text: As it was written.
+        segments: Its segments; none for a regular expression.
+        below: Whether it ends in a dot, and so means everything below.
+        expression: The same for RE2.
+    """
+
+    text: str
+    segments: tuple[_Segment, ...]
+    below: bool
+    expression: str
+    captures: frozenset[str]
+    _compiled: list[re2._Regexp] = attrs.field(factory=list, eq=False, repr=False)
+
+    def match(self, name: str) -> dict[str, str] | None:
+        """What the captures stand for in ``name``; None where it does not match."""
+        if self.segments and all(not segment.many and len(segment.captures) < 2 for segment in self.segments):
+            return self._match_plainly(name)
+        if not self._compiled:
+            self._compiled.append(re2.compile(self.expression))
+        found = self._compiled[0].fullmatch(name)
+        return None if found is None else found.groupdict()
+
+    def _match_plainly(self, name: str) -> dict[str, str] | None:
+        """The same without RE2, ten times as fast: there is at most one way to match a segment with one capture."""
+        parts = name.split(".", len(self.segments)) if self.below else name.split(".")
+        if len(parts) != len(self.segments) + self.below or "" in parts:
+            return None
+        found = {}
+        for segment, part in zip(self.segments, parts, strict=False):
+            if not segment.captures:
+                if part != segment.literals[0]:
+                    return None
+                continue
+            before, behind = segment.literals
+            if len(part) <= len(before) + len(behind) or not (part.startswith(before) and part.endswith(behind)):
+                return None
+            found[segment.captures[0]] = part[len(before) : len(part) - len(behind)]
+        if self.below:
+            if not all(parts[-1].split(".")):
+                return None
+            found[BELOW] = parts[-1]
+        return found
+
+    def fill(self, captures: Captures) -> str:
+        """The name with what the captures stand for."""
+        filled = []
+        for segment in self.segments:
+            text = segment.literals[0]
+            for capture, literal in zip(segment.captures, segment.literals[1:], strict=True):
+                text += captures[capture] + literal
+            filled.append(text)
+        return ".".join((*filled, captures[BELOW]) if self.below else filled)
+
+
+@attrs.frozen
+class NameGlob:
+    """Names by ``*`` (within a segment), ``**.`` (any number of segments) and a trailing dot (everything below)."""
+
+    text: str
+    expression: str
+
+
+def parse_pattern(text: str) -> NamePattern:
+    """Read a pattern with captures. Raises ``ValueError`` that says what is wrong with it."""
+    if not text or text == ".":
+        raise ValueError("is empty; a name or a pattern was expected")
+    if "*" in text:
+        raise ValueError(
+            f"{text!r} has a *, which only drop, keep_model and only take; write <x> for part of a segment, "
+            "<x..> for whole segments"
+        )
+    below = text.endswith(".")
+    segments = tuple(_segment(segment, text) for segment in _DOT.split(text[:-1] if below else text))
+    captures = [capture for segment in segments for capture in segment.captures]
+    twice = sorted({capture for capture in captures if captures.count(capture) > 1})
+    if twice:
+        raise ValueError(f"{text!r} captures <{twice[0]}> twice")
+    return NamePattern(text, segments, below, _expression(segments, below), frozenset(captures))
+
+
+def _segment(segment: str, text: str) -> _Segment:
+    if not segment:
+        raise ValueError(f"{text!r} has an empty segment")
+    literals, captures, at = [], [], 0
+    for found in _CAPTURE.finditer(segment):
+        literals.append(segment[at : found.start()])
+        captures.append(found[1])
+        at = found.end()
+    literals.append(segment[at:])
+    if any("<" in literal or ">" in literal for literal in literals):
+        raise ValueError(f"{text!r} has a < or > without its counterpart in one segment")
+    many = [capture for capture in captures if capture.endswith("..")]
+    if many and (len(captures) > 1 or any(literals)):
+        raise ValueError(f"{text!r}: <{many[0]}> stands for whole segments, so it must be a segment of its own")
+    names = [capture.removesuffix("..") for capture in captures]
+    for name in names:
+        if not _IDENTIFIER.fullmatch(name):
+            raise ValueError(
+                f"{text!r}: <{name}> is no name of a capture; write <x> for a part of a segment, "
+                "<x..> for whole segments"
+            )
+    if any(not literal for literal in literals[1:-1]):
+        raise ValueError(f"{text!r} has two captures with nothing between them, so what each takes is undefined")
+    return _Segment(tuple(literals), tuple(names), bool(many))
+
+
+def _expression(segments: Sequence[_Segment], below: bool) -> str:
+    shown = []
+    for segment in segments:
+        if segment.many:
+            shown.append(f"(?P<{segment.captures[0]}>{_SEGMENTS})")
+            continue
+        text = re2.escape(segment.literals[0])
+        for capture, literal in zip(segment.captures, segment.literals[1:], strict=True):
+            text += f"(?P<{capture}>[^.]+){re2.escape(literal)}"
+        shown.append(text)
+    if below:
+        shown.append(f"(?P<{BELOW}>{_SEGMENTS})")
+    return _FLAGS + r"\.".join(shown)
+
+
+def parse_regex(text: str) -> NamePattern:
+    """Read a regular expression of RE2 that matches whole names. Raises ``ValueError``."""
+    if not text:
+        raise ValueError("is empty; a regular expression was expected")
+    if any(ord(character) < 0x20 for character in text):
+        raise ValueError(
+            f"{text!r} holds a control character: in double quotes, YAML takes \\b and \\t for one. Use single quotes"
+        )
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        compiled = re2.compile(_FLAGS + f"(?:{text})", options=options)
+    except re2.error as error:
+        said = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
+        raise ValueError(
+            f"{text!r} is no regular expression of RE2: {said}. It has no backreferences and no look-around"
+        ) from error
+    return NamePattern(text, (), False, _FLAGS + f"(?:{text})", frozenset(compiled.groupindex), [compiled])
+
+
+def parse_glob(text: str) -> NameGlob:
+    """Read a glob. Raises ``ValueError``."""
+    if not text or text == ".":
+        raise ValueError("is empty; a name or a glob was expected")
+    if "<" in text or ">" in text:
+        raise ValueError(f"{text!r} has a capture, which only from and to take; write * for part of a segment")
+    below = text.endswith(".")
+    segments = (text[:-1] if below else text).split(".")
+    if "" in segments:
+        raise ValueError(f"{text!r} has an empty segment")
+    shown = ""
+    for number, segment in enumerate(segments):
+        is_last = number == len(segments) - 1
+        if segment == "**":
+            shown += f"(?:{_SEGMENTS})" if is_last else r"(?:[^.]+\.)*"
+            shown += r"\." if is_last and below else ""
+        elif "**" in segment:
+            raise ValueError(f"{text!r}: ** stands for whole segments, so it must be a segment of its own")
+        else:
+            shown += "[^.]*".join(re2.escape(part) for part in segment.split("*"))
+            shown += "" if is_last and not below else r"\."
+    if below:
+        shown += _SEGMENTS
+    return NameGlob(text, _FLAGS + shown)
+
+
+class PatternSet:
+    """Many expressions at once: which of them match a name."""
+
+    def __init__(self, expressions: Iterable[str]) -> None:
+        self._expressions = list(expressions)
+        self._set = None
+        if self._expressions:
+            self._set = re2.Set.FullMatchSet()
+            for expression in self._expressions:
+                self._set.Add(expression)
+            self._set.Compile()
+
+    def matching(self, name: str) -> list[int]:
+        """The numbers of the expressions that match, in order."""
+        return [] if self._set is None else sorted(self._set.Match(name))

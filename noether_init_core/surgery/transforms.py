@@ -1,0 +1,278 @@
+"""Transforms: rules that say which names of the file become which names of the model, and what is done on the way.
+
+Every ``from`` is a name in the file and every ``to`` a name in the model; no rule sees what another has made. So swaps
+work, and two sources for one target are an error. Pure: names in, decisions out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from noether_init_core.surgery.names import WRAPPERS, NameMatch, NameProblem, Taken, bare_names, near
+from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob
+from noether_init_core.surgery.steps import Step
+
+__all__ = ["Drop", "KeepModel", "Move", "Only", "Rule", "Transforms", "glob_set"]
+
+
+@attrs.frozen
+class Move:
+    """``sources`` of the file become ``targets`` of the model; ``label`` names the rule in messages."""
+
+    sources: tuple[NamePattern, ...]
+    targets: tuple[NamePattern, ...]
+    steps: tuple[Step, ...] = ()
+    optional: bool = False
+    label: str = ""
+
+
+@attrs.frozen
+class Drop:
+    """Names of the file that are ignored."""
+
+    globs: tuple[NameGlob, ...]
+    label: str = ""
+
+
+@attrs.frozen
+class KeepModel:
+    """Names of the model that keep their present value."""
+
+    globs: tuple[NameGlob, ...]
+    label: str = ""
+
+
+@attrs.frozen
+class Only:
+    """The names of the file that are considered at all."""
+
+    globs: tuple[NameGlob, ...]
+    label: str = ""
+
+
+Rule = Move | Drop | KeepModel | Only
+
+
+@attrs.frozen
+class _Group:
+    """Names of the file that one rule takes together: number of the source in the rule -> name."""
+
+    rule: Move
+    captures: Mapping[str, str]
+    names: dict[int, str] = attrs.Factory(dict)
+
+
+class Transforms:
+    """All rules of one initializer, with the roots that they are relative to. It can be used for any number of models.
+
+    Args:
+        rules: In the order of the config.
+        source_root: Names of the file outside it are reported as ``outside``; empty for all.
+        target_root: Names of the model outside it keep their value; empty for all.
+        warns: Whether a rule that matched nothing is a warning instead of an error.
+    """
+
+    def __init__(
+        self, rules: Sequence[Rule] = (), *, source_root: str = "", target_root: str = "", warns: bool = False
+    ) -> None:
+        self.rules = tuple(rules)
+        self.source_root = _prefix(source_root)
+        self.target_root = _prefix(target_root)
+        self._warns = warns
+        takers: list[tuple[int, int]] = []
+        expressions: list[str] = []
+        for number, rule in enumerate(self.rules):
+            if isinstance(rule, Move | Drop):
+                patterns: Sequence[NamePattern | NameGlob] = rule.sources if isinstance(rule, Move) else rule.globs
+                takers += [(number, index) for index in range(len(patterns))]
+                expressions += [pattern.expression for pattern in patterns]
+        self._takers, self._taking = takers, PatternSet(expressions)
+        self._only = _GlobRules(self.rules, Only)
+        self._keep = _GlobRules(self.rules, KeepModel)
+
+    def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
+        """Decide for one file and one model."""
+        return _Matching(self, sources, targets).run()
+
+    def unmatched(self, matches: Sequence[NameMatch], sources: Sequence[tuple[str, ...]]) -> list[tuple[str, bool]]:
+        """Rules that matched in none of the files, each with what they may have missed, and whether it is an error."""
+        matched = frozenset[str]().union(*(match.matched for match in matches))
+        messages = []
+        for number, rule in enumerate(self.rules):
+            if rule.label in matched or (isinstance(rule, Move) and rule.optional):
+                continue
+            taken = frozenset[str]().union(*(match.shadowed.get(rule.label, frozenset()) for match in matches))
+            hint = self._hint(number, rule, taken, [name for part in sources for name in part])
+            messages.append((f"{rule.label} matches nothing{hint}", not self._warns))
+        return messages
+
+    def _hint(self, number: int, rule: Rule, taken: frozenset[str], names: Sequence[str]) -> str:
+        if taken:
+            others = ", ".join(sorted(taken))
+            return f": what it would match is taken by {others} before it. Next: move it up, or remove it"
+        if isinstance(rule, KeepModel):
+            return "; it is about names of the model"
+        wanted = rule.sources[0].text if isinstance(rule, Move) else rule.globs[0].text
+        if not WRAPPERS.isdisjoint(wanted.split(".")):
+            return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
+        similar = near(self.source_root + wanted, names, most=1)
+        return f"; the file says {similar[0].removeprefix(self.source_root)}" if similar else ""
+
+
+@attrs.frozen(init=False)
+class _GlobRules:
+    """The rules of one class, and which of them match a name."""
+
+    labels: list[str]
+    patterns: PatternSet
+
+    def __init__(self, rules: Sequence[Rule], kind: type[Drop | KeepModel | Only]) -> None:
+        chosen = [(rule.label, glob) for rule in rules if isinstance(rule, kind) for glob in rule.globs]
+        self.__attrs_init__([label for label, _ in chosen], PatternSet(glob.expression for _, glob in chosen))
+
+    def matching(self, name: str) -> list[str]:
+        return [self.labels[number] for number in self.patterns.matching(name)] if self.labels else []
+
+
+class _Matching:
+    """The rules on one file and one model. Names are bare here: without roots and prefixes of wrappers."""
+
+    def __init__(self, transforms: Transforms, sources: tuple[str, ...], targets: tuple[str, ...]) -> None:
+        self._rules = transforms
+        self._targets = _below(transforms.target_root, bare_names(targets))
+        self._sources = _below(transforms.source_root, bare_names(sources))
+        inside = set(self._sources.values())
+        self._outside = [name for name in sources if name not in inside]
+        reached = set(self._targets.values())
+        self._untouched = [name for name in targets if name not in reached]
+        self._matched: set[str] = set()
+        self._shadowed: dict[str, set[str]] = {}
+        self._removed: dict[str, str] = {}
+        self._kept: dict[str, str] = {}
+        self._unused_kept: dict[str, str] = {}
+        self._problems: list[NameProblem] = []
+        self._moves: dict[str, Taken] = {}
+        self._astray: dict[str, tuple[str, str]] = {}
+
+    def run(self) -> NameMatch:
+        for bare, name in self._targets.items():
+            for label in self._rules._keep.matching(bare):
+                self._matched.add(label)
+                self._kept.setdefault(name, label)
+        groups, plain = self._choose()
+        for group in groups:
+            self._move(group)
+        for bare, name in plain.items():
+            self._put(bare, Taken((name,), None if self._targets.get(bare) == name else "prefix of a wrapper"), "")
+        for name in self._untouched:
+            self._kept.setdefault(name, f"outside target_root {self._rules.target_root}")
+        return NameMatch(
+            self._moves,
+            self._removed,
+            self._kept,
+            self._unused_kept,
+            matched=frozenset(self._matched),
+            problems=tuple(self._problems),
+            outside=frozenset(self._outside),
+            astray=self._astray,
+            shadowed={label: frozenset(others) for label, others in self._shadowed.items()},
+        )
+
+    def _choose(self) -> tuple[list[_Group], dict[str, str]]:
+        """For each name the first rule that takes it: those of one rule and equal captures together, and the rest."""
+        groups: dict[tuple[int, tuple[tuple[str, str], ...]], _Group] = {}
+        plain: dict[str, str] = {}
+        rules = self._rules
+        for bare, name in self._sources.items():
+            if rules._only.labels:
+                allowed = rules._only.matching(bare)
+                self._matched.update(allowed)
+                if not allowed:
+                    self._removed[name] = rules._only.labels[0]
+                    continue
+            hits = rules._taking.matching(bare)
+            if not hits:
+                plain[bare] = name
+                continue
+            number, index = rules._takers[hits[0]]
+            rule = rules.rules[number]
+            for other in hits[1:]:
+                later = rules._takers[other][0]
+                if later != number:
+                    self._shadowed.setdefault(rules.rules[later].label, set()).add(rule.label)
+            self._matched.add(rule.label)
+            if isinstance(rule, Move):
+                captures = rule.sources[index].match(bare)
+                if captures is None:
+                    raise AssertionError(f"{rule.sources[index].text} matches {bare}, and does not")
+                key = number, tuple(sorted(captures.items()))
+                groups.setdefault(key, _Group(rule, captures)).names[index] = bare
+            else:
+                self._removed[name] = rule.label
+        return list(groups.values()), plain
+
+    def _move(self, group: _Group) -> None:
+        rule, names = group.rule, group.names
+        if len(names) < len(rule.sources):
+            have = ", ".join(names[index] for index in sorted(names))
+            lacks = ", ".join(
+                pattern.fill(group.captures) if pattern.segments else pattern.text
+                for index, pattern in enumerate(rule.sources)
+                if index not in names
+            )
+            message = f"{rule.label}: the file has {have} without {lacks}"
+            self._problem("incomplete-group", message, tuple(names.values()))
+            return
+        taken = tuple(self._sources[names[index]] for index in range(len(rule.sources)))
+        for part, target in enumerate(rule.targets):
+            bare = target.fill(group.captures) if target.segments else names[0]
+            self._put(bare, Taken(taken, rule.label, rule.steps, part, len(rule.targets)), rule.label)
+
+    def _put(self, bare: str, taken: Taken, label: str) -> None:
+        name = self._targets.get(bare)
+        if name is None:
+            for source in taken.sources:
+                self._astray.setdefault(source, (self._rules.target_root + bare, label))
+            return
+        if name in self._kept:
+            for source in taken.sources:
+                self._unused_kept[source] = name
+            return
+        other = self._moves.get(name)
+        if other is not None:
+            self._problem(
+                "two-sources",
+                f"{bare} would be loaded twice: from {_said(other)} and from {_said(taken)}. Next: drop one of them",
+                (*other.sources, *taken.sources),
+            )
+            return
+        self._moves[name] = taken
+
+    def _problem(self, code: str, message: str, names: tuple[str, ...]) -> None:
+        self._problems.append(NameProblem(code, message, names))
+
+
+def glob_set(globs: Sequence[str]) -> PatternSet:
+    """Which of the globs match a name. Raises ``ValueError`` for one that is none."""
+    return PatternSet(parse_glob(glob).expression for glob in globs)
+
+
+def _said(taken: Taken) -> str:
+    return (
+        f"{', '.join(taken.sources)} by {taken.rule}"
+        if taken.steps or taken.rule
+        else f"{taken.sources[0]} by its name"
+    )
+
+
+def _prefix(root: str) -> str:
+    return root if not root or root.endswith(".") else f"{root}."
+
+
+def _below(root: str, names: Mapping[str, str]) -> dict[str, str]:
+    """Names below ``root``, without it."""
+    if not root:
+        return dict(names)
+    return {bare[len(root) :]: name for bare, name in names.items() if bare.startswith(root) and bare != root}
