@@ -86,7 +86,7 @@ class PlanRow:
         nbytes: Bytes of the target, or of the unused entry.
         rule: The config line responsible; None where no rule had a say.
         source_shape: Shape in the file, where there is one source.
-        source_dtype: Dtype in the file, where there is one source.
+        source_dtype: Dtype in the file, where all sources have the same.
         is_parameter: Whether the target is a parameter; buffers may hold infinities.
         steps: What is done with the tensors of ``sources``, in order, every argument said.
         part: Which of the ``parts`` tensors that the steps make is the target's.

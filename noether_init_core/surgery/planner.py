@@ -492,7 +492,7 @@ class _PartPlanner:
                 spec.nbytes,
                 taken.rule,
                 None if single is None else tuple(single.shape),
-                None if single is None else single.dtype,
+                source_specs[0].dtype if len({source.dtype for source in source_specs}) == 1 else None,
                 spec.is_parameter,
                 taken.steps,
                 taken.part,
