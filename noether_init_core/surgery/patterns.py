@@ -60,6 +60,8 @@ class NamePattern:
         """What the captures stand for in ``name``; None where it does not match."""
         if self.segments and all(not segment.many and len(segment.captures) < 2 for segment in self.segments):
             return self._match_plainly(name)
+        if not _is_encodable(name):
+            return None
         if not self._compiled:
             self._compiled.append(re2.compile(self.expression))
         found = self._compiled[0].fullmatch(name)
@@ -214,14 +216,29 @@ class PatternSet:
     """Many expressions at once: which of them match a name."""
 
     def __init__(self, expressions: Iterable[str]) -> None:
-        self._expressions = list(expressions)
-        self._set = None
-        if self._expressions:
-            self._set = re2.Set.FullMatchSet()
-            for expression in self._expressions:
-                self._set.Add(expression)
-            self._set.Compile()
+        self._count = 0
+        self._set = re2.Set.FullMatchSet()
+        for expression in expressions:
+            self._set.Add(expression)
+            self._count += 1
+        # Matches everything: RE2 says nothing where its memory does not suffice, which would look like no match.
+        self._set.Add("(?s).*")
+        self._set.Compile()
 
     def matching(self, name: str) -> list[int]:
-        """The numbers of the expressions that match, in order."""
-        return [] if self._set is None else sorted(self._set.Match(name))
+        """The numbers of the expressions that match, in order. Raises ``MemoryError`` for far too many of them."""
+        if not self._count or not _is_encodable(name):
+            return []
+        found = self._set.Match(name)
+        if not found or self._count not in found:
+            raise MemoryError(f"RE2 needs more memory for {self._count} patterns at once")
+        return sorted(number for number in found if number < self._count)
+
+
+def _is_encodable(name: str) -> bool:
+    """A file may have names with lone surrogates, which RE2 cannot be asked about; they stay as they are."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
