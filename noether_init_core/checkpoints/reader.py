@@ -6,8 +6,6 @@ imported when the first tensor is read, not before.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from noether_init_core.checkpoints.file_handle import FileHandle, open_file
 from noether_init_core.checkpoints.finite import Finding
 from noether_init_core.checkpoints.integrity import CommittedFile, Integrity, digest_of_records
+from noether_init_core.checkpoints.memory import no_garbage_collection
 from noether_init_core.checkpoints.opcodes import Interpreter, OpcodeError
 from noether_init_core.checkpoints.records import Record, read_records
 from noether_init_core.checkpoints.safetensors_header import is_safetensors, read_safetensors_header
@@ -68,7 +67,7 @@ def open_checkpoint(
     try:
         if digest is not None:
             handle.check_digest(digest)
-        with _no_garbage_collection():
+        with no_garbage_collection():
             return CheckpointReader(handle, allow_globals=allow_globals, is_verified=digest is not None)
     except BaseException:
         handle.close()
@@ -455,18 +454,6 @@ class CheckpointReader:
             path=self.path,
             names=names,
         )
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A header of many keys is many objects and no garbage: looking for some would double the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _is_state_dict(value: Any) -> bool:
