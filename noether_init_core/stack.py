@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,13 +18,13 @@ from noether_init_core.errors import (
     ConfigError,
     PartlyInitializedError,
     StartConflictError,
-    StateMismatchError,
     type_of,
 )
 from noether_init_core.hook_caller import HookCaller
 from noether_init_core.hooks import HOOK_NAMES
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.source import SourceInitializer, submodel_of
+from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.observers import load_observer
 from noether_init_core.paths import PathProvider
@@ -233,7 +232,7 @@ class InitializerStack:
         return steps
 
     def _run(self, steps: Sequence[tuple[str, Callable[[], Any]]], trainer: Any, callbacks: Sequence[Any]) -> None:
-        before = _States.taken(trainer, callbacks) if self._members else _States(())
+        before = StatesBefore.taken(trainer, callbacks) if self._members else StatesBefore(())
         labels = [label for label, _call in steps]
         for number, (_label, call) in enumerate(steps):
             try:
@@ -281,41 +280,6 @@ class InitializerStack:
                 member.initializer.release()
             except Exception:  # what is done stays done, and an error on its way must not be hidden
                 logger.exception("release of %s failed", member.kind)
-
-
-@attrs.frozen(eq=False)
-class _States:
-    """States of trainer and callbacks as they were."""
-
-    saved: tuple[tuple[Any, Any], ...]
-
-    @classmethod
-    def taken(cls, trainer: Any, callbacks: Sequence[Any]) -> _States:
-        saved = []
-        for owner in (trainer, *callbacks):
-            take = getattr(owner, "state_dict", None)
-            if callable(take) and callable(getattr(owner, "load_state_dict", None)):
-                try:
-                    saved.append((owner, copy.deepcopy(take())))
-                except Exception as error:
-                    raise StateMismatchError(
-                        f"the state of {type_of(owner)} cannot be taken, so that it could not be put back: "
-                        f"{error}. Nothing was changed"
-                    ) from error
-        return cls(tuple(saved))
-
-    def put_back(self) -> list[str]:
-        """Give every owner its state again; what went wrong with that, in words."""
-        problems = []
-        for owner, state in self.saved:
-            try:
-                if state is not None:
-                    owner.load_state_dict(state)
-                elif owner.state_dict() is not None:
-                    problems.append(f"{type(owner).__name__} had no state before and has one now.")
-            except Exception as error:
-                problems.append(f"The state of {type(owner).__name__} could not be put back: {error}.")
-        return problems
 
 
 def _member(entry: Entry, path_provider: Any) -> _Member:

@@ -25,6 +25,7 @@ from noether_init_core.initializers.callbacks import CallbackPlan, apply_callbac
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
 from noether_init_core.initializers.resumption import ResumptionPaths
 from noether_init_core.initializers.source import Leaf
+from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.initializers.walk_back import walk_back
 from noether_init_core.iteration import TrainingIteration
 
@@ -236,9 +237,10 @@ class ResumeInitializer(CheckpointInitializer):
             self._plan_callbacks(callbacks)
 
     def init_trainer(self, trainer: Any) -> None:
-        """Hand the trainer file's content to ``trainer.load_state_dict``."""
+        """Hand the trainer file's content to ``trainer.load_state_dict``; if that raises, its state is put back."""
         state = self.trainer_state()
-        trainer.load_state_dict(copy.deepcopy(state))
+        with StatesBefore.kept(trainer):
+            trainer.load_state_dict(copy.deepcopy(state))
         self.restored.append(": ".join(filter(None, ("trainer", ", ".join(_members(state))))))
 
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
@@ -246,14 +248,15 @@ class ResumeInitializer(CheckpointInitializer):
         plan = self._plan_callbacks(callbacks)
         for warning in plan.warnings:
             self.logger.warning("%s: %s", self.config.kind, warning)
-        apply_callbacks(plan)
+        with StatesBefore.kept(None, callbacks):
+            apply_callbacks(plan)
+            with ResumptionPaths.showing(self.source_paths, self._selected, self.logger) as paths:
+                for callback in callbacks:
+                    resume = getattr(callback, "resume_from_checkpoint", None)
+                    if callable(resume):
+                        resume(resumption_paths=paths, model=model)
         if plan.states:
             self.restored.append(f"{len(plan.states)} callback{'s' if len(plan.states) > 1 else ''}")
-        with ResumptionPaths.showing(self.source_paths, self._selected, self.logger) as paths:
-            for callback in callbacks:
-                resume = getattr(callback, "resume_from_checkpoint", None)
-                if callable(resume):
-                    resume(resumption_paths=paths, model=model)
 
     def release(self) -> None:
         """Close every file; the next use reads again."""
