@@ -31,6 +31,7 @@ from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import InitializerReport, InitReport
 from noether_init_core.surgery.plan import LoadPlan
+from noether_init_core.tracing import Carried, trace
 
 __all__ = ["InitializerStack"]
 
@@ -136,15 +137,19 @@ class InitializerStack:
     def plan(self, model: Any) -> LoadPlan:
         """What ``initialize(model)`` will do to the weights. The model is untouched; only headers are read.
 
-        Kinds that cannot plan are left out.
+        An initializer sees what those before it will have loaded: for that, its file need not have anything. Kinds that
+        cannot plan are left out.
         """
         check_model(model)
+        plans = []
+        loaded: frozenset[int] = frozenset()
         try:
-            plans = [
-                member.initializer.plan_weights(member.model(model))
-                for member in self._members
-                if isinstance(member.initializer, SourceInitializer) and member.takes_part_in("init_weights")
-            ]
+            for member in self._members:
+                initializer = member.initializer
+                if isinstance(initializer, SourceInitializer) and member.takes_part_in("init_weights"):
+                    initializer.loaded_before = loaded
+                    plans.append(initializer.plan_weights(member.model(model)))
+                    loaded |= initializer.will_write
         finally:
             self._release()
         return LoadPlan.merged(plans)
@@ -168,16 +173,22 @@ class InitializerStack:
         callbacks = list(callbacks) if callbacks is not None else None
         try:
             start, starts = self._starts()
+            loaded: frozenset[int] = frozenset()
             for member in self._members:
                 everything = member.takes_part_in("init_trainer")
-                member.initializer.check(
+                initializer = member.initializer
+                if isinstance(initializer, SourceInitializer):
+                    initializer.loaded_before = loaded
+                initializer.check(
                     member.model(model),
                     trainer if everything else None,
                     callbacks if member.takes_part_in("init_callbacks") else None,
                 )
+                if isinstance(initializer, SourceInitializer) and member.takes_part_in("init_weights"):
+                    loaded |= initializer.will_write
             self._run(self._steps(model, trainer, callbacks), trainer, callbacks or [])
             present = {"init_trainer": trainer is not None, "init_callbacks": callbacks is not None}
-            report = self._report(start, starts, [hook for hook in HOOK_NAMES if present.get(hook, True)])
+            report = self._report(model, start, starts, [hook for hook in HOOK_NAMES if present.get(hook, True)])
             if hasattr(trainer, "lineage"):
                 trainer.lineage = tuple(report.lineage())
         finally:
@@ -251,7 +262,11 @@ class InitializerStack:
                 ) from error
 
     def _report(
-        self, start: TrainingIteration, starts: Sequence[TrainingIteration | None], called: Sequence[str]
+        self,
+        model: Any,
+        start: TrainingIteration,
+        starts: Sequence[TrainingIteration | None],
+        called: Sequence[str],
     ) -> InitReport:
         offers = {info.name: f"{info.distribution} {info.version}" for info in kinds.installed()}
         reports = []
@@ -272,7 +287,13 @@ class InitializerStack:
                     passed_over=tuple(getattr(member.initializer, "passed_over", ())),
                 )
             )
-        return InitReport(start, tuple(reports), self._auto_resume)
+        carried = [
+            Carried(member.initializer, ".".join((str(model.name), *member.submodel)), str(member.model(model).name))
+            for member in self._members
+            if isinstance(member.initializer, SourceInitializer) and member.takes_part_in("init_weights")
+        ]
+        sources, tensors = trace(model, carried)
+        return InitReport(start, tuple(reports), self._auto_resume, sources, tensors)
 
     def _release(self) -> None:
         for member in self._members:

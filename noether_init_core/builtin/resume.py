@@ -78,6 +78,12 @@ class ResumeInitializer(CheckpointInitializer):
         self._root: str | None = None
         self._told_name = False
 
+    @property
+    def continues(self) -> bool:
+        """Whether the run that is resumed is the one that is started, and not a copy under another run id."""
+        current, source = self.path_provider, self.source_paths
+        return current is not None and (current.run_id, current.stage_name) == (source.run_id, source.stage_name)
+
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration that the trainer file says."""
         return TrainingIteration.from_mapping(self.trainer_state()["training_iteration"])

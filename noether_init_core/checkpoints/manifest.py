@@ -17,9 +17,11 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatErr
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name
 
-__all__ = ["MANIFEST_NAME", "Manifest", "ManifestFile", "ManifestTensor", "read_manifest", "sealed"]
+__all__ = ["MANIFEST_NAME", "PROVENANCE_NAME", "Manifest", "ManifestFile", "ManifestTensor", "read_manifest", "sealed"]
 
 MANIFEST_NAME = "manifest.json"
+#: Beside it: where the tensors came from.
+PROVENANCE_NAME = "provenance.json"
 FORMAT = "noether-init-set"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
@@ -73,7 +75,11 @@ class ManifestFile(_Model):
 
 
 class Manifest(_Model):
-    """The content of ``manifest.json``; ``frozen`` are models whose optimizer was left out since they were frozen."""
+    """The content of ``manifest.json``; ``frozen`` are models whose optimizer was left out since they were frozen.
+
+    ``provenance`` is the digest of ``provenance.json`` beside it; None where the writer was not told where tensors came
+    from.
+    """
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
@@ -87,6 +93,7 @@ class Manifest(_Model):
     frozen: tuple[str, ...] = ()
     files: tuple[ManifestFile, ...]
     lineage: tuple[dict[str, Any], ...] = ()
+    provenance: Digest | None = None
     versions: dict[str, str] = {}
 
     @pydantic.model_validator(mode="after")

@@ -11,6 +11,7 @@ import attrs
 import pydantic
 import torch
 
+from noether_init_core.checkpoints.names import parse
 from noether_init_core.checkpoints.reader import CheckpointReader
 from noether_init_core.checkpoints.sets import said_by
 from noether_init_core.checkpoints.store import CheckpointSet, Need, RunStore, check_consistency
@@ -21,9 +22,11 @@ from noether_init_core.errors import (
     PartlyInitializedError,
     StateMismatchError,
 )
+from noether_init_core.initializers.history import read_histories
 from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
+from noether_init_core.provenance import History
 from noether_init_core.surgery.optimizer import (
     Moved,
     OptimizerPlan,
@@ -93,6 +96,7 @@ class CheckpointInitializer(SourceInitializer):
         self.store = RunStore(self.source_paths)
         self._selected: CheckpointSet | None = None
         #: What the headers of opened files say: name -> (iteration, run id).
+        self._histories: dict[str, History] | None = None
         self._said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
         # what was read for one file and one layout of groups
         self._moments: dict[tuple[Any, ...], OptimizerPlan] = {}
@@ -183,6 +187,16 @@ class CheckpointInitializer(SourceInitializer):
         for step in steps:
             self._close(step.leaf.path, "optim")
 
+    def history_of(self, model: str) -> History:
+        """What the set says of where its weights came from; nothing where it says nothing."""
+        file = self.last_sources[model].path.name
+        parsed = parse(file)
+        if self._selected is None or parsed is None:
+            return {}
+        if self._histories is None:
+            self._histories = read_histories(self._selected)
+        return self._histories.get(parsed.model, {})
+
     def stored_model_config(self, model_name: str) -> dict[str, Any]:
         """The ``model_config`` stored with the weights, without ``pop_ckpt_kwargs_keys``.
 
@@ -207,7 +221,7 @@ class CheckpointInitializer(SourceInitializer):
     def release(self) -> None:
         """Close every file and forget which set the tag meant."""
         super().release()
-        self._selected = None
+        self._selected = self._histories = None
         self._said.clear()
         self._moments.clear()
 

@@ -229,10 +229,18 @@ class LoadPlan:
 
     @classmethod
     def merged(cls, plans: Sequence[LoadPlan]) -> LoadPlan:
-        """Several plans for one model, in order, as one; each later one writes over the earlier."""
+        """Several plans for one model, in order, as one: of each entry the row that counts in the end."""
+        if len(plans) == 1:
+            return plans[0]
+        final: dict[tuple[str, str], PlanRow] = {}
+        for row in (row for plan in plans for row in plan.rows):
+            place = row.model, str(row.target)
+            if row.target is not None and (row.writes or place not in final or not final[place].writes):
+                final[place] = row
+        kept = set(map(id, final.values()))
         return cls(
             " + ".join(plan.kind for plan in plans),
-            tuple(row for plan in plans for row in plan.rows),
+            tuple(row for plan in plans for row in plan.rows if row.target is None or id(row) in kept),
             tuple(problem for plan in plans for problem in plan.problems),
             tuple(warning for plan in plans for warning in plan.warnings),
             tuple(origin for plan in plans for origin in plan.origins),
