@@ -6,12 +6,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.steps import Step, step_to_dict
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "LOADED_BEFORE",
@@ -226,6 +229,27 @@ class LoadPlan:
             raise PlanError(
                 f"{self.kind}: {sources}\n  {listed}\nNothing was changed.", plan=self, problems=tuple(shown)
             )
+
+    def inverted(self) -> LoadPlan:
+        """The plan from the model's entries to the file's: the direction of an export. See ``surgery.inverse``.
+
+        ``plan.inverted().transformed(model.state_dict())`` is a state dict that this plan loads again, bit for bit.
+
+        Raises ``PlanError`` where a rule has no inverse.
+        """
+        from noether_init_core.surgery.inverse import inverted
+
+        return inverted(self)
+
+    def transformed(self, state: Mapping[str, torch.Tensor], model: str | None = None) -> dict[str, torch.Tensor]:
+        """What the plan makes of tensors in memory: new ones under the names of its targets.
+
+        ``model`` is the path of one single model, None where there is only one. Raises ``PlanError`` where ``state``
+        lacks an entry.
+        """
+        from noether_init_core.surgery.inverse import transformed
+
+        return transformed(self, state, model)
 
     @classmethod
     def merged(cls, plans: Sequence[LoadPlan]) -> LoadPlan:

@@ -194,6 +194,7 @@ class _PartPlanner:
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
         self.equal: list[tuple[str, str, str]] = []
+        self._casts: dict[tuple[str, str], list[str]] = {}
         self._step_errors: dict[tuple[str, str], list[str]] = {}
         self._resolved: dict[tuple[int, tuple[str, ...], int], tuple[tuple[Step, ...], list[tuple[int, ...]]]] = {}
         self._taking: set[str] | None = None
@@ -210,6 +211,9 @@ class _PartPlanner:
         unexpected = self._plan_unused()
         for source, by, target, rule in self.match.overwritten:
             self._warn("overwritten", f"{source} and {by} both become {target} ({rule}); {by} is taken", (source, by))
+        for (before, dtype), names in self._casts.items():
+            what = names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+            self._warn("cast", f"{what}: {before} in the file becomes {dtype}", names)
         for problem_of_names in self.match.problems[:_MOST_PROBLEMS]:
             self._problem(problem_of_names.code, problem_of_names.message, problem_of_names.names)
         if len(self.match.problems) > _MOST_PROBLEMS:
@@ -277,7 +281,7 @@ class _PartPlanner:
         if before != spec.dtype or list(dtypes) != [spec.dtype]:
             action = "transform" if taken.steps else "cast"
             if not explicit:
-                self._warn("cast", f"{name}: {before} in the file becomes {spec.dtype}", (name,))
+                self._casts.setdefault((before, spec.dtype), []).append(name)
         self._row(name, taken.sources, action, spec, taken, sources)
         return "unwritable" if spec.unwritable else None
 
