@@ -9,7 +9,7 @@ import attrs
 
 from noether_init_core.initializers.source import Source, SourceInitializer
 from noether_init_core.protocols import leaf_models
-from noether_init_core.provenance import SourceRecord, TensorRecord
+from noether_init_core.provenance import History, SourceRecord, TensorRecord
 from noether_init_core.surgery.steps import described
 
 __all__ = ["Carried", "trace"]
@@ -28,6 +28,25 @@ class Carried:
         return self.path + model.removeprefix(self.name)
 
 
+@attrs.frozen
+class _File:
+    """A file that values came from: its number among the sources, what is known of its tensors."""
+
+    number: int
+    digests: Mapping[str, str]
+    history: History
+
+    @classmethod
+    def of(cls, one: Carried, model: str, sources: dict[SourceRecord, int]) -> _File:
+        source = one.initializer.last_sources[model]
+        committed = {} if source.committed is None else source.committed.tensors
+        return cls(
+            _numbered(sources, _record_of(one.initializer, one.full(model), source)),
+            {key: tensor.digest for key, tensor in committed.items()},
+            one.initializer.history_of(model),
+        )
+
+
 def trace(model: Any, carried: Iterable[Carried]) -> tuple[tuple[SourceRecord, ...], tuple[TensorRecord, ...]]:
     """The files that values came from, and one record for every parameter and buffer of ``model``.
 
@@ -39,28 +58,28 @@ def trace(model: Any, carried: Iterable[Carried]) -> tuple[tuple[SourceRecord, .
         plan = one.initializer.last_plan
         if plan is None:
             continue
+        files = {model: _File.of(one, model, sources) for model in one.initializer.last_sources}
+        paths = {model: one.full(model) for model in dict.fromkeys(row.model for row in plan.rows)}
         for row in plan.rows:
             if row.target is None:
                 continue
-            path = one.full(row.model)
+            path = paths[row.model]
             place = path, row.target
             if not row.writes:
                 if place not in found or not found[place].is_loaded:
                     found[place] = TensorRecord(path, row.target, row.is_parameter, rule=row.rule)
                 continue
-            source = one.initializer.last_sources[row.model]
-            number = _numbered(sources, _record_of(one.initializer, path, source))
-            history = one.initializer.history_of(row.model)
+            file = files[row.model]
             found[place] = TensorRecord(
                 path,
                 row.target,
                 row.is_parameter,
-                number,
+                file.number,
                 row.sources,
-                tuple([_digest(source, key) for key in row.sources]),
+                tuple([file.digests.get(key) for key in row.sources]),
                 row.rule,
-                tuple(map(described, row.steps)),
-                _ancestors(history, row.sources, sources) if history else (),
+                tuple(map(described, row.steps)) if row.steps else (),
+                _ancestors(file.history, row.sources, sources) if file.history else (),
             )
     for path, leaf in leaf_models(model):
         for named, is_parameter in ((leaf.named_parameters, True), (getattr(leaf, "named_buffers", None), False)):
@@ -84,11 +103,6 @@ def _record_of(initializer: SourceInitializer, model: str, source: Source) -> So
         tuple(sorted(source.origin.items())),
         initializer.continues,
     )
-
-
-def _digest(source: Source, key: str) -> str | None:
-    tensor = None if source.committed is None else source.committed.tensors.get(key)
-    return None if tensor is None else tensor.digest
 
 
 def _ancestors(

@@ -110,7 +110,7 @@ def model_targets(model: Any) -> ModelTargets:
             identity=identity,
             unwritable=_unwritable(tensor),
         )
-    for name, other in _overlapping(tensors).items():
+    for name, other in _overlapping(tensors, specs).items():
         said = specs[name].unwritable or f"shares memory with {other}, as another view of it"
         specs[name] = attrs.evolve(specs[name], unwritable=said)
     hidden = frozenset(name for name, _buffer in model.named_buffers(remove_duplicate=False)) - specs.keys()
@@ -134,20 +134,23 @@ def _resettable(names: Iterable[str], modules: Mapping[str, torch.nn.Module]) ->
     return found
 
 
-def _overlapping(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _overlapping(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TargetSpec]) -> dict[str, str]:
     """Names of tensors that share memory without being one tensor -> the other: writing one would change both."""
-    places: dict[tuple[str, int], list[tuple[int, int, str, tuple[Any, ...]]]] = {}
-    for name, tensor in tensors.items():
-        identity = tensor_identity(tensor)
+    storages: dict[Any, list[str]] = {}
+    for name in tensors:
+        identity: Any = specs[name].identity
         if identity[0] != "object":
+            storages.setdefault(identity[:2], []).append(name)
+    places: dict[Any, list[tuple[int, int, str, Any]]] = {}
+    for storage, names in storages.items():
+        for name in names if len(names) > 1 else ():
+            tensor = tensors[name]
             span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             begin = int(tensor.storage_offset()) * tensor.element_size()
             end = begin + int(span) * tensor.element_size()
-            places.setdefault(identity[:2], []).append((begin, end, name, identity))
+            places.setdefault(storage, []).append((begin, end, name, specs[name].identity))
     found: dict[str, str] = {}
     for together in places.values():
-        if len(together) == 1:
-            continue
         together.sort(key=lambda place: place[:2])
         reach = together[0]
         for place in together[1:]:
