@@ -271,6 +271,7 @@ class InitializerStack:
                     start=str(own_start) if own_start is not None and not own_start.is_zero else None,
                     restored=tuple(getattr(member.initializer, "restored", ())),
                     passed_over=tuple(getattr(member.initializer, "passed_over", ())),
+                    not_restored=tuple(getattr(member.initializer, "not_restored", ())),
                 )
             )
         return InitReport(start, tuple(reports), self._auto_resume)

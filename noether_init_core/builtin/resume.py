@@ -63,6 +63,7 @@ class ResumeInitializer(CheckpointInitializer):
 
     Attributes:
         passed_over: (set, why) of each broken set that was passed over, newest first.
+        not_restored: What the set has and ``check`` was given nothing to take it, in words.
     """
 
     config_class: ClassVar[type[KindConfig]] = ResumeInitializerConfig
@@ -72,6 +73,7 @@ class ResumeInitializer(CheckpointInitializer):
     def __init__(self, config: KindConfig, *, path_provider: Any = None, any_tag: bool = False) -> None:
         super().__init__(config, path_provider=path_provider)
         self.passed_over: tuple[tuple[str, str], ...] = ()
+        self.not_restored: tuple[str, ...] = ()
         self._any_tag = any_tag and self.config.checkpoint_tag is None
         self._trainer_state: dict[str, Any] | None = None
         self._root: str | None = None
@@ -234,6 +236,9 @@ class ResumeInitializer(CheckpointInitializer):
                 look(copy.copy(state))
         if callbacks:
             self._plan_callbacks(callbacks)
+        self.not_restored = self._left_callbacks() if callbacks is None else ()
+        for what in self.not_restored:
+            self.logger.warning("%s: %s", self.config.kind, what)
 
     def init_trainer(self, trainer: Any) -> None:
         """Hand the trainer file's content to ``trainer.load_state_dict``."""
@@ -264,6 +269,18 @@ class ResumeInitializer(CheckpointInitializer):
     def _plan_callbacks(self, callbacks: Sequence[Any]) -> CallbackPlan:
         saved = self.trainer_state().get("callback_state_dicts", {})
         return plan_callbacks(saved, callbacks, where=f"the trainer file of {self._tag_words()}")
+
+    def _left_callbacks(self) -> tuple[str, ...]:
+        """That there are states of callbacks, for a start to which no callbacks are given."""
+        saved = self.trainer_state().get("callback_state_dicts")
+        named = saved if isinstance(saved, Mapping) else dict(enumerate(saved)) if isinstance(saved, list) else {}
+        names = [str(name) for name, state in named.items() if state]
+        if not names:
+            return ()
+        return (
+            f"the trainer file of {self._tag_words()} has states of callbacks {', '.join(names)}; none were given. "
+            "Next: stack.initialize(..., callbacks=[...]), unless the trainer restores them itself",
+        )
 
     def _tag_words(self) -> str:
         if self._selected is not None and (self.passed_over or self._any_tag):
