@@ -127,7 +127,7 @@ def test_the_likeliest_mistake_is_told_word_for_word(tmp_path: Path) -> None:
         ("kind:", 2, "kind", "says no kind"),
         ("kind: sample\n  run_id: ../x", 3, "run_id", "holds a path separator"),
         ("kind: sample\n  stage_name: ''", 3, "stage_name", "is empty"),
-        ("kind: sample\n  runid: x", 3, "runid", "unknown key. Near: run_id. sample has: kind, kwargs, run_id,"),
+        ("kind: sample\n  runid: x", 3, "runid", r"unknown key. Near: run_id. Next: noether-init schema sample"),
         ("kind: sample\n  load_optim: maybe", 3, "load_optim", "valid boolean"),
         ("kind: sample\n  rules:\n  - pattern: a\n  - pattern: b\n    times: x", 6, "rules.1.times", "valid integer"),
         ("kind: sample\n  rules:\n  - times: 3", 4, "rules.0.pattern", "is missing"),
@@ -334,3 +334,42 @@ def test_a_mapping_that_holds_itself_is_refused() -> None:
     endless["kwargs"] = endless
     with pytest.raises(ConfigError, match="nested deeper than 100, or holds itself"):
         load_config_mapping({"initializers": [endless]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "words"),
+    [
+        (
+            "previous_run",
+            "on_invalid",
+            "on_invalid belongs to the kind resume and to the top of a config file, beside auto_resume. Next: ",
+        ),
+        ("resume", "keys_to_remove", "keys_to_remove belongs to the kind previous_run. Next: "),
+        ("file", "checkpoint_tag", "checkpoint_tag belongs to the kinds previous_run, resume. Next: "),
+        ("file", "patterns_to_renam", "file has: kind, verify,"),
+        ("previous_run", "zzz", "previous_run has: kind, verify,"),
+        ("previous_run", "on_mising", "Near: on_missing. Next: "),
+    ],
+)
+def test_a_key_of_another_kind_is_told_where_it_belongs(kind: str, key: str, words: str) -> None:
+    """Instead of a list of all that this kind has."""
+    config = {"kind": kind, "run_id": "a", key: "previous"} if kind != "file" else {"kind": kind, "path": "a", key: "b"}
+    (entry,) = load_config_mapping([config]).entries
+    (found,) = problems_of(entry)
+    assert str(found).startswith(f"initializers.0.{key}: unknown key. {words}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"digest": "md5:aa"}, "digest: 'md5:aa' is no digest that can be checked. Write xxh3_128:<32"),
+        ({"digest": "sha256:AA"}, "is no digest that can be checked"),
+        ({"digest": "sha256:" + "0" * 64, "verify": "header"}, "verify: header would ignore it"),
+        ({"digest": "xxh3_128:" + "0" * 32, "verify": "none"}, "verify: none would ignore it"),
+    ],
+)
+def test_a_digest_that_could_not_be_compared_is_an_error_of_the_config(fields: dict[str, str], words: str) -> None:
+    """Before anything is started; one that is ignored would be worse than none."""
+    (entry,) = load_config_mapping([{"kind": "file", "path": "a.pt", **fields}]).entries
+    (found,) = problems_of(entry)
+    assert words in str(found)
