@@ -186,7 +186,7 @@ def test_the_original_error_of_a_bad_name_is_kept(tmp_path: Path) -> None:
         ("", None, "holds no keys"),
         ("text", None, "holds no keys"),
         ("- kind: sample", None, "put it under the key initializers:"),
-        ("initializers: []\nauto_resume: maybe", 2, "must be true or false, not maybe"),
+        ("initializers: []\nauto_resume: maybe", 2, "must be true or false, or fields .*, not maybe"),
         ("initializers: []\nauto_resume: [true]", 2, "must be true or false"),
         ("auto_resume: true\non_invalid: newest", 2, "must be error or previous, not 'newest'"),
         ("initializers: []\non_invalid: previous", 2, "there is no auto_resume"),
@@ -373,3 +373,45 @@ def test_a_digest_that_could_not_be_compared_is_an_error_of_the_config(fields: d
     (entry,) = load_config_mapping([{"kind": "file", "path": "a.pt", **fields}]).entries
     (found,) = problems_of(entry)
     assert words in str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (
+            "auto_resume:\n  verfy: header",
+            2,
+            r"auto_resume.verfy: unknown key. Near: verify. Next: noether-init schema",
+        ),
+        ("auto_resume:\n  on_invalid: older", 2, "auto_resume.on_invalid: Input should be 'error' or 'previous'"),
+        ("auto_resume: {load_optim: maybe}", 1, "auto_resume.load_optim: Input should be a valid boolean"),
+    ],
+)
+def test_fields_in_auto_resume_are_validated_by_resume(tmp_path: Path, text: str, line: int, message: str) -> None:
+    """With line and key, at every start: not only when there is something to resume."""
+    from noether_init_core import InitializerStack, PathProvider
+
+    path = tmp_path / "init.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigFileError, match=message) as caught:
+        InitializerStack.from_file(path, path_provider=PathProvider(tmp_path, "fresh"))
+    assert caught.value.line == line
+
+
+@pytest.mark.parametrize("key", ["kind", "run_id", "stage_name", "checkpoint_tag", "output_path"])
+def test_what_auto_resume_decides_cannot_be_said_of_it(tmp_path: Path, key: str) -> None:
+    """It would be ignored, or mean another run."""
+    with pytest.raises(ConfigFileError, match=rf"auto_resume\.{key}: auto_resume resumes this very run"):
+        _load(tmp_path, f"auto_resume:\n  {key}: x\n")
+
+
+def test_on_invalid_may_stand_beside_auto_resume_or_in_it(tmp_path: Path) -> None:
+    """Once; an empty mapping is ``true``."""
+    for text in ("auto_resume: {on_invalid: previous}", "auto_resume: {verify: none}\non_invalid: previous"):
+        resume = _load(tmp_path, text).resume
+        assert resume is not None
+        assert validate_entry(resume).on_invalid == "previous"  # type: ignore[attr-defined]
+    loaded = _load(tmp_path, "auto_resume: {}")
+    assert (loaded.auto_resume, loaded.entries) == (True, ())
+    with pytest.raises(ConfigFileError, match="on_invalid: is said twice"):
+        _load(tmp_path, "auto_resume: {on_invalid: error}\non_invalid: previous")
