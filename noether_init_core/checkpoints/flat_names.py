@@ -20,7 +20,7 @@ from noether_init_core.checkpoints.sets import CheckpointFile, CheckpointSet, lo
 from noether_init_core.checkpoints.storage import Storage
 from noether_init_core.errors import CheckpointError
 
-__all__ = ["TEMPORARY_NAMES", "flat_copies", "give_room", "refresh_flat_names", "remove_orphans"]
+__all__ = ["TEMPORARY_NAMES", "changed_names", "flat_copies", "give_room", "refresh_flat_names", "remove_orphans"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,13 @@ def flat_copies(checkpoints: Path, storage: Storage) -> dict[str, str]:
     return {
         name: written.set_name for name, written in record.items() if _is_ours(checkpoints / name, written, storage)
     }
+
+
+def changed_names(checkpoints: Path, storage: Storage) -> tuple[str, ...]:
+    """Names that we wrote and that are other files by now, sorted: rewritten by another program, or damaged."""
+    record = _read_record(checkpoints, storage)
+    there = (name for name in record if storage.identity_of(checkpoints / name) is not None)
+    return tuple(sorted(name for name in there if not _is_ours(checkpoints / name, record[name], storage)))
 
 
 def _remove(checkpoints: Path, names: Mapping[str, _Written], storage: Storage) -> int:

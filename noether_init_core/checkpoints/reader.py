@@ -161,6 +161,11 @@ class CheckpointReader:
         if mode == "full" and not self._is_verified:
             self._verify(digest, committed, [self._info(value) for value in values], {})
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the file carries checksums; without them only a digest, or a manifest, can vouch for its bytes."""
+        return self._has_checksums
+
     def nonfinite(self, keys: Iterable[Key]) -> dict[Key, Finding]:
         """Those of the tensors that hold ``NaN``, or else ``infinities``; every other one is all finite.
 

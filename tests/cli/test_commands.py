@@ -192,6 +192,7 @@ def test_inspect_shows_the_sets_of_a_run_newest_first(invoke: Invoke, noether_ru
     """Tags, iterations and parts, whether the run, its stage or its checkpoints folder is given."""
     run = noether_runs / "mlp_train"
     outputs = [invoke("inspect", path) for path in (run, run / "train", run / "train" / "checkpoints")]
+    assert invoke("inspect", run / "trian").err.endswith(f"Next: noether-init inspect {run / 'train'}\n")
     for result in outputs:
         assert result.code == 0
         rows = [line.split() for line in result.out.splitlines()]
@@ -267,6 +268,13 @@ def test_inspect_of_a_set_names_its_run(invoke: Invoke, saved: Path) -> None:
     result = invoke("inspect", saved)
     assert (result.code, result.out) == (1, "")
     assert result.err.endswith(f"is a set of run killed. Next: noether-init inspect {Path('runs', 'killed')}\n")
+
+
+def test_inspect_takes_the_folder_of_sets(invoke: Invoke, saved: Path) -> None:
+    """As verify does; a config is told which command checks it."""
+    assert invoke("inspect", saved.parent) == invoke("inspect", saved.parents[1])
+    Path("init.yaml").write_text("initializers: []")
+    assert "noether-init validate init.yaml checks it" in invoke("inspect", "init.yaml").err
 
 
 def test_inspect_fits_80_columns(invoke: Invoke, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
