@@ -151,7 +151,12 @@ class RunStore:
 
     def _newest_of(self, folders: Sequence[SetFolder]) -> CheckpointSet | None:
         if not folders:
-            return self._newest_legacy()
+            try:
+                return self._newest_legacy()
+            except (CheckpointCorruptError, CheckpointFormatError) as error:
+                if self.asked_by == "auto_resume":
+                    error.add(f". {explain.ways_on(self, self._newest_legacy([]), may_walk_back=True)}")
+                raise
         self._refuse_later_flat_files(folders)
         broken: list[tuple[SetFolder, CheckpointError]] = []
         found = next((one for one in self._newest_first(folders, broken) if one.models("trainer")), None)

@@ -33,7 +33,7 @@ def run(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATH...",
+            metavar="PATH",
             help="Files, folders of checkpoints, run folders, or output roots.",
             show_default=False,
         ),

@@ -514,6 +514,20 @@ def test_flat_latest_gives_way_to_the_newest_complete_iteration(paths: PathProvi
         assert (report.start, values_of(model, trainer)) == (ITERATIONS[1], {1.0})
 
 
+def test_broken_flat_files_name_the_older_ones_and_the_ways_on(paths: PathProvider, folders: list[Path]) -> None:
+    """As committed sets do: for a tag and for auto_resume, whether the trainer or the weights are broken."""
+    folder = make_legacy(paths)
+    rewrite(folder / "mlp_cp=latest_trainer.th", b"nothing at all")
+    with pytest.raises(CheckpointFormatError, match=r"is E2_U20_S200. Next: on_invalid: previous beside auto_resume"):
+        InitializerStack.from_config({"auto_resume": True}, path_provider=paths)
+    flip_tensor_bit(folder / "mlp_cp=E2_U20_S200_model.th")
+    stack = InitializerStack.from_config([{"kind": "resume", "checkpoint_tag": "U20"}], path_provider=paths)
+    with pytest.raises(
+        CheckpointCorruptError, match=r"is E1_U15_S150. Next: checkpoint_tag: E1_U15_S150; noether-init"
+    ):
+        stack.initialize(bound(), trainer=Trainer())
+
+
 def test_flat_files_that_lack_a_part_or_are_later_are_passed_over(paths: PathProvider, folders: list[Path]) -> None:
     """Weights alone are no set to go on from, and files of an earlier life of the run are none either."""
     folder = make_legacy(paths)
