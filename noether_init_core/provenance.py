@@ -44,6 +44,7 @@ class InitializerReport:
         start: The iteration that it starts at; None for zero.
         restored: What was restored besides weights: optimizers, trainer, callbacks.
         passed_over: (set, why) of each broken set that was passed over on the way back to a good one, newest first.
+        not_restored: What the checkpoint has and nobody was there to take, in words.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class InitializerReport:
     start: str | None = None
     restored: tuple[str, ...] = ()
     passed_over: tuple[tuple[str, str], ...] = ()
+    not_restored: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -205,6 +207,7 @@ class InitReport:
             said = "; ".join(filter(None, (counts, *report.restored)))
             lines.append(f"{report.kind}: {sources or 'no files'}" + (f" ({said})" if said else ""))
             lines.extend(f"  passed over {name}: {reason}" for name, reason in report.passed_over)
+            lines.extend(f"  not restored: {what}" for what in report.not_restored)
         return "\n".join(lines)
 
 

@@ -103,10 +103,10 @@ class InitializerStack:
     def _from_loaded(cls, loaded: LoadedConfig, path_provider: Any, observers: Iterable[Any]) -> Self:
         observers = [*(load_observer(name) for name in loaded.observers), *observers]
         decision = ""
-        if loaded.auto_resume:
-            resumed, decision = _auto_resume(path_provider, loaded.on_invalid)
+        if loaded.resume is not None:
+            resumed, decision = _auto_resume(path_provider, loaded.resume)
             if resumed is not None:
-                stack = cls._from_members([_Member(kinds.create(resumed, path_provider=path_provider))], observers)
+                stack = cls._from_members([_member(resumed, path_provider)], observers)
                 stack._auto_resume = decision
                 return stack
         members = [_member(entry, path_provider) for entry in loaded.entries]
@@ -285,6 +285,7 @@ class InitializerStack:
                     start=str(own_start) if own_start is not None and not own_start.is_zero else None,
                     restored=tuple(getattr(member.initializer, "restored", ())),
                     passed_over=tuple(getattr(member.initializer, "passed_over", ())),
+                    not_restored=tuple(getattr(member.initializer, "not_restored", ())),
                 )
             )
         carried = [
@@ -315,8 +316,11 @@ def _member(entry: Entry, path_provider: Any) -> _Member:
     )
 
 
-def _auto_resume(path_provider: Any, on_invalid: str) -> tuple[dict[str, Any] | None, str]:
-    """The config that resumes this run from its newest set (that is good), or None, and the decision in words."""
+def _auto_resume(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
+    """The entry that resumes this run from its newest set (that is good), or None, and the decision in words.
+
+    What the config says of it is validated at the first start already, when there is nothing to resume.
+    """
     if path_provider is None:
         raise ConfigError("auto_resume needs path_provider=PathProvider(output_root, run_id): it resumes this very run")
     paths = PathProvider.of(path_provider)
@@ -325,12 +329,15 @@ def _auto_resume(path_provider: Any, on_invalid: str) -> tuple[dict[str, Any] | 
             f"auto_resume: the run id {paths.run_id} was generated for this start, so that no later start could find "
             "its checkpoints. Give a fixed run_id"
         )
-    store = RunStore(paths)
-    if on_invalid == "previous" and store.is_begun():
+    config = validate_entry(entry)
+    store = RunStore(paths, asked_by="auto_resume")
+    keywords = {**(getattr(config, "kwargs", None) or {}), "auto_resume": True}
+    if getattr(config, "on_invalid", "error") == "previous" and store.is_begun():
         # Which set is good is found out by reading it, when the start iteration is asked for.
-        config = {"kind": "resume", "on_invalid": on_invalid, "kwargs": {"any_tag": True}}
-        return config, "auto_resume: resumed from the newest good set"
+        resumed = config.model_copy(update={"kwargs": keywords})
+        return attrs.evolve(entry, config=resumed), "auto_resume: resumed from the newest good set"
     newest = store.newest()
     if newest is None:
         return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
-    return {"kind": "resume", "checkpoint_tag": newest.name}, f"auto_resume: resumed from {newest.name}"
+    resumed = config.model_copy(update={"kwargs": keywords, "checkpoint_tag": newest.name})
+    return attrs.evolve(entry, config=resumed), f"auto_resume: resumed from {newest.name}"

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pydantic
 
+from noether_init_core.checkpoints import explain
 from noether_init_core.checkpoints.queries import Query
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import check_files, said_by
-from noether_init_core.checkpoints.store import CheckpointSet, Need, check_consistency
+from noether_init_core.checkpoints.store import CheckpointSet, Need, RunStore, check_consistency
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
+    CheckpointCorruptError,
     CheckpointFormatError,
     CheckpointNotFoundError,
     IncompleteSetError,
+    PlanError,
     StateMismatchError,
+    TornSetError,
+    UnsafeGlobalError,
     type_of,
 )
 from noether_init_core.initializers.callbacks import CallbackPlan, apply_callbacks, plan_callbacks
@@ -60,20 +66,25 @@ class ResumeInitializer(CheckpointInitializer):
     Args:
         config: A ``ResumeInitializerConfig``.
         path_provider: The folders of the run.
-        any_tag: With ``on_invalid: previous`` and no ``checkpoint_tag``: begin with the newest set, whatever its tags.
+        auto_resume: The stack's ``auto_resume`` asks. With ``on_invalid: previous`` and no ``checkpoint_tag`` it begins
+            with the newest set, whatever its tags; errors advise what can be said beside it.
 
     Attributes:
         passed_over: (set, why) of each broken set that was passed over, newest first.
+        not_restored: What the set has and ``check`` was given nothing to take it, in words.
     """
 
     config_class: ClassVar[type[KindConfig]] = ResumeInitializerConfig
     contract: ClassVar[int] = 1
     config: ResumeInitializerConfig
 
-    def __init__(self, config: KindConfig, *, path_provider: Any = None, any_tag: bool = False) -> None:
+    def __init__(self, config: KindConfig, *, path_provider: Any = None, auto_resume: bool = False) -> None:
         super().__init__(config, path_provider=path_provider)
+        self.store = RunStore(self.source_paths, asked_by="auto_resume" if auto_resume else "resume")
         self.passed_over: tuple[tuple[str, str], ...] = ()
-        self._any_tag = any_tag and self.config.checkpoint_tag is None
+        self.not_restored: tuple[str, ...] = ()
+        self._is_automatic = auto_resume or Query.of(self.checkpoint_tag).automatic
+        self._any_tag = auto_resume and self.config.checkpoint_tag is None
         self._trainer_state: dict[str, Any] | None = None
         self._root: str | None = None
         self._told_name = False
@@ -86,6 +97,10 @@ class ResumeInitializer(CheckpointInitializer):
 
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration that the trainer file says."""
+        with self._saying_ways_on():
+            return self._start()
+
+    def _start(self) -> TrainingIteration:
         return TrainingIteration.from_mapping(self.trainer_state()["training_iteration"])
 
     def trainer_state(self) -> dict[str, Any]:
@@ -211,7 +226,7 @@ class ResumeInitializer(CheckpointInitializer):
             return
         run_id = self.trainer_state().get("run_id")
         found: dict[str, tuple[TrainingIteration | None, str | None]] = {
-            "trainer": (self.start_checkpoint(), run_id if isinstance(run_id, str) else None)
+            "trainer": (self._start(), run_id if isinstance(run_id, str) else None)
         }
         for leaf in leaves:
             reader, source = self.opened(leaf, "model"), self.source_of(leaf, "model")
@@ -222,6 +237,10 @@ class ResumeInitializer(CheckpointInitializer):
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Weights and optimizer as in ``CheckpointInitializer``, then the states of trainer and callbacks."""
+        with self._saying_ways_on():
+            self._check(model, trainer, callbacks)
+
+    def _check(self, model: Any, trainer: Any, callbacks: list[Any] | None) -> None:
         super().check(model, trainer, callbacks)
         state = self.trainer_state()
         if trainer is None and _TRAINER_STATE in state:
@@ -241,6 +260,31 @@ class ResumeInitializer(CheckpointInitializer):
                 look(copy.copy(state))
         if callbacks:
             self._plan_callbacks(callbacks)
+        self.not_restored = self._left_callbacks() if callbacks is None else ()
+        for what in self.not_restored:
+            self.logger.warning("%s: %s", self.config.kind, what)
+
+    @contextlib.contextmanager
+    def _saying_ways_on(self) -> Iterator[None]:
+        """Add to the error of a broken set which older one there is, and what a config can say; its class stays."""
+        try:
+            yield
+        except (CheckpointCorruptError, CheckpointFormatError, TornSetError) as error:
+            # another set would hold the same names; and where none was selected, the store has said it all
+            if self._selected is not None and not isinstance(error, UnsafeGlobalError):
+                error.add(f". {self._ways_on(self._selected)}")
+            raise
+        except (PlanError, IncompleteSetError, AmbiguousCheckpointError) as error:
+            if self.store.asked_by == "auto_resume":
+                error.add("\nWhat resume can be told stands in auto_resume: auto_resume: {key: value}")
+            raise
+
+    def _ways_on(self, broken: CheckpointSet) -> str:
+        good = self.store.older_good(broken)
+        asked = TrainingIteration() if self.store.asked_by == "auto_resume" else Query.of(self.checkpoint_tag).iteration
+        is_asked = good is not None and (asked is None or good.iteration is None or asked.matches(good.iteration))
+        may_walk_back = self._is_automatic and is_asked and self.config.on_invalid == "error"
+        return explain.ways_on(self.store, good, may_walk_back=may_walk_back)
 
     def init_trainer(self, trainer: Any) -> None:
         """Hand the trainer file's content to ``trainer.load_state_dict``; if that raises, its state is put back."""
@@ -273,6 +317,18 @@ class ResumeInitializer(CheckpointInitializer):
     def _plan_callbacks(self, callbacks: Sequence[Any]) -> CallbackPlan:
         saved = self.trainer_state().get("callback_state_dicts", {})
         return plan_callbacks(saved, callbacks, where=f"the trainer file of {self._tag_words()}")
+
+    def _left_callbacks(self) -> tuple[str, ...]:
+        """That there are states of callbacks, for a start to which no callbacks are given."""
+        saved = self.trainer_state().get("callback_state_dicts")
+        named = saved if isinstance(saved, Mapping) else dict(enumerate(saved)) if isinstance(saved, list) else {}
+        names = [str(name) for name, state in named.items() if state]
+        if not names:
+            return ()
+        return (
+            f"the trainer file of {self._tag_words()} has states of callbacks {', '.join(names)}; none were given. "
+            "Next: stack.initialize(..., callbacks=[...]), unless the trainer restores them itself",
+        )
 
     def _tag_words(self) -> str:
         if self._selected is not None and (self.passed_over or self._any_tag):

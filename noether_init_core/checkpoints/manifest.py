@@ -164,7 +164,7 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
     if not _is_sealed(text):
         raise CheckpointCorruptError(
             f"{path} is not as it was written: its digest is not that of its content. It is damaged, or was edited. "
-            "Next: take an older checkpoint, or read the files beside it with kind: file",
+            "Next: take an older checkpoint",
             path=path,
         )
     try:

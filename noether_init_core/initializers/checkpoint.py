@@ -181,7 +181,10 @@ class CheckpointInitializer(SourceInitializer):
                     pending=[other.leaf.path for other in steps if other.leaf.path not in (*done, step.leaf.path)],
                 ) from error
             done.append(step.leaf.path)
-            self.restored.append(f"optimizer of {step.leaf.path}")
+            if any(state is not None for group in step.plan.state for state in group):
+                self.restored.append(f"optimizer of {step.leaf.path}")
+            elif not step.keep_fields:
+                self.restored.append(f"settings of the optimizer of {step.leaf.path}, which has no state")
             self.logger.info("%s: optimizer state of %s", self.config.kind, step.leaf.path)
         self._moments.clear()
         for step in steps:

@@ -263,12 +263,13 @@ class SourceInitializer(InitializerBase):
         """Nothing: this kind brings weights only, unless a subclass says otherwise."""
 
     def release(self) -> None:
-        """Close every file."""
+        """Close every file, and forget what was restored: a later initialization has a report of its own."""
         for opened in self._opened.values():
             opened.reader.close()
         self._opened.clear()
         self._planned = self._ready = None
         self._checked_values.clear()
+        self.restored.clear()
 
     @property
     def continues(self) -> bool:

@@ -579,13 +579,24 @@ def test_hard_links_are_made_only_where_the_mode_protects_the_file(tmp_path: Pat
 
 
 def test_flat_names_of_a_set_that_was_removed_by_hand_go_with_the_next_save(
-    writer: CheckpointWriter, folder: Path, paths: PathProvider
+    writer: CheckpointWriter, folder: Path, paths: PathProvider, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """First a person is asked; once the older set was gone on from, the names that we wrote stop the run no more."""
-    writer.save(trained(), ONE, tags=("latest", "last"))
-    shutil.rmtree(writer.save(trained(), THREE, tags=("latest", "last")).folder)
+    """They are copies, which stop no run: the newest committed set is meant, and a warning says so."""
+    first = writer.save(trained(), ONE, tags=("latest", "last"))
+    removed = writer.save(trained(), THREE, tags=("latest", "last")).folder
+    shutil.rmtree(removed)
+    store = RunStore(paths)
+    assert store.newest() == first
+    assert store.find("latest") == first
+    said = [record.message for record in caplog.records if "copies of a set that was removed" in record.message]
+    assert len(said) == 1
+    assert removed.name in said[0]
+    assert first.folder.name in said[0]
+    flat = folder / "mlp_cp=latest_trainer.th"
+    flat.write_bytes(flat.read_bytes())  # as another program would have
     with pytest.raises(AmbiguousCheckpointError, match=r"the set that they belonged to was removed.*E1_U10_S100"):
         RunStore(paths).newest()
+    flat.unlink()
     again = writer.save(trained(), TWO)
     assert RunStore(paths).newest() == again
     assert {path.name.split("_cp=")[1].rsplit("_", 1)[0] for path in folder.glob("*.th")} == {

@@ -370,6 +370,124 @@ def test_auto_resume_walks_back_if_asked(paths: PathProvider, tmp_path: Path) ->
         InitializerStack.from_config({"auto_resume": True}, path_provider=paths).initialize(bound(), trainer=Trainer())
 
 
+def _changes_manifest(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    rewrite(manifest, manifest.read_bytes().replace(b'"latest"', b'"lattst"'))
+
+
+BROKEN = {
+    **{f"{part} flipped": _flipped(part) for part in ("model", "optim")},
+    "trainer garbage": DAMAGES["garbage of the same size"],
+    "model missing": _missing("model"),
+    "model truncated": _truncated("model"),
+    "manifest changed": _changes_manifest,
+    "torn": _from_another_set("trainer"),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("tag", [None, "latest", "E2", {"epoch": 2}, "E2_U20_S200"])
+def test_error_of_a_broken_set_names_the_newest_older_one_and_the_ways_on(
+    paths: PathProvider, folders: list[Path], damage: Callable[[Path], Any], tag: Any
+) -> None:
+    """Whatever is damaged, and only what leads somewhere: ``E2`` has no older set to walk back to."""
+    damage(folders[2])
+    with pytest.raises(CheckpointError) as caught:
+        InitializerStack.from_config([{"kind": "resume", "checkpoint_tag": tag}], path_provider=paths).initialize(
+            bound(), trainer=Trainer()
+        )
+    said = str(caught.value)
+    assert said.count(f"The newest older set whose files are there is E1_U15_S150 ({folders[1].name}). Next: ") == 1
+    assert "checkpoint_tag: E1_U15_S150; " in said
+    assert said.endswith(f"noether-init verify {paths.checkpoint_path} shows the state of every set")
+    assert ("on_invalid: previous in this resume" in said) == (tag in (None, "latest"))
+    assert resume(paths, "E1_U15_S150")[0].start == ITERATIONS[1]
+
+
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
+def test_error_of_auto_resume_advises_what_auto_resume_can_be_told(
+    paths: PathProvider, folders: list[Path], damage: Callable[[Path], Any]
+) -> None:
+    """A tag would be ignored there; what is advised works."""
+    damage(folders[2])
+    with pytest.raises(CheckpointError) as caught:
+        InitializerStack.from_config({"auto_resume": True}, path_provider=paths).initialize(bound(), trainer=Trainer())
+    said = str(caught.value)
+    assert said.count(f"The newest older set whose files are there is E1_U15_S150 ({folders[1].name}). Next: ") == 1
+    assert "on_invalid: previous beside auto_resume goes on from the newest good set; noether-init verify " in said
+    assert "checkpoint_tag" not in said
+    assert "kind: file" not in said
+    for config in ({"auto_resume": True, "on_invalid": "previous"}, {"auto_resume": {"on_invalid": "previous"}}):
+        stack = InitializerStack.from_config(config, path_provider=paths)
+        assert stack.initialize(bound(), trainer=Trainer()).start == ITERATIONS[1]
+
+
+def test_older_set_of_the_same_iteration_is_not_advised_by_its_name(paths: PathProvider, folders: list[Path]) -> None:
+    """That name means the broken one."""
+    flip_tensor_bit(file_of(save(paths, 3, ITERATIONS[2]), "model"))
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    with pytest.raises(CheckpointCorruptError, match="on_invalid: previous in this resume") as caught:
+        stack.initialize(bound(), trainer=Trainer())
+    assert "is E2_U20_S200 (00000003_E2_U20_S200). Next" in str(caught.value)
+    assert "checkpoint_tag" not in str(caught.value)
+    assert caught.value.key != ""
+
+
+def test_a_broken_only_set_leaves_nothing_but_to_look(paths: PathProvider) -> None:
+    """No tag is advised that does not exist."""
+    flip_tensor_bit(file_of(save(paths, 0, ITERATIONS[0]), "model"))
+    for config, words in (
+        ([{"kind": "resume"}], "No older set is left. Next: noether-init verify"),
+        ({"auto_resume": True}, "No older set is left. Next: a new run_id starts anew; noether-init verify"),
+    ):
+        with pytest.raises(CheckpointCorruptError, match=words):
+            InitializerStack.from_config(config, path_provider=paths).initialize(bound(), trainer=Trainer())
+
+
+def test_a_broken_set_that_was_removed_by_hand_is_gone(paths: PathProvider, folders: list[Path]) -> None:
+    """The copies for Noether that it leaves behind stop neither ``resume`` nor ``auto_resume``."""
+    shutil.rmtree(folders[2])
+    for config in ([{"kind": "resume"}], {"auto_resume": True}, {"auto_resume": True, "on_invalid": "previous"}):
+        model, trainer = bound(), Trainer()
+        report = InitializerStack.from_config(config, path_provider=paths).initialize(model, trainer=trainer)
+        assert (report.start, values_of(model, trainer)) == (ITERATIONS[1], {1.0})
+
+
+def test_later_files_of_another_program_are_told_what_works_under_auto_resume(
+    paths: PathProvider, folders: list[Path]
+) -> None:
+    """Remove them, or write a resume in place of auto_resume."""
+    for part in ("model", "trainer"):
+        shutil.copy(file_of(folders[0], part), paths.checkpoint_path / f"mlp_cp=E5_U50_S500_{part}.th")
+    with pytest.raises(AmbiguousCheckpointError) as caught:
+        InitializerStack.from_config({"auto_resume": True}, path_provider=paths)
+    assert str(caught.value).endswith(
+        "Next: if nobody needs them, remove *_cp=E5_U50_S500_*.th; to go on from the committed set all the same, in "
+        "place of auto_resume an initializer - {kind: resume, checkpoint_tag: E2_U20_S200}"
+    )
+
+
+def test_auto_resume_takes_fields_of_resume(paths: PathProvider, folders: list[Path], tmp_path: Path) -> None:
+    """All that errors advise; the decision stays that of auto_resume."""
+    newest = save(paths, 3, TrainingIteration(3, 30, 300), tags=("mine",))
+    model = bound(float("nan"))
+    CheckpointWriter(paths).save(model, TrainingIteration(4, 40, 400), trainer=Trainer(4))
+    with pytest.raises(PlanError, match=r"on_nonfinite: warn(.|\n)*auto_resume: \{key: value\}"):
+        InitializerStack.from_config({"auto_resume": True}, path_provider=paths).initialize(bound(), trainer=Trainer())
+    file = tmp_path / "init.yaml"
+    file.write_text("auto_resume:\n  on_nonfinite: warn\n  load_optim: false\n  verify: header\n")
+    stack = InitializerStack.from_file(file, path_provider=paths)
+    report = stack.initialize(bound(), trainer=Trainer())
+    assert (report.start.epoch, report.auto_resume) == (4, "auto_resume: resumed from E4_U40_S400")
+    assert report.initializers[0].restored == ("trainer",)
+    shutil.rmtree(newest.parent / "00000005_E4_U40_S400")
+    flip_tensor_bit(file_of(newest, "model"))
+    config = {"auto_resume": {"on_invalid": "previous", "load_optim": False}}
+    report = InitializerStack.from_config(config, path_provider=paths).initialize(bound(), trainer=Trainer())
+    assert report.start == ITERATIONS[2]
+    assert str(report).splitlines()[0].endswith("(auto_resume: resumed from the newest good set)")
+
+
 # Folders without manifests.
 
 
@@ -394,6 +512,20 @@ def test_flat_latest_gives_way_to_the_newest_complete_iteration(paths: PathProvi
     flip_tensor_bit(folder / "mlp_cp=E2_U20_S200_optim.th")
     for report, model, trainer in (resume(paths), auto(paths)):
         assert (report.start, values_of(model, trainer)) == (ITERATIONS[1], {1.0})
+
+
+def test_broken_flat_files_name_the_older_ones_and_the_ways_on(paths: PathProvider, folders: list[Path]) -> None:
+    """As committed sets do: for a tag and for auto_resume, whether the trainer or the weights are broken."""
+    folder = make_legacy(paths)
+    rewrite(folder / "mlp_cp=latest_trainer.th", b"nothing at all")
+    with pytest.raises(CheckpointFormatError, match=r"is E2_U20_S200. Next: on_invalid: previous beside auto_resume"):
+        InitializerStack.from_config({"auto_resume": True}, path_provider=paths)
+    flip_tensor_bit(folder / "mlp_cp=E2_U20_S200_model.th")
+    stack = InitializerStack.from_config([{"kind": "resume", "checkpoint_tag": "U20"}], path_provider=paths)
+    with pytest.raises(
+        CheckpointCorruptError, match=r"is E1_U15_S150. Next: checkpoint_tag: E1_U15_S150; noether-init"
+    ):
+        stack.initialize(bound(), trainer=Trainer())
 
 
 def test_flat_files_that_lack_a_part_or_are_later_are_passed_over(paths: PathProvider, folders: list[Path]) -> None:
