@@ -10,20 +10,18 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
-import xxhash
 
 from noether_init_core.checkpoints.content import FileContent, contents_of, iteration_for
+from noether_init_core.checkpoints.file_writing import naming, write_file
 from noether_init_core.checkpoints.flat_names import give_room, refresh_flat_names, remove_orphans
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
-from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
+from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
-from noether_init_core.checkpoints.plain import bytes_of_tensor, tensors_in
 from noether_init_core.checkpoints.retention import Retention, checked_metrics
 from noether_init_core.checkpoints.sets import (
     SETS_FOLDER,
@@ -34,8 +32,7 @@ from noether_init_core.checkpoints.sets import (
     set_folders,
 )
 from noether_init_core.checkpoints.storage import LOCAL, Storage
-from noether_init_core.checkpoints.verify import Examined, examine_memory
-from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
+from noether_init_core.errors import CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import leaf_models
@@ -43,9 +40,6 @@ from noether_init_core.protocols import leaf_models
 __all__ = ["CheckpointWriter"]
 
 logger = logging.getLogger(__name__)
-
-# dtype, shape, and what its bytes in memory are
-_Examined = tuple[str, tuple[int, ...], Examined]
 
 LOCK_NAME = ".noether-init.lock"
 LOCK_TIMEOUT_S = 600.0
@@ -222,16 +216,16 @@ class CheckpointWriter:
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             metrics=metrics,
             frozen=frozen,
-            files=tuple(self._write_file(folder, content) for content in contents),
+            files=tuple(write_file(folder, content, storage) for content in contents),
             lineage=lineage,
             versions=_versions(),
         )
         temporary = folder / f"{MANIFEST_NAME}.tmp"
-        with _naming(temporary), storage.open_write(temporary) as file:
+        with naming(temporary), storage.open_write(temporary) as file:
             file.write(manifest.to_bytes())
             storage.fsync(file)
         storage.fsync_folder(folder)
-        with _naming(folder / MANIFEST_NAME):
+        with naming(folder / MANIFEST_NAME):
             storage.rename(temporary, folder / MANIFEST_NAME)
         unconfirmed = (
             f"{folder} is written, and may or may not be committed: after a power failure it may be gone. "
@@ -240,34 +234,6 @@ class CheckpointWriter:
         with _as_write_error(f"{iteration} of run {self.paths.run_id}", folder, unconfirmed):
             storage.fsync_folder(folder)
             return load_set(SetFolder(folder, sequence, iteration, committed=True), storage)
-
-    def _write_file(self, folder: Path, content: FileContent) -> ManifestFile:
-        path = folder / str(content.name)
-        # digests of tensors are taken meanwhile: the disk and torch's checksums take longer
-        with ThreadPoolExecutor(1) as pool, _naming(path), self.storage.open_write(path) as file:
-            described = pool.submit(_examined, content)
-            sink = _Sink(file)
-            with _checksums():
-                torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
-            sink.raise_error()
-            self.storage.fsync(file)
-        self.storage.make_read_only(path)
-        examined = described.result()
-        records = _prove(path, examined)
-        name = content.name
-        return ManifestFile(
-            name=str(name),
-            model=name.model,
-            info=name.info,
-            part=name.part,
-            size=sink.size,
-            digest=f"xxh3_128:{sink.hash.hexdigest()}",
-            records=records,
-            tensors={
-                key: ManifestTensor(dtype=dtype, shape=shape, digest=found.digest, values=found.nonfinite or "finite")
-                for key, (dtype, shape, found) in examined.items()
-            },
-        )
 
     def _follow_up(self, checkpoints: Path, committed: CheckpointSet) -> None:
         """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""
@@ -304,37 +270,6 @@ class CheckpointWriter:
         return tuple(json.loads(json.dumps(dict(entry), default=str)) for entry in found)
 
 
-class _Sink:
-    """What ``torch.save`` writes to: passes bytes on, hashes and counts them.
-
-    An error is kept instead of raised, because torch turns it into one that does not say what happened.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._error: Exception | None = None
-        self.hash = xxhash.xxh3_128()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self._error is None:
-            try:
-                self._file.write(view)
-            except OSError as error:
-                self._error = error
-        self.hash.update(view)
-        self.size += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing: the file is flushed when it is brought onto the disk."""
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
 def _all_tags(iteration: TrainingIteration, tags: Sequence[str]) -> tuple[str, ...]:
     if isinstance(tags, str):
         raise ConfigError(f'tags must be a sequence of texts: tags=("{tags}",)')
@@ -354,74 +289,6 @@ def _is_query(tag: str) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _tensors_of(content: FileContent) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors by the keys that the reader gives them: those of a state dict by its own keys, without extra state."""
-    if content.name.part == "model":
-        state_dict = content.content["state_dict"]
-        yield from ((key, value) for key, value in state_dict.items() if isinstance(value, torch.Tensor))
-    else:
-        yield from tensors_in(content.content)
-
-
-def _examined(content: FileContent) -> dict[str, _Examined]:
-    found = {}
-    for key, tensor in _tensors_of(content):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        found[key] = dtype, tuple(tensor.shape), examine_memory(bytes_of_tensor(tensor), dtype)
-    return found
-
-
-def _prove(path: Path, written: Mapping[str, _Examined]) -> str:
-    """Read the header back with our own reader: a file that it cannot read must never be committed.
-
-    The checksums that torch wrote are compared with those of the tensors in memory, so that what changed in the midst
-    of the save is found now, and not when the set is needed. Returns the digest of the file's records.
-    """
-    from noether_init_core.checkpoints.reader import open_checkpoint
-
-    with open_checkpoint(path) as reader:
-        found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors.items()}
-        checksums = {key: reader.checksum_of(key) for key in reader.tensors}
-        records = reader.digest_of_records
-    expected = {key: (dtype, shape) for key, (dtype, shape, _) in written.items()}
-    different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-    if different:
-        raise CheckpointCorruptError(
-            f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
-        )
-    changed = [key for key, (*_, examined) in written.items() if checksums[key] not in (None, examined.crc)]
-    if changed:
-        raise CheckpointCorruptError(
-            f"{', '.join(changed[:5])} changed while {path} was written, by another thread or process. "
-            "Next: save a copy (clone), or wait for what updates it",
-            path=path,
-            key=", ".join(changed),
-        )
-    return records
-
-
-@contextmanager
-def _checksums() -> Iterator[None]:
-    """Have torch write a checksum of every record, whatever the program chose for its own files."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say which file a failing write or fsync was for; the system knows it by number only."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 @contextmanager
