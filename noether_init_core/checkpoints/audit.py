@@ -22,6 +22,7 @@ from noether_init_core.checkpoints.sets import (
     set_folders,
 )
 from noether_init_core.checkpoints.store import RunStore
+from noether_init_core.checkpoints.usable import not_looked_at, refused_values
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
     CheckpointError,
@@ -45,7 +46,7 @@ __all__ = [
 
 #: Called with the number of bytes that have been verified since the last call.
 Progress = Callable[[int], None]
-State = Literal["good", "broken", "uncommitted"]
+State = Literal["good", "nonfinite", "broken", "uncommitted"]
 _CHECKPOINTS = "checkpoints"
 
 
@@ -66,7 +67,8 @@ class AuditedSet:
 
     Attributes:
         name: Its folder's name; in a folder without manifests the tag of its files.
-        state: ``uncommitted``: a save that was never finished; no reader ever picks it.
+        state: ``nonfinite``: as it was written, with values that a resume refuses; ``uncommitted``: a save that was
+            never finished, which no reader ever picks.
         is_committed: Whether a manifest vouches for it.
         iteration: As ``E1_U4_S32``; None where nobody says it.
         tags: The tags that mean it now. A later set has taken over the others that it was saved under.
@@ -75,6 +77,7 @@ class AuditedSet:
         run_id: The run that wrote it, as its files say; None where they do not.
         problems: What is wrong with it.
         notes: What is odd about it, and harms nobody.
+        nonfinite: Which values a resume refuses. Where no manifest tells parameters from buffers, only NaN is.
     """
 
     name: str
@@ -87,6 +90,7 @@ class AuditedSet:
     run_id: str | None = None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -98,7 +102,8 @@ class AuditedStore:
         run_id: The run, as a config has to name it.
         stage_name: The stage, likewise.
         sets: Every set, the uncommitted ones too.
-        newest_good: The newest set that is good and can be resumed; failing that, the newest that is good.
+        newest_good: The newest set that is good and can be resumed; failing that, the newest that is good; failing
+            that, the newest that is nonfinite.
         use: The line of a config that starts from it.
         problems: What is wrong beside the sets: flat files that are later than every committed set.
     """
@@ -113,7 +118,7 @@ class AuditedStore:
 
     @property
     def problem_count(self) -> int:
-        """How many sets are broken, and other problems."""
+        """How many sets are broken, and other problems; sets that are nonfinite are as they were written."""
         return sum(one.state == "broken" for one in self.sets) + len(self.problems)
 
 
@@ -175,10 +180,10 @@ def audit_store(store: RunStore, progress: Progress | None = None) -> AuditedSto
     else:
         unfinished = [_unfinished(folder) for folder in folders]
         audited = [*((one, None) for one in unfinished), *_legacy(store, progress)]
-    good = [(one, found) for one, found in audited if one.state == "good" and found is not None]
-    newest, chosen = next(
-        ((one, found) for one, found in good if found.models("trainer")), next(iter(good), (None, None))
-    )
+    whole = [(one, found) for one, found in audited if one.state in ("good", "nonfinite") and found is not None]
+    # of several that are equally good the newest stays first
+    whole.sort(key=lambda pair: (pair[0].state != "good", not pair[1].models("trainer")))
+    newest, chosen = next(iter(whole), (None, None))
     run_id, stage_name = _place(store, {one.run_id for one, _ in audited})
     use = ""
     if newest is not None and chosen is not None:
@@ -237,13 +242,19 @@ def _audit(
 ) -> AuditedSet:
     problems: list[str] = []
     said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
+    nonfinite: list[str] = []
     total = 0
     for file in found.files:
         size = store.storage.size_of(file.path)
         total += size or 0
-        problem = _problem_of(found, file, size, said)
+        refused: list[str] = []
+        problem = _problem_of(found, file, size, said, refused)
         if problem:
             problems.append(problem)
+        if file.info is None:
+            nonfinite += refused
+        else:
+            notes += [f"{text} ({file.info}), which a resume does not look at" for text in refused]
         if progress is not None and size:
             progress(size)
     try:
@@ -253,7 +264,7 @@ def _audit(
     iteration = found.iteration or next((one for one, _run in said.values() if one is not None), None)
     return AuditedSet(
         name,
-        "broken" if problems else "good",
+        "broken" if problems else "nonfinite" if nonfinite else "good",
         found.committed,
         str(iteration) if iteration is not None else None,
         tags,
@@ -262,6 +273,7 @@ def _audit(
         found.run_id or next((run_id for _iteration, run_id in said.values() if run_id is not None), None),
         tuple(problems),
         tuple(notes),
+        tuple(nonfinite),
     )
 
 
@@ -270,8 +282,9 @@ def _problem_of(
     file: CheckpointFile,
     size: int | None,
     said: dict[str, tuple[TrainingIteration | None, str | None]],
+    refused: list[str],
 ) -> str:
-    """What is wrong with one file of a set; its header's words go to ``said``."""
+    """What is wrong with one file of a set; what its header says goes to ``said``, bad values to ``refused``."""
     expected = next(
         (one.size for one in (found.manifest.files if found.manifest else ()) if one.name == file.path.name), size
     )
@@ -284,7 +297,10 @@ def _problem_of(
             # Optimizer files say nothing. Noether saves averages at times of their own.
             if file.part != "optim" and (found.committed or file.info is None):
                 said[file.path.name] = said_by(reader.metadata, file.path)
-            reader.verify("full", digest=found.digest_of(file))
+            committed = found.committed_file(file)
+            looked_at = not_looked_at(file, committed, reader.tensors)
+            reader.verify("full", digest=found.digest_of(file), values=looked_at)
+            refused += refused_values(file, committed, reader.nonfinite(looked_at))
     except (CheckpointError, OSError) as error:
         return str(error)
     return ""
@@ -324,10 +340,11 @@ def _config_line(run_id: str, stage_name: str | None, audited: AuditedSet, found
         if not found.committed
         else next((tag for tag in (found.name, *audited.tags) if tag in audited.tags), "")
     )
+    also = ", on_nonfinite: warn" if audited.state == "nonfinite" else ""
     if tag:
-        return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: {tag}}}"
+        return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: {tag}{also}}}"
     # every tag of it means a later set by now
-    return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: latest, on_invalid: previous}}"
+    return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: latest, on_invalid: previous{also}}}"
 
 
 def _provider(root: Path, parts: tuple[str, ...]) -> PathProvider | None:

@@ -50,6 +50,7 @@ def write_file(folder: Path, content: FileContent, storage: Storage) -> Manifest
         size=sink.size,
         digest=f"xxh3_128:{sink.hash.hexdigest()}",
         records=records,
+        buffers=content.buffers,
         tensors={
             key: ManifestTensor(dtype=dtype, shape=shape, digest=found.digest, values=found.nonfinite or "finite")
             for key, (dtype, shape, found) in examined.items()

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 JSON_VERSION = 1
-_MARKS = {"good": ("= good", "green"), "broken": ("x broken", "red"), "uncommitted": ("- uncommitted", "dim")}
+_MARKS = {
+    "good": ("= good", "green"),
+    "nonfinite": ("! nonfinite", "yellow"),
+    "broken": ("x broken", "red"),
+    "uncommitted": ("- uncommitted", "dim"),
+}
 _PATIENCE_S = 1.0
 
 
@@ -32,8 +37,8 @@ def run(
 ) -> None:
     """Verify every set: digests, checksums, structure, iterations. Changes nothing.
 
-    Exit code 0: all is good. 1: something is broken, or cannot be chosen from. Unfinished saves are listed and are no
-    problem: nobody ever picks them.
+    Exit code 0: all is as it was written. 1: something is broken, or cannot be chosen from. Sets with NaN are marked,
+    and unfinished saves, which nobody ever picks, are listed; neither is a problem.
     """
     from noether_init_core.checkpoints.audit import audit_file, audit_store, bytes_of, stores_at
 
@@ -98,6 +103,8 @@ def _show_store(store: AuditedStore) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from noether_init_core.checkpoints.usable import summary
+
     title = f"{store.run_id}/{store.stage_name}" if store.stage_name is not None else store.run_id
     table = Table(box=None, pad_edge=False, header_style="bold", title=Text(title), title_justify="left")
     # the folder of a committed set has its iteration in its name
@@ -119,15 +126,19 @@ def _show_store(store: AuditedStore) -> None:
     for one in store.sets:
         for problem in one.problems:
             typer.echo(f"x {one.name}: {_short(problem, store.folder, one.name)}")
+        if one.nonfinite:
+            typer.echo(f"! {one.name}: {summary(one.nonfinite)}; a resume refuses it (on_nonfinite: error)")
         for note in one.notes:
             typer.echo(f"- {one.name}: {note}")
         if one.state == "uncommitted":
             typer.echo(f"- {one.name}: a save that was never finished; never picked")
-    if any(one.state == "good" and not one.is_committed for one in store.sets):
+    if any(one.state in ("good", "nonfinite") and not one.is_committed for one in store.sets):
         typer.echo("no manifests: every file was compared with the checksums inside it")
     for problem in store.problems:
         typer.echo(f"x {problem}")
-    if store.newest_good is not None:
+    if store.newest_good is not None and store.newest_good.state == "nonfinite":
+        typer.echo(f"no finite set. To start from {store.newest_good.name} all the same:\n  {store.use}")
+    elif store.newest_good is not None:
         typer.echo(f"newest good set: {store.newest_good.name}. To start from it:\n  {store.use}")
     elif store.sets:
         typer.echo("no good set")
