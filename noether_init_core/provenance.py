@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from typing import Any
 
 import attrs
@@ -31,6 +32,7 @@ class InitializerReport:
         start: The iteration that it starts at; None for zero.
         restored: What was restored besides weights: optimizers, trainer, callbacks.
         passed_over: (set, why) of each broken set that was passed over on the way back to a good one, newest first.
+        resumed_set: The folder of the set that it goes on from; None where it resumes nothing.
     """
 
     kind: str
@@ -42,6 +44,7 @@ class InitializerReport:
     start: str | None = None
     restored: tuple[str, ...] = ()
     passed_over: tuple[tuple[str, str], ...] = ()
+    resumed_set: str | None = None
 
 
 @attrs.frozen
@@ -52,16 +55,22 @@ class InitReport:
         start: The iteration at which training starts.
         initializers: One report each, in the order of the config.
         auto_resume: What ``auto_resume`` decided and why; empty where it was not asked for.
+        training: The id that the training gets if it is a new one: if the set that it goes on from is of another run
+            or stage, or if there is none.
     """
 
     start: TrainingIteration
     initializers: tuple[InitializerReport, ...] = ()
     auto_resume: str = ""
+    training: str = attrs.field(factory=lambda: uuid.uuid4().hex, eq=False)
 
     def lineage(self) -> list[dict[str, Any]]:
-        """Where the weights came from, as plain data for the manifests of this run."""
+        """Where the weights came from, as plain data for the manifests of this run.
+
+        What was resumed also says the set's folder, ``set``, and the names of the sets that were passed over.
+        """
         return [
-            {"kind": report.kind, "model": model, "origin": origin, "file": file}
+            {"kind": report.kind, "model": model, "origin": origin, "file": file, **_resumed(report)}
             for report in self.initializers
             for model, origin, file in report.origins
         ]
@@ -81,3 +90,9 @@ class InitReport:
             lines.append(f"{report.kind}: {sources or 'no files'}" + (f" ({said})" if said else ""))
             lines.extend(f"  passed over {name}: {reason}" for name, reason in report.passed_over)
         return "\n".join(lines)
+
+
+def _resumed(report: InitializerReport) -> dict[str, Any]:
+    if report.resumed_set is None:
+        return {}
+    return {"set": report.resumed_set, "passed_over": [name for name, _reason in report.passed_over]}
