@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 
 from noether_init_core.checkpoints.content import FileContent, contents_of, iteration_for
+from noether_init_core.checkpoints.descent import Descent, Descents, Start
 from noether_init_core.checkpoints.file_writing import naming, write_file
 from noether_init_core.checkpoints.flat_names import give_room, refresh_flat_names, remove_orphans
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
@@ -32,6 +34,7 @@ from noether_init_core.checkpoints.sets import (
     set_folders,
 )
 from noether_init_core.checkpoints.storage import LOCAL, Storage
+from noether_init_core.checkpoints.usable import refused_by_resume, summary
 from noether_init_core.errors import CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
@@ -46,6 +49,18 @@ LOCK_TIMEOUT_S = 600.0
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
+@attrs.frozen
+class _Described:
+    """What the manifest says besides the files."""
+
+    iteration: TrainingIteration
+    tags: tuple[str, ...]
+    lineage: tuple[dict[str, Any], ...]
+    metrics: dict[str, float | None]
+    frozen: tuple[str, ...]
+    descent: Descent
+
+
 class CheckpointWriter:
     """Saves models, optimizers and the trainer of one run as committed sets.
 
@@ -55,10 +70,12 @@ class CheckpointWriter:
 
     Args:
         path_provider: The folders of the run; anything with ``output_root``, ``run_id`` and ``stage_name``.
-        report: The report of the initialization; its lineage is kept in every manifest.
+        report: The report of the initialization; its lineage is kept in every manifest, with the training that goes
+            on or begins, and the sets that it has passed over. None: what the trainer that is saved knows of it.
         flat_names: Whether Noether shall find the files under its own names as well.
-        keep_last: How many sets stay; None keeps all. The set to walk back to and the current set of every tag stay
-            in any case. Short for ``retention=Retention(last=keep_last)``.
+        keep_last: How many sets that can be resumed stay, of this training; None keeps all. The set to walk back to,
+            the current set of every tag, and the sets of another training under this run id stay in any case. Short for
+            ``retention=Retention(last=keep_last)``.
         retention: Which sets stay, where more than their age decides: a ``Retention``, or its fields as a mapping.
         storage: The file operations.
     """
@@ -80,6 +97,7 @@ class CheckpointWriter:
         self.flat_names = flat_names
         self.retention = Retention(last=keep_last) if retention is None else Retention.of(retention)
         self.storage = storage
+        self._descents = Descents()
         self._warned: set[str] = set()
 
     def save(
@@ -96,6 +114,8 @@ class CheckpointWriter:
         """Save one set and commit it under ``tags`` and the tag of its iteration; returns the committed set.
 
         When this returns, the set is on the disk. The same iteration may be saved again: the later set is meant then.
+        NaN is saved as it is, since who looks for its cause wants it, but a resume refuses it: a warning says so at the
+        first such save, and retention does not count the set.
 
         Args:
             model: A model, or a composite of which every single model is saved.
@@ -131,15 +151,20 @@ class CheckpointWriter:
             self._make_folders(checkpoints / SETS_FOLDER)
             with self.storage.lock(checkpoints / LOCK_NAME, LOCK_TIMEOUT_S):
                 collect_leftovers(checkpoints, self.storage)
-                self._look_for_another_history(checkpoints, full, trainer)
+                start = Start.of(self.report, trainer)
+                descent = self._descents.of_save(checkpoints, full, start, self.storage)
+                self._tell_of_another_training(checkpoints, full, descent)
+                described = _Described(full, all_tags, lineage, values, frozen, descent)
                 try:
-                    committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
+                    committed = self._commit(checkpoints, contents, described)
                 except OSError as error:
                     if error.errno not in _NO_ROOM or not give_room(checkpoints, self.storage):
                         raise
                     logger.warning("the disk is full: flat names for Noether were removed, to have room for the set")
                     collect_leftovers(checkpoints, self.storage)
-                    committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
+                    committed = self._commit(checkpoints, contents, described)
+                self._descents.saved(committed)
+                self._tell_of_refused_values(committed)
                 self._follow_up(checkpoints, committed)
         return committed
 
@@ -154,26 +179,30 @@ class CheckpointWriter:
         )
         return frozen
 
-    def _look_for_another_history(self, checkpoints: Path, iteration: TrainingIteration, trainer: Any) -> None:
-        """Two runs under one run id cannot be told apart later; refusing to save would lose the work of this one."""
-        newest = next((folder for folder in reversed(set_folders(checkpoints, self.storage)) if folder.committed), None)
-        if newest is None or iteration >= newest.iteration or self._is_continued(trainer):
+    def _tell_of_another_training(self, checkpoints: Path, iteration: TrainingIteration, descent: Descent) -> None:
+        """Refusing to save would lose the work of this run; removing the sets would lose that of the other."""
+        if descent.others_up_to is None:
             return
         self._warn_once(
-            f"{checkpoints} has sets up to {newest.iteration} already, and this run, which says nothing of a resume, "
-            f"saves from {iteration} on: tags that it does not save itself (E.., best) will mean the sets from before. "
+            f"{checkpoints} has sets up to {descent.others_up_to} already, and this run, which was not resumed from "
+            f"them as far as is known, saves from {iteration} on. They stay and take room: retention counts and "
+            "removes only sets of this training. Tags that it does not save itself (E.., best) will mean them. "
             "Next: a run_id of its own for each run, or auto_resume: true to go on; "
             "CheckpointWriter(report=...) tells of a resume"
         )
 
-    def _is_continued(self, trainer: Any) -> bool:
-        start = getattr(self.report, "start", None)
-        if isinstance(start, TrainingIteration):
-            return not start.is_zero
-        return any(dict(entry).get("kind") == "resume" for entry in getattr(trainer, "lineage", None) or ())
+    def _tell_of_refused_values(self, committed: CheckpointSet) -> None:
+        refused = refused_by_resume(committed.manifest) if committed.manifest is not None else ()
+        if refused:
+            self._warn_once(
+                f"{committed.name} of run {committed.run_id} is saved, but a resume will refuse it: "
+                f"{summary(refused)} (on_nonfinite: error). Retention does not count such sets, and keeps the newest "
+                "that are finite. Next: stop the run; noether-init verify names the newest finite set",
+                once="a resume will refuse it",
+            )
 
-    def _warn_once(self, text: str) -> None:
-        key = text.partition(",")[0]
+    def _warn_once(self, text: str, once: str = "") -> None:
+        key = once or text.partition(",")[0]
         if text and key not in self._warned:
             self._warned.add(key)
             logger.warning("%s", text)
@@ -192,17 +221,8 @@ class CheckpointWriter:
                     raise
             self.storage.fsync_folder(folder.parent)
 
-    def _commit(
-        self,
-        checkpoints: Path,
-        iteration: TrainingIteration,
-        tags: tuple[str, ...],
-        contents: Sequence[FileContent],
-        lineage: tuple[dict[str, Any], ...],
-        metrics: dict[str, float | None],
-        frozen: tuple[str, ...],
-    ) -> CheckpointSet:
-        storage = self.storage
+    def _commit(self, checkpoints: Path, contents: Sequence[FileContent], described: _Described) -> CheckpointSet:
+        storage, iteration = self.storage, described.iteration
         sequence = 1 + max((folder.sequence for folder in set_folders(checkpoints, storage)), default=0)
         folder = checkpoints / SETS_FOLDER / f"{sequence:08d}_{iteration}"
         storage.make_folder(folder)
@@ -210,14 +230,17 @@ class CheckpointWriter:
         manifest = Manifest(
             sequence=sequence,
             iteration=iteration.to_mapping(),
-            tags=tags,
+            tags=described.tags,
             run_id=self.paths.run_id,
             stage_name=self.paths.stage_name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            metrics=metrics,
-            frozen=frozen,
+            metrics=described.metrics,
+            frozen=described.frozen,
+            training=described.descent.training,
+            started_from=described.descent.started_from,
+            passed_over=described.descent.passed_over,
             files=tuple(write_file(folder, content, storage) for content in contents),
-            lineage=lineage,
+            lineage=described.lineage,
             versions=_versions(),
         )
         temporary = folder / f"{MANIFEST_NAME}.tmp"
@@ -245,7 +268,10 @@ class CheckpointWriter:
                 ("the flat names for Noether", lambda: refresh_flat_names(checkpoints, committed, self.storage))
             )
         if not self.retention.keeps_all:
-            steps.append(("the removal of old sets", lambda: retire_sets(checkpoints, self.retention, self.storage)))
+            training = committed.manifest.training if committed.manifest is not None else None
+            steps.append(
+                ("the removal of old sets", lambda: retire_sets(checkpoints, self.retention, self.storage, training))
+            )
         for what, step in steps:
             # each on its own: on a full disk, the removal of old sets is what makes room again
             try:
@@ -267,7 +293,11 @@ class CheckpointWriter:
 
     def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:
         found = self.report.lineage() if self.report is not None else getattr(trainer, "lineage", None) or ()
-        return tuple(json.loads(json.dumps(dict(entry), default=str)) for entry in found)
+        entries = [json.loads(json.dumps(dict(entry), default=str)) for entry in found]
+        for entry in entries:
+            if isinstance(entry.get("set"), str):  # where it lies on this machine is of no use on another
+                entry["set"] = Path(entry["set"]).name
+        return tuple(entries)
 
 
 def _all_tags(iteration: TrainingIteration, tags: Sequence[str]) -> tuple[str, ...]:
