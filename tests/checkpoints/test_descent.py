@@ -166,6 +166,14 @@ def test_writer_whose_iterations_go_back_begins_another_training(paths: PathProv
     assert sets(paths) == {2: "E2", 3: "E3", 6: "E5", 7: "E6"}
 
 
+def test_report_of_a_later_start_than_what_is_saved_says_nothing_of_it(paths: PathProvider) -> None:
+    """A report that is left over from before: what is at an earlier iteration does not come from there."""
+    first = save(CheckpointWriter(paths, keep_last=2), 4, 5)
+    second = save(CheckpointWriter(paths, keep_last=2, report=resume(paths)), 1, 2, 3)
+    assert {1: "E4", 2: "E5"}.items() <= sets(paths).items()
+    assert first[0].training not in {one.training for one in second}
+
+
 def test_writer_follows_what_its_trainer_says_of_a_new_start(paths: PathProvider) -> None:
     """The same writer after a second initialization, at the same iteration."""
     writer, trainer = CheckpointWriter(paths, keep_last=2), TrainerState()

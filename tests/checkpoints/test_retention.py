@@ -332,6 +332,14 @@ def test_without_any_finite_set_all_that_are_as_written_count() -> None:
     assert kept_of(sets, Retention(last=3)) == [3, 4, 5]
 
 
+def test_without_any_finite_set_those_that_were_passed_over_still_do_not_count() -> None:
+    """The damaged one of them least of all."""
+    sets = [a_set(number, number, (), {}, holds="infinities") for number in range(1, 5)]
+    sets += [a_set(n, n, (), {}, holds="infinities", passed_over=("00000004",)) for n in (5, 6)]
+    assert kept_of(sets[:5], Retention(last=2)) == [3, 4, 5]
+    assert kept_of(sets, Retention(last=3)) == [3, 4, 5, 6]
+
+
 def test_periods_and_best_are_chosen_among_finite_sets() -> None:
     """A metric that is not the loss may be best where the weights are of no use."""
     sets = [a_set(n, n, (), {"a": float(n)}, holds="NaN" if n in (4, 6) else "finite") for n in range(1, 10)]
