@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ class InitializerReport:
         restored: What was restored besides weights: optimizers, trainer, callbacks.
         passed_over: (set, why) of each broken set that was passed over on the way back to a good one, newest first.
         not_restored: What the checkpoint has and nobody was there to take, in words.
+        resumed_set: The folder of the set that it goes on from; None where it resumes nothing.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class InitializerReport:
     restored: tuple[str, ...] = ()
     passed_over: tuple[tuple[str, str], ...] = ()
     not_restored: tuple[str, ...] = ()
+    resumed_set: str | None = None
 
 
 @attrs.frozen
@@ -124,6 +127,8 @@ class InitReport:
         auto_resume: What ``auto_resume`` decided and why; empty where it was not asked for.
         sources: The files that values came from, those of earlier runs behind the ones that were read now.
         tensors: Every entry of the model, and where its value came from.
+        training: The id that the training gets if it is a new one: if the set that it goes on from is of another run
+            or stage, or if there is none.
     """
 
     start: TrainingIteration
@@ -131,11 +136,15 @@ class InitReport:
     auto_resume: str = ""
     sources: tuple[SourceRecord, ...] = ()
     tensors: tuple[TensorRecord, ...] = attrs.field(default=(), repr=False)
+    training: str = attrs.field(factory=lambda: uuid.uuid4().hex, eq=False)
 
     def lineage(self) -> list[dict[str, Any]]:
-        """Where the weights came from, as plain data for the manifests of this run."""
+        """Where the weights came from, as plain data for the manifests of this run.
+
+        What was resumed also says the set's folder, ``set``, and the names of the sets that were passed over.
+        """
         return [
-            {"kind": report.kind, "model": model, "origin": origin, "file": file}
+            {"kind": report.kind, "model": model, "origin": origin, "file": file, **_resumed(report)}
             for report in self.initializers
             for model, origin, file in report.origins
         ]
@@ -209,6 +218,12 @@ class InitReport:
             lines.extend(f"  passed over {name}: {reason}" for name, reason in report.passed_over)
             lines.extend(f"  not restored: {what}" for what in report.not_restored)
         return "\n".join(lines)
+
+
+def _resumed(report: InitializerReport) -> dict[str, Any]:
+    if report.resumed_set is None:
+        return {}
+    return {"set": report.resumed_set, "passed_over": [name for name, _reason in report.passed_over]}
 
 
 def histories(values: Mapping[str, Any]) -> dict[str, History]:

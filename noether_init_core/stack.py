@@ -160,6 +160,8 @@ class InitializerStack:
         Args:
             model: A model or composite; ``bind`` makes one of a plain module.
             trainer: Anything with ``state_dict`` and ``load_state_dict``; ``restore_rng`` is called last where it is.
+                Where it has ``lineage`` and ``init_report``, it is given the report's lineage and the report, which
+                ``CheckpointWriter`` looks for when it saves the trainer.
             callbacks: Callbacks with ``state_dict`` and ``load_state_dict``; others are passed along.
 
         Returns: the report; ``report.start`` is the iteration at which training starts.
@@ -191,6 +193,8 @@ class InitializerStack:
             report = self._report(model, start, starts, [hook for hook in HOOK_NAMES if present.get(hook, True)])
             if hasattr(trainer, "lineage"):
                 trainer.lineage = tuple(report.lineage())
+            if hasattr(trainer, "init_report"):
+                trainer.init_report = report
         finally:
             self._release()
         logger.info("%s", report)
@@ -286,6 +290,7 @@ class InitializerStack:
                     restored=tuple(getattr(member.initializer, "restored", ())),
                     passed_over=tuple(getattr(member.initializer, "passed_over", ())),
                     not_restored=tuple(getattr(member.initializer, "not_restored", ())),
+                    resumed_set=getattr(member.initializer, "resumed_set", None),
                 )
             )
         carried = [

@@ -13,11 +13,13 @@ from noether_init_core.checkpoints import explain
 from noether_init_core.checkpoints.queries import Query
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import check_files, said_by
-from noether_init_core.checkpoints.store import CheckpointSet, Need, RunStore, check_consistency
+from noether_init_core.checkpoints.store import CheckpointFile, CheckpointSet, Need, RunStore, check_consistency
+from noether_init_core.checkpoints.usable import not_looked_at, refused_values, summary
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
     IncompleteSetError,
@@ -50,8 +52,8 @@ class ResumeInitializerConfig(CheckpointInitializerConfig):
     load_optim: bool = pydantic.Field(default=True, description="Whether the state of the optimizer is loaded.")
     on_invalid: Literal["error", "previous"] = pydantic.Field(
         default="error",
-        description="What a broken set leads to, where the tag is an open one (latest, last, E10): "
-        "an error, or the newest good set before it.",
+        description="What a broken set, or one that on_nonfinite refuses, leads to, where the tag is an open one "
+        "(latest, last, E10): an error, or the newest good set before it.",
     )
 
 
@@ -61,7 +63,8 @@ class ResumeInitializer(CheckpointInitializer):
     Frozen submodels and submodels without optimizer keep their optimizer as it is. The trainer file is read once.
 
     With ``on_invalid: previous`` every file of the set is verified before the start iteration is told, and a broken set
-    that an open tag means gives way to the newest good one before it. A tag that names one set never does.
+    that an open tag means gives way to the newest good one before it. A tag that names one set never does. A set with
+    NaN is a broken one unless ``on_nonfinite`` says otherwise.
 
     Args:
         config: A ``ResumeInitializerConfig``.
@@ -102,6 +105,11 @@ class ResumeInitializer(CheckpointInitializer):
 
     def _start(self) -> TrainingIteration:
         return TrainingIteration.from_mapping(self.trainer_state()["training_iteration"])
+
+    @property
+    def resumed_set(self) -> str | None:
+        """The folder of the set that is resumed; None before it is selected."""
+        return None if self._selected is None else str(self._selected.folder)
 
     def trainer_state(self) -> dict[str, Any]:
         """The content of the trainer file, read and verified once.
@@ -148,6 +156,7 @@ class ResumeInitializer(CheckpointInitializer):
         """Verify every file of the set as ``verify`` says; returns the state of the trainer.
 
         Beside flat files there may be averages of another iteration, which Noether saves at times of their own.
+        Of values that the load would refuse an older set may be free.
         """
         check_files(found)
         said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
@@ -158,9 +167,24 @@ class ResumeInitializer(CheckpointInitializer):
             with open_checkpoint(file.path) as reader:
                 if file.part != "optim":
                     said[file.path.name] = said_by(reader.metadata, file.path)
-                reader.verify(self.config.verify, committed=found.committed_file(file))
+                committed = found.committed_file(file)
+                looked_at = not_looked_at(file, committed, reader.tensors) if self._refuses_values_of(file) else []
+                reader.verify(self.config.verify, committed=committed, values=looked_at)
+                if self._refuses_values_of(file):
+                    refused = refused_values(file, committed, reader.nonfinite(looked_at))
+                    if refused:
+                        raise CheckpointError(
+                            f"{file.path}: {summary(refused)}; it would be loaded with on_nonfinite: warn",
+                            path=file.path,
+                        )
         check_consistency(said, found)
         return self._read_trainer(found, root)
+
+    def _refuses_values_of(self, file: CheckpointFile) -> bool:
+        """Whether NaN in the file would be an error: if it is loaded, as far as that is known without a model."""
+        if self.on_nonfinite != "error":
+            return False
+        return file.info == self.config.model_info if file.part == "model" else self._loads(file.part)
 
     def _read_trainer(self, selected: CheckpointSet, root: str | None) -> dict[str, Any]:
         file = selected.file(root, "trainer")

@@ -25,6 +25,7 @@ from noether_init_core.checkpoints.sets import (
     set_folders,
 )
 from noether_init_core.checkpoints.store import RunStore
+from noether_init_core.checkpoints.usable import not_looked_at, refused_values
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
     CheckpointError,
@@ -48,7 +49,7 @@ __all__ = [
 
 #: Called with the number of bytes that have been verified since the last call.
 Progress = Callable[[int], None]
-State = Literal["good", "unverifiable", "broken", "uncommitted"]
+State = Literal["good", "nonfinite", "unverifiable", "broken", "uncommitted"]
 #: Of a file without checksums.
 UNVERIFIABLE = "written without checksums, so its bytes cannot be verified. In a config: verify: header"
 _CHECKPOINTS = "checkpoints"
@@ -75,8 +76,9 @@ class AuditedSet:
 
     Attributes:
         name: Its folder's name; in a folder without manifests the tag of its files.
-        state: ``uncommitted``: a save that was never finished; no reader ever picks it. ``unverifiable``: nothing is
-            wrong that could be seen, but some file has neither checksums nor a digest.
+        state: ``nonfinite``: as it was written, with values that a resume refuses; ``uncommitted``: a save that was
+            never finished, which no reader ever picks; ``unverifiable``: nothing is wrong that could be seen, but some
+            file has neither checksums nor a digest.
         is_committed: Whether a manifest vouches for it.
         iteration: As ``E1_U4_S32``; None where nobody says it.
         tags: The tags that mean it now. A later set has taken over the others that it was saved under.
@@ -85,6 +87,7 @@ class AuditedSet:
         run_id: The run that wrote it, as its files say; None where they do not.
         problems: What is wrong with it.
         notes: What is odd about it, and harms nobody.
+        nonfinite: Which values a resume refuses. Where no manifest tells parameters from buffers, only NaN is.
     """
 
     name: str
@@ -97,6 +100,7 @@ class AuditedSet:
     run_id: str | None = None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -108,8 +112,9 @@ class AuditedStore:
         run_id: The run, as a config has to name it.
         stage_name: The stage, likewise.
         sets: Every set, the uncommitted ones too.
-        newest_good: The newest set that is good and can be resumed; failing that, the newest that is good.
-        use: The line of a config that starts from it; where no set is good, from the newest that cannot be verified.
+        newest_good: The newest set that is good and can be resumed; failing that, the newest that is good; failing
+            that, the newest that is nonfinite.
+        use: The line of a config that starts from it; where no set is whole, from the newest that cannot be verified.
         problems: What is wrong beside the sets: flat files that are later than every committed set.
         flat: The flat files beside committed sets.
     """
@@ -125,7 +130,7 @@ class AuditedStore:
 
     @property
     def problem_count(self) -> int:
-        """How many sets are broken, and other problems."""
+        """How many sets are broken, and other problems; sets that are nonfinite are as they were written."""
         return sum(one.state == "broken" for one in self.sets) + len(self.problems) + len(self.flat.problems)
 
 
@@ -203,6 +208,8 @@ def audit_store(
         unfinished = [_unfinished(folder) for folder in folders]
         audited = [*((one, None) for one in unfinished), *_legacy(store, progress)]
     newest, chosen = _newest(audited, "good")
+    if newest is None:
+        newest, chosen = _newest(audited, "nonfinite")
     usable, source = (newest, chosen) if newest is not None else _newest(audited, "unverifiable")
     run_id, stage_name = _place(store, {one.run_id for one, _ in audited})
     use = ""
@@ -281,13 +288,19 @@ def _audit(
     problems: list[str] = []
     unverified: list[str] = []
     said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
+    nonfinite: list[str] = []
     total = 0
     for file in found.files:
         size = store.storage.size_of(file.path)
         total += size or 0
-        problem = _problem_of(found, file, size, said, unverified)
+        refused: list[str] = []
+        problem = _problem_of(found, file, size, said, unverified, refused)
         if problem:
             problems.append(problem)
+        if file.info is None:
+            nonfinite += refused
+        else:
+            notes += [f"{text} ({file.info}), which a resume does not look at" for text in refused]
         if progress is not None and size:
             progress(size)
     try:
@@ -297,7 +310,7 @@ def _audit(
     iteration = found.iteration or next((one for one, _run in said.values() if one is not None), None)
     return AuditedSet(
         name,
-        "broken" if problems else "unverifiable" if unverified else "good",
+        "broken" if problems else "unverifiable" if unverified else "nonfinite" if nonfinite else "good",
         found.committed,
         str(iteration) if iteration is not None else None,
         tags,
@@ -306,6 +319,7 @@ def _audit(
         found.run_id or next((run_id for _iteration, run_id in said.values() if run_id is not None), None),
         tuple(problems),
         (*notes, *(f"{name} was {UNVERIFIABLE}" for name in unverified)),
+        tuple(nonfinite),
     )
 
 
@@ -315,8 +329,12 @@ def _problem_of(
     size: int | None,
     said: dict[str, tuple[TrainingIteration | None, str | None]],
     unverified: list[str],
+    refused: list[str],
 ) -> str:
-    """What is wrong with one file of a set; its header's words go to ``said``, its name perhaps to ``unverified``."""
+    """What is wrong with one file of a set.
+
+    What its header says goes to ``said``, its name perhaps to ``unverified``, bad values to ``refused``.
+    """
     expected = next(
         (one.size for one in (found.manifest.files if found.manifest else ()) if one.name == file.path.name), size
     )
@@ -330,10 +348,13 @@ def _problem_of(
             if file.part != "optim" and (found.committed or file.info is None):
                 said[file.path.name] = said_by(reader.metadata, file.path)
             digest = found.digest_of(file)
+            committed = found.committed_file(file)
+            looked_at = not_looked_at(file, committed, reader.tensors)
             if digest is None and not reader.has_checksums:
                 unverified.append(file.path.name)
             else:
-                reader.verify("full", digest=digest)
+                reader.verify("full", digest=digest, values=looked_at)
+            refused += refused_values(file, committed, reader.nonfinite(looked_at))
     except (CheckpointError, OSError) as error:
         return str(error)
     return ""
@@ -373,10 +394,12 @@ def _config_line(run_id: str, stage_name: str | None, audited: AuditedSet, found
         if not found.committed
         else next((tag for tag in (found.name, *audited.tags) if tag in audited.tags), "")
     )
+    also = ", on_nonfinite: warn" if audited.state == "nonfinite" else ""
     if tag:
-        return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: {tag}{added}}}"
+        return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: {tag}{also}{added}}}"
     # every tag of it means a later set by now
-    return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: latest, on_invalid: previous{added}}}"
+    chosen = "checkpoint_tag: latest, on_invalid: previous"
+    return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, {chosen}{also}{added}}}"
 
 
 def _provider(root: Path, parts: tuple[str, ...]) -> PathProvider | None:

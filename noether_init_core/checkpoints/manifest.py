@@ -53,7 +53,9 @@ class ManifestTensor(_Model):
 class ManifestFile(_Model):
     """One file of the set; the digest is that of all its bytes.
 
-    ``records`` is the digest of the list of the file's records with their checksums; None in sets of earlier releases.
+    ``records`` is the digest of the list of the file's records with their checksums, ``buffers`` names the tensors of
+    weights that are no parameters. Both are None in sets of earlier releases, ``buffers`` also in files of averages,
+    optimizers and trainers.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ManifestFile(_Model):
     size: _Count
     digest: Digest
     records: Digest | None = None
+    buffers: tuple[str, ...] | None = None
     tensors: dict[str, ManifestTensor]
 
     @pydantic.model_validator(mode="after")
@@ -75,10 +78,17 @@ class ManifestFile(_Model):
 
 
 class Manifest(_Model):
-    """The content of ``manifest.json``; ``frozen`` are models whose optimizer was left out since they were frozen.
+    """The content of ``manifest.json``.
 
-    ``provenance`` is the digest of ``provenance.json`` beside it; None where the writer was not told where tensors came
-    from.
+    The last four are empty in sets of earlier releases, and where nobody told the writer.
+
+    Attributes:
+        frozen: Models whose optimizer was left out since they were frozen.
+        training: Sets with the same id are of one training, however often it was interrupted; None in sets of earlier
+            releases, which count as one training.
+        started_from: Name of the set in this folder that the process resumed from.
+        passed_over: Names of sets in this folder that this training found to be no use, and went back behind.
+        provenance: Digest of ``provenance.json`` beside it.
     """
 
     format: str = FORMAT
@@ -91,6 +101,9 @@ class Manifest(_Model):
     created: str
     metrics: dict[str, float | None] = {}
     frozen: tuple[str, ...] = ()
+    training: str | None = None
+    started_from: str | None = None
+    passed_over: tuple[str, ...] = ()
     files: tuple[ManifestFile, ...]
     lineage: tuple[dict[str, Any], ...] = ()
     provenance: Digest | None = None

@@ -10,20 +10,20 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+import attrs
 import torch
-import xxhash
 
 from noether_init_core.checkpoints.content import FileContent, contents_of, iteration_for
+from noether_init_core.checkpoints.descent import Descent, Descents, Start
+from noether_init_core.checkpoints.file_writing import naming, write_file
 from noether_init_core.checkpoints.flat_names import give_room, refresh_flat_names, remove_orphans
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
-from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
+from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
-from noether_init_core.checkpoints.plain import bytes_of_tensor, tensors_in
 from noether_init_core.checkpoints.retention import Retention, checked_metrics
 from noether_init_core.checkpoints.sets import (
     SETS_FOLDER,
@@ -34,8 +34,8 @@ from noether_init_core.checkpoints.sets import (
     set_folders,
 )
 from noether_init_core.checkpoints.storage import LOCAL, Storage
-from noether_init_core.checkpoints.verify import Examined, examine_memory
-from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
+from noether_init_core.checkpoints.usable import refused_by_resume, summary
+from noether_init_core.errors import CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import leaf_models
@@ -44,12 +44,21 @@ __all__ = ["CheckpointWriter"]
 
 logger = logging.getLogger(__name__)
 
-# dtype, shape, and what its bytes in memory are
-_Examined = tuple[str, tuple[int, ...], Examined]
-
 LOCK_NAME = ".noether-init.lock"
 LOCK_TIMEOUT_S = 600.0
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@attrs.frozen
+class _Described:
+    """What the manifest says besides the files."""
+
+    iteration: TrainingIteration
+    tags: tuple[str, ...]
+    lineage: tuple[dict[str, Any], ...]
+    metrics: dict[str, float | None]
+    frozen: tuple[str, ...]
+    descent: Descent
 
 
 class CheckpointWriter:
@@ -61,10 +70,12 @@ class CheckpointWriter:
 
     Args:
         path_provider: The folders of the run; anything with ``output_root``, ``run_id`` and ``stage_name``.
-        report: The report of the initialization; its lineage is kept in every manifest.
+        report: The report of the initialization; its lineage is kept in every manifest, with the training that goes
+            on or begins, and the sets that it has passed over. None: what the trainer that is saved knows of it.
         flat_names: Whether Noether shall find the files under its own names as well.
-        keep_last: How many sets stay; None keeps all. The set to walk back to and the current set of every tag stay
-            in any case. Short for ``retention=Retention(last=keep_last)``.
+        keep_last: How many sets that can be resumed stay, of this training; None keeps all. The set to walk back to,
+            the current set of every tag, and the sets of another training under this run id stay in any case. Short for
+            ``retention=Retention(last=keep_last)``.
         retention: Which sets stay, where more than their age decides: a ``Retention``, or its fields as a mapping.
         storage: The file operations.
     """
@@ -86,6 +97,7 @@ class CheckpointWriter:
         self.flat_names = flat_names
         self.retention = Retention(last=keep_last) if retention is None else Retention.of(retention)
         self.storage = storage
+        self._descents = Descents()
         self._warned: set[str] = set()
 
     def save(
@@ -102,6 +114,8 @@ class CheckpointWriter:
         """Save one set and commit it under ``tags`` and the tag of its iteration; returns the committed set.
 
         When this returns, the set is on the disk. The same iteration may be saved again: the later set is meant then.
+        NaN is saved as it is, since who looks for its cause wants it, but a resume refuses it: a warning says so at the
+        first such save, and retention does not count the set.
 
         Args:
             model: A model, or a composite of which every single model is saved.
@@ -137,15 +151,20 @@ class CheckpointWriter:
             self._make_folders(checkpoints / SETS_FOLDER)
             with self.storage.lock(checkpoints / LOCK_NAME, LOCK_TIMEOUT_S):
                 collect_leftovers(checkpoints, self.storage)
-                self._look_for_another_history(checkpoints, full, trainer)
+                start = Start.of(self.report, trainer)
+                descent = self._descents.of_save(checkpoints, full, start, self.storage)
+                self._tell_of_another_training(checkpoints, full, descent)
+                described = _Described(full, all_tags, lineage, values, frozen, descent)
                 try:
-                    committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
+                    committed = self._commit(checkpoints, contents, described)
                 except OSError as error:
                     if error.errno not in _NO_ROOM or not give_room(checkpoints, self.storage):
                         raise
                     logger.warning("the disk is full: flat names for Noether were removed, to have room for the set")
                     collect_leftovers(checkpoints, self.storage)
-                    committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
+                    committed = self._commit(checkpoints, contents, described)
+                self._descents.saved(committed)
+                self._tell_of_refused_values(committed)
                 self._follow_up(checkpoints, committed)
         return committed
 
@@ -160,26 +179,30 @@ class CheckpointWriter:
         )
         return frozen
 
-    def _look_for_another_history(self, checkpoints: Path, iteration: TrainingIteration, trainer: Any) -> None:
-        """Two runs under one run id cannot be told apart later; refusing to save would lose the work of this one."""
-        newest = next((folder for folder in reversed(set_folders(checkpoints, self.storage)) if folder.committed), None)
-        if newest is None or iteration >= newest.iteration or self._is_continued(trainer):
+    def _tell_of_another_training(self, checkpoints: Path, iteration: TrainingIteration, descent: Descent) -> None:
+        """Refusing to save would lose the work of this run; removing the sets would lose that of the other."""
+        if descent.others_up_to is None:
             return
         self._warn_once(
-            f"{checkpoints} has sets up to {newest.iteration} already, and this run, which says nothing of a resume, "
-            f"saves from {iteration} on: tags that it does not save itself (E.., best) will mean the sets from before. "
+            f"{checkpoints} has sets up to {descent.others_up_to} already, and this run, which was not resumed from "
+            f"them as far as is known, saves from {iteration} on. They stay and take room: retention counts and "
+            "removes only sets of this training. Tags that it does not save itself (E.., best) will mean them. "
             "Next: a run_id of its own for each run, or auto_resume: true to go on; "
             "CheckpointWriter(report=...) tells of a resume"
         )
 
-    def _is_continued(self, trainer: Any) -> bool:
-        start = getattr(self.report, "start", None)
-        if isinstance(start, TrainingIteration):
-            return not start.is_zero
-        return any(dict(entry).get("kind") == "resume" for entry in getattr(trainer, "lineage", None) or ())
+    def _tell_of_refused_values(self, committed: CheckpointSet) -> None:
+        refused = refused_by_resume(committed.manifest) if committed.manifest is not None else ()
+        if refused:
+            self._warn_once(
+                f"{committed.name} of run {committed.run_id} is saved, but a resume will refuse it: "
+                f"{summary(refused)} (on_nonfinite: error). Retention does not count such sets, and keeps the newest "
+                "that are finite. Next: stop the run; noether-init verify names the newest finite set",
+                once="a resume will refuse it",
+            )
 
-    def _warn_once(self, text: str) -> None:
-        key = text.partition(",")[0]
+    def _warn_once(self, text: str, once: str = "") -> None:
+        key = once or text.partition(",")[0]
         if text and key not in self._warned:
             self._warned.add(key)
             logger.warning("%s", text)
@@ -198,17 +221,8 @@ class CheckpointWriter:
                     raise
             self.storage.fsync_folder(folder.parent)
 
-    def _commit(
-        self,
-        checkpoints: Path,
-        iteration: TrainingIteration,
-        tags: tuple[str, ...],
-        contents: Sequence[FileContent],
-        lineage: tuple[dict[str, Any], ...],
-        metrics: dict[str, float | None],
-        frozen: tuple[str, ...],
-    ) -> CheckpointSet:
-        storage = self.storage
+    def _commit(self, checkpoints: Path, contents: Sequence[FileContent], described: _Described) -> CheckpointSet:
+        storage, iteration = self.storage, described.iteration
         sequence = 1 + max((folder.sequence for folder in set_folders(checkpoints, storage)), default=0)
         folder = checkpoints / SETS_FOLDER / f"{sequence:08d}_{iteration}"
         storage.make_folder(folder)
@@ -216,22 +230,25 @@ class CheckpointWriter:
         manifest = Manifest(
             sequence=sequence,
             iteration=iteration.to_mapping(),
-            tags=tags,
+            tags=described.tags,
             run_id=self.paths.run_id,
             stage_name=self.paths.stage_name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            metrics=metrics,
-            frozen=frozen,
-            files=tuple(self._write_file(folder, content) for content in contents),
-            lineage=lineage,
+            metrics=described.metrics,
+            frozen=described.frozen,
+            training=described.descent.training,
+            started_from=described.descent.started_from,
+            passed_over=described.descent.passed_over,
+            files=tuple(write_file(folder, content, storage) for content in contents),
+            lineage=described.lineage,
             versions=_versions(),
         )
         temporary = folder / f"{MANIFEST_NAME}.tmp"
-        with _naming(temporary), storage.open_write(temporary) as file:
+        with naming(temporary), storage.open_write(temporary) as file:
             file.write(manifest.to_bytes())
             storage.fsync(file)
         storage.fsync_folder(folder)
-        with _naming(folder / MANIFEST_NAME):
+        with naming(folder / MANIFEST_NAME):
             storage.rename(temporary, folder / MANIFEST_NAME)
         unconfirmed = (
             f"{folder} is written, and may or may not be committed: after a power failure it may be gone. "
@@ -240,34 +257,6 @@ class CheckpointWriter:
         with _as_write_error(f"{iteration} of run {self.paths.run_id}", folder, unconfirmed):
             storage.fsync_folder(folder)
             return load_set(SetFolder(folder, sequence, iteration, committed=True), storage)
-
-    def _write_file(self, folder: Path, content: FileContent) -> ManifestFile:
-        path = folder / str(content.name)
-        # digests of tensors are taken meanwhile: the disk and torch's checksums take longer
-        with ThreadPoolExecutor(1) as pool, _naming(path), self.storage.open_write(path) as file:
-            described = pool.submit(_examined, content)
-            sink = _Sink(file)
-            with _checksums():
-                torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
-            sink.raise_error()
-            self.storage.fsync(file)
-        self.storage.make_read_only(path)
-        examined = described.result()
-        records = _prove(path, examined)
-        name = content.name
-        return ManifestFile(
-            name=str(name),
-            model=name.model,
-            info=name.info,
-            part=name.part,
-            size=sink.size,
-            digest=f"xxh3_128:{sink.hash.hexdigest()}",
-            records=records,
-            tensors={
-                key: ManifestTensor(dtype=dtype, shape=shape, digest=found.digest, values=found.nonfinite or "finite")
-                for key, (dtype, shape, found) in examined.items()
-            },
-        )
 
     def _follow_up(self, checkpoints: Path, committed: CheckpointSet) -> None:
         """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""
@@ -279,7 +268,10 @@ class CheckpointWriter:
                 ("the flat names for Noether", lambda: refresh_flat_names(checkpoints, committed, self.storage))
             )
         if not self.retention.keeps_all:
-            steps.append(("the removal of old sets", lambda: retire_sets(checkpoints, self.retention, self.storage)))
+            training = committed.manifest.training if committed.manifest is not None else None
+            steps.append(
+                ("the removal of old sets", lambda: retire_sets(checkpoints, self.retention, self.storage, training))
+            )
         for what, step in steps:
             # each on its own: on a full disk, the removal of old sets is what makes room again
             try:
@@ -301,38 +293,11 @@ class CheckpointWriter:
 
     def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:
         found = self.report.lineage() if self.report is not None else getattr(trainer, "lineage", None) or ()
-        return tuple(json.loads(json.dumps(dict(entry), default=str)) for entry in found)
-
-
-class _Sink:
-    """What ``torch.save`` writes to: passes bytes on, hashes and counts them.
-
-    An error is kept instead of raised, because torch turns it into one that does not say what happened.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._error: Exception | None = None
-        self.hash = xxhash.xxh3_128()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self._error is None:
-            try:
-                self._file.write(view)
-            except OSError as error:
-                self._error = error
-        self.hash.update(view)
-        self.size += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing: the file is flushed when it is brought onto the disk."""
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+        entries = [json.loads(json.dumps(dict(entry), default=str)) for entry in found]
+        for entry in entries:
+            if isinstance(entry.get("set"), str):  # where it lies on this machine is of no use on another
+                entry["set"] = Path(entry["set"]).name
+        return tuple(entries)
 
 
 def _all_tags(iteration: TrainingIteration, tags: Sequence[str]) -> tuple[str, ...]:
@@ -354,74 +319,6 @@ def _is_query(tag: str) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _tensors_of(content: FileContent) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors by the keys that the reader gives them: those of a state dict by its own keys, without extra state."""
-    if content.name.part == "model":
-        state_dict = content.content["state_dict"]
-        yield from ((key, value) for key, value in state_dict.items() if isinstance(value, torch.Tensor))
-    else:
-        yield from tensors_in(content.content)
-
-
-def _examined(content: FileContent) -> dict[str, _Examined]:
-    found = {}
-    for key, tensor in _tensors_of(content):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        found[key] = dtype, tuple(tensor.shape), examine_memory(bytes_of_tensor(tensor), dtype)
-    return found
-
-
-def _prove(path: Path, written: Mapping[str, _Examined]) -> str:
-    """Read the header back with our own reader: a file that it cannot read must never be committed.
-
-    The checksums that torch wrote are compared with those of the tensors in memory, so that what changed in the midst
-    of the save is found now, and not when the set is needed. Returns the digest of the file's records.
-    """
-    from noether_init_core.checkpoints.reader import open_checkpoint
-
-    with open_checkpoint(path) as reader:
-        found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors.items()}
-        checksums = {key: reader.checksum_of(key) for key in reader.tensors}
-        records = reader.digest_of_records
-    expected = {key: (dtype, shape) for key, (dtype, shape, _) in written.items()}
-    different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-    if different:
-        raise CheckpointCorruptError(
-            f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
-        )
-    changed = [key for key, (*_, examined) in written.items() if checksums[key] not in (None, examined.crc)]
-    if changed:
-        raise CheckpointCorruptError(
-            f"{', '.join(changed[:5])} changed while {path} was written, by another thread or process. "
-            "Next: save a copy (clone), or wait for what updates it",
-            path=path,
-            key=", ".join(changed),
-        )
-    return records
-
-
-@contextmanager
-def _checksums() -> Iterator[None]:
-    """Have torch write a checksum of every record, whatever the program chose for its own files."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say which file a failing write or fsync was for; the system knows it by number only."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 @contextmanager

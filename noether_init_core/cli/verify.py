@@ -23,6 +23,7 @@ JSON_VERSION = 1
 _MARKS = {
     "good": ("= good", "green"),
     "unverifiable": ("? unverifiable", "yellow"),
+    "nonfinite": ("! nonfinite", "yellow"),
     "broken": ("x broken", "red"),
     "uncommitted": ("- uncommitted", "dim"),
 }
@@ -48,9 +49,10 @@ def run(
 ) -> None:
     """Verify every set: digests, checksums, structure, iterations. Changes nothing.
 
-    Exit code 0: all is good, or cannot be verified for want of checksums (1 with --strict). 1: something is broken, or
-    cannot be chosen from. Unfinished saves are listed and are no problem: nobody ever picks them. Flat files beside
-    committed sets are copies for Noether; without --flat they are counted and not read.
+    Exit code 0: all is as it was written, or cannot be verified for want of checksums (1 with --strict). 1: something
+    is broken, or cannot be chosen from. Sets with NaN are marked, and unfinished saves, which nobody ever picks, are
+    listed; neither is a problem. Flat files beside committed sets are copies for Noether; without --flat they are
+    counted and not read.
     """
     if not all(paths):
         raise typer.BadParameter("it is empty. For the working folder: .", param_hint="PATH")
@@ -144,6 +146,8 @@ def _show_store(store: AuditedStore) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from noether_init_core.checkpoints.usable import summary
+
     title = f"{store.run_id}/{store.stage_name}" if store.stage_name is not None else store.run_id
     title += f"  {_from_here(store.folder)}"
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -167,6 +171,8 @@ def _show_store(store: AuditedStore) -> None:
     for one in store.sets:
         for problem in one.problems:
             typer.echo(f"x {one.name}: {_short(problem, store.folder, one.name)}")
+        if one.nonfinite:
+            typer.echo(f"! {one.name}: {summary(one.nonfinite)}; a resume refuses it (on_nonfinite: error)")
         for note in one.notes:
             typer.echo(f"- {one.name}: {note}")
         if one.state == "uncommitted":
@@ -177,11 +183,13 @@ def _show_store(store: AuditedStore) -> None:
         typer.echo(f"- {name} was written over since our save: by another program, or it is damaged")
     for problem in store.flat.problems:
         typer.echo(f"x {_short(problem, store.folder, '')}")
-    if any(one.state == "good" and not one.is_committed for one in store.sets):
+    if any(one.state in ("good", "nonfinite") and not one.is_committed for one in store.sets):
         typer.echo("no manifests: every file was compared with the checksums inside it")
     for problem in store.problems:
         typer.echo(f"x {problem}")
-    if store.newest_good is not None:
+    if store.newest_good is not None and store.newest_good.state == "nonfinite":
+        typer.echo(f"no finite set. To start from {store.newest_good.name} all the same:\n  {store.use}")
+    elif store.newest_good is not None:
         typer.echo(f"newest good set: {store.newest_good.name}. To start from it:\n  {store.use}")
     elif store.use:
         typer.echo(f"no set could be verified. To start from the newest all the same:\n  {store.use}")

@@ -28,7 +28,7 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
-from noether_init_core.checkpoints import writer as writer_module
+from noether_init_core.checkpoints import file_writing
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import CheckpointSet, check_files
 from noether_init_core.checkpoints.storage import Storage
@@ -444,7 +444,7 @@ def test_weights_that_change_in_the_midst_of_a_save_are_not_committed(
                 file.write = write  # type: ignore[method-assign]
             return file
 
-    monkeypatch.setattr(writer_module, "examine_memory", look)
+    monkeypatch.setattr(file_writing, "examine_memory", look)
     with pytest.raises(CheckpointWriteError, match=r"weight changed while .* was written, by another thread"):
         CheckpointWriter(paths, storage=TrainsOn()).save(model, at(2))
     assert set(assert_all_good(paths).values()) == {1.0}

@@ -34,7 +34,11 @@ class Result:
     @property
     def rows(self) -> dict[str, str]:
         """Set -> its line of the table."""
-        table = [line for line in self.out.splitlines() if line.startswith(("= good", "? unv", "x broken", "- uncom"))]
+        table = [
+            line
+            for line in self.out.splitlines()
+            if line.startswith(("= ", "! ", "? ", "x ", "- ")) and ": " not in line
+        ]
         return {line.split()[2]: line for line in table}
 
 
@@ -122,6 +126,72 @@ def test_everything_that_is_wrong_is_said_of_its_set(verify: Verify, paths: Path
     (config,) = yaml.safe_load(run["use"])
     stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
     assert stack.start_checkpoint() == ONE
+
+
+def save_diverged(paths: PathProvider, iteration: TrainingIteration, *, also: str = "") -> Path:
+    """A set with NaN in a weight; ``also`` names the info of an average that holds NaN instead."""
+    module = torch.nn.Linear(3, 2)
+    averages = {also: {key: torch.full_like(value, float("nan")) for key, value in module.state_dict().items()}}
+    if not also:
+        torch.nn.init.constant_(module.bias, float("nan"))
+    model = bind(module, name="mlp", optimizer=torch.optim.AdamW(module.parameters()))
+    return CheckpointWriter(paths).save(model, iteration, averages=averages if also else None).folder
+
+
+def test_sets_with_nan_are_marked_and_not_offered(verify: Verify, paths: PathProvider) -> None:
+    """They are as they were written, so that the exit code stays 0; a resume would refuse them."""
+    finite = save(paths, ONE)
+    names = [save_diverged(paths, iteration).name for iteration in (TWO, THREE)]
+    result = verify(paths.output_root)
+    assert result.code == 0
+    assert [line.split()[:2] for line in result.rows.values()] == [["!", "nonfinite"]] * 2 + [["=", "good"]]
+    assert f"! {names[1]}: bias of mlp holds NaN; a resume refuses it (on_nonfinite: error)" in result.out
+    assert f"newest good set: {finite.name}. To start from it:" in result.out
+    assert result.out.splitlines()[-1] == "sets: 3, problems: 0"
+    data = json.loads(verify(paths.output_root, "--json").out)
+    (run,) = data["runs"]
+    assert [one["state"] for one in run["sets"]] == ["nonfinite", "nonfinite", "good"]
+    assert [one["nonfinite"] for one in run["sets"]] == [["bias of mlp holds NaN"]] * 2 + [[]]
+    assert (run["newest_good"]["name"], data["problems"]) == (finite.name, 0)
+    (config,) = yaml.safe_load(run["use"])
+    stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
+    assert stack.start_checkpoint() == ONE
+
+
+def test_set_with_nan_is_offered_where_there_is_no_other_with_the_switch_it_needs(
+    verify: Verify, paths: PathProvider
+) -> None:
+    """The line works, and says what it takes. A damaged set is broken, whatever values it holds."""
+    save_diverged(paths, ONE)
+    flip_tensor_bit(save_diverged(paths, TWO) / "mlp_cp=E2_U20_S200_model.th")
+    result = verify(paths.output_root)
+    assert result.code == 1
+    assert [line[:11] for line in result.rows.values()] == ["x broken   ", "! nonfinite"]
+    assert "no finite set. To start from 00000001_E1_U10_S100 all the same:" in result.out
+    (config,) = yaml.safe_load(result.out.split("all the same:")[1].split("\n\n")[0])
+    assert config["on_nonfinite"] == "warn"
+    module = torch.nn.Linear(3, 2)
+    model = bind(module, name="mlp", optimizer=torch.optim.AdamW(module.parameters()))
+    stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
+    assert stack.initialize(model).start == ONE
+    assert bool(module.bias.isnan().all())
+
+
+def test_nan_is_found_where_no_manifest_tells_of_values(verify: Verify, paths: PathProvider) -> None:
+    """Every byte is read anyway."""
+    save(paths, ONE)
+    save_diverged(paths, TWO)
+    shutil.rmtree(paths.checkpoint_path / "sets")
+    states = {name: line.split()[1] for name, line in verify(paths.output_root).rows.items()}
+    assert states == {"E2_U20_S200": "nonfinite", "latest": "nonfinite", "E1_U10_S100": "good"}
+
+
+def test_nan_in_an_average_is_noted(verify: Verify, paths: PathProvider) -> None:
+    """A resume does not load it as weights, and a callback may."""
+    name = save_diverged(paths, ONE, also="ema=0.9").name
+    result = verify(paths.output_root)
+    assert result.rows[name].startswith("= good")
+    assert f"- {name}: weight of mlp holds NaN (ema=0.9), which a resume does not look at" in result.out
 
 
 def test_line_leads_to_the_good_set_even_if_every_tag_of_it_means_a_broken_one(

@@ -25,9 +25,11 @@ from noether_init_core import (
     NoGoodSetError,
     PathProvider,
     PlanError,
+    StateMismatchError,
     TrainingIteration,
     bind,
 )
+from noether_init_core.checkpoints.manifest import sealed
 
 # two sets of epoch 1, one of epoch 2
 ITERATIONS = (TrainingIteration(1, 10, 100), TrainingIteration(1, 15, 150), TrainingIteration(2, 20, 200))
@@ -253,12 +255,102 @@ def test_model_that_does_not_fit_is_no_broken_set(paths: PathProvider, folders: 
         resume(paths, model=model)
 
 
-def test_nan_is_no_broken_set(paths: PathProvider, folders: list[Path]) -> None:
-    """The bytes are those that were written: a run that diverged is not restarted by itself."""
-    module = bound(float("nan"))
-    CheckpointWriter(paths).save(module, TrainingIteration(3, 30, 300), trainer=Trainer(3))
-    with pytest.raises(PlanError, match="NaN"):
-        resume(paths)
+def diverged(part: str, value: float = float("nan")) -> Any:
+    """A model with one such value in its weights, a buffer, its moments, or its average."""
+    model = bound(3)
+    model.module.register_buffer("mask", torch.zeros(2))
+    parameter = next(iter(model.parameters()))
+    with torch.no_grad():
+        if part == "buffer":
+            model.module.mask[0] = value
+        else:
+            (parameter if part == "model" else model.optimizer.state[parameter]["exp_avg"])[0, 0] = value
+    return model
+
+
+def with_mask(value: float = -1.0) -> Any:
+    model = bound(value)
+    model.module.register_buffer("mask", torch.zeros(2))
+    return model
+
+
+NAN_PLACES = [("model", "NaN"), ("model", "inf"), ("optim", "NaN"), ("optim", "inf"), ("buffer", "NaN")]
+
+
+@pytest.mark.parametrize(("part", "value"), NAN_PLACES)
+def test_nan_gives_way_to_the_newest_finite_set(paths: PathProvider, part: str, value: str) -> None:
+    """A run that diverged goes on from before, and says why; without the switch it is an error as ever."""
+    finite = CheckpointWriter(paths).save(with_mask(2.0), ITERATIONS[2], trainer=Trainer(2)).folder
+    names = []
+    for number in (3, 4):
+        iteration = TrainingIteration(number, 10 * number, 100 * number)
+        saved = CheckpointWriter(paths).save(diverged(part, float(value)), iteration, trainer=Trainer(number))
+        names.append(saved.folder.name)
+    with pytest.raises((PlanError, StateMismatchError), match=r"NaN|infinities"):
+        InitializerStack.from_config([{"kind": "resume"}], path_provider=paths).initialize(
+            with_mask(), trainer=Trainer()
+        )
+    for report in (resume(paths, model=with_mask())[0], auto(paths, model=with_mask())[0]):
+        assert report.start == ITERATIONS[2]
+        assert report.initializers[0].resumed_set == str(finite)
+        assert [name for name, _ in report.initializers[0].passed_over] == names[::-1]
+        reason = report.initializers[0].passed_over[0][1]
+        assert ("holds NaN" if value == "NaN" else "holds infinities") in reason
+        assert "on_nonfinite: warn" in reason
+
+
+def test_values_that_are_loaded_anyway_are_not_walked_back_from(paths: PathProvider) -> None:
+    """Infinities in a buffer, NaN in an optimizer or an average that nobody loads, and what the config lets pass."""
+    CheckpointWriter(paths).save(with_mask(0.0), ITERATIONS[0], trainer=Trainer(0))
+    average = {
+        "ema=0.9": {key: torch.full_like(value, float("nan")) for key, value in with_mask().state_dict().items()}
+    }
+    saves: list[tuple[Any, dict[str, Any]]] = [
+        (diverged("buffer", float("-inf")), {}),
+        (diverged("optim"), {"load_optim": False}),
+        (diverged("model"), {"on_nonfinite": "warn"}),
+        (diverged("optim"), {"on_nonfinite": "ignore"}),
+        (diverged("model"), {"verify": "none"}),
+    ]
+    for number, (model, config) in enumerate(saves, start=3):
+        iteration = TrainingIteration(number, 10 * number, 100 * number)
+        CheckpointWriter(paths).save(model, iteration, trainer=Trainer(number), averages=average)
+        report, _, _ = resume(paths, model=with_mask(), **config)
+        assert (report.start, report.initializers[0].passed_over) == (iteration, ()), config
+
+
+def test_nan_in_every_set_is_an_error_that_names_each(paths: PathProvider) -> None:
+    """Never a fresh start, and never NaN."""
+    for iteration in ITERATIONS[:2]:
+        CheckpointWriter(paths).save(diverged("model"), iteration, trainer=Trainer(0))
+    with pytest.raises(NoGoodSetError, match="weight of mlp holds NaN") as caught:
+        resume(paths, model=with_mask())
+    assert len(caught.value.tried) == 2
+
+
+def test_nan_in_flat_files_is_looked_for_too(paths: PathProvider, folders: list[Path]) -> None:
+    """There is no manifest that says what was found when they were saved."""
+    nan = bound(float("nan"))
+    CheckpointWriter(paths).save(nan, TrainingIteration(3, 30, 300), trainer=Trainer(3))
+    make_legacy(paths)
+    report, model, trainer = resume(paths)
+    assert (report.start, values_of(model, trainer)) == (ITERATIONS[2], {2.0})
+    assert [name for name, _ in report.initializers[0].passed_over] == ["latest", "E3_U30_S300"]
+
+
+def test_manifest_that_says_nothing_of_values_is_made_up_for_by_a_look(
+    paths: PathProvider, folders: list[Path]
+) -> None:
+    """Sets of earlier releases."""
+    saved = CheckpointWriter(paths).save(bound(float("nan")), TrainingIteration(3, 30, 300), trainer=Trainer(3))
+    content = json.loads((saved.folder / "manifest.json").read_text())
+    for file in content["files"]:
+        del file["buffers"]
+        for tensor in file["tensors"].values():
+            del tensor["values"]
+    del content["digest"]
+    rewrite(saved.folder / "manifest.json", sealed(json.dumps(content, indent=1).encode()))
+    assert resume(paths)[0].start == ITERATIONS[2]
 
 
 def test_set_of_a_newer_release_is_no_broken_set(paths: PathProvider, folders: list[Path]) -> None:
@@ -342,10 +434,10 @@ def test_the_run_goes_on_from_there(paths: PathProvider, folders: list[Path]) ->
 # auto_resume.
 
 
-def auto(paths: PathProvider, **more: Any) -> tuple[InitReport, Any, Trainer]:
+def auto(paths: PathProvider, *, model: Any = None, **more: Any) -> tuple[InitReport, Any, Trainer]:
     """Initialize with ``auto_resume`` and ``on_invalid: previous``."""
     config = {"auto_resume": True, "on_invalid": "previous", "initializers": [], **more}
-    model, trainer = bound(), Trainer()
+    model, trainer = bound() if model is None else model, Trainer()
     return InitializerStack.from_config(config, path_provider=paths).initialize(model, trainer=trainer), model, trainer
 
 
