@@ -31,7 +31,7 @@ _PROBLEM, _WARNING = Mark("x", "problem", "bold red"), Mark("w", "warning", "yel
 _ACTIONS = {"missing": ("missing",), "mismatch": ("mismatch",), "step": ("mismatch",), "dtype": ("mismatch",)}
 #: How the part of a message begins that says what to do.
 _FIX = re.compile(
-    r"(?:^| |\. )(?:Next: |To keep the model's own values there add: |One rename fits all: |For a fresh head add: )"
+    r"(?:^| |\. )(?:Next|To keep the model's own values there(?: add)?|One rename fits all|For a fresh head add): "
 )
 #: The first sentence of messages whose names and shapes the line above them shows.
 _SAID = {
@@ -84,11 +84,12 @@ class PlanView:
         for part, is_well in zip(parts, well, strict=True):
             header = self._header(part, len(parts) > 1)
             if is_well:
-                found += filled(Text(""), [*header, _all_loaded(part)], width)
+                found += filled(Text(""), [header, _all_loaded(part)], width)
                 continue
+            note = self.notes.get(part.origin)
             folds = tuple(map(_single, part.rows)) if self.unfolded else fold_rows(part.rows)
             is_folded = is_folded or any(len(fold.rows) > 1 for fold in folds)
-            found += filled(Text(""), header, width)
+            found += filled(Text(""), [header, *([Text(note, "dim")] if note else [])], width)
             found += self._folds(folds, _beside(part, folds, problems, warnings), width)
         found += self._messages(problems, _PROBLEM, width)
         found += self._messages(warnings, _WARNING, width)
@@ -96,12 +97,10 @@ class PlanView:
             found += self._summary(is_folded, width)
         return found
 
-    def _header(self, part: _Part, has_siblings: bool) -> list[Text]:
+    def _header(self, part: _Part, has_siblings: bool) -> Text:
         model, origin, _file = part.origin
         words = f"{printable(model)} <- {printable(origin)}" if has_siblings else printable(origin)
-        line = Text(printable(part.kind), "bold").append(f"  {words}", "not bold")
-        note = self.notes.get(part.origin)
-        return [line, *([Text(note, "dim")] if note else [])]
+        return Text(printable(part.kind), "bold").append(f"  {words}", "not bold")
 
     def _is_well(self, part: _Part, problems: Sequence[Problem]) -> bool:
         """Whether every entry of the model is loaded by its name, and the file has no other."""
@@ -315,7 +314,7 @@ def _all_loaded(part: _Part) -> Text:
 def _beside(
     part: _Part, folds: Sequence[Fold], problems: list[Problem], warnings: list[Problem]
 ) -> dict[int, list[Problem]]:
-    """Number of a fold -> what is to be said of it. What is said there is taken out of the lists."""
+    """Number of the last fold that a message is about -> messages. What is said there is taken out of the lists."""
     places: dict[str, list[int]] = {}
     for number, fold in enumerate(folds):
         for name in dict.fromkeys(name for row in fold.rows for name in (row.key, *row.sources)):
@@ -325,10 +324,11 @@ def _beside(
         others = []
         for problem in messages:
             allowed = _ACTIONS.get(problem.code)
-            known = places.get(problem.keys[0], []) if problem.keys and problem.model == part.origin[0] else []
+            keys = problem.keys if problem.model == part.origin[0] else ()
+            known = {number for key in keys for number in places.get(key, ())}
             fitting = [number for number in known if allowed is None or folds[number].action in allowed]
             if fitting:
-                found.setdefault(fitting[0], []).append(problem)
+                found.setdefault(max(fitting), []).append(problem)
             else:
                 others.append(problem)
         messages[:] = others
