@@ -33,6 +33,7 @@ _ACTIONS = {"missing": ("missing",), "mismatch": ("mismatch",), "step": ("mismat
 _FIX = re.compile(
     r"(?:^| |\. )(?:Next|To keep the model's own values there(?: add)?|One rename fits all|For a fresh head add): "
 )
+_NEAR = re.compile(r"Near [^ ]+, the (?:file|model) has: [^ ]+(?:, [^ ]+)*")
 #: The first sentence of messages whose names and shapes the line above them shows.
 _SAID = {
     "missing": re.compile(r"^\S+ needs .*?, which the file has not\. ?", re.DOTALL),
@@ -134,7 +135,12 @@ class PlanView:
         """The first of them, or all; without a mark they stand below the line that they are about."""
         shown = problems if self.unfolded else problems[:_MOST_PROBLEMS]
         start = Text(_INDENT) if mark is None else Text(f"{mark.text(0)}  ", mark.style)
-        found = [line for problem in shown for line in _message(problem, start, width, is_beside=mark is None)]
+        # where a rule is misspelt, what it left missing is not to be kept
+        is_consequence = not self.unfolded and any(one.code == "unmatched-rule" for one in self.plan.problems)
+        found = []
+        for problem in shown:
+            with_fix = not (is_consequence and problem.code == "missing")
+            found += _message(problem, start, width, is_beside=mark is None, with_fix=with_fix)
         if len(problems) > len(shown):
             more = counted(len(problems) - len(shown), "more message")
             found += filled(start, [Text(f"{more} (--all shows them)")], width)
@@ -335,7 +341,7 @@ def _beside(
     return found
 
 
-def _message(problem: Problem, start: Text, width: int, *, is_beside: bool) -> list[Text]:
+def _message(problem: Problem, start: Text, width: int, *, is_beside: bool, with_fix: bool = True) -> list[Text]:
     """The message, and its fix on lines of its own that can be copied."""
     message = _short(printable(problem.message), 2000)
     if is_beside and problem.code in _SAID:
@@ -344,8 +350,12 @@ def _message(problem: Problem, start: Text, width: int, *, is_beside: bool) -> l
     cut = _FIX.search(message)
     if cut is not None:
         said, fix = message[: cut.start()].strip(), message[cut.end() :].strip()
+    if is_beside and _NEAR.fullmatch(said):
+        # the first is the nearest
+        while ", " in said.partition(" has: ")[2] and len(start) + len(said) > width:
+            said = said.rpartition(", ")[0]
     found = filled(start, [Text(said)], width, " " * len(start)) if said else []
-    if fix:
+    if fix and with_fix:
         line = Text(_INDENT).append("fix: ", "bold green")
         found += filled(line, [Text(fix)], width, " " * len(line))
     return found

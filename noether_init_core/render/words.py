@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -77,8 +76,7 @@ def percent(share: float) -> str:
     """A share from 0 to 1, rounded so that only all is ``100 %`` and only nothing is ``0 %``."""
     if share in (0.0, 1.0):
         return f"{100 * share:.0f} %"
-    tenths = math.floor(1000 * share + 1e-9)
-    return f"{tenths / 10:.1f} %" if tenths else "< 0.1 %"
+    return "< 0.1 %" if share < 0.001 else f"{min(100 * share, 99.9):.1f} %"
 
 
 def counts_in_words(counts: Mapping[str, int]) -> str:
