@@ -91,7 +91,7 @@ class PlanView:
             folds = tuple(map(_single, part.rows)) if self.unfolded else fold_rows(part.rows)
             is_folded = is_folded or any(len(fold.rows) > 1 for fold in folds)
             found += filled(Text(""), [header, *([Text(note, "dim")] if note else [])], width)
-            found += self._folds(folds, _beside(part, folds, problems, warnings), width)
+            found += self._folds(folds, _beside(part, folds, problems), width)
         found += self._messages(problems, _PROBLEM, width)
         found += self._messages(warnings, _WARNING, width)
         if problems or warnings or not parts or not all(well):
@@ -179,7 +179,7 @@ class ReportView:
         for one in self.report.initializers:
             sources = "; ".join(f"{model} <- {origin}" for model, origin, _file in one.origins) or "no files"
             said = "; ".join(filter(None, (counts_in_words(one.counts), *one.restored)))
-            phrases = [Text(printable(one.kind), "bold"), Text(printable(sources))]
+            phrases = [Text(printable(one.kind), "bold").append(f"  {printable(sources)}", "not bold")]
             phrases += [Text(f"({printable(said)})")] if said else []
             if one.coverage is not None:
                 phrases.append(Text(f"coverage {percent(one.coverage)}", "green" if one.coverage == 1 else "yellow"))
@@ -317,27 +317,24 @@ def _all_loaded(part: _Part) -> Text:
     return said.append(f"coverage {percent(1.0)}", "green")
 
 
-def _beside(
-    part: _Part, folds: Sequence[Fold], problems: list[Problem], warnings: list[Problem]
-) -> dict[int, list[Problem]]:
-    """Number of the last fold that a message is about -> messages. What is said there is taken out of the lists."""
+def _beside(part: _Part, folds: Sequence[Fold], problems: list[Problem]) -> dict[int, list[Problem]]:
+    """Number of the last fold that a problem is about -> problems. What is said there is taken out of the list."""
     places: dict[str, list[int]] = {}
     for number, fold in enumerate(folds):
         for name in dict.fromkeys(name for row in fold.rows for name in (row.key, *row.sources)):
             places.setdefault(name, []).append(number)
     found: dict[int, list[Problem]] = {}
-    for messages in (problems, warnings):
-        others = []
-        for problem in messages:
-            allowed = _ACTIONS.get(problem.code)
-            keys = problem.keys if problem.model == part.origin[0] else ()
-            known = {number for key in keys for number in places.get(key, ())}
-            fitting = [number for number in known if allowed is None or folds[number].action in allowed]
-            if fitting:
-                found.setdefault(max(fitting), []).append(problem)
-            else:
-                others.append(problem)
-        messages[:] = others
+    others = []
+    for problem in problems:
+        allowed = _ACTIONS.get(problem.code)
+        keys = problem.keys if problem.model == part.origin[0] else ()
+        known = {number for key in keys for number in places.get(key, ())}
+        fitting = [number for number in known if allowed is None or folds[number].action in allowed]
+        if fitting:
+            found.setdefault(max(fitting), []).append(problem)
+        else:
+            others.append(problem)
+    problems[:] = others
     return found
 
 

@@ -288,7 +288,7 @@ def test_a_hundred_thousand_rows_are_folded_in_seconds() -> None:
         row(f"a.{one // 100}.b.{one % 100}.w", f"c.{one // 100}.d.{one % 100}.w", action="rename")
         for one in range(100_000)
     ]
-    began = time.perf_counter()
+    began = time.process_time()
     (fold,) = fold_rows(rows)
     assert str(fold.pattern) == "a.{0..999}.b.{0..99}.w"
-    assert time.perf_counter() - began < 15
+    assert time.process_time() - began < 15

@@ -341,10 +341,10 @@ def test_a_report_says_what_was_done() -> None:
     """What was loaded comes first, what the file has besides comes last."""
     assert ReportView(REPORT).text(110).splitlines() == [
         "start E4_U16_S128   auto_resume: x has no checkpoints, the initializers of the config apply",
-        "previous_run   mlp <- pretrain @ latest = E4_U16_S128",
+        "previous_run  mlp <- pretrain @ latest = E4_U16_S128",
         "    (4 loaded, 2 kept; 2 of the file unused; optimizer of mlp)   coverage 70.0 %",
         " - passed over 00000003_E3_U12_S96: mlp.th is damaged",
-        "constant   no files",
+        "constant  no files",
     ]
     assert max(map(len, ReportView(REPORT).text(60).splitlines())) <= 60
 
