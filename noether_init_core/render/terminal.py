@@ -44,10 +44,11 @@ _SAID = {
 
 @attrs.frozen
 class _Part:
-    """The rows of one single model and one file."""
+    """The rows of one single model; its files are several where initializers follow each other."""
 
     kind: str
-    origin: Origin
+    model: str
+    origins: tuple[Origin, ...]
     rows: tuple[PlanRow, ...]
 
 
@@ -87,10 +88,10 @@ class PlanView:
             if is_well:
                 found += filled(Text(""), [header, _all_loaded(part)], width)
                 continue
-            note = self.notes.get(part.origin)
+            notes = dict.fromkeys(self.notes[origin] for origin in part.origins if origin in self.notes)
             folds = tuple(map(_single, part.rows)) if self.unfolded else fold_rows(part.rows)
             is_folded = is_folded or any(len(fold.rows) > 1 for fold in folds)
-            found += filled(Text(""), [header, *([Text(note, "dim")] if note else [])], width)
+            found += filled(Text(""), [header, *(Text(note, "dim") for note in notes)], width)
             found += self._folds(folds, _beside(part, folds, problems), width)
         found += self._messages(problems, _PROBLEM, width)
         found += self._messages(warnings, _WARNING, width)
@@ -99,17 +100,16 @@ class PlanView:
         return found
 
     def _header(self, part: _Part, has_siblings: bool) -> Text:
-        model, origin, _file = part.origin
-        words = f"{printable(model)} <- {printable(origin)}" if has_siblings else printable(origin)
+        words = printable("; ".join(origin for _model, origin, _file in part.origins))
+        words = f"{printable(part.model)} <- {words}" if has_siblings else words
         return Text(printable(part.kind), "bold").append(f"  {words}", "not bold")
 
     def _is_well(self, part: _Part, problems: Sequence[Problem]) -> bool:
         """Whether every entry of the model is loaded by its name, and the file has no other."""
-        model = part.origin[0]
         return (
             not self.unfolded
             and all(row.action == "load" for row in part.rows)
-            and not any(model in problem.model.split(", ") for problem in problems)
+            and not any(part.model in problem.model.split(", ") for problem in problems)
         )
 
     def _folds(self, folds: Sequence[Fold], beside: Mapping[int, Sequence[Problem]], width: int) -> list[Text]:
@@ -149,7 +149,7 @@ class PlanView:
     def _summary(self, is_folded: bool, width: int) -> list[Text]:
         problems = len(self.plan.problems)
         phrases = [
-            Text(f"coverage {percent(_coverage(self.plan.rows))}", "bold"),
+            Text(f"coverage {percent(self.plan.coverage())}", "bold"),
             Text(counted(problems, "problem") if problems else "no problem", "bold red" if problems else "green"),
             Text("nothing was changed"),
         ]
@@ -184,6 +184,8 @@ class ReportView:
             if one.coverage is not None:
                 phrases.append(Text(f"coverage {percent(one.coverage)}", "green" if one.coverage == 1 else "yellow"))
             found += filled(Text(""), phrases, width)
+            for what in one.not_restored:
+                found += filled(Text(" - ", "yellow"), [Text(printable(f"not restored: {what}"))], width)
             for name, reason in one.passed_over:
                 found += filled(Text(" - ", "yellow"), [Text(printable(f"passed over {name}: {reason}"))], width)
         return found
@@ -276,38 +278,24 @@ def _literal(key: str) -> KeyPattern:
 
 
 def _parts_of(plan: LoadPlan) -> list[_Part]:
-    """The rows by model and file. Where plans were merged a model may have several, one behind the other."""
+    """The rows by model. A merged plan has one row for each entry, whichever file it comes from in the end."""
     kinds = plan.kind.split(" + ") if plan.kind else []
     if len(kinds) == 1:
         kinds *= len(plan.origins)
     elif len(kinds) != len(plan.origins):
         kinds = [plan.kind] * len(plan.origins)
-    found = []
-    rows, position = plan.rows, 0
+    said: dict[str, dict[str, None]] = {}
+    origins: dict[str, list[Origin]] = {}
     for kind, origin in zip(kinds, plan.origins, strict=True):
-        begin, seen, is_unused = position, set(), False
-        while position < len(rows) and rows[position].model == origin[0]:
-            row = rows[position]
-            if row.target is not None and (is_unused or row.target in seen):
-                break
-            is_unused = row.target is None
-            seen.add(row.target)
-            position += 1
-        found.append(_Part(kind, origin, rows[begin:position]))
-    return found
-
-
-def _coverage(rows: Iterable[PlanRow]) -> float:
-    """Share of parameters that come from a file; what several plans write counts once."""
-    sizes: dict[tuple[str, str], int] = {}
-    loaded = set()
-    for row in rows:
-        if row.target is not None and row.is_parameter and row.tied_to is None:
-            sizes[row.model, row.target] = row.numel
-            if row.writes:
-                loaded.add((row.model, row.target))
-    total = sum(sizes.values())
-    return sum(sizes[key] for key in loaded) / total if total else 1.0
+        said.setdefault(origin[0], {})[kind] = None
+        origins.setdefault(origin[0], []).append(origin)
+    rows: dict[str, list[PlanRow]] = {model: [] for model in origins}
+    for row in plan.rows:
+        rows.setdefault(row.model, []).append(row)
+    return [
+        _Part(" + ".join(said.get(model, ())), model, tuple(origins.get(model, ())), tuple(members))
+        for model, members in rows.items()
+    ]
 
 
 def _all_loaded(part: _Part) -> Text:
@@ -327,7 +315,7 @@ def _beside(part: _Part, folds: Sequence[Fold], problems: list[Problem]) -> dict
     others = []
     for problem in problems:
         allowed = _ACTIONS.get(problem.code)
-        keys = problem.keys if problem.model == part.origin[0] else ()
+        keys = problem.keys if problem.model == part.model else ()
         known = {number for key in keys for number in places.get(key, ())}
         fitting = [number for number in known if allowed is None or folds[number].action in allowed]
         if fitting:

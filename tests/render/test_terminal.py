@@ -234,8 +234,8 @@ def test_a_part_that_is_well_is_one_line_beside_one_that_is_not() -> None:
     ]
 
 
-def test_plans_that_were_merged_are_told_apart() -> None:
-    """Each initializer with its own rows, though the model is the same."""
+def test_a_model_that_several_initializers_load_is_shown_once() -> None:
+    """Both origins in front, and of each key what happens to it in the end."""
     parts = [
         PlanPart("net", origin, f"{origin}.th", {keep: spec(9), other: spec(4)}, {"a": spec(4), "b": spec(4)})
         for origin, keep, other in (("one", "a", "b"), ("two", "b", "a"))
@@ -244,16 +244,13 @@ def test_plans_that_were_merged_are_told_apart() -> None:
         plan_load(kind, [part], Transforms([KeepModel((parse_glob(name),), f"keep {name}")]))
         for kind, part, name in (("first", parts[0], "a"), ("second", parts[1], "b"))
     ]
-    assert PlanView(LoadPlan.merged(plans)).text(100).splitlines() == [
-        "first  net <- one",
-        " = load     b  1 key  4",
-        " o keep     a  1 key  4  keep a",
-        " - removed  a  1 key  9  keep a",
-        "second  net <- two",
-        " = load     a  1 key  4",
-        " o keep     b  1 key  4  keep b",
-        " - removed  b  1 key  9  keep b",
-        "coverage 100 %   no problem   nothing was changed",
+    notes = {("net", "one", "one.th"): "committed", ("net", "two", "two.th"): "not committed"}
+    assert PlanView(LoadPlan.merged(plans), notes=notes).text(100).splitlines() == [
+        "first + second  one; two   committed   not committed",
+        " = load     {b,a}  2 keys  8",
+        " - removed  a       1 key  9  keep a",
+        " - removed  b       1 key  9  keep b",
+        "coverage 100 %   no problem   nothing was changed   (--all unfolds)",
     ]
 
 
@@ -262,7 +259,7 @@ def test_casts_say_both_dtypes_and_no_warning_each() -> None:
     plan = planned(
         {f"a.{one}.w": spec(2, dtype="float16") for one in range(9)}, {f"a.{one}.w": spec(2) for one in range(9)}
     )
-    assert len(plan.warnings) == 9
+    assert [warning.code for warning in plan.warnings] == ["cast"]
     assert PlanView(plan).text(100).splitlines()[1:] == [
         " c cast  a.{0..8}.w  9 keys  18  float16 -> float32",
         "coverage 100 %   no problem   nothing was changed   (--all unfolds)",
@@ -329,6 +326,7 @@ REPORT = InitReport(
             counts={"keep": 2, "load": 4, "removed": 2},
             coverage=0.7,
             restored=("optimizer of mlp",),
+            not_restored=("callback ema",),
             passed_over=(("00000003_E3_U12_S96", "mlp.th is damaged"),),
         ),
         InitializerReport("constant"),
@@ -343,6 +341,7 @@ def test_a_report_says_what_was_done() -> None:
         "start E4_U16_S128   auto_resume: x has no checkpoints, the initializers of the config apply",
         "previous_run  mlp <- pretrain @ latest = E4_U16_S128",
         "    (4 loaded, 2 kept; 2 of the file unused; optimizer of mlp)   coverage 70.0 %",
+        " - not restored: callback ema",
         " - passed over 00000003_E3_U12_S96: mlp.th is damaged",
         "constant  no files",
     ]
