@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from noether_init_core.cli import inspect, kinds, overview, schema, validate, verify
+from noether_init_core.cli import inspect, kinds, overview, plan, schema, validate, verify
 from noether_init_core.errors import InitError
 
 __all__ = ["app", "main"]
@@ -27,6 +27,9 @@ app.command("kinds", rich_help_panel="Look", epilog="Example: noether-init kinds
 app.command("inspect", rich_help_panel="Look", epilog="Example: noether-init inspect runs/pretrain")(inspect.run)
 app.command("schema", rich_help_panel="Decide", epilog="Example: noether-init schema previous_run")(schema.run)
 app.command("validate", rich_help_panel="Decide", epilog="Example: noether-init validate init.yaml")(validate.run)
+app.command("plan", rich_help_panel="Decide", epilog="Example: noether-init plan init.yaml --model models:build")(
+    plan.run
+)
 app.command("verify", rich_help_panel="Do", epilog="Example: noether-init verify runs/pretrain")(verify.run)
 
 

@@ -1,0 +1,365 @@
+"""Folding: the rows of a plan as few lines, each of which stands for exactly the rows that it lists. Pure.
+
+Rows that go the same way (action, rule, steps) are taken together. Their names are put into a tree by segment; branches
+that are alike become one, so that twelve equal layers are ``blocks.{0..11}.mlp.*``. A layer that differs from its
+siblings, in the model or in what happens to it, stays a line of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+
+import attrs
+
+from noether_init_core.checkpoints.memory import no_garbage_collection
+from noether_init_core.surgery.plan import Action, PlanRow
+from noether_init_core.surgery.steps import Step
+
+__all__ = ["Fold", "KeyPattern", "fold_keys", "fold_rows", "printable"]
+
+_NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>0|[1-9][0-9]*)", re.DOTALL)
+_SPECIAL = re.compile(r"[\\{},*]")
+# A hostile file may name a tensor by a hundred thousand dots; such a name is not taken apart.
+_MOST_SEGMENTS = 64
+#: Worst last: the order in which groups are listed.
+_ORDER: tuple[Action, ...] = (
+    "load",
+    "rename",
+    "cast",
+    "transform",
+    "reset",
+    "keep",
+    "outside",
+    "removed",
+    "unexpected",
+    "missing",
+    "mismatch",
+)
+
+
+@attrs.frozen
+class KeyPattern:
+    """Names that are alike: ``blocks.{0..11}.{q,k,v}.*``.
+
+    Attributes:
+        segments: For each segment the texts that it may be.
+        below: Whether it ends in ``*``: every name below, at any depth, that the model (or the file) has.
+    """
+
+    segments: tuple[tuple[str, ...], ...]
+    below: bool = False
+
+    def matches(self, key: str) -> bool:
+        """Whether ``key`` is one of the names."""
+        segments = _segments_of(key)
+        known = len(self.segments)
+        if len(segments) <= known if self.below else len(segments) != known:
+            return False
+        return all(segment in texts for segment, texts in zip(segments, self.segments, strict=False))
+
+    def text(self, most: int | None = None) -> str:
+        """As it is shown. Braces, commas, stars and backslashes within names get a backslash.
+
+        Args:
+            most: Show at most so many alternatives that are no numbers, and how many more there are.
+        """
+        return ".".join([*(_segment_text(texts, most) for texts in self.segments), *(["*"] if self.below else [])])
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+@attrs.frozen
+class Fold:
+    """Rows that one line stands for.
+
+    Attributes:
+        model: Path of names of the single model.
+        action: What happens to all of them.
+        rule: The config line responsible for all of them; None where no rule had a say.
+        steps: What is done with the tensors, as in the plan.
+        pattern: Names of the rows in the model, or in the file where it is about unused entries.
+        sources: Names in the file; empty where they are the same as in the model, and where there are none.
+        rows: The rows, in the order of the plan.
+    """
+
+    model: str
+    action: Action
+    rule: str | None
+    steps: tuple[Step, ...]
+    pattern: KeyPattern
+    sources: tuple[KeyPattern, ...]
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names that the rows are listed under."""
+        return tuple(row.key for row in self.rows)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of all rows."""
+        return sum(row.numel for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(row.nbytes for row in self.rows)
+
+
+def fold_rows(rows: Sequence[PlanRow]) -> tuple[Fold, ...]:
+    """Fold the rows of one single model and one file: every row is in exactly one fold.
+
+    Folds are ordered by action, from loads to mismatches, and then by their first row. Rows whose sources or parts go
+    another way than the line would say (layer 0 from layer 1) are never folded together.
+    """
+    with no_garbage_collection():
+        return _folded(rows)
+
+
+def _folded(rows: Sequence[PlanRow]) -> tuple[Fold, ...]:
+    targets = _Known(row.target for row in rows if row.target is not None)
+    sources = _Known(name for row in rows for name in row.sources)
+    groups: dict[Hashable, list[PlanRow]] = {}
+    for row in rows:
+        groups.setdefault(_way(row), []).append(row)
+    places = {id(row): number for number, row in enumerate(rows)}
+    folds = []
+    for way in groups.values():
+        for group in _aligned(way):
+            known = sources if group[0].target is None else targets
+            for pattern, members in _patterns([(row.key, row) for row in group], known):
+                members.sort(key=lambda row: places[id(row)])
+                folds.append(_fold(pattern, members, sources))
+    folds.sort(key=lambda fold: (_ORDER.index(fold.action), places[id(fold.rows[0])]))
+    return tuple(folds)
+
+
+def fold_keys(keys: Sequence[str], known: Iterable[str]) -> tuple[KeyPattern, ...]:
+    """Patterns of which each of ``keys`` matches exactly one, and no other name among ``known`` matches any."""
+    pairs = [(key, None) for key in dict.fromkeys(keys)]
+    return tuple(pattern for pattern, _ in _patterns(pairs, _Known([*known, *keys])))
+
+
+def printable(text: str) -> str:
+    """``text`` with an escape in the place of each character that a terminal would act on or not show."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def _fold(pattern: KeyPattern, rows: Sequence[PlanRow], known: _Known) -> Fold:
+    first = rows[0]
+    folded: tuple[KeyPattern, ...] = ()
+    if any(row.target is not None and row.sources and row.sources != (row.target,) for row in rows):
+        names = dict.fromkeys(name for row in sorted(rows, key=lambda row: row.part) for name in row.sources)
+        folded = tuple(found for found, _ in _patterns([(name, None) for name in names], known))
+    return Fold(first.model, first.action, first.rule, first.steps, pattern, folded, tuple(rows))
+
+
+def _way(row: PlanRow) -> Hashable:
+    """What rows must have in common to be told by one line."""
+    differs: Hashable = None
+    if row.action == "mismatch":
+        differs = row.shape, row.source_shapes, row.dtype, row.source_dtype
+    elif row.writes and row.source_dtype != row.dtype:
+        differs = row.dtype, row.source_dtype
+    return row.model, row.target is None, row.action, row.rule, row.steps, len(row.sources), row.parts, differs
+
+
+def _aligned(rows: list[PlanRow]) -> Iterator[list[PlanRow]]:
+    """Rows in groups within which every number of a source is that of the target, or the same for all.
+
+    ``a.{0,1} <- b.{0,1}`` is read as 0 from 0 and 1 from 1, and parts as taken in the order in which they are listed.
+    """
+    if rows[0].target is None or not rows[0].sources:
+        yield rows
+        return
+    layouts: dict[Hashable, list[tuple[PlanRow, tuple[int, ...], tuple[int, ...]]]] = {}
+    for row in rows:
+        stems, numbers = _numbers_of(row.key)
+        found = [_numbers_of(source) for source in row.sources]
+        layout = stems, tuple([stem for stem, _ in found])
+        layouts.setdefault(layout, []).append((row, numbers, tuple([number for _, those in found for number in those])))
+    groups: dict[Hashable, list[PlanRow]] = {}
+    for members in layouts.values():
+        own = list(zip(*(numbers for _, numbers, _ in members), strict=True))
+        theirs = list(zip(*(numbers for _, _, numbers in members), strict=True))
+        astray = [place for place, column in enumerate(theirs) if len(set(column)) > 1 and column not in own]
+        for row, _, numbers in members:
+            groups.setdefault(tuple([numbers[place] for place in astray]), []).append(row)
+    for group in groups.values():
+        group.sort(key=lambda row: row.part)
+        if _in_order_of_parts(group):
+            yield group
+        else:
+            parts: dict[int, list[PlanRow]] = {}
+            for row in group:
+                parts.setdefault(row.part, []).append(row)
+            yield from parts.values()
+
+
+def _in_order_of_parts(rows: Sequence[PlanRow]) -> bool:
+    """Whether numbers of targets rise with the part that they get; texts are listed in the order of ``rows``."""
+    if rows[0].parts == 1:
+        return True
+    highest: dict[Hashable, tuple[int, ...]] = {}
+    for row in rows:
+        stems, numbers = _numbers_of(row.key)
+        place = row.sources, stems
+        if highest.get(place, numbers) > numbers:
+            return False
+        highest[place] = numbers
+    return True
+
+
+def _numbers_of(key: str) -> tuple[tuple[tuple[str, bool], ...], tuple[int, ...]]:
+    """``layer1.0.weight`` as ``layer``, nothing and ``weight``, each with whether a number follows; and ``(1, 0)``."""
+    found = [_numbered(segment) for segment in _segments_of(key)]
+    stems = tuple([(stem, number is not None) for stem, number in found])
+    return stems, tuple([number for _, number in found if number is not None])
+
+
+# the same few segments come a hundred thousand times
+@functools.lru_cache(maxsize=4096)
+def _numbered(segment: str) -> tuple[str, int | None]:
+    found = _NUMBERED.fullmatch(segment)
+    # a number of a thousand digits is text
+    return (segment, None) if found is None or len(found["number"]) > 9 else (found["stem"], int(found["number"]))
+
+
+def _segments_of(key: str) -> list[str]:
+    segments = key.split(".", _MOST_SEGMENTS)
+    return segments if len(segments) <= _MOST_SEGMENTS else [key]
+
+
+class _Known:
+    """All names of a model or a file: how many are below each prefix."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.below: Counter[str] = Counter()
+        for key in dict.fromkeys(keys):
+            segments = _segments_of(key)
+            prefix = ""
+            for segment in segments:
+                self.below[prefix] += 1
+                prefix = f"{prefix}{segment}."
+
+
+@attrs.define(eq=False)
+class _Node:
+    """One segment in the tree of names.
+
+    ``shape`` is equal for nodes with the same names below, of which the same share is all that there is.
+    """
+
+    values: list[PlanRow | None] = attrs.Factory(list)
+    children: dict[str, _Node] = attrs.Factory(dict)
+    count: int = 0
+    shape: int = 0
+    is_whole: bool = False
+
+
+def _patterns(pairs: Sequence[tuple[str, PlanRow | None]], known: _Known) -> list[tuple[KeyPattern, list[PlanRow]]]:
+    """Disjoint patterns for the names of ``pairs``, each with the rows of its names."""
+    root = _Node()
+    for key, value in pairs:
+        node = root
+        for segment in _segments_of(key):
+            child = node.children.get(segment)
+            if child is None:
+                child = node.children[segment] = _Node()
+            node = child
+        node.values.append(value)
+    shapes: dict[Hashable, int] = {}
+    _measure(root, "", known, shapes)
+    # a star alone would say nothing
+    root.is_whole = False
+    return [(pattern, [row for row in values if row is not None]) for pattern, values in _lines([root], (), known)]
+
+
+def _measure(node: _Node, prefix: str, known: _Known, shapes: dict[Hashable, int]) -> bool:
+    """Fill in what is known of ``node`` from those below it; whether every list of layers below is of one kind."""
+    if not node.children:
+        node.shape = shapes.setdefault((True, False, ()), len(shapes))
+        return True
+    is_uniform = True
+    below = 0
+    for segment, child in node.children.items():
+        is_uniform = _measure(child, f"{prefix}{segment}.", known, shapes) and is_uniform
+        below += child.count + bool(child.values)
+    node.count = below
+    is_full = below > 0 and below == known.below[prefix]
+    names = tuple(sorted([(segment, child.shape) for segment, child in node.children.items()]))
+    shape = bool(node.values), is_full, names
+    node.shape = shapes.setdefault(shape, len(shapes))
+    is_uniform = is_uniform and _is_of_one_kind(node.children)
+    node.is_whole = is_full and is_uniform and len(node.children) > 1 and not all(map(str.isdecimal, node.children))
+    return is_uniform
+
+
+def _is_of_one_kind(children: Mapping[str, _Node]) -> bool:
+    """Not so where some numbered siblings are alike and others are not: these differ, and are shown."""
+    families: dict[str, list[int]] = {}
+    for segment, child in children.items():
+        stem, number = _numbered(segment)
+        if number is not None:
+            families.setdefault(stem, []).append(child.shape)
+    return all(len(set(shapes)) in (1, len(shapes)) for shapes in families.values())
+
+
+def _lines(
+    nodes: Sequence[_Node], before: tuple[tuple[str, ...], ...], known: _Known
+) -> Iterator[tuple[KeyPattern, list[PlanRow | None]]]:
+    """The patterns at and below ``nodes``, which are alike and whose places differ only in the last of ``before``."""
+    first = nodes[0]
+    if first.values:
+        yield KeyPattern(before), [value for node in nodes for value in node.values]
+    if first.is_whole:
+        yield KeyPattern(before, below=True), [value for node in nodes for value in _below(node)]
+        return
+    classes: dict[Hashable, list[str]] = {}
+    for segment, child in first.children.items():
+        alike: Hashable = child.shape
+        if not segment.isdecimal() and child.is_whole and not child.values:
+            alike = "whole"
+        classes.setdefault((segment.isdecimal(), alike), []).append(segment)
+    for texts in classes.values():
+        members = [node.children[segment] for node in nodes for segment in texts]
+        yield from _lines(members, (*before, tuple(texts)), known)
+
+
+def _below(node: _Node) -> Iterator[PlanRow | None]:
+    for child in node.children.values():
+        yield from child.values
+        yield from _below(child)
+
+
+def _segment_text(texts: tuple[str, ...], most: int | None) -> str:
+    if len(texts) == 1:
+        return _escaped(texts[0])
+    found = [_numbered(text) for text in texts]
+    numbers = sorted(number for _, number in found if number is not None)
+    if len(numbers) == len(texts) and len({stem for stem, _ in found}) == 1:
+        return f"{_escaped(found[0][0])}{{{_ranges(numbers)}}}"
+    shown = list(map(_escaped, texts))
+    if most is not None and len(shown) > most:
+        shown = [*shown[:most], f"... {len(texts) - most} more"]
+    return f"{{{','.join(shown)}}}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+
+
+def _escaped(text: str) -> str:
+    return printable(_SPECIAL.sub(r"\\\g<0>", text))

@@ -1,0 +1,354 @@
+"""Plans and reports on a terminal, and as plain text: a line for each fold, what is wrong with its fix, a summary."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from noether_init_core.provenance import InitReport
+from noether_init_core.render.folding import Fold, KeyPattern, fold_rows, printable
+from noether_init_core.render.layout import broken, filled
+from noether_init_core.render.words import MARKS, Mark, amount, counted, counts_in_words, percent, place_of_rule
+from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
+from noether_init_core.surgery.steps import described
+
+__all__ = ["Origin", "PlanView", "ReportView"]
+
+#: (model, origin in words, file), as a plan lists it.
+Origin = tuple[str, str, str]
+
+_INDENT = "   "
+_NARROWEST = 20
+# What is folded is shown on one screen; all of it is a flag away.
+_MOST_LINES, _MOST_PROBLEMS, _MOST_TEXTS, _MOST_SOURCES = 20, 5, 12, 3
+_PROBLEM, _WARNING = Mark("x", "problem", "bold red"), Mark("w", "warning", "yellow")
+#: Code of a problem -> actions of the rows that it is about; others are about any row.
+_ACTIONS = {"missing": ("missing",), "mismatch": ("mismatch",), "step": ("mismatch",), "dtype": ("mismatch",)}
+#: How the part of a message begins that says what to do.
+_FIX = re.compile(
+    r"(?:^| |\. )(?:Next|To keep the model's own values there(?: add)?|One rename fits all|For a fresh head add): "
+)
+_NEAR = re.compile(r"Near [^ ]+, the (?:file|model) has: [^ ]+(?:, [^ ]+)*")
+#: The first sentence of messages whose names and shapes the line above them shows.
+_SAID = {
+    "missing": re.compile(r"^\S+ needs .*?, which the file has not\. ?", re.DOTALL),
+    "unexpected": re.compile(r"^the file has .*?, which \S+ has not(?:\. ?|$)", re.DOTALL),
+    "mismatch": re.compile(r"^\S+: file \[[0-9, ]*\], model \[[0-9, ]*\](?:; .*? too)?\. ?", re.DOTALL),
+}
+
+
+@attrs.frozen
+class _Part:
+    """The rows of one single model; its files are several where initializers follow each other."""
+
+    kind: str
+    model: str
+    origins: tuple[Origin, ...]
+    rows: tuple[PlanRow, ...]
+
+
+@attrs.frozen(eq=False)
+class PlanView:
+    """A plan as rich shows it: ``Console().print(PlanView(plan))``.
+
+    Attributes:
+        plan: The plan; also several that were merged.
+        unfolded: A line for every row, and every warning.
+        notes: What is known of a file besides the plan: ``committed, digests present``.
+    """
+
+    plan: LoadPlan
+    unfolded: bool = False
+    notes: Mapping[Origin, str] = attrs.Factory(dict)
+
+    def text(self, width: int = 100) -> str:
+        """Without colour; no line is longer than ``width`` (at least 20)."""
+        return _joined(self.lines(width))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.lines(options.max_width)
+
+    def lines(self, width: int) -> list[Text]:
+        """The lines, each at most ``width`` long."""
+        width = max(width, _NARROWEST)
+        problems = list(self.plan.problems)
+        # a line with both dtypes is shown for every cast
+        warnings = [one for one in self.plan.warnings if one.code != "cast"]
+        parts = _parts_of(self.plan)
+        well = [self._is_well(part, [*problems, *warnings]) for part in parts]
+        found: list[Text] = []
+        is_folded = False
+        for part, is_well in zip(parts, well, strict=True):
+            header = self._header(part, len(parts) > 1)
+            if is_well:
+                found += filled(Text(""), [header, _all_loaded(part)], width)
+                continue
+            notes = dict.fromkeys(self.notes[origin] for origin in part.origins if origin in self.notes)
+            folds = tuple(map(_single, part.rows)) if self.unfolded else fold_rows(part.rows)
+            is_folded = is_folded or any(len(fold.rows) > 1 for fold in folds)
+            found += filled(Text(""), [header, *(Text(note, "dim") for note in notes)], width)
+            found += self._folds(folds, _beside(part, folds, problems), width)
+        found += self._messages(problems, _PROBLEM, width)
+        found += self._messages(warnings, _WARNING, width)
+        if problems or warnings or not parts or not all(well):
+            found += self._summary(is_folded, width)
+        return found
+
+    def _header(self, part: _Part, has_siblings: bool) -> Text:
+        words = printable("; ".join(origin for _model, origin, _file in part.origins))
+        words = f"{printable(part.model)} <- {words}" if has_siblings else words
+        return Text(printable(part.kind), "bold").append(f"  {words}", "not bold")
+
+    def _is_well(self, part: _Part, problems: Sequence[Problem]) -> bool:
+        """Whether every entry of the model is loaded by its name, and the file has no other."""
+        return (
+            not self.unfolded
+            and all(row.action == "load" for row in part.rows)
+            and not any(part.model in problem.model.split(", ") for problem in problems)
+        )
+
+    def _folds(self, folds: Sequence[Fold], beside: Mapping[int, Sequence[Problem]], width: int) -> list[Text]:
+        table = _Table.of(folds, width, self.unfolded)
+        found: list[Text] = []
+        shown: Counter[str] = Counter()
+        left: dict[str, list[Fold]] = {}
+        for number, fold in enumerate(folds):
+            if not self.unfolded and shown[fold.action] >= _MOST_LINES and number not in beside:
+                left.setdefault(fold.action, []).append(fold)
+                continue
+            shown[fold.action] += 1
+            found += table.line(fold)
+            found += self._messages(beside.get(number, ()), None, width)
+        for more in left.values():
+            mark = MARKS[more[0].action]
+            keys = counted(sum(len(fold.rows) for fold in more), "more key")
+            said = Text(f"{keys} on {counted(len(more), 'line')} (--all shows them)")
+            found += filled(Text(mark.text(table.word), mark.style), [said], width, first="  ")
+        return found
+
+    def _messages(self, problems: Sequence[Problem], mark: Mark | None, width: int) -> list[Text]:
+        """The first of them, or all; without a mark they stand below the line that they are about."""
+        shown = problems if self.unfolded else problems[:_MOST_PROBLEMS]
+        start = Text(_INDENT) if mark is None else Text(f"{mark.text(0)}  ", mark.style)
+        # where a rule is misspelt, what it left missing is not to be kept
+        is_consequence = not self.unfolded and any(one.code == "unmatched-rule" for one in self.plan.problems)
+        found = []
+        for problem in shown:
+            with_fix = not (is_consequence and problem.code == "missing")
+            found += _message(problem, start, width, is_beside=mark is None, with_fix=with_fix)
+        if len(problems) > len(shown):
+            more = counted(len(problems) - len(shown), "more message")
+            found += filled(start, [Text(f"{more} (--all shows them)")], width)
+        return found
+
+    def _summary(self, is_folded: bool, width: int) -> list[Text]:
+        problems = len(self.plan.problems)
+        phrases = [
+            Text(f"coverage {percent(self.plan.coverage())}", "bold"),
+            Text(counted(problems, "problem") if problems else "no problem", "bold red" if problems else "green"),
+            Text("nothing was changed"),
+        ]
+        return filled(Text(""), [*phrases, *([Text("(--all unfolds)", "dim")] if is_folded else [])], width)
+
+
+@attrs.frozen(eq=False)
+class ReportView:
+    """What an initialization did, as rich shows it."""
+
+    report: InitReport
+
+    def text(self, width: int = 100) -> str:
+        """Without colour; no line is longer than ``width`` (at least 20)."""
+        return _joined(self.lines(width))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.lines(options.max_width)
+
+    def lines(self, width: int) -> list[Text]:
+        """The lines, each at most ``width`` long."""
+        width = max(width, _NARROWEST)
+        start = [Text(f"start {self.report.start}", "bold")]
+        if self.report.auto_resume:
+            start.append(Text(printable(self.report.auto_resume), "dim"))
+        found = filled(Text(""), start, width)
+        for one in self.report.initializers:
+            sources = "; ".join(f"{model} <- {origin}" for model, origin, _file in one.origins) or "no files"
+            said = "; ".join(filter(None, (counts_in_words(one.counts), *one.restored)))
+            phrases = [Text(printable(one.kind), "bold").append(f"  {printable(sources)}", "not bold")]
+            phrases += [Text(f"({printable(said)})")] if said else []
+            if one.coverage is not None:
+                phrases.append(Text(f"coverage {percent(one.coverage)}", "green" if one.coverage == 1 else "yellow"))
+            found += filled(Text(""), phrases, width)
+            for what in one.not_restored:
+                found += filled(Text(" - ", "yellow"), [Text(printable(f"not restored: {what}"))], width)
+            for name, reason in one.passed_over:
+                found += filled(Text(" - ", "yellow"), [Text(printable(f"passed over {name}: {reason}"))], width)
+        return found
+
+
+@attrs.frozen
+class _Table:
+    """The columns that the lines of one part have in common."""
+
+    word: int
+    pattern: int
+    keys: int
+    elements: int
+    width: int
+    unfolded: bool
+
+    @classmethod
+    def of(cls, folds: Sequence[Fold], width: int, unfolded: bool) -> _Table:
+        word = max((len(MARKS[fold.action].word) for fold in folds), default=0)
+        texts = [len(fold.pattern.text(None if unfolded else _MOST_TEXTS)) for fold in folds]
+        keys = max((len(_keys_of(fold)) for fold in folds), default=0)
+        elements = max((len(_elements_of(fold)) for fold in folds), default=0)
+        room = width - (word + 5) - (elements + 2) - (0 if unfolded else keys + 2)
+        fitting = [length for length in texts if length <= room]
+        return cls(word, max(fitting, default=0), keys, elements, width, unfolded)
+
+    def line(self, fold: Fold) -> list[Text]:
+        """One line, and more where it is too long."""
+        mark = MARKS[fold.action]
+        line = Text(mark.text(self.word) + "  ", mark.style)
+        indent = " " * len(line)
+        pattern = self._pattern_of(fold)
+        numbers = f"{_elements_of(fold):>{self.elements}}"
+        if not self.unfolded:
+            numbers = f"{_keys_of(fold):>{self.keys}}  {numbers}"
+        details = self._details(fold)
+        if len(pattern) <= self.pattern:
+            line.append(f"{pattern:<{self.pattern}}", "not dim").append(f"  {numbers}", "dim")
+            return filled(line, details, self.width, indent, first="  ", between="  ")
+        details = [Text(numbers.strip(), "dim"), *details]
+        return broken(line, Text(pattern), self.width, indent) + filled(
+            Text(indent), details, self.width, indent, between="  "
+        )
+
+    def _pattern_of(self, fold: Fold) -> str:
+        return fold.pattern.text() if self.unfolded else _short(fold.pattern.text(_MOST_TEXTS))
+
+    def _details(self, fold: Fold) -> list[Text]:
+        first = fold.rows[0]
+        found = []
+        if fold.action == "mismatch":
+            if all(row.source_shapes for row in fold.rows):
+                shapes = ", ".join(_shape(shape) for shape in first.source_shapes)
+                found.append(Text(f"file {shapes}  model {_shape(first.shape)}"))
+            if first.source_dtype not in (None, first.dtype):
+                found.append(Text(f"{first.source_dtype} -> {first.dtype}"))
+        elif fold.action == "cast" or (first.writes and first.source_dtype not in (None, first.dtype)):
+            found.append(Text(f"{first.source_dtype or 'several dtypes'} -> {first.dtype}"))
+        if fold.sources:
+            names = [_short(pattern.text(_MOST_TEXTS)) for pattern in fold.sources[:_MOST_SOURCES]]
+            more = len(fold.sources) - len(names)
+            found.append(Text(f"<- {', '.join(names)}{f' and {more} more' if more else ''}"))
+        if fold.steps:
+            found.append(Text(", ".join(map(described, fold.steps)), "cyan"))
+        if fold.rule:
+            found.append(Text(place_of_rule(fold.rule), "dim"))
+        return found
+
+
+def _keys_of(fold: Fold) -> str:
+    return counted(len(fold.rows), "key")
+
+
+def _elements_of(fold: Fold) -> str:
+    return amount(fold.elements)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _single(row: PlanRow) -> Fold:
+    """A fold of one row, named in full."""
+    sources = () if row.target is None or row.sources == (row.target,) else row.sources
+    return Fold(row.model, row.action, row.rule, row.steps, _literal(row.key), tuple(map(_literal, sources)), (row,))
+
+
+def _literal(key: str) -> KeyPattern:
+    return KeyPattern(((key,),))
+
+
+def _parts_of(plan: LoadPlan) -> list[_Part]:
+    """The rows by model. A merged plan has one row for each entry, whichever file it comes from in the end."""
+    kinds = plan.kind.split(" + ") if plan.kind else []
+    if len(kinds) == 1:
+        kinds *= len(plan.origins)
+    elif len(kinds) != len(plan.origins):
+        kinds = [plan.kind] * len(plan.origins)
+    said: dict[str, dict[str, None]] = {}
+    origins: dict[str, list[Origin]] = {}
+    for kind, origin in zip(kinds, plan.origins, strict=True):
+        said.setdefault(origin[0], {})[kind] = None
+        origins.setdefault(origin[0], []).append(origin)
+    rows: dict[str, list[PlanRow]] = {model: [] for model in origins}
+    for row in plan.rows:
+        rows.setdefault(row.model, []).append(row)
+    return [
+        _Part(" + ".join(said.get(model, ())), model, tuple(origins.get(model, ())), tuple(members))
+        for model, members in rows.items()
+    ]
+
+
+def _all_loaded(part: _Part) -> Text:
+    targets = [row for row in part.rows if row.target is not None]
+    parameters = sum(row.numel for row in targets if row.is_parameter and row.tied_to is None)
+    said = Text(f"{len(targets):,} of {counted(len(targets), 'key')} loaded, {amount(parameters)} parameters, ")
+    return said.append(f"coverage {percent(1.0)}", "green")
+
+
+def _beside(part: _Part, folds: Sequence[Fold], problems: list[Problem]) -> dict[int, list[Problem]]:
+    """Number of the last fold that a problem is about -> problems. What is said there is taken out of the list."""
+    places: dict[str, list[int]] = {}
+    for number, fold in enumerate(folds):
+        for name in dict.fromkeys(name for row in fold.rows for name in (row.key, *row.sources)):
+            places.setdefault(name, []).append(number)
+    found: dict[int, list[Problem]] = {}
+    others = []
+    for problem in problems:
+        allowed = _ACTIONS.get(problem.code)
+        keys = problem.keys if problem.model == part.model else ()
+        known = {number for key in keys for number in places.get(key, ())}
+        fitting = [number for number in known if allowed is None or folds[number].action in allowed]
+        if fitting:
+            found.setdefault(max(fitting), []).append(problem)
+        else:
+            others.append(problem)
+    problems[:] = others
+    return found
+
+
+def _message(problem: Problem, start: Text, width: int, *, is_beside: bool, with_fix: bool = True) -> list[Text]:
+    """The message, and its fix on lines of its own that can be copied."""
+    message = _short(printable(problem.message), 2000)
+    if is_beside and problem.code in _SAID:
+        message = _SAID[problem.code].sub("", message, count=1)
+    said, fix = message, ""
+    cut = _FIX.search(message)
+    if cut is not None:
+        said, fix = message[: cut.start()].strip(), message[cut.end() :].strip()
+    if is_beside and _NEAR.fullmatch(said):
+        # the first is the nearest
+        while ", " in said.partition(" has: ")[2] and len(start) + len(said) > width:
+            said = said.rpartition(", ")[0]
+    found = filled(start, [Text(said)], width, " " * len(start)) if said else []
+    if fix and with_fix:
+        line = Text(_INDENT).append("fix: ", "bold green")
+        found += filled(line, [Text(fix)], width, " " * len(line))
+    return found
+
+
+def _short(text: str, most: int = 400) -> str:
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def _joined(lines: Iterable[Text]) -> str:
+    return "\n".join(line.plain for line in lines)
