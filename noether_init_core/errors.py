@@ -71,10 +71,19 @@ def type_of(value: object) -> str:
     return f"an {name}" if name.lstrip("_")[:1].lower() in ("a", "e", "i", "o") else f"a {name}"
 
 
+def printable(text: str) -> str:
+    """``text`` with an escape in the place of each character that a terminal would act on; line breaks stay."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+
+
 class InitError(Exception):
     """Root of every error that noether-init raises on purpose."""
 
     def __init__(self, message: str) -> None:
+        # names out of a hostile file must not reach a terminal as commands to it
+        message = printable(message)
         super().__init__(message)
         self.message = message
 

@@ -18,6 +18,7 @@ __all__ = [
     "InitializerReport",
     "SourceRecord",
     "TensorRecord",
+    "counts_in_words",
     "histories",
 ]
 
@@ -27,8 +28,17 @@ PROVENANCE_FORMAT = "noether-init-provenance"
 #: Name of a tensor -> the files that its values came from, the latest first, and its names there.
 History = dict[str, tuple[tuple["SourceRecord", tuple[str, ...]], ...]]
 
-#: Actions of a plan as things that were done.
-_DONE = {"load": "loaded", "rename": "loaded by another name", "cast": "loaded and converted", "keep": "kept"}
+#: What was done to entries of the model, in the order in which it is told.
+_DONE: Mapping[str, str] = {
+    "load": "loaded",
+    "rename": "loaded by another name",
+    "transform": "loaded and transformed",
+    "cast": "loaded and converted",
+    "keep": "kept",
+    "reset": "reset",
+}
+#: Actions that are about entries of the file.
+_UNUSED = ("removed", "outside", "unexpected")
 
 
 @attrs.frozen
@@ -211,7 +221,7 @@ class InitReport:
     def __str__(self) -> str:
         lines = [f"start {self.start}" + (f"  ({self.auto_resume})" if self.auto_resume else "")]
         for report in self.initializers:
-            counts = ", ".join(f"{count} {_DONE.get(action, action)}" for action, count in report.counts.items())
+            counts = counts_in_words(report.counts)
             sources = "; ".join(f"{model} <- {origin}" for model, origin, _file in report.origins)
             said = "; ".join(filter(None, (counts, *report.restored)))
             lines.append(f"{report.kind}: {sources or 'no files'}" + (f" ({said})" if said else ""))
@@ -250,3 +260,14 @@ def histories(values: Mapping[str, Any]) -> dict[str, History]:
         chain = tuple((sources[number], tuple(map(str, keys))) for number, keys in steps)
         found.setdefault(str(record["model"]), {})[str(record["name"])] = chain
     return found
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """Numbers of rows by action, of a plan that was carried out: ``4 loaded, 2 kept; 2 of the file unused``."""
+    done = [f"{counts[action]:,} {word}" for action, word in _DONE.items() if counts.get(action)]
+    unused = sum(counts.get(action, 0) for action in _UNUSED)
+    others = [f"{count:,} {action}" for action, count in counts.items() if count and action not in (*_DONE, *_UNUSED)]
+    said = ", ".join([*done, *others])
+    if not unused:
+        return said
+    return f"{said}; {unused:,} of the file unused" if said else f"{unused:,} of the file unused"

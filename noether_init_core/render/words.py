@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from noether_init_core.provenance import counts_in_words
 from noether_init_core.render.folding import printable
 from noether_init_core.surgery.plan import Action
 
@@ -40,18 +41,6 @@ MARKS: Mapping[Action, Mark] = {
     "outside": Mark(".", "outside", "dim"),
 }
 
-#: What was done to entries of the model, in the order in which it is told.
-_DONE: Mapping[str, str] = {
-    "load": "loaded",
-    "rename": "loaded by another name",
-    "transform": "loaded and transformed",
-    "cast": "loaded and converted",
-    "keep": "kept",
-    "reset": "reset",
-}
-#: Actions that are about entries of the file.
-_UNUSED = ("removed", "outside", "unexpected")
-
 _UNITS = ("", " k", " M", " G", " T", " P")
 
 # Labels of transforms end in the rule itself, whose names stand beside it anyway.
@@ -77,17 +66,6 @@ def percent(share: float) -> str:
     if share in (0.0, 1.0):
         return f"{100 * share:.0f} %"
     return "< 0.1 %" if share < 0.001 else f"{min(100 * share, 99.9):.1f} %"
-
-
-def counts_in_words(counts: Mapping[str, int]) -> str:
-    """Numbers of rows by action, of a plan that was carried out: ``4 loaded, 2 kept; 2 of the file unused``."""
-    done = [f"{counts[action]:,} {word}" for action, word in _DONE.items() if counts.get(action)]
-    unused = sum(counts.get(action, 0) for action in _UNUSED)
-    others = [f"{count:,} {action}" for action, count in counts.items() if count and action not in (*_DONE, *_UNUSED)]
-    said = ", ".join([*done, *others])
-    if not unused:
-        return said
-    return f"{said}; {unused:,} of the file unused" if said else f"{unused:,} of the file unused"
 
 
 def place_of_rule(rule: str) -> str:

@@ -260,5 +260,12 @@ def near(name: str, others: Sequence[str], most: int = 3) -> list[str]:
     """Up to ``most`` of ``others`` that look like ``name``: same leaf names first, then by similarity."""
     leaf = name.rpartition(".")[2]
     pool = [other for other in others if other.rpartition(".")[2] == leaf] or list(others)
-    found = difflib.get_close_matches(name, pool[:2000], n=most, cutoff=0.5)
-    return found or difflib.get_close_matches(name, list(others)[:2000], n=most, cutoff=0.5)
+    return _closest(name, pool[:2000], most) or _closest(name, list(others)[:2000], most)
+
+
+def _closest(name: str, others: Sequence[str], most: int) -> list[str]:
+    """By similarity; of equally similar ones, the first layer before the last."""
+    found = difflib.get_close_matches(name, others, n=64, cutoff=0.5)
+    order = {other: number for number, other in enumerate(others)}
+    found.sort(key=lambda other: (-difflib.SequenceMatcher(None, other, name).ratio(), order[other]))
+    return found[:most]

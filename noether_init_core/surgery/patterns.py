@@ -13,7 +13,16 @@ from typing import Any
 import attrs
 import re2
 
-__all__ = ["Captures", "NameGlob", "NamePattern", "PatternSet", "parse_glob", "parse_pattern", "parse_regex"]
+__all__ = [
+    "Captures",
+    "NameGlob",
+    "NamePattern",
+    "PatternSet",
+    "parse_glob",
+    "parse_pattern",
+    "parse_regex",
+    "repaired",
+]
 
 #: What the captures of a pattern stand for in one name.
 Captures = Mapping[str, str]
@@ -150,6 +159,35 @@ def _expression(segments: Sequence[_Segment], below: bool) -> str:
     if below:
         shown.append(f"(?P<{BELOW}>{_SEGMENTS})")
     return _FLAGS + r"\.".join(shown)
+
+
+def repaired(pattern: NamePattern, name: str) -> str | None:
+    """The pattern that was probably meant: with the segments of ``name`` in place of those that do not fit it."""
+    mine = list(pattern.segments)
+    theirs = name.split(".")
+    surplus = len(theirs) - len(mine) - (1 if pattern.below else 0)
+    if not mine or any(segment.many for segment in mine) or len(theirs) < len(mine):
+        return None
+    wholes = [_pattern_text(segment) for segment in mine]
+    candidates = [[*theirs[: max(surplus, 0)], *wholes]]
+    candidates.append(
+        [
+            whole if segment.captures or whole == their else their
+            for segment, whole, their in zip(mine, wholes, theirs, strict=False)
+        ]
+    )
+    for segments in candidates:
+        text = ".".join(segments) + ("." if pattern.below else "")
+        if text != pattern.text and parse_pattern(text).match(name) is not None:
+            return text
+    return None
+
+
+def _pattern_text(segment: _Segment) -> str:
+    text = segment.literals[0]
+    for capture, literal in zip(segment.captures, segment.literals[1:], strict=True):
+        text += f"<{capture}>{literal}"
+    return text
 
 
 def parse_regex(text: str) -> NamePattern:

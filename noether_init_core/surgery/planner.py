@@ -485,7 +485,13 @@ class _PartPlanner:
         found = single_rename(missing, unexpected)
         if found is None:
             return ""
-        return f' One rename fits all: patterns_to_rename: [{{src: {found[0]}, dst: "{found[1]}"}}]'
+        src, dst = found
+        if not self.fresh_hint.startswith(KEEP_MODEL_HINT):
+            return f' One rename fits all: patterns_to_rename: [{{src: {src}, dst: "{dst}"}}]'
+        if not src.endswith(".") or not all(name.startswith(src) for name in unexpected):
+            return ""
+        rule = f"{{from: {src}, to: {dst}}}" if dst else f"{{from: {src}<rest..>, to: <rest..>}}"
+        return f" One rename fits all: - {rule}"
 
     def _row(
         self,

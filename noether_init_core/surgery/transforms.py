@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from noether_init_core.surgery.names import WRAPPERS, NameMatch, NameProblem, Taken, bare_names, near
-from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob
+from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob, repaired
 from noether_init_core.surgery.steps import Step
 
 __all__ = ["Drop", "KeepModel", "Move", "Only", "Rule", "Transforms", "glob_set"]
@@ -118,7 +118,11 @@ class Transforms:
         if not WRAPPERS.isdisjoint(wanted.split(".")):
             return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
         similar = near(self.source_root + wanted, names, most=1)
-        return f"; the file says {similar[0].removeprefix(self.source_root)}" if similar else ""
+        if not similar:
+            return ""
+        name = similar[0].removeprefix(self.source_root)
+        better = repaired(rule.sources[0], name) if isinstance(rule, Move) else None
+        return f"; the file says {name}" + (f". Next: from: {better}" if better else "")
 
 
 @attrs.frozen(init=False)

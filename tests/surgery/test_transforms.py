@@ -51,7 +51,11 @@ def test_an_idle_rule_is_told_what_the_file_says() -> None:
     sources = ("model.layers.0.w", "step")
     rules = transforms(idle)
     assert rules.unmatched([rules.match(sources, ())], [sources]) == [
-        ("rule 0 (layers.<i>.w -> b.<i>.w) matches nothing; the file says model.layers.0.w", True)
+        (
+            "rule 0 (layers.<i>.w -> b.<i>.w) matches nothing; the file says model.layers.0.w. "
+            "Next: from: model.layers.<i>.w",
+            True,
+        )
     ]
     optional = transforms({**idle, "optional": True})
     assert optional.unmatched([optional.match(sources, ())], [sources]) == []
