@@ -51,6 +51,8 @@ class Interpreter:
 
     def __init__(self, data: bytes, records: Mapping[str, int], allowed: Collection[str] = ()) -> None:
         self.unknown: dict[str, None] = {}
+        #: id of a dict -> the dict, and what Python code attached to it (``_metadata`` of state dicts)
+        self.attached: dict[int, tuple[dict[Any, Any], Any]] = {}
         self._data = data
         self._allowed = frozenset(allowed)
         self._scope = Scope(records, copies=1024 + 2 * len(data), key_elements=1024 + 16 * len(data))
@@ -211,9 +213,10 @@ class Interpreter:
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) is ForeignObject:
             target.state = state
-        elif type(target) is not dict:
+        elif type(target) is dict:
+            self.attached[id(target)] = target, state
+        else:
             raise OpcodeError(f"data.pkl gives a state to {type_of(target)}")
-        # The state of an OrderedDict is what Python code attached to it (_metadata of state dicts); it has no use here.
 
     # Containers
 

@@ -24,6 +24,7 @@ from noether_init_core.checkpoints.safetensors_header import is_safetensors, rea
 from noether_init_core.checkpoints.survey import Survey
 from noether_init_core.checkpoints.tensor_info import TensorInfo
 from noether_init_core.checkpoints.verify import damaged_records
+from noether_init_core.checkpoints.versions import Versions, versions_in
 from noether_init_core.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -86,6 +87,9 @@ class CheckpointReader:
             object that is no dict it is ``{"object": ...}``. To be read only: ``load`` is built from the same values.
         extra_state: The entries of the state dict that are no tensors, with tensors as ``TensorInfo``, too;
             ``materialize`` reads them.
+        versions: What the state dict's ``_metadata`` says of the modules that it was taken from: path of a module ->
+            such as ``{"version": 2}``; empty where there is none. Loading code of modules decides by it whether it
+            translates; without it, torch takes a file for one of the oldest version.
         format: ``torch`` or ``safetensors``. A safetensors file has nothing but tensors and texts: ``metadata`` is its
             ``__metadata__``, ``extra_state`` is empty, ``load`` gives a dict of all tensors.
     """
@@ -94,6 +98,8 @@ class CheckpointReader:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Any]
     extra_state: Mapping[str, Any]
+    versions: Versions
+    _versions: Mapping[int, Versions]
     format: Literal["torch", "safetensors"]
     _records: Mapping[str, Record]
 
@@ -324,7 +330,8 @@ class CheckpointReader:
     def load(self) -> Any:
         """The whole object with real tensors, each with memory of its own; keys of one tensor get one tensor.
 
-        Kinds of dict become ``dict``, ``torch.Size`` becomes ``tuple``, parameters become plain tensors.
+        Kinds of dict become ``dict``, ``torch.Size`` becomes ``tuple``, parameters become plain tensors. A state dict
+        with ``_metadata`` is an ``OrderedDict`` that has it, as ``load_state_dict`` of modules expects.
         """
         return self.materialize(self._object)
 
@@ -332,7 +339,7 @@ class CheckpointReader:
         """``value``, taken from ``metadata`` or ``extra_state``, with real tensors."""
         from noether_init_core.checkpoints.transfer import Materializer
 
-        converted = Materializer(self._handle, self._records).convert(value)
+        converted = Materializer(self._handle, self._records, self._versions).convert(value)
         self._handle.check_unchanged()
         return converted
 
@@ -341,6 +348,7 @@ class CheckpointReader:
         self.format = "safetensors"
         self.tensors = MappingProxyType(header.tensors)
         self.metadata, self.extra_state = header.metadata, {}
+        self.versions, self._versions = {}, {}
         self._records, self._has_checksums = header.records, False
         self._object = header.tensors
 
@@ -369,6 +377,7 @@ class CheckpointReader:
             survey = Survey(value, len(header))
             if interpreter.unknown:
                 self._refuse_globals(interpreter.unknown, survey.foreign)
+            self._versions = versions_in(interpreter.attached.values(), len(header))
         except OpcodeError as error:
             if interpreter.unknown:
                 self._refuse_globals(interpreter.unknown)
@@ -381,6 +390,7 @@ class CheckpointReader:
     def _split(self) -> None:
         """Tell the state dict from the rest."""
         value = self._object
+        self.versions = {}
         state_dict = value.get("state_dict") if type(value) is dict else None
         if type(state_dict) is dict:
             rest = {key: child for key, child in value.items() if key != "state_dict"}
@@ -395,6 +405,7 @@ class CheckpointReader:
         if wrong:
             self._refuse(f"its state dict has the key {_printable(repr(wrong[0]))}, which is no text")
         tensors = {key: child for key, child in state_dict.items() if type(child) is TensorInfo}
+        self.versions = self._versions.get(id(state_dict), {})
         self.tensors = MappingProxyType(tensors)
         self.metadata = rest
         self.extra_state = {key: child for key, child in state_dict.items() if key not in tensors}
