@@ -153,4 +153,5 @@ def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, torch.Tensor]
 
 def bytes_of_tensor(tensor: torch.Tensor) -> memoryview:
     """The contiguous little-endian bytes of a CPU tensor; those of another order are copied."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    # a dimension of one element or none may have any stride, which a plain view would keep
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
