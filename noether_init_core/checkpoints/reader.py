@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from noether_init_core.checkpoints.file_handle import FileHandle, open_file
 from noether_init_core.checkpoints.finite import Finding
-from noether_init_core.checkpoints.integrity import CommittedFile, Integrity, digest_of_records
+from noether_init_core.checkpoints.integrity import CommittedFile, Integrity, digest_of_records, is_dense
+from noether_init_core.checkpoints.naming import state_dict_of
 from noether_init_core.checkpoints.opcodes import Interpreter, OpcodeError
 from noether_init_core.checkpoints.records import Record, read_records
 from noether_init_core.checkpoints.safetensors_header import is_safetensors, read_safetensors_header
@@ -44,7 +45,6 @@ Key = TypeVar("Key", bound=str | TensorInfo)
 ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
 _MAX_HEADER = 512 << 20
-_EXTRA_STATE = "_extra_state"
 _logger = logging.getLogger(__name__)
 
 
@@ -185,12 +185,18 @@ class CheckpointReader:
         """Digest of what the file says of its records, their checksums included; see ``verify(committed=...)``."""
         return digest_of_records(self._records.values())
 
-    def checksum_of(self, key: str) -> int | None:
-        """The CRC-32 that the file has for the bytes of a tensor; None where it has none for these bytes alone."""
-        info = self._find(key)
-        record = self._records[info.record]
-        is_alone = info.is_contiguous and info.nbytes == record.size and not (info.is_conjugated or info.is_negated)
-        return record.crc if is_alone and self._has_checksums else None
+    def checksums(self) -> dict[str, int | None]:
+        """CRC-32 of the bytes of every tensor, in the order in which they lie in the file; by path in the whole object.
+
+        None where the file has none of the bytes of this tensor alone. Of a file of torch.save only.
+        """
+        found: dict[str, int | None] = {}
+        for path, info in self._survey.tensors({"": self._object}).items():
+            record = self._records[info.record]
+            is_alone = is_dense(info) and info.span * info.itemsize == record.size
+            is_alone = is_alone and not (info.is_conjugated or info.is_negated)
+            found[path] = record.crc if is_alone and self._has_checksums else None
+        return found
 
     def _verify(
         self,
@@ -391,16 +397,13 @@ class CheckpointReader:
         """Tell the state dict from the rest."""
         value = self._object
         self.versions = {}
-        state_dict = value.get("state_dict") if type(value) is dict else None
-        if type(state_dict) is dict:
-            rest = {key: child for key, child in value.items() if key != "state_dict"}
-        elif _is_state_dict(value):
-            state_dict, rest = value, {}
-        else:
+        state_dict = state_dict_of(value, TensorInfo)
+        if state_dict is None:
             rest = value if type(value) is dict else {"object": value}
             self.tensors = MappingProxyType(self._survey.tensors(rest))
             self.metadata, self.extra_state = rest, {}
             return
+        rest = {} if state_dict is value else {key: child for key, child in value.items() if key != "state_dict"}
         wrong = [key for key in state_dict if type(key) is not str]
         if wrong:
             self._refuse(f"its state dict has the key {_printable(repr(wrong[0]))}, which is no text")
@@ -478,16 +481,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _is_state_dict(value: Any) -> bool:
-    """A dict from names to tensors, with no other values than modules' extra state."""
-    if type(value) is not dict or not any(type(child) is TensorInfo for child in value.values()):
-        return False
-    return all(
-        type(key) is str and (type(child) is TensorInfo or key.rpartition(".")[2] == _EXTRA_STATE)
-        for key, child in value.items()
-    )
 
 
 def _printable(text: str) -> str:

@@ -11,8 +11,8 @@ import attrs
 
 from noether_init_core.checkpoints.file_handle import CHUNK, FileHandle, Transfer
 from noether_init_core.checkpoints.memory import in_large_pages
+from noether_init_core.checkpoints.naming import children
 from noether_init_core.checkpoints.records import Record
-from noether_init_core.checkpoints.survey import children
 from noether_init_core.checkpoints.tensor_info import ITEMSIZES, TensorInfo
 from noether_init_core.checkpoints.values import ForeignObject, GlobalName
 from noether_init_core.checkpoints.versions import METADATA, Versions

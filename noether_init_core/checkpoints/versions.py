@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from noether_init_core.checkpoints.builders import OpcodeError
-from noether_init_core.checkpoints.survey import Survey, children
+from noether_init_core.checkpoints.naming import children
+from noether_init_core.checkpoints.survey import Survey
 
 __all__ = ["METADATA", "Versions", "versions_in"]
 

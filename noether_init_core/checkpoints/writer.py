@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -23,7 +23,6 @@ from noether_init_core.checkpoints.flat_names import give_room, refresh_flat_nam
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
-from noether_init_core.checkpoints.plain import bytes_of_tensor, tensors_in
 from noether_init_core.checkpoints.retention import Retention, checked_metrics
 from noether_init_core.checkpoints.sets import (
     SETS_FOLDER,
@@ -34,7 +33,7 @@ from noether_init_core.checkpoints.sets import (
     set_folders,
 )
 from noether_init_core.checkpoints.storage import LOCAL, Storage
-from noether_init_core.checkpoints.verify import Examined, examine_memory
+from noether_init_core.checkpoints.watch import Seen, Watch
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
@@ -44,11 +43,10 @@ __all__ = ["CheckpointWriter"]
 
 logger = logging.getLogger(__name__)
 
-# dtype, shape, and what its bytes in memory are
-_Examined = tuple[str, tuple[int, ...], Examined]
-
 LOCK_NAME = ".noether-init.lock"
 LOCK_TIMEOUT_S = 600.0
+# a handler of signals may save to another folder in the midst of a save
+_CHECKSUMS = threading.RLock()
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -213,6 +211,17 @@ class CheckpointWriter:
         folder = checkpoints / SETS_FOLDER / f"{sequence:08d}_{iteration}"
         storage.make_folder(folder)
         storage.fsync_folder(folder.parent)
+        # tensors are looked at meanwhile: the disk and torch's checksums take longer
+        with Watch(contents) as watch:
+            files = tuple(self._write_file(folder, content, watch) for content in contents)
+            changed = watch.changed()
+        if changed:
+            raise CheckpointCorruptError(
+                f"{', '.join(changed[:5])} changed while the set was written, by another thread or process: its files "
+                "would be of two moments. Next: save a copy (clone), or wait for what updates it",
+                path=folder,
+                key=", ".join(changed),
+            )
         manifest = Manifest(
             sequence=sequence,
             iteration=iteration.to_mapping(),
@@ -222,7 +231,7 @@ class CheckpointWriter:
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             metrics=metrics,
             frozen=frozen,
-            files=tuple(self._write_file(folder, content) for content in contents),
+            files=files,
             lineage=lineage,
             versions=_versions(),
         )
@@ -241,19 +250,19 @@ class CheckpointWriter:
             storage.fsync_folder(folder)
             return load_set(SetFolder(folder, sequence, iteration, committed=True), storage)
 
-    def _write_file(self, folder: Path, content: FileContent) -> ManifestFile:
+    def _write_file(self, folder: Path, content: FileContent, watch: Watch) -> ManifestFile:
         path = folder / str(content.name)
-        # digests of tensors are taken meanwhile: the disk and torch's checksums take longer
-        with ThreadPoolExecutor(1) as pool, _naming(path), self.storage.open_write(path) as file:
-            described = pool.submit(_examined, content)
+        with _naming(path), self.storage.open_write(path) as file:
             sink = _Sink(file)
             with _checksums():
-                torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
+                try:
+                    torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
+                except (RuntimeError, ValueError, TypeError) as error:
+                    raise CheckpointError(f"torch.save refuses {content.name}: {error}", path=path) from error
             sink.raise_error()
             self.storage.fsync(file)
         self.storage.make_read_only(path)
-        examined = described.result()
-        records = _prove(path, examined)
+        listed, records = _prove(path, watch, content)
         name = content.name
         return ManifestFile(
             name=str(name),
@@ -264,8 +273,13 @@ class CheckpointWriter:
             digest=f"xxh3_128:{sink.hash.hexdigest()}",
             records=records,
             tensors={
-                key: ManifestTensor(dtype=dtype, shape=shape, digest=found.digest, values=found.nonfinite or "finite")
-                for key, (dtype, shape, found) in examined.items()
+                key: ManifestTensor(
+                    dtype=seen.dtype,
+                    shape=seen.shape,
+                    digest=seen.examined.digest,
+                    values=seen.examined.nonfinite or "finite",
+                )
+                for key, seen in listed.items()
             },
         )
 
@@ -356,42 +370,34 @@ def _is_query(tag: str) -> bool:
     return True
 
 
-def _tensors_of(content: FileContent) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors by the keys that the reader gives them: those of a state dict by its own keys, without extra state."""
-    if content.name.part == "model":
-        state_dict = content.content["state_dict"]
-        yield from ((key, value) for key, value in state_dict.items() if isinstance(value, torch.Tensor))
-    else:
-        yield from tensors_in(content.content)
-
-
-def _examined(content: FileContent) -> dict[str, _Examined]:
-    found = {}
-    for key, tensor in _tensors_of(content):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        found[key] = dtype, tuple(tensor.shape), examine_memory(bytes_of_tensor(tensor), dtype)
-    return found
-
-
-def _prove(path: Path, written: Mapping[str, _Examined]) -> str:
+def _prove(path: Path, watch: Watch, content: FileContent) -> tuple[dict[str, Seen], str]:
     """Read the header back with our own reader: a file that it cannot read must never be committed.
 
     The checksums that torch wrote are compared with those of the tensors in memory, so that what changed in the midst
-    of the save is found now, and not when the set is needed. Returns the digest of the file's records.
+    of the save is found now, and not when the set is needed. Returns what the manifest says of the tensors, and the
+    digest of the file's records.
     """
     from noether_init_core.checkpoints.reader import open_checkpoint
 
     with open_checkpoint(path) as reader:
         found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors.items()}
-        checksums = {key: reader.checksum_of(key) for key in reader.tensors}
+        checksums = reader.checksums()
         records = reader.digest_of_records
-    expected = {key: (dtype, shape) for key, (dtype, shape, _) in written.items()}
+    listed, written = watch.listed(content), watch.all(content)
+    expected = {key: (seen.dtype, seen.shape) for key, seen in listed.items()}
     different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+    different += sorted(written.keys() ^ checksums.keys())
     if different:
         raise CheckpointCorruptError(
             f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
         )
-    changed = [key for key, (*_, examined) in written.items() if checksums[key] not in (None, examined.crc)]
+    if None in checksums.values():
+        raise CheckpointCorruptError(
+            f"{path} was written without checksums: torch.serialization.set_crc32_options was called while it was "
+            "written, by another thread",
+            path=path,
+        )
+    changed = [key.removeprefix("state_dict.") for key, seen in written.items() if checksums[key] != seen.examined.crc]
     if changed:
         raise CheckpointCorruptError(
             f"{', '.join(changed[:5])} changed while {path} was written, by another thread or process. "
@@ -399,18 +405,20 @@ def _prove(path: Path, written: Mapping[str, _Examined]) -> str:
             path=path,
             key=", ".join(changed),
         )
-    return records
+    return listed, records
 
 
 @contextmanager
 def _checksums() -> Iterator[None]:
     """Have torch write a checksum of every record, whatever the program chose for its own files."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+    # Some releases of torch have one choice for all threads: nobody may put it back while another one writes.
+    with _CHECKSUMS:
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(True)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(before)
 
 
 @contextmanager

@@ -432,3 +432,10 @@ def test_a_file_that_is_rewritten_between_check_and_load_is_refused(paths: PathP
     with pytest.raises(PartlyInitializedError, match="was written to while it was in use"):
         initializer.init_weights(bind(target, name="net"))
     assert torch.equal(target.weight, before)
+
+
+def test_a_path_of_an_unknown_user_is_not_found() -> None:
+    """Not a bare error of pathlib."""
+    stack = InitializerStack.from_config([{"kind": "file", "path": "~nosuchuser/x.pt"}])
+    with pytest.raises(CheckpointNotFoundError, match=r"~nosuchuser/x\.pt cannot be found"):
+        stack.initialize(bind(torch.nn.Linear(2, 2), "net"))
