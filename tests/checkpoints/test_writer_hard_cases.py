@@ -432,12 +432,13 @@ def test_weights_that_change_in_the_midst_of_a_save_are_not_committed(
         def open_write(self, path: Path) -> BinaryIO:
             file = super().open_write(path)
             if path.name.endswith("_model.th"):
-                examined.clear()
                 original = file.write
+                changed: list[bool] = []
 
                 def write(data: Any) -> int:
-                    if not examined.is_set():
+                    if not changed:
                         assert examined.wait(60)
+                        changed.append(True)
                         with torch.no_grad():
                             model.weight.add_(1)
                     return original(data)
