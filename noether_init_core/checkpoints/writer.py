@@ -57,6 +57,9 @@ class CheckpointWriter:
     manifest into place. A process that is killed before that leaves the sets from before, and an uncommitted folder
     that the next save removes. In a distributed run one rank may call it, with full tensors.
 
+    Tensors in CPU memory that change while a set is written are found out, and the set is not committed. Those of other
+    devices are copied when the save begins, one after the other: do not train meanwhile.
+
     Args:
         path_provider: The folders of the run; anything with ``output_root``, ``run_id`` and ``stage_name``.
         report: The report of the initialization; its lineage is kept in every manifest.
@@ -115,9 +118,9 @@ class CheckpointWriter:
         Raises:
             ConfigError: The model, iteration, tags, metrics or optimizer cannot be saved. Nothing was written.
             CheckpointFormatError: A value could not be read again; its place is named. Nothing was written.
-            CheckpointWriteError: The disk is full, read-only, failing or not mounted, or another process holds the
-                lock. The set was not committed (but for a disk that fails in the very last step: the message says
-                so); the sets from before are untouched.
+            CheckpointWriteError: The disk is full, read-only, failing or not mounted, another process holds the lock,
+                this thread is in the midst of a save, or tensors changed meanwhile. The set was not committed (but for
+                a disk that fails in the very last step: the message says so); the sets from before are untouched.
         """
         full = iteration_for(iteration, trainer)
         all_tags = _all_tags(full, tags)
