@@ -81,6 +81,11 @@ class InitError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def add(self, text: str) -> None:
+        """Add to the message what a caller knows besides; class and data stay."""
+        self.message += text
+        self.args = (self.message,)
+
 
 class ConfigError(InitError, ValueError):
     """A config that cannot be used."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,19 +18,20 @@ from noether_init_core.errors import (
     ConfigError,
     PartlyInitializedError,
     StartConflictError,
-    StateMismatchError,
     type_of,
 )
 from noether_init_core.hook_caller import HookCaller
 from noether_init_core.hooks import HOOK_NAMES
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.source import SourceInitializer, submodel_of
+from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.observers import load_observer
 from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import InitializerReport, InitReport
 from noether_init_core.surgery.plan import LoadPlan
+from noether_init_core.tracing import Carried, trace
 
 __all__ = ["InitializerStack"]
 
@@ -103,10 +103,10 @@ class InitializerStack:
     def _from_loaded(cls, loaded: LoadedConfig, path_provider: Any, observers: Iterable[Any]) -> Self:
         observers = [*(load_observer(name) for name in loaded.observers), *observers]
         decision = ""
-        if loaded.auto_resume:
-            resumed, decision = _auto_resume(path_provider, loaded.on_invalid)
+        if loaded.resume is not None:
+            resumed, decision = _auto_resume(path_provider, loaded.resume)
             if resumed is not None:
-                stack = cls._from_members([_Member(kinds.create(resumed, path_provider=path_provider))], observers)
+                stack = cls._from_members([_member(resumed, path_provider)], observers)
                 stack._auto_resume = decision
                 return stack
         members = [_member(entry, path_provider) for entry in loaded.entries]
@@ -137,15 +137,19 @@ class InitializerStack:
     def plan(self, model: Any) -> LoadPlan:
         """What ``initialize(model)`` will do to the weights. The model is untouched; only headers are read.
 
-        Kinds that cannot plan are left out.
+        An initializer sees what those before it will have loaded: for that, its file need not have anything. Kinds that
+        cannot plan are left out.
         """
         check_model(model)
+        plans = []
+        loaded: frozenset[int] = frozenset()
         try:
-            plans = [
-                member.initializer.plan_weights(member.model(model))
-                for member in self._members
-                if isinstance(member.initializer, SourceInitializer) and member.takes_part_in("init_weights")
-            ]
+            for member in self._members:
+                initializer = member.initializer
+                if isinstance(initializer, SourceInitializer) and member.takes_part_in("init_weights"):
+                    initializer.loaded_before = loaded
+                    plans.append(initializer.plan_weights(member.model(model)))
+                    loaded |= initializer.will_write
         finally:
             self._release()
         return LoadPlan.merged(plans)
@@ -156,6 +160,8 @@ class InitializerStack:
         Args:
             model: A model or composite; ``bind`` makes one of a plain module.
             trainer: Anything with ``state_dict`` and ``load_state_dict``; ``restore_rng`` is called last where it is.
+                Where it has ``lineage`` and ``init_report``, it is given the report's lineage and the report, which
+                ``CheckpointWriter`` looks for when it saves the trainer.
             callbacks: Callbacks with ``state_dict`` and ``load_state_dict``; others are passed along.
 
         Returns: the report; ``report.start`` is the iteration at which training starts.
@@ -169,18 +175,26 @@ class InitializerStack:
         callbacks = list(callbacks) if callbacks is not None else None
         try:
             start, starts = self._starts()
+            loaded: frozenset[int] = frozenset()
             for member in self._members:
                 everything = member.takes_part_in("init_trainer")
-                member.initializer.check(
+                initializer = member.initializer
+                if isinstance(initializer, SourceInitializer):
+                    initializer.loaded_before = loaded
+                initializer.check(
                     member.model(model),
                     trainer if everything else None,
                     callbacks if member.takes_part_in("init_callbacks") else None,
                 )
+                if isinstance(initializer, SourceInitializer) and member.takes_part_in("init_weights"):
+                    loaded |= initializer.will_write
             self._run(self._steps(model, trainer, callbacks), trainer, callbacks or [])
             present = {"init_trainer": trainer is not None, "init_callbacks": callbacks is not None}
-            report = self._report(start, starts, [hook for hook in HOOK_NAMES if present.get(hook, True)])
+            report = self._report(model, start, starts, [hook for hook in HOOK_NAMES if present.get(hook, True)])
             if hasattr(trainer, "lineage"):
                 trainer.lineage = tuple(report.lineage())
+            if hasattr(trainer, "init_report"):
+                trainer.init_report = report
         finally:
             self._release()
         logger.info("%s", report)
@@ -233,7 +247,7 @@ class InitializerStack:
         return steps
 
     def _run(self, steps: Sequence[tuple[str, Callable[[], Any]]], trainer: Any, callbacks: Sequence[Any]) -> None:
-        before = _States.taken(trainer, callbacks) if self._members else _States(())
+        before = StatesBefore.taken(trainer, callbacks) if self._members else StatesBefore(())
         labels = [label for label, _call in steps]
         for number, (_label, call) in enumerate(steps):
             try:
@@ -252,7 +266,11 @@ class InitializerStack:
                 ) from error
 
     def _report(
-        self, start: TrainingIteration, starts: Sequence[TrainingIteration | None], called: Sequence[str]
+        self,
+        model: Any,
+        start: TrainingIteration,
+        starts: Sequence[TrainingIteration | None],
+        called: Sequence[str],
     ) -> InitReport:
         offers = {info.name: f"{info.distribution} {info.version}" for info in kinds.installed()}
         reports = []
@@ -271,9 +289,17 @@ class InitializerStack:
                     start=str(own_start) if own_start is not None and not own_start.is_zero else None,
                     restored=tuple(getattr(member.initializer, "restored", ())),
                     passed_over=tuple(getattr(member.initializer, "passed_over", ())),
+                    not_restored=tuple(getattr(member.initializer, "not_restored", ())),
+                    resumed_set=getattr(member.initializer, "resumed_set", None),
                 )
             )
-        return InitReport(start, tuple(reports), self._auto_resume)
+        carried = [
+            Carried(member.initializer, ".".join((str(model.name), *member.submodel)), str(member.model(model).name))
+            for member in self._members
+            if isinstance(member.initializer, SourceInitializer) and member.takes_part_in("init_weights")
+        ]
+        sources, tensors = trace(model, carried)
+        return InitReport(start, tuple(reports), self._auto_resume, sources, tensors)
 
     def _release(self) -> None:
         for member in self._members:
@@ -281,41 +307,6 @@ class InitializerStack:
                 member.initializer.release()
             except Exception:  # what is done stays done, and an error on its way must not be hidden
                 logger.exception("release of %s failed", member.kind)
-
-
-@attrs.frozen(eq=False)
-class _States:
-    """States of trainer and callbacks as they were."""
-
-    saved: tuple[tuple[Any, Any], ...]
-
-    @classmethod
-    def taken(cls, trainer: Any, callbacks: Sequence[Any]) -> _States:
-        saved = []
-        for owner in (trainer, *callbacks):
-            take = getattr(owner, "state_dict", None)
-            if callable(take) and callable(getattr(owner, "load_state_dict", None)):
-                try:
-                    saved.append((owner, copy.deepcopy(take())))
-                except Exception as error:
-                    raise StateMismatchError(
-                        f"the state of {type_of(owner)} cannot be taken, so that it could not be put back: "
-                        f"{error}. Nothing was changed"
-                    ) from error
-        return cls(tuple(saved))
-
-    def put_back(self) -> list[str]:
-        """Give every owner its state again; what went wrong with that, in words."""
-        problems = []
-        for owner, state in self.saved:
-            try:
-                if state is not None:
-                    owner.load_state_dict(state)
-                elif owner.state_dict() is not None:
-                    problems.append(f"{type(owner).__name__} had no state before and has one now.")
-            except Exception as error:
-                problems.append(f"The state of {type(owner).__name__} could not be put back: {error}.")
-        return problems
 
 
 def _member(entry: Entry, path_provider: Any) -> _Member:
@@ -330,8 +321,11 @@ def _member(entry: Entry, path_provider: Any) -> _Member:
     )
 
 
-def _auto_resume(path_provider: Any, on_invalid: str) -> tuple[dict[str, Any] | None, str]:
-    """The config that resumes this run from its newest set (that is good), or None, and the decision in words."""
+def _auto_resume(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
+    """The entry that resumes this run from its newest set (that is good), or None, and the decision in words.
+
+    What the config says of it is validated at the first start already, when there is nothing to resume.
+    """
     if path_provider is None:
         raise ConfigError("auto_resume needs path_provider=PathProvider(output_root, run_id): it resumes this very run")
     paths = PathProvider.of(path_provider)
@@ -340,12 +334,15 @@ def _auto_resume(path_provider: Any, on_invalid: str) -> tuple[dict[str, Any] | 
             f"auto_resume: the run id {paths.run_id} was generated for this start, so that no later start could find "
             "its checkpoints. Give a fixed run_id"
         )
-    store = RunStore(paths)
-    if on_invalid == "previous" and store.is_begun():
+    config = validate_entry(entry)
+    store = RunStore(paths, asked_by="auto_resume")
+    keywords = {**(getattr(config, "kwargs", None) or {}), "auto_resume": True}
+    if getattr(config, "on_invalid", "error") == "previous" and store.is_begun():
         # Which set is good is found out by reading it, when the start iteration is asked for.
-        config = {"kind": "resume", "on_invalid": on_invalid, "kwargs": {"any_tag": True}}
-        return config, "auto_resume: resumed from the newest good set"
+        resumed = config.model_copy(update={"kwargs": keywords})
+        return attrs.evolve(entry, config=resumed), "auto_resume: resumed from the newest good set"
     newest = store.newest()
     if newest is None:
         return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
-    return {"kind": "resume", "checkpoint_tag": newest.name}, f"auto_resume: resumed from {newest.name}"
+    resumed = config.model_copy(update={"kwargs": keywords, "checkpoint_tag": newest.name})
+    return attrs.evolve(entry, config=resumed), f"auto_resume: resumed from {newest.name}"

@@ -27,6 +27,7 @@ LAYERS = {
     "observers": 4,
     "initializers": 5,
     "contract": 6,
+    "tracing": 6,
     "kinds": 7,
     "config.yaml_text": 7,
     "config.noether_resolved": 7,

@@ -429,3 +429,50 @@ def test_auto_resume_of_a_broken_newest_set_is_an_error(run: PathProvider) -> No
     with pytest.raises(CheckpointCorruptError, match=r"_model\.th"):
         InitializerStack.from_config({"auto_resume": True}, path_provider=run).initialize(model)
     assert same(state_of(model), before)
+
+
+def test_each_initialization_of_a_stack_has_a_report_of_its_own(run: PathProvider) -> None:
+    """What an earlier one restored is not said again, least of all where there is nothing to restore into."""
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=run)
+    for _ in range(2):
+        report = stack.initialize(bound(net()), trainer=Stateful())
+        assert report.initializers[0].restored == ("trainer", "optimizer of net")
+    report = stack.initialize(bound(net(), optimizer=False), trainer=Stateful())
+    assert report.initializers[0].restored == ("trainer",)
+    assert "optimizer" not in str(report)
+
+
+def test_an_optimizer_whose_state_is_empty_is_not_called_restored(tmp_path: Path) -> None:
+    """Plain SGD has a learning rate, and that is all that is taken."""
+    paths = PathProvider(tmp_path, "source")
+    source, target = net(), net(1)
+    CheckpointWriter(paths).save(
+        bind(source, name="net", optimizer=torch.optim.SGD(source.parameters(), lr=0.25)), TrainingIteration(1, 7, 70)
+    )
+    optimizer = torch.optim.SGD(target.parameters(), lr=0.5)
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    report = stack.initialize(bind(target, name="net", optimizer=optimizer))
+    assert report.initializers[0].restored == ("settings of the optimizer of net, which has no state",)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_states_of_callbacks_that_nobody_was_there_to_take_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log and in the report; an average that starts anew is easily overlooked otherwise."""
+
+    class Saving(Stateful):
+        def state_dict(self) -> dict[str, Any]:
+            return {"callback_state_dicts": {"ema": {"step": 3}, "best": {"loss": 0.5}, "plain": None}}
+
+    paths = PathProvider(tmp_path, "source")
+    CheckpointWriter(paths).save(bound(net()), TrainingIteration(1, 7, 70), trainer=Saving())
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    report = stack.initialize(bound(net()), trainer=Stateful())
+    (said,) = report.initializers[0].not_restored
+    assert said.startswith("the trainer file of latest has states of callbacks ema, best; none were given. Next: ")
+    assert f"  not restored: {said}" in str(report).splitlines()
+    assert f"resume: {said}" in [record.message for record in caplog.records if record.levelname == "WARNING"]
+    report = stack.initialize(bound(net()), trainer=Stateful(), callbacks=[])
+    assert report.initializers[0].not_restored == ()
+    assert "states of callbacks that this run has not: ema, best" in caplog.text

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pydantic
 
+from noether_init_core.checkpoints.file_handle import digest_problem
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError
 from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
@@ -23,8 +24,25 @@ class FileInitializerConfig(SourceInitializerConfig):
         description="The file: .th, .pt, .pth, .ckpt or .bin as torch.save writes it, or .safetensors."
     )
     digest: str | None = pydantic.Field(
-        default=None, description="Expected digest of the whole file: xxh3_128:... or sha256:..."
+        default=None,
+        description="Expected digest of the whole file: xxh3_128:... or sha256:...; it takes verify: full.",
     )
+
+    @pydantic.field_validator("digest")
+    @classmethod
+    def _check_digest(cls, value: str | None, info: pydantic.ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        problem = digest_problem(value)
+        verify = info.data.get("verify", "full")
+        if not problem and verify != "full":
+            problem = (
+                f"a digest is compared by verify: full, the default; verify: {verify} would ignore it. "
+                "Leave out one of the two"
+            )
+        if problem:
+            raise ValueError(problem)
+        return value
 
 
 class FileInitializer(SourceInitializer):

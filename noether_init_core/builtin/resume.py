@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pydantic
 
+from noether_init_core.checkpoints import explain
 from noether_init_core.checkpoints.queries import Query
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import check_files, said_by
-from noether_init_core.checkpoints.store import CheckpointSet, Need, check_consistency
+from noether_init_core.checkpoints.store import CheckpointFile, CheckpointSet, Need, RunStore, check_consistency
+from noether_init_core.checkpoints.usable import not_looked_at, refused_values, summary
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
+    CheckpointCorruptError,
     CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
     IncompleteSetError,
+    PlanError,
     StateMismatchError,
+    TornSetError,
+    UnsafeGlobalError,
     type_of,
 )
 from noether_init_core.initializers.callbacks import CallbackPlan, apply_callbacks, plan_callbacks
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig, other_run
 from noether_init_core.initializers.resumption import check_resumption, resume_callbacks
 from noether_init_core.initializers.source import Leaf
+from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.initializers.walk_back import walk_back
 from noether_init_core.iteration import TrainingIteration
 
@@ -48,8 +56,8 @@ class ResumeInitializerConfig(CheckpointInitializerConfig):
     load_optim: bool = pydantic.Field(default=True, description="Whether the state of the optimizer is loaded.")
     on_invalid: Literal["error", "previous"] = pydantic.Field(
         default="error",
-        description="What a broken set leads to, where the tag is an open one (latest, last, E10): "
-        "an error, or the newest good set before it.",
+        description="What a broken set, or one that on_nonfinite refuses, leads to, where the tag is an open one "
+        "(latest, last, E10): an error, or the newest good set before it.",
     )
 
 
@@ -59,32 +67,53 @@ class ResumeInitializer(CheckpointInitializer):
     Frozen submodels and submodels without optimizer keep their optimizer as it is. The trainer file is read once.
 
     With ``on_invalid: previous`` every file of the set is verified before the start iteration is told, and a broken set
-    that an open tag means gives way to the newest good one before it. A tag that names one set never does.
+    that an open tag means gives way to the newest good one before it. A tag that names one set never does. A set with
+    NaN is a broken one unless ``on_nonfinite`` says otherwise.
 
     Args:
         config: A ``ResumeInitializerConfig``.
         path_provider: The folders of the run.
-        any_tag: With ``on_invalid: previous`` and no ``checkpoint_tag``: begin with the newest set, whatever its tags.
+        auto_resume: The stack's ``auto_resume`` asks. With ``on_invalid: previous`` and no ``checkpoint_tag`` it begins
+            with the newest set, whatever its tags; errors advise what can be said beside it.
 
     Attributes:
         passed_over: (set, why) of each broken set that was passed over, newest first.
+        not_restored: What the set has and ``check`` was given nothing to take it, in words.
     """
 
     config_class: ClassVar[type[KindConfig]] = ResumeInitializerConfig
     contract: ClassVar[int] = 1
     config: ResumeInitializerConfig
 
-    def __init__(self, config: KindConfig, *, path_provider: Any = None, any_tag: bool = False) -> None:
+    def __init__(self, config: KindConfig, *, path_provider: Any = None, auto_resume: bool = False) -> None:
         super().__init__(config, path_provider=path_provider)
+        self.store = RunStore(self.source_paths, asked_by="auto_resume" if auto_resume else "resume")
         self.passed_over: tuple[tuple[str, str], ...] = ()
-        self._any_tag = any_tag and self.config.checkpoint_tag is None
+        self.not_restored: tuple[str, ...] = ()
+        self._is_automatic = auto_resume or Query.of(self.checkpoint_tag).automatic
+        self._any_tag = auto_resume and self.config.checkpoint_tag is None
         self._trainer_state: dict[str, Any] | None = None
         self._root: str | None = None
         self._told_name = False
 
+    @property
+    def continues(self) -> bool:
+        """Whether the run that is resumed is the one that is started, and not a copy under another run id."""
+        current, source = self.path_provider, self.source_paths
+        return current is not None and (current.run_id, current.stage_name) == (source.run_id, source.stage_name)
+
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration that the trainer file says."""
+        with self._saying_ways_on():
+            return self._start()
+
+    def _start(self) -> TrainingIteration:
         return TrainingIteration.from_mapping(self.trainer_state()["training_iteration"])
+
+    @property
+    def resumed_set(self) -> str | None:
+        """The folder of the set that is resumed; None before it is selected."""
+        return None if self._selected is None else str(self._selected.folder)
 
     def trainer_state(self) -> dict[str, Any]:
         """The content of the trainer file, read and verified once.
@@ -132,6 +161,7 @@ class ResumeInitializer(CheckpointInitializer):
         """Verify every file of the set as ``verify`` says; returns the state of the trainer.
 
         Beside flat files there may be averages of another iteration, which Noether saves at times of their own.
+        Of values that the load would refuse an older set may be free.
         """
         check_files(found)
         said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
@@ -142,9 +172,24 @@ class ResumeInitializer(CheckpointInitializer):
             with open_checkpoint(file.path) as reader:
                 if file.part != "optim":
                     said[file.path.name] = said_by(reader.metadata, file.path)
-                reader.verify(self.config.verify, committed=found.committed_file(file))
+                committed = found.committed_file(file)
+                looked_at = not_looked_at(file, committed, reader.tensors) if self._refuses_values_of(file) else []
+                reader.verify(self.config.verify, committed=committed, values=looked_at)
+                if self._refuses_values_of(file):
+                    refused = refused_values(file, committed, reader.nonfinite(looked_at))
+                    if refused:
+                        raise CheckpointError(
+                            f"{file.path}: {summary(refused)}; it would be loaded with on_nonfinite: warn",
+                            path=file.path,
+                        )
         check_consistency(said, found)
         return self._read_trainer(found, root)
+
+    def _refuses_values_of(self, file: CheckpointFile) -> bool:
+        """Whether NaN in the file would be an error: if it is loaded, as far as that is known without a model."""
+        if self.on_nonfinite != "error":
+            return False
+        return file.info == self.config.model_info if file.part == "model" else self._loads(file.part)
 
     def _read_trainer(self, selected: CheckpointSet, root: str | None) -> dict[str, Any]:
         file = selected.file(root, "trainer")
@@ -210,7 +255,7 @@ class ResumeInitializer(CheckpointInitializer):
             return
         run_id = self.trainer_state().get("run_id")
         found: dict[str, tuple[TrainingIteration | None, str | None]] = {
-            "trainer": (self.start_checkpoint(), run_id if isinstance(run_id, str) else None)
+            "trainer": (self._start(), run_id if isinstance(run_id, str) else None)
         }
         for leaf in leaves:
             reader, source = self.opened(leaf, "model"), self.source_of(leaf, "model")
@@ -221,6 +266,10 @@ class ResumeInitializer(CheckpointInitializer):
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Weights and optimizer as in ``CheckpointInitializer``, then the states of trainer and callbacks."""
+        with self._saying_ways_on():
+            self._check(model, trainer, callbacks)
+
+    def _check(self, model: Any, trainer: Any, callbacks: list[Any] | None) -> None:
         super().check(model, trainer, callbacks)
         state = self.trainer_state()
         if trainer is None and _TRAINER_STATE in state:
@@ -241,11 +290,37 @@ class ResumeInitializer(CheckpointInitializer):
         if callbacks:
             self._plan_callbacks(callbacks)
             check_resumption(callbacks)
+        self.not_restored = self._left_callbacks() if callbacks is None else ()
+        for what in self.not_restored:
+            self.logger.warning("%s: %s", self.config.kind, what)
+
+    @contextlib.contextmanager
+    def _saying_ways_on(self) -> Iterator[None]:
+        """Add to the error of a broken set which older one there is, and what a config can say; its class stays."""
+        try:
+            yield
+        except (CheckpointCorruptError, CheckpointFormatError, TornSetError) as error:
+            # another set would hold the same names; and where none was selected, the store has said it all
+            if self._selected is not None and not isinstance(error, UnsafeGlobalError):
+                error.add(f". {self._ways_on(self._selected)}")
+            raise
+        except (PlanError, IncompleteSetError, AmbiguousCheckpointError) as error:
+            if self.store.asked_by == "auto_resume":
+                error.add("\nWhat resume can be told stands in auto_resume: auto_resume: {key: value}")
+            raise
+
+    def _ways_on(self, broken: CheckpointSet) -> str:
+        good = self.store.older_good(broken)
+        asked = TrainingIteration() if self.store.asked_by == "auto_resume" else Query.of(self.checkpoint_tag).iteration
+        is_asked = good is not None and (asked is None or good.iteration is None or asked.matches(good.iteration))
+        may_walk_back = self._is_automatic and is_asked and self.config.on_invalid == "error"
+        return explain.ways_on(self.store, good, may_walk_back=may_walk_back)
 
     def init_trainer(self, trainer: Any) -> None:
-        """Hand the trainer file's content to ``trainer.load_state_dict``."""
+        """Hand the trainer file's content to ``trainer.load_state_dict``; if that raises, its state is put back."""
         state = self.trainer_state()
-        trainer.load_state_dict(copy.deepcopy(state))
+        with StatesBefore.kept(trainer):
+            trainer.load_state_dict(copy.deepcopy(state))
         self.restored.append(": ".join(filter(None, ("trainer", ", ".join(_members(state))))))
 
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
@@ -253,10 +328,11 @@ class ResumeInitializer(CheckpointInitializer):
         plan = self._plan_callbacks(callbacks)
         for warning in plan.warnings:
             self.logger.warning("%s: %s", self.config.kind, warning)
-        apply_callbacks(plan)
+        with StatesBefore.kept(None, callbacks):
+            apply_callbacks(plan)
+            resume_callbacks(callbacks, model, self.source_paths, self._selected, self.logger)
         if plan.states:
             self.restored.append(f"{len(plan.states)} callback{'s' if len(plan.states) > 1 else ''}")
-        resume_callbacks(callbacks, model, self.source_paths, self._selected, self.logger)
 
     def _look_at_run(self, selected: CheckpointSet) -> None:
         """A run that says nothing of another one goes on from its own sets only. Naming the run makes it a choice."""
@@ -279,6 +355,18 @@ class ResumeInitializer(CheckpointInitializer):
     def _plan_callbacks(self, callbacks: Sequence[Any]) -> CallbackPlan:
         saved = self.trainer_state().get("callback_state_dicts", {})
         return plan_callbacks(saved, callbacks, where=f"the trainer file of {self._tag_words()}")
+
+    def _left_callbacks(self) -> tuple[str, ...]:
+        """That there are states of callbacks, for a start to which no callbacks are given."""
+        saved = self.trainer_state().get("callback_state_dicts")
+        named = saved if isinstance(saved, Mapping) else dict(enumerate(saved)) if isinstance(saved, list) else {}
+        names = [str(name) for name, state in named.items() if state]
+        if not names:
+            return ()
+        return (
+            f"the trainer file of {self._tag_words()} has states of callbacks {', '.join(names)}; none were given. "
+            "Next: stack.initialize(..., callbacks=[...]), unless the trainer restores them itself",
+        )
 
     def _tag_words(self) -> str:
         if self._selected is not None and (self.passed_over or self._any_tag):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import attrs
 
+from noether_init_core.checkpoints.audit_flat import AuditedFlat, audit_flat
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import (
@@ -22,6 +25,7 @@ from noether_init_core.checkpoints.sets import (
     set_folders,
 )
 from noether_init_core.checkpoints.store import RunStore
+from noether_init_core.checkpoints.usable import not_looked_at, refused_values
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
     CheckpointError,
@@ -45,15 +49,21 @@ __all__ = [
 
 #: Called with the number of bytes that have been verified since the last call.
 Progress = Callable[[int], None]
-State = Literal["good", "broken", "uncommitted"]
+State = Literal["good", "nonfinite", "unverifiable", "broken", "uncommitted"]
+#: Of a file without checksums.
+UNVERIFIABLE = "written without checksums, so its bytes cannot be verified. In a config: verify: header"
 _CHECKPOINTS = "checkpoints"
 
 
 @attrs.frozen
 class AuditedFile:
-    """A file and what is wrong with it: nothing, where ``problem`` is empty. ``note`` says what was not checked."""
+    """A file and what is wrong with it: nothing, where ``problem`` is empty. ``note`` says what was not checked.
+
+    ``state`` is ``unverifiable`` for a file without checksums, of which only the structure was checked.
+    """
 
     path: Path
+    state: State = "good"
     tensors: int = 0
     bytes: int = 0
     problem: str = ""
@@ -66,7 +76,9 @@ class AuditedSet:
 
     Attributes:
         name: Its folder's name; in a folder without manifests the tag of its files.
-        state: ``uncommitted``: a save that was never finished; no reader ever picks it.
+        state: ``nonfinite``: as it was written, with values that a resume refuses; ``uncommitted``: a save that was
+            never finished, which no reader ever picks; ``unverifiable``: nothing is wrong that could be seen, but some
+            file has neither checksums nor a digest.
         is_committed: Whether a manifest vouches for it.
         iteration: As ``E1_U4_S32``; None where nobody says it.
         tags: The tags that mean it now. A later set has taken over the others that it was saved under.
@@ -75,6 +87,7 @@ class AuditedSet:
         run_id: The run that wrote it, as its files say; None where they do not.
         problems: What is wrong with it.
         notes: What is odd about it, and harms nobody.
+        nonfinite: Which values a resume refuses. Where no manifest tells parameters from buffers, only NaN is.
     """
 
     name: str
@@ -87,6 +100,7 @@ class AuditedSet:
     run_id: str | None = None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -98,9 +112,11 @@ class AuditedStore:
         run_id: The run, as a config has to name it.
         stage_name: The stage, likewise.
         sets: Every set, the uncommitted ones too.
-        newest_good: The newest set that is good and can be resumed; failing that, the newest that is good.
-        use: The line of a config that starts from it.
+        newest_good: The newest set that is good and can be resumed; failing that, the newest that is good; failing
+            that, the newest that is nonfinite.
+        use: The line of a config that starts from it; where no set is whole, from the newest that cannot be verified.
         problems: What is wrong beside the sets: flat files that are later than every committed set.
+        flat: The flat files beside committed sets.
     """
 
     folder: Path
@@ -110,11 +126,12 @@ class AuditedStore:
     newest_good: AuditedSet | None = None
     use: str = ""
     problems: tuple[str, ...] = ()
+    flat: AuditedFlat = attrs.field(factory=AuditedFlat)
 
     @property
     def problem_count(self) -> int:
-        """How many sets are broken, and other problems."""
-        return sum(one.state == "broken" for one in self.sets) + len(self.problems)
+        """How many sets are broken, and other problems; sets that are nonfinite are as they were written."""
+        return sum(one.state == "broken" for one in self.sets) + len(self.problems) + len(self.flat.problems)
 
 
 def stores_at(path: Path) -> tuple[RunStore, ...]:
@@ -149,11 +166,15 @@ def audit_file(path: Path, progress: Progress | None = None) -> AuditedFile:
     try:
         with open_checkpoint(path) as reader:
             tensors = reader.tensors
-            reader.verify("full")
-            note = "structure only: a safetensors file carries no checksums" if reader.format == "safetensors" else ""
-            found = AuditedFile(path, len(tensors), sum(info.nbytes for info in tensors.values()), note=note)
+            note = "" if reader.has_checksums else UNVERIFIABLE
+            if not note:
+                reader.verify("full")
+            elif reader.format == "safetensors":
+                note = "structure only: a safetensors file carries no checksums. In a config: digest: sha256:..."
+            nbytes = sum(info.nbytes for info in tensors.values())
+            found = AuditedFile(path, "unverifiable" if note else "good", len(tensors), nbytes, note=note)
     except (CheckpointError, OSError) as error:
-        found = AuditedFile(path, problem=str(error))
+        found = AuditedFile(path, "broken", problem=str(error))
     if progress is not None:
         progress(_size(path))
     return found
@@ -164,27 +185,56 @@ def bytes_of(store: RunStore) -> int:
     return sum(store.storage.size_of(file.path) or 0 for one in store.sets() for file in one.files)
 
 
-def audit_store(store: RunStore, progress: Progress | None = None) -> AuditedStore:
+def audit_store(
+    store: RunStore, progress: Progress | None = None, *, asked: Path | None = None, flat: bool = False
+) -> AuditedStore:
     """Verify every set of a run and stage: manifest, digests, checksums, structure, iterations and runs.
 
     Beside committed sets the flat files are not read: they are copies for Noether, which no reader of ours takes.
+
+    Args:
+        store: The run and stage.
+        progress: Called as bytes are verified.
+        asked: The folder that was asked for; where the output root lies below it, ``use`` says ``output_path``.
+        flat: Whether copies that our saves wrote are compared with their sets, too.
     """
     folders = set_folders(store.folder, store.storage)
+    flat_files = AuditedFlat()
+    if any(folder.committed for folder in folders):
+        flat_files = audit_flat(store, compare=flat, progress=progress)
     if any(folder.committed for folder in folders):
         audited = _committed(store, folders, progress)
     else:
         unfinished = [_unfinished(folder) for folder in folders]
         audited = [*((one, None) for one in unfinished), *_legacy(store, progress)]
-    good = [(one, found) for one, found in audited if one.state == "good" and found is not None]
-    newest, chosen = next(
-        ((one, found) for one, found in good if found.models("trainer")), next(iter(good), (None, None))
-    )
+    newest, chosen = _newest(audited, "good")
+    if newest is None:
+        newest, chosen = _newest(audited, "nonfinite")
+    usable, source = (newest, chosen) if newest is not None else _newest(audited, "unverifiable")
     run_id, stage_name = _place(store, {one.run_id for one, _ in audited})
     use = ""
-    if newest is not None and chosen is not None:
-        use = _config_line(run_id, stage_name, newest, chosen)
+    if usable is not None and source is not None:
+        more = ", verify: header" if newest is None else ""
+        root = store.paths.checkpoint_path.parents[1 if stage_name is None else 2]
+        if asked is not None and root != asked.resolve() and root.is_relative_to(asked.resolve()):
+            more += f", output_path: {_quoted(root)}"
+        use = _config_line(run_id, stage_name, usable, source, more)
     sets = tuple(one for one, _ in audited)
-    return AuditedStore(store.folder, run_id, stage_name, sets, newest, use, tuple(_beside(store)))
+    return AuditedStore(store.folder, run_id, stage_name, sets, newest, use, tuple(_beside(store)), flat_files)
+
+
+def _newest(
+    audited: list[tuple[AuditedSet, CheckpointSet | None]], state: State
+) -> tuple[AuditedSet, CheckpointSet] | tuple[None, None]:
+    """The newest set of this state that can be resumed; failing that, the newest of it."""
+    found = [(one, source) for one, source in audited if one.state == state and source is not None]
+    return next((pair for pair in found if pair[1].models("trainer")), next(iter(found), (None, None)))
+
+
+def _quoted(path: Path) -> str:
+    """As a YAML scalar inside a flow mapping."""
+    text = str(path)
+    return text if re.fullmatch(r"[\w./-]+", text) else json.dumps(text)
 
 
 def _committed(
@@ -236,14 +286,21 @@ def _audit(
     notes: list[str],
 ) -> AuditedSet:
     problems: list[str] = []
+    unverified: list[str] = []
     said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
+    nonfinite: list[str] = []
     total = 0
     for file in found.files:
         size = store.storage.size_of(file.path)
         total += size or 0
-        problem = _problem_of(found, file, size, said)
+        refused: list[str] = []
+        problem = _problem_of(found, file, size, said, unverified, refused)
         if problem:
             problems.append(problem)
+        if file.info is None:
+            nonfinite += refused
+        else:
+            notes += [f"{text} ({file.info}), which a resume does not look at" for text in refused]
         if progress is not None and size:
             progress(size)
     try:
@@ -253,7 +310,7 @@ def _audit(
     iteration = found.iteration or next((one for one, _run in said.values() if one is not None), None)
     return AuditedSet(
         name,
-        "broken" if problems else "good",
+        "broken" if problems else "unverifiable" if unverified else "nonfinite" if nonfinite else "good",
         found.committed,
         str(iteration) if iteration is not None else None,
         tags,
@@ -261,7 +318,8 @@ def _audit(
         total,
         found.run_id or next((run_id for _iteration, run_id in said.values() if run_id is not None), None),
         tuple(problems),
-        tuple(notes),
+        (*notes, *(f"{name} was {UNVERIFIABLE}" for name in unverified)),
+        tuple(nonfinite),
     )
 
 
@@ -270,8 +328,13 @@ def _problem_of(
     file: CheckpointFile,
     size: int | None,
     said: dict[str, tuple[TrainingIteration | None, str | None]],
+    unverified: list[str],
+    refused: list[str],
 ) -> str:
-    """What is wrong with one file of a set; its header's words go to ``said``."""
+    """What is wrong with one file of a set.
+
+    What its header says goes to ``said``, its name perhaps to ``unverified``, bad values to ``refused``.
+    """
     expected = next(
         (one.size for one in (found.manifest.files if found.manifest else ()) if one.name == file.path.name), size
     )
@@ -284,7 +347,14 @@ def _problem_of(
             # Optimizer files say nothing. Noether saves averages at times of their own.
             if file.part != "optim" and (found.committed or file.info is None):
                 said[file.path.name] = said_by(reader.metadata, file.path)
-            reader.verify("full", digest=found.digest_of(file))
+            digest = found.digest_of(file)
+            committed = found.committed_file(file)
+            looked_at = not_looked_at(file, committed, reader.tensors)
+            if digest is None and not reader.has_checksums:
+                unverified.append(file.path.name)
+            else:
+                reader.verify("full", digest=digest, values=looked_at)
+            refused += refused_values(file, committed, reader.nonfinite(looked_at))
     except (CheckpointError, OSError) as error:
         return str(error)
     return ""
@@ -313,7 +383,7 @@ def _beside(store: RunStore) -> Iterator[str]:
         return  # that a set is broken is said of the set
 
 
-def _config_line(run_id: str, stage_name: str | None, audited: AuditedSet, found: CheckpointSet) -> str:
+def _config_line(run_id: str, stage_name: str | None, audited: AuditedSet, found: CheckpointSet, added: str) -> str:
     if found.models("trainer"):
         kind, more = "resume", ""
     else:
@@ -324,10 +394,12 @@ def _config_line(run_id: str, stage_name: str | None, audited: AuditedSet, found
         if not found.committed
         else next((tag for tag in (found.name, *audited.tags) if tag in audited.tags), "")
     )
+    also = ", on_nonfinite: warn" if audited.state == "nonfinite" else ""
     if tag:
-        return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: {tag}}}"
+        return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: {tag}{also}{added}}}"
     # every tag of it means a later set by now
-    return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: latest, on_invalid: previous}}"
+    chosen = "checkpoint_tag: latest, on_invalid: previous"
+    return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, {chosen}{also}{added}}}"
 
 
 def _provider(root: Path, parts: tuple[str, ...]) -> PathProvider | None:

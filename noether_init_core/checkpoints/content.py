@@ -22,10 +22,11 @@ Averages = Mapping[str, Any]
 
 @attrs.frozen(eq=False)
 class FileContent:
-    """One file to be written."""
+    """One file to be written; ``buffers`` are the tensors of weights that are no parameters, None in other files."""
 
     name: CheckpointFileName
     content: dict[str, Any]
+    buffers: tuple[str, ...] | None = None
 
 
 def iteration_for(iteration: Any, trainer: Any) -> TrainingIteration:
@@ -60,13 +61,19 @@ def contents_of(
     common = {"checkpoint_tag": tag, "training_iteration": iteration.to_mapping(), "run_id": run_id}
     found = []
 
-    def add(name: str, info: str | None, part: Part, content: dict[str, Any]) -> None:
-        found.append(FileContent(CheckpointFileName(name, info, tag, part).checked(), content))
+    def add(
+        name: str, info: str | None, part: Part, content: dict[str, Any], buffers: tuple[str, ...] | None = None
+    ) -> None:
+        found.append(FileContent(CheckpointFileName(name, info, tag, part).checked(), content, buffers))
 
     for path, leaf in leaves.items():
         config = _model_config(path, leaf)
         state = plain(leaf.state_dict(), f"{path}.state_dict")
-        add(path, None, "model", {"state_dict": state, **common, **config})
+        parameters = {name for name, _ in leaf.named_parameters(remove_duplicate=False)}
+        buffers = tuple(
+            key for key, value in state.items() if isinstance(value, torch.Tensor) and key not in parameters
+        )
+        add(path, None, "model", {"state_dict": state, **common, **config}, buffers)
         for info, average in variants.get(path, {}).items():
             CheckpointFileName(path, info, tag, "model").checked()
             _check_average(path, info, average, leaf)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 
 from noether_init_core.checkpoints.names import parse
-from noether_init_core.checkpoints.sets import CheckpointSet, Need
+from noether_init_core.checkpoints.sets import CheckpointSet, Need, SetFolder, set_folders
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
     CheckpointCorruptError,
@@ -19,11 +20,24 @@ from noether_init_core.errors import (
     CheckpointNotFoundError,
     IncompleteSetError,
 )
+from noether_init_core.iteration import TrainingIteration
 
 if TYPE_CHECKING:
     from noether_init_core.checkpoints.store import RunStore
 
-__all__ = ["broken_set", "missing_files", "no_such_tag", "nothing_here"]
+__all__ = [
+    "AskedBy",
+    "broken_set",
+    "later_flat_files",
+    "missing_files",
+    "no_such_tag",
+    "nothing_here",
+    "ways_on",
+]
+
+#: What asks, hence what its config can say: a tag only, ``on_invalid`` besides, or ``on_invalid`` and no tag.
+AskedBy = Literal["tag", "resume", "auto_resume"]
+
 
 _PART_NAMES = {"model": "weights", "optim": "optimizer state", "trainer": "trainer state"}
 
@@ -104,16 +118,65 @@ def no_such_tag(store: RunStore, tag: str) -> CheckpointNotFoundError:
     )
 
 
-def broken_set(store: RunStore, error: CheckpointError, good: CheckpointSet | None) -> CheckpointError:
-    """The set that was meant is damaged; the newest older good one is named."""
-    advice = (
-        f"The newest older set whose files are there is {good.name} ({good.folder.name}). "
-        f"Next: checkpoint_tag: {good.name}"
-        if good is not None
-        else "No older set is left"
-    )
+def broken_set(
+    store: RunStore, error: CheckpointError, good: CheckpointSet | None, *, may_walk_back: bool
+) -> CheckpointError:
+    """The set that was meant is damaged; the newest older good one is named, and the ways on."""
     kind = CheckpointFormatError if isinstance(error, CheckpointFormatError) else CheckpointCorruptError
-    return kind(f"{error}. {advice}", path=error.path)
+    return kind(f"{error}. {ways_on(store, good, may_walk_back=may_walk_back)}", path=error.path)
+
+
+def ways_on(store: RunStore, good: CheckpointSet | None, *, may_walk_back: bool) -> str:
+    """What can be done about a broken set: ``good`` is the newest older set whose files are there.
+
+    ``may_walk_back``: whether ``on_invalid: previous`` would lead to it from what was asked for.
+    """
+    ways = []
+    by_itself = store.asked_by == "auto_resume"
+    if good is not None:
+        said = f"The newest older set whose files are there is {good.name}"
+        said += f" ({good.folder.name})" if good.committed else ""
+        if may_walk_back and store.asked_by != "tag":
+            place = "beside auto_resume" if by_itself else "in this resume"
+            ways.append(f"on_invalid: previous {place} goes on from the newest good set")
+        if not by_itself and _is_meant_by_its_name(store, good):
+            ways.append(f"checkpoint_tag: {good.name}")
+    else:
+        said = "No older set is left"
+        if by_itself:
+            ways.append("a new run_id starts anew")
+    if store.asked_by != "tag" or (good is not None and not ways):
+        ways.append(f"noether-init verify {shlex.quote(str(store.paths.checkpoint_path))} shows the state of every set")
+    return f"{said}. Next: {'; '.join(ways)}" if ways else said
+
+
+def _is_meant_by_its_name(store: RunStore, good: CheckpointSet) -> bool:
+    """The name of an iteration means the last set of it."""
+    same = [folder for folder in set_folders(store.folder, store.storage) if folder.iteration == good.iteration]
+    return not any(folder.committed and folder.sequence > (good.sequence or 0) for folder in same if good.committed)
+
+
+def later_flat_files(
+    store: RunStore, newest: SetFolder, later: Sequence[tuple[CheckpointSet, TrainingIteration]]
+) -> AmbiguousCheckpointError:
+    """Beside the committed sets there are files that go further, and not we wrote them."""
+    first, iteration = later[0]
+    names = ", ".join(f"*_cp={flat.name}_*.th" for flat, _ in later)
+    go_on = f"checkpoint_tag: {newest.iteration} to go on from the committed set"
+    if store.asked_by == "auto_resume":
+        go_on = (
+            f"if nobody needs them, remove {names}; to go on from the committed set all the same, in place of "
+            f"auto_resume an initializer - {{kind: resume, checkpoint_tag: {newest.iteration}}}"
+        )
+    else:
+        go_on += f"; or kind: file for one of the flat files; if nobody needs them, remove {names}"
+    return AmbiguousCheckpointError(
+        f"{store.folder} holds flat files {first.files[0].path.name} of {iteration}, later than the newest "
+        f"committed set {newest.path.name}, and they are not as a save of ours left them: either another program has "
+        f"gone on from here, or the set that they belonged to was removed. Next: {go_on}",
+        path=store.folder,
+        candidates=(str(newest.iteration), first.name),
+    )
 
 
 def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequence[Need]) -> CheckpointError:

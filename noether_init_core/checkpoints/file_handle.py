@@ -133,13 +133,10 @@ class FileHandle:
 
     def check_digest(self, digest: str) -> None:
         """Compare the whole file with ``xxh3_128:<hex>`` or ``sha256:<hex>``."""
+        problem = digest_problem(digest)
+        if problem:
+            raise CheckpointError(problem, path=self.path)
         algorithm, _, expected = digest.partition(":")
-        if len(expected) != _DIGEST_LENGTHS.get(algorithm) or not set(expected) <= set("0123456789abcdef"):
-            raise CheckpointError(
-                f"{digest!r} is no digest that can be checked. Write xxh3_128:<32 hexadecimal digits> or "
-                "sha256:<64 hexadecimal digits>, in small letters",
-                path=self.path,
-            )
         state = _hasher(algorithm)
         buffer = memoryview(bytearray(min(CHUNK, self.size)))
         for offset in range(0, self.size, CHUNK):
@@ -152,6 +149,17 @@ class FileHandle:
                 "it is damaged, or another file. Next: copy it again, or take an older checkpoint",
                 path=self.path,
             )
+
+
+def digest_problem(digest: str) -> str:
+    """What is wrong with the form of a digest; empty where it can be checked."""
+    algorithm, _, expected = digest.partition(":")
+    if len(expected) == _DIGEST_LENGTHS.get(algorithm) and set(expected) <= set("0123456789abcdef"):
+        return ""
+    return (
+        f"{digest!r} is no digest that can be checked. Write xxh3_128:<32 hexadecimal digits> or "
+        "sha256:<64 hexadecimal digits>, in small letters"
+    )
 
 
 def open_file(path: Path) -> FileHandle:

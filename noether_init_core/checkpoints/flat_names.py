@@ -1,7 +1,7 @@
 """Flat names: the files of committed sets under Noether's names, and the record of which of these names are ours.
 
-Everything here happens under the lock of the folder. No committed set depends on it: it may fail at any step, and the
-next save makes up for it.
+Whatever changes something here happens under the lock of the folder. No committed set depends on it: it may fail at any
+step, and the next save makes up for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from noether_init_core.checkpoints.sets import CheckpointFile, CheckpointSet, lo
 from noether_init_core.checkpoints.storage import Storage
 from noether_init_core.errors import CheckpointError
 
-__all__ = ["TEMPORARY_NAMES", "give_room", "refresh_flat_names", "remove_orphans"]
+__all__ = ["TEMPORARY_NAMES", "changed_names", "flat_copies", "give_room", "refresh_flat_names", "remove_orphans"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,21 @@ def remove_orphans(checkpoints: Path, storage: Storage) -> None:
     orphans = {name: written for name, written in record.items() if written.set_name not in committed}
     if _remove(checkpoints, orphans, storage):
         logger.info("flat names of removed sets are removed: %s", ", ".join(sorted(orphans)))
+
+
+def flat_copies(checkpoints: Path, storage: Storage) -> dict[str, str]:
+    """Flat name -> folder name of the set that it is a copy of, for names that are still as we wrote them."""
+    record = _read_record(checkpoints, storage)
+    return {
+        name: written.set_name for name, written in record.items() if _is_ours(checkpoints / name, written, storage)
+    }
+
+
+def changed_names(checkpoints: Path, storage: Storage) -> tuple[str, ...]:
+    """Names that we wrote and that are other files by now, sorted: rewritten by another program, or damaged."""
+    record = _read_record(checkpoints, storage)
+    there = (name for name in record if storage.identity_of(checkpoints / name) is not None)
+    return tuple(sorted(name for name in there if not _is_ours(checkpoints / name, record[name], storage)))
 
 
 def _remove(checkpoints: Path, names: Mapping[str, _Written], storage: Storage) -> int:

@@ -51,11 +51,12 @@ def collect_leftovers(checkpoints: Path, storage: Storage) -> None:
             logger.warning("%s could not be removed: %s", checkpoints / name, error)
 
 
-def retire_sets(checkpoints: Path, rules: Retention, storage: Storage) -> None:
-    """Remove the committed sets that no rule keeps, oldest first.
+def retire_sets(checkpoints: Path, rules: Retention, storage: Storage, training: str | None = None) -> None:
+    """Remove the committed sets of one training that no rule keeps, oldest first.
 
     Sets that cannot be read stay, since somebody will want to look at them; so do sets behind a link, since what it
-    leads to is not ours. Whether a set is good is told from the presence and the sizes of its files.
+    leads to is not ours, and sets of other trainings. Whether a set is good is told from the presence and the sizes of
+    its files, and from what its manifest says of their values.
 
     Raises ``OSError``.
     """
@@ -67,8 +68,10 @@ def retire_sets(checkpoints: Path, rules: Retention, storage: Storage) -> None:
         except CheckpointError as error:
             logger.warning("kept: %s", error)
             continue
-        found.append((candidate, _has_its_files(candidate, storage)))
-    retired = [candidate for candidate in superfluous_sets(found, rules) if not storage.is_link(candidate.folder)]
+        is_asked = candidate.manifest is not None and candidate.manifest.training == training
+        found.append((candidate, is_asked and _has_its_files(candidate, storage)))
+    superfluous = superfluous_sets(found, rules, training)
+    retired = [candidate for candidate in superfluous if not storage.is_link(candidate.folder)]
     gone = {candidate.folder for candidate in retired}
     kept_names = {file.path.name for candidate, _ in found if candidate.folder not in gone for file in candidate.files}
     for candidate in reversed(retired):

@@ -17,9 +17,11 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatErr
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name
 
-__all__ = ["MANIFEST_NAME", "Manifest", "ManifestFile", "ManifestTensor", "read_manifest", "sealed"]
+__all__ = ["MANIFEST_NAME", "PROVENANCE_NAME", "Manifest", "ManifestFile", "ManifestTensor", "read_manifest", "sealed"]
 
 MANIFEST_NAME = "manifest.json"
+#: Beside it: where the tensors came from.
+PROVENANCE_NAME = "provenance.json"
 FORMAT = "noether-init-set"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
@@ -51,7 +53,9 @@ class ManifestTensor(_Model):
 class ManifestFile(_Model):
     """One file of the set; the digest is that of all its bytes.
 
-    ``records`` is the digest of the list of the file's records with their checksums; None in sets of earlier releases.
+    ``records`` is the digest of the list of the file's records with their checksums, ``buffers`` names the tensors of
+    weights that are no parameters. Both are None in sets of earlier releases, ``buffers`` also in files of averages,
+    optimizers and trainers.
     """
 
     name: str
@@ -61,6 +65,7 @@ class ManifestFile(_Model):
     size: _Count
     digest: Digest
     records: Digest | None = None
+    buffers: tuple[str, ...] | None = None
     tensors: dict[str, ManifestTensor]
 
     @pydantic.model_validator(mode="after")
@@ -73,7 +78,18 @@ class ManifestFile(_Model):
 
 
 class Manifest(_Model):
-    """The content of ``manifest.json``; ``frozen`` are models whose optimizer was left out since they were frozen."""
+    """The content of ``manifest.json``.
+
+    The last four are empty in sets of earlier releases, and where nobody told the writer.
+
+    Attributes:
+        frozen: Models whose optimizer was left out since they were frozen.
+        training: Sets with the same id are of one training, however often it was interrupted; None in sets of earlier
+            releases, which count as one training.
+        started_from: Name of the set in this folder that the process resumed from.
+        passed_over: Names of sets in this folder that this training found to be no use, and went back behind.
+        provenance: Digest of ``provenance.json`` beside it.
+    """
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
@@ -85,8 +101,12 @@ class Manifest(_Model):
     created: str
     metrics: dict[str, float | None] = {}
     frozen: tuple[str, ...] = ()
+    training: str | None = None
+    started_from: str | None = None
+    passed_over: tuple[str, ...] = ()
     files: tuple[ManifestFile, ...]
     lineage: tuple[dict[str, Any], ...] = ()
+    provenance: Digest | None = None
     versions: dict[str, str] = {}
 
     @pydantic.model_validator(mode="after")
@@ -157,7 +177,7 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
     if not _is_sealed(text):
         raise CheckpointCorruptError(
             f"{path} is not as it was written: its digest is not that of its content. It is damaged, or was edited. "
-            "Next: take an older checkpoint, or read the files beside it with kind: file",
+            "Next: take an older checkpoint",
             path=path,
         )
     try:

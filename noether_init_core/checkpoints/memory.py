@@ -1,18 +1,20 @@
-"""Memory for tensors that are about to be filled: in large pages where the system has them on request."""
+"""Memory: large pages for tensors that are about to be filled, no search for garbage where there is none."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import gc
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["in_large_pages"]
+__all__ = ["in_large_pages", "no_garbage_collection"]
 
 # Below that, a large page would hardly be filled.
 _LEAST = 4 << 20
@@ -41,3 +43,15 @@ def _advise() -> Callable[[int, int, int], int] | None:
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     function.restype = ctypes.c_int
     return function
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """A header or plan of many keys is many objects and no garbage: looking for some would double the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

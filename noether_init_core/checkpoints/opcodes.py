@@ -67,7 +67,7 @@ class Interpreter:
         # All that is noted by itself takes a byte more than the object, a tuple its content; a few are always fine.
         self._memo_entries = _ALWAYS + len(data) // 3
         self._tuples = _ALWAYS + len(data) // 3
-        self._most_names = 1024 + len(data) // 64
+        self._most_names = _ALWAYS // 8 + len(data) // 64
         self._position = 0
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []

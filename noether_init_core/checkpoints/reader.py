@@ -6,8 +6,6 @@ imported when the first tensor is read, not before.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from noether_init_core.checkpoints.file_handle import FileHandle, open_file
 from noether_init_core.checkpoints.finite import Finding
 from noether_init_core.checkpoints.integrity import CommittedFile, Integrity, digest_of_records, is_dense
+from noether_init_core.checkpoints.memory import no_garbage_collection
 from noether_init_core.checkpoints.naming import state_dict_of
 from noether_init_core.checkpoints.opcodes import Interpreter, OpcodeError
 from noether_init_core.checkpoints.records import Record, read_records
 from noether_init_core.checkpoints.safetensors_header import is_safetensors, read_safetensors_header
 from noether_init_core.checkpoints.survey import Survey
 from noether_init_core.checkpoints.tensor_info import TensorInfo
+from noether_init_core.checkpoints.values import ForeignObject
 from noether_init_core.checkpoints.verify import damaged_records
 from noether_init_core.checkpoints.versions import Versions, versions_in
 from noether_init_core.errors import (
@@ -45,6 +45,7 @@ Key = TypeVar("Key", bound=str | TensorInfo)
 ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
 _MAX_HEADER = 512 << 20
+_MOST_PASTED = 200
 _logger = logging.getLogger(__name__)
 
 
@@ -69,7 +70,7 @@ def open_checkpoint(
     try:
         if digest is not None:
             handle.check_digest(digest)
-        with _no_garbage_collection():
+        with no_garbage_collection():
             return CheckpointReader(handle, allow_globals=allow_globals, is_verified=digest is not None)
     except BaseException:
         handle.close()
@@ -164,6 +165,11 @@ class CheckpointReader:
             raise CheckpointError(f"verify is {mode!r}; it can be full, header or none", path=self.path)
         if mode == "full" and not self._is_verified:
             self._verify(digest, committed, [self._info(value) for value in values], {})
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the file carries checksums; without them only a digest, or a manifest, can vouch for its bytes."""
+        return self._has_checksums
 
     def nonfinite(self, keys: Iterable[Key]) -> dict[Key, Finding]:
         """Those of the tensors that hold ``NaN``, or else ``infinities``; every other one is all finite.
@@ -382,7 +388,7 @@ class CheckpointReader:
             value = interpreter.run()
             survey = Survey(value, len(header))
             if interpreter.unknown:
-                self._refuse_globals(interpreter.unknown, survey.foreign)
+                self._refuse_globals(interpreter.unknown, survey.foreign, _whole_module(value))
             self._versions = versions_in(interpreter.attached.values(), len(header))
         except OpcodeError as error:
             if interpreter.unknown:
@@ -457,30 +463,48 @@ class CheckpointReader:
             path=self.path,
         )
 
-    def _refuse_globals(self, unknown: Iterable[str], places: Mapping[str, str] | None = None) -> NoReturn:
+    def _refuse_globals(
+        self, unknown: Iterable[str], places: Mapping[str, str] | None = None, whole_module: str | None = None
+    ) -> NoReturn:
+        """``whole_module``: the expression that leads from the object to a pickled module in it, where there is one."""
         names = [_printable(name) for name in unknown]
         placed = {_printable(name): _printable(path) for name, path in (places or {}).items() if path}
         shown = [f"{name} (at {placed[name]})" if name in placed else name for name in names]
+        if whole_module is not None:
+            advice = (
+                "It holds a whole module, not its weights. Next, in a program that you trust, if you trust the file: "
+                f"torch.save(torch.load(path, weights_only=False){whole_module}.state_dict(), path)"
+            )
+        else:
+            # what is to be pasted is never cut; nobody looks through very many whether they are harmless
+            listed = ",".join(names) if len(names) <= _MOST_PASTED else "..."
+            advice = (
+                "If these are harmless classes, they can be read as inert records: in code, "
+                f"open_checkpoint(path, allow_globals=[...]); for a config, {ALLOW_GLOBALS_VARIABLE}={listed} in the "
+                "environment"
+            )
         raise UnsafeGlobalError(
             f"{self.path} refers to {_listed(shown, ', ', 20)}, which tensors and plain values do not need. Nothing of "
-            "it was imported or called. If these are harmless classes, they can be read as inert records: "
-            f"open_checkpoint(..., allow_globals=[...]) in code, or {ALLOW_GLOBALS_VARIABLE}="
-            f"{_listed(names, ',', 3)} in the environment",
+            f"it was imported or called. {advice}",
             path=self.path,
             names=names,
         )
 
 
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A header of many keys is many objects and no garbage: looking for some would double the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _whole_module(value: Any) -> str | None:
+    """The expression behind an object that leads to a pickled module: itself, or the value of a key; None for none."""
+    if _is_module(value):
+        return ""
+    entries = value.items() if type(value) is dict else ()
+    return next(
+        (f"[{_printable(repr(key))}]" for key, child in entries if _is_module(child) and type(key) is str), None
+    )
+
+
+def _is_module(value: Any) -> bool:
+    return (
+        type(value) is ForeignObject and type(value.state) is dict and {"_parameters", "_modules"} <= value.state.keys()
+    )
 
 
 def _printable(text: str) -> str:

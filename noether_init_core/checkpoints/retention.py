@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, Self, get_args
 
 import attrs
 
 from noether_init_core.checkpoints.sets import CheckpointSet
+from noether_init_core.checkpoints.usable import refused_by_resume
 from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.iteration import TrainingIteration
 
@@ -84,14 +85,20 @@ def _last(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None
 class Retention:
     """Which sets stay. A set stays if any rule keeps it; without any rule all stay.
 
-    Whatever the rules say, these stay: the newest good set and one good set before it, to walk back to; the set that a
-    tag other than that of an iteration means; sets that cannot be read. A set whose files are damaged is no good one.
+    The rules count good sets of the training that saves. A set is good if its files are as written, it holds no values
+    that a resume refuses (NaN; sets of releases that did not look count as finite), and the training has not passed
+    over it in going back to an older one. Where a training has no good set at all, those that are as written count.
+
+    Whatever the rules say, these stay: the newest good set and one good set before it, to walk back to; the newest set;
+    the set that a tag other than that of an iteration means; sets that cannot be read; sets of another training. Until
+    there are ``last`` newer good sets (at least two), so do the set that the training last started from, counting those
+    that it saved since, and sets that it has passed over.
 
     Attributes:
         last: The newest so many good sets.
         every: ``{"epoch": 5}``, ``{"update": 1000}`` or ``{"sample": n}``: of each such period, counted from zero, the
-            first set in it; none of the first period. ``TrainingIteration(epoch=5)`` says the same.
-        best: The best sets by a metric that was given to ``save``: ``{"loss.val": 3}`` keeps the three lowest,
+            first good set in it; none of the first period. ``TrainingIteration(epoch=5)`` says the same.
+        best: The best good sets by a metric that was given to ``save``: ``{"loss.val": 3}`` keeps the three lowest,
             ``{"metric": "acc", "mode": "max", "count": 3}`` the three highest; a list of these keeps what any keeps.
     """
 
@@ -139,24 +146,33 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None
     return found
 
 
-def superfluous_sets(sets: Sequence[tuple[CheckpointSet, bool]], rules: Retention) -> list[CheckpointSet]:
+def superfluous_sets(
+    sets: Sequence[tuple[CheckpointSet, bool]], rules: Retention, training: str | None = None
+) -> list[CheckpointSet]:
     """The sets that may go, newest first.
 
     Args:
         sets: Every committed set whose manifest can be read, newest first, and whether its files are as written.
         rules: What to keep.
+        training: The training whose sets are counted and may go; those of others stay, and need not be looked at.
 
     What a tag means never changes through it to an older set: the tag keeps its set, or it is gone with it.
     """
     if rules.keeps_all:
         return []
-    good = [one for one, is_good in sets if is_good]
-    kept = {_sequence(one) for one in good[: max(rules.last or 0, LEAST)]}
-    newest_good = max((_sequence(one) for one in good), default=-1)
+    ours = [one for one, _is_whole in sets if _manifest_of(one, "training") == training]
+    own = {_sequence(one) for one in ours}
+    whole = [one for one, is_whole in sets if is_whole and _sequence(one) in own]
+    passed_over = frozenset(_manifest_of(ours[0], "passed_over") or ()) if ours else frozenset()
+    good = _good(whole, passed_over)
+    enough = max(rules.last or 0, LEAST)
+    kept = {_sequence(one) for one in good[:enough]} | _kept_for_now(ours, good, passed_over, enough)
+    # a damaged set is what its tags mean until the next save that is whole
+    newest_whole = max((_sequence(one) for one in whole), default=-1)
     seen: set[str] = set()
-    for one, _is_good in sets:
+    for one, _is_whole in sets:
         named = {tag for tag in one.tags if tag != one.name}
-        if named - seen or _sequence(one) > newest_good:
+        if named - seen or _sequence(one) >= newest_whole:
             kept.add(_sequence(one))
         seen |= named
     # Of an iteration that was saved more than once only the last is meant by its tag.
@@ -167,12 +183,42 @@ def superfluous_sets(sets: Sequence[tuple[CheckpointSet, bool]], rules: Retentio
     kept |= _first_of_periods(meant, rules.every)
     for rule in rules.best:
         kept |= _best(list(meant.values()), rule)
-    # While an older set of an iteration stays, so must the one that the iteration's tag means.
+    # While an older set of an iteration stays, also one of another training, so must the one that the tag of the
+    # iteration means.
+    kept |= {_sequence(one) for one, _is_whole in sets} - own
     latest: dict[str, int] = {}
-    for one, _is_good in sets:
+    for one, _is_whole in sets:
         latest.setdefault(one.name, _sequence(one))
-    kept |= {latest[one.name] for one, _is_good in sets if _sequence(one) in kept}
-    return [one for one, _is_good in sets if _sequence(one) not in kept]
+    kept |= {latest[one.name] for one, _is_whole in sets if _sequence(one) in kept}
+    return [one for one in ours if _sequence(one) not in kept]
+
+
+def _good(whole: Sequence[CheckpointSet], passed_over: Set[str]) -> list[CheckpointSet]:
+    """The sets that the rules count. Who trains with infinities all along, and loads them, has sets to keep as well."""
+    useful = [one for one in whole if one.folder.name not in passed_over]
+    finite = [one for one in useful if one.manifest is None or not refused_by_resume(one.manifest)]
+    return list(finite or useful or whole)
+
+
+def _kept_for_now(
+    ours: Sequence[CheckpointSet], good: Sequence[CheckpointSet], passed_over: Set[str], enough: int
+) -> set[int]:
+    """The set that the training last started from, and sets that it has passed over, until enough newer ones are good.
+
+    Of newer sets than the one started from only those count that were saved since: the others were left behind.
+    """
+    kept = set()
+    start = _manifest_of(ours[0], "started_from") if ours else None
+    since = [one for one in good if _manifest_of(one, "started_from") == start]
+    for one in ours:
+        newer = since if one.folder.name == start else [other for other in good if _sequence(other) > _sequence(one)]
+        if (one.folder.name == start or one.folder.name in passed_over) and len(newer) < enough:
+            kept.add(_sequence(one))
+    return kept
+
+
+def _manifest_of(one: CheckpointSet, field: str) -> Any:
+    return getattr(one.manifest, field, None)
 
 
 def _first_of_periods(meant: Mapping[TrainingIteration, CheckpointSet], every: Mapping[str, int] | None) -> set[int]:

@@ -239,7 +239,7 @@ def check_consistency(
     raise TornSetError(
         f'"{checkpoint_set.name}"{own} mixes files of different {different}: '
         + "; ".join(f"{name}: {text}" for name, text in says.items())
-        + ". A save was probably cut short. Choose another checkpoint_tag",
+        + ". A save was probably cut short. Next: take another set",
         path=checkpoint_set.folder,
         found=says,
     )

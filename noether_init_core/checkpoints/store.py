@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from noether_init_core.checkpoints import explain
+from noether_init_core.checkpoints.flat_names import flat_copies
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME
 from noether_init_core.checkpoints.names import CheckpointFileName, iteration_of_tag, parse
 from noether_init_core.checkpoints.queries import FOLLOWING, Query
@@ -54,9 +55,12 @@ class RunStore:
     a folder lists its entries. In a folder with a committed set, the flat files beside it are not read.
     """
 
-    def __init__(self, paths: PathProvider, *, storage: Storage = LOCAL) -> None:
+    def __init__(self, paths: PathProvider, *, storage: Storage = LOCAL, asked_by: explain.AskedBy = "tag") -> None:
         self.paths = PathProvider.of(paths)
         self.storage = storage
+        #: What asks; errors advise what its config can say.
+        self.asked_by = asked_by
+        self._told: set[str] = set()
 
     @property
     def folder(self) -> Path:
@@ -141,17 +145,22 @@ class RunStore:
 
         Newest is the highest sequence of the committed sets; in a legacy folder the latest iteration, the plain
         ``E.._U.._S..`` before other tags of it. Raises ``CheckpointCorruptError`` if a newer committed set is broken,
-        ``AmbiguousCheckpointError`` if flat files beside the committed sets are of a later iteration.
+        ``AmbiguousCheckpointError`` if flat files of a later iteration, not ours, stand beside the committed sets.
         """
         return self._steadily(self._newest_of)
 
     def _newest_of(self, folders: Sequence[SetFolder]) -> CheckpointSet | None:
         if not folders:
-            return self._newest_legacy()
+            try:
+                return self._newest_legacy()
+            except (CheckpointCorruptError, CheckpointFormatError) as error:
+                if self.asked_by == "auto_resume":
+                    error.add(f". {explain.ways_on(self, self._newest_legacy([]), may_walk_back=True)}")
+                raise
         self._refuse_later_flat_files(folders)
         broken: list[tuple[SetFolder, CheckpointError]] = []
         found = next((one for one in self._newest_first(folders, broken) if one.models("trainer")), None)
-        self._refuse_broken(found, folders, broken, TrainingIteration())
+        self._refuse_broken(found, folders, broken, TrainingIteration(), is_automatic=True)
         return found
 
     def find(
@@ -189,7 +198,7 @@ class RunStore:
         scope = query.iteration if query.iteration is not None else TrainingIteration()
         first = next(candidates, None)
         if first is None:
-            self._refuse_broken(None, folders, broken, scope)
+            self._refuse_broken(None, folders, broken, scope, is_automatic=query.automatic)
             raise explain.no_such_tag(self, query.text)
         chosen = first
         while not all(chosen.has(need) for need in needs):
@@ -197,7 +206,7 @@ class RunStore:
             if following is None:
                 raise explain.missing_files(self, first, query.text, needs)
             chosen = following
-        self._refuse_broken(chosen, folders, broken, scope)
+        self._refuse_broken(chosen, folders, broken, scope, is_automatic=query.automatic)
         return chosen
 
     def is_begun(self) -> bool:
@@ -251,6 +260,13 @@ class RunStore:
                 yield folder.path.name, found
         if is_empty:
             raise explain.no_such_tag(self, query.text)
+
+    def older_good(self, checkpoint_set: CheckpointSet) -> CheckpointSet | None:
+        """The newest set before this one whose files are there; without manifests the newest plain ``E.._U.._S..``."""
+        if checkpoint_set.committed:
+            own = checkpoint_set.sequence or 0
+            return self._newest_good([folder for folder in self._committed() if folder.sequence < own])
+        return next((one for one in self._plain_before(checkpoint_set) if one.models("trainer")), None)
 
     def require(self, checkpoint_set: CheckpointSet, needs: Sequence[Need]) -> None:
         """Make sure that a set which was found before has further files; raises what ``find`` would raise."""
@@ -315,6 +331,8 @@ class RunStore:
         folders: Sequence[SetFolder],
         broken: Sequence[tuple[SetFolder, CheckpointError]],
         asked: TrainingIteration,
+        *,
+        is_automatic: bool,
     ) -> None:
         """Raise if ``chosen`` is damaged, or an unreadable newer set could have been the one that was asked for."""
         sequence = -1 if chosen is None or chosen.sequence is None else chosen.sequence
@@ -334,7 +352,11 @@ class RunStore:
         if problem is None:
             return
         older = [folder for folder in folders if folder.sequence < problem[0]]
-        raise explain.broken_set(self, problem[1], self._newest_good(older)) from problem[1]
+        good = self._newest_good(older)
+        may_walk_back = (
+            is_automatic and good is not None and good.iteration is not None and asked.matches(good.iteration)
+        )
+        raise explain.broken_set(self, problem[1], good, may_walk_back=may_walk_back) from problem[1]
 
     def _newest_good(self, folders: Sequence[SetFolder]) -> CheckpointSet | None:
         for checkpoint_set in self._newest_first(folders, []):
@@ -409,13 +431,19 @@ class RunStore:
         if first is None:
             return
         yield first.name, first
+        for one in self._plain_before(first):
+            if query.iteration is None or (one.iteration is not None and query.iteration.matches(one.iteration)):
+                yield one.name, one
+
+    def _plain_before(self, first: CheckpointSet) -> Iterator[CheckpointSet]:
+        """The plain ``E.._U.._S..`` of flat files that are not later than what some file of ``first`` says."""
         latest = max(self._iterations_in(first), default=None)
-        for one in legacy:
+        for one in self._legacy():
             iteration = one.iteration
             if latest is None or iteration is None or iteration > latest or one == first:
                 continue
-            if one.name == str(iteration) and (query.iteration is None or query.iteration.matches(iteration)):
-                yield one.name, one
+            if one.name == str(iteration):
+                yield one
 
     def _iterations_in(self, checkpoint_set: CheckpointSet) -> Iterator[TrainingIteration]:
         """The full iterations that the files of a set say, as far as they can be read."""
@@ -449,7 +477,10 @@ class RunStore:
         return next((one for one, iteration in said if iteration == newest), None)
 
     def _refuse_later_flat_files(self, folders: Sequence[SetFolder]) -> None:
-        """Somebody else (Noether itself) went on from our sets: which of both is meant is not ours to guess."""
+        """Somebody else (Noether itself) went on from our sets: which of both is meant is not ours to guess.
+
+        Flat files that we wrote are copies; where their set is gone, somebody has removed it, and they mean nothing.
+        """
         later = self._later_flat_files(folders)
         # A writer refreshes flat names right after its commit: list the sets again before anybody is accused.
         if later:
@@ -457,21 +488,13 @@ class RunStore:
             later = self._later_flat_files(folders)
         if not later:
             return
-        newest = folders[-1].iteration
-        first, iteration = later[0]
-        names = ", ".join(f"*_cp={flat.name}_*.th" for flat, _ in later)
-        raise AmbiguousCheckpointError(
-            f"{self.folder} holds flat files {first.files[0].path.name} of {iteration}, later than the newest "
-            f"committed set {folders[-1].path.name}: either another program has gone on from here, or the set that "
-            f"they belonged to was removed. Next: checkpoint_tag: {newest} to go on from the committed set; or "
-            f"kind: file for one of the flat files; if nobody needs them, remove {names}",
-            path=self.folder,
-            candidates=(str(newest), first.name),
-        )
+        raise explain.later_flat_files(self, folders[-1], later)
 
     def _later_flat_files(self, folders: Sequence[SetFolder]) -> list[tuple[CheckpointSet, TrainingIteration]]:
         newest = folders[-1].iteration
         committed = {folder.iteration for folder in folders}
+        copies = flat_copies(self.folder, self.storage)
+        removed: set[str | None] = set()
         later = []
         for flat in self._legacy():
             iteration = flat.iteration
@@ -481,9 +504,25 @@ class RunStore:
                 except CheckpointError as error:
                     # A copy for Noether that a crash left unfinished says nothing about our sets.
                     logger.warning("%s beside committed sets cannot be read: %s", flat.name, error)
-            if iteration is not None and iteration.is_fully_specified and iteration not in committed:
-                later += [(flat, iteration)] if iteration > newest else []
+            if iteration is None or not iteration.is_fully_specified or iteration in committed or iteration <= newest:
+                continue
+            sets = {copies.get(file.path.name) for file in flat.files}
+            if None in sets:
+                later.append((flat, iteration))
+            else:
+                removed.update(sets)
+        if removed:
+            self._tell(
+                f"{self.folder}: flat files of {', '.join(sorted(map(str, removed)))} are copies of a set that was "
+                f"removed, and are passed over; the newest committed set is {folders[-1].path.name}"
+            )
         return later
+
+    def _tell(self, message: str) -> None:
+        """Warn, once."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning("%s", message)
 
 
 def _with_models(sets: Iterator[CheckpointSet], models: Set[str]) -> Iterator[CheckpointSet]:

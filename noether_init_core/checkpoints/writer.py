@@ -9,19 +9,20 @@ import json
 import logging
 import os
 import platform
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+import attrs
 import torch
-import xxhash
 
 from noether_init_core.checkpoints.content import FileContent, contents_of, iteration_for
+from noether_init_core.checkpoints.descent import Descent, Descents, Start
+from noether_init_core.checkpoints.file_writing import naming, write_file
 from noether_init_core.checkpoints.flat_names import give_room, refresh_flat_names, remove_orphans
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
-from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
+from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
 from noether_init_core.checkpoints.retention import Retention, checked_metrics
 from noether_init_core.checkpoints.sets import (
@@ -33,7 +34,8 @@ from noether_init_core.checkpoints.sets import (
     set_folders,
 )
 from noether_init_core.checkpoints.storage import LOCAL, Storage
-from noether_init_core.checkpoints.watch import Seen, Watch
+from noether_init_core.checkpoints.usable import refused_by_resume, summary
+from noether_init_core.checkpoints.watch import Watch
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
@@ -45,9 +47,19 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".noether-init.lock"
 LOCK_TIMEOUT_S = 600.0
-# a handler of signals may save to another folder in the midst of a save
-_CHECKSUMS = threading.RLock()
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@attrs.frozen
+class _Described:
+    """What the manifest says besides the files."""
+
+    iteration: TrainingIteration
+    tags: tuple[str, ...]
+    lineage: tuple[dict[str, Any], ...]
+    metrics: dict[str, float | None]
+    frozen: tuple[str, ...]
+    descent: Descent
 
 
 class CheckpointWriter:
@@ -62,10 +74,12 @@ class CheckpointWriter:
 
     Args:
         path_provider: The folders of the run; anything with ``output_root``, ``run_id`` and ``stage_name``.
-        report: The report of the initialization; its lineage is kept in every manifest.
+        report: The report of the initialization; its lineage is kept in every manifest, with the training that goes
+            on or begins, and the sets that it has passed over. None: what the trainer that is saved knows of it.
         flat_names: Whether Noether shall find the files under its own names as well.
-        keep_last: How many sets stay; None keeps all. The set to walk back to and the current set of every tag stay
-            in any case. Short for ``retention=Retention(last=keep_last)``.
+        keep_last: How many sets that can be resumed stay, of this training; None keeps all. The set to walk back to,
+            the current set of every tag, and the sets of another training under this run id stay in any case. Short for
+            ``retention=Retention(last=keep_last)``.
         retention: Which sets stay, where more than their age decides: a ``Retention``, or its fields as a mapping.
         storage: The file operations.
     """
@@ -87,6 +101,7 @@ class CheckpointWriter:
         self.flat_names = flat_names
         self.retention = Retention(last=keep_last) if retention is None else Retention.of(retention)
         self.storage = storage
+        self._descents = Descents()
         self._warned: set[str] = set()
 
     def save(
@@ -103,6 +118,8 @@ class CheckpointWriter:
         """Save one set and commit it under ``tags`` and the tag of its iteration; returns the committed set.
 
         When this returns, the set is on the disk. The same iteration may be saved again: the later set is meant then.
+        NaN is saved as it is, since who looks for its cause wants it, but a resume refuses it: a warning says so at the
+        first such save, and retention does not count the set.
 
         Args:
             model: A model, or a composite of which every single model is saved.
@@ -138,15 +155,20 @@ class CheckpointWriter:
             self._make_folders(checkpoints / SETS_FOLDER)
             with self.storage.lock(checkpoints / LOCK_NAME, LOCK_TIMEOUT_S):
                 collect_leftovers(checkpoints, self.storage)
-                self._look_for_another_history(checkpoints, full, trainer)
+                start = Start.of(self.report, trainer)
+                descent = self._descents.of_save(checkpoints, full, start, self.storage)
+                self._tell_of_another_training(checkpoints, full, descent)
+                described = _Described(full, all_tags, lineage, values, frozen, descent)
                 try:
-                    committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
+                    committed = self._commit(checkpoints, contents, described)
                 except OSError as error:
                     if error.errno not in _NO_ROOM or not give_room(checkpoints, self.storage):
                         raise
                     logger.warning("the disk is full: flat names for Noether were removed, to have room for the set")
                     collect_leftovers(checkpoints, self.storage)
-                    committed = self._commit(checkpoints, full, all_tags, contents, lineage, values, frozen)
+                    committed = self._commit(checkpoints, contents, described)
+                self._descents.saved(committed)
+                self._tell_of_refused_values(committed)
                 self._follow_up(checkpoints, committed)
         return committed
 
@@ -161,26 +183,30 @@ class CheckpointWriter:
         )
         return frozen
 
-    def _look_for_another_history(self, checkpoints: Path, iteration: TrainingIteration, trainer: Any) -> None:
-        """Two runs under one run id cannot be told apart later; refusing to save would lose the work of this one."""
-        newest = next((folder for folder in reversed(set_folders(checkpoints, self.storage)) if folder.committed), None)
-        if newest is None or iteration >= newest.iteration or self._is_continued(trainer):
+    def _tell_of_another_training(self, checkpoints: Path, iteration: TrainingIteration, descent: Descent) -> None:
+        """Refusing to save would lose the work of this run; removing the sets would lose that of the other."""
+        if descent.others_up_to is None:
             return
         self._warn_once(
-            f"{checkpoints} has sets up to {newest.iteration} already, and this run, which says nothing of a resume, "
-            f"saves from {iteration} on: tags that it does not save itself (E.., best) will mean the sets from before. "
+            f"{checkpoints} has sets up to {descent.others_up_to} already, and this run, which was not resumed from "
+            f"them as far as is known, saves from {iteration} on. They stay and take room: retention counts and "
+            "removes only sets of this training. Tags that it does not save itself (E.., best) will mean them. "
             "Next: a run_id of its own for each run, or auto_resume: true to go on; "
             "CheckpointWriter(report=...) tells of a resume"
         )
 
-    def _is_continued(self, trainer: Any) -> bool:
-        start = getattr(self.report, "start", None)
-        if isinstance(start, TrainingIteration):
-            return not start.is_zero
-        return any(dict(entry).get("kind") == "resume" for entry in getattr(trainer, "lineage", None) or ())
+    def _tell_of_refused_values(self, committed: CheckpointSet) -> None:
+        refused = refused_by_resume(committed.manifest) if committed.manifest is not None else ()
+        if refused:
+            self._warn_once(
+                f"{committed.name} of run {committed.run_id} is saved, but a resume will refuse it: "
+                f"{summary(refused)} (on_nonfinite: error). Retention does not count such sets, and keeps the newest "
+                "that are finite. Next: stop the run; noether-init verify names the newest finite set",
+                once="a resume will refuse it",
+            )
 
-    def _warn_once(self, text: str) -> None:
-        key = text.partition(",")[0]
+    def _warn_once(self, text: str, once: str = "") -> None:
+        key = once or text.partition(",")[0]
         if text and key not in self._warned:
             self._warned.add(key)
             logger.warning("%s", text)
@@ -199,24 +225,15 @@ class CheckpointWriter:
                     raise
             self.storage.fsync_folder(folder.parent)
 
-    def _commit(
-        self,
-        checkpoints: Path,
-        iteration: TrainingIteration,
-        tags: tuple[str, ...],
-        contents: Sequence[FileContent],
-        lineage: tuple[dict[str, Any], ...],
-        metrics: dict[str, float | None],
-        frozen: tuple[str, ...],
-    ) -> CheckpointSet:
-        storage = self.storage
+    def _commit(self, checkpoints: Path, contents: Sequence[FileContent], described: _Described) -> CheckpointSet:
+        storage, iteration = self.storage, described.iteration
         sequence = 1 + max((folder.sequence for folder in set_folders(checkpoints, storage)), default=0)
         folder = checkpoints / SETS_FOLDER / f"{sequence:08d}_{iteration}"
         storage.make_folder(folder)
         storage.fsync_folder(folder.parent)
         # tensors are looked at meanwhile: the disk and torch's checksums take longer
         with Watch(contents) as watch:
-            files = tuple(self._write_file(folder, content, watch) for content in contents)
+            files = tuple(write_file(folder, content, storage, watch) for content in contents)
             changed = watch.changed()
         if changed:
             raise CheckpointCorruptError(
@@ -228,22 +245,25 @@ class CheckpointWriter:
         manifest = Manifest(
             sequence=sequence,
             iteration=iteration.to_mapping(),
-            tags=tags,
+            tags=described.tags,
             run_id=self.paths.run_id,
             stage_name=self.paths.stage_name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            metrics=metrics,
-            frozen=frozen,
+            metrics=described.metrics,
+            frozen=described.frozen,
+            training=described.descent.training,
+            started_from=described.descent.started_from,
+            passed_over=described.descent.passed_over,
             files=files,
-            lineage=lineage,
+            lineage=described.lineage,
             versions=_versions(),
         )
         temporary = folder / f"{MANIFEST_NAME}.tmp"
-        with _naming(temporary), storage.open_write(temporary) as file:
+        with naming(temporary), storage.open_write(temporary) as file:
             file.write(manifest.to_bytes())
             storage.fsync(file)
         storage.fsync_folder(folder)
-        with _naming(folder / MANIFEST_NAME):
+        with naming(folder / MANIFEST_NAME):
             storage.rename(temporary, folder / MANIFEST_NAME)
         unconfirmed = (
             f"{folder} is written, and may or may not be committed: after a power failure it may be gone. "
@@ -252,39 +272,6 @@ class CheckpointWriter:
         with _as_write_error(f"{iteration} of run {self.paths.run_id}", folder, unconfirmed):
             storage.fsync_folder(folder)
             return load_set(SetFolder(folder, sequence, iteration, committed=True), storage)
-
-    def _write_file(self, folder: Path, content: FileContent, watch: Watch) -> ManifestFile:
-        path = folder / str(content.name)
-        with _naming(path), self.storage.open_write(path) as file:
-            sink = _Sink(file)
-            with _checksums():
-                try:
-                    torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
-                except (RuntimeError, ValueError, TypeError) as error:
-                    raise CheckpointError(f"torch.save refuses {content.name}: {error}", path=path) from error
-            sink.raise_error()
-            self.storage.fsync(file)
-        self.storage.make_read_only(path)
-        listed, records = _prove(path, watch, content)
-        name = content.name
-        return ManifestFile(
-            name=str(name),
-            model=name.model,
-            info=name.info,
-            part=name.part,
-            size=sink.size,
-            digest=f"xxh3_128:{sink.hash.hexdigest()}",
-            records=records,
-            tensors={
-                key: ManifestTensor(
-                    dtype=seen.dtype,
-                    shape=seen.shape,
-                    digest=seen.examined.digest,
-                    values=seen.examined.nonfinite or "finite",
-                )
-                for key, seen in listed.items()
-            },
-        )
 
     def _follow_up(self, checkpoints: Path, committed: CheckpointSet) -> None:
         """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""
@@ -296,7 +283,10 @@ class CheckpointWriter:
                 ("the flat names for Noether", lambda: refresh_flat_names(checkpoints, committed, self.storage))
             )
         if not self.retention.keeps_all:
-            steps.append(("the removal of old sets", lambda: retire_sets(checkpoints, self.retention, self.storage)))
+            training = committed.manifest.training if committed.manifest is not None else None
+            steps.append(
+                ("the removal of old sets", lambda: retire_sets(checkpoints, self.retention, self.storage, training))
+            )
         for what, step in steps:
             # each on its own: on a full disk, the removal of old sets is what makes room again
             try:
@@ -318,38 +308,11 @@ class CheckpointWriter:
 
     def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:
         found = self.report.lineage() if self.report is not None else getattr(trainer, "lineage", None) or ()
-        return tuple(json.loads(json.dumps(dict(entry), default=str)) for entry in found)
-
-
-class _Sink:
-    """What ``torch.save`` writes to: passes bytes on, hashes and counts them.
-
-    An error is kept instead of raised, because torch turns it into one that does not say what happened.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._error: Exception | None = None
-        self.hash = xxhash.xxh3_128()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self._error is None:
-            try:
-                self._file.write(view)
-            except OSError as error:
-                self._error = error
-        self.hash.update(view)
-        self.size += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing: the file is flushed when it is brought onto the disk."""
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+        entries = [json.loads(json.dumps(dict(entry), default=str)) for entry in found]
+        for entry in entries:
+            if isinstance(entry.get("set"), str):  # where it lies on this machine is of no use on another
+                entry["set"] = Path(entry["set"]).name
+        return tuple(entries)
 
 
 def _all_tags(iteration: TrainingIteration, tags: Sequence[str]) -> tuple[str, ...]:
@@ -371,68 +334,6 @@ def _is_query(tag: str) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _prove(path: Path, watch: Watch, content: FileContent) -> tuple[dict[str, Seen], str]:
-    """Read the header back with our own reader: a file that it cannot read must never be committed.
-
-    The checksums that torch wrote are compared with those of the tensors in memory, so that what changed in the midst
-    of the save is found now, and not when the set is needed. Returns what the manifest says of the tensors, and the
-    digest of the file's records.
-    """
-    from noether_init_core.checkpoints.reader import open_checkpoint
-
-    with open_checkpoint(path) as reader:
-        found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors.items()}
-        checksums = reader.checksums()
-        records = reader.digest_of_records
-    listed, written = watch.listed(content), watch.all(content)
-    expected = {key: (seen.dtype, seen.shape) for key, seen in listed.items()}
-    different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-    different += sorted(written.keys() ^ checksums.keys())
-    if different:
-        raise CheckpointCorruptError(
-            f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
-        )
-    if None in checksums.values():
-        raise CheckpointCorruptError(
-            f"{path} was written without checksums: torch.serialization.set_crc32_options was called while it was "
-            "written, by another thread",
-            path=path,
-        )
-    changed = [key.removeprefix("state_dict.") for key, seen in written.items() if checksums[key] != seen.examined.crc]
-    if changed:
-        raise CheckpointCorruptError(
-            f"{', '.join(changed[:5])} changed while {path} was written, by another thread or process. "
-            "Next: save a copy (clone), or wait for what updates it",
-            path=path,
-            key=", ".join(changed),
-        )
-    return listed, records
-
-
-@contextmanager
-def _checksums() -> Iterator[None]:
-    """Have torch write a checksum of every record, whatever the program chose for its own files."""
-    # Some releases of torch have one choice for all threads: nobody may put it back while another one writes.
-    with _CHECKSUMS:
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(True)
-        try:
-            yield
-        finally:
-            torch.serialization.set_crc32_options(before)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say which file a failing write or fsync was for; the system knows it by number only."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 @contextmanager

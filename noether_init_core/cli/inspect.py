@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from noether_init_core.cli.asked_path import absent, text_instead
 from noether_init_core.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
@@ -25,9 +26,12 @@ def run(
     if path.is_dir():
         _folder(path)
     elif path.exists():
+        error = text_instead(path)
+        if error is not None:
+            raise error
         _file(path)
     else:
-        raise CheckpointNotFoundError(f"{path} does not exist. Next: noether-init", path=path, asked=str(path))
+        raise absent(path)
 
 
 def _folder(path: Path) -> None:
@@ -35,6 +39,8 @@ def _folder(path: Path) -> None:
     from noether_init_core.paths import PathProvider
 
     path = path.resolve()
+    if path.name == "sets" and path.parent.name == "checkpoints":
+        path = path.parent
     if path.name == "checkpoints":
         path = path.parent
     if path.parent.name == "sets" and path.parents[1].name == "checkpoints":

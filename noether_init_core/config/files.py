@@ -2,6 +2,7 @@
 
 A file has ``initializers`` (a list), ``auto_resume``, ``on_invalid`` and ``observers``; or it is the resolved config
 that Noether writes beside a run. Nothing is validated by a kind until ``validate_entry``, so no plugin is imported.
+``load_config_file`` raises the first thing that is wrong with the frame, ``examine_config_file`` finds all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +24,71 @@ from noether_init_core.config.wording import explain
 from noether_init_core.config.yaml_text import KeyPath, read_yaml, shown_path
 from noether_init_core.errors import ConfigError, ConfigFileError, KindError, type_of
 
-__all__ = ["Entry", "LoadedConfig", "load_config_file", "load_config_mapping", "problems_of", "validate_entry"]
+__all__ = [
+    "Entry",
+    "LoadedConfig",
+    "examine_config_file",
+    "load_config_file",
+    "load_config_mapping",
+    "problems_of",
+    "validate_entry",
+]
 
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
 _ON_INVALID = ("error", "previous")
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+#: What ``auto_resume`` decides by itself: this very run, and its newest set.
+_DECIDED = ("kind", "run_id", "stage_name", "checkpoint_tag", "output_path")
 _DEEPEST = 100
 _RESOLVED = "use the resolved config that Noether writes into the folder of a run, hp_resolved.yaml"
 
 
 @attrs.frozen(eq=False)
 class _Document:
-    """Where values come from, so that errors can say it. ``source`` is None for a plain mapping."""
+    """Where values come from, so that errors can say it. ``source`` is None for a plain mapping.
+
+    ``found`` collects what is wrong with the frame of a config; None: the first such thing is raised.
+    """
 
     source: Path | None = None
     lines: Mapping[KeyPath, int] = attrs.field(factory=dict)
     refusals: Sequence[tuple[KeyPath, ConfigFileError]] = ()
+    found: dict[KeyPath, ConfigError] | None = None
 
     def line(self, place: KeyPath) -> int | None:
         """The line of ``place``, or of the nearest key above it that has one."""
         return next((self.lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in self.lines), None)
 
     def refuse_within(self, place: KeyPath) -> None:
-        """Raise the first refusal (a YAML tag) on the way to ``place``, at it, or below it."""
+        """Report the refusals (YAML tags) on the way to ``place``, at it, or below it."""
         for refused, error in self.refusals:
-            shared = min(len(refused), len(place))
-            if refused[:shared] == place[:shared]:
-                raise error
+            if _is_within(refused, place):
+                self.report(error, refused)
+
+    def refuse(self, message: str, place: KeyPath = ()) -> None:
+        """Report what is wrong at ``place``."""
+        self.report(self.error(message, place), place)
+
+    def report(self, error: ConfigError, place: KeyPath) -> None:
+        """Raise the error, or collect it where all of them are wanted."""
+        if self.found is None:
+            raise error
+        self.found.setdefault(place, error)
+
+    def is_spoilt(self, place: KeyPath) -> bool:
+        """Whether something was reported on the way to ``place``, at it, or below it: it means nothing."""
+        return any(_is_within(reported, place) for reported in self.found or () if reported)
 
     def error(self, message: str, place: KeyPath = ()) -> ConfigError:
         if self.source is not None:
             return ConfigFileError(message, path=self.source, line=self.line(place), key_path=shown_path(place))
         return ConfigError(f"{shown_path(place)}: {message}" if place else message)
+
+
+def _is_within(place: KeyPath, other: KeyPath) -> bool:
+    """Whether one of two places lies at or below the other."""
+    shared = min(len(place), len(other))
+    return place[:shared] == other[:shared]
 
 
 @attrs.frozen(eq=False)
@@ -94,7 +128,8 @@ class Entry:
 class LoadedConfig:
     """What a config asks for. ``source`` is its file; None for a plain mapping.
 
-    ``on_invalid`` is what ``auto_resume`` does where the newest set is broken: ``error`` or ``previous``.
+    ``resume`` is the entry of kind ``resume`` that ``auto_resume`` makes, with the fields that the config says for it;
+    None without ``auto_resume``. ``on_invalid`` is what stands beside ``auto_resume``; it is in ``resume`` too.
     """
 
     entries: tuple[Entry, ...]
@@ -102,12 +137,29 @@ class LoadedConfig:
     observers: tuple[str, ...] = ()
     source: Path | None = None
     on_invalid: str = "error"
+    resume: Entry | None = None
 
 
 def load_config_file(path: str | os.PathLike[str]) -> LoadedConfig:
     """Read a YAML file: ours, or Noether's resolved config. Raises ``ConfigFileError`` with line and key."""
     read = read_yaml(Path(path))
     return _load(read.value, _Document(read.path, read.lines, read.refusals))
+
+
+def examine_config_file(path: str | os.PathLike[str]) -> tuple[LoadedConfig, tuple[ConfigError, ...]]:
+    """The same, with everything that is wrong with the frame (keys, lists, YAML tags), in the order of lines.
+
+    What it asks for is as much as can be told; entries that mean nothing are left out. Raises ``ConfigFileError`` for a
+    file that cannot be read, or is no YAML.
+    """
+    read = read_yaml(Path(path))
+    found: dict[KeyPath, ConfigError] = {}
+    try:
+        loaded = _load(read.value, _Document(read.path, read.lines, read.refusals, found))
+    except ConfigError as error:  # of Noether's resolved config
+        found.setdefault((), error)
+        loaded = LoadedConfig((), source=read.path)
+    return loaded, tuple(sorted(found.values(), key=lambda error: getattr(error, "line", None) or 0))
 
 
 def load_config_mapping(config: Any) -> LoadedConfig:
@@ -170,11 +222,14 @@ def problems_of(entry: Entry) -> tuple[ConfigError, ...]:
 
 
 def _load(value: Any, document: _Document) -> LoadedConfig:
+    nothing = LoadedConfig((), source=document.source)
     if isinstance(value, Sequence) and not isinstance(value, str):
         document.refuse_within(())
-        raise document.error("is a list; put it under the key initializers:")
+        document.refuse("is a list; put it under the key initializers:")
+        return nothing
     if not isinstance(value, Mapping):
-        raise document.error(f"holds no keys; it needs initializers: (and may have {', '.join(_KEYS[1:])})")
+        document.refuse(f"holds no keys; it needs initializers: (and may have {', '.join(_KEYS[1:])})")
+        return nothing
     _refuse_fragment(value, document)
     if is_resolved(value):
         entries = [
@@ -188,49 +243,76 @@ def _load(value: Any, document: _Document) -> LoadedConfig:
         document.refuse_within(())
         _refuse_unknown_keys(value, document)
         entries = _entries(value, document)
+    on_invalid = _on_invalid(value, document)
+    resume = _resume(value, document, on_invalid)
     return LoadedConfig(
-        tuple(entries),
-        _switch(value, document),
+        tuple(entry for entry in entries if not document.is_spoilt(entry.place)),
+        resume is not None,
         tuple(_observers(value, document)),
         document.source,
-        _on_invalid(value, document),
+        on_invalid,
+        None if resume is None or document.is_spoilt(resume.place) else resume,
     )
 
 
 def _entries(value: Mapping[str, Any], document: _Document) -> list[Entry]:
     if "initializers" not in value:
-        if "auto_resume" in value:
-            return []
-        raise document.error("has no initializers:; an empty list there means a start from nothing")
+        if "auto_resume" not in value:
+            document.refuse("has no initializers:; an empty list there means a start from nothing")
+        return []
     items = value["initializers"]
     if not isinstance(items, list):
-        raise document.error("must be a list of mappings, each with a kind; [] for none", ("initializers",))
+        document.refuse("must be a list of mappings, each with a kind; [] for none", ("initializers",))
+        return []
     entries = []
     for number, item in enumerate(items):
         place: KeyPath = ("initializers", number)
         if isinstance(item, str):
-            raise document.error(f"is a text; write it as a mapping: kind: {item}", place)
-        if not isinstance(item, Mapping | KindConfig):
-            raise document.error("must be a mapping with a kind", place)
-        entries.append(Entry(item, place=place, document=document))
+            document.refuse(f"is a text; write it as a mapping: kind: {item}", place)
+        elif not isinstance(item, Mapping | KindConfig):
+            document.refuse("must be a mapping with a kind", place)
+        else:
+            entries.append(Entry(item, place=place, document=document))
     return entries
 
 
-def _switch(value: Mapping[str, Any], document: _Document) -> bool:
-    said = value.get("auto_resume", False)
-    if isinstance(said, str) and said.lower() in _SWITCHES:
-        return _SWITCHES[said.lower()]
-    if not isinstance(said, bool):
-        raise document.error(f"must be true or false, not {'null' if said is None else said}", ("auto_resume",))
-    return said
+def _resume(value: Mapping[str, Any], document: _Document, on_invalid: str) -> Entry | None:
+    """The entry that ``auto_resume`` asks for; None where it is off."""
+    said, place = value.get("auto_resume", False), ("auto_resume",)
+    config: dict[str, Any] = {"kind": "resume"}
+    if isinstance(said, Mapping):
+        for key in [key for key in said if key in _DECIDED]:
+            document.refuse(
+                "auto_resume resumes this very run, from its newest set, so this cannot be said of it. For another "
+                "run or set, write an initializer of kind resume in place of auto_resume",
+                (*place, key),
+            )
+        config |= said
+    else:
+        if isinstance(said, str) and said.lower() in _SWITCHES:
+            said = _SWITCHES[said.lower()]
+        if not isinstance(said, bool):
+            shown = "null" if said is None else said
+            document.refuse(
+                f"must be true or false, or fields of resume such as {{verify: header}}, not {shown}", place
+            )
+        if said is not True:
+            return None
+    if "on_invalid" not in value:
+        return Entry(config, place=place, document=document)
+    if "on_invalid" in config:
+        document.refuse("is said twice: beside auto_resume and in it. Leave out one of the two", ("on_invalid",))
+    config["on_invalid"] = on_invalid
+    return Entry(config, place=place, places={"on_invalid": ("on_invalid",)}, document=document)
 
 
 def _on_invalid(value: Mapping[str, Any], document: _Document) -> str:
     said = value.get("on_invalid", _ON_INVALID[0])
     if said not in _ON_INVALID:
-        raise document.error(f"must be {' or '.join(_ON_INVALID)}, not {said!r}", ("on_invalid",))
+        document.refuse(f"must be {' or '.join(_ON_INVALID)}, not {said!r}", ("on_invalid",))
+        return _ON_INVALID[0]
     if "on_invalid" in value and "auto_resume" not in value:
-        raise document.error(
+        document.refuse(
             "says what auto_resume does with a broken set, and there is no auto_resume. Write it into the initializer "
             "of kind resume, or add: auto_resume: true",
             ("on_invalid",),
@@ -241,10 +323,11 @@ def _on_invalid(value: Mapping[str, Any], document: _Document) -> str:
 def _observers(value: Mapping[str, Any], document: _Document) -> list[str]:
     said = value.get("observers", [])
     if not isinstance(said, list):
-        raise document.error("must be a list of names", ("observers",))
+        document.refuse("must be a list of names", ("observers",))
+        return []
     for number, name in enumerate(said):
         if not isinstance(name, str) or not name:
-            raise document.error("must be the name of an observer", ("observers", number))
+            document.refuse("must be the name of an observer", ("observers", number))
     return [str(name) for name in said]
 
 
@@ -255,28 +338,28 @@ def _refuse_unknown_keys(value: Mapping[str, Any], document: _Document) -> None:
             hint = f"Near: {near[0]}. " if near else ""
             if key == "kind":
                 hint = f"One initializer goes into the list, too: initializers: [{{kind: {value[key]}, ...}}]. "
-            raise document.error(f"unknown key. {hint}A config has {', '.join(_KEYS)}", (key,))
+            document.refuse(f"unknown key. {hint}A config has {', '.join(_KEYS)}", (key,))
 
 
 def _refuse_fragment(value: Mapping[str, Any], document: _Document) -> None:
     if isinstance(value.get("defaults"), list):
-        raise document.error(
+        document.refuse(
             f"a defaults list is composed by Hydra, this is a fragment of a config; {_RESOLVED}", ("defaults",)
         )
-    place = _find_missing(value, ())
-    if place is not None:
-        raise document.error(f"??? is filled in by Hydra, this is a fragment of a config; {_RESOLVED}", place)
+    for place in _find_missing(value, ()):
+        document.refuse(f"??? is filled in by Hydra, this is a fragment of a config; {_RESOLVED}", place)
 
 
-def _find_missing(value: Any, place: KeyPath) -> KeyPath | None:
-    if isinstance(value, str):
-        return place if value == "???" else None
+def _find_missing(value: Any, place: KeyPath) -> Iterator[KeyPath]:
+    if isinstance(value, str) and value == "???":
+        yield place
     items: Any = ()
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, list):
         items = enumerate(value)
-    return next((found for key, item in items if (found := _find_missing(item, (*place, key))) is not None), None)
+    for key, item in items:
+        yield from _find_missing(item, (*place, key))
 
 
 def _plain(value: Any, place: KeyPath, document: _Document) -> Any:

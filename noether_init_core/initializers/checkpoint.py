@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import attrs
 import pydantic
 import torch
 
+from noether_init_core.checkpoints.names import parse
 from noether_init_core.checkpoints.reader import CheckpointReader
 from noether_init_core.checkpoints.sets import said_by
 from noether_init_core.checkpoints.store import CheckpointSet, Need, RunStore, check_consistency
@@ -21,19 +22,24 @@ from noether_init_core.errors import (
     PartlyInitializedError,
     StateMismatchError,
 )
+from noether_init_core.initializers.history import read_histories
 from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
+from noether_init_core.provenance import History
 from noether_init_core.surgery.optimizer import (
+    Moved,
     OptimizerPlan,
-    apply_optimizer,
+    OptimizerPolicies,
+    ParameterOrigin,
     class_name,
     optimizer_names,
     parameter_aliases,
     plan_optimizer,
     torch_optimizer,
 )
-from noether_init_core.surgery.plan import WRITING
+from noether_init_core.surgery.optimizer_state import apply_optimizer, moved_value
+from noether_init_core.surgery.plan import PlanRow
 
 __all__ = ["CheckpointInitializer", "CheckpointInitializerConfig"]
 
@@ -42,6 +48,20 @@ class CheckpointInitializerConfig(InitializerConfig, SourceInitializerConfig):
     """The config of kinds that read from the checkpoints of a run."""
 
     load_optim: bool = pydantic.Field(description="Whether the state of the optimizer is loaded too.")
+    param_groups: dict[str, Literal["checkpoint", "config"]] = pydantic.Field(
+        default={},
+        description="Field of the optimizer's groups (lr, weight_decay; * for all others) -> whose value stays: that "
+        "of the checkpoint (the default), or of the optimizer as it is configured now.",
+    )
+    on_missing_state: Literal["error", "fresh"] = pydantic.Field(
+        default="error",
+        description="What a parameter leads to whose weights are loaded and that has no optimizer state in the file.",
+    )
+    on_unexpected_state: Literal["error", "ignore"] | None = pydantic.Field(
+        default=None,
+        description="What optimizer state leads to of a parameter that is not there: an error; when null a warning "
+        "where weights were renamed or left out.",
+    )
     pop_ckpt_kwargs_keys: list[str] | None = pydantic.Field(
         default=None, description="Keys to drop from the stored model_config when a model is rebuilt from it."
     )
@@ -55,9 +75,7 @@ class _OptimizerStep:
     leaf: Leaf
     optimizer: torch.optim.Optimizer
     plan: OptimizerPlan
-    reader: CheckpointReader
     keep_fields: bool
-    tensors: dict[TensorInfo, torch.Tensor]
 
 
 class CheckpointInitializer(SourceInitializer):
@@ -78,8 +96,10 @@ class CheckpointInitializer(SourceInitializer):
         self.store = RunStore(self.source_paths)
         self._selected: CheckpointSet | None = None
         #: What the headers of opened files say: name -> (iteration, run id).
+        self._histories: dict[str, History] | None = None
         self._said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
-        self._moments: dict[tuple[str, int], dict[TensorInfo, torch.Tensor]] = {}
+        # what was read for one file and one layout of groups
+        self._moments: dict[tuple[Any, ...], OptimizerPlan] = {}
 
     @property
     def checkpoint_tag(self) -> str | dict[str, int]:
@@ -150,9 +170,10 @@ class CheckpointInitializer(SourceInitializer):
         done: list[str] = []
         steps = self._plan_optimizers(model)
         for step in steps:
+            _refuse_meta(step)
+        for step in steps:
             try:
-                read = functools.partial(read_tree, step.reader, step.tensors)
-                apply_optimizer(step.plan, step.optimizer, read, keep_fields=step.keep_fields)
+                apply_optimizer(step.plan, step.optimizer, _as_it_is, keep_fields=step.keep_fields)
             except Exception as error:
                 raise PartlyInitializedError(
                     f"{self.config.kind}: the optimizer of {step.leaf.path} failed while it took its state: {error}",
@@ -161,11 +182,24 @@ class CheckpointInitializer(SourceInitializer):
                     pending=[other.leaf.path for other in steps if other.leaf.path not in (*done, step.leaf.path)],
                 ) from error
             done.append(step.leaf.path)
-            self.restored.append(f"optimizer of {step.leaf.path}")
+            if any(state is not None for group in step.plan.state for state in group):
+                self.restored.append(f"optimizer of {step.leaf.path}")
+            elif not step.keep_fields:
+                self.restored.append(f"settings of the optimizer of {step.leaf.path}, which has no state")
             self.logger.info("%s: optimizer state of %s", self.config.kind, step.leaf.path)
         self._moments.clear()
         for step in steps:
             self._close(step.leaf.path, "optim")
+
+    def history_of(self, model: str) -> History:
+        """What the set says of where its weights came from; nothing where it says nothing."""
+        file = self.last_sources[model].path.name
+        parsed = parse(file)
+        if self._selected is None or parsed is None:
+            return {}
+        if self._histories is None:
+            self._histories = read_histories(self._selected)
+        return self._histories.get(parsed.model, {})
 
     def stored_model_config(self, model_name: str) -> dict[str, Any]:
         """The ``model_config`` stored with the weights, without ``pop_ckpt_kwargs_keys``.
@@ -191,7 +225,7 @@ class CheckpointInitializer(SourceInitializer):
     def release(self) -> None:
         """Close every file and forget which set the tag meant."""
         super().release()
-        self._selected = None
+        self._selected = self._histories = None
         self._said.clear()
         self._moments.clear()
 
@@ -256,7 +290,10 @@ class CheckpointInitializer(SourceInitializer):
             return []
         self.before_locating(self.leaves(model))
         self.select([self._need(leaf, "optim") for leaf in leaves])
-        source_names = self._source_names(model)
+        origins = self._origins(model)
+        policies = OptimizerPolicies(
+            self.config.on_missing_state, self.config.on_unexpected_state, self.config.param_groups
+        )
         steps = []
         for leaf in leaves:
             reader, source = self.opened(leaf, "optim"), self.source_of(leaf, "optim")
@@ -266,57 +303,66 @@ class CheckpointInitializer(SourceInitializer):
                 said = said_by(reader.metadata, source.path)
                 check_consistency({**self._said, source.path.name: said}, self._selected)
             optimizer = torch_optimizer(leaf.model.optimizer)
-            plan = plan_optimizer(
-                reader.metadata,
-                optimizer_names(optimizer, leaf.model),
-                {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
-                source_names=source_names[leaf.path],
-                aliases=parameter_aliases(leaf.model),
-                current=optimizer.param_groups if optimizer is leaf.model.optimizer else None,
-                optimizer_class=class_name(optimizer),
-                where=source.path.name,
-            )
-            for warning in plan.warnings:
-                self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, warning)
+            names = optimizer_names(optimizer, leaf.model)
+            key = leaf.path, id(reader), tuple(map(tuple, names))
+            if key not in self._moments:
+                plan = plan_optimizer(
+                    reader.metadata,
+                    names,
+                    {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
+                    origins=origins[leaf.path],
+                    aliases=parameter_aliases(leaf.model),
+                    current=optimizer.param_groups if optimizer is leaf.model.optimizer else None,
+                    optimizer_class=class_name(optimizer),
+                    policies=policies,
+                    where=source.path.name,
+                )
+                for warning in plan.warnings:
+                    self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, warning)
+                self._moments[key] = self._read_moments(leaf, reader, source, plan)
             wrapped = optimizer is not leaf.model.optimizer
-            tensors = self._read_moments(leaf, reader, source, plan)
-            steps.append(_OptimizerStep(leaf, optimizer, plan, reader, keep_fields=wrapped, tensors=tensors))
+            steps.append(_OptimizerStep(leaf, optimizer, self._moments[key], keep_fields=wrapped))
         return steps
 
-    def _source_names(self, model: Any) -> dict[str, dict[str, str | None] | None]:
-        """Path of a model -> name in it -> name in the file (None: kept), where the plan of the weights differs.
-
-        None for a model whose names are the same on both sides.
-        """
+    def _origins(self, model: Any) -> dict[str, dict[str, ParameterOrigin] | None]:
+        """Path of a model -> name in it -> where its value comes from; None where that is the same name for all."""
         plan = self.planned(model)
-        found: dict[str, dict[str, str | None] | None] = {}
+        found: dict[str, dict[str, ParameterOrigin] | None] = {}
         for leaf in self.leaves(model):
-            names: dict[str, str | None] = {
-                row.target: row.sources[0] if row.writes else None
+            origins = {
+                row.target: _origin_of(row)
                 for row in plan.rows_of(leaf.path)
-                if row.target is not None and row.is_parameter and row.action in (*WRITING, "keep", "reset")
+                if row.target is not None and row.is_parameter
             }
-            found[leaf.path] = names if any(name != source for name, source in names.items()) else None
+            plain = all(
+                origin.sources == (name,) and not origin.steps and not origin.dtypes for name, origin in origins.items()
+            )
+            found[leaf.path] = None if plain else origins
         return found
 
-    def _read_moments(
-        self, leaf: Leaf, reader: CheckpointReader, source: Source, plan: OptimizerPlan
-    ) -> dict[TensorInfo, torch.Tensor]:
-        """Read the state into the memory that it will stay in, verify it and look at it, in one pass, once per file."""
-        key = (leaf.path, id(reader))
-        if key not in self._moments:
-            states = [state for states in plan.state for state in states if state is not None]
-            on_nonfinite = self.on_nonfinite
-            self._moments[key] = reader.read_all(
-                tensors_of([*states, *([] if self._keeps_fields(leaf) else plan.fields)]),
-                self.config.verify,
-                digest=source.digest,
-                committed=source.committed,
-                look=on_nonfinite != "ignore",
-            )
-            if on_nonfinite != "ignore":
-                self._check_moments(reader, states, source.path.name)
-        return self._moments[key]
+    def _read_moments(self, leaf: Leaf, reader: CheckpointReader, source: Source, plan: OptimizerPlan) -> OptimizerPlan:
+        """The plan with tensors in place of descriptions: read into the memory that they will stay in, verified and
+        looked at in one pass, and carried along with their parameters.
+        """
+        states = [state for states in plan.state for state in states if state is not None]
+        fields = [] if self._keeps_fields(leaf) else list(plan.fields)
+        on_nonfinite = self.on_nonfinite
+        tensors = reader.read_all(
+            tensors_of([*states, *fields]),
+            self.config.verify,
+            digest=source.digest,
+            committed=source.committed,
+            look=on_nonfinite != "ignore",
+        )
+        if on_nonfinite != "ignore":
+            self._check_moments(reader, states, source.path.name)
+            self._check_fields(fields, source.path.name)
+        tree = _Tree(reader, tensors, source.path.name)
+        return attrs.evolve(
+            plan,
+            state=tuple(tuple(None if state is None else tree.of(state) for state in states) for states in plan.state),
+            fields=tuple(tree.of(values) for values in plan.fields) if fields else plan.fields,
+        )
 
     @staticmethod
     def _keeps_fields(leaf: Leaf) -> bool:
@@ -324,16 +370,23 @@ class CheckpointInitializer(SourceInitializer):
 
     def _check_moments(self, reader: CheckpointReader, states: Sequence[Mapping[str, Any]], file: str) -> None:
         """Refuse NaN and infinities in the state."""
-        named = [(key, value) for state in states for key, value in state.items() if isinstance(value, TensorInfo)]
-        found = reader.nonfinite([value for _key, value in named])
-        for key in dict.fromkeys(key for key, value in named if value in found):
-            message = f"{file}: {key} of the optimizer holds NaN or infinities"
-            if self.config.on_nonfinite == "error":
-                raise StateMismatchError(
-                    f"{message}. Nothing was changed. To load it all the same: on_nonfinite: warn",
-                    problems=[message],
-                )
-            self.logger.warning("%s: %s", self.config.kind, message)
+        named = [(key, info) for state in states for key, value in state.items() for info in tensors_of(value)]
+        found = reader.nonfinite([info for _key, info in named])
+        for key in dict.fromkeys(key for key, info in named if info in found):
+            self._found_nonfinite(f"{file}: {key} of the optimizer holds NaN or infinities")
+
+    def _check_fields(self, fields: Sequence[Mapping[str, Any]], file: str) -> None:
+        for number, values in enumerate(fields):
+            for key, value in values.items():
+                if isinstance(value, float) and math.isnan(value):
+                    self._found_nonfinite(f"{file}: {key} of group {number} of the optimizer is NaN")
+
+    def _found_nonfinite(self, message: str) -> None:
+        if self.config.on_nonfinite == "error":
+            raise StateMismatchError(
+                f"{message}. Nothing was changed. To load it all the same: on_nonfinite: warn", problems=[message]
+            )
+        self.logger.warning("%s: %s", self.config.kind, message)
 
 
 def other_run(selected: CheckpointSet, asked: PathProvider) -> str:
@@ -351,6 +404,9 @@ def tensors_of(value: Any) -> Iterator[TensorInfo]:
     """Every description of a tensor in a stored value."""
     if isinstance(value, TensorInfo):
         yield value
+    elif isinstance(value, Moved):
+        for item in value.values:
+            yield from tensors_of(item)
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_of(item)
@@ -359,18 +415,53 @@ def tensors_of(value: Any) -> Iterator[TensorInfo]:
             yield from tensors_of(item)
 
 
-def read_tree(reader: CheckpointReader, tensors: dict[TensorInfo, torch.Tensor], value: Any) -> Any:
-    """``value`` with every description of a tensor replaced by the tensor: out of ``tensors``, from where it goes.
+class _Tree:
+    """Stored values with tensors in place of their descriptions.
 
     A tensor that is described twice gets memory twice, since each is updated by itself.
     """
-    if isinstance(value, TensorInfo):
-        tensor = tensors.pop(value, None)
-        return reader.read(value) if tensor is None else tensor
-    if isinstance(value, Mapping):
-        return {key: read_tree(reader, tensors, item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [read_tree(reader, tensors, item) for item in value]
-    if isinstance(value, tuple):
-        return tuple(read_tree(reader, tensors, item) for item in value)
+
+    def __init__(self, reader: CheckpointReader, tensors: dict[TensorInfo, torch.Tensor], where: str) -> None:
+        self._reader, self._tensors, self._where = reader, tensors, where
+        self._given: set[TensorInfo] = set()
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, TensorInfo):
+            tensor = self._tensors.get(value)
+            if tensor is None or value in self._given:
+                return self._reader.read(value)
+            self._given.add(value)
+            return tensor
+        if isinstance(value, Moved):
+            if not value.steps and value.dtype is None:
+                values = [self.of(item) for item in value.values]
+            else:  # what is made of them has memory of its own
+                values = [self._tensors[item] if item in self._tensors else self.of(item) for item in value.values]
+            return moved_value(value, values, self._where)
+        if isinstance(value, Mapping):
+            return {key: self.of(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.of(item) for item in value]
+        if isinstance(value, tuple):
+            return tuple(self.of(item) for item in value)
+        return value
+
+
+def _as_it_is(value: Any) -> Any:
     return value
+
+
+def _origin_of(row: PlanRow) -> ParameterOrigin:
+    if not row.writes:
+        return ParameterOrigin()
+    dtypes = None if row.source_dtype in (None, row.dtype) else (str(row.source_dtype), row.dtype)
+    return ParameterOrigin(row.sources, row.steps, row.part, row.source_shapes, dtypes)
+
+
+def _refuse_meta(step: _OptimizerStep) -> None:
+    """Moments go where their parameter is; on the meta device they would be lost."""
+    if any(parameter.is_meta for group in step.optimizer.param_groups for parameter in group["params"]):
+        raise StateMismatchError(
+            f"{step.leaf.path} is on the meta device, so that its optimizer cannot take state yet. "
+            "Next: init_weights first, as InitializerStack.initialize does"
+        )

@@ -18,6 +18,7 @@ from noether_init_core.errors import CheckpointNotFoundError, ConfigError, Partl
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.transform_config import TransformConfig, rule_of
 from noether_init_core.protocols import check_model
+from noether_init_core.provenance import History
 from noether_init_core.surgery.agreement import check_across, check_casts
 from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
 from noether_init_core.surgery.fresh import device_for, has_weak_references, left_without_memory, on_meta
@@ -164,6 +165,10 @@ class SourceInitializer(InitializerBase):
         self._opened: dict[tuple[str, Part], _Opened] = {}
         self._checked_values: set[tuple[str, int]] = set()
         self.last_plan: LoadPlan | None = None
+        #: Ids of the tensors that the plan made last will write.
+        self.will_write: frozenset[int] = frozenset()
+        #: Path of a model -> the file that its weights came from, after ``init_weights``.
+        self.last_sources: dict[str, Source] = {}
         #: Where a key of the config stands, for messages; the stack says it where there is a file.
         self.said_at: Callable[..., str] = lambda *path: ".".join(map(str, path))
         #: Ids of tensors that initializers before this one will have loaded; the stack says it.
@@ -252,18 +257,29 @@ class SourceInitializer(InitializerBase):
             )
         self.last_plan = prepared.plan
         for leaf in prepared.leaves:
+            self.last_sources[leaf.path] = self._opened[leaf.path, "model"].source
             self._close(leaf.path, "model")
 
     def init_optimizer(self, model: Any) -> None:
         """Nothing: this kind brings weights only, unless a subclass says otherwise."""
 
     def release(self) -> None:
-        """Close every file."""
+        """Close every file, and forget what was restored: a later initialization has a report of its own."""
         for opened in self._opened.values():
             opened.reader.close()
         self._opened.clear()
         self._planned = self._ready = None
         self._checked_values.clear()
+        self.restored.clear()
+
+    @property
+    def continues(self) -> bool:
+        """Whether weights come from the very run that is started, which goes on."""
+        return False
+
+    def history_of(self, model: str) -> History:
+        """Where the values of the weights of a single model came from before, by their names in the file."""
+        return {}
 
     # What follows is shared by the kinds of this package.
 
@@ -348,6 +364,11 @@ class SourceInitializer(InitializerBase):
         if not hint or self.config.transforms:
             hint = KEEP_MODEL_HINT if self.config.transforms else f"{KEEP_MODEL_HINT} (under transforms:)"
         plan = plan_load(self.config.kind, parts, self.rules, policies=self.policies, fresh_hint=hint)
+        self.will_write = frozenset(
+            id(targets[row.model].tensors[row.target])
+            for row in plan.rows
+            if row.writes and row.target is not None and row.target in targets[row.model].tensors
+        )
         return _Prepared(plan, leaves, targets)
 
     def after_opening(self, leaves: Sequence[Leaf]) -> None:

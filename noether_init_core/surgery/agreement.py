@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from noether_init_core.errors import PlanError
@@ -72,25 +73,71 @@ def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def _can_overflow(source: torch.dtype, target: torch.dtype) -> bool:
-    if source.is_complex or target.is_complex:
-        return source.is_complex and target.is_complex and source.itemsize > target.itemsize
-    if source.is_floating_point != target.is_floating_point:
-        return source.is_floating_point
-    if source == torch.bool or target == torch.bool:
+    """Whether some value of ``source`` has no counterpart in ``target``; rounding of fractions does not count."""
+    if source == target:
         return False
-    if source.is_floating_point:
-        return torch.finfo(source).max > torch.finfo(target).max
-    return torch.iinfo(source).max > torch.iinfo(target).max or torch.iinfo(source).min < torch.iinfo(target).min
+    if source == torch.bool:
+        return False
+    if target == torch.bool or source.is_complex:
+        return not (target.is_complex and target.itemsize >= source.itemsize)
+    if target.is_complex:
+        return _can_overflow(source, _part_of(target))
+    if target.is_floating_point and source.is_floating_point:
+        # formats without sign or zero are odd enough to be looked at always
+        return torch.finfo(source).max > torch.finfo(target).max or torch.finfo(target).min >= 0
+    return not (
+        not source.is_floating_point
+        and not target.is_floating_point
+        and torch.iinfo(source).max <= torch.iinfo(target).max
+        and torch.iinfo(source).min >= torch.iinfo(target).min
+    )
+
+
+def _part_of(dtype: torch.dtype) -> torch.dtype:
+    return {torch.complex32: torch.float16, torch.complex64: torch.float32}.get(dtype, torch.float64)
 
 
 def _fits(values: torch.Tensor, target: torch.dtype) -> bool:
     if values.numel() == 0:
         return True
     if values.is_complex():
-        return bool(torch.equal(torch.isfinite(values), torch.isfinite(values.to(target))))
+        return all(_fits(part, _part_of(target)) for part in (values.real, values.imag))
+    if target.is_complex:
+        target = _part_of(target)
+    if values.is_floating_point() and target.is_floating_point:
+        return _floats_fit(values, target)
+    # NumPy compares integers of all widths and signs; torch does not
+    numbers = _numbers(values)
     if target.is_floating_point:
-        return bool(torch.equal(torch.isfinite(values), torch.isfinite(values.to(target).to(values.dtype))))
-    if values.is_floating_point():
-        return bool(torch.equal(values, values.to(target).to(values.dtype)))
+        back = _numbers(values.to(torch.float64).to(target)).astype(np.float64)
+        if not np.isfinite(back).all() or not (np.abs(back) < 2.0**63).all():
+            return False
+        return bool((back.astype(np.int64) == numbers).all())
+    if target == torch.bool:
+        return bool(((numbers == 0) | (numbers == 1)).all())
     limits = torch.iinfo(target)
-    return limits.min <= int(values.min()) and int(values.max()) <= limits.max
+    if numbers.dtype.kind == "f":
+        # the largest integer of 64 bits is no float: its rounded neighbour is out of range
+        inside = (numbers >= float(limits.min)) & (numbers < float(limits.max) + 1)
+        return bool((inside & (numbers == np.floor(numbers))).all())
+    return limits.min <= int(numbers.min()) and int(numbers.max()) <= limits.max
+
+
+def _floats_fit(values: torch.Tensor, target: torch.dtype) -> bool:
+    numbers = _numbers(values)
+    finite = numbers[np.isfinite(numbers)]
+    limits = torch.finfo(target)
+    if limits.min >= 0 and bool((finite < limits.tiny).any()):
+        return False  # neither sign nor zero
+    converted = _numbers(values.to(target))
+    if not bool((np.isfinite(converted) == np.isfinite(numbers)).all()):
+        return False
+    # some formats saturate instead of becoming infinite
+    return finite.size == 0 or bool((np.abs(finite) <= limits.max * (1 + limits.eps / 2)).all())
+
+
+def _numbers(values: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The same numbers as NumPy has them; narrow floats are widened, which is exact."""
+    if values.is_floating_point() and values.dtype not in (torch.float32, torch.float64):
+        values = values.float()
+    return values.contiguous().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -26,6 +27,7 @@ __all__ = [
 
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+_WRAPPER = re.compile("|".join(sorted(WRAPPERS)))
 
 
 @attrs.frozen
@@ -204,10 +206,13 @@ def with_wrappers(match: NameMatch, sources: Iterable[str], targets: Iterable[st
     ``module.`` (DistributedDataParallel), ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.`` are looked
     through on both sides, for names that nothing else decided, where exactly one name fits on each side.
     """
+    wanting = [target for target in targets if target not in match.moves and target not in match.kept]
+    if not wanting:
+        return match
     used = {source for taken in match.moves.values() for source in taken.sources}
     used |= match.removed.keys() | match.unused_kept.keys() | match.outside
     left = _by_bare_name(source for source in sources if source not in used)
-    missing = _by_bare_name(target for target in targets if target not in match.moves and target not in match.kept)
+    missing = _by_bare_name(wanting)
     moves = {
         names[0]: Taken((left[bare][0],), "prefix of a wrapper")
         for bare, names in missing.items()
@@ -218,6 +223,9 @@ def with_wrappers(match: NameMatch, sources: Iterable[str], targets: Iterable[st
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:
     """Name without the segments of wrappers -> name. Where two would be one, both stay as they are."""
+    names = tuple(names)
+    if not any(map(_WRAPPER.search, names)):
+        return dict(zip(names, names, strict=True))
     return {(bare if len(those) == 1 else name): name for bare, those in _by_bare_name(names).items() for name in those}
 
 
@@ -225,7 +233,7 @@ def _by_bare_name(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         bare = name
-        if any(wrapper in name for wrapper in WRAPPERS):
+        if _WRAPPER.search(name):
             bare = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
         found.setdefault(bare, []).append(name)
     return found

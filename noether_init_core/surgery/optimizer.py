@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import attrs
 import torch
 
 from noether_init_core.errors import StateMismatchError, type_of
 from noether_init_core.surgery.names import near
+from noether_init_core.surgery.steps import Step
 
 __all__ = [
+    "Moved",
     "OptimizerPlan",
-    "apply_optimizer",
+    "OptimizerPolicies",
+    "ParameterOrigin",
     "class_name",
     "optimizer_names",
     "parameter_aliases",
@@ -44,15 +47,65 @@ _SHAPED_STATE = frozenset(
 )
 
 
+@attrs.frozen
+class ParameterOrigin:
+    """Where a parameter gets its value from, as the plan of the weights says it.
+
+    ``sources`` are names in the file; none where it does not come from the file, so that its state starts afresh.
+    ``source_shapes`` has the shape of each, ``dtypes`` the dtypes before and after, where they differ.
+    """
+
+    sources: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    part: int = 0
+    source_shapes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, str] | None = None
+
+
+@attrs.frozen(eq=False)
+class Moved:
+    """State that goes the way of its parameter: stored values of one key, one for each source.
+
+    ``dtype`` is the one to convert to, None the stored one. Without ``steps``, all values have to be equal, and the
+    first is taken.
+    """
+
+    values: tuple[Any, ...]
+    steps: tuple[Step, ...] = ()
+    part: int = 0
+    dtype: str | None = None
+
+
+@attrs.frozen
+class OptimizerPolicies:
+    """What is done where optimizer and file do not fit.
+
+    Attributes:
+        on_missing: A parameter whose weights are loaded has no state in the file, since it is new there or was frozen:
+            ``error``, or ``fresh`` state.
+        on_unexpected: The file has state of a parameter that the optimizer has not: ``error`` or ``ignore``; None is
+            an error unless the weights were renamed or left out.
+        fields: Field of the groups (``lr``; ``*`` for all others) -> ``checkpoint`` or ``config``: whose value stays.
+    """
+
+    on_missing: Literal["error", "fresh"] = "error"
+    on_unexpected: Literal["error", "ignore"] | None = None
+    fields: Mapping[str, Literal["checkpoint", "config"]] = attrs.Factory(dict)
+
+    def keeps(self, field: str) -> bool:
+        """Whether the optimizer keeps its own value of a field."""
+        return self.fields.get(field, self.fields.get("*", "checkpoint")) == "config"
+
+
 @attrs.frozen(eq=False)
 class OptimizerPlan:
     """What a stored optimizer state becomes.
 
     Attributes:
         state: For each target group, for each of its parameters: the stored state of it (tensors are descriptions of
-            tensors in the file), or None where the parameter has none and starts afresh.
-        fields: For each target group the stored fields (``lr``, ``betas``, ...), without ``params``.
-        fresh: Names of parameters that start afresh by a rule of the config.
+            tensors in the file, what goes the way of a transform is ``Moved``), or None where it starts afresh.
+        fields: For each target group the stored fields (``lr``, ``betas``, ...) that are taken, without ``params``.
+        fresh: Names of parameters that start afresh by a rule of the config, or because nothing can follow.
         warnings: What a person should know.
     """
 
@@ -113,23 +166,27 @@ def plan_optimizer(
     groups: Sequence[Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    source_names: Mapping[str, str | None] | None = None,
+    origins: Mapping[str, ParameterOrigin] | None = None,
     aliases: Mapping[str, tuple[str, ...]] | None = None,
     current: Sequence[Mapping[str, Any]] | None = None,
     optimizer_class: str = "",
+    policies: OptimizerPolicies | None = None,
     where: str = "",
 ) -> OptimizerPlan:
     """Match a stored optimizer state to the groups of an optimizer, by name. Pure.
+
+    State of the shape of its parameter goes the way of the parameter: renamed, split, concatenated, cast with it. What
+    cannot follow (an interpolated parameter, factored state) starts afresh, and a warning says so.
 
     Args:
         saved: ``state``, ``param_groups`` and ``param_idx_to_name`` as stored; tensors are descriptions.
         groups: Names of the target's parameters, group by group.
         shapes: Shape of each of them.
-        source_names: Name in the model -> name in the file, None for a parameter that keeps its own value and so
-            starts with fresh state; names that are absent are the same on both sides.
+        origins: Name in the model -> where its value comes from; names that are absent are the same on both sides.
         aliases: First name of a parameter -> all of its names; state is found under any of them.
         current: The groups as they are, where their fields will be replaced by stored ones.
         optimizer_class: The class that the state is for; compared with the one that is recorded, where one is.
+        policies: What is done where optimizer and file do not fit.
         where: The file, for messages.
 
     Raises:
@@ -139,116 +196,180 @@ def plan_optimizer(
     """
     if not isinstance(saved, Mapping) or not saved.keys() >= LAYOUT_KEYS:
         raise StateMismatchError(f"{where} is no state of an optimizer: it needs state and param_groups")
-    stored, warnings = _stored_names(saved, groups, where)
-    renamed = _renamed(groups, stored, source_names or {}, aliases or {})
-    wanted = {renamed.get(name, name) for names in groups for name in names}
-    left = [name for name in stored if name not in wanted]
-    problems = _other_class(saved, current, optimizer_class)
-    fresh: list[str] = []
-    states: list[tuple[Mapping[str, Any] | None, ...]] = []
-    fields: list[Mapping[str, Any]] = []
-    chosen_groups: list[int | None] = []
-    for number, names in enumerate(groups):
-        group_states: list[Mapping[str, Any] | None] = []
-        from_groups: dict[int, str] = {}
-        for name in names:
-            source = renamed.get(name, name)
-            if source is None:
-                fresh.append(name)
-                group_states.append(None)
-            elif source not in stored:
-                candidates = near(source, left)
-                hint = f"; near: {', '.join(candidates)}" if candidates else ""
-                problems.append(f"{name} has no state in the file{hint}")
-                group_states.append(None)
-            else:
-                index, group = stored[source]
-                from_groups.setdefault(group, name)
-                state = saved["state"].get(index)
-                if state is not None:
-                    problems += _misfits(name, state, shapes[name])
-                group_states.append(state)
-        if len(from_groups) > 1:
-            problems.append(
-                f"group {number} holds parameters of several stored groups ("
-                + ", ".join(f"{name} of group {group}" for group, name in from_groups.items())
-                + "), so that its lr and weight_decay would be ambiguous"
+    planner = _Planner(saved, groups, shapes, origins, aliases or {}, policies or OptimizerPolicies(), where)
+    return planner.plan(current, optimizer_class)
+
+
+class _Planner:
+    """The matching of one stored state to one optimizer."""
+
+    def __init__(
+        self,
+        saved: Mapping[str, Any],
+        groups: Sequence[Sequence[str]],
+        shapes: Mapping[str, tuple[int, ...]],
+        origins: Mapping[str, ParameterOrigin] | None,
+        aliases: Mapping[str, tuple[str, ...]],
+        policies: OptimizerPolicies,
+        where: str,
+    ) -> None:
+        self._saved, self._groups, self._shapes = saved, groups, shapes
+        self._origins, self._policies, self._where = origins, policies, where
+        self._stored, self._warnings = _stored_names(saved, groups, where)
+        self._aliases = aliases
+        self._problems: list[str] = []
+        self._stateless: list[str] = []
+        self._fresh: list[str] = []
+        self._used: set[str] = set()
+        self._reset: dict[str, list[str]] = {}
+
+    def plan(self, current: Sequence[Mapping[str, Any]] | None, optimizer_class: str) -> OptimizerPlan:
+        self._problems += _other_class(self._saved, current, optimizer_class)
+        origins = {name: self._origin(name) for names in self._groups for name in names}
+        wanted = {source for origin in origins.values() for source in origin.sources}
+        left = [name for name in self._stored if name not in wanted]
+        states: list[tuple[Mapping[str, Any] | None, ...]] = []
+        fields: list[Mapping[str, Any]] = []
+        chosen_groups: list[int | None] = []
+        for number, names in enumerate(self._groups):
+            from_groups: dict[int, str] = {}
+            states.append(tuple(self._state(name, origins[name], left, from_groups) for name in names))
+            chosen_groups.append(next(iter(from_groups), None))
+            chosen = self._saved["param_groups"][next(iter(from_groups))] if from_groups else {}
+            taken = {
+                key: value
+                for key, value in chosen.items()
+                if key not in ("params", "param_names") and not self._policies.keeps(key)
+            }
+            if len(from_groups) > 1 and not (self._policies.keeps("lr") and self._policies.keeps("weight_decay")):
+                self._problems.append(
+                    f"group {number} holds parameters of several stored groups ("
+                    + ", ".join(f"{name} of group {group}" for group, name in from_groups.items())
+                    + "), so that its lr and weight_decay would be ambiguous. To keep those of the optimizer: "
+                    "param_groups: {lr: config, weight_decay: config}"
+                )
+            fields.append(taken)
+        self._problems += _ambiguous_fields(chosen_groups, current, self._policies)
+        self._report_unused(left)
+        for reason, names in self._reset.items():
+            self._warnings.append(f"optimizer state of {_listed(names)} starts afresh: {reason}")
+        if self._problems:
+            self._raise()
+        return OptimizerPlan(tuple(states), tuple(fields), tuple(self._fresh), tuple(self._warnings))
+
+    def _origin(self, name: str) -> ParameterOrigin:
+        """By the plan of the weights, under any of the parameter's names; else the same name on both sides."""
+        names = self._aliases.get(name, (name,))
+        decided = [self._origins[alias] for alias in names if alias in self._origins] if self._origins else []
+        if decided:
+            known = [origin for origin in decided if origin.sources]
+            fits = (origin for origin in known if all(source in self._stored for source in origin.sources))
+            return next(fits, known[0] if known else ParameterOrigin())
+        return ParameterOrigin((next((alias for alias in names if alias in self._stored), name),))
+
+    def _state(
+        self, name: str, origin: ParameterOrigin, left: list[str], from_groups: dict[int, str]
+    ) -> Mapping[str, Any] | None:
+        """The stored state of one parameter, on its way; None where it starts afresh."""
+        if not origin.sources:
+            self._fresh.append(name)
+            return None
+        lacking = [source for source in origin.sources if source not in self._stored]
+        if lacking:
+            if self._policies.on_missing == "fresh":
+                self._fresh.append(name)
+                self._reset.setdefault("the file has none", []).append(name)
+                return None
+            candidates = near(lacking[0], left)
+            hint = f"; near: {', '.join(candidates)}" if candidates else ""
+            self._problems.append(f"{name} has no state in the file{hint}")
+            self._stateless.append(name)
+            return None
+        found = [self._stored[source] for source in origin.sources]
+        for _index, group in found:
+            from_groups.setdefault(group, name)
+        stored = [self._saved["state"].get(index) for index, _group in found]
+        present = [state for state in stored if state is not None]
+        if not present:
+            return None
+        if len(present) < len(stored) or len({frozenset(state) for state in present}) > 1:
+            self._problems.append(f"{name} comes from {', '.join(origin.sources)}, which have state of different keys")
+            return None
+        reason = self._cannot_follow(origin, present)
+        if reason:
+            self._fresh.append(name)
+            self._reset.setdefault(reason, []).append(name)
+            return None
+        before = origin.source_shapes or (self._shapes[name],)
+        if not origin.steps:
+            self._problems += _misfits(name, present[0], before[0])
+        return {key: self._value(tuple(state[key] for state in present), before, origin) for key in present[0]}
+
+    def _value(self, values: tuple[Any, ...], shapes: tuple[tuple[int, ...], ...], origin: ParameterOrigin) -> Any:
+        is_shaped = all(_shape(value) == shape for value, shape in zip(values, shapes, strict=True)) and not _is_scalar(
+            values[0]
+        )
+        dtype = None
+        if origin.dtypes is not None and is_shaped and getattr(values[0], "dtype", None) is not None:
+            # what had the parameter's own dtype, as torch makes it, goes on having it
+            stored = str(values[0].dtype).removeprefix("torch.")
+            dtype = origin.dtypes[1] if stored == origin.dtypes[0] else None
+        if origin.steps and is_shaped:
+            return Moved(values, origin.steps, origin.part, dtype)
+        if len(values) > 1 or dtype is not None:
+            return Moved(values, dtype=dtype)
+        return values[0]
+
+    def _cannot_follow(self, origin: ParameterOrigin, states: Sequence[Mapping[str, Any]]) -> str:
+        """Why state cannot go the way of its parameter, in words; empty where it can."""
+        for step in origin.steps:
+            if not step.moves_moments:
+                return f"{step.name} makes values that its moments do not belong to"
+        if not origin.steps:
+            return ""
+        for state, shape in zip(states, origin.source_shapes, strict=True):
+            for key, value in state.items():
+                if not _is_scalar(value) and _shape(value) is not None and _shape(value) != shape:
+                    return f"{key} has not the shape of its parameter, so that transforms do not apply to it"
+        return ""
+
+    def _report_unused(self, left: Sequence[str]) -> None:
+        gone = [name for name in left if self._stored[name][0] in self._saved["state"]]
+        policy = self._policies.on_unexpected
+        if not gone or policy == "ignore":
+            return
+        if policy == "error" or self._origins is None:
+            self._problems.append(
+                f"the file has state of {_listed(gone)}, which the optimizer has not. To leave it: "
+                "on_unexpected_state: ignore"
             )
-        states.append(tuple(group_states))
-        chosen_groups.append(next(iter(from_groups), None))
-        chosen = saved["param_groups"][next(iter(from_groups))] if from_groups else {}
-        fields.append({key: value for key, value in chosen.items() if key not in ("params", "param_names")})
-    problems += _ambiguous_fields(chosen_groups, current)
-    gone = [name for name in left if stored[name][0] in saved["state"]]
-    if gone:
-        listed = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if gone[5:] else "")
-        if source_names is None:
-            problems.append(f"the file has state of {listed}, which the optimizer has not")
         else:
-            warnings.append(f"optimizer state of {listed} is not taken over: nothing was loaded from there")
-    if problems:
+            self._warnings.append(
+                f"optimizer state of {_listed(gone)} is not taken over: nothing was loaded from there"
+            )
+
+    def _raise(self) -> None:
+        problems = self._problems
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if problems[20:] else "")
+        hint = "\nFor fresh state of parameters that have none in the file: on_missing_state: fresh"
         raise StateMismatchError(
-            f"the optimizer state in {where} does not fit:\n  {shown}\nNothing was changed. "
-            "To start with a fresh optimizer: load_optim: false",
+            f"the optimizer state in {self._where} does not fit:\n  {shown}\nNothing was changed. "
+            f"To start with a fresh optimizer: load_optim: false{hint if self._stateless else ''}",
             problems=problems,
         )
-    return OptimizerPlan(tuple(states), tuple(fields), tuple(fresh), tuple(warnings))
 
 
-def apply_optimizer(
-    plan: OptimizerPlan,
-    optimizer: torch.optim.Optimizer,
-    read: Callable[[Any], Any],
-    *,
-    keep_fields: bool = False,
-) -> None:
-    """Give ``optimizer`` the planned state; all of it is read before anything is changed.
-
-    Args:
-        plan: Made for the groups of this optimizer.
-        optimizer: Changed in place; parameters and groups keep their identity. An optimizer with a
-            ``load_state_dict`` of its own gets the state through that.
-        read: Turns the description of a tensor into the tensor, and leaves everything else.
-        keep_fields: Keep the fields of the groups (``lr``, ``weight_decay``) as they are configured now, as Noether's
-            wrapper does; otherwise the stored ones are taken, as torch does.
-
-    Should the optimizer refuse its state, it is put back as it was and the error goes on.
-    """
-    prepared: list[list[dict[str, Any] | None]] = []
-    for group, states in zip(optimizer.param_groups, plan.state, strict=True):
-        row = []
-        for parameter, state in zip(group["params"], states, strict=True):
-            row.append(None if state is None else _placed(state, parameter, group, read))
-        prepared.append(row)
-    fields = [{key: read(value) for key, value in stored.items()} for stored in plan.fields]
-    if keep_fields:
-        fields = [{} for _ in fields]
-    before = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
-    try:
-        _hand_over(optimizer, prepared, fields)
-    except Exception:
-        optimizer.state.clear()
-        optimizer.state.update(before[0])
-        for group, values in zip(optimizer.param_groups, before[1], strict=True):
-            group.clear()
-            group.update(values)
-        raise
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
-def _hand_over(
-    optimizer: torch.optim.Optimizer, prepared: list[list[dict[str, Any] | None]], fields: list[dict[str, Any]]
-) -> None:
-    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
-        optimizer.load_state_dict(_positional(optimizer, prepared, fields))
-        return
-    for group, placed, stored in zip(optimizer.param_groups, prepared, fields, strict=True):
-        for parameter, values in zip(group["params"], placed, strict=True):
-            optimizer.state.pop(parameter, None)
-            if values is not None:
-                optimizer.state[parameter] = values
-        group.update(stored)
-    optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+def _shape(value: Any) -> tuple[int, ...] | None:
+    shape = getattr(value, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def _is_scalar(value: Any) -> bool:
+    return _shape(value) in (None, ())
 
 
 def _stored_names(
@@ -293,25 +414,6 @@ def _misfits(name: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> lis
     ]
 
 
-def _renamed(
-    groups: Sequence[Sequence[str]],
-    stored: Mapping[str, Any],
-    source_names: Mapping[str, str | None],
-    aliases: Mapping[str, tuple[str, ...]],
-) -> dict[str, str | None]:
-    """Name in the model -> name in the file: by the plan of the weights, else under any of the parameter's names."""
-    renamed: dict[str, str | None] = {}
-    for name in (name for names in groups for name in names):
-        names = aliases.get(name, (name,))
-        decided = [source_names[alias] for alias in names if alias in source_names]
-        if decided:
-            sources = [source for source in decided if source is not None]
-            renamed[name] = next((source for source in sources if source in stored), sources[0] if sources else None)
-        else:
-            renamed[name] = next((alias for alias in names if alias in stored), name)
-    return renamed
-
-
 def _other_class(
     saved: Mapping[str, Any], current: Sequence[Mapping[str, Any]] | None, optimizer_class: str
 ) -> list[str]:
@@ -334,7 +436,9 @@ def _other_class(
     return problems
 
 
-def _ambiguous_fields(chosen: Sequence[int | None], current: Sequence[Mapping[str, Any]] | None) -> list[str]:
+def _ambiguous_fields(
+    chosen: Sequence[int | None], current: Sequence[Mapping[str, Any]] | None, policies: OptimizerPolicies
+) -> list[str]:
     """Groups that differ now and would all get the fields of one stored group."""
     problems = []
     for stored in sorted({number for number in chosen if number is not None}):
@@ -344,45 +448,19 @@ def _ambiguous_fields(chosen: Sequence[int | None], current: Sequence[Mapping[st
         first = current[numbers[0]]
         for number in numbers[1:]:
             differing = [
-                key for key in ("lr", "weight_decay") if key in first and current[number].get(key) != first.get(key)
+                key
+                for key in first.keys() & current[number].keys() - {"params", "param_names"}
+                if not policies.keeps(key) and _differ(first[key], current[number][key])
             ]
             if differing:
+                shown = " and ".join(sorted(differing))
                 problems.append(
-                    f"groups {numbers[0]} and {number} of the optimizer differ in {' and '.join(differing)}, but both "
-                    f"would take the values of stored group {stored}. Build the groups as the saved run did"
+                    f"groups {numbers[0]} and {number} of the optimizer differ in {shown}, but both would take the "
+                    f"values of stored group {stored}. Build the groups as the saved run did, or keep their own: "
+                    f"param_groups: {{{', '.join(f'{key}: config' for key in sorted(differing))}}}"
                 )
     return problems
 
 
-def _placed(
-    state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any], read: Callable[[Any], Any]
-) -> dict[str, Any]:
-    """The state on the device where torch keeps it; dtypes stay as stored (torch would cast to the parameter's)."""
-    placed = {}
-    on_device = bool(group.get("capturable") or group.get("fused"))
-    for key, value in state.items():
-        value = read(value)
-        if isinstance(value, torch.Tensor) and (key != "step" or on_device):
-            value = value.to(parameter.device)
-        placed[key] = value
-    return placed
-
-
-def _positional(
-    optimizer: torch.optim.Optimizer,
-    prepared: list[list[dict[str, Any] | None]],
-    fields: list[dict[str, Any]],
-) -> dict[str, Any]:
-    layout = optimizer.state_dict()
-    indices = [group["params"] for group in layout["param_groups"]]
-    state = {
-        index: values
-        for row, group in zip(prepared, indices, strict=True)
-        for values, index in zip(row, group, strict=True)
-        if values is not None
-    }
-    groups = [
-        {**group, **stored, "params": group["params"]}
-        for group, stored in zip(layout["param_groups"], fields, strict=True)
-    ]
-    return {**layout, "state": state, "param_groups": groups}
+def _differ(first: Any, other: Any) -> bool:
+    return bool(torch.as_tensor(first).ne(torch.as_tensor(other)).any()) if torch.is_tensor(first) else first != other

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.steps import Step, step_to_dict
+from noether_init_core.surgery.inverse import rows_back, transformed
+from noether_init_core.surgery.rows import (
+    LOADED_BEFORE,
+    Action,
+    PlanPart,
+    PlanRow,
+    Problem,
+    TargetSpec,
+    TensorSpec,
+    is_counted,
+    share_loaded,
+)
+from noether_init_core.surgery.steps import step_to_dict
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "LOADED_BEFORE",
@@ -25,142 +39,7 @@ __all__ = [
     "share_loaded",
 ]
 
-Action = Literal[
-    "load", "rename", "transform", "cast", "keep", "reset", "missing", "unexpected", "removed", "mismatch", "outside"
-]
-
-#: The rule of an entry that an earlier initializer of the stack has loaded.
-LOADED_BEFORE = "loaded by an earlier initializer"
-
-#: Actions that write a tensor of the model.
-WRITING: frozenset[str] = frozenset({"load", "rename", "transform", "cast"})
 SCHEMA_VERSION = 1
-
-
-class TensorSpec(Protocol):
-    """What the plan needs of a tensor of a file: ``TensorInfo`` of the readers has it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-@attrs.frozen
-class TargetSpec:
-    """One entry of a model's state dict.
-
-    Attributes:
-        shape: The shape; empty for a 0-dimensional tensor and for an object that is no tensor.
-        dtype: The dtype without ``torch.``, or ``object`` for a module's extra state.
-        nbytes: Number of elements times bytes of one.
-        is_parameter: False for buffers and extra state.
-        tied_to: The first name of the same memory in this model, where this is another name of it.
-        identity: Equal for entries, also of other models, that are the same memory; None where that is not known.
-        unwritable: Why the entry cannot be written in place, in words; empty where it can.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    is_parameter: bool = True
-    tied_to: str | None = None
-    identity: Hashable = None
-    unwritable: str = ""
-
-
-@attrs.frozen
-class PlanRow:
-    """What happens to one entry of the model's state dict, or to one entry of the file that is not used.
-
-    Attributes:
-        model: Path of names of the single model, such as ``autoenc.encoder``.
-        target: Name in the model's state dict; None where the row is about an unused entry of the file.
-        sources: Names in the file.
-        action: ``load``, ``rename``, ``cast`` and ``transform`` write the target from the file; ``reset`` lets its
-            module initialize it anew; the others leave it.
-        shape: Shape of the target, or of the unused entry.
-        dtype: Dtype of the target, or of the unused entry.
-        nbytes: Bytes of the target, or of the unused entry.
-        rule: The config line responsible; None where no rule had a say.
-        source_shape: Shape in the file, where there is one source.
-        source_dtype: Dtype in the file, where there is one source.
-        is_parameter: Whether the target is a parameter; buffers may hold infinities.
-        steps: What is done with the tensors of ``sources``, in order, every argument said.
-        part: Which of the ``parts`` tensors that the steps make is the target's.
-        parts: How many tensors the steps make.
-        source_shapes: Shape of each source, in their order.
-        tied_to: The first name of the same memory in this model, where ``target`` is another name of it.
-    """
-
-    model: str
-    target: str | None
-    sources: tuple[str, ...]
-    action: Action
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    rule: str | None = None
-    source_shape: tuple[int, ...] | None = None
-    source_dtype: str | None = None
-    is_parameter: bool = True
-    steps: tuple[Step, ...] = ()
-    part: int = 0
-    parts: int = 1
-    source_shapes: tuple[tuple[int, ...], ...] = ()
-    tied_to: str | None = None
-
-    @property
-    def writes(self) -> bool:
-        """Whether the target gets its value from the file."""
-        return self.action in WRITING
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of the target, or of the unused entry."""
-        return math.prod(self.shape) if self.dtype != "object" else 0
-
-    @property
-    def key(self) -> str:
-        """The name that the row is listed under."""
-        return self.target if self.target is not None else self.sources[0]
-
-
-@attrs.frozen
-class Problem:
-    """A reason why the plan may not be carried out. ``code`` is stable, ``message`` is for people."""
-
-    code: str
-    message: str
-    model: str
-    keys: tuple[str, ...] = ()
-
-
-@attrs.frozen
-class PlanPart:
-    """One single model with the file that it is initialized from.
-
-    Attributes:
-        model: Path of names of the model.
-        origin: Where the file came from, in words: ``pretrain @ latest = E4_U16_S128``.
-        file: Name of the file.
-        sources: Entries of the file's state dict.
-        targets: Entries of the model's state dict, in order.
-        hidden: Names of buffers that the model has but its state dict has not (non-persistent ones).
-        loaded: Names of the model that an earlier initializer will have loaded.
-        resettable: Names of the model whose module can initialize itself anew.
-    """
-
-    model: str
-    origin: str
-    file: str
-    sources: Mapping[str, TensorSpec]
-    targets: Mapping[str, TargetSpec]
-    hidden: frozenset[str] = frozenset()
-    loaded: frozenset[str] = frozenset()
-    resettable: frozenset[str] = frozenset()
 
 
 @attrs.frozen
@@ -227,12 +106,56 @@ class LoadPlan:
                 f"{self.kind}: {sources}\n  {listed}\nNothing was changed.", plan=self, problems=tuple(shown)
             )
 
+    def inverted(self) -> LoadPlan:
+        """The plan from the model's entries to the file's: the direction of an export; dtypes are those of the model.
+
+        ``plan.inverted().transformed(model.state_dict())`` is a state dict that this plan loads again, bit for bit.
+        What the model keeps, and what of the file is not used, has no part in it.
+
+        Raises ``PlanError`` for a plan with problems, for steps that lose something (slice, pad, interpolate, cast),
+        and where only some of the parts of a split have a place in the model.
+        """
+        self.raise_for_problems()
+        rows, problems = rows_back(self.rows)
+        if problems:
+            listed = "\n  ".join(dict.fromkeys(problems))
+            raise PlanError(f"{self.kind} has no way back:\n  {listed}", plan=self, problems=problems)
+        return LoadPlan(f"{self.kind}, inverted", rows, origins=self.origins)
+
+    def transformed(self, state: Mapping[str, torch.Tensor], model: str | None = None) -> dict[str, torch.Tensor]:
+        """What the plan makes of tensors in memory: new ones under the names of its targets.
+
+        Args:
+            state: The tensors under the names of the sources; they stay as they are.
+            model: Path of one single model; None where there is only one.
+
+        Raises ``PlanError`` for a plan with problems, where ``state`` lacks an entry, and where ``model`` is needed.
+        """
+        self.raise_for_problems()
+        models = list(dict.fromkeys(row.model for row in self.rows))
+        if model is None and len(models) > 1:
+            raise PlanError(f"the plan is about several models; say which: {', '.join(models)}", plan=self)
+        rows = [row for row in self.rows if row.writes and model in (None, row.model)]
+        lacking = [source for row in rows for source in row.sources if source not in state]
+        if lacking:
+            shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if lacking[5:] else "")
+            raise PlanError(f"the state has no {shown}, which the plan needs", plan=self)
+        return transformed(rows, state)
+
     @classmethod
     def merged(cls, plans: Sequence[LoadPlan]) -> LoadPlan:
-        """Several plans for one model, in order, as one; each later one writes over the earlier."""
+        """Several plans for one model, in order, as one: of each entry the row that counts in the end."""
+        if len(plans) == 1:
+            return plans[0]
+        final: dict[tuple[str, str], PlanRow] = {}
+        for row in (row for plan in plans for row in plan.rows):
+            place = row.model, str(row.target)
+            if row.target is not None and (row.writes or place not in final or not final[place].writes):
+                final[place] = row
+        kept = set(map(id, final.values()))
         return cls(
             " + ".join(plan.kind for plan in plans),
-            tuple(row for plan in plans for row in plan.rows),
+            tuple(row for plan in plans for row in plan.rows if row.target is None or id(row) in kept),
             tuple(problem for plan in plans for problem in plan.problems),
             tuple(warning for plan in plans for warning in plan.warnings),
             tuple(origin for plan in plans for origin in plan.origins),
@@ -257,8 +180,8 @@ class LoadPlan:
             "warnings": [attrs.asdict(warning) for warning in self.warnings],
             "counts": self.counts(),
             "totals": {
-                "parameters": sum(row.numel for row in self.rows if _is_counted(row)),
-                "parameters_loaded": sum(row.numel for row in self.rows if _is_counted(row) and row.writes),
+                "parameters": sum(row.numel for row in self.rows if is_counted(row)),
+                "parameters_loaded": sum(row.numel for row in self.rows if is_counted(row) and row.writes),
                 "bytes": sum(row.nbytes for row in self.rows if row.target is not None),
                 "bytes_loaded": self.loaded_bytes,
             },
@@ -269,22 +192,3 @@ class LoadPlan:
     def to_json(self) -> str:
         """``to_dict`` as text."""
         return json.dumps(self.to_dict(), indent=1)
-
-
-def share_loaded(rows: Iterable[PlanRow], *, or_before: bool = False) -> float:
-    """Share of the elements of parameters in ``rows`` that come from the file, from 0 to 1 (1 for no parameters).
-
-    With ``or_before``, what an earlier initializer has loaded counts, too.
-    """
-    loaded = total = 0
-    for row in rows:
-        if _is_counted(row):
-            numel = row.numel
-            total += numel
-            if row.writes or (or_before and row.rule == LOADED_BEFORE):
-                loaded += numel
-    return loaded / total if total else 1.0
-
-
-def _is_counted(row: PlanRow) -> bool:
-    return row.is_parameter and row.target is not None and row.tied_to is None

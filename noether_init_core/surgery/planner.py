@@ -7,6 +7,7 @@ from typing import Literal
 
 import attrs
 
+from noether_init_core.checkpoints.memory import no_garbage_collection
 from noether_init_core.surgery.names import NameMatch, NameRules, Taken, near, single_rename, with_wrappers
 from noether_init_core.surgery.plan import (
     LOADED_BEFORE,
@@ -71,7 +72,11 @@ def plan_load(
         fresh_hint: What is said beside missing and misshaped entries, with ``{line}`` for the config line that keeps
             them. Empty where the kind has no such line.
     """
-    policies = Policies() if policies is None else policies
+    with no_garbage_collection():
+        return _planned(kind, parts, rules, Policies() if policies is None else policies, fresh_hint)
+
+
+def _planned(kind: str, parts: Sequence[PlanPart], rules: NameRules, policies: Policies, fresh_hint: str) -> LoadPlan:
     rows: list[PlanRow] = []
     problems: list[Problem] = []
     warnings: list[Problem] = []
@@ -189,6 +194,7 @@ class _PartPlanner:
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
         self.equal: list[tuple[str, str, str]] = []
+        self._casts: dict[tuple[str, str], list[str]] = {}
         self._step_errors: dict[tuple[str, str], list[str]] = {}
         self._resolved: dict[tuple[int, tuple[str, ...], int], tuple[tuple[Step, ...], list[tuple[int, ...]]]] = {}
         self._taking: set[str] | None = None
@@ -205,6 +211,9 @@ class _PartPlanner:
         unexpected = self._plan_unused()
         for source, by, target, rule in self.match.overwritten:
             self._warn("overwritten", f"{source} and {by} both become {target} ({rule}); {by} is taken", (source, by))
+        for (before, dtype), names in self._casts.items():
+            what = names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+            self._warn("cast", f"{what}: {before} in the file becomes {dtype}", names)
         for problem_of_names in self.match.problems[:_MOST_PROBLEMS]:
             self._problem(problem_of_names.code, problem_of_names.message, problem_of_names.names)
         if len(self.match.problems) > _MOST_PROBLEMS:
@@ -239,7 +248,8 @@ class _PartPlanner:
             self._row(name, taken.sources, "mismatch", spec, taken, sources)
             self._step_errors.setdefault((taken.rule or "", str(error)), []).append(name)
             return None
-        taken = attrs.evolve(taken, steps=steps)
+        if steps:
+            taken = attrs.evolve(taken, steps=steps)
         if shape != spec.shape:
             if self.policies.on_mismatch == "keep":
                 self._row(name, (), "keep", spec, Taken((), "on_mismatch: keep"))
@@ -249,6 +259,10 @@ class _PartPlanner:
         return self._plan_dtype(name, spec, taken, sources)
 
     def _plan_dtype(self, name: str, spec: TargetSpec, taken: Taken, sources: list[TensorSpec]) -> str | None:
+        if not taken.steps and sources[0].dtype == spec.dtype:
+            is_same = taken.sources == (name,) or name not in self.match.moves
+            self._row(name, taken.sources, "load" if is_same else "rename", spec, taken, sources)
+            return "unwritable" if spec.unwritable else None
         dtypes = dict.fromkeys(source.dtype for source in sources)
         explicit = [step.dtype for step in taken.steps if isinstance(step, CastStep)]
         before = explicit[-1] if explicit else next(iter(dtypes))
@@ -267,7 +281,7 @@ class _PartPlanner:
         if before != spec.dtype or list(dtypes) != [spec.dtype]:
             action = "transform" if taken.steps else "cast"
             if not explicit:
-                self._warn("cast", f"{name}: {before} in the file becomes {spec.dtype}", (name,))
+                self._casts.setdefault((before, spec.dtype), []).append(name)
         self._row(name, taken.sources, action, spec, taken, sources)
         return "unwritable" if spec.unwritable else None
 
@@ -275,6 +289,8 @@ class _PartPlanner:
         self, taken: Taken, sources: list[TensorSpec], spec: TargetSpec
     ) -> tuple[tuple[Step, ...], tuple[int, ...]]:
         """The steps, every argument said, those that ``on_mismatch`` adds included, and the shape that they give."""
+        if not taken.steps and tuple(sources[0].shape) == spec.shape:
+            return (), spec.shape
         key = id(taken.steps), taken.sources, taken.parts
         known = self._resolved.get(key)
         if known is None:
@@ -492,12 +508,12 @@ class _PartPlanner:
                 spec.nbytes,
                 taken.rule,
                 None if single is None else tuple(single.shape),
-                None if single is None else single.dtype,
+                _dtype_of_all(source_specs),
                 spec.is_parameter,
                 taken.steps,
                 taken.part,
                 taken.parts,
-                tuple(tuple(source.shape) for source in source_specs),
+                tuple([tuple(source.shape) for source in source_specs]),
                 spec.tied_to,
             )
         )
@@ -512,6 +528,13 @@ class _PartPlanner:
 def _listed(names: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _dtype_of_all(sources: Sequence[TensorSpec]) -> str | None:
+    if len(sources) == 1:
+        return sources[0].dtype
+    dtypes = {source.dtype for source in sources}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _fitting(shape: tuple[int, ...], wanted: tuple[int, ...], policy: str) -> tuple[Step, ...]:

@@ -15,6 +15,8 @@ from noether_init_core.surgery.plan import TargetSpec
 __all__ = ["ModelTargets", "OwnLoading", "dtype_name", "model_targets", "tensor_identity"]
 
 _EXTRA_STATE = "_extra_state"
+# Elements up to which views are compared one by one; of larger ones an interval in common is enough.
+_FEW = 1 << 16
 
 
 @attrs.frozen(eq=False)
@@ -108,6 +110,9 @@ def model_targets(model: Any) -> ModelTargets:
             identity=identity,
             unwritable=_unwritable(tensor),
         )
+    for name, other in _overlapping(tensors, specs).items():
+        said = specs[name].unwritable or f"shares memory with {other}, as another view of it"
+        specs[name] = attrs.evolve(specs[name], unwritable=said)
     hidden = frozenset(name for name, _buffer in model.named_buffers(remove_duplicate=False)) - specs.keys()
     own = _own_loading(modules)
     after = [
@@ -126,6 +131,49 @@ def _resettable(names: Iterable[str], modules: Mapping[str, torch.nn.Module]) ->
         if any(callable(getattr(module, method, None)) for method in ("reset_parameters", "_reset_parameters")):
             assert module is not None
             found[name] = (f"{path}." if path else "", module)
+    return found
+
+
+def _overlapping(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TargetSpec]) -> dict[str, str]:
+    """Names of tensors that share memory without being one tensor -> the other: writing one would change both."""
+    storages: dict[Any, list[str]] = {}
+    for name in tensors:
+        identity: Any = specs[name].identity
+        if identity[0] != "object":
+            storages.setdefault(identity[:2], []).append(name)
+    places: dict[Any, list[tuple[int, int, str, Any]]] = {}
+    for storage, names in storages.items():
+        for name in names if len(names) > 1 else ():
+            tensor = tensors[name]
+            span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            begin = int(tensor.storage_offset()) * tensor.element_size()
+            end = begin + int(span) * tensor.element_size()
+            places.setdefault(storage, []).append((begin, end, name, specs[name].identity))
+    found: dict[str, str] = {}
+    for together in places.values():
+        together.sort(key=lambda place: place[:2])
+        reach = together[0]
+        for place in together[1:]:
+            if place[0] < reach[1] and place[3] != reach[3] and _share(tensors[place[2]], tensors[reach[2]]):
+                found.setdefault(reach[2], place[2])
+                found.setdefault(place[2], reach[2])
+            reach = max(reach, place, key=lambda one: one[1])
+    return found
+
+
+def _share(first: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two views of one storage have an element in common; columns of one matrix have not."""
+    if first.dtype == other.dtype and first.numel() + other.numel() <= _FEW:
+        return not set(_elements(first)).isdisjoint(_elements(other))
+    return True
+
+
+def _elements(tensor: torch.Tensor) -> list[int]:
+    """Positions in the storage."""
+    positions = torch.full(tensor.shape, int(tensor.storage_offset()), dtype=torch.int64)
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        positions += (torch.arange(size) * stride).reshape([-1 if one == dim else 1 for one in range(tensor.dim())])
+    found: list[int] = positions.flatten().tolist()
     return found
 
 

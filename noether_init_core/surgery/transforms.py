@@ -132,7 +132,7 @@ class _GlobRules:
         chosen = [(rule.label, glob) for rule in rules if isinstance(rule, kind) for glob in rule.globs]
         self.__attrs_init__([label for label, _ in chosen], PatternSet(glob.expression for _, glob in chosen))
 
-    def matching(self, name: str) -> list[str]:
+    def matching(self, name: str) -> Sequence[str]:
         return [self.labels[number] for number in self.patterns.matching(name)] if self.labels else []
 
 
@@ -158,7 +158,7 @@ class _Matching:
 
     def run(self) -> NameMatch:
         for bare, name in self._targets.items():
-            for label in self._rules._keep.matching(bare):
+            for label in self._rules._keep.matching(bare) if self._rules._keep.labels else ():
                 self._matched.add(label)
                 self._kept.setdefault(name, label)
         groups, plain = self._choose()
@@ -183,8 +183,9 @@ class _Matching:
     def _choose(self) -> tuple[list[_Group], dict[str, str]]:
         """For each name the first rule that takes it: those of one rule and equal captures together, and the rest."""
         groups: dict[tuple[int, tuple[tuple[str, str], ...]], _Group] = {}
+        singles: list[_Group] = []
         plain: dict[str, str] = {}
-        rules = self._rules
+        rules, matching = self._rules, self._rules._taking.matching
         for bare, name in self._sources.items():
             if rules._only.labels:
                 allowed = rules._only.matching(bare)
@@ -192,7 +193,7 @@ class _Matching:
                 if not allowed:
                     self._removed[name] = rules._only.labels[0]
                     continue
-            hits = rules._taking.matching(bare)
+            hits = matching(bare)
             if not hits:
                 plain[bare] = name
                 continue
@@ -207,11 +208,14 @@ class _Matching:
                 captures = rule.sources[index].match(bare)
                 if captures is None:
                     raise AssertionError(f"{rule.sources[index].text} matches {bare}, and does not")
-                key = number, tuple(sorted(captures.items()))
-                groups.setdefault(key, _Group(rule, captures)).names[index] = bare
+                if len(rule.sources) == 1:
+                    singles.append(_Group(rule, captures, {0: bare}))
+                else:
+                    key = number, tuple(sorted(captures.items()))
+                    groups.setdefault(key, _Group(rule, captures)).names[index] = bare
             else:
                 self._removed[name] = rule.label
-        return list(groups.values()), plain
+        return [*singles, *groups.values()], plain
 
     def _move(self, group: _Group) -> None:
         rule, names = group.rule, group.names
@@ -225,7 +229,7 @@ class _Matching:
             message = f"{rule.label}: the file has {have} without {lacks}"
             self._problem("incomplete-group", message, tuple(names.values()))
             return
-        taken = tuple(self._sources[names[index]] for index in range(len(rule.sources)))
+        taken = tuple([self._sources[names[index]] for index in range(len(rule.sources))])
         for part, target in enumerate(rule.targets):
             bare = target.fill(group.captures) if target.segments else names[0]
             self._put(bare, Taken(taken, rule.label, rule.steps, part, len(rule.targets)), rule.label)

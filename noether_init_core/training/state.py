@@ -20,7 +20,7 @@ __all__ = ["TrainerState"]
 
 _logger = logging.getLogger(__name__)
 _VERSION = 1
-_RESERVED = frozenset({"callbacks", "iteration", "lineage", "loader", "model", "rng", "version"})
+_RESERVED = frozenset({"callbacks", "init_report", "iteration", "lineage", "loader", "model", "rng", "version"})
 _OUR_KEY = "trainer_state"
 
 
@@ -51,6 +51,7 @@ class TrainerState:
 
     Attributes:
         lineage: Where the run came from, oldest first; set by the stack, written by the writer.
+        init_report: The report of the initialization; None before it. Set by the stack, read by the writer.
 
     Raises ``ConfigError`` for a seed that is none, a reserved name, or an object without a state.
     """
@@ -74,6 +75,7 @@ class TrainerState:
         self._given_rng: dict[str, Any] | None = None
         self._rng_is_own = False
         self.lineage: tuple[Mapping[str, Any], ...] = ()
+        self.init_report: Any = None
 
     def __repr__(self) -> str:
         members = ", ".join(self._stateful) or "nothing else"

@@ -73,6 +73,37 @@ def test_unknown_names_are_named_although_the_pickle_is_damaged_behind_them(tmp_
     assert caught.value.names == ("os.system",)
 
 
+def test_the_list_of_names_to_allow_is_never_cut(tmp_path: Path) -> None:
+    """It is pasted as it stands; of a list that nobody would look through only the first are named."""
+    names = [f"a.B{number}" for number in range(40)]
+    opcodes = b"(" + b"".join(name(*one.split(".")) for one in names) + b"t"
+    with pytest.raises(UnsafeGlobalError) as caught:
+        open_checkpoint(write_pickle(tmp_path / "a.th", opcodes))
+    assert f"for a config, NOETHER_INIT_ALLOW_GLOBALS={','.join(names)} in the environment" in str(caught.value)
+    opcodes = b"(" + b"".join(name("a", f"B{number}") for number in range(5_000)) + b"t"
+    with pytest.raises(UnsafeGlobalError) as caught:
+        open_checkpoint(write_pickle(tmp_path / "b.th", opcodes))
+    assert len(caught.value.names) == 5_000
+    assert len(str(caught.value)) < 2_000
+
+
+@pytest.mark.parametrize("key", ["", "model"])
+def test_a_whole_module_is_told_how_to_become_a_state_dict(tmp_path: Path, key: str) -> None:
+    """To allow its classes would lead nowhere: the line that is said makes a file that is read."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.BatchNorm1d(2))
+    path = tmp_path / "module.pt"
+    torch.save({key: module, "epoch": 3} if key else module, path)
+    with pytest.raises(UnsafeGlobalError) as caught:
+        open_checkpoint(path)
+    said = str(caught.value)
+    line = said[said.index("torch.save(") :]
+    assert "NOETHER_INIT_ALLOW_GLOBALS" not in said
+    assert line == f"torch.save(torch.load(path, weights_only=False){f'[{key!r}]' if key else ''}.state_dict(), path)"
+    exec(line, {"torch": torch, "path": path})
+    with open_checkpoint(path) as reader:
+        assert list(reader.tensors) == list(module.state_dict())
+
+
 def test_names_with_control_characters_are_shown_escaped(tmp_path: Path) -> None:
     """A name cannot write to the terminal."""
     with pytest.raises(UnsafeGlobalError) as caught:

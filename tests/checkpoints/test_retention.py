@@ -22,17 +22,20 @@ from noether_init_core import (
     CheckpointError,
     CheckpointWriter,
     ConfigError,
+    InitReport,
     PathProvider,
     Retention,
     RunStore,
     TrainingIteration,
     bind,
 )
-from noether_init_core.checkpoints.manifest import Manifest
+from noether_init_core.checkpoints.manifest import Manifest, ManifestFile, ManifestTensor
 from noether_init_core.checkpoints.retention import Best, checked_metrics, superfluous_sets
 from noether_init_core.checkpoints.sets import CheckpointSet, check_files
 
 MODEL = bind(torch.nn.Linear(1, 1), name="mlp")
+DIVERGED = bind(torch.nn.Linear(1, 1), name="mlp")
+torch.nn.init.constant_(DIVERGED.module.weight, float("nan"))
 
 
 @pytest.fixture
@@ -224,18 +227,31 @@ METRICS = st.dictionaries(st.sampled_from("ab"), st.none() | st.integers(0, 3).m
 TAGS = st.sets(st.sampled_from(["latest", "mine", "best_model.a"])).map(lambda tags: tuple(sorted(tags)))
 
 
-def a_set(sequence: int, epoch: int, tags: tuple[str, ...], metrics: Mapping[str, float | None]) -> CheckpointSet:
-    """As it would be read."""
+def a_set(
+    sequence: int,
+    epoch: int,
+    tags: tuple[str, ...],
+    metrics: Mapping[str, float | None],
+    *,
+    holds: Any = None,
+    **descent: Any,
+) -> CheckpointSet:
+    """As it would be read; ``holds`` is what the manifest says of the values of a parameter."""
     iteration = at(epoch)
     own = (str(iteration), *tags)
+    tensor = ManifestTensor.model_construct(dtype="float32", shape=(1,), digest="", values=holds)
+    file = ManifestFile.model_construct(
+        name="m", model="mlp", part="model", size=0, digest="", tensors={"weight": tensor}, buffers=()
+    )
     manifest = Manifest.model_construct(
         sequence=sequence,
         iteration=iteration.to_mapping(),
         tags=own,
         run_id="run",
         created="",
-        files=(),
+        files=(file,),
         metrics=dict(metrics),
+        **descent,
     )
     return CheckpointSet(Path(f"{sequence:08d}"), str(iteration), own, iteration, sequence, True, (), manifest=manifest)
 
@@ -288,9 +304,138 @@ def test_rules_never_take_the_newest_good_set_nor_move_a_tag(
     assert superfluous_sets([pair for pair in sets if pair[0] in kept], rules) == []
 
 
+def kept_of(sets: list[CheckpointSet], rules: Retention, training: str | None = None) -> list[int]:
+    """Sequences that stay; the files of all are as written."""
+    gone = superfluous_sets([(one, True) for one in sets[::-1]], rules, training)
+    return [one.sequence or 0 for one in sets if one not in gone]
+
+
+@pytest.mark.parametrize("holds", ["NaN", "infinities"])
+def test_sets_that_a_resume_refuses_do_not_count(holds: str) -> None:
+    """Of a run that has diverged its newest set stays, and as many finite ones before as were asked for."""
+    sets = [a_set(number, number, (), {}, holds=holds if number > 4 else "finite") for number in range(1, 9)]
+    assert kept_of(sets, Retention(last=3)) == [2, 3, 4, 8]
+    assert kept_of(sets[:5], Retention(last=1)) == [3, 4, 5]
+    named = [*sets[:5], a_set(6, 6, ("mine",), {}, holds=holds), *sets[6:]]
+    assert kept_of(named, Retention(last=2)) == [3, 4, 6, 8]
+
+
+def test_sets_whose_values_nobody_looked_at_count_as_finite() -> None:
+    """Those of earlier releases: nothing is known against them."""
+    sets = [a_set(number, number, (), {}, holds=None if number < 4 else "NaN") for number in range(1, 6)]
+    assert kept_of(sets, Retention(last=1)) == [2, 3, 5]
+
+
+def test_without_any_finite_set_all_that_are_as_written_count() -> None:
+    """Who keeps infinities in a parameter, and loads them, still has sets to go back to."""
+    sets = [a_set(number, number, (), {}, holds="infinities") for number in range(1, 6)]
+    assert kept_of(sets, Retention(last=3)) == [3, 4, 5]
+
+
+def test_without_any_finite_set_those_that_were_passed_over_still_do_not_count() -> None:
+    """The damaged one of them least of all."""
+    sets = [a_set(number, number, (), {}, holds="infinities") for number in range(1, 5)]
+    sets += [a_set(n, n, (), {}, holds="infinities", passed_over=("00000004",)) for n in (5, 6)]
+    assert kept_of(sets[:5], Retention(last=2)) == [3, 4, 5]
+    assert kept_of(sets, Retention(last=3)) == [3, 4, 5, 6]
+
+
+def test_periods_and_best_are_chosen_among_finite_sets() -> None:
+    """A metric that is not the loss may be best where the weights are of no use."""
+    sets = [a_set(n, n, (), {"a": float(n)}, holds="NaN" if n in (4, 6) else "finite") for n in range(1, 10)]
+    assert kept_of(sets, Retention(every={"epoch": 2}, best=Best("a", 1, "max"))) == [2, 5, 7, 8, 9]
+    assert kept_of(sets[:7], Retention(best=Best("a", 2, "max"))) == [5, 7]
+
+
+def test_sets_that_were_passed_over_do_not_count_and_go_last() -> None:
+    """Two usable sets are two; the damaged one goes when there are two newer ones."""
+    sets = [a_set(number, number, (), {}) for number in (5, 6)]
+    resumed = [a_set(number, number, (), {}, passed_over=("00000006",), started_from="00000005") for number in (7, 8)]
+    assert kept_of([*sets, *resumed[:1]], Retention(last=2)) == [5, 6, 7]
+    assert kept_of([*sets, *resumed], Retention(last=2)) == [7, 8]
+    assert kept_of([*sets, *resumed], Retention(last=3)) == [5, 6, 7, 8]
+
+
+def test_set_that_a_run_started_from_stays_until_enough_were_saved_since() -> None:
+    """Sets that were left behind are newer, and no way back from where the run is now."""
+    sets = [a_set(number, number, (), {}) for number in (3, 4, 5)]
+    since = [a_set(number, number - 2, (), {}, started_from="00000003") for number in (6, 7)]
+    assert kept_of([*sets, *since[:1]], Retention(last=2)) == [3, 5, 6]
+    assert kept_of([*sets, since[0], a_set(7, 7, (), {}, started_from="00000003")], Retention(last=2)) == [6, 7]
+
+
+def test_sets_of_another_training_stay_and_do_not_count() -> None:
+    """Nor does a tag of theirs come to life again: while their set of an iteration stays, so does ours."""
+    theirs = [a_set(number, number, ("latest",), {}, training="a") for number in (1, 2)]
+    ours = [a_set(number + 2, number, ("latest",), {}, training="b") for number in range(1, 6)]
+    assert kept_of([*theirs, *ours], Retention(last=2), "b") == [1, 2, 3, 4, 6, 7]
+    assert kept_of([*theirs, *ours], Retention(last=2), "a") == [1, 2, 3, 4, 5, 6, 7]
+
+
+SAVED = st.fixed_dictionaries(
+    {
+        "epoch": st.integers(1, 8),
+        "tags": TAGS,
+        "metrics": METRICS,
+        "is_whole": st.booleans(),
+        "holds": st.sampled_from([None, "finite", "finite", "NaN", "infinities"]),
+        "training": st.sampled_from("aab"),
+        "started_from": st.none() | st.integers(1, 12).map("{:08d}".format),
+        "passed_over": st.sets(st.integers(1, 12).map("{:08d}".format), max_size=4).map(tuple),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(history=st.lists(SAVED, min_size=1, max_size=12), rules=RULES, training=st.sampled_from("ab"))
+def test_usable_sets_of_the_training_stay_whatever_else_is_there(
+    history: list[dict[str, Any]], rules: Retention, training: str
+) -> None:
+    """Among NaN, passed over, damaged and foreign sets: as many usable ones as asked, and nobody else's set goes."""
+    sets, holds = [], {}
+    for number, what in enumerate(history, start=1):
+        is_whole, epoch, tags, metrics = (what.pop(name) for name in ("is_whole", "epoch", "tags", "metrics"))
+        holds[number] = what["holds"]
+        sets.insert(0, (a_set(number, epoch, tags, metrics, **what), is_whole))
+    gone = superfluous_sets(sets, rules, training)
+    kept = [one for one, _ in sets if one not in gone]
+    ours: list[Any] = [(one, is_whole) for one, is_whole in sets if one.manifest.training == training]  # type: ignore[union-attr]
+    assert all(one in [our for our, _ in ours] for one in gone)
+    before, after = meanings([one for one, _ in sets]), meanings(kept)
+    assert all(before[tag] == sequence for tag, sequence in after.items())
+    assert all(tag in after for tag in before if not tag.startswith("E"))
+    assert superfluous_sets([pair for pair in sets if pair[0] in kept], rules, training) == []
+    if rules.keeps_all or not ours:
+        assert gone == []
+        return
+    newest = ours[0][0].manifest
+    passed = newest.passed_over
+    usable = [
+        one
+        for one, is_whole in ours
+        if is_whole and holds[one.sequence] in (None, "finite") and one.folder.name not in passed
+    ]
+    enough = max(rules.last or 0, 2)
+    assert all(one in kept for one in usable[:enough])
+    for one, _ in ours:
+        since = [other for other in usable if other.manifest.started_from == one.folder.name]
+        if one.folder.name == newest.started_from and usable and len(since) < enough:
+            assert one in kept
+    # what is of no use stays for a reason only
+    whole = [one for one, is_whole in ours if is_whole]
+    for one, _ in ours if usable else ():
+        is_newest = not whole or one.sequence >= whole[0].sequence
+        is_older_there = any(other.name == one.name and other.sequence < one.sequence for other in kept)
+        is_named = any(before[tag] == one.sequence for tag in one.tags if tag != one.name)
+        is_kept_for_now = one.folder.name in (*passed, newest.started_from)
+        if one not in usable and not (is_newest or is_older_there or is_named or is_kept_for_now):
+            assert one in gone
+
+
 DAMAGE = st.sampled_from(["shorten", "remove", "manifest", "uncommit"])
 ACTIONS = st.one_of(
-    st.tuples(st.just("save"), st.integers(1, 6), TAGS, METRICS),
+    st.tuples(st.just("save"), st.integers(1, 6), TAGS, METRICS, st.booleans()),
+    st.tuples(st.just("start anew")),
     st.tuples(st.just("damage"), st.integers(0, 5), DAMAGE),
 )
 
@@ -300,20 +445,36 @@ class History:
     """A folder of checkpoints, and what is known of the sets that were acknowledged."""
 
     paths: PathProvider
+    report: InitReport = attrs.Factory(lambda: InitReport(TrainingIteration.zero()))
+    trainings: dict[int, str] = attrs.Factory(dict)
     tags: dict[int, tuple[str, ...]] = attrs.Factory(dict)
     good: set[int] = attrs.Factory(set)
     readable: set[int] = attrs.Factory(set)
 
-    def save(self, rules: Retention, epoch: int, tags: tuple[str, ...], metrics: dict[str, float | None]) -> None:
+    def start_anew(self) -> None:
+        self.report = InitReport(TrainingIteration.zero())
+
+    def save(
+        self,
+        rules: Retention,
+        epoch: int,
+        tags: tuple[str, ...],
+        metrics: dict[str, float | None],
+        is_finite: bool = True,
+    ) -> None:
         given = {name: float("nan") if value is None else value for name, value in metrics.items()}
-        writer = CheckpointWriter(self.paths, retention=rules, flat_names=False)
+        writer = CheckpointWriter(self.paths, report=self.report, retention=rules, flat_names=False)
         there = [one.sequence or 0 for one in RunStore(self.paths).sets()]
-        saved = writer.save(MODEL, at(epoch), tags=tags, metrics=given)
+        saved = writer.save(MODEL if is_finite else DIVERGED, at(epoch), tags=tags, metrics=given)
         sequence = saved.sequence or 0
         assert sequence > max(there, default=0)
+        self.trainings[sequence] = self.report.training
+        others = {one for one in there if self.trainings[one] != self.report.training}
+        assert others <= {one.sequence for one in RunStore(self.paths).sets()}
         self.tags[sequence] = saved.tags
-        self.good.add(sequence)
         self.readable.add(sequence)
+        if is_finite:
+            self.good.add(sequence)
 
     def damage(self, which: int, how: str) -> None:
         sets = [one for one in RunStore(self.paths).sets() if one.sequence in self.readable]
@@ -337,7 +498,7 @@ class History:
 
     def check(self) -> None:
         there = {one.sequence: one for one in RunStore(self.paths).sets()}
-        newest_good = sorted(self.good)[-2:]
+        newest_good = sorted(one for one in self.good if self.trainings[one] == self.report.training)[-2:]
         for sequence in newest_good:
             check_files(there[sequence])
         known = {sequence: tags for sequence, tags in self.tags.items() if sequence in self.readable}
@@ -358,7 +519,9 @@ class History:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(actions=st.lists(ACTIONS, min_size=2, max_size=9), rules=st.lists(RULES, min_size=1, max_size=3))
 def test_good_sets_survive_random_saves_and_damages(actions: list[tuple[Any, ...]], rules: list[Retention]) -> None:
-    """On the disk, with changing rules: the newest two good sets are there, and no tag moves to an older set."""
+    """On the disk, with changing rules and new trainings: the newest two finite sets of the training are there, all of
+    the others, and no tag moves to an older set.
+    """
     root = Path(tempfile.mkdtemp())
     try:
         history = History(PathProvider(root, "run"))
@@ -366,6 +529,8 @@ def test_good_sets_survive_random_saves_and_damages(actions: list[tuple[Any, ...
             if action[0] == "save":
                 history.save(rule, *action[1:])
                 history.check()
+            elif action[0] == "start anew":
+                history.start_anew()
             else:
                 history.damage(*action[1:])
         leftovers = RunStore(history.paths).uncommitted()

@@ -40,6 +40,7 @@ from noether_init_core.paths import PathProvider
 from noether_init_core.provenance import InitReport
 
 ONE, TWO, THREE, FOUR = (TrainingIteration(n, 10 * n, 100 * n) for n in (1, 2, 3, 4))
+NAN, INF = float("nan"), float("inf")
 ALL = [Need("mlp", "model"), Need("mlp", "optim"), Need("mlp", "trainer")]
 
 
@@ -579,13 +580,24 @@ def test_hard_links_are_made_only_where_the_mode_protects_the_file(tmp_path: Pat
 
 
 def test_flat_names_of_a_set_that_was_removed_by_hand_go_with_the_next_save(
-    writer: CheckpointWriter, folder: Path, paths: PathProvider
+    writer: CheckpointWriter, folder: Path, paths: PathProvider, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """First a person is asked; once the older set was gone on from, the names that we wrote stop the run no more."""
-    writer.save(trained(), ONE, tags=("latest", "last"))
-    shutil.rmtree(writer.save(trained(), THREE, tags=("latest", "last")).folder)
+    """They are copies, which stop no run: the newest committed set is meant, and a warning says so."""
+    first = writer.save(trained(), ONE, tags=("latest", "last"))
+    removed = writer.save(trained(), THREE, tags=("latest", "last")).folder
+    shutil.rmtree(removed)
+    store = RunStore(paths)
+    assert store.newest() == first
+    assert store.find("latest") == first
+    said = [record.message for record in caplog.records if "copies of a set that was removed" in record.message]
+    assert len(said) == 1
+    assert removed.name in said[0]
+    assert first.folder.name in said[0]
+    flat = folder / "mlp_cp=latest_trainer.th"
+    flat.write_bytes(flat.read_bytes())  # as another program would have
     with pytest.raises(AmbiguousCheckpointError, match=r"the set that they belonged to was removed.*E1_U10_S100"):
         RunStore(paths).newest()
+    flat.unlink()
     again = writer.save(trained(), TWO)
     assert RunStore(paths).newest() == again
     assert {path.name.split("_cp=")[1].rsplit("_", 1)[0] for path in folder.glob("*.th")} == {
@@ -971,6 +983,61 @@ def test_run_that_begins_anew_in_an_old_folder_is_told(paths: PathProvider, capl
     assert "a run_id of its own" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("weight", NAN, "first.weight of mlp holds NaN"),
+        ("weight", INF, "first.weight of mlp holds infinities"),
+        ("buffer", NAN, "scale of mlp holds NaN"),
+        ("buffer", -INF, ""),
+        ("moment", NAN, "state.0.exp_avg of the optimizer of mlp holds NaN"),
+        ("moment", INF, "state.0.exp_avg of the optimizer of mlp holds infinities"),
+        ("option", INF, ""),
+        ("average", NAN, ""),
+        ("trainer", NAN, ""),
+    ],
+)
+def test_values_that_a_resume_refuses_are_told_once(
+    writer: CheckpointWriter, caplog: pytest.LogCaptureFixture, place: str, value: float, said: str
+) -> None:
+    """The tensor, the iteration and what follows, at the first such save; masks and losses may be infinite."""
+    model = trained()
+    writer.save(model, ONE)
+    averages = trainer = None
+    with torch.no_grad():
+        if place == "weight":
+            model.module.first.weight[0, 0] = value
+        elif place == "buffer":
+            model.module.scale[1] = value
+        elif place == "moment":
+            model.optimizer.state[next(iter(model.parameters()))]["exp_avg"][0, 0] = value
+        elif place == "option":
+            model.optimizer.param_groups[0]["limit"] = torch.tensor(value)
+        elif place == "average":
+            averages = {"ema=0.9": {**average_of(model), "scale": torch.full((4,), value)}}
+        else:
+            trainer = Trainer(best=torch.tensor(value))
+    for iteration in (TWO, THREE):
+        writer.save(model, iteration, averages=averages, trainer=trainer)
+    if not said:
+        assert caplog.text == ""
+        return
+    assert caplog.text.count("a resume will refuse it") == 1
+    # a tied weight has two names
+    assert f"E2_U20_S200 of run run is saved, but a resume will refuse it: {said}" in caplog.text
+    assert "(on_nonfinite: error)" in caplog.text
+
+
+def test_diverged_run_keeps_its_finite_sets(paths: PathProvider) -> None:
+    """As many as asked for, and the newest set for those who look for the cause."""
+    writer = CheckpointWriter(paths, keep_last=3)
+    for epoch in range(1, 9):
+        model = fill(trained(), NAN) if epoch > 4 else trained()
+        saved = writer.save(model, TrainingIteration(epoch, 10 * epoch, 100 * epoch), tags=())
+        assert RunStore(paths).find(saved.name) == saved
+    assert [one.iteration.epoch for one in RunStore(paths).sets() if one.iteration] == [2, 3, 4, 8]
+
+
 @pytest.mark.parametrize("said_by", ["report", "lineage", "nothing needed"])
 def test_run_that_went_back_on_purpose_is_not_warned(
     paths: PathProvider, caplog: pytest.LogCaptureFixture, said_by: str
@@ -1041,7 +1108,7 @@ def test_retention_keeps_what_is_needed(paths: PathProvider, folder: Path) -> No
 
 def test_retention_of_an_iteration_saved_twice_keeps_its_flat_names(paths: PathProvider, folder: Path) -> None:
     """They belong to the later set by then."""
-    writer = CheckpointWriter(paths, keep_last=2)
+    writer = CheckpointWriter(paths, keep_last=2, report=InitReport(ONE))
     for iteration in (ONE, TWO, ONE):
         saved = writer.save(trained(), iteration)
     assert [one.sequence for one in RunStore(paths).sets()] == [2, 3]

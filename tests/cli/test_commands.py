@@ -147,6 +147,39 @@ def test_validate_tells_every_problem_of_every_entry(invoke: Invoke, tmp_path: P
     )
 
 
+def test_validate_tells_what_is_wrong_around_the_entries_too(invoke: Invoke, tmp_path: Path) -> None:
+    """All in one pass, in the order of lines; what can be checked is checked all the same."""
+    config = tmp_path / "init.yaml"
+    config.write_text(
+        "seed: 3\nauto_resume: {verfy: header}\nobservers: timing\ninitializers:\n- file\n- kind: file\n  path: a\n"
+        "- {kind: file, path: '???'}\n- {kind: file, path: !!python/tuple [a]}\n- kind: previous_run\n- 3\n"
+    )
+    result = invoke("validate", config)
+    assert result.code == 1
+    assert [line.split(": ")[0] for line in result.out.splitlines()[:-1]] == [
+        "x init.yaml:1 seed",
+        "x init.yaml:2 auto_resume.verfy",
+        "x init.yaml:3 observers",
+        "x init.yaml:5 initializers.0",
+        "ok initializers.1",
+        "x init.yaml:8 initializers.2.path",
+        "x init.yaml:9 initializers.3.path",
+        "x init.yaml:10 initializers.4.run_id",
+        "x init.yaml:11 initializers.5",
+    ]
+    assert result.out.splitlines()[-1] == "initializers: 2, problems: 8"
+    config.write_text("- kind: file\n")
+    result = invoke("validate", config)
+    assert (result.code, result.out.splitlines()) == (
+        1,
+        ["x init.yaml: is a list; put it under the key initializers:", "initializers: 0, problems: 1"],
+    )
+    config.write_text("auto_resume: {on_invalid: previous}\n")
+    assert invoke("validate", config).out.startswith("ok auto_resume: the newest good set of this run")
+    config.write_text("model: {initializers: 3}\ntrainer: {}\non_invalid: x\n")
+    assert invoke("validate", config).out.splitlines()[-1] == "initializers: 0, problems: 1"
+
+
 def test_validate_of_an_absent_file_names_its_neighbours(invoke: Invoke, tmp_path: Path) -> None:
     """Exit code 1 and the YAML files that are there."""
     (tmp_path / "other.yaml").touch()
@@ -159,6 +192,7 @@ def test_inspect_shows_the_sets_of_a_run_newest_first(invoke: Invoke, noether_ru
     """Tags, iterations and parts, whether the run, its stage or its checkpoints folder is given."""
     run = noether_runs / "mlp_train"
     outputs = [invoke("inspect", path) for path in (run, run / "train", run / "train" / "checkpoints")]
+    assert invoke("inspect", run / "trian").err.endswith(f"Next: noether-init inspect {run / 'train'}\n")
     for result in outputs:
         assert result.code == 0
         rows = [line.split() for line in result.out.splitlines()]
@@ -234,6 +268,13 @@ def test_inspect_of_a_set_names_its_run(invoke: Invoke, saved: Path) -> None:
     result = invoke("inspect", saved)
     assert (result.code, result.out) == (1, "")
     assert result.err.endswith(f"is a set of run killed. Next: noether-init inspect {Path('runs', 'killed')}\n")
+
+
+def test_inspect_takes_the_folder_of_sets(invoke: Invoke, saved: Path) -> None:
+    """As verify does; a config is told which command checks it."""
+    assert invoke("inspect", saved.parent) == invoke("inspect", saved.parents[1])
+    Path("init.yaml").write_text("initializers: []")
+    assert "noether-init validate init.yaml checks it" in invoke("inspect", "init.yaml").err
 
 
 def test_inspect_fits_80_columns(invoke: Invoke, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

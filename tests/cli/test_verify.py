@@ -34,7 +34,11 @@ class Result:
     @property
     def rows(self) -> dict[str, str]:
         """Set -> its line of the table."""
-        table = [line for line in self.out.splitlines() if line.startswith(("= good", "x broken", "- uncommitted"))]
+        table = [
+            line
+            for line in self.out.splitlines()
+            if line.startswith(("= ", "! ", "? ", "x ", "- ")) and ": " not in line
+        ]
         return {line.split()[2]: line for line in table}
 
 
@@ -79,7 +83,7 @@ def test_good_sets_are_good_whatever_path_is_given(verify: Verify, paths: PathPr
         result = verify(path)
         assert (result.code, result.err) == (0, "")
         assert list(result.rows) == ["00000002_E2_U20_S200", "00000001_E1_U10_S100"]
-        assert result.out.splitlines()[0].strip() == "run/train"
+        assert result.out.splitlines()[0].split() == ["run/train", str(folder)]
         assert "  - {kind: resume, run_id: run, stage_name: train, checkpoint_tag: E2_U20_S200}" in result.out
         assert result.out.splitlines()[-1] == "sets: 2, problems: 0"
     result = verify(newest / "mlp_cp=E2_U20_S200_model.th")
@@ -122,6 +126,72 @@ def test_everything_that_is_wrong_is_said_of_its_set(verify: Verify, paths: Path
     (config,) = yaml.safe_load(run["use"])
     stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
     assert stack.start_checkpoint() == ONE
+
+
+def save_diverged(paths: PathProvider, iteration: TrainingIteration, *, also: str = "") -> Path:
+    """A set with NaN in a weight; ``also`` names the info of an average that holds NaN instead."""
+    module = torch.nn.Linear(3, 2)
+    averages = {also: {key: torch.full_like(value, float("nan")) for key, value in module.state_dict().items()}}
+    if not also:
+        torch.nn.init.constant_(module.bias, float("nan"))
+    model = bind(module, name="mlp", optimizer=torch.optim.AdamW(module.parameters()))
+    return CheckpointWriter(paths).save(model, iteration, averages=averages if also else None).folder
+
+
+def test_sets_with_nan_are_marked_and_not_offered(verify: Verify, paths: PathProvider) -> None:
+    """They are as they were written, so that the exit code stays 0; a resume would refuse them."""
+    finite = save(paths, ONE)
+    names = [save_diverged(paths, iteration).name for iteration in (TWO, THREE)]
+    result = verify(paths.output_root)
+    assert result.code == 0
+    assert [line.split()[:2] for line in result.rows.values()] == [["!", "nonfinite"]] * 2 + [["=", "good"]]
+    assert f"! {names[1]}: bias of mlp holds NaN; a resume refuses it (on_nonfinite: error)" in result.out
+    assert f"newest good set: {finite.name}. To start from it:" in result.out
+    assert result.out.splitlines()[-1] == "sets: 3, problems: 0"
+    data = json.loads(verify(paths.output_root, "--json").out)
+    (run,) = data["runs"]
+    assert [one["state"] for one in run["sets"]] == ["nonfinite", "nonfinite", "good"]
+    assert [one["nonfinite"] for one in run["sets"]] == [["bias of mlp holds NaN"]] * 2 + [[]]
+    assert (run["newest_good"]["name"], data["problems"]) == (finite.name, 0)
+    (config,) = yaml.safe_load(run["use"])
+    stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
+    assert stack.start_checkpoint() == ONE
+
+
+def test_set_with_nan_is_offered_where_there_is_no_other_with_the_switch_it_needs(
+    verify: Verify, paths: PathProvider
+) -> None:
+    """The line works, and says what it takes. A damaged set is broken, whatever values it holds."""
+    save_diverged(paths, ONE)
+    flip_tensor_bit(save_diverged(paths, TWO) / "mlp_cp=E2_U20_S200_model.th")
+    result = verify(paths.output_root)
+    assert result.code == 1
+    assert [line[:11] for line in result.rows.values()] == ["x broken   ", "! nonfinite"]
+    assert "no finite set. To start from 00000001_E1_U10_S100 all the same:" in result.out
+    (config,) = yaml.safe_load(result.out.split("all the same:")[1].split("\n\n")[0])
+    assert config["on_nonfinite"] == "warn"
+    module = torch.nn.Linear(3, 2)
+    model = bind(module, name="mlp", optimizer=torch.optim.AdamW(module.parameters()))
+    stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
+    assert stack.initialize(model).start == ONE
+    assert bool(module.bias.isnan().all())
+
+
+def test_nan_is_found_where_no_manifest_tells_of_values(verify: Verify, paths: PathProvider) -> None:
+    """Every byte is read anyway."""
+    save(paths, ONE)
+    save_diverged(paths, TWO)
+    shutil.rmtree(paths.checkpoint_path / "sets")
+    states = {name: line.split()[1] for name, line in verify(paths.output_root).rows.items()}
+    assert states == {"E2_U20_S200": "nonfinite", "latest": "nonfinite", "E1_U10_S100": "good"}
+
+
+def test_nan_in_an_average_is_noted(verify: Verify, paths: PathProvider) -> None:
+    """A resume does not load it as weights, and a callback may."""
+    name = save_diverged(paths, ONE, also="ema=0.9").name
+    result = verify(paths.output_root)
+    assert result.rows[name].startswith("= good")
+    assert f"- {name}: weight of mlp holds NaN (ema=0.9), which a resume does not look at" in result.out
 
 
 def test_line_leads_to_the_good_set_even_if_every_tag_of_it_means_a_broken_one(
@@ -204,17 +274,26 @@ def test_a_single_file_is_verified_to_the_last_byte(verify: Verify, paths: PathP
         torch.save({"w": torch.ones(3)}, tmp_path / "unsummed.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    result = verify(tmp_path / "unsummed.pt", "--json")
-    assert result.code == 1
-    (found,) = json.loads(result.out)["files"]
-    assert "written without checksums" in found["problem"]
+    result = verify(tmp_path / "unsummed.pt")
+    words = "(written without checksums, so its bytes cannot be verified. In a config: verify: header)"
+    assert result.out.splitlines() == [
+        f"? unverifiable {tmp_path / 'unsummed.pt'}: 1 tensors, 12 bytes {words}",
+        "files: 1, unverifiable: 1, problems: 0",
+    ]
+    assert (result.code, verify(tmp_path / "unsummed.pt", "--strict").code) == (0, 1)
 
 
 def test_what_cannot_be_verified_is_not_called_verified(verify: Verify, tmp_path: Path) -> None:
     """A safetensors file has no checksums."""
     save_file({"w": torch.ones(3)}, tmp_path / "weights.safetensors")
     result = verify(tmp_path / "weights.safetensors")
-    assert (result.code, "(structure only: a safetensors file carries no checksums)" in result.out) == (0, True)
+    assert result.code == 0
+    assert result.out.startswith(
+        f"? unverifiable {tmp_path / 'weights.safetensors'}: 1 tensors, 12 bytes (structure only"
+    )
+    data = json.loads(verify(tmp_path / "weights.safetensors", "--json").out)
+    assert (data["unverifiable"], data["files"][0]["state"], data["files"][0]["problem"]) == (1, "unverifiable", "")
+    assert verify(tmp_path / "weights.safetensors", "--strict").code == 1
 
 
 def test_a_run_whose_only_save_was_cut_short_has_no_problem(verify: Verify, paths: PathProvider) -> None:
@@ -229,6 +308,7 @@ def test_a_run_whose_only_save_was_cut_short_has_no_problem(verify: Verify, path
 def test_an_absent_path_and_a_folder_without_runs_are_errors(verify: Verify, tmp_path: Path) -> None:
     """They name the next step and create nothing."""
     assert "does not exist" in verify(tmp_path / "absent").err
+    assert list(tmp_path.iterdir()) == []
     result = verify(tmp_path)
     assert (result.code, result.out) == (1, "")
     assert "holds no run" in result.err
@@ -265,3 +345,111 @@ def test_a_fifo_does_not_block(verify: Verify, tmp_path: Path) -> None:
     """It is no regular file."""
     os.mkfifo(tmp_path / "pipe.th")
     assert verify(tmp_path / "pipe.th").code == 1
+
+
+def test_a_set_without_checksums_is_neither_good_nor_broken(verify: Verify, tmp_path: Path) -> None:
+    """Where nobody can vouch for anything, the line to start from it says so."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    content = {"state_dict": {"w": torch.ones(3)}, "training_iteration": ONE.to_mapping(), "run_id": "run"}
+    torch.serialization.set_crc32_options(False)
+    try:
+        for part in ("model", "trainer"):
+            torch.save(content, folder / f"mlp_cp=E1_U10_S100_{part}.th")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    result = verify(tmp_path)
+    assert result.code == 0
+    assert result.rows["E1_U10_S100"].startswith("? unverifiable")
+    assert "- E1_U10_S100: mlp_cp=E1_U10_S100_model.th was written without checksums" in result.out
+    assert "no set could be verified. To start from the newest all the same:" in result.out
+    assert "{kind: resume, run_id: run, checkpoint_tag: E1_U10_S100, verify: header}" in result.out
+    assert result.out.splitlines()[-1] == "sets: 1, unverifiable: 1, problems: 0"
+    assert verify(tmp_path, "--strict").code == 1
+    torch.save(content, folder / "mlp_cp=E1_U5_S50_model.th")
+    (folder / "mlp_cp=E1_U10_S100_trainer.th").write_bytes(b"nothing")
+    assert verify(tmp_path).rows["E1_U10_S100"].startswith("x broken")
+
+
+def test_flat_files_are_counted_and_compared_if_asked(verify: Verify, paths: PathProvider) -> None:
+    """Copies for Noether may be damaged while every set is good."""
+    save(paths, ONE)
+    folder = save(paths, TWO)
+    result = verify(paths.output_root)
+    assert (
+        "- 9 flat files were not read: they are copies for Noether (--flat compares those of our saves)" in result.out
+    )
+    result = verify(paths.output_root, "--flat")
+    assert result.code == 0
+    assert "- of 9 flat files, 9 are the same as in their sets" in result.out
+    copy = paths.checkpoint_path / "mlp_cp=latest_model.th"
+    before = copy.stat()
+    flip_tensor_bit(copy)
+    os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert verify(paths.output_root).code == 0
+    result = verify(paths.output_root, "--flat")
+    assert result.code == 1
+    assert (
+        f"x mlp_cp=latest_model.th is damaged: it is a copy of mlp_cp=E2_U20_S200_model.th of {folder.name}"
+        in result.out
+    )
+    assert result.out.splitlines()[-1] == "sets: 2, problems: 1"
+    os.utime(copy)
+    (run,) = json.loads(verify(paths.output_root, "--flat", "--json").out)["runs"]
+    assert run["flat"] == {"files": 9, "compared": 8, "problems": [], "changed": ["mlp_cp=latest_model.th"]}
+    assert "mlp_cp=latest_model.th was written over since our save" in verify(paths.output_root, "--flat").out
+
+
+def test_several_paths_are_verified_at_once(verify: Verify, paths: PathProvider, tmp_path: Path) -> None:
+    """One that is absent, or is no checkpoint, hides no other."""
+    folder = save(paths, ONE)
+    (tmp_path / "init.yaml").write_text("initializers: []")
+    file = folder / "mlp_cp=E1_U10_S100_model.th"
+    result = verify(tmp_path / "nope", paths.checkpoint_path, file, tmp_path / "init.yaml")
+    assert result.code == 1
+    lines = result.out.splitlines()
+    assert [line.split(":")[0] for line in lines[-4:-1]] == [
+        f"x broken {tmp_path / 'nope'} does not exist. In {tmp_path} there are",
+        f"= good {file}",
+        f"x broken {tmp_path / 'init.yaml'} is text, no checkpoint. If it is a config, noether-init validate "
+        f"{tmp_path / 'init.yaml'} checks it",
+    ]
+    assert lines[-1] == "sets: 1, files: 3, problems: 2"
+    assert json.loads(verify(file, folder, "--json").out)["paths"] == [str(file), str(folder)]
+
+
+def test_a_path_that_cannot_be_meant_is_told_what_could(
+    verify: Verify, paths: PathProvider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near names, the command for a config, and no empty path that would be the working folder."""
+    save(paths, ONE)
+    monkeypatch.chdir(tmp_path)
+    assert verify("runn").err == (
+        "runn does not exist. Near: run. In this folder there are: run. Next: noether-init inspect run\n"
+    )
+    assert "Near: run/train. In run there are: train" in verify("run/tarin/checkpoints").err
+    Path("init.yaml").write_text("initializers: []")
+    assert verify("init.yaml").err == (
+        "init.yaml is text, no checkpoint. If it is a config, noether-init validate init.yaml checks it\n"
+    )
+    result = verify("")
+    assert (result.code, "it is empty" in result.err) == (2, True)
+
+
+def test_runs_of_several_roots_are_told_apart(verify: Verify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their folder, and by an output_path that a config needs then; not below the one root that was asked for."""
+    for root in ("one", "two words"):
+        save(PathProvider(tmp_path / root, "run"), ONE)
+    monkeypatch.chdir(tmp_path)
+    result = verify(".")
+    assert [line.split("  ")[1].strip() for line in result.out.splitlines() if line.startswith("run  ")] == [
+        "one/run/checkpoints",
+        "two words/run/checkpoints",
+    ]
+    configs = [yaml.safe_load(run["use"])[0] for run in json.loads(verify(".", "--json").out)["runs"]]
+    assert [one["output_path"] for one in configs] == [str(tmp_path / "one"), str(tmp_path / "two words")]
+    for config in configs:
+        stack = InitializerStack.from_config([config], path_provider=PathProvider(tmp_path / "three", "new"))
+        assert stack.start_checkpoint() == ONE
+    for path in ("one", "one/run"):
+        assert "output_path" not in verify(path).out

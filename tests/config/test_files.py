@@ -127,7 +127,7 @@ def test_the_likeliest_mistake_is_told_word_for_word(tmp_path: Path) -> None:
         ("kind:", 2, "kind", "says no kind"),
         ("kind: sample\n  run_id: ../x", 3, "run_id", "holds a path separator"),
         ("kind: sample\n  stage_name: ''", 3, "stage_name", "is empty"),
-        ("kind: sample\n  runid: x", 3, "runid", "unknown key. Near: run_id. sample has: kind, kwargs, run_id,"),
+        ("kind: sample\n  runid: x", 3, "runid", r"unknown key. Near: run_id. Next: noether-init schema sample"),
         ("kind: sample\n  load_optim: maybe", 3, "load_optim", "valid boolean"),
         ("kind: sample\n  rules:\n  - pattern: a\n  - pattern: b\n    times: x", 6, "rules.1.times", "valid integer"),
         ("kind: sample\n  rules:\n  - times: 3", 4, "rules.0.pattern", "is missing"),
@@ -186,7 +186,7 @@ def test_the_original_error_of_a_bad_name_is_kept(tmp_path: Path) -> None:
         ("", None, "holds no keys"),
         ("text", None, "holds no keys"),
         ("- kind: sample", None, "put it under the key initializers:"),
-        ("initializers: []\nauto_resume: maybe", 2, "must be true or false, not maybe"),
+        ("initializers: []\nauto_resume: maybe", 2, "must be true or false, or fields .*, not maybe"),
         ("initializers: []\nauto_resume: [true]", 2, "must be true or false"),
         ("auto_resume: true\non_invalid: newest", 2, "must be error or previous, not 'newest'"),
         ("initializers: []\non_invalid: previous", 2, "there is no auto_resume"),
@@ -334,3 +334,84 @@ def test_a_mapping_that_holds_itself_is_refused() -> None:
     endless["kwargs"] = endless
     with pytest.raises(ConfigError, match="nested deeper than 100, or holds itself"):
         load_config_mapping({"initializers": [endless]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "words"),
+    [
+        (
+            "previous_run",
+            "on_invalid",
+            "on_invalid belongs to the kind resume and to the top of a config file, beside auto_resume. Next: ",
+        ),
+        ("resume", "keys_to_remove", "keys_to_remove belongs to the kind previous_run. Next: "),
+        ("file", "checkpoint_tag", "checkpoint_tag belongs to the kinds previous_run, resume. Next: "),
+        ("file", "patterns_to_renam", "file has: kind, verify,"),
+        ("previous_run", "zzz", "previous_run has: kind, verify,"),
+        ("previous_run", "on_mising", "Near: on_missing. Next: "),
+    ],
+)
+def test_a_key_of_another_kind_is_told_where_it_belongs(kind: str, key: str, words: str) -> None:
+    """Instead of a list of all that this kind has."""
+    config = {"kind": kind, "run_id": "a", key: "previous"} if kind != "file" else {"kind": kind, "path": "a", key: "b"}
+    (entry,) = load_config_mapping([config]).entries
+    (found,) = problems_of(entry)
+    assert str(found).startswith(f"initializers.0.{key}: unknown key. {words}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"digest": "md5:aa"}, "digest: 'md5:aa' is no digest that can be checked. Write xxh3_128:<32"),
+        ({"digest": "sha256:AA"}, "is no digest that can be checked"),
+        ({"digest": "sha256:" + "0" * 64, "verify": "header"}, "verify: header would ignore it"),
+        ({"digest": "xxh3_128:" + "0" * 32, "verify": "none"}, "verify: none would ignore it"),
+    ],
+)
+def test_a_digest_that_could_not_be_compared_is_an_error_of_the_config(fields: dict[str, str], words: str) -> None:
+    """Before anything is started; one that is ignored would be worse than none."""
+    (entry,) = load_config_mapping([{"kind": "file", "path": "a.pt", **fields}]).entries
+    (found,) = problems_of(entry)
+    assert words in str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (
+            "auto_resume:\n  verfy: header",
+            2,
+            r"auto_resume.verfy: unknown key. Near: verify. Next: noether-init schema",
+        ),
+        ("auto_resume:\n  on_invalid: older", 2, "auto_resume.on_invalid: Input should be 'error' or 'previous'"),
+        ("auto_resume: {load_optim: maybe}", 1, "auto_resume.load_optim: Input should be a valid boolean"),
+    ],
+)
+def test_fields_in_auto_resume_are_validated_by_resume(tmp_path: Path, text: str, line: int, message: str) -> None:
+    """With line and key, at every start: not only when there is something to resume."""
+    from noether_init_core import InitializerStack, PathProvider
+
+    path = tmp_path / "init.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigFileError, match=message) as caught:
+        InitializerStack.from_file(path, path_provider=PathProvider(tmp_path, "fresh"))
+    assert caught.value.line == line
+
+
+@pytest.mark.parametrize("key", ["kind", "run_id", "stage_name", "checkpoint_tag", "output_path"])
+def test_what_auto_resume_decides_cannot_be_said_of_it(tmp_path: Path, key: str) -> None:
+    """It would be ignored, or mean another run."""
+    with pytest.raises(ConfigFileError, match=rf"auto_resume\.{key}: auto_resume resumes this very run"):
+        _load(tmp_path, f"auto_resume:\n  {key}: x\n")
+
+
+def test_on_invalid_may_stand_beside_auto_resume_or_in_it(tmp_path: Path) -> None:
+    """Once; an empty mapping is ``true``."""
+    for text in ("auto_resume: {on_invalid: previous}", "auto_resume: {verify: none}\non_invalid: previous"):
+        resume = _load(tmp_path, text).resume
+        assert resume is not None
+        assert validate_entry(resume).on_invalid == "previous"  # type: ignore[attr-defined]
+    loaded = _load(tmp_path, "auto_resume: {}")
+    assert (loaded.auto_resume, loaded.entries) == (True, ())
+    with pytest.raises(ConfigFileError, match="on_invalid: is said twice"):
+        _load(tmp_path, "auto_resume: {on_invalid: error}\non_invalid: previous")

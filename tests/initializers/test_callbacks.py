@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.initializers.callbacks import apply_callbacks, plan_callbacks
 
@@ -86,3 +88,39 @@ def test_positional_states_of_older_files() -> None:
         plan_callbacks([None, None], [callback], where="x")
     with pytest.raises(StateMismatchError, match="order of the callbacks has changed"):
         plan_callbacks([Counter(3).state_dict(), None], [Stateless(), callback], where="x")
+
+
+class Stubborn:
+    """Fails in the middle of taking its state, if told to."""
+
+    def __init__(self, number: int, *, fails: bool = False) -> None:
+        self.first = self.second = number
+        self.fails = fails
+
+    def state_dict(self) -> dict[str, int]:
+        return {"first": self.first, "second": self.second}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = state["first"]
+        if self.fails:
+            self.fails = False
+            raise ValueError("not today")
+        self.second = state["second"]
+
+
+def test_a_hook_called_alone_puts_back_what_it_changed_before_it_failed(tmp_path: Path) -> None:
+    """Trainer and callbacks are as they were, though no stack looks after them."""
+    paths = PathProvider(tmp_path, "run")
+    model = bind(torch.nn.Linear(2, 2), name="net")
+    state = {**Stubborn(7).state_dict(), "callback_state_dicts": {"Stubborn": {"first": 5, "second": 5}}}
+    saving = Stubborn(7)
+    saving.state_dict = lambda: state  # type: ignore[method-assign,assignment]
+    CheckpointWriter(paths).save(model, TrainingIteration(1, 1, 1), trainer=saving)
+    (initializer,) = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths).initializers
+    trainer, callback = Stubborn(1, fails=True), Stubborn(2, fails=True)
+    with pytest.raises(ValueError, match="not today"):
+        initializer.init_trainer(trainer)
+    assert (trainer.first, trainer.second) == (1, 1)
+    with pytest.raises(ValueError, match="not today"):
+        initializer.init_callbacks([callback], model)
+    assert (callback.first, callback.second) == (2, 2)

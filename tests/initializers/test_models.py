@@ -439,3 +439,28 @@ def test_a_path_of_an_unknown_user_is_not_found() -> None:
     stack = InitializerStack.from_config([{"kind": "file", "path": "~nosuchuser/x.pt"}])
     with pytest.raises(CheckpointNotFoundError, match=r"~nosuchuser/x\.pt cannot be found"):
         stack.initialize(bind(torch.nn.Linear(2, 2), "net"))
+
+
+def test_views_that_share_memory_otherwise_than_as_one_tensor_are_refused(tmp_path: Path) -> None:
+    """Transposed and overlapping views: the last one written would silently win; separate columns are fine."""
+
+    def module(*views: torch.Tensor) -> torch.nn.Module:
+        found = torch.nn.Module()
+        for number, view in enumerate(views):
+            found.register_buffer(f"v{number}", view)
+        return found
+
+    base = torch.zeros(4, 4)
+    for views in ((base, base.t()), (base[:3], base[2:]), (base, base[1])):
+        target = module(*views)
+        torch.save({name: torch.ones_like(value) for name, value in target.state_dict().items()}, tmp_path / "a.pt")
+        stack = InitializerStack.from_config([{"kind": "file", "path": str(tmp_path / "a.pt")}])
+        with pytest.raises(PlanError, match="v0 shares memory with v1, as another view of it"):
+            stack.initialize(bind(target, name="net"))
+        assert not base.any()
+    target = module(base[:, :2], base[:, 2:])
+    torch.save({"v0": torch.ones(4, 2), "v1": torch.full((4, 2), 2.0)}, tmp_path / "a.pt")
+    InitializerStack.from_config([{"kind": "file", "path": str(tmp_path / "a.pt")}]).initialize(
+        bind(target, name="net")
+    )
+    assert base.tolist() == [[1.0, 1.0, 2.0, 2.0]] * 4

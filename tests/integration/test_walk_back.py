@@ -25,9 +25,11 @@ from noether_init_core import (
     NoGoodSetError,
     PathProvider,
     PlanError,
+    StateMismatchError,
     TrainingIteration,
     bind,
 )
+from noether_init_core.checkpoints.manifest import sealed
 
 # two sets of epoch 1, one of epoch 2
 ITERATIONS = (TrainingIteration(1, 10, 100), TrainingIteration(1, 15, 150), TrainingIteration(2, 20, 200))
@@ -253,12 +255,102 @@ def test_model_that_does_not_fit_is_no_broken_set(paths: PathProvider, folders: 
         resume(paths, model=model)
 
 
-def test_nan_is_no_broken_set(paths: PathProvider, folders: list[Path]) -> None:
-    """The bytes are those that were written: a run that diverged is not restarted by itself."""
-    module = bound(float("nan"))
-    CheckpointWriter(paths).save(module, TrainingIteration(3, 30, 300), trainer=Trainer(3))
-    with pytest.raises(PlanError, match="NaN"):
-        resume(paths)
+def diverged(part: str, value: float = float("nan")) -> Any:
+    """A model with one such value in its weights, a buffer, its moments, or its average."""
+    model = bound(3)
+    model.module.register_buffer("mask", torch.zeros(2))
+    parameter = next(iter(model.parameters()))
+    with torch.no_grad():
+        if part == "buffer":
+            model.module.mask[0] = value
+        else:
+            (parameter if part == "model" else model.optimizer.state[parameter]["exp_avg"])[0, 0] = value
+    return model
+
+
+def with_mask(value: float = -1.0) -> Any:
+    model = bound(value)
+    model.module.register_buffer("mask", torch.zeros(2))
+    return model
+
+
+NAN_PLACES = [("model", "NaN"), ("model", "inf"), ("optim", "NaN"), ("optim", "inf"), ("buffer", "NaN")]
+
+
+@pytest.mark.parametrize(("part", "value"), NAN_PLACES)
+def test_nan_gives_way_to_the_newest_finite_set(paths: PathProvider, part: str, value: str) -> None:
+    """A run that diverged goes on from before, and says why; without the switch it is an error as ever."""
+    finite = CheckpointWriter(paths).save(with_mask(2.0), ITERATIONS[2], trainer=Trainer(2)).folder
+    names = []
+    for number in (3, 4):
+        iteration = TrainingIteration(number, 10 * number, 100 * number)
+        saved = CheckpointWriter(paths).save(diverged(part, float(value)), iteration, trainer=Trainer(number))
+        names.append(saved.folder.name)
+    with pytest.raises((PlanError, StateMismatchError), match=r"NaN|infinities"):
+        InitializerStack.from_config([{"kind": "resume"}], path_provider=paths).initialize(
+            with_mask(), trainer=Trainer()
+        )
+    for report in (resume(paths, model=with_mask())[0], auto(paths, model=with_mask())[0]):
+        assert report.start == ITERATIONS[2]
+        assert report.initializers[0].resumed_set == str(finite)
+        assert [name for name, _ in report.initializers[0].passed_over] == names[::-1]
+        reason = report.initializers[0].passed_over[0][1]
+        assert ("holds NaN" if value == "NaN" else "holds infinities") in reason
+        assert "on_nonfinite: warn" in reason
+
+
+def test_values_that_are_loaded_anyway_are_not_walked_back_from(paths: PathProvider) -> None:
+    """Infinities in a buffer, NaN in an optimizer or an average that nobody loads, and what the config lets pass."""
+    CheckpointWriter(paths).save(with_mask(0.0), ITERATIONS[0], trainer=Trainer(0))
+    average = {
+        "ema=0.9": {key: torch.full_like(value, float("nan")) for key, value in with_mask().state_dict().items()}
+    }
+    saves: list[tuple[Any, dict[str, Any]]] = [
+        (diverged("buffer", float("-inf")), {}),
+        (diverged("optim"), {"load_optim": False}),
+        (diverged("model"), {"on_nonfinite": "warn"}),
+        (diverged("optim"), {"on_nonfinite": "ignore"}),
+        (diverged("model"), {"verify": "none"}),
+    ]
+    for number, (model, config) in enumerate(saves, start=3):
+        iteration = TrainingIteration(number, 10 * number, 100 * number)
+        CheckpointWriter(paths).save(model, iteration, trainer=Trainer(number), averages=average)
+        report, _, _ = resume(paths, model=with_mask(), **config)
+        assert (report.start, report.initializers[0].passed_over) == (iteration, ()), config
+
+
+def test_nan_in_every_set_is_an_error_that_names_each(paths: PathProvider) -> None:
+    """Never a fresh start, and never NaN."""
+    for iteration in ITERATIONS[:2]:
+        CheckpointWriter(paths).save(diverged("model"), iteration, trainer=Trainer(0))
+    with pytest.raises(NoGoodSetError, match="weight of mlp holds NaN") as caught:
+        resume(paths, model=with_mask())
+    assert len(caught.value.tried) == 2
+
+
+def test_nan_in_flat_files_is_looked_for_too(paths: PathProvider, folders: list[Path]) -> None:
+    """There is no manifest that says what was found when they were saved."""
+    nan = bound(float("nan"))
+    CheckpointWriter(paths).save(nan, TrainingIteration(3, 30, 300), trainer=Trainer(3))
+    make_legacy(paths)
+    report, model, trainer = resume(paths)
+    assert (report.start, values_of(model, trainer)) == (ITERATIONS[2], {2.0})
+    assert [name for name, _ in report.initializers[0].passed_over] == ["latest", "E3_U30_S300"]
+
+
+def test_manifest_that_says_nothing_of_values_is_made_up_for_by_a_look(
+    paths: PathProvider, folders: list[Path]
+) -> None:
+    """Sets of earlier releases."""
+    saved = CheckpointWriter(paths).save(bound(float("nan")), TrainingIteration(3, 30, 300), trainer=Trainer(3))
+    content = json.loads((saved.folder / "manifest.json").read_text())
+    for file in content["files"]:
+        del file["buffers"]
+        for tensor in file["tensors"].values():
+            del tensor["values"]
+    del content["digest"]
+    rewrite(saved.folder / "manifest.json", sealed(json.dumps(content, indent=1).encode()))
+    assert resume(paths)[0].start == ITERATIONS[2]
 
 
 def test_set_of_a_newer_release_is_no_broken_set(paths: PathProvider, folders: list[Path]) -> None:
@@ -342,10 +434,10 @@ def test_the_run_goes_on_from_there(paths: PathProvider, folders: list[Path]) ->
 # auto_resume.
 
 
-def auto(paths: PathProvider, **more: Any) -> tuple[InitReport, Any, Trainer]:
+def auto(paths: PathProvider, *, model: Any = None, **more: Any) -> tuple[InitReport, Any, Trainer]:
     """Initialize with ``auto_resume`` and ``on_invalid: previous``."""
     config = {"auto_resume": True, "on_invalid": "previous", "initializers": [], **more}
-    model, trainer = bound(), Trainer()
+    model, trainer = bound() if model is None else model, Trainer()
     return InitializerStack.from_config(config, path_provider=paths).initialize(model, trainer=trainer), model, trainer
 
 
@@ -368,6 +460,124 @@ def test_auto_resume_walks_back_if_asked(paths: PathProvider, tmp_path: Path) ->
     assert InitializerStack.from_file(file, path_provider=paths).start_checkpoint() == ITERATIONS[1]
     with pytest.raises(CheckpointCorruptError):
         InitializerStack.from_config({"auto_resume": True}, path_provider=paths).initialize(bound(), trainer=Trainer())
+
+
+def _changes_manifest(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    rewrite(manifest, manifest.read_bytes().replace(b'"latest"', b'"lattst"'))
+
+
+BROKEN = {
+    **{f"{part} flipped": _flipped(part) for part in ("model", "optim")},
+    "trainer garbage": DAMAGES["garbage of the same size"],
+    "model missing": _missing("model"),
+    "model truncated": _truncated("model"),
+    "manifest changed": _changes_manifest,
+    "torn": _from_another_set("trainer"),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("tag", [None, "latest", "E2", {"epoch": 2}, "E2_U20_S200"])
+def test_error_of_a_broken_set_names_the_newest_older_one_and_the_ways_on(
+    paths: PathProvider, folders: list[Path], damage: Callable[[Path], Any], tag: Any
+) -> None:
+    """Whatever is damaged, and only what leads somewhere: ``E2`` has no older set to walk back to."""
+    damage(folders[2])
+    with pytest.raises(CheckpointError) as caught:
+        InitializerStack.from_config([{"kind": "resume", "checkpoint_tag": tag}], path_provider=paths).initialize(
+            bound(), trainer=Trainer()
+        )
+    said = str(caught.value)
+    assert said.count(f"The newest older set whose files are there is E1_U15_S150 ({folders[1].name}). Next: ") == 1
+    assert "checkpoint_tag: E1_U15_S150; " in said
+    assert said.endswith(f"noether-init verify {paths.checkpoint_path} shows the state of every set")
+    assert ("on_invalid: previous in this resume" in said) == (tag in (None, "latest"))
+    assert resume(paths, "E1_U15_S150")[0].start == ITERATIONS[1]
+
+
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
+def test_error_of_auto_resume_advises_what_auto_resume_can_be_told(
+    paths: PathProvider, folders: list[Path], damage: Callable[[Path], Any]
+) -> None:
+    """A tag would be ignored there; what is advised works."""
+    damage(folders[2])
+    with pytest.raises(CheckpointError) as caught:
+        InitializerStack.from_config({"auto_resume": True}, path_provider=paths).initialize(bound(), trainer=Trainer())
+    said = str(caught.value)
+    assert said.count(f"The newest older set whose files are there is E1_U15_S150 ({folders[1].name}). Next: ") == 1
+    assert "on_invalid: previous beside auto_resume goes on from the newest good set; noether-init verify " in said
+    assert "checkpoint_tag" not in said
+    assert "kind: file" not in said
+    for config in ({"auto_resume": True, "on_invalid": "previous"}, {"auto_resume": {"on_invalid": "previous"}}):
+        stack = InitializerStack.from_config(config, path_provider=paths)
+        assert stack.initialize(bound(), trainer=Trainer()).start == ITERATIONS[1]
+
+
+def test_older_set_of_the_same_iteration_is_not_advised_by_its_name(paths: PathProvider, folders: list[Path]) -> None:
+    """That name means the broken one."""
+    flip_tensor_bit(file_of(save(paths, 3, ITERATIONS[2]), "model"))
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    with pytest.raises(CheckpointCorruptError, match="on_invalid: previous in this resume") as caught:
+        stack.initialize(bound(), trainer=Trainer())
+    assert "is E2_U20_S200 (00000003_E2_U20_S200). Next" in str(caught.value)
+    assert "checkpoint_tag" not in str(caught.value)
+    assert caught.value.key != ""
+
+
+def test_a_broken_only_set_leaves_nothing_but_to_look(paths: PathProvider) -> None:
+    """No tag is advised that does not exist."""
+    flip_tensor_bit(file_of(save(paths, 0, ITERATIONS[0]), "model"))
+    for config, words in (
+        ([{"kind": "resume"}], "No older set is left. Next: noether-init verify"),
+        ({"auto_resume": True}, "No older set is left. Next: a new run_id starts anew; noether-init verify"),
+    ):
+        with pytest.raises(CheckpointCorruptError, match=words):
+            InitializerStack.from_config(config, path_provider=paths).initialize(bound(), trainer=Trainer())
+
+
+def test_a_broken_set_that_was_removed_by_hand_is_gone(paths: PathProvider, folders: list[Path]) -> None:
+    """The copies for Noether that it leaves behind stop neither ``resume`` nor ``auto_resume``."""
+    shutil.rmtree(folders[2])
+    for config in ([{"kind": "resume"}], {"auto_resume": True}, {"auto_resume": True, "on_invalid": "previous"}):
+        model, trainer = bound(), Trainer()
+        report = InitializerStack.from_config(config, path_provider=paths).initialize(model, trainer=trainer)
+        assert (report.start, values_of(model, trainer)) == (ITERATIONS[1], {1.0})
+
+
+def test_later_files_of_another_program_are_told_what_works_under_auto_resume(
+    paths: PathProvider, folders: list[Path]
+) -> None:
+    """Remove them, or write a resume in place of auto_resume."""
+    for part in ("model", "trainer"):
+        shutil.copy(file_of(folders[0], part), paths.checkpoint_path / f"mlp_cp=E5_U50_S500_{part}.th")
+    with pytest.raises(AmbiguousCheckpointError) as caught:
+        InitializerStack.from_config({"auto_resume": True}, path_provider=paths)
+    assert str(caught.value).endswith(
+        "Next: if nobody needs them, remove *_cp=E5_U50_S500_*.th; to go on from the committed set all the same, in "
+        "place of auto_resume an initializer - {kind: resume, checkpoint_tag: E2_U20_S200}"
+    )
+
+
+def test_auto_resume_takes_fields_of_resume(paths: PathProvider, folders: list[Path], tmp_path: Path) -> None:
+    """All that errors advise; the decision stays that of auto_resume."""
+    newest = save(paths, 3, TrainingIteration(3, 30, 300), tags=("mine",))
+    model = bound(float("nan"))
+    CheckpointWriter(paths).save(model, TrainingIteration(4, 40, 400), trainer=Trainer(4))
+    with pytest.raises(PlanError, match=r"on_nonfinite: warn(.|\n)*auto_resume: \{key: value\}"):
+        InitializerStack.from_config({"auto_resume": True}, path_provider=paths).initialize(bound(), trainer=Trainer())
+    file = tmp_path / "init.yaml"
+    file.write_text("auto_resume:\n  on_nonfinite: warn\n  load_optim: false\n  verify: header\n")
+    stack = InitializerStack.from_file(file, path_provider=paths)
+    report = stack.initialize(bound(), trainer=Trainer())
+    assert (report.start.epoch, report.auto_resume) == (4, "auto_resume: resumed from E4_U40_S400")
+    assert report.initializers[0].restored == ("trainer",)
+    shutil.rmtree(newest.parent / "00000005_E4_U40_S400")
+    flip_tensor_bit(file_of(newest, "model"))
+    config = {"auto_resume": {"on_invalid": "previous", "load_optim": False}}
+    report = InitializerStack.from_config(config, path_provider=paths).initialize(bound(), trainer=Trainer())
+    assert report.start == ITERATIONS[2]
+    assert str(report).splitlines()[0].endswith("(auto_resume: resumed from the newest good set)")
 
 
 # Folders without manifests.
@@ -394,6 +604,20 @@ def test_flat_latest_gives_way_to_the_newest_complete_iteration(paths: PathProvi
     flip_tensor_bit(folder / "mlp_cp=E2_U20_S200_optim.th")
     for report, model, trainer in (resume(paths), auto(paths)):
         assert (report.start, values_of(model, trainer)) == (ITERATIONS[1], {1.0})
+
+
+def test_broken_flat_files_name_the_older_ones_and_the_ways_on(paths: PathProvider, folders: list[Path]) -> None:
+    """As committed sets do: for a tag and for auto_resume, whether the trainer or the weights are broken."""
+    folder = make_legacy(paths)
+    rewrite(folder / "mlp_cp=latest_trainer.th", b"nothing at all")
+    with pytest.raises(CheckpointFormatError, match=r"is E2_U20_S200. Next: on_invalid: previous beside auto_resume"):
+        InitializerStack.from_config({"auto_resume": True}, path_provider=paths)
+    flip_tensor_bit(folder / "mlp_cp=E2_U20_S200_model.th")
+    stack = InitializerStack.from_config([{"kind": "resume", "checkpoint_tag": "U20"}], path_provider=paths)
+    with pytest.raises(
+        CheckpointCorruptError, match=r"is E1_U15_S150. Next: checkpoint_tag: E1_U15_S150; noether-init"
+    ):
+        stack.initialize(bound(), trainer=Trainer())
 
 
 def test_flat_files_that_lack_a_part_or_are_later_are_passed_over(paths: PathProvider, folders: list[Path]) -> None:

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from noether_init_core.errors import StateMismatchError
-from noether_init_core.surgery.optimizer import apply_optimizer, optimizer_names, plan_optimizer
+from noether_init_core.surgery.optimizer import (
+    OptimizerPolicies,
+    ParameterOrigin,
+    optimizer_names,
+    plan_optimizer,
+)
+from noether_init_core.surgery.optimizer_state import apply_optimizer
 
 
 class Net(torch.nn.Module):
@@ -121,7 +127,7 @@ def test_all_misfits_are_listed_and_nothing_changes() -> None:
     assert caught.value.problems == (
         "first.weight has no state in the file; near: frist.weight",
         "first.bias: exp_avg has shape [7], the parameter [3]",
-        "the file has state of frist.weight, which the optimizer has not",
+        "the file has state of frist.weight, which the optimizer has not. To leave it: on_unexpected_state: ignore",
     )
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -134,8 +140,8 @@ def test_parameters_that_keep_their_values_start_with_fresh_state() -> None:
     saved = copy.deepcopy(saved_state(net, optimizer))
     other = Net()
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.5)
-    names = {"first.weight": "second.weight", "second.weight": None}
-    plan = plan_for(saved, other, other_optimizer, source_names=names)
+    origins = {"first.weight": ParameterOrigin(("second.weight",)), "second.weight": ParameterOrigin()}
+    plan = plan_for(saved, other, other_optimizer, origins=origins)
     apply_optimizer(plan, other_optimizer, same)
     assert plan.fresh == ("second.weight",)
     assert other.second.weight not in other_optimizer.state
@@ -205,6 +211,11 @@ def test_groups_that_differ_do_not_share_one_stored_group() -> None:
     two = torch.optim.AdamW([{"params": net.first.parameters(), "lr": 1e-5}, {"params": net.second.parameters()}])
     with pytest.raises(StateMismatchError, match="groups 0 and 1 of the optimizer differ in lr"):
         plan_for(saved, net, two, current=two.param_groups)
+    other = torch.optim.AdamW([{"params": net.first.parameters(), "eps": 1e-3}, {"params": net.second.parameters()}])
+    with pytest.raises(StateMismatchError, match="groups 0 and 1 of the optimizer differ in eps"):
+        plan_for(saved, net, other, current=other.param_groups)
+    own = OptimizerPolicies(fields={"eps": "config"})
+    assert "eps" not in plan_for(saved, net, other, current=other.param_groups, policies=own).fields[0]
     alike = torch.optim.AdamW([{"params": net.first.parameters()}, {"params": net.second.parameters()}])
     assert plan_for(saved, net, alike, current=alike.param_groups).fields[1]["lr"] == 0.1
 
