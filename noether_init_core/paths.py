@@ -11,9 +11,11 @@ import attrs
 
 from noether_init_core.errors import ConfigError, InvalidNameError, type_of
 
-__all__ = ["PathProvider", "PathProviderLike", "check_name"]
+__all__ = ["DEBUG_FOLDER", "PathProvider", "PathProviderLike", "check_name", "check_run_id"]
 
 MAX_NAME_BYTES = 200
+#: Below the output root, it holds the runs of debug mode.
+DEBUG_FOLDER = "debug"
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -54,6 +56,18 @@ def check_name(value: str, what: str) -> str:
     return value
 
 
+def check_run_id(value: str) -> str:
+    """Return ``value`` if it can be a run id; raises ``InvalidNameError`` as ``check_name`` does, and for ``debug``."""
+    if check_name(value, "run_id") == DEBUG_FOLDER:
+        raise InvalidNameError(
+            f"run_id {value!r} is the name of the folder that holds the runs of debug mode, which would be taken for "
+            "its stages. Next: another run_id, or debug: true to be among them",
+            what="run_id",
+            value=value,
+        )
+    return value
+
+
 @runtime_checkable
 class PathProviderLike(Protocol):
     """What is needed of a path provider: Noether's own and ``PathProvider`` have it."""
@@ -82,7 +96,7 @@ class PathProvider:
     """
 
     output_root: Path = attrs.field(converter=Path)
-    run_id: str = attrs.field(validator=lambda _self, _attribute, value: check_name(value, "run_id"))
+    run_id: str = attrs.field(validator=lambda _self, _attribute, value: check_run_id(value))
     stage_name: str | None = attrs.field(default=None, validator=_optional_stage)
     debug: bool = attrs.field(default=False, kw_only=True)
     run_id_is_generated: bool = attrs.field(default=False, kw_only=True, eq=False)
@@ -125,7 +139,7 @@ class PathProvider:
     @property
     def run_output_path(self) -> Path:
         """The folder of this run and stage. It may not exist."""
-        path = self.output_root / "debug" / self.run_id if self.debug else self.output_root / self.run_id
+        path = self.output_root / DEBUG_FOLDER / self.run_id if self.debug else self.output_root / self.run_id
         return path if self.stage_name is None else path / self.stage_name
 
     @property

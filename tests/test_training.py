@@ -8,6 +8,7 @@ import io
 import logging
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset
 
+from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, bind
 from noether_init_core.errors import ConfigError, StateMismatchError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.training import TrainerState
@@ -947,3 +949,176 @@ def test_averaged_models_resume_with_their_count() -> None:
     TrainerState(ema=other).load_state_dict(saved)
     assert other.module.weight.tolist() == [3.0, 3.0]
     assert int(other.n_averaged) == 4
+
+
+Pair = collections.namedtuple("Pair", ["first", "second"])
+
+TYPED: list[Any] = [
+    numpy.array(0.37),
+    numpy.array([1, 2], dtype=numpy.uint8),
+    numpy.arange(6, dtype=numpy.int16).reshape(2, 3)[:, ::-1],
+    numpy.array([0.5, 0.25], dtype=">f4"),
+    numpy.float64(0.37),
+    numpy.float16(0.1),
+    numpy.int64(2**53 + 1),
+    numpy.bool_(True),
+    numpy.str_("a"),
+    {1, (2, frozenset({3}))},
+    frozenset({"a"}),
+    (1, [numpy.int8(3)], (2.0,)),
+    torch.Size([2, 3]),
+    collections.deque([numpy.float32(1.5)], maxlen=4),
+    collections.Counter({3: 2}),
+    collections.OrderedDict([("b", 1), ("a", 2)]),
+    collections.defaultdict(list, {"a": [1]}),
+    {numpy.int64(3): {"inner": numpy.zeros(0)}, "text": None},
+]
+
+
+def same(first: Any, other: Any) -> bool:
+    """Equal, with equal types all the way down."""
+    if type(first) is not type(other):
+        return False
+    if isinstance(first, numpy.ndarray):
+        return bool(first.dtype == other.dtype and first.shape == other.shape and (first == other).all())
+    if isinstance(first, numpy.generic):
+        return bool(first.dtype == other.dtype and first == other)
+    if isinstance(first, dict):
+        return all(same(a, b) for a, b in zip(first.items(), other.items(), strict=True))
+    if isinstance(first, list | tuple | collections.deque):
+        return len(first) == len(other) and all(same(a, b) for a, b in zip(first, other, strict=True))
+    return bool(first == other)
+
+
+@pytest.mark.parametrize("fresh", [None, 0, {}, numpy.array(0), numpy.int32(0), numpy.zeros(2, numpy.int64), [], "x"])
+@pytest.mark.parametrize("saved", TYPED, ids=[f"{type(value).__name__}{i}" for i, value in enumerate(TYPED)])
+def test_values_come_back_with_the_types_that_were_saved(saved: Any, fresh: Any) -> None:
+    """Whatever the fresh object happens to hold, an integer zero or nothing yet."""
+    other = Counter(fresh)
+    stored = through_file(TrainerState(seed=0, member=Counter(saved)).state_dict())
+    TrainerState(seed=0, member=other).load_state_dict(stored)
+    assert same(other.value, saved), (saved, other.value)
+
+
+def test_types_survive_a_committed_set(tmp_path: Path) -> None:
+    """Through our own writer and reader as through torch's safe one."""
+    saved = dict(enumerate(TYPED))
+    paths = PathProvider(tmp_path, "run")
+    model = bind(torch.nn.Linear(2, 2), "net")
+    CheckpointWriter(paths).save(model, trainer=TrainerState(seed=0, member=Counter(saved)))
+    other = Counter()
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    stack.initialize(model, trainer=TrainerState(seed=0, member=other))
+    assert same(other.value, saved)
+
+
+def test_loaded_arrays_are_not_those_of_the_stored_state() -> None:
+    """What the loop adds to its array must not change the state that it was loaded from."""
+    stored = TrainerState(seed=0, member=Counter(numpy.zeros(2))).state_dict()
+    other = Counter(numpy.ones(2))
+    TrainerState(seed=0, member=other).load_state_dict(stored)
+    other.value += 1
+    assert stored["trainer_state"]["stateful"]["member"]["value"].tolist() == [0.0, 0.0]
+
+
+class Odd(dict[str, int]):
+    """A dict of somebody's own."""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Odd(a=1),
+        numpy.array(["a"]),
+        numpy.datetime64("2020-01-01"),
+        numpy.ma.masked_array([1], [True]),
+        numpy.longdouble(1),
+    ],
+)
+def test_values_whose_type_could_not_come_back_are_refused(value: Any) -> None:
+    """With their place, when they are saved."""
+    with pytest.raises(StateMismatchError, match=r"member\.value\.0 is a"):
+        TrainerState(seed=0, member=Counter([value])).state_dict()
+
+
+@pytest.mark.parametrize("value", [Pair(1, numpy.float32(2)), collections.defaultdict(lambda: 7, {"a": 1})])
+def test_a_class_that_no_file_can_name_is_taken_from_the_object_or_refused(value: Any) -> None:
+    """It is there, or nothing is loaded; never a plain tuple or dict instead."""
+    stored = through_file(TrainerState(seed=0, member=Counter([value])).state_dict())
+    other = Counter([Pair(0, 0) if isinstance(value, Pair) else collections.defaultdict(lambda: 7)])
+    TrainerState(seed=0, member=other).load_state_dict(stored)
+    assert same(other.value, [value])
+    fresh = Counter(None)
+    with pytest.raises(StateMismatchError, match=r"member\.value\.0 was a"):
+        TrainerState(seed=0, member=fresh).check_state_dict(stored)
+    with pytest.raises(StateMismatchError, match="is a NoneType now"):
+        TrainerState(seed=0, member=fresh).load_state_dict(stored)
+    assert fresh.value is None
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        None,
+        {},
+        {"member": 3},
+        {"member": [[[0], "scalar", "O"]]},
+        {"member": [[3]]},
+        {"member": [[[0], "ndarray", "<f4"]]},
+    ],
+)
+def test_types_that_do_not_fit_are_refused_before_anything_changes(types: Any) -> None:
+    """A file may say what it likes; only ``types: None``, as in an older file, means that there are none."""
+    stored = TrainerState(seed=0, member=Counter(numpy.float64(0.37))).state_dict()
+    stored["trainer_state"]["types"] = types
+    other = Counter(numpy.int64(5))
+    state = TrainerState(seed=0, member=other)
+    if types is None:
+        state.load_state_dict(stored)
+        assert other.value == 0.37
+        return
+    with pytest.raises(StateMismatchError, match="types"):
+        state.load_state_dict(stored)
+    assert other.value == 5
+
+
+def test_files_from_before_types_were_saved_still_load() -> None:
+    """Types are those of the fresh object, where that changes no value."""
+    stored = TrainerState(seed=0, member=Counter([numpy.array(0.37), numpy.float32(0.5), {1}])).state_dict()
+    del stored["trainer_state"]["types"]
+    other = Counter([numpy.array(0), numpy.float32(0), set()])
+    TrainerState(seed=0, member=other).load_state_dict(stored)
+    assert same(other.value, [numpy.array(0.37), numpy.float32(0.5), {1}])
+
+
+class Versioned(torch.nn.Module):
+    """Remembers which version it was told when it was loaded."""
+
+    _version = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.told: Any = None
+
+    def _load_from_state_dict(self, state: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
+        self.told = local_metadata.get("version")
+        super()._load_from_state_dict(state, prefix, local_metadata, *rest)
+
+
+class Newer(Versioned):
+    """The same, later."""
+
+    _version = 2
+
+
+@pytest.mark.parametrize("saved", [Versioned, Newer])
+def test_modules_are_told_the_version_that_was_saved(tmp_path: Path, saved: type[Versioned]) -> None:
+    """And not the one that they have now, which would keep them from translating older values."""
+    paths = PathProvider(tmp_path, "run")
+    model = bind(torch.nn.Linear(2, 2), "net")
+    CheckpointWriter(paths).save(model, trainer=TrainerState(seed=0, ema=torch.nn.Sequential(saved())))
+    ema = torch.nn.Sequential(Newer())
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    stack.initialize(model, trainer=TrainerState(seed=0, ema=ema))
+    assert ema[0].told == saved._version

@@ -59,7 +59,13 @@ class FileInitializer(SourceInitializer):
         """The file, for weights only. Raises ``CheckpointNotFoundError`` with what is in its folder."""
         if part != "model":
             return None
-        path = self.config.path.expanduser()
+        try:
+            path = self.config.path.expanduser()
+        except RuntimeError as error:  # of an unknown user
+            path = self.config.path
+            raise CheckpointNotFoundError(
+                f"path: {path} cannot be found: {error}. Next: the path in full", path=path, asked=str(path)
+            ) from error
         if not path.exists():
             folder = path.parent
             if folder.is_dir():

@@ -8,7 +8,7 @@ import pydantic
 
 from noether_init_core.config.base import KindConfig, RunId
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
-from noether_init_core.initializers.resumption import ResumptionPaths
+from noether_init_core.initializers.resumption import check_resumption, resume_callbacks
 from noether_init_core.surgery.names import NameRules, NoetherSurgery, Rename
 
 __all__ = ["PreviousRunInitializer", "PreviousRunInitializerConfig", "RenamePattern"]
@@ -103,11 +103,13 @@ class PreviousRunInitializer(CheckpointInitializer):
         """A stack calls ``init_callbacks`` only with ``load_callbacks``."""
         return hook != "init_callbacks" or self.config.load_callbacks
 
+    def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
+        """Weights and optimizer as in ``CheckpointInitializer``, then whether callbacks could be shown files."""
+        super().check(model, trainer, callbacks)
+        if callbacks and self.config.load_callbacks:
+            check_resumption(callbacks)
+
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
         """Let every callback that can (``resume_from_checkpoint``) resume from the files of the source run."""
         self.before_locating(self.leaves(model))
-        with ResumptionPaths.showing(self.source_paths, self._selected, self.logger) as paths:
-            for callback in callbacks:
-                resume = getattr(callback, "resume_from_checkpoint", None)
-                if callable(resume):
-                    resume(resumption_paths=paths, model=model)
+        resume_callbacks(callbacks, model, self.source_paths, self._selected, self.logger)

@@ -30,8 +30,8 @@ from noether_init_core.errors import (
     type_of,
 )
 from noether_init_core.initializers.callbacks import CallbackPlan, apply_callbacks, plan_callbacks
-from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
-from noether_init_core.initializers.resumption import ResumptionPaths
+from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig, other_run
+from noether_init_core.initializers.resumption import check_resumption, resume_callbacks
 from noether_init_core.initializers.source import Leaf
 from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.initializers.walk_back import walk_back
@@ -45,7 +45,11 @@ _TRAINER_STATE = "trainer_state"
 
 
 class ResumeInitializerConfig(CheckpointInitializerConfig):
-    """The config of ``resume``; ``run_id`` null is the current run, ``model_name`` null the only trainer file's."""
+    """The config of ``resume``; ``run_id`` null is the current run, ``model_name`` null the only trainer file's.
+
+    With ``run_id`` null, a set that another run wrote is refused: its folder was copied or renamed. With ``run_id`` it
+    is taken, with a warning.
+    """
 
     default_kind: ClassVar[str | None] = "resume"
 
@@ -143,6 +147,7 @@ class ResumeInitializer(CheckpointInitializer):
             wanted=() if root is None else self._wanted(root),
             is_choosy=is_choosy,
         )
+        self._look_at_run(walked.chosen)
         self._selected, self.passed_over = walked.chosen, walked.passed_over
         for name, reason in walked.passed_over:
             self.logger.warning("%s: passed over %s: %s", self.config.kind, name, reason)
@@ -284,6 +289,7 @@ class ResumeInitializer(CheckpointInitializer):
                 look(copy.copy(state))
         if callbacks:
             self._plan_callbacks(callbacks)
+            check_resumption(callbacks)
         self.not_restored = self._left_callbacks() if callbacks is None else ()
         for what in self.not_restored:
             self.logger.warning("%s: %s", self.config.kind, what)
@@ -324,13 +330,21 @@ class ResumeInitializer(CheckpointInitializer):
             self.logger.warning("%s: %s", self.config.kind, warning)
         with StatesBefore.kept(None, callbacks):
             apply_callbacks(plan)
-            with ResumptionPaths.showing(self.source_paths, self._selected, self.logger) as paths:
-                for callback in callbacks:
-                    resume = getattr(callback, "resume_from_checkpoint", None)
-                    if callable(resume):
-                        resume(resumption_paths=paths, model=model)
+            resume_callbacks(callbacks, model, self.source_paths, self._selected, self.logger)
         if plan.states:
             self.restored.append(f"{len(plan.states)} callback{'s' if len(plan.states) > 1 else ''}")
+
+    def _look_at_run(self, selected: CheckpointSet) -> None:
+        """A run that says nothing of another one goes on from its own sets only. Naming the run makes it a choice."""
+        message = other_run(selected, self.source_paths)
+        if message and self.config.run_id is None:
+            self._selected = None
+            raise CheckpointError(
+                f"{message}. Nothing was changed. Next: if it is meant, say so: kind: resume with "
+                f"run_id: {self.source_paths.run_id}; otherwise a run_id of its own for each run",
+                path=selected.folder,
+            )
+        super()._look_at_run(selected)
 
     def release(self) -> None:
         """Close every file; the next use reads again."""

@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from noether_init_core.checkpoints.names import CheckpointFileName, Part
+from noether_init_core.checkpoints.naming import state_dict_of
 from noether_init_core.checkpoints.plain import plain
 from noether_init_core.errors import CheckpointFormatError, ConfigError, type_of
 from noether_init_core.iteration import TrainingIteration
@@ -246,4 +247,11 @@ def _trainer_content(trainer: Any, iteration: TrainingIteration, run_id: str) ->
         )
     content = plain({**state, "training_iteration": iteration.to_mapping(), "run_id": run_id}, "trainer")
     content.setdefault("callback_state_dicts", {})
+    state_dict = state_dict_of(content, torch.Tensor)
+    for key in state_dict or ():
+        if not isinstance(key, str):
+            raise CheckpointFormatError(
+                f"trainer.state_dict: the key {key!r} is no text, and a file cannot be read whose state_dict has such "
+                "keys. Next: text keys, or another name than state_dict"
+            )
     return dict(content)

@@ -60,6 +60,10 @@ class FileHandle:
 
         One open file serves from check to load, so a file that is *replaced* meanwhile does no harm. One that is
         rewritten in place, as Noether rewrites ``latest``, would be verified in one state and loaded in another.
+
+        Looked at are size and time of modification. A program that puts the time back after it has written is not
+        found: the time of change, which it could not put back, also moves when our writer gives the file a further
+        name or takes one away, as it does beside readers at every save.
         """
         if self._descriptor is None:
             return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -13,34 +13,34 @@ import xxhash
 
 from noether_init_core.checkpoints.content import FileContent
 from noether_init_core.checkpoints.manifest import ManifestFile, ManifestTensor
-from noether_init_core.checkpoints.plain import bytes_of_tensor, tensors_in
 from noether_init_core.checkpoints.storage import Storage
-from noether_init_core.checkpoints.verify import Examined, examine_memory
-from noether_init_core.errors import CheckpointCorruptError
+from noether_init_core.checkpoints.watch import Seen, Watch
+from noether_init_core.errors import CheckpointCorruptError, CheckpointError
 
 __all__ = ["naming", "write_file"]
 
-# dtype, shape, and what its bytes in memory are
-_Examined = tuple[str, tuple[int, ...], Examined]
+# a handler of signals may save to another folder in the midst of a save
+_CHECKSUMS = threading.RLock()
 
 
-def write_file(folder: Path, content: FileContent, storage: Storage) -> ManifestFile:
+def write_file(folder: Path, content: FileContent, storage: Storage, watch: Watch) -> ManifestFile:
     """Write one file of a set, bring it onto the disk, and read its header back; returns what the manifest says of it.
 
-    Raises ``OSError``, and ``CheckpointCorruptError`` if the file is not what was to be written.
+    ``watch`` looks at the tensors in memory. Raises ``OSError``, ``CheckpointError`` if torch refuses the content, and
+    ``CheckpointCorruptError`` if the file is not what was to be written.
     """
     path = folder / str(content.name)
-    # digests of tensors are taken meanwhile: the disk and torch's checksums take longer
-    with ThreadPoolExecutor(1) as pool, naming(path), storage.open_write(path) as file:
-        described = pool.submit(_examined, content)
+    with naming(path), storage.open_write(path) as file:
         sink = _Sink(file)
         with _checksums():
-            torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
+            try:
+                torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise CheckpointError(f"torch.save refuses {content.name}: {error}", path=path) from error
         sink.raise_error()
         storage.fsync(file)
     storage.make_read_only(path)
-    examined = described.result()
-    records = _prove(path, examined)
+    listed, records = _prove(path, watch, content)
     name = content.name
     return ManifestFile(
         name=str(name),
@@ -52,8 +52,13 @@ def write_file(folder: Path, content: FileContent, storage: Storage) -> Manifest
         records=records,
         buffers=content.buffers,
         tensors={
-            key: ManifestTensor(dtype=dtype, shape=shape, digest=found.digest, values=found.nonfinite or "finite")
-            for key, (dtype, shape, found) in examined.items()
+            key: ManifestTensor(
+                dtype=seen.dtype,
+                shape=seen.shape,
+                digest=seen.examined.digest,
+                values=seen.examined.nonfinite or "finite",
+            )
+            for key, seen in listed.items()
         },
     )
 
@@ -89,42 +94,34 @@ class _Sink:
             raise self._error
 
 
-def _tensors_of(content: FileContent) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors by the keys that the reader gives them: those of a state dict by its own keys, without extra state."""
-    if content.name.part == "model":
-        state_dict = content.content["state_dict"]
-        yield from ((key, value) for key, value in state_dict.items() if isinstance(value, torch.Tensor))
-    else:
-        yield from tensors_in(content.content)
-
-
-def _examined(content: FileContent) -> dict[str, _Examined]:
-    found = {}
-    for key, tensor in _tensors_of(content):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        found[key] = dtype, tuple(tensor.shape), examine_memory(bytes_of_tensor(tensor), dtype)
-    return found
-
-
-def _prove(path: Path, written: Mapping[str, _Examined]) -> str:
+def _prove(path: Path, watch: Watch, content: FileContent) -> tuple[dict[str, Seen], str]:
     """Read the header back with our own reader: a file that it cannot read must never be committed.
 
     The checksums that torch wrote are compared with those of the tensors in memory, so that what changed in the midst
-    of the save is found now, and not when the set is needed. Returns the digest of the file's records.
+    of the save is found now, and not when the set is needed. Returns what the manifest says of the tensors, and the
+    digest of the file's records.
     """
     from noether_init_core.checkpoints.reader import open_checkpoint
 
     with open_checkpoint(path) as reader:
         found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors.items()}
-        checksums = {key: reader.checksum_of(key) for key in reader.tensors}
+        checksums = reader.checksums()
         records = reader.digest_of_records
-    expected = {key: (dtype, shape) for key, (dtype, shape, _) in written.items()}
+    listed, written = watch.listed(content), watch.all(content)
+    expected = {key: (seen.dtype, seen.shape) for key, seen in listed.items()}
     different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+    different += sorted(written.keys() ^ checksums.keys())
     if different:
         raise CheckpointCorruptError(
             f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
         )
-    changed = [key for key, (*_, examined) in written.items() if checksums[key] not in (None, examined.crc)]
+    if None in checksums.values():
+        raise CheckpointCorruptError(
+            f"{path} was written without checksums: torch.serialization.set_crc32_options was called while it was "
+            "written, by another thread",
+            path=path,
+        )
+    changed = [key.removeprefix("state_dict.") for key, seen in written.items() if checksums[key] != seen.examined.crc]
     if changed:
         raise CheckpointCorruptError(
             f"{', '.join(changed[:5])} changed while {path} was written, by another thread or process. "
@@ -132,18 +129,20 @@ def _prove(path: Path, written: Mapping[str, _Examined]) -> str:
             path=path,
             key=", ".join(changed),
         )
-    return records
+    return listed, records
 
 
 @contextmanager
 def _checksums() -> Iterator[None]:
     """Have torch write a checksum of every record, whatever the program chose for its own files."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+    # Some releases of torch have one choice for all threads: nobody may put it back while another one writes.
+    with _CHECKSUMS:
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(True)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(before)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from noether_init_core.checkpoints.tensor_info import TensorInfo
 from noether_init_core.checkpoints.verify import Stretch, Values, examine
 from noether_init_core.errors import CheckpointCorruptError
 
-__all__ = ["CommittedFile", "CommittedTensor", "Integrity", "digest_of_records"]
+__all__ = ["CommittedFile", "CommittedTensor", "Integrity", "digest_of_records", "is_dense"]
 
 
 class CommittedTensor(Protocol):
@@ -139,7 +139,7 @@ class Integrity:
                 for number, infos in enumerate(looked_at.get(stretch.name, {}).values()):
                     finding = findings.nonfinite.get((index, number))
                     for info in infos:
-                        self._known[info] = finding if finding is None or _is_dense(info) else self._look_again(info)
+                        self._known[info] = finding if finding is None or is_dense(info) else self._look_again(info)
         return [self._records[stretch.name] for stretch in findings.damaged]
 
     def _look_again(self, info: TensorInfo) -> Finding | None:
@@ -167,7 +167,7 @@ def _ranges(infos: Iterable[TensorInfo]) -> dict[str, dict[Values, list[TensorIn
     return found
 
 
-def _is_dense(info: TensorInfo) -> bool:
+def is_dense(info: TensorInfo) -> bool:
     """Whether every element from the first to the last one belongs to the tensor."""
     if info.is_contiguous:
         return True

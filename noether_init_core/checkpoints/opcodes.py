@@ -2,7 +2,8 @@
 
 Protocols 2 to 5 are read. Names are looked up in ``builders``; an unknown one becomes an inert record, so that
 reading can go on and all of them can be reported together. Depth, keys and copies are limited, and every object is
-accounted for by bytes of the file.
+accounted for by bytes of the file: memory stays within 16 MiB and 80 times the header, of which an honest one takes
+about ten.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ _LONGEST_INTEGER = 1024
 _LONGEST_NAME = 512
 #: Parts are numbered one by one; numbers that anybody may choose could be chosen to collide in a dict.
 _MEMO_GAP = 1024
+#: So many parts of a kind are never too many.
+_ALWAYS = 1 << 16
+#: A set takes as much memory as so many lists.
+_SET = 4
+_TOO_MANY = "data.pkl builds far more objects than its size accounts for"
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _OLD_NAMES = {"builtins.xrange": "builtins.range", "builtins.unicode": "builtins.str", "builtins.long": "builtins.int"}
 
@@ -51,11 +57,17 @@ class Interpreter:
 
     def __init__(self, data: bytes, records: Mapping[str, int], allowed: Collection[str] = ()) -> None:
         self.unknown: dict[str, None] = {}
+        #: id of a dict -> the dict, and what Python code attached to it (``_metadata`` of state dicts)
+        self.attached: dict[int, tuple[dict[Any, Any], Any]] = {}
         self._data = data
         self._allowed = frozenset(allowed)
         self._scope = Scope(records, copies=1024 + 2 * len(data), key_elements=1024 + 16 * len(data))
         # Every container that pickle writes takes three bytes at least; empty ones of a single byte are costly.
         self._containers = 1024 + len(data) // 2
+        # All that is noted by itself takes a byte more than the object, a tuple its content; a few are always fine.
+        self._memo_entries = _ALWAYS + len(data) // 3
+        self._tuples = _ALWAYS + len(data) // 3
+        self._most_names = _ALWAYS // 8 + len(data) // 64
         self._position = 0
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
@@ -76,6 +88,7 @@ class Interpreter:
         # The opcodes that make up nearly all of a state dict are carried out here, the others in a method each.
         data, memo, scope, names = self._data, self._memo, self._scope, BUILDERS
         cold = _COLD
+        most_entries, tuples_left = self._memo_entries, self._tuples
         stack = self._stack
         position = 0
         end = len(data)
@@ -105,6 +118,9 @@ class Interpreter:
                 self._stack = stack = []
             elif opcode == 0x74:  # TUPLE
                 items = tuple(stack)
+                tuples_left -= 1
+                if tuples_left < 0:
+                    raise OpcodeError(_TOO_MANY)
                 self._stack = stack = self._marked.pop()
                 stack.append(items)
             elif opcode == 0x52:  # REDUCE
@@ -124,7 +140,10 @@ class Interpreter:
                 stack.append(memo[_LENGTH_4(data, position)[0]])
                 position += 4
             elif opcode == 0x94:  # MEMOIZE
-                memo[len(memo)] = stack[-1]
+                number = len(memo)
+                if number > most_entries:
+                    raise OpcodeError(_TOO_MANY)
+                memo[number] = stack[-1]
             elif opcode == 0x8C:  # SHORT_BINUNICODE
                 start = position + 1
                 position = start + data[position]
@@ -143,8 +162,14 @@ class Interpreter:
             elif opcode == 0x86:  # TUPLE2
                 second = stack.pop()
                 stack[-1] = (stack[-1], second)
+                tuples_left -= 1
+                if tuples_left < 0:
+                    raise OpcodeError(_TOO_MANY)
             elif opcode == 0x85:  # TUPLE1
                 stack[-1] = (stack[-1],)
+                tuples_left -= 1
+                if tuples_left < 0:
+                    raise OpcodeError(_TOO_MANY)
             elif opcode == 0x4A:  # BININT
                 stack.append(_INTEGER_4(data, position)[0])
                 position += 4
@@ -171,6 +196,8 @@ class Interpreter:
             if full not in KNOWN_NAMES and full not in self._allowed and f"{module}.{name}" not in self._allowed:
                 self.unknown[f"{module}.{name}"] = None
             known = self._names[raw] = GlobalName(full)
+            if len(self._names) > self._most_names:
+                raise OpcodeError("data.pkl has far more names than its size accounts for")
         self._stack.append(known)
 
     def _global(self) -> None:
@@ -211,16 +238,19 @@ class Interpreter:
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) is ForeignObject:
             target.state = state
-        elif type(target) is not dict:
+        elif type(target) is dict:
+            if type(state) is dict and "_metadata" in state:
+                self._count_container(_SET)
+                self.attached[id(target)] = target, state
+        else:
             raise OpcodeError(f"data.pkl gives a state to {type_of(target)}")
-        # The state of an OrderedDict is what Python code attached to it (_metadata of state dicts); it has no use here.
 
     # Containers
 
-    def _count_container(self) -> None:
-        self._containers -= 1
+    def _count_container(self, weight: int = 1) -> None:
+        self._containers -= weight
         if self._containers < 0:
-            raise OpcodeError("data.pkl builds far more objects than its size accounts for")
+            raise OpcodeError(_TOO_MANY)
 
     def _pop_mark(self) -> list[Any]:
         items = self._stack
@@ -236,11 +266,11 @@ class Interpreter:
         self._stack.append({})
 
     def _empty_set(self) -> None:
-        self._count_container()
+        self._count_container(_SET)
         self._stack.append(set())
 
     def _frozen_set(self) -> None:
-        self._count_container()
+        self._count_container(_SET)
         members: set[Any] = set()
         add_members(self._scope, members, self._pop_mark())
         self._stack.append(frozenset(members))

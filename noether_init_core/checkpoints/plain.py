@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from noether_init_core.errors import CheckpointFormatError
 
-__all__ = ["bytes_of_tensor", "plain", "tensors_in"]
+__all__ = ["bytes_of_tensor", "memory_of_tensor", "plain"]
 
 MAX_DEPTH = 60
 _METADATA = "_metadata"
@@ -36,6 +36,8 @@ class _Plain:
         self._tensors: dict[tuple[Any, ...], torch.Tensor] = {}
         # keys hold the address of a storage, so no storage may be freed while they are in use
         self._alive: list[torch.Tensor] = []
+        # address of a storage that is written as it is -> dtype and place of its first tensor
+        self._storages: dict[int, tuple[torch.dtype, str]] = {}
 
     def of(self, value: Any, place: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
@@ -63,7 +65,9 @@ class _Plain:
         ordered = OrderedDict(items)
         metadata = getattr(value, _METADATA, None)
         if metadata is not None:  # versions of modules, in every state dict of torch
-            setattr(ordered, _METADATA, self.of(metadata, f"{place}.{_METADATA}", depth + 1))
+            ready = self.of(metadata, f"{place}.{_METADATA}", depth + 1)
+            _check_metadata(ready, f"{place}.{_METADATA}")
+            setattr(ordered, _METADATA, ready)
         return ordered
 
     def _key(self, key: Any, place: str) -> Any:
@@ -94,9 +98,35 @@ class _Plain:
             ready = detached.cpu().resolve_conj().resolve_neg()
             if not _is_whole(ready):
                 ready = ready.clone(memory_format=torch.contiguous_format)
+            self._check_storage(ready, place)
             self._tensors[key] = ready
             self._alive += [detached, ready]
         return self._tensors[key]
+
+    def _check_storage(self, tensor: torch.Tensor, place: str) -> None:
+        """Torch writes a storage once, with one dtype."""
+        address = tensor.untyped_storage().data_ptr()
+        dtype, first = self._storages.setdefault(address, (tensor.dtype, place))
+        if address and dtype is not tensor.dtype:
+            raise _refuse(
+                place, f"a {tensor.dtype} in the same memory as {first}, a {dtype},", "Save a copy of one: clone()"
+            )
+
+
+def _check_metadata(metadata: Any, place: str) -> None:
+    """The reader refuses others."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(not isinstance(key, tuple) and is_plain(child) for key, child in value.items())
+        if isinstance(value, list | tuple):
+            return all(map(is_plain, value))
+        return not isinstance(value, torch.Tensor | set | bytearray)
+
+    said = metadata.items() if isinstance(metadata, dict) else [(None, metadata)]
+    for path, value in said:
+        if not isinstance(path, str) or not isinstance(value, dict) or not is_plain(value):
+            raise _refuse(f"{place}.{path}", "other than a dict of plain values")
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
@@ -139,18 +169,12 @@ def _name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in plain data, by the path of keys and indices that leads to it, joined by dots."""
-    if isinstance(value, torch.Tensor):
-        yield place, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors_in(item, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from tensors_in(item, f"{place}.{index}" if place else str(index))
-
-
 def bytes_of_tensor(tensor: torch.Tensor) -> memoryview:
     """The contiguous little-endian bytes of a CPU tensor; those of another order are copied."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    # a dimension of one element or none may have any stride, which a plain view would keep
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
+def memory_of_tensor(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor that is all of its storage, as ``plain`` makes them, in the order of memory: a view."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

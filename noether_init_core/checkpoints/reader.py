@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from noether_init_core.checkpoints.file_handle import FileHandle, open_file
 from noether_init_core.checkpoints.finite import Finding
-from noether_init_core.checkpoints.integrity import CommittedFile, Integrity, digest_of_records
+from noether_init_core.checkpoints.integrity import CommittedFile, Integrity, digest_of_records, is_dense
 from noether_init_core.checkpoints.memory import no_garbage_collection
+from noether_init_core.checkpoints.naming import state_dict_of
 from noether_init_core.checkpoints.opcodes import Interpreter, OpcodeError
 from noether_init_core.checkpoints.records import Record, read_records
 from noether_init_core.checkpoints.safetensors_header import is_safetensors, read_safetensors_header
@@ -24,6 +25,7 @@ from noether_init_core.checkpoints.survey import Survey
 from noether_init_core.checkpoints.tensor_info import TensorInfo
 from noether_init_core.checkpoints.values import ForeignObject
 from noether_init_core.checkpoints.verify import damaged_records
+from noether_init_core.checkpoints.versions import Versions, versions_in
 from noether_init_core.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -44,7 +46,6 @@ ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
 _MAX_HEADER = 512 << 20
 _MOST_PASTED = 200
-_EXTRA_STATE = "_extra_state"
 _logger = logging.getLogger(__name__)
 
 
@@ -87,6 +88,9 @@ class CheckpointReader:
             object that is no dict it is ``{"object": ...}``. To be read only: ``load`` is built from the same values.
         extra_state: The entries of the state dict that are no tensors, with tensors as ``TensorInfo``, too;
             ``materialize`` reads them.
+        versions: What the state dict's ``_metadata`` says of the modules that it was taken from: path of a module ->
+            such as ``{"version": 2}``; empty where there is none. Loading code of modules decides by it whether it
+            translates; without it, torch takes a file for one of the oldest version.
         format: ``torch`` or ``safetensors``. A safetensors file has nothing but tensors and texts: ``metadata`` is its
             ``__metadata__``, ``extra_state`` is empty, ``load`` gives a dict of all tensors.
     """
@@ -95,6 +99,8 @@ class CheckpointReader:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Any]
     extra_state: Mapping[str, Any]
+    versions: Versions
+    _versions: Mapping[int, Versions]
     format: Literal["torch", "safetensors"]
     _records: Mapping[str, Record]
 
@@ -185,12 +191,18 @@ class CheckpointReader:
         """Digest of what the file says of its records, their checksums included; see ``verify(committed=...)``."""
         return digest_of_records(self._records.values())
 
-    def checksum_of(self, key: str) -> int | None:
-        """The CRC-32 that the file has for the bytes of a tensor; None where it has none for these bytes alone."""
-        info = self._find(key)
-        record = self._records[info.record]
-        is_alone = info.is_contiguous and info.nbytes == record.size and not (info.is_conjugated or info.is_negated)
-        return record.crc if is_alone and self._has_checksums else None
+    def checksums(self) -> dict[str, int | None]:
+        """CRC-32 of the bytes of every tensor, in the order in which they lie in the file; by path in the whole object.
+
+        None where the file has none of the bytes of this tensor alone. Of a file of torch.save only.
+        """
+        found: dict[str, int | None] = {}
+        for path, info in self._survey.tensors({"": self._object}).items():
+            record = self._records[info.record]
+            is_alone = is_dense(info) and info.span * info.itemsize == record.size
+            is_alone = is_alone and not (info.is_conjugated or info.is_negated)
+            found[path] = record.crc if is_alone and self._has_checksums else None
+        return found
 
     def _verify(
         self,
@@ -330,7 +342,8 @@ class CheckpointReader:
     def load(self) -> Any:
         """The whole object with real tensors, each with memory of its own; keys of one tensor get one tensor.
 
-        Kinds of dict become ``dict``, ``torch.Size`` becomes ``tuple``, parameters become plain tensors.
+        Kinds of dict become ``dict``, ``torch.Size`` becomes ``tuple``, parameters become plain tensors. A state dict
+        with ``_metadata`` is an ``OrderedDict`` that has it, as ``load_state_dict`` of modules expects.
         """
         return self.materialize(self._object)
 
@@ -338,7 +351,7 @@ class CheckpointReader:
         """``value``, taken from ``metadata`` or ``extra_state``, with real tensors."""
         from noether_init_core.checkpoints.transfer import Materializer
 
-        converted = Materializer(self._handle, self._records).convert(value)
+        converted = Materializer(self._handle, self._records, self._versions).convert(value)
         self._handle.check_unchanged()
         return converted
 
@@ -347,6 +360,7 @@ class CheckpointReader:
         self.format = "safetensors"
         self.tensors = MappingProxyType(header.tensors)
         self.metadata, self.extra_state = header.metadata, {}
+        self.versions, self._versions = {}, {}
         self._records, self._has_checksums = header.records, False
         self._object = header.tensors
 
@@ -375,6 +389,7 @@ class CheckpointReader:
             survey = Survey(value, len(header))
             if interpreter.unknown:
                 self._refuse_globals(interpreter.unknown, survey.foreign, _whole_module(value))
+            self._versions = versions_in(interpreter.attached.values(), len(header))
         except OpcodeError as error:
             if interpreter.unknown:
                 self._refuse_globals(interpreter.unknown)
@@ -387,20 +402,19 @@ class CheckpointReader:
     def _split(self) -> None:
         """Tell the state dict from the rest."""
         value = self._object
-        state_dict = value.get("state_dict") if type(value) is dict else None
-        if type(state_dict) is dict:
-            rest = {key: child for key, child in value.items() if key != "state_dict"}
-        elif _is_state_dict(value):
-            state_dict, rest = value, {}
-        else:
+        self.versions = {}
+        state_dict = state_dict_of(value, TensorInfo)
+        if state_dict is None:
             rest = value if type(value) is dict else {"object": value}
             self.tensors = MappingProxyType(self._survey.tensors(rest))
             self.metadata, self.extra_state = rest, {}
             return
+        rest = {} if state_dict is value else {key: child for key, child in value.items() if key != "state_dict"}
         wrong = [key for key in state_dict if type(key) is not str]
         if wrong:
             self._refuse(f"its state dict has the key {_printable(repr(wrong[0]))}, which is no text")
         tensors = {key: child for key, child in state_dict.items() if type(child) is TensorInfo}
+        self.versions = self._versions.get(id(state_dict), {})
         self.tensors = MappingProxyType(tensors)
         self.metadata = rest
         self.extra_state = {key: child for key, child in state_dict.items() if key not in tensors}
@@ -475,16 +489,6 @@ class CheckpointReader:
             path=self.path,
             names=names,
         )
-
-
-def _is_state_dict(value: Any) -> bool:
-    """A dict from names to tensors, with no other values than modules' extra state."""
-    if type(value) is not dict or not any(type(child) is TensorInfo for child in value.values()):
-        return False
-    return all(
-        type(key) is str and (type(child) is TensorInfo or key.rpartition(".")[2] == _EXTRA_STATE)
-        for key, child in value.items()
-    )
 
 
 def _whole_module(value: Any) -> str | None:

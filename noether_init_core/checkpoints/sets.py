@@ -141,7 +141,9 @@ class SetFolder:
 
 
 def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
-    """The folders of sets in the order of their sequence; folders with other names are none.
+    """The folders of sets in the order of their sequence, of one sequence in that of their iteration.
+
+    Folders with other names are none.
 
     Raises ``CheckpointNotFoundError`` where they cannot be reached, which is not the same as that there are none.
     """
@@ -155,7 +157,8 @@ def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
         path = checkpoints / SETS_FOLDER / name
         if matched and iteration and storage.is_folder(path):
             found.append(SetFolder(path, int(matched["sequence"]), iteration, storage.exists(path / MANIFEST_NAME)))
-    return sorted(found, key=lambda folder: (folder.sequence, folder.path.name))
+    # two of one sequence: writers that did not see each other, or a folder copied back; further training came later
+    return sorted(found, key=lambda folder: (folder.sequence, folder.iteration, folder.path.name))
 
 
 def load_set(folder: SetFolder, storage: Storage = LOCAL) -> CheckpointSet:

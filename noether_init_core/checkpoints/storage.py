@@ -11,12 +11,15 @@ import errno
 import os
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 __all__ = ["LOCAL", "Storage"]
 
+# Process, thread and path of every lock that is held or waited for; a forked process holds none.
+_HOLDERS: set[tuple[int, int, str]] = set()
 _FICLONE = 0x40049409
 _NO_HARDLINK = frozenset({errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS})
 
@@ -171,14 +174,37 @@ class Storage:
 
     @contextlib.contextmanager
     def lock(self, path: Path, timeout: float) -> Iterator[None]:
-        """Hold the lock of this name; it ends with the process. Raises ``TimeoutError`` after ``timeout`` seconds."""
+        """Hold the lock of this name; it ends with the process.
+
+        Raises ``TimeoutError`` after ``timeout`` seconds, and ``OSError`` (EDEADLK) at once where this very thread
+        holds it already: waiting for itself, it would wait in vain.
+        """
         import filelock
 
+        # told by the thread before it waits, so that a handler of signals finds it at any moment
+        holder = (os.getpid(), threading.get_ident(), os.path.realpath(path))
+        if holder in _HOLDERS:
+            raise OSError(
+                errno.EDEADLK,
+                "this very thread is in the midst of a save; a handler of signals, or a hook, must not save by itself. "
+                "Next: let it set a flag, and save in the training loop where the flag is set",
+                str(path),
+            )
+        _HOLDERS.add(holder)
+        try:
+            with self._held(filelock, path, timeout):
+                yield
+        finally:
+            _HOLDERS.discard(holder)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _held(filelock: Any, path: Path, timeout: float) -> Iterator[None]:
         guard = filelock.FileLock(path, timeout=timeout)
         try:
             guard.acquire()
         except filelock.Timeout as error:
-            held = f"another process has held the lock for {timeout:g} s"
+            held = f"another process or thread has held the lock for {timeout:g} s"
             raise TimeoutError(errno.ETIMEDOUT, held, str(path)) from error
         try:
             yield

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from noether_init_core.checkpoints.builders import OpcodeError
+from noether_init_core.checkpoints.naming import children, join, named
 from noether_init_core.checkpoints.tensor_info import TensorInfo
 from noether_init_core.checkpoints.values import ForeignObject, RefusedTensor, StorageRef
 
-__all__ = ["MAX_DEPTH", "Survey", "children"]
+__all__ = ["MAX_DEPTH", "Survey", "dotted"]
 
 MAX_DEPTH = 128
 _CONTAINERS = frozenset({dict, list, tuple, ForeignObject})
@@ -39,10 +40,10 @@ class Survey:
 
     def tensors(self, parts: Mapping[Any, Any]) -> dict[str, TensorInfo]:
         """Dotted path -> tensor, in parts of the object. Of two equal paths the second gets ``#2``, and so on."""
-        found: dict[str, TensorInfo] = {}
-        for key, value in parts.items():
-            self._collect(value, dotted((key,)), found)
-        return found
+        return named(parts, TensorInfo, self._holds_tensors)
+
+    def _holds_tensors(self, value: Any) -> bool:
+        return type(value) in _CONTAINERS and (self._seen[id(value)] or (0, 0))[1] > 0
 
     def _visit(self, value: Any, path: tuple[Any, ...], depth: int) -> tuple[int, int]:
         kind = type(value)
@@ -81,36 +82,10 @@ class Survey:
         self._seen[id(value)] = values, tensors
         return values, tensors
 
-    def _collect(self, value: Any, path: str, found: dict[str, TensorInfo]) -> None:
-        if type(value) is TensorInfo:
-            name, number = path, 1
-            while name in found:
-                number += 1
-                name = f"{path}#{number}"
-            found[name] = value
-        elif type(value) in _CONTAINERS and (self._seen[id(value)] or (0, 0))[1]:
-            for key, child in children(value):
-                if type(child) is TensorInfo or type(child) in _CONTAINERS:
-                    self._collect(child, _join(path, key), found)
-
-
-def children(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Key or position, and value, of what a container holds. Members of a set are no tensors and have none."""
-    if type(value) is dict:
-        return value.items()
-    if type(value) is ForeignObject:
-        return (("args", value.args), ("state", value.state), ("items", value.items))
-    return enumerate(value)
-
 
 def dotted(path: Iterable[Any]) -> str:
     """The path as it is shown and asked for: ``state.0.exp_avg``."""
     name = ""
     for key in path:
-        name = _join(name, key)
+        name = join(name, key)
     return name
-
-
-def _join(path: str, key: Any) -> str:
-    text = key if type(key) is str else repr(key)
-    return f"{path}.{text}" if path else text

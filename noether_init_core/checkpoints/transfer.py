@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +11,11 @@ import attrs
 
 from noether_init_core.checkpoints.file_handle import CHUNK, FileHandle, Transfer
 from noether_init_core.checkpoints.memory import in_large_pages
+from noether_init_core.checkpoints.naming import children
 from noether_init_core.checkpoints.records import Record
-from noether_init_core.checkpoints.survey import children
 from noether_init_core.checkpoints.tensor_info import ITEMSIZES, TensorInfo
 from noether_init_core.checkpoints.values import ForeignObject, GlobalName
+from noether_init_core.checkpoints.versions import METADATA, Versions
 from noether_init_core.errors import CheckpointFormatError, StateMismatchError
 
 if TYPE_CHECKING:
@@ -208,9 +211,13 @@ def are_equal(handle: FileHandle, records: Mapping[str, Record], first: TensorIn
 
 
 class Materializer:
-    """Turns an object of plain values into the same with real tensors; parts that were shared stay shared."""
+    """Turns an object of plain values into the same with real tensors; parts that were shared stay shared.
 
-    def __init__(self, handle: FileHandle, records: Mapping[str, Record]) -> None:
+    ``versions``: id of a dict -> the ``_metadata`` that it gets back.
+    """
+
+    def __init__(self, handle: FileHandle, records: Mapping[str, Record], versions: Mapping[int, Versions]) -> None:
+        self._versions = versions
         self._handle = handle
         self._records = records
         # Views of one storage may overlap, and each gets memory of its own; a small file must not ask for much.
@@ -237,7 +244,13 @@ class Materializer:
 
     def _container(self, value: Any) -> Any:
         if type(value) is dict:
-            return {self.convert(key): self.convert(child) for key, child in value.items()}
+            items = ((self.convert(key), self.convert(child)) for key, child in value.items())
+            if id(value) not in self._versions:
+                return dict(items)
+            state_dict = OrderedDict(items)
+            metadata = OrderedDict((path, copy.deepcopy(said)) for path, said in self._versions[id(value)].items())
+            setattr(state_dict, METADATA, metadata)
+            return state_dict
         if type(value) is ForeignObject:
             if value.name == "torch.device":
                 return self._device(value)

@@ -35,7 +35,8 @@ from noether_init_core.checkpoints.sets import (
 )
 from noether_init_core.checkpoints.storage import LOCAL, Storage
 from noether_init_core.checkpoints.usable import refused_by_resume, summary
-from noether_init_core.errors import CheckpointError, CheckpointWriteError, ConfigError
+from noether_init_core.checkpoints.watch import Watch
+from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import leaf_models
@@ -67,6 +68,9 @@ class CheckpointWriter:
     A set is written to a folder of its own, brought onto the disk, read back, and then committed by renaming its
     manifest into place. A process that is killed before that leaves the sets from before, and an uncommitted folder
     that the next save removes. In a distributed run one rank may call it, with full tensors.
+
+    Tensors in CPU memory that change while a set is written are found out, and the set is not committed. Those of other
+    devices are copied when the save begins, one after the other: do not train meanwhile.
 
     Args:
         path_provider: The folders of the run; anything with ``output_root``, ``run_id`` and ``stage_name``.
@@ -131,9 +135,9 @@ class CheckpointWriter:
         Raises:
             ConfigError: The model, iteration, tags, metrics or optimizer cannot be saved. Nothing was written.
             CheckpointFormatError: A value could not be read again; its place is named. Nothing was written.
-            CheckpointWriteError: The disk is full, read-only, failing or not mounted, or another process holds the
-                lock. The set was not committed (but for a disk that fails in the very last step: the message says
-                so); the sets from before are untouched.
+            CheckpointWriteError: The disk is full, read-only, failing or not mounted, another process holds the lock,
+                this thread is in the midst of a save, or tensors changed meanwhile. The set was not committed (but for
+                a disk that fails in the very last step: the message says so); the sets from before are untouched.
         """
         full = iteration_for(iteration, trainer)
         all_tags = _all_tags(full, tags)
@@ -227,6 +231,17 @@ class CheckpointWriter:
         folder = checkpoints / SETS_FOLDER / f"{sequence:08d}_{iteration}"
         storage.make_folder(folder)
         storage.fsync_folder(folder.parent)
+        # tensors are looked at meanwhile: the disk and torch's checksums take longer
+        with Watch(contents) as watch:
+            files = tuple(write_file(folder, content, storage, watch) for content in contents)
+            changed = watch.changed()
+        if changed:
+            raise CheckpointCorruptError(
+                f"{', '.join(changed[:5])} changed while the set was written, by another thread or process: its files "
+                "would be of two moments. Next: save a copy (clone), or wait for what updates it",
+                path=folder,
+                key=", ".join(changed),
+            )
         manifest = Manifest(
             sequence=sequence,
             iteration=iteration.to_mapping(),
@@ -239,7 +254,7 @@ class CheckpointWriter:
             training=described.descent.training,
             started_from=described.descent.started_from,
             passed_over=described.descent.passed_over,
-            files=tuple(write_file(folder, content, storage) for content in contents),
+            files=files,
             lineage=described.lineage,
             versions=_versions(),
         )

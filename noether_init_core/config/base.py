@@ -11,7 +11,7 @@ import pydantic
 
 from noether_init_core.errors import ConfigError
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.paths import check_name
+from noether_init_core.paths import check_name, check_run_id
 
 __all__ = [
     "CheckpointTag",
@@ -127,7 +127,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
 
 
-RunId = Annotated[str, _named("run_id")]
+RunId = Annotated[str, pydantic.AfterValidator(check_run_id)]
 StageName = Annotated[str, _named("stage_name")]
 ModelName = Annotated[str, pydantic.AfterValidator(_check_model_name)]
 ModelInfo = Annotated[str, _named("model_info")]

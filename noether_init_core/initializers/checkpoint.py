@@ -113,6 +113,7 @@ class CheckpointInitializer(SourceInitializer):
         """
         if self._selected is None:
             self._selected = self.store.find(self.checkpoint_tag, needs)
+            self._look_at_run(self._selected)
             self.logger.info("%s: %s is %s", self.config.kind, self.checkpoint_tag, self._selected.folder)
         else:
             self.store.require(self._selected, needs)
@@ -237,6 +238,12 @@ class CheckpointInitializer(SourceInitializer):
                 if name in known:
                     return Need(name, part, info)
         return Need(leaf.file_names[0], part, info)
+
+    def _look_at_run(self, selected: CheckpointSet) -> None:
+        """Tell of a committed set that another run or stage wrote: its folder was copied, or has another name now."""
+        message = other_run(selected, self.source_paths)
+        if message:
+            self.logger.warning("%s: %s", self.config.kind, message)
 
     def _tag_words(self) -> str:
         tag = self.checkpoint_tag
@@ -380,6 +387,17 @@ class CheckpointInitializer(SourceInitializer):
                 f"{message}. Nothing was changed. To load it all the same: on_nonfinite: warn", problems=[message]
             )
         self.logger.warning("%s: %s", self.config.kind, message)
+
+
+def other_run(selected: CheckpointSet, asked: PathProvider) -> str:
+    """What is to be said of a committed set that is not of the run and stage that were asked for; else empty."""
+    if not selected.committed or (selected.run_id, selected.stage_name) == (asked.run_id, asked.stage_name):
+        return ""
+    said, here = (
+        f"run {run_id}" + (f", stage {stage_name}" if stage_name is not None else "")
+        for run_id, stage_name in ((selected.run_id, selected.stage_name), (asked.run_id, asked.stage_name))
+    )
+    return f"{selected.folder} was written by {said}, and is read as {here}: the folder was renamed or copied"
 
 
 def tensors_of(value: Any) -> Iterator[TensorInfo]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Self
 
 import attrs
 
 from noether_init_core.checkpoints.names import CheckpointFileName, parse
 from noether_init_core.checkpoints.store import CheckpointSet
+from noether_init_core.errors import StateMismatchError
 from noether_init_core.paths import PathProvider
 
-__all__ = ["ResumptionPaths"]
+__all__ = ["ResumptionPaths", "check_resumption", "resume_callbacks"]
 
 
 @attrs.frozen
@@ -36,9 +38,7 @@ class ResumptionPaths(PathProvider):
 
     @classmethod
     @contextmanager
-    def showing(
-        cls, paths: PathProvider, selected: CheckpointSet | None, logger: logging.Logger
-    ) -> Iterator[ResumptionPaths]:
+    def showing(cls, paths: PathProvider, selected: CheckpointSet | None, logger: logging.Logger) -> Iterator[Self]:
         """The provider for one set; ``selected`` None shows the folder as it is."""
         plain = cls(paths.output_root, paths.run_id, paths.stage_name, debug=paths.debug)
         if selected is None:
@@ -47,6 +47,36 @@ class ResumptionPaths(PathProvider):
         with tempfile.TemporaryDirectory(prefix="noether-init-") as folder:
             _link_files(Path(folder), paths.checkpoint_path, selected, logger)
             yield attrs.evolve(plain, view=Path(folder))
+
+
+def resume_callbacks(
+    callbacks: Iterable[Any], model: Any, paths: PathProvider, selected: CheckpointSet | None, logger: logging.Logger
+) -> None:
+    """Let every callback that can (``resume_from_checkpoint``) resume from files; without one, nothing is made."""
+    resuming = _resuming(callbacks)
+    if resuming:
+        with ResumptionPaths.showing(paths, selected, logger) as shown:
+            for resume in resuming:
+                resume(resumption_paths=shown, model=model)
+
+
+def check_resumption(callbacks: Iterable[Any]) -> None:
+    """Find out whether callbacks that resume from files could be shown them. Raises ``StateMismatchError``."""
+    if not _resuming(callbacks):
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix="noether-init-") as folder:
+            os.symlink(folder, Path(folder) / "link")
+    except OSError as error:
+        raise StateMismatchError(
+            "callbacks with resume_from_checkpoint are shown their files in a temporary folder of links, and none can "
+            f"be made: {error}. Nothing was changed. Next: TMPDIR=... with a folder that can be written"
+        ) from error
+
+
+def _resuming(callbacks: Iterable[Any]) -> list[Callable[..., Any]]:
+    found = (getattr(callback, "resume_from_checkpoint", None) for callback in callbacks)
+    return [resume for resume in found if callable(resume)]
 
 
 def _link_files(view: Path, folder: Path, selected: CheckpointSet, logger: logging.Logger) -> None:

@@ -28,6 +28,7 @@ from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
 from noether_init_core.surgery.planner import KEEP_MODEL_HINT, Policies, plan_load
 from noether_init_core.surgery.targets import ModelTargets, model_targets
 from noether_init_core.surgery.transforms import Transforms
+from noether_init_core.surgery.versions import check_versions
 
 __all__ = ["Leaf", "Part", "Source", "SourceInitializer", "SourceInitializerConfig", "submodel_of"]
 
@@ -385,6 +386,7 @@ class SourceInitializer(InitializerBase):
             self._check_memory(leaf, prepared)
             opened = self._opened[leaf.path, "model"]
             reader = opened.reader
+            check_versions(leaf.path, rows, reader.versions, prepared.targets[leaf.path])
             on_nonfinite = self.on_nonfinite
             reader.verify(
                 self.config.verify,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
@@ -12,7 +13,8 @@ from noether_init_core.errors import PlanError
 from noether_init_core.surgery.fresh import FreshMemory, on_meta
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.steps import Pad, Step, carry_out
-from noether_init_core.surgery.targets import ModelTargets
+from noether_init_core.surgery.targets import ModelTargets, OwnLoading
+from noether_init_core.surgery.versions import Versions, metadata_below
 
 __all__ = ["WeightReader", "apply_rows", "check_values"]
 
@@ -24,6 +26,8 @@ class WeightReader(Protocol):
 
     @property
     def extra_state(self) -> Mapping[str, Any]: ...
+    @property
+    def versions(self) -> Versions: ...
     def materialize(self, value: Any) -> Any: ...
     def read(self, key: str) -> torch.Tensor: ...
     def is_same(self, first: str, other: str) -> bool: ...
@@ -46,15 +50,15 @@ def apply_rows(
 
     Each tensor is written once, also when it has several names. Modules of rows that reset are initialized anew first,
     by their own ``reset_parameters``. Modules with loading code of their own get it run, with everything below them, on
-    tensors in memory; hooks that follow a load are called. The plan must be free of problems and the reader verified;
-    nothing is decided here. Returns the names that were written.
+    tensors in memory, with the versions that the file says of them; hooks that follow a load are called. The plan must
+    be free of problems and the reader verified; nothing is decided here. Returns the names that were written.
     """
     rows = tuple(rows)
     fresh = FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
     _reset(rows, targets, fresh)
     for own in targets.own_loading:
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(own.prefix))
-        own.module.load_state_dict(_state_below(own.prefix, rows, reader, targets))
+        _load_itself(own, rows, reader, targets)
     written = [row.target for row in rows if row.writes and row.target is not None]
     prefixes = tuple(own.prefix for own in targets.own_loading)
     left = [
@@ -138,6 +142,25 @@ def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: FreshMemory) -
         with torch.no_grad():
             for name, tensor in before.items():
                 below[name].copy_(tensor)
+
+
+def _load_itself(own: OwnLoading, rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> None:
+    """Let a module load what is planned for it. What is kept stays, also where its code translates what it is given."""
+    rows = tuple(row for row in rows if row.target is not None and row.target.startswith(own.prefix))
+    state: OrderedDict[str, Any] = OrderedDict(_state_below(own.prefix, rows, reader, targets))
+    metadata = metadata_below(own, rows, reader.versions)
+    if metadata:
+        state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # as torch.nn.Module.state_dict does
+    kept = {
+        str(row.target): targets.tensors[str(row.target)]
+        for row in rows
+        if row.action in ("keep", "reset") and row.dtype != "object"
+    }
+    before = {name: tensor.detach().clone() for name, tensor in kept.items()}
+    own.module.load_state_dict(state)
+    with torch.no_grad():
+        for name, tensor in before.items():
+            kept[name].copy_(tensor)
 
 
 def _state_below(prefix: str, rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> dict[str, Any]:

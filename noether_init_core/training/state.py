@@ -13,7 +13,7 @@ import torch
 from noether_init_core.errors import ConfigError, InitError, StateMismatchError, type_of
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.training.loader import Position, TrainingLoader
-from noether_init_core.training.plain import like, plain
+from noether_init_core.training.plain import Plain, like, plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
 __all__ = ["TrainerState"]
@@ -266,11 +266,12 @@ class TrainerState:
         members = {name: plain(member.state_dict(), name) for name, member in self._stateful.items()}
         state: dict[str, Any] = {"callback_state_dicts": {}, "training_iteration": self.iteration.to_mapping()}
         if isinstance(self._stateful.get("grad_scaler"), torch.amp.GradScaler):
-            state["grad_scaler"] = dict(members["grad_scaler"])
+            state["grad_scaler"] = dict(members["grad_scaler"].value)
         state[_OUR_KEY] = {
             "version": _VERSION,
             "seed": position.seed,
-            "stateful": members,
+            "stateful": {name: member.value for name, member in members.items()},
+            "types": {name: member.types for name, member in members.items()},
             "loader": {"batch": position.batch, "layout": None if layout is None else dict(layout)},
             "rng": take_rng(),
         }
@@ -302,7 +303,7 @@ class TrainerState:
             self._move_to(parsed.iteration, self.seed, 0, None)
             return
         ours = parsed.ours
-        self._load_members(ours["stateful"])
+        self._load_members(ours)
         if ours["loader"]["layout"] is None and self._loader is not None and not parsed.iteration.is_zero:
             _logger.warning("the checkpoint holds no position of a loader; the data begins with its epoch")
         self._move_to(parsed.iteration, ours["seed"], ours["loader"]["batch"], ours["loader"]["layout"])
@@ -357,6 +358,7 @@ class TrainerState:
             problems += self._loader.layout.differences(stored["layout"], stored["batch"])
         _raise_for(problems)
         check_rng(ours["rng"])
+        self._restored(ours, {name: member.state_dict() for name, member in self._stateful.items()})
         return _Parsed(iteration, ours)
 
     def _member_problems(self, stored: Mapping[str, Any]) -> list[str]:
@@ -372,13 +374,24 @@ class TrainerState:
             )
         return problems
 
-    def _load_members(self, stored: Mapping[str, Any]) -> None:
+    @staticmethod
+    def _restored(ours: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of each object, of the types that were saved; files had none at first."""
+        stored, types = ours["stateful"], ours.get("types")
+        if types is None:
+            return {name: like(template, stored[name]) for name, template in before.items()}
+        if not isinstance(types, Mapping) or not all(isinstance(types.get(name), list) for name in before):
+            _raise_for(["the types of its values are missing"])
+        return {name: restored(Plain(stored[name], types[name]), template, name) for name, template in before.items()}
+
+    def _load_members(self, ours: Mapping[str, Any]) -> None:
         before = {name: copy.deepcopy(member.state_dict()) for name, member in self._stateful.items()}
+        stored = self._restored(ours, before)
         touched: list[str] = []
         for name, member in self._stateful.items():
             touched.append(name)
             try:
-                member.load_state_dict(like(before[name], stored[name]))
+                member.load_state_dict(stored[name])
             except Exception as error:
                 raise self._put_back(touched, before, error) from error
 

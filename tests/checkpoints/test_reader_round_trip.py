@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.tensor_info import ITEMSIZES, TensorInfo
+from noether_init_core.errors import CheckpointFormatError
 
 PROTOCOLS = (2, 3, 4, 5)
 scalars = st.one_of(
@@ -267,3 +268,30 @@ def test_tensors_of_other_objects_are_found_by_dotted_path(tmp_path: Path) -> No
     with open_checkpoint(tmp_path / "b.pt") as reader:
         assert list(reader.tensors) == ["object.0", "object.1.0"]
         assert list(reader.metadata) == ["object"]
+
+
+def test_versions_of_modules_are_those_that_torch_saved(tmp_path: Path) -> None:
+    """``_metadata`` of the state dict, in the reader and in what ``load`` and ``materialize`` give."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    torch.save({"state_dict": module.state_dict(), "ema": {"inner": module.state_dict()}}, tmp_path / "a.pt")
+    truth = torch.load(tmp_path / "a.pt", weights_only=True)
+    with open_checkpoint(tmp_path / "a.pt") as reader:
+        assert dict(reader.versions) == {"": {"version": 1}, "0": {"version": 1}, "1": {"version": 2}}
+        loaded = reader.load()
+        assert loaded["state_dict"]._metadata == truth["state_dict"]._metadata
+        assert reader.materialize(reader.metadata["ema"])["inner"]._metadata == truth["ema"]["inner"]._metadata
+        loaded["state_dict"]._metadata["1"]["version"] = 0
+        assert reader.versions["1"] == {"version": 2}
+    torch.save(dict(module.state_dict()), tmp_path / "bare.pt")
+    with open_checkpoint(tmp_path / "bare.pt") as reader:
+        assert reader.versions == {}
+
+
+@pytest.mark.parametrize("metadata", [[1], {1: {}}, {"": 1}, {"": {"version": torch.zeros(1)}}, {"": {"of": {1, 2}}}])
+def test_versions_that_are_no_plain_data_are_refused(tmp_path: Path, metadata: Any) -> None:
+    """Torch could not use them either, and nobody else may be handed what was not looked at."""
+    state = torch.nn.Linear(2, 2).state_dict()
+    state._metadata = metadata  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointFormatError, match="_metadata of a state dict"):
+        open_checkpoint(tmp_path / "a.pt")

@@ -778,3 +778,17 @@ def test_files_of_different_runs_are_torn() -> None:
     one = TrainingIteration(1, 1, 1)
     with pytest.raises(TornSetError, match="different runs: a: E1_U1_S1 of run first; b: E1_U1_S1 of run second"):
         check_consistency({"a": (one, "first"), "b": (one, "second")}, checkpoint_set)
+
+
+def test_of_two_sets_of_one_sequence_the_further_one_is_newer(store: RunStore) -> None:
+    """Writers that did not see each other; as text, E2 would come after E10."""
+    further = write_set(store, 10, "latest")
+    shutil.move(store.folder / "sets", store.folder / "sets.aside")
+    earlier = write_set(store, 2, "latest")
+    shutil.move(store.folder / "sets.aside" / further.folder.name, further.folder)
+    assert (earlier.sequence, further.sequence) == (1, 1)
+    assert [found.name for found in store.sets()] == [earlier.name, further.name]
+    newest = store.newest()
+    assert newest is not None
+    assert newest.name == further.name
+    assert store.find("latest").name == further.name

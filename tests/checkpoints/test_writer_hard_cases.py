@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from noether_init_core import (
+    CheckpointFormatError,
     CheckpointWriteError,
     CheckpointWriter,
     PathProvider,
@@ -28,7 +29,7 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
-from noether_init_core.checkpoints import file_writing
+from noether_init_core.checkpoints import watch as watch_module
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import CheckpointSet, check_files
 from noether_init_core.checkpoints.storage import Storage
@@ -355,7 +356,7 @@ def test_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path, monkeypatch: p
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
         monkeypatch.setattr("noether_init_core.checkpoints.writer.LOCK_TIMEOUT_S", 0.2)
-        with pytest.raises(CheckpointWriteError, match="another process has held the lock") as caught:
+        with pytest.raises(CheckpointWriteError, match="another process or thread has held the lock") as caught:
             CheckpointWriter(paths).save(model_of(2), at(2))
         assert caught.value.path == lock
         assert list(assert_all_good(paths)) == ["E1_U10_S100"]
@@ -431,12 +432,13 @@ def test_weights_that_change_in_the_midst_of_a_save_are_not_committed(
         def open_write(self, path: Path) -> BinaryIO:
             file = super().open_write(path)
             if path.name.endswith("_model.th"):
-                examined.clear()
                 original = file.write
+                changed: list[bool] = []
 
                 def write(data: Any) -> int:
-                    if not examined.is_set():
+                    if not changed:
                         assert examined.wait(60)
+                        changed.append(True)
                         with torch.no_grad():
                             model.weight.add_(1)
                     return original(data)
@@ -444,7 +446,304 @@ def test_weights_that_change_in_the_midst_of_a_save_are_not_committed(
                 file.write = write  # type: ignore[method-assign]
             return file
 
-    monkeypatch.setattr(file_writing, "examine_memory", look)
+    monkeypatch.setattr(watch_module, "examine_memory", look)
     with pytest.raises(CheckpointWriteError, match=r"weight changed while .* was written, by another thread"):
         CheckpointWriter(paths, storage=TrainsOn()).save(model, at(2))
     assert set(assert_all_good(paths).values()) == {1.0}
+
+
+def test_channels_last_weights_that_change_in_the_midst_of_a_save_are_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of another order than the contiguous one are compared as they lie in the file."""
+    paths = PathProvider(tmp_path, "run")
+    module = torch.nn.Conv2d(3, 8, 3, bias=False).to(memory_format=torch.channels_last)
+    CheckpointWriter(paths).save(bind(module, "net"), at(1))
+    looked_at = threading.Event()
+
+    def look(data: memoryview, dtype: str) -> Any:
+        found = examine_memory(data, dtype)
+        looked_at.set()
+        return found
+
+    class TrainsOn(Storage):
+        def open_write(self, path: Path) -> BinaryIO:
+            file = super().open_write(path)
+            if path.name.endswith("_model.th"):
+                assert looked_at.wait(60)
+                with torch.no_grad():
+                    module.weight.add_(1)
+            return file
+
+    monkeypatch.setattr(watch_module, "examine_memory", look)
+    with pytest.raises(CheckpointWriteError, match=r"^E2_.*weight.* changed while .*_model\.th was written"):
+        CheckpointWriter(paths, storage=TrainsOn()).save(bind(module, "net"), at(2))
+    assert [found.name for found in RunStore(paths).sets()] == [str(at(1))]
+
+
+def test_a_step_between_two_files_of_a_set_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file is what was in memory when it was written, and the set would be torn: moments of a later step."""
+    paths = PathProvider(tmp_path, "run")
+    module = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    moment = optimizer.state[module.weight]["exp_avg"]
+    CheckpointWriter(paths).save(bind(module, "net", optimizer=optimizer), at(1))
+    stepped = threading.Event()
+    written = threading.Event()
+
+    def look(data: memoryview, dtype: str) -> Any:
+        if bytes(data) == bytes(moment.numpy().reshape(-1).view("u1")) and not stepped.is_set():
+            # the weights were looked at and are written; then comes the step, and the moments are those after it
+            assert written.wait(60)
+            with torch.no_grad():
+                module.weight.add_(1)
+                moment.add_(1)
+            stepped.set()
+        return examine_memory(data, dtype)
+
+    class TellsWhenWritten(Storage):
+        def fsync(self, file: BinaryIO) -> None:
+            super().fsync(file)
+            if file.name.endswith("_model.th"):
+                written.set()
+
+        def open_write(self, path: Path) -> BinaryIO:
+            if path.name.endswith("_optim.th"):
+                assert stepped.wait(60)
+            return super().open_write(path)
+
+    monkeypatch.setattr(watch_module, "examine_memory", look)
+    with pytest.raises(
+        CheckpointWriteError, match=r"weight of net_cp=E2_.* changed while the set was written"
+    ) as caught:
+        CheckpointWriter(paths, storage=TellsWhenWritten()).save(bind(module, "net", optimizer=optimizer), at(2))
+    assert "exp_avg" not in str(caught.value)
+    assert [found.name for found in RunStore(paths).sets()] == [str(at(1))]
+
+
+def test_extra_state_that_changes_in_the_midst_of_a_save_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that stand in no list of the manifest are compared as well."""
+
+    class WithState(torch.nn.Linear):
+        inner = torch.zeros(5)
+
+        def get_extra_state(self) -> Any:
+            return {"inner": [self.inner]}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.inner = state["inner"][0]
+
+    looked_at = threading.Event()
+
+    def look(data: memoryview, dtype: str) -> Any:
+        found = examine_memory(data, dtype)
+        if len(data) == 20:
+            looked_at.set()
+        return found
+
+    class Changes(Storage):
+        def open_write(self, path: Path) -> BinaryIO:
+            if path.name.endswith("_model.th"):
+                file = super().open_write(path)
+                assert looked_at.wait(60)
+                module.inner.add_(1)
+                return file
+            return super().open_write(path)
+
+    module = WithState(2, 2)
+    paths = PathProvider(tmp_path, "run")
+    CheckpointWriter(paths).save(bind(module, "net"), at(1))
+    monkeypatch.setattr(watch_module, "examine_memory", look)
+    with pytest.raises(CheckpointWriteError, match=r"_extra_state\.inner\.0 .*changed while"):
+        CheckpointWriter(paths, storage=Changes()).save(bind(module, "net"), at(2))
+
+
+SAVE_IN_HANDLER = """
+import os, signal, sys, time, torch
+from pathlib import Path
+from noether_init_core import CheckpointWriteError, CheckpointWriter, PathProvider, TrainingIteration, bind
+from noether_init_core.checkpoints.storage import Storage
+
+paths = PathProvider(Path(sys.argv[1]), "run")
+model = bind(torch.nn.Linear(2, 2), "net")
+outcome = []
+
+def handler(number, frame):
+    began = time.monotonic()
+    try:
+        CheckpointWriter(paths).save(model, TrainingIteration(2, 2, 2))
+    except CheckpointWriteError as error:
+        outcome.append(f"{time.monotonic() - began < 30} {error}")
+
+class Interrupted(Storage):
+    def fsync(self, file):
+        if file.name.endswith("_model.th"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().fsync(file)
+
+signal.signal(signal.SIGTERM, handler)
+CheckpointWriter(paths, storage=Interrupted()).save(model, TrainingIteration(1, 1, 1))
+print(*outcome)
+CheckpointWriter(paths).save(model, TrainingIteration(3, 3, 3))
+"""
+
+
+def test_a_save_in_a_handler_of_signals_is_refused_at_once(tmp_path: Path) -> None:
+    """It would wait for itself. The save that it came in the midst of is finished, and the next one works."""
+    child = python(SAVE_IN_HANDLER, tmp_path)
+    output, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert output.startswith("True E2_U2_S2 of run run was not saved")
+    assert "this very thread is in the midst of a save" in output
+    assert "set a flag" in output
+    assert [found.name for found in RunStore(PathProvider(tmp_path, "run")).sets()] == ["E1_U1_S1", "E3_U3_S3"]
+
+
+def test_two_threads_of_one_process_wait_for_each_other(tmp_path: Path) -> None:
+    """Only a thread that waits for itself is told so; a link to the folder is the same folder."""
+    real = PathProvider(tmp_path / "real", "run")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    inside, others = threading.Event(), []
+
+    class Slow(Storage):
+        def make_read_only(self, path: Path) -> None:
+            inside.set()
+            if not others:
+                thread = threading.Thread(
+                    target=CheckpointWriter(PathProvider(tmp_path / "link", "run")).save, args=(model_of(2), at(2))
+                )
+                others.append(thread)
+                thread.start()
+            super().make_read_only(path)
+
+    CheckpointWriter(real, storage=Slow()).save(model_of(1), at(1))
+    others[0].join(60)
+    assert assert_all_good(real) == {"E1_U10_S100": 1, "E2_U20_S200": 2}
+
+
+def test_writers_in_two_threads_write_checksums_whatever_torch_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some releases of torch keep that choice for the whole process: nobody puts it back while another one writes."""
+    option = {"crc": False}
+    monkeypatch.setattr(torch.serialization, "get_crc32_options", lambda: option["crc"])
+    monkeypatch.setattr(torch.serialization, "set_crc32_options", lambda value: option.update(crc=value))
+    original = torch.save
+    seen: list[bool] = []
+    first_is_in, go_on = threading.Event(), threading.Event()
+
+    def save(*arguments: Any) -> None:
+        if threading.current_thread().name == "first" and not first_is_in.is_set():
+            first_is_in.set()
+            go_on.wait(2)  # as long as the other one may take to come in, if nothing holds it up
+        seen.append(option["crc"])
+        original(*arguments)
+        seen.append(option["crc"])
+
+    monkeypatch.setattr(torch, "save", save)
+
+    def write(name: str) -> None:
+        CheckpointWriter(PathProvider(tmp_path, name)).save(model_of(1), at(1))
+        go_on.set()
+
+    threads = [threading.Thread(target=write, args=(name,), name=name) for name in ("first", "second")]
+    threads[0].start()
+    assert first_is_in.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    assert seen == [True] * 8
+    assert option["crc"] is False
+    for name in ("first", "second"):
+        assert assert_all_good(PathProvider(tmp_path, name)) == {"E1_U10_S100": 1}
+
+
+def test_a_file_without_checksums_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may have its own way with torch's choice; then nothing proves the bytes."""
+    original = torch.save
+
+    def save(*arguments: Any) -> None:
+        torch.serialization.set_crc32_options(False)
+        original(*arguments)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(CheckpointWriteError, match="written without checksums"):
+        CheckpointWriter(PathProvider(tmp_path, "run")).save(model_of(1), at(1))
+    assert RunStore(PathProvider(tmp_path, "run")).sets() == ()
+
+
+class StateOf:
+    """A trainer with a given state."""
+
+    def __init__(self, state: dict[Any, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[Any, Any]:
+        return self.state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"state_dict": {"a": torch.ones(2), "of": {"b": torch.ones(3)}}},
+        {"a.b": torch.ones(2), "a": {"b": torch.zeros(3)}},
+        {"a": {0: torch.ones(2), "0": torch.zeros(3)}},
+        {"a": {1.5: [torch.ones(1)], (1, "x"): torch.ones(2), None: {"": torch.ones(3)}}},
+        {"": {"a": torch.ones(2)}, "a": torch.ones(3)},
+    ],
+)
+def test_states_with_keys_of_every_kind_are_saved_and_read(tmp_path: Path, state: dict[Any, Any]) -> None:
+    """Writer and reader name tensors by one function, also where two paths look the same."""
+    paths = PathProvider(tmp_path, "run")
+    found = CheckpointWriter(paths).save(model_of(1), at(1), trainer=StateOf(state))
+    file = found.file("mlp", "trainer")
+    assert file is not None
+    with open_checkpoint(file.path) as reader:
+        reader.verify(committed=found.committed_file(file))
+        loaded = reader.load()
+    truth = torch.load(file.path, weights_only=True)
+    assert repr(loaded) == repr(dict(truth))
+    assert {key: repr(loaded[key]) for key in state} == {key: repr(value) for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"state_dict": {0: torch.ones(2)}}, r"trainer\.state_dict: the key 0 is no text"),
+        (
+            {"a": (weights := torch.ones(2)), "b": [weights.view(torch.int32)]},
+            r"trainer\.b\.0: a torch\.int32 in the same memory as trainer\.a",
+        ),
+    ],
+)
+def test_states_that_no_file_can_hold_are_refused_beforehand(
+    tmp_path: Path, state: dict[Any, Any], message: str
+) -> None:
+    """With the place, and before a folder is made."""
+    paths = PathProvider(tmp_path, "run")
+    with pytest.raises(CheckpointFormatError, match=message):
+        CheckpointWriter(paths).save(model_of(1), at(1), trainer=StateOf(state))
+    assert not paths.checkpoint_path.exists()
+
+
+def test_versions_of_modules_that_could_not_be_read_are_refused_beforehand(tmp_path: Path) -> None:
+    """The reader refuses a state dict whose ``_metadata`` holds tensors, so none is written."""
+    module = torch.nn.Linear(2, 2)
+    module._register_state_dict_hook(lambda module, state, prefix, metadata: metadata.update(scale=torch.ones(1)))
+    with pytest.raises(CheckpointFormatError, match=r"_metadata.*other than a dict of plain values"):
+        CheckpointWriter(PathProvider(tmp_path, "run")).save(bind(module, "net"), at(1))
+
+
+def test_what_torch_itself_refuses_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare error of torch says neither which file nor that nothing was lost."""
+
+    def save(*arguments: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(CheckpointWriteError, match=r"torch\.save refuses mlp_cp=E1.*no such luck.*not committed"):
+        CheckpointWriter(PathProvider(tmp_path, "run")).save(model_of(1), at(1))

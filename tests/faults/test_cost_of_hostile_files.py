@@ -110,3 +110,65 @@ def test_honest_numbers_as_keys_are_read_however_many(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1), **content}, tmp_path / "a.th")
     with open_checkpoint(tmp_path / "a.th") as reader:
         assert {key: reader.metadata[key] for key in content} == content
+
+
+SIZE = 4 << 20
+MULTIPLIED: dict[str, Callable[[], bytes]] = {
+    "entries of the memo": lambda: b"N" + b"\x94" * SIZE,
+    "tuples in tuples": lambda: b"N" + b"\x85" * SIZE,
+    "tuples": lambda: b"(" + b"N\x85" * (SIZE // 2) + b"t",
+    "pairs": lambda: b"(N" + b"N\x86" * (SIZE // 2) + b"t",
+    "tuples of a mark": lambda: b"(" + b"(t" * (SIZE // 2) + b"t",
+    "lists": lambda: b"(" + b"]" * SIZE + b"t",
+    "dicts": lambda: b"(" + b"}" * SIZE + b"t",
+    "sets": lambda: b"(" + b"\x8f" * SIZE + b"t",
+    "frozensets": lambda: b"(" + b"(\x91" * (SIZE // 2) + b"t",
+    "names": lambda: b"(" + b"".join(b"c\n%x\n" % number for number in range(SIZE // 9)) + b"t",
+    "versions": lambda: b"(X\x09\x00\x00\x00_metadataq\x000" + b"}}h\x00}sb" * (SIZE // 7) + b"t",
+}
+MEASURE_ONE = """
+import sys
+from noether_init_core import CheckpointFormatError, open_checkpoint
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+good, bad = sys.argv[1:]
+open_checkpoint(good).close()
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+try:
+    open_checkpoint(bad)
+except CheckpointFormatError as error:
+    print(peak() - before, error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is asked of Linux")
+@pytest.mark.parametrize("title", MULTIPLIED, ids=lambda title: title.replace(" ", "_"))
+def test_bytes_that_stand_for_much_memory_are_counted(tmp_path: Path, title: str) -> None:
+    """Each is refused before it takes more than 16 MiB and 80 times its size; some took hundreds of megabytes."""
+    good, bad = tmp_path / "good.th", write_pickle(tmp_path / "bad.th", MULTIPLIED[title]())
+    torch.save(torch.nn.Linear(3, 2).state_dict(), good)
+    command = [sys.executable, "-c", MEASURE_ONE, str(good), str(bad)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    grown, _, message = output.partition(" ")
+    assert "than its size accounts for" in message or "refers to .0, .1" in message
+    # one of them alone is allowed half of the sum
+    assert int(grown) < (16 << 20) + 45 * bad.stat().st_size
+
+
+def test_honest_headers_of_many_small_parts_are_read(tmp_path: Path) -> None:
+    """A hundred thousand of each kind, in every protocol: what is counted is far from what such files have."""
+    content = {
+        "tuples": [(number % 200, number % 7) for number in range(100_000)],
+        "ones": [(number % 200,) for number in range(100_000)],
+        "lists": [[] for _ in range(60_000)],
+        "dicts": [{} for _ in range(60_000)],
+        "sets": [set() for _ in range(20_000)],
+    }
+    for protocol in (2, 3, 4, 5):
+        torch.save({"w": torch.ones(1), **content}, tmp_path / "a.th", pickle_protocol=protocol)
+        with open_checkpoint(tmp_path / "a.th") as reader:
+            assert {key: reader.metadata[key] for key in content} == content

@@ -434,6 +434,13 @@ def test_a_file_that_is_rewritten_between_check_and_load_is_refused(paths: PathP
     assert torch.equal(target.weight, before)
 
 
+def test_a_path_of_an_unknown_user_is_not_found() -> None:
+    """Not a bare error of pathlib."""
+    stack = InitializerStack.from_config([{"kind": "file", "path": "~nosuchuser/x.pt"}])
+    with pytest.raises(CheckpointNotFoundError, match=r"~nosuchuser/x\.pt cannot be found"):
+        stack.initialize(bind(torch.nn.Linear(2, 2), "net"))
+
+
 def test_views_that_share_memory_otherwise_than_as_one_tensor_are_refused(tmp_path: Path) -> None:
     """Transposed and overlapping views: the last one written would silently win; separate columns are fine."""
 

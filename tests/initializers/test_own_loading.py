@@ -185,3 +185,109 @@ def test_values_that_do_not_fit_the_target_dtype_are_refused(paths: PathProvider
         warm_start(paths, bind(wide, "net"), bind(narrow, "net"))
     warm_start(paths, bind(Numbers(small=True), "net"), bind(narrow, "net"))
     assert narrow.index.tolist() == [3, 7]
+
+
+class Migrating(torch.nn.Module):
+    """Before version 2, it stored half of its weight."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3))
+        self.head = torch.nn.Linear(3, 2)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        if (local_metadata.get("version") or 1) < 2:
+            for name in ("weight", "head.weight"):
+                state_dict[prefix + name] = state_dict[prefix + name] * 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+class Older(Migrating):
+    """The same module, as it was."""
+
+    _version = 1
+
+
+def nested(inner: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.ModuleDict({"stem": torch.nn.Linear(2, 2), "block": torch.nn.Sequential(inner)})
+
+
+@pytest.mark.parametrize("saved", [Migrating, Older])
+@pytest.mark.parametrize("kind", ["file", "bare file", "previous_run", "resume"])
+def test_a_module_is_told_the_version_that_was_saved(
+    paths: PathProvider, tmp_path: Path, saved: type[Migrating], kind: str
+) -> None:
+    """As after ``torch.load`` and ``load_state_dict``: what is current stays, what is older is translated once."""
+    source, target, truth = nested(saved()), nested(Migrating()), nested(Migrating())
+    written = CheckpointWriter(paths).save(bind(source, "net"), TrainingIteration(0, 1, 8))
+    file = written.folder / "net_cp=E0_U1_S8_model.th"
+    config: dict[str, Any] = {"kind": "file", "path": str(file)}
+    if kind == "bare file":
+        config["path"] = str(tmp_path / "bare.pt")
+        torch.save(source.state_dict(), config["path"])
+    elif kind != "file":
+        config = {"kind": kind, "run_id": "source"}
+    InitializerStack.from_config([config], path_provider=paths).initialize(bind(target, "net"))
+    truth.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    for name, value in truth.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value), name
+    factor = 1 if saved is Migrating else 2
+    assert torch.equal(target["block"][0].weight, source["block"][0].weight * factor)
+
+
+@pytest.mark.parametrize(("saved", "factor"), [(Migrating, 1), (Older, 2)])
+def test_the_version_follows_a_module_that_is_renamed(paths: PathProvider, saved: type[Migrating], factor: int) -> None:
+    """Its entries are in the form of the module that saved them, wherever surgery puts them."""
+    source, target = nested(saved()), torch.nn.ModuleDict({"net": torch.nn.ModuleDict({"tail": Migrating()})})
+    warm_start(
+        paths,
+        bind(source, "net"),
+        bind(target, "net"),
+        transforms=[{"from": "block.0.<rest..>", "to": "net.tail.<rest..>"}, {"drop": "stem.**"}],
+    )
+    assert torch.equal(target["net"]["tail"].weight, source["block"][0].weight * factor)
+    assert torch.equal(target["net"]["tail"].head.bias, source["block"][0].head.bias)
+
+
+@pytest.mark.parametrize("kept", ["block.0.head.weight", "block.0."])
+def test_what_is_kept_is_not_translated(paths: PathProvider, kept: str) -> None:
+    """The model's own values are current already, whatever version the file is of."""
+    source, target = nested(Older()), nested(Migrating())
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    warm_start(paths, bind(source, "net"), bind(target, "net"), patterns_to_instantiate=[kept])
+    assert torch.equal(target["block"][0].head.weight, before["block.0.head.weight"])
+    expected = before["block.0.weight"] if kept == "block.0." else source["block"][0].weight * 2
+    assert torch.equal(target["block"][0].weight, expected)
+
+
+def test_a_module_put_together_from_two_versions_is_refused(paths: PathProvider) -> None:
+    """Told one version, it would translate entries of the other one wrongly; nothing is changed."""
+    source = torch.nn.ModuleDict({"old": Older(), "new": Migrating()})
+    target = torch.nn.ModuleDict({"one": Migrating()})
+    before = target["one"].weight.detach().clone()
+    rules = [
+        {"from": "old.weight", "to": "one.weight"},
+        {"from": "new.head.<rest..>", "to": "one.head.<rest..>"},
+        {"drop": "old.head.**"},
+        {"drop": "new.weight"},
+    ]
+    with pytest.raises(PlanError, match=r"one has loading code.*old \{'version': 1\}, new \{'version': 2\}"):
+        warm_start(paths, bind(source, "net"), bind(target, "net"), transforms=rules)
+    assert torch.equal(target["one"].weight, before)
+
+
+def test_a_file_without_versions_is_translated_as_torch_does(paths: PathProvider, tmp_path: Path) -> None:
+    """Safetensors files carry none: torch takes them for the oldest, and so do we; what is kept stays current."""
+    from safetensors.torch import save_file
+
+    source, target, truth = nested(Migrating()), nested(Migrating()), nested(Migrating())
+    save_file({name: value.contiguous() for name, value in source.state_dict().items()}, tmp_path / "w.safetensors")
+    stack = InitializerStack.from_config([{"kind": "file", "path": str(tmp_path / "w.safetensors")}])
+    stack.initialize(bind(target, "net"))
+    truth.load_state_dict(dict(source.state_dict()))
+    assert torch.equal(target["block"][0].weight, truth["block"][0].weight)
+    assert torch.equal(target["block"][0].weight, source["block"][0].weight * 2)
