@@ -31,6 +31,7 @@ _COMPUTED = frozenset(
 _MOST_COMPARISONS = 60_000
 # nobody would read more, and RE2 cannot take many thousands at once
 _MOST_RULES = 500
+_MOST_SHOWN = 20
 
 
 @attrs.frozen
@@ -142,9 +143,11 @@ class Suggestion:
         said = [self.to_yaml() or "# no rule is needed\n"]
         said.append(f"coverage {100 * self.coverage:.1f} %, {'no problem' if self.is_fine else 'not yet fine:'}\n")
         said += [f"  {problem.message}\n" for problem in self.plan.problems]
-        for one in self.unsure:
+        for one in self.unsure[:_MOST_SHOWN]:
             said.append(f"unsure: {one.what}: {one.reason}\n")
             said += [f"  or: {other}\n" for other in one.alternatives]
+        if len(self.unsure) > _MOST_SHOWN:
+            said.append(f"unsure: and {len(self.unsure) - _MOST_SHOWN} more\n")
         for side, names in (("file", self.unmatched_sources), ("model", self.unmatched_targets)):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -272,7 +275,7 @@ class _Suggesting:
             for layers, names in ((pair.sources, self._source_names), (pair.targets, self._target_names))
         )
         what = " -> ".join(", ".join(layer.path for layer in layers) for layers in (pair.sources, pair.targets))
-        is_suggested = pair.way != "interpolate" or pair.grid is not None
+        is_suggested = all(pair is not other for other in self._pairing.unfit)
         return Unsure(what, "; ".join(pair.doubts), pair.alternatives, mine, its, is_suggested)
 
     def _heads(self, sources: Sequence[Layer], targets: Sequence[Layer]) -> tuple[list[Draft], list[Draft]]:

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping
 
 from noether_init_core.surgery.plan import TensorSpec
 from noether_init_core.surgery.suggest_matching import loose_signature, matched, signature_of, with_other_blocks
-from noether_init_core.surgery.suggest_names import Layer, Numbers, layers_of, numbers_out
+from noether_init_core.surgery.suggest_names import Index, Layer, Numbers, layers_of, numbers_out
 from noether_init_core.surgery.suggest_pairs import Pair, fit, relation, with_flips
 from noether_init_core.surgery.suggest_special import fused, resampled, stacked
 
 __all__ = ["Pairing"]
+
+# names of the file and of the model -> template and numbers
+_Templates = tuple[Mapping[str, tuple[str, Index]], ...]
 
 
 class Pairing:
@@ -27,17 +30,20 @@ class Pairing:
     def run(self) -> None:
         """Certain pairs first; each later attempt sees what the earlier ones have left."""
         self._same_names()
+        tried: list[_Templates] = []
         numbers: Numbers
         for numbers in ("all", "segments", "none"):
-            if self.sources and self.targets:
-                self._attempt(numbers)
+            templates = tuple(numbers_out(specs, numbers) for specs in self._all)
+            if self.sources and self.targets and templates not in tried:
+                self._attempt(templates, all_blocks=numbers != "none")
+                tried.append(templates)
         self._positions()
         self.pairs = with_flips(self.pairs)
 
-    def left(self, numbers: Numbers = "none") -> tuple[list[Layer], list[Layer]]:
-        """The layers that are in no pair."""
-        mine, its = (numbers_out(specs, numbers) for specs in self._all)
-        return layers_of(self.sources, mine), layers_of(self.targets, its)
+    def left(self) -> tuple[list[Layer], list[Layer]]:
+        """The layers that are in no pair, each of its own: no number counts blocks."""
+        mine, its = (layers_of(specs, {name: (name, ()) for name in specs}) for specs in (self.sources, self.targets))
+        return mine, its
 
     def _take(self, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
@@ -53,12 +59,8 @@ class Pairing:
         same: dict[str, TensorSpec] = {}
         for name, spec in self.sources.items():
             other = self.targets.get(name)
-            if other is not None and relation(tuple(spec.shape), tuple(other.shape)) in (
-                "yes",
-                "no",
-                "square",
-                "none",
-            ):
+            shapes = None if other is None else relation(tuple(spec.shape), tuple(other.shape))
+            if shapes not in (None, "reshape"):
                 same[name] = spec
         templates = numbers_out(self._all[0], "all")
         its = {name: self.targets[name] for name in same}
@@ -69,33 +71,38 @@ class Pairing:
                 pairs.append(Pair((source,), (target,), tuple(source.shapes), flip=flip, why="same name"))
         self._take(pairs)
 
-    def _attempt(self, numbers: Numbers) -> None:
-        mine, its = (numbers_out(specs, numbers) for specs in self._all)
-        counts = tuple(
-            Counter(map(signature_of, layers_of(specs, found)))
-            for specs, found in zip(self._all, (mine, its), strict=True)
-        )
+    def _attempt(self, templates: _Templates, *, all_blocks: bool) -> None:
+        every = [layers_of(specs, found) for specs, found in zip(self._all, templates, strict=True)]
+        counts = [Counter(map(signature_of, layers)) for layers in every]
+        known: tuple[int, tuple[list[Layer], list[Layer]]] = (-1, ([], []))
 
         def left() -> tuple[list[Layer], list[Layer]]:
-            return layers_of(self.sources, mine), layers_of(self.targets, its)
+            nonlocal known
+            if known[0] != len(self.pairs):
+                mine, its = (
+                    layers_of(specs, found)
+                    for specs, found in zip((self.sources, self.targets), templates, strict=True)
+                )
+                known = len(self.pairs), (mine, its)
+            return known[1]
 
-        if numbers != "none":
+        if all_blocks:
             self._take(fused(*left()))
         self._take(matched(*left(), signature_of, lambda one: counts[0][one] == 1 == counts[1][one]))
-        if numbers != "none":
+        if all_blocks:
             self._take(stacked(*left()))
             self._take(with_other_blocks(pair) for pair in matched(*left(), loose_signature, lambda _: False))
 
     def _positions(self) -> None:
-        """Position embeddings of another number of tokens, and heads of another number of classes."""
-        sources, targets = self.left()
-        for target in targets:
-            like = [source for source in sources if "position" in source.concepts and "weight" in source.leaves]
-            if "position" not in target.concepts or "weight" not in target.leaves or len(like) != 1:
-                continue
-            (source,) = like
-            pair = resampled(source, target)
-            if pair.grid is not None:
-                self._take([pair])
-            else:
-                self.unfit.append(pair)
+        """Position embeddings of another number of tokens."""
+        sources, targets = (
+            [layer for layer in layers if "position" in layer.concepts and "weight" in layer.leaves]
+            for layers in self.left()
+        )
+        if len(sources) == 1:
+            for target in targets:
+                pair = resampled(sources[0], target)
+                if pair.grid is None or len(targets) > 1:
+                    self.unfit.append(pair if pair.doubts else pair.doubted("several position embeddings fit"))
+                else:
+                    self._take([pair])
