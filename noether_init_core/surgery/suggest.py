@@ -152,7 +152,7 @@ class Suggestion:
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 said.append(f"unmatched in the {side}: {', '.join(names[:5])}{more}\n")
-        return "".join(said)
+        return "".join(said).rstrip("\n")
 
 
 def suggest(
