@@ -16,6 +16,7 @@ import yaml
 from noether_init_core.surgery.names import bare_names
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.planner import Policies, plan_load
+from noether_init_core.surgery.suggest_matching import MOST_COMPARISONS
 from noether_init_core.surgery.suggest_names import Layer, concepts, has_conflict, likeness
 from noether_init_core.surgery.suggest_pairing import Pairing
 from noether_init_core.surgery.suggest_pairs import Pair, is_head
@@ -28,7 +29,6 @@ __all__ = ["SuggestedRule", "Suggestion", "Unsure", "suggest"]
 _COMPUTED = frozenset(
     {"inv_freq", "position_ids", "masked_bias", "num_batches_tracked", "relative_position_index", "attn_mask"}
 )
-_MOST_COMPARISONS = 60_000
 # nobody would read more, and RE2 cannot take many thousands at once
 _MOST_RULES = 500
 _MOST_SHOWN = 20
@@ -308,7 +308,7 @@ class _Suggesting:
         """Layers whose names agree and whose shapes do not: what could be done is for the reader to choose."""
         sources, targets = ([one for one in layers if not is_head(one)] for layers in (sources, targets))
         by_path = {layer.path: layer for layer in sources}
-        compares = len(sources) * len(targets) <= _MOST_COMPARISONS
+        compares = len(sources) * len(targets) <= MOST_COMPARISONS
         unfit = {layer.template for pair in self._pairing.unfit for layer in pair.targets}
         for target in targets:
             source = by_path.get(target.path)
@@ -321,14 +321,13 @@ class _Suggesting:
             if leaf is None:
                 continue
             have, want = (list(layer.shapes[()][leaf]) for layer in (source, target))
-            name = self._target_names[target.name(leaf)]
             self._unsure.append(
                 Unsure(
                     f"{source.path} -> {target.path}",
                     f"the shapes differ: the file has {have}, the model {want}",
                     (f"keep_model: {target.name(leaf)}", "on_mismatch: slice, pad or keep, where the first rows agree"),
                     tuple(self._source_names[bare] for bare in source.names()),
-                    (name,),
+                    (self._target_names[target.name(leaf)],),
                     is_suggested=False,
                 )
             )
@@ -397,5 +396,5 @@ def _on_one_line(config: dict[str, Any]) -> str:
 
 
 def _can_say(name: str) -> bool:
-    """Whether rules can say the name: no characters of patterns, no empty segments, no line breaks."""
+    """Whether rules can say the name: no signs of patterns, no empty segments, no line breaks."""
     return name.isprintable() and not any(sign in name for sign in "<>*") and all(name.split("."))

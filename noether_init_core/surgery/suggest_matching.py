@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # names that are this much alike are about the same layer: where its shape is found once on either side, and where not
-ALIKE_ONCE, ALIKE = 0.3, 0.6
+ALIKE_ONCE, ALIKE = 0.55, 0.6
 # by how much a name has to be nearer than the next one
 MARGIN = 0.1
 # layers of one shape are compared each with each; this many comparisons take about a second

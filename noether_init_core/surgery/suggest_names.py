@@ -74,7 +74,7 @@ _HEADS = frozenset({"fc", "output", "cls"})
 # words that say little: another library's name for the same place
 _GENERIC = (
     "model module net network backbone base transformer bert gpt vit roberta llama layers layer blocks block h "
-    "dense self final trunk body"
+    "stages stage dense self final trunk body"
 )
 _WEIGHTS = {
     **dict.fromkeys(_GENERIC.split(), 0.1),
