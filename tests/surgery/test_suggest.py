@@ -19,7 +19,7 @@ from noether_init_core.initializers.transform_config import TransformConfig, rul
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.steps import Transpose
-from noether_init_core.surgery.suggest import Suggestion, suggest
+from noether_init_core.surgery.suggestions.suggest import Suggestion, suggest
 from noether_init_core.surgery.transforms import Transforms
 
 Specs = dict[str, TargetSpec]

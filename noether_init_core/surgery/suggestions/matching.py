@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 import attrs
 
-from noether_init_core.surgery.suggest_names import Index, Layer, has_conflict, likeness
-from noether_init_core.surgery.suggest_pairs import Pair, Relation, fit
+from noether_init_core.surgery.suggestions.names import Index, Layer, has_conflict, likeness
+from noether_init_core.surgery.suggestions.pairs import Pair, Relation, fit
 
 __all__ = [
     "ALIKE",

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from noether_init_core.surgery.plan import TensorSpec
-from noether_init_core.surgery.suggest_matching import loose_signature, matched, signature_of, with_other_blocks
-from noether_init_core.surgery.suggest_names import Index, Layer, Numbers, layers_of, numbers_out
-from noether_init_core.surgery.suggest_pairs import Pair, fit, relation, with_flips
-from noether_init_core.surgery.suggest_special import fused, resampled, stacked
+from noether_init_core.surgery.suggestions.matching import loose_signature, matched, signature_of, with_other_blocks
+from noether_init_core.surgery.suggestions.names import Index, Layer, Numbers, layers_of, numbers_out
+from noether_init_core.surgery.suggestions.pairs import Pair, fit, relation, with_flips
+from noether_init_core.surgery.suggestions.special import fused, resampled, stacked
 
 __all__ = ["Pairing"]
 

@@ -21,8 +21,8 @@ from noether_init_core.surgery.steps import (
     Transpose,
     Unstack,
 )
-from noether_init_core.surgery.suggest_names import Layer, filled
-from noether_init_core.surgery.suggest_pairs import Pair
+from noether_init_core.surgery.suggestions.names import Layer, filled
+from noether_init_core.surgery.suggestions.pairs import Pair
 from noether_init_core.surgery.transforms import Drop, KeepModel, Move, Rule
 
 __all__ = ["Draft", "drafts_of", "rule_of_draft"]

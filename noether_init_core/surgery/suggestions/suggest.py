@@ -16,11 +16,11 @@ import yaml
 from noether_init_core.surgery.names import bare_names
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.planner import Policies, plan_load
-from noether_init_core.surgery.suggest_matching import MOST_COMPARISONS
-from noether_init_core.surgery.suggest_names import Layer, concepts, has_conflict, likeness
-from noether_init_core.surgery.suggest_pairing import Pairing
-from noether_init_core.surgery.suggest_pairs import Pair, is_head
-from noether_init_core.surgery.suggest_rules import Draft, drafts_of, rule_of_draft
+from noether_init_core.surgery.suggestions.matching import MOST_COMPARISONS
+from noether_init_core.surgery.suggestions.names import Layer, concepts, has_conflict, likeness
+from noether_init_core.surgery.suggestions.pairing import Pairing
+from noether_init_core.surgery.suggestions.pairs import Pair, is_head
+from noether_init_core.surgery.suggestions.rules import Draft, drafts_of, rule_of_draft
 from noether_init_core.surgery.transforms import Rule, Transforms
 
 __all__ = ["SuggestedRule", "Suggestion", "Unsure", "suggest"]

@@ -9,7 +9,7 @@ from typing import Literal
 import attrs
 
 from noether_init_core.surgery.steps import Interpolate, Shape
-from noether_init_core.surgery.suggest_names import Index, Layer
+from noether_init_core.surgery.suggestions.names import Index, Layer
 
 __all__ = ["Flip", "Pair", "Relation", "fit", "is_head", "listed_paths", "relation", "with_flips"]
 

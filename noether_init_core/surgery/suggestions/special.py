@@ -9,9 +9,9 @@ from collections.abc import Hashable, Sequence
 import attrs
 
 from noether_init_core.surgery.steps import Interpolate, Shape
-from noether_init_core.surgery.suggest_matching import ALIKE, ALIKE_ONCE, MARGIN
-from noether_init_core.surgery.suggest_names import Layer, has_conflict, likeness
-from noether_init_core.surgery.suggest_pairs import Flip, Pair, listed_paths
+from noether_init_core.surgery.suggestions.matching import ALIKE, ALIKE_ONCE, MARGIN
+from noether_init_core.surgery.suggestions.names import Layer, has_conflict, likeness
+from noether_init_core.surgery.suggestions.pairs import Flip, Pair, listed_paths
 
 __all__ = ["fused", "resampled", "stacked"]
 
