@@ -26,6 +26,7 @@ from noether_init_core.surgery.names import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
 from noether_init_core.surgery.planner import KEEP_MODEL_HINT, Policies, plan_load
+from noether_init_core.surgery.suggestions.suggest import Suggestion, suggest
 from noether_init_core.surgery.targets import ModelTargets, model_targets
 from noether_init_core.surgery.transforms import Transforms
 from noether_init_core.surgery.versions import check_versions
@@ -216,6 +217,18 @@ class SourceInitializer(InitializerBase):
         """
         return self._prepare(model).plan
 
+    def suggest_rules(self, model: Any) -> dict[str, Suggestion]:
+        """Path of a single model -> transforms for it and its file, from names and shapes; nothing is applied.
+
+        Only headers are read; ``model`` may be on the meta device. Raises errors of ``locate`` and of the reader.
+        """
+        return {
+            part.model: suggest(
+                part.sources, part.targets, model=part.model, policies=self.policies, hidden=part.hidden
+            )
+            for part in self._parts(model)[0]
+        }
+
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Plan the weights, verify every byte that will be read, and look at the values. Changes nothing."""
         self._check_weights(model)
@@ -330,7 +343,8 @@ class SourceInitializer(InitializerBase):
         found = self._opened.get((leaf.path, part))
         return None if found is None else found.source
 
-    def _prepare(self, model: Any) -> _Prepared:
+    def _parts(self, model: Any) -> tuple[tuple[PlanPart, ...], tuple[Leaf, ...], dict[str, ModelTargets]]:
+        """The single models with what their files have, and what they have themselves."""
         leaves = self.leaves(model)
         self.before_locating(leaves)
         parts = []
@@ -360,6 +374,10 @@ class SourceInitializer(InitializerBase):
                 )
             )
         self.after_opening(leaves)
+        return tuple(parts), leaves, targets
+
+    def _prepare(self, model: Any) -> _Prepared:
+        parts, leaves, targets = self._parts(model)
         hint = self.fresh_hint
         if not hint or self.config.transforms:
             hint = KEEP_MODEL_HINT if self.config.transforms else f"{KEEP_MODEL_HINT} (under transforms:)"

@@ -27,6 +27,7 @@ __all__ = [
 
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+_NUMBER = re.compile(r"\d+")
 _WRAPPER = re.compile("|".join(sorted(WRAPPERS)))
 
 
@@ -268,4 +269,5 @@ def _closest(name: str, others: Sequence[str], most: int) -> list[str]:
     found = difflib.get_close_matches(name, others, n=64, cutoff=0.5)
     order = {other: number for number, other in enumerate(others)}
     found.sort(key=lambda other: (-difflib.SequenceMatcher(None, other, name).ratio(), order[other]))
-    return found[:most]
+    # the same name in another layer tells nothing more
+    return list({_NUMBER.sub("#", other): other for other in reversed(found)}.values())[::-1][:most]

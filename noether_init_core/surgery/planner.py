@@ -183,6 +183,8 @@ def _can_cast(source: str, target: str, cast: Cast) -> bool:
 
 # A rule that is wrong is wrong for every layer.
 _MOST_PROBLEMS = 5
+# A head or two may begin anew.
+_FEW_MODULES = 8
 
 
 class _PartPlanner:
@@ -415,7 +417,7 @@ class _PartPlanner:
                 "missing",
                 f"{self.part.model} needs {_listed(missing)}, which the file has not"
                 + self._near_hint(missing, unexpected or list(self.part.sources), "the file has")
-                + (self._rename(missing, unexpected) or self._fresh(missing)),
+                + (self._rename(missing, unexpected) or self._other_names(missing, unexpected) or self._fresh(missing)),
                 missing,
             )
 
@@ -477,6 +479,13 @@ class _PartPlanner:
             field, entries = "patterns_to_instantiate", modules
         shown = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "")
         return " " + self.fresh_hint.format(line=f"{field}: [{shown}]")
+
+    def _other_names(self, missing: list[str], unexpected: list[str]) -> str:
+        """Where names differ on both sides all over, keeping the model's own values would leave it random."""
+        modules = {name.rpartition(".")[0] for name in missing}
+        if not unexpected or len(modules) <= _FEW_MODULES:
+            return ""
+        return " Names differ; for rules: noether-init suggest, or stack.suggest(model)"
 
     def _rename(self, missing: list[str], unexpected: list[str]) -> str:
         """The config line of one rename that would resolve every missing name, where there is one."""
