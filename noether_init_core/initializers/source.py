@@ -19,13 +19,14 @@ from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.transform_config import TransformConfig, rule_of
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import History
+from noether_init_core.surgery.advice import KEEP_MODEL_HINT
 from noether_init_core.surgery.agreement import check_across, check_casts
 from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
 from noether_init_core.surgery.fresh import device_for, has_weak_references, left_without_memory, on_meta
 from noether_init_core.surgery.names import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
-from noether_init_core.surgery.planner import KEEP_MODEL_HINT, Policies, plan_load
+from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.suggestions.suggest import Suggestion, suggest
 from noether_init_core.surgery.targets import ModelTargets, model_targets
 from noether_init_core.surgery.transforms import Transforms

@@ -70,6 +70,7 @@ class NameMatch:
         outside: Names of the file outside of what the rules are about.
         astray: Name in the file -> (name that it would get, which the model has not; the rule, or empty).
         shadowed: Rule -> rules that took names before it that it would have matched.
+        hints: Rule that matched nothing -> what it may have missed in the model.
     """
 
     moves: dict[str, Taken]
@@ -82,6 +83,7 @@ class NameMatch:
     outside: frozenset[str] = frozenset()
     astray: dict[str, tuple[str, str]] = attrs.Factory(dict)
     shadowed: dict[str, frozenset[str]] = attrs.Factory(dict)
+    hints: dict[str, str] = attrs.Factory(dict)
 
 
 class NameRules(Protocol):
