@@ -18,9 +18,11 @@ from noether_init_core.checkpoints.store import CheckpointSet, Need, RunStore, c
 from noether_init_core.checkpoints.tensor_info import TensorInfo
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.errors import (
+    CheckpointNotFoundError,
     ConfigError,
     PartlyInitializedError,
     StateMismatchError,
+    TornSetError,
 )
 from noether_init_core.initializers.history import read_histories
 from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
@@ -32,6 +34,7 @@ from noether_init_core.surgery.optimizer import (
     OptimizerPlan,
     OptimizerPolicies,
     ParameterOrigin,
+    Stays,
     class_name,
     optimizer_names,
     parameter_aliases,
@@ -39,7 +42,7 @@ from noether_init_core.surgery.optimizer import (
     torch_optimizer,
 )
 from noether_init_core.surgery.optimizer_state import apply_optimizer, moved_value
-from noether_init_core.surgery.plan import PlanRow
+from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow, Problem
 
 __all__ = ["CheckpointInitializer", "CheckpointInitializerConfig"]
 
@@ -79,12 +82,48 @@ class CheckpointInitializerConfig(InitializerConfig, SourceInitializerConfig):
     )
 
 
+#: A plan names so many problems of one optimizer; what is wrong with one parameter is wrong with many.
+_MOST_PROBLEMS = 5
+
+
 @attrs.frozen(eq=False)
 class _OptimizerStep:
+    """What one optimizer will get. ``keep_fields``: it is inside a wrapper that keeps its own fields of groups."""
+
     leaf: Leaf
     optimizer: torch.optim.Optimizer
     plan: OptimizerPlan
     keep_fields: bool
+
+    def restored(self, *, continues: bool) -> str:
+        """What is restored, in words for the report; empty for nothing. To be asked before it is done."""
+        states = [state for group in self.plan.state for state in group]
+        taken = sum(isinstance(state, Mapping) for state in states)
+        notes = []
+        if any(isinstance(state, Stays) for state in states):
+            notes.append(f"{taken} of {len(states)} parameters, the others as loaded before")
+        if not continues and not self.keep_fields:
+            notes.append(self._changes())
+        said = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
+        if taken:
+            return f"optimizer of {self.leaf.path}{said}"
+        if any(self.plan.fields) and not self.keep_fields:
+            return f"settings of the optimizer of {self.leaf.path}, which has no state{said}"
+        return ""
+
+    def _changes(self) -> str:
+        """Where fields that a script tunes become those of the checkpoint, and what keeps them."""
+        changes: dict[str, dict[str, None]] = {}
+        for group, fields in zip(self.optimizer.param_groups, self.plan.fields, strict=True):
+            for field in ("lr", "weight_decay"):
+                if field in group and field in fields and float(group[field]) != float(fields[field]):
+                    change = f"{float(group[field]):g} -> {float(fields[field]):g}"
+                    changes.setdefault(field, {})[change] = None
+        if not changes:
+            return ""
+        listed = ", ".join(f"{field} {' and '.join(found)}" for field, found in changes.items())
+        keeping = ", ".join(f"{field}: config" for field in changes)
+        return f"{listed} as in the checkpoint; to keep yours: param_groups: {{{keeping}}}"
 
 
 class CheckpointInitializer(SourceInitializer):
@@ -166,6 +205,17 @@ class CheckpointInitializer(SourceInitializer):
             check_consistency(found, self._selected)
         self._said.update(found)
 
+    def plan_weights(self, model: Any) -> LoadPlan:
+        """As in ``SourceInitializer``, with what stands in the way of the optimizer as problems of code ``optimizer``.
+
+        Of the optimizer's file only the header is read, too.
+        """
+        plan = super().plan_weights(model)
+        if not self.config.load_optim:
+            return plan
+        problems, warnings = self._optimizer_findings(model, plan)
+        return attrs.evolve(plan, problems=(*plan.problems, *problems), warnings=(*plan.warnings, *warnings))
+
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Weights as in ``SourceInitializer``, and the state of every optimizer that will be loaded."""
         super().check(model, trainer, callbacks)
@@ -181,6 +231,7 @@ class CheckpointInitializer(SourceInitializer):
         for step in steps:
             _refuse_meta(step)
         for step in steps:
+            restored = step.restored(continues=self.continues)
             try:
                 apply_optimizer(step.plan, step.optimizer, _as_it_is, keep_fields=step.keep_fields)
             except Exception as error:
@@ -191,11 +242,9 @@ class CheckpointInitializer(SourceInitializer):
                     pending=[other.leaf.path for other in steps if other.leaf.path not in (*done, step.leaf.path)],
                 ) from error
             done.append(step.leaf.path)
-            if any(state is not None for group in step.plan.state for state in group):
-                self.restored.append(f"optimizer of {step.leaf.path}")
-            elif not step.keep_fields:
-                self.restored.append(f"settings of the optimizer of {step.leaf.path}, which has no state")
-            self.logger.info("%s: optimizer state of %s", self.config.kind, step.leaf.path)
+            if restored:
+                self.restored.append(restored)
+            self.logger.info("%s: %s", self.config.kind, restored or f"no state for the optimizer of {step.leaf.path}")
         self._moments.clear()
         for step in steps:
             self._close(step.leaf.path, "optim")
@@ -276,16 +325,11 @@ class CheckpointInitializer(SourceInitializer):
         """Models whose optimizer state is loaded: those with an optimizer that are not frozen."""
         if not self.config.load_optim:
             return []
-        chosen = []
-        without = []
-        for leaf in self.leaves(model):
-            if leaf.model.is_frozen:
-                self.logger.info("%s: %s is frozen, its optimizer is left", self.config.kind, leaf.path)
-            elif leaf.model.optimizer is None:
-                self.logger.info("%s: %s has no optimizer", self.config.kind, leaf.path)
-                without.append(leaf.path)
-            else:
-                chosen.append(leaf)
+        chosen, without, frozen = self._by_optimizer(model)
+        for path in frozen:
+            self.logger.info("%s: %s is frozen, its optimizer is left", self.config.kind, path)
+        for path in without:
+            self.logger.info("%s: %s has no optimizer", self.config.kind, path)
         if without and not chosen and "load_optim" in self.config.model_fields_set:
             raise ConfigError(
                 f"load_optim: true, but {', '.join(without)} has no optimizer to load into. "
@@ -293,67 +337,116 @@ class CheckpointInitializer(SourceInitializer):
             )
         return chosen
 
+    def _by_optimizer(self, model: Any) -> tuple[list[Leaf], list[str], list[str]]:
+        """Models with an optimizer to load, paths of those that have none, and of those that are frozen."""
+        chosen, without, frozen = [], [], []
+        for leaf in self.leaves(model):
+            if leaf.model.is_frozen:
+                frozen.append(leaf.path)
+            elif leaf.model.optimizer is None:
+                without.append(leaf.path)
+            else:
+                chosen.append(leaf)
+        return chosen, without, frozen
+
+    def _optimizer_findings(self, model: Any, plan: LoadPlan) -> tuple[list[Problem], list[Problem]]:
+        """What is known beforehand of the optimizers: problems, and warnings."""
+        chosen, without, _frozen = self._by_optimizer(model)
+        problems: list[Problem] = []
+        warnings: list[Problem] = []
+        if not chosen and "load_optim" in self.config.model_fields_set:
+            message = "optimizer state: not planned, the model has no optimizer"
+            warnings += [Problem("optimizer", message, path) for path in without]
+        for leaf in chosen:
+            try:
+                self.select([self._need(leaf, "optim")])
+                decided = self._decide(leaf, plan)
+            except (StateMismatchError, CheckpointNotFoundError, TornSetError) as error:
+                messages = list(getattr(error, "problems", ())) or [str(error)]
+                shown = messages[:_MOST_PROBLEMS]
+                if len(messages) > len(shown):
+                    shown.append(f"and {len(messages) - len(shown)} more")
+                problems += [Problem("optimizer", f"optimizer state: {message}", leaf.path) for message in shown]
+            else:
+                warnings += [Problem("optimizer", message, leaf.path) for message in decided.plan.warnings]
+        return problems, warnings
+
     def _plan_optimizers(self, model: Any) -> list[_OptimizerStep]:
+        """What each optimizer will get, decided and read."""
         leaves = self._optimizer_leaves(model)
         if not leaves:
             return []
         self.before_locating(self.leaves(model))
         self.select([self._need(leaf, "optim") for leaf in leaves])
-        origins = self._origins(model)
-        policies = OptimizerPolicies(
-            self.config.on_missing_state, self.config.on_unexpected_state, self.config.param_groups
-        )
+        plan = self.planned(model)
         steps = []
         for leaf in leaves:
-            reader, source = self.opened(leaf, "optim"), self.source_of(leaf, "optim")
-            if reader is None or source is None:
-                raise StateMismatchError(f"{leaf.path} has no optimizer file")
-            if self._selected is not None:
-                said = said_by(reader.metadata, source.path)
-                check_consistency({**self._said, source.path.name: said}, self._selected)
             optimizer = torch_optimizer(leaf.model.optimizer)
-            names = optimizer_names(optimizer, leaf.model)
-            key = leaf.path, id(reader), tuple(map(tuple, names))
+            reader, source = self._opened_state(leaf)
+            key = leaf.path, id(reader), tuple(map(tuple, optimizer_names(optimizer, leaf.model)))
             if key not in self._moments:
-                plan = plan_optimizer(
-                    reader.metadata,
-                    names,
-                    {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
-                    origins=origins[leaf.path],
-                    aliases=parameter_aliases(leaf.model),
-                    current=optimizer.param_groups if optimizer is leaf.model.optimizer else None,
-                    optimizer_class=class_name(optimizer),
-                    policies=policies,
-                    where=source.path.name,
-                )
-                for warning in plan.warnings:
+                decided = self._decide(leaf, plan)
+                for warning in decided.plan.warnings:
                     self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, warning)
-                self._moments[key] = self._read_moments(leaf, reader, source, plan)
-            wrapped = optimizer is not leaf.model.optimizer
-            steps.append(_OptimizerStep(leaf, optimizer, self._moments[key], keep_fields=wrapped))
+                self._moments[key] = self._read_moments(leaf, reader, source, decided.plan)
+            steps.append(_OptimizerStep(leaf, optimizer, self._moments[key], keep_fields=self._keeps_fields(leaf)))
         return steps
 
-    def _origins(self, model: Any) -> dict[str, dict[str, ParameterOrigin] | None]:
-        """Path of a model -> name in it -> where its value comes from; None where that is the same name for all."""
-        plan = self.planned(model)
-        found: dict[str, dict[str, ParameterOrigin] | None] = {}
-        for leaf in self.leaves(model):
-            origins = {
-                row.target: _origin_of(row)
-                for row in plan.rows_of(leaf.path)
-                if row.target is not None and row.is_parameter
-            }
-            plain = all(
-                origin.sources == (name,) and not origin.steps and not origin.dtypes for name, origin in origins.items()
-            )
-            found[leaf.path] = None if plain else origins
-        return found
+    def _opened_state(self, leaf: Leaf) -> tuple[CheckpointReader, Source]:
+        """The optimizer's file, which is of the same iteration and run as the weights."""
+        reader, source = self.opened(leaf, "optim"), self.source_of(leaf, "optim")
+        if reader is None or source is None:
+            raise StateMismatchError(f"{leaf.path} has no optimizer file")
+        if self._selected is not None:
+            said = said_by(reader.metadata, source.path)
+            check_consistency({**self._said, source.path.name: said}, self._selected)
+        return reader, source
+
+    def _decide(self, leaf: Leaf, plan: LoadPlan) -> _OptimizerStep:
+        """What an optimizer will get, by the header of its file and the plan of the weights; nothing else is read."""
+        reader, source = self._opened_state(leaf)
+        optimizer = torch_optimizer(leaf.model.optimizer)
+        keeps_fields = self._keeps_fields(leaf)
+        fields = self.config.param_groups
+        decided = plan_optimizer(
+            reader.metadata,
+            optimizer_names(optimizer, leaf.model),
+            {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
+            origins=self._origins(leaf, plan),
+            aliases=parameter_aliases(leaf.model),
+            current=optimizer.param_groups,
+            optimizer_class=class_name(optimizer),
+            policies=OptimizerPolicies(
+                self.config.on_missing_state,
+                self.config.on_unexpected_state,
+                dict.fromkeys([*fields, "*"], "config") if keeps_fields else fields,
+            ),
+            where=source.path.name,
+        )
+        return _OptimizerStep(leaf, optimizer, decided, keep_fields=keeps_fields)
+
+    def _origins(self, leaf: Leaf, plan: LoadPlan) -> dict[str, ParameterOrigin] | None:
+        """Name in a model -> where its value comes from; None where that is the same name for all."""
+        named = leaf.model.named_parameters(remove_duplicate=False)
+        before = {name for name, parameter in named if id(parameter) in self.loaded_before}
+        origins = {
+            row.target: _origin_of(row, was_loaded=row.target in before)
+            for row in plan.rows_of(leaf.path)
+            if row.target is not None and row.is_parameter
+        }
+        plain = all(
+            origin.sources == (name,)
+            and not origin.steps
+            and (origin.dtypes is None or origin.dtypes[0] == origin.dtypes[1])
+            for name, origin in origins.items()
+        )
+        return None if plain else origins
 
     def _read_moments(self, leaf: Leaf, reader: CheckpointReader, source: Source, plan: OptimizerPlan) -> OptimizerPlan:
         """The plan with tensors in place of descriptions: read into the memory that they will stay in, verified and
         looked at in one pass, and carried along with their parameters.
         """
-        states = [state for states in plan.state for state in states if state is not None]
+        states = [state for states in plan.state for state in states if isinstance(state, Mapping)]
         fields = [] if self._keeps_fields(leaf) else list(plan.fields)
         on_nonfinite = self.on_nonfinite
         tensors = reader.read_all(
@@ -369,7 +462,7 @@ class CheckpointInitializer(SourceInitializer):
         tree = _Tree(reader, tensors, source.path.name)
         return attrs.evolve(
             plan,
-            state=tuple(tuple(None if state is None else tree.of(state) for state in states) for states in plan.state),
+            state=tuple(tuple(map(tree.of, states)) for states in plan.state),
             fields=tuple(tree.of(values) for values in plan.fields) if fields else plan.fields,
         )
 
@@ -460,11 +553,10 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _origin_of(row: PlanRow) -> ParameterOrigin:
+def _origin_of(row: PlanRow, *, was_loaded: bool) -> ParameterOrigin:
     if not row.writes:
-        return ParameterOrigin()
-    dtypes = None if row.source_dtype in (None, row.dtype) else (str(row.source_dtype), row.dtype)
-    return ParameterOrigin(row.sources, row.steps, row.part, row.source_shapes, dtypes)
+        return ParameterOrigin(stays=was_loaded or row.rule == LOADED_BEFORE)
+    return ParameterOrigin(row.sources, row.steps, row.part, row.source_shapes, (row.source_dtype, row.dtype))
 
 
 def _refuse_meta(step: _OptimizerStep) -> None:

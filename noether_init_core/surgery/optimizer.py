@@ -10,14 +10,17 @@ import torch
 
 from noether_init_core.errors import StateMismatchError, type_of
 from noether_init_core.surgery.names import near
-from noether_init_core.surgery.steps import Step
+from noether_init_core.surgery.steps import Cast, Pad, Step
 
 __all__ = [
+    "STAYS",
     "Moved",
     "OptimizerPlan",
     "OptimizerPolicies",
     "ParameterOrigin",
+    "Stays",
     "class_name",
+    "lacking_state",
     "optimizer_names",
     "parameter_aliases",
     "plan_optimizer",
@@ -45,21 +48,46 @@ _TELLING_FIELDS = frozenset(
 _SHAPED_STATE = frozenset(
     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "exp_inf"}
 )
+#: One number for a whole parameter, also where the parameter has but one element.
+_COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
+#: State of rows and columns, which optimizers keep for parameters of two dimensions and more.
+_FACTORS = frozenset({"row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"})
+#: Field of the groups -> state that every parameter has while it is on, and state that tells the optimizers meant.
+_NEEDED_STATE = {
+    "amsgrad": ("max_exp_avg_sq", "exp_avg_sq"),
+    "centered": ("grad_avg", "square_avg"),
+    "momentum": ("momentum_buffer", "square_avg"),
+}
+_NO_FIELDS = frozenset({"params", "param_names"})
 
 
 @attrs.frozen
 class ParameterOrigin:
     """Where a parameter gets its value from, as the plan of the weights says it.
 
-    ``sources`` are names in the file; none where it does not come from the file, so that its state starts afresh.
-    ``source_shapes`` has the shape of each, ``dtypes`` the dtypes before and after, where they differ.
+    Attributes:
+        sources: Names in the file; none where it does not come from the file, so that its state starts afresh.
+        steps: What is done with them.
+        part: Which of the tensors that the steps make is the parameter's.
+        source_shapes: The shape of each source.
+        dtypes: The dtype in the file, None where that of the sources differs, and the dtype in the model.
+        stays: An earlier initializer has loaded it: its state is left as it is.
     """
 
     sources: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
     part: int = 0
     source_shapes: tuple[tuple[int, ...], ...] = ()
-    dtypes: tuple[str, str] | None = None
+    dtypes: tuple[str | None, str] | None = None
+    stays: bool = False
+
+
+@attrs.frozen
+class Stays:
+    """In place of the state of a parameter: the optimizer keeps what it has."""
+
+
+STAYS = Stays()
 
 
 @attrs.frozen(eq=False)
@@ -86,6 +114,7 @@ class OptimizerPolicies:
         on_unexpected: The file has state of a parameter that the optimizer has not: ``error`` or ``ignore``; None is
             an error unless the weights were renamed or left out.
         fields: Field of the groups (``lr``; ``*`` for all others) -> ``checkpoint`` or ``config``: whose value stays.
+            ``initial_lr``, from which schedules set ``lr``, goes with ``lr`` unless it is named itself.
     """
 
     on_missing: Literal["error", "fresh"] = "error"
@@ -94,6 +123,8 @@ class OptimizerPolicies:
 
     def keeps(self, field: str) -> bool:
         """Whether the optimizer keeps its own value of a field."""
+        if field == "initial_lr" and field not in self.fields:
+            field = "lr"
         return self.fields.get(field, self.fields.get("*", "checkpoint")) == "config"
 
 
@@ -103,13 +134,14 @@ class OptimizerPlan:
 
     Attributes:
         state: For each target group, for each of its parameters: the stored state of it (tensors are descriptions of
-            tensors in the file, what goes the way of a transform is ``Moved``), or None where it starts afresh.
+            tensors in the file, what goes the way of a transform is ``Moved``), None where it starts afresh, ``STAYS``
+            where the optimizer keeps what it has.
         fields: For each target group the stored fields (``lr``, ``betas``, ...) that are taken, without ``params``.
         fresh: Names of parameters that start afresh by a rule of the config, or because nothing can follow.
         warnings: What a person should know.
     """
 
-    state: tuple[tuple[Mapping[str, Any] | None, ...], ...]
+    state: tuple[tuple[Mapping[str, Any] | Stays | None, ...], ...]
     fields: tuple[Mapping[str, Any], ...]
     fresh: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -175,8 +207,9 @@ def plan_optimizer(
 ) -> OptimizerPlan:
     """Match a stored optimizer state to the groups of an optimizer, by name. Pure.
 
-    State of the shape of its parameter goes the way of the parameter: renamed, split, concatenated, cast with it. What
-    cannot follow (an interpolated parameter, factored state) starts afresh, and a warning says so.
+    State of the shape of its parameter goes the way of the parameter: renamed, split, concatenated with it, padded with
+    zeros; what had the dtype of the stored parameter gets that of the parameter. What cannot follow (an interpolated
+    parameter, factored state) starts afresh, and a warning says so.
 
     Args:
         saved: ``state``, ``param_groups`` and ``param_idx_to_name`` as stored; tensors are descriptions.
@@ -191,8 +224,9 @@ def plan_optimizer(
 
     Raises:
         StateMismatchError: listing every parameter without counterpart, every shape that does not fit, and every
-            group whose parameters come from several stored groups. Also where the state is that of another class of
-            optimizer, and where groups with different fields would all take those of one stored group.
+            group whose parameters come from stored groups with different fields. Also where the state is that of
+            another class of optimizer, where groups with different fields would all take those of one stored group, and
+            where a field of the optimizer needs state that the file has not.
     """
     if not isinstance(saved, Mapping) or not saved.keys() >= LAYOUT_KEYS:
         raise StateMismatchError(f"{where} is no state of an optimizer: it needs state and param_groups")
@@ -217,8 +251,13 @@ class _Planner:
         self._origins, self._policies, self._where = origins, policies, where
         self._stored, self._warnings = _stored_names(saved, groups, where)
         self._aliases = aliases
+        self._is_factored = any(
+            key in _FACTORS or key == "variance"
+            for state in saved["state"].values()
+            if isinstance(state, Mapping)
+            for key in state
+        )
         self._problems: list[str] = []
-        self._stateless: list[str] = []
         self._fresh: list[str] = []
         self._used: set[str] = set()
         self._reset: dict[str, list[str]] = {}
@@ -229,7 +268,7 @@ class _Planner:
         origins = {name: self._origin(name) for names in self._groups for name in names}
         wanted = {source for origin in origins.values() for source in origin.sources}
         left = [name for name in self._stored if name not in wanted]
-        states: list[tuple[Mapping[str, Any] | None, ...]] = []
+        states: list[tuple[Mapping[str, Any] | Stays | None, ...]] = []
         fields: list[Mapping[str, Any]] = []
         chosen_groups: list[int | None] = []
         for number, names in enumerate(self._groups):
@@ -238,17 +277,12 @@ class _Planner:
             chosen_groups.append(next(iter(from_groups), None))
             chosen = self._saved["param_groups"][next(iter(from_groups))] if from_groups else {}
             taken = {
-                key: value
-                for key, value in chosen.items()
-                if key not in ("params", "param_names") and not self._policies.keeps(key)
+                key: value for key, value in chosen.items() if key not in _NO_FIELDS and not self._policies.keeps(key)
             }
-            if len(from_groups) > 1 and not (self._policies.keeps("lr") and self._policies.keeps("weight_decay")):
-                self._problems.append(
-                    f"group {number} holds parameters of several stored groups ("
-                    + ", ".join(f"{name} of group {group}" for group, name in from_groups.items())
-                    + "), so that its lr and weight_decay would be ambiguous. To keep those of the optimizer: "
-                    "param_groups: {lr: config, weight_decay: config}"
-                )
+            held = {} if current is None else current[number]
+            self._problems += self._several_groups(number, from_groups) or self._needed_state(
+                names, states[-1], origins, {**held, **taken}
+            )
             fields.append(taken)
         self._problems += _ambiguous_fields(chosen_groups, current, self._policies)
         self._report_unused(left)
@@ -257,6 +291,39 @@ class _Planner:
         if self._problems:
             self._raise()
         return OptimizerPlan(tuple(states), tuple(fields), tuple(self._fresh), tuple(self._warnings))
+
+    def _several_groups(self, number: int, from_groups: Mapping[int, str]) -> list[str]:
+        """Fields that differ between the stored groups that one group draws from: none of them is the right one."""
+        stored = [self._saved["param_groups"][group] for group in from_groups]
+        differing = _differing_fields(stored, self._policies)
+        if not differing:
+            return []
+        return [
+            f"group {number} holds parameters of several stored groups ("
+            + ", ".join(f"{name} of group {group}" for group, name in from_groups.items())
+            + f"), which differ in {' and '.join(differing)}. To keep those of the optimizer: {_kept(differing)}"
+        ]
+
+    def _needed_state(
+        self,
+        names: Sequence[str],
+        states: Sequence[Mapping[str, Any] | Stays | None],
+        origins: Mapping[str, ParameterOrigin],
+        fields: Mapping[str, Any],
+    ) -> list[str]:
+        """State that a field of the optimizer needs, and that was not kept where the field was off."""
+        lacking: dict[tuple[str, str], list[str]] = {}
+        for name, state in zip(names, states, strict=True):
+            if isinstance(state, Mapping):
+                group = self._stored[origins[name].sources[0]][1]
+                found = lacking_state(self._saved["param_groups"][group], fields, state)
+                if found is not None:
+                    lacking.setdefault(found, []).append(name)
+        return [
+            f"{field} of the optimizer is {fields[field]} and needs {key}, which the file has not for "
+            f"{_listed(named)}. Next: build the optimizer without {field}, or load_optim: false"
+            for (field, key), named in lacking.items()
+        ]
 
     def _unknown_fields(self, current: Sequence[Mapping[str, Any]] | None) -> list[str]:
         """A field that is misspelt would silently be taken from the other side."""
@@ -276,13 +343,16 @@ class _Planner:
         if decided:
             known = [origin for origin in decided if origin.sources]
             fits = (origin for origin in known if all(source in self._stored for source in origin.sources))
-            return next(fits, known[0] if known else ParameterOrigin())
+            stays = any(origin.stays for origin in decided)
+            return next(fits, known[0] if known else ParameterOrigin(stays=stays))
         return ParameterOrigin((next((alias for alias in names if alias in self._stored), name),))
 
     def _state(
         self, name: str, origin: ParameterOrigin, left: list[str], from_groups: dict[int, str]
-    ) -> Mapping[str, Any] | None:
+    ) -> Mapping[str, Any] | Stays | None:
         """The stored state of one parameter, on its way; None where it starts afresh."""
+        if origin.stays:
+            return STAYS
         if not origin.sources:
             self._fresh.append(name)
             return None
@@ -294,8 +364,7 @@ class _Planner:
                 return None
             candidates = near(lacking[0], left)
             hint = f"; near: {', '.join(candidates)}" if candidates else ""
-            self._problems.append(f"{name} has no state in the file{hint}")
-            self._stateless.append(name)
+            self._problems.append(f"{name} has no state in the file{hint}. For fresh state: on_missing_state: fresh")
             return None
         found = [self._stored[source] for source in origin.sources]
         for _index, group in found:
@@ -304,45 +373,38 @@ class _Planner:
         present = [state for state in stored if state is not None]
         if not present:
             return None
-        if len(present) < len(stored) or len({frozenset(state) for state in present}) > 1:
+        if len(present) < len(stored) or len({_kinds_of(state) for state in present}) > 1:
             self._problems.append(f"{name} comes from {', '.join(origin.sources)}, which have state of different keys")
             return None
-        reason = self._cannot_follow(origin, present)
+        steps = _moment_steps(origin.steps)
+        reason = self._cannot_follow(name, steps, origin, present)
         if reason:
             self._fresh.append(name)
             self._reset.setdefault(reason, []).append(name)
             return None
         before = origin.source_shapes or (self._shapes[name],)
-        if not origin.steps:
+        if not steps:
             self._problems += _misfits(name, present[0], before[0])
-        return {key: self._value(tuple(state[key] for state in present), before, origin) for key in present[0]}
+        return {
+            key: _value(key, tuple(state.get(key) for state in present), before, attrs.evolve(origin, steps=steps))
+            for key in present[0]
+        }
 
-    def _value(self, values: tuple[Any, ...], shapes: tuple[tuple[int, ...], ...], origin: ParameterOrigin) -> Any:
-        is_shaped = all(_shape(value) == shape for value, shape in zip(values, shapes, strict=True)) and not _is_scalar(
-            values[0]
-        )
-        dtype = None
-        if origin.dtypes is not None and is_shaped and getattr(values[0], "dtype", None) is not None:
-            # what had the parameter's own dtype, as torch makes it, goes on having it
-            stored = str(values[0].dtype).removeprefix("torch.")
-            dtype = origin.dtypes[1] if stored == origin.dtypes[0] else None
-        if origin.steps and is_shaped:
-            return Moved(values, origin.steps, origin.part, dtype)
-        if len(values) > 1 or dtype is not None:
-            return Moved(values, dtype=dtype)
-        return values[0]
-
-    def _cannot_follow(self, origin: ParameterOrigin, states: Sequence[Mapping[str, Any]]) -> str:
+    def _cannot_follow(
+        self, name: str, steps: Sequence[Step], origin: ParameterOrigin, states: Sequence[Mapping[str, Any]]
+    ) -> str:
         """Why state cannot go the way of its parameter, in words; empty where it can."""
-        for step in origin.steps:
+        for step in steps:
             if not step.moves_moments:
                 return f"{step.name} makes values that its moments do not belong to"
-        if not origin.steps:
+        if not steps:
             return ""
         for state, shape in zip(states, origin.source_shapes, strict=True):
             for key, value in state.items():
-                if not _is_scalar(value) and _shape(value) is not None and _shape(value) != shape:
+                if not _is_counter(key, value, shape) and (key in _FACTORS or _shape(value) != shape):
                     return f"{key} has not the shape of its parameter, so that transforms do not apply to it"
+            if self._is_factored and (len(shape) > 1) != (len(self._shapes[name]) > 1):
+                return "the optimizer keeps other state for one dimension than for several"
         return ""
 
     def _report_unused(self, left: Sequence[str]) -> None:
@@ -363,10 +425,9 @@ class _Planner:
     def _raise(self) -> None:
         problems = self._problems
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if problems[20:] else "")
-        hint = "\nFor fresh state of parameters that have none in the file: on_missing_state: fresh"
         raise StateMismatchError(
             f"the optimizer state in {self._where} does not fit:\n  {shown}\nNothing was changed. "
-            f"To start with a fresh optimizer: load_optim: false{hint if self._stateless else ''}",
+            "To start with a fresh optimizer: load_optim: false",
             problems=problems,
         )
 
@@ -380,8 +441,71 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def _is_scalar(value: Any) -> bool:
-    return _shape(value) in (None, ())
+def _is_counter(key: str, value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether state is about a parameter of ``shape`` as a whole, so that it stays what it is on any way."""
+    return key in _COUNTERS or _shape(value) is None or (_shape(value) == () and shape != ())
+
+
+def _kinds_of(state: Mapping[str, Any]) -> frozenset[str]:
+    """The keys that have a value: SGD keeps None for a momentum that did not begin yet."""
+    return frozenset(key for key, value in state.items() if value is not None)
+
+
+def _moment_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """What is done with moments where ``steps`` are done with the parameter: no value of a pad, and dtypes apart."""
+    return tuple(
+        attrs.evolve(step, value=None) if isinstance(step, Pad) else step
+        for step in steps
+        if not isinstance(step, Cast)
+    )
+
+
+def _value(key: str, values: tuple[Any, ...], shapes: tuple[tuple[int, ...], ...], origin: ParameterOrigin) -> Any:
+    """The stored values of one key, one for each source, on the way of their parameter."""
+    pairs = list(zip(values, shapes, strict=True))
+    is_counter = any(_is_counter(key, value, shape) for value, shape in pairs)
+    is_shaped = not is_counter and all(_shape(value) == shape for value, shape in pairs)
+    dtype = None
+    if origin.dtypes is not None and (is_shaped or (key in _FACTORS and not is_counter)):
+        # what had the parameter's own dtype, as torch makes it, goes on having it
+        before, after = origin.dtypes
+        stored = {str(value.dtype).removeprefix("torch.") for value in values}
+        if (stored == {before} or (before is None and len(stored) > 1)) and stored != {after}:
+            dtype = after
+    if origin.steps and is_shaped:
+        return Moved(values, origin.steps, origin.part, dtype)
+    if len(values) > 1 or dtype is not None:
+        return Moved(values, dtype=dtype)
+    return values[0]
+
+
+def lacking_state(
+    before: Mapping[str, Any], fields: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """(field, key) where a field that was off in the group ``before`` is on, and its state is not there."""
+    for field, (key, beside) in _NEEDED_STATE.items():
+        if fields.get(field) and not before.get(field) and beside in state and key not in state:
+            return field, key
+    return None
+
+
+def _differing_fields(groups: Sequence[Mapping[str, Any]], policies: OptimizerPolicies) -> list[str]:
+    """Fields that are not the same in all groups, but for those that keep the optimizer's own value."""
+    names = {key for group in groups for key in group} - _NO_FIELDS
+    absent = object()
+    found = sorted(
+        key
+        for key in names
+        if not policies.keeps(key)
+        and any(_differ(groups[0].get(key, absent), group.get(key, absent)) for group in groups[1:])
+    )
+    # it goes with lr
+    return [key for key in found if key != "initial_lr" or "lr" not in found]
+
+
+def _kept(fields: Sequence[str]) -> str:
+    """The config line that keeps the optimizer's own values of fields."""
+    return f"param_groups: {{{', '.join(f'{field}: config' for field in fields)}}}"
 
 
 def _stored_names(
@@ -443,7 +567,7 @@ def _other_class(
         if mine != theirs or (None not in decoupled and decoupled[0] != decoupled[1]):
             problems.append(
                 f"the state is of another class of optimizer than {optimizer_class or 'this one'}: its groups have "
-                f"{', '.join(sorted(key for key in stored if key not in ('params', 'param_names')))}"
+                f"{', '.join(sorted(key for key in stored if key not in _NO_FIELDS))}"
             )
     return problems
 
@@ -461,7 +585,7 @@ def _ambiguous_fields(
         for number in numbers[1:]:
             differing = [
                 key
-                for key in first.keys() & current[number].keys() - {"params", "param_names"}
+                for key in first.keys() & current[number].keys() - _NO_FIELDS
                 if not policies.keeps(key) and _differ(first[key], current[number][key])
             ]
             if differing:
@@ -469,10 +593,12 @@ def _ambiguous_fields(
                 problems.append(
                     f"groups {numbers[0]} and {number} of the optimizer differ in {shown}, but both would take the "
                     f"values of stored group {stored}. Build the groups as the saved run did, or keep their own: "
-                    f"param_groups: {{{', '.join(f'{key}: config' for key in sorted(differing))}}}"
+                    f"{_kept(sorted(differing))}"
                 )
     return problems
 
 
 def _differ(first: Any, other: Any) -> bool:
+    if torch.is_tensor(first) and not torch.is_tensor(other) and not isinstance(other, int | float):
+        return True
     return bool(torch.as_tensor(first).ne(torch.as_tensor(other)).any()) if torch.is_tensor(first) else first != other

@@ -8,16 +8,20 @@ from typing import Any
 import torch
 
 from noether_init_core.errors import StateMismatchError
-from noether_init_core.surgery.optimizer import Moved, OptimizerPlan
+from noether_init_core.surgery.optimizer import STAYS, Moved, OptimizerPlan, Stays, lacking_state
 from noether_init_core.surgery.steps import carry_out
 
 __all__ = ["apply_optimizer", "moved_value"]
+
+#: What each parameter of a group gets: state, none, or what it has.
+_Row = list[dict[str, Any] | Stays | None]
 
 
 def moved_value(moved: Moved, values: list[Any], where: str) -> Any:
     """What becomes of the values that ``moved`` is about, which have been read; a tensor has memory of its own.
 
-    Raises ``StateMismatchError`` where values that have to be equal differ, or do not fit the dtype.
+    Raises ``StateMismatchError`` where values that have to be equal differ, or do not fit the dtype, as complex ones do
+    not fit a real one.
     """
     if not moved.steps:
         first = values[0]
@@ -36,12 +40,23 @@ def moved_value(moved: Moved, values: list[Any], where: str) -> Any:
             made = made.clone()
     if moved.dtype is None:
         return made
-    cast = made.to(getattr(torch, moved.dtype))
-    if not torch.equal(torch.isfinite(cast.float()), torch.isfinite(made.float())):
+    dtype: torch.dtype = getattr(torch, moved.dtype)
+    if made.is_complex() and not dtype.is_complex:
+        raise StateMismatchError(
+            f"{where}: values of {made.dtype} do not fit {dtype}, which has no imaginary part. Nothing was changed",
+            problems=[where],
+        )
+    cast = made.to(dtype)
+    if not torch.equal(_is_finite(cast), _is_finite(made)):
         raise StateMismatchError(
             f"{where}: values of {made.dtype} do not fit {cast.dtype}. Nothing was changed", problems=[where]
         )
     return cast
+
+
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    # the narrowest dtypes have no isfinite of their own
+    return torch.isfinite(tensor if tensor.is_complex() else tensor.float())
 
 
 def _equal(first: Any, other: Any) -> bool:
@@ -60,24 +75,26 @@ def apply_optimizer(
     """Give ``optimizer`` the planned state; all of it is read before anything is changed.
 
     Args:
-        plan: Made for the groups of this optimizer.
+        plan: Made for the groups of this optimizer. State that ``STAYS`` is left as it is.
         optimizer: Changed in place; parameters and groups keep their identity. An optimizer with a
             ``load_state_dict`` of its own, or with hooks on it, gets the state through that.
         read: Turns the description of a tensor into the tensor, and leaves everything else.
         keep_fields: Keep the fields of the groups (``lr``, ``weight_decay``) as they are configured now, as Noether's
             wrapper does; otherwise the stored ones are taken, as torch does.
 
-    Should the optimizer refuse its state, it is put back as it was and the error goes on.
+    Should the optimizer refuse its state, it is put back as it was and the error goes on. Raises ``StateMismatchError``
+    where fields would be taken that the state which stays does not go with.
     """
-    prepared: list[list[dict[str, Any] | None]] = []
+    prepared: list[_Row] = []
     for group, states in zip(optimizer.param_groups, plan.state, strict=True):
-        row = []
+        row: _Row = []
         for parameter, state in zip(group["params"], states, strict=True):
-            row.append(None if state is None else _placed(state, parameter, group, read))
+            row.append(_placed(state, parameter, group, read) if isinstance(state, Mapping) else state)
         prepared.append(row)
     fields = [{key: read(value) for key, value in stored.items()} for stored in plan.fields]
     if keep_fields:
         fields = [{} for _ in fields]
+    _check_staying(optimizer, prepared, fields)
     before = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
     try:
         _hand_over(optimizer, prepared, fields)
@@ -90,15 +107,26 @@ def apply_optimizer(
         raise
 
 
-def _hand_over(
-    optimizer: torch.optim.Optimizer, prepared: list[list[dict[str, Any] | None]], fields: list[dict[str, Any]]
-) -> None:
+def _check_staying(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: list[dict[str, Any]]) -> None:
+    """State that an earlier initializer loaded has to go with the fields that its group takes now."""
+    for number, (group, row, taken) in enumerate(zip(optimizer.param_groups, prepared, fields, strict=True)):
+        for parameter, state in zip(group["params"], row, strict=True):
+            found = state is STAYS and lacking_state(group, {**group, **taken}, optimizer.state.get(parameter, {}))
+            if found:
+                field, key = found
+                problem = f"group {number} takes {field} from this checkpoint, and state that was loaded has no {key}"
+                raise StateMismatchError(f"{problem}. Next: param_groups: {{{field}: config}}", problems=[problem])
+
+
+def _hand_over(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: list[dict[str, Any]]) -> None:
     has_hooks = optimizer._optimizer_load_state_dict_pre_hooks or optimizer._optimizer_load_state_dict_post_hooks
     if has_hooks or type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
         optimizer.load_state_dict(_positional(optimizer, prepared, fields))
         return
     for group, placed, stored in zip(optimizer.param_groups, prepared, fields, strict=True):
         for parameter, values in zip(group["params"], placed, strict=True):
+            if isinstance(values, Stays):
+                continue
             optimizer.state.pop(parameter, None)
             if values is not None:
                 optimizer.state[parameter] = values
@@ -130,16 +158,16 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def _positional(
     optimizer: torch.optim.Optimizer,
-    prepared: list[list[dict[str, Any] | None]],
+    prepared: list[_Row],
     fields: list[dict[str, Any]],
 ) -> dict[str, Any]:
     layout = optimizer.state_dict()
     indices = [group["params"] for group in layout["param_groups"]]
     state = {
-        index: values
+        index: layout["state"][index] if isinstance(values, Stays) else values
         for row, group in zip(prepared, indices, strict=True)
         for values, index in zip(row, group, strict=True)
-        if values is not None
+        if values is not None and (not isinstance(values, Stays) or index in layout["state"])
     }
     groups = [
         {**group, **stored, "params": group["params"]}

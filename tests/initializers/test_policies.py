@@ -17,6 +17,7 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
+from noether_init_core.checkpoints.reader import CheckpointReader
 
 
 class Net(torch.nn.Module):
@@ -243,3 +244,159 @@ def test_moments_follow_a_conversion_of_their_parameters(tmp_path: Path) -> None
     torch.as_tensor(sum((parameter**2).sum() for parameter in fresh.parameters())).backward()
     optimizer.step()
     assert torch.isfinite(fresh.scale).all()
+
+
+def test_moments_that_an_earlier_initializer_loaded_stay(tmp_path: Path) -> None:
+    """Each file brings the state of what it brings, as the report says; neither takes away the other's."""
+
+    class Half(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.add_module(name, torch.nn.Linear(4, 4))
+
+    optimizers = {}
+    for name in ("body", "head"):
+        module = Half(name)
+        optimizers[name] = torch.optim.AdamW(module.parameters(), lr=0.1)
+        saved(tmp_path / name, module, optimizers[name])
+    both = torch.nn.Module()
+    both.body, both.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(both.parameters(), lr=0.1)
+    model = bind(both, name="net", optimizer=optimizer)
+    common = {"kind": "previous_run", "run_id": "before", "load_optim": True}
+    for second in ({}, {"transforms": [{"keep_model": "body."}]}):
+        optimizer.state.clear()
+        configs = [
+            {**common, "output_path": str(tmp_path / "body"), "transforms": [{"keep_model": "head."}]},
+            {**common, "output_path": str(tmp_path / "head"), **second},
+        ]
+        stack = InitializerStack.from_config(configs, path_provider=PathProvider(tmp_path, "after"))
+        assert stack.plan(model).is_fine
+        report = stack.initialize(model)
+        for name, its in optimizers.items():
+            for mine, theirs in zip(getattr(both, name).parameters(), its.param_groups[0]["params"], strict=True):
+                assert torch.equal(optimizer.state[mine]["exp_avg"], its.state[theirs]["exp_avg"])
+        assert [one.restored for one in report.initializers] == [
+            ("optimizer of net",),
+            ("optimizer of net (2 of 4 parameters, the others as loaded before)",),
+        ]
+
+
+def test_a_warm_start_says_which_settings_the_checkpoint_changes(tmp_path: Path) -> None:
+    """A learning rate for fine-tuning would silently become that of the pretraining; the line that keeps it is said."""
+    module = Net()
+    paths = saved(tmp_path, module, torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.25))
+
+    def said(lr: float, **config: Any) -> tuple[str, ...]:
+        fresh = Net()
+        return tuple(
+            warm(paths, fresh, torch.optim.AdamW(fresh.parameters(), lr=lr), **config).initializers[0].restored
+        )
+
+    assert said(1e-5, param_groups={"weight_decay": "config"}) == (
+        "optimizer of net (lr 1e-05 -> 0.001 as in the checkpoint; to keep yours: param_groups: {lr: config})",
+    )
+    assert said(1e-5) == (
+        "optimizer of net (lr 1e-05 -> 0.001, weight_decay 0.01 -> 0.25 as in the checkpoint; to keep yours: "
+        "param_groups: {lr: config, weight_decay: config})",
+    )
+    assert said(1e-5, param_groups={"*": "config"}) == ("optimizer of net",)
+    assert said(1e-3, param_groups={"weight_decay": "config"}) == ("optimizer of net",)
+
+
+def test_a_resume_of_the_same_run_says_nothing_of_settings(tmp_path: Path) -> None:
+    """They are those of the run, which goes on; of another run they are told."""
+    module = Net()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.5)
+    loss = sum((parameter**2).sum() for parameter in module.parameters())
+    torch.as_tensor(loss).backward()
+    optimizer.step()
+    paths = PathProvider(tmp_path, "before")
+    model = bind(module, name="net", optimizer=optimizer)
+    iteration = TrainingIteration(1, 1, 1)
+    CheckpointWriter(paths).save(model, iteration)
+    for run_id, has_note in (("before", False), ("after", True)):
+        fresh = Net()
+        mine = torch.optim.AdamW(fresh.parameters(), lr=0.1)
+        stack = InitializerStack.from_config(
+            [{"kind": "resume", "run_id": "before"}], path_provider=paths.with_run(run_id)
+        )
+        report = stack.initialize(bind(fresh, name="net", optimizer=mine))
+        assert ("lr 0.1 -> 0.5" in str(report)) is has_note
+        assert mine.param_groups[0]["lr"] == 0.5
+
+
+def planned(paths: PathProvider, module: torch.nn.Module, optimizer: Any, **config: Any) -> Any:
+    configs = [{"kind": "previous_run", "run_id": "before", "load_optim": True, **config}]
+    stack = InitializerStack.from_config(configs, path_provider=paths.with_run("after"))
+    return stack.plan(bind(module, name="net", optimizer=optimizer))
+
+
+def test_the_plan_knows_what_stands_in_the_way_of_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another class, missing state, a set without state: problems of the plan, as the start would raise them.
+
+    No value is read for that.
+    """
+    module = Net()
+    held = [parameter for name, parameter in module.named_parameters() if "body" not in name]
+    paths = saved(tmp_path, module, torch.optim.AdamW(held))
+    for method in ("read", "read_all", "verify"):
+        monkeypatch.setattr(CheckpointReader, method, lambda *_args, **_kwargs: pytest.fail("values were read"))
+    fresh = Net()
+    plan = planned(paths, fresh, torch.optim.SGD(fresh.parameters(), lr=0.1), on_missing_state="fresh")
+    assert [(problem.code, problem.model, problem.message) for problem in plan.problems] == [
+        (
+            "optimizer",
+            "net",
+            "optimizer state: the state is of a torch.optim.adamw.AdamW, the optimizer is a torch.optim.sgd.SGD",
+        )
+    ]
+    adamw = torch.optim.AdamW(fresh.parameters())
+    plan = planned(paths, fresh, adamw)
+    assert [problem.message for problem in plan.problems] == [
+        f"optimizer state: body.{leaf} has no state in the file. For fresh state: on_missing_state: fresh"
+        for leaf in ("weight", "bias")
+    ]
+    assert planned(paths, fresh, adamw, on_missing_state="fresh").is_fine
+    assert planned(paths, fresh, adamw, load_optim=False).is_fine
+    CheckpointWriter(paths).save(bind(fresh, name="net"), TrainingIteration(1, 2, 2))
+    plan = planned(paths, fresh, adamw, checkpoint_tag="latest")
+    assert [problem.code for problem in plan.problems] == ["optimizer"]
+    assert "optim" in plan.problems[0].message
+    assert not adamw.state
+
+
+def test_the_plan_of_a_model_without_optimizer_says_that_its_state_was_not_planned(tmp_path: Path) -> None:
+    """A module on the meta device, as the command builds it: the weights are planned, and a warning says the rest."""
+    module = Net()
+    paths = saved(tmp_path, module, torch.optim.AdamW(module.parameters()))
+    with torch.device("meta"):
+        bare = Net()
+    plan = planned(paths, bare, None)
+    assert plan.is_fine
+    assert [(warning.code, warning.message) for warning in plan.warnings] == [
+        ("optimizer", "optimizer state: not planned, the model has no optimizer")
+    ]
+    assert planned(paths, bare, None, load_optim=False).warnings == ()
+    with torch.device("meta"):
+        held = Net()
+        optimizer = torch.optim.AdamW(held.parameters())
+    assert planned(paths, held, optimizer).warnings == ()
+
+
+def test_the_plan_says_what_starts_afresh(tmp_path: Path) -> None:
+    """Factors of Adafactor do not go with a rule that splits; known from headers alone."""
+    module = Net(4)
+    paths = saved(tmp_path, module, torch.optim.Adafactor(module.parameters()))
+    fresh = Net(3)
+    plan = planned(paths, fresh, torch.optim.Adafactor(fresh.parameters()), on_mismatch="slice")
+    assert plan.is_fine
+    assert [(warning.code, warning.message) for warning in plan.warnings] == [
+        (
+            "optimizer",
+            "optimizer state of head.weight starts afresh: row_var has not the shape of its parameter, so that "
+            "transforms do not apply to it",
+        )
+    ]
