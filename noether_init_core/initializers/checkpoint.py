@@ -116,9 +116,9 @@ class _OptimizerStep:
         changes: dict[str, dict[str, None]] = {}
         for group, fields in zip(self.optimizer.param_groups, self.plan.fields, strict=True):
             for field in ("lr", "weight_decay"):
-                if field in group and field in fields and float(group[field]) != float(fields[field]):
-                    change = f"{float(group[field]):g} -> {float(fields[field]):g}"
-                    changes.setdefault(field, {})[change] = None
+                before, after = _number(group.get(field)), _number(fields.get(field))
+                if before is not None and after is not None and before != after:
+                    changes.setdefault(field, {})[f"{before:g} -> {after:g}"] = None
         if not changes:
             return ""
         listed = ", ".join(f"{field} {' and '.join(found)}" for field, found in changes.items())
@@ -368,7 +368,9 @@ class CheckpointInitializer(SourceInitializer):
                     shown.append(f"and {len(messages) - len(shown)} more")
                 problems += [Problem("optimizer", f"optimizer state: {message}", leaf.path) for message in shown]
             else:
-                warnings += [Problem("optimizer", message, leaf.path) for message in decided.plan.warnings]
+                # state follows the weights: what a plan with problems makes of it tells nobody anything
+                if plan.is_fine:
+                    warnings += [Problem("optimizer", message, leaf.path) for message in decided.plan.warnings]
         return problems, warnings
 
     def _plan_optimizers(self, model: Any) -> list[_OptimizerStep]:
@@ -547,6 +549,13 @@ class _Tree:
         if isinstance(value, tuple):
             return tuple(self.of(item) for item in value)
         return value
+
+
+def _number(value: Any) -> float | None:
+    """A field of a group as a number, also out of a tensor; None for what is none."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _as_it_is(value: Any) -> Any:

@@ -300,6 +300,10 @@ def test_a_warm_start_says_which_settings_the_checkpoint_changes(tmp_path: Path)
         "optimizer of net (lr 1e-05 -> 0.001, weight_decay 0.01 -> 0.25 as in the checkpoint; to keep yours: "
         "param_groups: {lr: config, weight_decay: config})",
     )
+    as_tensor: Any = torch.tensor(0.5)
+    assert said(as_tensor, param_groups={"weight_decay": "config"}) == (
+        "optimizer of net (lr 0.5 -> 0.001 as in the checkpoint; to keep yours: param_groups: {lr: config})",
+    )
     assert said(1e-5, param_groups={"*": "config"}) == ("optimizer of net",)
     assert said(1e-3, param_groups={"weight_decay": "config"}) == ("optimizer of net",)
 
