@@ -73,6 +73,8 @@ class Advice:
             return ""
         wanted = set(names)
         entries: Sequence[str]
+        if len(names) > _MOST_ENTRIES and len({name.rpartition(".")[0] for name in names}) > _MOST_ENTRIES:
+            return _OTHER_NAMES
         modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
         if self._has_rules:
             whole = [
