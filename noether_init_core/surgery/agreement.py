@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.plan import LoadPlan, TensorSpec
-from noether_init_core.surgery.steps import Cast
+from noether_init_core.surgery.plan import LoadPlan, PlanRow, TensorSpec
+from noether_init_core.surgery.steps import Cast, Interpolate, Pad, carry_out
 
 __all__ = ["check_across", "check_casts"]
 
@@ -44,6 +44,7 @@ def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
         if row.action not in ("cast", "transform") or row.dtype == "object":
             continue
         dtypes = [*(step.dtype for step in row.steps if isinstance(step, Cast)), row.dtype]
+        problems += _made_values(row, reader, dtypes)
         for source in row.sources:
             have = reader.tensors[source].dtype
             narrow = next(
@@ -59,6 +60,25 @@ def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
             if narrow is not None:
                 problems.append(f"{row.key}: values of {have} in {source} of the file do not fit {narrow}")
     _raise(plan, problems)
+
+
+def _made_values(row: PlanRow, reader: TensorReader, dtypes: list[str]) -> list[str]:
+    """Values that steps make rather than move: fillings, and what lies between points of a grid."""
+    problems = []
+    have = [reader.tensors[source].dtype for source in row.sources]
+    for step in row.steps:
+        if isinstance(step, Pad) and step.value is not None:
+            value = torch.tensor([step.value], dtype=torch.float64)
+            narrow = [dtype for dtype in (*have, *dtypes) if not _fits(value, getattr(torch, dtype))]
+            if narrow:
+                problems.append(f"{row.key}: the filling {step.value:g} does not fit {narrow[0]}")
+    if any(isinstance(step, Interpolate) for step in row.steps):
+        sources = [reader.read(source) for source in row.sources]
+        if all(bool(torch.isfinite(source.float()).all()) for source in sources):
+            made = carry_out(row.steps, sources)[row.part].to(getattr(torch, row.dtype))
+            if not bool(torch.isfinite(made.float()).all()):
+                problems.append(f"{row.key}: interpolated values do not fit {row.dtype}")
+    return problems
 
 
 def _raise(plan: LoadPlan, problems: list[str]) -> None:

@@ -62,9 +62,7 @@ def rows_back(rows: Iterable[PlanRow]) -> tuple[tuple[PlanRow, ...], tuple[str, 
     seen: set[tuple[str, str | None]] = set()
     for row in found:
         if (row.model, row.target) in seen:
-            problems.append(
-                f"{row.target}: several files have an entry of that name. Next: the plan of one initializer"
-            )
+            problems.append(f"{row.target}: several files have such an entry. Next: the plan of one initializer")
         seen.add((row.model, row.target))
     return tuple(found), tuple(problems)
 

@@ -71,6 +71,8 @@ class NameMatch:
         astray: Name in the file -> (name that it would get, which the model has not; the rule, or empty).
         shadowed: Rule -> rules that took names before it that it would have matched.
         hints: Rule that matched nothing -> what it may have missed in the model.
+        is_bare: Whether prefixes of wrappers have been looked through already.
+        said: Name -> how rules say it, below roots and without wrappers, where that differs.
     """
 
     moves: dict[str, Taken]
@@ -84,6 +86,8 @@ class NameMatch:
     astray: dict[str, tuple[str, str]] = attrs.Factory(dict)
     shadowed: dict[str, frozenset[str]] = attrs.Factory(dict)
     hints: dict[str, str] = attrs.Factory(dict)
+    is_bare: bool = False
+    said: dict[str, str] = attrs.Factory(dict)
 
 
 class NameRules(Protocol):
@@ -209,6 +213,8 @@ def with_wrappers(match: NameMatch, sources: Iterable[str], targets: Iterable[st
     ``module.`` (DistributedDataParallel), ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.`` are looked
     through on both sides, for names that nothing else decided, where exactly one name fits on each side.
     """
+    if match.is_bare:
+        return match
     wanting = [target for target in targets if target not in match.moves and target not in match.kept]
     if not wanting:
         return match

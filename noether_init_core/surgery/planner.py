@@ -95,8 +95,8 @@ def _planned(kind: str, parts: Sequence[PlanPart], rules: NameRules, policies: P
     for part in parts:
         if written:
             # what an earlier submodel loads, this one shares with it
-            shared = {name for name, spec in part.targets.items() if spec.identity in written}
-            part = attrs.evolve(part, loaded=part.loaded | shared)
+            before = {name for name, spec in part.targets.items() if spec.identity in written}
+            part = attrs.evolve(part, loaded=part.loaded | before)
         match = with_wrappers(rules.match(tuple(part.sources), tuple(part.targets)), part.sources, part.targets)
         matches.append(match)
         planned = _PartPlanner(part, match, policies, fresh_hint)
@@ -212,7 +212,7 @@ class _PartPlanner:
 
     def __init__(self, part: PlanPart, match: NameMatch, policies: Policies, fresh_hint: str) -> None:
         self.part, self.match, self.policies = part, match, policies
-        self._advice = Advice(part, fresh_hint)
+        self._advice = Advice(part, fresh_hint, match.said)
         self.rows: list[PlanRow] = []
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
@@ -553,9 +553,10 @@ def _can_follow(dtypes: Sequence[str], steps: Sequence[Step]) -> bool:
             if _kind_of(step.dtype) != "complex" and any(_kind_of(dtype) == "complex" for dtype in current):
                 return False
             current = [step.dtype]
-        elif (isinstance(step, Concat | Stack) and len(set(current)) > 1) or (
-            isinstance(step, Interpolate) and any(_kind_of(dtype) != "float" for dtype in current)
-        ):
+        elif isinstance(step, Concat | Stack):
+            if len(set(current)) > 1:
+                return False
+        elif isinstance(step, Interpolate) and any(_kind_of(dtype) != "float" for dtype in current):
             return False
     return len(set(current)) == 1
 

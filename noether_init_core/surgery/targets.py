@@ -38,7 +38,7 @@ class ModelTargets:
         extra_state: Name -> the module that has extra state.
         own_loading: The outermost modules whose own loading code has to run, with everything below them.
         after_loading: Other modules with hooks that run after a load, innermost first as torch has it.
-        resettable: Name -> prefix and module of those entries whose module can initialize itself anew.
+        resettable: Name -> module of those entries whose module can initialize itself anew.
     """
 
     specs: Mapping[str, TargetSpec]
@@ -47,7 +47,7 @@ class ModelTargets:
     extra_state: Mapping[str, torch.nn.Module]
     own_loading: tuple[OwnLoading, ...] = ()
     after_loading: tuple[torch.nn.Module, ...] = ()
-    resettable: Mapping[str, tuple[str, torch.nn.Module]] = attrs.Factory(dict)
+    resettable: Mapping[str, torch.nn.Module] = attrs.Factory(dict)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -81,6 +81,7 @@ def model_targets(model: Any) -> ModelTargets:
     """
     owned = _registered(model)
     modules = dict(model.named_modules())
+    every = dict(model.named_modules(remove_duplicate=False))
     specs: dict[str, TargetSpec] = {}
     tensors: dict[str, torch.Tensor] = {}
     extra: dict[str, torch.nn.Module] = {}
@@ -120,17 +121,16 @@ def model_targets(model: Any) -> ModelTargets:
         for path, module in reversed(modules.items())
         if module._load_state_dict_post_hooks and not any(f"{path}.".startswith(other.prefix) for other in own)
     ]
-    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), _resettable(tensors, modules))
+    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), _resettable(tensors, every))
 
 
-def _resettable(names: Iterable[str], modules: Mapping[str, torch.nn.Module]) -> dict[str, tuple[str, torch.nn.Module]]:
+def _resettable(names: Iterable[str], modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
     found = {}
     for name in names:
-        path = name.rpartition(".")[0]
-        module = modules.get(path)
+        module = modules.get(name.rpartition(".")[0])
         if any(callable(getattr(module, method, None)) for method in ("reset_parameters", "_reset_parameters")):
             assert module is not None
-            found[name] = (f"{path}." if path else "", module)
+            found[name] = module
     return found
 
 
