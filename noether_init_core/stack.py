@@ -341,7 +341,9 @@ def _auto_resume(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
         # Which set is good is found out by reading it, when the start iteration is asked for.
         resumed = config.model_copy(update={"kwargs": keywords})
         return attrs.evolve(entry, config=resumed), "auto_resume: resumed from the newest good set"
-    newest = store.newest()
+    model = getattr(config, "model_name", None)
+    # a name that no set has is an error of the resume, and no fresh start: it may be misspelt
+    newest = store.newest(model) or (store.newest() if model is not None else None)
     if newest is None:
         return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
     resumed = config.model_copy(update={"kwargs": keywords, "checkpoint_tag": newest.name})
