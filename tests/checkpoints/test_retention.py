@@ -34,9 +34,16 @@ from noether_init_core.checkpoints.manifest import Manifest, ManifestFile, Manif
 from noether_init_core.checkpoints.retention import Best, checked_metrics, superfluous_sets
 from noether_init_core.checkpoints.sets import CheckpointSet, check_files
 
-MODEL = bind(torch.nn.Linear(1, 1), name="mlp")
-DIVERGED = bind(torch.nn.Linear(1, 1), name="mlp")
-torch.nn.init.constant_(DIVERGED.module.weight, float("nan"))
+
+def model_with(name: str, weight: float) -> Any:
+    bound = bind(torch.nn.Linear(1, 1), name=name)
+    torch.nn.init.constant_(bound.module.weight, weight)
+    return bound
+
+
+MODEL = model_with("mlp", 1.0)
+#: Name -> finite and diverged.
+MODELS = {name: (model_with(name, 1.0), model_with(name, float("nan"))) for name in ("gen", "disc")}
 
 
 @pytest.fixture
@@ -550,7 +557,7 @@ def recorded_first(sets: list[CheckpointSet], model: str) -> list[CheckpointSet]
 
 DAMAGE = st.sampled_from(["shorten", "remove", "manifest", "uncommit"])
 ACTIONS = st.one_of(
-    st.tuples(st.just("save"), st.integers(1, 6), TAGS, METRICS, st.booleans()),
+    st.tuples(st.just("save"), st.integers(1, 6), TAGS, METRICS, st.booleans(), st.sampled_from(["gen", "disc"])),
     st.tuples(st.just("start anew")),
     st.tuples(st.just("damage"), st.integers(0, 5), DAMAGE),
 )
@@ -563,6 +570,7 @@ class History:
     paths: PathProvider
     report: InitReport = attrs.Factory(lambda: InitReport(TrainingIteration.zero()))
     trainings: dict[int, str] = attrs.Factory(dict)
+    models: dict[int, str] = attrs.Factory(dict)
     tags: dict[int, tuple[str, ...]] = attrs.Factory(dict)
     good: set[int] = attrs.Factory(set)
     readable: set[int] = attrs.Factory(set)
@@ -577,14 +585,16 @@ class History:
         tags: tuple[str, ...],
         metrics: dict[str, float | None],
         is_finite: bool = True,
+        model: str = "gen",
     ) -> None:
         given = {name: float("nan") if value is None else value for name, value in metrics.items()}
         writer = CheckpointWriter(self.paths, report=self.report, retention=rules, flat_names=False)
         there = [one.sequence or 0 for one in RunStore(self.paths).sets()]
-        saved = writer.save(MODEL if is_finite else DIVERGED, at(epoch), tags=tags, metrics=given)
+        saved = writer.save(MODELS[model][0 if is_finite else 1], at(epoch), tags=tags, metrics=given)
         sequence = saved.sequence or 0
         assert sequence > max(there, default=0)
         self.trainings[sequence] = self.report.training
+        self.models[sequence] = model
         others = {one for one in there if self.trainings[one] != self.report.training}
         assert others <= {one.sequence for one in RunStore(self.paths).sets()}
         self.tags[sequence] = saved.tags
@@ -614,18 +624,21 @@ class History:
 
     def check(self) -> None:
         there = {one.sequence: one for one in RunStore(self.paths).sets()}
-        newest_good = sorted(one for one in self.good if self.trainings[one] == self.report.training)[-2:]
-        for sequence in newest_good:
-            check_files(there[sequence])
+        ours = sorted(one for one in self.good if self.trainings[one] == self.report.training)
+        for model in MODELS:
+            for sequence in [one for one in ours if self.models[one] == model][-2:]:
+                check_files(there[sequence])
         known = {sequence: tags for sequence, tags in self.tags.items() if sequence in self.readable}
-        meant: dict[str, int] = {}
-        for sequence in sorted(known):
-            meant |= dict.fromkeys(known[sequence], sequence)
-        for tag in {tag for one in there.values() for tag in one.tags}:
-            holders = [sequence for sequence, one in there.items() if tag in one.tags]
-            assert max(one or 0 for one in holders) == meant[tag], tag
-        for tag, sequence in meant.items():
-            assert tag.startswith("E") or sequence in there
+        for models in ({"gen"}, {"disc"}, {"gen", "disc"}):
+            meant: dict[str, int] = {}
+            for sequence in sorted(one for one in known if self.models[one] in models):
+                meant |= dict.fromkeys(known[sequence], sequence)
+            left = {sequence: one for sequence, one in there.items() if self.models[sequence or 0] in models}
+            for tag in {tag for one in left.values() for tag in one.tags}:
+                holders = [sequence for sequence, one in left.items() if tag in one.tags]
+                assert max(one or 0 for one in holders) == meant[tag], tag
+            for tag, sequence in meant.items():
+                assert tag.startswith("E") or sequence in there
         # sets that retention removed are forgotten
         for sequence in set(self.readable) - set(there):
             self.readable.discard(sequence)
@@ -635,8 +648,8 @@ class History:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(actions=st.lists(ACTIONS, min_size=2, max_size=9), rules=st.lists(RULES, min_size=1, max_size=3))
 def test_good_sets_survive_random_saves_and_damages(actions: list[tuple[Any, ...]], rules: list[Retention]) -> None:
-    """On the disk, with changing rules and new trainings: the newest two finite sets of the training are there, all of
-    the others, and no tag moves to an older set.
+    """On the disk, with changing rules and new trainings: the newest two finite sets of each model of the training are
+    there, all of the others, and no tag moves to an older set.
     """
     root = Path(tempfile.mkdtemp())
     try:
