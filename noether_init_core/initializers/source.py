@@ -19,14 +19,14 @@ from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.transform_config import TransformConfig, rule_of
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import History
-from noether_init_core.surgery.agreement import check_across, check_casts
+from noether_init_core.surgery.agreement import check_across, check_casts, check_loading_code
 from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
 from noether_init_core.surgery.fresh import device_for, has_weak_references, left_without_memory, on_meta
 from noether_init_core.surgery.names import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
 from noether_init_core.surgery.planner import KEEP_MODEL_HINT, Policies, plan_load
-from noether_init_core.surgery.targets import ModelTargets, model_targets
+from noether_init_core.surgery.targets import ModelTargets, loaded_by_code, model_targets
 from noether_init_core.surgery.transforms import Transforms
 from noether_init_core.surgery.versions import check_versions
 
@@ -229,6 +229,11 @@ class SourceInitializer(InitializerBase):
         state = _tensors_of(model, self.leaves(model))
         prepared = self._ready[1] if self._ready and self._ready[0] == state else self._check_weights(model)
         done: list[str] = []
+        by_code = frozenset(
+            identity
+            for path, targets in prepared.targets.items()
+            for identity in loaded_by_code(prepared.plan.rows_of(path), targets)
+        )
         for leaf in prepared.leaves:
             rows = prepared.plan.rows_of(leaf.path)
             try:
@@ -236,6 +241,7 @@ class SourceInitializer(InitializerBase):
                     rows,
                     self._opened[leaf.path, "model"].reader,
                     prepared.targets[leaf.path],
+                    by_code=by_code,
                     device=device_for(leaf.model),
                     may_map=self.config.verify == "none",
                 )
@@ -379,6 +385,7 @@ class SourceInitializer(InitializerBase):
         is_new = self._planned is None or self._planned[0] is not model
         self._planned = (model, prepared.plan)
         prepared.plan.raise_for_problems()
+        check_loading_code(prepared.plan, prepared.targets)
         for warning in prepared.plan.warnings if is_new else ():
             self.logger.warning("%s: %s: %s", self.config.kind, warning.model, warning.message)
         for leaf in prepared.leaves:
