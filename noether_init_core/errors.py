@@ -279,7 +279,10 @@ class StateMismatchError(InitError, ValueError):
 
 
 class StartConflictError(InitError, ValueError):
-    """More than one initializer starts at other than iteration zero; ``starts``: initializer -> iteration."""
+    """More than one initializer starts at other than iteration zero, or not where the stack said that it would.
+
+    ``starts``: initializer -> iteration; ``told`` and ``now`` -> iteration.
+    """
 
     def __init__(self, message: str, *, starts: dict[str, str] | None = None) -> None:
         super().__init__(message)

@@ -72,6 +72,7 @@ class InitializerStack:
     def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
         self._members = tuple(_Member(initializer) for initializer in initializers)
         self._auto_resume = ""
+        self._told: TrainingIteration | None = None
         self._hooks = HookCaller(self.initializers, observers)
 
     @classmethod
@@ -119,6 +120,7 @@ class InitializerStack:
         stack = cls.__new__(cls)
         stack._members = tuple(members)
         stack._auto_resume = ""
+        stack._told = None
         stack._hooks = HookCaller(stack.initializers, observers)
         return stack
 
@@ -130,15 +132,18 @@ class InitializerStack:
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration at which training starts. May be called before ``initialize`` and more than once.
 
+        What was selected for it is kept until ``initialize``, also if another process saves meanwhile.
+
         Raises ``StartConflictError`` if more than one initializer starts at other than zero.
         """
-        return self._starts()[0]
+        self._told = self._starts()[0]
+        return self._told
 
     def plan(self, model: Any) -> LoadPlan:
         """What ``initialize(model)`` will do to the weights. The model is untouched; only headers are read.
 
         An initializer sees what those before it will have loaded: for that, its file need not have anything. Kinds that
-        cannot plan are left out.
+        cannot plan are left out. After ``start_checkpoint`` the plan is that of the sets that it selected.
         """
         check_model(model)
         plans = []
@@ -151,7 +156,10 @@ class InitializerStack:
                     plans.append(initializer.plan_weights(member.model(model)))
                     loaded |= initializer.will_write
         finally:
-            self._release()
+            if self._told is None:
+                self._release()
+            else:  # the start that was told is that of what is selected
+                self._close_files()
         return LoadPlan.merged(plans)
 
     def initialize(self, model: Any, trainer: Any = None, callbacks: Sequence[Any] | None = None) -> InitReport:
@@ -168,6 +176,7 @@ class InitializerStack:
 
         Raises:
             InitError: one of its children, before anything has been changed, for all that can be known beforehand.
+                ``StartConflictError`` if the start is no longer the one that ``start_checkpoint`` told.
             PartlyInitializedError: user code, a kind without ``check``, or a device failed afterwards. States of
                 trainer and callbacks have been put back.
         """
@@ -175,6 +184,7 @@ class InitializerStack:
         callbacks = list(callbacks) if callbacks is not None else None
         try:
             start, starts = self._starts()
+            self._check_start(start)
             loaded: frozenset[int] = frozenset()
             for member in self._members:
                 everything = member.takes_part_in("init_trainer")
@@ -195,6 +205,7 @@ class InitializerStack:
                 trainer.lineage = tuple(report.lineage())
             if hasattr(trainer, "init_report"):
                 trainer.init_report = report
+            self._told = None
         finally:
             self._release()
         logger.info("%s", report)
@@ -225,6 +236,16 @@ class InitializerStack:
             )
         chosen = next((start for start in starts if start is not None and not start.is_zero), None)
         return chosen or TrainingIteration.zero(), starts
+
+    def _check_start(self, start: TrainingIteration) -> None:
+        """After a failed initialization, everything is selected anew."""
+        if self._told is not None and start != self._told:
+            raise StartConflictError(
+                f"start_checkpoint() told {self._told}, and by now the start is {start}: the set that it was told of "
+                "is no longer the one that is meant. Nothing was changed. Next: call start_checkpoint() again, and "
+                "start there",
+                starts={"told": str(self._told), "now": str(start)},
+            )
 
     def _steps(self, model: Any, trainer: Any, callbacks: list[Any] | None) -> list[tuple[str, Callable[[], Any]]]:
         """What is done after the checks, in order, each with its name."""
@@ -300,6 +321,11 @@ class InitializerStack:
         ]
         sources, tensors = trace(model, carried)
         return InitReport(start, tuple(reports), self._auto_resume, sources, tensors)
+
+    def _close_files(self) -> None:
+        for member in self._members:
+            if isinstance(member.initializer, SourceInitializer):
+                member.initializer.close_files()
 
     def _release(self) -> None:
         for member in self._members:

@@ -269,13 +269,17 @@ class SourceInitializer(InitializerBase):
     def init_optimizer(self, model: Any) -> None:
         """Nothing: this kind brings weights only, unless a subclass says otherwise."""
 
-    def release(self) -> None:
-        """Close every file, and forget what was restored: a later initialization has a report of its own."""
+    def close_files(self) -> None:
+        """Close every file and forget what was read from it. What was selected stays selected."""
         for opened in self._opened.values():
             opened.reader.close()
         self._opened.clear()
         self._planned = self._ready = None
         self._checked_values.clear()
+
+    def release(self) -> None:
+        """Close every file, and forget what was restored: a later initialization has a report of its own."""
+        self.close_files()
         self.restored.clear()
 
     @property
