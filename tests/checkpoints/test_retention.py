@@ -411,6 +411,10 @@ def test_damaged_set_that_recorded_the_best_value_stays_with_the_good_one_of_its
     sets = [(a_set(n, max(n - 1, 1), (), loss), n != 1) for n, loss in enumerate(losses, start=1)][::-1]
     gone = superfluous_sets(sets, Retention(best={"loss": 1}))
     assert [one.sequence for one in gone] == [3]
+    # the one in the middle is the only good one of its iteration
+    sets = [(a_set(n, max(n - 2, 1), (), losses[n - 1] if n < 3 else {}), n not in (1, 3)) for n in range(1, 7)][::-1]
+    gone = superfluous_sets(sets, Retention(best={"loss": 1}))
+    assert [one.sequence for one in gone] == [4]
 
 
 def test_metric_of_a_set_that_was_passed_over_is_not_that_of_the_one_that_replaced_it() -> None:
@@ -440,6 +444,11 @@ def test_best_of_each_model_goes_by_its_own_metric_or_by_that_of_the_iteration()
         sets.append(a_set(2 * epoch - 1, epoch, (), {"loss": loss}, model="g"))
         sets.append(a_set(2 * epoch, epoch, (), {}, model="d"))
     assert kept_of(sets, Retention(best={"loss": 1})) == [3, 4, 7, 8, 9, 10]
+    swapped = [
+        a_set(n, (n + 1) // 2, (), {} if n % 2 else {"loss": losses[n // 2 - 1]}, model="gd"[n % 2])
+        for n in range(1, 11)
+    ]
+    assert kept_of(swapped, Retention(best={"loss": 1})) == [3, 4, 7, 8, 9, 10]
     own = [a_set(2 * e, e, (), {"loss": -loss}, model="d") for e, loss in enumerate(losses, start=1)]
     both = sorted([*sets[::2], *own], key=lambda one: one.sequence or 0)
     # the tag of the second epoch means the set of d, also for who names no model
