@@ -24,7 +24,7 @@
     |   `-- CheckpointWriteError (OSError)
     |-- PlanError (ValueError)                    the plan has problems; nothing was changed
     |-- StateMismatchError (ValueError)           optimizer, trainer or callback state does not fit
-    |-- StartConflictError (ValueError)           two initializers start at other than zero
+    |-- StartConflictError (ValueError)           two initializers start at other than zero, or the start has changed
     `-- PartlyInitializedError (RuntimeError)     user code failed after the first change
 
 Every message says what was asked, what exists, and what to do next. The same data is on the exception, so that
