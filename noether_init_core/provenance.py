@@ -108,6 +108,7 @@ class TensorRecord:
         digests: Of the bytes of each of them, where a manifest says so.
         rule: The config line responsible; None where the name is the same on both sides.
         steps: What was done on the way, as a config writes it.
+        is_partial: Whether some of its elements stayed the model's own, as new rows of a padded embedding do.
         ancestors: Where its values came from before, the latest first, as far as the runs kept record: (file, names).
     """
 
@@ -120,11 +121,12 @@ class TensorRecord:
     rule: str | None = None
     steps: tuple[str, ...] = ()
     ancestors: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    is_partial: bool = False
 
     @property
     def is_loaded(self) -> bool:
-        """Whether its value came from a checkpoint."""
-        return self.source is not None
+        """Whether its value, and all of it, came from a checkpoint."""
+        return self.source is not None and not self.is_partial
 
 
 @attrs.frozen
@@ -169,7 +171,7 @@ class InitReport:
         return self._names(model, loaded=True)
 
     def fresh_parameters(self, model: str | None = None) -> tuple[str, ...]:
-        """Names of the parameters that did not come from a checkpoint; see ``loaded_parameters``."""
+        """Names of the parameters that came not, or not as a whole, from a checkpoint; see ``loaded_parameters``."""
         return self._names(model, loaded=False)
 
     def _names(self, model: str | None, *, loaded: bool) -> tuple[str, ...]:

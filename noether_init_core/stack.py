@@ -31,6 +31,7 @@ from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import InitializerReport, InitReport
 from noether_init_core.surgery.plan import LoadPlan
+from noether_init_core.surgery.suggestions.suggest import Suggestion
 from noether_init_core.tracing import Carried, trace
 
 __all__ = ["InitializerStack"]
@@ -161,6 +162,22 @@ class InitializerStack:
             else:  # the start that was told is that of what is selected
                 self._close_files()
         return LoadPlan.merged(plans)
+
+    def suggest(self, model: Any) -> tuple[tuple[int, str, Suggestion], ...]:
+        """Rules for each file and single model, from names and shapes: (number of the initializer, path, suggestion).
+
+        Surgery that the config has is not looked at. The model is untouched, only headers are read, nothing is applied.
+        """
+        check_model(model)
+        try:
+            return tuple(
+                (number, path, suggestion)
+                for number, member in enumerate(self._members)
+                if isinstance(member.initializer, SourceInitializer) and member.takes_part_in("init_weights")
+                for path, suggestion in member.initializer.suggest_rules(member.model(model)).items()
+            )
+        finally:
+            self._release()
 
     def initialize(self, model: Any, trainer: Any = None, callbacks: Sequence[Any] | None = None) -> InitReport:
         """Start the run: find out all that could fail, then change trainer, weights, optimizer and callbacks.

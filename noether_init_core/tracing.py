@@ -66,7 +66,7 @@ def trace(model: Any, carried: Iterable[Carried]) -> tuple[tuple[SourceRecord, .
             path = paths[row.model]
             place = path, row.target
             if not row.writes:
-                if place not in found or not found[place].is_loaded:
+                if place not in found or found[place].source is None:
                     found[place] = TensorRecord(path, row.target, row.is_parameter, rule=row.rule)
                 continue
             file = files[row.model]
@@ -80,6 +80,7 @@ def trace(model: Any, carried: Iterable[Carried]) -> tuple[tuple[SourceRecord, .
                 row.rule,
                 tuple(map(described, row.steps)) if row.steps else (),
                 _ancestors(file.history, row.sources, sources) if file.history else (),
+                bool(row.steps) and row.is_partial,
             )
     for path, leaf in leaf_models(model):
         for named, is_parameter in ((leaf.named_parameters, True), (getattr(leaf, "named_buffers", None), False)):

@@ -20,6 +20,13 @@ _NOETHER_FIELDS = (
     "patterns_to_instantiate",
     "keys_to_instantiate",
 )
+_AS_TRANSFORM = {
+    "keys_to_remove": "keys_to_remove: [a.w] is {drop: a.w}",
+    "patterns_to_remove": "patterns_to_remove: [head.] is {drop: head.} for what begins with it",
+    "patterns_to_rename": "patterns_to_rename: [{src: stem., dst: patch.}] is {from: stem., to: patch.}",
+    "patterns_to_instantiate": "patterns_to_instantiate: [head.] is {keep_model: head.}",
+    "keys_to_instantiate": "keys_to_instantiate: [head.w] is {keep_model: head.w}",
+}
 Pattern = Annotated[str, pydantic.Field(min_length=1)]
 
 
@@ -68,7 +75,7 @@ class PreviousRunInitializerConfig(CheckpointInitializerConfig):
         if fields and modern:
             raise ValueError(
                 f"{modern[0]} and {fields[0]} are two ways to say the same, with different results. Write it all as "
-                "transforms: patterns_to_instantiate: [head.] is {keep_model: head.}, keys_to_remove: [a] is {drop: a}"
+                f"transforms: {_AS_TRANSFORM[fields[0]]}"
             )
         return self
 

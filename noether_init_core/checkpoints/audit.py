@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 import attrs
+import xxhash
 
 from noether_init_core.checkpoints.audit_flat import AuditedFlat, audit_flat
-from noether_init_core.checkpoints.manifest import MANIFEST_NAME
+from noether_init_core.checkpoints.manifest import MANIFEST_NAME, MAX_PROVENANCE_BYTES, PROVENANCE_NAME
 from noether_init_core.checkpoints.queries import is_of
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import (
@@ -25,6 +26,7 @@ from noether_init_core.checkpoints.sets import (
     said_by,
     set_folders,
 )
+from noether_init_core.checkpoints.storage import Storage
 from noether_init_core.checkpoints.store import RunStore
 from noether_init_core.checkpoints.usable import not_looked_at, refused_values
 from noether_init_core.errors import (
@@ -261,9 +263,23 @@ def _committed(
         tags = tuple(tag for tag in found.tags if tag not in taken)
         newer.append(found)
         surplus = set(list_names(folder.path, store.storage)) - {file.path.name for file in found.files}
-        notes = [f"{name} is not in the manifest" for name in sorted(surplus - {MANIFEST_NAME})]
+        notes = [f"{name} is not in the manifest" for name in sorted(surplus - {MANIFEST_NAME, PROVENANCE_NAME})]
+        notes += _note_on_provenance(found, folder.path, store.storage)
         audited.append((_audit(store, found, folder.path.name, tags, progress, notes), found))
     return audited
+
+
+def _note_on_provenance(found: CheckpointSet, folder: Path, storage: Storage) -> list[str]:
+    """It tells where tensors came from, and no weight depends on it: a damaged one is a note, and no problem."""
+    expected = None if found.manifest is None else found.manifest.provenance
+    if expected is None:
+        return []
+    try:
+        content = storage.read_bytes(folder / PROVENANCE_NAME, MAX_PROVENANCE_BYTES)
+    except (OSError, ValueError) as error:
+        return [f"{PROVENANCE_NAME} cannot be read: {error}"]
+    same = f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}" == expected
+    return [] if same else [f"{PROVENANCE_NAME} is not as it was written; where the weights came from is not known"]
 
 
 def _legacy(store: RunStore, progress: Progress | None) -> list[tuple[AuditedSet, CheckpointSet | None]]:

@@ -17,7 +17,16 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatErr
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name
 
-__all__ = ["MANIFEST_NAME", "PROVENANCE_NAME", "Manifest", "ManifestFile", "ManifestTensor", "read_manifest", "sealed"]
+__all__ = [
+    "MANIFEST_NAME",
+    "MAX_PROVENANCE_BYTES",
+    "PROVENANCE_NAME",
+    "Manifest",
+    "ManifestFile",
+    "ManifestTensor",
+    "read_manifest",
+    "sealed",
+]
 
 MANIFEST_NAME = "manifest.json"
 #: Beside it: where the tensors came from.
@@ -25,6 +34,7 @@ PROVENANCE_NAME = "provenance.json"
 FORMAT = "noether-init-set"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
+MAX_PROVENANCE_BYTES = 256 << 20
 _SEAL = re.compile(rb',\n "digest": "(xxh3_128:[0-9a-f]{32})"\n}\n')
 _SEAL_BYTES = len(',\n "digest": "xxh3_128:"\n}\n') + 32
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import attrs
 import torch
+import xxhash
 
 from noether_init_core.checkpoints.content import FileContent, contents_of, iteration_for
 from noether_init_core.checkpoints.descent import Descent, Descents, Start
 from noether_init_core.checkpoints.file_writing import naming, write_file
 from noether_init_core.checkpoints.flat_names import give_room, refresh_flat_names, remove_orphans
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
-from noether_init_core.checkpoints.manifest import MANIFEST_NAME, Manifest
+from noether_init_core.checkpoints.manifest import MANIFEST_NAME, PROVENANCE_NAME, Manifest
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
 from noether_init_core.checkpoints.retention import Retention, checked_metrics
 from noether_init_core.checkpoints.sets import (
@@ -60,6 +61,7 @@ class _Described:
     metrics: dict[str, float | None]
     frozen: tuple[str, ...]
     descent: Descent
+    provenance: bytes | None
 
 
 class CheckpointWriter:
@@ -74,7 +76,8 @@ class CheckpointWriter:
 
     Args:
         path_provider: The folders of the run; anything with ``output_root``, ``run_id`` and ``stage_name``.
-        report: The report of the initialization; its lineage is kept in every manifest, with the training that goes
+        report: The report of the initialization; where every tensor came from is kept beside every set
+            (``provenance.json``), and its lineage in every manifest, with the training that goes
             on or begins, and the sets that it has passed over. None: what the trainer that is saved knows of it.
         flat_names: Whether Noether shall find the files under its own names as well.
         keep_last: How many sets that can be resumed stay, of this training; None keeps all. The set to walk back to,
@@ -98,6 +101,7 @@ class CheckpointWriter:
             raise ConfigError("keep_last and retention were both given; say keep_last as retention's last")
         self.paths = PathProvider.of(path_provider)
         self.report = report
+        self._told: tuple[Any, bytes] | None = None
         self.flat_names = flat_names
         self.retention = Retention(last=keep_last) if retention is None else Retention.of(retention)
         self.storage = storage
@@ -158,7 +162,7 @@ class CheckpointWriter:
                 start = Start.of(self.report, trainer)
                 descent = self._descents.of_save(checkpoints, full, start, self.storage)
                 self._tell_of_another_training(checkpoints, full, descent)
-                described = _Described(full, all_tags, lineage, values, frozen, descent)
+                described = _Described(full, all_tags, lineage, values, frozen, descent, self._provenance(trainer))
                 try:
                     committed = self._commit(checkpoints, contents, described)
                 except OSError as error:
@@ -256,6 +260,7 @@ class CheckpointWriter:
             passed_over=described.descent.passed_over,
             files=files,
             lineage=described.lineage,
+            provenance=self._write_provenance(folder, described.provenance),
             versions=_versions(),
         )
         temporary = folder / f"{MANIFEST_NAME}.tmp"
@@ -305,6 +310,27 @@ class CheckpointWriter:
                     given = ", ".join(values)
                     logger.warning("the best sets by %s are to be kept, but this save gives %s", rule.metric, given)
         return values
+
+    def _provenance(self, trainer: Any) -> bytes | None:
+        """Where the tensors came from, as the report says, or that of the trainer; the same for every set."""
+        report = self.report if self.report is not None else getattr(trainer, "init_report", None)
+        tell = getattr(report, "provenance", None)
+        if not callable(tell):
+            return None
+        if self._told is None or self._told[0] is not report:
+            self._told = report, json.dumps(tell(), indent=0, default=str).encode()
+        return self._told[1]
+
+    def _write_provenance(self, folder: Path, content: bytes | None) -> str | None:
+        """Returns the digest for the manifest."""
+        if content is None:
+            return None
+        path = folder / PROVENANCE_NAME
+        with naming(path), self.storage.open_write(path) as file:
+            file.write(content)
+            self.storage.fsync(file)
+        self.storage.make_read_only(path)
+        return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
     def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:
         found = self.report.lineage() if self.report is not None else getattr(trainer, "lineage", None) or ()

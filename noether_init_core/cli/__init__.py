@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from noether_init_core.cli import inspect, kinds, overview, plan, schema, validate, verify
+from noether_init_core.cli import inspect, kinds, overview, plan, schema, suggest, validate, verify
 from noether_init_core.errors import InitError
 
 __all__ = ["app", "main"]
@@ -29,6 +29,9 @@ app.command("schema", rich_help_panel="Decide", epilog="Example: noether-init sc
 app.command("validate", rich_help_panel="Decide", epilog="Example: noether-init validate init.yaml")(validate.run)
 app.command("plan", rich_help_panel="Decide", epilog="Example: noether-init plan init.yaml --model models:build")(
     plan.run
+)
+app.command("suggest", rich_help_panel="Decide", epilog="Example: noether-init suggest init.yaml --model models:build")(
+    suggest.run
 )
 app.command("verify", rich_help_panel="Do", epilog="Example: noether-init verify runs/pretrain")(verify.run)
 

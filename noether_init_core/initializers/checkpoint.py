@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import attrs
 import pydantic
@@ -62,6 +62,15 @@ class CheckpointInitializerConfig(InitializerConfig, SourceInitializerConfig):
         description="What optimizer state leads to of a parameter that is not there: an error; when null a warning "
         "where weights were renamed or left out.",
     )
+
+    @pydantic.model_validator(mode="after")
+    def _check_optimizer_fields(self) -> Self:
+        about_state = ("param_groups", "on_missing_state", "on_unexpected_state")
+        given = [name for name in about_state if name in self.model_fields_set]
+        if given and not self.load_optim:
+            raise ValueError(f"{given[0]} is about optimizer state, which is not loaded. Add: load_optim: true")
+        return self
+
     pop_ckpt_kwargs_keys: list[str] | None = pydantic.Field(
         default=None, description="Keys to drop from the stored model_config when a model is rebuilt from it."
     )

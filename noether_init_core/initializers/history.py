@@ -7,7 +7,7 @@ import logging
 
 import xxhash
 
-from noether_init_core.checkpoints.manifest import PROVENANCE_NAME
+from noether_init_core.checkpoints.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME
 from noether_init_core.checkpoints.sets import CheckpointSet
 from noether_init_core.checkpoints.storage import LOCAL, Storage
 from noether_init_core.provenance import History, histories
@@ -15,7 +15,6 @@ from noether_init_core.provenance import History, histories
 __all__ = ["read_histories"]
 
 logger = logging.getLogger(__name__)
-_MAX_BYTES = 256 << 20
 
 
 def read_histories(found: CheckpointSet, storage: Storage = LOCAL) -> dict[str, History]:
@@ -28,7 +27,7 @@ def read_histories(found: CheckpointSet, storage: Storage = LOCAL) -> dict[str, 
         return {}
     path = found.folder / PROVENANCE_NAME
     try:
-        content = storage.read_bytes(path, _MAX_BYTES)
+        content = storage.read_bytes(path, MAX_PROVENANCE_BYTES)
         if f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}" != expected:
             raise ValueError("its digest is not the one in the manifest")
         return histories(json.loads(content))

@@ -19,13 +19,15 @@ from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.transform_config import TransformConfig, rule_of
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import History
+from noether_init_core.surgery.advice import KEEP_MODEL_HINT
 from noether_init_core.surgery.agreement import check_across, check_casts, check_loading_code
 from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
 from noether_init_core.surgery.fresh import device_for, has_weak_references, left_without_memory, on_meta
 from noether_init_core.surgery.names import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
-from noether_init_core.surgery.planner import KEEP_MODEL_HINT, Policies, plan_load
+from noether_init_core.surgery.planner import Policies, plan_load
+from noether_init_core.surgery.suggestions.suggest import Suggestion, suggest
 from noether_init_core.surgery.targets import ModelTargets, loaded_by_code, model_targets
 from noether_init_core.surgery.transforms import Transforms
 from noether_init_core.surgery.versions import check_versions
@@ -216,6 +218,18 @@ class SourceInitializer(InitializerBase):
         """
         return self._prepare(model).plan
 
+    def suggest_rules(self, model: Any) -> dict[str, Suggestion]:
+        """Path of a single model -> transforms for it and its file, from names and shapes; nothing is applied.
+
+        Only headers are read; ``model`` may be on the meta device. Raises errors of ``locate`` and of the reader.
+        """
+        return {
+            part.model: suggest(
+                part.sources, part.targets, model=part.model, policies=self.policies, hidden=part.hidden
+            )
+            for part in self._parts(model)[0]
+        }
+
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Plan the weights, verify every byte that will be read, and look at the values. Changes nothing."""
         self._check_weights(model)
@@ -340,7 +354,8 @@ class SourceInitializer(InitializerBase):
         found = self._opened.get((leaf.path, part))
         return None if found is None else found.source
 
-    def _prepare(self, model: Any) -> _Prepared:
+    def _parts(self, model: Any) -> tuple[tuple[PlanPart, ...], tuple[Leaf, ...], dict[str, ModelTargets]]:
+        """The single models with what their files have, and what they have themselves."""
         leaves = self.leaves(model)
         self.before_locating(leaves)
         parts = []
@@ -370,6 +385,10 @@ class SourceInitializer(InitializerBase):
                 )
             )
         self.after_opening(leaves)
+        return tuple(parts), leaves, targets
+
+    def _prepare(self, model: Any) -> _Prepared:
+        parts, leaves, targets = self._parts(model)
         hint = self.fresh_hint
         if not hint or self.config.transforms:
             hint = KEEP_MODEL_HINT if self.config.transforms else f"{KEEP_MODEL_HINT} (under transforms:)"

@@ -27,6 +27,7 @@ __all__ = [
 
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+_NUMBER = re.compile(r"\d+")
 _WRAPPER = re.compile("|".join(sorted(WRAPPERS)))
 
 
@@ -69,6 +70,7 @@ class NameMatch:
         outside: Names of the file outside of what the rules are about.
         astray: Name in the file -> (name that it would get, which the model has not; the rule, or empty).
         shadowed: Rule -> rules that took names before it that it would have matched.
+        hints: Rule that matched nothing -> what it may have missed in the model.
     """
 
     moves: dict[str, Taken]
@@ -81,6 +83,7 @@ class NameMatch:
     outside: frozenset[str] = frozenset()
     astray: dict[str, tuple[str, str]] = attrs.Factory(dict)
     shadowed: dict[str, frozenset[str]] = attrs.Factory(dict)
+    hints: dict[str, str] = attrs.Factory(dict)
 
 
 class NameRules(Protocol):
@@ -268,4 +271,5 @@ def _closest(name: str, others: Sequence[str], most: int) -> list[str]:
     found = difflib.get_close_matches(name, others, n=64, cutoff=0.5)
     order = {other: number for number, other in enumerate(others)}
     found.sort(key=lambda other: (-difflib.SequenceMatcher(None, other, name).ratio(), order[other]))
-    return found[:most]
+    # the same name in another layer tells nothing more
+    return list({_NUMBER.sub("#", other): other for other in reversed(found)}.values())[::-1][:most]

@@ -225,6 +225,7 @@ class _Planner:
 
     def plan(self, current: Sequence[Mapping[str, Any]] | None, optimizer_class: str) -> OptimizerPlan:
         self._problems += _other_class(self._saved, current, optimizer_class)
+        self._problems += self._unknown_fields(current)
         origins = {name: self._origin(name) for names in self._groups for name in names}
         wanted = {source for origin in origins.values() for source in origin.sources}
         left = [name for name in self._stored if name not in wanted]
@@ -256,6 +257,17 @@ class _Planner:
         if self._problems:
             self._raise()
         return OptimizerPlan(tuple(states), tuple(fields), tuple(self._fresh), tuple(self._warnings))
+
+    def _unknown_fields(self, current: Sequence[Mapping[str, Any]] | None) -> list[str]:
+        """A field that is misspelt would silently be taken from the other side."""
+        known = {key for group in (*self._saved["param_groups"], *(current or ())) for key in group} - {"params"}
+        messages = []
+        for field in self._policies.fields:
+            if field != "*" and field not in known:
+                close = near(field, sorted(known))
+                hint = f"near: {', '.join(close)}" if close else f"they have: {', '.join(sorted(known))}"
+                messages.append(f"param_groups: the groups of the optimizer have no {field}; {hint}")
+        return messages
 
     def _origin(self, name: str) -> ParameterOrigin:
         """By the plan of the weights, under any of the parameter's names; else the same name on both sides."""
@@ -345,7 +357,7 @@ class _Planner:
             )
         else:
             self._warnings.append(
-                f"optimizer state of {_listed(gone)} is not taken over: nothing was loaded from there"
+                f"optimizer state of {_listed(gone)} is not taken over: no parameter of the optimizer takes it"
             )
 
     def _raise(self) -> None:

@@ -181,7 +181,7 @@ class LoadPlan:
             "counts": self.counts(),
             "totals": {
                 "parameters": sum(row.numel for row in self.rows if is_counted(row)),
-                "parameters_loaded": sum(row.numel for row in self.rows if is_counted(row) and row.writes),
+                "parameters_loaded": sum(row.taken for row in self.rows if is_counted(row)),
                 "bytes": sum(row.nbytes for row in self.rows if row.target is not None),
                 "bytes_loaded": self.loaded_bytes,
             },

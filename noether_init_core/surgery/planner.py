@@ -8,7 +8,8 @@ from typing import Literal
 import attrs
 
 from noether_init_core.checkpoints.memory import no_garbage_collection
-from noether_init_core.surgery.names import NameMatch, NameRules, Taken, near, single_rename, with_wrappers
+from noether_init_core.surgery.advice import Advice
+from noether_init_core.surgery.names import NameMatch, NameRules, Taken, with_wrappers
 from noether_init_core.surgery.plan import (
     LOADED_BEFORE,
     Action,
@@ -24,12 +25,9 @@ from noether_init_core.surgery.steps import Cast as CastStep
 from noether_init_core.surgery.steps import Pad, Slice, Step, StepError, shapes_after
 from noether_init_core.surgery.transforms import glob_set
 
-__all__ = ["KEEP_MODEL_HINT", "Policies", "plan_load"]
+__all__ = ["Policies", "plan_load"]
 
 Cast = Literal["same_kind", "none", "any"]
-
-#: What is said beside entries that could keep the model's value, where there is a rule for it.
-KEEP_MODEL_HINT = "To keep the model's own values there add: {line}"
 
 
 @attrs.frozen
@@ -110,7 +108,10 @@ def _too_little(rows: Sequence[PlanRow], least: Mapping[str, float], names: str)
         globs = glob_set([glob])
         chosen = [row for row in rows if row.target is not None and globs.matching(row.target)]
         if not any(row.is_parameter for row in chosen):
-            problems.append(Problem("coverage", f"min_coverage: {glob} matches no parameter of the model", names))
+            below = glob_set([] if glob.endswith(".") else [f"{glob}."])
+            dotted = any(below.matching(row.target) for row in rows if row.target is not None)
+            hint = f". Next: {glob}. (a trailing dot means everything below)" if dotted else ""
+            problems.append(Problem("coverage", f"min_coverage: {glob} matches no parameter of the model{hint}", names))
             continue
         covered = share_loaded(chosen, or_before=True)
         if covered < share:
@@ -189,7 +190,8 @@ class _PartPlanner:
     """The rows and problems of one part."""
 
     def __init__(self, part: PlanPart, match: NameMatch, policies: Policies, fresh_hint: str) -> None:
-        self.part, self.match, self.policies, self.fresh_hint = part, match, policies, fresh_hint
+        self.part, self.match, self.policies = part, match, policies
+        self._advice = Advice(part, fresh_hint)
         self.rows: list[PlanRow] = []
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
@@ -197,6 +199,7 @@ class _PartPlanner:
         self._casts: dict[tuple[str, str], list[str]] = {}
         self._step_errors: dict[tuple[str, str], list[str]] = {}
         self._resolved: dict[tuple[int, tuple[str, ...], int], tuple[tuple[Step, ...], list[tuple[int, ...]]]] = {}
+        self._fitted: set[str] = set()
         self._taking: set[str] | None = None
         self._tied: dict[str, list[str]] = {}
         for name, spec in part.targets.items():
@@ -225,6 +228,14 @@ class _PartPlanner:
             self._problem("unwritable", f"{name} {self.part.targets[name].unwritable}, so it cannot be loaded", [name])
         self._report_unexpected(unexpected)
         self._check_tied()
+        squares = self._advice.squares(self.rows)
+        if squares:
+            verb = "is square and taken as it is" if len(squares) == 1 else "are square and taken as they are"
+            self._warn(
+                "square",
+                f"{_listed(squares)} {verb}, while others beside are transposed: shapes cannot tell whether to",
+                squares,
+            )
 
     def _plan_target(self, name: str, spec: TargetSpec) -> str | None:
         """Add the row of one entry of the model; the code of its problem, if it has one."""
@@ -249,7 +260,10 @@ class _PartPlanner:
             self._step_errors.setdefault((taken.rule or "", str(error)), []).append(name)
             return None
         if steps:
-            taken = attrs.evolve(taken, steps=steps)
+            rule = taken.rule
+            if taken.sources[0] in self._fitted and not rule:
+                rule = f"on_mismatch: {self.policies.on_mismatch}"
+            taken = attrs.evolve(taken, steps=steps, rule=rule)
         if shape != spec.shape:
             if self.policies.on_mismatch == "keep":
                 self._row(name, (), "keep", spec, Taken((), "on_mismatch: keep"))
@@ -303,6 +317,7 @@ class _PartPlanner:
             steps = (*steps, *_fitting(shape, spec.shape, self.policies.on_mismatch))
             if len(steps) > len(known[0]):
                 shape = spec.shape
+                self._fitted.add(taken.sources[0])
         if any(isinstance(step, Pad) and step.value is None for step in steps[:-1]):
             keeps = [number for number, step in enumerate(steps) if isinstance(step, Pad) and step.value is None]
             if any(not isinstance(step, Pad) for step in steps[keeps[0] :]):
@@ -377,7 +392,7 @@ class _PartPlanner:
                 self._problem(
                     "unexpected",
                     f"the file has {_listed(names)}, which {self.part.model} has not"
-                    + self._near_hint(names, list(self.part.targets), "the model has").rstrip("."),
+                    + self._advice.near(names, list(self.part.targets), "the model has").rstrip("."),
                     names,
                 )
                 continue
@@ -385,7 +400,7 @@ class _PartPlanner:
             self._problem(
                 "unexpected",
                 f"{rule} makes {_listed(made)}, which {self.part.model} has not"
-                + self._near_hint(made, list(self.part.targets), "the model has").rstrip("."),
+                + self._advice.near(made, list(self.part.targets), "the model has").rstrip("."),
                 names,
             )
 
@@ -414,21 +429,34 @@ class _PartPlanner:
             self._problem(
                 "missing",
                 f"{self.part.model} needs {_listed(missing)}, which the file has not"
-                + self._near_hint(missing, unexpected or list(self.part.sources), "the file has")
-                + (self._rename(missing, unexpected) or self._fresh(missing)),
+                + self._advice.near(missing, unexpected or list(self.part.sources), "the file has")
+                + self._advice.missing(missing, unexpected)
+                + self._cannot_reset(missing),
                 missing,
             )
 
+    def _cannot_reset(self, missing: list[str]) -> str:
+        names = [name for name in missing if name not in self.part.resettable]
+        if self.policies.on_missing != "reset" or not names:
+            return ""
+        return f" (on_missing: reset cannot reset {_listed(names)}: no reset_parameters in their modules)"
+
     def _report_mismatched(self, mismatched: list[str]) -> None:
-        if mismatched:
-            first = next(row for row in self.rows if row.target == mismatched[0])
-            more = f"; {_listed(mismatched[1:])} too" if len(mismatched) > 1 else ""
+        rows = {row.target: row for row in self.rows if row.target in set(mismatched)}
+        by_advice: dict[str, list[PlanRow]] = {}
+        for name in mismatched:
+            row = rows[name]
+            own = self._advice.mismatch([row])
+            by_advice.setdefault(own if own.startswith((" Transposed", " Another")) else "", []).append(row)
+        for together in by_advice.values():
+            first = together[0]
+            more = f"; {_listed([row.key for row in together[1:]])} too" if len(together) > 1 else ""
             made = f" by {first.rule}, gives {list(self._made(first))}" if first.steps else ""
             shapes = ", ".join(str(list(shape)) for shape in first.source_shapes)
             self._problem(
                 "mismatch",
-                f"{first.target}: file {shapes}{made}, model {list(first.shape)}{more}.{self._fresh(mismatched)}",
-                mismatched,
+                f"{first.key}: file {shapes}{made}, model {list(first.shape)}{more}.{self._advice.mismatch(together)}",
+                [row.key for row in together],
             )
         for (rule, reason), names in self._step_errors.items():
             self._problem("step", f"{rule or names[0]}: {reason} ({_listed(names)})", names)
@@ -449,49 +477,6 @@ class _PartPlanner:
 
     def _dtypes(self, row: PlanRow) -> str:
         return " and ".join(dict.fromkeys(self.part.sources[source].dtype for source in row.sources))
-
-    def _near_hint(self, names: list[str], others: list[str], words: str) -> str:
-        candidates = near(names[0], others)
-        return f". Near {names[0]}, {words}: {', '.join(candidates)}." if candidates else "."
-
-    def _fresh(self, names: list[str]) -> str:
-        """The config line that keeps exactly ``names`` of the model: whole names where parts of them would hit more."""
-        if not self.fresh_hint:
-            return ""
-        wanted = set(names)
-        modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
-        if self.fresh_hint.startswith(KEEP_MODEL_HINT):
-            whole = [
-                module
-                for module in modules
-                if all(target in wanted for target in self.part.targets if f"{target}.".startswith(module))
-            ]
-            entries = [*whole, *(name for name in names if not f"{name}.".startswith(tuple(whole) or "\0"))]
-            shown = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "")
-            return " " + self.fresh_hint.format(
-                line=f"- keep_model: [{shown}]" if entries[1:] else f"- keep_model: {shown}"
-            )
-        if any(module in target for module in modules for target in self.part.targets if target not in wanted):
-            field, entries = "keys_to_instantiate", names
-        else:
-            field, entries = "patterns_to_instantiate", modules
-        shown = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "")
-        return " " + self.fresh_hint.format(line=f"{field}: [{shown}]")
-
-    def _rename(self, missing: list[str], unexpected: list[str]) -> str:
-        """The config line of one rename that would resolve every missing name, where there is one."""
-        if not self.fresh_hint or not unexpected or len(missing) > 10_000:
-            return ""
-        found = single_rename(missing, unexpected)
-        if found is None:
-            return ""
-        src, dst = found
-        if not self.fresh_hint.startswith(KEEP_MODEL_HINT):
-            return f' One rename fits all: patterns_to_rename: [{{src: {src}, dst: "{dst}"}}]'
-        if not src.endswith(".") or not all(name.startswith(src) for name in unexpected):
-            return ""
-        rule = f"{{from: {src}, to: {dst}}}" if dst else f"{{from: {src}<rest..>, to: <rest..>}}"
-        return f" One rename fits all: - {rule}"
 
     def _row(
         self,

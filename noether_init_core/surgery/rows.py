@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import attrs
 
-from noether_init_core.surgery.steps import Step
+from noether_init_core.surgery.steps import Pad, Step, shapes_after
 
 __all__ = [
     "LOADED_BEFORE",
@@ -120,6 +120,24 @@ class PlanRow:
         return math.prod(self.shape) if self.dtype != "object" else 0
 
     @property
+    def taken(self) -> int:
+        """How many elements of the target come from the file: fewer than all where a pad leaves the model's own."""
+        if not self.writes:
+            return 0
+        number = self.numel
+        for step in reversed(self.steps):
+            if not isinstance(step, Pad) or step.value is not None:
+                break
+            shorter = shapes_after(self.steps[: self.steps.index(step)], self.source_shapes, self.parts)[1][self.part]
+            number = math.prod(shorter)
+        return number
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether some elements of the target come from the file, and others stay the model's own."""
+        return self.writes and self.taken < self.numel
+
+    @property
     def key(self) -> str:
         """The name that the row is listed under."""
         return self.target if self.target is not None else self.sources[0]
@@ -170,7 +188,9 @@ def share_loaded(rows: Iterable[PlanRow], *, or_before: bool = False) -> float:
         if is_counted(row):
             numel = row.numel
             total += numel
-            if row.writes or (or_before and row.rule == LOADED_BEFORE):
+            if row.writes:
+                loaded += row.taken if row.steps else numel
+            elif or_before and row.rule == LOADED_BEFORE:
                 loaded += numel
     return loaded / total if total else 1.0
 

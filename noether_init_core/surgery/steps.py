@@ -326,9 +326,11 @@ class Interpolate:
         tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
         for shape in shapes:
             if len(shape) < 2 or shape[-2] != tokens:
+                more = shape[-2] - self.grid[0] * self.grid[1] if len(shape) > 1 else -1
+                hint = f". Next: prefix_tokens: {more}" if 0 <= more <= 4 else ""
                 raise StepError(
                     f"interpolate: a grid of {self.grid[0]} x {self.grid[1]} with {self.prefix_tokens} prefix tokens "
-                    f"is {tokens} tokens, the tensor is {list(shape)}"
+                    f"is {tokens} tokens, the tensor is {list(shape)}{hint}"
                 )
         return self
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from noether_init_core.surgery.names import WRAPPERS, NameMatch, NameProblem, Taken, bare_names, near
-from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob, repaired
+from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.steps import Step
 
 __all__ = ["Drop", "KeepModel", "Move", "Only", "Rule", "Transforms", "glob_set"]
@@ -100,23 +100,31 @@ class Transforms:
         """Rules that matched in none of the files, each with what they may have missed, and whether it is an error."""
         matched = frozenset[str]().union(*(match.matched for match in matches))
         messages = []
-        for number, rule in enumerate(self.rules):
+        for rule in self.rules:
             if rule.label in matched or (isinstance(rule, Move) and rule.optional):
                 continue
             taken = frozenset[str]().union(*(match.shadowed.get(rule.label, frozenset()) for match in matches))
-            hint = self._hint(number, rule, taken, [name for part in sources for name in part])
+            hint = self._hint(rule, taken, [name for part in sources for name in part], matches)
             messages.append((f"{rule.label} matches nothing{hint}", not self._warns))
         return messages
 
-    def _hint(self, number: int, rule: Rule, taken: frozenset[str], names: Sequence[str]) -> str:
+    def _hint(self, rule: Rule, taken: frozenset[str], names: Sequence[str], matches: Sequence[NameMatch]) -> str:
         if taken:
             others = ", ".join(sorted(taken))
             return f": what it would match is taken by {others} before it. Next: move it up, or remove it"
         if isinstance(rule, KeepModel):
-            return "; it is about names of the model"
+            hints = [match.hints[rule.label] for match in matches if rule.label in match.hints]
+            return hints[0] if hints else "; it is about names of the model"
         wanted = rule.sources[0].text if isinstance(rule, Move) else rule.globs[0].text
         if not WRAPPERS.isdisjoint(wanted.split(".")):
             return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
+        inside = [name.removeprefix(self.source_root) for name in names]
+        dotted = _with_dot(wanted)
+        if dotted is not None and any(dotted.matching(name) for name in inside):
+            field = "from" if isinstance(rule, Move) else "drop" if isinstance(rule, Drop) else "only"
+            return f". Next: {field}: {wanted}. (a trailing dot means everything below)"
+        if isinstance(rule, Move) and _leads_back(rule, inside):
+            return f"; from is a name in the file, and the file has what to says. Next: {_swapped(rule)}"
         similar = near(self.source_root + wanted, names, most=1)
         if not similar:
             return ""
@@ -182,7 +190,21 @@ class _Matching:
             outside=frozenset(self._outside),
             astray=self._astray,
             shadowed={label: frozenset(others) for label, others in self._shadowed.items()},
+            hints=self._hints_of_idle_keeps(),
         )
+
+    def _hints_of_idle_keeps(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for rule in self._rules.rules:
+            if not isinstance(rule, KeepModel) or rule.label in self._matched:
+                continue
+            for glob in rule.globs:
+                dotted = _with_dot(glob.text)
+                if dotted is not None and any(dotted.matching(name) for name in self._targets):
+                    found[rule.label] = f". Next: keep_model: {glob.text}. (a trailing dot means everything below)"
+                elif close := near(glob.text, list(self._targets), most=1):
+                    found.setdefault(rule.label, f"; the model has {close[0]}")
+        return found
 
     def _choose(self) -> tuple[list[_Group], dict[str, str]]:
         """For each name the first rule that takes it: those of one rule and equal captures together, and the rest."""
@@ -260,6 +282,32 @@ class _Matching:
 
     def _problem(self, code: str, message: str, names: tuple[str, ...]) -> None:
         self._problems.append(NameProblem(code, message, names))
+
+
+def _with_dot(text: str) -> PatternSet | None:
+    """What everything below a name would match; None for a text that has its dot, or is no name."""
+    if text.endswith("."):
+        return None
+    try:
+        parsed: NamePattern | NameGlob = parse_pattern(f"{text}.") if "<" in text else parse_glob(f"{text}.")
+    except ValueError:
+        return None
+    return PatternSet([parsed.expression])
+
+
+def _leads_back(rule: Move, names: Sequence[str]) -> bool:
+    if any(not target.segments for target in rule.targets) or rule.targets == rule.sources[:1]:
+        return False
+    found = PatternSet(target.expression for target in rule.targets)
+    return any(found.matching(name) for name in names)
+
+
+def _swapped(rule: Move) -> str:
+    def said(patterns: Sequence[NamePattern]) -> str:
+        texts = [pattern.text for pattern in patterns]
+        return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+
+    return f"{{from: {said(rule.targets)}, to: {said(rule.sources)}}}"
 
 
 def glob_set(globs: Sequence[str]) -> PatternSet:

@@ -1,0 +1,90 @@
+"""What the commands that need a config and a model are told, and what they make of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from noether_init_core.cli.models import check_reference, load_model
+from noether_init_core.errors import ConfigError, InitError
+
+if TYPE_CHECKING:
+    from noether_init_core.paths import PathProvider
+    from noether_init_core.stack import InitializerStack
+
+__all__ = [
+    "AppDir",
+    "Config",
+    "Model",
+    "ModelName",
+    "Real",
+    "RunId",
+    "Runs",
+    "StageName",
+    "naming_options",
+    "stack_and_model",
+]
+
+Config = Annotated[Path, typer.Argument(help="A YAML file: ours, or Noether's hp_resolved.yaml.", show_default=False)]
+Model = Annotated[
+    str, typer.Option(help="module:callable that gives a module, a bound model or a composite.", show_default=False)
+]
+AppDir = Annotated[Path, typer.Option(help="Folder to import the module from.")]
+ModelName = Annotated[
+    str | None, typer.Option(help="Name of a plain module in checkpoint files.", show_default="model")
+]
+Runs = Annotated[Path | None, typer.Option(help="Output root, for kinds that read from runs.", show_default=False)]
+RunId = Annotated[str | None, typer.Option(help="The run that the config starts.", show_default="a new one")]
+StageName = Annotated[str | None, typer.Option(help="The stage that it starts.", show_default=False)]
+Real = Annotated[bool, typer.Option("--real", help="Build the model with values, not on the meta device.")]
+
+
+def stack_and_model(
+    config: Path,
+    model: str,
+    *,
+    app_dir: Path,
+    model_name: str | None,
+    runs: Path | None,
+    run_id: str | None,
+    stage_name: str | None,
+    real: bool,
+) -> tuple[InitializerStack, Any, PathProvider | None]:
+    """The stack of the config, the model, and the run. Raises ``typer.BadParameter`` and errors of ours."""
+    if runs is None and (run_id is not None or stage_name is not None):
+        raise typer.BadParameter("--run-id and --stage-name are names below --runs FOLDER", param_hint="--runs")
+    check_reference(model)
+    from noether_init_core.stack import InitializerStack
+
+    paths = _paths(runs, run_id, stage_name)
+    with naming_options(paths):
+        stack = InitializerStack.from_file(config, path_provider=paths)
+    return stack, load_model(model, app_dir=app_dir, name=model_name, real=real), paths
+
+
+def _paths(runs: Path | None, run_id: str | None, stage_name: str | None) -> PathProvider | None:
+    from noether_init_core.paths import PathProvider
+
+    if runs is None:
+        return None
+    return PathProvider.generate(runs, stage_name) if run_id is None else PathProvider(runs, run_id, stage_name)
+
+
+@contextlib.contextmanager
+def naming_options(paths: PathProvider | None) -> Iterator[None]:
+    """Errors about what this command is told by an option name the option."""
+    try:
+        yield
+    except InitError as error:
+        hint = ""
+        if paths is None and "path_provider" in str(error):
+            hint = "On the command line: --runs FOLDER, and --run-id ID of the run that the config starts"
+        elif paths is not None and paths.run_id_is_generated and paths.run_id in str(error):
+            hint = f"{paths.run_id} is a new run, made up since none was given. Next: --run-id ID"
+        if not hint:
+            raise
+        raise ConfigError(f"{error}\n{hint}") from error

@@ -1,0 +1,108 @@
+"""All layers of a file and a model, paired up: certain pairs first, then those that take a closer look. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from noether_init_core.surgery.plan import TensorSpec
+from noether_init_core.surgery.suggestions.matching import loose_signature, matched, signature_of, with_other_blocks
+from noether_init_core.surgery.suggestions.names import Index, Layer, Numbers, layers_of, numbers_out
+from noether_init_core.surgery.suggestions.pairs import Pair, fit, relation, with_flips
+from noether_init_core.surgery.suggestions.special import fused, resampled, stacked
+
+__all__ = ["Pairing"]
+
+# names of the file and of the model -> template and numbers
+_Templates = tuple[Mapping[str, tuple[str, Index]], ...]
+
+
+class Pairing:
+    """Pairs up all layers of a file and a model. ``pairs`` is the result, ``sources`` and ``targets`` what is left."""
+
+    def __init__(self, sources: Mapping[str, TensorSpec], targets: Mapping[str, TensorSpec]) -> None:
+        self._all = sources, targets
+        self.sources, self.targets = dict(sources), dict(targets)
+        self.pairs: list[Pair] = []
+        #: Pairs that names suggest and nothing here can make fit.
+        self.unfit: list[Pair] = []
+
+    def run(self) -> None:
+        """Certain pairs first; each later attempt sees what the earlier ones have left."""
+        self._same_names()
+        tried: list[_Templates] = []
+        numbers: Numbers
+        for numbers in ("all", "segments", "none"):
+            templates = tuple(numbers_out(specs, numbers) for specs in self._all)
+            if self.sources and self.targets and templates not in tried:
+                self._attempt(templates, all_blocks=numbers != "none")
+                tried.append(templates)
+        self._positions()
+        self.pairs = with_flips(self.pairs)
+
+    def left(self) -> tuple[list[Layer], list[Layer]]:
+        """The layers that are in no pair, each of its own: no number counts blocks."""
+        mine, its = (layers_of(specs, {name: (name, ()) for name in specs}) for specs in (self.sources, self.targets))
+        return mine, its
+
+    def _take(self, pairs: Iterable[Pair]) -> None:
+        for pair in pairs:
+            self.pairs.append(pair)
+            indices = None if pair.way in ("stack", "unstack") else pair.indices
+            for left, layers in ((self.sources, pair.sources), (self.targets, pair.targets)):
+                for layer in layers:
+                    for index in layer.shapes if indices is None else indices:
+                        for leaf in pair.leaves:
+                            left.pop(layer.name(leaf, index), None)
+
+    def _same_names(self) -> None:
+        same: dict[str, TensorSpec] = {}
+        for name, spec in self.sources.items():
+            other = self.targets.get(name)
+            shapes = None if other is None else relation(tuple(spec.shape), tuple(other.shape))
+            if shapes not in (None, "reshape"):
+                same[name] = spec
+        templates = numbers_out(self._all[0], "all")
+        its = {name: self.targets[name] for name in same}
+        pairs = []
+        for source, target in zip(layers_of(same, templates), layers_of(its, templates), strict=True):
+            flip = fit(source, target)
+            if flip is not None and flip != "reshape":
+                pairs.append(Pair((source,), (target,), tuple(source.shapes), flip=flip, why="same name"))
+        self._take(pairs)
+
+    def _attempt(self, templates: _Templates, *, all_blocks: bool) -> None:
+        every = [layers_of(specs, found) for specs, found in zip(self._all, templates, strict=True)]
+        counts = [Counter(map(signature_of, layers)) for layers in every]
+        known: tuple[int, tuple[list[Layer], list[Layer]]] = (-1, ([], []))
+
+        def left() -> tuple[list[Layer], list[Layer]]:
+            nonlocal known
+            if known[0] != len(self.pairs):
+                mine, its = (
+                    layers_of(specs, found)
+                    for specs, found in zip((self.sources, self.targets), templates, strict=True)
+                )
+                known = len(self.pairs), (mine, its)
+            return known[1]
+
+        if all_blocks:
+            self._take(fused(*left()))
+        self._take(matched(*left(), signature_of, lambda one: counts[0][one] == 1 == counts[1][one]))
+        if all_blocks:
+            self._take(stacked(*left()))
+            self._take(with_other_blocks(pair) for pair in matched(*left(), loose_signature, lambda _: False))
+
+    def _positions(self) -> None:
+        """Position embeddings of another number of tokens."""
+        sources, targets = (
+            [layer for layer in layers if "position" in layer.concepts and "weight" in layer.leaves]
+            for layers in self.left()
+        )
+        if len(sources) == 1:
+            for target in targets:
+                pair = resampled(sources[0], target)
+                if pair.grid is None or len(targets) > 1:
+                    self.unfit.append(pair if pair.doubts else pair.doubted("several position embeddings fit"))
+                else:
+                    self._take([pair])
