@@ -157,16 +157,14 @@ class InitializerStack:
                     plans.append(initializer.plan_weights(member.model(model)))
                     loaded |= initializer.will_write
         finally:
-            if self._told is None:
-                self._release()
-            else:  # the start that was told is that of what is selected
-                self._close_files()
+            self._let_go()
         return LoadPlan.merged(plans)
 
     def suggest(self, model: Any) -> tuple[tuple[int, str, Suggestion], ...]:
         """Rules for each file and single model, from names and shapes: (number of the initializer, path, suggestion).
 
         Surgery that the config has is not looked at. The model is untouched, only headers are read, nothing is applied.
+        After ``start_checkpoint`` the files are those of the sets that it selected.
         """
         check_model(model)
         try:
@@ -177,7 +175,7 @@ class InitializerStack:
                 for path, suggestion in member.initializer.suggest_rules(member.model(model)).items()
             )
         finally:
-            self._release()
+            self._let_go()
 
     def initialize(self, model: Any, trainer: Any = None, callbacks: Sequence[Any] | None = None) -> InitReport:
         """Start the run: find out all that could fail, then change trainer, weights, optimizer and callbacks.
@@ -339,7 +337,11 @@ class InitializerStack:
         sources, tensors = trace(model, carried)
         return InitReport(start, tuple(reports), self._auto_resume, sources, tensors)
 
-    def _close_files(self) -> None:
+    def _let_go(self) -> None:
+        """After a look: the start that was told, if one was, is that of what is selected, so it stays selected."""
+        if self._told is None:
+            self._release()
+            return
         for member in self._members:
             if isinstance(member.initializer, SourceInitializer):
                 member.initializer.close_files()

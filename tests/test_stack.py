@@ -449,12 +449,13 @@ def save_later(run: PathProvider, update: int) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"on_invalid": "previous"}, {"checkpoint_tag": "E1"}])
 def test_the_start_that_was_told_is_the_one_that_is_used(run: PathProvider, config: dict[str, Any]) -> None:
-    """Though another process saves in between, and a plan is made and its files are closed."""
+    """Though another process saves in between, and a plan and suggestions are made and their files are closed."""
     stack = InitializerStack.from_config([{"kind": "resume", **config}], path_provider=run)
     told = stack.start_checkpoint()
     save_later(run, 9)
     plan = stack.plan(bound(net()))
     assert plan.origins[0][1].endswith("= E1_U7_S70")
+    assert [path for _, path, _ in stack.suggest(bound(net()))] == ["net"]
     assert stack.start_checkpoint() == told
     model, trainer = bound(net()), Stateful()
     report = stack.initialize(model, trainer=trainer)
