@@ -11,8 +11,9 @@ import torch
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, TensorSpec
 from noether_init_core.surgery.steps import Cast, Interpolate, Pad, carry_out
+from noether_init_core.surgery.targets import Identity, ModelTargets, loaded_by_code
 
-__all__ = ["check_across", "check_casts"]
+__all__ = ["check_across", "check_casts", "check_loading_code"]
 
 
 class TensorReader(Protocol):
@@ -31,6 +32,26 @@ def check_across(plan: LoadPlan, readers: Mapping[str, TensorReader]) -> None:
         first, second = readers[model].read(name), readers[other_model].read(other)
         if first.dtype != second.dtype or first.shape != second.shape or not _same_bits(first, second):
             problems.append(f"{name} of {model} and {other} of {other_model} differ in the files but are one tensor")
+    _raise(plan, problems)
+
+
+def check_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> None:
+    """A tensor must not be loaded by the code of modules of two classes: the last one would win.
+
+    Raises ``PlanError``. Modules of one class do the same to it.
+    """
+    problems = []
+    first: dict[Identity, tuple[str, type]] = {}
+    for model, found in targets.items():
+        for identity, names in loaded_by_code(plan.rows_of(model), found).items():
+            for name, module in names.items():
+                other, kind = first.setdefault(identity, (f"{name} of {model}", type(module)))
+                if kind is not type(module):
+                    problems.append(
+                        f"{other} and {name} of {model} are one tensor, and {kind.__name__} and "
+                        f"{type(module).__name__} have loading code of their own for it. Next: untie it, or let one "
+                        "module hold both"
+                    )
     _raise(plan, problems)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from noether_init_core.errors import PlanError, StateMismatchError
 from noether_init_core.surgery.fresh import FreshMemory, on_meta
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.steps import Pad, Step, carry_out
-from noether_init_core.surgery.targets import ModelTargets, OwnLoading
+from noether_init_core.surgery.targets import Identity, ModelTargets, OwnLoading, loaded_by_code
 from noether_init_core.surgery.versions import Versions, metadata_below
 
 __all__ = ["WeightReader", "apply_rows", "check_values"]
@@ -41,6 +41,7 @@ def apply_rows(
     reader: WeightReader,
     targets: ModelTargets,
     *,
+    by_code: Set[Identity] = frozenset(),
     device: torch.device | None = None,
     may_map: bool = False,
 ) -> list[str]:
@@ -50,10 +51,14 @@ def apply_rows(
 
     Each tensor is written once, also when it has several names. Modules of rows that reset are initialized anew first,
     by their own ``reset_parameters``. Modules with loading code of their own get it run, with everything below them, on
-    tensors in memory, with the versions that the file says of them; hooks that follow a load are called. The plan must
-    be free of problems and the reader verified; nothing is decided here. Returns the names that were written.
+    tensors in memory, with the versions that the file says of them; hooks that follow a load are called. What such code
+    loads has its value from there, under every name: ``by_code`` are tensors that modules of other models load so.
+
+    The plan must be free of problems and the reader verified; nothing is decided here. Returns the names that were
+    written.
     """
     rows = tuple(rows)
+    by_code = by_code | loaded_by_code(rows, targets).keys()
     fresh = FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
     _reset(rows, targets, fresh)
     for own in targets.own_loading:
@@ -73,7 +78,8 @@ def apply_rows(
             targets.extra_state[name].set_extra_state(_extra_state(reader, row.sources[0]))
             continue
         tensor = targets.tensors[name]
-        if id(tensor) in seen:
+        # the value in the file may be in the form of an earlier version, which the module has translated
+        if id(tensor) in seen or targets.specs[name].identity in by_code:
             continue
         seen.add(id(tensor))
         if row.steps:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import attrs
 import torch
 
 from noether_init_core.errors import ConfigError
-from noether_init_core.surgery.plan import TargetSpec
+from noether_init_core.surgery.plan import PlanRow, TargetSpec
 
-__all__ = ["ModelTargets", "OwnLoading", "dtype_name", "model_targets", "tensor_identity"]
+__all__ = [
+    "Identity",
+    "ModelTargets",
+    "OwnLoading",
+    "dtype_name",
+    "loaded_by_code",
+    "model_targets",
+    "tensor_identity",
+]
+
+#: Equal for two tensors that are one; see ``tensor_identity``.
+Identity = Hashable
 
 _EXTRA_STATE = "_extra_state"
 # Elements up to which views are compared one by one; of larger ones an interval in common is enough.
@@ -50,12 +61,25 @@ class ModelTargets:
     resettable: Mapping[str, torch.nn.Module] = attrs.Factory(dict)
 
 
+def loaded_by_code(rows: Iterable[PlanRow], targets: ModelTargets) -> dict[Identity, dict[str, torch.nn.Module]]:
+    """The tensors that the loading code of modules writes: for each, its names there and the module that has them."""
+    found: dict[Identity, dict[str, torch.nn.Module]] = {}
+    for row in rows if targets.own_loading else ():
+        name = row.target
+        if name is None or not row.writes or name not in targets.tensors:
+            continue
+        for own in targets.own_loading:
+            if name.startswith(own.prefix):
+                found.setdefault(targets.specs[name].identity, {})[name] = own.module
+    return found
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` as ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
-def tensor_identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+def tensor_identity(tensor: torch.Tensor) -> Identity:
     """Equal for two tensors that are the same elements of the same memory; on the meta device, for one object."""
     if tensor.is_meta or tensor.numel() == 0 or type(tensor.data) is not torch.Tensor:
         return ("object", id(tensor))
@@ -85,7 +109,7 @@ def model_targets(model: Any) -> ModelTargets:
     specs: dict[str, TargetSpec] = {}
     tensors: dict[str, torch.Tensor] = {}
     extra: dict[str, torch.nn.Module] = {}
-    first_names: dict[tuple[Any, ...], str] = {}
+    first_names: dict[Identity, str] = {}
     by_object = {id(tensor) for tensor in owned.values()}
     for name, value in _state_dict(model).items():
         owner, _, leaf = name.rpartition(".")
