@@ -27,6 +27,8 @@ __all__ = [
 
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+# The search for near names takes time by the square of their length.
+_LONGEST = 256
 _NUMBER = re.compile(r"\d+")
 _WRAPPER = re.compile("|".join(sorted(WRAPPERS)))
 
@@ -267,6 +269,9 @@ def single_rename(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[st
 
 def near(name: str, others: Sequence[str], most: int = 3) -> list[str]:
     """Up to ``most`` of ``others`` that look like ``name``: same leaf names first, then by similarity."""
+    if len(name) > _LONGEST:
+        return []
+    others = [other for other in others if len(other) <= _LONGEST]
     leaf = name.rpartition(".")[2]
     pool = [other for other in others if other.rpartition(".")[2] == leaf] or list(others)
     return _closest(name, pool[:2000], most) or _closest(name, list(others)[:2000], most)
