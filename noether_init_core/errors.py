@@ -24,7 +24,7 @@
     |   `-- CheckpointWriteError (OSError)
     |-- PlanError (ValueError)                    the plan has problems; nothing was changed
     |-- StateMismatchError (ValueError)           optimizer, trainer or callback state does not fit
-    |-- StartConflictError (ValueError)           two initializers start at other than zero
+    |-- StartConflictError (ValueError)           two initializers start at other than zero, or the start has changed
     `-- PartlyInitializedError (RuntimeError)     user code failed after the first change
 
 Every message says what was asked, what exists, and what to do next. The same data is on the exception, so that
@@ -279,7 +279,10 @@ class StateMismatchError(InitError, ValueError):
 
 
 class StartConflictError(InitError, ValueError):
-    """More than one initializer starts at other than iteration zero; ``starts``: initializer -> iteration."""
+    """More than one initializer starts at other than iteration zero, or not where the stack said that it would.
+
+    ``starts``: initializer -> iteration; ``told`` and ``now`` -> iteration.
+    """
 
     def __init__(self, message: str, *, starts: dict[str, str] | None = None) -> None:
         super().__init__(message)

@@ -108,6 +108,7 @@ class TensorRecord:
         digests: Of the bytes of each of them, where a manifest says so.
         rule: The config line responsible; None where the name is the same on both sides.
         steps: What was done on the way, as a config writes it.
+        tied_to: The first name of the same parameter in this model, where this is another name of it.
         is_partial: Whether some of its elements stayed the model's own, as new rows of a padded embedding do.
         ancestors: Where its values came from before, the latest first, as far as the runs kept record: (file, names).
     """
@@ -122,6 +123,7 @@ class TensorRecord:
     steps: tuple[str, ...] = ()
     ancestors: tuple[tuple[int, tuple[str, ...]], ...] = ()
     is_partial: bool = False
+    tied_to: str | None = None
 
     @property
     def is_loaded(self) -> bool:
@@ -178,7 +180,10 @@ class InitReport:
         chosen = [
             record
             for record in self.tensors
-            if record.is_parameter and record.is_loaded is loaded and model in (None, record.model)
+            if record.is_parameter
+            and record.tied_to is None
+            and record.is_loaded is loaded
+            and model in (None, record.model)
         ]
         if model is not None:
             return tuple(record.name for record in chosen)

@@ -73,6 +73,7 @@ class InitializerStack:
     def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
         self._members = tuple(_Member(initializer) for initializer in initializers)
         self._auto_resume = ""
+        self._told: TrainingIteration | None = None
         self._hooks = HookCaller(self.initializers, observers)
 
     @classmethod
@@ -120,6 +121,7 @@ class InitializerStack:
         stack = cls.__new__(cls)
         stack._members = tuple(members)
         stack._auto_resume = ""
+        stack._told = None
         stack._hooks = HookCaller(stack.initializers, observers)
         return stack
 
@@ -131,15 +133,18 @@ class InitializerStack:
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration at which training starts. May be called before ``initialize`` and more than once.
 
+        What was selected for it is kept until ``initialize``, also if another process saves meanwhile.
+
         Raises ``StartConflictError`` if more than one initializer starts at other than zero.
         """
-        return self._starts()[0]
+        self._told = self._starts()[0]
+        return self._told
 
     def plan(self, model: Any) -> LoadPlan:
         """What ``initialize(model)`` will do to the weights. The model is untouched; only headers are read.
 
         An initializer sees what those before it will have loaded: for that, its file need not have anything. Kinds that
-        cannot plan are left out.
+        cannot plan are left out. After ``start_checkpoint`` the plan is that of the sets that it selected.
         """
         check_model(model)
         plans = []
@@ -152,13 +157,14 @@ class InitializerStack:
                     plans.append(initializer.plan_weights(member.model(model)))
                     loaded |= initializer.will_write
         finally:
-            self._release()
+            self._let_go()
         return LoadPlan.merged(plans)
 
     def suggest(self, model: Any) -> tuple[tuple[int, str, Suggestion], ...]:
         """Rules for each file and single model, from names and shapes: (number of the initializer, path, suggestion).
 
         Surgery that the config has is not looked at. The model is untouched, only headers are read, nothing is applied.
+        After ``start_checkpoint`` the files are those of the sets that it selected.
         """
         check_model(model)
         try:
@@ -169,7 +175,7 @@ class InitializerStack:
                 for path, suggestion in member.initializer.suggest_rules(member.model(model)).items()
             )
         finally:
-            self._release()
+            self._let_go()
 
     def initialize(self, model: Any, trainer: Any = None, callbacks: Sequence[Any] | None = None) -> InitReport:
         """Start the run: find out all that could fail, then change trainer, weights, optimizer and callbacks.
@@ -185,6 +191,7 @@ class InitializerStack:
 
         Raises:
             InitError: one of its children, before anything has been changed, for all that can be known beforehand.
+                ``StartConflictError`` if the start is no longer the one that ``start_checkpoint`` told.
             PartlyInitializedError: user code, a kind without ``check``, or a device failed afterwards. States of
                 trainer and callbacks have been put back.
         """
@@ -192,6 +199,7 @@ class InitializerStack:
         callbacks = list(callbacks) if callbacks is not None else None
         try:
             start, starts = self._starts()
+            self._check_start(start)
             loaded: frozenset[int] = frozenset()
             for member in self._members:
                 everything = member.takes_part_in("init_trainer")
@@ -212,6 +220,7 @@ class InitializerStack:
                 trainer.lineage = tuple(report.lineage())
             if hasattr(trainer, "init_report"):
                 trainer.init_report = report
+            self._told = None
         finally:
             self._release()
         logger.info("%s", report)
@@ -242,6 +251,16 @@ class InitializerStack:
             )
         chosen = next((start for start in starts if start is not None and not start.is_zero), None)
         return chosen or TrainingIteration.zero(), starts
+
+    def _check_start(self, start: TrainingIteration) -> None:
+        """After a failed initialization, everything is selected anew."""
+        if self._told is not None and start != self._told:
+            raise StartConflictError(
+                f"start_checkpoint() told {self._told}, and by now the start is {start}: the set that it was told of "
+                "is no longer the one that is meant. Nothing was changed. Next: call start_checkpoint() again, and "
+                "start there",
+                starts={"told": str(self._told), "now": str(start)},
+            )
 
     def _steps(self, model: Any, trainer: Any, callbacks: list[Any] | None) -> list[tuple[str, Callable[[], Any]]]:
         """What is done after the checks, in order, each with its name."""
@@ -318,6 +337,15 @@ class InitializerStack:
         sources, tensors = trace(model, carried)
         return InitReport(start, tuple(reports), self._auto_resume, sources, tensors)
 
+    def _let_go(self) -> None:
+        """After a look: the start that was told, if one was, is that of what is selected, so it stays selected."""
+        if self._told is None:
+            self._release()
+            return
+        for member in self._members:
+            if isinstance(member.initializer, SourceInitializer):
+                member.initializer.close_files()
+
     def _release(self) -> None:
         for member in self._members:
             try:
@@ -358,7 +386,9 @@ def _auto_resume(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
         # Which set is good is found out by reading it, when the start iteration is asked for.
         resumed = config.model_copy(update={"kwargs": keywords})
         return attrs.evolve(entry, config=resumed), "auto_resume: resumed from the newest good set"
-    newest = store.newest()
+    model = getattr(config, "model_name", None)
+    # a name that no set has is an error of the resume, and no fresh start: it may be misspelt
+    newest = store.newest(model) or (store.newest() if model is not None else None)
     if newest is None:
         return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
     resumed = config.model_copy(update={"kwargs": keywords, "checkpoint_tag": newest.name})

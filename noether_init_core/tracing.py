@@ -66,8 +66,8 @@ def trace(model: Any, carried: Iterable[Carried]) -> tuple[tuple[SourceRecord, .
             path = paths[row.model]
             place = path, row.target
             if not row.writes:
-                if place not in found or found[place].source is None:
-                    found[place] = TensorRecord(path, row.target, row.is_parameter, rule=row.rule)
+                if place not in found or row.action == "reset":
+                    found[place] = TensorRecord(path, row.target, row.is_parameter, rule=row.rule, tied_to=row.tied_to)
                 continue
             file = files[row.model]
             found[place] = TensorRecord(
@@ -81,12 +81,26 @@ def trace(model: Any, carried: Iterable[Carried]) -> tuple[tuple[SourceRecord, .
                 tuple(map(described, row.steps)) if row.steps else (),
                 _ancestors(file.history, row.sources, sources) if file.history else (),
                 bool(row.steps) and row.is_partial,
+                row.tied_to,
             )
+    firsts: dict[int, tuple[str, str]] = {}
     for path, leaf in leaf_models(model):
+        for name, parameter in leaf.named_parameters():
+            # one parameter of several submodels: what one of them loaded, all have
+            first = firsts.setdefault(id(parameter), (path, name))
+            if first != (path, name) and {first, (path, name)} <= found.keys():
+                _share(found, first, (path, name))
         for named, is_parameter in ((leaf.named_parameters, True), (getattr(leaf, "named_buffers", None), False)):
             for name, _tensor in () if named is None else named():
                 found.setdefault((path, name), TensorRecord(path, name, is_parameter))
     return tuple(sources), tuple(found.values())
+
+
+def _share(found: dict[tuple[str, str], TensorRecord], first: tuple[str, str], other: tuple[str, str]) -> None:
+    loaded, fresh = (first, other) if found[first].source is not None else (other, first)
+    if found[loaded].source is not None and found[fresh].source is None:
+        rule = f"the same tensor as {loaded[1]} of {loaded[0]}"
+        found[fresh] = attrs.evolve(found[loaded], model=fresh[0], name=fresh[1], rule=rule)
 
 
 def _numbered(sources: dict[SourceRecord, int], record: SourceRecord) -> int:

@@ -442,6 +442,74 @@ def test_each_initialization_of_a_stack_has_a_report_of_its_own(run: PathProvide
     assert "optimizer" not in str(report)
 
 
+def save_later(run: PathProvider, update: int) -> None:
+    """As another process would, while this one is about to start."""
+    CheckpointWriter(run).save(bound(net(seed=update)), TrainingIteration(1, update, 10 * update), trainer=Stateful())
+
+
+@pytest.mark.parametrize("config", [{}, {"on_invalid": "previous"}, {"checkpoint_tag": "E1"}])
+def test_the_start_that_was_told_is_the_one_that_is_used(run: PathProvider, config: dict[str, Any]) -> None:
+    """Though another process saves in between, and a plan and suggestions are made and their files are closed."""
+    stack = InitializerStack.from_config([{"kind": "resume", **config}], path_provider=run)
+    told = stack.start_checkpoint()
+    save_later(run, 9)
+    plan = stack.plan(bound(net()))
+    assert plan.origins[0][1].endswith("= E1_U7_S70")
+    assert [path for _, path, _ in stack.suggest(bound(net()))] == ["net"]
+    assert stack.start_checkpoint() == told
+    model, trainer = bound(net()), Stateful()
+    report = stack.initialize(model, trainer=trainer)
+    assert report.start == told == TrainingIteration(1, 7, 70)
+    assert str(report.initializers[0].resumed_set).endswith("00000001_E1_U7_S70")
+    assert trainer.value == 7
+    # what was told once is said and done: the next start is that of the newest set
+    assert stack.initialize(bound(net()), trainer=Stateful()).start == TrainingIteration(1, 9, 90)
+
+
+def test_plan_after_a_told_start_keeps_no_file_open(run: PathProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what was selected is kept."""
+    from noether_init_core.checkpoints.reader import CheckpointReader
+
+    closed: list[Path] = []
+    close = CheckpointReader.close
+
+    def closing(self: CheckpointReader) -> None:
+        closed.append(self.path)
+        close(self)
+
+    monkeypatch.setattr(CheckpointReader, "close", closing)
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=run)
+    stack.start_checkpoint()
+    closed.clear()
+    stack.plan(bound(net()))
+    assert [path.name for path in closed] == ["net_cp=E1_U7_S70_model.th", "net_cp=E1_U7_S70_optim.th"]
+
+
+def test_plan_without_a_told_start_is_that_of_what_is_there(run: PathProvider) -> None:
+    """Nobody relies on a start yet."""
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=run)
+    stack.plan(bound(net()))
+    save_later(run, 9)
+    assert stack.plan(bound(net())).origins[0][1].endswith("= E1_U9_S90")
+    assert stack.start_checkpoint() == TrainingIteration(1, 9, 90)
+
+
+def test_start_that_is_another_one_after_a_failure_is_refused(run: PathProvider) -> None:
+    """A loop that counts from the start that it was told would skip or repeat steps; asked again, it is told."""
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=run)
+    stack.start_checkpoint()
+    with pytest.raises(PlanError):
+        stack.initialize(bound(torch.nn.Sequential(torch.nn.Linear(5, 4))), trainer=Stateful())
+    save_later(run, 9)
+    model = bound(net())
+    before = state_of(model)
+    with pytest.raises(StartConflictError, match=r"told E1_U7_S70, and by now the start is E1_U9_S90") as caught:
+        stack.initialize(model, trainer=Stateful())
+    assert caught.value.starts == {"told": "E1_U7_S70", "now": "E1_U9_S90"}
+    assert same(state_of(model), before)
+    assert stack.start_checkpoint() == stack.initialize(model, trainer=Stateful()).start == TrainingIteration(1, 9, 90)
+
+
 def test_an_optimizer_whose_state_is_empty_is_not_called_restored(tmp_path: Path) -> None:
     """Plain SGD has a learning rate, and that is all that is taken."""
     paths = PathProvider(tmp_path, "source")

@@ -141,7 +141,7 @@ class ResumeInitializer(CheckpointInitializer):
         is_choosy = self._any_tag or Query.of(self.checkpoint_tag).iteration is not None
         walked = walk_back(
             self.store,
-            self.store.descending(self.checkpoint_tag, any_tag=self._any_tag),
+            self.store.descending(self.checkpoint_tag, () if root is None else (root,), any_tag=self._any_tag),
             lambda found: self._prove(found, root),
             needs=[Need(root, "trainer")],
             wanted=() if root is None else self._wanted(root),
@@ -217,7 +217,7 @@ class ResumeInitializer(CheckpointInitializer):
             if len(names) > 1:
                 raise AmbiguousCheckpointError(
                     f"{self.source_paths.checkpoint_path} has trainer files of several models: {', '.join(names)}. "
-                    f"Add: model_name: {names[0]}",
+                    f"Add: {explain.model_line(self.store, names[0])}",
                     path=self.source_paths.checkpoint_path,
                     candidates=names,
                 )
@@ -305,7 +305,7 @@ class ResumeInitializer(CheckpointInitializer):
                 error.add(f". {self._ways_on(self._selected)}")
             raise
         except (PlanError, IncompleteSetError, AmbiguousCheckpointError) as error:
-            if self.store.asked_by == "auto_resume":
+            if self.store.asked_by == "auto_resume" and "auto_resume: {" not in str(error):
                 error.add("\nWhat resume can be told stands in auto_resume: auto_resume: {key: value}")
             raise
 

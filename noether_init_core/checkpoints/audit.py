@@ -13,6 +13,7 @@ import xxhash
 
 from noether_init_core.checkpoints.audit_flat import AuditedFlat, audit_flat
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME, MAX_PROVENANCE_BYTES, PROVENANCE_NAME
+from noether_init_core.checkpoints.queries import is_of
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import (
     SETS_FOLDER,
@@ -217,6 +218,9 @@ def audit_store(
     use = ""
     if usable is not None and source is not None:
         more = ", verify: header" if newest is None else ""
+        # a resume asks which model is meant where there are trainer files of several
+        if source.models("trainer") and len({name for _, one in audited if one for name in one.models("trainer")}) > 1:
+            more += f", model_name: {source.models('trainer')[0]}"
         root = store.paths.checkpoint_path.parents[1 if stage_name is None else 2]
         if asked is not None and root != asked.resolve() and root.is_relative_to(asked.resolve()):
             more += f", output_path: {_quoted(root)}"
@@ -243,7 +247,7 @@ def _committed(
     store: RunStore, folders: list[SetFolder], progress: Progress | None
 ) -> list[tuple[AuditedSet, CheckpointSet | None]]:
     audited: list[tuple[AuditedSet, CheckpointSet | None]] = []
-    seen: set[str] = set()
+    newer: list[CheckpointSet] = []
     for folder in reversed(folders):
         if not folder.committed:
             audited.append((_unfinished(folder), None))
@@ -254,8 +258,10 @@ def _committed(
             iteration = str(folder.iteration)
             audited.append((AuditedSet(folder.path.name, "broken", True, iteration, problems=(str(error),)), None))
             continue
-        tags = tuple(tag for tag in found.tags if tag not in seen)
-        seen |= set(found.tags)
+        # a tag that a set of another model took over still means this one of its own
+        taken = {tag for one in newer if is_of(one, frozenset(found.models())) for tag in one.tags}
+        tags = tuple(tag for tag in found.tags if tag not in taken)
+        newer.append(found)
         surplus = set(list_names(folder.path, store.storage)) - {file.path.name for file in found.files}
         notes = [f"{name} is not in the manifest" for name in sorted(surplus - {MANIFEST_NAME, PROVENANCE_NAME})]
         notes += _note_on_provenance(found, folder.path, store.storage)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import attrs
 
 from noether_init_core.checkpoints.names import parse
+from noether_init_core.checkpoints.queries import is_of
 from noether_init_core.checkpoints.sets import CheckpointSet, Need, SetFolder, set_folders
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
@@ -30,6 +31,7 @@ __all__ = [
     "broken_set",
     "later_flat_files",
     "missing_files",
+    "model_line",
     "no_such_tag",
     "nothing_here",
     "ways_on",
@@ -119,26 +121,28 @@ def no_such_tag(store: RunStore, tag: str) -> CheckpointNotFoundError:
 
 
 def broken_set(
-    store: RunStore, error: CheckpointError, good: CheckpointSet | None, *, may_walk_back: bool
+    store: RunStore, error: CheckpointError, good: CheckpointSet | None, *, may_walk_back: bool, saved_as: str = ""
 ) -> CheckpointError:
     """The set that was meant is damaged; the newest older good one is named, and the ways on."""
     kind = CheckpointFormatError if isinstance(error, CheckpointFormatError) else CheckpointCorruptError
-    return kind(f"{error}. {ways_on(store, good, may_walk_back=may_walk_back)}", path=error.path)
+    return kind(f"{error}. {ways_on(store, good, may_walk_back=may_walk_back, saved_as=saved_as)}", path=error.path)
 
 
-def ways_on(store: RunStore, good: CheckpointSet | None, *, may_walk_back: bool) -> str:
+def ways_on(store: RunStore, good: CheckpointSet | None, *, may_walk_back: bool, saved_as: str = "") -> str:
     """What can be done about a broken set: ``good`` is the newest older set whose files are there.
 
-    ``may_walk_back``: whether ``on_invalid: previous`` would lead to it from what was asked for.
+    ``may_walk_back``: whether ``on_invalid: previous`` would lead to it from what was asked for. ``saved_as``: a tag,
+    where ``good`` is the newest one that has it, and not the newest of all.
     """
     ways = []
     by_itself = store.asked_by == "auto_resume"
     if good is not None:
-        said = f"The newest older set whose files are there is {good.name}"
+        which = f"set saved as {saved_as}" if saved_as else "set"
+        said = f"The newest older {which} whose files are there is {good.name}"
         said += f" ({good.folder.name})" if good.committed else ""
         if may_walk_back and store.asked_by != "tag":
             place = "beside auto_resume" if by_itself else "in this resume"
-            ways.append(f"on_invalid: previous {place} goes on from the newest good set")
+            ways.append(f"on_invalid: previous {place} goes on from the newest good {which}")
         if not by_itself and _is_meant_by_its_name(store, good):
             ways.append(f"checkpoint_tag: {good.name}")
     else:
@@ -188,7 +192,7 @@ def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequen
     what = _PART_NAMES[need.part]
     if need.model is None and len(plain) > 1:
         return AmbiguousCheckpointError(
-            f'"{shown}" has {what} of {", ".join(plain)}. Say which: model_name: {plain[0]}',
+            f'"{shown}" has {what} of {", ".join(plain)}. Say which: {model_line(store, plain[0])}',
             path=found.folder,
             candidates=plain,
         )
@@ -237,10 +241,16 @@ def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequen
     )
 
 
+def model_line(store: RunStore, name: str) -> str:
+    """The line of a config that says which model is meant."""
+    return f"auto_resume: {{model_name: {name}}}" if store.asked_by == "auto_resume" else f"model_name: {name}"
+
+
 def _meant_by(store: RunStore, checkpoint_set: CheckpointSet) -> list[str]:
-    """The tags that mean this set: a later set that was saved under the same tag has taken it over."""
+    """The tags that mean this set: a later set of its models that was saved under the same tag has taken it over."""
     own = checkpoint_set.sequence or 0
-    later = {tag for one in store.sets() if (one.sequence or 0) > own for tag in one.tags}
+    models = frozenset(checkpoint_set.models())
+    later = {tag for one in store.sets() if (one.sequence or 0) > own and is_of(one, models) for tag in one.tags}
     return [tag for tag in checkpoint_set.tags if tag not in later]
 
 
@@ -266,14 +276,16 @@ def _where_else(
     store: RunStore, found: CheckpointSet, needs: Sequence[Need], shown: str, asked: str, named: Sequence[str]
 ) -> str:
     """Where a model is that this set has not: in other sets, else perhaps under another name."""
-    near = difflib.get_close_matches(asked, named, n=1, cutoff=0.5)
+    elsewhere = sorted({name for one in store.sets() for name in one.models("model")})
+    near = difflib.get_close_matches(asked, named, n=1, cutoff=0.5) or difflib.get_close_matches(asked, elsewhere, n=1)
+    near = [name for name in near if name != asked]
     others = _others_with(store, found, needs, shown)
     tags = _tags_with(store, found, needs, shown)
     if near:
-        return f"Add: model_name: {near[0]}{others}"
+        return f"Add: {model_line(store, near[0])}{others}"
     if tags:
         return f"Add: checkpoint_tag: {tags[0]}{others}"
-    return f"If that is the same model under another name, add: model_name: {named[0]}"
+    return f"If that is the same model under another name, add: {model_line(store, named[0])}"
 
 
 def _others_with(store: RunStore, found: CheckpointSet, needs: Sequence[Need], shown: str) -> str:

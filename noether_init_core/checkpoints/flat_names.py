@@ -16,11 +16,20 @@ from typing import Any
 import attrs
 
 from noether_init_core.checkpoints.names import parse
+from noether_init_core.checkpoints.queries import is_of
 from noether_init_core.checkpoints.sets import CheckpointFile, CheckpointSet, load_set, set_folders
 from noether_init_core.checkpoints.storage import Storage
 from noether_init_core.errors import CheckpointError
 
-__all__ = ["TEMPORARY_NAMES", "changed_names", "flat_copies", "give_room", "refresh_flat_names", "remove_orphans"]
+__all__ = [
+    "TEMPORARY_NAMES",
+    "changed_names",
+    "flat_copies",
+    "give_room",
+    "refresh_flat_names",
+    "remove_names_of",
+    "remove_orphans",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +95,15 @@ def remove_orphans(checkpoints: Path, storage: Storage) -> None:
         logger.info("flat names of removed sets are removed: %s", ", ".join(sorted(orphans)))
 
 
+def remove_names_of(checkpoints: Path, set_name: str, storage: Storage) -> None:
+    """Remove the names that we wrote for one set, unless another program has rewritten them since.
+
+    Raises ``OSError``.
+    """
+    record = _read_record(checkpoints, storage)
+    _remove(checkpoints, {name: one for name, one in record.items() if one.set_name == set_name}, storage)
+
+
 def flat_copies(checkpoints: Path, storage: Storage) -> dict[str, str]:
     """Flat name -> folder name of the set that it is a copy of, for names that are still as we wrote them."""
     record = _read_record(checkpoints, storage)
@@ -125,7 +143,11 @@ def _refresh_tag(checkpoints: Path, committed: CheckpointSet, tag: str, storage:
 
 
 def _holder_before(checkpoints: Path, committed: CheckpointSet, tag: str, storage: Storage) -> CheckpointSet | None:
-    """The set that the tag meant before; only names that it brought may be removed, others are not ours."""
+    """The set that the tag meant before for these models; only names that it brought may be removed.
+
+    Those of models that are saved separately stay what the tag means of them.
+    """
+    models = frozenset(committed.models())
     for folder in reversed(set_folders(checkpoints, storage)):
         if folder.committed and folder.sequence < (committed.sequence or 0):
             try:
@@ -133,7 +155,7 @@ def _holder_before(checkpoints: Path, committed: CheckpointSet, tag: str, storag
             except CheckpointError as error:
                 logger.warning("%s", error)
                 continue
-            if tag in candidate.tags:
+            if tag in candidate.tags and is_of(candidate, models):
                 return candidate
     return None
 

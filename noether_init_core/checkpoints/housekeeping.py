@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from noether_init_core.checkpoints.flat_names import TEMPORARY_NAMES
+from noether_init_core.checkpoints.flat_names import TEMPORARY_NAMES, remove_names_of
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME
 from noether_init_core.checkpoints.names import parse
 from noether_init_core.checkpoints.retention import Retention, superfluous_sets
@@ -58,6 +58,9 @@ def retire_sets(checkpoints: Path, rules: Retention, storage: Storage, training:
     leads to is not ours, and sets of other trainings. Whether a set is good is told from the presence and the sizes of
     its files, and from what its manifest says of their values.
 
+    Of flat names those go with a set that we wrote for it and nobody has changed since, and those that are other names
+    of its very files. Others may be the only copy of what another program saved.
+
     Raises ``OSError``.
     """
     folders = [folder for folder in set_folders(checkpoints, storage) if folder.committed]
@@ -72,14 +75,11 @@ def retire_sets(checkpoints: Path, rules: Retention, storage: Storage, training:
         found.append((candidate, is_asked and _has_its_files(candidate, storage)))
     superfluous = superfluous_sets(found, rules, training)
     retired = [candidate for candidate in superfluous if not storage.is_link(candidate.folder)]
-    gone = {candidate.folder for candidate in retired}
-    kept_names = {file.path.name for candidate, _ in found if candidate.folder not in gone for file in candidate.files}
     for candidate in reversed(retired):
         # Without its manifest the set is gone for every reader; only then do its files go.
         storage.unlink(candidate.folder / MANIFEST_NAME)
         storage.fsync_folder(candidate.folder)
-        for name in {file.path.name for file in candidate.files} - kept_names:
-            storage.unlink(checkpoints / name)
+        remove_names_of(checkpoints, candidate.folder.name, storage)
         _remove_folder(checkpoints, candidate.folder, storage)
     if retired:
         storage.fsync_folder(checkpoints / SETS_FOLDER)

@@ -251,7 +251,7 @@ class CheckpointReader:
         targets: Mapping[str, memoryview] | None = None,
     ) -> None:
         if self.format == "safetensors":
-            _logger.info(
+            _logger.warning(
                 "%s: a safetensors file carries no checksums, so only its structure was checked. A digest would cover "
                 "every byte: digest: xxh3_128:... or sha256:...",
                 self.path,

@@ -85,14 +85,16 @@ def _last(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None
 class Retention:
     """Which sets stay. A set stays if any rule keeps it; without any rule all stay.
 
-    The rules count good sets of the training that saves. A set is good if its files are as written, it holds no values
-    that a resume refuses (NaN; sets of releases that did not look count as finite), and the training has not passed
-    over it in going back to an older one. Where a training has no good set at all, those that are as written count.
+    The rules count good sets of the training that saves. Where several models are saved separately each is counted by
+    itself; a composite is one model, but its sets that lack a submodel are counted apart. A set is good if its files
+    are as written, it holds no values that a resume refuses (NaN; sets of releases that did not look count as finite),
+    and the training has not passed over it in going back to an older one. Where a training has no good set at all,
+    those that are as written count.
 
     Whatever the rules say, these stay: the newest good set and one good set before it, to walk back to; the newest set;
-    the set that a tag other than that of an iteration means; sets that cannot be read; sets of another training. Until
-    there are ``last`` newer good sets (at least two), so do the set that the training last started from, counting those
-    that it saved since, and sets that it has passed over.
+    for each model the set that a tag other than that of an iteration means; sets that cannot be read; sets of another
+    training. Until there are ``last`` newer good sets (at least two), so do the set that the training last started
+    from, counting those that it saved since, and sets that it has passed over.
 
     Attributes:
         last: The newest so many good sets.
@@ -100,6 +102,8 @@ class Retention:
             first good set in it; none of the first period. ``TrainingIteration(epoch=5)`` says the same.
         best: The best good sets by a metric that was given to ``save``: ``{"loss.val": 3}`` keeps the three lowest,
             ``{"metric": "acc", "mode": "max", "count": 3}`` the three highest; a list of these keeps what any keeps.
+            An iteration that is saved again without the metric still has it: the set that recorded it last stays, and
+            so does the one that the iteration means now. Sets of other models of the iteration may have recorded it.
     """
 
     last: int | None = attrs.field(default=None, validator=_last)
@@ -164,33 +168,61 @@ def superfluous_sets(
     own = {_sequence(one) for one in ours}
     whole = [one for one, is_whole in sets if is_whole and _sequence(one) in own]
     passed_over = frozenset(_manifest_of(ours[0], "passed_over") or ()) if ours else frozenset()
-    good = _good(whole, passed_over)
-    enough = max(rules.last or 0, LEAST)
-    kept = {_sequence(one) for one in good[:enough]} | _kept_for_now(ours, good, passed_over, enough)
-    # a damaged set is what its tags mean until the next save that is whole
-    newest_whole = max((_sequence(one) for one in whole), default=-1)
-    seen: set[str] = set()
+    recorded = [one for one in ours if one.folder.name not in passed_over]
+    kept: set[int] = {_sequence(one) for one, _is_whole in sets} - own
+    for models in {_models_of(one) for one in ours}:
+
+        def of_them(some: Iterable[CheckpointSet], models: frozenset[str] = models) -> list[CheckpointSet]:
+            return [one for one in some if _models_of(one) == models]
+
+        good = _good(of_them(whole), passed_over)
+        enough = max(rules.last or 0, LEAST)
+        kept |= {_sequence(one) for one in good[:enough]} | _kept_for_now(of_them(ours), good, passed_over, enough)
+        # a damaged set is what its tags mean until the next save that is whole
+        newest_whole = max(map(_sequence, of_them(whole)), default=-1)
+        kept |= {_sequence(one) for one in of_them(ours) if _sequence(one) >= newest_whole}
+        # Of an iteration that was saved more than once only the last is meant by its tag.
+        meant: dict[TrainingIteration, CheckpointSet] = {}
+        for one in good:
+            if one.iteration is not None:
+                meant.setdefault(one.iteration, one)
+        kept |= _first_of_periods(meant, rules.every)
+        # the metric of an iteration is most likely that of these models, but says something of the others as well
+        preferred = [*of_them(recorded), *recorded]
+        for rule in rules.best:
+            kept |= _best(meant, preferred, rule)
+    kept |= _holders(sets)
+    # While an older set of an iteration stays, also one of another training, so must the one that the tag of the
+    # iteration means, of the same models and of any.
+    latest: dict[tuple[str, frozenset[str] | None], int] = {}
     for one, _is_whole in sets:
-        named = {tag for tag in one.tags if tag != one.name}
-        if named - seen or _sequence(one) >= newest_whole:
+        for models_or_any in (_models_of(one), None):
+            latest.setdefault((one.name, models_or_any), _sequence(one))
+    kept |= {
+        latest[one.name, models_or_any]
+        for one, _is_whole in sets
+        if _sequence(one) in kept
+        for models_or_any in (_models_of(one), None)
+    }
+    return [one for one in ours if _sequence(one) not in kept]
+
+
+def _holders(sets: Sequence[tuple[CheckpointSet, bool]]) -> set[int]:
+    """The sets that a tag other than that of an iteration means, for each set of models."""
+    kept = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
+    for one, _is_whole in sets:
+        named = {(tag, _models_of(one)) for tag in one.tags if tag != one.name}
+        if named - seen:
             kept.add(_sequence(one))
         seen |= named
-    # Of an iteration that was saved more than once only the last is meant by its tag.
-    meant: dict[TrainingIteration, CheckpointSet] = {}
-    for one in good:
-        if one.iteration is not None:
-            meant.setdefault(one.iteration, one)
-    kept |= _first_of_periods(meant, rules.every)
-    for rule in rules.best:
-        kept |= _best(list(meant.values()), rule)
-    # While an older set of an iteration stays, also one of another training, so must the one that the tag of the
-    # iteration means.
-    kept |= {_sequence(one) for one, _is_whole in sets} - own
-    latest: dict[str, int] = {}
-    for one, _is_whole in sets:
-        latest.setdefault(one.name, _sequence(one))
-    kept |= {latest[one.name] for one, _is_whole in sets if _sequence(one) in kept}
-    return [one for one in ours if _sequence(one) not in kept]
+    return kept
+
+
+def _models_of(one: CheckpointSet) -> frozenset[str]:
+    """Which models the set is of: sets of others are saved into the run by themselves, and are no way back from it."""
+    files = one.manifest.files if one.manifest is not None else ()
+    return frozenset(file.model for file in files if file.part != "optim")
 
 
 def _good(whole: Sequence[CheckpointSet], passed_over: Set[str]) -> list[CheckpointSet]:
@@ -233,15 +265,24 @@ def _first_of_periods(meant: Mapping[TrainingIteration, CheckpointSet], every: M
     return {_sequence(meant[iteration]) for iteration in first.values()}
 
 
-def _best(candidates: Sequence[CheckpointSet], rule: Best) -> set[int]:
-    """``candidates`` are newest first: of equal values the newer one is kept."""
+def _best(meant: Mapping[TrainingIteration, CheckpointSet], recorded: Sequence[CheckpointSet], rule: Best) -> set[int]:
+    """The sets of the best iterations, and those that recorded their values: without these they would be forgotten.
+
+    ``meant`` is newest first: of equal values the newer one is kept. Of ``recorded`` the first of an iteration counts
+    that says the metric at all.
+    """
+    values: dict[TrainingIteration, tuple[float | None, CheckpointSet]] = {}
+    for one in recorded:
+        metrics = one.manifest.metrics if one.manifest is not None else {}
+        if one.iteration is not None and rule.metric in metrics:
+            values.setdefault(one.iteration, (metrics[rule.metric], one))
     valued = []
-    for one in candidates:
-        value = one.manifest.metrics.get(rule.metric) if one.manifest is not None else None
+    for iteration, one in meant.items():
+        value, said_by = values.get(iteration, (None, one))
         if value is not None:
-            valued.append((value if rule.mode == "min" else -value, one))
+            valued.append((value if rule.mode == "min" else -value, {_sequence(one), _sequence(said_by)}))
     valued.sort(key=lambda pair: pair[0])
-    return {_sequence(one) for _, one in valued[: rule.count]}
+    return set().union(*(sequences for _, sequences in valued[: rule.count]))
 
 
 def _sequence(one: CheckpointSet) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
 from noether_init_core.checkpoints import explain
-from noether_init_core.checkpoints.flat_names import flat_copies
-from noether_init_core.checkpoints.manifest import MANIFEST_NAME
-from noether_init_core.checkpoints.names import CheckpointFileName, iteration_of_tag, parse
-from noether_init_core.checkpoints.queries import FOLLOWING, Query
+from noether_init_core.checkpoints.legacy import (
+    iteration_in,
+    later_flat_sets,
+    legacy_sets,
+    newest_legacy,
+    plain_before,
+)
+from noether_init_core.checkpoints.queries import FOLLOWING, Query, is_of, sets_meant
 from noether_init_core.checkpoints.sets import (
     CheckpointFile,
     CheckpointSet,
@@ -23,13 +26,11 @@ from noether_init_core.checkpoints.sets import (
     check_reachable,
     list_names,
     load_set,
-    said_by,
     set_folders,
-    sorted_files,
 )
 from noether_init_core.checkpoints.storage import LOCAL, Storage
+from noether_init_core.checkpoints.walk import Step, committed_steps, legacy_steps
 from noether_init_core.errors import (
-    AmbiguousCheckpointError,
     CheckpointCorruptError,
     CheckpointError,
     CheckpointFormatError,
@@ -42,7 +43,6 @@ __all__ = ["CheckpointFile", "CheckpointSet", "Need", "RunStore", "check_consist
 
 logger = logging.getLogger(__name__)
 
-_BEST = ("best_model.", "best.")
 #: How often sets are listed anew before an error is believed.
 _LOOKS = 5
 _Found = TypeVar("_Found")
@@ -106,7 +106,7 @@ class RunStore:
         if folders:
             broken: list[tuple[SetFolder, CheckpointError]] = []
             return tuple(self._newest_first(folders, broken))[::-1]
-        legacy = self._legacy()
+        legacy = legacy_sets(self.folder, self.storage)
         known = [one for one in legacy if one.iteration is not None]
         return (*reversed(known), *(one for one in legacy if one.iteration is None))
 
@@ -132,7 +132,7 @@ class RunStore:
 
     def flat_tags(self) -> tuple[str, ...]:
         """Tags of flat files, sorted; where there are committed sets, ``find`` does not read these."""
-        return tuple(sorted(one.name for one in self._legacy()))
+        return tuple(sorted(one.name for one in legacy_sets(self.folder, self.storage)))
 
     def trainer_names(self) -> tuple[str, ...]:
         """Models that have trainer files, sorted."""
@@ -140,27 +140,32 @@ class RunStore:
 
     # What is meant.
 
-    def newest(self) -> CheckpointSet | None:
+    def newest(self, model: str | None = None) -> CheckpointSet | None:
         """The set to resume this run from: the newest that has a trainer file; None where there is none.
 
         Newest is the highest sequence of the committed sets; in a legacy folder the latest iteration, the plain
-        ``E.._U.._S..`` before other tags of it. Raises ``CheckpointCorruptError`` if a newer committed set is broken,
-        ``AmbiguousCheckpointError`` if flat files of a later iteration, not ours, stand beside the committed sets.
-        """
-        return self._steadily(self._newest_of)
+        ``E.._U.._S..`` before other tags of it. ``model``: only sets with the trainer file of this model count.
 
-    def _newest_of(self, folders: Sequence[SetFolder]) -> CheckpointSet | None:
+        Raises ``CheckpointCorruptError`` if a newer committed set is broken, ``AmbiguousCheckpointError`` if flat files
+        of a later iteration, not ours, stand beside the committed sets.
+        """
+        models = frozenset(() if model is None else (model,))
+        return self._steadily(lambda folders: self._newest_of(folders, models))
+
+    def _newest_of(self, folders: Sequence[SetFolder], models: Set[str]) -> CheckpointSet | None:
         if not folders:
+            legacy = legacy_sets(self.folder, self.storage)
             try:
-                return self._newest_legacy()
+                return newest_legacy(legacy, models)
             except (CheckpointCorruptError, CheckpointFormatError) as error:
                 if self.asked_by == "auto_resume":
-                    error.add(f". {explain.ways_on(self, self._newest_legacy([]), may_walk_back=True)}")
+                    error.add(f". {explain.ways_on(self, newest_legacy(legacy, models, []), may_walk_back=True)}")
                 raise
         self._refuse_later_flat_files(folders)
         broken: list[tuple[SetFolder, CheckpointError]] = []
-        found = next((one for one in self._newest_first(folders, broken) if one.models("trainer")), None)
-        self._refuse_broken(found, folders, broken, TrainingIteration(), is_automatic=True)
+        sets = self._newest_first(folders, broken)
+        found = next((one for one in sets if one.models("trainer") and models <= set(one.models("trainer"))), None)
+        self._refuse_broken(found, folders, broken, Query.of(None), models, any_tag=True)
         return found
 
     def find(
@@ -170,8 +175,9 @@ class RunStore:
 
         ``tag`` is None (``latest``), a tag as it was saved, ``best`` or ``best.<metric>``, an iteration as text or
         mapping (``E10_U100_S200``): the newest set of it that has the models; or one field of it (``E10``,
-        ``{"epoch": 10}``): then the newest match that has everything needed. Sets that come and go meanwhile are no
-        error.
+        ``{"epoch": 10}``): then the newest match that has everything needed. A text means the newest set saved under it
+        that has any of the models needed: others can be saved into the run by themselves. Sets that come and go
+        meanwhile are no error.
 
         Raises:
             CheckpointNotFoundError: The run, stage, tag, model or info does not exist; what exists is listed.
@@ -185,20 +191,21 @@ class RunStore:
 
     def _find_in(self, folders: Sequence[SetFolder], query: Query, needs: Sequence[Need]) -> CheckpointSet:
         broken: list[tuple[SetFolder, CheckpointError]] = []
+        models = {need.model for need in needs if need.model is not None}
         if folders:
             if query.automatic:
                 self._refuse_later_flat_files(folders)
-            models = {need.model for need in needs if need.model is not None}
-            candidates = self._matches(query, lambda: self._newest_first(folders, broken), models)
+            candidates = sets_meant(query, lambda: self._newest_first(folders, broken), models, self.folder)
         else:
-            legacy = self._legacy()
+            legacy = legacy_sets(self.folder, self.storage)
             if not legacy:
                 raise explain.nothing_here(self)
-            candidates = self._matches(query, lambda: iter(legacy))
-        scope = query.iteration if query.iteration is not None else TrainingIteration()
+            candidates = sets_meant(query, lambda: iter(legacy), folder=self.folder)
         first = next(candidates, None)
+        if first is None or not is_of(first, models):
+            # the set that was asked for may be one of those that cannot be read
+            self._refuse_broken(None, folders, broken, query, models)
         if first is None:
-            self._refuse_broken(None, folders, broken, scope, is_automatic=query.automatic)
             raise explain.no_such_tag(self, query.text)
         chosen = first
         while not all(chosen.has(need) for need in needs):
@@ -206,28 +213,37 @@ class RunStore:
             if following is None:
                 raise explain.missing_files(self, first, query.text, needs)
             chosen = following
-        self._refuse_broken(chosen, folders, broken, scope, is_automatic=query.automatic)
+        self._refuse_broken(chosen, folders, broken, query, models)
         return chosen
 
     def is_begun(self) -> bool:
         """Whether there is a set to resume this run from, be it a broken one; unfinished saves do not count."""
         folders = self._committed()
         broken: list[tuple[SetFolder, CheckpointError]] = []
-        sets = self._newest_first(folders, broken) if folders else iter(self._legacy())
+        sets = self._newest_first(folders, broken) if folders else iter(legacy_sets(self.folder, self.storage))
         return any(one.models("trainer") for one in sets) or bool(broken)
 
     def descending(
-        self, tag: str | Mapping[str, Any] | TrainingIteration | None, *, any_tag: bool = False
-    ) -> Iterator[tuple[str, CheckpointSet | CheckpointError]]:
+        self,
+        tag: str | Mapping[str, Any] | TrainingIteration | None,
+        models: Collection[str] = (),
+        *,
+        any_tag: bool = False,
+    ) -> Iterator[Step]:
         """What an open tag means, and then, one by one, what to walk back to.
 
         Open are ``latest`` and ``last``, and iterations that are not full (``E10``). Committed sets come in falling
-        sequence: for a text every set before the one that has the tag, for an iteration every set that it matches.
+        sequence. For an iteration that is every set that it matches. For a text it is the newest readable set that has
+        the tag, and every set before it. What a set with an unreadable manifest was tagged cannot be known: newer ones
+        come first, with what is wrong, and do not make the tag mean a set that never had it; only where no readable set
+        has the tag, every set before the newest unreadable one comes.
+
         A folder without manifests gives what the tag means, and then only the plain ``E.._U.._S..`` that are not later
         than the iteration that some file of it says.
 
         Args:
             tag: As in ``find``.
+            models: Only sets with any of these models count; others are saved into the run by themselves.
             any_tag: Begin with the newest set, whatever its tags, as ``newest`` does.
 
         Yields: the name of a set, and the set, or why its manifest or its header cannot be read.
@@ -235,38 +251,41 @@ class RunStore:
         Raises what ``find`` raises where nothing is meant; ``CheckpointFormatError`` for a set of a newer release,
         which is not broken.
         """
-        query = Query.of(tag)
+        query, asked = Query.of(tag), frozenset(models)
         folders = self._committed()
-        if not folders:
-            yield from self._legacy_descending(query, any_tag)
-            return
-        self._refuse_later_flat_files(folders)
-        scope = query.iteration if query.iteration is not None else TrainingIteration()
-        is_below = any_tag or query.iteration is not None
+        if folders:
+            self._refuse_later_flat_files(folders)
+            steps = committed_steps(folders, query, asked, self.storage, any_tag=any_tag)
+        else:
+            legacy = legacy_sets(self.folder, self.storage)
+            if not legacy:
+                raise explain.nothing_here(self)
+            steps = legacy_steps(legacy, query, asked, any_tag=any_tag)
         is_empty = True
-        for folder in reversed(folders):
-            if not scope.matches(folder.iteration):
-                continue
-            try:
-                found: CheckpointSet | CheckpointError = load_set(folder, self.storage)
-            except CheckpointFormatError:
-                raise
-            except CheckpointError as error:
-                if not self.storage.exists(folder.path / MANIFEST_NAME):
-                    continue  # retired since it was listed
-                found = error
-            if is_below or isinstance(found, CheckpointError) or query.text in found.tags:
-                is_below, is_empty = True, False
-                yield folder.path.name, found
+        for step in steps:
+            is_empty = False
+            yield step
         if is_empty:
-            raise explain.no_such_tag(self, query.text)
+            needs = [Need(model, "trainer") for model in sorted(asked)]
+            newest = self.newest() if any_tag else None
+            if newest is not None:
+                self.require(newest, needs)
+            elif not any_tag:
+                self.find(tag, needs)
+            if folders or not any_tag:
+                raise explain.no_such_tag(self, query.text)
 
     def older_good(self, checkpoint_set: CheckpointSet) -> CheckpointSet | None:
-        """The newest set before this one whose files are there; without manifests the newest plain ``E.._U.._S..``."""
+        """The newest set of its models before this one whose files are there.
+
+        Without manifests it is the newest plain ``E.._U.._S..``.
+        """
         if checkpoint_set.committed:
             own = checkpoint_set.sequence or 0
-            return self._newest_good([folder for folder in self._committed() if folder.sequence < own])
-        return next((one for one in self._plain_before(checkpoint_set) if one.models("trainer")), None)
+            folders = [folder for folder in self._committed() if folder.sequence < own]
+            return self._newest_good(folders, frozenset(checkpoint_set.models()))
+        before = plain_before(legacy_sets(self.folder, self.storage), checkpoint_set)
+        return next((one for one in before if one.models("trainer")), None)
 
     def require(self, checkpoint_set: CheckpointSet, needs: Sequence[Need]) -> None:
         """Make sure that a set which was found before has further files; raises what ``find`` would raise."""
@@ -278,22 +297,7 @@ class RunStore:
 
         None where no file says. Raises errors of the reader, ``CheckpointFormatError`` for a malformed iteration.
         """
-        if checkpoint_set.iteration is not None:
-            return checkpoint_set.iteration
-        from noether_init_core.checkpoints.reader import open_checkpoint
-
-        order = {"trainer": 0, "model": 1, "optim": 2}
-        for file in sorted(checkpoint_set.files, key=lambda file: (order[file.part], file.stem)):
-            if file.part == "optim":
-                continue
-            with open_checkpoint(file.path) as reader:
-                said = reader.metadata.get("training_iteration")
-            if isinstance(said, Mapping):
-                try:
-                    return TrainingIteration.from_mapping(said)
-                except ConfigError as error:
-                    raise CheckpointFormatError(f"{file.path}: training_iteration: {error}", path=file.path) from error
-        return None
+        return iteration_in(checkpoint_set)
 
     # The rest is behind the scenes.
 
@@ -330,11 +334,13 @@ class RunStore:
         chosen: CheckpointSet | None,
         folders: Sequence[SetFolder],
         broken: Sequence[tuple[SetFolder, CheckpointError]],
-        asked: TrainingIteration,
+        query: Query,
+        models: Set[str],
         *,
-        is_automatic: bool,
+        any_tag: bool = False,
     ) -> None:
         """Raise if ``chosen`` is damaged, or an unreadable newer set could have been the one that was asked for."""
+        asked = query.iteration if query.iteration is not None else TrainingIteration()
         sequence = -1 if chosen is None or chosen.sequence is None else chosen.sequence
         problem: tuple[int, CheckpointError] | None = next(
             (
@@ -351,15 +357,22 @@ class RunStore:
                 problem = sequence, error
         if problem is None:
             return
-        older = [folder for folder in folders if folder.sequence < problem[0]]
-        good = self._newest_good(older)
+        # an open text leads back to the newest set that has the tag, if one can be read; see descending
+        tag = query.text if query.text in FOLLOWING and chosen is not None and not any_tag else ""
+        below = sequence + 1 if tag and problem[0] > sequence else problem[0]
+        good = self._newest_good([folder for folder in folders if folder.sequence < below], models)
         may_walk_back = (
-            is_automatic and good is not None and good.iteration is not None and asked.matches(good.iteration)
+            query.automatic and good is not None and good.iteration is not None and asked.matches(good.iteration)
         )
-        raise explain.broken_set(self, problem[1], good, may_walk_back=may_walk_back) from problem[1]
+        older = self._newest_good([folder for folder in folders if folder.sequence < problem[0]], models)
+        raise explain.broken_set(
+            self, problem[1], good, may_walk_back=may_walk_back, saved_as="" if good == older else tag
+        ) from problem[1]
 
-    def _newest_good(self, folders: Sequence[SetFolder]) -> CheckpointSet | None:
+    def _newest_good(self, folders: Sequence[SetFolder], models: Set[str]) -> CheckpointSet | None:
         for checkpoint_set in self._newest_first(folders, []):
+            if not is_of(checkpoint_set, models):
+                continue
             try:
                 check_files(checkpoint_set, self.storage)
             except CheckpointError:
@@ -367,156 +380,23 @@ class RunStore:
             return checkpoint_set
         return None
 
-    def _matches(
-        self, query: Query, newest_first: Callable[[], Iterator[CheckpointSet]], models: Set[str] = frozenset()
-    ) -> Iterator[CheckpointSet]:
-        """Sets that the query can mean, best first. Tags that mean one set yield at most that one.
-
-        Several models can be saved at one iteration, each in sets of its own: the newest set with ``models`` is meant.
-        """
-        iteration = query.iteration
-        if iteration is not None and not iteration.is_fully_specified:
-            return (one for one in newest_first() if one.iteration is not None and iteration.matches(one.iteration))
-        if iteration is not None:
-            same = (one for one in newest_first() if one.iteration == iteration)
-            return itertools.islice(_with_models(same, models) if models else same, 1)
-        text = query.text
-        if text == "best" or text.startswith(_BEST[1]):
-            text = self._best(text, {tag for one in newest_first() for tag in one.tags})
-        return itertools.islice((one for one in newest_first() if text in one.tags), 1)
-
-    def _best(self, text: str, tags: set[str]) -> str:
-        if text in tags:
-            return text
-        if text != "best":
-            return _BEST[0] + text.removeprefix("best.")
-        found = sorted(tag for tag in tags if tag.startswith(_BEST))
-        if len(found) > 1:
-            raise AmbiguousCheckpointError(
-                f'"best" could be any of {", ".join(found)}. Say which: checkpoint_tag: {found[0]}',
-                path=self.folder,
-                candidates=found,
-            )
-        return found[0] if found else text
-
-    def _legacy(self) -> list[CheckpointSet]:
-        """Sets by the tag of flat files: latest iteration first, the plain tag before suffixed ones; then the named."""
-        folder = self.folder
-        by_tag: dict[str, list[CheckpointFile]] = {}
-        for name in list_names(folder, self.storage):
-            parsed = parse(name)
-            if parsed is not None and self.storage.size_of(folder / name) is not None:
-                by_tag.setdefault(parsed.tag, []).append(_file(folder, name, parsed))
-        found = [
-            CheckpointSet(folder, tag, (tag,), iteration_of_tag(tag), None, False, sorted_files(files))
-            for tag, files in sorted(by_tag.items())
-        ]
-        known = [one for one in found if one.iteration is not None]
-        known.sort(key=lambda one: one.name != str(one.iteration))
-        known.sort(key=lambda one: one.iteration or TrainingIteration.zero(), reverse=True)
-        return [*known, *(one for one in found if one.iteration is None)]
-
-    def _legacy_descending(self, query: Query, any_tag: bool) -> Iterator[tuple[str, CheckpointSet | CheckpointError]]:
-        legacy = self._legacy()
-        if not legacy:
-            raise explain.nothing_here(self)
-        if any_tag:
-            unreadable: list[tuple[str, CheckpointError]] = []
-            first = self._newest_legacy(unreadable)
-            yield from unreadable
-        else:
-            first = next(self._matches(query, lambda: iter(legacy)), None)
-            if first is None:
-                raise explain.no_such_tag(self, query.text)
-        if first is None:
-            return
-        yield first.name, first
-        for one in self._plain_before(first):
-            if query.iteration is None or (one.iteration is not None and query.iteration.matches(one.iteration)):
-                yield one.name, one
-
-    def _plain_before(self, first: CheckpointSet) -> Iterator[CheckpointSet]:
-        """The plain ``E.._U.._S..`` of flat files that are not later than what some file of ``first`` says."""
-        latest = max(self._iterations_in(first), default=None)
-        for one in self._legacy():
-            iteration = one.iteration
-            if latest is None or iteration is None or iteration > latest or one == first:
-                continue
-            if one.name == str(iteration):
-                yield one
-
-    def _iterations_in(self, checkpoint_set: CheckpointSet) -> Iterator[TrainingIteration]:
-        """The full iterations that the files of a set say, as far as they can be read."""
-        from noether_init_core.checkpoints.reader import open_checkpoint
-
-        for file in checkpoint_set.files:
-            try:
-                with open_checkpoint(file.path) as reader:
-                    iteration, _run = said_by(reader.metadata, file.path)
-            except (CheckpointError, OSError) as error:
-                logger.debug("%s says no iteration: %s", file.path, error)
-                continue
-            if iteration is not None and iteration.is_fully_specified:
-                yield iteration
-
-    def _newest_legacy(self, unreadable: list[tuple[str, CheckpointError]] | None = None) -> CheckpointSet | None:
-        """The set of the latest iteration; ``unreadable`` collects sets of which it cannot be told, else they raise."""
-        preferred = [one for one in self._legacy() if one.models("trainer")]
-        preferred.sort(key=lambda one: FOLLOWING.index(one.name) if one.name in FOLLOWING else 2)
-        preferred.sort(key=lambda one: one.iteration is None)
-        found: list[tuple[CheckpointSet, TrainingIteration | None]] = []
-        for one in preferred:
-            try:
-                found.append((one, self.iteration_of(one)))
-            except CheckpointError as error:
-                if unreadable is None:
-                    raise
-                unreadable.append((one.name, error))
-        said = [(one, iteration) for one, iteration in found if iteration is not None and iteration.is_fully_specified]
-        newest = max((iteration for _, iteration in said), default=None)
-        return next((one for one, iteration in said if iteration == newest), None)
-
     def _refuse_later_flat_files(self, folders: Sequence[SetFolder]) -> None:
         """Somebody else (Noether itself) went on from our sets: which of both is meant is not ours to guess.
 
         Flat files that we wrote are copies; where their set is gone, somebody has removed it, and they mean nothing.
         """
-        later = self._later_flat_files(folders)
+        later, removed = later_flat_sets(self.folder, folders, self.storage)
         # A writer refreshes flat names right after its commit: list the sets again before anybody is accused.
         if later:
             folders = self._committed() or folders
-            later = self._later_flat_files(folders)
-        if not later:
-            return
-        raise explain.later_flat_files(self, folders[-1], later)
-
-    def _later_flat_files(self, folders: Sequence[SetFolder]) -> list[tuple[CheckpointSet, TrainingIteration]]:
-        newest = folders[-1].iteration
-        committed = {folder.iteration for folder in folders}
-        copies = flat_copies(self.folder, self.storage)
-        removed: set[str | None] = set()
-        later = []
-        for flat in self._legacy():
-            iteration = flat.iteration
-            if iteration is None and flat.name in FOLLOWING:
-                try:
-                    iteration = self.iteration_of(flat)
-                except CheckpointError as error:
-                    # A copy for Noether that a crash left unfinished says nothing about our sets.
-                    logger.warning("%s beside committed sets cannot be read: %s", flat.name, error)
-            if iteration is None or not iteration.is_fully_specified or iteration in committed or iteration <= newest:
-                continue
-            sets = {copies.get(file.path.name) for file in flat.files}
-            if None in sets:
-                later.append((flat, iteration))
-            else:
-                removed.update(sets)
+            later, removed = later_flat_sets(self.folder, folders, self.storage)
         if removed:
             self._tell(
-                f"{self.folder}: flat files of {', '.join(sorted(map(str, removed)))} are copies of a set that was "
-                f"removed, and are passed over; the newest committed set is {folders[-1].path.name}"
+                f"{self.folder}: flat files of {', '.join(sorted(removed))} are copies of a set that was removed, and "
+                f"are passed over; the newest committed set is {folders[-1].path.name}"
             )
-        return later
+        if later:
+            raise explain.later_flat_files(self, folders[-1], later)
 
     def _tell(self, message: str) -> None:
         """Warn, once."""
@@ -525,26 +405,9 @@ class RunStore:
             logger.warning("%s", message)
 
 
-def _with_models(sets: Iterator[CheckpointSet], models: Set[str]) -> Iterator[CheckpointSet]:
-    """Those with all of the models; where there is none, the first set, which lacks some."""
-    first = None
-    is_found = False
-    for one in sets:
-        first = first or one
-        if all(any(name in (file.model, file.stem) for file in one.files) for name in models):
-            is_found = True
-            yield one
-    if first is not None and not is_found:
-        yield first
-
-
 def _is_name(name: str) -> bool:
     try:
         check_name(name, "run_id")
     except ConfigError:
         return False
     return True
-
-
-def _file(folder: Path, name: str, parsed: CheckpointFileName) -> CheckpointFile:
-    return CheckpointFile(folder / name, parsed.model, parsed.info, parsed.part)

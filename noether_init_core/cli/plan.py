@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noether_init_core.cli import options
+from noether_init_core.cli.options import (
+    AppDir,
+    Config,
+    Model,
+    ModelName,
+    Real,
+    RunId,
+    Runs,
+    StageName,
+    naming_options,
+    stack_and_model,
+)
 from noether_init_core.errors import InitError
 
 if TYPE_CHECKING:
@@ -19,25 +30,25 @@ __all__ = ["run"]
 
 
 def run(
-    config: options.Config,
-    model: options.Model,
-    app_dir: options.AppDir = Path(),
-    model_name: options.ModelName = None,
-    runs: options.Runs = None,
-    run_id: options.RunId = None,
-    stage_name: options.StageName = None,
+    config: Config,
+    model: Model,
+    app_dir: AppDir = Path(),
+    model_name: ModelName = None,
+    runs: Runs = None,
+    run_id: RunId = None,
+    stage_name: StageName = None,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the plan to a file as JSON; - prints it, and nothing else.", metavar="FILE"),
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="A line for every key.")] = False,
-    real: options.Real = False,
+    real: Real = False,
 ) -> None:
     """Show what a config will do to a model. Only headers of files are read, and nothing is changed.
 
     Exit code 0: it can be done. 1: the plan or a file has problems. The model is built without memory unless --real.
     """
-    stack, built, paths = options.stack_and_model(
+    stack, built, paths = stack_and_model(
         config,
         model,
         app_dir=app_dir,
@@ -47,7 +58,7 @@ def run(
         stage_name=stage_name,
         real=real,
     )
-    with options.naming_options(paths):
+    with naming_options(paths):
         plan = stack.plan(built)
     to_stdout = json_file is not None and str(json_file) == "-"
     if to_stdout:

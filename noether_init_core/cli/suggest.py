@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from noether_init_core.cli import options
+from noether_init_core.cli.options import (
+    AppDir,
+    Config,
+    Model,
+    ModelName,
+    Real,
+    RunId,
+    Runs,
+    StageName,
+    naming_options,
+    stack_and_model,
+)
 
 __all__ = ["run"]
 
@@ -16,22 +27,22 @@ JSON_VERSION = 1
 
 
 def run(
-    config: options.Config,
-    model: options.Model,
-    app_dir: options.AppDir = Path(),
-    model_name: options.ModelName = None,
-    runs: options.Runs = None,
-    run_id: options.RunId = None,
-    stage_name: options.StageName = None,
+    config: Config,
+    model: Model,
+    app_dir: AppDir = Path(),
+    model_name: ModelName = None,
+    runs: Runs = None,
+    run_id: RunId = None,
+    stage_name: StageName = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the suggestions as JSON.")] = False,
-    real: options.Real = False,
+    real: Real = False,
 ) -> None:
     """Suggest transforms for each file and model of a config, from names and shapes. Nothing is applied.
 
     Rules and surgery fields that the config has are not looked at: the suggestion is for a config without them. Exit
     code 0: with the suggestion, the plan has no problem and nothing is unsure. 1: look at it before you paste it.
     """
-    stack, built, paths = options.stack_and_model(
+    stack, built, paths = stack_and_model(
         config,
         model,
         app_dir=app_dir,
@@ -41,7 +52,7 @@ def run(
         stage_name=stage_name,
         real=real,
     )
-    with options.naming_options(paths):
+    with naming_options(paths):
         found = stack.suggest(built)
     if as_json:
         data: list[dict[str, Any]] = [

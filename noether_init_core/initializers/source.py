@@ -20,7 +20,7 @@ from noether_init_core.initializers.transform_config import TransformConfig, rul
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import History
 from noether_init_core.surgery.advice import KEEP_MODEL_HINT
-from noether_init_core.surgery.agreement import check_across, check_casts
+from noether_init_core.surgery.agreement import check_across, check_casts, check_loading_code
 from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
 from noether_init_core.surgery.fresh import device_for, has_weak_references, left_without_memory, on_meta
 from noether_init_core.surgery.names import NameRules, NoetherSurgery
@@ -28,7 +28,7 @@ from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
 from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.suggestions.suggest import Suggestion, suggest
-from noether_init_core.surgery.targets import ModelTargets, model_targets
+from noether_init_core.surgery.targets import ModelTargets, loaded_by_code, model_targets
 from noether_init_core.surgery.transforms import Transforms
 from noether_init_core.surgery.versions import check_versions
 
@@ -243,6 +243,11 @@ class SourceInitializer(InitializerBase):
         state = _tensors_of(model, self.leaves(model))
         prepared = self._ready[1] if self._ready and self._ready[0] == state else self._check_weights(model)
         done: list[str] = []
+        by_code = frozenset(
+            identity
+            for path, targets in prepared.targets.items()
+            for identity in loaded_by_code(prepared.plan.rows_of(path), targets)
+        )
         for leaf in prepared.leaves:
             rows = prepared.plan.rows_of(leaf.path)
             try:
@@ -250,6 +255,7 @@ class SourceInitializer(InitializerBase):
                     rows,
                     self._opened[leaf.path, "model"].reader,
                     prepared.targets[leaf.path],
+                    by_code=by_code,
                     device=device_for(leaf.model),
                     may_map=self.config.verify == "none",
                 )
@@ -277,13 +283,17 @@ class SourceInitializer(InitializerBase):
     def init_optimizer(self, model: Any) -> None:
         """Nothing: this kind brings weights only, unless a subclass says otherwise."""
 
-    def release(self) -> None:
-        """Close every file, and forget what was restored: a later initialization has a report of its own."""
+    def close_files(self) -> None:
+        """Close every file and forget what was read from it. What was selected stays selected."""
         for opened in self._opened.values():
             opened.reader.close()
         self._opened.clear()
         self._planned = self._ready = None
         self._checked_values.clear()
+
+    def release(self) -> None:
+        """Close every file, and forget what was restored: a later initialization has a report of its own."""
+        self.close_files()
         self.restored.clear()
 
     @property
@@ -398,6 +408,7 @@ class SourceInitializer(InitializerBase):
         is_new = self._planned is None or self._planned[0] is not model
         self._planned = (model, prepared.plan)
         prepared.plan.raise_for_problems()
+        check_loading_code(prepared.plan, prepared.targets)
         for warning in prepared.plan.warnings if is_new else ():
             self.logger.warning("%s: %s: %s", self.config.kind, warning.model, warning.message)
         for leaf in prepared.leaves:

@@ -80,7 +80,7 @@ class PadConfig(_Strict):
 
     size: Positive
     dim: int = 0
-    value: float | None = None
+    value: pydantic.FiniteFloat | None = None
 
 
 class InterpolateConfig(_Strict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from noether_init_core.surgery.names import near, single_rename
 from noether_init_core.surgery.rows import PlanPart, PlanRow
@@ -24,8 +24,10 @@ _NUMBER = re.compile(r"[0-9]+")
 class Advice:
     """For one part of a plan. ``fresh_hint`` as in ``plan_load``."""
 
-    def __init__(self, part: PlanPart, fresh_hint: str) -> None:
-        self._part, self._hint = part, fresh_hint
+    def __init__(self, part: PlanPart, fresh_hint: str, said: Mapping[str, str] | None = None) -> None:
+        self._part, self._hint, self._said = part, fresh_hint, said or {}
+        # as rules say them: below roots, without the prefixes of wrappers
+        self._targets = [self._said.get(name, name) for name in part.targets]
 
     @property
     def _has_rules(self) -> bool:
@@ -44,12 +46,15 @@ class Advice:
         """Of entries of another shape: a step that makes the shape, where there is one; else a fresh start of these."""
         first = rows[0]
         if all(_is_transposed(row) for row in rows):
-            where = first.rule if first.rule is not None and not first.steps else None
-            rule = f"add do: [transpose] to {where}" if where else f"- {{from: {first.sources[0]}, do: [transpose]}}"
+            source = self._said.get(first.sources[0], first.sources[0])
+            rule = f"- {{from: {source}, do: [transpose]}}"
+            if first.rule is not None and "(" in first.rule:
+                rule = f"add do: [transpose] to {first.rule}"
             return f" Transposed. Next: {rule}"
         grid = _grid(first)
         if grid and len(rows) == 1:
-            return f" Another grid. Next: - {{from: {first.sources[0]}, do: [interpolate: {grid}]}}"
+            source = self._said.get(first.sources[0], first.sources[0])
+            return f" Another grid. Next: - {{from: {source}, do: [interpolate: {grid}]}}"
         return self._fresh([row.key for row in rows])
 
     def squares(self, rows: Sequence[PlanRow]) -> list[str]:
@@ -72,20 +77,23 @@ class Advice:
         if not self._hint:
             return ""
         wanted = set(names)
+        names = [self._said.get(name, name) for name in names]
         entries: Sequence[str]
+        if len(names) > _MOST_ENTRIES and len({name.rpartition(".")[0] for name in names}) > _MOST_ENTRIES:
+            return _OTHER_NAMES
         modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
         if self._has_rules:
             whole = [
                 module
                 for module in modules
-                if all(target in wanted for target in self._part.targets if f"{target}.".startswith(module))
+                if all(target in wanted for target in self._targets if f"{target}.".startswith(module))
             ]
             entries = [*whole, *(name for name in names if not f"{name}.".startswith(tuple(whole) or "\0"))]
             if len(entries) > _MOST_ENTRIES:
                 return _OTHER_NAMES
             shown = ", ".join(entries)
             return " " + self._hint.format(line=f"- keep_model: [{shown}]" if entries[1:] else f"- keep_model: {shown}")
-        if any(module in target for module in modules for target in self._part.targets if target not in wanted):
+        if any(module in target for module in modules for target in self._targets if target not in wanted):
             field, entries = "keys_to_instantiate", names
         else:
             field, entries = "patterns_to_instantiate", modules
@@ -105,6 +113,8 @@ class Advice:
         """The config line of one rename that would resolve every missing name, where there is one."""
         if not self._hint or not unexpected or len(missing) > 10_000:
             return ""
+        missing = [self._said.get(name, name) for name in missing]
+        unexpected = [self._said.get(name, name) for name in unexpected]
         found = single_rename(missing, unexpected)
         if found is None:
             return ""

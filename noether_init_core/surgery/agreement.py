@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.plan import LoadPlan, TensorSpec
-from noether_init_core.surgery.steps import Cast
+from noether_init_core.surgery.plan import LoadPlan, PlanRow, TensorSpec
+from noether_init_core.surgery.steps import Cast, Interpolate, Pad, carry_out
+from noether_init_core.surgery.targets import Identity, ModelTargets, loaded_by_code
 
-__all__ = ["check_across", "check_casts"]
+__all__ = ["check_across", "check_casts", "check_loading_code"]
 
 
 class TensorReader(Protocol):
@@ -34,6 +35,26 @@ def check_across(plan: LoadPlan, readers: Mapping[str, TensorReader]) -> None:
     _raise(plan, problems)
 
 
+def check_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> None:
+    """A tensor must not be loaded by the code of modules of two classes: the last one would win.
+
+    Raises ``PlanError``. Modules of one class do the same to it.
+    """
+    problems = []
+    first: dict[Identity, tuple[str, type]] = {}
+    for model, found in targets.items():
+        for identity, names in loaded_by_code(plan.rows_of(model), found).items():
+            for name, module in names.items():
+                other, kind = first.setdefault(identity, (f"{name} of {model}", type(module)))
+                if kind is not type(module):
+                    problems.append(
+                        f"{other} and {name} of {model} are one tensor, and {kind.__name__} and "
+                        f"{type(module).__name__} have loading code of their own for it. Next: untie it, or let one "
+                        "module hold both"
+                    )
+    _raise(plan, problems)
+
+
 def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
     """Values that are converted must fit their dtype: no finite number becomes infinite, no integer another one.
 
@@ -44,6 +65,7 @@ def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
         if row.action not in ("cast", "transform") or row.dtype == "object":
             continue
         dtypes = [*(step.dtype for step in row.steps if isinstance(step, Cast)), row.dtype]
+        problems += _made_values(row, reader, dtypes)
         for source in row.sources:
             have = reader.tensors[source].dtype
             narrow = next(
@@ -59,6 +81,25 @@ def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
             if narrow is not None:
                 problems.append(f"{row.key}: values of {have} in {source} of the file do not fit {narrow}")
     _raise(plan, problems)
+
+
+def _made_values(row: PlanRow, reader: TensorReader, dtypes: list[str]) -> list[str]:
+    """Values that steps make rather than move: fillings, and what lies between points of a grid."""
+    problems = []
+    have = [reader.tensors[source].dtype for source in row.sources]
+    for step in row.steps:
+        if isinstance(step, Pad) and step.value is not None:
+            value = torch.tensor([step.value], dtype=torch.float64)
+            narrow = [dtype for dtype in (*have, *dtypes) if not _fits(value, getattr(torch, dtype))]
+            if narrow:
+                problems.append(f"{row.key}: the filling {step.value:g} does not fit {narrow[0]}")
+    if any(isinstance(step, Interpolate) for step in row.steps):
+        sources = [reader.read(source) for source in row.sources]
+        if all(bool(torch.isfinite(source.float()).all()) for source in sources):
+            made = carry_out(row.steps, sources)[row.part].to(getattr(torch, row.dtype))
+            if not bool(torch.isfinite(made.float()).all()):
+                problems.append(f"{row.key}: interpolated values do not fit {row.dtype}")
+    return problems
 
 
 def _raise(plan: LoadPlan, problems: list[str]) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from noether_init_core.errors import PlanError
+from noether_init_core.errors import PlanError, StateMismatchError
 from noether_init_core.surgery.fresh import FreshMemory, on_meta
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.steps import Pad, Step, carry_out
-from noether_init_core.surgery.targets import ModelTargets, OwnLoading
+from noether_init_core.surgery.targets import Identity, ModelTargets, OwnLoading, loaded_by_code
 from noether_init_core.surgery.versions import Versions, metadata_below
 
 __all__ = ["WeightReader", "apply_rows", "check_values"]
@@ -41,6 +41,7 @@ def apply_rows(
     reader: WeightReader,
     targets: ModelTargets,
     *,
+    by_code: Set[Identity] = frozenset(),
     device: torch.device | None = None,
     may_map: bool = False,
 ) -> list[str]:
@@ -50,10 +51,14 @@ def apply_rows(
 
     Each tensor is written once, also when it has several names. Modules of rows that reset are initialized anew first,
     by their own ``reset_parameters``. Modules with loading code of their own get it run, with everything below them, on
-    tensors in memory, with the versions that the file says of them; hooks that follow a load are called. The plan must
-    be free of problems and the reader verified; nothing is decided here. Returns the names that were written.
+    tensors in memory, with the versions that the file says of them; hooks that follow a load are called. What such code
+    loads has its value from there, under every name: ``by_code`` are tensors that modules of other models load so.
+
+    The plan must be free of problems and the reader verified; nothing is decided here. Returns the names that were
+    written.
     """
     rows = tuple(rows)
+    by_code = by_code | loaded_by_code(rows, targets).keys()
     fresh = FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
     _reset(rows, targets, fresh)
     for own in targets.own_loading:
@@ -73,7 +78,8 @@ def apply_rows(
             targets.extra_state[name].set_extra_state(_extra_state(reader, row.sources[0]))
             continue
         tensor = targets.tensors[name]
-        if id(tensor) in seen:
+        # the value in the file may be in the form of an earlier version, which the module has translated
+        if id(tensor) in seen or targets.specs[name].identity in by_code:
             continue
         seen.add(id(tensor))
         if row.steps:
@@ -128,20 +134,35 @@ def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> Non
 
 
 def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: FreshMemory) -> None:
-    """Let the modules of rows that reset initialize themselves; what else they hold, and is kept, stays as it was."""
-    names = {row.target for row in rows if row.action == "reset" and row.target is not None}
-    kept = {row.target for row in rows if row.action == "keep" and row.target is not None}
-    modules = dict.fromkeys(targets.resettable[name] for name in targets.resettable if name in names)
-    for prefix, module in modules:
-        below = {name: tensor for name, tensor in targets.tensors.items() if name.startswith(prefix)}
-        fresh.hand_over(below.values())
-        before = {name: tensor.detach().clone() for name, tensor in below.items() if name in kept}
+    """Let the modules of rows that reset initialize themselves; what else they hold, and is kept, stays as it was.
+
+    Raises ``StateMismatchError`` for a tensor that ``reset_parameters`` leaves without values, having had no memory.
+    """
+    rows = tuple(rows)
+    names = [row.target for row in rows if row.action == "reset" and row.target is not None]
+    kept = {id(targets.tensors[row.key]) for row in rows if row.action == "keep" and row.target in targets.tensors}
+    for module in {id(targets.resettable[name]): targets.resettable[name] for name in names}.values():
+        below = [*module.parameters(), *module.buffers()]
+        without = {id(tensor) for tensor in below if tensor.is_meta}
+        fresh.hand_over(below)
+        before = [(one, one.detach().clone()) for one in below if id(one) in kept - without]
+        with torch.no_grad():
+            for tensor in below:
+                if id(tensor) in without and (tensor.is_floating_point() or tensor.is_complex()):
+                    tensor.fill_(float("nan"))
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if reset is not None:
             reset()
         with torch.no_grad():
-            for name, tensor in before.items():
-                below[name].copy_(tensor)
+            for tensor, value in before:
+                tensor.copy_(value)
+    empty = [name for name in names if bool(torch.isnan(targets.tensors[name].detach()).any())]
+    if empty:
+        raise StateMismatchError(
+            f"on_missing: reset: reset_parameters gives {', '.join(empty[:5])} no values, or NaN. "
+            "Next: fill them in reset_parameters, or build the module with values and on_missing: keep",
+            problems=empty,
+        )
 
 
 def _load_itself(own: OwnLoading, rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> None:

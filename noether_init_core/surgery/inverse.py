@@ -22,12 +22,13 @@ def rows_back(rows: Iterable[PlanRow]) -> tuple[tuple[PlanRow, ...], tuple[str, 
     """The rows that make the file's entries of the model's, and why some have no way back."""
     ways: dict[_Way, list[PlanRow]] = {}
     for row in rows:
-        if row.writes and row.target is not None and row.tied_to is None:
+        if row.writes and row.target is not None and row.dtype != "object":
             ways.setdefault((row.model, row.sources, row.steps), []).append(row)
     found: list[PlanRow] = []
     problems: list[str] = []
     for (_model, sources, steps), parts in ways.items():
-        parts.sort(key=lambda row: row.part)
+        # of several names of one tensor, the first will do
+        parts = sorted({row.part: row for row in reversed(parts)}.values(), key=lambda row: row.part)
         first = parts[0]
         where = first.rule or first.key
         back, reason = _back(steps, first.source_shapes)
@@ -58,6 +59,11 @@ def rows_back(rows: Iterable[PlanRow]) -> tuple[tuple[PlanRow, ...], tuple[str, 
                     source_shapes=shapes,
                 )
             )
+    seen: set[tuple[str, str | None]] = set()
+    for row in found:
+        if (row.model, row.target) in seen:
+            problems.append(f"{row.target}: several files have such an entry. Next: the plan of one initializer")
+        seen.add((row.model, row.target))
     return tuple(found), tuple(problems)
 
 

@@ -27,6 +27,8 @@ __all__ = [
 
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+# The search for near names takes time by the square of their length.
+_LONGEST = 256
 _NUMBER = re.compile(r"\d+")
 _WRAPPER = re.compile("|".join(sorted(WRAPPERS)))
 
@@ -71,6 +73,8 @@ class NameMatch:
         astray: Name in the file -> (name that it would get, which the model has not; the rule, or empty).
         shadowed: Rule -> rules that took names before it that it would have matched.
         hints: Rule that matched nothing -> what it may have missed in the model.
+        is_bare: Whether prefixes of wrappers have been looked through already.
+        said: Name -> how rules say it, below roots and without wrappers, where that differs.
     """
 
     moves: dict[str, Taken]
@@ -84,6 +88,8 @@ class NameMatch:
     astray: dict[str, tuple[str, str]] = attrs.Factory(dict)
     shadowed: dict[str, frozenset[str]] = attrs.Factory(dict)
     hints: dict[str, str] = attrs.Factory(dict)
+    is_bare: bool = False
+    said: dict[str, str] = attrs.Factory(dict)
 
 
 class NameRules(Protocol):
@@ -209,6 +215,8 @@ def with_wrappers(match: NameMatch, sources: Iterable[str], targets: Iterable[st
     ``module.`` (DistributedDataParallel), ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.`` are looked
     through on both sides, for names that nothing else decided, where exactly one name fits on each side.
     """
+    if match.is_bare:
+        return match
     wanting = [target for target in targets if target not in match.moves and target not in match.kept]
     if not wanting:
         return match
@@ -261,6 +269,9 @@ def single_rename(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[st
 
 def near(name: str, others: Sequence[str], most: int = 3) -> list[str]:
     """Up to ``most`` of ``others`` that look like ``name``: same leaf names first, then by similarity."""
+    if len(name) > _LONGEST:
+        return []
+    others = [other for other in others if len(other) <= _LONGEST]
     leaf = name.rpartition(".")[2]
     pool = [other for other in others if other.rpartition(".")[2] == leaf] or list(others)
     return _closest(name, pool[:2000], most) or _closest(name, list(others)[:2000], most)

@@ -13,6 +13,8 @@ from typing import Any
 import attrs
 import re2
 
+from noether_init_core.errors import ConfigError
+
 __all__ = [
     "Captures",
     "NameGlob",
@@ -74,7 +76,8 @@ class NamePattern:
         if isinstance(self._matcher, re2._Regexp) and not _is_encodable(name):
             return None
         found = self._matcher.fullmatch(name)
-        return None if found is None else found.groupdict()
+        # a group that takes no part in the match stands for nothing
+        return None if found is None else {key: value or "" for key, value in found.groupdict().items()}
 
     def fill(self, captures: Captures) -> str:
         """The name with what the captures stand for."""
@@ -250,7 +253,13 @@ class PatternSet:
             self._count += 1
         # Matches everything: RE2 says nothing where its memory does not suffice, which would look like no match.
         self._set.Add("(?s).*")
-        self._set.Compile()
+        try:
+            self._set.Compile()
+        except re2.error as error:
+            raise ConfigError(
+                f"the {self._count} patterns need more memory together than RE2 takes. Next: shorter patterns, above "
+                "all without counted repetitions such as {400}"
+            ) from error
 
     def matching(self, name: str) -> Sequence[int]:
         """The numbers of the expressions that match, in order. Raises ``MemoryError`` for far too many of them."""

@@ -150,7 +150,7 @@ class LoadPlan:
         final: dict[tuple[str, str], PlanRow] = {}
         for row in (row for plan in plans for row in plan.rows):
             place = row.model, str(row.target)
-            if row.target is not None and (row.writes or place not in final or not final[place].writes):
+            if row.target is not None and (row.writes or row.action == "reset" or place not in final):
                 final[place] = row
         kept = set(map(id, final.values()))
         return cls(

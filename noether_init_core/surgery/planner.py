@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
@@ -22,7 +23,17 @@ from noether_init_core.surgery.plan import (
     share_loaded,
 )
 from noether_init_core.surgery.steps import Cast as CastStep
-from noether_init_core.surgery.steps import Pad, Slice, Step, StepError, shapes_after
+from noether_init_core.surgery.steps import (
+    Concat,
+    Interpolate,
+    Pad,
+    Slice,
+    Stack,
+    Step,
+    StepError,
+    largest_between,
+    shapes_after,
+)
 from noether_init_core.surgery.transforms import glob_set
 
 __all__ = ["Policies", "plan_load"]
@@ -80,12 +91,19 @@ def _planned(kind: str, parts: Sequence[PlanPart], rules: NameRules, policies: P
     warnings: list[Problem] = []
     equal: list[tuple[str, str, str]] = []
     matches: list[NameMatch] = []
+    written: set[Hashable] = set()
     for part in parts:
+        if written:
+            # what an earlier submodel loads, this one shares with it
+            before = {name for name, spec in part.targets.items() if spec.identity in written}
+            part = attrs.evolve(part, loaded=part.loaded | before)
         match = with_wrappers(rules.match(tuple(part.sources), tuple(part.targets)), part.sources, part.targets)
         matches.append(match)
         planned = _PartPlanner(part, match, policies, fresh_hint)
         planned.run()
         rows += planned.rows
+        if len(parts) > 1:
+            written |= {part.targets[str(row.target)].identity for row in planned.rows if row.writes} - {None}
         problems += planned.problems
         warnings += planned.warnings
         equal += planned.equal
@@ -138,7 +156,7 @@ def _ties_across(
     }
     for row in rows:
         identity = identities.get((row.model, row.target or ""))
-        if identity is not None and (row.writes or row.action == "keep"):
+        if identity is not None and row.rule != LOADED_BEFORE and (row.writes or row.action in ("keep", "reset")):
             places.setdefault(identity, []).append(row)
     across: list[tuple[str, str, str, str]] = []
     problems: list[Problem] = []
@@ -151,14 +169,15 @@ def _ties_across(
             if row.writes and (row.steps or first.steps):
                 message = (
                     f"{row.target} of {row.model} and {first.target} of {first.model} are one tensor, and transforms "
-                    "make it twice. Next: keep_model for one of them"
+                    "make it twice. Next: a rule that makes it once"
                 )
                 problems.append(Problem("tied", message, row.model, (row.key,)))
             elif row.writes:
                 across.append((first.model, first.sources[0], row.model, row.sources[0]))
             else:
+                done = "kept" if row.action == "keep" else "reset"
                 message = (
-                    f"{row.model}: {row.target} is kept, but it is the same tensor as {first.target} of "
+                    f"{row.model}: {row.target} is {done}, but it is the same tensor as {first.target} of "
                     f"{first.model}, which is loaded"
                 )
                 problems.append(Problem("tied", message, row.model, (row.key,)))
@@ -182,6 +201,8 @@ def _can_cast(source: str, target: str, cast: Cast) -> bool:
     return cast == "any" or from_kind == to_kind
 
 
+# Elements that any step may make.
+_SMALL = 1 << 20
 # A rule that is wrong is wrong for every layer.
 _MOST_PROBLEMS = 5
 
@@ -191,7 +212,7 @@ class _PartPlanner:
 
     def __init__(self, part: PlanPart, match: NameMatch, policies: Policies, fresh_hint: str) -> None:
         self.part, self.match, self.policies = part, match, policies
-        self._advice = Advice(part, fresh_hint)
+        self._advice = Advice(part, fresh_hint, match.said)
         self.rows: list[PlanRow] = []
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
@@ -200,6 +221,7 @@ class _PartPlanner:
         self._step_errors: dict[tuple[str, str], list[str]] = {}
         self._resolved: dict[tuple[int, tuple[str, ...], int], tuple[tuple[Step, ...], list[tuple[int, ...]]]] = {}
         self._fitted: set[str] = set()
+        self._unused_for: dict[str, str] | None = None
         self._taking: set[str] | None = None
         self._tied: dict[str, list[str]] = {}
         for name, spec in part.targets.items():
@@ -253,9 +275,6 @@ class _PartPlanner:
         try:
             steps, shape = self._steps(taken, sources, spec)
         except StepError as error:
-            if self.policies.on_mismatch == "keep":
-                self._row(name, (), "keep", spec, Taken((), "on_mismatch: keep"))
-                return None
             self._row(name, taken.sources, "mismatch", spec, taken, sources)
             self._step_errors.setdefault((taken.rule or "", str(error)), []).append(name)
             return None
@@ -280,10 +299,7 @@ class _PartPlanner:
         dtypes = dict.fromkeys(source.dtype for source in sources)
         explicit = [step.dtype for step in taken.steps if isinstance(step, CastStep)]
         before = explicit[-1] if explicit else next(iter(dtypes))
-        can = _can_cast(before, spec.dtype, self.policies.cast) and (len(dtypes) == 1 or bool(explicit))
-        # a step that asks for a dtype may convert what the config would not; complex never becomes real
-        if explicit and any(_kind_of(dtype) in ("complex", "object") for dtype in dtypes):
-            can = can and _kind_of(before) == _kind_of(next(iter(dtypes)))
+        can = _can_cast(before, spec.dtype, self.policies.cast) and _can_follow(list(dtypes), taken.steps)
         if not can or (taken.steps and spec.dtype == "object"):
             self._row(name, taken.sources, "mismatch", spec, taken, sources)
             return "dtype"
@@ -311,16 +327,19 @@ class _PartPlanner:
             known = self._resolved[key] = shapes_after(
                 taken.steps, [tuple(source.shape) for source in sources], taken.parts
             )
+            most = 64 * max(math.prod(spec.shape), *(math.prod(source.shape) for source in sources)) + _SMALL
+            if largest_between(known[0], [tuple(source.shape) for source in sources]) > most:
+                raise StepError(f"a step makes far more elements than file and model have (over {most:,})")
         steps, shapes = known
         shape = shapes[taken.part]
-        if shape != spec.shape and len(shape) == len(spec.shape):
+        if shape != spec.shape and len(shape) == len(spec.shape) and taken.parts == 1:
             steps = (*steps, *_fitting(shape, spec.shape, self.policies.on_mismatch))
             if len(steps) > len(known[0]):
                 shape = spec.shape
                 self._fitted.add(taken.sources[0])
         if any(isinstance(step, Pad) and step.value is None for step in steps[:-1]):
             keeps = [number for number, step in enumerate(steps) if isinstance(step, Pad) and step.value is None]
-            if any(not isinstance(step, Pad) for step in steps[keeps[0] :]):
+            if any(not isinstance(step, Pad) or step.value is not None for step in steps[keeps[0] :]):
                 raise StepError("pad without a value lets the model's own elements stay, so it has to come last")
         return steps, shape
 
@@ -337,19 +356,21 @@ class _PartPlanner:
 
     def _keep(self, name: str, spec: TargetSpec) -> None:
         rule = self.match.kept[name]
-        source = next((source for source, target in self.match.unused_kept.items() if target == name), None)
+        if self._unused_for is None:
+            self._unused_for = {target: source for source, target in reversed(self.match.unused_kept.items())}
+        source = self._unused_for.get(name)
         pattern = rule.partition(": ")[2]
         if source is not None and tuple(self.part.sources[source].shape) == spec.shape and not name.startswith(pattern):
             # a pattern that hits inside a name may not be meant for it: 5. is in 15.weight, head. in lm_head.weight
             self._warn("kept", f"{name} keeps its value by {rule}, though the file has one that fits", (name,))
-        self._row(name, (), "keep", spec, Taken((), rule))
+        self._row(name, (), "keep", spec, Taken((), LOADED_BEFORE if name in self.part.loaded else rule))
 
     def _plan_unused(self) -> list[str]:
         used = {source for row in self.rows for source in row.sources}
         unexpected = []
         for source, spec in self.part.sources.items():
             if source in used:
-                if self.match.astray.get(source, ("", ""))[1]:
+                if self.match.astray.get(source, ("", ""))[1] and self.policies.on_unexpected == "error":
                     unexpected.append(source)  # one of several parts has no place in the model
                 continue
             rule = self._rule_of_unused(source)
@@ -406,7 +427,8 @@ class _PartPlanner:
 
     def _check_tied(self) -> None:
         writes = {row.target: row for row in self.rows if row.writes}
-        keeps = {row.target for row in self.rows if row.action == "keep"}
+        keeps = {row.target for row in self.rows if row.action == "keep" and row.rule != LOADED_BEFORE}
+        resets = {row.target for row in self.rows if row.action == "reset"}
         for names in self._tied.values():
             if len(names) == 1:
                 continue
@@ -419,10 +441,10 @@ class _PartPlanner:
                 sources = list(dict.fromkeys(row.sources[0] for row in rows))
                 self.equal += [(self.part.model, sources[0], other) for other in sources[1:]]
             kept = [name for name in names if name in keeps and name in self.match.kept]
-            if kept and rows:
-                self._problem(
-                    "tied", f"{kept[0]} is kept, but it is the same tensor as {rows[0].key}, which is loaded", names
-                )
+            reset = [name for name in names if name in resets]
+            if kept and (rows or reset):
+                other = f"{rows[0].key}, which is loaded" if rows else f"{reset[0]}, which is reset"
+                self._problem("tied", f"{kept[0]} is kept, but it is the same tensor as {other}", names)
 
     def _report_missing(self, missing: list[str], unexpected: list[str]) -> None:
         if missing:
@@ -519,6 +541,24 @@ class _PartPlanner:
 def _listed(names: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _can_follow(dtypes: Sequence[str], steps: Sequence[Step]) -> bool:
+    """Whether steps lose nothing by dtype: complex stays complex, and what is put together is of one dtype."""
+    current = list(dtypes)
+    for step in steps:
+        if isinstance(step, CastStep):
+            if any(_kind_of(dtype) == "object" for dtype in current):
+                return False
+            if _kind_of(step.dtype) != "complex" and any(_kind_of(dtype) == "complex" for dtype in current):
+                return False
+            current = [step.dtype]
+        elif isinstance(step, Concat | Stack):
+            if len(set(current)) > 1:
+                return False
+        elif isinstance(step, Interpolate) and any(_kind_of(dtype) != "float" for dtype in current):
+            return False
+    return len(set(current)) == 1
 
 
 def _dtype_of_all(sources: Sequence[TensorSpec]) -> str | None:

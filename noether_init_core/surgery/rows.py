@@ -184,8 +184,11 @@ def share_loaded(rows: Iterable[PlanRow], *, or_before: bool = False) -> float:
     With ``or_before``, what an earlier initializer has loaded counts, too.
     """
     loaded = total = 0
+    seen: set[tuple[str, str]] = set()
     for row in rows:
-        if is_counted(row):
+        place = row.model, row.tied_to or str(row.target)
+        if row.is_parameter and row.target is not None and place not in seen:
+            seen.add(place)
             numel = row.numel
             total += numel
             if row.writes:

@@ -31,6 +31,7 @@ __all__ = [
     "Unstack",
     "carry_out",
     "described",
+    "largest_between",
     "shapes_after",
     "step_from_dict",
     "step_to_dict",
@@ -400,6 +401,15 @@ def shapes_after(steps: Sequence[Step], shapes: Sequence[Shape], outputs: int) -
             + (": several need concat or stack" if len(current) > outputs else ": it needs split or unstack")
         )
     return tuple(resolved), current
+
+
+def largest_between(steps: Sequence[Step], shapes: Sequence[Shape]) -> int:
+    """The most elements that all tensors together have after any of the steps, which are resolved."""
+    current, most = list(shapes), 0
+    for step in steps:
+        current = step.shapes(current)
+        most = max(most, sum(math.prod(shape) for shape in current))
+    return most
 
 
 def carry_out(steps: Sequence[Step], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import attrs
 import torch
 
 from noether_init_core.errors import ConfigError
-from noether_init_core.surgery.plan import TargetSpec
+from noether_init_core.surgery.plan import PlanRow, TargetSpec
 
-__all__ = ["ModelTargets", "OwnLoading", "dtype_name", "model_targets", "tensor_identity"]
+__all__ = [
+    "Identity",
+    "ModelTargets",
+    "OwnLoading",
+    "dtype_name",
+    "loaded_by_code",
+    "model_targets",
+    "tensor_identity",
+]
+
+#: Equal for two tensors that are one; see ``tensor_identity``.
+Identity = Hashable
 
 _EXTRA_STATE = "_extra_state"
 # Elements up to which views are compared one by one; of larger ones an interval in common is enough.
@@ -38,7 +49,7 @@ class ModelTargets:
         extra_state: Name -> the module that has extra state.
         own_loading: The outermost modules whose own loading code has to run, with everything below them.
         after_loading: Other modules with hooks that run after a load, innermost first as torch has it.
-        resettable: Name -> prefix and module of those entries whose module can initialize itself anew.
+        resettable: Name -> module of those entries whose module can initialize itself anew.
     """
 
     specs: Mapping[str, TargetSpec]
@@ -47,7 +58,20 @@ class ModelTargets:
     extra_state: Mapping[str, torch.nn.Module]
     own_loading: tuple[OwnLoading, ...] = ()
     after_loading: tuple[torch.nn.Module, ...] = ()
-    resettable: Mapping[str, tuple[str, torch.nn.Module]] = attrs.Factory(dict)
+    resettable: Mapping[str, torch.nn.Module] = attrs.Factory(dict)
+
+
+def loaded_by_code(rows: Iterable[PlanRow], targets: ModelTargets) -> dict[Identity, dict[str, torch.nn.Module]]:
+    """The tensors that the loading code of modules writes: for each, its names there and the module that has them."""
+    found: dict[Identity, dict[str, torch.nn.Module]] = {}
+    for row in rows if targets.own_loading else ():
+        name = row.target
+        if name is None or not row.writes or name not in targets.tensors:
+            continue
+        for own in targets.own_loading:
+            if name.startswith(own.prefix):
+                found.setdefault(targets.specs[name].identity, {})[name] = own.module
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -55,7 +79,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tensor_identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+def tensor_identity(tensor: torch.Tensor) -> Identity:
     """Equal for two tensors that are the same elements of the same memory; on the meta device, for one object."""
     if tensor.is_meta or tensor.numel() == 0 or type(tensor.data) is not torch.Tensor:
         return ("object", id(tensor))
@@ -81,10 +105,11 @@ def model_targets(model: Any) -> ModelTargets:
     """
     owned = _registered(model)
     modules = dict(model.named_modules())
+    every = dict(model.named_modules(remove_duplicate=False))
     specs: dict[str, TargetSpec] = {}
     tensors: dict[str, torch.Tensor] = {}
     extra: dict[str, torch.nn.Module] = {}
-    first_names: dict[tuple[Any, ...], str] = {}
+    first_names: dict[Identity, str] = {}
     by_object = {id(tensor) for tensor in owned.values()}
     for name, value in _state_dict(model).items():
         owner, _, leaf = name.rpartition(".")
@@ -120,17 +145,16 @@ def model_targets(model: Any) -> ModelTargets:
         for path, module in reversed(modules.items())
         if module._load_state_dict_post_hooks and not any(f"{path}.".startswith(other.prefix) for other in own)
     ]
-    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), _resettable(tensors, modules))
+    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), _resettable(tensors, every))
 
 
-def _resettable(names: Iterable[str], modules: Mapping[str, torch.nn.Module]) -> dict[str, tuple[str, torch.nn.Module]]:
+def _resettable(names: Iterable[str], modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
     found = {}
     for name in names:
-        path = name.rpartition(".")[0]
-        module = modules.get(path)
+        module = modules.get(name.rpartition(".")[0])
         if any(callable(getattr(module, method, None)) for method in ("reset_parameters", "_reset_parameters")):
             assert module is not None
-            found[name] = (f"{path}." if path else "", module)
+            found[name] = module
     return found
 
 

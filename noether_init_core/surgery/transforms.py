@@ -6,7 +6,7 @@ work, and two sources for one target are an error. Pure: names in, decisions out
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
@@ -123,8 +123,9 @@ class Transforms:
         if dotted is not None and any(dotted.matching(name) for name in inside):
             field = "from" if isinstance(rule, Move) else "drop" if isinstance(rule, Drop) else "only"
             return f". Next: {field}: {wanted}. (a trailing dot means everything below)"
-        if isinstance(rule, Move) and _leads_back(rule, inside):
-            return f"; from is a name in the file, and the file has what to says. Next: {_swapped(rule)}"
+        swapped = [match.hints[rule.label] for match in matches if rule.label in match.hints]
+        if swapped:
+            return swapped[0]
         similar = near(self.source_root + wanted, names, most=1)
         if not similar:
             return ""
@@ -155,6 +156,8 @@ class _Matching:
         self._rules = transforms
         self._targets = _below(transforms.target_root, bare_names(targets))
         self._sources = _below(transforms.source_root, bare_names(sources))
+        exact = {_cut(name, transforms.target_root): name for name in targets}
+        self._exact_targets = {cut: name for cut, name in exact.items() if cut is not None}
         inside = set(self._sources.values())
         self._outside = [name for name in sources if name not in inside]
         reached = set(self._targets.values())
@@ -176,8 +179,7 @@ class _Matching:
         groups, plain = self._choose()
         for group in groups:
             self._move(group)
-        for bare, name in plain.items():
-            self._put(bare, Taken((name,), None if self._targets.get(bare) == name else "prefix of a wrapper"), "")
+        self._take_by_name(plain)
         for name in self._untouched:
             self._kept.setdefault(name, f"outside target_root {self._rules.target_root}")
         return NameMatch(
@@ -190,12 +192,20 @@ class _Matching:
             outside=frozenset(self._outside),
             astray=self._astray,
             shadowed={label: frozenset(others) for label, others in self._shadowed.items()},
-            hints=self._hints_of_idle_keeps(),
+            hints=self._hints_of_idle_rules(),
+            is_bare=True,
+            said={name: bare for bare, name in (*self._targets.items(), *self._sources.items()) if name != bare},
         )
 
-    def _hints_of_idle_keeps(self) -> dict[str, str]:
+    def _hints_of_idle_rules(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for rule in self._rules.rules:
+            if (
+                isinstance(rule, Move)
+                and rule.label not in self._matched
+                and _is_swapped(rule, self._sources, self._targets)
+            ):
+                found[rule.label] = f"; from is a name in the file, to one in the model. Next: {_swapped(rule)}"
             if not isinstance(rule, KeepModel) or rule.label in self._matched:
                 continue
             for glob in rule.globs:
@@ -205,6 +215,23 @@ class _Matching:
                 elif close := near(glob.text, list(self._targets), most=1):
                     found.setdefault(rule.label, f"; the model has {close[0]}")
         return found
+
+    def _take_by_name(self, plain: Mapping[str, str]) -> None:
+        """Names that no rule takes: exact ones first, since a module may really be called module."""
+        exact: set[str] = set()
+        left = {}
+        for bare, name in plain.items():
+            target = self._exact_targets.get(_cut(name, self._rules.source_root) or "")
+            if target is None:
+                left[bare] = name
+            else:
+                exact.add(target)
+                self._give(target, bare, Taken((name,), None if target == name else "the same name below the roots"))
+        for bare, name in left.items():
+            if self._targets.get(bare) in exact:
+                self._astray.setdefault(name, (self._rules.target_root + bare, ""))
+            else:
+                self._put(bare, Taken((name,), "prefix of a wrapper"), "")
 
     def _choose(self) -> tuple[list[_Group], dict[str, str]]:
         """For each name the first rule that takes it: those of one rule and equal captures together, and the rest."""
@@ -266,6 +293,9 @@ class _Matching:
             for source in taken.sources:
                 self._astray.setdefault(source, (self._rules.target_root + bare, label))
             return
+        self._give(name, bare, taken)
+
+    def _give(self, name: str, bare: str, taken: Taken) -> None:
         if name in self._kept:
             for source in taken.sources:
                 self._unused_kept[source] = name
@@ -295,11 +325,12 @@ def _with_dot(text: str) -> PatternSet | None:
     return PatternSet([parsed.expression])
 
 
-def _leads_back(rule: Move, names: Sequence[str]) -> bool:
-    if any(not target.segments for target in rule.targets) or rule.targets == rule.sources[:1]:
+def _is_swapped(rule: Move, sources: Iterable[str], targets: Iterable[str]) -> bool:
+    """Whether the file has what ``to`` says, and the model what ``from`` says."""
+    if any(not pattern.segments for pattern in (*rule.sources, *rule.targets)):
         return False
-    found = PatternSet(target.expression for target in rule.targets)
-    return any(found.matching(name) for name in names)
+    file, model = (PatternSet(one.expression for one in those) for those in (rule.targets, rule.sources))
+    return any(map(file.matching, sources)) and any(map(model.matching, targets))
 
 
 def _swapped(rule: Move) -> str:
@@ -324,7 +355,16 @@ def _said(taken: Taken) -> str:
 
 
 def _prefix(root: str) -> str:
-    return root if not root or root.endswith(".") else f"{root}."
+    """With its dot, and without the prefixes of wrappers, which are gone from names before roots are looked at."""
+    segments = [segment for segment in root.split(".") if segment and segment not in WRAPPERS]
+    return ".".join((*segments, "")) if segments else ""
+
+
+def _cut(name: str, root: str) -> str | None:
+    """The name below ``root`` as it stands, with all that wrappers put into it; None outside."""
+    if not root:
+        return name
+    return name[len(root) :] if name.startswith(root) and name != root else None
 
 
 def _below(root: str, names: Mapping[str, str]) -> dict[str, str]:

@@ -28,14 +28,22 @@ from noether_init_core import (
     RunStore,
     TrainingIteration,
     bind,
+    compose,
 )
 from noether_init_core.checkpoints.manifest import Manifest, ManifestFile, ManifestTensor
 from noether_init_core.checkpoints.retention import Best, checked_metrics, superfluous_sets
 from noether_init_core.checkpoints.sets import CheckpointSet, check_files
 
-MODEL = bind(torch.nn.Linear(1, 1), name="mlp")
-DIVERGED = bind(torch.nn.Linear(1, 1), name="mlp")
-torch.nn.init.constant_(DIVERGED.module.weight, float("nan"))
+
+def model_with(name: str, weight: float) -> Any:
+    bound = bind(torch.nn.Linear(1, 1), name=name)
+    torch.nn.init.constant_(bound.module.weight, weight)
+    return bound
+
+
+MODEL = model_with("mlp", 1.0)
+#: Name -> finite and diverged.
+MODELS = {name: (model_with(name, 1.0), model_with(name, float("nan"))) for name in ("gen", "disc")}
 
 
 @pytest.fixture
@@ -234,6 +242,7 @@ def a_set(
     metrics: Mapping[str, float | None],
     *,
     holds: Any = None,
+    model: str = "mlp",
     **descent: Any,
 ) -> CheckpointSet:
     """As it would be read; ``holds`` is what the manifest says of the values of a parameter."""
@@ -241,7 +250,7 @@ def a_set(
     own = (str(iteration), *tags)
     tensor = ManifestTensor.model_construct(dtype="float32", shape=(1,), digest="", values=holds)
     file = ManifestFile.model_construct(
-        name="m", model="mlp", part="model", size=0, digest="", tensors={"weight": tensor}, buffers=()
+        name="m", model=model, part="model", size=0, digest="", tensors={"weight": tensor}, buffers=()
     )
     manifest = Manifest.model_construct(
         sequence=sequence,
@@ -293,15 +302,25 @@ def test_rules_never_take_the_newest_good_set_nor_move_a_tag(
     kept_good = [one for one, is_good in sets if is_good and one in kept]
     assert kept_good[: rules.last or 0] == good[: rules.last or 0]
     for rule in rules.best:
-        sign = 1 if rule.mode == "min" else -1
-        latest = {one.iteration: one for one in reversed(good)}.values()
-
-        def values(of: Any, rule: Best = rule, sign: int = sign) -> list[float]:
-            said = [one.manifest.metrics.get(rule.metric) for one in of]
-            return sorted(sign * value for value in said if value is not None)
-
-        assert values(one for one in latest if one in kept)[: rule.count] == values(latest)[: rule.count]
+        best = best_values([one for one, _ in sets], good, rule)
+        assert best_values(kept, [one for one in kept_good if one in meant_of(good)], rule) == best
     assert superfluous_sets([pair for pair in sets if pair[0] in kept], rules) == []
+
+
+def meant_of(good: list[CheckpointSet]) -> list[CheckpointSet]:
+    """Of each iteration the newest good set; ``good`` is newest first."""
+    return list({one.iteration: one for one in reversed(good)}.values())
+
+
+def best_values(sets: list[CheckpointSet], good: list[CheckpointSet], rule: Best) -> list[float]:
+    """The best values of iterations with a good set; the newest set of an iteration that says the metric counts."""
+    said: dict[Any, float | None] = {}
+    for one in sorted(sets, key=lambda one: one.sequence or 0):
+        if one.manifest is not None and rule.metric in one.manifest.metrics:
+            said[one.iteration] = one.manifest.metrics[rule.metric]
+    sign = 1 if rule.mode == "min" else -1
+    values = [said.get(one.iteration) for one in meant_of(good)]
+    return sorted(sign * value for value in values if value is not None)[: rule.count]
 
 
 def kept_of(sets: list[CheckpointSet], rules: Retention, training: str | None = None) -> list[int]:
@@ -364,6 +383,92 @@ def test_set_that_a_run_started_from_stays_until_enough_were_saved_since() -> No
     assert kept_of([*sets, since[0], a_set(7, 7, (), {}, started_from="00000003")], Retention(last=2)) == [6, 7]
 
 
+def test_metric_of_an_iteration_stays_with_it_when_it_is_saved_again() -> None:
+    """Both its sets stay: the one that was measured, and the one that its tag means; the next save changes nothing."""
+    losses: list[dict[str, float | None]] = [{"loss": 0.9}, {"loss": 0.1}, {}, {"loss": 0.5}, {"loss": 0.6}, {}]
+    sets = [
+        a_set(n, epoch, (), loss) for n, (epoch, loss) in enumerate(zip((1, 2, 2, 3, 4, 5), losses, strict=True), 1)
+    ]
+    rules = Retention(best={"loss": 1})
+    assert kept_of(sets, rules) == [2, 3, 5, 6]
+    assert kept_of(sets[1:3] + sets[4:], rules) == [2, 3, 5, 6]
+    assert kept_of(sets, Retention(best={"loss": 2})) == [2, 3, 4, 5, 6]
+
+
+def test_later_value_of_a_metric_replaces_the_one_before() -> None:
+    """Also one that is no number: the iteration was measured anew, and is not the best."""
+    rules = Retention(best={"loss": 1})
+    for later, expected in ((0.8, [3, 4, 5]), (None, [3, 4, 5]), (0.05, [2, 4, 5])):
+        losses: list[float | None] = [0.1, later, 0.3, 0.4, 0.5]
+        epochs_of = (1, 1, 2, 3, 4)
+        sets = [a_set(n, epochs_of[n - 1], (), {"loss": loss}) for n, loss in enumerate(losses, start=1)]
+        assert kept_of(sets, rules) == expected
+
+
+def test_damaged_set_that_recorded_the_best_value_stays_with_the_good_one_of_its_iteration() -> None:
+    """Without its manifest nobody would know that the good one is the best."""
+    losses: list[dict[str, float | None]] = [{"loss": 0.1}, {}, {"loss": 0.5}, {"loss": 0.6}, {"loss": 0.7}]
+    sets = [(a_set(n, max(n - 1, 1), (), loss), n != 1) for n, loss in enumerate(losses, start=1)][::-1]
+    gone = superfluous_sets(sets, Retention(best={"loss": 1}))
+    assert [one.sequence for one in gone] == [3]
+    # the one in the middle is the only good one of its iteration
+    sets = [(a_set(n, max(n - 2, 1), (), losses[n - 1] if n < 3 else {}), n not in (1, 3)) for n in range(1, 7)][::-1]
+    gone = superfluous_sets(sets, Retention(best={"loss": 1}))
+    assert [one.sequence for one in gone] == [4]
+
+
+def test_metric_of_a_set_that_was_passed_over_is_not_that_of_the_one_that_replaced_it() -> None:
+    """The iteration was trained anew; what is said of it now is nothing."""
+    sets = [a_set(1, 1, (), {"loss": 0.5}), a_set(2, 2, (), {"loss": 0.1})]
+    sets += [a_set(n, n - 1, (), {}, passed_over=("00000002",), started_from="00000001") for n in (3, 4, 5)]
+    assert kept_of(sets, Retention(best={"loss": 1})) == [1, 4, 5]
+
+
+def test_models_that_are_saved_separately_are_counted_separately() -> None:
+    """Each has its last sets and one to walk back to, its tags, its periods, and its best."""
+    alternating = [a_set(n, (n + 1) // 2, ("latest",), {}, model="gd"[n % 2]) for n in range(1, 11)]
+    assert kept_of(alternating, Retention(last=1)) == [7, 8, 9, 10]
+    assert kept_of(alternating, Retention(last=3)) == [5, 6, 7, 8, 9, 10]
+    assert kept_of(alternating, Retention(every={"epoch": 2})) == [3, 4, 7, 8, 9, 10]
+    one_by_one = [a_set(n, n, ("latest",), {}, model="g" if n < 4 else "d") for n in range(1, 8)]
+    assert kept_of(one_by_one, Retention(last=1)) == [2, 3, 6, 7]
+    diverged = [a_set(n, n, (), {}, model="g" if n < 4 else "d", holds="NaN" if n > 3 else None) for n in range(1, 8)]
+    assert kept_of(diverged, Retention(last=1)) == [2, 3, 6, 7]
+
+
+def test_best_of_each_model_goes_by_its_own_metric_or_by_that_of_the_iteration() -> None:
+    """The metric is given with one of the two saves, or with both."""
+    losses = [0.4, 0.1, 0.5, 0.6, 0.7]
+    sets = []
+    for epoch, loss in enumerate(losses, start=1):
+        sets.append(a_set(2 * epoch - 1, epoch, (), {"loss": loss}, model="g"))
+        sets.append(a_set(2 * epoch, epoch, (), {}, model="d"))
+    assert kept_of(sets, Retention(best={"loss": 1})) == [3, 4, 7, 8, 9, 10]
+    swapped = [
+        a_set(n, (n + 1) // 2, (), {} if n % 2 else {"loss": losses[n // 2 - 1]}, model="gd"[n % 2])
+        for n in range(1, 11)
+    ]
+    assert kept_of(swapped, Retention(best={"loss": 1})) == [3, 4, 7, 8, 9, 10]
+    own = [a_set(2 * e, e, (), {"loss": -loss}, model="d") for e, loss in enumerate(losses, start=1)]
+    both = sorted([*sets[::2], *own], key=lambda one: one.sequence or 0)
+    # the tag of the second epoch means the set of d, also for who names no model
+    assert kept_of(both, Retention(best={"loss": 1})) == [3, 4, 7, 8, 9, 10]
+    worst = [a_set(2 * e, e, (), {"loss": loss}, model="d") for e, loss in enumerate(reversed(losses), start=1)]
+    both = sorted([*sets[::2], *worst], key=lambda one: one.sequence or 0)
+    assert kept_of(both, Retention(best={"loss": 1})) == [3, 4, 7, 8, 9, 10]
+
+
+def test_sets_of_a_whole_with_fewer_models_do_not_push_out_those_with_all(paths: PathProvider) -> None:
+    """On the disk, with composites: the sets with both are no more than before."""
+    parts = {name: bind(torch.nn.Linear(1, 1), name=name) for name in ("encoder", "decoder")}
+    writer = CheckpointWriter(paths, keep_last=1, flat_names=False)
+    for epoch in range(1, 4):
+        writer.save(compose("autoenc", parts), at(epoch))
+    for epoch in range(4, 7):
+        writer.save(compose("autoenc", {"decoder": parts["decoder"]}), at(epoch))
+    assert epochs(paths) == [2, 3, 5, 6]
+
+
 def test_sets_of_another_training_stay_and_do_not_count() -> None:
     """Nor does a tag of theirs come to life again: while their set of an iteration stays, so does ours."""
     theirs = [a_set(number, number, ("latest",), {}, training="a") for number in (1, 2)]
@@ -375,6 +480,7 @@ def test_sets_of_another_training_stay_and_do_not_count() -> None:
 SAVED = st.fixed_dictionaries(
     {
         "epoch": st.integers(1, 8),
+        "model": st.sampled_from("ggd"),
         "tags": TAGS,
         "metrics": METRICS,
         "is_whole": st.booleans(),
@@ -410,31 +516,57 @@ def test_usable_sets_of_the_training_stay_whatever_else_is_there(
         return
     newest = ours[0][0].manifest
     passed = newest.passed_over
-    usable = [
-        one
-        for one, is_whole in ours
-        if is_whole and holds[one.sequence] in (None, "finite") and one.folder.name not in passed
-    ]
     enough = max(rules.last or 0, 2)
-    assert all(one in kept for one in usable[:enough])
-    for one, _ in ours:
-        since = [other for other in usable if other.manifest.started_from == one.folder.name]
-        if one.folder.name == newest.started_from and usable and len(since) < enough:
-            assert one in kept
-    # what is of no use stays for a reason only
-    whole = [one for one, is_whole in ours if is_whole]
-    for one, _ in ours if usable else ():
-        is_newest = not whole or one.sequence >= whole[0].sequence
-        is_older_there = any(other.name == one.name and other.sequence < one.sequence for other in kept)
-        is_named = any(before[tag] == one.sequence for tag in one.tags if tag != one.name)
-        is_kept_for_now = one.folder.name in (*passed, newest.started_from)
-        if one not in usable and not (is_newest or is_older_there or is_named or is_kept_for_now):
-            assert one in gone
+    recorded = [one for one, _ in ours if one.folder.name not in passed]
+    for model in {model_of(one) for one, _ in ours}:
+        own = [(one, is_whole) for one, is_whole in ours if model_of(one) == model]
+        of_model = [one for one, _ in sets if model_of(one) == model]
+        tags_before, tags_after = meanings(of_model), meanings([one for one in kept if one in of_model])
+        assert all(tags_before[tag] == sequence for tag, sequence in tags_after.items())
+        assert all(tag in tags_after for tag in tags_before if not tag.startswith("E"))
+        usable = [
+            one
+            for one, is_whole in own
+            if is_whole and holds[one.sequence] in (None, "finite") and one.folder.name not in passed
+        ]
+        assert all(one in kept for one in usable[:enough])
+        start = own[0][0].manifest.started_from
+        for one, _ in own:
+            since = [other for other in usable if other.manifest.started_from == one.folder.name]
+            if one.folder.name == start and usable and len(since) < enough:
+                assert one in kept
+        for rule in rules.best if usable else ():
+            # a value that other models recorded counts where these did not
+            of_all = best_values([*recorded_first(recorded, model)], usable, rule)
+            left = [one for one in recorded if one in kept]
+            still = [one for one in usable if one in kept and one in meant_of(usable)]
+            assert best_values([*recorded_first(left, model)], still, rule) == of_all
+        # what is of no use stays for a reason only
+        whole = [one for one, is_whole in own if is_whole]
+        for one, _ in own if usable else ():
+            is_newest = not whole or one.sequence >= whole[0].sequence
+            is_older_there = any(other.name == one.name and other.sequence < one.sequence for other in kept)
+            is_named = any(tags_before[tag] == one.sequence for tag in one.tags if tag != one.name)
+            is_kept_for_now = one.folder.name in (*passed, start)
+            is_record = any(rule.metric in one.manifest.metrics for rule in rules.best)
+            if one not in usable and not (is_newest or is_older_there or is_named or is_kept_for_now or is_record):
+                assert one in gone
+
+
+def model_of(one: CheckpointSet) -> str:
+    assert one.manifest is not None
+    return one.manifest.files[0].model
+
+
+def recorded_first(sets: list[CheckpointSet], model: str) -> list[CheckpointSet]:
+    """With new sequences, so that those of ``model`` are the newest: what they say of a metric goes first."""
+    chosen = sorted(sets, key=lambda one: (model_of(one) == model, one.sequence or 0))
+    return [attrs.evolve(one, sequence=number) for number, one in enumerate(chosen)]
 
 
 DAMAGE = st.sampled_from(["shorten", "remove", "manifest", "uncommit"])
 ACTIONS = st.one_of(
-    st.tuples(st.just("save"), st.integers(1, 6), TAGS, METRICS, st.booleans()),
+    st.tuples(st.just("save"), st.integers(1, 6), TAGS, METRICS, st.booleans(), st.sampled_from(["gen", "disc"])),
     st.tuples(st.just("start anew")),
     st.tuples(st.just("damage"), st.integers(0, 5), DAMAGE),
 )
@@ -447,6 +579,7 @@ class History:
     paths: PathProvider
     report: InitReport = attrs.Factory(lambda: InitReport(TrainingIteration.zero()))
     trainings: dict[int, str] = attrs.Factory(dict)
+    models: dict[int, str] = attrs.Factory(dict)
     tags: dict[int, tuple[str, ...]] = attrs.Factory(dict)
     good: set[int] = attrs.Factory(set)
     readable: set[int] = attrs.Factory(set)
@@ -461,14 +594,16 @@ class History:
         tags: tuple[str, ...],
         metrics: dict[str, float | None],
         is_finite: bool = True,
+        model: str = "gen",
     ) -> None:
         given = {name: float("nan") if value is None else value for name, value in metrics.items()}
         writer = CheckpointWriter(self.paths, report=self.report, retention=rules, flat_names=False)
         there = [one.sequence or 0 for one in RunStore(self.paths).sets()]
-        saved = writer.save(MODEL if is_finite else DIVERGED, at(epoch), tags=tags, metrics=given)
+        saved = writer.save(MODELS[model][0 if is_finite else 1], at(epoch), tags=tags, metrics=given)
         sequence = saved.sequence or 0
         assert sequence > max(there, default=0)
         self.trainings[sequence] = self.report.training
+        self.models[sequence] = model
         others = {one for one in there if self.trainings[one] != self.report.training}
         assert others <= {one.sequence for one in RunStore(self.paths).sets()}
         self.tags[sequence] = saved.tags
@@ -498,18 +633,21 @@ class History:
 
     def check(self) -> None:
         there = {one.sequence: one for one in RunStore(self.paths).sets()}
-        newest_good = sorted(one for one in self.good if self.trainings[one] == self.report.training)[-2:]
-        for sequence in newest_good:
-            check_files(there[sequence])
+        ours = sorted(one for one in self.good if self.trainings[one] == self.report.training)
+        for model in MODELS:
+            for sequence in [one for one in ours if self.models[one] == model][-2:]:
+                check_files(there[sequence])
         known = {sequence: tags for sequence, tags in self.tags.items() if sequence in self.readable}
-        meant: dict[str, int] = {}
-        for sequence in sorted(known):
-            meant |= dict.fromkeys(known[sequence], sequence)
-        for tag in {tag for one in there.values() for tag in one.tags}:
-            holders = [sequence for sequence, one in there.items() if tag in one.tags]
-            assert max(one or 0 for one in holders) == meant[tag], tag
-        for tag, sequence in meant.items():
-            assert tag.startswith("E") or sequence in there
+        for models in ({"gen"}, {"disc"}, {"gen", "disc"}):
+            meant: dict[str, int] = {}
+            for sequence in sorted(one for one in known if self.models[one] in models):
+                meant |= dict.fromkeys(known[sequence], sequence)
+            left = {sequence: one for sequence, one in there.items() if self.models[sequence or 0] in models}
+            for tag in {tag for one in left.values() for tag in one.tags}:
+                holders = [sequence for sequence, one in left.items() if tag in one.tags]
+                assert max(one or 0 for one in holders) == meant[tag], tag
+            for tag, sequence in meant.items():
+                assert tag.startswith("E") or sequence in there
         # sets that retention removed are forgotten
         for sequence in set(self.readable) - set(there):
             self.readable.discard(sequence)
@@ -519,8 +657,8 @@ class History:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(actions=st.lists(ACTIONS, min_size=2, max_size=9), rules=st.lists(RULES, min_size=1, max_size=3))
 def test_good_sets_survive_random_saves_and_damages(actions: list[tuple[Any, ...]], rules: list[Retention]) -> None:
-    """On the disk, with changing rules and new trainings: the newest two finite sets of the training are there, all of
-    the others, and no tag moves to an older set.
+    """On the disk, with changing rules and new trainings: the newest two finite sets of each model of the training are
+    there, all of the others, and no tag moves to an older set.
     """
     root = Path(tempfile.mkdtemp())
     try:

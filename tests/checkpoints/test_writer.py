@@ -1116,6 +1116,71 @@ def test_retention_of_an_iteration_saved_twice_keeps_its_flat_names(paths: PathP
         assert digest(folder / file.path.name) == digest(file.path)
 
 
+@pytest.mark.parametrize("flat_names", [True, False])
+@pytest.mark.parametrize("replaced", ["in place", "by renaming"])
+def test_retention_leaves_flat_files_of_another_program(
+    paths: PathProvider, folder: Path, flat_names: bool, replaced: str
+) -> None:
+    """Noether's own file of an iteration may be the only copy there is, also where a set of ours had the name once."""
+    CheckpointWriter(paths, flat_names=flat_names, report=InitReport(ONE)).save(trained(), ONE)
+    theirs = [folder / "mlp_cp=E1_U10_S100_model.th", folder / "mlp_ema=0.9_cp=E1_U10_S100_model.th"]
+    for path in theirs:
+        if replaced == "by renaming":
+            (folder / "new").write_bytes(b"their weights")
+            (folder / "new").rename(path)
+        else:
+            path.unlink(missing_ok=True)
+            path.write_bytes(b"their weights")
+    writer = CheckpointWriter(paths, flat_names=flat_names, keep_last=1)
+    for iteration in (TWO, THREE, FOUR):
+        writer.save(trained(), iteration)
+    assert [one.name[:2] for one in RunStore(paths).sets()] == ["E3", "E4"]
+    assert [path.read_bytes() for path in theirs] == [b"their weights"] * 2
+    assert not (folder / "mlp_cp=E1_U10_S100_trainer.th").exists()
+    assert not list(folder.glob("*_cp=E2_*"))
+
+
+def test_retention_without_the_record_removes_only_names_of_the_very_files(paths: PathProvider, folder: Path) -> None:
+    """A hard link would keep the bytes on the disk; of a copy nobody knows whose it is."""
+    writer = CheckpointWriter(paths, keep_last=1)
+    first = writer.save(trained(), ONE)
+    (folder / ".noether-init-flat.json").unlink()
+    flat = folder / "mlp_cp=E1_U10_S100_model.th"
+    flat.unlink()
+    flat.hardlink_to(first.folder / flat.name)
+    copied = folder / "mlp_cp=E1_U10_S100_trainer.th"
+    whole = copied.read_bytes()
+    copied.unlink()
+    copied.write_bytes(whole)
+    for iteration in (TWO, THREE):
+        writer.save(trained(), iteration)
+    assert not first.folder.exists()
+    assert not flat.exists()
+    assert copied.read_bytes() == whole
+
+
+def test_flat_latest_of_each_model_stays_until_that_model_is_saved_again(paths: PathProvider, folder: Path) -> None:
+    """Models that are saved separately have a latest set each, for Noether too."""
+    writer = CheckpointWriter(paths, keep_last=1)
+    parts = {name: bind(torch.nn.Linear(1, 1), name=name) for name in ("gen", "disc")}
+    saved = {}
+    for iteration in (ONE, TWO, THREE):
+        for name in ("gen", "disc") if iteration != THREE else ("disc",):
+            saved[name] = writer.save(parts[name], iteration)
+    # E1 means the set of disc for who names no model, and must not mean that of gen later
+    assert [(one.models(), one.name[:2]) for one in RunStore(paths).sets()] == [
+        (("gen",), "E1"),
+        (("disc",), "E1"),
+        (("gen",), "E2"),
+        (("disc",), "E2"),
+        (("disc",), "E3"),
+    ]
+    latest = {path.name: digest(path) for path in folder.glob("*_cp=latest_*")}
+    assert latest == {
+        file.path.name.replace(one.name, "latest"): digest(file.path) for one in saved.values() for file in one.files
+    }
+
+
 @pytest.mark.parametrize("keep_last", [0, -1, "3", 1.5])
 def test_retention_of_nothing_is_refused(paths: PathProvider, keep_last: Any) -> None:
     """At least one set stays."""

@@ -194,6 +194,21 @@ def test_nan_in_an_average_is_noted(verify: Verify, paths: PathProvider) -> None
     assert f"- {name}: weight of mlp holds NaN (ema=0.9), which a resume does not look at" in result.out
 
 
+def test_line_says_which_of_several_models_it_resumes(verify: Verify, paths: PathProvider) -> None:
+    """A tag that another model took over means a set of its own still; the line works as it stands."""
+    writer = CheckpointWriter(paths)
+    for name in ("gen", "disc"):
+        folder = writer.save(bind(torch.nn.Linear(3, 2), name=name), ONE).folder
+    flip_tensor_bit(folder / "disc_cp=E1_U10_S100_model.th")
+    data = json.loads(verify(paths.output_root, "--json").out)
+    assert [one["tags"] for one in data["runs"][0]["sets"]] == [["E1_U10_S100", "latest"]] * 2
+    (config,) = yaml.safe_load(data["runs"][0]["use"])
+    assert config["model_name"] == "gen"
+    stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
+    assert stack.start_checkpoint() == ONE
+    assert str(stack.initializers[0].resumed_set).endswith("00000001_E1_U10_S100")  # type: ignore[attr-defined]
+
+
 def test_line_leads_to_the_good_set_even_if_every_tag_of_it_means_a_broken_one(
     verify: Verify, paths: PathProvider
 ) -> None:

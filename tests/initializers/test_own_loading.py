@@ -113,6 +113,78 @@ def test_loading_code_of_a_module_runs_on_the_planned_tensors(paths: PathProvide
     assert torch.equal(targets[0].weight, sources[0].weight)
 
 
+def tied_to_doubling(order: str, *, how: str = "object") -> torch.nn.Module:
+    """A module with loading code, and one without that shares its weight, before or after it."""
+    doubling, plain = Doubling(), torch.nn.Linear(3, 1, bias=False)
+    if how == "module":
+        return torch.nn.ModuleDict({"a": doubling, "b": torch.nn.ModuleDict({"c": doubling})})
+    plain.weight = doubling.weight if how == "object" else torch.nn.Parameter(doubling.weight.detach())
+    return torch.nn.ModuleDict({name: {"code": doubling, "plain": plain}[name] for name in order.split()})
+
+
+@pytest.mark.parametrize("order", ["code plain", "plain code"])
+@pytest.mark.parametrize("how", ["object", "memory", "module"])
+def test_tensor_that_loading_code_shares_with_others_has_the_value_that_it_gave(
+    paths: PathProvider, order: str, how: str
+) -> None:
+    """The other name is no second load, which would undo what the code has translated."""
+    source, target = tied_to_doubling(order, how=how), tied_to_doubling(order, how=how)
+    warm_start(paths, bind(source, "net"), bind(target, "net"))
+    first, other = ("a.weight", "b.c.weight") if how == "module" else ("code.weight", "plain.weight")
+    assert torch.equal(target.state_dict()[first], source.state_dict()[first] * 2)
+    assert torch.equal(target.state_dict()[other], target.state_dict()[first])
+
+
+@pytest.mark.parametrize("order", [("code", "plain"), ("plain", "code")])
+def test_loading_code_of_one_submodel_is_not_undone_by_another(paths: PathProvider, order: tuple[str, str]) -> None:
+    """Whichever of them is written first."""
+
+    def pair() -> tuple[Doubling, Any]:
+        doubling, plain = Doubling(), torch.nn.Linear(3, 1, bias=False)
+        plain.weight = doubling.weight
+        parts = {"code": bind(torch.nn.Sequential(doubling), "code"), "plain": bind(plain, "plain")}
+        return doubling, compose("pair", {name: parts[name] for name in order})
+
+    (source, saved), (target, model) = pair(), pair()
+    warm_start(paths, saved, model)
+    assert torch.equal(target.weight, source.weight * 2)
+
+
+def test_tensor_of_two_modules_with_different_loading_code_is_refused(paths: PathProvider) -> None:
+    """The last one would win; of one class both do the same."""
+
+    class Tripling(Doubling):
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 1.5
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def both(other: type[Doubling]) -> torch.nn.Sequential:
+        modules = torch.nn.Sequential(Doubling(), other())
+        modules[1].weight = modules[0].weight
+        return modules
+
+    target = both(Tripling)
+    before = target[0].weight.detach().clone()
+    with pytest.raises(
+        PlanError, match=r"0\.weight of net and 1\.weight of net are one tensor, and Doubling and Tripling"
+    ):
+        warm_start(paths, bind(both(Tripling), "net"), bind(target, "net"))
+    assert torch.equal(target[0].weight, before)
+    source, target = both(Doubling), both(Doubling)
+    warm_start(paths, bind(source, "net"), bind(target, "net"))
+    assert torch.equal(target[0].weight, source[0].weight * 2)
+
+
+def test_meta_model_with_a_tensor_that_loading_code_shares_gets_its_value(paths: PathProvider) -> None:
+    """It has no memory before; it is one tensor afterwards as well."""
+    source = tied_to_doubling("code plain")
+    with torch.device("meta"):
+        target = tied_to_doubling("code plain")
+    warm_start(paths, bind(source, "net"), bind(target, "net"))
+    assert target["plain"].weight is target["code"].weight
+    assert torch.equal(target["plain"].weight, source["code"].weight * 2)
+
+
 class SameMemory(torch.nn.Module):
     """Two parameters over the same memory, which is no tie by identity."""
 

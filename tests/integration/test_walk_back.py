@@ -248,6 +248,115 @@ def test_iteration_that_is_not_full_walks_back_within_what_it_says(paths: PathPr
     assert list(caught.value.tried) == [folders[2].name]
 
 
+def test_tag_does_not_lead_to_a_set_that_never_had_it(paths: PathProvider) -> None:
+    """How the set with the damaged manifest was tagged is not known; the newest known to be latest is meant."""
+    folders = [
+        save(paths, value, iteration, tags=tags)
+        for value, (iteration, tags) in enumerate(zip(ITERATIONS, (("latest",), ("probe",), ("probe",)), strict=True))
+    ]
+    rewrite(folders[2] / "manifest.json", b"{")
+    report, model, trainer = resume(paths, "latest")
+    assert (report.start, values_of(model, trainer)) == (ITERATIONS[0], {0.0})
+    assert [name for name, _ in report.initializers[0].passed_over] == [folders[2].name]
+    with pytest.raises(CheckpointCorruptError, match=r"older set saved as latest whose files are there is E1_U10_S100"):
+        InitializerStack.from_config([{"kind": "resume"}], path_provider=paths).start_checkpoint()
+    # who asks for no tag, or for an iteration, wants the newest good set
+    assert auto(paths)[0].start == ITERATIONS[1]
+    assert resume(paths, "E1")[0].start == ITERATIONS[1]
+    with pytest.raises(NoGoodSetError):
+        resume(paths, "E2")
+
+
+def test_behind_a_broken_set_that_has_the_tag_every_good_set_counts(paths: PathProvider) -> None:
+    """The run is known to have come that far: the newest good state before it loses the least."""
+    save(paths, 0, ITERATIONS[0])
+    save(paths, 1, ITERATIONS[1], tags=("probe",))
+    flip_tensor_bit(file_of(save(paths, 2, ITERATIONS[2]), "model"))
+    rewrite(save(paths, 3, TrainingIteration(3, 30, 300), tags=("probe",)) / "manifest.json", b"{")
+    report, model, trainer = resume(paths, "latest")
+    assert (report.start, values_of(model, trainer)) == (ITERATIONS[1], {1.0})
+    assert len(report.initializers[0].passed_over) == 2
+
+
+def test_where_only_unreadable_sets_can_have_the_tag_every_older_set_counts(paths: PathProvider) -> None:
+    """Nothing else is known; sets that are newer than all of these have another tag for certain."""
+    folders = [
+        save(paths, value, iteration, tags=("mine",)) for value, iteration in enumerate((*ITERATIONS, ITERATIONS[2]))
+    ]
+    rewrite(folders[2] / "manifest.json", b"{")
+    report, model, trainer = resume(paths, "latest")
+    assert (report.start, values_of(model, trainer)) == (ITERATIONS[1], {1.0})
+
+
+# Models that are saved separately.
+
+
+def two_models(paths: PathProvider) -> list[Path]:
+    """Sets of gen at E1 and E2, the second damaged, each followed by one of disc; then a set of disc alone."""
+    folders = []
+    for value, iteration in enumerate((*ITERATIONS[1:], TrainingIteration(3, 30, 300))):
+        for name in ("gen", "disc") if value < 2 else ("disc",):
+            writer = CheckpointWriter(paths)
+            model = bind(bound(value).module, name=name)
+            folders.append(writer.save(model, iteration, trainer=Trainer(value), optimizer=False).folder)
+    flip_tensor_bit(file_of(folders[2], "model"))
+    return folders
+
+
+def plain(name: str) -> Any:
+    return bind(torch.nn.Linear(3, 2), name=name)
+
+
+def test_walk_back_of_a_model_stays_with_its_sets(paths: PathProvider) -> None:
+    """Sets of the other one are neither what ``latest`` means nor passed over."""
+    folders = two_models(paths)
+    configs: list[Any] = [
+        [{"kind": "resume", "model_name": "gen", "on_invalid": "previous", "load_optim": False}],
+        {"auto_resume": {"model_name": "gen", "on_invalid": "previous", "load_optim": False}},
+    ]
+    for config in configs:
+        model = plain("gen")
+        report = InitializerStack.from_config(config, path_provider=paths).initialize(model, trainer=Trainer())
+        assert report.start == ITERATIONS[1]
+        assert [name for name, _ in report.initializers[0].passed_over] == [folders[2].name]
+        assert values_of_weights(model) == {0.0}
+    for config in ([{"kind": "resume", "model_name": "gen"}], {"auto_resume": {"model_name": "gen"}}):
+        with pytest.raises(CheckpointCorruptError, match=r"older set whose files are there is E1_U15_S150 \(0+1_E1"):
+            InitializerStack.from_config(config, path_provider=paths).initialize(plain("gen"), trainer=Trainer())
+
+
+def values_of_weights(model: Any) -> set[float]:
+    return {float(value) for tensor in model.state_dict().values() for value in tensor.flatten()}
+
+
+def test_auto_resume_asks_which_model_is_meant_and_takes_the_answer(paths: PathProvider) -> None:
+    """The newest set of that model, though another model has been saved since; the error says the line that works."""
+    folders = two_models(paths)
+    for on_invalid in ("error", "previous"):
+        stack = InitializerStack.from_config({"auto_resume": True, "on_invalid": on_invalid}, path_provider=paths)
+        with pytest.raises(AmbiguousCheckpointError, match=r"Add: auto_resume: \{model_name: disc\}$"):
+            stack.start_checkpoint()
+    shutil.rmtree(folders[2])
+    for name, start, value in (("gen", ITERATIONS[1], 0.0), ("disc", TrainingIteration(3, 30, 300), 2.0)):
+        config = {"auto_resume": {"model_name": name, "load_optim": False}}
+        model = plain(name)
+        stack = InitializerStack.from_config(config, path_provider=paths)
+        assert stack.initialize(model, trainer=Trainer()).start == start
+        assert values_of_weights(model) == {value}
+
+
+@pytest.mark.parametrize("on_invalid", ["error", "previous"])
+def test_name_of_a_model_that_no_set_has_is_no_fresh_start(paths: PathProvider, on_invalid: str) -> None:
+    """It may be misspelt, and then training from the beginning would lose everything."""
+    two_models(paths)
+    config = {"auto_resume": {"model_name": "gem", "on_invalid": on_invalid}}
+    stack = InitializerStack.from_config(config, path_provider=paths)
+    with pytest.raises(CheckpointNotFoundError, match=r'no trainer state of "gem"; it has trainer state of disc'):
+        stack.start_checkpoint()
+    fresh = InitializerStack.from_config(config, path_provider=PathProvider(paths.output_root, "new"))
+    assert fresh.start_checkpoint().is_zero
+
+
 def test_model_that_does_not_fit_is_no_broken_set(paths: PathProvider, folders: list[Path]) -> None:
     """An older set would fit as little; the plan says what is wrong."""
     model = bound(width=4)

@@ -96,7 +96,8 @@ class _Group:
         for i, j in sorted(alike, key=lambda pair: (-self._scores[pair], abs(pair[0] - pair[1]), pair)):
             self._put(i, j)
         mine = [i for i in range(len(self._sources)) if i not in self._of]
-        its = [j for j in range(len(self._targets)) if j not in self._by]
+        its = [j for j in range(len(self._targets)) if j not in self._by and any((i, j) in self._fits for i in mine)]
+        mine = [i for i in mine if any((i, j) in self._fits for j in its)]
         if len(mine) == len(its):
             for i, j in zip(mine, its, strict=True):
                 self._put(i, j)
@@ -117,13 +118,14 @@ class _Group:
         score = self._scores[i, j]
         others = [f"{source.path} -> {self._targets[k].path}" for k in self._rivals(i, j, score)]
         others += [f"{self._sources[k].path} -> {target.path}" for k in self._rival_sources(i, j, score)]
+        doubt = _doubt(source, target)
         if score < self._enough and not others:
-            pair = pair.doubted("the shapes fit, and the names have too little in common")
+            pair = pair.doubted(doubt or "the shapes fit, and the names have too little in common")
         elif others:
             reason = "several have this shape, and the names fit equally well" if score > 0.05 else "paired by order"
             pair = pair.doubted(f"{reason}: no name tells which", *others[:4])
-        elif source.numbers and target.numbers and source.numbers != target.numbers:
-            pair = pair.doubted("they are numbered differently, so they are paired by order")
+        elif doubt:
+            pair = pair.doubted(doubt)
         return pair
 
     def _rivals(self, i: int, j: int, score: float) -> list[int]:
@@ -144,6 +146,32 @@ class _Group:
             and self._scores.get((k, j), -1) > score - MARGIN
             and not (k in self._of and self._scores[k, self._of[k]] >= self._scores[k, j] + MARGIN)
         ]
+
+
+def _doubt(source: Layer, target: Layer) -> str:
+    """Why two layers may not be the same, although their names are alike; empty for nothing."""
+    mine, its = source.meaning, target.meaning
+    shared = min(len(mine.numbers), len(its.numbers))
+    if shared and mine.numbers[-shared:] != its.numbers[-shared:]:
+        return "they are numbered differently, so they are paired by order"
+    if "in" in mine.concepts & its.concepts and mine.is_gated != its.is_gated:
+        return "only one of them has a gate beside it: no name tells which half it is"
+    counts = len(mine.norms), len(its.norms)
+    if counts[0] != counts[1] and (min(counts) > 0 or max(counts) > 2):
+        return f"blocks have {counts[0]} norms in the file and {counts[1]} in the model: names may mean other places"
+    if not any(counts) or _below_blocks(source) == _below_blocks(target):
+        return ""
+    if set(mine.norms) == set(its.norms) and mine.role:
+        return ""
+    if max(counts) > 2:
+        return f"of {counts[0]} norms of a block, names do not tell for certain which is which"
+    if mine.role and its.role and mine.role[0] != "#" != its.role[0]:
+        return "the norms of a block are named after different places"
+    return ""
+
+
+def _below_blocks(layer: Layer) -> str:
+    return layer.path.rpartition(">")[2]
 
 
 def with_other_blocks(pair: Pair) -> Pair:

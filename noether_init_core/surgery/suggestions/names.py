@@ -16,7 +16,18 @@ import attrs
 from noether_init_core.surgery.plan import TensorSpec
 from noether_init_core.surgery.steps import Shape
 
-__all__ = ["Index", "Layer", "Numbers", "concepts", "has_conflict", "layers_of", "likeness", "numbers_out"]
+__all__ = [
+    "Index",
+    "Layer",
+    "Meaning",
+    "Numbers",
+    "concepts",
+    "has_conflict",
+    "layers_of",
+    "likeness",
+    "meanings_of",
+    "numbers_out",
+]
 
 #: The numbers that stand where a template has captures.
 Index = tuple[str, ...]
@@ -24,8 +35,8 @@ Index = tuple[str, ...]
 Numbers = Literal["all", "segments", "none"]
 
 _CAPTURES = "ijklmn"
-_NUMBERED = re.compile(r"(.*?)(\d+)")
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_DIGITS = "0123456789"
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _FUSED_LEAF = re.compile(r"(.+_)(weight|bias)")
 # as written -> what it is; tensors under other names are layers of their own
 _LEAVES = {
@@ -47,8 +58,8 @@ _NAMES = {
     "v": "v value vproj wv tov vlin valueproj",
     "out": "proj projection outproj oproj o wo output out cproj toout outlin",
     "mlp out": "fc2 linear2 lin2 w2 downproj down dense4htoh",
-    "mlp in": "fc fc1 cfc linear1 lin1 w1 up upproj wi intermediate densehto4h",
-    "mlp gate": "gateproj gate wgate",
+    "mlp in": "fc fc1 cfc linear1 lin1 w1 up upproj wi wi1 intermediate densehto4h",
+    "mlp gate": "gateproj gate wgate wi0",
     "mlp gateup": "gateupproj gateup",
     "norm": "ln norm layernorm rmsnorm lnorm bn batchnorm normalization",
     "conv": "convolution",
@@ -57,7 +68,7 @@ _NAMES = {
     "norm #2": "postattentionlayernorm layernormafter ffnnorm mlpnorm outputlayernorm normmlp lnmlp lnffn",
     "norm final": "lnf normf finalnorm finallayernorm lnfinal",
     "embed token": "wte embed embedtokens tokembeddings wordembeddings tokenembedding tokenembeddings embedding emb "
-    "tokemb embedtoken",
+    "tokemb embedtoken tok",
     "embed": "embeddings",
     "embed position": "wpe posembed positions positionembeddings positionembedding posembedding posembeddings posemb "
     "positionalembedding embedpositions pos",
@@ -69,6 +80,11 @@ _NAMES = {
     "decoder": "dec",
 }
 _CONCEPTS = {name: tuple(concept.split()) for concept, names in _NAMES.items() for name in names.split()}
+# the two halves of a gated layer: their numbers say nothing of an order
+_HALVES = frozenset({"wi0", "wi1"})
+# the norms of a block, in the order in which it uses them
+_PLACES = ("attn", "attn post", "cross", "cross post", "mlp", "mlp post")
+_NORM_WORDS = frozenset({"ln", "norm", "layer", "layernorm", "rms", "rmsnorm", "bn", "batchnorm", "batch"})
 # at the top of a model, alone, these are what classifies
 _HEADS = frozenset({"fc", "output", "cls"})
 # words that say little: another library's name for the same place
@@ -94,6 +110,25 @@ _EXCLUSIVE = tuple(
 )
 
 
+@attrs.frozen
+class Meaning:
+    """What the name of a module says, together with those beside it.
+
+    Attributes:
+        concepts: In words that libraries share, see ``concepts``.
+        numbers: Numbers in the name that do not count blocks.
+        is_gated: Whether the gate of an MLP is beside it, or it is one.
+        role: Which norm of its block it is, for a norm: a place of ``_PLACES``, or a number; empty where none tells.
+        norms: The roles of all norms of the block, for a norm.
+    """
+
+    concepts: frozenset[str]
+    numbers: tuple[int, ...] = ()
+    is_gated: bool = False
+    role: str = ""
+    norms: tuple[str, ...] = ()
+
+
 @attrs.frozen(eq=False)
 class Layer:
     """The tensors of one module, or of the same module in every block.
@@ -102,17 +137,20 @@ class Layer:
         template: What the names of its tensors begin with: ``h.<i>.ln_1.``; the whole name of a parameter on its own.
         leaves: What a tensor is (``weight``) -> how it is written (``gamma``; empty for a parameter on its own).
         shapes: Numbers -> what a tensor is -> shape.
-        concepts: What the name says, see ``concepts``.
-        numbers: Numbers in the name that do not count blocks, as they are written.
+        meaning: What the name says.
         place: Where in the state dict it first appears.
     """
 
     template: str
     leaves: Mapping[str, str]
     shapes: Mapping[Index, Mapping[str, Shape]]
-    concepts: frozenset[str]
-    numbers: tuple[int, ...]
+    meaning: Meaning
     place: int
+
+    @property
+    def concepts(self) -> frozenset[str]:
+        """What the name says, in words that libraries share."""
+        return self.meaning.concepts
 
     @property
     def path(self) -> str:
@@ -146,10 +184,11 @@ def numbers_out(specs: Mapping[str, TensorSpec], numbers: Numbers) -> dict[str, 
     while going:
         containers: dict[tuple[str, str], dict[str, list[str]]] = {}
         for name in going:
-            numbered = _NUMBERED.fullmatch(segments[name][position])
-            if numbered and len(indices[name]) < len(_CAPTURES) and (numbers == "all" or not numbered[1]):
-                children = containers.setdefault((prefixes[name], numbered[1]), {})
-                children.setdefault(numbered[2], []).append(name)
+            segment = segments[name][position]
+            stem = segment.rstrip(_DIGITS)
+            if stem != segment and len(indices[name]) < len(_CAPTURES) and (numbers == "all" or not stem):
+                children = containers.setdefault((prefixes[name], stem), {})
+                children.setdefault(segment[len(stem) :], []).append(name)
         for (_, stem), children in containers.items():
             if _repeats(stem, children, segments, specs, position):
                 for number, names in children.items():
@@ -185,23 +224,50 @@ def _repeats(
     return is_nested or all(other == first for other in others)
 
 
-def layers_of(specs: Mapping[str, TensorSpec], templates: Mapping[str, tuple[str, Index]]) -> list[Layer]:
-    """The layers of a state dict, in order of appearance; ``templates`` are those of ``numbers_out``."""
+def meanings_of(templates: Mapping[str, tuple[str, Index]]) -> dict[str, Meaning]:
+    """Module -> what its name says, beside all others of a state dict; ``templates`` are those of ``numbers_out``."""
+    modules = list(
+        dict.fromkeys(_split(template)[0] for template in dict.fromkeys(one for one, _ in templates.values()))
+    )
+    ranks, gates = _ranks(modules), _gates(modules)
+    said = {module: concepts(module, ranks, gates) for module in modules}
+    gated = {_parent(module) for module, words in said.items() if "gate" in words}
+    norms = _norms(said)
+    return {
+        module: Meaning(
+            *((words, ()) if _halves(module, gates) else (words, _plain_numbers(module))),
+            _parent(module) in gated,
+        )
+        if module not in norms
+        else attrs.evolve(norms[module], numbers=_plain_numbers(module))
+        for module, words in said.items()
+    }
+
+
+def layers_of(
+    specs: Mapping[str, TensorSpec],
+    templates: Mapping[str, tuple[str, Index]],
+    meanings: Mapping[str, Meaning] | None = None,
+) -> list[Layer]:
+    """The layers of a state dict, in order of appearance; ``templates`` are those of ``numbers_out``.
+
+    ``specs`` may be a part of what ``templates`` has; ``meanings`` are those of all ``templates``.
+    """
+    if meanings is None:
+        meanings = meanings_of(templates)
+    written = {template for template, _ in templates.values()}
     found: dict[str, tuple[int, dict[str, str], dict[Index, dict[str, Shape]]]] = {}
     for place, (name, spec) in enumerate(specs.items()):
         template, index = templates[name]
         module, leaf = _split(template)
         kind = _LEAVES.get(leaf, "weight") if "float" in spec.dtype else f"{spec.dtype} {leaf}"
+        if leaf and kind != leaf and module + kind in written:  # gamma beside weight
+            kind = leaf
         _, leaves, shapes = found.setdefault(module, (place, {}, {}))
-        if leaves.setdefault(kind, leaf) != leaf:  # gamma beside weight
+        if leaves.setdefault(kind, leaf) != leaf:  # gamma beside scale
             leaves[kind := leaf] = leaf
         shapes.setdefault(index, {})[kind] = tuple(spec.shape)
-    ranks = _ranks(found)
-    gated = {module.rstrip("._")[:-2] for module in found if module.rstrip("._").endswith(".w3")}
-    return [
-        Layer(module, leaves, shapes, concepts(module, ranks, gated), _plain_numbers(module), place)
-        for module, (place, leaves, shapes) in found.items()
-    ]
+    return [Layer(module, leaves, shapes, meanings[module], place) for module, (place, leaves, shapes) in found.items()]
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -216,18 +282,22 @@ def _words(segment: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(re.sub("<.>", "", segment))]
 
 
-def _stem(module: str) -> tuple[str, str]:
-    parent, _, last = module.rstrip("._").rpartition(".")
-    return parent, re.sub(r"\d+$", "", last)
+def _parent(module: str) -> str:
+    return module.rstrip("._").rpartition(".")[0]
+
+
+def _last(module: str) -> str:
+    return module.rstrip("._").rpartition(".")[2]
 
 
 def _ranks(modules: Iterable[str]) -> dict[str, int]:
     """Module -> where its number comes among its siblings, from 1: some count from 0."""
     siblings: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for module in modules:
-        number = re.search(r"[^.\d](\d+)[._]?$", module)
-        if number:
-            siblings.setdefault(_stem(module), []).append((int(number[1]), module))
+        last = _last(module)
+        stem = last.rstrip(_DIGITS)
+        if stem and stem != last:
+            siblings.setdefault((_parent(module), stem), []).append((int(last[len(stem) :]), module))
     return {
         module: rank if len(group) > 1 else number
         for group in siblings.values()
@@ -235,29 +305,131 @@ def _ranks(modules: Iterable[str]) -> dict[str, int]:
     }
 
 
+def _gates(modules: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Parent of a gated MLP -> which of its children is what: with w3 (Llama) or v1 (DBRX), w1 is the gate."""
+    children: dict[str, set[str]] = {}
+    for module in modules:
+        children.setdefault(_parent(module), set()).add(_last(module))
+    return {
+        parent: {"w1": "gate", up: "in"}
+        for parent, names in children.items()
+        for up in ("v1", "w3")
+        if {"w1", up} <= names and not (up == "v1" and "w3" in names)
+    }
+
+
+def _halves(module: str, gates: Mapping[str, Mapping[str, str]]) -> bool:
+    return _last(module) in gates.get(_parent(module), ()) or _simple(_last(module)) in _HALVES
+
+
 def _plain_numbers(module: str) -> tuple[int, ...]:
-    last = module.rstrip("._").rpartition(".")[2]
-    return () if _simple(last) in _CONCEPTS else tuple(int(word) for word in _words(last) if word.isdigit())
+    found: list[int] = []
+    for segment in module.rstrip("._").split("."):
+        if _simple(segment) in _CONCEPTS:  # the number of dense_h_to_4h is none
+            number = segment[len(segment.rstrip(_DIGITS)) :]
+            found += [int(number)] if number else []
+        else:
+            found += [int(word) for word in _words(segment) if word.isdigit()]
+    return tuple(found)
+
+
+def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
+    """The norms of blocks, with their places, seen beside the other norms of the same block."""
+    blocks: dict[str, dict[str, str]] = {}
+    for module, words in said.items():
+        if "norm" in words and not words & {"q", "k", "v", "kv", "qkv"}:
+            path = module.rstrip("._")
+            block, tail = _parent(module), _last(module)
+            if ">" in path:
+                before, _, behind = path.rpartition(">")
+                stem, _, tail = behind.partition(".")
+                block = f"{before}>{stem}"
+            if tail:
+                blocks.setdefault(block, {})[module] = tail
+    found: dict[str, Meaning] = {}
+    for block, tails in blocks.items():
+        roles = _roles(tails)
+        if not roles:
+            if ">" in block:
+                found.update((module, Meaning(said[module], norms=("",) * len(tails))) for module in tails)
+            continue
+        if ">" not in block and len(tails) < 3:  # the norms of a whole model
+            continue
+        words = concepts(block, {}) - {"head"}
+        norms = tuple(dict.fromkeys(roles.values()))
+        for number, (module, role) in enumerate(roles.items(), 1):
+            found[module] = Meaning(words | {"norm", f"#{number}"}, role=role, norms=norms)
+    return found
+
+
+def _roles(tails: Mapping[str, str]) -> dict[str, str]:
+    """Module -> its place in the block, in the order of these; empty where the names do not tell all places."""
+    places = {module: _place(tail) for module, tail in tails.items()}
+    if all(place.startswith("#") for place in places.values()):
+        if len(set(places.values())) < len(places):
+            return {}
+        ordered = sorted(places, key=lambda module: int(places[module][1:]))
+        return {module: f"#{number}" for number, module in enumerate(ordered, 1)}
+    found = set(places.values())
+    if found == {"first", "attn post"} and len(places) == 2:
+        # of two norms, the one behind the attention is the one before the MLP
+        places = {module: "mlp" if place == "attn post" else place for module, place in places.items()}
+    elif "attn post" in found and "mlp" not in found and found & {"first", "attn"}:
+        return {}  # it may be the one before the MLP here, too
+    places = {module: "attn" if place == "first" else place for module, place in places.items()}
+    if len(set(places.values())) < len(places) or not set(places.values()) <= set(_PLACES):
+        return {}
+    return dict(sorted(places.items(), key=lambda item: _PLACES.index(item[1])))
+
+
+def _place(tail: str) -> str:
+    """Which norm of a block a name below it means, as far as it says so."""
+    words = [word for segment in tail.split(".") for word in _words(segment)]
+    said = {concept for word in words for concept in _CONCEPTS.get(word, (word,))} | set(words)
+    if "feedforward" in "".join(words):
+        said.add("mlp")
+    behind = " post" if said & {"post", "after"} else ""
+    is_attn = bool(said & {"attn", "sa"})
+    if is_attn and "mlp" in said:
+        return ""
+    if said & {"cross", "encoder", "enc"}:
+        return f"cross{behind}"
+    if is_attn or "mlp" in said:
+        return f"{'attn' if is_attn else 'mlp'}{behind}"
+    if said & {"final", "output"}:
+        return "mlp"
+    if said & {"pre", "before", "input"}:
+        return "first"
+    if behind:
+        return "attn post"
+    others = [word for word in words if word not in _NORM_WORDS]
+    return f"#{others[0]}" if len(others) == 1 and others[0].isdigit() and len(tail.split(".")) == 1 else ""
 
 
 def _simple(segment: str) -> str:
     return segment.replace("_", "").lower()
 
 
-def concepts(module: str, ranks: Mapping[str, int], gated: Iterable[str] = ()) -> frozenset[str]:
+def concepts(
+    module: str, ranks: Mapping[str, int], gates: Mapping[str, Mapping[str, str]] | None = None
+) -> frozenset[str]:
     """What a name says, in words that libraries share; numbers as ``#1``.
 
     Args:
         module: Template of a layer.
         ranks: Module -> the number that stands for its own.
-        gated: Parents with a ``w3``: there ``w1`` is the gate.
+        gates: Parents of gated MLPs -> which of their children is what.
     """
     path = module.rstrip("._")
+    gate = (gates or {}).get(_parent(module), {}).get(_last(module))
     segments = [segment for segment in path.split(".") if segment and not re.fullmatch("<.>", segment)]
     said: list[str] = []
     for number, segment in enumerate(segments):
         simple = _simple(segment)
         is_last = number == len(segments) - 1
+        if is_last and gate:
+            said += ["mlp", gate]
+            continue
         if simple in _CONCEPTS:
             said += _CONCEPTS[simple]
             continue
@@ -269,8 +441,6 @@ def concepts(module: str, ranks: Mapping[str, int], gated: Iterable[str] = ()) -
     last = _simple(segments[-1]) if segments else ""
     if len(segments) == 1 and last in _HEADS:
         said = ["head"]
-    if path[:-2] in gated and last in ("w1", "w3"):
-        said = [*(word for word in said if word not in ("in", "w", "#3")), "mlp", "gate" if last == "w1" else "in"]
     if last == "embeddings" and "token" not in said:
         said.append("token")
     found = set(said)
@@ -299,8 +469,15 @@ def likeness(one: Layer, other: Layer) -> float:
 
 def has_conflict(one: Layer, other: Layer) -> bool:
     """Whether the names say different things of what a layer can be only one of."""
-    for group in (*_EXCLUSIVE, frozenset(word for word in one.concepts | other.concepts if word.startswith("#"))):
-        mine, its = one.concepts & group, other.concepts & group
-        if mine and its and not mine & its:
+    numbers = frozenset(word for word in one.concepts | other.concepts if word.startswith("#"))
+    mine, its = one.meaning, other.meaning
+    are_named = mine.role and its.role and mine.role[0] != "#" != its.role[0]
+    if are_named and (set(mine.norms) == set(its.norms) or len(mine.norms) != len(its.norms)):
+        # places say more than numbers do, unless the blocks have as many norms at other places
+        if mine.role != its.role:
             return True
-    return False
+        numbers = frozenset()
+    return any(
+        (left := one.concepts & group) and (right := other.concepts & group) and not left & right
+        for group in (*_EXCLUSIVE, numbers)
+    )

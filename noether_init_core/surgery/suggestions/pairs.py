@@ -150,7 +150,7 @@ def _flipped(pair: Pair, seen: Sequence[Pair]) -> Pair:
         )
     if flip == "no":
         return flipped
-    witness = seen[0].sources[0].path
+    witness = min(one.sources[0].path for one in seen)
     return attrs.evolve(
         flipped, why=f"transposed as {witness} is: the shape of {pair.sources[0].path} {list(shape)} cannot tell"
     )

@@ -25,7 +25,11 @@ from noether_init_core.surgery.suggestions.names import Layer, filled
 from noether_init_core.surgery.suggestions.pairs import Pair
 from noether_init_core.surgery.transforms import Drop, KeepModel, Move, Rule
 
-__all__ = ["Draft", "drafts_of", "rule_of_draft"]
+__all__ = ["Draft", "drafts_of", "merged", "rule_of_draft"]
+
+_NUMBER = re.compile("[0-9]+")
+# captures for numbers within a segment; those of blocks are named from i on
+_LETTERS = "nmxyz"
 
 Segments = tuple[str, ...]
 
@@ -38,6 +42,12 @@ class Draft:
     steps: tuple[Step, ...] = ()
     pairs: tuple[Pair, ...] = ()
     reason: str = ""
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def all_doubts(self) -> tuple[str, ...]:
+        """Its own and those of its pairs."""
+        return tuple(dict.fromkeys((*self.doubts, *(doubt for pair in self.pairs for doubt in pair.doubts))))
 
 
 @attrs.frozen(eq=False)
@@ -81,6 +91,50 @@ def drafts_of(pairs: Sequence[Pair], *, general: bool = True) -> list[Draft]:
     return drafts + list(_cover((), moves, general=general, forced=False))
 
 
+def merged(drafts: Sequence[Draft]) -> list[Draft]:
+    """The rules, those that differ only in a number within a segment as one. It may take more: the plan has to tell."""
+    groups: dict[tuple[Any, ...], list[Draft]] = {}
+    for draft in drafts:
+        groups.setdefault(_without_number(draft) or (id(draft),), []).append(draft)
+    found = []
+    for key, group in groups.items():
+        if len(group) == 1:
+            found.append(group[0])
+            continue
+        source, target = key[:2]
+        config = {"from": source, **({"to": target} if target is not None else {})}
+        pairs = tuple({id(pair): pair for draft in group for pair in draft.pairs}.values())
+        one = group[0]
+        found.append(attrs.evolve(one, config=_with_steps(config, one.steps), pairs=pairs))
+    return found
+
+
+def _without_number(draft: Draft) -> tuple[Any, ...] | None:
+    """What rules have in common that differ only in a number: a capture stands for the last that both names have."""
+    source, target = draft.config.get("from"), draft.config.get("to")
+    if not isinstance(source, str) or not isinstance(target, str | None):
+        return None
+    letter = next((one for one in _LETTERS if f"<{one}" not in source), None)
+    for number in reversed(list(_NUMBER.finditer(source))):
+        its = [] if target is None else [one for one in _NUMBER.finditer(target) if one[0] == number[0]]
+        if letter is None or not _is_within(source, number) or (target is not None and len(its) != 1):
+            continue
+        if its and not _is_within(target or "", its[0]):
+            continue
+        names = [
+            None if text is None else f"{text[: at.start()]}<{letter}>{text[at.end() :]}"
+            for text, at in ((source, number), (target, its[0] if its else number))
+        ]
+        return (*names, draft.steps, draft.reason, draft.all_doubts)
+    return None
+
+
+def _is_within(name: str, number: re.Match[str]) -> bool:
+    """Whether a number is a part of a segment, behind letters, and not beside a capture."""
+    before, behind = name[: number.start()][-1:], name[number.end() :][:1]
+    return before not in ("", ".", ">") and behind != "<"
+
+
 def _moves(pair: Pair) -> Iterator[_Move]:
     source, target = pair.sources[0], pair.targets[0]
     for leaf in pair.leaves:
@@ -104,7 +158,7 @@ def _cover(prefix: Segments, moves: Sequence[_Move], *, general: bool, forced: b
             if _captures(base) == _captures(prefix):
                 ways.update((base, flip) for flip in ((False, True) if move.flip is None else (move.flip,)))
     if ways:
-        (base, flip), count = min(ways.items(), key=lambda way: (-way[1], way[0][1], len(way[0][0])))
+        (base, flip), count = min(ways.items(), key=lambda way: (-way[1], way[0][1], len(way[0][0]), way[0][0]))
         others = [move for move in moves if not _agrees(move, at, base, flip)]
         is_plain = base == prefix and not flip
         if not others and is_plain and not forced:
@@ -179,7 +233,7 @@ def _special(pair: Pair) -> Iterator[Draft]:
 def _leaf_groups(pair: Pair) -> list[str]:
     """``<leaf>`` for all leaves at once, where every layer writes them alike and has no others."""
     leaves = pair.leaves
-    written = {tuple(layer.leaves.items()) for layer in pair.layers}
+    written = {frozenset(layer.leaves.items()) for layer in pair.layers}
     return ["<leaf>"] if len(written) == 1 and len(leaves) > 1 else leaves
 
 

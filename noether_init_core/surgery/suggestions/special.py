@@ -44,12 +44,8 @@ def fused(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
                     pair = pair.doubted(
                         "several projections fit equally well", *(listed_paths(fit[1]) for fit in near[:4])
                     )
-                if "query_key_value" in one.template:
-                    pair = pair.doubted(
-                        "query_key_value often holds q, k and v head by head, which shapes cannot tell",
-                        "a callable (filter_state_dict=) that orders them first",
-                    )
-                pairs.append(pair)
+                reason = _by_head(one, kind, parts)
+                pairs.append(pair.doubted(reason, _regrouped(pair, one, parts)) if reason else pair)
     taken: set[int] = set()
     kept = []
     for pair in pairs:
@@ -58,6 +54,37 @@ def fused(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
             kept.append(pair)
             taken |= layers
     return kept
+
+
+def _by_head(one: Layer, kind: str, parts: Sequence[Layer]) -> str:
+    """Why the parts may stand in turns within the fused layer; empty where they hardly do."""
+    if kind != "qkv":
+        return ""
+    for index in one.shapes:
+        sizes = [sum(math.prod(shape) for shape in part.shapes[index].values()) for part in parts]
+        if len(set(sizes)) > 1:
+            return (
+                "q, k and v have different sizes (grouped queries), and some models store them group by group, "
+                "q, q, .., k, v, which shapes cannot tell"
+            )
+    for name in ("query_key_value", "wqkv"):
+        if name in one.template:
+            return f"{name} often holds q, k and v head by head, which shapes cannot tell"
+    return ""
+
+
+def _regrouped(pair: Pair, one: Layer, parts: Sequence[Layer]) -> str:
+    """What to do for parts in turns: steps where the parts are of one size, which is what reshape can do."""
+    index = next(iter(one.shapes))
+    whole = one.shapes[index].get("weight", ())
+    sizes = {part.shapes[index].get("weight", ()) for part in parts}
+    if len(whole) != 2 or len(sizes) > 1 or pair.flip == "yes" or pair.dim != 0:
+        return "in turns: order the rows in Python, torch.save them under the model's names, and load that file"
+    if pair.way == "concat":
+        steps = f"{{reshape: [h, -1, {whole[1]}]}}, {{concat: 1}}, {{reshape: [{whole[0]}, {whole[1]}]}}"
+    else:
+        steps = f"{{reshape: [h, -1, {whole[1]}]}}, {{split: 1}}, {{reshape: [-1, {whole[1]}]}}"
+    return f"head by head, of h heads, for the weight: do: [{steps}]"
 
 
 def _projections(layers: Sequence[Layer]) -> dict[str, list[tuple[Layer, tuple[Layer, ...]]]]:
@@ -73,7 +100,9 @@ def _projections(layers: Sequence[Layer]) -> dict[str, list[tuple[Layer, tuple[L
             parts = tuple(by_part[name] for name in names if name in by_part)
             if len(parts) < len(names) or any(part.shapes.keys() != parts[0].shapes.keys() for part in parts):
                 continue
-            whole = attrs.evolve(parts[0], concepts=parts[0].concepts - {names[0]} | {kind})
+            whole = attrs.evolve(
+                parts[0], meaning=attrs.evolve(parts[0].meaning, concepts=parts[0].concepts - {names[0]} | {kind})
+            )
             found.setdefault(kind, []).append((whole, parts))
     return found
 

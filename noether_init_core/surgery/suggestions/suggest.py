@@ -20,7 +20,7 @@ from noether_init_core.surgery.suggestions.matching import MOST_COMPARISONS
 from noether_init_core.surgery.suggestions.names import Layer, concepts, has_conflict, likeness
 from noether_init_core.surgery.suggestions.pairing import Pairing
 from noether_init_core.surgery.suggestions.pairs import Pair, is_head
-from noether_init_core.surgery.suggestions.rules import Draft, drafts_of, rule_of_draft
+from noether_init_core.surgery.suggestions.rules import Draft, drafts_of, merged, rule_of_draft
 from noether_init_core.surgery.transforms import Rule, Transforms
 
 __all__ = ["SuggestedRule", "Suggestion", "Unsure", "suggest"]
@@ -32,6 +32,8 @@ _COMPUTED = frozenset(
 # nobody would read more, and RE2 cannot take many thousands at once
 _MOST_RULES = 500
 _MOST_SHOWN = 20
+# no model has longer or deeper names, and what looks at names takes them apart
+_LONGEST, _DEEPEST = 256, 32
 
 
 @attrs.frozen
@@ -109,8 +111,8 @@ class Suggestion:
 
     @property
     def is_fine(self) -> bool:
-        """Whether the plan with these rules has no problem."""
-        return self.plan.is_fine
+        """Whether the plan with these rules has no problem, and no name was too long for it."""
+        return self.plan.is_fine and not any(map(_is_too_long, (*self.unmatched_sources, *self.unmatched_targets)))
 
     @property
     def is_sure(self) -> bool:
@@ -151,7 +153,7 @@ class Suggestion:
         for side, names in (("file", self.unmatched_sources), ("model", self.unmatched_targets)):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                said.append(f"unmatched in the {side}: {', '.join(names[:5])}{more}\n")
+                said.append(f"unmatched in the {side}: {', '.join(map(_shown, names[:5]))}{more}\n")
         return "".join(said).rstrip("\n")
 
 
@@ -176,7 +178,8 @@ def suggest(
         policies: What the plan does where file and model do not fit.
         hidden: Names of the model's non-persistent buffers, which a file may have.
 
-    Never raises for names that rules cannot say (with ``<``, ``*`` or empty segments); they stay unmatched.
+    Never raises for names that rules cannot say (with ``<``, ``*`` or empty segments); they stay unmatched. So do names
+    of more than 256 characters or 32 segments, which the plan leaves out, too.
     """
     return _Suggesting(sources, targets, model or "model", policies, hidden).run()
 
@@ -192,6 +195,9 @@ class _Suggesting:
         policies: Policies | None,
         hidden: frozenset[str],
     ) -> None:
+        self._too_long = tuple(tuple(filter(_is_too_long, specs)) for specs in (sources, targets))
+        sources = {name: spec for name, spec in sources.items() if not _is_too_long(name)}
+        targets = {name: spec for name, spec in targets.items() if not _is_too_long(name)}
         self._part = PlanPart(model, "", "", sources, targets, hidden=hidden)
         self._policies = policies
         self._source_names = {bare: name for bare, name in bare_names(sources).items() if _can_say(bare)}
@@ -199,6 +205,7 @@ class _Suggesting:
         self._pairing = Pairing(
             {bare: sources[name] for bare, name in self._source_names.items() if name not in hidden},
             {bare: targets[name] for bare, name in self._target_names.items()},
+            _tied(targets, self._target_names),
         )
         self._unsure: list[Unsure] = []
 
@@ -223,6 +230,11 @@ class _Suggesting:
             wrong = [name for name, names in wanted.items() if got.get(name) != names]
             if surplus or (not wrong and not any(problem.code == "two-sources" for problem in found.plan.problems)):
                 break
+        found = self._with_fewer(found, drafts)
+        if any(self._too_long):
+            mine, its = self._too_long
+            what, size = f"{len(mine) + len(its)} names", f"{_LONGEST} characters or {_DEEPEST} segments"
+            self._unsure.append(Unsure(what, f"longer than {size}", (), mine, its, is_suggested=False))
         if surplus:
             what = f"{len(surplus)} more rules"
             self._unsure.append(
@@ -239,9 +251,20 @@ class _Suggesting:
         return attrs.evolve(
             found,
             unsure=tuple(self._unsure),
-            unmatched_sources=tuple(left["unexpected"]),
-            unmatched_targets=(*left["missing"], *left["mismatch"]),
+            unmatched_sources=(*left["unexpected"], *self._too_long[0]),
+            unmatched_targets=(*left["missing"], *left["mismatch"], *self._too_long[1]),
         )
+
+    def _with_fewer(self, found: Suggestion, drafts: Sequence[Draft]) -> Suggestion:
+        """One rule for those that differ in a number, if it does exactly what they do."""
+        fewer = merged(drafts)
+        if len(fewer) == len(drafts):
+            return found
+        rules = [_suggested(number, draft) for number, draft in enumerate(fewer)]
+        plan = self._plan(rules, found.source_root, found.target_root)
+        if _done(plan) != _done(found.plan):
+            return found
+        return attrs.evolve(found, rules=tuple(rules), plan=plan)
 
     def _plan(self, rules: Sequence[SuggestedRule], source_root: str, target_root: str) -> LoadPlan:
         transforms = Transforms([one.rule for one in rules], source_root=source_root, target_root=target_root)
@@ -296,13 +319,35 @@ class _Suggesting:
             below = [layer for layer in theirs if f"{layer.path}.".startswith(glob)] or theirs
             shapes = [list(layer.shapes[()]["weight"]) for layer in below if "weight" in layer.leaves]
             has = f"the file has {shapes[0]}" if shapes else "the file has none"
-            keeps.append(Draft({"keep_model": glob}, reason=f"a fresh head: {has}"))
+            doubts = () if theirs else self._of_embedding(glob, fresh)
+            keeps.append(Draft({"keep_model": glob}, reason=f"a fresh head: {has}", doubts=doubts))
         dropped = [
             glob
             for glob in _modules(theirs, self._source_names, self._pairing.sources)
             if not any(glob == other for other in kept)
         ]
         return keeps, [Draft({"drop": glob}, reason="a head that the model has not") for glob in dropped]
+
+    def _of_embedding(self, glob: str, fresh: Sequence[Layer]) -> tuple[str, ...]:
+        """Why a head may be the embedding of the file, which models often use for both."""
+        for layer in fresh:
+            shape = layer.shapes[()].get("weight")
+            if shape is None or not f"{layer.path}.".startswith(glob):
+                continue
+            for pair in self._pairing.pairs:
+                source = pair.sources[0]
+                if (
+                    pair.way == "rename"
+                    and "token" in source.concepts
+                    and source.shapes.get((), {}).get("weight") == shape
+                ):
+                    other = pair.targets[0].path
+                    reason = f"the file has {source.path} {list(shape)} once, and an entry goes to one place: {other}"
+                    alternatives = f"tie {layer.path} to {other} in the model", f"{source.path} -> {layer.path}"
+                    names = tuple(self._target_names[bare] for bare in layer.names())
+                    self._unsure.append(Unsure(layer.path, reason, alternatives, (), names))
+                    return (reason,)
+        return ()
 
     def _misfits(self, sources: Sequence[Layer], targets: Sequence[Layer]) -> None:
         """Layers whose names agree and whose shapes do not: what could be done is for the reader to choose."""
@@ -385,14 +430,34 @@ def _below(draft: Draft, root: str) -> Draft:
 
 
 def _suggested(number: int, draft: Draft) -> SuggestedRule:
-    doubts = tuple(dict.fromkeys(doubt for pair in draft.pairs for doubt in pair.doubts))
     label = f"transforms[{number}] {_on_one_line(dict(draft.config))}"
-    return SuggestedRule(rule_of_draft(draft, label), draft.config, draft.reason, doubts)
+    return SuggestedRule(rule_of_draft(draft, label), draft.config, draft.reason, draft.all_doubts)
 
 
 def _on_one_line(config: dict[str, Any]) -> str:
     text: str = yaml.safe_dump(config, default_flow_style=True, sort_keys=False, width=1 << 20, allow_unicode=True)
     return text.strip()
+
+
+def _tied(targets: Mapping[str, TargetSpec], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Bare name -> the bare names of the same tensor, where there are several."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for bare, name in names.items():
+        groups[targets[name].tied_to or name].append(bare)
+    return {bare: tuple(group) for group in groups.values() if len(group) > 1 for bare in group}
+
+
+def _done(plan: LoadPlan) -> list[tuple[object, ...]]:
+    """What a plan does, whichever rules say so."""
+    return [(row.key, row.action, row.sources, row.part, row.parts, row.steps) for row in plan.rows]
+
+
+def _is_too_long(name: str) -> bool:
+    return len(name) > _LONGEST or name.count(".") >= _DEEPEST
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:100]}..({len(name)} characters)"
 
 
 def _can_say(name: str) -> bool:
