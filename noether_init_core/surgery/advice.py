@@ -65,10 +65,10 @@ class Advice:
         return [
             row.key
             for row in rows
-            if row.writes
-            and not row.steps
+            if not row.steps
             and len(row.shape) == 2
             and row.shape[0] == row.shape[1]
+            and row.writes
             and _group(row.key) in groups
         ]
 

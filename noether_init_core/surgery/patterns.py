@@ -70,10 +70,14 @@ class NamePattern:
     _matcher: Any = attrs.field(eq=False, repr=False)
     # for the operator %, which fills a hundred thousand names in a few hundredths of a second
     _template: str = attrs.field(default="", eq=False, repr=False)
+    _is_plain: bool = attrs.field(default=False, eq=False, repr=False)
 
     def match(self, name: str) -> dict[str, str] | None:
         """What the captures stand for in ``name``; None where it does not match."""
-        if isinstance(self._matcher, re2._Regexp) and not _is_encodable(name):
+        if self._is_plain:
+            found = self._matcher.fullmatch(name)
+            return None if found is None else found.groupdict()
+        if not _is_encodable(name):
             return None
         found = self._matcher.fullmatch(name)
         # a group that takes no part in the match stands for nothing
@@ -110,7 +114,8 @@ def parse_pattern(text: str) -> NamePattern:
     expression = _expression(segments, below)
     is_plain = all(not segment.many and len(segment.captures) < 2 for segment in segments)
     matcher = re.compile(expression) if is_plain else re2.compile(expression)
-    return NamePattern(text, segments, below, expression, frozenset(captures), matcher, _template_of(segments, below))
+    template = _template_of(segments, below)
+    return NamePattern(text, segments, below, expression, frozenset(captures), matcher, template, is_plain)
 
 
 def _segment(segment: str, text: str) -> _Segment:

@@ -282,7 +282,10 @@ class _Matching:
             message = f"{rule.label}: the file has {have} without {lacks}"
             self._problem("incomplete-group", message, tuple(names.values()))
             return
-        taken = tuple([self._sources[names[index]] for index in range(len(rule.sources))])
+        if len(names) == 1:
+            taken: tuple[str, ...] = (self._sources[names[0]],)
+        else:
+            taken = tuple([self._sources[names[index]] for index in range(len(rule.sources))])
         for part, target in enumerate(rule.targets):
             bare = target.fill(group.captures) if target.segments else names[0]
             self._put(bare, Taken(taken, rule.label, rule.steps, part, len(rule.targets)), rule.label)
