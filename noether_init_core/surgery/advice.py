@@ -59,7 +59,9 @@ class Advice:
 
     def squares(self, rows: Sequence[PlanRow]) -> list[str]:
         """Square matrices that stay as they are where others of the same layers are transposed: shapes cannot tell."""
-        groups = {_group(row.key) for row in rows if any(isinstance(step, Transpose) for step in row.steps)}
+        groups = {
+            _group(row.key) for row in rows if row.steps and any(isinstance(step, Transpose) for step in row.steps)
+        }
         if not groups:
             return []
         return [

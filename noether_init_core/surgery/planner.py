@@ -224,8 +224,13 @@ class _PartPlanner:
         self._unused_for: dict[str, str] | None = None
         self._taking: set[str] | None = None
         self._tied: dict[str, list[str]] = {}
-        for name, spec in part.targets.items():
-            self._tied.setdefault(spec.tied_to or name, []).append(name)
+        for first in {spec.tied_to: None for spec in part.targets.values() if spec.tied_to is not None}:
+            self._tied[first] = []
+        if self._tied:
+            for name, spec in part.targets.items():
+                first = spec.tied_to or name
+                if first in self._tied:
+                    self._tied[first].append(name)
 
     def run(self) -> None:
         found: dict[str, list[str]] = {"missing": [], "mismatch": [], "dtype": [], "unwritable": []}
@@ -267,7 +272,7 @@ class _PartPlanner:
             return None
         taken = match.moves.get(name)
         if taken is None:
-            donor = next((other for other in self._tied[spec.tied_to or name] if other in match.moves), None)
+            donor = next((other for other in self._tied.get(spec.tied_to or name, ()) if other in match.moves), None)
             if donor is None:
                 return self._missing(name, spec)
             taken = attrs.evolve(match.moves[donor], rule=f"tied to {donor}")
@@ -426,6 +431,8 @@ class _PartPlanner:
             )
 
     def _check_tied(self) -> None:
+        if not self._tied:
+            return
         writes = {row.target: row for row in self.rows if row.writes}
         keeps = {row.target for row in self.rows if row.action == "keep" and row.rule != LOADED_BEFORE}
         resets = {row.target for row in self.rows if row.action == "reset"}
@@ -509,7 +516,7 @@ class _PartPlanner:
         taken: Taken,
         source_specs: Sequence[TensorSpec] = (),
     ) -> None:
-        single = source_specs[0] if len(source_specs) == 1 else None
+        shapes = tuple([tuple(source.shape) for source in source_specs])
         self.rows.append(
             PlanRow(
                 self.part.model,
@@ -520,13 +527,13 @@ class _PartPlanner:
                 spec.dtype,
                 spec.nbytes,
                 taken.rule,
-                None if single is None else tuple(single.shape),
+                shapes[0] if len(shapes) == 1 else None,
                 _dtype_of_all(source_specs),
                 spec.is_parameter,
                 taken.steps,
                 taken.part,
                 taken.parts,
-                tuple([tuple(source.shape) for source in source_specs]),
+                shapes,
                 spec.tied_to,
             )
         )

@@ -239,8 +239,9 @@ class _Matching:
         singles: list[_Group] = []
         plain: dict[str, str] = {}
         rules, matching = self._rules, self._rules._taking.matching
+        has_only = bool(rules._only.labels)
         for bare, name in self._sources.items():
-            if rules._only.labels:
+            if has_only:
                 allowed = rules._only.matching(bare)
                 self._matched.update(allowed)
                 if not allowed:
@@ -252,7 +253,7 @@ class _Matching:
                 continue
             number, index = rules._takers[hits[0]]
             rule = rules.rules[number]
-            for other in hits[1:]:
+            for other in hits[1:] if len(hits) > 1 else ():
                 later = rules._takers[other][0]
                 if later != number:
                     self._shadowed.setdefault(rules.rules[later].label, set()).add(rule.label)
