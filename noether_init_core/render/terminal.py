@@ -52,8 +52,23 @@ class _Part:
     rows: tuple[PlanRow, ...]
 
 
+class _View:
+    """What text and rich make of lines."""
+
+    def text(self, width: int = 100) -> str:
+        """Without colour; no line is longer than ``width`` (at least 20)."""
+        return _joined(self.lines(width))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.lines(options.max_width)
+
+    def lines(self, width: int) -> list[Text]:
+        """The lines, each at most ``width`` long."""
+        raise NotImplementedError
+
+
 @attrs.frozen(eq=False)
-class PlanView:
+class PlanView(_View):
     """A plan as rich shows it: ``Console().print(PlanView(plan))``.
 
     Attributes:
@@ -65,13 +80,6 @@ class PlanView:
     plan: LoadPlan
     unfolded: bool = False
     notes: Mapping[Origin, str] = attrs.Factory(dict)
-
-    def text(self, width: int = 100) -> str:
-        """Without colour; no line is longer than ``width`` (at least 20)."""
-        return _joined(self.lines(width))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self.lines(options.max_width)
 
     def lines(self, width: int) -> list[Text]:
         """The lines, each at most ``width`` long."""
@@ -157,17 +165,10 @@ class PlanView:
 
 
 @attrs.frozen(eq=False)
-class ReportView:
+class ReportView(_View):
     """What an initialization did, as rich shows it."""
 
     report: InitReport
-
-    def text(self, width: int = 100) -> str:
-        """Without colour; no line is longer than ``width`` (at least 20)."""
-        return _joined(self.lines(width))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self.lines(options.max_width)
 
     def lines(self, width: int) -> list[Text]:
         """The lines, each at most ``width`` long."""

@@ -98,7 +98,7 @@ def apply_optimizer(
     before = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
     try:
         _hand_over(optimizer, prepared, fields)
-    except Exception:
+    except BaseException:  # an interrupt must not leave it half changed either
         optimizer.state.clear()
         optimizer.state.update(before[0])
         for group, values in zip(optimizer.param_groups, before[1], strict=True):

@@ -415,18 +415,19 @@ def test_state_is_found_under_another_name_of_a_shared_parameter() -> None:
     assert all(state is not None for state in plan.state[0])
 
 
-def test_an_optimizer_that_refuses_its_state_is_put_back() -> None:
-    """State and fields are as before when the optimizer's own code raises."""
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_optimizer_that_refuses_its_state_is_put_back(error: type[BaseException]) -> None:
+    """State and fields are as before when the optimizer's own code raises, or is interrupted."""
 
     class Refusing(torch.optim.SGD):
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             super().load_state_dict(state_dict)
-            raise RuntimeError("not this one")
+            raise error("not this one")
 
     net, optimizer = trained(torch.optim.SGD, momentum=0.9)
     saved = copy.deepcopy(saved_state(net, optimizer))
     other = Refusing(net.parameters(), lr=0.5, momentum=0.9)
-    with pytest.raises(RuntimeError, match="not this one"):
+    with pytest.raises(error, match="not this one"):
         apply_optimizer(plan_for(saved, net, other), other, same)
     assert other.param_groups[0]["lr"] == 0.5
     assert not other.state
