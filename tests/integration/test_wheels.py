@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import sysconfig
 import tarfile
 import textwrap
 import tomllib
-import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import attrs
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.wheels import ROOT, Environment, run_process
 
 CONSTANT = '''
 """A kind of a stranger: fills every parameter with one number."""
@@ -46,43 +41,6 @@ class ConstantInitializer(InitializerBase):
 '''
 
 
-@attrs.frozen
-class Environment:
-    """A virtual environment with the core's wheel; dependencies are those of the running one, without our own."""
-
-    folder: Path
-
-    @property
-    def python(self) -> Path:
-        return self.folder / "bin" / "python"
-
-    @property
-    def site_packages(self) -> Path:
-        (found,) = (self.folder / "lib").glob("python*/site-packages")
-        return found
-
-    def run(self, program: str, *, where: Path, code: int = 0) -> str:
-        """Run a program that sees neither this checkout nor the variables of the tests; return what it printed."""
-        command = [self.python, "-I", "-c", textwrap.dedent(program)]
-        done = subprocess.run(command, cwd=where, capture_output=True, text=True, env={"PATH": ""}, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
-
-    def command(self, *arguments: str, where: Path) -> subprocess.CompletedProcess[str]:
-        """Run the installed console script."""
-        command = [self.folder / "bin" / "noether-init", *arguments]
-        return subprocess.run(command, cwd=where, capture_output=True, text=True, env={"PATH": ""}, check=False)
-
-    def pip(self, *arguments: str | Path) -> None:
-        """Run the pip of the running environment on this one, without a network."""
-        _run(sys.executable, "-m", "pip", "--python", self.python, "--quiet", *arguments)
-
-
-def _run(*command: str | Path, where: Path | None = None) -> None:
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def _foreign_wheel(folder: Path, name: str, source: str, *, kind: str, target: str) -> Path:
     """Build the wheel of a distribution with one module and one kind."""
     module = name.replace("-", "_")
@@ -102,35 +60,9 @@ def _foreign_wheel(folder: Path, name: str, source: str, *, kind: str, target: s
             {kind} = "{module}:{target}"
         """)
     )
-    _run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, where=project)
+    run_process(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, where=project)
     (wheel,) = folder.glob(f"{module}-*.whl")
     return wheel
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist of the core, and the wheel that was built from it."""
-    folder = tmp_path_factory.mktemp("dist")
-    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """A clean virtual environment with the core installed from its wheel."""
-    folder = tmp_path_factory.mktemp("clean")
-    # Torch alone is a gigabyte, so everything but our own distributions is borrowed. The editable install of this
-    # checkout and its metadata stay outside: they would hide what the wheel lacks.
-    borrowed = folder / "borrowed"
-    borrowed.mkdir()
-    for item in Path(sysconfig.get_path("purelib")).iterdir():
-        if "noether" not in item.name and not item.name.endswith(".pth"):
-            (borrowed / item.name).symlink_to(item)
-    venv.create(folder / "venv", with_pip=False, symlinks=True)
-    clean = Environment(folder / "venv")
-    (clean.site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
-    clean.pip("install", "--no-index", "--find-links", built, "noether-init-core")
-    return clean
 
 
 @pytest.fixture
