@@ -15,17 +15,15 @@ A kind is an entry point of the group ``noether_init.initializers``. A name beco
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
+import contextlib
 import json
-import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from noether_init_core import offers
 from noether_init_core.errors import (
     ConfigError,
     KindBlockedError,
@@ -35,6 +33,7 @@ from noether_init_core.errors import (
     UnknownKindError,
     type_of,
 )
+from noether_init_core.offers import ALLOW_VARIABLE, DENY_VARIABLE
 
 if TYPE_CHECKING:
     from noether_init_core.config.base import KindConfig
@@ -48,18 +47,16 @@ __all__ = [
     "clear_cache",
     "create",
     "describe",
+    "home_of",
     "installed",
     "register",
     "resolve",
     "unregister",
     "validate",
+    "without_installed",
 ]
 
 GROUP = "noether_init.initializers"
-ALLOW_VARIABLE = "NOETHER_INIT_ALLOW"
-DENY_VARIABLE = "NOETHER_INIT_DENY"
-
-_logger = logging.getLogger(__name__)
 _LISTED = 12
 # Which distribution brings a kind that is not installed. Shipped with the core, so that the text of a config can never
 # name a package to install.
@@ -95,13 +92,6 @@ class KindInfo:
         return f"{self.distribution} {self.version or 'of unknown version'}"
 
 
-@attrs.frozen
-class _Offer:
-    info: KindInfo
-    entry_point: importlib.metadata.EntryPoint
-
-
-_scanned: tuple[_Offer, ...] | None = None
 _registered: dict[str, type[InitializerBase]] = {}
 
 
@@ -110,9 +100,9 @@ def installed() -> tuple[KindInfo, ...]:
 
     Kinds that are shut out are listed too, with ``blocked_by``; a name may occur more than once (a conflict).
     """
-    offers = [_with_block(offer.info) for offer in _scan()]
+    found = [info for name in offers.offers(GROUP) for info, _offer in _offered_as(name)]
     registered = [_registered_info(name) for name in _registered]
-    return tuple(sorted(offers + registered, key=lambda info: (info.name, info.distribution or "")))
+    return tuple(sorted(found + registered, key=lambda info: (info.name, info.distribution or "")))
 
 
 def describe(kind: str) -> KindInfo:
@@ -120,15 +110,26 @@ def describe(kind: str) -> KindInfo:
 
     Raises ``UnknownKindError``, ``KindBlockedError`` or ``KindConflictError``.
     """
-    named = [info for info in installed() if info.name == kind]
-    allowed = [info for info in named if info.blocked_by is None]
+    return _described(kind)[0]
+
+
+def _described(kind: str) -> tuple[KindInfo, offers.Offer | None]:
+    named: list[tuple[KindInfo, offers.Offer | None]] = [*_offered_as(kind)]
+    if kind in _registered:
+        named.append((_registered_info(kind), None))
+    allowed = [one for one in named if one[0].blocked_by is None]
     if len(allowed) > 1:
-        raise _conflict(kind, allowed)
+        raise _conflict(kind, [info for info, _offer in allowed])
     if allowed:
         return allowed[0]
     if named:
-        raise _blocked(named[0])
+        raise _blocked(named[0][0])
     raise _unknown(kind)
+
+
+def home_of(kind: str) -> str | None:
+    """The distribution that ``kind`` is known to come with, installed or not; None for a kind that nobody knows."""
+    return _DISTRIBUTION_OF.get(kind)
 
 
 def resolve(kind: str) -> type[InitializerBase]:
@@ -136,12 +137,11 @@ def resolve(kind: str) -> type[InitializerBase]:
 
     Raises ``KindError``: unknown, blocked, in conflict, failing on import, or breaking the contract.
     """
-    info = describe(kind)
-    if info.distribution is None:
+    info, offer = _described(kind)
+    if offer is None:
         return _registered[info.name]
-    offer = next(offer for offer in _scan() if (offer.info.name, offer.info.target) == (info.name, info.target))
     try:
-        loaded = offer.entry_point.load()
+        loaded = offer.load()
     # A plugin may raise anything at all, and must not end a training run by sys.exit either.
     except (Exception, SystemExit) as error:
         raise _import_failed(info, error) from error
@@ -174,7 +174,7 @@ def register(name: str, cls: type[InitializerBase]) -> None:
     The contract is checked here. Allow and deny lists do not apply. Raises ``KindConflictError`` where an installed
     distribution offers the name, ``KindContractError`` where the class breaks the contract.
     """
-    taken = [offer.info for offer in _scan() if offer.info.name == name]
+    taken = [info for info, _offer in _offered_as(name)]
     info = KindInfo(name, None, None, _target_of(cls))
     if taken:
         raise _conflict(name, [*taken, info])
@@ -195,68 +195,18 @@ def unregister(name: str) -> None:
 
 def clear_cache() -> None:
     """Forget the scan: the next use sees distributions that were installed or removed since. Keeps ``register``."""
-    global _scanned
-    _scanned = None
-    importlib.invalidate_caches()
+    offers.clear_cache()
 
 
-def _scan() -> tuple[_Offer, ...]:
-    global _scanned
-    if _scanned is None:
-        _scanned = tuple(_find_offers())
-    return _scanned
+def without_installed() -> contextlib.AbstractContextManager[None]:
+    """Within the block only kinds of ``register`` are known, whatever is installed. For tests."""
+    return offers.without_installed(GROUP)
 
 
-def _find_offers() -> Iterator[_Offer]:
-    # The first distribution of a name on sys.path is the one that is imported; editable and doubled installs show
-    # the same name again further back.
-    seen: set[str] = set()
-    for distribution in importlib.metadata.distributions():
-        try:
-            name, version = _identity(distribution)
-            if name is None or _normalized(name) in seen:
-                continue
-            seen.add(_normalized(name))
-            # Cheap first: of some hundred distributions a handful says anything about the group.
-            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
-                continue
-            points = [point for point in distribution.entry_points if point.group == GROUP]
-        except Exception as error:  # metadata of a stranger may be broken in any way, and must not take ours along
-            _logger.warning("left out a distribution whose metadata cannot be read: %s", error)
-            continue
-        for target, point in {(point.name, point.value): point for point in points}.items():
-            yield _Offer(KindInfo(target[0], name, version, target[1]), point)
-
-
-def _identity(distribution: importlib.metadata.Distribution) -> tuple[str | None, str | None]:
-    """Name and version. Distribution.metadata parses the whole description too, which takes most of a scan."""
-    for file in ("METADATA", "PKG-INFO", ""):
-        text = distribution.read_text(file)
-        if text:
-            header = text.replace("\r\n", "\n").split("\n\n", 1)[0]
-            fields = [re.search(rf"^{field}:[ \t]*(\S+)", header, re.MULTILINE) for field in ("Name", "Version")]
-            name, version = (found.group(1) if found else None for found in fields)
-            return name, version
-    return None, None
-
-
-def _normalized(distribution: str) -> str:
-    return re.sub(r"[-_.]+", "-", distribution.strip()).lower()
-
-
-def _with_block(info: KindInfo) -> KindInfo:
-    name = _normalized(info.distribution or "")
-    # An allow list that is set but empty allows nothing: a list for safety must not open up by a typing error.
-    allow = os.environ.get(ALLOW_VARIABLE)
-    if allow is not None and name not in _names_in(allow):
-        return attrs.evolve(info, blocked_by=ALLOW_VARIABLE)
-    if name in _names_in(os.environ.get(DENY_VARIABLE, "")):
-        return attrs.evolve(info, blocked_by=DENY_VARIABLE)
-    return info
-
-
-def _names_in(text: str) -> set[str]:
-    return {_normalized(name) for name in text.split(",") if name.strip()}
+def _offered_as(name: str) -> Iterator[tuple[KindInfo, offers.Offer]]:
+    for offer in offers.sound(offers.offers(GROUP).get(name, ())):
+        blocked_by = offers.blocking_variable(offer.distribution)
+        yield KindInfo(offer.name, offer.distribution, offer.version, offer.target, blocked_by), offer
 
 
 def _registered_info(name: str) -> KindInfo:
@@ -348,10 +298,10 @@ def _check_keywords(cls: type[InitializerBase], config: KindConfig, keywords: Ma
         )
 
 
-def _conflict(kind: str, offers: Iterable[KindInfo]) -> KindConflictError:
-    offers = list(offers)
-    described = [f"{offer.source} -> {offer.target}" for offer in offers]
-    removable = [offer.distribution for offer in offers if offer.distribution is not None]
+def _conflict(kind: str, claims: Iterable[KindInfo]) -> KindConflictError:
+    claims = list(claims)
+    described = [f"{claim.source} -> {claim.target}" for claim in claims]
+    removable = [claim.distribution for claim in claims if claim.distribution is not None]
     return KindConflictError(
         f"kind {_quoted(kind)} is offered more than once: {' and '.join(described)}. None of them was imported. "
         f"Next: pip uninstall {removable[-1]}, or set {DENY_VARIABLE}={removable[-1]}",

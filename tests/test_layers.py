@@ -17,6 +17,7 @@ LAYERS = {
     "iteration": 1,
     "paths": 1,
     "hooks": 1,
+    "offers": 1,
     "protocols": 1,
     "binding": 2,
     "config.base": 2,

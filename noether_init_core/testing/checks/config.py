@@ -1,0 +1,113 @@
+"""The config of a kind: what a user writes, an editor completes, and a launcher sends to other processes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pydantic
+import pytest
+
+from noether_init_core import kinds
+from noether_init_core.config.base import KindConfig
+from noether_init_core.testing.checks.base import Checks, Expected, MakeConfig, NewCase
+
+__all__ = ["ConfigChecks"]
+
+_STRANGE = "no_such_key_of_any_config"
+
+
+class ConfigChecks(Checks):
+    """Round trips, schema, unknown keys, pickling."""
+
+    def config_of(self, case: Any, make_config: MakeConfig) -> KindConfig:
+        """The validated config."""
+        return kinds.validate({"kind": self.kind, **make_config(case)})
+
+    def test_config_survives_a_round_trip(self, new_case: NewCase, make_config: MakeConfig) -> None:
+        """What was dumped, as data and as JSON, validates to the same config again, and dumps to the same."""
+        config = self.config_of(new_case("single"), make_config)
+        for mode, dumped in (("python", config.model_dump()), ("json", json.loads(config.model_dump_json()))):
+            again = kinds.validate(dumped)
+            assert again == config, f"validated again from {mode}: {again!r}, not {config!r}"
+            assert again.model_dump() == config.model_dump()
+
+    def test_config_has_a_json_schema(self, new_case: NewCase, make_config: MakeConfig) -> None:
+        """Editors can complete it: a schema can be made, and it knows every key of the config, and no other."""
+        cls = kinds.resolve(self.kind).config_class
+        schema = cls.model_json_schema()
+        said = {"kind", *make_config(new_case("single"))}
+        assert said <= set(schema["properties"]), f"the schema lacks {sorted(said - set(schema['properties']))}"
+        assert schema.get("additionalProperties") is False, "the schema lets other keys pass"
+
+    def test_every_key_is_described(self) -> None:
+        """``noether-init schema`` is where users look what a key means."""
+        cls = kinds.resolve(self.kind).config_class
+        bare = [path for path, field in _fields(cls) if not field.description]
+        assert not bare, f"pydantic.Field(description=...) is missing for {', '.join(bare)}"
+
+    def test_unknown_keys_are_refused(self, new_case: NewCase, make_config: MakeConfig) -> None:
+        """A misspelt key is an error at every depth, never ignored."""
+        config = {"kind": self.kind, **make_config(new_case("single"))}
+        kinds.validate(config)
+        for path in _models_in(kinds.resolve(self.kind).config_class, config):
+            with pytest.raises(ValueError, match=_STRANGE):
+                kinds.validate(_with_strange_key(config, path))
+                pytest.fail(f"an unknown key under {'.'.join(map(str, path)) or 'the config'} was ignored")
+
+    def test_config_and_initializer_can_be_pickled(
+        self, new_case: NewCase, make_config: MakeConfig, expected: Expected
+    ) -> None:
+        """Launchers send them to other processes; what arrives is equal, and initializes the same."""
+        case = new_case("single")
+        config = self.config_of(case, make_config)
+        assert pickle.loads(pickle.dumps(config)) == config
+        initializer = kinds.create(config, path_provider=case.paths)
+        again = pickle.loads(pickle.dumps(initializer))
+        again.check(case.model, case.trainer, case.callbacks)
+        again.init_weights(case.model)
+        again.release()
+        self.assert_weights(case, expected(case))
+
+
+def _fields(cls: type[pydantic.BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in cls.model_fields.items():
+        yield f"{path}{name}", field
+        for inner in _classes_in(field.annotation):
+            # the config of another kind has its own kit
+            if not issubclass(inner, KindConfig) and inner is not cls:
+                yield from _fields(inner, f"{path}{name}.")
+
+
+def _classes_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _classes_in(argument)
+
+
+def _models_in(cls: type[pydantic.BaseModel], said: Mapping[str, Any]) -> Iterator[tuple[str | int, ...]]:
+    """The places in ``said`` that a pydantic model validates: the config itself, and mappings below it."""
+    yield ()
+    for name, field in cls.model_fields.items():
+        inner = [one for one in _classes_in(field.annotation) if not issubclass(one, KindConfig)]
+        value = said.get(name)
+        if not inner or value is None:
+            continue
+        items = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+        for number, item in items:
+            if isinstance(item, Mapping):
+                place: tuple[str | int, ...] = (name,) if number is None else (name, number)
+                for path in _models_in(inner[0], item):
+                    yield (*place, *path)
+
+
+def _with_strange_key(config: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+    copied: Any = json.loads(json.dumps(config, default=str))
+    place = copied
+    for key in path:
+        place = place[key]
+    place[_STRANGE] = 1
+    return dict(copied)

@@ -1,0 +1,134 @@
+"""The right numbers arrive, in models of every shape, in place, and as the plan says."""
+
+from __future__ import annotations
+
+import pytest
+
+from noether_init_core.errors import InitError
+from noether_init_core.protocols import leaf_models
+from noether_init_core.testing.answers import open_
+from noether_init_core.testing.cases import Case
+from noether_init_core.testing.checks.base import Checks, Expected, MakeConfig, NewCase
+from noether_init_core.testing.models import with_extra_parameter
+from noether_init_core.testing.snapshots import differences, state_of_model
+
+__all__ = ["WeightChecks"]
+
+_SEED = 5
+_OPEN = open_()
+
+
+class WeightChecks(Checks):
+    """Values, identity, plan."""
+
+    def test_single_model(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
+        """Matrices, one of them square, biases and scales."""
+        self.assert_shape_is_served(_OPEN, new_case("single"), make_config, expected)
+
+    def test_composite_model(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
+        """Two submodels, and one that is None."""
+        self.assert_shape_is_served(self.composites, new_case("composite"), make_config, expected)
+
+    def test_nested_composite(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
+        """A composite within a composite."""
+        self.assert_shape_is_served(self.nested, new_case("nested"), make_config, expected)
+
+    def test_frozen_model(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
+        """A frozen model gets its weights, and stays frozen."""
+        case = new_case("frozen")
+        self.assert_shape_is_served(self.frozen, case, make_config, expected)
+        assert case.model.is_frozen
+        assert not any(parameter.requires_grad for parameter in case.model.parameters())
+
+    def test_model_on_the_meta_device(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
+        """A model without memory gets some, for every entry."""
+        self.assert_shape_is_served(self.meta_device, new_case("meta_device"), make_config, expected)
+
+    def test_tied_weights(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
+        """One parameter of two names stays one."""
+        case = new_case("tied")
+        self.assert_shape_is_served(self.tied, case, make_config, expected)
+        assert case.model.module.head.weight is case.model.module.embed.weight, "the weights are no longer tied"
+
+    def test_buffers(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
+        """A model of buffers alone: numbers of steps, statistics, masks."""
+        self.assert_shape_is_served(self.buffers, new_case("buffers"), make_config, expected)
+
+    def test_tensors_stay_the_same_objects(self, new_case: NewCase, make_config: MakeConfig) -> None:
+        """Optimizers, ties and wrappers hold on to the tensors: identity, shape, dtype, device and flags stay."""
+        case = new_case("single")
+        before = state_of_model(case.model)
+        self.initialize(case, make_config(case))
+        changed = differences(before, state_of_model(case.model))
+        others = [name for name in changed if name.startswith(("identity of", "flags of", "training of"))]
+        assert not others, f"changed: {', '.join(others)}. Write in place, under torch.no_grad()"
+
+    def test_plan_is_what_happens(self, new_case: NewCase, make_config: MakeConfig) -> None:
+        """Exactly the entries that the plan writes change; a parameter that is to be kept keeps its value."""
+        case = new_case("single", model=with_extra_parameter(_SEED) if self.plans.is_open else None)
+        stack = self.make(case, make_config(case), **({"on_missing": "keep"} if self.plans.is_open else {}))
+        plan = stack.plan(case.model)
+        if not self.plans.is_open:
+            assert plan.rows == (), f"plans is closed ({self.plans.reason}), but there is a plan"
+            return
+        before = state_of_model(case.model)
+        report = stack.initialize(case.model, trainer=case.trainer, callbacks=case.callbacks)
+        changed = set(differences(before, state_of_model(case.model)))
+        written = {f"{row.model} {row.target}" for row in plan.rows if row.writes}
+        entries = {f"{path} {name}" for path, leaf in leaf_models(case.model) for name in leaf.state_dict()}
+        assert {name for name in changed if name in entries} == written
+        assert sum((dict(one.counts).get("keep", 0) for one in report.initializers), 0) == 1, "one entry is kept: extra"
+
+    def test_plan_changes_nothing(self, new_case: NewCase, make_config: MakeConfig) -> None:
+        """A plan is a look: the model, its optimizer and its flags stay."""
+        case = new_case("single")
+        before = self.everything(case)
+        self.make(case, make_config(case)).plan(case.model)
+        changed = differences(before, self.everything(case))
+        assert not changed, f"the plan changed {', '.join(changed[:5])}"
+
+    def test_initializing_again_gives_the_same(
+        self, new_case: NewCase, make_config: MakeConfig, expected: Expected
+    ) -> None:
+        """The same stack initializes a second model to the same values; nothing is used up."""
+        case = new_case("single")
+        stack = self.make(case, make_config(case))
+        for model in (case.model, new_case("single").model):
+            stack.initialize(model)
+        again = new_case("single", model=model)
+        self.assert_weights(again, expected(again))
+
+    def test_a_model_that_does_not_fit_is_left_as_it_was(self, new_case: NewCase, make_config: MakeConfig) -> None:
+        """``init_weights`` alone, called without ``check``: another shape is an error of ours, and nothing changes."""
+        case = new_case("single", model=_misfit(new_case("single")))
+        initializer = self.one(case, make_config(case))
+        if not self.compares_models.is_open:
+            initializer.init_weights(case.model)
+            return
+        try:
+            with self.refused(case, "norm.weight has another shape in the model"):
+                initializer.init_weights(case.model)
+        finally:
+            initializer.release()
+
+    def test_check_finds_a_model_that_does_not_fit(self, new_case: NewCase, make_config: MakeConfig) -> None:
+        """``check`` raises for another shape, so that nothing of the whole stack has changed by then."""
+        case = new_case("single", model=_misfit(new_case("single")))
+        initializer = self.one(case, make_config(case))
+        if not self.compares_models.is_open:
+            initializer.check(case.model, case.trainer, case.callbacks)
+            return
+        with pytest.raises(InitError):
+            initializer.check(case.model, case.trainer, case.callbacks)
+            pytest.fail("norm.weight has another shape in the model, and check() has not found it")
+        initializer.release()
+
+
+def _misfit(case: Case) -> object:
+    """The model of the case, whose last tensor has another shape: everything before it fits."""
+    import torch
+
+    norm = case.model.module.norm
+    with torch.no_grad():
+        norm.weight = torch.nn.Parameter(torch.ones(7))
+    return case.model

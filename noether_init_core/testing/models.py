@@ -1,0 +1,162 @@
+"""Tiny models of every shape that an initializer meets, and a trainer and a callback with one number of state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from noether_init_core.binding import bind, compose
+
+__all__ = ["SHAPES", "Counter", "NumberedTrainer", "leaf_state", "new_model", "with_extra_parameter"]
+
+
+class _Plain(torch.nn.Module):
+    """Matrices, one of them square, a bias, and a vector that is no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Linear(4, 3)
+        self.square = torch.nn.Linear(3, 3, bias=False)
+        self.norm = torch.nn.LayerNorm(3)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(self.square(self.embed(values)))
+        return result
+
+
+class _Tied(torch.nn.Module):
+    """An embedding whose matrix is that of the head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(5, 3)
+        self.head = torch.nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.embed(values))
+        return result
+
+
+class _Buffers(torch.nn.Module):
+    """No parameter at all: running statistics, a counter, a mask with an infinity, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3, affine=False)
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.0]))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        with torch.no_grad():
+            self.norm.running_mean.normal_()  # type: ignore[union-attr]  # there with track_running_stats
+            self.norm.num_batches_tracked.fill_(int(torch.randint(1, 100, ())))  # type: ignore[union-attr]
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(values) + self.mask
+        return result
+
+
+def _single(name: str, module: torch.nn.Module, **more: Any) -> Any:
+    """Bound, with values of its own everywhere, and an optimizer that has made a step."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    parameters = list(module.parameters())
+    if not parameters:
+        return bind(module, name=name, **more)
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return bind(module, name=name, optimizer=optimizer, **more)
+
+
+def _composite() -> Any:
+    return compose(
+        "pair", {"encoder": _single("encoder", _Plain()), "absent": None, "decoder": _single("decoder", _Plain())}
+    )
+
+
+def _nested() -> Any:
+    inner = compose("inner", {"first": _single("first", _Plain()), "second": _single("second", _Plain())})
+    return compose("outer", {"inner": inner, "head": _single("head", _Plain())})
+
+
+def _frozen() -> Any:
+    model = _single("net", _Plain(), is_frozen=True)
+    model.module.requires_grad_(False)
+    return model
+
+
+#: Shape -> what makes a model of that shape, by the global generator.
+SHAPES: Mapping[str, Callable[[], Any]] = {
+    "single": lambda: _single("net", _Plain()),
+    "composite": _composite,
+    "nested": _nested,
+    "frozen": _frozen,
+    "meta_device": lambda: _single("net", _Plain()),
+    "tied": lambda: _single("net", _Tied()),
+    "buffers": lambda: _single("net", _Buffers()),
+}
+
+
+def new_model(shape: str, seed: int, *, on_meta: bool | None = None) -> Any:
+    """A model of a shape of ``SHAPES``, every value from ``seed``; the global generator stays as it was.
+
+    Args:
+        shape: ``single``, ``composite``, ``nested``, ``frozen``, ``meta_device``, ``tied`` or ``buffers``.
+        seed: Models of different seeds differ in every entry.
+        on_meta: Whether it is on the meta device, without an optimizer; None: where the shape says so.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if on_meta or (on_meta is None and shape == "meta_device"):
+            with torch.device("meta"):
+                return bind(_Plain(), name="net")
+        return SHAPES[shape]()
+
+
+def with_extra_parameter(seed: int) -> Any:
+    """The single model with one parameter more, ``extra``, which no source has."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = _Plain()
+        module.register_parameter("extra", torch.nn.Parameter(torch.empty(3)))
+        return _single("net", module)
+
+
+def leaf_state(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of the state dict of a single model, by reference to nothing."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Counter:
+    """A callback whose state is one number."""
+
+    checkpoint_key = "counter"
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.number = state_dict["number"]
+
+
+class NumberedTrainer:
+    """A trainer whose state is one number, and the states of its callbacks."""
+
+    def __init__(self, number: int = 0, callbacks: tuple[Counter, ...] = ()) -> None:
+        self.number = number
+        self.callbacks = callbacks
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {callback.checkpoint_key: callback.state_dict() for callback in self.callbacks}
+        return {"number": self.number, "callback_state_dicts": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.number = state_dict["number"]
