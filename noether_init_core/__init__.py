@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from noether_init_core import kinds
+    from noether_init_core.artifacts import ArtifactCache
     from noether_init_core.binding import bind, compose
     from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
     from noether_init_core.checkpoints.retention import Retention
@@ -60,6 +61,7 @@ __all__ = [
     "CONTRACT_VERSION",
     "AmbiguousCheckpointError",
     "AnyInitializer",
+    "ArtifactCache",
     "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointFormatError",
@@ -113,6 +115,7 @@ __all__ = [
 
 # Module -> the public names that it defines.
 _HOMES = {
+    "artifacts": ("ArtifactCache",),
     "binding": ("bind", "compose"),
     "checkpoints.reader": ("CheckpointReader", "open_checkpoint"),
     "checkpoints.retention": ("Retention",),

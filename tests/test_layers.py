@@ -22,6 +22,7 @@ LAYERS = {
     "binding": 2,
     "config.base": 2,
     "checkpoints": 3,
+    "artifacts": 3,
     "surgery": 3,
     "training": 4,
     "provenance": 4,

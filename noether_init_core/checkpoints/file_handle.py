@@ -136,19 +136,23 @@ class FileHandle:
         problem = digest_problem(digest)
         if problem:
             raise CheckpointError(problem, path=self.path)
-        algorithm, _, expected = digest.partition(":")
+        found = self.digest(digest.partition(":")[0])
+        if found != digest:
+            raise CheckpointCorruptError(
+                f"{self.path} has the digest {found}, expected was {digest}: "
+                "it is damaged, or another file. Next: copy it again, or take an older checkpoint",
+                path=self.path,
+            )
+
+    def digest(self, algorithm: str) -> str:
+        """``<algorithm>:<hex>`` of the whole file; the algorithm is ``xxh3_128`` or ``sha256``."""
         state = _hasher(algorithm)
         buffer = memoryview(bytearray(min(CHUNK, self.size)))
         for offset in range(0, self.size, CHUNK):
             chunk = buffer[: min(CHUNK, self.size - offset)]
             self.read_into(chunk, offset)
             state.update(chunk)
-        if state.hexdigest() != expected:
-            raise CheckpointCorruptError(
-                f"{self.path} has the digest {algorithm}:{state.hexdigest()}, expected was {digest}: "
-                "it is damaged, or another file. Next: copy it again, or take an older checkpoint",
-                path=self.path,
-            )
+        return f"{algorithm}:{state.hexdigest()}"
 
 
 def digest_problem(digest: str) -> str:
