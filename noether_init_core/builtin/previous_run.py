@@ -35,8 +35,8 @@ class RenamePattern(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    src: Pattern
-    dst: str
+    src: Pattern = pydantic.Field(description="What is replaced, wherever it stands in a key of the file.")
+    dst: str = pydantic.Field(description="What stands there instead; empty: nothing.")
 
 
 class PreviousRunInitializerConfig(CheckpointInitializerConfig):

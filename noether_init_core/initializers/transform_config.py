@@ -63,48 +63,58 @@ Grid = tuple[Positive, Positive]
 class SplitConfig(_Strict):
     """``split`` into given sizes."""
 
-    dim: int = 0
-    sizes: Annotated[list[Positive], pydantic.Field(min_length=1)]
+    dim: int = pydantic.Field(default=0, description="The dimension that is cut.")
+    sizes: list[Positive] = pydantic.Field(min_length=1, description="The size of each part, in order.")
 
 
 class SliceConfig(_Strict):
     """``slice``: from ``start`` to before ``stop``."""
 
-    dim: int = 0
-    start: Count = 0
-    stop: Positive | None = None
+    dim: int = pydantic.Field(default=0, description="The dimension that is cut.")
+    start: Count = pydantic.Field(default=0, description="The first index that is taken, from 0.")
+    stop: Positive | None = pydantic.Field(default=None, description="The first index that is not; null: to the end.")
 
 
 class PadConfig(_Strict):
     """``pad`` at the end, to ``size``; without ``value`` the model's own elements stay there."""
 
-    size: Positive
-    dim: int = 0
-    value: pydantic.FiniteFloat | None = None
+    size: Positive = pydantic.Field(description="The size afterwards.")
+    dim: int = pydantic.Field(default=0, description="The dimension that grows.")
+    value: pydantic.FiniteFloat | None = pydantic.Field(
+        default=None, description="What stands at the end; null: the model's own elements."
+    )
 
 
 class InterpolateConfig(_Strict):
     """``interpolate`` a position embedding from ``grid`` to ``to_grid`` (rows, columns)."""
 
-    grid: Grid
-    to_grid: Grid
-    prefix_tokens: Count = 0
-    mode: Literal["bicubic", "bilinear"] = "bicubic"
+    grid: Grid = pydantic.Field(description="Rows and columns in the file.")
+    to_grid: Grid = pydantic.Field(description="Rows and columns in the model.")
+    prefix_tokens: Count = pydantic.Field(default=0, description="Leading entries that belong to no place in the grid.")
+    mode: Literal["bicubic", "bilinear"] = pydantic.Field(default="bicubic", description="How values in between come.")
 
 
 class StepConfig(_Strict):
     """One step of ``do``: a mapping with one key, or the text ``transpose``."""
 
-    transpose: Literal[True] | None = None
-    split: int | SplitConfig | None = None
-    concat: int | None = None
-    stack: int | None = None
-    unstack: int | None = None
-    reshape: Annotated[list[Annotated[int, pydantic.Field(ge=-1)]], pydantic.Field(min_length=1)] | None = None
-    slice: SliceConfig | None = None
-    pad: PadConfig | None = None
-    interpolate: InterpolateConfig | None = None
-    cast: Annotated[str, pydantic.AfterValidator(_dtype)] | None = None
+    transpose: Literal[True] | None = pydantic.Field(default=None, description="Exchange the two dimensions.")
+    split: int | SplitConfig | None = pydantic.Field(
+        default=None, description="Cut along this dimension into equal parts, one for each name in to; or given sizes."
+    )
+    concat: int | None = pydantic.Field(default=None, description="Put together along this dimension.")
+    stack: int | None = pydantic.Field(default=None, description="Put together along a new dimension, this one.")
+    unstack: int | None = pydantic.Field(default=None, description="Take apart along this dimension, which goes.")
+    reshape: Annotated[list[Annotated[int, pydantic.Field(ge=-1)]], pydantic.Field(min_length=1)] | None = (
+        pydantic.Field(default=None, description="The shape afterwards; -1 once, for what is left.")
+    )
+    slice: SliceConfig | None = pydantic.Field(default=None, description="A part along one dimension.")
+    pad: PadConfig | None = pydantic.Field(default=None, description="Make one dimension longer.")
+    interpolate: InterpolateConfig | None = pydantic.Field(
+        default=None, description="A position embedding for another grid."
+    )
+    cast: Annotated[str, pydantic.AfterValidator(_dtype)] | None = pydantic.Field(
+        default=None, description="The dtype afterwards, such as float32."
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -119,6 +129,13 @@ class StepConfig(_Strict):
         if isinstance(value, Mapping) and "transpose" in value:
             raise ValueError("transpose takes no arguments; write: do: [transpose]")
         return value
+
+    @pydantic.model_serializer(mode="wrap")
+    def _dumped(self, serialize: pydantic.SerializerFunctionWrapHandler) -> Any:
+        """As a config writes it: the one key that was said."""
+        if self.transpose:
+            return "transpose"
+        return {key: value for key, value in serialize(self).items() if value is not None}
 
     def step(self) -> Step:
         """The step as ``surgery`` has it."""
@@ -178,9 +195,8 @@ class TransformConfig(_Strict):
         if len(said) != 1:
             has = " and ".join(said) or "none"
             raise ValueError(f"a rule has exactly one of from, from_regex, drop, keep_model, only; this has {has}")
-        given = self.model_fields_set - {"from_"}
         if said[0] not in ("from", "from_regex"):
-            surplus = sorted(given & {"to", "do", "optional"})
+            surplus = [name for name in ("do", "optional", "to") if getattr(self, name)]
             if surplus:
                 raise ValueError(f"{surplus[0]} belongs to a rule with from; {said[0]} takes none")
             return self

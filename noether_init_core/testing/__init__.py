@@ -1,8 +1,8 @@
 """The conformance kit for authors of kinds: a pytest plugin that tells whether a kind is right.
 
-In a package with a kind, ``tests/conftest.py`` has ``pytest_plugins = ["noether_init_core.testing"]``, and a test derives
-from ``InitializerConformance``: it names the kind and the distribution, answers what the kind can do, and gives a
-``make_config`` fixture. Every check of the kit then runs on it. Nothing here is imported by the rest of the core.
+In a package with a kind, ``tests/conftest.py`` has ``pytest_plugins = ["noether_init_core.testing"]``, and a test
+derives from ``InitializerConformance``: it names the kind and the distribution, answers what the kind can do, and gives
+a ``make_config`` fixture. Every check of the kit then runs on it. Nothing here is imported by the rest of the core.
 """
 
 from noether_init_core.testing.answers import Answer, closed, open_

@@ -81,7 +81,7 @@ def source_run(case_folder: Path) -> Callable[..., SavedRun]:
 
 @pytest.fixture
 def tiny_models() -> Mapping[str, Any]:
-    """One model of every shape: ``single``, ``composite``, ``nested``, ``frozen``, ``meta_device``, ``tied``, ``buffers``."""
+    """One model of every shape of ``SHAPES``."""
     return {shape: new_model(shape, _MODEL_SEED) for shape in SHAPES}
 
 

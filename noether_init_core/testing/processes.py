@@ -120,7 +120,7 @@ def _watch_import(module: str, dependencies: Sequence[str]) -> list[str]:
     for name in dependencies:
         try:
             importlib.import_module(name)
-        except Exception:  # noqa: S112, PERF203 - some modules come into being only within another; the import below counts
+        except Exception:  # some modules come into being only within another; the import below counts
             continue
     found: list[str] = []
     watching = True
@@ -140,7 +140,7 @@ def _watch_import(module: str, dependencies: Sequence[str]) -> list[str]:
     said = _Said()
     before, threads = state_of_process(), threading.active_count()
     outputs = sys.stdout, sys.stderr
-    sys.stdout = sys.stderr = said  # type: ignore[assignment]  # an import may only write to it
+    sys.stdout = sys.stderr = said
     try:
         importlib.import_module(module)
     finally:
@@ -178,8 +178,9 @@ def _in_new_processes(function: Callable[..., Any], arguments: Sequence[tuple[An
         process.start()
         theirs.close()
         started.append((process, mine))
-    results, failures = [], []
-    for process, connection in started:
+    results: list[Any] = []
+    failures: list[Any] = []
+    for _process, connection in started:
         try:
             if not connection.poll(_TIMEOUT_S):
                 raise RuntimeError(f"no answer for {_TIMEOUT_S:.0f} s: a rank waits for one that does not come")

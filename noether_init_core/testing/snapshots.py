@@ -55,7 +55,7 @@ def _tensors(leaf: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def state_of_process() -> dict[str, Any]:
     """The settings and generators of this process that everybody shares."""
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
     return {
         "torch's generator": torch.random.get_rng_state().clone(),
         "NumPy's generator": [str(numpy_state[0]), np.asarray(numpy_state[1]).tolist(), *map(str, numpy_state[2:])],

@@ -1,4 +1,4 @@
-"""What every check uses: the answers and fixtures that the author of a kind gives, and how an initialization is made."""
+"""What every check uses: what the author of a kind answers and gives, and how an initialization is made."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Checks:
     def refused(self, case: Case, what: str, error: type[InitError] = InitError) -> Iterator[None]:
         """The block must raise before anything of the case has changed."""
         before = self.everything(case)
-        with pytest.raises(Exception) as caught:  # noqa: PT012 - the block is the caller's
+        with pytest.raises(Exception) as caught:
             yield
             pytest.fail(f"{what}: nothing was raised")
         assert not isinstance(caught.value, PartlyInitializedError), (

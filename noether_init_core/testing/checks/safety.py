@@ -8,6 +8,7 @@ import pytest
 
 from noether_init_core.errors import ConfigError, InitError
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.stack import InitializerStack
 from noether_init_core.testing.cases import Wrong
 from noether_init_core.testing.checks.base import Checks, MakeConfig, NewCase
 from noether_init_core.testing.snapshots import differences
@@ -32,7 +33,7 @@ class SafetyChecks(Checks):
         for wrong in wrong_configs:
             case = new_case("single")
             before = self.everything(case)
-            with pytest.raises(Exception):  # noqa: B017, PT012 - of which class it is, another check says
+            with pytest.raises(Exception):  # noqa: B017 - of which class it is, another check says
                 self.one(case, wrong.config).check(case.model, case.trainer, case.callbacks)
                 pytest.fail(f"{wrong.what}: check() has not found it")
             changed = differences(before, self.everything(case))
@@ -81,13 +82,11 @@ class SafetyChecks(Checks):
 
     def test_path_provider(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """Without one, a kind that needs it says so, and another one works."""
-        import attrs
-
         case = new_case("single")
-        without = attrs.evolve(case, paths=None)
+        config = {"kind": self.kind, **make_config(case)}
         if not self.needs_path_provider.is_open:
-            self.initialize(without, make_config(case))
+            InitializerStack.from_config([config]).initialize(case.model)
             return
         with pytest.raises(ConfigError, match="path_provider"):
-            self.initialize(without, make_config(case))
+            InitializerStack.from_config([config]).initialize(case.model)
             pytest.fail("without a path_provider nothing was raised")

@@ -61,7 +61,7 @@ class StateChecks(Checks):
         assert case.callbacks[0].number == (case.source.number if self.restores_callbacks.is_open else own)
 
     def test_process_is_left_as_it_was(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """Generators, default dtype, threads, working folder, environment, import path, logging: others use them too."""
+        """Generators, default dtype, threads, working folder, environment, import path, logging: others use them."""
         case = new_case("single")
         config = make_config(case)
         before = state_of_process()
