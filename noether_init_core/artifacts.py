@@ -381,11 +381,9 @@ def _without_secrets(key: str) -> str:
         head, rest = "", key
     authority = re.split(r"[/?#\\]", rest, maxsplit=1)[0]
     behind = rest[len(authority) :]
-    if "@" in authority:
-        authority = authority.rpartition("@")[2]
-    elif "@" in behind and (behind[0] in "?#\\" or (mark and ":" in authority)):
+    is_odd = mark and not re.fullmatch(r"([^@]*@)?(\[[^\]]*\]|[^:@]*)(:[0-9]*)?", authority)
+    if is_odd or ("@" in behind and (behind[0] in "?#\\" or "@" in authority or (mark and ":" in authority))):
         return f"{head}{mark}..."  # a password with a character that it must not have as it is?
-    elif mark and not re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?", authority):
-        return f"{head}{mark}..."
+    authority = authority.rpartition("@")[2]
     path = re.split(r"[?#]", behind, maxsplit=1)[0]
     return head + mark + authority + re.sub(r"//[^/]*@", "//", path)
