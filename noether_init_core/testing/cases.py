@@ -97,9 +97,8 @@ class Wrong:
 def saved_run(folder: Path, shape: str = "single", run_id: str = "source") -> SavedRun:
     """Save a run with two sets, and its weights as plain files, below ``folder``. Not twice into one folder."""
     paths = PathProvider(folder / "runs", run_id)
-    plain = "single" if shape == "meta_device" else shape
     for seed, iteration in ((_OLDER_SEED, _OLDER), (_SOURCE_SEED, _NEWEST)):
-        model = new_model(plain, seed)
+        model = new_model(shape, seed, on_meta=False)
         number = _NUMBER if seed == _SOURCE_SEED else _NUMBER + 1
         trainer = NumberedTrainer(number, (Counter(number),))
         CheckpointWriter(paths, flat_names=False).save(model, iteration, trainer=trainer)

@@ -13,16 +13,28 @@ __all__ = ["SHAPES", "Counter", "NumberedTrainer", "leaf_state", "new_model", "w
 
 
 class _Plain(torch.nn.Module):
-    """Matrices, one of them square, a bias, and a vector that is no bias."""
+    """A matrix, a bias, and a scale."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = torch.nn.Linear(4, 3)
-        self.square = torch.nn.Linear(3, 3, bias=False)
         self.norm = torch.nn.LayerNorm(3)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.norm(self.square(self.embed(values)))
+        result: torch.Tensor = self.norm(self.embed(values))
+        return result
+
+
+class _Single(_Plain):
+    """Besides, a square matrix, which also fits the other way round, and half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = torch.nn.Linear(3, 3, bias=False)
+        self.coarse = torch.nn.Parameter(torch.empty(5, dtype=torch.bfloat16))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.square(super().forward(values))
         return result
 
 
@@ -92,7 +104,7 @@ def _frozen() -> Any:
 
 #: Shape -> what makes a model of that shape, by the global generator.
 SHAPES: Mapping[str, Callable[[], Any]] = {
-    "single": lambda: _single("net", _Plain()),
+    "single": lambda: _single("net", _Single()),
     "composite": _composite,
     "nested": _nested,
     "frozen": _frozen,
@@ -122,7 +134,7 @@ def with_extra_parameter(seed: int) -> Any:
     """The single model with one parameter more, ``extra``, which no source has."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = _Plain()
+        module = _Single()
         module.register_parameter("extra", torch.nn.Parameter(torch.empty(3)))
         return _single("net", module)
 

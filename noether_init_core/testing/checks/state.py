@@ -64,6 +64,7 @@ class StateChecks(Checks):
         """Generators, default dtype, threads, working folder, environment, import path, logging: others use them."""
         case = new_case("single")
         config = make_config(case)
+        kinds.resolve(self.kind)  # what the import does, another check looks at
         before = state_of_process()
         self.initialize(case, config)
         changed = differences(before, state_of_process())
