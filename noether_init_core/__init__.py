@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from noether_init_core.paths import PathProvider
     from noether_init_core.provenance import InitReport
     from noether_init_core.stack import InitializerStack
+    from noether_init_core.stopwatch import Timing
     from noether_init_core.surgery.plan import LoadPlan
     from noether_init_core.training import TrainerState
 
@@ -99,6 +100,7 @@ __all__ = [
     "SourceInitializerConfig",
     "StartConflictError",
     "StateMismatchError",
+    "Timing",
     "TornSetError",
     "TrainerState",
     "TrainingIteration",
@@ -157,6 +159,7 @@ _HOMES = {
     "paths": ("PathProvider",),
     "provenance": ("InitReport",),
     "stack": ("InitializerStack",),
+    "stopwatch": ("Timing",),
     "surgery.plan": ("LoadPlan",),
     "training": ("TrainerState",),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.stopwatch import Timing, summed
 
 __all__ = [
     "PROVENANCE_FORMAT",
@@ -57,6 +58,7 @@ class InitializerReport:
         passed_over: (set, why) of each broken set that was passed over on the way back to a good one, newest first.
         not_restored: What the checkpoint has and nobody was there to take, in words.
         resumed_set: The folder of the set that it goes on from; None where it resumes nothing.
+        timings: Seconds and bytes of each phase, as ``Timing`` describes them; two reports are equal whatever they are.
     """
 
     kind: str
@@ -70,6 +72,7 @@ class InitializerReport:
     passed_over: tuple[tuple[str, str], ...] = ()
     not_restored: tuple[str, ...] = ()
     resumed_set: str | None = None
+    timings: tuple[Timing, ...] = attrs.field(default=(), eq=False)
 
 
 @attrs.frozen
@@ -152,6 +155,11 @@ class InitReport:
     tensors: tuple[TensorRecord, ...] = attrs.field(default=(), repr=False)
     training: str = attrs.field(factory=lambda: uuid.uuid4().hex, eq=False)
 
+    @property
+    def timings(self) -> tuple[Timing, ...]:
+        """Seconds and bytes of each phase, over all initializers; see ``Timing``. They are not kept beside sets."""
+        return summed(one for report in self.initializers for one in report.timings)
+
     def lineage(self) -> list[dict[str, Any]]:
         """Where the weights came from, as plain data for the manifests of this run.
 
@@ -217,6 +225,7 @@ class InitReport:
             "format": "noether-init-report",
             "version": REPORT_VERSION,
             **data,
+            "timings": [attrs.asdict(one) for one in self.timings],
             "sources": self._sources(),
             "tensors": tensors,
         }

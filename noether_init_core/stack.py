@@ -26,7 +26,7 @@ from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.source import SourceInitializer, submodel_of
 from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.observers import load_observer
+from noether_init_core.observers.loading import load_observer
 from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import InitializerReport, InitReport
@@ -327,6 +327,7 @@ class InitializerStack:
                     passed_over=tuple(getattr(member.initializer, "passed_over", ())),
                     not_restored=tuple(getattr(member.initializer, "not_restored", ())),
                     resumed_set=getattr(member.initializer, "resumed_set", None),
+                    timings=member.initializer.timings,
                 )
             )
         carried = [
@@ -348,6 +349,7 @@ class InitializerStack:
 
     def _release(self) -> None:
         for member in self._members:
+            member.initializer.stopwatch.reset()
             try:
                 member.initializer.release()
             except Exception:  # what is done stays done, and an error on its way must not be hidden

@@ -14,6 +14,7 @@ PACKAGE = "noether_init_core"
 # no cycle comes of it. The longest prefix counts.
 LAYERS = {
     "errors": 0,
+    "stopwatch": 0,
     "iteration": 1,
     "paths": 1,
     "hooks": 1,
@@ -26,7 +27,6 @@ LAYERS = {
     "surgery": 3,
     "training": 4,
     "provenance": 4,
-    "observers": 4,
     "initializers": 5,
     "contract": 6,
     "tracing": 6,
@@ -37,10 +37,12 @@ LAYERS = {
     "config.files": 8,
     "config.wording": 8,
     "hook_caller": 8,
+    "observers": 8,
     "stack": 9,
     "builtin": 9,
     "render": 10,
     "testing": 10,
+    "scaffold": 10,
     "cli": 11,
 }
 # Roots of packages hold a docstring only; the front is lazy and above everything.

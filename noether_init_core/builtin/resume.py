@@ -122,12 +122,13 @@ class ResumeInitializer(CheckpointInitializer):
         walked back to is broken.
         """
         if self._trainer_state is None:
-            if self._walks_back:
-                self._trainer_state = self._select_good()
-            else:
-                root = self.root_name()
-                selected = self.select([*self._observed_needs(root), Need(root, "trainer")])
-                self._trainer_state = self._read_trainer(selected, root)
+            with self.stopwatch.phase("find"):
+                if self._walks_back:
+                    self._trainer_state = self._select_good()
+                else:
+                    root = self.root_name()
+                    selected = self.select([*self._observed_needs(root), Need(root, "trainer")])
+                    self._trainer_state = self._read_trainer(selected, root)
         return self._trainer_state
 
     @property
@@ -169,7 +170,7 @@ class ResumeInitializer(CheckpointInitializer):
             is_below = root is None or file.model == root or file.model.startswith(f"{root}.")
             if not is_below or not (found.committed or file.info in (None, self.config.model_info)):
                 continue
-            with open_checkpoint(file.path) as reader:
+            with open_checkpoint(file.path, stopwatch=self.stopwatch) as reader:
                 if file.part != "optim":
                     said[file.path.name] = said_by(reader.metadata, file.path)
                 committed = found.committed_file(file)
@@ -195,7 +196,7 @@ class ResumeInitializer(CheckpointInitializer):
         file = selected.file(root, "trainer")
         if file is None:
             raise CheckpointNotFoundError(f"{selected.name} has no trainer file of {root}", path=selected.folder)
-        with open_checkpoint(file.path) as reader:
+        with open_checkpoint(file.path, stopwatch=self.stopwatch) as reader:
             iteration, run_id = said_by(reader.metadata, file.path)
             if iteration is None or not iteration.is_fully_specified:
                 raise CheckpointFormatError(

@@ -56,6 +56,8 @@ class Integrity:
         self._handle = handle
         self._records = records
         self._known: dict[TensorInfo, Finding | None] = {}
+        #: Bytes that have been read to be compared, or looked at.
+        self.examined = 0
 
     def check_committed(self, committed: CommittedFile, tensors: Mapping[str, TensorInfo]) -> None:
         """Compare all that the header says with the manifest. Raises ``CheckpointCorruptError``."""
@@ -134,6 +136,7 @@ class Integrity:
         self, stretches: list[Stretch], looked_at: Mapping[str, Mapping[Values, list[TensorInfo]]]
     ) -> list[Record]:
         findings = examine(self._handle, stretches)
+        self.examined += sum(stretch.size for stretch in stretches if stretch.is_read)
         if not findings.damaged:
             for index, stretch in enumerate(stretches):
                 for number, infos in enumerate(looked_at.get(stretch.name, {}).values()):

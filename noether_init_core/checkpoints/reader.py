@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
@@ -33,6 +34,7 @@ from noether_init_core.errors import (
     CheckpointNotFoundError,
     UnsafeGlobalError,
 )
+from noether_init_core.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +52,11 @@ _logger = logging.getLogger(__name__)
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, digest: str | None = None, allow_globals: Collection[str] = ()
+    path: str | os.PathLike[str],
+    *,
+    digest: str | None = None,
+    allow_globals: Collection[str] = (),
+    stopwatch: Stopwatch | None = None,
 ) -> CheckpointReader:
     """Open and screen a checkpoint: ``.th``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin`` of torch.save, or ``.safetensors``.
 
@@ -63,18 +69,25 @@ def open_checkpoint(
     objects of them are read as inert ``ForeignObject`` records. The environment variable
     ``NOETHER_INIT_ALLOW_GLOBALS`` adds to them, separated by commas. A config never does.
 
+    ``stopwatch``: takes the time of this call, and of everything that the reader does later.
+
     Raises ``CheckpointNotFoundError``, ``CheckpointFormatError`` (``UnsafeGlobalError`` for names that are not
     allowed) or ``CheckpointCorruptError`` (digest, or checksum of the header).
     """
-    handle = open_file(Path(path))
-    try:
-        if digest is not None:
-            handle.check_digest(digest)
-        with no_garbage_collection():
-            return CheckpointReader(handle, allow_globals=allow_globals, is_verified=digest is not None)
-    except BaseException:
-        handle.close()
-        raise
+    stopwatch = Stopwatch() if stopwatch is None else stopwatch
+    with stopwatch.phase("screen"):
+        handle = open_file(Path(path))
+        try:
+            if digest is not None:
+                with stopwatch.phase("verify", handle.size):
+                    handle.check_digest(digest)
+            with no_garbage_collection():
+                return CheckpointReader(
+                    handle, allow_globals=allow_globals, is_verified=digest is not None, stopwatch=stopwatch
+                )
+        except BaseException:
+            handle.close()
+            raise
 
 
 class CheckpointReader:
@@ -104,9 +117,17 @@ class CheckpointReader:
     format: Literal["torch", "safetensors"]
     _records: Mapping[str, Record]
 
-    def __init__(self, handle: FileHandle, *, allow_globals: Collection[str] = (), is_verified: bool = False) -> None:
+    def __init__(
+        self,
+        handle: FileHandle,
+        *,
+        allow_globals: Collection[str] = (),
+        is_verified: bool = False,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
         self.path = handle.path
         self._handle = handle
+        self._stopwatch = Stopwatch() if stopwatch is None else stopwatch
         self._is_verified = is_verified
         if is_safetensors(handle):
             self._open_safetensors()
@@ -164,7 +185,8 @@ class CheckpointReader:
         if mode not in ("full", "header", "none"):
             raise CheckpointError(f"verify is {mode!r}; it can be full, header or none", path=self.path)
         if mode == "full" and not self._is_verified:
-            self._verify(digest, committed, [self._info(value) for value in values], {})
+            with self._examining("verify"):
+                self._verify(digest, committed, [self._info(value) for value in values], {})
 
     @property
     def has_checksums(self) -> bool:
@@ -177,14 +199,16 @@ class CheckpointReader:
         What ``verify`` was told to look at is not read again. No tensor is read into memory as a whole.
         """
         infos = {key: self._info(key) for key in keys}
-        found = self._integrity.nonfinite(infos.values())
+        with self._examining("verify"):
+            found = self._integrity.nonfinite(infos.values())
         return {key: found[info] for key, info in infos.items() if info in found}
 
     def is_same(self, first: str, other: str) -> bool:
         """Whether two tensors have the same dtype, shape and bytes. They are not read into memory as a whole."""
         from noether_init_core.checkpoints.transfer import are_equal
 
-        return are_equal(self._handle, self._records, self._find(first), self._find(other))
+        with self._stopwatch.phase("verify"):
+            return are_equal(self._handle, self._records, self._find(first), self._find(other))
 
     @property
     def digest_of_records(self) -> str:
@@ -217,7 +241,8 @@ class CheckpointReader:
             digest = None if committed.records is not None and self._has_checksums else committed.digest
         if digest is not None:
             try:
-                self._handle.check_digest(digest)
+                with self._stopwatch.phase("verify", self._handle.size):
+                    self._handle.check_digest(digest)
             except CheckpointCorruptError:
                 if self._has_checksums:
                     self._compare_checksums()  # names the keys, where it is damage and not another file
@@ -291,12 +316,16 @@ class CheckpointReader:
         found, targets = allocated(self._handle, self._records, wanted)
         values = wanted if look else []
         if mode == "full" and not self._is_verified:
-            self._verify(digest, committed, values, targets)
+            with self._examining("verify"):
+                self._verify(digest, committed, values, targets)
         elif targets:
-            self._integrity.damaged(values, targets=targets, has_checksums=False)
-        for info in wanted:
-            if info not in found:
-                found[info] = read_tensor(self._handle, self._records, info)
+            with self._examining("read"):
+                self._integrity.damaged(values, targets=targets, has_checksums=False)
+        left = [info for info in wanted if info not in found]
+        if left:
+            with self._stopwatch.phase("read", sum(info.nbytes for info in left)):
+                for info in left:
+                    found[info] = read_tensor(self._handle, self._records, info)
         return found
 
     def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -308,15 +337,16 @@ class CheckpointReader:
         """
         from noether_init_core.checkpoints.transfer import map_tensors
 
-        return map_tensors(self._handle, self._records, {key: self._find(key) for key in keys})
+        with self._stopwatch.phase("read"):
+            return map_tensors(self._handle, self._records, {key: self._find(key) for key in keys})
 
     def read(self, key_or_info: str | TensorInfo) -> torch.Tensor:
         """The tensor, on the CPU, in memory of its own, without gradient."""
         from noether_init_core.checkpoints.transfer import read_tensor
 
-        if isinstance(key_or_info, TensorInfo):
-            return read_tensor(self._handle, self._records, self._own(key_or_info))
-        return read_tensor(self._handle, self._records, self._find(key_or_info), key_or_info)
+        info = self._info(key_or_info)
+        with self._stopwatch.phase("read", info.nbytes):
+            return read_tensor(self._handle, self._records, info, key_or_info if isinstance(key_or_info, str) else "")
 
     def pieces(self, key: str) -> Iterator[torch.Tensor]:
         """The tensor in slices along one dimension, each of about a megabyte, so that all of it is never in memory."""
@@ -336,7 +366,7 @@ class CheckpointReader:
 
         sources = [(key, self._find(key), target) for key, target in targets.items()]
         self._handle.check_unchanged()
-        copy_tensors(self._handle, self._records, sources)
+        copy_tensors(self._handle, self._records, sources, self._stopwatch)
         self._handle.check_unchanged()
 
     def load(self) -> Any:
@@ -351,9 +381,21 @@ class CheckpointReader:
         """``value``, taken from ``metadata`` or ``extra_state``, with real tensors."""
         from noether_init_core.checkpoints.transfer import Materializer
 
-        converted = Materializer(self._handle, self._records, self._versions).convert(value)
+        materializer = Materializer(self._handle, self._records, self._versions)
+        with self._stopwatch.phase("read"):
+            converted = materializer.convert(value)
+        self._stopwatch.count("read", materializer.nbytes)
         self._handle.check_unchanged()
         return converted
+
+    @contextmanager
+    def _examining(self, phase: str) -> Iterator[None]:
+        before = self._integrity.examined
+        try:
+            with self._stopwatch.phase(phase):
+                yield
+        finally:  # damage is told when all was read
+            self._stopwatch.count(phase, self._integrity.examined - before)
 
     def _open_safetensors(self) -> None:
         header = read_safetensors_header(self._handle)

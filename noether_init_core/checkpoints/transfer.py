@@ -17,6 +17,7 @@ from noether_init_core.checkpoints.tensor_info import ITEMSIZES, TensorInfo
 from noether_init_core.checkpoints.values import ForeignObject, GlobalName
 from noether_init_core.checkpoints.versions import METADATA, Versions
 from noether_init_core.errors import CheckpointFormatError, StateMismatchError
+from noether_init_core.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,10 @@ def read_tensor(handle: FileHandle, records: Mapping[str, Record], info: TensorI
 
 
 def copy_tensors(
-    handle: FileHandle, records: Mapping[str, Record], sources: Sequence[tuple[str, TensorInfo, torch.Tensor]]
+    handle: FileHandle,
+    records: Mapping[str, Record],
+    sources: Sequence[tuple[str, TensorInfo, torch.Tensor]],
+    stopwatch: Stopwatch,
 ) -> None:
     """Copy into existing tensors of the same shape: straight into their memory, or in chunks through small buffers.
 
@@ -90,12 +94,16 @@ def copy_tensors(
             staged.setdefault(target.device, []).append((key, info, target))
         else:
             rest.append((key, info, target))
-    handle.read_all(direct)
+    with stopwatch.phase("read", sum(transfer.target.nbytes for transfer in direct)):
+        handle.read_all(direct)
     with torch.no_grad():
         for device, of_device in staged.items():
-            copy_staged(handle, records, of_device, device)
-        for key, info, target in rest:
-            _copy_in_chunks(handle, records, info, target, key)
+            with stopwatch.phase("copy", sum(info.nbytes for _key, info, _target in of_device)):
+                copy_staged(handle, records, of_device, device)
+        if rest:
+            with stopwatch.phase("cast", sum(info.nbytes for _key, info, _target in rest)):
+                for key, info, target in rest:
+                    _copy_in_chunks(handle, records, info, target, key)
 
 
 def copy_staged(
@@ -224,6 +232,11 @@ class Materializer:
         self._left = (1 << 20) + 16 * handle.size
         self._tensors: dict[TensorInfo, torch.Tensor] = {}
         self._containers: dict[int, tuple[Any, Any]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that have been read."""
+        return sum(info.nbytes for info in self._tensors)
 
     def convert(self, value: Any) -> Any:
         """The value with tensors, ``torch.dtype`` and ``torch.device`` in place of what stands for them."""

@@ -55,6 +55,11 @@ class Stretch:
     values: tuple[Values, ...] = ()
     target: memoryview | None = None
 
+    @property
+    def is_read(self) -> bool:
+        """Whether there is a reason to read it: something to compare, to look at, or to fill."""
+        return self.crc is not None or self.digest is not None or bool(self.values) or self.target is not None
+
 
 @attrs.frozen
 class Findings:
@@ -118,7 +123,7 @@ class _Part:
 def _parts(stretches: Sequence[Stretch]) -> Iterable[_Part]:
     """In the order of the file; large stretches are split where their checksum can be combined of parts."""
     for index, stretch in sorted(enumerate(stretches), key=lambda pair: pair[1].offset):
-        if stretch.crc is None and stretch.digest is None and not stretch.values and stretch.target is None:
+        if not stretch.is_read:
             continue
         step = max(stretch.size, 1) if stretch.digest is not None else GROUP
         for begin in range(0, max(stretch.size, 1), step):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+import functools
 import logging
 from typing import Any, ClassVar
 
 from noether_init_core.config.base import KindConfig
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
+from noether_init_core.stopwatch import Stopwatch, Timing
 
 __all__ = ["InitializerBase"]
 
@@ -35,6 +37,20 @@ class InitializerBase(abc.ABC):
         self.config = config
         self.path_provider: PathProvider | None = None if path_provider is None else PathProvider.of(path_provider)
         self.logger = logging.getLogger(f"{type(self).__module__}.{type(self).__qualname__}")
+
+    @functools.cached_property
+    def stopwatch(self) -> Stopwatch:
+        """Takes the time of phases (``with self.stopwatch.phase("read", nbytes):``); the stack resets it at its end."""
+        return Stopwatch()
+
+    @property
+    def timings(self) -> tuple[Timing, ...]:
+        """Seconds and bytes of each phase so far, for the report and for observers.
+
+        They count from the end of the last initialization on, so what was selected and read to tell the start, or
+        planned beforehand, counts.
+        """
+        return self.stopwatch.timings
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:  # noqa: B027 - doing nothing is the default
         """Find out everything that could fail, and change nothing. Not a hook; the stack calls it before any hook.

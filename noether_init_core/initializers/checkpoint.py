@@ -68,8 +68,8 @@ class CheckpointInitializerConfig(InitializerConfig, SourceInitializerConfig):
 
     @pydantic.model_validator(mode="after")
     def _check_optimizer_fields(self) -> Self:
-        about_state = ("param_groups", "on_missing_state", "on_unexpected_state")
-        given = [name for name in about_state if name in self.model_fields_set]
+        about_state: dict[str, Any] = {"param_groups": {}, "on_missing_state": "error", "on_unexpected_state": None}
+        given = [name for name, default in about_state.items() if getattr(self, name) != default]
         if given and not self.load_optim:
             raise ValueError(f"{given[0]} is about optimizer state, which is not loaded. Add: load_optim: true")
         return self
@@ -233,7 +233,8 @@ class CheckpointInitializer(SourceInitializer):
         for step in steps:
             restored = step.restored(continues=self.continues)
             try:
-                apply_optimizer(step.plan, step.optimizer, _as_it_is, keep_fields=step.keep_fields)
+                with self.stopwatch.phase("copy"):
+                    apply_optimizer(step.plan, step.optimizer, _as_it_is, keep_fields=step.keep_fields)
             except Exception as error:
                 raise PartlyInitializedError(
                     f"{self.config.kind}: the optimizer of {step.leaf.path} failed while it took its state: {error}",
@@ -330,12 +331,17 @@ class CheckpointInitializer(SourceInitializer):
             self.logger.info("%s: %s is frozen, its optimizer is left", self.config.kind, path)
         for path in without:
             self.logger.info("%s: %s has no optimizer", self.config.kind, path)
-        if without and not chosen and "load_optim" in self.config.model_fields_set:
+        if without and not chosen and self._optimizer_is_asked_for:
             raise ConfigError(
                 f"load_optim: true, but {', '.join(without)} has no optimizer to load into. "
                 "Next: bind(module, optimizer=...), or load_optim: false"
             )
         return chosen
+
+    @property
+    def _optimizer_is_asked_for(self) -> bool:
+        """Whether the config asks for optimizer state that the kind would not load by itself."""
+        return self.config.load_optim and type(self.config).model_fields["load_optim"].default is not True
 
     def _by_optimizer(self, model: Any) -> tuple[list[Leaf], list[str], list[str]]:
         """Models with an optimizer to load, paths of those that have none, and of those that are frozen."""
@@ -354,7 +360,7 @@ class CheckpointInitializer(SourceInitializer):
         chosen, without, _frozen = self._by_optimizer(model)
         problems: list[Problem] = []
         warnings: list[Problem] = []
-        if not chosen and "load_optim" in self.config.model_fields_set:
+        if not chosen and self._optimizer_is_asked_for:
             message = "optimizer state: not planned, the model has no optimizer"
             warnings += [Problem("optimizer", message, path) for path in without]
         for leaf in chosen:
@@ -378,8 +384,9 @@ class CheckpointInitializer(SourceInitializer):
         leaves = self._optimizer_leaves(model)
         if not leaves:
             return []
-        self.before_locating(self.leaves(model))
-        self.select([self._need(leaf, "optim") for leaf in leaves])
+        with self.stopwatch.phase("find"):
+            self.before_locating(self.leaves(model))
+            self.select([self._need(leaf, "optim") for leaf in leaves])
         plan = self.planned(model)
         steps = []
         for leaf in leaves:
@@ -462,11 +469,12 @@ class CheckpointInitializer(SourceInitializer):
             self._check_moments(reader, states, source.path.name)
             self._check_fields(fields, source.path.name)
         tree = _Tree(reader, tensors, source.path.name)
-        return attrs.evolve(
-            plan,
-            state=tuple(tuple(map(tree.of, states)) for states in plan.state),
-            fields=tuple(tree.of(values) for values in plan.fields) if fields else plan.fields,
-        )
+        with self.stopwatch.phase("copy"):
+            return attrs.evolve(
+                plan,
+                state=tuple(tuple(map(tree.of, states)) for states in plan.state),
+                fields=tuple(tree.of(values) for values in plan.fields) if fields else plan.fields,
+            )
 
     @staticmethod
     def _keeps_fields(leaf: Leaf) -> bool:
@@ -486,7 +494,7 @@ class CheckpointInitializer(SourceInitializer):
                     self._found_nonfinite(f"{file}: {key} of group {number} of the optimizer is NaN")
 
     def _found_nonfinite(self, message: str) -> None:
-        if self.config.on_nonfinite == "error":
+        if self.on_nonfinite == "error":
             raise StateMismatchError(
                 f"{message}. Nothing was changed. To load it all the same: on_nonfinite: warn", problems=[message]
             )

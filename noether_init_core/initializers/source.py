@@ -59,8 +59,9 @@ class SourceInitializerConfig(KindConfig):
         description="full: every byte against its checksum; header: the structure only; none: nothing, nor are values "
         "looked at unless on_nonfinite is given.",
     )
-    on_nonfinite: Literal["error", "warn", "ignore"] = pydantic.Field(
-        default="error", description="What NaN, or infinities in a parameter, lead to."
+    on_nonfinite: Literal["error", "warn", "ignore"] | None = pydantic.Field(
+        default=None,
+        description="What NaN, or infinities in a parameter, lead to; when null an error, with verify: none nothing.",
     )
     cast: Literal["same_kind", "none", "any"] = pydantic.Field(
         default="same_kind", description="Which dtypes may be converted: float to float, none, or any."
@@ -172,7 +173,7 @@ class SourceInitializer(InitializerBase):
         #: Path of a model -> the file that its weights came from, after ``init_weights``.
         self.last_sources: dict[str, Source] = {}
         #: Where a key of the config stands, for messages; the stack says it where there is a file.
-        self.said_at: Callable[..., str] = lambda *path: ".".join(map(str, path))
+        self.said_at: Callable[..., str] = _dotted
         #: Ids of tensors that initializers before this one will have loaded; the stack says it.
         self.loaded_before: frozenset[int] = frozenset()
         #: What was restored besides weights, in words for the report.
@@ -180,6 +181,10 @@ class SourceInitializer(InitializerBase):
         self._planned: tuple[Any, LoadPlan] | None = None
         # what was checked last, and for which tensors; while these are the same, it holds
         self._ready: tuple[tuple[Any, ...], _Prepared] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What goes to another process is what it was made from: neither open files nor what was found out so far."""
+        return _made_anew, (type(self), self.config, self.path_provider)
 
     @abc.abstractmethod
     def locate(self, model_name: str, part: Part) -> Source | None:
@@ -258,6 +263,7 @@ class SourceInitializer(InitializerBase):
                     by_code=by_code,
                     device=device_for(leaf.model),
                     may_map=self.config.verify == "none",
+                    stopwatch=self.stopwatch,
                 )
             except Exception as error:
                 raise PartlyInitializedError(
@@ -295,6 +301,7 @@ class SourceInitializer(InitializerBase):
         """Close every file, and forget what was restored: a later initialization has a report of its own."""
         self.close_files()
         self.restored.clear()
+        self.stopwatch.reset()
 
     @property
     def continues(self) -> bool:
@@ -337,10 +344,12 @@ class SourceInitializer(InitializerBase):
         """The reader of ``part`` of ``leaf``, opened at the first call; None where there is no such file."""
         key = (leaf.path, part)
         if key not in self._opened:
-            source = next((found for name in leaf.file_names if (found := self.locate(name, part)) is not None), None)
+            names = leaf.file_names
+            with self.stopwatch.phase("find"):
+                source = next((found for name in names if (found := self.locate(name, part)) is not None), None)
             if source is None:
                 return None
-            self._opened[key] = _Opened(source, open_checkpoint(source.path))
+            self._opened[key] = _Opened(source, open_checkpoint(source.path, stopwatch=self.stopwatch))
         return self._opened[key].reader
 
     def planned(self, model: Any) -> LoadPlan:
@@ -356,8 +365,9 @@ class SourceInitializer(InitializerBase):
 
     def _parts(self, model: Any) -> tuple[tuple[PlanPart, ...], tuple[Leaf, ...], dict[str, ModelTargets]]:
         """The single models with what their files have, and what they have themselves."""
-        leaves = self.leaves(model)
-        self.before_locating(leaves)
+        with self.stopwatch.phase("find"):
+            leaves = self.leaves(model)
+            self.before_locating(leaves)
         parts = []
         targets = {}
         for leaf in leaves:
@@ -427,20 +437,21 @@ class SourceInitializer(InitializerBase):
                 else (),
             )
             if (leaf.path, id(reader)) not in self._checked_values:
-                for finding in check_values(prepared.plan, leaf.path, reader, on_nonfinite):
-                    self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, finding.message)
-                check_casts(prepared.plan, leaf.path, reader)
+                with self.stopwatch.phase("verify"):
+                    for finding in check_values(prepared.plan, leaf.path, reader, on_nonfinite):
+                        self.logger.warning("%s: %s: %s", self.config.kind, leaf.path, finding.message)
+                    check_casts(prepared.plan, leaf.path, reader)
                 self._checked_values.add((leaf.path, id(reader)))
-        check_across(prepared.plan, {leaf.path: self._opened[leaf.path, "model"].reader for leaf in prepared.leaves})
+        with self.stopwatch.phase("verify"):
+            readers = {leaf.path: self._opened[leaf.path, "model"].reader for leaf in prepared.leaves}
+            check_across(prepared.plan, readers)
         self._ready = _tensors_of(model, prepared.leaves), prepared
         return prepared
 
     @property
     def on_nonfinite(self) -> OnNonfinite:
         """The policy for NaN and infinities; ``verify: none`` looks at no values, unless the config says it."""
-        if self.config.verify == "none" and "on_nonfinite" not in self.config.model_fields_set:
-            return "ignore"
-        return self.config.on_nonfinite
+        return self.config.on_nonfinite or ("ignore" if self.config.verify == "none" else "error")
 
     def _check_memory(self, leaf: Leaf, prepared: _Prepared) -> None:
         """A model on the meta device gets memory, but only for what the file has."""
@@ -469,6 +480,14 @@ class SourceInitializer(InitializerBase):
         if opened is not None:
             self._checked_values.discard((path, id(opened.reader)))
             opened.reader.close()
+
+
+def _made_anew(cls: type[SourceInitializer], config: KindConfig, path_provider: Any) -> SourceInitializer:
+    return cls(config, path_provider=path_provider, **(getattr(config, "kwargs", None) or {}))
+
+
+def _dotted(*path: str | int) -> str:
+    return ".".join(map(str, path))
 
 
 @attrs.frozen

@@ -10,6 +10,7 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from noether_init_core.errors import PlanError, StateMismatchError
+from noether_init_core.stopwatch import Stopwatch
 from noether_init_core.surgery.fresh import FreshMemory, on_meta
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.steps import Pad, Step, carry_out
@@ -44,6 +45,7 @@ def apply_rows(
     by_code: Set[Identity] = frozenset(),
     device: torch.device | None = None,
     may_map: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> list[str]:
     """Write every tensor that ``rows`` (of one model) load, in place; parameters keep their identity.
 
@@ -54,16 +56,18 @@ def apply_rows(
     tensors in memory, with the versions that the file says of them; hooks that follow a load are called. What such code
     loads has its value from there, under every name: ``by_code`` are tensors that modules of other models load so.
 
-    The plan must be free of problems and the reader verified; nothing is decided here. Returns the names that were
-    written.
+    The plan must be free of problems and the reader verified; nothing is decided here. ``stopwatch`` gets the time of
+    what is copied in memory; that of reading the reader counts itself. Returns the names that were written.
     """
+    stopwatch = Stopwatch() if stopwatch is None else stopwatch
     rows = tuple(rows)
     by_code = by_code | loaded_by_code(rows, targets).keys()
     fresh = FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
     _reset(rows, targets, fresh)
     for own in targets.own_loading:
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(own.prefix))
-        _load_itself(own, rows, reader, targets)
+        with stopwatch.phase("copy"):
+            _load_itself(own, rows, reader, targets)
     written = [row.target for row in rows if row.writes and row.target is not None]
     prefixes = tuple(own.prefix for own in targets.own_loading)
     left = [
@@ -88,10 +92,12 @@ def apply_rows(
             plain.append((row, tensor))
     with torch.no_grad():
         _copy_plain(plain, reader, fresh, may_map)
-        for (sources, _steps), together in made.items():
-            tensors = [reader.read(source) for source in sources]
-            for row, tensor in together:
-                _put(row, tensors, fresh.of(tensor))
+        if made:
+            with stopwatch.phase("copy", sum(row.nbytes for together in made.values() for row, _tensor in together)):
+                for (sources, _steps), together in made.items():
+                    tensors = [reader.read(source) for source in sources]
+                    for row, tensor in together:
+                        _put(row, tensors, fresh.of(tensor))
     fresh.hand_over()
     for module in targets.after_loading:
         for hook in tuple(module._load_state_dict_post_hooks.values()):

@@ -1,4 +1,4 @@
-"""Observers: plain objects with pluggy wrappers around the hooks, switched on by name, never by being installed."""
+"""From the name of an observer in a config to the object that a distribution registered for it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,136 @@
+"""Where the time of an initialization went: phases, their seconds and their bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import attrs
+
+__all__ = ["PHASES", "Mark", "Stopwatch", "Timing", "summed"]
+
+#: The phases of this package, in the order in which they are told; a kind may have others besides.
+PHASES = ("find", "screen", "verify", "read", "cast", "copy")
+
+
+@attrs.frozen
+class Timing:
+    """Seconds of one phase, and the bytes that went through it; None where bytes make no sense.
+
+    ======== =============================================================================================
+    find     which set and which files are meant: folders listed, manifests read
+    screen   files opened: structure, header, places of all tensors. No bytes are counted
+    verify   bytes compared with checksums or digests, values looked at. Optimizer state is read into the
+             memory that it stays in by the same pass, so with ``verify: full`` its reading is in here
+    read     from the file into memory, for most weights straight into the parameter: no copy follows
+    cast     tensors of another dtype or order in memory than in the file, converted piece by piece; reading
+             the pieces is in here
+    copy     what steps of ``transforms`` make, loading code of modules, the way to an accelerator through
+             small buffers (reading included), optimizer state that is handed over
+    ======== =============================================================================================
+
+    A phase inside another one counts by itself, so no second counts twice. Between the phases is what is in none of
+    them: config, plan, code of trainers and callbacks, the report. With several threads it is the time that passed,
+    and not that of each thread.
+    """
+
+    phase: str
+    seconds: float
+    nbytes: int | None = None
+
+
+@attrs.frozen
+class Mark:
+    """What a stopwatch showed at one moment; see ``Stopwatch.since``."""
+
+    resets: int = -1
+    timings: tuple[Timing, ...] = ()
+
+
+class Stopwatch:
+    """Adds up the time of phases; for one thread at a time. A phase costs two looks at a clock.
+
+    A kind that reads in its own way measures it so, under a name of ``PHASES`` or one of its own::
+
+        with self.stopwatch.phase("download", nbytes):
+            ...
+
+    ``open_checkpoint(path, stopwatch=self.stopwatch)`` measures what the reader does.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+        self._nbytes: dict[str, int] = {}
+        self._running: list[str] = []
+        self._since = 0.0
+        self._resets = 0
+
+    @contextmanager
+    def phase(self, name: str, nbytes: int | None = None) -> Iterator[None]:
+        """Count the time of the block, less that of phases inside it; ``nbytes`` unless it raises."""
+        self._switch()
+        self._running.append(name)
+        try:
+            yield
+            if nbytes:
+                self.count(name, nbytes)
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def count(self, name: str, nbytes: int) -> None:
+        """Add bytes to a phase whose number is known only afterwards."""
+        if nbytes:
+            self._nbytes[name] = self._nbytes.get(name, 0) + nbytes
+
+    @property
+    def timings(self) -> tuple[Timing, ...]:
+        """What has been counted since the last ``reset``: ``PHASES`` in their order, then others as they came."""
+        return _ordered(self._seconds, self._nbytes)
+
+    def mark(self) -> Mark:
+        """This moment, for ``since``."""
+        return Mark(self._resets, self.timings)
+
+    def since(self, mark: Mark) -> tuple[Timing, ...]:
+        """What has been counted since then; after a ``reset``, since that."""
+        before = {one.phase: one for one in mark.timings} if mark.resets == self._resets else {}
+        found = []
+        for one in self.timings:
+            old = before.get(one.phase, Timing(one.phase, 0.0))
+            if (one.seconds, one.nbytes) != (old.seconds, old.nbytes):
+                nbytes = (one.nbytes or 0) - (old.nbytes or 0)
+                found.append(Timing(one.phase, one.seconds - old.seconds, nbytes or None))
+        return tuple(found)
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._seconds.clear()
+        self._nbytes.clear()
+        self._resets += 1
+
+    def _switch(self) -> None:
+        """Give the time since the last switch to the phase that ran."""
+        now = self._clock()
+        if self._running:
+            name = self._running[-1]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+def summed(timings: Iterable[Timing]) -> tuple[Timing, ...]:
+    """One timing for each phase; bytes are None where none of them has any."""
+    seconds: dict[str, float] = {}
+    nbytes: dict[str, int] = {}
+    for one in timings:
+        seconds[one.phase] = seconds.get(one.phase, 0.0) + one.seconds
+        if one.nbytes is not None:
+            nbytes[one.phase] = nbytes.get(one.phase, 0) + one.nbytes
+    return _ordered(seconds, nbytes)
+
+
+def _ordered(seconds: dict[str, float], nbytes: dict[str, int]) -> tuple[Timing, ...]:
+    names = [*(name for name in PHASES if name in seconds), *(name for name in seconds if name not in PHASES)]
+    return tuple(Timing(name, seconds[name], nbytes.get(name)) for name in names)
