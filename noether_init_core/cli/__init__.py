@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from noether_init_core.cli import inspect, kinds, overview, plan, schema, suggest, validate, verify
+from noether_init_core.cli import inspect, kinds, new, overview, plan, schema, suggest, validate, verify
 from noether_init_core.errors import InitError
 
 __all__ = ["app", "main"]
@@ -34,6 +34,7 @@ app.command("suggest", rich_help_panel="Decide", epilog="Example: noether-init s
     suggest.run
 )
 app.command("verify", rich_help_panel="Do", epilog="Example: noether-init verify runs/pretrain")(verify.run)
+app.command("new", rich_help_panel="Publish", epilog="Example: noether-init new demo")(new.run)
 
 
 @app.callback(invoke_without_command=True)

@@ -297,7 +297,17 @@ def test_inspect_of_what_is_no_run_and_no_file_creates_nothing(invoke: Invoke, t
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nonsense"], ["schema"], ["schema", "file", "file"], ["kinds", "--yaml"], ["validate"], ["inspect"], ["verify"]],
+    [
+        ["nonsense"],
+        ["schema"],
+        ["schema", "file", "file"],
+        ["kinds", "--yaml"],
+        ["validate"],
+        ["inspect"],
+        ["verify"],
+        ["new"],
+        ["new", "demo", "--base", "no"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(invoke: Invoke, arguments: list[str]) -> None:
     """A missing or surplus argument, an unknown command or option."""
@@ -306,7 +316,7 @@ def test_wrong_usage_is_exit_code_2(invoke: Invoke, arguments: list[str]) -> Non
     assert "Usage: noether-init" in result.err
 
 
-@pytest.mark.parametrize("command", [[], ["kinds"], ["inspect"], ["schema"], ["validate"], ["verify"]])
+@pytest.mark.parametrize("command", [[], ["kinds"], ["inspect"], ["schema"], ["validate"], ["verify"], ["new"]])
 def test_help_ends_with_one_example_of_that_command(invoke: Invoke, command: list[str]) -> None:
     """The last line can be copied."""
     lines = [line.strip() for line in invoke(*command, "--help").out.splitlines() if line.strip()]
