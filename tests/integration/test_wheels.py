@@ -83,13 +83,15 @@ def _members(archive: Path) -> set[str]:
 
 
 def test_the_wheel_and_the_sdist_hold_the_package_and_nothing_of_the_repository(built: Path) -> None:
-    """No tests, plugins, examples or docs; every module of the package and py.typed are there."""
+    """No tests, plugins, examples or docs; every module, py.typed and the template of new packages are there."""
     (wheel,) = built.glob("noether_init_core-*.whl")
     (sdist,) = built.glob("noether_init_core-*.tar.gz")
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "noether_init_core").rglob("*.py")}
+    files = [path for path in (ROOT / "noether_init_core").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    sources = {str(path.relative_to(ROOT)) for path in files}
+    template = "noether_init_core/scaffold/template/common"
+    assert {"noether_init_core/py.typed", f"{template}/.gitignore.jinja"} <= sources
     for archive in (wheel, sdist):
-        members = _members(archive)
-        assert sources | {"noether_init_core/py.typed"} <= members
+        assert sources <= _members(archive)
     assert {name.split("/")[0].partition("-")[0] for name in _members(wheel)} == {"noether_init_core"}
     roots = {name.split("/")[0] for name in _members(sdist)}
     allowed = {"noether_init_core", "README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "PKG-INFO", ".gitignore"}
