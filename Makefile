@@ -8,6 +8,7 @@ PYTHON3 ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$candidate" && break; done)
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
+PLUGINS := $(dir $(wildcard plugins/*/pyproject.toml))
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 8
@@ -15,12 +16,13 @@ help:  ## Show the targets
 env: $(STAMP)  ## Create .venv with everything for development
 
 # Where Python comes without ensurepip, the pip that is there installs one into the environment.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(PLUGINS:%=%pyproject.toml)
 	@test -n "$(PYTHON3)" || { echo "Python 3.11 or newer is needed; PYTHON3=... names it" >&2; exit 2; }
 	test -x $(PYTHON) || "$(PYTHON3)" -m venv .venv || { "$(PYTHON3)" -m venv --clear --without-pip .venv \
 		&& "$(PYTHON3)" -m pip --python $(PYTHON) install --quiet pip; }
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt hatchling editables
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --no-deps $(PLUGINS:%=--editable ./%)
 	touch $(STAMP)
 
 demo: env  ## Train, kill, resume, compare, warm-start; draws the picture

@@ -1,4 +1,4 @@
-"""The code blocks of the pages under ``docs/`` and of the README, and a runner that treats them as a reader would."""
+"""The code blocks of the pages under ``docs/`` and of the READMEs, and a runner that treats them as a reader would."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """The README and every page of the site, sorted."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """The README, every page of the site and the README of every plugin, sorted."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
 
 
 def blocks_of(source: str) -> list[Block]:
