@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,14 @@ IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 
 @pytest.fixture
 def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Takes back what a page changes in the process: its modules, the import path, registered kinds, generators."""
+    """Takes back what a page changes in the process: modules, import path, environment, registered kinds, generators."""
+    environment = dict(os.environ)
     monkeypatch.setattr(sys, "path", list(sys.path))
     registered = {info.name for info in kinds.installed() if info.distribution is None}
     with torch.random.fork_rng(devices=[]):
         yield
+    os.environ.clear()
+    os.environ.update(environment)
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]
