@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.foreign import ForeignPackages
 
+pytest_plugins = ["noether_init_core.testing"]
+
 
 @pytest.fixture(scope="session")
 def noether_runs() -> Path:

@@ -70,13 +70,19 @@ def case_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def source_run(case_folder: Path) -> Callable[..., SavedRun]:
-    """Makes runs on disk: ``source_run("composite", run_id="pretrain")``; each shape once for each run id."""
+def source_run(case_folder: Path, _saved_once: Callable[[str, Path], SavedRun]) -> Callable[..., SavedRun]:
+    """Makes runs on disk: ``source_run("composite")``; each call gives another one, in a folder of its own."""
 
-    def make(shape: str = "single", run_id: str = "source") -> SavedRun:
-        return saved_run(case_folder / f"{run_id}-{shape}", shape, run_id)
+    def make(shape: str = "single") -> SavedRun:
+        return _saved_once(shape, _another_folder(case_folder))
 
     return make
+
+
+def _another_folder(parent: Path) -> Path:
+    folder = parent / f"{len(list(parent.iterdir()))}"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture
@@ -94,8 +100,8 @@ def new_case(
     continues = isinstance(cls, type) and issubclass(cls, Checks) and cls.continues.is_open
 
     def make(shape: str, model: Any = None) -> Case:
-        folder = case_folder / f"case-{len(list(case_folder.iterdir()))}"
-        (folder / "config").mkdir(parents=True)
+        folder = _another_folder(case_folder)
+        (folder / "config").mkdir()
         source = _saved_once(shape, folder)
         return Case(
             shape,
@@ -118,7 +124,7 @@ def broken_runs(source_run: Callable[..., SavedRun]) -> Mapping[str, SavedRun]:
     manifest. ``without weights``: the file of the weights is gone. ``empty``: a run folder without checkpoints. Plain
     files are broken alike (``uncommitted``: they are gone).
     """
-    found = {what: source_run("single", what.replace(" ", "_")) for what in _BREAKS}
+    found = {what: source_run() for what in _BREAKS}
     for what, run in found.items():
         _BREAKS[what](run)
     return found

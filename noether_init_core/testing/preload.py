@@ -5,3 +5,6 @@ from noether_init_core.initializers import source
 from noether_init_core.testing import models, snapshots
 
 __all__ = ["models", "snapshots", "source", "stack"]
+
+# the first step of an optimizer imports a good part of torch
+models.new_model("single", seed=0)

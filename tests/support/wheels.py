@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 
-__all__ = ["ROOT", "Environment", "build_core", "clean_environment", "run_process"]
+__all__ = ["ROOT", "Environment", "build_core", "build_wheel", "clean_environment", "run_process"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,3 +74,11 @@ def clean_environment(folder: Path, built: Path) -> Environment:
     (clean.site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
     clean.pip("install", "--no-index", "--find-links", built, "noether-init-core")
     return clean
+
+
+def build_wheel(project: Path, folder: Path) -> Path:
+    """Write the wheel of the package in ``project`` into ``folder``, without a network; the project stays clean."""
+    before = set(folder.glob("*.whl"))
+    run_process(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, where=project)
+    (built,) = set(folder.glob("*.whl")) - before
+    return built

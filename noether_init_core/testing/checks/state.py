@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pydantic
+import numpy as np
 import pytest
+import torch
 
 from noether_init_core import kinds
 from noether_init_core.testing.checks.base import Checks, MakeConfig, NewCase
+from noether_init_core.testing.checks.config import secret_fields
 from noether_init_core.testing.snapshots import (
     differences,
     open_files,
@@ -65,6 +67,8 @@ class StateChecks(Checks):
         case = new_case("single")
         config = make_config(case)
         kinds.resolve(self.kind)  # what the import does, another check looks at
+        # not where a seed leads to: an earlier test may have been left there
+        torch.rand(()), np.random.random(), random.random()
         before = state_of_process()
         self.initialize(case, config)
         changed = differences(before, state_of_process())
@@ -105,7 +109,7 @@ class StateChecks(Checks):
         capfd: pytest.CaptureFixture[str],
     ) -> None:
         """No secret stands in a report, a representation, a dump, the log or on the terminal."""
-        hidden = list(_secret_fields(kinds.resolve(self.kind).config_class))
+        hidden = list(secret_fields(kinds.resolve(self.kind).config_class))
         assert secrets or not hidden, (
             f"{', '.join(hidden)} is secret. Give the kit a fixture secrets: the texts that nobody may read"
         )
@@ -125,15 +129,3 @@ class StateChecks(Checks):
         for secret in secrets:
             places = [place for place, text in told.items() if secret in text]
             assert not places, f"a secret stands in {' and '.join(places)}. Use pydantic.SecretStr, and leave it out"
-
-
-def _secret_fields(cls: type[pydantic.BaseModel]) -> Iterator[str]:
-    for name, field in cls.model_fields.items():
-        if any(one in (pydantic.SecretStr, pydantic.SecretBytes) for one in _types_in(field.annotation)):
-            yield name
-
-
-def _types_in(annotation: Any) -> Iterator[Any]:
-    yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _types_in(argument)

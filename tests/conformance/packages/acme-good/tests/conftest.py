@@ -1,0 +1,1 @@
+pytest_plugins = ["noether_init_core.testing"]
