@@ -19,7 +19,7 @@ IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 
 @pytest.fixture
 def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Takes back what a page changes in the process: modules, import path, environment, registered kinds, generators."""
+    """Takes back what a page changes: modules, import path, environment, registered kinds, random generators."""
     environment = dict(os.environ)
     monkeypatch.setattr(sys, "path", list(sys.path))
     registered = {info.name for info in kinds.installed() if info.distribution is None}
