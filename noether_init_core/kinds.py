@@ -334,9 +334,10 @@ def _import_failed(info: KindInfo, error: BaseException) -> KindImportError:
 
 
 def _unknown(kind: str) -> UnknownKindError:
+    there = {info.name for info in installed()}
     usable = {info.name: info for info in installed() if info.blocked_by is None}
     near = _near(kind, usable)
-    hints = _near(kind, _DISTRIBUTION_OF, cutoff=0.8)
+    hints = _near(kind, [name for name in _DISTRIBUTION_OF if name not in there], cutoff=0.8)
     parts = [f"no kind {_quoted(kind)}"]
     if near:
         parts.append("Near: " + ", ".join(f"{name} ({usable[name].source})" for name in near))

@@ -171,11 +171,19 @@ def test_an_unknown_kind_without_near_names_lists_what_is_installed() -> None:
         kinds.resolve("zzzzzz")
 
 
-@pytest.mark.parametrize("kind", ["random", "Random", "randm"])
+@pytest.mark.parametrize("kind", ["soup", "Soup", "soups"])
 def test_a_kind_of_a_known_distribution_is_told_how_to_install_it(kind: str) -> None:
     """The hint comes from the core's own table."""
-    with pytest.raises(UnknownKindError, match="pip install noether-init-random"):
+    with pytest.raises(UnknownKindError, match="soup comes with noether-init-soup: pip install noether-init-soup"):
         kinds.resolve(kind)
+
+
+def test_a_kind_that_is_installed_is_not_to_be_installed_again(foreign: ForeignPackages) -> None:
+    """Misspelt, it is near; what brings it is there."""
+    foreign.install("noether-init-soup", offers={"soup": "soup_kind:K"})
+    with pytest.raises(UnknownKindError) as caught:
+        kinds.resolve("soups")
+    assert str(caught.value) == 'no kind "soups". Near: soup (noether-init-soup 1.0). Next: noether-init kinds'
 
 
 @pytest.mark.parametrize("kind", ["os.system", "logging.os.system", "builtins.eval", "antigravity.x", "json.tool.main"])

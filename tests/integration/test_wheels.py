@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.wheels import ROOT, Environment, run_process
+from support.wheels import ROOT, Environment, build_wheel, run_process
+
+PLUGINS = sorted(project.parent for project in ROOT.glob("plugins/*/pyproject.toml"))
+RANDOM = "noether-init-random"
 
 CONSTANT = '''
 """A kind of a stranger: fills every parameter with one number."""
@@ -171,6 +174,67 @@ def test_after_uninstalling_it_the_error_names_what_is_missing(
     checked = environment.command("validate", "init.yaml", where=tmp_path)
     assert (checked.returncode, checked.stderr) == (1, "")
     assert output.strip() in checked.stdout
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
+def test_a_plugin_of_this_repository_is_a_wheel_like_any_strangers(
+    plugin: Path, environment: Environment, built: Path, tmp_path: Path
+) -> None:
+    """Its package and nothing else; its kinds are those of its project file, and they resolve."""
+    project = tomllib.loads((plugin / "pyproject.toml").read_text())["project"]
+    points = project["entry-points"]["noether_init.initializers"]
+    wheel = build_wheel(plugin, tmp_path)
+    sources = {str(path.relative_to(plugin / "src")) for path in (plugin / "src").rglob("*.py")}
+    package = project["name"].replace("-", "_")
+    members = _members(wheel)
+    assert sources | {f"{package}/py.typed"} <= members
+    assert {name.split("/")[0] for name in members} == {package, f"{package}-{project['version']}.dist-info"}
+    assert any(name.endswith("/licenses/LICENSE") for name in members)
+    environment.pip("install", "--no-index", "--find-links", built, wheel)
+    try:
+        output = environment.run(
+            f"""
+            import json
+            from noether_init_core import kinds
+            found = {{one.name: one.target for one in kinds.installed() if one.distribution == {project["name"]!r}}}
+            print(json.dumps([found, [kinds.resolve(name).__module__ for name in found]]))
+            """,
+            where=tmp_path,
+        )
+    finally:
+        environment.pip("uninstall", "--yes", project["name"])
+    found, modules = json.loads(output)
+    assert found == points
+    assert {module.partition(".")[0] for module in modules} == {package}
+
+
+def test_the_kind_random_comes_and_goes_with_its_wheel(environment: Environment, built: Path, tmp_path: Path) -> None:
+    """Installed, it starts a run from a file; uninstalled, the error says what to install."""
+    (tmp_path / "init.yaml").write_text(
+        "initializers:\n- kind: random\n  rules:\n  - {match: '**', init: constant_, val: 2.5}\n"
+    )
+    environment.pip("install", "--no-index", "--find-links", built, build_wheel(ROOT / "plugins" / RANDOM, tmp_path))
+    checked = environment.command("validate", "init.yaml", where=tmp_path)
+    try:
+        output = environment.run(
+            """
+            import torch
+            from noether_init_core import InitializerStack, bind
+            model = torch.nn.Linear(2, 1)
+            print(InitializerStack.from_file("init.yaml").initialize(bind(model, name="mlp")))
+            print(model.weight.tolist(), model.bias.tolist())
+            """,
+            where=tmp_path,
+        )
+    finally:
+        environment.pip("uninstall", "--yes", RANDOM)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert output.splitlines() == ["start E0_U0_S0", "random: no files (2 drawn with seed 0)", "[[2.5, 2.5]] [2.5]"]
+    checked = environment.command("validate", "init.yaml", where=tmp_path)
+    assert checked.returncode == 1
+    assert (
+        f'init.yaml:2 initializers.0.kind: no kind "random". random comes with {RANDOM}: pip install' in checked.stdout
+    )
 
 
 def test_two_wheels_that_claim_a_kind_and_one_that_raises_do_no_harm(

@@ -138,8 +138,8 @@ def test_scalars_of_a_file_get_the_types_of_the_signature(tmp_path: Path) -> Non
         ({"init": "uniform_", "a": 1, "b": 0}, "uniform_ cannot draw last: uniform_ expects to return a [from, to)"),
         ({"init": "trunc_normal_", "std": 0}, "trunc_normal_ cannot draw last: float division by zero"),
         ({"init": "constant_", "val": 1e6}, "constant_ cannot draw last: torch.float16 cannot hold the values"),
-        ({"init": "ones_", "match": "lest"}, "lest matches nothing earlier rules left; there are last"),
-        ({"init": "ones_", "match": "first"}, "first matches nothing earlier rules left; there are first"),
+        ({"init": "ones_", "match": "lest"}, "lest matches nothing earlier rules left. Near: last"),
+        ({"init": "ones_", "match": "first"}, "first matches nothing earlier rules left. Near: first"),
     ],
 )
 @pytest.mark.parametrize("hook", ["initialize", "check", "init_weights"])
@@ -176,13 +176,13 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(PlanError) as caught:
         asked.initialize(bind(module, name="net"))
     assert len(caught.value.problems) == 11
-    assert caught.value.problems[-1].startswith("rules.1: head matches nothing earlier rules left; there are 0.weight")
+    assert caught.value.problems[-1].startswith("rules.1: head matches nothing earlier rules left. Near: 0.weight")
     assert str(caught.value).splitlines()[-2:] == ["  and 3 more", "Nothing was changed."]
 
 
 def test_a_model_without_parameters_has_nothing_to_draw() -> None:
     """A rule that can match nothing is an error there, too."""
-    with pytest.raises(PlanError, match=r"rules\.0: \* matches nothing earlier rules left; there are none"):
+    with pytest.raises(PlanError, match=r"rules\.0: \* matches nothing earlier rules left. Near: none"):
         stack({"match": "*", "init": "ones_"}).initialize(bind(torch.nn.Identity(), name="net"))
 
 

@@ -111,7 +111,7 @@ class RandomInitializer(InitializerBase):
         for number, rule in enumerate(rules):
             if number not in first.values():
                 there = _listed(near(rule.match, [*parameters]) or [*parameters]) or "none"
-                problems.append(f"rules.{number}: {rule.match} matches nothing earlier rules left; there are {there}")
+                problems.append(f"rules.{number}: {rule.match} matches nothing earlier rules left. Near: {there}")
         if left and self.config.on_leftover == "error":
             problems.append(f"no rule matches {_listed(left)} (on_leftover: error)")
         if problems:
