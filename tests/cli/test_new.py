@@ -143,6 +143,13 @@ def test_names_that_cannot_work_are_told_one_that_can(
     assert str(caught.value).endswith(following)
 
 
+@pytest.mark.parametrize("word", ["null", "true", "false", "yes", "no", "on", "off", "y", "n"])
+def test_a_word_that_some_reader_of_yaml_takes_for_a_value_is_no_kind(word: str) -> None:
+    """``kind: off`` must be a text for whoever reads the config."""
+    with pytest.raises(InvalidNameError, match=rf"word of YAML.*--kind my_{word}$"):
+        names_of("demo", kind=word)
+
+
 TEXTS = st.one_of(
     st.text(max_size=120),
     st.text(st.sampled_from("abz09-_. AÄ/\\"), max_size=12),
