@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from noether_init_core import kinds
     from noether_init_core.artifacts import ArtifactCache
+    from noether_init_core.authors import NameGlobs, named_parameters
     from noether_init_core.binding import bind, compose
     from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
     from noether_init_core.checkpoints.retention import Retention
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         NoGoodSetError,
         PartlyInitializedError,
         PlanError,
+        ProbeMismatchError,
         StartConflictError,
         StateMismatchError,
         TornSetError,
@@ -88,11 +90,13 @@ __all__ = [
     "KindError",
     "KindImportError",
     "LoadPlan",
+    "NameGlobs",
     "NoGoodSetError",
     "Part",
     "PartlyInitializedError",
     "PathProvider",
     "PlanError",
+    "ProbeMismatchError",
     "Retention",
     "RunStore",
     "Source",
@@ -112,12 +116,14 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "kinds",
+    "named_parameters",
     "open_checkpoint",
 ]
 
 # Module -> the public names that it defines.
 _HOMES = {
     "artifacts": ("ArtifactCache",),
+    "authors": ("NameGlobs", "named_parameters"),
     "binding": ("bind", "compose"),
     "checkpoints.reader": ("CheckpointReader", "open_checkpoint"),
     "checkpoints.retention": ("Retention",),
@@ -145,6 +151,7 @@ _HOMES = {
         "NoGoodSetError",
         "PartlyInitializedError",
         "PlanError",
+        "ProbeMismatchError",
         "StartConflictError",
         "StateMismatchError",
         "TornSetError",

@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
+import attrs
+import pydantic
+
+from noether_init_core import hooks
 from noether_init_core.config.base import KindConfig
-from noether_init_core.hooks import HOOK_NAMES, HookSpecs
+from noether_init_core.hooks import HOOK_NAMES
 from noether_init_core.initializers.base import InitializerBase
 
-__all__ = ["declared_version", "findings", "hook_arguments", "unimplemented"]
+__all__ = ["Finding", "advice", "declared_version", "examine", "findings", "hook_arguments"]
 
 # Names that people write for a hook although they are not near by spelling.
 _MISNOMERS = {
@@ -30,13 +34,21 @@ _MISNOMERS = {
     "load_weights": "init_weights",
     "start_iteration": "start_checkpoint",
 }
-_NOT_THE_AUTHORS = ("abc", "builtins", "noether_init_core")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_INIT = "def __init__(self, config, *, path_provider=None, ...): super().__init__(config, path_provider=path_provider)"
+
+
+@attrs.frozen
+class Finding:
+    """What is wrong with a class, and what to write instead."""
+
+    message: str
+    fix: str
 
 
 def hook_arguments() -> dict[str, tuple[str, ...]]:
-    """Hook -> the arguments that its specification offers."""
-    return {name: tuple(inspect.signature(getattr(HookSpecs, name)).parameters)[1:] for name in HOOK_NAMES}
+    """Hook -> the arguments that its specification offers, deprecated ones included."""
+    return {name: tuple(inspect.signature(getattr(hooks.HookSpecs, name)).parameters)[1:] for name in HOOK_NAMES}
 
 
 def declared_version(cls: type[InitializerBase]) -> object:
@@ -48,39 +60,56 @@ def declared_version(cls: type[InitializerBase]) -> object:
     return vars(cls).get("contract", 1)
 
 
-def findings(cls: type[InitializerBase]) -> tuple[str, ...]:
-    """Every way in which ``cls`` breaks the contract, in words; empty where it keeps it."""
-    found = [*_class_findings(cls), *_name_findings(cls)]
+def examine(cls: type[InitializerBase]) -> tuple[Finding, ...]:
+    """Every way in which ``cls`` breaks the contract; empty where it keeps it. A class with one cannot be used."""
+    found = [*_of_class(cls), *_of_names(cls)]
     for name, arguments in hook_arguments().items():
-        found += _hook_findings(cls, name, arguments)
-    return (*found, *_check_findings(cls))
+        found += _of_hook(cls, name, arguments)
+    return (*found, *_of_check(cls))
 
 
-def unimplemented(cls: type[InitializerBase]) -> tuple[str, ...]:
-    """The abstract methods that ``cls`` leaves, as they are called: ``locate(model_name, part)``."""
-    found = []
-    for name in sorted(getattr(cls, "__abstractmethods__", ())):
-        function = inspect.getattr_static(cls, name)
-        is_method = isinstance(function, FunctionType)
-        found.append(f"{name}({', '.join([*inspect.signature(function).parameters][1:])})" if is_method else name)
-    return tuple(found)
+def findings(cls: type[InitializerBase]) -> tuple[str, ...]:
+    """The messages of ``examine``."""
+    return tuple(finding.message for finding in examine(cls))
 
 
-def _class_findings(cls: type[InitializerBase]) -> Iterator[str]:
+def advice(cls: type[InitializerBase]) -> tuple[Finding, ...]:
+    """What keeps the contract, and will trouble users or the author later."""
+    return (*_of_version(cls), *_of_deprecations(cls), *_of_promises(cls), *_of_config(cls.config_class))
+
+
+def _of_class(cls: type[InitializerBase]) -> Iterator[Finding]:
     version = declared_version(cls)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        yield f"contract is {version!r}, not a whole number of at least 1"
+        yield Finding(
+            f"contract is {version!r}, not a whole number of at least 1",
+            f"contract: ClassVar[int] = {hooks.CONTRACT_VERSION}",
+        )
     config_class: object = getattr(cls, "config_class", None)
     if not (isinstance(config_class, type) and issubclass(config_class, KindConfig)):
-        yield f"config_class is {config_class!r}, not a subclass of KindConfig"
+        yield Finding(
+            f"config_class is {config_class!r}, not a subclass of KindConfig",
+            "derive the config from KindConfig, or from SourceInitializerConfig for a SourceInitializer",
+        )
     elif config_class.model_config.get("extra") != "forbid":
-        yield f"config_class {config_class.__qualname__} lets unknown keys pass; it must keep extra='forbid'"
-    for method in unimplemented(cls):
-        yield f"{method} is not implemented"
+        yield Finding(
+            f"config_class {config_class.__qualname__} lets unknown keys pass; it must keep extra='forbid'",
+            f"take extra out of the model_config of {config_class.__qualname__}",
+        )
+    for method in _unimplemented(cls):
+        yield Finding(f"{method} is not implemented", f"implement {method}")
     try:
         inspect.signature(cls.__init__).bind_partial(None, None, path_provider=None)
     except TypeError as error:
-        yield f"__init__ cannot be called with (config, path_provider=...): {error}"
+        yield Finding(f"__init__ cannot be called with (config, path_provider=...): {error}", _INIT)
+
+
+def _unimplemented(cls: type[InitializerBase]) -> Iterator[str]:
+    """The abstract methods that ``cls`` leaves, as they are called: ``locate(model_name, part)``."""
+    for name in sorted(getattr(cls, "__abstractmethods__", ())):
+        function = inspect.getattr_static(cls, name)
+        is_method = isinstance(function, FunctionType)
+        yield f"{name}({', '.join([*inspect.signature(function).parameters][1:])})" if is_method else name
 
 
 def _own_classes(cls: type) -> Iterator[type]:
@@ -92,7 +121,7 @@ def _own_classes(cls: type) -> Iterator[type]:
             yield base
 
 
-def _name_findings(cls: type[InitializerBase]) -> Iterator[str]:
+def _of_names(cls: type[InitializerBase]) -> Iterator[Finding]:
     own = [name for base in _own_classes(cls) for name in vars(base)]
     known = {name for base in cls.__mro__ if base not in _own_classes(cls) for name in vars(base)}
     for name in sorted(set(own)):
@@ -103,48 +132,127 @@ def _name_findings(cls: type[InitializerBase]) -> Iterator[str]:
         )
         # Beside the hook itself, a method of a similar name is a helper.
         if near and near[0] not in own:
-            yield f"{name} is no hook and would never be called; did you mean {near[0]}?"
+            yield Finding(
+                f"{name} is no hook and would never be called; did you mean {near[0]}?",
+                f"rename it to {near[0]}, or to _{name} if it is a helper",
+            )
 
 
-def _hook_findings(cls: type[InitializerBase], name: str, arguments: tuple[str, ...]) -> Iterator[str]:
+def _of_hook(cls: type[InitializerBase], name: str, arguments: tuple[str, ...]) -> Iterator[Finding]:
     function = inspect.getattr_static(cls, name, None)
+    plain = f"def {name}(self, {', '.join(arguments[:-1])}): ...".replace("(self, )", "(self)")
     if not isinstance(function, FunctionType):
-        yield f"{name} is a {type(function).__name__}, not a plain method"
+        yield Finding(f"{name} is a {type(function).__name__}, not a plain method", plain)
         return
-    yield from _kind_of_function(name, function)
+    yield from _of_form(name, function)
     parameters = list(inspect.signature(function).parameters.values())
-    if not parameters or parameters[0].kind not in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    ):
-        yield f"{name} does not take self"
+    if not parameters or parameters[0].kind not in _POSITIONAL:
+        yield Finding(f"{name} does not take self", plain)
         return
     for parameter in parameters[1:]:
         offered = ", ".join(arguments)
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             star = "*" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else "**"
-            yield f"{name} takes {star}{parameter.name}, which would stay empty; name what it needs of: {offered}"
+            yield Finding(
+                f"{name} takes {star}{parameter.name}, which would stay empty; name what it needs of: {offered}", plain
+            )
         elif parameter.name not in arguments:
-            yield f"{name} takes {parameter.name}, which would never be filled; it may take: {offered}"
+            yield Finding(f"{name} takes {parameter.name}, which would never be filled; it may take: {offered}", plain)
         elif parameter.default is not inspect.Parameter.empty or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             how = "keyword-only" if parameter.kind is inspect.Parameter.KEYWORD_ONLY else "with a default"
-            yield f"{name} takes {parameter.name} {how}, so it would never be filled; make it a plain argument"
+            yield Finding(
+                f"{name} takes {parameter.name} {how}, so it would never be filled; make it a plain argument", plain
+            )
 
 
-def _check_findings(cls: type[InitializerBase]) -> Iterator[str]:
+def _of_check(cls: type[InitializerBase]) -> Iterator[Finding]:
     function: Any = inspect.getattr_static(cls, "check", None)
+    plain = "def check(self, model, trainer=None, callbacks=None): ..."
     if not isinstance(function, FunctionType):
-        yield f"check is a {type(function).__name__}, not a plain method"
+        yield Finding(f"check is a {type(function).__name__}, not a plain method", plain)
         return
-    yield from _kind_of_function("check", function)
+    yield from _of_form("check", function)
     try:
         inspect.signature(function).bind(None, None, trainer=None, callbacks=None)
     except TypeError as error:
-        yield f"check cannot be called with (model, trainer=..., callbacks=...): {error}"
+        yield Finding(f"check cannot be called with (model, trainer=..., callbacks=...): {error}", plain)
 
 
-def _kind_of_function(name: str, function: FunctionType) -> Iterator[str]:
+def _of_form(name: str, function: FunctionType) -> Iterator[Finding]:
     if inspect.isasyncgenfunction(function) or inspect.iscoroutinefunction(function):
-        yield f"{name} is async, so calling it would do nothing"
+        yield Finding(f"{name} is async, so calling it would do nothing", f"def {name}, without async")
     elif inspect.isgeneratorfunction(function):
-        yield f"{name} is a generator (it holds a yield), so calling it would do nothing"
+        yield Finding(
+            f"{name} is a generator (it holds a yield), so calling it would do nothing",
+            "move what yields into a helper, and go through it in the hook",
+        )
+
+
+def _of_version(cls: type[InitializerBase]) -> Iterator[Finding]:
+    if "contract" not in vars(cls):
+        yield Finding(
+            "it does not say the contract that it was written for, so it counts as 1",
+            f"contract: ClassVar[int] = {hooks.CONTRACT_VERSION}",
+        )
+
+
+def _of_deprecations(cls: type[InitializerBase]) -> Iterator[Finding]:
+    for hook in HOOK_NAMES:
+        function = inspect.getattr_static(cls, hook, None)
+        deprecated = hooks.deprecated_arguments(hook)
+        names = inspect.signature(function).parameters if isinstance(function, FunctionType) else ()
+        for name in names:
+            if name in deprecated:
+                yield Finding(f"{hook} takes {name}, which is deprecated: {deprecated[name]}", str(deprecated[name]))
+
+
+def _of_promises(cls: type[InitializerBase]) -> Iterator[Finding]:
+    if inspect.getattr_static(cls, "check", None) is inspect.getattr_static(InitializerBase, "check"):
+        yield Finding(
+            "it has no check, so that a failure in init_weights may leave a model half changed",
+            "def check(self, model, trainer=None, callbacks=None): raise there what can be known beforehand",
+        )
+
+
+def _of_config(config_class: type[KindConfig]) -> Iterator[Finding]:
+    for path, field in _fields(config_class):
+        if not field.description:
+            yield Finding(f"the key {path} has no description", f'{path}: ... = Field(..., description="...")')
+    for inner in _models_below(config_class):
+        if inner.model_config.get("extra", "ignore") == "ignore":
+            yield Finding(
+                f"{inner.__qualname__}, a part of the config, lets unknown keys pass",
+                f'model_config = ConfigDict(extra="forbid") in {inner.__qualname__}',
+            )
+    try:
+        config_class.model_json_schema()
+    except pydantic.errors.PydanticInvalidForJsonSchema as error:
+        yield Finding(
+            f"its config has no JSON schema, for editors and noether-init schema: {str(error).splitlines()[0]}",
+            "keep what comes from Python only in kwargs, out of the fields",
+        )
+
+
+def _fields(cls: type[pydantic.BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in cls.model_fields.items():
+        yield f"{path}{name}", field
+        for inner in _classes_in(field.annotation):
+            if inner is not cls:
+                yield from _fields(inner, f"{path}{name}.")
+
+
+def _models_below(cls: type[pydantic.BaseModel]) -> Iterator[type[pydantic.BaseModel]]:
+    for field in cls.model_fields.values():
+        for inner in _classes_in(field.annotation):
+            if inner is not cls:
+                yield inner
+                yield from _models_below(inner)
+
+
+def _classes_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
+    """The models in an annotation; configs of other kinds have a look of their own."""
+    is_model = isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
+    if is_model and not issubclass(annotation, KindConfig):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _classes_in(argument)

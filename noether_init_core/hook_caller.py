@@ -7,8 +7,9 @@ from typing import Any
 
 import pluggy
 
+from noether_init_core import hooks
 from noether_init_core.errors import ConfigError, type_of
-from noether_init_core.hooks import HOOK_NAMES, PROJECT_NAME, HookSpecs, hookimpl
+from noether_init_core.hooks import HOOK_NAMES, PROJECT_NAME, hookimpl
 from noether_init_core.initializers.base import InitializerBase
 
 __all__ = ["HookCaller"]
@@ -74,7 +75,7 @@ class HookCaller:
     def __init__(self, initializers: Sequence[Any], observers: Iterable[Any]) -> None:
         self._initializers = tuple(initializers)
         self._manager = _PluginManager(PROJECT_NAME)
-        self._manager.add_hookspecs(HookSpecs)
+        self._manager.add_hookspecs(hooks.HookSpecs)
         for number, initializer in enumerate(self._initializers):
             if not isinstance(initializer, InitializerBase):
                 raise ConfigError(
@@ -95,7 +96,8 @@ class HookCaller:
         """
         others = [other for other in self._initializers if other is not initializer]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
-        caller(initializer=initializer, **arguments)
+        renamed = {old: arguments[new] for old, new in hooks.RENAMED_ARGUMENTS.items() if new in arguments}
+        caller(initializer=initializer, **arguments, **renamed)
         if self._recorder.error is not None:
             raise self._recorder.error
         return self._recorder.results

@@ -49,6 +49,7 @@ __all__ = [
     "describe",
     "home_of",
     "installed",
+    "load",
     "register",
     "resolve",
     "unregister",
@@ -59,15 +60,8 @@ __all__ = [
 GROUP = "noether_init.initializers"
 _LISTED = 12
 # Which distribution brings a kind that is not installed. Shipped with the core, so that the text of a config can never
-# name a package to install.
-_DISTRIBUTION_OF = {
-    "dcp": "noether-init-dcp",
-    "huggingface": "noether-init-huggingface",
-    "lightning": "noether-init-lightning",
-    "random": "noether-init-random",
-    "soup": "noether-init-soup",
-    "transformers": "noether-init-transformers",
-}
+# name a package to install; and only what has been published, lest a stranger takes the name.
+_DISTRIBUTION_OF = {"random": "noether-init-random"}
 
 
 @attrs.frozen
@@ -137,15 +131,23 @@ def resolve(kind: str) -> type[InitializerBase]:
 
     Raises ``KindError``: unknown, blocked, in conflict, failing on import, or breaking the contract.
     """
+    info, loaded = load(kind)
+    return _registered[info.name] if info.distribution is None else _checked(info, loaded)
+
+
+def load(kind: str) -> tuple[KindInfo, object]:
+    """What the one entry point of ``kind`` leads to, whatever it is (steps 1 to 6). Imports the plugin.
+
+    Raises ``KindError``: unknown, blocked, in conflict, or failing on import.
+    """
     info, offer = _described(kind)
     if offer is None:
-        return _registered[info.name]
+        return info, _registered[info.name]
     try:
-        loaded = offer.load()
+        return info, offer.load()
     # A plugin may raise anything at all, and must not end a training run by sys.exit either.
     except (Exception, SystemExit) as error:
         raise _import_failed(info, error) from error
-    return _checked(info, loaded)
 
 
 def validate(config: Mapping[str, Any] | KindConfig, *, context: Any = None) -> KindConfig:
@@ -225,10 +227,9 @@ def _checked(info: KindInfo, loaded: object) -> type[InitializerBase]:
     from noether_init_core.initializers.base import InitializerBase
 
     place = f"kind {_quoted(info.name)} ({info.source}): {info.target}"
-    correct = "correct the class, see docs/write/first-kind.md" + _not_yours(info)
     if not (isinstance(loaded, type) and issubclass(loaded, InitializerBase)):
         finding = f"is {_shown(loaded)}, not a subclass of InitializerBase"
-        raise KindContractError(f"{place} {finding}. Next: {correct}", kind=info.name, findings=[finding])
+        raise KindContractError(f"{place} {finding}. {_mend(info)}", kind=info.name, findings=[finding])
     version = contract.declared_version(loaded)
     if isinstance(version, int) and version > CONTRACT_VERSION:
         finding = f"was written for contract {version}; the installed noether-init-core has contract {CONTRACT_VERSION}"
@@ -237,21 +238,21 @@ def _checked(info: KindInfo, loaded: object) -> type[InitializerBase]:
         )
     findings = contract.findings(loaded)
     if findings:
-        listed = "; ".join(findings)
-        missing = contract.unimplemented(loaded)
-        if missing:
-            correct = correct.replace("correct the class", f"implement {', '.join(missing)}", 1)
         raise KindContractError(
-            f"{place} breaks the contract of initializers: {listed}. Next: {correct}", kind=info.name, findings=findings
+            f"{place} breaks the contract of initializers: {'; '.join(findings)}. {_mend(info)}",
+            kind=info.name,
+            findings=findings,
         )
     return loaded
 
 
-def _not_yours(info: KindInfo) -> str:
-    """The way out for somebody who did not write the class."""
+def _mend(info: KindInfo) -> str:
+    """The next command, for the author of the class, and for somebody who did not write it."""
     if info.distribution is None:
-        return ""
-    return f"; if the package is not yours: pip install --upgrade {info.distribution}"
+        return f"Next: mend the class, and kinds.register({_quoted(info.name)}, ...) again"
+    return (
+        f"Next: noether-init check {info.name}; if the package is not yours: pip install --upgrade {info.distribution}"
+    )
 
 
 def _shown(value: object) -> str:
@@ -343,14 +344,16 @@ def _unknown(kind: str) -> UnknownKindError:
         parts.append("Near: " + ", ".join(f"{name} ({usable[name].source})" for name in near))
     elif not hints:
         parts.append(_offered())
-    parts += [f"{name} comes with {_DISTRIBUTION_OF[name]}: pip install {_DISTRIBUTION_OF[name]}" for name in hints]
+    parts += [f"{name} comes with {_DISTRIBUTION_OF[name]}, which is not installed" for name in hints]
     if not near and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", kind) and len(kind) <= 200:
         module, _, name = kind.rpartition(".")
         parts.append(
             "A dotted kind is a registered name, never an import path; no installed distribution has the line "
             f'"{kind}" = "{module}:{name}" under [project.entry-points."{GROUP}"]'
         )
-    parts.append("Next: noether-init kinds")
+    parts.append(
+        f"Next: pip install {_DISTRIBUTION_OF[hints[0]]}" if hints and not near else "Next: noether-init kinds"
+    )
     return UnknownKindError(". ".join(parts), kind=kind, candidates=near)
 
 

@@ -171,19 +171,16 @@ def test_an_unknown_kind_without_near_names_lists_what_is_installed() -> None:
         kinds.resolve("zzzzzz")
 
 
-@pytest.mark.parametrize("kind", ["soup", "Soup", "soups"])
+@pytest.mark.parametrize("kind", ["random", "Random", "randm"])
 def test_a_kind_of_a_known_distribution_is_told_how_to_install_it(kind: str) -> None:
     """The hint comes from the core's own table."""
-    with pytest.raises(UnknownKindError, match="soup comes with noether-init-soup: pip install noether-init-soup"):
+    with (
+        kinds.without_installed(),
+        pytest.raises(
+            UnknownKindError, match=r"random comes with noether-init-random.*Next: pip install noether-init-"
+        ),
+    ):
         kinds.resolve(kind)
-
-
-def test_a_kind_that_is_installed_is_not_to_be_installed_again(foreign: ForeignPackages) -> None:
-    """Misspelt, it is near; what brings it is there."""
-    foreign.install("noether-init-soup", offers={"soup": "soup_kind:K"})
-    with pytest.raises(UnknownKindError) as caught:
-        kinds.resolve("soups")
-    assert str(caught.value) == 'no kind "soups". Near: soup (noether-init-soup 1.0). Next: noether-init kinds'
 
 
 @pytest.mark.parametrize("kind", ["os.system", "logging.os.system", "builtins.eval", "antigravity.x", "json.tool.main"])
@@ -409,8 +406,7 @@ def test_a_method_that_is_missing_is_named_for_its_author(foreign: ForeignPackag
         kinds.resolve("odd")
     assert caught.value.findings == ("locate(model_name, part) is not implemented",)
     assert str(caught.value).endswith(
-        "Next: implement locate(model_name, part), see docs/write/first-kind.md; "
-        "if the package is not yours: pip install --upgrade odd-init"
+        "Next: noether-init check odd; if the package is not yours: pip install --upgrade odd-init"
     )
 
 

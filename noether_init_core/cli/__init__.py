@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from noether_init_core.cli import inspect, kinds, new, overview, plan, schema, suggest, validate, verify
+from noether_init_core.cli import check, inspect, kinds, new, overview, plan, schema, suggest, validate, verify
 from noether_init_core.errors import InitError
 
 __all__ = ["app", "main"]
@@ -35,6 +35,7 @@ app.command("suggest", rich_help_panel="Decide", epilog="Example: noether-init s
 )
 app.command("verify", rich_help_panel="Do", epilog="Example: noether-init verify runs/pretrain")(verify.run)
 app.command("new", rich_help_panel="Publish", epilog="Example: noether-init new demo")(new.run)
+app.command("check", rich_help_panel="Publish", epilog="Example: noether-init check previous_run")(check.run)
 
 
 @app.callback(invoke_without_command=True)

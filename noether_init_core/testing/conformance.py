@@ -36,7 +36,8 @@ class InitializerConformance(RegistrationChecks, ConfigChecks, WeightChecks, Saf
     closed answer skips nothing: the kit then looks whether the kind refuses, or leaves alone what it does not restore.
     The values that must arrive are those of ``case.source``, unless a fixture ``expected`` says others.
 
-    A class that several of yours share says ``__test__ = False``. ``expected_failures`` names checks that fail at present, each with the reason; they are strict.
+    A class that several of yours share says ``__test__ = False``. ``expected_failures`` names checks that fail at
+    present, each with the reason; they are strict.
     """
 
     #: Not collected itself; classes that derive from it are.

@@ -21,7 +21,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.foreign import ForeignPackages
 
-from noether_init_core import ConfigError, InvalidNameError, KindConflictError, cli
+from noether_init_core import ConfigError, InvalidNameError, KindConflictError, cli, kinds
 from noether_init_core.scaffold.naming import MAX_LENGTH, Names, check_free, names_of
 from noether_init_core.scaffold.render import Base, Package, render
 
@@ -233,8 +233,11 @@ def test_a_kind_of_a_shut_out_distribution_is_refused_too(
 
 def test_a_kind_that_is_known_to_come_with_another_distribution_is_refused() -> None:
     """Installed or not: where both are installed, neither could be used."""
-    with pytest.raises(KindConflictError, match=r"noether-init-soup.*--kind my_soup"):
-        check_free(names_of("soup"))
+    with (
+        kinds.without_installed(),
+        pytest.raises(KindConflictError, match=r"noether-init-random.*--kind my_random"),
+    ):
+        check_free(names_of("random"))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model, model_validator
 
-from noether_init_core import InitializerBase, KindConfig, PlanError
-from noether_init_core.protocols import check_model, leaf_models
-from noether_init_core.surgery.names import bare_names, near
-from noether_init_core.surgery.patterns import PatternSet, parse_glob
+from noether_init_core import InitializerBase, KindConfig, NameGlobs, PlanError, named_parameters
 
 __all__ = ["FUNCTIONS", "RandomConfig", "RandomInitializer", "Rule", "seed_of"]
 
@@ -36,7 +33,7 @@ class Rule(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        parse_glob(self.match)
+        NameGlobs([self.match])
         if self.init not in FUNCTIONS:
             raise ValueError(f"{self.init!r} is none of {', '.join(FUNCTIONS)}")
         parameters, given = inspect.signature(FUNCTIONS[self.init], eval_str=True).parameters, self.model_extra or {}
@@ -100,7 +97,7 @@ class RandomInitializer(InitializerBase):
     def _decide(self, model: Any) -> tuple[dict[str, tuple[torch.Tensor, Rule]], list[str]]:
         """Name -> parameter and the rule that draws it; and the names that no rule matches."""
         parameters, rules = _parameters(model), self.config.rules
-        globs = PatternSet(parse_glob(rule.match).expression for rule in rules)
+        globs = NameGlobs(rule.match for rule in rules)
         first = {name: matching[0] for name in parameters if (matching := globs.matching(name))}
         left = [name for name in parameters if name not in first]
         problems = [
@@ -110,7 +107,7 @@ class RandomInitializer(InitializerBase):
         ]
         for number, rule in enumerate(rules):
             if number not in first.values():
-                there = _listed(near(rule.match, [*parameters]) or [*parameters]) or "none"
+                there = _listed(NameGlobs.near(rule.match, parameters) or [*parameters]) or "none"
                 problems.append(f"rules.{number}: {rule.match} matches nothing earlier rules left. Near: {there}")
         if left and self.config.on_leftover == "error":
             problems.append(f"no rule matches {_listed(left)} (on_leftover: error)")
@@ -121,13 +118,8 @@ class RandomInitializer(InitializerBase):
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
     """Name below ``model`` -> parameter of real or complex numbers; a tied one under its first name."""
-    check_model(model)
-    found: dict[torch.Tensor, str] = {}
-    for path, leaf in leaf_models(model):
-        for name, parameter in leaf.named_parameters():
-            found.setdefault(parameter, f"{path}.{name}".removeprefix(f"{model.name}."))
-    named = {name: one for one, name in found.items() if one.dtype.is_floating_point or one.dtype.is_complex}
-    return {bare: named[name] for bare, name in bare_names(named).items()}
+    found = named_parameters(model)
+    return {name: one for name, one in found.items() if one.dtype.is_floating_point or one.dtype.is_complex}
 
 
 def _problem(parameter: torch.Tensor, rule: Rule) -> str:

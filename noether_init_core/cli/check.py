@@ -1,0 +1,127 @@
+"""``noether-init check KIND``: the static part of what makes a kind right, with the fix for each finding."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from noether_init_core import kinds
+from noether_init_core.errors import KindImportError
+
+if TYPE_CHECKING:
+    from noether_init_core.contract import Finding
+
+__all__ = ["run"]
+
+_CORE = "noether-init-core"
+
+
+def run(
+    kind: Annotated[str, typer.Argument(help="An installed kind; see: noether-init kinds.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object with all findings.")] = False,
+) -> None:
+    """Look at an installed kind without running it: nothing of it is called, it is only imported.
+
+    What is marked x breaks the contract: the kind cannot be used. What is marked ! will trouble users or the author.
+    """
+    import torch  # noqa: F401 - so that the import of the kind is timed without it
+
+    from noether_init_core import contract
+    from noether_init_core.initializers.base import InitializerBase
+
+    began = time.perf_counter()
+    info, loaded = _load(kind)
+    seconds = time.perf_counter() - began
+    problems: tuple[Finding, ...] = ()
+    advice: tuple[Finding, ...] = tuple(_of_distribution(info))
+    if not (isinstance(loaded, type) and issubclass(loaded, InitializerBase)):
+        what = "a class" if isinstance(loaded, type) else f"of type {type(loaded).__qualname__}"
+        finding = contract.Finding(
+            f"{info.target} is {what}, and no subclass of InitializerBase",
+            "let the entry point name the class: package.module:ClassName",
+        )
+        problems = (finding,)
+    else:
+        problems = contract.examine(loaded)
+        advice += contract.advice(loaded) if not problems else ()
+    if as_json:
+        typer.echo(json.dumps(_as_data(info, problems, advice), indent=2))
+    else:
+        _show(info, loaded, seconds, problems, advice)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _load(kind: str) -> tuple[kinds.KindInfo, object]:
+    """The plugin's own traceback is what its author needs."""
+    try:
+        return kinds.load(kind)
+    except KindImportError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__, file=sys.stderr)
+        raise
+
+
+def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:
+    """What the metadata should say."""
+    from noether_init_core.contract import Finding
+
+    if info.distribution in (None, _CORE):
+        return
+    distribution = importlib.metadata.distribution(str(info.distribution))
+    requirements = [re.split(r"[ ;\[<>=!~(]", line)[0] for line in distribution.requires or ()]
+    if _CORE not in [name.lower().replace("_", "-") for name in requirements]:
+        ours = importlib.metadata.version(_CORE).rsplit(".", 1)[0]
+        yield Finding(
+            f"{info.distribution} does not require {_CORE}, so that pip may leave it out, or keep one that is too old",
+            f'dependencies = ["{_CORE}>={ours}"] in pyproject.toml',
+        )
+    if "Requires-Python" not in distribution.metadata:
+        yield Finding(
+            f"{info.distribution} does not say which versions of Python it runs on",
+            'requires-python = ">=3.11" in pyproject.toml',
+        )
+
+
+def _as_data(info: kinds.KindInfo, problems: tuple[Finding, ...], advice: tuple[Finding, ...]) -> dict[str, Any]:
+    found = [("problem", finding) for finding in problems] + [("advice", finding) for finding in advice]
+    return {
+        "kind": info.name,
+        "distribution": info.distribution,
+        "version": info.version,
+        "target": info.target,
+        "findings": [{"severity": how, "message": one.message, "fix": one.fix} for how, one in found],
+    }
+
+
+def _show(
+    info: kinds.KindInfo,
+    loaded: object,
+    seconds: float,
+    problems: tuple[Finding, ...],
+    advice: tuple[Finding, ...],
+) -> None:
+    typer.echo(f"{info.name}  {info.source}  {info.target}")
+    try:
+        file = inspect.getsourcefile(loaded)  # type: ignore[arg-type]  # anything may be behind an entry point
+    except TypeError:
+        file = None
+    typer.echo(f"   imported in {seconds * 1000:.0f} ms, torch apart" + (f", from {file}" if file else ""))
+    for mark, findings in (("x", problems), ("!", advice)):
+        for finding in findings:
+            typer.echo(f" {mark} {finding.message}")
+            typer.echo(f"   fix: {finding.fix}")
+    if not problems and not advice:
+        typer.echo(" = nothing to mend that can be seen without running it")
+    typer.echo(f"problems: {len(problems)}, advice: {len(advice)}")
+    if not problems:
+        typer.echo("Next: the rest shows when it runs: python -m pytest, with noether_init_core.testing")
