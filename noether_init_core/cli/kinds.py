@@ -9,13 +9,20 @@ from typing import Annotated
 import typer
 
 from noether_init_core import kinds
+from noether_init_core.observers.loading import ObserverInfo, installed_observers
 
 __all__ = ["run"]
 
 
-def run(as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False) -> None:
+def run(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,
+    observers: Annotated[
+        bool, typer.Option("--observers", help="List observers instead, for observers: [...].")
+    ] = False,
+) -> None:
     """List the kinds that installed distributions offer. No plugin is imported."""
-    found = kinds.installed()
+    found: tuple[kinds.KindInfo | ObserverInfo, ...] = installed_observers() if observers else kinds.installed()
+    what = "observer" if observers else "kind"
     counts = Counter(info.name for info in found if info.blocked_by is None)
     if as_json:
         rows = [
@@ -32,14 +39,14 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="For programs: a li
         typer.echo(json.dumps(rows, indent=2))
         return
     if not found:
-        typer.echo("no kind is installed. Next: pip install noether-init-core")
+        typer.echo(f"no {what} is installed. Next: pip install noether-init-core")
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "kind", "offered by"):
+    for column in ("", what, "offered by"):
         table.add_column(column, overflow="fold")
     for info in found:
         if info.blocked_by is not None:
@@ -52,4 +59,4 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="For programs: a li
         table.add_row(*cells)
     Console().print(table)
     if any(count > 1 for count in counts.values()):
-        typer.echo(f"x a kind that is offered more than once cannot be used; see {kinds.DENY_VARIABLE}")
+        typer.echo(f"x what is offered more than once cannot be used; see {kinds.DENY_VARIABLE}")

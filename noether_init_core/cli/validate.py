@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from noether_init_core.errors import ConfigError
+from noether_init_core.errors import ConfigError
+from noether_init_core.observers.loading import describe_observer
 
 __all__ = ["run"]
 
@@ -30,6 +30,12 @@ def run(
             part = f" for {'.'.join(entry.submodel)}" if entry.submodel else ""
             hooks = f", {', '.join(sorted(entry.hooks))} only" if entry.hooks is not None else ""
             lines.append((entry.line or 0, f"ok {entry.key_path}: {validate_entry(entry).kind}{part}{hooks}"))
+    for name in loaded.observers:
+        try:
+            lines.append((0, f"ok observers: {name} ({describe_observer(name).source})"))
+        except ConfigError as error:
+            problems += 1
+            lines.append((0, f"x observers: {error}"))
     for _number, text in sorted(lines, key=lambda one: one[0]):
         typer.echo(text)
     if loaded.resume is not None and not problems_of(loaded.resume):
