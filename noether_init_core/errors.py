@@ -24,6 +24,7 @@
     |   `-- CheckpointWriteError (OSError)
     |-- PlanError (ValueError)                    the plan has problems; nothing was changed
     |-- StateMismatchError (ValueError)           optimizer, trainer or callback state does not fit
+    |-- ProbeMismatchError (ValueError)           the model computes something else than when it was saved
     |-- StartConflictError (ValueError)           two initializers start at other than zero, or the start has changed
     `-- PartlyInitializedError (RuntimeError)     user code failed after the first change
 
@@ -57,6 +58,7 @@ __all__ = [
     "NoGoodSetError",
     "PartlyInitializedError",
     "PlanError",
+    "ProbeMismatchError",
     "StartConflictError",
     "StateMismatchError",
     "TornSetError",
@@ -276,6 +278,32 @@ class StateMismatchError(InitError, ValueError):
     def __init__(self, message: str, *, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
+
+
+class ProbeMismatchError(InitError, ValueError):
+    """With the weights of a set the model computes something else on its probe than when the set was saved.
+
+    ``path`` is the folder of the set, ``output`` the place of the worst output in what the model returns, ``expected``
+    and ``found`` what is known of it then and now (shape, dtype, norm, digest; None where it is not there), and
+    ``difference`` the norm of the difference in parts of the norm, None where that makes no sense.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: Path | None = None,
+        output: str = "",
+        expected: Any = None,
+        found: Any = None,
+        difference: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.output = output
+        self.expected = expected
+        self.found = found
+        self.difference = difference
 
 
 class StartConflictError(InitError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ import attrs
 import xxhash
 
 from noether_init_core.checkpoints.audit_flat import AuditedFlat, audit_flat
-from noether_init_core.checkpoints.manifest import MANIFEST_NAME, MAX_PROVENANCE_BYTES, PROVENANCE_NAME
+from noether_init_core.checkpoints.file_handle import open_file
+from noether_init_core.checkpoints.manifest import MANIFEST_NAME, MAX_PROVENANCE_BYTES, PROBE_NAME, PROVENANCE_NAME
 from noether_init_core.checkpoints.queries import is_of
 from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.checkpoints.sets import (
@@ -263,8 +265,11 @@ def _committed(
         tags = tuple(tag for tag in found.tags if tag not in taken)
         newer.append(found)
         surplus = set(list_names(folder.path, store.storage)) - {file.path.name for file in found.files}
-        notes = [f"{name} is not in the manifest" for name in sorted(surplus - {MANIFEST_NAME, PROVENANCE_NAME})]
+        has_probe = found.manifest is not None and found.manifest.probe is not None
+        known = {MANIFEST_NAME, PROVENANCE_NAME, *([PROBE_NAME] if has_probe else [])}
+        notes = [f"{name} is not in the manifest" for name in sorted(surplus - known)]
         notes += _note_on_provenance(found, folder.path, store.storage)
+        notes += _note_on_probe(found, folder.path)
         audited.append((_audit(store, found, folder.path.name, tags, progress, notes), found))
     return audited
 
@@ -280,6 +285,19 @@ def _note_on_provenance(found: CheckpointSet, folder: Path, storage: Storage) ->
         return [f"{PROVENANCE_NAME} cannot be read: {error}"]
     same = f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}" == expected
     return [] if same else [f"{PROVENANCE_NAME} is not as it was written; where the weights came from is not known"]
+
+
+def _note_on_probe(found: CheckpointSet, folder: Path) -> list[str]:
+    """Only who asks for the comparison needs it: a damaged one is a note, and no problem."""
+    expected = None if found.manifest is None else found.manifest.probe
+    if expected is None:
+        return []
+    try:
+        with contextlib.closing(open_file(folder / PROBE_NAME)) as handle:
+            handle.check_digest(expected)
+    except CheckpointError as error:
+        return [f"no model can be held to its probe: {error}"]
+    return []
 
 
 def _legacy(store: RunStore, progress: Progress | None) -> list[tuple[AuditedSet, CheckpointSet | None]]:

@@ -17,7 +17,7 @@ from noether_init_core.checkpoints.storage import Storage
 from noether_init_core.checkpoints.watch import Seen, Watch
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["naming", "write_file"]
+__all__ = ["naming", "write_content", "write_file"]
 
 # a handler of signals may save to another folder in the midst of a save
 _CHECKSUMS = threading.RLock()
@@ -30,16 +30,7 @@ def write_file(folder: Path, content: FileContent, storage: Storage, watch: Watc
     ``CheckpointCorruptError`` if the file is not what was to be written.
     """
     path = folder / str(content.name)
-    with naming(path), storage.open_write(path) as file:
-        sink = _Sink(file)
-        with _checksums():
-            try:
-                torch.save(content.content, cast(Any, sink))  # a writable object is all that torch asks for
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise CheckpointError(f"torch.save refuses {content.name}: {error}", path=path) from error
-        sink.raise_error()
-        storage.fsync(file)
-    storage.make_read_only(path)
+    size, digest = write_content(path, content.content, storage)
     listed, records = _prove(path, watch, content)
     name = content.name
     return ManifestFile(
@@ -47,8 +38,8 @@ def write_file(folder: Path, content: FileContent, storage: Storage, watch: Watc
         model=name.model,
         info=name.info,
         part=name.part,
-        size=sink.size,
-        digest=f"xxh3_128:{sink.hash.hexdigest()}",
+        size=size,
+        digest=digest,
         records=records,
         buffers=content.buffers,
         tensors={
@@ -61,6 +52,24 @@ def write_file(folder: Path, content: FileContent, storage: Storage, watch: Watc
             for key, seen in listed.items()
         },
     )
+
+
+def write_content(path: Path, content: Any, storage: Storage) -> tuple[int, str]:
+    """Write one object as ``torch.save`` does, with checksums, and bring it onto the disk; returns size and digest.
+
+    Raises ``OSError``, and ``CheckpointError`` if torch refuses the content.
+    """
+    with naming(path), storage.open_write(path) as file:
+        sink = _Sink(file)
+        with _checksums():
+            try:
+                torch.save(content, cast(Any, sink))  # a writable object is all that torch asks for
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise CheckpointError(f"torch.save refuses {path.name}: {error}", path=path) from error
+        sink.raise_error()
+        storage.fsync(file)
+    storage.make_read_only(path)
+    return sink.size, f"xxh3_128:{sink.hash.hexdigest()}"
 
 
 class _Sink:

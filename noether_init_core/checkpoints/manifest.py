@@ -20,6 +20,7 @@ from noether_init_core.paths import check_name
 __all__ = [
     "MANIFEST_NAME",
     "MAX_PROVENANCE_BYTES",
+    "PROBE_NAME",
     "PROVENANCE_NAME",
     "Manifest",
     "ManifestFile",
@@ -31,6 +32,8 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 #: Beside it: where the tensors came from.
 PROVENANCE_NAME = "provenance.json"
+#: Beside it: a batch, and what the model made of it. No name that a file of weights or state can have.
+PROBE_NAME = "probe.th"
 FORMAT = "noether-init-set"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
@@ -90,7 +93,7 @@ class ManifestFile(_Model):
 class Manifest(_Model):
     """The content of ``manifest.json``.
 
-    The last four are empty in sets of earlier releases, and where nobody told the writer.
+    All of these are empty in sets of earlier releases, and where nobody told the writer.
 
     Attributes:
         frozen: Models whose optimizer was left out since they were frozen.
@@ -99,6 +102,7 @@ class Manifest(_Model):
         started_from: Name of the set in this folder that the process resumed from.
         passed_over: Names of sets in this folder that this training found to be no use, and went back behind.
         provenance: Digest of ``provenance.json`` beside it.
+        probe: Digest of ``probe.th`` beside it.
     """
 
     format: str = FORMAT
@@ -117,6 +121,7 @@ class Manifest(_Model):
     files: tuple[ManifestFile, ...]
     lineage: tuple[dict[str, Any], ...] = ()
     provenance: Digest | None = None
+    probe: Digest | None = None
     versions: dict[str, str] = {}
 
     @pydantic.model_validator(mode="after")

@@ -25,6 +25,7 @@ from noether_init_core.checkpoints.flat_names import give_room, refresh_flat_nam
 from noether_init_core.checkpoints.housekeeping import collect_leftovers, retire_sets
 from noether_init_core.checkpoints.manifest import MANIFEST_NAME, PROVENANCE_NAME, Manifest
 from noether_init_core.checkpoints.names import CheckpointFileName, check_tag, iteration_of_tag
+from noether_init_core.checkpoints.probe_file import write_probe
 from noether_init_core.checkpoints.retention import Retention, checked_metrics
 from noether_init_core.checkpoints.sets import (
     SETS_FOLDER,
@@ -40,6 +41,7 @@ from noether_init_core.checkpoints.watch import Watch
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
+from noether_init_core.probing.probe import Probe, take
 from noether_init_core.protocols import leaf_models
 
 __all__ = ["CheckpointWriter"]
@@ -62,6 +64,7 @@ class _Described:
     frozen: tuple[str, ...]
     descent: Descent
     provenance: bytes | None
+    probe: Probe | None
 
 
 class CheckpointWriter:
@@ -118,6 +121,7 @@ class CheckpointWriter:
         trainer: Any = None,
         averages: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        probe: Any = None,
     ) -> CheckpointSet:
         """Save one set and commit it under ``tags`` and the tag of its iteration; returns the committed set.
 
@@ -135,9 +139,14 @@ class CheckpointWriter:
             averages: Further weights, by info: ``{"ema=0.999": state_dict}``; for a composite by submodel first.
             metrics: Values of this iteration, such as ``{"loss.val": 0.41}``; they are recorded in the manifest, and
                 ``Retention(best=...)`` compares them.
+            probe: A small batch: a tensor; a list or tuple of arguments; a dict of keywords. The model is run on it
+                now, evaluating, and leaves no trace: train flags, buffers and random generators are put back. Batch
+                and fingerprints of what comes out are kept in the set. The observer ``probe`` repeats it when the
+                set is loaded. The process must be able to run the whole model by itself.
 
         Raises:
-            ConfigError: The model, iteration, tags, metrics or optimizer cannot be saved. Nothing was written.
+            ConfigError: The model, iteration, tags, metrics or optimizer cannot be saved, or the model cannot be run
+                on the probe. Nothing was written.
             CheckpointFormatError: A value could not be read again; its place is named. Nothing was written.
             CheckpointWriteError: The disk is full, read-only, failing or not mounted, another process holds the lock,
                 this thread is in the midst of a save, or tensors changed meanwhile. The set was not committed (but for
@@ -150,6 +159,7 @@ class CheckpointWriter:
         for content in contents:
             for tag in all_tags if self.flat_names else ():
                 CheckpointFileName(content.name.model, content.name.info, tag, content.name.part).checked()
+        taken = None if probe is None else take(model, probe)
         lineage = self._lineage(trainer)
         frozen = self._frozen(model) if optimizer else ()
         with _as_write_error(f"{full} of run {self.paths.run_id}", self.paths.checkpoint_path):
@@ -162,7 +172,9 @@ class CheckpointWriter:
                 start = Start.of(self.report, trainer)
                 descent = self._descents.of_save(checkpoints, full, start, self.storage)
                 self._tell_of_another_training(checkpoints, full, descent)
-                described = _Described(full, all_tags, lineage, values, frozen, descent, self._provenance(trainer))
+                described = _Described(
+                    full, all_tags, lineage, values, frozen, descent, self._provenance(trainer), taken
+                )
                 try:
                     committed = self._commit(checkpoints, contents, described)
                 except OSError as error:
@@ -261,6 +273,7 @@ class CheckpointWriter:
             files=files,
             lineage=described.lineage,
             provenance=self._write_provenance(folder, described.provenance),
+            probe=None if described.probe is None else write_probe(folder, described.probe, iteration, storage),
             versions=_versions(),
         )
         temporary = folder / f"{MANIFEST_NAME}.tmp"

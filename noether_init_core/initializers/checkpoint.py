@@ -154,6 +154,11 @@ class CheckpointInitializer(SourceInitializer):
         """The tag that is asked for; ``latest`` where the config says none."""
         return self.config.checkpoint_tag if self.config.checkpoint_tag is not None else "latest"
 
+    @property
+    def selected_set(self) -> CheckpointSet | None:
+        """The set that everything comes from; None before it is selected."""
+        return self._selected
+
     def select(self, needs: Sequence[Need]) -> CheckpointSet:
         """The set that the tag means. It is decided once; a later call only makes sure that it has ``needs``.
 

@@ -1,0 +1,238 @@
+"""The observer ``probe``: holds a loaded model to what it computed when its set was saved."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import attrs
+
+from noether_init_core.checkpoints.names import parse
+from noether_init_core.checkpoints.probe_file import read_probe
+from noether_init_core.checkpoints.sets import CheckpointSet
+from noether_init_core.errors import ProbeMismatchError
+from noether_init_core.hooks import hookimpl
+from noether_init_core.initializers.checkpoint import CheckpointInitializer
+from noether_init_core.initializers.source import Leaf, SourceInitializer, submodel_of
+from noether_init_core.probing.fingerprint import Compared, OutputFingerprint, compare
+from noether_init_core.probing.probe import Probe, dtype_of, repeat
+from noether_init_core.probing.quiet import device_of, hindrance
+from noether_init_core.surgery.plan import PlanRow
+from noether_init_core.surgery.steps import Interpolate, Pad, Slice
+from noether_init_core.surgery.targets import model_targets
+
+__all__ = ["ProbeObserver"]
+
+logger = logging.getLogger(__name__)
+
+Around = Generator[None, Any, Any]
+
+
+@attrs.define(eq=False)
+class _Pending:
+    """A probe to be repeated once all weights of the stack are there.
+
+    ``written`` are ids of the tensors that came whole from the set; ``others`` says who may have changed some since.
+    """
+
+    source: CheckpointSet
+    probe: Probe
+    written: set[int] = attrs.Factory(set)
+    others: list[str] = attrs.Factory(list)
+
+
+class ProbeObserver:
+    """Repeats the probe of every set that weights came from, after all weights of the stack are loaded.
+
+    The same bits, or bits that differ as rounding does, are told in the report. Anything else is a
+    ``ProbeMismatchError``, unless it is to be expected: where not all entries of the model came whole from the set, or
+    not all entries of the set went into the model, it is told in the report and in the log. A set without a probe, and
+    an initializer that takes no weights from a set, are told in the log.
+
+    A probe that is damaged is refused before any weight changes. The model and the process are left as they are.
+
+    Args:
+        tolerance: Up to which difference, in parts of the norm, it counts as rounding; None: by dtype, see
+            ``tolerance_for``.
+    """
+
+    def __init__(self, tolerance: float | None = None) -> None:
+        self._tolerance = tolerance
+        self._pending: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
+        self._said: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+    @hookimpl(wrapper=True)
+    def init_weights(self, model: Any, initializer: Any) -> Around:
+        self._pending.pop(initializer, None)
+        pending = self._begun(initializer)
+        result = yield
+        for earlier in tuple(self._pending.values()):
+            if isinstance(initializer, SourceInitializer):
+                earlier.written -= set(_written(initializer, model))
+            else:  # nobody but itself knows what it wrote
+                earlier.others.append(initializer.config.kind)
+        if pending is not None:
+            pending.written |= set(_written(initializer, model, whole=True))
+            self._pending[initializer] = pending
+        return result
+
+    @hookimpl(wrapper=True)
+    def init_optimizer(self, model: Any, initializer: Any) -> Around:
+        result = yield
+        pending = self._pending.pop(initializer, None)
+        if pending is not None:
+            said = self._held(model, initializer, pending)
+            initializer.restored.append(f"probe: {said}")
+            logger.info("%s: probe of %s: %s", initializer.config.kind, pending.source.folder, said)
+        return result
+
+    def _begun(self, initializer: Any) -> _Pending | None:
+        """The probe of the initializer's set. Raises errors of the reader where it is damaged."""
+        kind = initializer.config.kind
+        selected = initializer.selected_set if isinstance(initializer, CheckpointInitializer) else None
+        if selected is None:
+            self._say(initializer, logging.INFO, f"{kind}: no set, and so no probe")
+            return None
+        probe = read_probe(selected)
+        if probe is None:
+            self._say(initializer, logging.WARNING, f"{kind}: {selected.folder} was saved without a probe")
+            return None
+        return _Pending(selected, probe)
+
+    def _say(self, initializer: Any, level: int, text: str) -> None:
+        if self._said.get(initializer) != text:
+            self._said[initializer] = text
+            logger.log(level, "%s", text)
+
+    def _held(self, model: Any, initializer: CheckpointInitializer, pending: _Pending) -> str:
+        """Repeat the probe; returns what is to be said. Raises ``ProbeMismatchError``."""
+        probe = pending.probe
+        leaves = initializer.leaves(model)
+        chosen = submodel_of(model, tuple(filter(None, (initializer.config.submodel or "").split("."))))
+        reason = _another_model(initializer, leaves, model, probe) or hindrance(chosen)
+        if reason:
+            return f"not repeated, {reason}"
+        excuse = _excuse(initializer, leaves, pending)
+        if probe.has_drawn and device_of(chosen).type != probe.device:
+            excuse = excuse or f"random numbers of {device_of(chosen).type} are others than those of {probe.device}"
+        try:
+            found = repeat(chosen, probe)
+        except Exception as error:
+            said = f"{chosen.name} cannot be run on the probe: {type(error).__name__}: {error}"
+            if excuse:
+                return f"not repeated, {said}; {excuse}"
+            raise ProbeMismatchError(
+                f"{said}. When {_words(pending.source)} was saved it could. {_NEXT}", path=pending.source.folder
+            ) from error
+        compared = compare(
+            probe.outputs,
+            found,
+            dtypes=filter(None, (probe.dtype, dtype_of(chosen))),
+            devices=(probe.device, device_of(chosen).type),
+            tolerance=self._tolerance,
+        )
+        wrong = [one for one in compared if one.problem]
+        if not wrong:
+            return _all_well(compared)
+        worst = max(wrong, key=lambda one: float("inf") if one.difference is None else one.difference)
+        if excuse:
+            return f"{_differs(worst)}, as may be expected: {excuse}"
+        raise _mismatch(chosen, pending, found, worst)
+
+
+_NEXT = (
+    "Every entry of the model came whole from that set, so values are in other places than they were, or the model "
+    "computes otherwise. Next: look where renames and transforms put things (noether-init plan), and what changed in "
+    "the model's code or settings; if that is meant, leave out the observer probe until the next save with probe="
+)
+
+
+def _mismatch(model: Any, pending: _Pending, found: Sequence[OutputFingerprint], worst: Compared) -> ProbeMismatchError:
+    then = next((one for one in pending.probe.outputs if one.path == worst.path), None)
+    now = next((one for one in found if one.path == worst.path), None)
+    norms = "" if then is None or now is None else f" (norm {then.norm:.6g} then, {now.norm:.6g} now)"
+    return ProbeMismatchError(
+        f"{model.name} is not what it was when {_words(pending.source)} was saved: on its probe {_differs(worst)}"
+        f"{norms}. {_NEXT}",
+        path=pending.source.folder,
+        output=worst.path,
+        expected=None if then is None else attrs.asdict(then),
+        found=None if now is None else attrs.asdict(now),
+        difference=worst.difference,
+    )
+
+
+def _words(source: CheckpointSet) -> str:
+    return f"{source.name} of {source.run_id}"
+
+
+def _differs(one: Compared) -> str:
+    if one.difference is None or one.is_exact:
+        return f"{one.path} {one.problem}"
+    return f"{one.path} differs by {one.difference:.2g} of the norm, more than {one.tolerance:g}"
+
+
+def _all_well(compared: Sequence[Compared]) -> str:
+    other = [one for one in compared if not one.is_same]
+    if not other:
+        return "same bits"
+    worst = max((one for one in other if not one.is_exact), key=lambda one: one.difference or 0.0)
+    exact = [one.path for one in other if one.is_exact]
+    more = f"; {', '.join(exact)} with it" if exact else ""
+    return f"differs by {worst.difference:.1g} of the norm, within {worst.tolerance:g}{more}"
+
+
+def _another_model(initializer: CheckpointInitializer, leaves: Iterable[Leaf], model: Any, probe: Probe) -> str:
+    """Why the probe is none of what was initialized, in words; empty where it is."""
+    root = ".".join(filter(None, (str(model.name), initializer.config.submodel)))
+    places = {}
+    for leaf in leaves:
+        name = parse(initializer.last_sources[leaf.path].path.name)
+        if name is None or name.info is not None:
+            return "it is of the plain weights, and others were loaded"
+        places[leaf.path.removeprefix(root)] = name.model.removeprefix(probe.model)
+    below = {path.removeprefix(probe.model) for path in probe.models}
+    if all(here == there for here, there in places.items()) and places.keys() == below:
+        return ""
+    return f"it is of {' and '.join(probe.models)}, and other models were initialized"
+
+
+def _excuse(initializer: SourceInitializer, leaves: Sequence[Leaf], pending: _Pending) -> str:
+    """Why another output is no surprise, in words; empty where it is one."""
+    if pending.others:
+        return f"{', '.join(pending.others)} may have changed weights since"
+    rows = initializer.last_plan.rows if initializer.last_plan is not None else ()
+    entries = {id(tensor) for row, tensor in _with_tensors(rows, leaves)}
+    missing = len(entries - pending.written)
+    # extra state has no tensor
+    missing += sum(row.target is not None and row.dtype == "object" and not row.writes for row in rows)
+    unused = sum(row.target is None for row in rows)
+    said = []
+    if missing:
+        said.append(f"{missing:,} of {len(entries):,} entries of the model came not, or not whole, from the set")
+    if unused:
+        said.append(f"{unused:,} of the set went nowhere")
+    return ", ".join(said)
+
+
+def _written(initializer: SourceInitializer, model: Any, *, whole: bool = False) -> Iterator[int]:
+    """Ids of the tensors that the initializer wrote; with ``whole`` of those that are what the file has."""
+    rows = initializer.last_plan.rows if initializer.last_plan is not None else ()
+    for row, tensor in _with_tensors(rows, initializer.leaves(model)):
+        is_reset = row.action == "reset" and not whole
+        if is_reset or (row.writes and not (whole and _loses(row))):
+            yield id(tensor)
+
+
+def _loses(row: PlanRow) -> bool:
+    return row.is_partial or any(isinstance(step, Slice | Pad | Interpolate) for step in row.steps)
+
+
+def _with_tensors(rows: Iterable[PlanRow], leaves: Iterable[Leaf]) -> Iterator[tuple[PlanRow, Any]]:
+    tensors = {leaf.path: model_targets(leaf.model).tensors for leaf in leaves}
+    for row in rows:
+        tensor = tensors.get(row.model, {}).get(row.target or "")
+        if tensor is not None:
+            yield row, tensor
