@@ -91,7 +91,7 @@ def _following(names: Names, folder: Path) -> list[tuple[str, str]]:
         ("python -m pip install '.[test]'", f"registers {names.kind}, and installs pytest"),
         ("python -m pytest", "all of it passes as it is"),
         ("noether-init kinds", f"{names.kind}, offered by {names.distribution} 0.1.0"),
-        (f"noether-init check {names.kind}", "what can be said without a model"),
+        (f"noether-init check {names.kind}", "what can be seen without running it"),
     ]
 
 

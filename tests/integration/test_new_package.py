@@ -67,6 +67,13 @@ def test_it_is_listed_and_told_apart(environment: Environment, demo: Path, tmp_p
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+def test_a_look_at_it_finds_nothing_to_mend(environment: Environment, demo: Path, tmp_path: Path) -> None:
+    """``noether-init check`` has neither problems nor advice."""
+    checked = environment.command("check", "demo", "--json", where=tmp_path)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert json.loads(checked.stdout)["findings"] == []
+
+
 def test_its_wheel_is_selected_by_kind_in_a_config_file(
     environment: Environment, base: str, demo: Path, tmp_path: Path
 ) -> None:
