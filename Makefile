@@ -49,6 +49,7 @@ faults: env  ## Put in faults by the thousand (25 minutes on two cores); writes 
 bench: env  ## Measure loading and saving against other ways; writes benchmarks/load.md
 	$(PYTHON) benchmarks/load.py
 	$(PYTHON) benchmarks/plan.py
+	$(PYTHON) benchmarks/kinds.py
 
 clean:  ## Remove what was built
 	rm -rf .venv site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,204 @@
+"""Discovery where installations are untidy, and where several threads, ranks or imports ask at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+from support.foreign import INITIALIZER, ForeignPackages
+
+from noether_init_core import kinds, offers
+from noether_init_core.errors import KindConflictError, KindImportError, UnknownKindError
+
+
+def _many(foreign: ForeignPackages, count: int) -> None:
+    for number in range(count):
+        foreign.install(
+            f"many-{number}",
+            offers={f"many_{number}": f"many_module_{number}:ConstantInitializer"},
+            modules={f"many_module_{number}": INITIALIZER},
+        )
+
+
+def test_of_300_distributions_exactly_the_chosen_plugin_is_imported(foreign: ForeignPackages) -> None:
+    """All of them are installed and can be imported; one is."""
+    _many(foreign, 300)
+    before = set(sys.modules)
+    assert len([info for info in kinds.installed() if info.name.startswith("many_")]) == 300
+    assert kinds.resolve("many_150").__module__ == "many_module_150"
+    imported = {name for name in set(sys.modules) - before if name.startswith("many_module_")}
+    assert imported == {"many_module_150"}
+
+
+def test_a_scan_reads_entry_points_once_and_names_of_the_chosen_only(
+    foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a resolution costs does not grow with the metadata of strangers."""
+    _many(foreign, 20)
+    reads: list[str] = []
+    read_text = offers.importlib.metadata.PathDistribution.read_text
+
+    def counted(self: object, name: str) -> str | None:
+        reads.append(name)
+        return read_text(self, name)  # type: ignore[arg-type]  # the method it stands for
+
+    monkeypatch.setattr(offers.importlib.metadata.PathDistribution, "read_text", counted)
+    kinds.clear_cache()
+    kinds.resolve("many_7")
+    kinds.resolve("many_7")
+    total = len(list(offers.importlib.metadata.distributions()))
+    assert 20 <= reads.count("entry_points.txt") <= total
+    assert reads.count("METADATA") == 1
+
+
+def test_editable_installs_count_once(foreign: ForeignPackages, tmp_path: Path) -> None:
+    """A develop install leaves an egg-info by the source and a dist-info in site-packages: one kind, no conflict."""
+    source = tmp_path / "checkout"
+    (source / "acme_edit.egg-info").mkdir(parents=True)
+    (source / "acme_edit.egg-info" / "PKG-INFO").write_text(
+        "Metadata-Version: 2.1\nName: acme-edit\nVersion: 1.1.dev0\n"
+    )
+    (source / "acme_edit.egg-info" / "entry_points.txt").write_text(f"[{kinds.GROUP}]\nacme = acme_editable:K\n")
+    foreign.install("acme-edit", offers={"acme": "acme_editable:K"}, version="1.0")
+    (foreign.folder / "site" / "__editable__.acme_edit.pth").write_text(f"{source}\n")
+    sys.path.append(str(source))
+    try:
+        kinds.clear_cache()
+        assert [info.version for info in kinds.installed() if info.name == "acme"] == ["1.0"]
+        assert kinds.describe("acme").distribution == "acme-edit"
+    finally:
+        sys.path.remove(str(source))
+
+
+def test_an_entry_that_is_no_folder_and_a_folder_that_is_gone_do_no_harm(
+    foreign: ForeignPackages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The import path has such entries everywhere: zip files, folders that were removed, empty texts."""
+    foreign.install("fine-init", offers={"fine": "x:Y"})
+    (tmp_path / "no.zip").write_bytes(b"not a zip file")
+    for entry in (str(tmp_path / "no.zip"), str(tmp_path / "gone"), ""):
+        monkeypatch.syspath_prepend(entry)
+    kinds.clear_cache()
+    assert kinds.describe("fine").distribution == "fine-init"
+
+
+def test_two_distributions_may_share_a_namespace_package(foreign: ForeignPackages) -> None:
+    """Two distributions own parts of one package without an ``__init__``; only the part that is meant is imported."""
+    for name in ("one", "two"):
+        foreign.install(f"acme-{name}", offers={f"acme_{name}": f"acme_space.{name}:ConstantInitializer"}, site=name)
+        package = foreign.folder / name / "acme_space"
+        package.mkdir()
+        (package / f"{name}.py").write_text(INITIALIZER)
+    kinds.clear_cache()
+    assert kinds.resolve("acme_one").__module__ == "acme_space.one"
+    assert "acme_space.two" not in sys.modules
+    assert kinds.resolve("acme_two").__module__ == "acme_space.two"
+
+
+def test_a_file_named_like_the_core_in_a_strangers_folder_is_not_the_core(foreign: ForeignPackages) -> None:
+    """A target inside of this package leads to this package, or nowhere; never to a stranger's file."""
+    foreign.install("shadow-init", offers={"shadow": "noether_init_core.builtin.shadow:K"})
+    package = foreign.folder / "site" / "noether_init_core" / "builtin"
+    package.mkdir(parents=True)
+    (package / "shadow.py").write_text(INITIALIZER)
+    kinds.clear_cache()
+    with pytest.raises(KindImportError, match=r"No module named 'noether_init_core\.builtin\.shadow'"):
+        kinds.resolve("shadow")
+
+
+def test_an_entry_point_twice_in_one_distribution_is_a_conflict_only_if_it_differs(foreign: ForeignPackages) -> None:
+    """The same line twice says the same; two targets for one name cannot both be meant."""
+    info = foreign.install("twice-init")
+    (info / "entry_points.txt").write_text(
+        f"[{kinds.GROUP}]\nsame = x:Y\nsame = x:Y\nother = x:Y\nother = x:Z\n[elsewhere]\nsame = q:R\n"
+    )
+    kinds.clear_cache()
+    assert kinds.describe("same").target == "x:Y"
+    with pytest.raises(KindConflictError):
+        kinds.describe("other")
+
+
+def test_a_plugin_may_use_kinds_while_it_is_imported(foreign: ForeignPackages) -> None:
+    """Listing, resolving another kind, and asking for itself: no lock is held while a plugin runs."""
+    asking = (
+        "from noether_init_core import kinds\n"
+        "LISTED = [info.name for info in kinds.installed()]\n"
+        "FILE = kinds.resolve('file')\n"
+        f"{INITIALIZER}"
+    )
+    foreign.install(
+        "asking-init", offers={"asking": "asking_kind:ConstantInitializer"}, modules={"asking_kind": asking}
+    )
+    assert kinds.resolve("asking").__name__ == "ConstantInitializer"
+    assert "asking" in sys.modules["asking_kind"].LISTED
+    assert sys.modules["asking_kind"].FILE.__name__ == "FileInitializer"
+
+
+def test_threads_that_ask_at_once_share_one_scan(foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen threads, one scan, sixteen times the same class."""
+    _many(foreign, 30)
+    scans: list[str] = []
+    find = offers._find
+
+    def counted(group: str) -> object:
+        scans.append(group)
+        return find(group)
+
+    monkeypatch.setattr(offers, "_find", counted)
+    kinds.clear_cache()
+    barrier = threading.Barrier(16)
+    found: list[type] = []
+
+    def ask() -> None:
+        barrier.wait()
+        found.append(kinds.resolve("many_3"))
+
+    threads = [threading.Thread(target=ask) for _number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert scans == [kinds.GROUP]
+    assert len(found) == 16
+    assert len(set(found)) == 1
+
+
+def test_without_installed_hides_everything_and_brings_it_back() -> None:
+    """A registry of its own for tests: only what is registered in the process."""
+    with kinds.without_installed():
+        assert kinds.installed() == ()
+        with pytest.raises(UnknownKindError, match="No kind is installed"):
+            kinds.resolve("file")
+    assert kinds.resolve("file").__name__ == "FileInitializer"
+
+
+def test_every_rank_of_a_torchrun_resolves_the_same_class(foreign: ForeignPackages, tmp_path: Path) -> None:
+    """The real launcher starts two processes; each finds the stranger's kind by itself and initializes its model."""
+    foreign.install("acme-init", offers={"acme": "acme_ranks:ConstantInitializer"}, modules={"acme_ranks": INITIALIZER})
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, pathlib, torch
+            import torch.distributed as dist
+            from noether_init_core import InitializerStack, bind, kinds
+            dist.init_process_group("gloo")
+            model = torch.nn.Linear(2, 2)
+            InitializerStack.from_config([{"kind": "acme", "value": 2.0}]).initialize(bind(model, "net"))
+            gathered = [None, None]
+            dist.all_gather_object(gathered, [kinds.resolve("acme").__module__, model.weight.tolist()])
+            assert gathered[0] == gathered[1] == ["acme_ranks", [[2.0, 2.0], [2.0, 2.0]]], gathered
+            pathlib.Path(f"rank{os.environ['RANK']}").touch()
+            dist.destroy_process_group()
+            """
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {"PYTHONPATH": str(foreign.folder / "site"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank0", "rank1"]
