@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pydantic
 
 from noether_init_core.checkpoints.file_handle import digest_problem
 from noether_init_core.config.base import KindConfig
-from noether_init_core.errors import CheckpointNotFoundError, ConfigError
-from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
+from noether_init_core.errors import CheckpointNotFoundError
+from noether_init_core.initializers.source import Part, Source, SourceInitializer, SourceInitializerConfig
 
 __all__ = ["FileInitializer", "FileInitializerConfig"]
 
@@ -53,6 +53,7 @@ class FileInitializer(SourceInitializer):
 
     config_class: ClassVar[type[KindConfig]] = FileInitializerConfig
     contract: ClassVar[int] = 1
+    one_model: ClassVar[bool] = True
     config: FileInitializerConfig
 
     def locate(self, model_name: str, part: Part) -> Source | None:
@@ -79,11 +80,3 @@ class FileInitializer(SourceInitializer):
                 )
             raise CheckpointNotFoundError(f"there is no folder {folder}", path=path, asked=str(path))
         return Source(path, digest=self.config.digest)
-
-    def leaves(self, model: Any) -> tuple[Leaf, ...]:
-        """The one model that the file is for."""
-        found = super().leaves(model)
-        if len(found) > 1:
-            names = ", ".join(leaf.path.partition(".")[2] for leaf in found)
-            raise ConfigError(f"one file holds one model, {model.name} has several: {names}. Add: submodel: ...")
-        return found

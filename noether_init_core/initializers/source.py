@@ -160,6 +160,8 @@ class SourceInitializer(InitializerBase):
     config_class: ClassVar[type[KindConfig]] = SourceInitializerConfig
     config: SourceInitializerConfig
 
+    #: Whether what ``locate`` finds is for one single model; a composite then needs ``submodel``, else it is refused.
+    one_model: ClassVar[bool] = False
     #: The config line that keeps entries of the model, shown beside missing ones; empty where the kind has none.
     fresh_hint: ClassVar[str] = ""
 
@@ -326,6 +328,12 @@ class SourceInitializer(InitializerBase):
         found = tuple(_walk(chosen, path, self.file_root(name, below), ()))
         if not found:
             raise ConfigError(f"{path} has no submodel that is a model")
+        if self.one_model and len(found) > 1:
+            names = ", ".join(leaf.path.removeprefix(f"{name}.") for leaf in found)
+            raise ConfigError(
+                f"{self.config.kind} brings the weights of one model, and {path} has several: {names}. "
+                "Add: submodel: ..."
+            )
         # a fallback name that two models would claim tells nothing
         claims = Counter(other for leaf in found for other in leaf.file_names)
         return tuple(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 import pydantic
@@ -87,6 +86,7 @@ class SignedStoreInitializer(SourceInitializer):
 
     config_class: ClassVar[type[KindConfig]] = SignedStoreConfig
     contract: ClassVar[int] = 1
+    one_model: ClassVar[bool] = True
     config: SignedStoreConfig
 
     def locate(self, model_name: str, part: Part) -> Source | None:
@@ -107,12 +107,6 @@ class SignedStoreInitializer(SourceInitializer):
             digest=statement.digest,
         )
         return Source(file, digest=statement.digest, origin={"run_id": self.config.name, "store": self.config.url})
-
-    def before_locating(self, leaves: Sequence[Any]) -> None:
-        """Refuse a composite, into each of whose models the one file would go."""
-        if len(leaves) > 1:
-            listed = ", ".join(leaf.path.partition(".")[2] for leaf in leaves)
-            raise ConfigError(f"{self.config.name} holds one model, there are several: {listed}. Add: submodel: ...")
 
     def _statement(self, path: Path) -> Statement:
         with path.open("rb") as file:
