@@ -54,7 +54,8 @@ class InitializerReport:
         counts: Number of tensors by action of the plan.
         coverage: Share of the parameters that came from the checkpoint, from 0 to 1; None without a plan.
         start: The iteration that it starts at; None for zero.
-        restored: What was restored besides weights: optimizers, trainer, callbacks.
+        restored: What was restored besides weights: optimizers, trainer, callbacks; and what the observer ``probe``
+            found.
         passed_over: (set, why) of each broken set that was passed over on the way back to a good one, newest first.
         not_restored: What the checkpoint has and nobody was there to take, in words.
         resumed_set: The folder of the set that it goes on from; None where it resumes nothing.

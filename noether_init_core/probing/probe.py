@@ -88,7 +88,7 @@ def repeat(model: Any, probe: Probe) -> tuple[OutputFingerprint, ...]:
     then = None if probe.dtype is None else getattr(torch, probe.dtype, None)
 
     def follow(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(getattr(torch, now)) if now is not None and tensor.dtype is then else tensor.clone()
+        return tensor.to(getattr(torch, now)) if now is not None and tensor.dtype is then else tensor
 
     return _run(model, _mapped(probe.batch, follow))[0]
 
@@ -116,7 +116,8 @@ def check_batch(batch: Any) -> str:
 def _run(model: Any, batch: Any) -> tuple[tuple[OutputFingerprint, ...], bool]:
     """Fingerprints, and whether random numbers were drawn."""
     function, device = called(model), device_of(model)
-    ready = _mapped(batch, lambda tensor: tensor.to(device))
+    # a copy: the model may write into it
+    ready = _mapped(batch, lambda tensor: tensor.to(device, copy=True))
     with quietly(model) as quiet:
         if isinstance(ready, Mapping):
             output = function(**ready)
