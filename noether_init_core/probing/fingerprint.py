@@ -142,7 +142,6 @@ def _projected(tensor: torch.Tensor) -> tuple[float, tuple[float, ...], str | No
     """Norm, projections, digest of the places of what is not finite."""
     flat = tensor.reshape(-1)
     bits = np.random.PCG64(_SEED)
-    shifts = np.arange(PROJECTIONS, dtype=np.uint64)
     sums, squares = np.zeros(PROJECTIONS), 0.0
     places, is_finite = xxhash.xxh3_128(), True
     # a sum that leaves the range of float64 is infinite, and compares as different
@@ -155,8 +154,9 @@ def _projected(tensor: torch.Tensor) -> tuple[float, tuple[float, ...], str | No
                 is_finite = False
                 values = np.where(kinds == 0, values, 0.0)
             # one number of 64 bits for each value: its lowest bits are the signs
-            drawn = bits.random_raw(len(values))[:, None] >> shifts
-            sums += values @ ((drawn & np.uint64(1)).astype(np.float64) * 2 - 1)
+            drawn = bits.random_raw(len(values)).astype("<u8").view(np.uint8).reshape(-1, 8)[:, : PROJECTIONS // 8]
+            signs = np.unpackbits(drawn, axis=1, bitorder="little").astype(np.float64)
+            sums += 2 * (values @ signs) - values.sum()
             squares += float(values @ values)
     nonfinite = None if is_finite else f"xxh3_128:{places.hexdigest()}"
     sums[np.isnan(sums)] = np.inf

@@ -17,7 +17,7 @@ import torch
 from noether_init_core import ConfigError, bind, compose
 from noether_init_core.probing.fingerprint import Compared, compare, fingerprints, tolerance_for
 from noether_init_core.probing.probe import repeat, take
-from noether_init_core.probing.quiet import quietly
+from noether_init_core.probing.quiet import called, quietly
 
 
 def model(module: torch.nn.Module) -> Any:
@@ -551,3 +551,16 @@ def test_a_compiled_module_is_called_without_its_wrapper() -> None:
     module = torch.nn.Linear(2, 2)
     compiled = torch.compile(module, backend=forbidden)
     assert take(model(compiled), BATCH).outputs == take(model(module), BATCH).outputs
+
+
+def test_a_distributed_module_is_called_without_its_wrapper() -> None:
+    """The wrapper would wait for the other ranks, and a save may be made by one alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        module = torch.nn.Linear(2, 2)
+        wrapped = torch.nn.parallel.DistributedDataParallel(module)
+        assert called(model(wrapped)) is module
+        assert take(model(wrapped), BATCH).outputs == take(model(module), BATCH).outputs
+        assert wrapped.training
+    finally:
+        torch.distributed.destroy_process_group()
