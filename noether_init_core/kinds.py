@@ -111,6 +111,8 @@ def _described(kind: str) -> tuple[KindInfo, offers.Offer | None]:
     named: list[tuple[KindInfo, offers.Offer | None]] = [*_offered_as(kind)]
     if kind in _registered:
         named.append((_registered_info(kind), None))
+    # in an order that does not depend on the import path
+    named.sort(key=lambda one: (one[0].distribution or "~", one[0].target))
     allowed = [one for one in named if one[0].blocked_by is None]
     if len(allowed) > 1:
         raise _conflict(kind, [info for info, _offer in allowed])

@@ -192,19 +192,43 @@ def superfluous_sets(
         for rule in rules.best:
             kept |= _best(meant, preferred, rule)
     kept |= _holders(sets)
-    # While an older set of an iteration stays, also one of another training, so must the one that the tag of the
-    # iteration means, of the same models and of any.
+    before = -1
+    while before != len(kept):
+        before = len(kept)
+        kept |= _meant_by_name(sets, kept)
+        for models in {_models_of(one) for one in ours}:
+            preferred = [*(one for one in recorded if _models_of(one) == models), *recorded]
+            for rule in rules.best:
+                kept |= _said_last(preferred, kept, rule)
+    return [one for one in ours if _sequence(one) not in kept]
+
+
+def _meant_by_name(sets: Sequence[tuple[CheckpointSet, bool]], kept: Set[int]) -> set[int]:
+    """While an older set of an iteration stays, also one of another training, so must the one that the tag of the
+    iteration means, of the same models and of any.
+    """
     latest: dict[tuple[str, frozenset[str] | None], int] = {}
     for one, _is_whole in sets:
         for models_or_any in (_models_of(one), None):
             latest.setdefault((one.name, models_or_any), _sequence(one))
-    kept |= {
+    return {
         latest[one.name, models_or_any]
         for one, _is_whole in sets
         if _sequence(one) in kept
         for models_or_any in (_models_of(one), None)
     }
-    return [one for one in ours if _sequence(one) not in kept]
+
+
+def _said_last(recorded: Sequence[CheckpointSet], kept: Set[int], rule: Best) -> set[int]:
+    """While a set stays that said the metric of an iteration before, so must the one that said it last: it may have
+    said that there is none any more.
+    """
+    said: dict[TrainingIteration, list[int]] = {}
+    for one in recorded:
+        metrics = one.manifest.metrics if one.manifest is not None else {}
+        if one.iteration is not None and rule.metric in metrics:
+            said.setdefault(one.iteration, []).append(_sequence(one))
+    return {sequences[0] for sequences in said.values() if not kept.isdisjoint(sequences)}
 
 
 def _holders(sets: Sequence[tuple[CheckpointSet, bool]]) -> set[int]:

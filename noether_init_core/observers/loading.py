@@ -64,7 +64,7 @@ def describe_observer(name: str) -> ObserverInfo:
 
 
 def _described(name: str) -> tuple[ObserverInfo, offers.Offer]:
-    named = list(_offered_as(name))
+    named = sorted(_offered_as(name), key=lambda one: (one[0].distribution, one[0].target))
     allowed = [one for one in named if one[0].blocked_by is None]
     if len(allowed) > 1:
         claims = " and ".join(f"{info.source} -> {info.target}" for info, _offer in allowed)

@@ -424,6 +424,13 @@ def test_metric_of_a_set_that_was_passed_over_is_not_that_of_the_one_that_replac
     assert kept_of(sets, Retention(best={"loss": 1})) == [1, 4, 5]
 
 
+def test_metric_that_was_taken_back_does_not_come_back() -> None:
+    """The iteration was saved again with NaN: the set that says so stays while the one from before does."""
+    sets = [(a_set(1, 1, (), {"a": 0.0}), True), (a_set(2, 1, (), {"a": None}), False), (a_set(3, 1, (), {}), True)]
+    gone = superfluous_sets(list(reversed(sets)), Retention(best={"a": 1}))
+    assert gone == []
+
+
 def test_models_that_are_saved_separately_are_counted_separately() -> None:
     """Each has its last sets and one to walk back to, its tags, its periods, and its best."""
     alternating = [a_set(n, (n + 1) // 2, ("latest",), {}, model="gd"[n % 2]) for n in range(1, 11)]
