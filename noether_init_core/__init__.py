@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from noether_init_core.initializers.source import Part, Source, SourceInitializer, SourceInitializerConfig
     from noether_init_core.iteration import TrainingIteration
     from noether_init_core.paths import PathProvider
+    from noether_init_core.protocols import leaf_models
     from noether_init_core.provenance import InitReport
     from noether_init_core.stack import InitializerStack
     from noether_init_core.stopwatch import Timing
@@ -116,6 +117,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "kinds",
+    "leaf_models",
     "named_parameters",
     "open_checkpoint",
 ]
@@ -164,6 +166,7 @@ _HOMES = {
     "initializers.source": ("Part", "Source", "SourceInitializer", "SourceInitializerConfig"),
     "iteration": ("TrainingIteration",),
     "paths": ("PathProvider",),
+    "protocols": ("leaf_models",),
     "provenance": ("InitReport",),
     "stack": ("InitializerStack",),
     "stopwatch": ("Timing",),

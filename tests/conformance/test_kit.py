@@ -13,7 +13,7 @@ import attrs
 import pytest
 from support.wheels import Environment
 
-from conformance.conftest import PACKAGES
+from conformance.conftest import PACKAGES, RANDOM
 from noether_init_core.testing import InitializerConformance
 
 #: Kind of ``acme-faulty`` -> the check that finds its fault.
@@ -67,11 +67,20 @@ class Outcome:
     output: str
 
 
-def run_tests_of(project: str, environment: Environment, folder: Path) -> Outcome:
-    """Run the tests of a package, copied away from this checkout, in the environment."""
-    shutil.copytree(PACKAGES / project / "tests", folder / "tests")
+def run_the_kit_on(project: Path, environment: Environment, folder: Path) -> Outcome:
+    """Run the kit's tests of a package, copied away from this checkout, in the environment."""
+    shutil.copytree(project / "tests", folder / "tests")
     report = folder / "report.xml"
-    command = [environment.python, "-m", "pytest", "tests", f"--junitxml={report}", "-q", "-p", "no:cacheprovider"]
+    command = [
+        environment.python,
+        "-m",
+        "pytest",
+        "tests/test_conformance.py",
+        f"--junitxml={report}",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, env={"PATH": "", "OMP_NUM_THREADS": "1"}, check=False
     )
@@ -90,14 +99,15 @@ def run_tests_of(project: str, environment: Environment, folder: Path) -> Outcom
 @pytest.fixture(scope="module")
 def faulty(strangers: Environment, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The kit on every faulty kind."""
-    return run_tests_of("acme-faulty", strangers, tmp_path_factory.mktemp("faulty"))
+    return run_the_kit_on(PACKAGES / "acme-faulty", strangers, tmp_path_factory.mktemp("faulty"))
 
 
-def test_a_right_kind_passes_every_check(strangers: Environment, tmp_path: Path) -> None:
-    """A stranger's wheel in a clean environment: all checks run, none is skipped."""
-    good = run_tests_of("acme-good", strangers, tmp_path)
+@pytest.mark.parametrize(("project", "name"), [(PACKAGES / "acme-good", "TestFolder"), (RANDOM, "TestRandom")])
+def test_a_right_kind_passes_every_check(project: Path, name: str, strangers: Environment, tmp_path: Path) -> None:
+    """A stranger's wheel in a clean environment, with a file and without: all checks run, none is skipped."""
+    good = run_the_kit_on(project, strangers, tmp_path)
     assert good.code == 0, good.output
-    assert good.outcomes == {"TestFolder": dict.fromkeys(CHECKS, "passed")}
+    assert good.outcomes == {name: dict.fromkeys(CHECKS, "passed")}
 
 
 def test_every_check_has_a_fault_that_it_finds() -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from noether_init_core import PlanError
-from noether_init_core.protocols import leaf_models
+from noether_init_core import PlanError, leaf_models
 from noether_init_core.testing import Case, InitializerConformance, Wrong, closed
 from noether_init_random import seed_of
 
