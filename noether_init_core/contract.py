@@ -19,7 +19,16 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.hooks import HOOK_NAMES
 from noether_init_core.initializers.base import InitializerBase
 
-__all__ = ["Finding", "advice", "declared_version", "examine", "findings", "hook_arguments"]
+__all__ = [
+    "Finding",
+    "advice",
+    "config_fields",
+    "declared_version",
+    "examine",
+    "findings",
+    "hook_arguments",
+    "models_in",
+]
 
 # Names that people write for a hook although they are not near by spelling.
 _MISNOMERS = {
@@ -215,7 +224,7 @@ def _of_promises(cls: type[InitializerBase]) -> Iterator[Finding]:
 
 
 def _of_config(config_class: type[KindConfig]) -> Iterator[Finding]:
-    for path, field in _fields(config_class):
+    for path, field in config_fields(config_class):
         if not field.description:
             yield Finding(f"the key {path} has no description", f'{path}: ... = Field(..., description="...")')
     for inner in _models_below(config_class):
@@ -233,26 +242,27 @@ def _of_config(config_class: type[KindConfig]) -> Iterator[Finding]:
         )
 
 
-def _fields(cls: type[pydantic.BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+def config_fields(cls: type[pydantic.BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config and of the models below it, as ``rules.match``, with its pydantic field."""
     for name, field in cls.model_fields.items():
         yield f"{path}{name}", field
-        for inner in _classes_in(field.annotation):
+        for inner in models_in(field.annotation):
             if inner is not cls:
-                yield from _fields(inner, f"{path}{name}.")
+                yield from config_fields(inner, f"{path}{name}.")
 
 
 def _models_below(cls: type[pydantic.BaseModel]) -> Iterator[type[pydantic.BaseModel]]:
     for field in cls.model_fields.values():
-        for inner in _classes_in(field.annotation):
+        for inner in models_in(field.annotation):
             if inner is not cls:
                 yield inner
                 yield from _models_below(inner)
 
 
-def _classes_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
-    """The models in an annotation; configs of other kinds have a look of their own."""
+def models_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
+    """The pydantic models in an annotation; configs of other kinds are left out, they have a look of their own."""
     is_model = isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
     if is_model and not issubclass(annotation, KindConfig):
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
-        yield from _classes_in(argument)
+        yield from models_in(argument)

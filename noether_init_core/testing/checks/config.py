@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from noether_init_core import kinds
+from noether_init_core import contract, kinds
 from noether_init_core.config.base import KindConfig
 from noether_init_core.testing.checks.base import Checks, MakeConfig, NewCase
 from noether_init_core.testing.models import leaf_state
@@ -53,7 +53,7 @@ class ConfigChecks(Checks):
     def test_every_key_is_described(self) -> None:
         """``noether-init schema`` is where users look what a key means."""
         cls = kinds.resolve(self.kind).config_class
-        bare = [path for path, field in _fields(cls) if not field.description]
+        bare = [path for path, field in contract.config_fields(cls) if not field.description]
         assert not bare, f"pydantic.Field(description=...) is missing for {', '.join(bare)}"
 
     def test_unknown_keys_are_refused(self, new_case: NewCase, make_config: MakeConfig) -> None:
@@ -92,27 +92,11 @@ def _types_in(annotation: Any) -> Iterator[Any]:
         yield from _types_in(argument)
 
 
-def _fields(cls: type[pydantic.BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, field in cls.model_fields.items():
-        yield f"{path}{name}", field
-        for inner in _classes_in(field.annotation):
-            # the config of another kind has its own kit
-            if not issubclass(inner, KindConfig) and inner is not cls:
-                yield from _fields(inner, f"{path}{name}.")
-
-
-def _classes_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _classes_in(argument)
-
-
 def _models_in(cls: type[pydantic.BaseModel], said: Mapping[str, Any]) -> Iterator[tuple[str | int, ...]]:
     """The places in ``said`` that a pydantic model validates: the config itself, and mappings below it."""
     yield ()
     for name, field in cls.model_fields.items():
-        inner = [one for one in _classes_in(field.annotation) if not issubclass(one, KindConfig)]
+        inner = list(contract.models_in(field.annotation))
         value = said.get(name)
         if not inner or value is None:
             continue
