@@ -108,7 +108,11 @@ def without_installed(group: str) -> Iterator[None]:
 
 def _tells_its_name(offer: Offer) -> bool:
     try:
-        return bool(offer.identity)
+        folder, said = _cheap_name(offer._distribution), normalized(offer.distribution)
+        if folder not in (None, said):
+            # it would pass for another one, in messages and in the allow list
+            raise ValueError(f"the metadata of {folder} says that its name is {offer.distribution}")
+        return True
     except Exception as error:  # metadata of a stranger may be broken in any way, and must not take ours along
         if offer not in _told:
             _told.add(offer)

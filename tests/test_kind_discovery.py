@@ -74,6 +74,20 @@ def test_editable_installs_count_once(foreign: ForeignPackages, tmp_path: Path) 
         sys.path.remove(str(source))
 
 
+def test_a_distribution_that_goes_by_the_name_of_another_is_left_out(
+    foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its metadata say the name of an allowed one; the folder that pip made says its own."""
+    info = foreign.install("evil-init", offers={"evil": "evil_module:K"})
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noether-init-core\nVersion: 9\n")
+    monkeypatch.setenv("NOETHER_INIT_ALLOW", "noether-init-core")
+    kinds.clear_cache()
+    with pytest.raises(UnknownKindError):
+        kinds.resolve("evil")
+    assert "the metadata of evil-init says that its name is noether-init-core" in caplog.text
+    assert kinds.resolve("file").__name__ == "FileInitializer"
+
+
 def test_an_entry_that_is_no_folder_and_a_folder_that_is_gone_do_no_harm(
     foreign: ForeignPackages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
