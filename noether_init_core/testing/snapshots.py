@@ -28,9 +28,14 @@ def state_of_model(model: Any) -> dict[str, Any]:
         for name, tensor in _tensors(leaf):
             is_meta = tensor.is_meta
             found[f"{path} {name}"] = "meta" if is_meta else tensor.detach().clone()
-            found[f"identity of {path} {name}"] = (id(tensor), tensor.shape, tensor.dtype, tensor.device)
+            # views, flat copies and buckets of wrappers hold on to the memory, not to the object
+            memory = None if is_meta else tensor.data_ptr()
+            found[f"identity of {path} {name}"] = (id(tensor), memory, tensor.shape, tensor.dtype, tensor.device)
             found[f"flags of {path} {name}"] = (tensor.requires_grad, tensor.grad is None, tensor.is_leaf)
         found[f"training of {path}"] = tuple(module.training for module in leaf.modules())
+        found[f"hooks of {path}"] = tuple(
+            len(hooks) for module in leaf.modules() for kind, hooks in vars(module).items() if kind.endswith("_hooks")
+        )
         if leaf.optimizer is not None:
             found.update(state_of_optimizer(path, leaf.optimizer))
     return found

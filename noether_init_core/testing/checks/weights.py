@@ -60,7 +60,7 @@ class WeightChecks(Checks):
         before = state_of_model(case.model)
         self.initialize(case, make_config(case))
         changed = differences(before, state_of_model(case.model))
-        others = [name for name in changed if name.startswith(("identity of", "flags of", "training of"))]
+        others = [name for name in changed if name.startswith(("identity of", "flags of", "training of", "hooks of"))]
         assert not others, f"changed: {', '.join(others)}. Write in place, under torch.no_grad()"
 
     def test_plan_is_what_happens(self, new_case: NewCase, make_config: MakeConfig) -> None:
