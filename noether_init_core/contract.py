@@ -94,7 +94,7 @@ def _of_class(cls: type[InitializerBase]) -> Iterator[Finding]:
             f"contract is {version!r}, not a whole number of at least 1",
             f"contract: ClassVar[int] = {hooks.CONTRACT_VERSION}",
         )
-    config_class: object = getattr(cls, "config_class", None)
+    config_class: object = inspect.getattr_static(cls, "config_class", None)
     if not (isinstance(config_class, type) and issubclass(config_class, KindConfig)):
         yield Finding(
             f"config_class is {config_class!r}, not a subclass of KindConfig",
@@ -134,7 +134,9 @@ def _of_names(cls: type[InitializerBase]) -> Iterator[Finding]:
     own = [name for base in _own_classes(cls) for name in vars(base)]
     known = {name for base in cls.__mro__ if base not in _own_classes(cls) for name in vars(base)}
     for name in sorted(set(own)):
-        if name.startswith("_") or name in HOOK_NAMES or name in known or not callable(getattr(cls, name, None)):
+        # never by getattr: a descriptor of the author's would run
+        is_method = isinstance(inspect.getattr_static(cls, name, None), FunctionType | classmethod | staticmethod)
+        if name.startswith("_") or name in HOOK_NAMES or name in known or not is_method:
             continue
         near = (
             [_MISNOMERS[name]] if name in _MISNOMERS else difflib.get_close_matches(name, HOOK_NAMES, n=1, cutoff=0.85)
@@ -187,7 +189,8 @@ def _of_check(cls: type[InitializerBase]) -> Iterator[Finding]:
         yield Finding(f"check cannot be called with (model, trainer=..., callbacks=...): {error}", plain)
 
 
-def _of_form(name: str, function: FunctionType) -> Iterator[Finding]:
+def _of_form(name: str, decorated: FunctionType) -> Iterator[Finding]:
+    function: Any = inspect.unwrap(decorated)
     if inspect.isasyncgenfunction(function) or inspect.iscoroutinefunction(function):
         yield Finding(f"{name} is async, so calling it would do nothing", f"def {name}, without async")
     elif inspect.isgeneratorfunction(function):

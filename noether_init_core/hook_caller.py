@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
@@ -100,6 +101,15 @@ class HookCaller:
         caller(initializer=initializer, **arguments, **renamed)
         if self._recorder.error is not None:
             raise self._recorder.error
+        for result in self._recorder.results:
+            if inspect.isawaitable(result) or inspect.isgenerator(result) or hasattr(result, "__exit__"):
+                if inspect.iscoroutine(result):
+                    result.close()  # else Python warns that nobody awaited it
+                raise ConfigError(
+                    f"{hook} of {initializer.config.kind} returned {type_of(result)}, so that nothing was done: it is "
+                    "async, a generator or a context manager behind a decorator. "
+                    f"Next: noether-init check {initializer.config.kind}"
+                )
         return self._recorder.results
 
     def _register_observers(self, observers: tuple[Any, ...]) -> None:

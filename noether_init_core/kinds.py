@@ -304,7 +304,9 @@ def _check_keywords(cls: type[InitializerBase], config: KindConfig, keywords: Ma
 def _conflict(kind: str, claims: Iterable[KindInfo]) -> KindConflictError:
     claims = list(claims)
     described = [f"{claim.source} -> {claim.target}" for claim in claims]
-    removable = [claim.distribution for claim in claims if claim.distribution is not None]
+    installed_claims = [claim.distribution for claim in claims if claim.distribution is not None]
+    # never the core itself, which a stranger's claim would then replace
+    removable = [name for name in installed_claims if name != "noether-init-core"] or installed_claims
     return KindConflictError(
         f"kind {_quoted(kind)} is offered more than once: {' and '.join(described)}. None of them was imported. "
         f"Next: pip uninstall {removable[-1]}, or set {DENY_VARIABLE}={removable[-1]}",

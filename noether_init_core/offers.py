@@ -38,6 +38,7 @@ _logger = logging.getLogger(__name__)
 _METADATA_FILES = ("METADATA", "PKG-INFO", "")
 _lock = threading.Lock()
 _scanned: dict[str, dict[str, tuple[Offer, ...]]] = {}
+_hidden: list[str] = []
 # of which the log has said that they are left out
 _told: set[Offer] = set()
 
@@ -78,12 +79,18 @@ def offers(group: str) -> dict[str, tuple[Offer, ...]]:
     cannot be read is left out, and the log says so. May be called by several threads, and by a plugin while it is
     imported.
     """
+    if group in _hidden:
+        return {}
     found = _scanned.get(group)
     if found is None:
+        left_out: list[str] = []
         with _lock:
             found = _scanned.get(group)
             if found is None:
-                found = _scanned[group] = _by_name(_find(group))
+                found = _scanned[group] = _by_name(_find(group, left_out))
+        # a handler of the log may ask for kinds itself, so the lock is free again
+        for reason in left_out:
+            _logger.warning("left out a distribution whose metadata cannot be read: %s", reason)
     return found
 
 
@@ -95,15 +102,11 @@ def sound(found: Iterable[Offer]) -> tuple[Offer, ...]:
 @contextlib.contextmanager
 def without_installed(group: str) -> Iterator[None]:
     """Within the block nothing is offered under ``group``, whatever is installed. For tests."""
-    before = _scanned.get(group)
-    _scanned[group] = {}
+    _hidden.append(group)
     try:
         yield
     finally:
-        if before is None:
-            del _scanned[group]
-        else:
-            _scanned[group] = before
+        _hidden.remove(group)
 
 
 def _tells_its_name(offer: Offer) -> bool:
@@ -155,7 +158,7 @@ def _by_name(found: Iterator[Offer]) -> dict[str, tuple[Offer, ...]]:
     return {name: tuple(same) for name, same in named.items()}
 
 
-def _find(group: str) -> Iterator[Offer]:
+def _find(group: str, left_out: list[str]) -> Iterator[Offer]:
     # The first distribution of a name on sys.path is the one that is imported; editable and doubled installs show
     # the same name again further back.
     seen: set[str] = set()
@@ -172,7 +175,7 @@ def _find(group: str) -> Iterator[Offer]:
             for point, target in dict.fromkeys(_points(text, header)):
                 yield Offer(point, target, group, distribution)
         except Exception as error:  # metadata of a stranger may be broken in any way, and must not take ours along
-            _logger.warning("left out a distribution whose metadata cannot be read: %s", error)
+            left_out.append(str(error))
 
 
 def _points(text: str, header: str) -> Iterator[tuple[str, str]]:
@@ -194,7 +197,7 @@ def _points(text: str, header: str) -> Iterator[tuple[str, str]]:
 def _cheap_name(distribution: importlib.metadata.Distribution) -> str | None:
     """The name out of the name of the metadata folder, which needs no file to be read; None where it says none."""
     path = getattr(distribution, "_path", None)
-    match = re.fullmatch(r"(.+?)(?:-.*)?\.(?:dist|egg)-info", getattr(path, "name", ""))
+    match = re.fullmatch(r"(.+)-[^-]+\.dist-info", getattr(path, "name", ""))
     return normalized(match[1]) if match else None
 
 

@@ -346,6 +346,7 @@ class InitializerStack:
         for member in self._members:
             if isinstance(member.initializer, SourceInitializer):
                 member.initializer.close_files()
+                member.initializer.loaded_before = frozenset()
 
     def _release(self) -> None:
         for member in self._members:

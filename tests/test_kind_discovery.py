@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import textwrap
@@ -158,9 +159,9 @@ def test_threads_that_ask_at_once_share_one_scan(foreign: ForeignPackages, monke
     scans: list[str] = []
     find = offers._find
 
-    def counted(group: str) -> object:
+    def counted(group: str, left_out: list[str]) -> object:
         scans.append(group)
-        return find(group)
+        return find(group, left_out)
 
     monkeypatch.setattr(offers, "_find", counted)
     kinds.clear_cache()
@@ -181,9 +182,46 @@ def test_threads_that_ask_at_once_share_one_scan(foreign: ForeignPackages, monke
     assert len(set(found)) == 1
 
 
+def test_a_handler_of_the_log_may_ask_for_kinds(foreign: ForeignPackages) -> None:
+    """It is called for a distribution that is left out, in the middle of the first use."""
+    info = foreign.install("broken-init", offers={"broken": "x:Y"})
+    (info / "entry_points.txt").write_bytes(b"[noether_init.initializers]\nq = \xff:Y\n")
+    asked: list[int] = []
+
+    class Asking(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            asked.append(len(kinds.installed()))
+
+    handler = Asking()
+    logging.getLogger("noether_init_core.offers").addHandler(handler)
+    try:
+        kinds.clear_cache()
+        thread = threading.Thread(target=kinds.installed, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    finally:
+        logging.getLogger("noether_init_core.offers").removeHandler(handler)
+    assert len(asked) == 1
+
+
+def test_a_folder_of_metadata_that_is_not_escaped_hides_no_other(foreign: ForeignPackages) -> None:
+    """Two distributions whose folders begin alike; and an old-style egg-info."""
+    foreign.install("acme-alpha", offers={"alpha": "x:A"}).rename(foreign.folder / "site" / "acme-alpha-1.0.dist-info")
+    foreign.install("acme-beta", offers={"beta": "x:B"}).rename(foreign.folder / "site" / "acme-beta-1.0.dist-info")
+    egg = foreign.folder / "site" / "acme-gamma.egg-info"
+    egg.mkdir()
+    (egg / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: acme-gamma\nVersion: 1\n")
+    (egg / "entry_points.txt").write_text(f"[{kinds.GROUP}]\ngamma = x:C\n")
+    kinds.clear_cache()
+    found = {name: kinds.describe(name).distribution for name in ("alpha", "beta", "gamma")}
+    assert found == {"alpha": "acme-alpha", "beta": "acme-beta", "gamma": "acme-gamma"}
+
+
 def test_without_installed_hides_everything_and_brings_it_back() -> None:
     """A registry of its own for tests: only what is registered in the process."""
     with kinds.without_installed():
+        kinds.clear_cache()
         assert kinds.installed() == ()
         with pytest.raises(UnknownKindError, match="No kind is installed"):
             kinds.resolve("file")

@@ -232,6 +232,16 @@ def test_a_strangers_claim_on_a_kind_of_the_core_is_a_conflict(foreign: ForeignP
     assert kinds.describe("resume").distribution == "noether-init-core"
 
 
+def test_a_conflict_with_the_core_never_advises_to_remove_the_core(foreign: ForeignPackages) -> None:
+    """Whoever followed that would run the stranger's code instead."""
+    foreign.install("acme-init", offers={"resume": "acme:K", "previous_run": "acme:K"})
+    for kind in ("resume", "previous_run"):
+        with pytest.raises(
+            KindConflictError, match=r"Next: pip uninstall acme-init, or set NOETHER_INIT_DENY=acme-init"
+        ):
+            kinds.resolve(kind)
+
+
 def test_denying_a_distribution_settles_a_conflict(foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is shut out does not count as an offer."""
     for name in ("one", "two"):

@@ -347,6 +347,10 @@ class ResumeInitializer(CheckpointInitializer):
             )
         super()._look_at_run(selected)
 
+    def at_first(self) -> dict[str, Any]:
+        """The trainer's state is read anew."""
+        return {**super().at_first(), "_trainer_state": None, "_root": None, "passed_over": (), "not_restored": ()}
+
     def release(self) -> None:
         """Close every file; the next use reads again."""
         super().release()

@@ -64,7 +64,9 @@ def _mentions_any(annotation: Any) -> bool:
 class KindConfig(pydantic.BaseModel):
     """The least config of an initializer: its kind. Unknown keys are errors; instances cannot be changed."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants"
+    )
 
     #: The kind that a config of this class has when none is said; None: it must be said.
     default_kind: ClassVar[str | None] = None

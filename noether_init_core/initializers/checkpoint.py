@@ -286,6 +286,10 @@ class CheckpointInitializer(SourceInitializer):
             )
         return {key: value for key, value in stored.items() if key not in dropped}
 
+    def at_first(self) -> dict[str, Any]:
+        """The set that the tag means is looked up anew."""
+        return {**super().at_first(), "_selected": None, "_histories": None, "_said": {}, "_moments": {}}
+
     def release(self) -> None:
         """Close every file and forget which set the tag meant."""
         super().release()

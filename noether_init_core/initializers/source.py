@@ -19,6 +19,7 @@ from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.transform_config import TransformConfig, rule_of
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import History
+from noether_init_core.stopwatch import Stopwatch
 from noether_init_core.surgery.advice import KEEP_MODEL_HINT
 from noether_init_core.surgery.agreement import check_across, check_casts, check_loading_code
 from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
@@ -184,9 +185,25 @@ class SourceInitializer(InitializerBase):
         # what was checked last, and for which tensors; while these are the same, it holds
         self._ready: tuple[tuple[Any, ...], _Prepared] | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """What goes to another process is what it was made from: neither open files nor what was found out so far."""
-        return _made_anew, (type(self), self.config, self.path_provider)
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process: neither open files nor what was found out so far."""
+        return {**self.__dict__, **self.at_first()}
+
+    def at_first(self) -> dict[str, Any]:
+        """The attributes that a use fills, as they were before the first one; a subclass adds its own."""
+        return {
+            "_opened": {},
+            "_checked_values": set(),
+            "last_plan": None,
+            "will_write": frozenset(),
+            "last_sources": {},
+            "said_at": _dotted,
+            "loaded_before": frozenset(),
+            "restored": [],
+            "_planned": None,
+            "_ready": None,
+            "stopwatch": Stopwatch(),
+        }
 
     @abc.abstractmethod
     def locate(self, model_name: str, part: Part) -> Source | None:
@@ -302,6 +319,8 @@ class SourceInitializer(InitializerBase):
     def release(self) -> None:
         """Close every file, and forget what was restored: a later initialization has a report of its own."""
         self.close_files()
+        # ids of tensors that may be gone by now
+        self.loaded_before = self.will_write = frozenset()
         self.restored.clear()
         self.stopwatch.reset()
 
@@ -488,10 +507,6 @@ class SourceInitializer(InitializerBase):
         if opened is not None:
             self._checked_values.discard((path, id(opened.reader)))
             opened.reader.close()
-
-
-def _made_anew(cls: type[SourceInitializer], config: KindConfig, path_provider: Any) -> SourceInitializer:
-    return cls(config, path_provider=path_provider, **(getattr(config, "kwargs", None) or {}))
 
 
 def _dotted(*path: str | int) -> str:

@@ -60,6 +60,19 @@ Positive = Annotated[int, pydantic.Field(ge=1)]
 Grid = tuple[Positive, Positive]
 
 
+_EXAMPLES = {
+    "split": "split: 0",
+    "concat": "concat: 0",
+    "stack": "stack: 0",
+    "unstack": "unstack: 0",
+    "reshape": "reshape: [8, -1]",
+    "slice": "slice: {dim: 0, stop: 4}",
+    "pad": "pad: {size: 8}",
+    "interpolate": "interpolate: {grid: [14, 14], to_grid: [16, 16]}",
+    "cast": "cast: float32",
+}
+
+
 class SplitConfig(_Strict):
     """``split`` into given sizes."""
 
@@ -128,6 +141,9 @@ class StepConfig(_Strict):
             raise ValueError(f"one step has one key, this has {len(value)}; begin each step with a dash of its own")
         if isinstance(value, Mapping) and "transpose" in value:
             raise ValueError("transpose takes no arguments; write: do: [transpose]")
+        for name, said in value.items() if isinstance(value, Mapping) else ():
+            if said is None or isinstance(said, bool):
+                raise ValueError(f"{name} has no value; for example {_EXAMPLES.get(str(name), 'split: 0')}")
         return value
 
     @pydantic.model_serializer(mode="wrap")
@@ -158,7 +174,9 @@ class StepConfig(_Strict):
             return Interpolate(given.grid, given.to_grid, given.prefix_tokens, given.mode)
         if self.cast is not None:
             return Cast(self.cast)
-        return Transpose()
+        if self.transpose:
+            return Transpose()
+        raise ValueError("a step that says nothing")
 
 
 class TransformConfig(_Strict):

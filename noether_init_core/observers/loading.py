@@ -68,7 +68,8 @@ def _described(name: str) -> tuple[ObserverInfo, offers.Offer]:
     allowed = [one for one in named if one[0].blocked_by is None]
     if len(allowed) > 1:
         claims = " and ".join(f"{info.source} -> {info.target}" for info, _offer in allowed)
-        last = allowed[-1][0].distribution
+        names = [info.distribution for info, _offer in allowed]
+        last = ([name for name in names if name != "noether-init-core"] or names)[-1]
         raise ConfigError(
             f"observer {_quoted(name)} is offered more than once: {claims}. None of them was imported. "
             f"Next: pip uninstall {last}, or set {offers.DENY_VARIABLE}={last}"
