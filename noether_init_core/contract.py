@@ -238,28 +238,34 @@ def _of_config(config_class: type[KindConfig]) -> Iterator[Finding]:
             )
     try:
         config_class.model_json_schema()
-    except pydantic.errors.PydanticInvalidForJsonSchema as error:
+    except Exception as error:  # the schema may run code of the author's fields
         yield Finding(
             f"its config has no JSON schema, for editors and noether-init schema: {str(error).splitlines()[0]}",
             "keep what comes from Python only in kwargs, out of the fields",
         )
 
 
-def config_fields(cls: type[pydantic.BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+def config_fields(cls: type[pydantic.BaseModel]) -> Iterator[tuple[str, Any]]:
     """Every key of a config and of the models below it, as ``rules.match``, with its pydantic field."""
+    yield from _fields(cls, "", (cls,))
+
+
+def _fields(cls: type[pydantic.BaseModel], path: str, above: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
     for name, field in cls.model_fields.items():
         yield f"{path}{name}", field
         for inner in models_in(field.annotation):
-            if inner is not cls:
-                yield from config_fields(inner, f"{path}{name}.")
+            if inner not in above:
+                yield from _fields(inner, f"{path}{name}.", (*above, inner))
 
 
-def _models_below(cls: type[pydantic.BaseModel]) -> Iterator[type[pydantic.BaseModel]]:
+def _models_below(cls: type[pydantic.BaseModel], seen: set[type] | None = None) -> Iterator[type[pydantic.BaseModel]]:
+    seen = {cls} if seen is None else seen
     for field in cls.model_fields.values():
         for inner in models_in(field.annotation):
-            if inner is not cls:
+            if inner not in seen:
+                seen.add(inner)
                 yield inner
-                yield from _models_below(inner)
+                yield from _models_below(inner, seen)
 
 
 def models_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:

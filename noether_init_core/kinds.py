@@ -329,11 +329,12 @@ def _blocked(info: KindInfo) -> KindBlockedError:
 
 
 def _import_failed(info: KindInfo, error: BaseException) -> KindImportError:
-    module, _, attribute = info.target.partition(":")
-    statement = f"from {module.strip()} import {attribute.split('.')[0].split('[')[0].strip()}"
+    # the text is a stranger's, and is meant to be pasted into a shell
+    parts = re.fullmatch(r"([\w.]+)\s*:\s*(\w+)[\w.]*\s*(\[.*\])?", info.target, re.ASCII)
+    again = f'python -c "from {parts[1]} import {parts[2]}"' if parts else f"noether-init check {info.name}"
     return KindImportError(
         f"kind {_quoted(info.name)} ({info.source}): importing {info.target} raised {type(error).__name__}: {error}. "
-        f'Other kinds are not affected. Next: python -c "{statement}"',
+        f"Other kinds are not affected. Next: {again}",
         kind=info.name,
     )
 

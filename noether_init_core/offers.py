@@ -13,8 +13,10 @@ import importlib.metadata
 import logging
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -111,11 +113,7 @@ def without_installed(group: str) -> Iterator[None]:
 
 def _tells_its_name(offer: Offer) -> bool:
     try:
-        folder, said = _cheap_name(offer._distribution), normalized(offer.distribution)
-        if folder not in (None, said):
-            # it would pass for another one, in messages and in the allow list
-            raise ValueError(f"the metadata of {folder} says that its name is {offer.distribution}")
-        return True
+        return bool(_own_name(offer._distribution))
     except Exception as error:  # metadata of a stranger may be broken in any way, and must not take ours along
         if offer not in _told:
             _told.add(offer)
@@ -165,17 +163,34 @@ def _find(group: str, left_out: list[str]) -> Iterator[Offer]:
     header = f"[{group}]"
     for distribution in importlib.metadata.distributions():
         try:
-            name = _cheap_name(distribution) or normalized(_identity(distribution)[0])
+            name = _cheap_name(distribution) or _own_name(distribution)
             if name in seen:
                 continue
+            text = _entry_points_of(distribution)
+            if text is None:  # what an interrupted uninstall left behind hides nobody
+                continue
             seen.add(name)
-            text = distribution.read_text("entry_points.txt") or ""
             if header not in text:
                 continue
             for point, target in dict.fromkeys(_points(text, header)):
                 yield Offer(point, target, group, distribution)
         except Exception as error:  # metadata of a stranger may be broken in any way, and must not take ours along
             left_out.append(str(error))
+
+
+def _entry_points_of(distribution: importlib.metadata.Distribution) -> str | None:
+    """The text of ``entry_points.txt``, empty where there is none; None for a folder without metadata.
+
+    Raises ``ValueError`` for a file that is no file, which would block.
+    """
+    folder = getattr(distribution, "_path", None)
+    if isinstance(folder, Path):
+        try:
+            if not stat.S_ISREG((folder / "entry_points.txt").stat().st_mode):
+                raise ValueError(f"{folder.name}/entry_points.txt is no file")
+        except (FileNotFoundError, NotADirectoryError):
+            return "" if folder.is_file() or any((folder / name).exists() for name in _METADATA_FILES[:2]) else None
+    return distribution.read_text("entry_points.txt") or ""
 
 
 def _points(text: str, header: str) -> Iterator[tuple[str, str]]:
@@ -199,6 +214,25 @@ def _cheap_name(distribution: importlib.metadata.Distribution) -> str | None:
     path = getattr(distribution, "_path", None)
     match = re.fullmatch(r"(.+)-[^-]+\.dist-info", getattr(path, "name", ""))
     return normalized(match[1]) if match else None
+
+
+def _own_name(distribution: importlib.metadata.Distribution) -> str:
+    """The name in the metadata, as names are compared.
+
+    Raises ``ValueError`` where the folder says another one: it would pass for that, in messages and in the allow list.
+    """
+    said, folder = _identity(distribution)[0], _folder_of(distribution)
+    name = normalized(said)
+    if folder and not re.fullmatch(rf"{re.escape(name)}(-\d.*)?-(dist-info|egg-info|egg)", normalized(folder)):
+        raise ValueError(f"the metadata of {folder} says that its name is {said}")
+    return name
+
+
+def _folder_of(distribution: importlib.metadata.Distribution) -> str:
+    """The name of the folder of metadata, which the installer has made; of an egg, that of the egg."""
+    path = getattr(distribution, "_path", None)
+    name = str(getattr(path, "name", ""))
+    return str(path.parent.name) if name == "EGG-INFO" and path is not None else name
 
 
 def _identity(distribution: importlib.metadata.Distribution) -> tuple[str, str | None]:

@@ -350,8 +350,8 @@ class InitializerStack:
 
     def _release(self) -> None:
         for member in self._members:
-            member.initializer.stopwatch.reset()
             try:
+                member.initializer.stopwatch.reset()
                 member.initializer.release()
             except Exception:  # what is done stays done, and an error on its way must not be hidden
                 logger.exception("release of %s failed", member.kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -79,13 +80,20 @@ def test_a_distribution_that_goes_by_the_name_of_another_is_left_out(
     foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its metadata say the name of an allowed one; the folder that pip made says its own."""
-    info = foreign.install("evil-init", offers={"evil": "evil_module:K"})
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noether-init-core\nVersion: 9\n")
+    for number, name in enumerate(("evil-init", "noether-init-core-evil")):
+        info = foreign.install(name, offers={f"evil_{number}": "evil_module:K"})
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noether-init-core\nVersion: 9\n")
+    egg = foreign.folder / "site" / "evil-1.0-py3.11.egg" / "EGG-INFO"
+    egg.mkdir(parents=True)
+    (egg / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: noether-init-core\nVersion: 9\n")
+    (egg / "entry_points.txt").write_text(f"[{kinds.GROUP}]\nevil_2 = evil_module:K\n")
+    monkeypatch.syspath_prepend(egg.parent)
     monkeypatch.setenv("NOETHER_INIT_ALLOW", "noether-init-core")
     kinds.clear_cache()
-    with pytest.raises(UnknownKindError):
-        kinds.resolve("evil")
-    assert "the metadata of evil-init says that its name is noether-init-core" in caplog.text
+    for number in range(3):
+        with pytest.raises(UnknownKindError):
+            kinds.resolve(f"evil_{number}")
+    assert "the metadata of evil_init-1.0.dist-info says that its name is noether-init-core" in caplog.text
     assert kinds.resolve("file").__name__ == "FileInitializer"
 
 
@@ -216,6 +224,24 @@ def test_a_folder_of_metadata_that_is_not_escaped_hides_no_other(foreign: Foreig
     kinds.clear_cache()
     found = {name: kinds.describe(name).distribution for name in ("alpha", "beta", "gamma")}
     assert found == {"alpha": "acme-alpha", "beta": "acme-beta", "gamma": "acme-gamma"}
+
+
+def test_what_an_interrupted_uninstall_left_behind_hides_nobody(foreign: ForeignPackages) -> None:
+    """A folder without metadata earlier on the path; and a pipe in the place of a file does not block."""
+    foreign.install("acme-init", offers={"acme": "x:A"}, site="behind")
+    (foreign.folder / "front" / "acme_init-0.9.dist-info").mkdir(parents=True)
+    pipe = foreign.install("pipe-init", site="front")
+    (pipe / "entry_points.txt").unlink()
+    os.mkfifo(pipe / "entry_points.txt")
+    kinds.clear_cache()
+    assert kinds.describe("acme").version == "1.0"
+
+
+def test_what_is_meant_for_a_shell_holds_no_command_of_a_stranger(foreign: ForeignPackages) -> None:
+    """The target of an entry point is a stranger's text."""
+    foreign.install("evil-init", offers={"evil": 'os";touch PWNED;":x'})
+    with pytest.raises(KindImportError, match=r"Next: noether-init check evil\Z"):
+        kinds.resolve("evil")
 
 
 def test_without_installed_hides_everything_and_brings_it_back() -> None:

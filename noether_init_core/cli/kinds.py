@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from noether_init_core import kinds
+from noether_init_core.errors import printable
 from noether_init_core.observers.loading import ObserverInfo, installed_observers
 
 __all__ = ["run"]
@@ -55,7 +56,7 @@ def run(
             mark, style = "x conflict", "red"
         else:
             mark, style = "ok", "green"
-        cells = [Text(mark, style), *(Text(text) for text in (info.name, info.source))]
+        cells = [Text(mark, style), *(Text(printable(text)) for text in (info.name, info.source))]
         table.add_row(*cells)
     Console().print(table)
     if any(count > 1 for count in counts.values()):
