@@ -16,7 +16,7 @@ from noether_init_core.checkpoints.sets import CheckpointSet
 from noether_init_core.checkpoints.storage import Storage
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, type_of
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.probing.fingerprint import PROJECTIONS, OutputFingerprint
+from noether_init_core.probing.fingerprint import PROJECTIONS, Level, OutputFingerprint
 from noether_init_core.probing.probe import Probe, check_batch
 from noether_init_core.probing.quiet import same_bits
 
@@ -27,11 +27,19 @@ FORMAT_VERSION = 1
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, set)
 
 _Count = Annotated[int, pydantic.Field(ge=0)]
-_Projections = Annotated[tuple[float, ...], pydantic.Field(min_length=PROJECTIONS, max_length=PROJECTIONS)]
+_Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+_Norm = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+_Projections = Annotated[tuple[_Finite, ...], pydantic.Field(min_length=PROJECTIONS, max_length=PROJECTIONS)]
 
 
 class _Model(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class _Level(_Model):
+    limit: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+    norm: _Norm
+    projections: _Projections
 
 
 class _Output(_Model):
@@ -39,9 +47,11 @@ class _Output(_Model):
     shape: tuple[_Count, ...]
     dtype: str
     digest: Digest
-    norm: float
+    norm: _Norm
     projections: _Projections
     nonfinite: Digest | None = None
+    levels: tuple[_Level, ...] = ()
+    choices: tuple[()] | _Projections = ()
 
 
 class _Content(_Model):
@@ -52,7 +62,16 @@ class _Content(_Model):
     device: str
     dtype: str | None
     has_drawn: bool = False
-    outputs: tuple[_Output, ...]
+    uncompared: tuple[str, ...] = ()
+    computed_by: str | None = None
+    outputs: Annotated[tuple[_Output, ...], pydantic.Field(min_length=1)]
+
+    @pydantic.field_validator("outputs")
+    @classmethod
+    def _each_once(cls, outputs: tuple[_Output, ...]) -> tuple[_Output, ...]:
+        if len({one.path for one in outputs}) < len(outputs):
+            raise ValueError("two have one path")
+        return outputs
 
 
 def write_probe(folder: Path, probe: Probe, iteration: TrainingIteration, storage: Storage) -> str:
@@ -105,8 +124,14 @@ def _read(path: Path, digest: str) -> Probe:
     problem = _problem_in(batch, "batch") or check_batch(batch)
     if problem:
         raise CheckpointFormatError(f"{path} is no probe: {problem}", path=path)
-    outputs = tuple(OutputFingerprint(**output.model_dump()) for output in said.outputs)
-    return Probe(batch, outputs, said.model, said.models, said.device, said.dtype, said.has_drawn)
+    outputs = tuple(_output(one) for one in said.outputs)
+    fields = said.model_dump(exclude={"format", "format_version", "outputs"})
+    return Probe(batch=batch, outputs=outputs, **fields)
+
+
+def _output(said: _Output) -> OutputFingerprint:
+    fields = said.model_dump(exclude={"levels"})
+    return OutputFingerprint(**fields, levels=tuple(Level(**one.model_dump()) for one in said.levels))
 
 
 def _problem_in(value: Any, place: str) -> str:

@@ -135,10 +135,10 @@ class ProbeObserver:
         )
         wrong = [one for one in compared if one.problem]
         if not wrong:
-            return _all_well(compared)
+            return _all_well(compared) + _not_compared(probe)
         worst = max(wrong, key=lambda one: float("inf") if one.difference is None else one.difference)
         if excuse:
-            return f"{_differs(worst)}, as may be expected: {excuse}"
+            return f"{_differs(worst)}, as may be expected: {excuse}{_not_compared(probe)}"
         raise _mismatch(chosen, pending, found, worst)
 
 
@@ -179,9 +179,15 @@ def _all_well(compared: Sequence[Compared]) -> str:
     if not other:
         return "same bits"
     worst = max((one for one in other if not one.is_exact), key=lambda one: one.difference or 0.0)
+    if not worst.difference:
+        return f"same values, other bits in {worst.path}"
     exact = [one.path for one in other if one.is_exact]
     more = f"; {', '.join(exact)} with it" if exact else ""
     return f"differs by {worst.difference:.1g} of the norm, within {worst.tolerance:g}{more}"
+
+
+def _not_compared(probe: Probe) -> str:
+    return f"; not compared: {', '.join(probe.uncompared)}" if probe.uncompared else ""
 
 
 def _another_model(initializer: CheckpointInitializer, leaves: Iterable[Leaf], model: Any, probe: Probe) -> str:

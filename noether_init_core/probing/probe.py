@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -10,11 +10,11 @@ import torch
 
 from noether_init_core.checkpoints.plain import plain
 from noether_init_core.errors import CheckpointFormatError, ConfigError
-from noether_init_core.probing.fingerprint import OutputFingerprint, fingerprints
+from noether_init_core.probing.fingerprint import OutputFingerprint, fingerprints, has_values, uncompared
 from noether_init_core.probing.quiet import called, device_of, hindrance, modules_of, quietly
 from noether_init_core.protocols import leaf_models
 
-__all__ = ["Probe", "check_batch", "dtype_of", "repeat", "take"]
+__all__ = ["Probe", "check_batch", "computed_by", "dtype_of", "repeat", "take"]
 
 
 @attrs.frozen(eq=False)
@@ -31,6 +31,9 @@ class Probe:
         dtype: Dtype of its first floating-point parameter or buffer; None where it has none.
         has_drawn: Whether it drew random numbers, from generators that were seeded for that: another kind of device
             draws others.
+        uncompared: What else came back, in words: objects that have no fingerprint.
+        computed_by: Release of torch, threads and processor; None in probes of earlier releases, which have no
+            fingerprints of numbers and texts either.
     """
 
     batch: Any
@@ -40,6 +43,8 @@ class Probe:
     device: str
     dtype: str | None
     has_drawn: bool = False
+    uncompared: tuple[str, ...] = ()
+    computed_by: str | None = None
 
 
 def take(model: Any, batch: Any) -> Probe:
@@ -58,7 +63,12 @@ def take(model: Any, batch: Any) -> Probe:
     if problem:
         raise ConfigError(f"probe: {problem}. Nothing was written. Next: another probe, or save without")
     try:
-        outputs, has_drawn = _run(model, kept)
+        ran = _run(model, kept)
+        if not ran.has_values:
+            raise ConfigError(
+                f"probe: all that {model.name} returns is NaN, which tells models apart by nothing. "
+                "Next: look into its weights, or save without"
+            )
     except ConfigError as error:
         error.add(". Nothing was written")
         raise
@@ -70,13 +80,22 @@ def take(model: Any, batch: Any) -> Probe:
         ) from error
     return Probe(
         kept,
-        outputs,
+        ran.outputs,
         str(model.name),
         tuple(path for path, _leaf in leaf_models(model)),
         device_of(model).type,
         dtype_of(model),
-        has_drawn,
+        ran.has_drawn,
+        ran.uncompared,
+        computed_by(model),
     )
+
+
+def computed_by(model: Any) -> str:
+    """What the last bits depend on: release of torch, threads, instructions of the processor, name of the GPU."""
+    device = device_of(model)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device.type} {name}"
 
 
 def repeat(model: Any, probe: Probe) -> tuple[OutputFingerprint, ...]:
@@ -90,7 +109,12 @@ def repeat(model: Any, probe: Probe) -> tuple[OutputFingerprint, ...]:
     def follow(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(getattr(torch, now)) if now is not None and tensor.dtype is then else tensor
 
-    return _run(model, _mapped(probe.batch, follow))[0]
+    found = _run(model, _mapped(probe.batch, follow), like=probe.outputs).outputs
+    if probe.computed_by is not None:
+        return found
+    # earlier releases left numbers and texts out
+    known = {one.path for one in probe.outputs}
+    return tuple(one for one in found if one.path in known)
 
 
 def dtype_of(model: Any) -> str | None:
@@ -110,11 +134,20 @@ def check_batch(batch: Any) -> str:
         wrong = [key for key in batch if not (isinstance(key, str) and key.isidentifier())]
         if wrong:
             return f"a dict is passed as keywords, and {wrong[0]!r} is none"
+        if "self" in batch:
+            return "a dict is passed as keywords, and 'self' is the model itself"
     return ""
 
 
-def _run(model: Any, batch: Any) -> tuple[tuple[OutputFingerprint, ...], bool]:
-    """Fingerprints, and whether random numbers were drawn."""
+@attrs.frozen(eq=False)
+class _Ran:
+    outputs: tuple[OutputFingerprint, ...]
+    uncompared: tuple[str, ...]
+    has_values: bool
+    has_drawn: bool
+
+
+def _run(model: Any, batch: Any, like: Sequence[OutputFingerprint] = ()) -> _Ran:
     function, device = called(model), device_of(model)
     # a copy: the model may write into it
     ready = _mapped(batch, lambda tensor: tensor.to(device, copy=True))
@@ -126,9 +159,10 @@ def _run(model: Any, batch: Any) -> tuple[tuple[OutputFingerprint, ...], bool]:
         else:
             output = function(ready)
         # in here: an output may be a buffer, which gets its former value
-        found = fingerprints(output)
+        found = fingerprints(output, like=like, dtype=dtype_of(model))
+        others, has_any = uncompared(output), has_values(output)
         del output
-    return found, quiet.has_drawn
+    return _Ran(found, others, has_any, quiet.has_drawn)
 
 
 def _mapped(value: Any, change: Any) -> Any:

@@ -188,6 +188,15 @@ def test_a_hostile_probe_runs_nothing(paths: PathProvider, tmp_path: Path) -> No
         (lambda content: content["outputs"][0].update(projections=[1.0]), r"is no probe: outputs\.0\.projections"),
         (lambda content: content["outputs"][0].pop("digest"), r"is no probe: outputs\.0\.digest"),
         (lambda content: content["outputs"][0].update(shape=[-1]), r"is no probe: outputs\.0\.shape"),
+        (lambda content: content["outputs"][0].update(norm=float("nan")), r"is no probe: outputs\.0\.norm"),
+        (lambda content: content["outputs"][0].update(norm=-1.0), r"is no probe: outputs\.0\.norm"),
+        (
+            lambda content: content["outputs"][0].update(projections=[float("inf")] * 16),
+            r"is no probe: outputs\.0\.projections\.0",
+        ),
+        (lambda content: content.update(outputs=[]), "is no probe: outputs: "),
+        (lambda content: content["outputs"].append(content["outputs"][0]), "two have one path"),
+        (lambda content: content.update(batch={"self": torch.zeros(1)}), "'self' is the model itself"),
         (lambda content: content.update(batch={"a b": torch.zeros(1)}), "passed as keywords, and 'a b' is none"),
         (lambda content: content.update(batch=[torch.float32]), r"is no probe: batch\.0 is a dtype"),
     ],
@@ -252,6 +261,21 @@ def test_a_disk_that_fails_at_the_probe_commits_nothing(paths: PathProvider) -> 
         "00000001_E1_U1_S1",
         "00000002_E3_U3_S3",
     ]
+
+
+def test_a_probe_of_an_earlier_release_is_read(paths: PathProvider) -> None:
+    """It has no levels, and does not say what it was computed by."""
+    saved = CheckpointWriter(paths).save(model(), at(1), probe=BATCH)
+    content = torch.load(saved.folder / PROBE_NAME, weights_only=True)
+    for key in ("levels", "choices"):
+        content["outputs"][0].pop(key)
+    content.pop("uncompared")
+    content.pop("computed_by")
+    put(saved, content)
+    probe = read_probe(newest(paths))
+    assert probe is not None
+    assert repeat(model(), probe) == probe.outputs
+    assert probe.computed_by is None
 
 
 def test_retention_removes_it_with_its_set(paths: PathProvider) -> None:

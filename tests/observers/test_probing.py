@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from noether_init_core import ConfigError, bind, compose
-from noether_init_core.probing.fingerprint import Compared, compare, fingerprints, tolerance_for
+from noether_init_core.probing.fingerprint import Compared, compare, fingerprints, tolerance_for, uncompared
 from noether_init_core.probing.probe import repeat, take
 from noether_init_core.probing.quiet import called, quietly
 
@@ -152,11 +152,12 @@ def write(self: Any, inputs: torch.Tensor) -> torch.Tensor:
 def test_buffers_that_the_forward_changes_are_put_back(change: Any) -> None:
     """The same tensor with the same values, so that the next probe sees what this one saw."""
     module = Calling(change)
-    module.seen.fill_(float("nan"))
+    module.seen[1:] = float("nan")
     buffer = module.seen
     probe = take(model(module), BATCH)
     assert module.seen is buffer
-    assert torch.isnan(module.seen).all()
+    assert torch.isnan(module.seen).tolist() == [False, True, True]
+    assert module.seen[0] == 0
     assert repeat(model(module), probe) == probe.outputs
 
 
@@ -243,7 +244,7 @@ Pair = collections.namedtuple("Pair", ["first", "second"])
 
 
 def test_tensors_are_found_in_every_usual_structure() -> None:
-    """Mappings, tuples, lists, dataclasses, attrs classes; what is no tensor is left out."""
+    """Mappings, tuples, lists, dataclasses, attrs classes; numbers and texts count, None does not."""
     x = torch.zeros(1)
     nested = {"a": x, "b": [x, Pair(x, (x,))], "c": Data(x), "d": Values({"e": x}), "f": None, 3: x, "g": "text"}
     assert [one.path for one in fingerprints(collections.OrderedDict(nested))] == [
@@ -252,9 +253,12 @@ def test_tensors_are_found_in_every_usual_structure() -> None:
         "output.b.1.0",
         "output.b.1.1.0",
         "output.c.logits",
+        "output.c.name",
         "output.d.hidden.e",
         "output.3",
+        "output.g",
     ]
+    assert uncompared(nested) == ()
     assert [one.path for one in fingerprints(x)] == ["output"]
 
 
@@ -264,7 +268,7 @@ def test_two_outputs_under_one_path_are_told_apart() -> None:
     assert [one.path for one in fingerprints({"a.b": x, "a": {"b": x}})] == ["output.a.b", "output.a.b#2"]
 
 
-@pytest.mark.parametrize("output", [None, 3.0, {"a": "text"}, torch.distributions.Normal(0.0, 1.0)])
+@pytest.mark.parametrize("output", [None, {"a": object()}, torch.distributions.Normal(0.0, 1.0)])
 def test_an_output_without_a_tensor_is_refused(output: Any) -> None:
     """There is nothing to compare."""
     with pytest.raises(ConfigError, match="without a tensor in it"):
@@ -390,6 +394,96 @@ def test_whole_numbers_must_be_equal_unless_others_are_rounded() -> None:
     assert [(one.is_same, one.problem) for one in rounded] == [(False, ""), (False, "")]
     wrong = compare(then, fingerprints({"scores": scores * 2, "choice": choice * 0}))
     assert [one.problem for one in wrong] == ["differs", "has other values"]
+
+
+def held(first: Any, second: Any, dtype: str = "float32") -> list[str]:
+    """Problems of each output, measured as when it is repeated."""
+    then = fingerprints(first, dtype=dtype)
+    return [one.problem for one in compare(then, fingerprints(second, like=then, dtype=dtype), dtypes=[dtype])]
+
+
+HIDDEN = torch.ones(12, 12).triu(1).bool()
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_huge_constants_hide_no_other_values(fill: float, dtype: torch.dtype) -> None:
+    """Masked scores are compared by what is not masked; rounding is none of it."""
+    generator = torch.Generator().manual_seed(1)
+    scores, others = torch.randn(2, 12, 12, generator=generator, dtype=torch.float64)
+    name, eps = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
+    fill = max(fill, torch.finfo(dtype).min)
+    masked, wrong, rounded = (
+        one.masked_fill(HIDDEN, fill).to(dtype) for one in (scores, others, scores * (1 + eps * HIDDEN.flip(0)))
+    )
+    assert held(masked, wrong, name) == ["differs"]
+    assert not torch.equal(masked, rounded)
+    assert held(masked, rounded, name) == [""]
+    assert held(masked, wrong.to(torch.float32).masked_fill(HIDDEN, 0.0).to(dtype), name) == ["differs"]
+
+
+def test_values_of_every_magnitude_are_compared() -> None:
+    """Also the middle one of three; and a value moves over a limit by rounding without a difference."""
+    values = torch.cat([torch.linspace(1, 2, 50), torch.full((10,), 1e6), torch.full((10,), 1e30)])
+    changed = values.clone()
+    changed[55] = 0
+    assert held(values, changed) == ["differs"]
+    steady = torch.logspace(-3, 6, 400)
+    assert held(steady, steady * (1 + 1e-7)) == [""]
+    assert held(steady, steady.flip(0)) == ["differs"]
+
+
+def test_noise_beside_values_is_not_taken_for_values() -> None:
+    """Most entries are what is left of a sum that is zero."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(100, generator=generator)
+    noise = torch.randn(2, 300, generator=generator) * 1e-7
+    assert held(torch.cat([values, noise[0]]), torch.cat([values, noise[1]])) == [""]
+
+
+def test_values_near_the_end_of_float64_are_compared() -> None:
+    """Their squares are outside of it."""
+    values = torch.tensor([1e300, -1e300, 5e299], dtype=torch.float64)
+    assert held(values, values.flip(0)) == ["differs"]
+    assert held(values, values * (1 + 1e-15)) == [""]
+    assert all(math.isfinite(one.norm) for one in fingerprints(values * 1e8))
+
+
+def test_many_other_whole_numbers_are_no_rounding() -> None:
+    """One choice in twenty may fall otherwise, not each."""
+    scores, choices = torch.ones(200), torch.arange(200)
+    few, many = choices.clone(), choices.clone()
+    few[:4] = 0
+    few[4] = 10**12
+    many[:100] += 1
+    then = {"scores": scores, "choices": choices}
+    assert held(then, {"scores": scores * (1 + 1e-6), "choices": few}) == ["", ""]
+    assert held(then, {"scores": scores * (1 + 1e-6), "choices": many}) == ["", "has other values"]
+    assert held(then, {"scores": scores * (1 + 1e-6), "choices": choices.flip(0)}) == ["", "has other values"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "problem"),
+    [
+        (0.5, 0.6, "differs"),
+        (0.5, 0.5 + 1e-7, ""),
+        (3, 4, "has other values"),
+        (10**30, 10**30 + 1, "has other values"),
+        (True, False, "has other values"),
+        ("yes", "no", "has other values"),
+        (True, 1.0, "has the dtype float64, it had bool"),
+    ],
+)
+def test_numbers_and_texts_are_compared(first: Any, second: Any, problem: str) -> None:
+    """As tensors are."""
+    assert held(first, second) == [problem]
+    assert held(first, first) == [""]
+
+
+def test_an_output_of_nan_alone_is_refused() -> None:
+    """Every broken model would match it."""
+    with pytest.raises(ConfigError, match="all that net returns is NaN"):
+        take(model(Calling(lambda _self, inputs: inputs * float("nan"))), BATCH)
 
 
 @pytest.mark.parametrize(
