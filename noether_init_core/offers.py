@@ -113,7 +113,7 @@ def without_installed(group: str) -> Iterator[None]:
 
 def _tells_its_name(offer: Offer) -> bool:
     try:
-        return bool(_own_name(offer._distribution))
+        return bool(_own_name(offer._distribution, offer.distribution))
     except Exception as error:  # metadata of a stranger may be broken in any way, and must not take ours along
         if offer not in _told:
             _told.add(offer)
@@ -163,7 +163,7 @@ def _find(group: str, left_out: list[str]) -> Iterator[Offer]:
     header = f"[{group}]"
     for distribution in importlib.metadata.distributions():
         try:
-            name = _cheap_name(distribution) or _own_name(distribution)
+            name = _cheap_name(distribution) or _own_name(distribution, _identity(distribution)[0])
             if name in seen:
                 continue
             text = _entry_points_of(distribution)
@@ -216,13 +216,12 @@ def _cheap_name(distribution: importlib.metadata.Distribution) -> str | None:
     return normalized(match[1]) if match else None
 
 
-def _own_name(distribution: importlib.metadata.Distribution) -> str:
-    """The name in the metadata, as names are compared.
+def _own_name(distribution: importlib.metadata.Distribution, said: str) -> str:
+    """The name that its metadata ``said``, as names are compared.
 
     Raises ``ValueError`` where the folder says another one: it would pass for that, in messages and in the allow list.
     """
-    said, folder = _identity(distribution)[0], _folder_of(distribution)
-    name = normalized(said)
+    folder, name = _folder_of(distribution), normalized(said)
     if folder and not re.fullmatch(rf"{re.escape(name)}(-\d.*)?-(dist-info|egg-info|egg)", normalized(folder)):
         raise ValueError(f"the metadata of {folder} says that its name is {said}")
     return name

@@ -544,3 +544,35 @@ def test_states_of_callbacks_that_nobody_was_there_to_take_are_told(
     report = stack.initialize(bound(net()), trainer=Stateful(), callbacks=[])
     assert report.initializers[0].not_restored == ()
     assert "states of callbacks that this run has not: ema, best" in caplog.text
+
+
+def test_a_hook_that_only_looks_like_one_is_an_error_and_no_success(run: PathProvider) -> None:
+    """Behind a decorator, async methods and generators are plain functions that do nothing."""
+
+    async def fill(self: Any, model: Any) -> None:
+        """Never runs."""
+
+    def wrapped(self: Any, model: Any) -> Any:
+        return fill(self, model)
+
+    hidden = type("Hidden", (Recorder,), {"init_weights": wrapped, "contract": 1})
+    stack = InitializerStack([hidden(RecorderConfig(kind="recorder"))])
+    with pytest.raises(PartlyInitializedError, match="returned a coroutine, so that nothing was done"):
+        stack.initialize(bound(net()))
+
+
+def test_a_kind_with_a_name_of_ours_does_not_hide_its_own_error() -> None:
+    """Letting go of it fails; what is told is why it failed."""
+
+    class Odd(Recorder):
+        stopwatch: Any = None
+
+        def __init__(self, config: KindConfig, *, path_provider: Any = None) -> None:
+            super().__init__(config, path_provider=path_provider)
+            self.stopwatch = None
+
+        def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
+            raise ConfigError("the real error")
+
+    with pytest.raises(ConfigError, match="the real error"):
+        InitializerStack([Odd(RecorderConfig(kind="recorder"))]).initialize(bound(net()))

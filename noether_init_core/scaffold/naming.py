@@ -150,6 +150,10 @@ def _problem_of_kind(value: str) -> str:
     return ""
 
 
+#: What pytest imports under these names.
+_TEST_FILES = ("conftest", "test_conformance", "test_kind")
+
+
 def _problem_of_distribution(value: str) -> str:
     problem = _problem_of_text(value, "_-")
     module = value.replace("-", "_")
@@ -159,6 +163,8 @@ def _problem_of_distribution(value: str) -> str:
         return "is the core's own"
     if module in sys.stdlib_module_names:
         return f"would install a package {module}, which Python itself has"
+    if module in _TEST_FILES:
+        return f"would install a package {module}, and the new package has tests/{module}.py"
     return ""
 
 

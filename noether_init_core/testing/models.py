@@ -77,7 +77,8 @@ def _single(name: str, module: torch.nn.Module, **more: Any) -> Any:
     parameters = list(module.parameters())
     if not parameters:
         return bind(module, name=name, **more)
-    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    # another learning rate for each seed
+    optimizer = torch.optim.AdamW(parameters, lr=0.01 + 0.01 * float(torch.rand(())))
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import multiprocessing
 import os
+import random
 import sys
 import threading
 import traceback
@@ -25,27 +27,39 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 #: Audit events that stand for work. Reading files is what an import does.
 _WORK = {
     "os.chdir": "changes the working folder to",
+    "os.chmod": "changes the mode of",
+    "os.exec": "becomes",
+    "os.fork": "starts a process",
+    "os.forkpty": "starts a process",
+    "os.link": "links",
     "os.mkdir": "creates the folder",
     "os.posix_spawn": "starts the process",
     "os.putenv": "sets the environment variable",
     "os.remove": "removes",
     "os.rename": "renames",
     "os.rmdir": "removes the folder",
+    "os.spawn": "starts the process",
+    "os.symlink": "links",
     "os.system": "runs",
+    "os.truncate": "empties",
+    "os.utime": "changes the time of",
     "socket.bind": "listens on",
     "socket.connect": "connects to",
     "socket.getaddrinfo": "looks up the host",
+    "socket.gethostbyname": "looks up the host",
+    "socket.sendmsg": "sends to",
+    "socket.sendto": "sends to",
     "subprocess.Popen": "starts the process",
 }
 
 
-def work_at_import(module: str) -> list[str]:
+def work_at_import(module: str, distribution: str = "") -> list[str]:
     """What importing ``module`` does beside defining names, in words; seen in new processes.
 
-    What its dependencies do when they are imported is not its own: they are imported before it is watched.
-    Raises ``RuntimeError`` with the traceback where it cannot be imported.
+    What its dependencies do when they are imported is not its own: they are imported before it is watched. All modules
+    of ``distribution`` are its own. Raises ``RuntimeError`` with the traceback where it cannot be imported.
     """
-    (dependencies,) = _in_new_processes(_modules_beside, [(module,)])
+    (dependencies,) = _in_new_processes(_modules_beside, [(module, distribution)])
     (found,) = _in_new_processes(_watch_import, [(module, dependencies)])
     return list(found)
 
@@ -78,6 +92,7 @@ def run_rank(jobs: Sequence[RankJob]) -> list[RankResult]:
 
 
 def _initialize_as_rank(job: RankJob) -> RankResult:
+    import numpy
     import torch
     import torch.distributed as dist
 
@@ -89,6 +104,8 @@ def _initialize_as_rank(job: RankJob) -> RankResult:
     os.environ.update(RANK=str(job.rank), LOCAL_RANK=str(job.rank), WORLD_SIZE=str(job.ranks))
     # each rank comes with another state of the global generator, as ranks do
     torch.manual_seed(1000 + job.rank)
+    numpy.random.seed(1000 + job.rank)
+    random.seed(1000 + job.rank)
     dist.init_process_group("gloo", init_method=f"file://{job.meeting_point}", rank=job.rank, world_size=job.ranks)
     try:
         model = new_model(job.shape, job.seed)
@@ -107,11 +124,12 @@ def _initialize_as_rank(job: RankJob) -> RankResult:
         dist.destroy_process_group()
 
 
-def _modules_beside(module: str) -> list[str]:
+def _modules_beside(module: str, distribution: str) -> list[str]:
     before = set(sys.modules)
     importlib.import_module(module)
-    own = module.partition(".")[0]
-    return [name for name in sys.modules if name not in before and name.partition(".")[0] != own]
+    by_package = importlib.metadata.packages_distributions() if distribution else {}
+    own = {module.partition(".")[0]} | {name for name, those in by_package.items() if distribution in those}
+    return [name for name in sys.modules if name not in before and name.partition(".")[0] not in own]
 
 
 def _watch_import(module: str, dependencies: Sequence[str]) -> list[str]:

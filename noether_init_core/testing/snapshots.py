@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import logging
 import os
 import random
+import signal
+import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,6 +83,19 @@ def state_of_process() -> dict[str, Any]:
         "disabled logging": logging.root.manager.disable,
         "warning filters": [str(one) for one in warnings.filters],
         "excepthook": sys.excepthook,
+        "garbage collector": (gc.isenabled(), gc.get_threshold()),
+        "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "NumPy's error handling": np.geterr(),
+        "recursion limit": sys.getrecursionlimit(),
+        "timeout of sockets": socket.getdefaulttimeout(),
+        "number of threads": threading.active_count(),
+        "loggers of torch and of the core": [
+            (name, logger.level, logger.disabled, len(logger.handlers))
+            for name, logger in sorted(logging.root.manager.loggerDict.items())
+            if isinstance(logger, logging.Logger)
+            and name.partition(".")[0] in ("torch", "noether_init_core")
+            and (logger.level or logger.disabled or logger.handlers)
+        ],
     }
 
 

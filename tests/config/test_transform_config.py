@@ -109,3 +109,13 @@ def test_two_ways_to_say_the_same_are_refused() -> None:
     }
     with pytest.raises(ConfigError, match="transforms and patterns_to_instantiate are two ways to say the same"):
         InitializerStack.from_config([config], path_provider={"output_root": "runs", "run_id": "b"})
+
+
+@pytest.mark.parametrize(
+    "step", ["split", "concat", "stack", "unstack", "reshape", "slice", "pad", "interpolate", "cast"]
+)
+@pytest.mark.parametrize("value", [None, True])
+def test_a_step_without_its_value_is_refused(step: str, value: object) -> None:
+    """A forgotten value must not become another step: a square matrix would load the other way round."""
+    with pytest.raises(ValueError, match=f"{step} has no value; for example {step}: "):
+        TransformConfig.model_validate({"from": ["a", "b"], "to": "c", "do": [{step: value}]})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pydantic
@@ -33,11 +34,12 @@ class ConfigChecks(Checks):
         Secrets are left out of JSON, as they should be.
         """
         config = self.config_of(new_case("single"), make_config)
-        secrets = {name: getattr(config, name) for name in secret_fields(type(config))}
-        for mode, dumped in (
-            ("python", config.model_dump()),
-            ("json", json.loads(config.model_dump_json()) | secrets),
-        ):
+        hidden = list(secret_fields(type(config)))
+        dumps = [("python", config.model_dump())]
+        if not any("." in name for name in hidden):
+            secrets = {name: getattr(config, name) for name in hidden}
+            dumps.append(("json", json.loads(config.model_dump_json()) | secrets))
+        for mode, dumped in dumps:
             again = kinds.validate(dumped)
             assert again == config, f"validated again from {mode}: {again!r}, not {config!r}"
             assert again.model_dump() == config.model_dump()
@@ -80,8 +82,8 @@ class ConfigChecks(Checks):
 
 
 def secret_fields(cls: type[pydantic.BaseModel]) -> Iterator[str]:
-    """The fields that pydantic keeps secret."""
-    for name, field in cls.model_fields.items():
+    """The fields that pydantic keeps secret, those of models below as ``store.token``."""
+    for name, field in contract.config_fields(cls):
         if any(one in (pydantic.SecretStr, pydantic.SecretBytes) for one in _types_in(field.annotation)):
             yield name
 
@@ -96,16 +98,25 @@ def _models_in(cls: type[pydantic.BaseModel], said: Mapping[str, Any]) -> Iterat
     """The places in ``said`` that a pydantic model validates: the config itself, and mappings below it."""
     yield ()
     for name, field in cls.model_fields.items():
-        inner = list(contract.models_in(field.annotation))
-        value = said.get(name)
-        if not inner or value is None:
-            continue
-        items = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
-        for number, item in items:
-            if isinstance(item, Mapping):
-                place: tuple[str | int, ...] = (name,) if number is None else (name, number)
-                for path in _models_in(inner[0], item):
-                    yield (*place, *path)
+        for path in dict.fromkeys(_places(field.annotation, said.get(name))):
+            yield (name, *path)
+
+
+def _places(annotation: Any, value: Any) -> Iterator[tuple[str | int, ...]]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        # the config of another kind has a kit of its own
+        if isinstance(value, Mapping) and not issubclass(annotation, KindConfig):
+            yield from _models_in(annotation, value)
+    elif isinstance(value, Mapping) and isinstance(origin, type) and issubclass(origin, Mapping):
+        for key, item in value.items():
+            yield from ((key, *path) for path in _places(arguments[1], item))
+    elif isinstance(value, list | tuple) and isinstance(origin, type) and issubclass(origin, Iterable):
+        for number, item in enumerate(value):
+            yield from ((number, *path) for path in _places(arguments[0], item))
+    else:  # a union, or an annotated type
+        for argument in arguments:
+            yield from _places(argument, value)
 
 
 def _with_strange_key(config: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from noether_init_core import contract, kinds
 from noether_init_core.hooks import CONTRACT_VERSION
+from noether_init_core.offers import normalized
 from noether_init_core.testing.checks.base import Checks
 from noether_init_core.testing.processes import work_at_import
 
@@ -27,7 +28,7 @@ class RegistrationChecks(Checks):
             f"{self.kind} is registered in this process only, so that users will not have it. Add to pyproject.toml:\n"
             f'[project.entry-points."{kinds.GROUP}"]\n{self.kind} = "{info.target}"'
         )
-        assert _normalized(info.distribution) == _normalized(self.distribution), f"offered by {info.source}"
+        assert normalized(info.distribution) == normalized(self.distribution), f"offered by {info.source}"
         assert info.version == importlib.metadata.version(self.distribution)
 
     def test_says_the_contract_it_was_written_for(self) -> None:
@@ -44,8 +45,4 @@ class RegistrationChecks(Checks):
         info = kinds.describe(self.kind)
         if info.distribution is None:
             pytest.skip("registered in this process only: another process cannot import it")
-        assert work_at_import(info.target.partition(":")[0].strip()) == []
-
-
-def _normalized(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
+        assert work_at_import(info.target.partition(":")[0].strip(), info.distribution) == []

@@ -39,6 +39,8 @@ class StateChecks(Checks):
             changed = differences(before, after)
             assert not changed, f"restores_optimizer is closed, but these changed: {', '.join(changed[:5])}"
             return
+        rates = [group["lr"] for group in case.source.optimizer["net"]["param_groups"]]
+        assert [group["lr"] for group in optimizer.param_groups] == rates, "the learning rates are not the source's"
         wanted = {
             f"optimizer of net: {index} {name}": value
             for index, values in case.source.optimizer["net"]["state"].items()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from noether_init_core.errors import InitError
 from noether_init_core.protocols import leaf_models
 from noether_init_core.testing.answers import open_
-from noether_init_core.testing.cases import Case
 from noether_init_core.testing.checks.base import Checks, Expected, MakeConfig, NewCase
-from noether_init_core.testing.models import leaf_state, with_extra_parameter
+from noether_init_core.testing.models import leaf_state, new_model, with_extra_parameter
 from noether_init_core.testing.snapshots import differences, state_of_model
 
 __all__ = ["WeightChecks"]
@@ -56,12 +58,16 @@ class WeightChecks(Checks):
 
     def test_tensors_stay_the_same_objects(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """Optimizers, ties and wrappers hold on to the tensors: identity, shape, dtype, device and flags stay."""
-        case = new_case("single")
-        before = state_of_model(case.model)
-        self.initialize(case, make_config(case))
-        changed = differences(before, state_of_model(case.model))
-        others = [name for name in changed if name.startswith(("identity of", "flags of", "training of", "hooks of"))]
-        assert not others, f"changed: {', '.join(others)}. Write in place, under torch.no_grad()"
+        shapes = {"single": _OPEN, "nested": self.nested, "buffers": self.buffers}
+        for shape in (name for name, answer in shapes.items() if answer.is_open):
+            case = new_case(shape)
+            before = state_of_model(case.model)
+            self.initialize(case, make_config(case))
+            changed = differences(before, state_of_model(case.model))
+            others = [
+                name for name in changed if name.startswith(("identity of", "flags of", "training of", "hooks of"))
+            ]
+            assert not others, f"changed: {', '.join(others)}. Write in place, under torch.no_grad()"
 
     def test_plan_is_what_happens(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """Exactly the entries that the plan writes change; a parameter that is to be kept keeps its value."""
@@ -97,35 +103,40 @@ class WeightChecks(Checks):
 
     def test_a_model_that_does_not_fit_is_left_as_it_was(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """``init_weights`` alone, called without ``check``: another shape is an error of ours, and nothing changes."""
-        case = new_case("single", model=_misfit(new_case("single")))
-        initializer = self.one(case, make_config(case))
-        if not self.compares_models.is_open:
-            initializer.init_weights(case.model)
-            return
-        try:
-            with self.refused(case, "norm.weight has another shape in the model"):
+        for what, model in _misfits().items():
+            case = new_case("single", model=model)
+            initializer = self.one(case, make_config(case))
+            if not self.compares_models.is_open:
                 initializer.init_weights(case.model)
-        finally:
-            initializer.release()
+                continue
+            try:
+                with self.refused(case, what):
+                    initializer.init_weights(case.model)
+            finally:
+                initializer.release()
 
     def test_check_finds_a_model_that_does_not_fit(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """``check`` raises for another shape, so that nothing of the whole stack has changed by then."""
-        case = new_case("single", model=_misfit(new_case("single")))
-        initializer = self.one(case, make_config(case))
-        if not self.compares_models.is_open:
-            initializer.check(case.model, case.trainer, case.callbacks)
-            return
-        with pytest.raises(InitError):
-            initializer.check(case.model, case.trainer, case.callbacks)
-            pytest.fail("norm.weight has another shape in the model, and check() has not found it")
-        initializer.release()
+        for what, model in _misfits().items():
+            case = new_case("single", model=model)
+            initializer = self.one(case, make_config(case))
+            if not self.compares_models.is_open:
+                initializer.check(case.model, case.trainer, case.callbacks)
+                continue
+            with pytest.raises(InitError):
+                initializer.check(case.model, case.trainer, case.callbacks)
+                pytest.fail(f"{what}, and check() has not found it")
+            initializer.release()
 
 
-def _misfit(case: Case) -> object:
-    """The model of the case, whose last tensor has another shape: everything before it fits."""
-    import torch
-
-    norm = case.model.module.norm
-    with torch.no_grad():
-        norm.weight = torch.nn.Parameter(torch.ones(7))
-    return case.model
+def _misfits() -> dict[str, Any]:
+    """Models whose last tensor does not fit, so that everything before it does; what is wrong -> the model."""
+    found: dict[str, Any] = {"extra is in the model and not in the source": with_extra_parameter(_SEED)}
+    for shape in ((7,), (1,), (3, 1)):  # the second one would be broadcast, the third one has as many elements
+        model = new_model("single", _SEED)
+        model.module.norm.weight = torch.nn.Parameter(torch.ones(shape))
+        found[f"norm.weight has the shape {shape} in the model, and (3,) in the source"] = model
+    model = new_model("single", _SEED)
+    del model.module.coarse
+    found["coarse is in the source and not in the model"] = model
+    return found
