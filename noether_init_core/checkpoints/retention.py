@@ -160,7 +160,8 @@ def superfluous_sets(
         rules: What to keep.
         training: The training whose sets are counted and may go; those of others stay, and need not be looked at.
 
-    What a tag means never changes through it to an older set: the tag keeps its set, or it is gone with it.
+    What a tag means never changes through it to an older set: the tag keeps its set, or it is gone with it. A question
+    for an iteration, such as ``E10``, is no tag: it means the newest set that matches and is there.
     """
     if rules.keeps_all:
         return []
