@@ -106,17 +106,18 @@ class Stopwatch:
         return tuple(found)
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Begin anew; of a phase that runs, what comes from now on counts."""
         self._seconds.clear()
         self._nbytes.clear()
         self._resets += 1
+        self._since = self._clock()
 
     def _switch(self) -> None:
         """Give the time since the last switch to the phase that ran."""
         now = self._clock()
         if self._running:
             name = self._running[-1]
-            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+            self._seconds[name] = self._seconds.get(name, 0.0) + (now - self._since)
         self._since = now
 
 

@@ -75,14 +75,21 @@ def retire_sets(checkpoints: Path, rules: Retention, storage: Storage, training:
         found.append((candidate, is_asked and _has_its_files(candidate, storage)))
     superfluous = superfluous_sets(found, rules, training)
     retired = [candidate for candidate in superfluous if not storage.is_link(candidate.folder)]
+    failed: OSError | None = None
     for candidate in reversed(retired):
         # Without its manifest the set is gone for every reader; only then do its files go.
         storage.unlink(candidate.folder / MANIFEST_NAME)
         storage.fsync_folder(candidate.folder)
         remove_names_of(checkpoints, candidate.folder.name, storage)
-        _remove_folder(checkpoints, candidate.folder, storage)
+        try:
+            _remove_folder(checkpoints, candidate.folder, storage)
+        except OSError as error:
+            failed = failed or error
     if retired:
         storage.fsync_folder(checkpoints / SETS_FOLDER)
+    # the others have gone all the same
+    if failed is not None:
+        raise failed
 
 
 def _has_its_files(candidate: CheckpointSet, storage: Storage) -> bool:
@@ -99,5 +106,15 @@ def _remove_folder(checkpoints: Path, folder: Path, storage: Storage) -> None:
         # a flat name of a retired set keeps its bytes on the disk
         if parse(name) is not None and storage.is_same_file(checkpoints / name, folder / name):
             storage.unlink(checkpoints / name)
-        storage.unlink(folder / name)
+        _remove(folder / name, storage)
     storage.remove_folder(folder)
+
+
+def _remove(path: Path, storage: Storage) -> None:
+    """A name in a set; also a folder that somebody put there, with all that is in it. A link is not followed."""
+    if storage.is_folder(path) and not storage.is_link(path):
+        for name in list_names(path, storage):
+            _remove(path / name, storage)
+        storage.remove_folder(path)
+    else:
+        storage.unlink(path)

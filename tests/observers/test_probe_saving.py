@@ -288,6 +288,28 @@ def test_retention_removes_it_with_its_set(paths: PathProvider) -> None:
     assert len(list(sets.rglob(PROBE_NAME))) == 2
 
 
+@pytest.mark.parametrize("is_full", [False, True])
+def test_retention_removes_a_set_whose_probe_became_a_folder(paths: PathProvider, is_full: bool) -> None:
+    """It keeps neither its own set nor others; what a link in it leads to stays."""
+    elsewhere = paths.output_root / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "kept").write_text("")
+    writer = CheckpointWriter(paths, keep_last=1)
+    saved = writer.save(model(), at(1), probe=BATCH)
+    path = saved.folder / PROBE_NAME
+    path.unlink()
+    path.mkdir()
+    if is_full:
+        (path / "inner").mkdir()
+        (path / "inner" / "file").write_text("")
+        (path / "link").symlink_to(elsewhere)
+    for epoch in range(2, 5):
+        writer.save(model(epoch), at(epoch))
+    sets = paths.checkpoint_path / "sets"
+    assert [one.name for one in sorted(sets.iterdir())] == ["00000003_E3_U3_S3", "00000004_E4_U4_S4"]
+    assert (elsewhere / "kept").exists()
+
+
 class Training:
     """A small training with dropout, whose bits depend on every random number."""
 

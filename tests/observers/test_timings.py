@@ -53,6 +53,30 @@ def test_a_phase_inside_another_is_not_counted_twice() -> None:
     assert watch.timings == (Timing("read", 2, 64), Timing("copy", 5, 8))
 
 
+def test_a_reset_inside_a_phase_forgets_what_was_before() -> None:
+    """No more than the time since then is counted."""
+    clock = Clock()
+    watch = Stopwatch(clock)
+    with watch.phase("copy"):
+        clock.pass_(1)
+        watch.reset()
+        clock.pass_(2)
+    assert watch.timings == (Timing("copy", 2),)
+
+
+def test_short_phases_are_not_lost_on_a_clock_that_runs_for_long() -> None:
+    """Only differences of what it shows are added up."""
+    clock = Clock()
+    clock.now = 2.0**40
+    watch = Stopwatch(clock)
+    with watch.phase("copy"):
+        clock.pass_(1)
+    watch._seconds["copy"] = 0.1
+    with watch.phase("copy"):
+        clock.pass_(2)
+    assert watch.timings == (Timing("copy", 0.1 + 2),)
+
+
 def test_phases_are_told_in_their_order_and_those_of_others_behind() -> None:
     """Whatever came first; a kind may have a phase of its own."""
     clock = Clock()
