@@ -381,6 +381,63 @@ def test_a_run_that_is_resumed_with_probes_ends_with_the_same_bits(tmp_path: Pat
     assert all(map(torch.equal, plain, probed))
 
 
+class Drawing(torch.nn.Module):
+    """Its bits depend on its own generator and on a counter, which are extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 4)
+        self.generator = torch.Generator().manual_seed(3)
+        self.count = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return self.linear(inputs) + torch.randn(4, generator=self.generator) / self.count
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"count": torch.tensor(self.count), "generator": self.generator.get_state()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.count = int(state["count"])
+        self.generator.set_state(state["generator"])
+
+
+def drawn(root: Path, probe: Any, observers: list[str], is_interrupted: bool) -> torch.Tensor:
+    """Weights after five steps, with a save, and where asked a new process, after the second."""
+    paths = PathProvider(root, "source")
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        module = Drawing()
+        return bind(module, "net", torch.optim.SGD(module.parameters(), 0.1))
+
+    def steps(model: Any, numbers: range) -> None:
+        for number in numbers:
+            torch.manual_seed(number)
+            model(torch.randn(4, 8)).square().sum().backward()
+            model.optimizer.step()
+            model.optimizer.zero_grad()
+
+    model = build()
+    steps(model, range(2))
+    CheckpointWriter(paths).save(model, at(1), probe=probe)
+    if is_interrupted:
+        model = build()
+        config = {"observers": observers, "initializers": [{"run_id": "source", **RESUME}]}
+        report = InitializerStack.from_config(config, path_provider=paths.with_run("new")).initialize(model)
+        assert "probe" not in observers or said(report) == "same bits"
+    steps(model, range(2, 5))
+    return model.module.linear.weight.detach().clone()
+
+
+def test_a_model_with_generator_counter_and_extra_state_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """Saved with a probe, or resumed with the observer."""
+    plain = drawn(tmp_path / "plain", None, [], False)
+    assert torch.equal(drawn(tmp_path / "saved", BATCH, [], False), plain)
+    assert torch.equal(drawn(tmp_path / "resumed", BATCH, ["probe"], True), plain)
+    assert torch.equal(drawn(tmp_path / "unobserved", BATCH, [], True), plain)
+
+
 def test_nan_in_the_output_is_no_difference(tmp_path: Path) -> None:
     """Where it was, it is; who saves a diverged run gets the same one back."""
     paths = PathProvider(tmp_path, "source")

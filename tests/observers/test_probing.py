@@ -210,13 +210,164 @@ def go_backward(self: Any, inputs: torch.Tensor) -> torch.Tensor:
         (grow_saved, "its forward gives the buffer seen of a Calling another shape"),
         (add_saved, "its forward changes which entries a Calling saves: more"),
         (train_itself, "its forward changes the parameter weight of a Calling"),
-        (go_backward, "its forward changes the parameter weight of a Calling"),
+        (go_backward, "its forward leaves a gradient at the parameter weight of a Calling"),
     ],
 )
 def test_a_model_that_changes_itself_for_good_is_refused(change: Any, said: str) -> None:
     """What cannot be put back is said."""
     with pytest.raises(ConfigError, match=said):
         take(model(Calling(change)), BATCH)
+
+
+class Keeping(torch.nn.Module):
+    """A module that counts, draws from its own generators, and keeps tensors and containers as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2)
+        self.generator = torch.Generator().manual_seed(3)
+        self.numpy = np.random.default_rng(4)
+        self.older = np.random.RandomState(5)
+        self.python = random.Random(6)
+        self.count = 0
+        self.mode: tuple[str, int] | None = None
+        self.mean = torch.zeros(2)
+        self.written = torch.zeros(2)
+        self.history: list[Any] = []
+        self.cache: dict[str, Any] = {"deep": [torch.zeros(1)], "gone": 1}
+        self.last: collections.deque[int] = collections.deque([1, 2], maxlen=2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found = self.linear(inputs) + torch.randn(2, generator=self.generator) + self.count
+        found = found + self.numpy.random() + self.older.rand() + self.python.random()
+        self.count += 1
+        self.mode = ("x", self.count)
+        self.mean = self.mean * 0.9 + found.mean(0)
+        self.written += 1
+        self.history.append(self.count)
+        self.cache["deep"][0] += 1
+        self.cache["new"] = self.cache.pop("gone")
+        self.last.append(3)
+        self.made = True
+        self.linear.weight.requires_grad_(False)
+        self.linear.register_forward_hook(lambda *_arguments: None)
+        return found
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a set keeps of it."""
+        return {"count": self.count, "generator": self.generator.get_state(), "history": list(self.history)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.count, self.history = state["count"], state["history"]
+        self.generator.set_state(state["generator"])
+
+
+def kept_by(module: Keeping) -> Any:
+    return (
+        module.generator.get_state().tolist(),
+        str(module.numpy.bit_generator.state),
+        str(module.older.get_state()),
+        module.python.getstate(),
+        (module.count, module.mode, id(module.mean), module.mean.tolist(), module.written.tolist()),
+        (id(module.history), list(module.history), str(module.cache), module.last.copy()),
+        (hasattr(module, "made"), module.linear.weight.requires_grad, len(module.linear._forward_hooks)),
+        str(module.get_extra_state()),
+    )
+
+
+def test_attributes_and_generators_of_modules_are_put_back() -> None:
+    """Counters, tensors, containers, hooks; what it draws is the same each time."""
+    module = Keeping()
+    before = kept_by(module)
+    probe = take(model(module), BATCH)
+    assert kept_by(module) == before
+    assert probe.has_drawn
+    module.python.random()
+    module.generator.manual_seed(99)
+    assert repeat(model(module), probe) == probe.outputs
+
+
+def test_extra_state_behind_other_objects_is_put_back_by_its_own_code() -> None:
+    """If that does not help, the model is refused."""
+
+    class Box:
+        number = 0
+
+    class Hidden(torch.nn.Linear):
+        is_deaf = False
+
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.box = Box()
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            self.box.number += 1
+            return super().forward(*inputs)
+
+        def get_extra_state(self) -> int:
+            return self.box.number
+
+        def set_extra_state(self, state: int) -> None:
+            if not self.is_deaf:
+                self.box.number = state
+
+    module = Hidden()
+    take(model(module), BATCH)
+    assert module.box.number == 0
+    module.is_deaf = True
+    with pytest.raises(ConfigError, match="its forward changes the extra state of a Hidden"):
+        take(model(module), BATCH)
+
+
+def build_child(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.head = torch.nn.Linear(2, 3)
+    return self.head(inputs)
+
+
+def replace_child(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.norm = torch.nn.BatchNorm1d(2)
+    return inputs
+
+
+def replace_data(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.weight.data = self.weight.data * 2
+    return inputs
+
+
+def rebind(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.weight = torch.nn.Parameter(self.weight * 2)
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "change", [build_child, replace_child, replace_data, rebind, go_backward, grow_saved, add_saved]
+)
+def test_a_model_that_is_refused_is_as_before(change: Any) -> None:
+    """Children, parameters and gradients are the same objects with the same values."""
+    module = Calling(change)
+    before = list(module.named_modules()), [(one, id(one), one.data_ptr()) for one in module.parameters()]
+    values = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(ConfigError, match="cannot have a probe") as caught:
+        take(model(module), BATCH)
+    assert "It is changed now" not in str(caught.value)
+    after = list(module.named_modules()), [(one, id(one), one.data_ptr()) for one in module.parameters()]
+    assert [one for one, _ in after[0]] == [one for one, _ in before[0]]
+    assert all(one is two for (_, one), (_, two) in zip(after[0], before[0], strict=True))
+    assert [rest for _, *rest in after[1]] == [rest for _, *rest in before[1]]
+    assert values.keys() == module.state_dict().keys()
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in values.items())
+    assert module.weight.grad is None
+
+
+def test_a_write_that_no_version_tells_is_found() -> None:
+    """Through ``.data``; the error says that the model is another one now."""
+
+    def write_data(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+        self.weight.data.mul_(0.5)
+        return inputs
+
+    with pytest.raises(ConfigError, match=r"changes the parameter weight of a Calling\. It is changed now"):
+        take(model(Calling(write_data)), BATCH)
 
 
 def test_an_error_inside_is_not_hidden_by_a_change() -> None:
