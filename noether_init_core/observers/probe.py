@@ -17,7 +17,7 @@ from noether_init_core.hooks import hookimpl
 from noether_init_core.initializers.checkpoint import CheckpointInitializer
 from noether_init_core.initializers.source import Leaf, SourceInitializer, submodel_of
 from noether_init_core.probing.fingerprint import Compared, OutputFingerprint, compare
-from noether_init_core.probing.probe import Probe, dtype_of, repeat
+from noether_init_core.probing.probe import Probe, computed_by, dtype_of, repeat
 from noether_init_core.probing.quiet import device_of, hindrance
 from noether_init_core.surgery.plan import PlanRow
 from noether_init_core.surgery.steps import Interpolate, Pad, Slice
@@ -132,6 +132,7 @@ class ProbeObserver:
             dtypes=filter(None, (probe.dtype, dtype_of(chosen))),
             devices=(probe.device, device_of(chosen).type),
             tolerance=self._tolerance,
+            is_alike=probe.computed_by == computed_by(chosen),
         )
         wrong = [one for one in compared if one.problem]
         if not wrong:

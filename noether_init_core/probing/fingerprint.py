@@ -34,6 +34,9 @@ _CHOICES = 0.05
 #: on CPUs (instruction sets, libraries, one and two threads; a transformer, a convolutional, a recurrent and a plain
 #: network) were at most 2e-7, 5e-7, 2e-3 and 9e-3 apart.
 _TOLERANCES = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+#: Half precision on the same kind of processor with the same software: the bits should be the same, and wrong weights
+#: may lie nearer than the limits above (two exchanged layers of twelve: 4e-3).
+_ALIKE = {"float16": 5e-4, "bfloat16": 2e-3}
 #: Where an accelerator takes part, float32 may be multiplied with the 10 bits of TensorFloat-32.
 _ACCELERATED = 5e-3
 #: Narrower formats.
@@ -303,7 +306,7 @@ def _choices(flat: torch.Tensor) -> tuple[float, ...]:
     return tuple(map(float, sums))
 
 
-def tolerance_for(dtypes: Iterable[str], devices: Iterable[str]) -> float:
+def tolerance_for(dtypes: Iterable[str], devices: Iterable[str], *, is_alike: bool = False) -> float:
     """Up to which difference it is rounding, for the coarsest of ``dtypes``; ``devices`` are types such as ``cuda``.
 
     ======== ============ ==================================
@@ -312,7 +315,8 @@ def tolerance_for(dtypes: Iterable[str], devices: Iterable[str]) -> float:
     1e-6     1e-4         1e-2, 5e-2, 0.2
     ======== ============ ==================================
 
-    With an accelerator, float32 gets 5e-3.
+    With an accelerator, float32 gets 5e-3. With ``is_alike``, on the same kind of processor with the same software and
+    dtypes, float16 gets 5e-4, bfloat16 2e-3.
     """
     is_accelerated = any(device != "cpu" for device in devices)
     found = []
@@ -320,6 +324,8 @@ def tolerance_for(dtypes: Iterable[str], devices: Iterable[str]) -> float:
         plain = _COMPLEX.get(dtype, dtype)
         if is_floating(plain):
             one = _TOLERANCES.get(plain, _NARROW)
+            if is_alike:
+                one = _ALIKE.get(plain, one)
             found.append(max(one, _ACCELERATED) if is_accelerated and plain == "float32" else one)
     return max(found, default=0.0)
 
@@ -336,6 +342,7 @@ def compare(
     dtypes: Iterable[str] = (),
     devices: Iterable[str] = ("cpu",),
     tolerance: float | None = None,
+    is_alike: bool = False,
 ) -> tuple[Compared, ...]:
     """How each output compares, in the order of ``expected``; outputs that only one side has are problems.
 
@@ -348,6 +355,7 @@ def compare(
         dtypes: Of the model's parameters, then and now.
         devices: Types of devices, then and now.
         tolerance: Instead of ``tolerance_for``.
+        is_alike: Whether it was computed by the same release of torch, threads and kind of processor.
     """
     dtypes, devices = tuple(dtypes), tuple(devices)
     now = {one.path: one for one in found}
@@ -357,7 +365,11 @@ def compare(
         if other is None:
             compared.append(Compared(then.path, False, None, 0.0, "is not returned any more"))
             continue
-        allowed = tolerance_for((then.dtype, other.dtype, *dtypes), devices) if tolerance is None else tolerance
+        allowed = tolerance
+        if allowed is None:
+            all_dtypes = (then.dtype, other.dtype, *dtypes)
+            is_same_dtype = is_alike and then.dtype == other.dtype and len(set(dtypes)) < 2
+            allowed = tolerance_for(all_dtypes, devices, is_alike=is_same_dtype)
         compared.append(_compared(then, other, allowed))
     compared += [Compared(path, False, None, 0.0, "was not returned then") for path in now]
     is_rounded = any(not one.is_same and not one.problem for one in compared)

@@ -381,6 +381,48 @@ def test_a_run_that_is_resumed_with_probes_ends_with_the_same_bits(tmp_path: Pat
     assert all(map(torch.equal, plain, probed))
 
 
+class Masking(torch.nn.Module):
+    """Scores with a mask, and what cannot be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(8, 8)
+        self.second = torch.nn.Linear(8, 8)
+
+    def forward(self, inputs: torch.Tensor) -> dict[str, Any]:
+        scores = self.second(torch.tanh(self.first(inputs)))
+        mask = torch.ones(4, 8).triu(1).bool()
+        masked = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
+        return {"scores": masked, "law": torch.distributions.Normal(scores, 1.0)}
+
+
+def test_exchanged_layers_are_found_beside_masked_scores(tmp_path: Path) -> None:
+    """The constant of the mask hides nothing; objects without a fingerprint are named."""
+    paths = PathProvider(tmp_path, "source")
+    CheckpointWriter(paths).save(bind(Masking(), "net"), at(1), probe=BATCH)
+    assert said(start(paths, bind(Masking(), "net"), WARM)) == "same bits; not compared: output.law (a Normal)"
+    exchanged = [{"from": "first.", "to": "second."}, {"from": "second.", "to": "first."}]
+    with pytest.raises(PartlyInitializedError, match=r"output\.scores differs by"):
+        start(paths, bind(Masking(), "net"), {**WARM, "transforms": exchanged})
+
+
+def test_a_model_that_changes_itself_is_not_compared(tmp_path: Path) -> None:
+    """Its code is another one than when it was saved, which is said."""
+    paths = PathProvider(tmp_path, "source")
+    CheckpointWriter(paths).save(bind(Masking(), "net"), at(1), probe=BATCH)
+
+    class Building(Masking):
+        def forward(self, inputs: torch.Tensor) -> dict[str, Any]:
+            self.first = torch.nn.Linear(8, 8)
+            return super().forward(inputs)
+
+    module = Building()
+    first = module.first
+    with pytest.raises(PartlyInitializedError, match="its forward builds or replaces children of a Building"):
+        start(paths, bind(module, "net"), WARM)
+    assert module.first is first
+
+
 class Drawing(torch.nn.Module):
     """Its bits depend on its own generator and on a counter, which are extra state."""
 

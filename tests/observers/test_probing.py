@@ -656,6 +656,18 @@ def test_the_coarsest_dtype_decides_what_is_rounding(dtypes: list[str], devices:
     assert tolerance_for(dtypes, devices) == expected
 
 
+@pytest.mark.parametrize(("dtype", "alike", "other"), [("float16", 5e-4, 1e-2), ("bfloat16", 2e-3, 5e-2)])
+def test_half_precision_is_held_closer_where_all_is_alike(dtype: str, alike: float, other: float) -> None:
+    """The same software on the same kind of processor, with the same dtypes."""
+    then = fingerprints(torch.linspace(1, 2, 64).to(getattr(torch, dtype)))
+    moved = fingerprints((torch.linspace(1, 2, 64) * (1 + alike * 2)).to(getattr(torch, dtype)))
+    found = {is_alike: compare(then, moved, dtypes=[dtype, dtype], is_alike=is_alike)[0] for is_alike in (True, False)}
+    assert [(one.problem, one.tolerance) for one in found.values()] == [("differs", alike), ("", other)]
+    mixed = compare(then, moved, dtypes=[dtype, "float32"], is_alike=True)[0]
+    assert (mixed.problem, mixed.tolerance) == ("", other)
+    assert tolerance_for(["float32"], ["cpu"], is_alike=True) == 1e-4
+
+
 def test_a_limit_that_is_given_counts() -> None:
     """For every dtype."""
     first, second = torch.ones(4), torch.ones(4) * 1.001
