@@ -132,6 +132,8 @@ def _fill(container: Any, content: Any) -> None:
 
 
 def _generator_of(value: Any) -> Any:
+    if isinstance(value, random.SystemRandom):  # it has no state
+        return None
     kinds = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
     return value if isinstance(value, kinds) else None
 
@@ -163,8 +165,12 @@ def _seed(generator: Any, seed: int) -> None:
     elif isinstance(generator, numpy.random.Generator):
         kind: Any = type(generator.bit_generator)
         generator.bit_generator.state = kind(seed).state
+    elif isinstance(generator, numpy.random.RandomState):
+        # seed() is for Mersenne twisters alone, and so is the state of a new one
+        if generator.get_state(legacy=False)["bit_generator"] == "MT19937":
+            generator.seed(seed % 2**32)
     else:
-        generator.seed(seed % 2**32)
+        generator.seed(seed)
 
 
 def is_equal(first: Any, other: Any) -> bool:

@@ -310,6 +310,26 @@ def test_retention_removes_a_set_whose_probe_became_a_folder(paths: PathProvider
     assert (elsewhere / "kept").exists()
 
 
+def test_a_set_that_cannot_be_removed_does_not_keep_others(paths: PathProvider) -> None:
+    """They go at once, and it goes when it can."""
+
+    class Sticky(Storage):
+        def remove_folder(self, folder: Path) -> None:
+            if folder.name == "00000001_E1_U1_S1":
+                raise OSError(errno.EBUSY, "it is in use", str(folder))
+            super().remove_folder(folder)
+
+    for epoch in range(1, 5):
+        CheckpointWriter(paths).save(model(epoch), at(epoch))
+    CheckpointWriter(paths, storage=Sticky(), keep_last=1).save(model(), at(5))
+    sets = paths.checkpoint_path / "sets"
+    left = sorted(one.name for one in sets.iterdir())
+    assert left == ["00000001_E1_U1_S1", *left[1:]]
+    assert "00000002_E2_U2_S2" not in left
+    CheckpointWriter(paths, keep_last=1).save(model(), at(6))
+    assert "00000001_E1_U1_S1" not in [one.name for one in sets.iterdir()]
+
+
 class Training:
     """A small training with dropout, whose bits depend on every random number."""
 

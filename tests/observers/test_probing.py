@@ -287,6 +287,17 @@ def test_attributes_and_generators_of_modules_are_put_back() -> None:
     assert repeat(model(module), probe) == probe.outputs
 
 
+def test_generators_that_cannot_be_seeded_are_no_hindrance() -> None:
+    """One of the system has no state; an older one over another algorithm takes no seed, and is put back, too."""
+    module = torch.nn.Linear(2, 2)
+    module.system = random.SystemRandom()
+    module.odd = np.random.RandomState(np.random.PCG64(1))
+    module.register_forward_hook(lambda self, *arguments: arguments[-1] + self.system.random() + self.odd.rand())
+    before = str(module.odd.get_state(legacy=False))
+    take(model(module), BATCH)
+    assert str(module.odd.get_state(legacy=False)) == before
+
+
 def test_extra_state_behind_other_objects_is_put_back_by_its_own_code() -> None:
     """If that does not help, the model is refused."""
 
