@@ -237,7 +237,8 @@ class ArtifactCache:
 
     def _note_digest(self, key: str, handle: FileHandle, digest: str) -> None:
         """Spare the next one the reading. A hint: it holds for this very state of the file, and may be lost."""
-        written = self._partial(key)
+        # always the same name: what a killed process left is overwritten; a torn note only means to read again
+        written = self.folder / f"{_name_of(key)}.verified.partial"
         with contextlib.suppress(OSError):
             try:
                 written.write_text(_note(handle, digest))
@@ -379,11 +380,13 @@ def _without_secrets(key: str) -> str:
     head, mark, rest = key.partition("://")
     if not mark:
         head, rest = "", key
+        if re.match(r"[A-Za-z][\w+.-]*:/[^/]|//", key) and "@" in key:  # a slash too few, or no scheme
+            return "..."
     authority = re.split(r"[/?#\\]", rest, maxsplit=1)[0]
     behind = rest[len(authority) :]
     is_odd = mark and not re.fullmatch(r"([^@]*@)?(\[[^\]]*\]|[^:@]*)(:[0-9]*)?", authority)
     if is_odd or ("@" in behind and (behind[0] in "?#\\" or "@" in authority or (mark and ":" in authority))):
         return f"{head}{mark}..."  # a password with a character that it must not have as it is?
     authority = authority.rpartition("@")[2]
-    path = re.split(r"[?#]", behind, maxsplit=1)[0]
-    return head + mark + authority + re.sub(r"//[^/]*@", "//", path)
+    plain = re.sub(r"//[^/]*@", "//", re.split(r"[?#]", behind, maxsplit=1)[0])
+    return head + mark + authority + re.split(r"[;&]|%3[fF]|%23", plain, maxsplit=1)[0]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterator
-from types import FunctionType
-from typing import Any
+from types import FunctionType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 import pydantic
@@ -18,6 +18,7 @@ from noether_init_core import hooks
 from noether_init_core.config.base import KindConfig
 from noether_init_core.hooks import HOOK_NAMES
 from noether_init_core.initializers.base import InitializerBase
+from noether_init_core.initializers.source import SourceInitializer, SourceInitializerConfig
 
 __all__ = [
     "Finding",
@@ -74,7 +75,7 @@ def examine(cls: type[InitializerBase]) -> tuple[Finding, ...]:
     found = [*_of_class(cls), *_of_names(cls)]
     for name, arguments in hook_arguments().items():
         found += _of_hook(cls, name, arguments)
-    return (*found, *_of_check(cls))
+    return (*found, *_of_check(cls), *(_of_source(cls) if issubclass(cls, SourceInitializer) else ()))
 
 
 def findings(cls: type[InitializerBase]) -> tuple[str, ...]:
@@ -187,6 +188,53 @@ def _of_check(cls: type[InitializerBase]) -> Iterator[Finding]:
         inspect.signature(function).bind(None, None, trainer=None, callbacks=None)
     except TypeError as error:
         yield Finding(f"check cannot be called with (model, trainer=..., callbacks=...): {error}", plain)
+
+
+def _of_source(cls: type[SourceInitializer]) -> Iterator[Finding]:
+    """What a kind that locates files must keep besides."""
+    config_class: Any = inspect.getattr_static(cls, "config_class", None)
+    if isinstance(config_class, type) and issubclass(config_class, KindConfig):
+        if not issubclass(config_class, SourceInitializerConfig):
+            yield Finding(
+                f"config_class {config_class.__qualname__} is no SourceInitializerConfig",
+                f"derive {config_class.__qualname__} from SourceInitializerConfig",
+            )
+        else:
+            yield from _of_core_fields(config_class)
+    function: Any = inspect.getattr_static(cls, "locate", None)
+    if "locate" in getattr(cls, "__abstractmethods__", ()) or not isinstance(function, FunctionType):
+        return
+    yield from _of_form("locate", function)
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except TypeError as error:
+        yield Finding(
+            f"locate cannot be called with (model_name, part): {error}", "def locate(self, model_name, part): ..."
+        )
+
+
+def _of_core_fields(config_class: type[SourceInitializerConfig]) -> Iterator[Finding]:
+    """A key of the core with another meaning would switch off what it protects; fewer choices of the same are fine."""
+    for name, own in SourceInitializerConfig.model_fields.items():
+        said = config_class.model_fields[name].annotation
+        if said == own.annotation or set(_choices(said)) <= set(_choices(own.annotation)) != set():
+            continue
+        yield Finding(
+            f"the key {name} of {config_class.__qualname__} is the core's, with other values",
+            f"another name for {name}, or fewer of its values: Literal[...]",
+        )
+
+
+def _choices(annotation: Any) -> Iterator[object]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif annotation is type(None):
+        yield None
+    elif get_origin(annotation) in (Union, UnionType):
+        for one in get_args(annotation):
+            yield from _choices(one)
+    else:
+        yield annotation
 
 
 def _of_form(name: str, decorated: FunctionType) -> Iterator[Finding]:

@@ -88,7 +88,12 @@ class HookCaller:
         # registered last, so that it is called innermost
         self._recorder = _Recorder()
         self._manager.register(self._recorder)
-        self._manager.check_pending()
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise ConfigError(
+                f"{type(error.plugin).__name__} cannot be called: {error}. The hooks are {', '.join(HOOK_NAMES)}"
+            ) from error
 
     def call(self, hook: str, initializer: InitializerBase, **arguments: Any) -> list[Any]:
         """What ``hook`` of ``initializer`` returned, as a list of one, or of none for None.

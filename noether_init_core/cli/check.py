@@ -19,6 +19,7 @@ from noether_init_core.errors import KindImportError
 
 if TYPE_CHECKING:
     from noether_init_core.contract import Finding
+    from noether_init_core.initializers.base import InitializerBase
 
 __all__ = ["run"]
 
@@ -39,7 +40,7 @@ def run(
     from noether_init_core.initializers.base import InitializerBase
 
     began = time.perf_counter()
-    info, loaded = _load(kind)
+    info, loaded = _load(kind, as_json=as_json)
     seconds = time.perf_counter() - began
     problems: tuple[Finding, ...] = ()
     advice: tuple[Finding, ...] = tuple(_of_distribution(info))
@@ -51,7 +52,7 @@ def run(
         )
         problems = (finding,)
     else:
-        problems = contract.examine(loaded)
+        problems = (*_of_newer(loaded), *contract.examine(loaded))
         advice += contract.advice(loaded) if not problems else ()
     if as_json:
         typer.echo(json.dumps(_as_data(info, problems, advice), indent=2))
@@ -61,14 +62,34 @@ def run(
         raise typer.Exit(1)
 
 
-def _load(kind: str) -> tuple[kinds.KindInfo, object]:
+def _load(kind: str, *, as_json: bool) -> tuple[kinds.KindInfo, object]:
     """The plugin's own traceback is what its author needs."""
     try:
         return kinds.load(kind)
     except KindImportError as error:
+        info = kinds.describe(kind)
+        if ":" not in info.target:
+            error.add(f"\nThe entry point has no colon. Write: {kind} = package.module:ClassName")
+        if as_json:
+            from noether_init_core.contract import Finding
+
+            finding = Finding(error.message, "mend what was raised, or the entry point: package.module:ClassName")
+            typer.echo(json.dumps(_as_data(info, (finding,), ()), indent=2))
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
         raise
+
+
+def _of_newer(cls: type[InitializerBase]) -> Iterator[Finding]:
+    from noether_init_core.contract import Finding, declared_version
+    from noether_init_core.hooks import CONTRACT_VERSION
+
+    version = declared_version(cls)
+    if isinstance(version, int) and version > CONTRACT_VERSION:
+        yield Finding(
+            f"it was written for contract {version}; the installed {_CORE} has contract {CONTRACT_VERSION}",
+            f"pip install --upgrade {_CORE}",
+        )
 
 
 def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:

@@ -9,8 +9,8 @@ from noether_init_core.testing.answers import Answer, closed, open_
 from noether_init_core.testing.cases import Case, SavedRun, Wrong, saved_run
 from noether_init_core.testing.conformance import InitializerConformance
 from noether_init_core.testing.models import SHAPES, Counter, NumberedTrainer, new_model
+from noether_init_core.testing.plugin import _saved_once as _saved_once
 from noether_init_core.testing.plugin import (
-    _saved_once,
     broken_runs,
     case_folder,
     isolated_kinds,
@@ -30,7 +30,6 @@ __all__ = [
     "NumberedTrainer",
     "SavedRun",
     "Wrong",
-    "_saved_once",
     "broken_runs",
     "case_folder",
     "closed",

@@ -76,6 +76,7 @@ class RankJob:
     seed: int
     output_root: Path
     run_id: str
+    environment: Mapping[str, str] = attrs.field(factory=lambda: dict(os.environ))
 
 
 @attrs.frozen
@@ -101,6 +102,7 @@ def _initialize_as_rank(job: RankJob) -> RankResult:
     from noether_init_core.testing.models import Counter, NumberedTrainer, new_model
 
     torch.set_num_threads(1)
+    os.environ.update(job.environment)
     os.environ.update(RANK=str(job.rank), LOCAL_RANK=str(job.rank), WORLD_SIZE=str(job.ranks))
     # each rank comes with another state of the global generator, as ranks do
     torch.manual_seed(1000 + job.rank)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from noether_init_core import kinds
+from noether_init_core.artifacts import CACHE_VARIABLE
 from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.protocols import leaf_models
@@ -62,6 +63,11 @@ class Checks:
     #: Training goes on at the iteration of the source.
     continues: ClassVar[Answer] = closed("training starts at zero")
     needs_path_provider: ClassVar[Answer] = closed("it reads from no run")
+
+    @pytest.fixture(autouse=True)
+    def _own_cache(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a kind fetches is not left to other tests, and never in the cache of whoever runs them."""
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
 
     @pytest.fixture
     def make_config(self) -> MakeConfig:

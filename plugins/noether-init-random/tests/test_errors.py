@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from noether_init_core import ConfigError, ConfigFileError, InitializerStack, PlanError, bind, kinds
+from noether_init_core import (
+    ConfigError,
+    ConfigFileError,
+    InitializerStack,
+    PartlyInitializedError,
+    PlanError,
+    bind,
+    kinds,
+)
 from noether_init_random import FUNCTIONS, RandomConfig, RandomInitializer
 
 WEIGHT = {"match": "weight"}
@@ -202,3 +210,28 @@ def test_a_config_survives_being_dumped_and_validated_again() -> None:
     again = RandomConfig.model_validate_json(initializer.config.model_dump_json())
     assert again == initializer.config
     assert again.rules[0].model_extra == {"std": 0.5}
+
+
+def test_values_that_a_narrow_dtype_cannot_hold_change_nothing() -> None:
+    """The small trial of ``check`` does not draw the rare large ones; they are found before the first one changes."""
+    module = torch.nn.Linear(1000, 1000).half()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    config = {
+        "kind": "random",
+        "rules": [{"match": "bias", "init": "ones_"}, {"match": "weight", "init": "normal_", "std": 14000}],
+    }
+    with pytest.raises(PartlyInitializedError, match=r"torch\.float16 cannot hold what normal_ draws for weight"):
+        InitializerStack.from_config([config]).initialize(bind(module, "net"))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_parameters_whose_elements_share_memory_are_refused_beforehand() -> None:
+    """Writing into them fails in the middle."""
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(torch.zeros(3, 3))
+    module.b = torch.nn.Parameter(torch.ones(1, 3).expand(4, 3))
+    with pytest.raises(PlanError, match="several of its elements share memory"):
+        InitializerStack.from_config([{"kind": "random", "rules": [{"match": "**", "init": "normal_"}]}]).initialize(
+            bind(module, "net")
+        )
+    assert not module.a.any()

@@ -22,6 +22,22 @@ _CHUNK = 1 << 20
 
 
 class _SameScheme(urllib.request.HTTPRedirectHandler):
+    def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        # before urllib looks at the address itself: its errors would show all of it
+        try:
+            scheme = urlsplit(headers.get("location") or "").scheme
+        except ValueError:
+            scheme = "?"
+        if scheme not in ("", urlsplit(req.full_url).scheme):
+            fp.close()
+            raise CheckpointError(
+                f"{ArtifactCache.shown(req.full_url)} leads to another place by another protocol, or to no address. "
+                "Next: ask whoever runs the server where the file is now, and name that as url"
+            )
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
@@ -46,7 +62,9 @@ def fetch(url: str, target: Path, *, limit: int, is_exact: bool = False, token: 
         # such a header does not go along when the server redirects to another one
         request.add_unredirected_header("Authorization", f"Bearer {secret.get_secret_value()}")
     try:
-        opener = urllib.request.build_opener(_SameScheme)
+        # without encryption, no proxy on the way may read the token
+        direct = [urllib.request.ProxyHandler({})] if secret is not None and urlsplit(url).scheme == "http" else []
+        opener = urllib.request.build_opener(_SameScheme, *direct)
         with opener.open(request, timeout=TIMEOUT) as response, target.open("xb") as file:
             count = 0
             while chunk := response.read(min(_CHUNK, limit + 1 - count)):
@@ -65,6 +83,10 @@ def fetch(url: str, target: Path, *, limit: int, is_exact: bool = False, token: 
             ) from error
         hint = "token: NAME_OF_A_VARIABLE that holds one" if error.code in (401, 403) else "try again later"
         raise CheckpointError(f"the server answers {error.code} to {shown}. Next: {hint}") from error
+    except ValueError:  # of an address that the server leads to; it may hold a secret
+        raise CheckpointError(
+            f"{shown} leads to no address. Next: ask whoever runs the server where the file is now"
+        ) from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", None) or error
         raise CheckpointError(

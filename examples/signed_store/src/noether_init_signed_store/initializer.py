@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -116,7 +117,12 @@ class SignedStoreInitializer(SourceInitializer):
     def _token(self) -> pydantic.SecretStr | None:
         if self.config.token is None:
             return None
-        value = os.environ.get(self.config.token)
+        value = os.environ.get(self.config.token, "").strip()  # secrets that were read from files end with a newline
         if not value:
             raise ConfigError(f"the environment variable {self.config.token} is not set. Next: put the token into it")
+        if not re.fullmatch(r"[\x21-\x7e]+", value):  # http.client would show the whole of it in its error
+            raise ConfigError(
+                f"the environment variable {self.config.token} holds characters that no token has (spaces, control or "
+                "other than ASCII). Next: put the token alone into it"
+            )
         return pydantic.SecretStr(value)

@@ -84,6 +84,11 @@ class RandomInitializer(InitializerBase):
     def init_weights(self, model: Any) -> None:
         """Draw one parameter after the other, once everything about all of them has been checked."""
         chosen, left = self._decide(model)
+        for name, (parameter, rule) in chosen.items():
+            if parameter.dtype.itemsize < 4:  # before the first one changes: what a small trial does not draw
+                values = rule.draw(seed_of(self.config.seed, name), parameter.shape, parameter.dtype)
+                if not values.to(parameter.dtype).float().isfinite().all():
+                    raise PlanError(f"random: {parameter.dtype} cannot hold what {rule.init} draws for {name}")
         with torch.no_grad():
             for name, (parameter, rule) in chosen.items():
                 parameter.copy_(rule.draw(seed_of(self.config.seed, name), parameter.shape, parameter.dtype))
@@ -128,6 +133,8 @@ def _problem(parameter: torch.Tensor, rule: Rule) -> str:
         return "it has no memory. Next: module.to_empty(device='cpu'); for a lazy module, pass one batch through it"
     if type(parameter.data) is not torch.Tensor or parameter.is_inference():
         return "it is sharded, quantized or of inference mode. Next: initialize the model before it is that"
+    if any(step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        return "several of its elements share memory. Next: parameter.data = parameter.data.clone()"
     try:
         # of all sizes only the first can be refused: dirac_ divides it by groups
         values = rule.draw(0, [*parameter.shape[:1], *(min(size, 1) for size in parameter.shape[1:])], parameter.dtype)
