@@ -576,3 +576,15 @@ def test_a_kind_with_a_name_of_ours_does_not_hide_its_own_error() -> None:
 
     with pytest.raises(ConfigError, match="the real error"):
         InitializerStack([Odd(RecorderConfig(kind="recorder"))]).initialize(bound(net()))
+
+
+def test_an_observer_with_a_misspelt_hook_is_told_which_hooks_there_are() -> None:
+    """An error of ours, which callers can catch."""
+
+    class Watch:
+        @hookimpl(wrapper=True)
+        def init_weigths(self) -> Iterator[None]:
+            return (yield)
+
+    with pytest.raises(ConfigError, match=r"Watch cannot be called: .*The hooks are start_checkpoint, init_trainer"):
+        InitializerStack([], observers=[Watch()])

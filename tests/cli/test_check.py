@@ -174,3 +174,70 @@ def test_the_command_shows_the_traceback_of_the_plugin(foreign: ForeignPackages)
         'kind "raising" (raising-init 1.0): importing raising_check:K raised'
     )
     assert done.stderr.endswith('Next: python -c "from raising_check import K"\n')
+
+
+SOURCE_HEAD = (
+    "from typing import Literal\nimport pydantic\nfrom pydantic import Field\n"
+    "from noether_init_core import KindConfig, Source, SourceInitializer, SourceInitializerConfig\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "body", "finding"),
+    [
+        ("SourceInitializerConfig", "    def locate(self, part): ...\n", "locate cannot be called with"),
+        ("SourceInitializerConfig", "    def locate(self, model_name, part): yield\n", "locate is a generator"),
+        ("KindConfig", "    def locate(self, model_name, part): ...\n", "config_class C is no SourceInitializerConfig"),
+    ],
+)
+def test_what_locates_files_is_held_to_more(config: str, body: str, finding: str, foreign: ForeignPackages) -> None:
+    """A kind that could not work is found before it is used."""
+    head = f"{SOURCE_HEAD}class C({config}): pass\nclass K(SourceInitializer):\n"
+    source = f"{head}    contract = 1\n    config_class = C\n{body}"
+    install(foreign, "locating", source)
+    code, output = check("locating")
+    assert code == 1
+    assert f" x {finding}" in output
+
+
+@pytest.mark.parametrize(
+    ("field", "is_fine"),
+    [
+        ("on_nonfinite: bool = Field(default=True, description='d')", False),
+        ("on_missing: str = Field(default='x', description='d')", False),
+        ("submodel: int = Field(default=1, description='d')", False),
+        ("verify: Literal['full'] = 'full'", True),
+        ("folder: str = Field(description='d')", True),
+    ],
+)
+def test_a_key_of_the_core_keeps_its_meaning(field: str, is_fine: bool, foreign: ForeignPackages) -> None:
+    """Another meaning would switch off what it protects, without a word; fewer choices are fine."""
+    source = (
+        f"{SOURCE_HEAD}class C(SourceInitializerConfig):\n    {field}\n"
+        "class K(SourceInitializer):\n    contract = 1\n    config_class = C\n"
+        "    def locate(self, model_name, part): ...\n"
+    )
+    install(foreign, "keyed", source)
+    code, output = check("keyed")
+    assert (code == 0) is is_fine
+    assert ("is the core's, with other values" in output) is not is_fine
+
+
+def test_a_class_for_a_newer_contract_is_a_problem(foreign: ForeignPackages) -> None:
+    """With the command that helps, instead of a clean bill."""
+    install(foreign, "newer", GOOD.replace("contract: ClassVar[int] = 1", "contract: ClassVar[int] = 99"))
+    code, output = check("newer")
+    assert code == 1
+    assert "   fix: pip install --upgrade noether-init-core\n" in output
+
+
+def test_json_is_written_for_a_kind_that_cannot_be_imported(
+    foreign: ForeignPackages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A program that asks gets its object, and the exit code of a failure."""
+    foreign.install("dotted-init", offers={"dotted": "dotted_module.K"})
+    done = CliRunner().invoke(app, ["check", "dotted", "--json"])
+    assert isinstance(done.exception, KindImportError)
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert finding["severity"] == "problem"
+    assert "The entry point has no colon. Write: dotted = package.module:ClassName" in finding["message"]

@@ -446,6 +446,9 @@ def test_a_token_that_is_not_set_is_named(store: Any, monkeypatch: pytest.Monkey
     """Before anything is asked for."""
     monkeypatch.delenv("STORE_TOKEN", raising=False)
     refused(store.config(NAME, token="STORE_TOKEN"), ConfigError, "the environment variable STORE_TOKEN is not set")
+    monkeypatch.setenv("STORE_TOKEN", f"{TOKEN}\nand more")
+    caught = refused(store.config(NAME, token="STORE_TOKEN"), ConfigError, "STORE_TOKEN holds characters")
+    assert TOKEN not in f"{caught!r}{caught.__cause__!r}"
     assert store.paths == []
 
 
