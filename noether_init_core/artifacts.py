@@ -184,7 +184,7 @@ class ArtifactCache:
                 whose = f"belongs to the user {status.st_uid}" if is_foreign else "can be written to by others"
                 raise CheckpointError(
                     f"the cache {self.folder} {whose}, who could change what was checked. Next: "
-                    + ("" if is_foreign else f"chmod 700 {self.folder}, or ")
+                    + ("" if is_foreign else f"remove {self.folder}, of which anything may be planted, or ")
                     + f"{CACHE_VARIABLE}=<a folder of your own, maybe below it>",
                     path=self.folder,
                 )

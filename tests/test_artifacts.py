@@ -331,7 +331,7 @@ def test_a_folder_that_others_may_write_to_is_refused(cache: ArtifactCache) -> N
     """With the command that closes it; a folder that others may only list is fine, as entries are the owner's alone."""
     cache.folder.mkdir()
     cache.folder.chmod(0o770)
-    with pytest.raises(CheckpointError, match=f"written to by others, .* Next: chmod 700 {cache.folder}"):
+    with pytest.raises(CheckpointError, match=f"written to by others, .* Next: remove {cache.folder}"):
         cache.get(KEY, refusing)
     cache.folder.chmod(0o755)
     assert cache.get(KEY, writing()).read_bytes() == CONTENT
