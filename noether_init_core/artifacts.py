@@ -378,8 +378,8 @@ def _note(handle: FileHandle, digest: str) -> str:
 def _without_secrets(key: str) -> str:
     """The key without what may be secret in a URL; where it cannot be told what is, all behind the scheme."""
     head, mark, rest = key.partition("://")
-    if not mark:
-        head, rest = "", key
+    if not mark or not re.fullmatch(r"[A-Za-z][\w+.-]*", head):  # a later :// begins no authority
+        head, mark, rest = "", "", key
         if re.match(r"[A-Za-z][\w+.-]*:/[^/]|//", key) and "@" in key:  # a slash too few, or no scheme
             return "..."
     authority = re.split(r"[/?#\\]", rest, maxsplit=1)[0]

@@ -396,6 +396,21 @@ def test_odd_keys_are_kept_apart_and_inside_the_folder(key: str, cache: Artifact
 SECRET = st.text("abcXYZ019:@/?#&=+ é", min_size=1, max_size=12).map(lambda text: f"s3cr3t{text}s3cr3t")
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "https:/user:s3cr3t@h/a?x=http://b",
+        "user:s3cr3t@h/a?x=https://b",
+        "https://h/a;token=s3cr3t",
+        "https://h/a%3Ftoken=s3cr3t",
+        "https://h/a&token=s3cr3t",
+    ],
+)
+def test_odd_spellings_hide_as_much(key: str, tmp_path: Path) -> None:
+    """A slash too few, a scheme that comes later, other separators than those of the standard."""
+    assert "s3cr3t" not in ArtifactCache.shown(key) + ArtifactCache(tmp_path / "c").path_of(key).name
+
+
 @settings(deadline=None)
 @given(SECRET, SECRET, SECRET, SECRET, st.sampled_from(["host", "host:8080", "[::1]:80"]), st.booleans())
 def test_what_is_secret_in_a_url_is_never_shown(

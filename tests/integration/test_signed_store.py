@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -227,7 +228,7 @@ def test_a_genuine_statement_about_another_file_is_refused(store: Any, tmp_path:
 
 
 def sends(
-    content: bytes, *, code: int = 200, length: int | None = None, location: str | None = None
+    content: bytes, *, code: int = 200, length: int | None = None, location: str | None = None, uri: str | None = None
 ) -> Callable[[BaseHTTPRequestHandler], None]:
     """An answer that may claim another length than it has, or none, and then ends."""
 
@@ -237,6 +238,8 @@ def sends(
             handler.send_header("Content-Length", str(length))
         if location is not None:
             handler.send_header("Location", location)
+        if uri is not None:
+            handler.send_header("URI", uri)
         handler.end_headers()
         handler.wfile.write(content)
 
@@ -411,6 +414,22 @@ def test_a_changed_statement_in_the_cache_is_not_believed(
 
 
 # Secrets.
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"location": "http://user:s3cr3t@127.0.0.1/w.pt"},
+        {"location": "http://[::1/w.pt?sig=s3cr3t"},
+        {"location": "file:///w.pt?sig=s3cr3t"},
+        {"uri": "file:///w.pt?sig=s3cr3t"},
+    ],
+)
+def test_the_secret_of_a_redirect_is_not_told(store: Any, published: Path, header: dict[str, str]) -> None:
+    """Neither in the message nor in the traceback, whatever the address is."""
+    store.answers[FILE] = sends(b"", code=302, **header)
+    error = refused(store.config(NAME), CheckpointError, "leads to")
+    assert "s3cr3t" not in "".join(traceback.format_exception(error))
 
 
 def test_the_token_reaches_the_server_and_nothing_else(

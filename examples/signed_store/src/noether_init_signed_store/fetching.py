@@ -25,7 +25,8 @@ class _SameScheme(urllib.request.HTTPRedirectHandler):
     def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
         # before urllib looks at the address itself: its errors would show all of it
         try:
-            scheme = urlsplit(headers.get("location") or "").scheme
+            # where there is no Location, urllib follows the old URI
+            scheme = urlsplit(headers.get("location") or headers.get("uri") or "").scheme
         except ValueError:
             scheme = "?"
         if scheme not in ("", urlsplit(req.full_url).scheme):
@@ -83,7 +84,7 @@ def fetch(url: str, target: Path, *, limit: int, is_exact: bool = False, token: 
             ) from error
         hint = "token: NAME_OF_A_VARIABLE that holds one" if error.code in (401, 403) else "try again later"
         raise CheckpointError(f"the server answers {error.code} to {shown}. Next: {hint}") from error
-    except ValueError:  # of an address that the server leads to; it may hold a secret
+    except (ValueError, http.client.InvalidURL):  # of an address that the server leads to; it may hold a secret
         raise CheckpointError(
             f"{shown} leads to no address. Next: ask whoever runs the server where the file is now"
         ) from None
