@@ -33,7 +33,8 @@ class InitializerConformance(RegistrationChecks, ConfigChecks, WeightChecks, Saf
                 return [Wrong("an empty folder", {"folder": str(tmp_path)}, CheckpointNotFoundError)]
 
     What a kind can do is answered by class attributes, ``open_()`` or ``closed("why")``; see ``Checks`` for each. A
-    closed answer skips nothing but ``ranks``: the kit then looks whether the kind refuses, or leaves alone what it does not restore.
+    closed answer skips nothing but ``ranks``: the kit then looks whether the kind refuses, or leaves alone what it does
+    not restore.
     The values that must arrive are those of ``case.source``, unless a fixture ``expected`` says others.
 
     A class that several of yours share says ``__test__ = False``. ``expected_failures`` names checks that fail at
