@@ -17,7 +17,7 @@ const page = (() => {
       if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
       else if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
     }
-    made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+    made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== ""));
     return made;
   };
   const key = (text) => element("code", { class: "key" }, shown(text));
@@ -216,6 +216,12 @@ const page = (() => {
     }
   });
 
+  /** Where a rule stands, short, as on the terminal; all of it as a title. */
+  const rule = (text) => {
+    if (!text) return "";
+    const found = /^(?:(.+:\d+) )?([\w.]*transforms\.\d+) \(.*\)$/s.exec(text);
+    return element("span", { title: shown(text) }, shown(found ? found[1] ?? found[2] : text));
+  };
   const bar = (share) => element("span", { class: "share", "aria-hidden": "true" }, element("i", { style: `width: ${100 * share}%` }));
   const messages = (parent, list, look, word) => list.forEach((one) =>
     parent.append(element("div", { class: `panel ${look}`, "data-code": one.code }, element("strong", {}, `${word}: `), shown(one.message).replaceAll("\\u{a}", "\n"))));
@@ -225,6 +231,6 @@ const page = (() => {
 
   return {
     data, content, lead: document.getElementById("lead"), element, key, shown, amount, bytes, whole, counted, percent, seconds, shape,
-    figures, section, mark, chart, tip, table, bar, messages, finish,
+    figures, section, mark, rule, chart, tip, table, bar, messages, finish,
   };
 })();

@@ -72,8 +72,8 @@
   const areas = (node, colour) => {
     const actions = Object.entries(node.actions).sort(([a], [b]) => nameOf.indexOf(a) - nameOf.indexOf(b));
     const at = { path: node.path, model: node.model };
-    // below the third level modules have no line of their own for the name
-    const label = node.depth > 3 ? node.path.split(".").slice(3 - node.depth).join(".") : node.name;
+    // below the second level modules have no line of their own for the name
+    const label = node.depth > 2 ? node.path.split(".").slice(2 - node.depth).join(".") : node.name;
     const plain = (action, size, name) => ({
       name: `${marks[action].symbol} ${shown(name)}`, value: size, at, action,
       itemStyle: { color: colour(action) },
@@ -267,8 +267,8 @@
       { title: "Dtype", value: dtype, cell: dtype },
       { title: "From", value: (row) => row.sources.join(", "), cell: (row) => (row.target === null || (row.sources.length === 1 && row.sources[0] === row.target)
         ? element("span", { class: "count" }, row.target === null ? "" : "the same name")
-        : [row.sources.flatMap((source, at) => [at ? ", " : "", key(source)]), row.steps.length ? element("span", { class: "under" }, row.steps.map(described).join(", "), row.parts > 1 ? `, part ${row.part} of ${row.parts}` : "") : null]) },
-      { title: "Rule", value: (row) => row.rule ?? "", cell: (row) => (row.rule ? element("span", {}, shown(row.rule)) : "") },
+        : [element("span", { class: "from" }, row.sources.map((source, at) => [at ? ", " : "", key(source)])), row.steps.length ? element("span", { class: "under" }, row.steps.map(described).join(", "), row.parts > 1 ? `, part ${row.part} of ${row.parts}` : "") : null]) },
+      { title: "Rule", value: (row) => row.rule ?? "", cell: (row) => page.rule(row.rule) },
     ],
   });
 
