@@ -1,7 +1,7 @@
 # Development of noether-init. `make env` needs Python 3.11 or newer and pip, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint docs bench faults clean
+.PHONY: help env browser demo test lint docs bench faults charts clean
 
 # The first Python that is new enough; PYTHON3=... chooses another.
 PYTHON3 ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
@@ -28,7 +28,13 @@ $(STAMP): pyproject.toml constraints.txt $(PLUGINS:%=%pyproject.toml)
 demo: env  ## Train, kill, resume, compare, warm-start; draws the picture
 	$(PYTHON) examples/digits/demo.py
 
-test: env  ## Run the tests
+# Pages are tested in a real browser. Where it is not there and cannot be installed, those tests are skipped and say so.
+browser:  ## Install Chromium where Debian's packages can be installed
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
+		|| echo "no Chromium, and it cannot be installed here: tests of pages are skipped" >&2
+
+test: env browser  ## Run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: env  ## Check style and types
@@ -51,5 +57,8 @@ bench: env  ## Measure loading and saving against other ways; writes benchmarks/
 	$(PYTHON) benchmarks/plan.py
 	$(PYTHON) benchmarks/kinds.py
 
+charts:  ## Build the bundle that pages draw with (Node.js and npm)
+	cd tools/charts && npm ci --no-audit --no-fund && npm run build
+
 clean:  ## Remove what was built
-	rm -rf .venv site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis tools/charts/node_modules

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
     from noether_init_core.initializers.source import Part, Source, SourceInitializer, SourceInitializerConfig
     from noether_init_core.iteration import TrainingIteration
+    from noether_init_core.pages.page import html_page
     from noether_init_core.paths import PathProvider
     from noether_init_core.protocols import leaf_models
     from noether_init_core.provenance import InitReport
@@ -116,6 +117,7 @@ __all__ = [
     "compose",
     "hookimpl",
     "hookspec",
+    "html_page",
     "kinds",
     "leaf_models",
     "named_parameters",
@@ -165,6 +167,7 @@ _HOMES = {
     "initializers.checkpoint": ("CheckpointInitializer", "CheckpointInitializerConfig"),
     "initializers.source": ("Part", "Source", "SourceInitializer", "SourceInitializerConfig"),
     "iteration": ("TrainingIteration",),
+    "pages.page": ("html_page",),
     "paths": ("PathProvider",),
     "protocols": ("leaf_models",),
     "provenance": ("InitReport",),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from noether_init_core.cli.files import Html, check_target, write_html, write_text
 from noether_init_core.cli.options import (
     AppDir,
     Config,
@@ -41,6 +42,7 @@ def run(
         Path | None,
         typer.Option("--json", help="Write the plan to a file as JSON; - prints it, and nothing else.", metavar="FILE"),
     ] = None,
+    html: Html = None,
     show_all: Annotated[bool, typer.Option("--all", help="A line for every key.")] = False,
     real: Real = False,
 ) -> None:
@@ -48,6 +50,8 @@ def run(
 
     Exit code 0: it can be done. 1: the plan or a file has problems. The model is built without memory unless --real.
     """
+    check_target(json_file, "--json", (".json",))
+    check_target(html, "--html", (".html", ".htm"))
     stack, built, paths = stack_and_model(
         config,
         model,
@@ -64,12 +68,11 @@ def run(
     if to_stdout:
         typer.echo(plan.to_json())
     elif json_file is not None:
-        try:
-            json_file.write_text(plan.to_json() + "\n")
-        except OSError as error:
-            raise typer.BadParameter(f"{json_file} cannot be written: {error.strerror}", param_hint="--json") from error
+        write_text(json_file, plan.to_json() + "\n", "--json")
     if not to_stdout:
         _show(stack, built, plan, show_all)
+    models = ", ".join(dict.fromkeys(row.model for row in plan.rows)) or "the model"
+    write_html(html, plan, f"What {config.name} will do to {models}")
     if not plan.is_fine:
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +20,8 @@ Page = Literal["plan", "report", "diff", "lineage"]
 
 #: Of Apache ECharts, from which ``tools/charts`` makes ``charts.min.js``.
 CHARTS_VERSION = "6.1.0"
+# Larger data are compressed, to a tenth and less.
+_MOST_READABLE = 1_000_000
 
 
 def document(page: Page, title: str, data: dict[str, Any], command: str) -> str:
@@ -37,16 +40,18 @@ def document(page: Page, title: str, data: dict[str, Any], command: str) -> str:
     assets = files("noether_init_core.pages") / "assets"
     marks = {action: attrs.asdict(mark) for action, mark in MARKS.items()}
     scripts = [(assets / name).read_text("utf-8") for name in ("charts.min.js", "common.js", f"{page}.js")]
+    data_type, stored = _stored(_json(data))
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string((assets / "page.html.j2").read_text("utf-8")).render(
         page=page,
         title=title,
         command=command,
-        style=_raw((assets / "page.css").read_text("utf-8")),
-        data=_raw(_json(data)),
-        marks=_raw(_json(marks)),
-        scripts=[_raw(script) for script in scripts],
-        policy=_raw(" ".join(f"'sha256-{_digest(script)}'" for script in scripts)),
+        style=(assets / "page.css").read_text("utf-8"),
+        data_type=data_type,
+        data=stored,
+        marks=_json(marks),
+        scripts=scripts,
+        policy=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
         version=importlib.metadata.version("noether-init-core"),
         charts_version=CHARTS_VERSION,
     )
@@ -58,10 +63,11 @@ def _json(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _raw(text: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(text)
+def _stored(text: str) -> tuple[str, str]:
+    """Type and text of the element with the data: readable, or compressed where a page would get large."""
+    if len(text) <= _MOST_READABLE:
+        return "application/json", text
+    return "application/gzip", base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _digest(script: str) -> str:

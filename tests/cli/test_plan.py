@@ -303,7 +303,7 @@ def test_errors_of_config_and_file_are_exit_code_1(plan: Plan) -> None:
     absent = plan("absent.yaml", "--model", "plan_models:network")
     assert (absent.code, "absent.safetensors" in absent.err) == (1, True)
     unwritable = plan("file.yaml", "--model", "plan_models:network", "--json", "absent/plan.json")
-    assert (unwritable.code, "cannot be written" in unwritable.err) == (2, True)
+    assert (unwritable.code, "there is no folder absent" in unwritable.err) == (2, True)
     assert plan("file.yaml").code == 2
 
 

@@ -2,7 +2,6 @@
 "use strict";
 
 const page = (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const content = document.getElementById("content");
 
@@ -56,6 +55,8 @@ const page = (() => {
   /** A symbol on its colour; symbol and word say the same as the colour. */
   const mark = (symbol, colour) => element("span", { class: "mark", "aria-hidden": "true", style: `background: var(--${colour})` }, symbol);
 
+  const marked = (symbol, colour, word) => element("span", { class: "marked" }, mark(symbol, colour), " ", word);
+
   // ---- light, dark, paper
 
   const charted = [];
@@ -78,8 +79,8 @@ const page = (() => {
     shade();
   } }, "Shade: auto");
   const jsonButton = element("button", { type: "button", onclick: () => {
-    const address = URL.createObjectURL(new Blob([document.getElementById("data").textContent], { type: "application/json" }));
-    element("a", { href: address, download: `${data.format}.json` }).click();
+    const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    element("a", { href: address, download: `${document.body.dataset.name}.json` }).click();
     setTimeout(() => URL.revokeObjectURL(address), 1000);
   } }, "Save the JSON");
   document.getElementById("tools").append(shadeButton, " ", jsonButton);
@@ -226,11 +227,24 @@ const page = (() => {
   const messages = (parent, list, look, word) => list.forEach((one) =>
     parent.append(element("div", { class: `panel ${look}`, "data-code": one.code }, element("strong", {}, `${word}: `), shown(one.message).replaceAll("\\u{a}", "\n"))));
 
-  /** Everything is there: draw what waits. */
-  const finish = () => { shade(); root.dataset.ready = "yes"; };
+  /** The text of the JSON; what is large is compressed. */
+  const read = async () => {
+    const stored = document.getElementById("data");
+    if (stored.type === "application/json") return stored.textContent;
+    const packed = Uint8Array.from(atob(stored.textContent), (one) => one.charCodeAt(0));
+    return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
+  let text = "";
+  /** Draw the page of the JSON. */
+  const start = async (draw) => {
+    text = await read();
+    draw(JSON.parse(text));
+    shade();
+    root.dataset.ready = "yes";
+  };
 
   return {
-    data, content, lead: document.getElementById("lead"), element, key, shown, amount, bytes, whole, counted, percent, seconds, shape,
-    figures, section, mark, rule, chart, tip, table, bar, messages, finish,
+    start, content, lead: document.getElementById("lead"), element, key, shown, amount, bytes, whole, counted, percent, seconds, shape,
+    figures, section, mark, rule, chart, tip, table, bar, messages, marked,
   };
 })();

@@ -1,8 +1,8 @@
 // The page of a comparison: what two checkpoints share, and how far their tensors drifted.
 "use strict";
 
-(() => {
-  const { data, element, key, shown, whole, amount, percent, shape } = page;
+page.start((data) => {
+  const { element, key, shown, whole, amount, percent, shape } = page;
   const several = new Set(data.rows.map((row) => row.model)).size > 1;
   const states = {
     equal: ["=", "load", "equal"], changed: ["~", "rename", "changed"], dtype: ["c", "cast", "another dtype"], shape: ["x", "mismatch", "another shape"],
@@ -95,7 +95,7 @@
     chips: Object.entries(states).filter(([state]) => data.counts[state]).map(([state, [symbol, colour, name]]) => ({ name, symbol, colour, count: data.counts[state], of: (row) => row.state === state })),
     columns: [
       { title: "Key", value: (row) => `${row.model} ${row.key}`, cell: (row) => [key(several ? `${row.model}: ${row.key}` : row.key), row.note ? element("span", { class: "under" }, shown(row.note)) : ""] },
-      { title: "State", value: (row) => Object.keys(states).indexOf(row.state), cell: (row) => element("span", { style: "white-space: nowrap" }, page.mark(states[row.state][0], states[row.state][1]), states[row.state][2]) },
+      { title: "State", value: (row) => Object.keys(states).indexOf(row.state), cell: (row) => page.marked(states[row.state][0], states[row.state][1], states[row.state][2]) },
       { title: "Drift", number: true, value: (row) => row.relative_norm, cell: (row) => element("span", { "data-drift": row.relative_norm }, number(row.relative_norm)) },
       { title: "Cosine", number: true, value: (row) => row.cosine, cell: (row) => (row.cosine === null ? "" : row.cosine.toFixed(6)) },
       { title: "Largest change", number: true, value: (row) => row.max_abs, cell: (row) => number(row.max_abs) },
@@ -104,5 +104,4 @@
       { title: "Dtype", value: (row) => row.dtype_a ?? row.dtype_b, cell: (row) => (row.dtype_a === row.dtype_b ? row.dtype_a : `${row.dtype_a ?? "\u2013"} \u2192 ${row.dtype_b ?? "\u2013"}`) },
     ],
   });
-  page.finish();
-})();
+});

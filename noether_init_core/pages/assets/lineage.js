@@ -1,8 +1,8 @@
 // The page of a lineage: which runs and files the weights of a run came from, and what came from it.
 "use strict";
 
-(() => {
-  const { data, element, key, shown, whole, percent, bytes } = page;
+page.start((data) => {
+  const { element, key, shown, whole, percent, bytes } = page;
   const nodes = new Map(data.nodes.map((node) => [node.id, node]));
   const edges = data.edges.filter((edge) => nodes.has(edge.source) && nodes.has(edge.target));
   const between = edges.filter((edge) => edge.source !== edge.target);
@@ -148,5 +148,4 @@
         element("td", {}, set.committed ? "= committed" : "- legacy or uncommitted"), element("td", { class: "number" }, set.bytes === null ? "" : bytes(set.bytes)), element("td", {}, set.created ? shown(set.created) : ""))))));
     list.append(entry);
   });
-  page.finish();
-})();
+});

@@ -1,8 +1,8 @@
 // The page of a plan: what is loaded, what is fresh, from where, and by which line of the config.
 "use strict";
 
-(() => {
-  const { data, element, key, shown, whole, amount, bytes, percent, shape } = page;
+page.start((data) => {
+  const { element, key, shown, whole, amount, bytes, percent, shape } = page;
   const marks = JSON.parse(document.getElementById("marks").textContent);
   const nameOf = Object.keys(marks);
   const several = new Set(data.rows.map((row) => row.model)).size > 1;
@@ -49,7 +49,7 @@
     return top;
   };
   /** The largest modules are opened until there are enough areas; a closed one is divided by what is done in it. */
-  const mostAreas = 400;
+  const mostAreas = 3000;
   const isPlainLayer = (node) => Object.keys(node.actions).length === 1 && [...node.children.values()].every((child) => !child.children.size);
   const opened = (top) => {
     const open = new Set([top]);
@@ -60,8 +60,9 @@
       waiting.forEach((node, number) => { if (node.size > waiting[at].size) at = number; });
       const [node] = waiting.splice(at, 1);
       if (!node.children.size || isPlainLayer(node)) continue;
-      if (areas + node.children.size - 1 > mostAreas) break;
-      areas += node.children.size - 1;
+      const more = [...node.children.values()].reduce((sum, child) => sum + Object.keys(child.actions).length, -1);
+      if (areas + more > mostAreas) continue;
+      areas += more;
       open.add(node);
       waiting.push(...node.children.values());
     }
@@ -173,6 +174,8 @@
   if (ribbons.length) {
     const said = { keep: "o kept: the model's own", reset: "r reset: new values", mismatch: "x shapes differ", missing: "? missing in the file" };
     const from = (flow) => (flow.source.action ? said[flow.source.action] ?? flow.source.action : shown(flow.source.name) || "(top)");
+    // names that differ at their ends: those are kept
+    const tail = (text) => (text.length > 34 ? `\u2026${text.slice(-33)}` : text);
     const main = (flow) => Object.entries(flow.actions).sort((a, b) => b[1] - a[1])[0][0];
     const ribbon = page.section("From the file to the model", "Left are modules of the file, right those of the model; the width is the number of parameters. Numbers of layers are folded to *.");
     const nodes = new Map();
@@ -196,7 +199,7 @@
           emphasis: { focus: "adjacency" },
           label: { color: colour("ink"), fontSize: 12, width: Math.min(260, width * 0.28), overflow: "truncate" },
           data: [...nodes].map(([name, node]) => ({
-            name, depth: node.depth, label: { formatter: node.text },
+            name, depth: node.depth, label: { formatter: tail(node.text) },
             itemStyle: { color: colour(node.action ?? "soft"), borderWidth: 0 },
           })),
           links: ribbons.map((flow) => ({
@@ -261,7 +264,7 @@
       { title: "Entry", value: (row) => full(row, row.target ?? row.sources[0] ?? ""), cell: (row) => [
         key(full(row, row.target ?? row.sources.join(", "))), row.target === null ? element("span", { class: "under" }, "of the file only") : null,
         row.tied_to ? element("span", { class: "under" }, "the same memory as ", key(row.tied_to)) : null] },
-      { title: "What", value: (row) => nameOf.indexOf(row.action), cell: (row) => element("span", { style: "white-space: nowrap" }, page.mark(marks[row.action].symbol, row.action), marks[row.action].word) },
+      { title: "What", value: (row) => nameOf.indexOf(row.action), cell: (row) => page.marked(marks[row.action].symbol, row.action, marks[row.action].word) },
       { title: "Parameters", number: true, value: (row) => numel(row.shape), cell: (row) => amount(numel(row.shape)) },
       { title: "Shape", value: (row) => shape(row.shape), cell: (row) => [shape(row.shape), otherShape(row) && row.target !== null ? element("span", { class: "under" }, `file ${row.source_shapes.map(shape).join(", ")}`) : null] },
       { title: "Dtype", value: dtype, cell: dtype },
@@ -272,5 +275,4 @@
     ],
   });
 
-  page.finish();
-})();
+});

@@ -1,8 +1,8 @@
 // The page of a report: what an initialization did, where its time went, and where every tensor came from.
 "use strict";
 
-(() => {
-  const { data, element, key, shown, whole, bytes, percent, seconds } = page;
+page.start((data) => {
+  const { element, key, shown, whole, bytes, percent, seconds } = page;
   const start = Object.entries(data.start).map(([name, count]) => `${name} ${whole(count)}`).join(", ");
   const timings = data.initializers.flatMap((one, at) => one.timings.map((timing) => ({ ...timing, at, kind: one.kind })));
   const total = timings.reduce((sum, one) => sum + one.seconds, 0);
@@ -89,12 +89,11 @@
       chips: groups.map(([name, symbol, colour, of]) => ({ name, symbol, colour, of, count: data.tensors.filter(of).length })).filter((chip) => chip.count),
       columns: [
         { title: "Tensor", value: (one) => `${one.model} ${one.name}`, cell: (one) => [key(one.name), element("span", { class: "under" }, [several ? shown(one.model) : "", one.is_parameter ? "" : "no parameter", one.tied_to ? `the same memory as ${shown(one.tied_to)}` : ""].filter(Boolean).join(", "))] },
-        { title: "What", value: (one) => groupOf(one)[0], cell: (one) => { const [name, symbol, colour] = groupOf(one); return element("span", { style: "white-space: nowrap" }, page.mark(symbol, colour), name); } },
+        { title: "What", value: (one) => groupOf(one)[0], cell: (one) => { const [name, symbol, colour] = groupOf(one); return page.marked(symbol, colour, name); } },
         { title: "From", value: (one) => (one.source === null ? "" : said(one.source)), cell: (one) => (one.source === null ? "" : [element("span", { class: "from" }, shown(said(one.source))), one.keys.length === 1 && one.keys[0] === one.name ? "" : element("span", { class: "under" }, one.keys.map((name, at) => [at ? ", " : "", key(name)])), one.steps.length ? element("span", { class: "under" }, shown(one.steps.join(", "))) : ""]) },
         { title: "Before that", value: (one) => one.ancestors.length, cell: (one) => one.ancestors.map(([number]) => shown(said(number))).join(" \u2190 ") },
         { title: "Rule", value: (one) => one.rule ?? "", cell: (one) => page.rule(one.rule) },
       ],
     });
   }
-  page.finish();
-})();
+});
