@@ -106,7 +106,7 @@ def test_areas_and_ribbons_add_up_to_the_parameters(chromium: Any, page_file: Pa
         assert dict(legend) == dict(by_action)
         drawn = page.evaluate(
             """() => {
-                const add = ({ children, value }) => children ? children.reduce((sum, one) => sum + add(one), 0) : value;
+                const add = ({ children, value }) => children?.reduce((sum, one) => sum + add(one), 0) ?? value;
                 const series = document.querySelector('.chart').svgChart.getOption().series[0];
                 return series.data.reduce((sum, one) => sum + add(one), 0);
             }"""

@@ -1,0 +1,10 @@
+"""``python -m noether_init_core``: the command, for environments whose scripts are not on the path."""
+
+from __future__ import annotations
+
+from noether_init_core.cli import main
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    main()
