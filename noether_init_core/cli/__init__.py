@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from noether_init_core.cli import check, inspect, kinds, new, overview, plan, schema, suggest, validate, verify
+from noether_init_core.cli import check, inspect, kinds, new, overview, plan, schema, suggest, usage, validate, verify
 from noether_init_core.errors import InitError
 
 __all__ = ["app", "main"]
@@ -54,9 +54,14 @@ def _start(
 
 
 def main() -> None:
-    """Run the command; an error of ours is its message on standard error and exit code 1."""
+    """Run the command; an error of ours is its message on standard error and exit code 1, a wrong usage 2."""
     try:
-        app(prog_name="noether-init")
+        code = app(prog_name="noether-init", standalone_mode=False)
+    except usage.UsageError as error:
+        code = usage.show(error)
+    except typer.Abort:
+        code = 1
     except InitError as error:
         print(error, file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    sys.exit(code or 0)

@@ -29,7 +29,10 @@ __all__ = [
     "stack_and_model",
 ]
 
-Config = Annotated[Path, typer.Argument(help="A YAML file: ours, or Noether's hp_resolved.yaml.", show_default=False)]
+Config = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="A YAML file: ours, or Noether's hp_resolved.yaml.", show_default=False),
+]
 Model = Annotated[
     str, typer.Option(help="module:callable that gives a module, a bound model or a composite.", show_default=False)
 ]

@@ -1,0 +1,78 @@
+"""What follows a usage error: the command to type next, made from what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["UsageError", "advice", "show"]
+
+#: The error of a command line that cannot be understood; typer shows it, and has no public name for it.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+_MOST_NAMES = 6
+_EXAMPLE = "Example: "
+
+
+def advice(error: Exception) -> str | None:
+    """The next command for a usage error, in one line or two; None where its message says it already."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if "Next: " in str(getattr(error, "message", "")):
+        return None
+    if context is None or hasattr(context.command, "commands"):
+        return "Next: noether-init --help"
+    example = str(getattr(context.command, "epilog", None) or "").removeprefix(_EXAMPLE)
+    if parameter is not None and type(error).__name__ == "MissingParameter":
+        there = _THERE.get(str(parameter.name))
+        said = there() if there is not None else None
+        if said is not None:
+            return said
+    return f"Next: {example}" if example else "Next: noether-init --help"
+
+
+def _configs() -> str:
+    found = sorted(path.name for path in Path.cwd().iterdir() if path.suffix in (".yaml", ".yml"))
+    if found:
+        return f"Configs in this folder: {_some(found)}"
+    return "No YAML file is in this folder. Next: noether-init example previous_run, which writes one and a loop"
+
+
+def _kinds() -> str:
+    from noether_init_core import kinds
+
+    names = sorted({info.name for info in kinds.installed() if info.blocked_by is None and "." not in info.name})
+    return f"Installed kinds: {_some(names)}. Next: noether-init kinds"
+
+
+def _model() -> str:
+    # the command line is about this folder, or about --app-dir, which is not known yet
+    modules = sorted(path.stem for path in Path.cwd().glob("*.py") if path.stem.isidentifier())
+    name = modules[0] if len(modules) == 1 else "module"
+    known = f" Modules in this folder: {_some(modules)}." if modules else ""
+    return (
+        f"--model module:callable names what gives the model: a function without arguments, a class, a module."
+        f"{known} Next: --model {name}:build"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else "")
+
+
+_THERE: dict[str, Callable[[], str]] = {"config": _configs, "kind": _kinds, "model": _model}
+
+
+def show(error: Any) -> int:
+    """Print a usage error as typer does, and what to type next, on standard error; returns the exit code."""
+    from typer import rich_utils
+
+    rich_utils.rich_format_error(error)
+    said = advice(error)
+    if said is not None:
+        typer.echo(said, err=True)
+    return int(error.exit_code)
