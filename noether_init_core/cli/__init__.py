@@ -10,7 +10,20 @@ from typing import Annotated
 
 import typer
 
-from noether_init_core.cli import check, inspect, kinds, new, overview, plan, schema, suggest, usage, validate, verify
+from noether_init_core.cli import (
+    check,
+    example,
+    inspect,
+    kinds,
+    new,
+    overview,
+    plan,
+    schema,
+    suggest,
+    usage,
+    validate,
+    verify,
+)
 from noether_init_core.errors import InitError
 
 __all__ = ["app", "main"]
@@ -25,6 +38,7 @@ app = typer.Typer(
 )
 app.command("kinds", rich_help_panel="Look", epilog="Example: noether-init kinds --json")(kinds.run)
 app.command("inspect", rich_help_panel="Look", epilog="Example: noether-init inspect runs/pretrain")(inspect.run)
+app.command("example", rich_help_panel="Decide", epilog="Example: noether-init example previous_run")(example.run)
 app.command("schema", rich_help_panel="Decide", epilog="Example: noether-init schema previous_run")(schema.run)
 app.command("validate", rich_help_panel="Decide", epilog="Example: noether-init validate init.yaml")(validate.run)
 app.command("plan", rich_help_panel="Decide", epilog="Example: noether-init plan init.yaml --model models:build")(

@@ -1,0 +1,84 @@
+"""``noether-init example KIND``: a loop that runs and its config, written into a folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from noether_init_core import kinds
+from noether_init_core.errors import ConfigError
+from noether_init_core.scaffold.example import BUILT_IN, example_of
+
+__all__ = ["run"]
+
+JSON_VERSION = 1
+
+
+def run(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="A kind; see: noether-init kinds.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to; made if it is not there.")] = Path(),
+    show: Annotated[bool, typer.Option("--print", help="Print the files, and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+) -> None:
+    """Write a training loop that runs, and its init.yaml, for one kind. Nothing that exists is written over.
+
+    For the kinds of the core everything runs as it is, in seconds and without data. For others init.yaml leaves open
+    what they require.
+    """
+    info = kinds.describe(kind)
+    schema = None
+    if info.name not in BUILT_IN:
+        schema = kinds.resolve(kind).config_class.model_json_schema()
+    example = example_of(info.name, schema)
+    if not show:
+        _write(folder, example.files)
+    if as_json:
+        said = {
+            "format": "noether-init-example",
+            "version": JSON_VERSION,
+            "kind": info.name,
+            "folder": str(folder),
+            "written": not show,
+            "files": dict(example.files),
+            "next": [command for command, _what in example.commands],
+        }
+        typer.echo(json.dumps(said, indent=1))
+        return
+    for name, text in example.files.items():
+        if show:
+            typer.echo(f"# ---- {name}\n{text}")
+        else:
+            typer.echo(f"{folder / name}")
+    typer.echo("next:" if show else "\nnext:")
+    commands = [*example.commands]
+    if folder != Path():
+        commands.insert(0, (f"cd {shlex.quote(str(folder))}", ""))
+    for command, what in commands:
+        typer.echo(f"  {command}" + (f"\n      {what}" if what else ""))
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    """Write all of them, or nothing. Raises ``ConfigError`` where one of them is there."""
+    there = [name for name in files if (folder / name).exists()]
+    if there:
+        raise ConfigError(
+            f"{', '.join(str(folder / name) for name in there)}: there already, and nothing was written. "
+            f"Next: another folder, as in noether-init example KIND {shlex.quote(str(folder / 'example'))}; "
+            "or --print, to look"
+        )
+    written: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            with (folder / name).open("x", encoding="utf-8", newline="\n") as file:
+                written.append(folder / name)
+                file.write(text)
+    except OSError as error:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}. Nothing was left there") from error

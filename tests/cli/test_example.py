@@ -1,0 +1,118 @@
+"""``noether-init example``: what it writes runs, survives being killed, and can be planned as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from noether_init_core import kinds
+from noether_init_core.scaffold.example import BUILT_IN, example_of
+
+PROGRAM = Path(sys.executable).with_name("noether-init")
+
+
+def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What a shell makes of a line."""
+    words = shlex.split(line)
+    words[0] = {"python": sys.executable, "noether-init": str(PROGRAM)}[words[0]]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_everything_that_it_says_to_type_works(kind: str, tmp_path: Path) -> None:
+    """In the order in which it says so; the run is killed on the way and goes on where it was."""
+    written = typed(f"noether-init example {kind}", tmp_path)
+    assert (written.returncode, written.stderr) == (0, "")
+    commands = [command for command, _what in example_of(kind).commands]
+    assert re.findall(r"^  (\S.*)$", written.stdout.split("next:")[1], re.MULTILINE) == commands
+    first, plan, train, look = commands
+    done = typed(first, tmp_path)
+    assert done.returncode == 0, done.stderr
+    planned = typed(plan, tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert kind in planned.stdout
+    assert "<!doctype html>" in (tmp_path / "plan.html").read_text()[:40]
+    words = [sys.executable, *shlex.split(train)[1:]]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        start = killed.stdout.readline()
+        while not killed.stdout.readline().startswith("epoch"):
+            pass
+        killed.kill()
+    again = typed(train.replace("100", "12"), tmp_path)
+    assert again.returncode == 0, again.stderr
+    expected = "E4_U32_S1024" if kind == "resume" else "E0_U0_S0"
+    assert start.startswith(f"start {expected}")
+    assert "auto_resume: resumed from E" in again.stdout
+    assert "epoch 12" in again.stdout
+    assert typed(look, tmp_path).returncode == 0
+
+
+def test_nothing_that_exists_is_written_over(tmp_path: Path) -> None:
+    """Not even in part."""
+    (tmp_path / "init.yaml").write_text("mine")
+    refused = typed("noether-init example resume", tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("init.yaml: there already, and nothing was written. Next: another folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["init.yaml"]
+    assert (tmp_path / "init.yaml").read_text() == "mine"
+    elsewhere = typed("noether-init example resume 'a folder'", tmp_path)
+    assert elsewhere.returncode == 0
+    assert "  cd 'a folder'\n" in elsewhere.stdout
+
+
+def test_it_can_be_looked_at_first(tmp_path: Path) -> None:
+    """--print writes no file; --json is one object, and says the same."""
+    shown = typed("noether-init example file --print", tmp_path)
+    assert "# ---- init.yaml\n# Weights of one model from one file" in shown.stdout
+    said = json.loads(typed("noether-init example file --print --json", tmp_path).stdout)
+    assert (said["format"], said["version"], said["written"]) == ("noether-init-example", 1, False)
+    assert said["files"] == dict(example_of("file").files)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kind_of_others_gets_a_config_with_what_it_requires_left_open(tmp_path: Path) -> None:
+    """Validation names each key that is to be filled in; filled in, it is a config."""
+    written = typed("noether-init example random", tmp_path)
+    assert written.returncode == 0, written.stderr
+    text = (tmp_path / "init.yaml").read_text()
+    required = kinds.resolve("random").config_class.model_json_schema()["required"]
+    assert [name for name in required if name != "kind"] == ["rules"]
+    refused = typed("noether-init validate init.yaml", tmp_path)
+    assert refused.returncode == 1
+    assert "init.yaml:5 initializers.0.rules" in refused.stdout
+    (tmp_path / "init.yaml").write_text(text.replace("rules:", "rules: [{match: '**', init: zeros_}]"))
+    filled = typed("noether-init validate init.yaml", tmp_path)
+    assert filled.returncode == 0, filled.stdout
+
+
+def test_an_unknown_kind_is_named_with_those_near_to_it(tmp_path: Path) -> None:
+    """The next command is there."""
+    refused = typed("noether-init example resum", tmp_path)
+    assert refused.returncode == 1
+    assert 'no kind "resum". Near: resume (noether-init-core' in refused.stderr
+    missing = typed("noether-init example", tmp_path)
+    assert missing.returncode == 2
+    assert "Installed kinds: file, previous_run" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", ["example previous_run --print", "kinds", "--help", "", "example --help", "schema --help"]
+)
+def test_torch_is_not_imported(arguments: str, tmp_path: Path) -> None:
+    """What needs no tensors answers at once."""
+    code = (
+        "import sys\nsys.argv = ['noether-init', *sys.argv[1:]]\nfrom noether_init_core import cli\n"
+        "try:\n    cli.main()\nfinally:\n    assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *shlex.split(arguments)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
