@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
     from noether_init_core.initializers.source import Part, Source, SourceInitializer, SourceInitializerConfig
     from noether_init_core.iteration import TrainingIteration
+    from noether_init_core.lineage.graph import Lineage
+    from noether_init_core.lineage.reading import lineage_of
     from noether_init_core.pages.page import html_page
     from noether_init_core.paths import PathProvider
     from noether_init_core.protocols import leaf_models
@@ -91,6 +93,7 @@ __all__ = [
     "KindContractError",
     "KindError",
     "KindImportError",
+    "Lineage",
     "LoadPlan",
     "NameGlobs",
     "NoGoodSetError",
@@ -120,6 +123,7 @@ __all__ = [
     "html_page",
     "kinds",
     "leaf_models",
+    "lineage_of",
     "named_parameters",
     "open_checkpoint",
 ]
@@ -167,6 +171,8 @@ _HOMES = {
     "initializers.checkpoint": ("CheckpointInitializer", "CheckpointInitializerConfig"),
     "initializers.source": ("Part", "Source", "SourceInitializer", "SourceInitializerConfig"),
     "iteration": ("TrainingIteration",),
+    "lineage.graph": ("Lineage",),
+    "lineage.reading": ("lineage_of",),
     "pages.page": ("html_page",),
     "paths": ("PathProvider",),
     "protocols": ("leaf_models",),

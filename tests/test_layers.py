@@ -29,6 +29,7 @@ LAYERS = {
     "training": 4,
     "provenance": 4,
     "authors": 5,
+    "lineage": 5,
     "initializers": 5,
     "contract": 6,
     "tracing": 6,

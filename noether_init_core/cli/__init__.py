@@ -15,6 +15,7 @@ from noether_init_core.cli import (
     example,
     inspect,
     kinds,
+    lineage,
     new,
     overview,
     plan,
@@ -38,6 +39,9 @@ app = typer.Typer(
 )
 app.command("kinds", rich_help_panel="Look", epilog="Example: noether-init kinds --json")(kinds.run)
 app.command("inspect", rich_help_panel="Look", epilog="Example: noether-init inspect runs/pretrain")(inspect.run)
+app.command(
+    "lineage", rich_help_panel="Look", epilog="Example: noether-init lineage runs/finetune --html lineage.html"
+)(lineage.run)
 app.command("example", rich_help_panel="Decide", epilog="Example: noether-init example previous_run")(example.run)
 app.command("schema", rich_help_panel="Decide", epilog="Example: noether-init schema previous_run")(schema.run)
 app.command("validate", rich_help_panel="Decide", epilog="Example: noether-init validate init.yaml")(validate.run)

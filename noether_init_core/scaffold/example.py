@@ -25,6 +25,7 @@ class Example:
 
 
 _PLAN = "noether-init plan init.yaml --model train:build --runs runs --run-id {run}{more}"
+_AGAIN = "train; press Ctrl-C or kill it, and type it again: it goes on"
 _TRAIN = "python train.py --run-id {run}{more}"
 
 #: Kind -> (the run that it starts from, the run that it starts, options of the first one).
@@ -52,7 +53,7 @@ def example_of(kind: str, schema: Mapping[str, Any] | None = None) -> Example:
         commands = [
             ("noether-init validate init.yaml", "names what is still to be filled in"),
             (_PLAN.format(run="first", more=" --html plan.html"), "what it will do, as a page to look at"),
-            (_TRAIN.format(run="first", more=""), "train; press Ctrl-C or kill it, and type it again: it goes on"),
+            (_TRAIN.format(run="first", more=""), _AGAIN),
         ]
         return Example({**loop, "init.yaml": _skeleton(kind, schema or {})}, tuple(commands))
     earlier, later, options = BUILT_IN[kind]
@@ -60,7 +61,7 @@ def example_of(kind: str, schema: Mapping[str, Any] | None = None) -> Example:
     commands = [
         (_TRAIN.format(run=earlier, more=f" --config scratch.yaml{options}"), "the run to start from, once"),
         (_PLAN.format(run=later, more=" --html plan.html"), "what init.yaml will do, as a page to look at"),
-        (_TRAIN.format(run=later, more=" --epochs 100"), "train; press Ctrl-C or kill it, and type it again: it goes on"),
+        (_TRAIN.format(run=later, more=" --epochs 100"), _AGAIN),
         ("noether-init inspect runs", "what was saved"),
     ]
     return Example(files, tuple(commands))

@@ -36,7 +36,7 @@ TRANSCRIPTS: Mapping[str, tuple[str, ...]] = {
 }
 
 _FILES = {
-    "models.py": '''
+    "models.py": """
 import torch
 from noether_init_core import bind
 
@@ -67,7 +67,7 @@ def build():
 
 def larger():
     return bind(Network("h", {"c_attn": 3, "c_proj": 1}, 4, positions=257), name="vit")
-''',
+""",
     "init.yaml": """initializers:
   - kind: previous_run
     run_id: pretrain
@@ -107,7 +107,9 @@ def make_world(folder: Path) -> None:
     torch.manual_seed(0)
     paths = PathProvider(folder / "runs", "pretrain")
     for epoch in (1, 2):
-        CheckpointWriter(paths).save(models.pretrained(), TrainingIteration(epoch, 4 * epoch, 32 * epoch), tags=["latest"])
+        CheckpointWriter(paths).save(
+            models.pretrained(), TrainingIteration(epoch, 4 * epoch, 32 * epoch), tags=["latest"]
+        )
     tuned = PathProvider(folder / "runs", "finetune")
     model = models.build()
     stack = InitializerStack.from_file(folder / "init.yaml", path_provider=tuned)

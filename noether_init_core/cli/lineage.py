@@ -1,0 +1,140 @@
+"""``noether-init lineage PATH``: which runs and files the weights of a run came from, and what came from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from noether_init_core.cli.asked_path import absent
+from noether_init_core.cli.files import Html, check_target, write_html
+from noether_init_core.errors import CheckpointFormatError, printable
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from noether_init_core.lineage.graph import Lineage, LineageEdge, LineageNode
+
+__all__ = ["run"]
+
+_MARKS = {"run": ("o", "cyan"), "file": ("=", "green"), "missing": ("?", "red")}
+_MOST_SETS = 3
+
+
+def run(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run folder, a set, or an output root.", show_default=False)
+    ],
+    roots: Annotated[
+        list[Path] | None,
+        typer.Option("--root", help="A further output root to look in; may be said again.", show_default=False),
+    ] = None,
+    html: Html = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+) -> None:
+    """Show where the weights of a run came from, and what came from it. Reads records only, never tensors.
+
+    Descendants are looked for in the output root that the run lies in, and in those of --root. Exit code 1: a record
+    could not be read; what could be is shown.
+    """
+    check_target(html, "--html", (".html", ".htm"))
+    for one in (path, *(roots or ())):
+        if not one.exists():
+            raise absent(one)
+        if not one.is_dir():
+            raise CheckpointFormatError(
+                f"{one} is a file; records lie beside the sets of runs. Next: noether-init lineage RUN_FOLDER", path=one
+            )
+    from noether_init_core.lineage.reading import lineage_of
+
+    found = lineage_of(path, roots or ())
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        _show(found)
+    write_html(html, found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _show(found: Lineage) -> None:
+    from rich.console import Console
+    from rich.tree import Tree
+
+    console = Console()
+    if found.focus is None:
+        # those that came from nowhere, with all that came from them; then what stands in a circle
+        shown: set[str] = set()
+        starts = [node for node in found.nodes if not _into(found, node.id)]
+        for node in [*starts, *(node for node in found.nodes if node not in starts)]:
+            if node.id not in shown:
+                tree = Tree(_line(node))
+                _grow(tree, found, node.id, down=True, shown=shown)
+                console.print(tree)
+    else:
+        node = found.node(found.focus)
+        tree = Tree(_line(node))
+        for title, edges, down in (
+            ("came from", _into(found, node.id), False),
+            ("went into", _out_of(found, node.id), True),
+        ):
+            if edges:
+                branch = tree.add(title)
+                _grow(branch, found, node.id, down=down, shown=set())
+        console.print(tree)
+        if not _into(found, node.id) and not node.note:
+            typer.echo("it came from no checkpoint: all weights were fresh")
+    for problem in found.problems:
+        typer.echo(f"x {printable(problem)}")
+
+
+def _grow(tree: Tree, found: Lineage, name: str, *, down: bool, shown: set[str]) -> None:
+    """What came from a node, or what it came from, below it; what is shown already is not unfolded again."""
+    shown.add(name)
+    for edge in _out_of(found, name) if down else _into(found, name):
+        other = edge.target if down else edge.source
+        is_repeated = other in shown
+        branch = tree.add(_line(found.node(other), edge, is_repeated=is_repeated))
+        if not is_repeated:
+            _grow(branch, found, other, down=down, shown=shown)
+
+
+def _into(found: Lineage, name: str) -> Sequence[LineageEdge]:
+    return [edge for edge in found.edges if edge.target == name and edge.source != name]
+
+
+def _out_of(found: Lineage, name: str) -> Sequence[LineageEdge]:
+    return [edge for edge in found.edges if edge.source == name and edge.target != name]
+
+
+def _line(node: LineageNode, edge: LineageEdge | None = None, *, is_repeated: bool = False) -> Any:
+    from rich.text import Text
+
+    from noether_init_core.render.words import counted, percent
+
+    symbol, style = _MARKS[node.type]
+    name = Path(node.id).name if node.type == "file" else node.id
+    line = Text(f"{symbol} ", style).append(printable(name), "bold")
+    if edge is not None:
+        iteration = edge.iteration if edge.iteration != edge.tag else None
+        which = " = ".join(filter(None, (edge.tag, iteration)))
+        line.append(f"  {printable(edge.kind)}", "cyan").append(f" @ {printable(which)}" if which else "")
+        if edge.tensors is not None:
+            share = f" ({percent(edge.share)})" if edge.share is not None else ""
+            line.append(f"  {printable(edge.model)}: {counted(edge.tensors, 'tensor')}{share}", "dim")
+        if edge.note:
+            line.append(f"  - {edge.note}", "yellow")
+    elif node.sets:
+        newest = node.sets[0]
+        tags = [tag for tag in newest.tags if tag not in (newest.iteration, newest.name)]
+        words = f"  {counted(len(node.sets), 'set')}, newest {newest.iteration or newest.name}"
+        line.append(words + (f" ({', '.join(map(printable, tags))})" if tags else ""), "dim")
+    if edge is None and node.resumed:
+        line.append(f"  continued {counted(node.resumed, 'time')}", "dim")
+    if is_repeated:
+        line.append("  see above", "dim")
+    elif node.note and (edge is None or node.type == "missing"):
+        line.append(f"  - {node.note}", "yellow")
+    return line

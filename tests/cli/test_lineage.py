@@ -1,0 +1,93 @@
+"""``noether-init lineage``: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
+
+PROGRAM = Path(sys.executable).with_name("noether-init")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs below ``runs``."""
+    here = tmp_path_factory.mktemp("work")
+    model = bind(torch.nn.Linear(4, 2), name="net")
+    CheckpointWriter(PathProvider(here / "runs", "first")).save(model, TrainingIteration(1, 4, 32))
+    paths = PathProvider(here / "runs", "second")
+    configs = [{"kind": "previous_run", "run_id": "first"}]
+    report = InitializerStack.from_config(configs, path_provider=paths).initialize(model)
+    CheckpointWriter(paths, report=report).save(model, TrainingIteration(2, 8, 64))
+    return here
+
+
+def lineage(folder: Path, *arguments: str, width: int = 80) -> subprocess.CompletedProcess[str]:
+    """The command, in the folder, at a width."""
+    environment = {"COLUMNS": str(width), "PATH": "/usr/bin:/bin", "NO_COLOR": "1"}
+    words = [str(PROGRAM), "lineage", *arguments]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_tree_says_where_a_run_came_from(folder: Path) -> None:
+    """And what came from it."""
+    up = lineage(folder, "runs/second")
+    assert (up.returncode, up.stderr) == (0, "")
+    assert up.stdout.splitlines() == [
+        "o second  1 set, newest E2_U8_S64 (latest)",
+        "└── came from",
+        "    └── o first  previous_run @ latest = E1_U4_S32  net: 2 tensors (100 %)",
+    ]
+    down = lineage(folder, "runs/first")
+    assert "└── went into" in down.stdout
+    both = lineage(folder, "runs")
+    assert "o second  previous_run @ latest = E1_U4_S32" in both.stdout
+
+
+def test_no_line_is_wider_than_a_narrow_terminal(folder: Path) -> None:
+    """At 40 columns, with all words there."""
+    shown = lineage(folder, "runs/second", width=40).stdout
+    assert max(map(len, shown.splitlines())) <= 40
+    assert "previous_run" in shown
+
+
+def test_json_and_page_say_the_same(folder: Path) -> None:
+    """The page is written beside what is printed."""
+    done = lineage(folder, "runs/second", "--json", "--html", "lineage.html")
+    data = json.loads(done.stdout)
+    assert (data["format"], data["version"], data["focus"]) == ("noether-init-lineage", 1, "second")
+    assert done.stderr == "page: lineage.html\n"
+    page = (folder / "lineage.html").read_text()
+    assert "Where second came from" in page
+
+
+def test_wrong_paths_name_the_next_command(folder: Path) -> None:
+    """A path that is near to one, a file, a page that would destroy something."""
+    near = lineage(folder, "rums")
+    assert (near.returncode, near.stdout) == (1, "")
+    assert "rums does not exist. Near: runs." in near.stderr
+    (file,) = (folder / "runs" / "first").rglob("net_cp=latest_model.th")
+    assert "Next: noether-init lineage RUN_FOLDER" in lineage(folder, str(file)).stderr
+    (folder / "init.yaml").write_text("mine")
+    refused = lineage(folder, "runs", "--html", "init.yaml")
+    assert refused.returncode == 2
+    assert (folder / "init.yaml").read_text() == "mine"
+
+
+def test_a_problem_is_exit_code_1_and_the_rest_is_shown(folder: Path, tmp_path: Path) -> None:
+    """A damaged record is no reason to be silent about the others."""
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    (record,) = (tmp_path / "runs" / "second").rglob("provenance.json")
+    record.write_text("{}")
+    done = lineage(tmp_path, "runs")
+    assert done.returncode == 1
+    assert "o first" in done.stdout
+    assert "x " in done.stdout
+    assert "tells nothing of where weights came from" in done.stdout
