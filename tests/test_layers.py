@@ -25,6 +25,7 @@ LAYERS = {
     "checkpoints": 3,
     "probing": 3,
     "artifacts": 3,
+    "comparing": 4,
     "surgery": 3,
     "training": 4,
     "provenance": 4,

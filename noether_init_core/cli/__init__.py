@@ -12,6 +12,7 @@ import typer
 
 from noether_init_core.cli import (
     check,
+    diff,
     example,
     inspect,
     kinds,
@@ -39,6 +40,9 @@ app = typer.Typer(
 )
 app.command("kinds", rich_help_panel="Look", epilog="Example: noether-init kinds --json")(kinds.run)
 app.command("inspect", rich_help_panel="Look", epilog="Example: noether-init inspect runs/pretrain")(inspect.run)
+app.command(
+    "diff", rich_help_panel="Look", epilog="Example: noether-init diff runs/pretrain runs/finetune --html diff.html"
+)(diff.run)
 app.command(
     "lineage", rich_help_panel="Look", epilog="Example: noether-init lineage runs/finetune --html lineage.html"
 )(lineage.run)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from noether_init_core.cli.asked_path import absent, text_instead
+from noether_init_core.cli.progress import progress
 from noether_init_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ _MARKS = {
     "broken": ("x broken", "red"),
     "uncommitted": ("- uncommitted", "dim"),
 }
-_PATIENCE_S = 1.0
 
 
 def run(
@@ -86,13 +84,13 @@ def _verify(path: Path, audited: list[AuditedStore], files: list[AuditedFile], *
     if path.is_dir():
         stores = stores_at(path)
         total = sum(bytes_of(store) + (flat_bytes(store) if flat else 0) for store in stores)
-        with _progress(total) as advance:
+        with progress("verifying", total) as advance:
             audited += [audit_store(store, advance, asked=path, flat=flat) for store in stores]
         return
     error = text_instead(path)
     if error is not None:
         raise error
-    with _progress(path.stat().st_size) as advance:
+    with progress("verifying", path.stat().st_size) as advance:
         files.append(audit_file(path, advance))
 
 
@@ -100,30 +98,6 @@ def _unusable(path: Path, error: CheckpointError) -> AuditedFile:
     from noether_init_core.checkpoints.audit import AuditedFile
 
     return AuditedFile(path, "broken", problem=str(error))
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's standard error, for those who have waited for a second."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done: None
-        return
-    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("", total=total)
-    timer = threading.Timer(_PATIENCE_S, bar.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield lambda done: bar.advance(task, done)
-    finally:
-        timer.cancel()
-        timer.join()
-        bar.stop()
 
 
 def _show(audited: Sequence[AuditedStore], files: Sequence[AuditedFile], problems: int, unverifiable: int) -> None:

@@ -1,0 +1,215 @@
+"""``noether-init diff A B``: keys, shapes, and how far every tensor moved from one checkpoint to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from noether_init_core.cli.asked_path import absent, text_instead
+from noether_init_core.cli.files import Html, check_target, write_html
+from noether_init_core.cli.progress import progress
+from noether_init_core.errors import printable
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from noether_init_core.comparing.values import CheckpointDiff, DiffRow, DiffSide, State
+
+__all__ = ["run"]
+
+_MARKS: dict[State, tuple[str, str, str]] = {
+    "equal": ("=", "equal", "green"),
+    "changed": ("~", "changed", "cyan"),
+    "dtype": ("c", "dtype", "cyan"),
+    "shape": ("x", "shape", "bold red"),
+    "nonfinite": ("!", "nonfinite", "bold red"),
+    "only_a": ("-", "only in A", "yellow"),
+    "only_b": ("+", "only in B", "yellow"),
+}
+_MOST_LARGEST, _MOST_LINES, _MOST_TEXTS = 5, 20, 12
+_SIDE = "A file, the folder of a set, a run folder (its newest set), or RUN@TAG."
+
+
+def run(
+    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE, show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same, of the other checkpoint.", show_default=False)],
+    strip: Annotated[
+        list[str] | None,
+        typer.Option(help="A prefix to take off names on both sides, such as module.; may be said again."),
+    ] = None,
+    html: Html = None,
+    show_all: Annotated[bool, typer.Option("--all", help="A line for every key.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+) -> None:
+    """Compare the weights of two checkpoints: names, shapes, and the drift of every tensor, ‖B − A‖ / ‖A‖.
+
+    Tensors are read in pieces, so that memory does not grow with the model. Exit code 0: the same names and shapes, all
+    numbers finite; values may differ. 1: names or shapes differ, or there is NaN.
+    """
+    check_target(html, "--html", (".html", ".htm"))
+    for path in (a, b):
+        _check(path)
+    from noether_init_core.comparing.compare import bytes_to_read, compare_sides
+    from noether_init_core.comparing.sides import side_at
+
+    sides = side_at(a), side_at(b)
+    with progress("comparing", sum(map(bytes_to_read, sides))) as advance:
+        found = compare_sides(*sides, strip=strip or (), advance=advance)
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        _show(found, show_all)
+    write_html(html, found)
+    if not found.is_same_form:
+        raise typer.Exit(1)
+
+
+def _check(said: str) -> None:
+    """A path that can be no checkpoint is told as everywhere, with what is near to it."""
+    path = Path(said)
+    at_tag = Path(said.rpartition("@")[0]) if "@" in path.name else None
+    if not path.exists() and (at_tag is None or not at_tag.exists()):
+        raise absent(at_tag or path)
+    error = text_instead(path)
+    if error is not None:
+        raise error
+
+
+def _show(found: CheckpointDiff, show_all: bool) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for name, side in (("A", found.a), ("B", found.b)):
+        console.print(_side(name, side), soft_wrap=True)
+    for line in _lines(found, show_all, console.width):
+        console.print(line)
+
+
+def _side(name: str, side: DiffSide) -> Text:
+    from rich.text import Text
+
+    from noether_init_core.render.words import counted
+
+    words = printable(side.origin or _from_here(side.path))
+    return Text(f"{name}  ", "bold").append(words, "not bold").append(f"   {counted(side.tensors, 'tensor')}", "dim")
+
+
+def _from_here(path: str) -> str:
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
+    from rich.text import Text
+
+    from noether_init_core.render.layout import filled
+    from noether_init_core.render.words import amount, counted
+
+    models = dict.fromkeys(row.model for row in found.rows)
+    for model in models:
+        rows = [row for row in found.rows if row.model == model]
+        if len(models) > 1:
+            yield Text(printable(model) or "(no name)", "bold")
+        for line in _of_model(rows, show_all):
+            yield from filled(line[0], line[1:], width, "      ", first="  ", between="  ")
+    moved = [row for row in found.rows if row.relative_norm]
+    largest = sorted(moved, key=lambda row: -(row.relative_norm or 0))[:_MOST_LARGEST]
+    if largest and not show_all:
+        yield Text("moved most", "bold")
+        for row in largest:
+            cosine = "" if row.cosine is None else f"  cosine {row.cosine:.6f}"
+            yield from filled(
+                Text(f"   {_number(row.relative_norm)}{cosine}"),
+                [Text(printable(row.key))],
+                width,
+                "      ",
+                first="  ",
+            )
+    for note in found.notes:
+        yield from filled(Text(" w  ", "yellow"), [Text(printable(note))], width, "    ")
+    phrases = []
+    if found.relative_norm is not None:
+        phrases.append(Text(f"drift {_number(found.relative_norm)}", "bold"))
+    if found.cosine is not None:
+        phrases.append(Text(f"cosine {found.cosine:.6f}"))
+    phrases.append(Text(f"{amount(found.elements_compared)} of {amount(found.elements)} elements compared"))
+    if found.is_equal:
+        phrases.append(Text("the same bits", "green"))
+    elif not found.is_same_form:
+        wrong = sum(row.state in ("shape", "nonfinite", "only_a", "only_b") for row in found.rows)
+        phrases.append(Text(f"{counted(wrong, 'key')} of another form", "bold red"))
+    yield from filled(Text(""), phrases, width)
+
+
+def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
+    """For each line its beginning and what follows."""
+    from rich.text import Text
+
+    from noether_init_core.render.folding import fold_keys
+    from noether_init_core.render.words import amount, counted
+
+    known = [row.key for row in rows]
+    word = max(len(_MARKS[row.state][1]) for row in rows)
+    for state, (symbol, said, style) in _MARKS.items():
+        chosen = [row for row in rows if row.state == state]
+        if not chosen:
+            continue
+        start = f" {symbol} {said:<{word}}"
+        if show_all:
+            for row in chosen:
+                yield [Text(start, style), Text(printable(row.key)), *_details([row])]
+            continue
+        left = 0
+        lines = 0
+        for form in dict.fromkeys(_way(row) for row in chosen):
+            alike = [row for row in chosen if _way(row) == form]
+            for pattern in fold_keys([row.key for row in alike], known):
+                members = [row for row in alike if pattern.matches(row.key)]
+                lines += 1
+                if lines > _MOST_LINES:
+                    left += len(members)
+                    continue
+                numbers = f"{counted(len(members), 'key')}  {amount(sum(row.elements for row in members))}"
+                yield [
+                    Text(start, style),
+                    Text(printable(pattern.text(_MOST_TEXTS))),
+                    Text(numbers, "dim"),
+                    *_details(members),
+                ]
+        if left:
+            yield [Text(start, style), Text(f"{counted(left, 'more key')} (--all shows them)")]
+
+
+def _way(row: DiffRow) -> tuple[Any, ...]:
+    """What rows of one line have in common."""
+    if row.state == "shape":
+        return row.shape_a, row.shape_b
+    return (row.dtype_a, row.dtype_b) if row.state == "dtype" else ()
+
+
+def _details(rows: Sequence[DiffRow]) -> Iterator[Text]:
+    from rich.text import Text
+
+    first = rows[0]
+    if first.state == "shape" and first.shape_a is not None and first.shape_b is not None:
+        yield Text(f"A {list(first.shape_a)}  B {list(first.shape_b)}")
+    if first.state == "dtype":
+        yield Text(f"{first.dtype_a} -> {first.dtype_b}")
+    drifts = [row.relative_norm for row in rows if row.relative_norm is not None]
+    if drifts and first.state != "equal":
+        least, most = _number(min(drifts)), _number(max(drifts))
+        yield Text(f"drift {least}" if least == most else f"drift {least} to {most}")
+    if first.state == "nonfinite":
+        yield Text(f"A {sum(row.nonfinite_a for row in rows):,}  B {sum(row.nonfinite_b for row in rows):,} elements")
+    notes = dict.fromkeys(row.note for row in rows if row.note)
+    for note in list(notes)[:2]:
+        yield Text(f"({note})", "dim")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not known"
+    return f"{value:.3g}"

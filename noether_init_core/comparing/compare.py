@@ -1,0 +1,298 @@
+"""``compare_checkpoints``: names, shapes and drift of two checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from noether_init_core.checkpoints.file_handle import by_threads, grouped
+from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
+from noether_init_core.checkpoints.tensor_info import TensorInfo
+from noether_init_core.comparing.drift import Drift, cosine_of, drift_of, is_comparable, relative
+from noether_init_core.comparing.sides import Side, side_at
+from noether_init_core.comparing.values import CheckpointDiff, DiffRow
+from noether_init_core.errors import CheckpointCorruptError
+
+__all__ = ["bytes_to_read", "compare_checkpoints", "compare_sides"]
+
+_OBJECT = "object"
+_LEAST_SHARE = 0.5
+
+
+def compare_checkpoints(a: Path | str, b: Path | str, *, strip: Sequence[str] = ()) -> CheckpointDiff:
+    """Compare the weights of two checkpoints: keys, shapes, and how far every tensor moved from A to B.
+
+    Args:
+        a: A checkpoint file, the folder of a set, a run folder (its newest set), or a run folder, ``@`` and a tag.
+        b: The other one.
+        strip: Prefixes that are taken off names of both, such as ``module.``.
+
+    Tensors are read in pieces of a few megabytes; memory does not grow with the model. Bytes are not compared with
+    checksums (``noether-init verify`` does that). Sums are in float64. Two models are compared with each other where
+    they have one name, or are the only ones.
+
+    Raises what ``open_checkpoint`` raises, ``CheckpointNotFoundError`` for paths that mean nothing, and
+    ``CheckpointCorruptError`` where a file changes meanwhile.
+    """
+    return compare_sides(side_at(a), side_at(b), strip=strip)
+
+
+def bytes_to_read(side: Side) -> int:
+    """At most how many bytes of this side will be read, for a progress bar."""
+    return sum(path.stat().st_size for path in side.files.values())
+
+
+def compare_sides(
+    a: Side, b: Side, *, strip: Sequence[str] = (), advance: Callable[[int], None] | None = None
+) -> CheckpointDiff:
+    """What ``compare_checkpoints`` does, for files that were found; ``advance`` is told the bytes as they are read."""
+    work = _Work(strip, advance or (lambda _bytes: None))
+    for model, first, second in _paired(a.files, b.files):
+        work.add(model, first, second)
+    rows = tuple(work.rows)
+    both = [row for row in rows if row.state not in ("only_a", "only_b")]
+    total = work.total
+    return CheckpointDiff(
+        attrs.evolve(a.said, tensors=work.tensors[0], bytes=work.bytes[0]),
+        attrs.evolve(b.said, tensors=work.tensors[1], bytes=work.bytes[1]),
+        rows,
+        elements=sum(row.elements for row in both),
+        elements_compared=work.elements_compared,
+        relative_norm=relative(total.difference, total.a) if work.elements_compared else None,
+        cosine=cosine_of(total.both, total.a, total.b) if work.elements_compared else None,
+        notes=tuple(work.notes),
+    )
+
+
+def _paired(a: Mapping[str, Path], b: Mapping[str, Path]) -> Iterator[tuple[str, Path | None, Path | None]]:
+    if len(a) == len(b) == 1:
+        (name, first), (other, second) = *a.items(), *b.items()
+        yield name or other, first, second
+        return
+    for name in {**a, **b}:
+        yield name, a.get(name), b.get(name)
+
+
+class _Work:
+    """Compares pairs of files, and keeps what was found."""
+
+    def __init__(self, strip: Sequence[str], advance: Callable[[int], None]) -> None:
+        self.rows: list[DiffRow] = []
+        self.notes: list[str] = []
+        self.tensors, self.bytes = [0, 0], [0, 0]
+        self.total = Drift()
+        self.elements_compared = 0
+        self._strip = tuple(strip)
+        self._advance = advance
+        self._lock = threading.Lock()
+
+    def add(self, model: str, first: Path | None, second: Path | None) -> None:
+        """Compare two files of one model; None for one that is on one side only."""
+        with ExitStack() as opened:
+            paths = [first, second]
+            stamps = [None if path is None else _stamp(path) for path in paths]
+            readers = [None if path is None else opened.enter_context(open_checkpoint(path)) for path in paths]
+            sides = [{} if reader is None else self._entries(reader) for reader in readers]
+            for number, entries in enumerate(sides):
+                self.tensors[number] += len(entries)
+                self.bytes[number] += sum(one.nbytes for one in entries.values() if isinstance(one, TensorInfo))
+            if first is not None and second is not None:
+                self._note_prefixes(sides[0], sides[1])
+            found = self._compare(model, first, second, sides[0], sides[1], readers)
+            self.rows += [found[key] for key in {**sides[0], **sides[1]}]
+            for path, stamp in zip(paths, stamps, strict=True):
+                if path is not None and _stamp(path) != stamp:
+                    raise CheckpointCorruptError(f"{path} changed while it was compared. Next: again", path=path)
+
+    def _entries(self, reader: CheckpointReader) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in {**reader.tensors, **reader.extra_state}.items():
+            name = str(key)
+            for prefix in self._strip:
+                name = name.removeprefix(prefix)
+            if name in found:
+                self.notes.append(f"{reader.path}: {name} is there twice when prefixes are taken off; the first counts")
+                continue
+            found[name] = value
+        return found
+
+    def _compare(
+        self,
+        model: str,
+        first: Path | None,
+        second: Path | None,
+        a: Mapping[str, Any],
+        b: Mapping[str, Any],
+        readers: Sequence[CheckpointReader | None],
+    ) -> dict[str, DiffRow]:
+        found: dict[str, DiffRow] = {}
+        pairs: list[tuple[str, TensorInfo, TensorInfo]] = []
+        for key in {**a, **b}:
+            one, two = a.get(key), b.get(key)
+            if isinstance(one, TensorInfo) and isinstance(two, TensorInfo) and one.shape == two.shape:
+                pairs.append((key, one, two))
+                continue
+            found[key] = self._row(model, key, key in a, key in b, one, two, readers)
+        if first is not None and second is not None and pairs:
+            self._measure(model, first, second, pairs, found)
+        return found
+
+    def _measure(
+        self,
+        model: str,
+        first: Path,
+        second: Path,
+        pairs: Sequence[tuple[str, TensorInfo, TensorInfo]],
+        found: dict[str, DiffRow],
+    ) -> None:
+        """Several threads, each with readers of its own; sums are added in the order of keys, so that they repeat."""
+        local = threading.local()
+        drifts: dict[str, Drift] = {}
+        with ExitStack() as opened:
+
+            def readers() -> tuple[CheckpointReader, CheckpointReader]:
+                if not hasattr(local, "readers"):
+                    with self._lock:
+                        local.readers = tuple(opened.enter_context(open_checkpoint(path)) for path in (first, second))
+                return local.readers  # type: ignore[no-any-return]
+
+            def work(group: Sequence[tuple[str, TensorInfo, TensorInfo]]) -> None:
+                one, two = readers()
+                for key, a, b in group:
+                    drifts[key] = drift_of(one, a, two, b, self._tell)
+
+            by_threads(grouped(pairs, lambda pair: pair[1].nbytes), work)
+        for key, a, b in pairs:
+            drift = drifts[key]
+            found[key] = _measured(model, key, a, b, drift)
+            if drift.is_finite and is_comparable(a.dtype) and is_comparable(b.dtype):
+                self._add(drift, a.nbytes // a.itemsize)
+
+    def _tell(self, nbytes: int) -> None:
+        with self._lock:
+            self._advance(nbytes)
+
+    def _add(self, drift: Drift, elements: int) -> None:
+        self.elements_compared += elements
+        squared = drift.scale * drift.scale
+        for name in ("a", "b", "both", "difference"):
+            setattr(self.total, name, getattr(self.total, name) + squared * getattr(drift, name))
+
+    def _row(
+        self,
+        model: str,
+        key: str,
+        in_a: bool,
+        in_b: bool,
+        one: Any,
+        two: Any,
+        readers: Sequence[CheckpointReader | None],
+    ) -> DiffRow:
+        """What is not measured: on one side only, of another shape, or no tensor."""
+        form_a, form_b = _form(one) if in_a else (None, None), _form(two) if in_b else (None, None)
+        known = form_a[0] if form_a[0] is not None else form_b[0]
+        elements = 1 if known is not None else 0
+        for size in known or ():
+            elements *= size
+        row = DiffRow(model, key, "shape", form_a[0], form_b[0], form_a[1], form_b[1], elements)
+        if not (in_a and in_b):
+            return attrs.evolve(row, state="only_a" if in_a else "only_b")
+        if isinstance(one, TensorInfo) and isinstance(two, TensorInfo):
+            return row
+        if isinstance(one, TensorInfo) or isinstance(two, TensorInfo):
+            return attrs.evolve(row, note="a tensor on one side only")
+        values = [reader.materialize(value) for reader, value in zip(readers, (one, two), strict=True) if reader]
+        is_same = _is_same(*values)
+        return attrs.evolve(row, state="equal" if is_same else "changed", note="" if is_same else "no tensor")
+
+    def _note_prefixes(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+        """Say so where names differ by nothing but what stands in front."""
+        common = len(a.keys() & b.keys())
+        if common >= _LEAST_SHARE * min(len(a), len(b)):
+            return
+        for name, shorter, longer in (("B", a, b), ("A", b, a)):
+            prefix = _prefix(list(shorter), longer)
+            if prefix:
+                self.notes.append(
+                    f"{common} of {len(shorter)} names are in both; {name} has {prefix!r} in front of them. "
+                    f"Next: --strip {prefix}"
+                )
+                return
+
+
+def _prefix(shorter: Sequence[str], longer: Mapping[str, Any]) -> str:
+    """What stands in front of most names on the other side."""
+    for name in shorter[:3]:
+        for other in longer:
+            if other.endswith(f".{name}"):
+                prefix = other.removesuffix(name)
+                if sum(f"{prefix}{one}" in longer for one in shorter) >= _LEAST_SHARE * len(shorter):
+                    return prefix
+    return ""
+
+
+def _measured(model: str, key: str, a: TensorInfo, b: TensorInfo, drift: Drift) -> DiffRow:
+    elements = a.nbytes // a.itemsize
+    row = DiffRow(model, key, "equal", a.shape, b.shape, a.dtype, b.dtype, elements)
+    if a.dtype == b.dtype and drift.is_equal:
+        row = attrs.evolve(row, relative_norm=0.0, max_abs=0.0)
+    if not (is_comparable(a.dtype) and is_comparable(b.dtype)):
+        state: Any = "dtype" if a.dtype != b.dtype else "equal" if drift.is_equal else "changed"
+        return attrs.evolve(row, state=state, note="numbers of this dtype are not compared")
+    if not drift.is_finite:
+        same = "the same bits on both sides" if a.dtype == b.dtype and drift.is_equal else ""
+        return attrs.evolve(
+            row,
+            state="nonfinite",
+            relative_norm=None,
+            max_abs=None,
+            nonfinite_a=drift.nonfinite_a,
+            nonfinite_b=drift.nonfinite_b,
+            note=same,
+        )
+    changed: Any = "dtype" if a.dtype != b.dtype else "equal" if drift.is_equal else "changed"
+    note = "A is all zero" if drift.relative_norm is None else ""
+    return attrs.evolve(
+        row,
+        state=changed,
+        relative_norm=drift.relative_norm,
+        cosine=drift.cosine,
+        norm_a=drift.norm_a,
+        norm_b=drift.norm_b,
+        max_abs=drift.max_abs if math.isfinite(drift.max_abs) else None,
+        note=note,
+    )
+
+
+def _form(value: Any) -> tuple[tuple[int, ...] | None, str]:
+    return (value.shape, value.dtype) if isinstance(value, TensorInfo) else (None, _OBJECT)
+
+
+def _is_same(one: Any, two: Any) -> bool:
+    """Plain values, and tensors in them, of the same types and bits."""
+    import torch
+
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, torch.Tensor):
+        alike = (one.dtype, one.shape) == (two.dtype, two.shape)
+        return alike and torch.equal(
+            one.contiguous().view(-1).view(torch.uint8), two.contiguous().view(-1).view(torch.uint8)
+        )
+    if isinstance(one, Mapping):
+        return list(one) == list(two) and all(_is_same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(_is_same, one, two))
+    return bool(one == two)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,92 @@
+"""Which files a path on one side of a comparison means: a file, a set, a run, or a run at a tag."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+
+from noether_init_core.checkpoints.audit import stores_at
+from noether_init_core.checkpoints.names import parse
+from noether_init_core.checkpoints.sets import SETS_FOLDER, CheckpointSet
+from noether_init_core.checkpoints.store import RunStore
+from noether_init_core.comparing.values import DiffSide
+from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
+
+__all__ = ["Side", "side_at"]
+
+
+@attrs.frozen
+class Side:
+    """One side: what is said of it, and its files by model (with the info of averages behind the name)."""
+
+    said: DiffSide
+    files: Mapping[str, Path]
+
+
+def side_at(path: Path | str) -> Side:
+    """The weights at ``path``.
+
+    Args:
+        path: A checkpoint file; the folder of a set; a run folder, for its newest set; a run folder, ``@`` and a tag or
+            iteration, as in ``runs/pretrain@best_model.loss``.
+
+    Raises ``CheckpointNotFoundError`` where nothing is there, or where it is several runs or stages.
+    """
+    path = Path(path)
+    tag = None
+    if not path.exists() and "@" in path.name:
+        name, _, tag = path.name.rpartition("@")
+        path = path.with_name(name) if name else path
+    if not path.exists():
+        raise CheckpointNotFoundError(f"{path} does not exist", path=path, asked=str(path))
+    if path.is_file():
+        parsed = parse(path.name)
+        model = "" if parsed is None else parsed.model if parsed.info is None else f"{parsed.model} ({parsed.info})"
+        return Side(DiffSide(str(path)), {model: path})
+    store = _store_at(path)
+    resolved = path.resolve()
+    if resolved.parent.name == SETS_FOLDER:
+        found = next((one for one in store.sets() if one.folder.resolve() == resolved), None)
+        if found is None:
+            raise CheckpointError(f"{path} is no committed set. Next: noether-init verify {path}", path=path)
+    else:
+        found = store.find(tag)
+    return _of_set(store, found, tag)
+
+
+def _store_at(path: Path) -> RunStore:
+    stores = stores_at(path)
+    if len(stores) > 1:
+        names = [str(path / one.folder.parent.relative_to(path.resolve())) for one in stores]
+        raise CheckpointNotFoundError(
+            f"{path} holds {len(stores)} runs or stages. Next: one of {', '.join(names[:8])}",
+            path=path,
+            asked=str(path),
+            candidates=names,
+        )
+    return stores[0]
+
+
+def _of_set(store: RunStore, found: CheckpointSet, tag: str | None) -> Side:
+    iteration = store.iteration_of(found)
+    run_id, stage = found.run_id or store.paths.run_id, found.stage_name
+    name = run_id if stage is None else f"{run_id}/{stage}"
+    asked = tag or ("latest" if "latest" in found.tags else found.name)
+    said = DiffSide(
+        str(found.folder),
+        f"{name} @ {asked}" + (f" = {iteration}" if iteration is not None and str(iteration) != asked else ""),
+        run_id,
+        stage,
+        asked,
+        None if iteration is None else str(iteration),
+    )
+    files = {
+        file.model if file.info is None else f"{file.model} ({file.info})": file.path
+        for file in found.files
+        if file.part == "model"
+    }
+    if not files:
+        raise CheckpointNotFoundError(f"{name} @ {asked} has no weights", path=found.folder, asked=str(found.folder))
+    return Side(said, files)
