@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from noether_init_core.checkpoints.retention import Retention
     from noether_init_core.checkpoints.store import RunStore
     from noether_init_core.checkpoints.writer import CheckpointWriter
+    from noether_init_core.comparing.compare import compare_checkpoints
+    from noether_init_core.comparing.values import CheckpointDiff
     from noether_init_core.config.any_initializer import AnyInitializer
     from noether_init_core.config.base import InitializerConfig, KindConfig
     from noether_init_core.errors import (
@@ -70,6 +72,7 @@ __all__ = [
     "AnyInitializer",
     "ArtifactCache",
     "CheckpointCorruptError",
+    "CheckpointDiff",
     "CheckpointError",
     "CheckpointFormatError",
     "CheckpointInitializer",
@@ -117,6 +120,7 @@ __all__ = [
     "UnsafeGlobalError",
     "__version__",
     "bind",
+    "compare_checkpoints",
     "compose",
     "hookimpl",
     "hookspec",
@@ -137,6 +141,8 @@ _HOMES = {
     "checkpoints.retention": ("Retention",),
     "checkpoints.store": ("RunStore",),
     "checkpoints.writer": ("CheckpointWriter",),
+    "comparing.compare": ("compare_checkpoints",),
+    "comparing.values": ("CheckpointDiff",),
     "config.any_initializer": ("AnyInitializer",),
     "config.base": ("InitializerConfig", "KindConfig"),
     "errors": (

@@ -1,0 +1,86 @@
+"""``noether-init diff``: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(sys.executable).with_name("noether-init")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of twelve layers, and one that has another head."""
+    here = tmp_path_factory.mktemp("work")
+    torch.manual_seed(0)
+    first = {f"blocks.{number}.{name}.weight": torch.randn(8, 8) for number in range(12) for name in ("q", "v")}
+    moved = {key: value + (0.1 if ".q." in key else 0) for key, value in first.items()}
+    torch.save(first, here / "a.pt")
+    torch.save(moved, here / "b.pt")
+    torch.save({**moved, "head.weight": torch.ones(2, 8)}, here / "c.pt")
+    torch.save({**moved, "blocks.3.q.weight": torch.full((8, 8), float("nan"))}, here / "d.pt")
+    (here / "init.yaml").write_text("initializers: []\n")
+    return here
+
+
+def diff(folder: Path, *arguments: str, width: int = 80) -> subprocess.CompletedProcess[str]:
+    """The command, in the folder, at a width."""
+    environment = {"COLUMNS": str(width), "PATH": "/usr/bin:/bin", "NO_COLOR": "1"}
+    words = [str(PROGRAM), "diff", *arguments]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_layers_are_folded_and_the_drift_is_a_range(folder: Path) -> None:
+    """One line for what moved, one for what did not, and those that moved most."""
+    done = diff(folder, "a.pt", "b.pt")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["A  a.pt   24 tensors", "B  b.pt   24 tensors"]
+    assert lines[2].startswith(" = equal    blocks.{0..11}.v.*")
+    assert lines[3].startswith(" ~ changed  blocks.{0..11}.q.*")
+    assert "drift 0.0" in lines[3]
+    assert "moved most" in lines
+    assert lines[-1].startswith("drift 0.0")
+    everything = diff(folder, "a.pt", "b.pt", "--all").stdout
+    assert sum(line.startswith((" = ", " ~ ")) for line in everything.splitlines()) == 24
+
+
+def test_another_form_is_exit_code_1(folder: Path) -> None:
+    """A name on one side, NaN; other values alone are none."""
+    more = diff(folder, "b.pt", "c.pt")
+    assert (more.returncode, " + only in B  head.weight" in more.stdout) == (1, True)
+    broken = diff(folder, "b.pt", "d.pt")
+    assert broken.returncode == 1
+    assert " ! nonfinite  blocks.3.q.weight" in broken.stdout
+    assert "A 0  B 64 elements" in broken.stdout
+
+
+def test_json_and_page_say_the_same(folder: Path) -> None:
+    """The page is written beside what is printed."""
+    done = diff(folder, "a.pt", "b.pt", "--json", "--html", "diff.html")
+    data = json.loads(done.stdout)
+    assert (data["format"], data["version"], data["counts"]) == ("noether-init-diff", 1, {"changed": 12, "equal": 12})
+    assert done.stderr == "page: diff.html\n"
+    assert "a.pt against b.pt" in (folder / "diff.html").read_text()
+
+
+def test_no_line_is_wider_than_a_narrow_terminal(folder: Path) -> None:
+    """At 60 columns."""
+    shown = diff(folder, "a.pt", "c.pt", width=60).stdout
+    assert max(map(len, shown.splitlines())) <= 60
+
+
+def test_wrong_sides_name_the_next_command(folder: Path) -> None:
+    """Nothing there, a config, one side only."""
+    absent = diff(folder, "a.pt", "e.pt")
+    assert absent.returncode == 1
+    assert "e.pt does not exist. Near: " in absent.stderr
+    assert "noether-init validate init.yaml" in diff(folder, "a.pt", "init.yaml").stderr
+    missing = diff(folder, "a.pt")
+    assert missing.returncode == 2
+    assert "Next: noether-init diff runs/pretrain runs/finetune" in missing.stderr
