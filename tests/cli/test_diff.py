@@ -41,8 +41,8 @@ def test_layers_are_folded_and_the_drift_is_a_range(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[:2] == ["A  a.pt   24 tensors", "B  b.pt   24 tensors"]
-    assert lines[2].startswith(" = equal    blocks.{0..11}.v.*")
-    assert lines[3].startswith(" ~ changed  blocks.{0..11}.q.*")
+    assert lines[2].startswith(" = equal    blocks.{0..11}.v.weight")
+    assert lines[3].startswith(" ~ changed  blocks.{0..11}.q.weight")
     assert "drift 0.0" in lines[3]
     assert "moved most" in lines
     assert lines[-1].startswith("drift 0.0")
