@@ -142,10 +142,10 @@ page.start((data) => {
       edge.source === edge.target ? "went on from " : ["came from ", element("strong", {}, shown(edge.source)), " "], wordsOf(edge),
       edge.tensors === null ? "" : `, ${page.counted(edge.tensors, "tensor")}${edge.share === null ? "" : ` (${percent(edge.share)})`}`, edge.note ? `; ${shown(edge.note)}` : ""))));
     else entry.append(element("p", { class: "note" }, node.type === "run" ? "No source is recorded." : ""));
-    if (node.sets.length) entry.append(element("table", {},
+    if (node.sets.length) entry.append(element("div", { class: "scroll" }, element("table", {},
       element("thead", {}, element("tr", {}, ["Set", "Tags", "State", "Size", "Saved"].map((one) => element("th", { scope: "col" }, one)))),
       element("tbody", {}, node.sets.map((set) => element("tr", {}, element("th", { scope: "row" }, key(set.iteration || set.name)), element("td", {}, set.tags.filter((tag) => tag !== set.iteration).map(shown).join(", ")),
-        element("td", {}, set.committed ? "= committed" : "- legacy or uncommitted"), element("td", { class: "number" }, set.bytes === null ? "" : bytes(set.bytes)), element("td", {}, set.created ? shown(set.created) : ""))))));
+        element("td", {}, set.committed ? "= committed" : "- legacy or uncommitted"), element("td", { class: "number" }, set.bytes === null ? "" : bytes(set.bytes)), element("td", {}, set.created ? shown(set.created) : "")))))));
     list.append(entry);
   });
 });
