@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from digits import TASKS, LossLog, Network
+from pages import write_pages
 from picture import Attempt, draw
 
 from noether_init_core import InitializerStack, PathProvider, RunStore, bind
@@ -65,6 +66,10 @@ def main(output: Path, epochs: int) -> int:
 
     print("4. another task, even or odd, from 150 images: the trunk from the run above, a head of its own", flush=True)
     warm_start(output)
+
+    print("5. pages to look at, one file each: what will happen, what happened, how far it moved, where it came from")
+    for page in write_pages(output, HERE / "warm_start.yaml"):
+        print(f"   {page}")
 
     draw(output / "demo", LossLog.read(whole.run_output_path / "losses.jsonl"), attempts, equal, total)
     print(f"picture: {output / 'demo.png'} and .svg; {time.monotonic() - began:.0f} s in all")

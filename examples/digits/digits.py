@@ -95,5 +95,6 @@ class LossLog:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, float]]:
-        """The lines of a log; none where there is no file."""
-        return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+        """The whole lines of a log, which another process may be writing to; none where there is no file."""
+        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+        return [json.loads(line) for line in whole.splitlines() if line]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any, Protocol
 
 from noether_init_core.pages.document import Page, document
@@ -61,7 +62,7 @@ def _of_report(data: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _of_diff(data: Mapping[str, Any]) -> tuple[str, str]:
-    sides = [data[side]["origin"] or data[side]["path"] for side in ("a", "b")]
+    sides = [data[side]["origin"] or PurePath(data[side]["path"]).name for side in ("a", "b")]
     return f"{sides[0]} against {sides[1]}", "noether-init diff A B"
 
 

@@ -136,12 +136,12 @@ page.start((data) => {
     const [symbol, colour, word] = looks[node.type];
     const sources = edges.filter((edge) => edge.target === node.id);
     const entry = element("details", { open: node.id === data.focus || data.nodes.length <= 6 },
-      element("summary", { id: `node ${node.id}` }, page.mark(symbol, colour), element("strong", {}, shown(nameOf(node))), ` ${word}${relations[node.relation] ? `, ${relations[node.relation]}` : ""}${node.sets.length ? `, ${page.counted(node.sets.length, "set")}` : ""}`));
-    if (node.path) entry.append(element("p", { class: "note" }, key(node.path)));
+      element("summary", { id: `node ${node.id}` }, page.mark(symbol, colour), element("strong", {}, shown(nameOf(node))), ` ${word}${relations[node.relation] ? `, ${relations[node.relation]}` : ""}${node.sets.length ? `, ${page.counted(node.sets.length, "set")}` : ""}${node.resumed ? `, continued ${page.counted(node.resumed, "time")}` : ""}`));
+    if (node.path) entry.append(element("p", { class: "note" }, key(node.path), node.note ? ` ${shown(node.note)}` : ""));
     if (sources.length) entry.append(element("ul", {}, sources.map((edge) => element("li", { "data-edge": `${edge.source} ${edge.target}` },
       edge.source === edge.target ? "went on from " : ["came from ", element("strong", {}, shown(edge.source)), " "], wordsOf(edge),
       edge.tensors === null ? "" : `, ${page.counted(edge.tensors, "tensor")}${edge.share === null ? "" : ` (${percent(edge.share)})`}`, edge.note ? `; ${shown(edge.note)}` : ""))));
-    else entry.append(element("p", { class: "note" }, node.type === "run" ? "No source is recorded." : ""));
+    else if (node.type === "run" && !node.note) entry.append(element("p", { class: "note" }, "It came from no checkpoint: all weights were fresh."));
     if (node.sets.length) entry.append(element("div", { class: "scroll" }, element("table", {},
       element("thead", {}, element("tr", {}, ["Set", "Tags", "State", "Size", "Saved"].map((one) => element("th", { scope: "col" }, one)))),
       element("tbody", {}, node.sets.map((set) => element("tr", {}, element("th", { scope: "row" }, key(set.iteration || set.name)), element("td", {}, set.tags.filter((tag) => tag !== set.iteration).map(shown).join(", ")),
