@@ -1,7 +1,7 @@
 # Development of noether-init. `make env` needs Python 3.11 or newer and pip, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help env browser demo test lint docs bench faults charts clean
+.PHONY: help env browser demo test lint docs bench faults charts pictures transcripts clean
 
 # The first Python that is new enough; PYTHON3=... chooses another.
 PYTHON3 ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
@@ -56,6 +56,12 @@ bench: env  ## Measure loading and saving against other ways; writes benchmarks/
 	$(PYTHON) benchmarks/load.py
 	$(PYTHON) benchmarks/plan.py
 	$(PYTHON) benchmarks/kinds.py
+
+pictures: demo browser  ## Take the pictures of pages that the documentation shows
+	$(PYTHON) tools/pictures.py runs/demo
+
+transcripts: env  ## Write what the commands print into docs/transcripts/
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PYTHON) -m support.transcripts docs/transcripts
 
 charts:  ## Build the bundle that pages draw with (Node.js and npm)
 	cd tools/charts && npm ci --no-audit --no-fund && npm run build
