@@ -21,17 +21,17 @@ Html = Annotated[
 def check_target(path: Path | None, option: str, suffixes: tuple[str, ...]) -> None:
     """Raise ``typer.BadParameter`` where writing there would destroy something else, or cannot succeed.
 
-    To be called before the work is done. An existing file is replaced only where its name says that it is of this
-    kind: a config behind ``--html`` is a slip of the hand.
+    To be called before the work is done. A file is written only where its name says that it is of this kind: a config
+    behind ``--html`` is a slip of the hand.
     """
     if path is None or str(path) == "-":
         return
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder. Next: {path / ('plan' + suffixes[0])}", param_hint=option)
-    if path.exists() and path.suffix.lower() not in suffixes:
+    if path.suffix.lower() not in suffixes:
+        kept = " exists, is kept, and" if path.exists() else ""
         raise typer.BadParameter(
-            f"{path} exists and is no {suffixes[0]} file; it is kept. Next: {option} {path.with_suffix(suffixes[0])}",
-            param_hint=option,
+            f"{path}{kept} is no {suffixes[0]} file. Next: {option} {path.with_suffix(suffixes[0])}", param_hint=option
         )
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}. Next: mkdir -p {path.parent}", param_hint=option)

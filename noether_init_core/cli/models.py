@@ -27,7 +27,8 @@ def check_reference(said: str) -> tuple[str, str]:
     """Module and callable of ``module:callable``. Raises ``typer.BadParameter``; imports nothing."""
     module, colon, attribute = said.partition(":")
     if not colon or not module or not attribute:
-        raise _wrong(f"{said!r} is not module:callable. Next: --model my_package.models:build")
+        example = f"{module}:build" if module and not colon and module.isidentifier() else "my_package.models:build"
+        raise _wrong(f"{said!r} is not module:callable. Next: --model {example}")
     return module, attribute
 
 

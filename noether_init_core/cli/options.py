@@ -85,9 +85,11 @@ def naming_options(paths: PathProvider | None) -> Iterator[None]:
     except InitError as error:
         hint = ""
         if paths is None and "path_provider" in str(error):
-            hint = "On the command line: --runs FOLDER, and --run-id ID of the run that the config starts"
+            hint = "Next: --runs FOLDER --run-id ID, with the output root and the run that the config starts"
         elif paths is not None and paths.run_id_is_generated and paths.run_id in str(error):
             hint = f"{paths.run_id} is a new run, made up since none was given. Next: --run-id ID"
+        elif paths is not None and not paths.output_root.is_dir():
+            hint = f"{paths.output_root} does not exist. Next: --runs FOLDER, with the output root"
         if not hint:
             raise
         raise ConfigError(f"{error}\n{hint}") from error

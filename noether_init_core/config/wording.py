@@ -21,7 +21,8 @@ def explain(kind: str, problem: str, message: str, path: Sequence[str | int], va
     """
     fields = kinds.resolve(kind).config_class.model_fields if len(path) == 1 else {}
     if (problem, message) == ("extra_forbidden", "Extra inputs are not permitted"):
-        near = difflib.get_close_matches(str(path[-1]), fields, n=1) if path else []
+        known = fields or (_rule_keys() if path and path[0] == "transforms" else ())
+        near = difflib.get_close_matches(str(path[-1]), known, n=1) if path else []
         hint = f" Near: {near[0]}." if near else ""
         owners = _owners(str(path[0]), kind) if fields else []
         if owners:
@@ -48,6 +49,14 @@ def _owners(key: str, kind: str) -> list[str]:
     if key == "on_invalid":
         return [*(f"the kind {name}" for name in found), "the top of a config file, beside auto_resume"]
     return [f"the kind{'s' if found[1:] else ''} {', '.join(found)}"] if found else []
+
+
+def _rule_keys() -> list[str]:
+    """Keys of rules and steps of ``transforms``."""
+    from noether_init_core.initializers.transform_config import StepConfig, TransformConfig
+
+    models = (TransformConfig, StepConfig)
+    return [field.alias or name for model in models for name, field in model.model_fields.items()]
 
 
 def _fields(kind: str) -> Collection[str]:

@@ -8,6 +8,8 @@ construct nothing; where they stand is noted, for the caller to refuse.
 
 from __future__ import annotations
 
+import difflib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ __all__ = ["KeyPath", "YamlDocument", "read_yaml", "shown_path"]
 KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 4 * 2**20
+_LOOKED_AT, _MOST_NAMES = 512, 8
 MAX_NODES = 200_000
 MAX_DEPTH = 64
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
@@ -58,7 +61,8 @@ def read_yaml(path: Path) -> YamlDocument:
         mark = error.problem_mark or error.context_mark
         line = None if mark is None else mark.line + 1
         reason = "; ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigFileError(f"is no valid YAML: {reason}", path=path, line=line) from error
+        hint = ". YAML is indented by spaces, never by tabs" if "\\t" in str(error.problem) else ""
+        raise ConfigFileError(f"is no valid YAML: {reason}{hint}", path=path, line=line) from error
     except yaml.YAMLError as error:
         raise ConfigFileError(f"is no valid YAML: {error}", path=path) from error
     except RecursionError as error:
@@ -70,11 +74,9 @@ def read_yaml(path: Path) -> YamlDocument:
 
 def _content(path: Path) -> bytes:
     if not path.exists():
-        siblings = sorted(item.name for item in path.parent.glob("*.y*ml"))[:12] if path.parent.is_dir() else []
-        there = (
-            f"in {path.parent} there are: {', '.join(siblings)}" if siblings else f"no YAML file is in {path.parent}"
-        )
-        raise ConfigFileError(f"does not exist; {there}", path=path)
+        raise ConfigFileError(f"does not exist{_instead(path.parent, path.name)}", path=path)
+    if path.is_dir():
+        raise ConfigFileError(f"is a folder; a config is a YAML file{_instead(path, '')}", path=path)
     # A FIFO would block, and a device never ends.
     if not path.is_file():
         raise ConfigFileError("is not a regular file; a config is a YAML file", path=path)
@@ -83,9 +85,31 @@ def _content(path: Path) -> bytes:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigFileError(f"cannot be read: {error.strerror}", path=path) from error
+    # bytes of UTF-16 are text, too
+    if b"\0" in content[:_LOOKED_AT] and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigFileError(
+            f"is no text, and a config is a YAML file. If it is a checkpoint: noether-init inspect {_quoted(path)}",
+            path=path,
+        )
     if len(content) > MAX_BYTES:
         raise ConfigFileError(f"is larger than {MAX_BYTES} bytes; is it a config?", path=path)
     return content
+
+
+def _instead(folder: Path, name: str) -> str:
+    """Which configs there are in the place of ``name``, and the next command."""
+    there = sorted(item.name for item in folder.glob("*.y*ml") if item.is_file()) if folder.is_dir() else []
+    where = "this folder" if folder == Path() else str(folder)
+    if not there:
+        return f"; no YAML file is in {where}. Next: noether-init example KIND, which writes one and a loop"
+    near = difflib.get_close_matches(name, there, n=1, cutoff=0.7)
+    more = f" and {len(there) - _MOST_NAMES} more" if there[_MOST_NAMES:] else ""
+    said = f"; in {where} there are: {', '.join(there[:_MOST_NAMES])}{more}"
+    return f"{said}. Next: noether-init validate {_quoted(folder / (near or there)[0])}"
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 class _Reader:

@@ -277,7 +277,7 @@ def test_runs_are_told_by_options(plan: Plan) -> None:
     arguments = ("resume.yaml", "--model", "plan_models:named")
     without = plan(*arguments)
     assert without.code == 1
-    assert "On the command line: --runs FOLDER" in without.err.splitlines()[-1]
+    assert "Next: --runs FOLDER" in without.err.splitlines()[-1]
     new = plan(*arguments, "--runs", "runs")
     assert new.code == 1
     assert new.err.splitlines()[-1].endswith("is a new run, made up since none was given. Next: --run-id ID")

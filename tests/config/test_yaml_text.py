@@ -125,8 +125,16 @@ def test_deep_nesting_is_refused(tmp_path: Path, depth: int) -> None:
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: \x00", b"\x80\x81", b"a: \xc3\x28"])
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> None:
     """An encoding error names the file."""
-    with pytest.raises(ConfigFileError, match=r"init\.yaml: is no valid YAML"):
+    with pytest.raises(ConfigFileError, match=r"init\.yaml: is no (valid YAML|text, and)"):
         _read(tmp_path, content)
+
+
+def test_a_checkpoint_and_tabs_get_the_next_step(tmp_path: Path) -> None:
+    """The likeliest slips: a file of weights behind the command, and an editor that indents by tabs."""
+    with pytest.raises(ConfigFileError, match=r"is no text.* If it is a checkpoint: noether-init inspect "):
+        _read(tmp_path, b"PK\x03\x04\x00\x00")
+    with pytest.raises(ConfigFileError, match=r"init\.yaml:2: .* indented by spaces, never by tabs"):
+        _read(tmp_path, "initializers:\n\t- kind: resume\n")
 
 
 def test_tags_construct_nothing_and_are_noted(tmp_path: Path) -> None:
@@ -145,16 +153,22 @@ def test_tags_construct_nothing_and_are_noted(tmp_path: Path) -> None:
 def test_a_file_that_is_absent_names_its_neighbours(tmp_path: Path) -> None:
     """The folder's YAML files are listed."""
     (tmp_path / "other.yml").touch()
-    with pytest.raises(ConfigFileError, match=r"does not exist; in .* there are: other\.yml"):
+    with pytest.raises(
+        ConfigFileError, match=r"does not exist; in .* there are: other\.yml. Next: noether-init validate"
+    ):
+        read_yaml(tmp_path / "init.yaml")
+    (tmp_path / "init.yml").touch()
+    with pytest.raises(ConfigFileError, match=r"Next: noether-init validate \S*init\.yml$"):
         read_yaml(tmp_path / "init.yaml")
 
 
 def test_a_folder_or_fifo_is_refused_without_blocking(tmp_path: Path) -> None:
     """Only a regular file is opened."""
     os.mkfifo(tmp_path / "fifo.yaml")
-    for path in (tmp_path / "fifo.yaml", tmp_path):
-        with pytest.raises(ConfigFileError, match="not a regular file"):
-            read_yaml(path)
+    with pytest.raises(ConfigFileError, match="not a regular file"):
+        read_yaml(tmp_path / "fifo.yaml")
+    with pytest.raises(ConfigFileError, match="is a folder; a config is a YAML file; no YAML file is in"):
+        read_yaml(tmp_path)
 
 
 def test_a_file_of_many_megabytes_is_refused(tmp_path: Path) -> None:
@@ -162,5 +176,8 @@ def test_a_file_of_many_megabytes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "big.yaml"
     with path.open("wb") as file:
         file.truncate(2**30)
+    with pytest.raises(ConfigFileError, match="is no text"):
+        read_yaml(path)
+    path.write_bytes(b"a" * (64 << 20))
     with pytest.raises(ConfigFileError, match="larger than"):
         read_yaml(path)
