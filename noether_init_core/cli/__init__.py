@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from noether_init_core.cli import (
+    apply,
     check,
     diff,
     example,
@@ -56,6 +57,11 @@ app.command("suggest", rich_help_panel="Decide", epilog="Example: noether-init s
     suggest.run
 )
 app.command("verify", rich_help_panel="Do", epilog="Example: noether-init verify runs/pretrain")(verify.run)
+app.command(
+    "apply",
+    rich_help_panel="Do",
+    epilog="Example: noether-init apply init.yaml --model models:build --out start.safetensors",
+)(apply.run)
 app.command("new", rich_help_panel="Publish", epilog="Example: noether-init new demo")(new.run)
 app.command("check", rich_help_panel="Publish", epilog="Example: noether-init check previous_run")(check.run)
 

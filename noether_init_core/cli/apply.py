@@ -1,0 +1,187 @@
+"""``noether-init apply CONFIG --model module:callable --out FILE``: what a config makes of a model, as a file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from noether_init_core.cli.files import Html, check_target, write_html
+from noether_init_core.cli.options import (
+    AppDir,
+    Config,
+    Model,
+    ModelName,
+    RunId,
+    Runs,
+    StageName,
+    naming_options,
+    stack_and_model,
+)
+from noether_init_core.cli.progress import progress
+from noether_init_core.errors import CheckpointWriteError, ConfigError
+
+if TYPE_CHECKING:
+    from noether_init_core.checkpoints.weights_file import WrittenFile
+    from noether_init_core.provenance import InitReport
+
+__all__ = ["run"]
+
+JSON_VERSION = 1
+_PLACE = "{model}"
+
+
+def run(
+    config: Config,
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The file: .safetensors, or .th, .pt for torch. {model} in it: one for each.", metavar="FILE"
+        ),
+    ],
+    app_dir: AppDir = Path(),
+    model_name: ModelName = None,
+    runs: Runs = None,
+    run_id: RunId = None,
+    stage_name: StageName = None,
+    seed: Annotated[int, typer.Option(help="For what the model draws when it is built: what stays fresh.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there, in one step.")] = False,
+    html: Html = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+) -> None:
+    """Carry out what plan shows, on the CPU and without training, and write all weights of the model as one file.
+
+    The model is built with values, so that what the config leaves fresh has some: those of --seed. FILE.report.json
+    beside it says where each tensor came from. The kind file reads the file again. Exit code 1: the plan or a file has
+    problems; then nothing is written.
+    """
+    check_target(html, "--html", (".html", ".htm"))
+    from noether_init_core.checkpoints.weights_file import check_place
+
+    check_place(Path(str(out).replace(_PLACE, "model")), replace=force)
+    import torch
+
+    torch.manual_seed(seed)
+    # a run of its own that never has sets: auto_resume has nothing to go on from, and the list of the config applies
+    as_run = _unused(runs) if runs is not None and run_id is None else run_id
+    stack, built, paths = stack_and_model(
+        config,
+        model,
+        app_dir=app_dir,
+        model_name=model_name,
+        runs=runs,
+        run_id=as_run,
+        stage_name=stage_name,
+        real=True,
+    )
+    states = _states(built, out)
+    for path in states:
+        check_place(path, replace=force)
+    with naming_options(paths):
+        plan = stack.plan(built)
+        if not plan.is_fine:
+            _show_plan(plan)
+            raise typer.Exit(1)
+        with progress("loading", None):
+            report = stack.initialize(built)
+    _refuse_sources(report, states)
+    written = []
+    for path, leaf in states.items():
+        with progress(f"writing {path.name}", None):
+            written.append(_write(path, leaf, report, replace=force))
+    if as_json:
+        typer.echo(json.dumps(_as_data(written, report), indent=1))
+    else:
+        _show(written, report)
+    write_html(html, report, f"What {config.name} made of the model")
+
+
+def _unused(runs: Path) -> str:
+    names = (f"apply-{number}" for number in itertools.count(1))
+    return next(name for name in names if not (runs / name).exists())
+
+
+def _states(model: Any, out: Path) -> dict[Path, Any]:
+    """File -> single model, each with a name of its own."""
+    from noether_init_core.protocols import leaf_models
+
+    leaves = list(leaf_models(model))
+    if len(leaves) > 1 and _PLACE not in str(out):
+        names = ", ".join(path for path, _leaf in leaves)
+        raise typer.BadParameter(
+            f"the model is several: {names}. Next: --out {out.with_stem(out.stem + '-' + _PLACE)}", param_hint="--out"
+        )
+    return {Path(str(out).replace(_PLACE, path)): leaf for path, leaf in leaves}
+
+
+def _refuse_sources(report: InitReport, states: dict[Path, Any]) -> None:
+    for source in report.sources:
+        for path in states:
+            if path.exists() and Path(source.path).exists() and path.samefile(source.path):
+                raise ConfigError(
+                    f"{path} is what the weights were read from. Nothing was written. Next: another --out"
+                )
+
+
+def _write(path: Path, leaf: Any, report: InitReport, *, replace: bool) -> WrittenFile:
+    from noether_init_core.checkpoints.weights_file import write_weights
+
+    # one text alone, since the library writes several in any order
+    written = write_weights(path, leaf.state_dict(), metadata={"format": "pt"}, replace=replace)
+    beside = path.with_name(f"{path.name}.report.json")
+    try:
+        beside.write_text(report.to_json() + "\n", "utf-8")
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"{path} is written; {beside} could not be: {error.strerror}", path=beside
+        ) from error
+    return written
+
+
+def _show_plan(plan: Any) -> None:
+    from rich.console import Console
+
+    from noether_init_core.render.terminal import PlanView
+
+    Console().print(PlanView(plan))
+    typer.echo("nothing was written", err=True)
+
+
+def _show(written: list[WrittenFile], report: InitReport) -> None:
+    from rich.console import Console
+
+    from noether_init_core.render.terminal import ReportView
+    from noether_init_core.render.words import counted
+
+    Console().print(ReportView(report))
+    for one in written:
+        typer.echo(f"{one.path}: {counted(one.tensors, 'tensor')}, {one.bytes:,} bytes, {one.digest}")
+    fresh = len(report.fresh_parameters())
+    if fresh:
+        typer.echo(f"{counted(fresh, 'parameter')} fresh, as the model drew them with --seed")
+    typer.echo("to start from it:")
+    for one in written:
+        typer.echo(f"  - {{kind: file, path: {one.path}, digest: '{one.digest}'}}")
+
+
+def _as_data(written: list[WrittenFile], report: InitReport) -> dict[str, Any]:
+    return {
+        "format": "noether-init-apply",
+        "version": JSON_VERSION,
+        "files": [
+            {
+                "path": str(one.path),
+                "format": one.format,
+                "bytes": one.bytes,
+                "digest": one.digest,
+                "tensors": one.tensors,
+            }
+            for one in written
+        ],
+        "fresh": list(report.fresh_parameters()),
+        "report": report.to_dict(),
+    }
