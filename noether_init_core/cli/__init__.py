@@ -35,7 +35,6 @@ app = typer.Typer(
     name="noether-init",
     help="Start any PyTorch training run from any checkpoint, declared in the config.",
     epilog="Example: noether-init kinds",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from noether_init_core import kinds
+from noether_init_core.cli.completion import kind_names
 from noether_init_core.errors import KindImportError
 
 if TYPE_CHECKING:
@@ -27,7 +28,15 @@ _CORE = "noether-init-core"
 
 
 def run(
-    kind: Annotated[str, typer.Argument(help="An installed kind; see: noether-init kinds.", show_default=False)],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND",
+            help="An installed kind; see: noether-init kinds.",
+            show_default=False,
+            autocompletion=kind_names,
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one object with all findings.")] = False,
 ) -> None:
     """Look at an installed kind without running it: nothing of it is called, it is only imported.

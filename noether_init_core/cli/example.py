@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from noether_init_core import kinds
+from noether_init_core.cli.completion import kind_names
 from noether_init_core.errors import ConfigError
 from noether_init_core.scaffold.example import BUILT_IN, example_of
 
@@ -20,7 +21,12 @@ JSON_VERSION = 1
 
 
 def run(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="A kind; see: noether-init kinds.", show_default=False)],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND", help="A kind; see: noether-init kinds.", show_default=False, autocompletion=kind_names
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to; made if it is not there.")] = Path(),
     show: Annotated[bool, typer.Option("--print", help="Print the files, and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,

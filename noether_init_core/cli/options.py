@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from noether_init_core.cli.completion import configs
 from noether_init_core.cli.models import check_reference, load_model
 from noether_init_core.errors import ConfigError, InitError
 
@@ -31,7 +32,12 @@ __all__ = [
 
 Config = Annotated[
     Path,
-    typer.Argument(metavar="CONFIG", help="A YAML file: ours, or Noether's hp_resolved.yaml.", show_default=False),
+    typer.Argument(
+        metavar="CONFIG",
+        help="A YAML file: ours, or Noether's hp_resolved.yaml.",
+        show_default=False,
+        autocompletion=configs,
+    ),
 ]
 Model = Annotated[
     str, typer.Option(help="module:callable that gives a module, a bound model or a composite.", show_default=False)

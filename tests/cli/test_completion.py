@@ -1,0 +1,62 @@
+"""Shell completion, by the protocol that shells use: what Tab offers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(sys.executable).with_name("noether-init")
+
+
+def offered(folder: Path, words: str, *, shell: str = "bash") -> list[str]:
+    """What is offered for the last of ``words``, which may be empty."""
+    environment = {
+        **os.environ,
+        "_NOETHER_INIT_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+        "_TYPER_COMPLETE_ARGS": words,
+    }
+    done = subprocess.run([PROGRAM], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.stdout.split("\n")[:-1] if shell == "bash" else done.stdout.splitlines()
+
+
+def test_commands_and_options_are_offered(tmp_path: Path) -> None:
+    """All of them, and those that begin as what is typed."""
+    assert {"kinds", "plan", "apply", "lineage"} <= set(offered(tmp_path, "noether-init "))
+    assert offered(tmp_path, "noether-init li") == ["lineage"]
+    assert "--html" in offered(tmp_path, "noether-init plan --h")
+
+
+@pytest.mark.parametrize("command", ["example", "check"])
+def test_installed_kinds_are_offered(tmp_path: Path, command: str) -> None:
+    """By their short names; Noether's dotted ones once a dot is typed."""
+    assert offered(tmp_path, f"noether-init {command} re") == ["resume"]
+    assert {"file", "previous_run", "resume"} <= set(offered(tmp_path, f"noether-init {command} "))
+    dotted = offered(tmp_path, f"noether-init {command} noether.core")
+    assert "noether.core.initializers.ResumeInitializer" in dotted
+
+
+def test_configs_are_offered_and_folders_on_the_way(tmp_path: Path) -> None:
+    """YAML files only."""
+    (tmp_path / "configs").mkdir()
+    for name in ("init.yaml", "other.yml", "train.py", ".hidden.yaml", "configs/tune.yaml"):
+        (tmp_path / name).touch()
+    assert offered(tmp_path, "noether-init plan ") == ["configs/", "init.yaml", "other.yml"]
+    assert offered(tmp_path, "noether-init plan i") == ["init.yaml"]
+    assert offered(tmp_path, "noether-init suggest configs/") == ["configs/tune.yaml"]
+    assert offered(tmp_path, "noether-init plan nowhere/") == []
+
+
+def test_zsh_and_fish_are_served_too(tmp_path: Path) -> None:
+    """With the distribution of each kind as its description."""
+    assert "resume" in "".join(offered(tmp_path, "noether-init example re", shell="zsh"))
+    fish = {**os.environ, "_NOETHER_INIT_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    fish["_TYPER_COMPLETE_ARGS"] = "noether-init example re"
+    done = subprocess.run([PROGRAM], cwd=tmp_path, env=fish, capture_output=True, text=True, check=False)
+    assert done.stdout.split()[0] == "resume"
