@@ -160,6 +160,24 @@ class InitializerStack:
             self._let_go()
         return LoadPlan.merged(plans)
 
+    def check_unplanned(self, model: Any) -> tuple[tuple[str, Exception | None], ...]:
+        """Kinds that ``plan`` leaves out, each with what its ``check`` raised, or None. The model is untouched."""
+        check_model(model)
+        found: list[tuple[str, Exception | None]] = []
+        try:
+            for member in self._members:
+                if isinstance(member.initializer, SourceInitializer):
+                    continue
+                try:
+                    member.initializer.check(member.model(model), None, None)
+                except Exception as error:  # code of others; who asked is told
+                    found.append((member.kind, error))
+                else:
+                    found.append((member.kind, None))
+        finally:
+            self._let_go()
+        return tuple(found)
+
     def suggest(self, model: Any) -> tuple[tuple[int, str, Suggestion], ...]:
         """Rules for each file and single model, from names and shapes: (number of the initializer, path, suggestion).
 

@@ -73,7 +73,15 @@ def run(
         _show(stack, built, plan, show_all)
     models = ", ".join(dict.fromkeys(row.model for row in plan.rows)) or "the model"
     write_html(html, plan, f"What {config.name} will do to {models}")
-    if not plan.is_fine:
+    unplanned = stack.check_unplanned(built)
+    for kind, error in unplanned:
+        said = f"not planned: {kind} says nothing beforehand"
+        if error is not None:
+            said = f"x {error}" if isinstance(error, InitError) else f"x {kind}: {type(error).__name__}: {error}"
+        typer.echo(said, err=to_stdout)
+    if any(error is not None and not isinstance(error, InitError) for _kind, error in unplanned) and not real:
+        typer.echo("The model has no values, which a kind may need: --real gives it some", err=to_stdout)
+    if not plan.is_fine or any(error is not None for _kind, error in unplanned):
         raise typer.Exit(1)
 
 
@@ -85,10 +93,7 @@ def _show(stack: InitializerStack, model: Any, plan: LoadPlan, show_all: bool) -
 
     if plan.origins:
         Console().print(PlanView(plan, unfolded=show_all, notes=_notes(stack, model)))
-    without = [one.config.kind for one in stack.initializers if not isinstance(one, SourceInitializer)]
-    if without:
-        typer.echo(f"not planned, these kinds say nothing beforehand: {', '.join(without)}")
-    elif not plan.origins:
+    elif not stack.initializers or any(isinstance(one, SourceInitializer) for one in stack.initializers):
         typer.echo("nothing to plan: the config has no initializers that load weights")
 
 

@@ -50,7 +50,7 @@ def test_configs_are_offered_and_folders_on_the_way(tmp_path: Path) -> None:
     assert offered(tmp_path, "noether-init plan ") == ["configs/", "init.yaml", "other.yml"]
     assert offered(tmp_path, "noether-init plan i") == ["init.yaml"]
     assert offered(tmp_path, "noether-init suggest configs/") == ["configs/tune.yaml"]
-    assert offered(tmp_path, "noether-init plan nowhere/") == []
+    assert offered(tmp_path, "noether-init plan nowhere/") == [""]
 
 
 def test_zsh_and_fish_are_served_too(tmp_path: Path) -> None:

@@ -312,10 +312,26 @@ def test_kinds_that_plan_nothing_are_named(plan: Plan, foreign: ForeignPackages)
     foreign.install("acme-init", offers={"constant": "plan_c:ConstantInitializer"}, modules={"plan_c": INITIALIZER})
     write("other.yaml", "kind: constant")
     result = plan("other.yaml", "--model", "plan_models:network")
-    assert (result.code, result.out) == (0, "not planned, these kinds say nothing beforehand: constant\n")
+    assert (result.code, result.out) == (0, "not planned: constant says nothing beforehand\n")
     Path("none.yaml").write_text("initializers: []\n")
     result = plan("none.yaml", "--model", "plan_models:network")
     assert result.out == "nothing to plan: the config has no initializers that load weights\n"
+
+
+def test_kinds_that_plan_nothing_are_asked_for_their_check(plan: Plan, foreign: ForeignPackages) -> None:
+    """What a kind finds wrong beforehand is exit code 1, and code that needs values says how to get them."""
+    refusing = "\n    def check(self, model, trainer=None, callbacks=None):\n        raise {error}\n"
+    for name, error in (("refuses", "ConfigError('no such thing')"), ("breaks", "RuntimeError('meta tensor')")):
+        source = "from noether_init_core.errors import ConfigError\n" + INITIALIZER + refusing.format(error=error)
+        offers = {name: f"plan_{name}:ConstantInitializer"}
+        foreign.install(f"acme-{name}", offers=offers, modules={f"plan_{name}": source})
+        write(f"{name}.yaml", f"kind: {name}")
+    refused = plan("refuses.yaml", "--model", "plan_models:network")
+    assert (refused.code, refused.out) == (1, "x no such thing\n")
+    broken = plan("breaks.yaml", "--model", "plan_models:network")
+    assert broken.code == 1
+    assert broken.out.startswith("x breaks: RuntimeError: meta tensor\n")
+    assert "--real" in broken.out
 
 
 def test_help_ends_with_an_example(plan: Plan) -> None:
