@@ -5,7 +5,9 @@ Exit codes: 0 fine, 1 a file or config has problems, 2 usage. Torch is imported 
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -29,40 +31,41 @@ from noether_init_core.cli import (
 )
 from noether_init_core.errors import InitError
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "app", "main"]
 
 app = typer.Typer(
     name="noether-init",
     help="Start any PyTorch training run from any checkpoint, declared in the config.",
-    epilog="Example: noether-init kinds",
+    epilog="Example: noether-init example previous_run",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("kinds", rich_help_panel="Look", epilog="Example: noether-init kinds --json")(kinds.run)
-app.command("inspect", rich_help_panel="Look", epilog="Example: noether-init inspect runs/pretrain")(inspect.run)
-app.command(
-    "diff", rich_help_panel="Look", epilog="Example: noether-init diff runs/pretrain runs/finetune --html diff.html"
-)(diff.run)
-app.command(
-    "lineage", rich_help_panel="Look", epilog="Example: noether-init lineage runs/finetune --html lineage.html"
-)(lineage.run)
-app.command("example", rich_help_panel="Decide", epilog="Example: noether-init example previous_run")(example.run)
-app.command("schema", rich_help_panel="Decide", epilog="Example: noether-init schema previous_run")(schema.run)
-app.command("validate", rich_help_panel="Decide", epilog="Example: noether-init validate init.yaml")(validate.run)
-app.command("plan", rich_help_panel="Decide", epilog="Example: noether-init plan init.yaml --model models:build")(
-    plan.run
+#: (panel, name, function, an example that can be typed), in the order in which they are listed.
+COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
+    ("Look", "kinds", kinds.run, "noether-init kinds --json"),
+    ("Look", "inspect", inspect.run, "noether-init inspect runs/pretrain"),
+    ("Look", "diff", diff.run, "noether-init diff runs/pretrain runs/finetune --html diff.html"),
+    ("Look", "lineage", lineage.run, "noether-init lineage runs/finetune --html lineage.html"),
+    ("Decide", "example", example.run, "noether-init example previous_run"),
+    ("Decide", "schema", schema.run, "noether-init schema previous_run"),
+    ("Decide", "validate", validate.run, "noether-init validate init.yaml"),
+    ("Decide", "suggest", suggest.run, "noether-init suggest init.yaml --model models:build"),
+    ("Decide", "plan", plan.run, "noether-init plan init.yaml --model models:build"),
+    ("Do", "verify", verify.run, "noether-init verify runs/pretrain"),
+    ("Do", "apply", apply.run, "noether-init apply init.yaml --model models:build --out start.safetensors"),
+    ("Publish", "new", new.run, "noether-init new demo"),
+    ("Publish", "check", check.run, "noether-init check previous_run"),
 )
-app.command("suggest", rich_help_panel="Decide", epilog="Example: noether-init suggest init.yaml --model models:build")(
-    suggest.run
-)
-app.command("verify", rich_help_panel="Do", epilog="Example: noether-init verify runs/pretrain")(verify.run)
-app.command(
-    "apply",
-    rich_help_panel="Do",
-    epilog="Example: noether-init apply init.yaml --model models:build --out start.safetensors",
-)(apply.run)
-app.command("new", rich_help_panel="Publish", epilog="Example: noether-init new demo")(new.run)
-app.command("check", rich_help_panel="Publish", epilog="Example: noether-init check previous_run")(check.run)
+
+
+def _help_of(function: Callable[..., None]) -> str:
+    """The docstring, a line for each paragraph: terminals have widths of their own."""
+    paragraphs = (inspect_module.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for _panel, _name, _function, _example in COMMANDS:
+    app.command(_name, rich_help_panel=_panel, help=_help_of(_function), epilog=f"Example: {_example}")(_function)
 
 
 @app.callback(invoke_without_command=True)

@@ -29,27 +29,27 @@ def advice(error: Exception) -> str | None:
     example = str(getattr(context.command, "epilog", None) or "").removeprefix(_EXAMPLE)
     if parameter is not None and type(error).__name__ == "MissingParameter":
         there = _THERE.get(str(parameter.name))
-        said = there() if there is not None else None
-        if said is not None:
-            return said
+        if there is not None:
+            return there(example)
     return f"Next: {example}" if example else "Next: noether-init --help"
 
 
-def _configs() -> str:
+def _configs(example: str) -> str:
     found = sorted(path.name for path in Path.cwd().iterdir() if path.suffix in (".yaml", ".yml"))
     if found:
-        return f"Configs in this folder: {_some(found)}"
+        chosen = "init.yaml" if "init.yaml" in found else found[0]
+        return f"Configs in this folder: {_some(found)}. Next: {example.replace('init.yaml', chosen)}"
     return "No YAML file is in this folder. Next: noether-init example previous_run, which writes one and a loop"
 
 
-def _kinds() -> str:
+def _kinds(example: str) -> str:
     from noether_init_core import kinds
 
     names = sorted({info.name for info in kinds.installed() if info.blocked_by is None and "." not in info.name})
     return f"Installed kinds: {_some(names)}. Next: noether-init kinds"
 
 
-def _model() -> str:
+def _model(example: str) -> str:
     # the command line is about this folder, or about --app-dir, which is not known yet
     modules = sorted(path.stem for path in Path.cwd().glob("*.py") if path.stem.isidentifier())
     name = modules[0] if len(modules) == 1 else "module"
@@ -64,7 +64,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else "")
 
 
-_THERE: dict[str, Callable[[], str]] = {"config": _configs, "kind": _kinds, "model": _model}
+_THERE: dict[str, Callable[[str], str]] = {"config": _configs, "kind": _kinds, "model": _model}
 
 
 def show(error: Any) -> int:

@@ -13,26 +13,49 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import noether_init_core
+
 __all__ = ["TRANSCRIPTS", "transcripts"]
 
 #: Name of a transcript -> command lines, typed one after the other in the same folder.
 TRANSCRIPTS: Mapping[str, tuple[str, ...]] = {
     "start": ("noether-init",),
     "help": ("noether-init --help",),
+    "help-look": tuple(f"noether-init {name} --help" for name in ("kinds", "inspect", "diff", "lineage")),
+    "help-decide": tuple(
+        f"noether-init {name} --help" for name in ("example", "schema", "validate", "suggest", "plan")
+    ),
+    "help-do": tuple(f"noether-init {name} --help" for name in ("verify", "apply")),
+    "help-publish": tuple(f"noether-init {name} --help" for name in ("new", "check")),
     "kinds": ("noether-init kinds", "noether-init kinds --observers"),
     "inspect": (
         "noether-init inspect runs",
         "noether-init inspect runs/pretrain",
-        "noether-init inspect runs/pretrain/checkpoints/sets/E2_U8_S64/vit_model.th",
+        "noether-init inspect runs/pretrain/checkpoints/sets/00000002_E2_U8_S64",
+        "noether-init inspect runs/pretrain/checkpoints/vit_cp=latest_model.th",
     ),
+    "diff": (
+        "noether-init diff runs/pretrain@E1_U4_S32 runs/pretrain",
+        "noether-init diff runs/pretrain runs/finetune",
+    ),
+    "lineage": ("noether-init lineage runs/finetune", "noether-init lineage runs"),
+    "example": ("noether-init example previous_run first",),
     "schema": ("noether-init schema file",),
     "validate": ("noether-init validate init.yaml", "noether-init validate wrong.yaml"),
     "suggest": ("noether-init suggest plain.yaml --model models:build --runs runs",),
-    "plan": ("noether-init plan init.yaml --model models:build --runs runs",),
+    "plan": ("noether-init plan init.yaml --model models:build --runs runs --html plan.html",),
     "plan-problem": ("noether-init plan larger.yaml --model models:larger --runs runs",),
     "verify": ("noether-init verify runs/pretrain",),
+    "apply": ("noether-init apply init.yaml --model models:build --runs runs --out start.safetensors",),
     "new": ("noether-init new demo --author Ada",),
     "check": ("noether-init check previous_run",),
+    "mistakes": (
+        "noether-init plna",
+        "noether-init plan",
+        "noether-init plan init.yaml",
+        "noether-init plan init.yaml --model models:biuld --runs runs",
+        "noether-init inspect rums",
+    ),
 }
 
 _FILES = {
@@ -80,9 +103,11 @@ def larger():
       - keep_model: head.
 """,
     "plain.yaml": "initializers:\n  - kind: previous_run\n    run_id: pretrain\n",
-    "larger.yaml": "initializers:\n  - kind: previous_run\n    run_id: pretrain\n    on_mismatch: error\n",
+    "larger.yaml": "initializers:\n  - kind: previous_run\n    run_id: pretrain\n    transforms: [from: pos_embed]\n",
     "wrong.yaml": "initializers:\n  - kind: previous-run\n    run_id: pretrain\n  - kind: file\n    pth: weights.th\n",
 }
+
+_PACKAGE = Path(noether_init_core.__file__).parent
 
 # What is different each time.
 _VARYING = (
@@ -106,10 +131,14 @@ def make_world(folder: Path) -> None:
     models = __import__("models")
     torch.manual_seed(0)
     paths = PathProvider(folder / "runs", "pretrain")
+    old = models.pretrained()
+    with torch.no_grad():
+        old.module.pos_embed.normal_(std=0.02)
     for epoch in (1, 2):
-        CheckpointWriter(paths).save(
-            models.pretrained(), TrainingIteration(epoch, 4 * epoch, 32 * epoch), tags=["latest"]
-        )
+        CheckpointWriter(paths).save(old, TrainingIteration(epoch, 4 * epoch, 32 * epoch))
+        with torch.no_grad():
+            for parameter in old.parameters():
+                parameter.add_(0.001 * torch.randn_like(parameter))
     tuned = PathProvider(folder / "runs", "finetune")
     model = models.build()
     stack = InitializerStack.from_file(folder / "init.yaml", path_provider=tuned)
@@ -176,7 +205,7 @@ def _apart(call: object, world: Path) -> tuple[str, int]:
 
 
 def _steady(text: str, world: Path) -> str:
-    text = text.replace(f"{world}/", "").replace(str(world), "~/work")
+    text = text.replace(f"{world}/", "").replace(str(world), "~/work").replace(f"{_PACKAGE.parent}/", "")
     for pattern, instead in _VARYING:
         text = pattern.sub(instead, text)
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
