@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.checkpoints.file_handle import by_threads, grouped
 from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
 from noether_init_core.checkpoints.tensor_info import TensorInfo
-from noether_init_core.comparing.drift import Drift, cosine_of, drift_of, is_comparable, relative
+from noether_init_core.comparing.drift import Drift, Room, drift_of, is_comparable, total_of
 from noether_init_core.comparing.sides import Side, side_at
-from noether_init_core.comparing.values import CheckpointDiff, DiffRow
+from noether_init_core.comparing.values import CheckpointDiff, DiffRow, State
 from noether_init_core.errors import CheckpointCorruptError
 
 __all__ = ["bytes_to_read", "compare_checkpoints", "compare_sides"]
@@ -53,20 +51,21 @@ def compare_sides(
     a: Side, b: Side, *, strip: Sequence[str] = (), advance: Callable[[int], None] | None = None
 ) -> CheckpointDiff:
     """What ``compare_checkpoints`` does, for files that were found; ``advance`` is told the bytes as they are read."""
-    work = _Work(strip, advance or (lambda _bytes: None))
-    for model, first, second in _paired(a.files, b.files):
-        work.add(model, first, second)
+    with Room() as room:
+        work = _Work(strip, room, advance or (lambda _bytes: None))
+        for model, first, second in _paired(a.files, b.files):
+            work.add(model, first, second)
     rows = tuple(work.rows)
     both = [row for row in rows if row.state not in ("only_a", "only_b")]
-    total = work.total
+    total = total_of(work.drifts)
     return CheckpointDiff(
         attrs.evolve(a.said, tensors=work.tensors[0], bytes=work.bytes[0]),
         attrs.evolve(b.said, tensors=work.tensors[1], bytes=work.bytes[1]),
         rows,
         elements=sum(row.elements for row in both),
         elements_compared=work.elements_compared,
-        relative_norm=relative(total.difference, total.a) if work.elements_compared else None,
-        cosine=cosine_of(total.both, total.a, total.b) if work.elements_compared else None,
+        relative_norm=total.relative_norm if work.elements_compared else None,
+        cosine=total.cosine if work.elements_compared else None,
         notes=tuple(work.notes),
     )
 
@@ -83,15 +82,15 @@ def _paired(a: Mapping[str, Path], b: Mapping[str, Path]) -> Iterator[tuple[str,
 class _Work:
     """Compares pairs of files, and keeps what was found."""
 
-    def __init__(self, strip: Sequence[str], advance: Callable[[int], None]) -> None:
+    def __init__(self, strip: Sequence[str], room: Room, advance: Callable[[int], None]) -> None:
         self.rows: list[DiffRow] = []
         self.notes: list[str] = []
         self.tensors, self.bytes = [0, 0], [0, 0]
-        self.total = Drift()
+        self.drifts: list[Drift] = []
         self.elements_compared = 0
         self._strip = tuple(strip)
         self._advance = advance
-        self._lock = threading.Lock()
+        self._room = room
 
     def add(self, model: str, first: Path | None, second: Path | None) -> None:
         """Compare two files of one model; None for one that is on one side only."""
@@ -105,7 +104,7 @@ class _Work:
                 self.bytes[number] += sum(one.nbytes for one in entries.values() if isinstance(one, TensorInfo))
             if first is not None and second is not None:
                 self._note_prefixes(sides[0], sides[1])
-            found = self._compare(model, first, second, sides[0], sides[1], readers)
+            found = self._compare(model, sides[0], sides[1], readers)
             self.rows += [found[key] for key in {**sides[0], **sides[1]}]
             for path, stamp in zip(paths, stamps, strict=True):
                 if path is not None and _stamp(path) != stamp:
@@ -126,64 +125,25 @@ class _Work:
     def _compare(
         self,
         model: str,
-        first: Path | None,
-        second: Path | None,
         a: Mapping[str, Any],
         b: Mapping[str, Any],
         readers: Sequence[CheckpointReader | None],
     ) -> dict[str, DiffRow]:
         found: dict[str, DiffRow] = {}
-        pairs: list[tuple[str, TensorInfo, TensorInfo]] = []
         for key in {**a, **b}:
             one, two = a.get(key), b.get(key)
-            if isinstance(one, TensorInfo) and isinstance(two, TensorInfo) and one.shape == two.shape:
-                pairs.append((key, one, two))
-                continue
-            found[key] = self._row(model, key, key in a, key in b, one, two, readers)
-        if first is not None and second is not None and pairs:
-            self._measure(model, first, second, pairs, found)
+            first, second = readers
+            if not (isinstance(one, TensorInfo) and isinstance(two, TensorInfo)):
+                found[key] = self._row(model, key, key in a, key in b, one, two, readers)
+            elif first is not None and second is not None and one.shape == two.shape:
+                drift = drift_of(first, one, second, two, self._room, self._advance)
+                found[key] = _measured(model, key, one, two, drift)
+                if drift.norm_a is not None:
+                    self.drifts.append(drift)
+                    self.elements_compared += found[key].elements
+            else:
+                found[key] = self._row(model, key, key in a, key in b, one, two, readers)
         return found
-
-    def _measure(
-        self,
-        model: str,
-        first: Path,
-        second: Path,
-        pairs: Sequence[tuple[str, TensorInfo, TensorInfo]],
-        found: dict[str, DiffRow],
-    ) -> None:
-        """Several threads, each with readers of its own; sums are added in the order of keys, so that they repeat."""
-        local = threading.local()
-        drifts: dict[str, Drift] = {}
-        with ExitStack() as opened:
-
-            def readers() -> tuple[CheckpointReader, CheckpointReader]:
-                if not hasattr(local, "readers"):
-                    with self._lock:
-                        local.readers = tuple(opened.enter_context(open_checkpoint(path)) for path in (first, second))
-                return local.readers  # type: ignore[no-any-return]
-
-            def work(group: Sequence[tuple[str, TensorInfo, TensorInfo]]) -> None:
-                one, two = readers()
-                for key, a, b in group:
-                    drifts[key] = drift_of(one, a, two, b, self._tell)
-
-            by_threads(grouped(pairs, lambda pair: pair[1].nbytes), work)
-        for key, a, b in pairs:
-            drift = drifts[key]
-            found[key] = _measured(model, key, a, b, drift)
-            if drift.is_finite and is_comparable(a.dtype) and is_comparable(b.dtype):
-                self._add(drift, a.nbytes // a.itemsize)
-
-    def _tell(self, nbytes: int) -> None:
-        with self._lock:
-            self._advance(nbytes)
-
-    def _add(self, drift: Drift, elements: int) -> None:
-        self.elements_compared += elements
-        squared = drift.scale * drift.scale
-        for name in ("a", "b", "both", "difference"):
-            setattr(self.total, name, getattr(self.total, name) + squared * getattr(drift, name))
 
     def _row(
         self,
@@ -240,35 +200,32 @@ def _prefix(shorter: Sequence[str], longer: Mapping[str, Any]) -> str:
 
 def _measured(model: str, key: str, a: TensorInfo, b: TensorInfo, drift: Drift) -> DiffRow:
     elements = a.nbytes // a.itemsize
-    row = DiffRow(model, key, "equal", a.shape, b.shape, a.dtype, b.dtype, elements)
-    if a.dtype == b.dtype and drift.is_equal:
+    state: State = "dtype" if a.dtype != b.dtype else "equal" if drift.is_equal else "changed"
+    row = DiffRow(model, key, state, a.shape, b.shape, a.dtype, b.dtype, elements)
+    if state == "equal":
         row = attrs.evolve(row, relative_norm=0.0, max_abs=0.0)
     if not (is_comparable(a.dtype) and is_comparable(b.dtype)):
-        state: Any = "dtype" if a.dtype != b.dtype else "equal" if drift.is_equal else "changed"
-        return attrs.evolve(row, state=state, note="numbers of this dtype are not compared")
-    if not drift.is_finite:
-        same = "the same bits on both sides" if a.dtype == b.dtype and drift.is_equal else ""
-        return attrs.evolve(
-            row,
-            state="nonfinite",
-            relative_norm=None,
-            max_abs=None,
-            nonfinite_a=drift.nonfinite_a,
-            nonfinite_b=drift.nonfinite_b,
-            note=same,
-        )
-    changed: Any = "dtype" if a.dtype != b.dtype else "equal" if drift.is_equal else "changed"
-    note = "A is all zero" if drift.relative_norm is None else ""
+        return attrs.evolve(row, note="numbers of this dtype are not compared")
+    if drift.nonfinite_a or drift.nonfinite_b:
+        row = attrs.evolve(row, nonfinite_a=drift.nonfinite_a, nonfinite_b=drift.nonfinite_b)
+        # a mask of infinities is no fault
+        return row if state == "equal" else attrs.evolve(row, state="nonfinite")
+    note = ""
+    if drift.relative_norm is None:
+        note = "A is all zero" if drift.norm_a == 0 else "beyond the range of numbers"
     return attrs.evolve(
         row,
-        state=changed,
         relative_norm=drift.relative_norm,
         cosine=drift.cosine,
-        norm_a=drift.norm_a,
-        norm_b=drift.norm_b,
-        max_abs=drift.max_abs if math.isfinite(drift.max_abs) else None,
+        norm_a=_finite(drift.norm_a),
+        norm_b=_finite(drift.norm_b),
+        max_abs=_finite(drift.max_abs),
         note=note,
     )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _form(value: Any) -> tuple[tuple[int, ...] | None, str]:
