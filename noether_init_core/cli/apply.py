@@ -21,7 +21,7 @@ from noether_init_core.cli.options import (
     naming_options,
     stack_and_model,
 )
-from noether_init_core.cli.progress import progress
+from noether_init_core.cli.progress import transfers
 from noether_init_core.errors import CheckpointWriteError, ConfigError
 
 if TYPE_CHECKING:
@@ -86,13 +86,16 @@ def run(
         if not plan.is_fine:
             _show_plan(plan)
             raise typer.Exit(1)
-        with progress("loading", None):
+        # verified first, then read
+        with transfers("loading", 2 * plan.loaded_bytes, "rchar"):
             report = stack.initialize(built)
     _refuse_sources(report, states)
     written = []
     for path, leaf in states.items():
-        with progress(f"writing {path.name}", None):
-            written.append(_write(path, leaf, report, replace=force))
+        state = leaf.state_dict()
+        nbytes = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
+        with transfers(f"writing {path.name}", nbytes, "wchar"):
+            written.append(_write(path, state, report, replace=force))
     if as_json:
         typer.echo(json.dumps(_as_data(written, report), indent=1))
     else:
@@ -127,11 +130,11 @@ def _refuse_sources(report: InitReport, states: dict[Path, Any]) -> None:
                 )
 
 
-def _write(path: Path, leaf: Any, report: InitReport, *, replace: bool) -> WrittenFile:
+def _write(path: Path, state: dict[str, Any], report: InitReport, *, replace: bool) -> WrittenFile:
     from noether_init_core.checkpoints.weights_file import write_weights
 
     # one text alone, since the library writes several in any order
-    written = write_weights(path, leaf.state_dict(), metadata={"format": "pt"}, replace=replace)
+    written = write_weights(path, state, metadata={"format": "pt"}, replace=replace)
     beside = path.with_name(f"{path.name}.report.json")
     try:
         beside.write_text(report.to_json() + "\n", "utf-8")

@@ -1,0 +1,72 @@
+"""Bars: on a terminal, after a second, with bytes and rate; nothing anywhere else."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from noether_init_core.cli.progress import progress, transfers
+if sys.argv[1] == "told":
+    with progress("verifying", 40_000_000) as advance:
+        for _ in range(20):
+            advance(2_000_000)
+            time.sleep(float(sys.argv[2]))
+else:
+    with transfers("loading", 20_000_000, "rchar"), open("/dev/zero", "rb", buffering=0) as file:
+        for _ in range(20):
+            file.read(1_000_000)
+            time.sleep(float(sys.argv[2]))
+print("done")
+"""
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """What a program writes to standard error, which is a terminal of 80 columns."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    words = [sys.executable, "-c", SLOW, *arguments]
+    with subprocess.Popen(words, stderr=follower, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(leader, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not piece:
+                break
+            shown += piece
+        assert process.stdout is not None
+        assert process.stdout.read() == "done\n"
+    os.close(leader)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+
+@pytest.mark.parametrize("how", ["told", "watched"])
+def test_after_a_second_there_are_bytes_and_rate(how: str) -> None:
+    """Of work that tells how far it is, and of work that is watched from outside."""
+    shown = on_a_terminal(how, "0.1")
+    assert re.search(r"(verifying|loading)", shown)
+    assert re.search(r"\d+(\.\d)?/(40|20)\.0 MB", shown)
+    assert re.search(r"\d MB/s", shown)
+
+
+def test_what_is_quick_shows_nothing() -> None:
+    """Nobody has to read what is over before it is read."""
+    assert "verifying" not in on_a_terminal("told", "0.001")
+
+
+def test_without_a_terminal_nothing_is_written(tmp_path: Path) -> None:
+    """Logs and pipes stay clean."""
+    words = [sys.executable, "-c", SLOW, "told", "0.06"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("done\n", "")
