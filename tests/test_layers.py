@@ -35,6 +35,7 @@ LAYERS = {
     "contract": 6,
     "tracing": 6,
     "kinds": 7,
+    "config.json_schema": 7,
     "config.yaml_text": 7,
     "config.noether_resolved": 7,
     "config.any_initializer": 8,

@@ -19,6 +19,7 @@ import pydantic
 
 from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig
+from noether_init_core.config.json_schema import DECIDED
 from noether_init_core.config.noether_resolved import is_resolved, resolved_entries
 from noether_init_core.config.wording import explain
 from noether_init_core.config.yaml_text import KeyPath, read_yaml, shown_path
@@ -37,8 +38,6 @@ __all__ = [
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
 _ON_INVALID = ("error", "previous")
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-#: What ``auto_resume`` decides by itself: this very run, and its newest set.
-_DECIDED = ("kind", "run_id", "stage_name", "checkpoint_tag", "output_path")
 _DEEPEST = 100
 _RESOLVED = "use the resolved config that Noether writes into the folder of a run, hp_resolved.yaml"
 
@@ -281,7 +280,7 @@ def _resume(value: Mapping[str, Any], document: _Document, on_invalid: str) -> E
     said, place = value.get("auto_resume", False), ("auto_resume",)
     config: dict[str, Any] = {"kind": "resume"}
     if isinstance(said, Mapping):
-        for key in [key for key in said if key in _DECIDED]:
+        for key in [key for key in said if key in DECIDED]:
             document.refuse(
                 "auto_resume resumes this very run, from its newest set, so this cannot be said of it. For another "
                 "run or set, write an initializer of kind resume in place of auto_resume",

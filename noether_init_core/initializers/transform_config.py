@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
+from pydantic_core import CoreSchema
 
 from noether_init_core.checkpoints.tensor_info import ITEMSIZES
 from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pattern, parse_regex
@@ -51,10 +52,10 @@ def _dtype(value: str) -> str:
 
 
 Pattern = Annotated[str, _check(parse_pattern)]
-Patterns = Annotated[list[Pattern], pydantic.BeforeValidator(_listed), pydantic.Field(min_length=1)]
-Globs = Annotated[
-    list[Annotated[str, _check(parse_glob)]], pydantic.BeforeValidator(_listed), pydantic.Field(min_length=1)
-]
+#: One name may be written without a list; the JSON schema knows it, too.
+_OneOrMore = pydantic.BeforeValidator(_listed, json_schema_input_type=str | list[str])
+Patterns = Annotated[list[Pattern], _OneOrMore, pydantic.Field(min_length=1)]
+Globs = Annotated[list[Annotated[str, _check(parse_glob)]], _OneOrMore, pydantic.Field(min_length=1)]
 Count = Annotated[int, pydantic.Field(ge=0)]
 Positive = Annotated[int, pydantic.Field(ge=1)]
 Grid = tuple[Positive, Positive]
@@ -107,6 +108,12 @@ class InterpolateConfig(_Strict):
     mode: Literal["bicubic", "bilinear"] = pydantic.Field(default="bicubic", description="How values in between come.")
 
 
+def _said(field: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a step that is written: null means that it is not."""
+    kept = {key: value for key, value in field.items() if key != "default"}
+    return {**kept, "anyOf": [one for one in field["anyOf"] if one != {"type": "null"}]}
+
+
 class StepConfig(_Strict):
     """One step of ``do``: a mapping with one key, or the text ``transpose``."""
 
@@ -145,6 +152,17 @@ class StepConfig(_Strict):
             if said is None or isinstance(said, bool):
                 raise ValueError(f"{name} has no value; for example {_EXAMPLES.get(str(name), 'split: 0')}")
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """As a config writes it: ``transpose``, or a mapping with one key."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        properties = {name: _said(field) for name, field in schema["properties"].items() if name != "transpose"}
+        mapping = {**schema, "properties": properties, "minProperties": 1, "maxProperties": 1}
+        described = mapping.pop("description", "")
+        return {"anyOf": [{"const": "transpose"}, mapping], "description": described}
 
     @pydantic.model_serializer(mode="wrap")
     def _dumped(self, serialize: pydantic.SerializerFunctionWrapHandler) -> Any:
