@@ -32,8 +32,9 @@ class LineageNode:
     """A run (and stage), or a file.
 
     Attributes:
-        id: Its name in edges: ``pretrain``, ``pretrain/stage``; of a file its path, of what is not there any more what
-            was recorded of it. Two runs of one name in two output roots have the root in front.
+        id: Its name in edges: ``pretrain``, ``pretrain/stage``, the path below the output root; ``file:`` and the path
+            of a file; of what is not there any more what was recorded of it. Two runs of one name in two output roots
+            have the root in front.
         type: ``missing`` for a run or file that was recorded and is not where it was.
         run_id: None for a file.
         stage: Its stage, where it has one.
@@ -68,8 +69,9 @@ class LineageEdge:
         tag: The tag that was asked for, where it was one.
         iteration: The iteration of the set that it meant.
         from_set: Name of that set's folder.
-        tensors: How many entries of the model came from there, and are not loaded over since.
-        share: The same as a share of all entries of the model, from 0 to 1.
+        tensors: How many entries of the model came from there, and are not loaded over since. Where the target is not
+            there any more: how many of those that others took from it.
+        share: The same as a share of all entries of the model, from 0 to 1; None where the target is not there.
         is_resume: Whether training was continued: optimizer and iteration came along.
         note: What there is to know besides, in words; empty for nothing.
     """
@@ -93,8 +95,8 @@ class Lineage:
     """Runs, files, and whose weights went into whom; pure data.
 
     Attributes:
-        focus: Id of the run that was asked for; None where it was an output root.
-        nodes: Those that have to do with it, ancestors first; all of them without a focus.
+        focus: Id of the run that was asked for; None where it was an output root, or a run with several stages.
+        nodes: Those that have to do with what was asked for, ancestors first; all of an output root.
         edges: Between them.
         problems: What could not be read, a sentence each; the rest is there all the same.
     """
@@ -121,19 +123,23 @@ class Lineage:
 
 
 def related(
-    focus: str | None, nodes: Sequence[LineageNode], edges: Sequence[LineageEdge], problems: Sequence[str] = ()
+    focus: str | Sequence[str] | None,
+    nodes: Sequence[LineageNode],
+    edges: Sequence[LineageEdge],
+    problems: Sequence[str] = (),
 ) -> Lineage:
-    """The lineage of one node: its ancestors and descendants, and the edges between those; all for None.
+    """The lineage of a node, or of several: ancestors and descendants, and the edges between those; of all for None.
 
     What is both, in a circle, is an ancestor.
     """
-    if focus is None:
+    foci = [focus] if isinstance(focus, str) else focus
+    if foci is None:
         return Lineage(None, tuple(nodes), tuple(edges), tuple(problems))
-    ancestors = _reached(focus, [(edge.target, edge.source) for edge in edges])
-    descendants = _reached(focus, [(edge.source, edge.target) for edge in edges]) - ancestors
+    ancestors = _reached(foci, [(edge.target, edge.source) for edge in edges])
+    descendants = _reached(foci, [(edge.source, edge.target) for edge in edges]) - ancestors
 
     def relation(node: LineageNode) -> Relation:
-        if node.id == focus:
+        if node.id in foci:
             return "focus"
         return "ancestor" if node.id in ancestors else "descendant" if node.id in descendants else "other"
 
@@ -142,18 +148,18 @@ def related(
     kept = sorted((node for node in found if node.relation in order), key=lambda node: order[node.relation])
     ids = {node.id for node in kept}
     between = tuple(edge for edge in edges if edge.source in ids and edge.target in ids)
-    return Lineage(focus, tuple(kept), between, tuple(problems))
+    return Lineage(foci[0] if len(foci) == 1 else None, tuple(kept), between, tuple(problems))
 
 
-def _reached(start: str, steps: Iterable[tuple[str, str]]) -> set[str]:
+def _reached(starts: Sequence[str], steps: Iterable[tuple[str, str]]) -> set[str]:
     following: dict[str, list[str]] = {}
     for source, target in steps:
         following.setdefault(source, []).append(target)
     found: set[str] = set()
-    waiting = [start]
+    waiting = list(starts)
     while waiting:
         for name in following.get(waiting.pop(), ()):
             if name not in found:
                 found.add(name)
                 waiting.append(name)
-    return found - {start}
+    return found - set(starts)

@@ -1,35 +1,33 @@
-"""``lineage_of``: the records of runs below output roots, read and put together. Nothing is created or changed."""
+"""``lineage_of``: the records of runs below output roots, put together. Nothing is created or changed."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
-import xxhash
 
 from noether_init_core.checkpoints.audit import stores_at
-from noether_init_core.checkpoints.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME
-from noether_init_core.checkpoints.sets import SETS_FOLDER, CheckpointSet
-from noether_init_core.checkpoints.store import RunStore
-from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
+from noether_init_core.checkpoints.sets import CheckpointSet
+from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.lineage.graph import Lineage, LineageEdge, LineageNode, LineageSet, related
-from noether_init_core.paths import PathProvider
-from noether_init_core.provenance import History, SourceRecord, histories
+from noether_init_core.lineage.records import Records, Run, Training, read_run, run_at, run_folder, set_in
+from noether_init_core.provenance import SourceRecord
 
 __all__ = ["lineage_of"]
 
-_CHECKPOINTS = "checkpoints"
+#: The files that an entry's values came from, the latest first, and its names there.
+_Chain = Sequence[tuple[SourceRecord, tuple[str, ...]]]
 
 
 def lineage_of(path: Path | str, roots: Sequence[Path | str] = ()) -> Lineage:
     """Ancestors and descendants of the run at ``path``, from the records beside its sets and those of other runs.
 
     Args:
-        path: A run folder, a stage of it, its folder of checkpoints or one of its sets; or an output root, for all.
+        path: A run folder, a stage of it, its folder of checkpoints or one of its sets; or an output root, for all. Of
+            a run folder with several stages, what has to do with any of them.
         roots: Further output roots in which descendants are looked for, beside the one that the run lies in.
 
     A run in which no record was kept (of Noether, of other writers) has no ancestors here, and a note says so. What
@@ -37,84 +35,74 @@ def lineage_of(path: Path | str, roots: Sequence[Path | str] = ()) -> Lineage:
 
     Raises ``CheckpointNotFoundError`` where there is no run.
     """
-    asked = [_of_store(_as_recorded(store)) for store in stores_at(Path(path))]
+    asked = [run_at(store) for store in stores_at(Path(path))]
     found = {one.folder: one for one in asked}
-    where = [*dict.fromkeys([one.root for one in asked]), *(Path(root).resolve() for root in roots)]
-    for root in where:
+    own = dict.fromkeys(one.root for one in asked)
+    for root in [*own, *(Path(root).resolve() for root in roots)]:
         try:
-            found |= {one.folder: one for one in map(_of_store, stores_at(root)) if one.folder not in found}
+            stores = stores_at(root)
         except CheckpointNotFoundError:
-            if root not in {one.root for one in asked}:
-                raise
+            if root in own:  # the run itself was found by another way
+                continue
+            raise
+        for one in map(run_at, stores):
+            # a link is a second name of a run
+            if one.folder not in found or one.folder == one.root / one.name:
+                found[one.folder] = one
     reader = _Reader(tuple(found.values()))
-    reader.read()
-    focus = reader.id_of[asked[0].folder] if len(asked) == 1 else None
+    is_root = Path(path).resolve() in own
+    foci = None if is_root else tuple(dict.fromkeys(reader.id_of[one.folder] for one in asked))
     edges = tuple(reader.edges())
-    return related(focus, tuple(reader.nodes.values()), edges, reader.problems)
+    return related(foci, tuple(reader.nodes.values()), edges, reader.problems)
 
 
 @attrs.frozen
-class _Run:
-    """A folder with checkpoints."""
+class _Read:
+    """That a file was read into a model of a run, or of what is no run any more."""
 
-    folder: Path
-    root: Path
-    name: str
-    run_id: str
-    stage: str | None
-    store: RunStore
-
-
-def _of_store(store: RunStore) -> _Run:
-    paths = store.paths
-    name = paths.run_id if paths.stage_name is None else f"{paths.run_id}/{paths.stage_name}"
-    name = f"debug/{name}" if paths.debug else name
-    folder = store.folder.parent
-    return _Run(folder, paths.output_root.resolve(), name, paths.run_id, paths.stage_name, store)
-
-
-def _as_recorded(store: RunStore) -> RunStore:
-    """The same folder as the stage of a run, where its sets say that it is one; the folder alone cannot tell."""
-    folder = store.folder.parent
-    if store.paths.stage_name is not None:
-        return store
-    try:
-        manifests = [one.manifest for one in store.sets() if one.manifest is not None]
-    except (CheckpointError, OSError):  # it is read again, and told then
-        return store
-    said = {(manifest.run_id, manifest.stage_name) for manifest in manifests}
-    if (folder.parent.name, folder.name) in said:
-        return RunStore(PathProvider(folder.parent.parent, folder.parent.name, folder.name))
-    return store
+    source: SourceRecord
+    target: str
+    model: str
+    training: Training | None
 
 
 class _Reader:
     """Puts the records of runs together."""
 
-    def __init__(self, runs: Sequence[_Run]) -> None:
+    def __init__(self, runs: Sequence[Run]) -> None:
         names = Counter(run.name for run in runs)
         self.id_of = {run.folder: run.name if names[run.name] == 1 else str(run.folder) for run in runs}
         self.nodes: dict[str, LineageNode] = {}
         self.problems: list[str] = []
-        self._runs = runs
-        self._counted: Counter[tuple[SourceRecord, str, str]] = Counter()
-        self._totals: Counter[tuple[str, str]] = Counter()
-        self._set_names: dict[str, set[str]] = {}
-
-    def read(self) -> None:
-        """Read every run."""
-        for run in self._runs:
-            self._read(run)
+        self._ids = set(self.id_of.values())
+        self._named = {(run.root, run.name): run for run in runs}
+        self._root_of = {self.id_of[run.folder]: run.root for run in runs}
+        self._digests: dict[str, dict[str, dict[str, str]]] = {}
+        self._known: dict[tuple[SourceRecord, Path | None], str] = {}
+        self._others: dict[tuple[str, str], str] = {}
+        #: entries of the model that were read, by their names there
+        self._entries: dict[tuple[SourceRecord, str, str, bool], set[str]] = {}
+        self._totals: dict[tuple[str, str, bool], set[str]] = {}
+        read = [(run, read_run(run)) for run in runs]
+        for run, records in read:
+            self._take(run, records)
+        for run, records in read:
+            for training in records.trainings:
+                for model, history in training.histories.items():
+                    place = self.id_of[run.folder], model, training.is_newest
+                    self._totals.setdefault(place, set()).update(history)
+                    for entry, chain in history.items():
+                        self._count(place, entry, chain)
 
     def edges(self) -> Iterator[LineageEdge]:
         """Whose weights went into whom, in the order of the runs that took them."""
-        for (source, target, model), tensors in self._counted.items():
+        for (source, target, model, is_newest), entries in self._entries.items():
+            if not is_newest and (source, target, model, True) in self._entries:
+                continue
             origin = dict(source.origin)
             name = self._node_of(source, target)
-            from_set = _set_in(source.path)
-            total = self._totals[target, model]
-            is_there = self.nodes[name].type == "run"
-            gone = from_set is not None and is_there and from_set not in self._set_names.get(name, set())
+            total = len(self._totals.get((target, model, is_newest), ()))
+            notes = [self._note_on(source, name), "" if is_newest else "by an earlier training in the same folder"]
             yield LineageEdge(
                 name,
                 target,
@@ -123,117 +111,129 @@ class _Reader:
                 source.file,
                 origin.get("tag"),
                 origin.get("iteration"),
-                from_set,
-                tensors,
-                tensors / total if total else None,
+                set_in(source.path),
+                len(entries),
+                len(entries) / total if total else None,
                 source.kind.rpartition(".")[2] in ("resume", "ResumeInitializer"),
-                "the set is not there any more" if gone else "",
+                "; ".join(filter(None, notes)),
             )
 
-    def _read(self, run: _Run) -> None:
+    def _take(self, run: Run, records: Records) -> None:
         name = self.id_of[run.folder]
-        sets: tuple[CheckpointSet, ...] = ()
-        try:
-            sets = run.store.sets()
-            self.problems += [str(error) for error in run.store.broken()]
-        except (CheckpointError, OSError) as error:
-            self.problems.append(f"{run.folder}: {error}")
-        resumed = {one.manifest.started_from for one in sets if one.manifest is not None and one.manifest.started_from}
-        self._set_names[name] = {one.folder.name for one in sets if one.committed}
-        has_record = self._record(name, sets)
-        note = "" if has_record or not sets else "where its weights came from was not recorded"
-        if not sets:
-            note = "no set"
+        self.problems += records.problems
+        self._digests[name] = records.digests()
+        sets = tuple(map(_said, reversed(records.sets)))
         self.nodes[name] = LineageNode(
-            name,
-            "run",
-            run.run_id,
-            run.stage,
-            str(run.folder),
-            tuple(map(_said, reversed(sets))),
-            resumed=len(resumed),
-            note=note,
+            name, "run", run.run_id, run.stage, str(run.folder), sets, resumed=records.resumed, note=records.note
         )
 
-    def _record(self, name: str, sets: Sequence[CheckpointSet]) -> bool:
-        """Count the sources of the newest set of each training in the folder; whether there is any record."""
-        newest: dict[str | None, CheckpointSet] = {}
-        for one in sets:
-            if one.manifest is not None and one.manifest.provenance is not None:
-                newest[one.manifest.training] = one
-        for one in newest.values():
-            try:
-                kept = _histories_of(one)
-            except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-                self.problems.append(
-                    f"{one.folder / PROVENANCE_NAME} tells nothing of where weights came from: {error}"
-                )
-                continue
-            for model, history in kept.items():
-                self._totals[name, model] += len(history)
-                for chain in history.values():
-                    self._count(name, model, chain)
-        return bool(newest)
-
-    def _count(self, name: str, model: str, chain: Sequence[tuple[SourceRecord, tuple[str, ...]]]) -> None:
+    def _count(self, place: tuple[str, str, bool], entry: str, chain: _Chain) -> None:
         """The first of a chain is what this run read; the others are told by the runs that read them, if they are."""
-        if chain:
-            self._counted[chain[0][0], name, model] += 1
-        for (later, _names), (earlier, _earlier_names) in itertools.pairwise(chain):
-            target = self._node_of(later, name)
+        target, model, is_newest = place
+        # several names in one file, as of parts that were put together, stand one after the other
+        steps = [
+            (source, [names for _, names in group]) for source, group in itertools.groupby(chain, lambda one: one[0])
+        ]
+        if not steps:
+            return
+        self._entries.setdefault((steps[0][0], target, model, is_newest), set()).add(entry)
+        for number, ((later, names), (earlier, _)) in enumerate(itertools.pairwise(steps)):
+            # behind what was put together the histories of its parts are mixed; only a single one has one meaning
+            if sum(map(len, names)) > 1 and len(steps) > number + 2:
+                return
+            node = self._node_of(later, target)
             # a run that is read tells it itself
-            if target not in self._set_names and target not in self.id_of.values():
-                self._counted[earlier, target, later.model] += 1
-                self._totals[target, later.model] += 1
+            if node not in self._ids and self._node_of(earlier, target) != node:
+                self._entries.setdefault((earlier, node, later.model, True), set()).update(itertools.chain(*names))
+
+    def _note_on(self, source: SourceRecord, name: str) -> str:
+        """What became of the set that was read, where its run is there."""
+        from_set = set_in(source.path)
+        if from_set is None or name not in self._ids:
+            return ""
+        files = self._digests[name].get(from_set)
+        if files is None:
+            return "the set is not there any more"
+        return "" if _is_same(files.get(source.file), source.digest) else "the set of that name is another one by now"
 
     def _node_of(self, source: SourceRecord, target: str) -> str:
         """Id of the node of a source; a node of its own is made for what is no run that was read."""
+        place = source, self._root_of.get(target)
+        if place not in self._known:
+            self._known[place] = self._look_up(source, place[1])
+        return self._known[place]
+
+    def _look_up(self, source: SourceRecord, root: Path | None) -> str:
         origin = dict(source.origin)
-        folder = _run_folder(source.path)
+        run_id, stage = origin.get("run_id"), origin.get("stage_name")
+        folder = run_folder(source.path)
         if folder is not None and folder in self.id_of:
             return self.id_of[folder]
-        run_id, stage = origin.get("run_id"), origin.get("stage_name")
-        if run_id is None and folder is None:
-            is_there = Path(source.path).is_file()
-            name = source.path or source.file
+        if run_id is None and set_in(source.path) is None:
+            is_there = _is_there(source.path, is_folder=False)
             note = "" if is_there else "it is not where it was recorded"
-            self.nodes.setdefault(
-                name, LineageNode(name, "file" if is_there else "missing", None, None, source.path, note=note)
-            )
-            return name
-        run_id = run_id or (folder.name if folder is not None else "unknown")
+            path = source.path or source.file
+            return self._other(f"file:{path}", path, None, None, note, is_file=True, is_there=is_there)
+        if folder is None:  # of a run, in the way of another kind
+            is_there = _is_there(source.path, is_folder=False)
+            note = "" if is_there else "it is not there any more"
+            said = str(run_id) if stage is None else f"{run_id}/{stage}"
+            return self._other(said, source.path, run_id, stage, note, is_there=is_there)
+        run_id = folder.name if run_id is None else run_id
         said = run_id if stage is None else f"{run_id}/{stage}"
-        moved = self._moved(said, target)
-        if moved is not None:
-            return moved
-        name = said if said not in self.id_of.values() else f"{said} ({folder})"
-        is_there = folder is not None and folder.is_dir()
-        where = (
-            "it lies in another output root: --root shows what it came from" if is_there else "it is not there any more"
-        )
-        path = str(folder) if folder is not None else source.path
-        kind = "run" if is_there else "missing"
-        self.nodes.setdefault(name, LineageNode(name, kind, run_id, stage, path, note=where))  # type: ignore[arg-type]
-        return name
+        is_there = _is_there(str(folder), is_folder=True)
+        if not is_there:
+            moved = self._moved(source, said, root)
+            if moved is not None:
+                return moved
+        note = "it lies in another output root; --root shows more" if is_there else "it is not there any more"
+        return self._other(said, str(folder), run_id, stage, note, is_there=is_there)
 
-    def _moved(self, said: str, target: str) -> str | None:
-        """The run of that name beside the run that recorded it: output roots are moved as a whole."""
-        root = next((run.root for run in self._runs if self.id_of[run.folder] == target), None)
-        for run in self._runs:
-            if run.name == said and (root is None or run.root == root):
-                return self.id_of[run.folder]
-        return None
+    def _other(
+        self,
+        name: str,
+        path: str,
+        run_id: str | None,
+        stage: str | None,
+        note: str,
+        *,
+        is_file: bool = False,
+        is_there: bool,
+    ) -> str:
+        if (name, path) not in self._others:
+            free = name
+            while free in self.nodes:
+                free = f"{free} ({path})"
+            self._others[name, path] = free
+            node = LineageNode(free, "file" if is_file else "run", run_id, stage, path, note=note)
+            self.nodes[free] = node if is_there else attrs.evolve(node, type="missing")
+        return self._others[name, path]
+
+    def _moved(self, source: SourceRecord, said: str, root: Path | None) -> str | None:
+        """The run of that name beside the run that recorded it: output roots are moved as a whole.
+
+        A set of that name with other bytes shows that it is another run.
+        """
+        run = None if root is None else self._named.get((root, said))
+        if run is None:
+            return None
+        name = self.id_of[run.folder]
+        files = self._digests[name].get(set_in(source.path) or "", {})
+        return name if _is_same(files.get(source.file), source.digest) else None
 
 
-def _histories_of(one: CheckpointSet) -> dict[str, History]:
-    """Where tensors came from. Raises ``ValueError`` or its kin for what is no record, or not as it was written."""
-    assert one.manifest is not None
-    content = (one.folder / PROVENANCE_NAME).read_bytes()
-    if len(content) > MAX_PROVENANCE_BYTES:
-        raise ValueError(f"it has {len(content):,} bytes")
-    if f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}" != one.manifest.provenance:
-        raise ValueError("its digest is not the one in the manifest")
-    return histories(json.loads(content))
+def _is_same(digest: str | None, recorded: str | None) -> bool:
+    """Whether two digests of a file can be of the same bytes; what is not known, or of another sort, says nothing."""
+    if digest is None or recorded is None or digest.partition(":")[0] != recorded.partition(":")[0]:
+        return True
+    return digest == recorded
+
+
+def _is_there(path: str, *, is_folder: bool) -> bool:
+    try:
+        return Path(path).is_dir() if is_folder else Path(path).is_file()
+    except (OSError, ValueError):  # too long, or a null byte: recorded paths are texts of others
+        return False
 
 
 def _said(one: CheckpointSet) -> LineageSet:
@@ -246,17 +246,3 @@ def _said(one: CheckpointSet) -> LineageSet:
         None if manifest is None else manifest.created,
         None if manifest is None else sum(file.size for file in manifest.files),
     )
-
-
-def _run_folder(path: str) -> Path | None:
-    """The folder of the run (and stage) that a file lies in, links resolved; None for any other file."""
-    parts = Path(path).parts
-    if _CHECKPOINTS not in parts:
-        return None
-    at = len(parts) - 1 - parts[::-1].index(_CHECKPOINTS)
-    return Path(*parts[:at]).resolve() if at else None
-
-
-def _set_in(path: str) -> str | None:
-    parts = Path(path).parts
-    return parts[-2] if len(parts) > 2 and parts[-3] == SETS_FOLDER else None

@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from support.pages import ROOT
@@ -26,6 +27,7 @@ from noether_init_core import (
     bind,
     lineage_of,
 )
+from noether_init_core.checkpoints.manifest import sealed
 from noether_init_core.lineage.graph import LineageEdge, LineageNode, related
 
 HEAD_FRESH = {"transforms": [{"keep_model": "1."}]}
@@ -111,6 +113,19 @@ def test_going_on_is_no_ancestor_and_a_fork_is_one(runs: Runs) -> None:
     assert lineage_of(fork).edges == found.edges
 
 
+def test_a_run_that_was_started_anew_says_which_training_took_what(runs: Runs) -> None:
+    """Each share is that of its own training; the earlier one is told as such."""
+    runs.train("first")
+    runs.train("second")
+    runs.train("again", warm("first"))
+    folder = runs.train("again", warm("second"), at=2)
+    found = lineage_of(folder)
+    assert {(edge.source, edge.share, edge.note) for edge in found.edges} == {
+        ("second", 1.0, ""),
+        ("first", 1.0, "by an earlier training in the same folder"),
+    }
+
+
 def test_a_run_from_two_files_has_two_ways_in(runs: Runs, tmp_path: Path) -> None:
     """Of what was loaded over, only the last counts."""
     runs.train("first")
@@ -121,9 +136,9 @@ def test_a_run_from_two_files_has_two_ways_in(runs: Runs, tmp_path: Path) -> Non
     found = lineage_of(folder)
     assert {(edge.source, edge.tensors, edge.share) for edge in found.edges} == {
         ("first", 2, 0.5),
-        (str(tmp_path / "head.pt"), 2, 0.5),
+        (f"file:{tmp_path / 'head.pt'}", 2, 0.5),
     }
-    assert found.node(str(tmp_path / "head.pt")).type == "file"
+    assert found.node(f"file:{tmp_path / 'head.pt'}").type == "file"
 
 
 def test_what_is_not_there_any_more_is_missing_and_what_it_came_from_is_known(runs: Runs) -> None:
@@ -137,6 +152,42 @@ def test_what_is_not_there_any_more_is_missing_and_what_it_came_from_is_known(ru
     assert "not there any more" in found.node("second").note
     assert ways(found) == [("second", "third", "previous_run"), ("first", "second", "previous_run")]
     assert found.node("first").relation == "ancestor"
+
+
+def test_what_two_runs_say_of_one_that_is_gone_is_not_counted_twice(runs: Runs) -> None:
+    """Entries count once; which share they were of the model that is gone, nobody knows."""
+    runs.train("first")
+    middle = runs.train("second", warm("first"))
+    runs.train("third", warm("second", **HEAD_FRESH))
+    runs.train("fourth", warm("second", **HEAD_FRESH))
+    shutil.rmtree(middle)
+    edge = next(edge for edge in lineage_of(runs.root).edges if edge.target == "second")
+    assert (edge.source, edge.tensors, edge.share) == ("first", 2, None)
+
+
+def test_a_set_that_was_written_anew_is_said(runs: Runs) -> None:
+    """A run that was deleted and trained again has a set of the same name, and other weights."""
+    first = runs.train("first")
+    second = runs.train("second", warm("first"))
+    shutil.rmtree(first)
+    runs.train("first")
+    assert lineage_of(second).edges[0].note == "the set of that name is another one by now"
+
+
+def test_a_file_in_a_folder_of_checkpoints_is_no_run(runs: Runs, tmp_path: Path) -> None:
+    """Many keep plain files in a folder of that name."""
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    file = tmp_path / "mine" / "checkpoints" / "weights.pt"
+    torch.save(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).state_dict(), file)
+    found = lineage_of(runs.train("first", {"kind": "file", "path": str(file)}))
+    node = found.node(f"file:{file}")
+    assert (node.type, node.run_id, node.note) == ("file", None, "")
+    file.unlink()
+    found = lineage_of(runs.root / "first")
+    assert (found.node(f"file:{file}").type, found.node(f"file:{file}").note) == (
+        "missing",
+        "it is not where it was recorded",
+    )
 
 
 def test_a_set_that_was_retired_is_said(runs: Runs) -> None:
@@ -159,6 +210,45 @@ def test_output_roots_that_were_moved_as_a_whole_are_still_told(runs: Runs, tmp_
     assert found.node("first").type == "run"
 
 
+def test_a_run_of_the_same_name_with_other_weights_is_not_taken_for_the_one_that_is_gone(
+    runs: Runs, tmp_path: Path
+) -> None:
+    """It was in another output root; the run of that name here is somebody else's."""
+    other = Runs(tmp_path / "other")
+    gone = other.train("first")
+    runs.train("first")
+    second = runs.train("second", warm("first", output_path=str(other.root)))
+    away = lineage_of(second)
+    assert (away.nodes[0].type, away.nodes[0].path) == ("run", str(gone))
+    assert "--root" in away.nodes[0].note
+    shutil.rmtree(other.root)
+    found = lineage_of(second)
+    assert [(node.type, node.path, node.relation) for node in found.nodes] == [
+        ("missing", str(gone), "ancestor"),
+        ("run", str(second), "focus"),
+    ]
+
+
+def test_links_lead_to_one_run(runs: Runs, tmp_path: Path) -> None:
+    """A root behind a link, and a second name of a run in the same root, make no second run."""
+    runs.train("first")
+    second = runs.train("second", warm("first"))
+    (tmp_path / "link").symlink_to(runs.root)
+    (runs.root / "newest").symlink_to(second)
+    assert [node.id for node in lineage_of(tmp_path / "link").nodes] == ["first", "second"]
+    found = lineage_of(tmp_path / "link" / "second", roots=[tmp_path / "link"])
+    assert [node.run_id for node in found.nodes] == ["first", "second"]
+    assert ways(found) == [("first", "second", "previous_run")]
+
+
+def test_an_output_root_with_one_run_is_still_a_root(runs: Runs) -> None:
+    """Programs can tell what was asked for."""
+    folder = runs.train("first")
+    assert lineage_of(runs.root).focus is None
+    for path in (folder, folder / "checkpoints", next((folder / "checkpoints" / "sets").iterdir())):
+        assert lineage_of(path).focus == "first"
+
+
 def test_runs_of_one_name_in_two_roots_are_told_apart(runs: Runs, tmp_path: Path) -> None:
     """Descendants in another root are found where that root is named."""
     first = runs.train("first")
@@ -178,7 +268,9 @@ def test_stages_are_runs_of_their_own(runs: Runs) -> None:
     found = lineage_of(folder)
     assert ways(found) == [("run/pretrain", "run/tune", "previous_run")]
     assert found.node("run/tune").stage == "tune"
-    assert lineage_of(folder.parent).focus is None
+    runs.train("stranger")
+    of_both = lineage_of(folder.parent)
+    assert (of_both.focus, [node.id for node in of_both.nodes]) == (None, ["run/pretrain", "run/tune"])
 
 
 def test_without_records_nothing_is_made_up(noether_runs: Path) -> None:
@@ -204,6 +296,48 @@ def test_a_damaged_record_is_a_problem_and_the_rest_is_shown(runs: Runs) -> None
     (manifest,) = second.rglob("manifest.json")
     manifest.write_text("{")
     assert any("manifest" in problem for problem in lineage_of(third).problems)
+
+
+def test_a_damaged_record_is_not_taken_for_fresh_weights(runs: Runs) -> None:
+    """The manifest still has words for it."""
+    runs.train("first")
+    second = runs.train("second", warm("first"))
+    (record,) = second.rglob("provenance.json")
+    record.unlink()
+    note = lineage_of(second).node("second").note
+    assert note == "its record cannot be read; its manifest says previous_run net <- first @ latest = E1_U1_S1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"digest": ["x"]},
+        {"path": "/a\0/checkpoints/sets/00000001_E1_U1_S1/f.th", "origin": {}},
+        {"path": "/" + "a" * 5000, "origin": {}},
+        {"path": "first", "file": "first", "origin": {}},
+        {"path": "", "file": "\ud800\x1b[2J", "origin": {"run_id": "\ud800\x1b[2J"}},
+        {"origin": None},
+    ],
+)
+def test_a_record_made_by_an_enemy_breaks_nothing(runs: Runs, change: dict[str, Any]) -> None:
+    """Digests are right, what they vouch for is not: at worst a problem, and no run gets an ancestor that is a lie."""
+    runs.train("first")
+    second = runs.train("second", warm("first"))
+    (record,), (manifest,) = second.rglob("provenance.json"), second.rglob("manifest.json")
+    values = json.loads(record.read_text())
+    values["sources"][0] |= change
+    content = json.dumps(values).encode()
+    record.write_bytes(content)
+    said = json.loads(manifest.read_text())
+    said.pop("digest")
+    said["provenance"] = f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
+    manifest.chmod(0o644)
+    manifest.write_bytes(sealed(json.dumps(said, indent=1).encode()))
+    found = lineage_of(second)
+    json.dumps(found.to_dict()).encode()
+    assert found.focus == "second"
+    assert len(found.problems) + len(found.edges) == 1
+    assert all(found.node(edge.source).type == "missing" for edge in found.edges)
 
 
 def test_two_runs_that_started_from_each_other_do_not_hang(runs: Runs) -> None:
