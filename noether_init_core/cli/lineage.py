@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _MARKS = {"run": ("o", "cyan"), "file": ("=", "green"), "missing": ("?", "red")}
-_MOST_SETS = 3
+#: Generations that are unfolded: each is indented further, and lines have an end.
+_MOST_DEEP = 6
 
 
 def run(
@@ -90,15 +92,28 @@ def _show(found: Lineage) -> None:
         typer.echo(f"x {printable(problem)}")
 
 
-def _grow(tree: Tree, found: Lineage, name: str, *, down: bool, shown: set[str]) -> None:
+def _grow(tree: Tree, found: Lineage, name: str, *, down: bool, shown: set[str], depth: int = 1) -> None:
     """What came from a node, or what it came from, below it; what is shown already is not unfolded again."""
     shown.add(name)
-    for edge in _out_of(found, name) if down else _into(found, name):
+    edges = _out_of(found, name) if down else _into(found, name)
+    if edges and depth > _MOST_DEEP:
+        tree.add(f"... {'later' if down else 'earlier'} ones: {_following(found.node(name))}")
+        return
+    for edge in edges:
         other = edge.target if down else edge.source
         is_repeated = other in shown
         branch = tree.add(_line(found.node(other), edge, is_repeated=is_repeated))
         if not is_repeated:
-            _grow(branch, found, other, down=down, shown=shown)
+            _grow(branch, found, other, down=down, shown=shown, depth=depth + 1)
+
+
+def _following(node: LineageNode) -> str:
+    """How to see what is beyond a node: from there, typed from here, or in the JSON."""
+    if node.type == "missing":
+        return "--json has them all"
+    path = Path(node.path)
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return f"noether-init lineage {printable(shlex.quote(str(path)))}"
 
 
 def _into(found: Lineage, name: str) -> Sequence[LineageEdge]:
@@ -135,6 +150,6 @@ def _line(node: LineageNode, edge: LineageEdge | None = None, *, is_repeated: bo
         line.append(f"  continued {counted(node.resumed, 'time')}", "dim")
     if is_repeated:
         line.append("  see above", "dim")
-    elif node.note and (edge is None or node.type == "missing"):
-        line.append(f"  - {node.note}", "yellow")
+    elif node.note:
+        line.append(f"  - {printable(node.note)}", "yellow")
     return line

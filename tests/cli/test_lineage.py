@@ -91,3 +91,48 @@ def test_a_problem_is_exit_code_1_and_the_rest_is_shown(folder: Path, tmp_path: 
     assert "o first" in done.stdout
     assert "x " in done.stdout
     assert "tells nothing of where weights came from" in done.stdout
+
+
+def test_a_long_chain_ends_with_the_command_that_goes_on(tmp_path: Path) -> None:
+    """Lines have an end; a thousand generations are no reason to fail either."""
+    model = bind(torch.nn.Linear(1, 1), name="net")
+    for number in range(9):
+        paths = PathProvider(tmp_path / "runs", f"r{number}")
+        configs = [{"kind": "previous_run", "run_id": f"r{number - 1}"}] if number else []
+        report = InitializerStack.from_config(configs, path_provider=paths).initialize(model)
+        CheckpointWriter(paths, report=report).save(model, TrainingIteration(1, 1, 1))
+    done = lineage(tmp_path, "runs/r8", width=60)
+    assert max(map(len, done.stdout.splitlines())) <= 60
+    assert "o r2 " in done.stdout
+    assert "o r1 " not in done.stdout
+    assert " ".join(done.stdout.split()).endswith("... earlier ones: noether-init lineage runs/r2")
+    assert "o r0 " in lineage(tmp_path, "runs/r2").stdout
+
+
+def test_a_run_with_stages_shows_what_has_to_do_with_them(tmp_path: Path) -> None:
+    """And says nothing of strangers."""
+    model = bind(torch.nn.Linear(1, 1), name="net")
+    for run_id, stage in (("run", "one"), ("run", "two"), ("stranger", None)):
+        CheckpointWriter(PathProvider(tmp_path / "runs", run_id, stage)).save(model, TrainingIteration(1, 1, 1))
+    done = lineage(tmp_path, "runs/run", "--json")
+    assert [node["id"] for node in json.loads(done.stdout)["nodes"]] == ["run/one", "run/two"]
+
+
+def test_symbols_do_without_colour_and_without_unicode(folder: Path) -> None:
+    """On a terminal that only knows ASCII."""
+    environment = {"COLUMNS": "80", "PATH": "/usr/bin:/bin", "NO_COLOR": "1", "PYTHONIOENCODING": "ascii"}
+    words = [str(PROGRAM), "lineage", "runs/second"]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    assert "o first  previous_run @ latest = E1_U4_S32" in done.stdout
+
+
+def test_the_command_imports_no_torch(folder: Path) -> None:
+    """Records are text."""
+    code = (
+        "import sys; from noether_init_core import cli\nsys.argv = ['noether-init', 'lineage', 'runs/second']\n"
+        "try: cli.main()\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
