@@ -72,12 +72,13 @@ for _panel, _name, _function, _example in COMMANDS:
 def _start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Without a command: what is here, for programs.")] = False,
 ) -> None:
     """Start any PyTorch training run from any checkpoint, declared in the config."""
     if version:
         overview.show_version()
     elif context.invoked_subcommand is None:
-        overview.run()
+        overview.run(as_json=as_json)
     else:
         return
     raise typer.Exit

@@ -11,10 +11,12 @@ from typing import Any
 
 import attrs
 import pytest
+import torch
 from support.foreign import INITIALIZER, ForeignPackages
 from support.handmade import write_safetensors
 
-from noether_init_core import cli, kinds
+from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind, cli, kinds
+from noether_init_core.cli import overview
 
 
 @attrs.frozen
@@ -63,11 +65,54 @@ def test_alone_it_shows_what_is_here_and_the_next_commands(
     lines = result.out.splitlines()
     assert lines[0] == f"noether-init-core {_version()}"
     # plugins of this repository are installed, too
-    assert {"file", "previous_run", "resume"} <= set(lines[1].removeprefix("kinds: ").split(", "))
-    assert [line.split()[1] for line in lines if line.startswith("  noether-init")] == ["kinds", "inspect", "validate"]
-    assert "runs below" not in result.out
+    assert {"file", "previous_run", "resume"} <= set(lines[1].removeprefix("kinds    ").split(", "))
+    following = [line.split()[1:3] for line in lines if line.startswith("  noether-init")]
+    assert following == [["example", "previous_run"], ["kinds", "every"], ["--help", "all"]]
+    assert "\nruns " not in result.out
     monkeypatch.chdir(noether_runs)
-    assert "runs below this folder: composite, early_stop, mlp_train" in invoke().out
+    shown = invoke().out
+    assert "runs     composite/pretrain, early_stop/train, mlp_train/train\n" in shown
+    assert "noether-init inspect . " in shown
+
+
+def test_what_is_next_fits_to_what_is_here(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs with their newest iteration, configs; --json says the same."""
+    monkeypatch.chdir(tmp_path)
+    model = bind(torch.nn.Linear(2, 2), name="net")
+    for run_id in ("first", "second"):
+        for epoch in (1, 2):
+            CheckpointWriter(PathProvider("runs", run_id)).save(model, TrainingIteration(epoch, epoch, epoch))
+    (tmp_path / "b.yaml").touch()
+    (tmp_path / "init.yaml").touch()
+    shown = invoke().out
+    assert "runs     runs/first @ E2_U2_S2, runs/second @ E2_U2_S2\nconfigs  b.yaml, init.yaml\n" in shown
+    data = json.loads(invoke("--json").out)
+    assert (data["format"], data["version"]) == ("noether-init-overview", 1)
+    assert data["runs"] == [{"path": f"runs/{name}", "newest": "E2_U2_S2"} for name in ("first", "second")]
+    assert data["next"] == [
+        "noether-init inspect runs",
+        "noether-init validate init.yaml",
+        "noether-init plan init.yaml --model module:callable",
+    ]
+
+
+def test_a_folder_of_very_many_things_is_not_walked_to_its_end(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No level is looked at beyond some hundreds of entries."""
+    monkeypatch.chdir(tmp_path)
+    looked_at = []
+    for number in range(600):
+        (tmp_path / f"{number:04}").mkdir()
+    whole = overview._entries
+
+    def counting(folder: Path) -> Any:
+        looked_at.append(folder)
+        return whole(folder)
+
+    monkeypatch.setattr(overview, "_entries", counting)
+    assert invoke().code == 0
+    assert 400 < len(looked_at) < 520
 
 
 def test_the_version_is_one_line(invoke: Invoke) -> None:
@@ -318,13 +363,13 @@ def test_wrong_usage_is_exit_code_2(invoke: Invoke, arguments: list[str]) -> Non
     assert "Usage: noether-init" in result.err
 
 
-@pytest.mark.parametrize("command", [[], ["kinds"], ["inspect"], ["schema"], ["validate"], ["verify"], ["new"]])
+@pytest.mark.parametrize("command", [[], *([name] for _panel, name, _function, _example in cli.COMMANDS)])
 def test_help_ends_with_one_example_of_that_command(invoke: Invoke, command: list[str]) -> None:
     """The last line can be copied."""
     lines = [line.strip() for line in invoke(*command, "--help").out.splitlines() if line.strip()]
     examples = [line for line in lines if line.startswith("Example: ")]
     assert examples == lines[-1:]
-    assert examples[0].startswith("Example: " + " ".join(["noether-init", *(command or ["kinds"])]))
+    assert examples[0].startswith("Example: " + " ".join(["noether-init", *(command or ["example"])]))
 
 
 def test_listing_kinds_imports_no_torch() -> None:
