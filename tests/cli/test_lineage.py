@@ -43,7 +43,8 @@ def test_the_tree_says_where_a_run_came_from(folder: Path) -> None:
     assert up.stdout.splitlines() == [
         "o second  1 set, newest E2_U8_S64 (latest)",
         "└── came from",
-        "    └── o first  previous_run @ latest = E1_U4_S32  net: 2 tensors (100 %)",
+        "    └── o first  previous_run @ latest = E1_U4_S32  net: 2 tensors (100 %)  - ",
+        "        where its weights came from was not recorded",
     ]
     down = lineage(folder, "runs/first")
     assert "└── went into" in down.stdout
