@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,6 @@ import typer
 from noether_init_core.cli.asked_path import absent, text_instead
 from noether_init_core.cli.files import Html, check_target, write_html
 from noether_init_core.cli.progress import progress
-from noether_init_core.errors import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -29,7 +29,7 @@ _MARKS: dict[State, tuple[str, str, str]] = {
     "only_a": ("-", "only in A", "yellow"),
     "only_b": ("+", "only in B", "yellow"),
 }
-_MOST_LARGEST, _MOST_LINES, _MOST_TEXTS = 5, 20, 12
+_MOST_LARGEST, _MOST_LINES, _MOST_TEXTS = 10, 20, 12
 _SIDE = "A file, the folder of a set, a run folder (its newest set), or RUN@TAG."
 
 
@@ -42,12 +42,13 @@ def run(
     ] = None,
     html: Html = None,
     show_all: Annotated[bool, typer.Option("--all", help="A line for every key.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Exit code 1 for other values, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
 ) -> None:
     """Compare the weights of two checkpoints: names, shapes, and the drift of every tensor, ‖B − A‖ / ‖A‖.
 
-    Tensors are read in pieces, so that memory does not grow with the model. Exit code 0: the same names and shapes, all
-    numbers finite; values may differ. 1: names or shapes differ, or there is NaN.
+    Tensors are read in pieces, so that memory does not grow with the model. Exit code 0: the same names and shapes;
+    values may differ. 1: names or shapes differ, or there is NaN on one side.
     """
     check_target(html, "--html", (".html", ".htm"))
     for path in (a, b):
@@ -63,7 +64,7 @@ def run(
     else:
         _show(found, show_all)
     write_html(html, found)
-    if not found.is_same_form:
+    if not found.is_same_form or (exact and not found.is_equal):
         raise typer.Exit(1)
 
 
@@ -91,10 +92,14 @@ def _show(found: CheckpointDiff, show_all: bool) -> None:
 def _side(name: str, side: DiffSide) -> Text:
     from rich.text import Text
 
+    from noether_init_core.render.folding import printable
     from noether_init_core.render.words import counted
 
-    words = printable(side.origin or _from_here(side.path))
-    return Text(f"{name}  ", "bold").append(words, "not bold").append(f"   {counted(side.tensors, 'tensor')}", "dim")
+    words = side.origin or _from_here(side.path)
+    if side.origin is None and side.run_id is not None:
+        words += f"   {side.run_id}" + (f" @ {side.iteration}" if side.iteration is not None else "")
+    tensors = counted(side.tensors, "tensor")
+    return Text(f"{name}  ", "bold").append(printable(words), "not bold").append(f"   {tensors}", "dim")
 
 
 def _from_here(path: str) -> str:
@@ -105,6 +110,7 @@ def _from_here(path: str) -> str:
 def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
     from rich.text import Text
 
+    from noether_init_core.render.folding import printable
     from noether_init_core.render.layout import filled
     from noether_init_core.render.words import amount, counted
 
@@ -148,7 +154,7 @@ def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
     """For each line its beginning and what follows."""
     from rich.text import Text
 
-    from noether_init_core.render.folding import fold_keys
+    from noether_init_core.render.folding import fold_keys, printable
     from noether_init_core.render.words import amount, counted
 
     known = [row.key for row in rows]
@@ -162,16 +168,13 @@ def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
             for row in chosen:
                 yield [Text(start, style), Text(printable(row.key)), *_details([row])]
             continue
-        left = 0
-        lines = 0
-        for form in dict.fromkeys(_way(row) for row in chosen):
-            alike = [row for row in chosen if _way(row) == form]
-            for pattern in fold_keys([row.key for row in alike], known):
+        lines, shown = 0, 0
+        for alike in _by_way(chosen):
+            if lines >= _MOST_LINES:
+                break
+            for pattern in fold_keys([row.key for row in alike], known)[: _MOST_LINES - lines]:
                 members = [row for row in alike if pattern.matches(row.key)]
-                lines += 1
-                if lines > _MOST_LINES:
-                    left += len(members)
-                    continue
+                lines, shown = lines + 1, shown + len(members)
                 numbers = f"{counted(len(members), 'key')}  {amount(sum(row.elements for row in members))}"
                 yield [
                     Text(start, style),
@@ -179,8 +182,15 @@ def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
                     Text(numbers, "dim"),
                     *_details(members),
                 ]
-        if left:
-            yield [Text(start, style), Text(f"{counted(left, 'more key')} (--all shows them)")]
+        if shown < len(chosen):
+            yield [Text(start, style), Text(f"{counted(len(chosen) - shown, 'more key')} (--all shows them)")]
+
+
+def _by_way(rows: Sequence[DiffRow]) -> Collection[list[DiffRow]]:
+    found: dict[tuple[Any, ...], list[DiffRow]] = {}
+    for row in rows:
+        found.setdefault(_way(row), []).append(row)
+    return found.values()
 
 
 def _way(row: DiffRow) -> tuple[Any, ...]:
@@ -202,11 +212,14 @@ def _details(rows: Sequence[DiffRow]) -> Iterator[Text]:
     if drifts and first.state != "equal":
         least, most = _number(min(drifts)), _number(max(drifts))
         yield Text(f"drift {least}" if least == most else f"drift {least} to {most}")
+    lost = [sum(row.nonfinite_a for row in rows), sum(row.nonfinite_b for row in rows)]
     if first.state == "nonfinite":
-        yield Text(f"A {sum(row.nonfinite_a for row in rows):,}  B {sum(row.nonfinite_b for row in rows):,} elements")
-    notes = dict.fromkeys(row.note for row in rows if row.note)
-    for note in list(notes)[:2]:
-        yield Text(f"({note})", "dim")
+        yield Text(f"NaN or infinite: A {lost[0]:,}  B {lost[1]:,}")
+    elif lost[0]:
+        yield Text(f"NaN or infinite: {lost[0]:,}")
+    notes = Counter(row.note for row in rows if row.note and not row.nonfinite_a)
+    for note, number in notes.most_common(2):
+        yield Text(f"({note}{'' if number == len(rows) else f': {number} of them'})", "dim")
 
 
 def _number(value: float | None) -> str:

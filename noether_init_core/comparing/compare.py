@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,15 +14,16 @@ import attrs
 
 from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
 from noether_init_core.checkpoints.tensor_info import TensorInfo
+from noether_init_core.checkpoints.values import ForeignObject
 from noether_init_core.comparing.drift import Drift, Room, drift_of, is_comparable, total_of
-from noether_init_core.comparing.sides import Side, side_at
-from noether_init_core.comparing.values import CheckpointDiff, DiffRow, State
+from noether_init_core.comparing.prefixes import prefix_note, without_prefixes
+from noether_init_core.comparing.sides import Side, is_average, known_from, side_at
+from noether_init_core.comparing.values import CheckpointDiff, DiffRow, DiffSide, State
 from noether_init_core.errors import CheckpointCorruptError
 
 __all__ = ["bytes_to_read", "compare_checkpoints", "compare_sides"]
 
 _OBJECT = "object"
-_LEAST_SHARE = 0.5
 
 
 def compare_checkpoints(a: Path | str, b: Path | str, *, strip: Sequence[str] = ()) -> CheckpointDiff:
@@ -52,15 +54,19 @@ def compare_sides(
 ) -> CheckpointDiff:
     """What ``compare_checkpoints`` does, for files that were found; ``advance`` is told the bytes as they are read."""
     with Room() as room:
-        work = _Work(strip, room, advance or (lambda _bytes: None))
-        for model, first, second in _paired(a.files, b.files):
+        work = _Work([a.said, b.said], strip, room, advance or (lambda _bytes: None))
+        pairs = list(_paired(a.files, b.files))
+        for model, first, second in pairs:
             work.add(model, first, second)
+        if not any(first is not None and second is not None for _model, first, second in pairs):
+            names = [", ".join(name or "no name" for name in side.files) for side in (a, b)]
+            work.notes.append(f"no model is in both: A has {names[0]}; B has {names[1]}. Next: name two files")
     rows = tuple(work.rows)
     both = [row for row in rows if row.state not in ("only_a", "only_b")]
     total = total_of(work.drifts)
     return CheckpointDiff(
-        attrs.evolve(a.said, tensors=work.tensors[0], bytes=work.bytes[0]),
-        attrs.evolve(b.said, tensors=work.tensors[1], bytes=work.bytes[1]),
+        attrs.evolve(work.said[0], tensors=work.tensors[0], bytes=work.bytes[0]),
+        attrs.evolve(work.said[1], tensors=work.tensors[1], bytes=work.bytes[1]),
         rows,
         elements=sum(row.elements for row in both),
         elements_compared=work.elements_compared,
@@ -71,10 +77,12 @@ def compare_sides(
 
 
 def _paired(a: Mapping[str, Path], b: Mapping[str, Path]) -> Iterator[tuple[str, Path | None, Path | None]]:
-    if len(a) == len(b) == 1:
-        (name, first), (other, second) = *a.items(), *b.items()
-        yield name or other, first, second
-        return
+    """Models of one name; the only one of a side goes with the only one of the other that is no average."""
+    weights = [[name for name in files if not is_average(name)] or list(files) for files in (a, b)]
+    if 1 in (len(a), len(b)) and [len(names) for names in weights] == [1, 1] and not (a.keys() & b.keys()):
+        (first,), (second,) = weights
+        yield first or second, a[first], b[second]
+        a, b = ({name: path for name, path in files.items() if name not in (first, second)} for files in (a, b))
     for name in {**a, **b}:
         yield name, a.get(name), b.get(name)
 
@@ -82,9 +90,10 @@ def _paired(a: Mapping[str, Path], b: Mapping[str, Path]) -> Iterator[tuple[str,
 class _Work:
     """Compares pairs of files, and keeps what was found."""
 
-    def __init__(self, strip: Sequence[str], room: Room, advance: Callable[[int], None]) -> None:
+    def __init__(self, said: list[DiffSide], strip: Sequence[str], room: Room, advance: Callable[[int], None]) -> None:
         self.rows: list[DiffRow] = []
         self.notes: list[str] = []
+        self.said = said
         self.tensors, self.bytes = [0, 0], [0, 0]
         self.drifts: list[Drift] = []
         self.elements_compared = 0
@@ -99,11 +108,13 @@ class _Work:
             stamps = [None if path is None else _stamp(path) for path in paths]
             readers = [None if path is None else opened.enter_context(open_checkpoint(path)) for path in paths]
             sides = [{} if reader is None else self._entries(reader) for reader in readers]
-            for number, entries in enumerate(sides):
+            for number, (reader, entries) in enumerate(zip(readers, sides, strict=True)):
+                if reader is not None:
+                    self.said[number] = known_from(reader.metadata, self.said[number])
                 self.tensors[number] += len(entries)
                 self.bytes[number] += sum(one.nbytes for one in entries.values() if isinstance(one, TensorInfo))
-            if first is not None and second is not None:
-                self._note_prefixes(sides[0], sides[1])
+            note = "" if None in paths else prefix_note(*sides)
+            self.notes += [note] if note else []
             found = self._compare(model, sides[0], sides[1], readers)
             self.rows += [found[key] for key in {**sides[0], **sides[1]}]
             for path, stamp in zip(paths, stamps, strict=True):
@@ -113,9 +124,7 @@ class _Work:
     def _entries(self, reader: CheckpointReader) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in {**reader.tensors, **reader.extra_state}.items():
-            name = str(key)
-            for prefix in self._strip:
-                name = name.removeprefix(prefix)
+            name = without_prefixes(str(key), self._strip)
             if name in found:
                 self.notes.append(f"{reader.path}: {name} is there twice when prefixes are taken off; the first counts")
                 continue
@@ -172,31 +181,6 @@ class _Work:
         is_same = _is_same(*values)
         return attrs.evolve(row, state="equal" if is_same else "changed", note="" if is_same else "no tensor")
 
-    def _note_prefixes(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-        """Say so where names differ by nothing but what stands in front."""
-        common = len(a.keys() & b.keys())
-        if common >= _LEAST_SHARE * min(len(a), len(b)):
-            return
-        for name, shorter, longer in (("B", a, b), ("A", b, a)):
-            prefix = _prefix(list(shorter), longer)
-            if prefix:
-                self.notes.append(
-                    f"{common} of {len(shorter)} names are in both; {name} has {prefix!r} in front of them. "
-                    f"Next: --strip {prefix}"
-                )
-                return
-
-
-def _prefix(shorter: Sequence[str], longer: Mapping[str, Any]) -> str:
-    """What stands in front of most names on the other side."""
-    for name in shorter[:3]:
-        for other in longer:
-            if other.endswith(f".{name}"):
-                prefix = other.removesuffix(name)
-                if sum(f"{prefix}{one}" in longer for one in shorter) >= _LEAST_SHARE * len(shorter):
-                    return prefix
-    return ""
-
 
 def _measured(model: str, key: str, a: TensorInfo, b: TensorInfo, drift: Drift) -> DiffRow:
     elements = a.nbytes // a.itemsize
@@ -209,8 +193,9 @@ def _measured(model: str, key: str, a: TensorInfo, b: TensorInfo, drift: Drift) 
     if drift.nonfinite_a or drift.nonfinite_b:
         row = attrs.evolve(row, nonfinite_a=drift.nonfinite_a, nonfinite_b=drift.nonfinite_b)
         # a mask of infinities is no fault
-        return row if state == "equal" else attrs.evolve(row, state="nonfinite")
-    note = ""
+        is_mask = state == "equal"
+        return attrs.evolve(row, note="not all finite") if is_mask else attrs.evolve(row, state="nonfinite")
+    note = "other bits; no difference in float64" if state == "changed" and drift.max_abs == 0 else ""
     if drift.relative_norm is None:
         note = "A is all zero" if drift.norm_a == 0 else "beyond the range of numbers"
     return attrs.evolve(
@@ -247,7 +232,10 @@ def _is_same(one: Any, two: Any) -> bool:
         return list(one) == list(two) and all(_is_same(one[key], two[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(_is_same, one, two))
-    return bool(one == two)
+    if isinstance(one, ForeignObject):
+        return all(_is_same(getattr(one, name), getattr(two, name)) for name in ("name", "args", "state", "items"))
+    # NaN is itself, and 0.0 is not -0.0
+    return struct.pack("d", one) == struct.pack("d", two) if isinstance(one, float) else bool(one == two)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -12,9 +14,10 @@ from noether_init_core.checkpoints.names import parse
 from noether_init_core.checkpoints.sets import SETS_FOLDER, CheckpointSet
 from noether_init_core.checkpoints.store import RunStore
 from noether_init_core.comparing.values import DiffSide
-from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
+from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, InitError
+from noether_init_core.iteration import TrainingIteration
 
-__all__ = ["Side", "side_at"]
+__all__ = ["Side", "is_average", "known_from", "side_at"]
 
 
 @attrs.frozen
@@ -43,8 +46,7 @@ def side_at(path: Path | str) -> Side:
         raise CheckpointNotFoundError(f"{path} does not exist", path=path, asked=str(path))
     if path.is_file():
         parsed = parse(path.name)
-        model = "" if parsed is None else parsed.model if parsed.info is None else f"{parsed.model} ({parsed.info})"
-        return Side(DiffSide(str(path)), {model: path})
+        return Side(DiffSide(str(path)), {"" if parsed is None else _name(parsed.model, parsed.info): path})
     store = _store_at(path)
     resolved = path.resolve()
     if resolved.parent.name == SETS_FOLDER:
@@ -54,6 +56,27 @@ def side_at(path: Path | str) -> Side:
     else:
         found = store.find(tag)
     return _of_set(store, found, tag)
+
+
+def known_from(metadata: Mapping[str, Any], said: DiffSide) -> DiffSide:
+    """What a file says of itself, where nothing better is known."""
+    run_id, iteration = metadata.get("run_id"), metadata.get("training_iteration")
+    if said.run_id is not None or not isinstance(run_id, str):
+        return said
+    words = None
+    if isinstance(iteration, Mapping):
+        with suppress(InitError, TypeError, ValueError):
+            words = str(TrainingIteration.from_mapping(iteration))
+    return attrs.evolve(said, run_id=run_id, iteration=words)
+
+
+def is_average(name: str) -> bool:
+    """Whether a name in ``Side.files`` is that of an average, such as ``net (ema=0.99)``."""
+    return name.endswith(")")
+
+
+def _name(model: str, info: str | None) -> str:
+    return model if info is None else f"{model} ({info})"
 
 
 def _store_at(path: Path) -> RunStore:
@@ -82,11 +105,7 @@ def _of_set(store: RunStore, found: CheckpointSet, tag: str | None) -> Side:
         asked,
         None if iteration is None else str(iteration),
     )
-    files = {
-        file.model if file.info is None else f"{file.model} ({file.info})": file.path
-        for file in found.files
-        if file.part == "model"
-    }
+    files = {_name(file.model, file.info): file.path for file in found.files if file.part == "model"}
     if not files:
         raise CheckpointNotFoundError(f"{name} @ {asked} has no weights", path=found.folder, asked=str(found.folder))
     return Side(said, files)

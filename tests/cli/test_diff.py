@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from noether_init_core.comparing.values import DiffRow
+
 PROGRAM = Path(sys.executable).with_name("noether-init")
 
 
@@ -57,7 +59,46 @@ def test_another_form_is_exit_code_1(folder: Path) -> None:
     broken = diff(folder, "b.pt", "d.pt")
     assert broken.returncode == 1
     assert " ! nonfinite  blocks.3.q.weight" in broken.stdout
-    assert "A 0  B 64 elements" in broken.stdout
+    assert "NaN or infinite: A 0  B 64" in broken.stdout
+    assert diff(folder, "d.pt", "d.pt").returncode == 0
+
+
+def test_exact_takes_other_values_for_a_fault(folder: Path) -> None:
+    """For scripts that ask whether two files are the same."""
+    assert diff(folder, "a.pt", "b.pt", "--exact").returncode == 1
+    assert diff(folder, "a.pt", "a.pt", "--exact").returncode == 0
+
+
+def test_names_are_shown_as_text(folder: Path) -> None:
+    """Control characters and braces are spelt out, with and without --all."""
+    torch.save({"a\x1b[31m\n.{b}": torch.ones(1)}, folder / "odd.pt")
+    for option in ((), ("--all",)):
+        shown = diff(folder, "odd.pt", "odd.pt", *option).stdout
+        assert "\x1b" not in shown
+        assert "a\\x1b[31m\\n" in shown
+
+
+def test_a_hundred_thousand_names_are_listed_in_a_moment(tmp_path: Path) -> None:
+    """Names that fold into nothing, and shapes that all differ: as many lines as can be read, and how many are left."""
+    from noether_init_core.cli.diff import _of_model
+
+    rows = [
+        DiffRow("", f"{'abcdefgh'[number % 8] * (number % 97 + 1)}{number}x", "shape", (number,), (number + 1,))
+        for number in range(100_000)
+    ]
+    lines = list(_of_model(rows, False))
+    assert len(lines) == 21
+    assert lines[-1][1].plain == "99,980 more keys (--all shows them)"
+
+
+def test_help_needs_no_torch() -> None:
+    """Nor do errors of usage."""
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom noether_init_core.cli import app\n"
+        "done = CliRunner().invoke(app, ['diff', '--help'])\nassert done.exit_code == 0, done.output\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_json_and_page_say_the_same(folder: Path) -> None:

@@ -23,12 +23,16 @@ from noether_init_core import (
     CheckpointDiff,
     CheckpointNotFoundError,
     CheckpointWriter,
+    InitError,
     PathProvider,
     TrainingIteration,
     bind,
     compare_checkpoints,
+    compose,
 )
-from noether_init_core.comparing import compare as module
+from noether_init_core.comparing.compare import compare_sides
+from noether_init_core.comparing.prefixes import prefix_note
+from noether_init_core.comparing.sides import side_at
 from noether_init_core.comparing.values import DiffRow
 
 State = dict[str, Any]
@@ -100,6 +104,12 @@ def test_the_layout_of_the_file_does_not_matter(compare: Compare) -> None:
         assert row.relative_norm == pytest.approx(relative), name
         assert row.cosine == pytest.approx(cosine), name
     assert only(compare({"w": other}, {"w": views["transposed"]})).state == "equal"
+    turned = torch.randn(3, 40, 50, 60).permute(2, 0, 3, 1)
+    relative, cosine, _largest = expected(turned, 2 * turned.flip(0))
+    row = only(compare({"w": turned}, {"w": (2 * turned.flip(0)).contiguous()}))
+    assert (row.relative_norm, row.cosine) == (pytest.approx(relative), pytest.approx(cosine))
+    column = torch.randn(300_000, 8)[:, 3]
+    assert only(compare({"w": column}, {"w": column.clone()})).state == "equal"
 
 
 def test_all_tensors_together_are_one_vector(compare: Compare) -> None:
@@ -138,12 +148,15 @@ def test_equal_means_the_same_bits(compare: Compare) -> None:
     """Minus zero is not zero, though no number moved."""
     row = only(compare({"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([-0.0, 1.0])}))
     assert (row.state, row.relative_norm, row.max_abs) == ("changed", 0.0, 0.0)
+    assert row.note == "other bits; no difference in float64"
+    last = only(compare({"n": torch.tensor([2**62])}, {"n": torch.tensor([2**62 + 1])}))
+    assert (last.state, last.relative_norm) == ("changed", 0.0)
     same = compare({"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([0.0, 1.0])})
     assert (only(same).state, same.is_equal) == ("equal", True)
 
 
 def test_nan_and_infinities_are_counted_and_not_compared(compare: Compare) -> None:
-    """They make no numbers, on either side, and totals leave them out."""
+    """They make no numbers, on either side, and totals leave them out; the same bits are equal all the same."""
     broken = torch.tensor([1.0, math.nan, math.inf])
     found = compare({"w": broken, "x": torch.ones(2)}, {"w": torch.ones(3), "x": torch.ones(2)})
     row = found.rows[0]
@@ -151,7 +164,10 @@ def test_nan_and_infinities_are_counted_and_not_compared(compare: Compare) -> No
     assert (row.relative_norm, row.cosine, row.norm_a) == (None, None, None)
     assert (found.relative_norm, found.elements_compared, found.is_same_form) == (0.0, 2, False)
     both = only(compare({"w": broken}, {"w": broken.clone()}))
-    assert (both.state, both.note) == ("nonfinite", "the same bits on both sides")
+    assert (both.state, both.nonfinite_a, both.nonfinite_b, both.note) == ("equal", 2, 2, "not all finite")
+    assert compare({"mask": broken}, {"mask": broken.clone()}).is_same_form
+    parts = only(compare({"w": torch.tensor([complex(math.nan, math.inf), 1])}, {"w": torch.ones(2) + 0j}))
+    assert (parts.state, parts.nonfinite_a, parts.nonfinite_b) == ("nonfinite", 1, 0)
 
 
 @pytest.mark.parametrize("exponent", [-300, -170, 0, 170, 300])
@@ -165,6 +181,34 @@ def test_squares_that_no_float_holds_are_scaled(compare: Compare, exponent: int)
     assert row.relative_norm == pytest.approx(relative)
     assert row.cosine == pytest.approx(cosine)
     assert row.norm_a == pytest.approx(float(first.norm()) * 10.0**exponent)
+
+
+def test_sides_of_very_different_size_have_scales_of_their_own(compare: Compare) -> None:
+    """A tiny, B huge; differences far smaller than the numbers, and larger than any float; all of it in one total."""
+    wide = {"dtype": torch.float64}
+    a = {
+        "far": torch.full((3,), 1e-200, **wide),
+        "near": torch.tensor([1.0, 1e-200], **wide),
+        "opposite": torch.full((3,), 1.7e308, **wide),
+        "subnormal": torch.full((3,), 5e-324, **wide),
+    }
+    b = {
+        "far": torch.full((3,), 1e200, **wide),
+        "near": torch.tensor([1.0, 3e-200], **wide),
+        "opposite": torch.full((3,), -1.7e308, **wide),
+        "subnormal": torch.full((3,), 1e-323, **wide),
+    }
+    rows = {row.key: row for row in compare(a, b).rows}
+    assert (rows["far"].relative_norm, rows["far"].cosine) == (None, pytest.approx(1.0))
+    assert rows["far"].note == "beyond the range of numbers"
+    assert rows["near"].relative_norm == pytest.approx(2e-200)
+    assert (rows["opposite"].relative_norm, rows["opposite"].cosine) == (pytest.approx(2.0), -1.0)
+    assert (rows["opposite"].norm_a, rows["opposite"].max_abs) == (None, None)
+    assert rows["subnormal"].relative_norm == pytest.approx(1.0)
+    tiny = compare({"w": a["far"], "zero": torch.zeros(2)}, {"w": 2 * a["far"], "zero": torch.zeros(2)})
+    assert (tiny.relative_norm, tiny.cosine) == (pytest.approx(1.0), pytest.approx(1.0))
+    half = compare({"w": 3 * a["far"], "v": torch.ones(1)}, {"w": a["far"], "v": torch.zeros(1)})
+    assert half.relative_norm == pytest.approx(1.0)
 
 
 def test_zero_and_nothing_have_no_direction(compare: Compare) -> None:
@@ -207,6 +251,72 @@ def test_prefixes_of_wrappers_are_named_and_can_be_taken_off(compare: Compare) -
     assert compare(wrapped, plain).notes[0].startswith("0 of 4 names are in both; A has")
 
 
+@pytest.mark.parametrize("prefixes", [["module.", "_orig_mod."], ["_orig_mod.", "module."]])
+def test_prefixes_are_taken_off_in_any_order(compare: Compare, prefixes: list[str]) -> None:
+    """Each once; names that become the same are told."""
+    wrapped = {"_orig_mod.module.w": torch.ones(2), "module.module.v": torch.ones(1)}
+    assert compare({"w": torch.ones(2), "module.v": torch.ones(1)}, wrapped, strip=prefixes).counts() == {
+        "equal": 1,
+        "only_a": 1,
+        "only_b": 1,
+    }
+    twice = compare({"w": torch.ones(2)}, {"w": torch.ones(2), "module.w": torch.zeros(2)}, strip=prefixes)
+    assert twice.is_equal
+    assert "w is there twice when prefixes are taken off" in twice.notes[0]
+
+
+def test_two_kinds_of_wrappers_are_both_named(compare: Compare) -> None:
+    """Where either side has something in front; nothing is said where names differ otherwise."""
+    plain = {f"blocks.{number}.weight": torch.ones(2) for number in range(4)}
+    a, b = ({f"{prefix}{name}": value for name, value in plain.items()} for prefix in ("model.", "a b."))
+    (note,) = compare(a, b).notes
+    assert note.endswith("A has 'model.' and B has 'a b.' in front of them. Next: --strip model. --strip 'a b.'")
+    assert compare(a, b, strip=["model.", "a b."]).is_equal
+    assert compare({"x.w": torch.ones(1)}, {"y.v": torch.ones(1)}).notes == ()
+
+
+def test_names_that_end_alike_by_the_thousand_do_not_take_long() -> None:
+    """The search for a prefix looks at every name a few times, whatever they are."""
+    names = [f"a{number}.w" for number in range(100_000)]
+    assert prefix_note(["w", *names], [f"b{name}" for name in names]) == ""
+
+
+def test_plain_values_are_compared_as_they_are(compare: Compare) -> None:
+    """NaN is itself, minus zero is not zero, tensors within are compared by bits; types count."""
+    entries = {"nan": math.nan, "set": {1, 2}, "none": None, "tuple": (1, torch.ones(2)), "map": {"t": torch.ones(1)}}
+    state = {"w": torch.ones(1), **entries}
+    assert compare({"state_dict": state}, {"state_dict": state}).is_equal
+    other = {**state, "nan": 0.0, "tuple": (1, torch.tensor([1.0, -1.0])), "map": {"t": torch.ones(1).half()}}
+    changed = compare({"state_dict": {**state, "nan": -0.0}}, {"state_dict": other})
+    assert {row.key for row in changed.rows if row.state == "changed"} == {"nan", "tuple", "map"}
+    assert (
+        only(compare({"state_dict": {"e": 1}}, {"state_dict": {"e": torch.ones(1)}})).note
+        == "a tensor on one side only"
+    )
+
+
+def test_dtypes_without_arithmetic_are_compared_by_bits(compare: Compare) -> None:
+    """Equal or changed, with a note, and no numbers."""
+    one, two = (torch.tensor(value, dtype=torch.uint8).view(torch.float8_e8m0fnu) for value in ([1, 2], [1, 3]))
+    row = only(compare({"w": one}, {"w": two}))
+    assert (row.state, row.relative_norm, row.note) == ("changed", None, "numbers of this dtype are not compared")
+    assert only(compare({"w": one}, {"w": one})).state == "equal"
+
+
+def test_torch_has_its_threads_again(compare: Compare) -> None:
+    """After a comparison, and after one that fails."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compare({"w": torch.ones(2)}, {"w": torch.zeros(2)})
+        assert torch.get_num_threads() == 2
+        with pytest.raises(InitError):
+            compare({"w": torch.eye(2).to_sparse_coo()}, {"w": torch.ones(2)})
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_other_formats_are_compared_with_each_other(tmp_path: Path) -> None:
     """A safetensors file against one of torch.save."""
     state = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
@@ -234,6 +344,33 @@ def test_runs_tags_and_sets_can_be_named(tmp_path: Path) -> None:
     assert compare_checkpoints(first.folder, f"{tmp_path / 'run'}@E1_U4_S32").is_equal
 
 
+def test_a_file_goes_with_the_only_weights_of_a_run(tmp_path: Path) -> None:
+    """Whatever its name; averages beside them are on one side only, and it says which run wrote it."""
+    model = bind(torch.nn.Linear(2, 2), name="net")
+    average = {"ema=0.9": {name: value + 1 for name, value in model.state_dict().items()}}
+    written = CheckpointWriter(PathProvider(tmp_path, "run")).save(model, TrainingIteration(2, 8, 64), averages=average)
+    torch.save(model.state_dict(), tmp_path / "export.pt")
+    for a, b, alone in (("export.pt", "run", "only_b"), ("run", "export.pt", "only_a")):
+        found = compare_checkpoints(tmp_path / a, tmp_path / b)
+        assert found.counts() == {"equal": 2, alone: 2}
+        assert {row.model for row in found.rows if row.state == alone} == {"net (ema=0.9)"}
+    (weights,) = written.folder.glob("net_cp=*_model.th")
+    side = compare_checkpoints(weights, tmp_path / "export.pt").a
+    assert (side.origin, side.run_id, side.iteration) == (None, "run", "E2_U8_S64")
+
+
+def test_models_of_no_common_name_are_listed(tmp_path: Path) -> None:
+    """One file for two submodels can only be guessed, so it is not."""
+    both = compose("both", {name: bind(torch.nn.Linear(1, 1), name=name) for name in ("encoder", "decoder")})
+    CheckpointWriter(PathProvider(tmp_path, "run")).save(both, TrainingIteration(1, 4, 32), optimizer=False)
+    torch.save({"weight": torch.ones(1, 1)}, tmp_path / "a.pt")
+    found = compare_checkpoints(tmp_path / "a.pt", tmp_path / "run")
+    assert found.notes == (
+        "no model is in both: A has no name; B has both.decoder, both.encoder. Next: name two files",
+    )
+    assert found.counts() == {"only_a": 1, "only_b": 4}
+
+
 def test_paths_that_mean_nothing_say_what_there_is(tmp_path: Path) -> None:
     """Several runs, an unknown tag, nothing at all."""
     for name in ("one", "two"):
@@ -247,19 +384,15 @@ def test_paths_that_mean_nothing_say_what_there_is(tmp_path: Path) -> None:
         compare_checkpoints(tmp_path / "absent", tmp_path / "one")
 
 
-def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
     """Half of one file and half of another would be no comparison."""
     for name in ("a.pt", "b.pt"):
-        torch.save({"w": torch.ones(4)}, tmp_path / name)
-    whole = module.drift_of
-
-    def touching(*arguments: Any) -> Any:
-        os.utime(tmp_path / "b.pt", ns=(1, 1))
-        return whole(*arguments)
-
-    monkeypatch.setattr(module, "drift_of", touching)
+        torch.save({"w": torch.ones(4), "v": torch.ones(1 << 20)}, tmp_path / name)
+    sides = side_at(tmp_path / "a.pt"), side_at(tmp_path / "b.pt")
     with pytest.raises(CheckpointCorruptError, match=r"b\.pt changed while"):
-        compare_checkpoints(tmp_path / "a.pt", tmp_path / "b.pt")
+        compare_sides(*sides, advance=lambda _bytes: os.utime(tmp_path / "b.pt", ns=(1, 1)))
+    with pytest.raises(CheckpointCorruptError, match=r"b\.pt ends at byte"):
+        compare_sides(*sides, advance=lambda _bytes: os.truncate(tmp_path / "b.pt", 0))
 
 
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
