@@ -125,6 +125,7 @@ def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:
 def _as_data(info: kinds.KindInfo, problems: tuple[Finding, ...], advice: tuple[Finding, ...]) -> dict[str, Any]:
     found = [("problem", finding) for finding in problems] + [("advice", finding) for finding in advice]
     return {
+        "format": "noether-init-check",
         "kind": info.name,
         "distribution": info.distribution,
         "version": info.version,

@@ -119,10 +119,12 @@ def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
         rows = [row for row in found.rows if row.model == model]
         if len(models) > 1:
             yield Text(printable(model) or "(no name)", "bold")
-        for line in _of_model(rows, show_all):
+        lines = list(_of_model(rows, show_all))
+        for line in lines if show_all else _in_columns(lines, width // 2):
             yield from filled(line[0], line[1:], width, "      ", first="  ", between="  ")
     moved = [row for row in found.rows if row.relative_norm]
-    largest = sorted(moved, key=lambda row: -(row.relative_norm or 0))[:_MOST_LARGEST]
+    # to as many digits as rounding leaves alone, so that equals stay in their order
+    largest = sorted(moved, key=lambda row: -float(f"{row.relative_norm:.9g}"))[:_MOST_LARGEST]
     if largest and not show_all:
         yield Text("moved most", "bold")
         for row in largest:
@@ -175,15 +177,28 @@ def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
             for pattern in fold_keys([row.key for row in alike], known)[: _MOST_LINES - lines]:
                 members = [row for row in alike if pattern.matches(row.key)]
                 lines, shown = lines + 1, shown + len(members)
-                numbers = f"{counted(len(members), 'key')}  {amount(sum(row.elements for row in members))}"
                 yield [
                     Text(start, style),
                     Text(printable(pattern.text(_MOST_TEXTS))),
-                    Text(numbers, "dim"),
+                    Text(counted(len(members), "key"), "dim"),
+                    Text(amount(sum(row.elements for row in members)), "dim"),
                     *_details(members),
                 ]
         if shown < len(chosen):
             yield [Text(start, style), Text(f"{counted(len(chosen) - shown, 'more key')} (--all shows them)")]
+
+
+def _in_columns(lines: Sequence[list[Text]], most: int) -> Iterator[list[Text]]:
+    """The lines with names, counts and sizes below each other; names of more than ``most`` characters push them."""
+    table = [line for line in lines if len(line) > 2]
+    name, *numbers = (
+        max((len(line[column]) for line in table if len(line[column]) <= most), default=0) for column in (1, 2, 3)
+    )
+    for line in table:
+        line[1].pad_right(name - len(line[1]))
+        for column, width in zip((2, 3), numbers, strict=True):
+            line[column].pad_left(width - len(line[column]))
+    yield from lines
 
 
 def _by_way(rows: Sequence[DiffRow]) -> Collection[list[DiffRow]]:

@@ -62,6 +62,7 @@ def run(
     following = _following(names, folder)
     if as_json:
         said = {
+            "format": "noether-init-new",
             "version": JSON_VERSION,
             "folder": str(folder),
             "distribution": names.distribution,

@@ -69,7 +69,8 @@ def run(
             }
             for number, path, one in found
         ]
-        typer.echo(json.dumps({"version": JSON_VERSION, "suggestions": data}, indent=1))
+        said = {"format": "noether-init-suggest", "version": JSON_VERSION, "suggestions": data}
+        typer.echo(json.dumps(said, indent=1))
     else:
         for number, path, one in found:
             typer.echo(f"# for initializers.{number}, {path}")

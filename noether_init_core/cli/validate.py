@@ -2,49 +2,106 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import attrs
 import typer
 
+from noether_init_core.cli.options import Config
 from noether_init_core.errors import ConfigError
 from noether_init_core.observers.loading import describe_observer
 
+if TYPE_CHECKING:
+    from noether_init_core.config.files import LoadedConfig
+
 __all__ = ["run"]
+
+JSON_VERSION = 1
+
+
+@attrs.frozen
+class _Finding:
+    """One line: what a key asks for, or what is wrong with it."""
+
+    place: str
+    line: int | None
+    message: str
+    is_problem: bool = False
+    kind: str | None = None
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="A YAML file: ours, or hp_resolved.yaml.", show_default=False)],
+    config: Config,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
 ) -> None:
-    """Check every entry of a config file against its kind, and what stands around them. Reads no checkpoint."""
-    from noether_init_core.config.files import examine_config_file, problems_of, validate_entry
+    """Check every entry of a config file against its kind, and what stands around them. Reads no checkpoint.
 
-    loaded, found_around = examine_config_file(config)
-    lines = [(_line(error), f"x {error}") for error in found_around]
-    problems = len(found_around)
-    for entry in [*loaded.entries, *([loaded.resume] if loaded.resume is not None else [])]:
-        found = problems_of(entry)
-        problems += len(found)
-        lines += [(_line(error), f"x {error}") for error in found]
-        if not found and entry is not loaded.resume:
-            part = f" for {'.'.join(entry.submodel)}" if entry.submodel else ""
-            hooks = f", {', '.join(sorted(entry.hooks))} only" if entry.hooks is not None else ""
-            lines.append((entry.line or 0, f"ok {entry.key_path}: {validate_entry(entry).kind}{part}{hooks}"))
-    for name in loaded.observers:
-        try:
-            lines.append((0, f"ok observers: {name} ({describe_observer(name).source})"))
-        except ConfigError as error:
-            problems += 1
-            lines.append((0, f"x observers: {error}"))
-    for _number, text in sorted(lines, key=lambda one: one[0]):
-        typer.echo(text)
-    if loaded.resume is not None and not problems_of(loaded.resume):
-        which = "good set" if getattr(validate_entry(loaded.resume), "on_invalid", "") == "previous" else "set"
-        typer.echo(f"ok auto_resume: the newest {which} of this run comes before the list")
-    typer.echo(f"initializers: {len(loaded.entries)}, problems: {problems}")
+    Exit code 0: it is a config. 1: something is wrong with it; each line names file, line and key.
+    """
+    from noether_init_core.config.files import examine_config_file
+
+    loaded, around = examine_config_file(config)
+    found = [_wrong("", error) for error in around] + list(_findings(loaded))
+    found.sort(key=lambda one: one.line or 0)
+    problems = [one for one in found if one.is_problem]
+    if as_json:
+        typer.echo(json.dumps(_as_data(config, loaded, found), indent=1))
+    else:
+        for one in found:
+            typer.echo(f"{'x' if one.is_problem else 'ok'} {one.message}")
+        if loaded.resume is not None and not any(one.place.startswith("auto_resume") for one in problems):
+            typer.echo(f"ok auto_resume: the newest {_which(loaded)} of this run comes before the list")
+        typer.echo(f"initializers: {len(loaded.entries)}, problems: {len(problems)}")
     if problems:
         raise typer.Exit(1)
 
 
-def _line(error: ConfigError) -> int:
-    return getattr(error, "line", None) or 0
+def _findings(loaded: LoadedConfig) -> list[_Finding]:
+    from noether_init_core.config.files import problems_of, validate_entry
+
+    found = []
+    for entry in [*loaded.entries, *([loaded.resume] if loaded.resume is not None else [])]:
+        wrong = problems_of(entry)
+        found += [_wrong(entry.key_path, error) for error in wrong]
+        if not wrong and entry is not loaded.resume:
+            kind = validate_entry(entry).kind
+            part = f" for {'.'.join(entry.submodel)}" if entry.submodel else ""
+            hooks = f", {', '.join(sorted(entry.hooks))} only" if entry.hooks is not None else ""
+            said = f"{entry.key_path}: {kind}{part}{hooks}"
+            found.append(_Finding(entry.key_path, entry.line, said, kind=kind))
+    for number, name in enumerate(loaded.observers):
+        place, line = f"observers.{number}", loaded.line_of("observers", number)
+        try:
+            found.append(_Finding(place, line, f"{place}: {name} ({describe_observer(name).source})"))
+        except ConfigError as error:
+            where = loaded.source.name if loaded.source is not None else ""
+            found.append(_Finding(place, line, f"{where}{f':{line}' if line else ''} {place}: {error}", True))
+    return found
+
+
+def _wrong(place: str, error: ConfigError) -> _Finding:
+    return _Finding(getattr(error, "key_path", "") or place, getattr(error, "line", None), str(error), True)
+
+
+def _which(loaded: LoadedConfig) -> str:
+    from noether_init_core.config.files import validate_entry
+
+    assert loaded.resume is not None
+    return "good set" if getattr(validate_entry(loaded.resume), "on_invalid", "") == "previous" else "set"
+
+
+def _as_data(config: Path, loaded: LoadedConfig, found: list[_Finding]) -> dict[str, Any]:
+    return {
+        "format": "noether-init-validate",
+        "version": JSON_VERSION,
+        "config": str(config),
+        "is_config": not any(one.is_problem for one in found),
+        "auto_resume": loaded.auto_resume,
+        "initializers": [
+            {"key": one.place, "line": one.line, "kind": one.kind} for one in found if one.kind is not None
+        ],
+        "observers": list(loaded.observers),
+        "problems": [{"key": one.place, "line": one.line, "message": one.message} for one in found if one.is_problem],
+    }

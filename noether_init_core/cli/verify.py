@@ -210,6 +210,7 @@ def _as_data(
         return str(value) if isinstance(value, Path) else value
 
     return {
+        "format": "noether-init-verify",
         "version": JSON_VERSION,
         "paths": list(paths),
         "problems": problems,

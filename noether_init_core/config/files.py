@@ -137,6 +137,11 @@ class LoadedConfig:
     source: Path | None = None
     on_invalid: str = "error"
     resume: Entry | None = None
+    document: _Document = attrs.field(factory=_Document, repr=False)
+
+    def line_of(self, *place: str | int) -> int | None:
+        """The line of a key, from 1; None where there is no file."""
+        return self.document.line(place)
 
 
 def load_config_file(path: str | os.PathLike[str]) -> LoadedConfig:
@@ -251,6 +256,7 @@ def _load(value: Any, document: _Document) -> LoadedConfig:
         document.source,
         on_invalid,
         None if resume is None or document.is_spoilt(resume.place) else resume,
+        document,
     )
 
 
