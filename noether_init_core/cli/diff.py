@@ -130,7 +130,7 @@ def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
         for row in largest:
             cosine = "" if row.cosine is None else f"  cosine {row.cosine:.6f}"
             yield from filled(
-                Text(f"   {_number(row.relative_norm)}{cosine}"),
+                Text(f"   {_number(row.relative_norm):<7}{cosine}"),
                 [Text(printable(row.key))],
                 width,
                 "      ",
