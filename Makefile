@@ -56,6 +56,7 @@ bench: env  ## Measure loading and saving against other ways; writes benchmarks/
 	$(PYTHON) benchmarks/load.py
 	$(PYTHON) benchmarks/plan.py
 	$(PYTHON) benchmarks/kinds.py
+	$(PYTHON) benchmarks/look.py
 
 pictures: demo browser  ## Take the pictures of pages that the documentation shows
 	$(PYTHON) tools/pictures.py runs/demo
