@@ -1,160 +1,285 @@
-"""``noether-init inspect PATH``: the sets of a run, the runs of an output root, or the tensors of a file."""
+"""``noether-init inspect PATH``: what is in a file, a set, a run or an output root."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from noether_init_core.cli.asked_path import absent, text_instead
-from noether_init_core.errors import CheckpointNotFoundError
+from noether_init_core.errors import printable
 
 if TYPE_CHECKING:
-    from noether_init_core.checkpoints.store import RunStore
+    from noether_init_core.looking.values import (
+        Content,
+        Found,
+        FoundFile,
+        FoundPart,
+        FoundRoot,
+        FoundRun,
+        FoundRunFolder,
+        FoundSetFolder,
+    )
 
 __all__ = ["run"]
+
+# symbol, word and colour of what vouches for a set
+_MARKS = {"committed": ("=", "green"), "legacy": ("o", "yellow"), None: ("-", "dim")}
+_MOST_TIED = 5
+_MOST_TEXTS = 4
+_NARROW = 80
 
 
 def run(
     path: Annotated[
-        Path, typer.Argument(help="A run folder, an output root, or a checkpoint file.", show_default=False)
+        Path,
+        typer.Argument(metavar="PATH", help="A checkpoint file, a set, a run, or an output root.", show_default=False),
     ],
+    unfolded: Annotated[bool, typer.Option("--all", help="A line for each key of a file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
 ) -> None:
-    """Show what a folder or a file holds. Only headers are read, and nothing is created."""
-    if path.is_dir():
-        _folder(path)
-    elif path.exists():
-        error = text_instead(path)
-        if error is not None:
-            raise error
-        _file(path)
-    else:
+    """Show what a file or a folder holds. Only headers and manifests are read, and nothing is created.
+
+    Exit code 1: something there cannot be read, or is not as it was written; the rest is shown. Whether every byte is
+    as it was written, verify says.
+    """
+    if not path.exists():
         raise absent(path)
+    error = text_instead(path)
+    if error is not None:
+        raise error
+    found = _look(path)
+    if as_json:
+        from noether_init_core.looking.values import to_json_data
 
-
-def _folder(path: Path) -> None:
-    from noether_init_core.checkpoints.store import RunStore
-    from noether_init_core.paths import PathProvider
-
-    path = path.resolve()
-    if path.name == "sets" and path.parent.name == "checkpoints":
-        path = path.parent
-    if path.name == "checkpoints":
-        path = path.parent
-    if path.parent.name == "sets" and path.parents[1].name == "checkpoints":
-        run = path.parents[2]
-        raise CheckpointNotFoundError(
-            f"{path} is a set of run {run.name}. Next: noether-init inspect {_short(run)}", path=path, asked=str(path)
-        )
-    below = RunStore(PathProvider(path, "run"))
-    own = RunStore(PathProvider(path.parent, path.name or "run"))
-    if own.folder.is_dir():
-        _sets(own, path.name)
-    stages = own.stages()
-    for stage in stages:
-        _sets(RunStore(PathProvider(path.parent, path.name, stage)), f"{path.name}/{stage}")
-    if stages or own.folder.is_dir():
-        return
-    runs = below.runs()
-    if not runs:
-        raise CheckpointNotFoundError(
-            f"{path} holds no run: there is no folder named checkpoints in it, nor one or two levels below. "
-            "Next: noether-init inspect PATH, with an output root, a run folder or a file",
-            path=path,
-            asked=str(path),
-        )
-    for name in runs:
-        stages = below.stages(name)
-        typer.echo(f"{name}{': stages ' + ', '.join(stages) if stages else ''}")
-    typer.echo(f"\n{len(runs)} runs. Next: noether-init inspect {path / runs[0]}")
-
-
-def _sets(store: RunStore, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold", title=Text(title), title_justify="left")
-    for column in ("", "iteration", "tags", "weights", "optimizer", "trainer"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("", "iteration"))
-    for found in reversed(store.sets()):
-        iteration = store.iteration_of(found)
-        weights = [
-            f"{file.model} ({file.info})" if file.info else file.model for file in found.files if file.part == "model"
-        ]
-        cells = [
-            "committed" if found.committed else "legacy",
-            str(iteration) if iteration is not None else "unknown",
-            # the tag of its own iteration stands in the column before
-            ", ".join(tag for tag in found.tags if tag != str(iteration)),
-            ", ".join(weights),
-            ", ".join(found.models("optim")),
-            ", ".join(found.models("trainer")),
-        ]
-        table.add_row(*(Text(cell) for cell in cells))
-    Console().print(table)
-    for name in store.uncommitted():
-        typer.echo(f"- {name}: uncommitted, never picked")
-    broken = store.broken()
-    for error in broken:
-        typer.echo(f"x {error}")
-    if broken:
+        typer.echo(json.dumps(to_json_data(found), indent=1))
+    else:
+        _show(found, unfolded=unfolded)
+    if found.problems:
         raise typer.Exit(1)
 
 
-def _file(path: Path) -> None:
+def _look(path: Path) -> Found:
+    if path.is_dir():
+        from noether_init_core.looking.runs import look_at_folder
+
+        return look_at_folder(path)
+    from noether_init_core.looking.files import look_at_file
+
+    return look_at_file(path)
+
+
+def _show(found: Found, *, unfolded: bool) -> None:
+    from noether_init_core.looking.values import FoundFile, FoundRunFolder, FoundSetFolder
+
+    if isinstance(found, FoundFile):
+        _show_file(found, unfolded=unfolded)
+    elif isinstance(found, FoundSetFolder):
+        _show_set(found)
+    elif isinstance(found, FoundRunFolder):
+        _show_run(found)
+    else:
+        _show_root(found)
+
+
+def _show_file(found: FoundFile, *, unfolded: bool) -> None:
+    from noether_init_core.render.folding import fold_alike
+    from noether_init_core.render.words import amount
+
+    looks = {one.key: (one.dtype, one.shape) for one in found.keys}
+    lines = len(looks)
+    if unfolded:
+        rows = [(key, dtype, _shape(shape), amount(prod(shape))) for key, (dtype, shape) in looks.items()]
+        _print(("key", "dtype", "shape", "elements"), rows)
+    elif looks:
+        table = []
+        for pattern, keys in fold_alike(looks):
+            dtype, shape = looks[keys[0]]
+            elements = amount(len(keys) * prod(shape))
+            table.append((pattern.text(_MOST_TEXTS), str(len(keys)), dtype, _shape(shape), elements))
+        _print(("key", "keys", "dtype", "shape", "elements"), table)
+        lines = len(table)
+    for keys in found.tied[:_MOST_TIED]:
+        typer.echo(printable(f"tied: {' = '.join(keys)}"))
+    if found.tied[_MOST_TIED:]:
+        typer.echo(f"tied: and {len(found.tied) - _MOST_TIED} more (--json has them)")
+    if found.committed:
+        typer.echo(printable(f"committed set: {found.path.resolve().parent.name} ({', '.join(found.tags)})"))
+    for what, said in found.facts:
+        typer.echo(printable(f"{what}: {said}"))
+    if found.file_format == "torch" and not found.has_checksums and found.content.bytes:
+        typer.echo("no checksums: its bytes can be verified by a digest only")
+    _show_problems(found.problems)
+    unfolds = " (--all unfolds)" if lines < len(looks) else ""
+    typer.echo(f"{_said(found.content)}, {found.file_format} format{unfolds}")
+
+
+def _show_set(found: FoundSetFolder) -> None:
+    from noether_init_core.render.words import amount
+
+    one = found.set
+    run = found.run_id if found.stage is None else f"{found.run_id}/{found.stage}"
+    typer.echo(printable(f"set {one.name} of run {run}, committed {one.created or ''}".rstrip()))
+    rows = []
+    for file in one.files:
+        content = file.content
+        numbers = ("?", "?") if content is None else (str(content.tensors), amount(content.elements))
+        rows.append((file.model, _part(file), *numbers, "gone" if file.bytes is None else f"{file.bytes:,}", file.name))
+    _print(("model", "part", "tensors", "elements", "bytes", "file"), rows)
+    typer.echo(printable(f"tags: {', '.join(one.tags)}"))
+    for file in one.files:
+        if file.part == "model" and file.info is None and file.content is not None:
+            typer.echo(printable(f"weights of {file.model}: {_said(file.content)}"))
+    if found.probe is not None:
+        outputs = ", ".join(output or "the output" for output in found.probe.outputs[:_MOST_TIED])
+        typer.echo(printable(f"probe: of {found.probe.model}: {outputs}, {found.probe.bytes:,} bytes"))
+    else:
+        typer.echo("probe: none")
+    typer.echo(f"where weights came from: {'recorded' if one.has_provenance else 'not recorded'}")
+    _show_problems(found.problems)
+    typer.echo(f"{len(one.files)} files, {one.bytes:,} bytes in all")
+
+
+def _show_run(found: FoundRunFolder) -> None:
+    for number, one in enumerate(found.stages):
+        if number:
+            typer.echo("")
+        _show_stage(one)
+
+
+def _show_stage(one: FoundRun) -> None:
+    typer.echo(printable(one.run_id if one.stage is None else f"{one.run_id}/{one.stage}"))
+    if one.sets:
+        with_probes = any(found.has_probe for found in one.sets)
+        rows: list[tuple[str | tuple[str, str], ...]] = []
+        for found in one.sets:
+            # the tag of its own iteration stands in the column before
+            tags = ", ".join(tag for tag in found.tags if tag != found.iteration)
+            weights = [f"{file.model} ({file.info})" if file.info else file.model for file in _of(found.files, "model")]
+            optimizers = [file.model for file in _of(found.files, "optim")]
+            trainers = [file.model for file in _of(found.files, "trainer")]
+            probe = ["yes" if found.has_probe else "no"] if with_probes else []
+            rows.append(
+                (
+                    _marked(found.state),
+                    found.iteration or "unknown",
+                    tags,
+                    ", ".join(dict.fromkeys(weights)),
+                    ", ".join(optimizers),
+                    ", ".join(trainers),
+                    *probe,
+                    f"{found.bytes:,}",
+                )
+            )
+        probe = ["probe"] if with_probes else []
+        _print(("", "iteration", "tags", "weights", "optimizer", "trainer", *probe, "bytes"), rows)
+    for model in one.models:
+        typer.echo(printable(f"weights of {model.model}: {_said(model.content)}"))
+    for name in one.uncommitted:
+        typer.echo(printable(f"- {name}: uncommitted, never picked"))
+    _show_problems(one.problems)
+    typer.echo(f"{_counted(len(one.sets), 'set')}, {one.bytes:,} bytes" if one.sets else "no sets")
+
+
+def _show_root(found: FoundRoot) -> None:
+    rows = []
+    for one in found.runs:
+        tags = ", ".join(tag for tag in one.tags if tag != one.newest)
+        models = ", ".join(one.models)
+        rows.append(
+            (_marked(one.state), one.name, one.newest or "unknown", tags, models, str(one.sets), f"{one.bytes:,}")
+        )
+    _print(("", "run", "newest", "tags", "models", "sets", "bytes"), rows)
+    for one in found.runs:
+        if one.uncommitted:
+            typer.echo(printable(f"- {one.name}: {_counted(one.uncommitted, 'save')} never finished, never picked"))
+    _show_problems(found.problems)
+    first = shlex.quote(str(_from_here(found.runs[0].path)))
+    typer.echo(f"{_counted(len(found.runs), 'run')}. Next: noether-init inspect {first}")
+
+
+def _show_problems(problems: Iterable[str]) -> None:
+    for problem in problems:
+        typer.echo(f"x {printable(problem)}")
+
+
+def _of(files: Sequence[FoundPart], part: str) -> list[FoundPart]:
+    return [file for file in files if file.part == part]
+
+
+def _part(file: FoundPart) -> str:
+    name = {"model": "weights", "optim": "optimizer", "trainer": "trainer"}[file.part]
+    return f"{name} ({file.info})" if file.info else name
+
+
+def _from_here(path: Path) -> Path:
+    """Below the current folder as it is seen from there."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) and path != here else path
+
+
+def _marked(state: str | None) -> tuple[str, str]:
+    symbol, style = _MARKS[state]
+    return f"{symbol} {state or 'empty'}", style
+
+
+def _said(content: Content) -> str:
+    """``40 tensors (float32), 57.1 k parameters, 228,312 bytes``."""
+    from noether_init_core.render.words import amount
+
+    if content.parameters is None:
+        numbers = f"{amount(content.elements)} elements"
+    else:
+        numbers = f"{amount(content.parameters)} parameters"
+        buffers = content.elements - content.parameters
+        numbers += f" and {amount(buffers)} elements of buffers" if buffers else ""
+    return f"{_counted(content.tensors, 'tensor')}{_dtypes(content.dtypes)}, {numbers}, {content.bytes:,} bytes"
+
+
+def _dtypes(dtypes: Mapping[str, int]) -> str:
+    if not dtypes:
+        return ""
+    shown = [f"{number} {dtype}" for dtype, number in dtypes.items()] if len(dtypes) > 1 else [*dtypes]
+    return f" ({', '.join(shown)})"
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _print(columns: Sequence[str], rows: Iterable[Sequence[str | tuple[str, str]]]) -> None:
+    """A table without lines; a cell may be a text and its colour."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from noether_init_core.checkpoints.reader import open_checkpoint
-
+    console = Console()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("key", "dtype", "shape"):
-        table.add_column(column, overflow="fold")
-    with open_checkpoint(path) as reader:
-        tensors = reader.tensors
-        for key, info in tensors.items():
-            shape = ", ".join(str(size) for size in info.shape)
-            table.add_row(Text(str(key)), Text(info.dtype), Text(f"[{shape}]"))
-        total = sum(info.nbytes for info in tensors.values())
-        facts = _facts(reader.metadata)
-    Console().print(table)
-    for fact in facts:
-        typer.echo(fact)
-    typer.echo(f"{len(tensors)} tensors, {total:,} bytes, {reader.format} format")
-
-
-def _facts(metadata: Mapping[str, Any]) -> list[str]:
-    """What a file says besides tensors, a line each: run, iteration, and of a loop seed, names, place in the data.
-
-    The file may be anybody's, so nothing is taken for granted.
-    """
-    state = _mapping(metadata, "trainer_state")
-    loader = _mapping(state, "loader")
-    said = {
-        "run": metadata.get("run_id"),
-        "iteration": ", ".join(f"{name} {count}" for name, count in _mapping(metadata, "training_iteration").items()),
-        "seed": state.get("seed"),
-        "with state": ", ".join(map(str, _mapping(state, "stateful"))),
-        "callbacks": ", ".join(map(str, _mapping(metadata, "callback_state_dicts"))),
-        "data": f"{loader['batch']} batches of this epoch are consumed" if "batch" in loader else None,
-    }
-    return [_printable(f"{name}: {value}") for name, value in said.items() if value not in (None, "")]
-
-
-def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = values.get(key)
-    return found if isinstance(found, Mapping) else {}
-
-
-def _printable(text: str) -> str:
-    shown = text if len(text) <= 200 else text[:197] + "..."
-    return "".join(character if character.isprintable() else "?" for character in shown)
-
-
-def _short(path: Path) -> Path:
-    """Below the current folder as it is seen from there."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    lines = [[(cell, "") if isinstance(cell, str) else cell for cell in row] for row in rows]
+    for number, column in enumerate(columns):
+        is_number = column in ("keys", "elements", "tensors", "bytes", "sets")
+        # a short name is not broken for the sake of tags
+        is_short = column == "run" and all(len(line[number][0]) <= console.width // 3 for line in lines)
+        table.add_column(
+            column,
+            overflow="fold",
+            no_wrap=is_number or is_short or column in ("", "iteration", "newest", "dtype"),
+            justify="right" if is_number else "left",
+        )
+    is_narrow = columns[0] == "" and console.width < _NARROW
+    for line in lines:
+        # on a narrow terminal the symbol has to do; what it means stands below
+        shown = [(line[0][0][:1], line[0][1]), *line[1:]] if is_narrow else line
+        table.add_row(*(Text(printable(text), style) for text, style in shown))
+    console.print(table)
+    if is_narrow:
+        typer.echo(", ".join(dict.fromkeys(line[0][0] for line in lines)))

@@ -11,6 +11,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 
@@ -18,7 +19,7 @@ from noether_init_core.checkpoints.memory import no_garbage_collection
 from noether_init_core.surgery.plan import Action, PlanRow
 from noether_init_core.surgery.steps import Step
 
-__all__ = ["Fold", "KeyPattern", "fold_keys", "fold_rows", "printable"]
+__all__ = ["Fold", "KeyPattern", "fold_alike", "fold_keys", "fold_rows", "printable"]
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>0|[1-9][0-9]*)", re.DOTALL)
 _SPECIAL = re.compile(r"[\\{},*]")
@@ -144,6 +145,25 @@ def fold_keys(keys: Sequence[str], known: Iterable[str]) -> tuple[KeyPattern, ..
     return tuple(pattern for pattern, _ in _patterns(pairs, _Known([*known, *keys])))
 
 
+def fold_alike(keys: Mapping[str, Hashable]) -> tuple[tuple[KeyPattern, tuple[str, ...]], ...]:
+    """Fold keys that have the same value, such as a dtype and a shape: each pattern with its keys, by its first key.
+
+    Every key is in exactly one of them, and no pattern matches a key of another.
+    """
+    with no_garbage_collection():
+        known = _Known(keys)
+        places = {key: number for number, key in enumerate(keys)}
+        groups: dict[Hashable, list[str]] = {}
+        for key, value in keys.items():
+            groups.setdefault(value, []).append(key)
+        found = [
+            (pattern, tuple(sorted(members, key=places.__getitem__)))
+            for group in groups.values()
+            for pattern, members in _patterns([(key, key) for key in group], known)
+        ]
+    return tuple(sorted(found, key=lambda one: places[one[1][0]]))
+
+
 def printable(text: str) -> str:
     """``text`` with an escape in the place of each character that a terminal would act on or not show."""
     if text.isprintable():
@@ -256,15 +276,15 @@ class _Node:
     ``shape`` is equal for nodes with the same names below, of which the same share is all that there is.
     """
 
-    values: list[PlanRow | None] = attrs.Factory(list)
+    values: list[Any] = attrs.Factory(list)
     children: dict[str, _Node] = attrs.Factory(dict)
     count: int = 0
     shape: int = 0
     is_whole: bool = False
 
 
-def _patterns(pairs: Sequence[tuple[str, PlanRow | None]], known: _Known) -> list[tuple[KeyPattern, list[PlanRow]]]:
-    """Disjoint patterns for the names of ``pairs``, each with the rows of its names."""
+def _patterns(pairs: Sequence[tuple[str, Any]], known: _Known) -> list[tuple[KeyPattern, list[Any]]]:
+    """Disjoint patterns for the names of ``pairs``, each with the values (rows, say) of its names; not with None."""
     root = _Node()
     for key, value in pairs:
         node = root
@@ -313,7 +333,7 @@ def _is_of_one_kind(children: Mapping[str, _Node]) -> bool:
 
 def _lines(
     nodes: Sequence[_Node], before: tuple[tuple[str, ...], ...], known: _Known
-) -> Iterator[tuple[KeyPattern, list[PlanRow | None]]]:
+) -> Iterator[tuple[KeyPattern, list[Any]]]:
     """The patterns at and below ``nodes``, which are alike and whose places differ only in the last of ``before``."""
     first = nodes[0]
     if first.values:
@@ -332,7 +352,7 @@ def _lines(
         yield from _lines(members, (*before, tuple(texts)), known)
 
 
-def _below(node: _Node) -> Iterator[PlanRow | None]:
+def _below(node: _Node) -> Iterator[Any]:
     for child in node.children.values():
         yield from child.values
         yield from _below(child)
