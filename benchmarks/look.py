@@ -1,8 +1,8 @@
 """How long it takes to look into a file of 1.2 GB, and how much of it is read: ``python benchmarks/look.py``.
 
 The command is started as a user starts it, and compared in the same run with ``python -c pass`` (the interpreter alone)
-and with ``python -c "import torch"``. Bytes are those of the file that the system was asked for (Linux). The safetensors
-library, which checks every header after us, maps the file and touches nothing but that header.
+and with ``python -c "import torch"``. Bytes are those of the file that the system was asked for (Linux). The
+safetensors library, which checks every header after us, maps the file and touches nothing but that header.
 """
 
 from __future__ import annotations

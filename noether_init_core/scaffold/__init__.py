@@ -1,4 +1,4 @@
-"""What ``noether-init new`` and ``example`` write: names, a template, and the one place that puts a new package on disk.
+"""What ``noether-init new`` and ``example`` write: names, templates, and the one place that puts a package on disk.
 
 Here live the rules for names (``naming``), the template and its rendering (``render``, ``template/``) and the writing
 (``writing``). Neither torch nor a kind is imported here; what is printed is the command's.
