@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from noether_init_core.comparing.values import CheckpointDiff, DiffRow, DiffSide, State
+    from noether_init_core.render.folding import KeyPattern
 
 __all__ = ["run"]
 
@@ -156,10 +157,13 @@ def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
     """For each line its beginning and what follows."""
     from rich.text import Text
 
-    from noether_init_core.render.folding import fold_keys, printable
+    from noether_init_core.render.folding import fold_alike, printable
     from noether_init_core.render.words import amount, counted
 
-    known = [row.key for row in rows]
+    by_key = {row.key: row for row in rows}
+    folds: dict[str, list[tuple[KeyPattern, list[DiffRow]]]] = {}
+    for pattern, keys in () if show_all else fold_alike({row.key: (row.state, _way(row)) for row in rows}):
+        folds.setdefault(by_key[keys[0]].state, []).append((pattern, [by_key[key] for key in keys]))
     word = max(len(_MARKS[row.state][1]) for row in rows)
     for state, (symbol, said, style) in _MARKS.items():
         chosen = [row for row in rows if row.state == state]
@@ -170,22 +174,18 @@ def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
             for row in chosen:
                 yield [Text(start, style), Text(printable(row.key)), *_details([row])]
             continue
-        lines, shown = 0, 0
-        for alike in _by_way(chosen):
-            if lines >= _MOST_LINES:
-                break
-            for pattern in fold_keys([row.key for row in alike], known)[: _MOST_LINES - lines]:
-                members = [row for row in alike if pattern.matches(row.key)]
-                lines, shown = lines + 1, shown + len(members)
-                yield [
-                    Text(start, style),
-                    Text(printable(pattern.text(_MOST_TEXTS))),
-                    Text(counted(len(members), "key"), "dim"),
-                    Text(amount(sum(row.elements for row in members)), "dim"),
-                    *_details(members),
-                ]
-        if shown < len(chosen):
-            yield [Text(start, style), Text(f"{counted(len(chosen) - shown, 'more key')} (--all shows them)")]
+        listed = folds[state][:_MOST_LINES]
+        for pattern, members in listed:
+            yield [
+                Text(start, style),
+                Text(printable(pattern.text(_MOST_TEXTS))),
+                Text(counted(len(members), "key"), "dim"),
+                Text(amount(sum(row.elements for row in members)), "dim"),
+                *_details(members),
+            ]
+        left = len(chosen) - sum(len(members) for _pattern, members in listed)
+        if left:
+            yield [Text(start, style), Text(f"{counted(left, 'more key')} (--all shows them)")]
 
 
 def _in_columns(lines: Sequence[list[Text]], most: int) -> Iterator[list[Text]]:
@@ -199,13 +199,6 @@ def _in_columns(lines: Sequence[list[Text]], most: int) -> Iterator[list[Text]]:
         for column, width in zip((2, 3), numbers, strict=True):
             line[column].pad_left(width - len(line[column]))
     yield from lines
-
-
-def _by_way(rows: Sequence[DiffRow]) -> Collection[list[DiffRow]]:
-    found: dict[tuple[Any, ...], list[DiffRow]] = {}
-    for row in rows:
-        found.setdefault(_way(row), []).append(row)
-    return found.values()
 
 
 def _way(row: DiffRow) -> tuple[Any, ...]:

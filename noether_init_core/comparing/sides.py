@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,12 @@ def side_at(path: Path | str) -> Side:
         path = path.with_name(name) if name else path
     if not path.exists():
         raise CheckpointNotFoundError(f"{path} does not exist", path=path, asked=str(path))
+    if path.is_file() and tag is not None:
+        raise CheckpointNotFoundError(
+            f"{path} is a file, and @{tag} means a set of a run. Next: RUN@{tag}, or {path} alone",
+            path=path,
+            asked=f"{path}@{tag}",
+        )
     if path.is_file():
         parsed = parse(path.name)
         return Side(DiffSide(str(path)), {"" if parsed is None else _name(parsed.model, parsed.info): path})
@@ -80,7 +87,15 @@ def _name(model: str, info: str | None) -> str:
 
 
 def _store_at(path: Path) -> RunStore:
-    stores = stores_at(path)
+    try:
+        stores = stores_at(path)
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"{path} holds no checkpoints: it is no file, and neither a run folder nor one of a set. "
+            f"Next: noether-init inspect {shlex.quote(str(path))}",
+            path=path,
+            asked=str(path),
+        ) from error
     if len(stores) > 1:
         names = [str(path / one.folder.parent.relative_to(path.resolve())) for one in stores]
         raise CheckpointNotFoundError(
