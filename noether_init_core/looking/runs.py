@@ -55,7 +55,7 @@ def look_at_folder(path: Path) -> FoundSetFolder | FoundRunFolder | FoundRoot:
     """
     given, path = path, path.resolve()
     if path.parent.name == SETS_FOLDER and path.parents[1].name == _CHECKPOINTS:
-        return _look_at_set(path)
+        return _look_at_set(path, given)
     if path.name == SETS_FOLDER and path.parent.name == _CHECKPOINTS:
         path = path.parent
     if path.name == _CHECKPOINTS:
@@ -199,7 +199,7 @@ def _bytes_in(folder: Path) -> int:
         return 0
 
 
-def _look_at_set(path: Path) -> FoundSetFolder:
+def _look_at_set(path: Path, given: Path) -> FoundSetFolder:
     checkpoints = path.parents[1]
     store = _as_recorded(_store(checkpoints.parent))
     folder = next((one for one in set_folders(checkpoints, store.storage) if one.path.name == path.name), None)
@@ -223,7 +223,7 @@ def _look_at_set(path: Path) -> FoundSetFolder:
     contents = {file.path.name: _content(one, file, problems) for file in one.files if file.path.exists()}
     files = tuple(attrs.evolve(part, content=contents.get(part.name)) for part in found.files)
     return FoundSetFolder(
-        path,
+        given,
         one.run_id,
         one.stage_name,
         attrs.evolve(found, files=files),

@@ -237,15 +237,10 @@ _TYPES: Mapping[type[Found], str] = {
 
 def to_json_data(found: Found) -> dict[str, Any]:
     """As ``noether-init inspect --json`` prints it; ``docs/schemas/inspect.schema.json`` describes it."""
-
-    def plain(_instance: Any, attribute: Any, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
     values = attrs.asdict(
         found,
-        value_serializer=plain,
         filter=lambda attribute, _value: attribute.name != "facts",
-        retain_collection_types=False,
+        value_serializer=lambda _instance, _attribute, value: str(value) if isinstance(value, Path) else value,
     )
     return {
         "format": FORMAT,

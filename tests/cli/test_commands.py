@@ -13,7 +13,6 @@ import attrs
 import pytest
 import torch
 from support.foreign import INITIALIZER, ForeignPackages
-from support.handmade import write_safetensors
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind, cli, kinds
 from noether_init_core.cli import overview
@@ -233,113 +232,6 @@ def test_validate_of_an_absent_file_names_its_neighbours(invoke: Invoke, tmp_pat
     result = invoke("validate", tmp_path / "init.yaml")
     assert (result.code, result.out) == (1, "")
     assert "other.yaml" in result.err
-
-
-def test_inspect_shows_the_sets_of_a_run_newest_first(invoke: Invoke, noether_runs: Path) -> None:
-    """Tags, iterations and parts, whether the run, its stage or its checkpoints folder is given."""
-    run = noether_runs / "mlp_train"
-    outputs = [invoke("inspect", path) for path in (run, run / "train", run / "train" / "checkpoints")]
-    assert invoke("inspect", run / "trian").err.endswith(f"Next: noether-init inspect {run / 'train'}\n")
-    for result in outputs:
-        assert result.code == 0
-        rows = [line.split() for line in result.out.splitlines()]
-        assert ["legacy", "E4_U16_S128", "latest", "mlp,", "mlp", "(ema=0.9)", "mlp", "mlp"] in rows
-        assert ["legacy", "E3_U12_S96", "best_model.loss.val.total", "mlp"] in rows
-    assert outputs[0].out.splitlines()[0].strip() == "mlp_train/train"
-
-
-def test_inspect_lists_the_runs_of_an_output_root(invoke: Invoke, noether_runs: Path) -> None:
-    """Each with its stages."""
-    result = invoke("inspect", noether_runs)
-    assert result.code == 0
-    assert result.out.splitlines()[:3] == [
-        "composite: stages pretrain",
-        "early_stop: stages train",
-        "mlp_train: stages train",
-    ]
-
-
-def test_inspect_lists_the_tensors_of_a_file(invoke: Invoke, noether_runs: Path) -> None:
-    """Key, dtype and shape from the header."""
-    result = invoke("inspect", noether_runs / "mlp_train/train/checkpoints/mlp_cp=latest_model.th")
-    assert result.code == 0
-    rows = [line.split(maxsplit=2) for line in result.out.splitlines()]
-    assert ["head.weight", "float32", "[4, 24]"] in [[cell.strip() for cell in row] for row in rows]
-    assert result.out.splitlines()[-1] == "29 tensors, 15,712 bytes, torch format"
-
-
-def test_inspect_lists_the_tensors_of_a_safetensors_file(invoke: Invoke, tmp_path: Path) -> None:
-    """The same table; the last line says the format. A damaged one ends with the reason."""
-    header = {"__metadata__": {"format": "pt"}, "w": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}
-    result = invoke("inspect", write_safetensors(tmp_path / "a.safetensors", header, bytes(8)))
-    assert [line.split() for line in result.out.splitlines()][1] == ["w", "bfloat16", "[2,", "2]"]
-    assert result.out.splitlines()[-1] == "1 tensors, 8 bytes, safetensors format"
-    result = invoke("inspect", write_safetensors(tmp_path / "b.safetensors", header, bytes(9)))
-    assert (result.code, "1 bytes behind its last tensor" in result.err) == (1, True)
-
-
-@pytest.fixture
-def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a set in the middle of an epoch, with a schedule."""
-    import torch
-
-    from noether_init_core import CheckpointWriter, PathProvider, TrainerState, bind
-
-    monkeypatch.chdir(tmp_path)
-    network = torch.nn.Linear(4, 2)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    state = TrainerState(seed=7, schedule=torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9))
-    batches = iter(state.loader([torch.zeros(4)] * 20, batch_size=5))
-    for _update in range(3):
-        next(batches)
-        state.advance()
-    model = bind(network, name="mlp", optimizer=optimizer)
-    CheckpointWriter(PathProvider("runs", "killed")).save(model, trainer=state, tags=("latest", "best_model.loss.val"))
-    return next((tmp_path / "runs" / "killed" / "checkpoints" / "sets").iterdir())
-
-
-def test_inspect_of_a_trainer_file_says_where_the_loop_was(invoke: Invoke, saved: Path) -> None:
-    """Run, iteration, seed, the objects with state, and how far into the data."""
-    result = invoke("inspect", next(saved.glob("*_trainer.th")))
-    assert result.out.splitlines()[-6:-1] == [
-        "run: killed",
-        "iteration: epoch 0, update 3, sample 15",
-        "seed: 7",
-        "with state: schedule",
-        "data: 3 batches of this epoch are consumed",
-    ]
-
-
-def test_inspect_of_a_set_names_its_run(invoke: Invoke, saved: Path) -> None:
-    """With the command that lists it."""
-    result = invoke("inspect", saved)
-    assert (result.code, result.out) == (1, "")
-    assert result.err.endswith(f"is a set of run killed. Next: noether-init inspect {Path('runs', 'killed')}\n")
-
-
-def test_inspect_takes_the_folder_of_sets(invoke: Invoke, saved: Path) -> None:
-    """As verify does; a config is told which command checks it."""
-    assert invoke("inspect", saved.parent) == invoke("inspect", saved.parents[1])
-    Path("init.yaml").write_text("initializers: []")
-    assert "noether-init validate init.yaml checks it" in invoke("inspect", "init.yaml").err
-
-
-def test_inspect_fits_80_columns(invoke: Invoke, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line for a set: the tag of the iteration is not said twice."""
-    monkeypatch.setenv("COLUMNS", "80")
-    result = invoke("inspect", Path("runs", "killed"))
-    assert [line.split() for line in result.out.splitlines()[2:]] == [
-        ["committed", "E0_U3_S15", "latest,", "best_model.loss.val", "mlp", "mlp", "mlp"]
-    ]
-
-
-def test_inspect_of_what_is_no_run_and_no_file_creates_nothing(invoke: Invoke, tmp_path: Path) -> None:
-    """An absent path and an empty folder are errors."""
-    assert "does not exist" in invoke("inspect", tmp_path / "absent").err
-    result = invoke("inspect", tmp_path)
-    assert result.code == 1
-    assert "holds no run" in result.err
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
