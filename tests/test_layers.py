@@ -32,7 +32,6 @@ LAYERS = {
     "provenance": 4,
     "authors": 5,
     "lineage": 5,
-    "looking": 5,
     "initializers": 5,
     "contract": 6,
     "tracing": 6,
