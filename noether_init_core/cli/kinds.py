@@ -42,22 +42,39 @@ def run(
     if not found:
         typer.echo(f"no {what} is installed. Next: pip install noether-init-core")
         return
+    _show(
+        what,
+        [(_mark(info.blocked_by, counts[info.name]), printable(info.name), printable(info.source)) for info in found],
+    )
+    if any(count > 1 for count in counts.values()):
+        typer.echo(f"x what is offered more than once cannot be used; see {kinds.DENY_VARIABLE}")
+
+
+def _mark(blocked_by: str | None, count: int) -> tuple[str, str]:
+    if blocked_by is not None:
+        return f"- {blocked_by}", "dim"
+    return ("x conflict", "red") if count > 1 else ("ok", "green")
+
+
+def _show(what: str, rows: list[tuple[tuple[str, str], str, str]]) -> None:
+    """A table; where it does not fit, who offers a kind stands below it, so that no name is broken."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", what, "offered by"):
-        table.add_column(column, overflow="fold")
-    for info in found:
-        if info.blocked_by is not None:
-            mark, style = f"- {info.blocked_by}", "dim"
-        elif counts[info.name] > 1:
-            mark, style = "x conflict", "red"
-        else:
-            mark, style = "ok", "green"
-        cells = [Text(mark, style), *(Text(printable(text)) for text in (info.name, info.source))]
-        table.add_row(*cells)
-    Console().print(table)
-    if any(count > 1 for count in counts.values()):
-        typer.echo(f"x what is offered more than once cannot be used; see {kinds.DENY_VARIABLE}")
+    console = Console()
+    widths = [
+        max(len(cell) for cell in column) for column in zip(*((mark[0], *rest) for mark, *rest in rows), strict=True)
+    ]
+    if sum(widths) + 4 <= console.width:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("", what, "offered by"):
+            table.add_column(column, no_wrap=True)
+        for (mark, style), name, source in rows:
+            table.add_row(Text(mark, style), Text(name), Text(source))
+        console.print(table)
+        return
+    for (mark, style), name, source in rows:
+        # a line that is too long all the same is broken by the terminal, and copied as one
+        console.print(Text(mark, style).append(f"  {name}", "not dim"), soft_wrap=True)
+        console.print(Text(f"      {source}", "dim"), soft_wrap=True)

@@ -26,9 +26,10 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
         schemas: Kind -> the schema of its config class.
         observers: Names of installed observers.
 
-    Noether's own resolved configs have another form, and no schema here.
+    Noether's own resolved configs have another form, and no schema here. Numbers and booleans pass for texts: what an
+    editor takes ``run_id: 20260219`` for is a text to the file's reader.
     """
-    definitions = {kind: _apart(kind, kind_schema(kind, schema)) for kind, schema in schemas.items()}
+    definitions = {kind: _as_written(_apart(kind, kind_schema(kind, schema))) for kind, schema in schemas.items()}
     entry = {
         "type": "object",
         "required": ["kind"],
@@ -89,6 +90,16 @@ def _apart(kind: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_apart(kind, item) for item in value]
     return value
+
+
+def _as_written(value: Any) -> Any:
+    """Any scalar passes for a text, unless it is one of certain words."""
+    if isinstance(value, Mapping):
+        found = {key: _as_written(item) for key, item in value.items()}
+        if value.get("type") == "string" and not {"const", "enum"} & value.keys():
+            found["type"] = ["string", "number", "boolean"]
+        return found
+    return [_as_written(item) for item in value] if isinstance(value, list) else value
 
 
 def _pointer(name: str) -> str:

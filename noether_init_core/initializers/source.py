@@ -92,7 +92,9 @@ class SourceInitializerConfig(KindConfig):
     on_unmatched_rule: Literal["error", "warn"] | None = pydantic.Field(
         default=None, description="What a rule that matches nothing leads to: an error; for Noether's fields a warning."
     )
-    min_coverage: Annotated[dict[Glob, Share], pydantic.BeforeValidator(_for_all)] = pydantic.Field(
+    min_coverage: Annotated[
+        dict[Glob, Share], pydantic.BeforeValidator(_for_all, json_schema_input_type=Share | dict[Glob, Share])
+    ] = pydantic.Field(
         default={},
         description="Least share of the parameters that must come from checkpoints, from 0 to 1; or globs -> shares.",
     )

@@ -197,8 +197,18 @@ class StepConfig(_Strict):
         raise ValueError("a step that says nothing")
 
 
+#: What a rule is; it has exactly one of them.
+_RULES = ("from", "from_regex", "drop", "keep_model", "only")
+
+
 class TransformConfig(_Strict):
     """One rule: a move (``from`` or ``from_regex``, with ``to``, ``do``), ``drop``, ``keep_model`` or ``only``."""
+
+    model_config = pydantic.ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in _RULES]
+        }
+    )
 
     from_: Patterns | None = pydantic.Field(
         default=None, alias="from", description="Names in the file: <x> captures within a segment, <x..> segments."
@@ -230,7 +240,7 @@ class TransformConfig(_Strict):
         ]
         if len(said) != 1:
             has = " and ".join(said) or "none"
-            raise ValueError(f"a rule has exactly one of from, from_regex, drop, keep_model, only; this has {has}")
+            raise ValueError(f"a rule has exactly one of {', '.join(_RULES)}; this has {has}")
         if said[0] not in ("from", "from_regex"):
             surplus = [name for name in ("do", "optional", "to") if getattr(self, name)]
             if surplus:

@@ -132,6 +132,19 @@ def test_kinds_lists_every_kind_with_its_distribution(invoke: Invoke, foreign: F
     assert not marker.exists()
 
 
+def test_kinds_breaks_no_name_on_a_narrow_terminal(
+    invoke: Invoke, foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the table does not fit, who offers a kind stands below it."""
+    long = "a-distribution-with-a-name-that-is-as-long-as-some-are"
+    foreign.install(long, offers={"acme": "acme_cli:K"}, modules={"acme_cli": ""})
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.rstrip() for line in invoke("kinds").out.splitlines()]
+    assert lines[lines.index("ok  acme") + 1] == f"      {long} 1.0"
+    assert max(map(len, lines)) <= 80
+    assert f"      noether-init-core {_version()}" in lines
+
+
 def test_kinds_as_json_is_for_programs(
     invoke: Invoke, foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
