@@ -80,6 +80,11 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
 
 
+def one_line(text: str) -> str:
+    """The same, with line breaks escaped, too: a name out of a file cannot look like a line of ours."""
+    return printable(text).replace("\n", "\\n")
+
+
 class InitError(Exception):
     """Root of every error that noether-init raises on purpose."""
 

@@ -11,7 +11,7 @@ import typer
 
 from noether_init_core.cli.asked_path import absent
 from noether_init_core.cli.files import Html, check_target, write_html
-from noether_init_core.errors import CheckpointFormatError, printable
+from noether_init_core.errors import CheckpointFormatError, one_line
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -89,7 +89,7 @@ def _show(found: Lineage) -> None:
         if not _into(found, node.id) and not node.note:
             typer.echo("it came from no checkpoint: all weights were fresh")
     for problem in found.problems:
-        typer.echo(f"x {printable(problem)}")
+        typer.echo(f"x {one_line(problem)}")
 
 
 def _grow(tree: Tree, found: Lineage, name: str, *, down: bool, shown: set[str], depth: int = 1) -> None:
@@ -113,7 +113,7 @@ def _following(node: LineageNode) -> str:
         return "--json has them all"
     path = Path(node.path)
     path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"noether-init lineage {printable(shlex.quote(str(path)))}"
+    return f"noether-init lineage {one_line(shlex.quote(str(path)))}"
 
 
 def _into(found: Lineage, name: str) -> Sequence[LineageEdge]:
@@ -131,25 +131,25 @@ def _line(node: LineageNode, edge: LineageEdge | None = None, *, is_repeated: bo
 
     symbol, style = _MARKS[node.type]
     name = Path(node.id).name if node.type == "file" else node.id
-    line = Text(f"{symbol} ", style).append(printable(name), "bold")
+    line = Text(f"{symbol} ", style).append(one_line(name), "bold")
     if edge is not None:
         iteration = edge.iteration if edge.iteration != edge.tag else None
         which = " = ".join(filter(None, (edge.tag, iteration)))
-        line.append(f"  {printable(edge.kind)}", "cyan").append(f" @ {printable(which)}" if which else "")
+        line.append(f"  {one_line(edge.kind)}", "cyan").append(f" @ {one_line(which)}" if which else "")
         if edge.tensors is not None:
             share = f" ({percent(edge.share)})" if edge.share is not None else ""
-            line.append(f"  {printable(edge.model)}: {counted(edge.tensors, 'tensor')}{share}", "dim")
+            line.append(f"  {one_line(edge.model)}: {counted(edge.tensors, 'tensor')}{share}", "dim")
         if edge.note:
             line.append(f"  - {edge.note}", "yellow")
     elif node.sets:
         newest = node.sets[0]
         tags = [tag for tag in newest.tags if tag not in (newest.iteration, newest.name)]
         words = f"  {counted(len(node.sets), 'set')}, newest {newest.iteration or newest.name}"
-        line.append(words + (f" ({', '.join(map(printable, tags))})" if tags else ""), "dim")
+        line.append(words + (f" ({', '.join(map(one_line, tags))})" if tags else ""), "dim")
     if edge is None and node.resumed:
         line.append(f"  continued {counted(node.resumed, 'time')}", "dim")
     if is_repeated:
         line.append("  see above", "dim")
     elif node.note:
-        line.append(f"  - {printable(node.note)}", "yellow")
+        line.append(f"  - {one_line(node.note)}", "yellow")
     return line

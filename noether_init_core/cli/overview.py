@@ -14,7 +14,7 @@ import attrs
 import typer
 
 from noether_init_core import kinds
-from noether_init_core.errors import printable
+from noether_init_core.errors import one_line
 
 __all__ = ["run", "show_version"]
 
@@ -125,4 +125,4 @@ def _version() -> str:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return printable(", ".join(names[:_SHOWN]) + more or "none")
+    return one_line(", ".join(names[:_SHOWN]) + more or "none")

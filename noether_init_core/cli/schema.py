@@ -9,7 +9,7 @@ import typer
 
 from noether_init_core import kinds
 from noether_init_core.cli.completion import kind_names
-from noether_init_core.errors import KindError, printable
+from noether_init_core.errors import KindError, one_line
 
 __all__ = ["run"]
 
@@ -49,7 +49,7 @@ def run(
             try:
                 found[name] = kinds.resolve(name).config_class.model_json_schema()
             except KindError as error:
-                typer.echo(f"- {printable(name)} is left out: {error}", err=True)
+                typer.echo(f"- {one_line(name)} is left out: {error}", err=True)
         observers = sorted({info.name for info in installed_observers() if info.blocked_by is None})
         schema = schema_of_files(found, observers)
     typer.echo(json.dumps(schema, indent=2))

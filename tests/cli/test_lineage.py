@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
+from noether_init_core.cli.lineage import _show
+from noether_init_core.lineage.graph import LineageEdge, LineageNode, related
 
 PROGRAM = Path(sys.executable).with_name("noether-init")
 
@@ -137,3 +139,16 @@ def test_the_command_imports_no_torch(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_names_out_of_records_cannot_look_like_lines_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run whose recorded name holds a line break or an escape is one line, spelt out."""
+    nodes = [
+        LineageNode("odd\nx broken\x1b[31m", "missing", "odd", None, "odd"),
+        LineageNode("b", "run", "b", None, "b"),
+    ]
+    edges = [LineageEdge(nodes[0].id, "b", "file\nx", "m", "f", "t", None, None, 1, 0.5)]
+    _show(related("b", nodes, edges, ["a\nx b"]))
+    shown = capsys.readouterr().out
+    assert "odd\\nx broken\\x1b[31m" in shown
+    assert [line for line in shown.splitlines() if line.startswith("x ")] == ["x a\\nx b"]

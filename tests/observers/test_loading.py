@@ -124,8 +124,8 @@ def test_validate_looks_at_the_names_of_observers(tmp_path: Path) -> None:
     (tmp_path / "init.yaml").write_text("initializers:\n- {kind: resume}\nobservers: [timing, prob]\n")
     done = CliRunner().invoke(app, ["validate", str(tmp_path / "init.yaml")])
     assert done.exit_code == 1
-    assert "ok observers: timing (noether-init-core" in done.stdout
-    assert 'x observers: no observer "prob". Near: probe' in done.stdout
+    assert "ok observers.0: timing (noether-init-core" in done.stdout
+    assert 'x init.yaml:3 observers.1: no observer "prob". Near: probe' in done.stdout
 
 
 def test_config_of_an_observer_is_no_kind() -> None:
