@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from noether_init_core.cli.asked_path import absent, text_instead
-from noether_init_core.errors import printable as printable_lines
+from noether_init_core.errors import one_line, printable
 
 if TYPE_CHECKING:
     from noether_init_core.looking.values import (
@@ -105,13 +105,13 @@ def _show_file(found: FoundFile, *, unfolded: bool) -> None:
         _print(("key", "keys", "dtype", "shape", "elements"), table)
         lines = len(table)
     for keys in found.tied[:_MOST_TIED]:
-        typer.echo(_line(f"tied: {' = '.join(keys)}"))
+        typer.echo(one_line(f"tied: {' = '.join(keys)}"))
     if found.tied[_MOST_TIED:]:
         typer.echo(f"tied: and {len(found.tied) - _MOST_TIED} more (--json has them)")
     if found.committed:
-        typer.echo(_line(f"committed set: {found.path.resolve().parent.name} ({', '.join(found.tags)})"))
+        typer.echo(one_line(f"committed set: {found.path.resolve().parent.name} ({', '.join(found.tags)})"))
     for what, said in found.facts:
-        typer.echo(_line(f"{what}: {said}"))
+        typer.echo(one_line(f"{what}: {said}"))
     if found.file_format == "torch" and not found.has_checksums and found.content.bytes:
         typer.echo("no checksums: its bytes can be verified by a digest only")
     _show_problems(found.problems)
@@ -124,20 +124,20 @@ def _show_set(found: FoundSetFolder) -> None:
 
     one = found.set
     run = found.run_id if found.stage is None else f"{found.run_id}/{found.stage}"
-    typer.echo(_line(f"set {one.name} of run {run}, committed {one.created or ''}".rstrip()))
+    typer.echo(one_line(f"set {one.name} of run {run}, committed {one.created or ''}".rstrip()))
     rows = []
     for file in one.files:
         content = file.content
         numbers = ("?", "?") if content is None else (str(content.tensors), amount(content.elements))
         rows.append((file.model, _part(file), *numbers, "gone" if file.bytes is None else f"{file.bytes:,}", file.name))
     _print(("model", "part", "tensors", "elements", "bytes", "file"), rows)
-    typer.echo(_line(f"tags: {', '.join(one.tags)}"))
+    typer.echo(one_line(f"tags: {', '.join(one.tags)}"))
     for file in one.files:
         if file.part == "model" and file.info is None and file.content is not None:
-            typer.echo(_line(f"weights of {file.model}: {_said(file.content)}"))
+            typer.echo(one_line(f"weights of {file.model}: {_said(file.content)}"))
     if found.probe is not None:
         outputs = ", ".join(found.probe.outputs[:_MOST_TIED])
-        typer.echo(_line(f"probe: of {found.probe.model}: {outputs}, {found.probe.bytes:,} bytes"))
+        typer.echo(one_line(f"probe: of {found.probe.model}: {outputs}, {found.probe.bytes:,} bytes"))
     else:
         typer.echo("probe: none")
     typer.echo(f"where weights came from: {'recorded' if one.has_provenance else 'not recorded'}")
@@ -153,7 +153,7 @@ def _show_run(found: FoundRunFolder) -> None:
 
 
 def _show_stage(one: FoundRun) -> None:
-    typer.echo(_line(one.run_id if one.stage is None else f"{one.run_id}/{one.stage}"))
+    typer.echo(one_line(one.run_id if one.stage is None else f"{one.run_id}/{one.stage}"))
     if one.sets:
         with_probes = any(found.has_probe for found in one.sets)
         rows: list[tuple[str | tuple[str, str], ...]] = []
@@ -179,9 +179,9 @@ def _show_stage(one: FoundRun) -> None:
         probe = ["probe"] if with_probes else []
         _print(("", "iteration", "tags", "weights", "optimizer", "trainer", *probe, "bytes"), rows)
     for model in one.models:
-        typer.echo(_line(f"weights of {model.model}: {_said(model.content)}"))
+        typer.echo(one_line(f"weights of {model.model}: {_said(model.content)}"))
     for name in one.uncommitted:
-        typer.echo(_line(f"- {name}: uncommitted, never picked"))
+        typer.echo(one_line(f"- {name}: uncommitted, never picked"))
     _show_problems(one.problems)
     typer.echo(f"{_counted(len(one.sets), 'set')}, {one.bytes:,} bytes" if one.sets else "no sets")
 
@@ -197,22 +197,15 @@ def _show_root(found: FoundRoot) -> None:
     _print(("", "run", "newest", "tags", "models", "sets", "bytes"), rows)
     for one in found.runs:
         if one.uncommitted:
-            typer.echo(_line(f"- {one.name}: {_counted(one.uncommitted, 'save')} never finished, never picked"))
+            typer.echo(one_line(f"- {one.name}: {_counted(one.uncommitted, 'save')} never finished, never picked"))
     _show_problems(found.problems)
     first = shlex.quote(str(_from_here(found.runs[0].path)))
     typer.echo(f"{_counted(len(found.runs), 'run')}. Next: noether-init inspect {first}")
 
 
-def _line(text: str) -> str:
-    """A text of files on one line."""
-    from noether_init_core.render.folding import printable
-
-    return printable(text)
-
-
 def _show_problems(problems: Iterable[str]) -> None:
     for problem in problems:
-        typer.echo(f"x {printable_lines(problem)}")
+        typer.echo(f"x {printable(problem)}")
 
 
 def _of(files: Sequence[FoundPart], part: str) -> list[FoundPart]:
@@ -286,7 +279,7 @@ def _print(columns: Sequence[str], rows: Iterable[Sequence[str | tuple[str, str]
     for line in lines:
         # on a narrow terminal the symbol has to do; what it means stands below
         shown = [(line[0][0][:1], line[0][1]), *line[1:]] if is_narrow else line
-        table.add_row(*(Text(_line(text), style) for text, style in shown))
+        table.add_row(*(Text(one_line(text), style) for text, style in shown))
     console.print(table)
     if is_narrow:
         typer.echo(", ".join(dict.fromkeys(line[0][0] for line in lines)))

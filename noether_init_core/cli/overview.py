@@ -14,7 +14,7 @@ import attrs
 import typer
 
 from noether_init_core import kinds
-from noether_init_core.errors import one_line
+from noether_init_core.errors import CheckpointError, one_line
 
 __all__ = ["run", "show_version"]
 
@@ -22,12 +22,13 @@ JSON_VERSION = 1
 _SHOWN = 8
 # A folder may hold anything; what is beyond is not looked at.
 _MOST_ENTRIES = 500
+_MOST_FOLDERS = 2_000
 _DEPTH = 3
 
 
 @attrs.frozen
 class _Run:
-    """A folder with checkpoints, as seen from here, and the iteration of its newest committed set."""
+    """A folder with checkpoints, as seen from here, and the iteration of its newest set, where names tell it."""
 
     path: str
     newest: str | None
@@ -41,7 +42,7 @@ def show_version() -> None:
 def run(*, as_json: bool) -> None:
     """Version, kinds, runs and configs below the current folder, and the next commands that fit to them."""
     names = sorted({info.name for info in kinds.installed() if "." not in info.name and info.blocked_by is None})
-    runs = list(_runs(Path(), _DEPTH))
+    runs = sorted(_runs(), key=lambda one: one.path)
     configs = sorted(entry.name for entry in _entries(Path()) if entry.name.endswith((".yaml", ".yml")))
     following = _next(runs, configs)
     if as_json:
@@ -85,29 +86,44 @@ def _next(runs: list[_Run], configs: list[str]) -> list[tuple[str, str]]:
     return found[:3]
 
 
-def _runs(folder: Path, depth: int) -> Iterator[_Run]:
-    """Folders with checkpoints up to so many levels below; a folder of source code may be named checkpoints too."""
-    for entry in sorted(_entries(folder), key=lambda entry: entry.name):
-        path = folder / entry.name
-        if entry.name in (".", "checkpoints") or not entry.is_dir():
-            continue
-        checkpoints = path / "checkpoints"
-        if checkpoints.is_dir():
-            newest = _newest(checkpoints)
-            if newest is not None or any(one.name.endswith(".th") for one in _entries(checkpoints)):
-                yield _Run(str(path), newest)
-        if depth > 1:
-            yield from _runs(path, depth - 1)
+def _runs() -> Iterator[_Run]:
+    """Folders with checkpoints some levels below, near ones first; one of source code may be named checkpoints too."""
+    level, left = [Path()], _MOST_FOLDERS
+    for depth in range(_DEPTH):
+        below: list[Path] = []
+        for folder in level:
+            for entry in sorted(_entries(folder), key=lambda entry: entry.name):
+                if left <= 0:
+                    return
+                if entry.name == "checkpoints" or not os.path.isdir(entry):  # no error where nobody may look
+                    continue
+                left -= 1
+                path = folder / entry.name
+                if os.path.isdir(path / "checkpoints"):
+                    run = _run(path)
+                    if run is not None:
+                        yield run
+                if depth + 1 < _DEPTH:
+                    below.append(path)
+        level = below
 
 
-def _newest(checkpoints: Path) -> str | None:
-    """By the names of sets alone."""
+def _run(path: Path) -> _Run | None:
+    """By the names of sets, or else of flat files, alone; None where there is neither."""
+    from noether_init_core.checkpoints.names import iteration_of_tag, parse
     from noether_init_core.checkpoints.sets import SETS_FOLDER, set_folders
 
-    if not (checkpoints / SETS_FOLDER).is_dir():
-        return None
-    committed = [one for one in set_folders(checkpoints) if one.committed]
-    return str(committed[-1].iteration) if committed else None
+    checkpoints = path / "checkpoints"
+    if os.path.isdir(checkpoints / SETS_FOLDER):
+        try:
+            committed = [one for one in set_folders(checkpoints) if one.committed]
+        except CheckpointError:  # inspect tells it
+            return _Run(str(path), None)
+        if committed:
+            return _Run(str(path), str(committed[-1].iteration))
+    found = [parsed for parsed in (parse(entry.name) for entry in _entries(checkpoints)) if parsed is not None]
+    iterations = [iteration for iteration in (iteration_of_tag(one.tag) for one in found) if iteration is not None]
+    return _Run(str(path), str(max(iterations)) if iterations else None) if found else None
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

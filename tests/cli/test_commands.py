@@ -70,7 +70,8 @@ def test_alone_it_shows_what_is_here_and_the_next_commands(
     assert "\nruns " not in result.out
     monkeypatch.chdir(noether_runs)
     shown = invoke().out
-    assert "runs     composite/pretrain, early_stop/train, mlp_train/train\n" in shown
+    runs = "composite/pretrain @ E3_U12_S72, early_stop/train @ E1_U7_S28, mlp_train/train @ E4_U16_S128"
+    assert f"runs     {runs}\n" in shown
     assert "noether-init inspect . " in shown
 
 
@@ -98,9 +99,9 @@ def test_what_is_next_fits_to_what_is_here(invoke: Invoke, tmp_path: Path, monke
 def test_a_folder_of_very_many_things_is_not_walked_to_its_end(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No level is looked at beyond some hundreds of entries."""
+    """Neither a level of very many entries, nor very many levels; what is near is looked at first."""
     monkeypatch.chdir(tmp_path)
-    looked_at = []
+    looked_at: list[Path] = []
     for number in range(600):
         (tmp_path / f"{number:04}").mkdir()
     whole = overview._entries
@@ -112,6 +113,12 @@ def test_a_folder_of_very_many_things_is_not_walked_to_its_end(
     monkeypatch.setattr(overview, "_entries", counting)
     assert invoke().code == 0
     assert 400 < len(looked_at) < 520
+    for number in range(600):
+        for inner in range(10):
+            (tmp_path / f"{number:04}" / f"{inner}").mkdir()
+    looked_at.clear()
+    assert invoke().code == 0
+    assert len(looked_at) < 2_100
 
 
 def test_the_version_is_one_line(invoke: Invoke) -> None:
