@@ -1,4 +1,4 @@
-"""How long it takes to look into a file of 1.2 GB, and how much of it is read: ``python benchmarks/look.py``.
+"""How long a look into a file of 1.2 GB takes, and a comparison of two: ``python benchmarks/look.py``.
 
 The command is started as a user starts it, and compared in the same run with ``python -c pass`` (the interpreter alone)
 and with ``python -c "import torch"``. Bytes are those of the file that the system was asked for (Linux). The
@@ -8,12 +8,14 @@ safetensors library, which checks every header after us, maps the file and touch
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 LAYERS, WIDTH = 24, 1024
@@ -82,6 +84,40 @@ def main(rounds: int) -> None:
                 [sys.executable, "-c", COUNTING, str(path)], check=True, capture_output=True, text=True
             )
             print(f"| {path.suffix} | {os.path.getsize(path):,} | {taken - start:.3f} | {int(counted.stderr):,} |")
+        compared(Path(folder), rounds)
+
+
+def compared(folder: Path, rounds: int) -> None:
+    """Print how long a comparison takes, as a ratio to copying both sides in memory in the same run."""
+    import torch
+
+    from noether_init_core import compare_checkpoints, open_checkpoint
+
+    first = folder / "model.th"
+    with open_checkpoint(first) as reader:
+        state = {key: reader.read(key) for key in reader.tensors}
+    copies = {key: torch.empty_like(value) for key, value in state.items()}
+
+    def copy() -> None:
+        for key, value in state.items():
+            copies[key].copy_(value)
+
+    copy()
+    copying = 2 * statistics.median(timed(copy) for _ in range(rounds))
+    moved = folder / "moved.th"
+    torch.save({key: value + 0.01 for key, value in state.items()}, moved)
+    print(f"copying both sides in memory {copying:.3f} s")
+    for what, second in (("other values", moved), ("the same bytes", first)):
+        call = functools.partial(compare_checkpoints, first, second)
+        taken = statistics.median(timed(call) for _ in range(rounds))
+        print(f"| compared, {what} | {taken:.2f} s | {taken / copying:.1f} copies |")
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
