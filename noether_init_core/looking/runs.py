@@ -89,7 +89,7 @@ def _store(folder: Path) -> RunStore:
 def _as_recorded(store: RunStore) -> RunStore:
     """The same folder as the stage of a run, where its sets say that it is one; the folder alone cannot tell."""
     folder = store.paths.checkpoint_path.parent.resolve()
-    if _said(store) in ((folder.parent.name, folder.name), (folder.parent.name, None)):
+    if _is_stage(folder, _said(store)):
         return RunStore(PathProvider(folder.parent.parent, folder.parent.name, folder.name))
     return store
 
@@ -98,11 +98,14 @@ def _are_runs(folders: Sequence[Path]) -> bool:
     """Whether folders with checkpoints are runs, and not stages of the folder above: what the first of them says."""
     for folder in folders[:_ASKED]:
         said = _said(_store(folder))
-        if said is not None and said[0] == folder.parent.name and said[1] in (folder.name, None):
-            return False
-        if said is not None and said[0] == folder.name:
-            return True
+        if said is not None:
+            return not _is_stage(folder, said)
     return False
+
+
+def _is_stage(folder: Path, said: tuple[str, str | None] | None) -> bool:
+    """By what its sets say; the run above may have been renamed since."""
+    return said is not None and (said[1] == folder.name or said == (folder.parent.name, None))
 
 
 def _said(store: RunStore) -> tuple[str, str | None] | None:

@@ -120,7 +120,17 @@ def test_committed_runs_in_a_root_are_runs_and_not_stages(inspect: Inspect, save
     for path in ("runs/second", "runs/second/warm"):
         assert inspect(path).lines[0] == "second/warm"
     assert inspect("runs/killed").lines[0] == "killed"
+    Path("runs/second").rename("runs/third")
+    Path("runs/killed").rename("runs/copy of it")
+    assert [one["path"].removeprefix(f"{Path.cwd()}/runs/") for one in _runs(inspect)] == ["copy of it", "third/warm"]
+    assert inspect("runs/third").lines[0] == "third/warm"
+    Path("runs/copy of it").rename("runs/killed")
     assert inspect(saved.parent) == inspect(saved.parents[1]) == inspect("runs/killed")
+
+
+def _runs(inspect: Inspect) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(inspect("runs", "--json").out)["runs"]
+    return found
 
 
 def test_a_run_fits_80_columns(inspect: Inspect, saved: Path) -> None:
@@ -223,6 +233,17 @@ def test_a_file_is_shown_folded_and_with_all_key_by_key(inspect: Inspect, noethe
     assert (sum(counts), len(counts) < 29) == (29, True)
     assert folded.lines[-1] == f"{unfolded.lines[-1]} (--all unfolds)"
     assert "run: mlp_train" in folded.lines
+
+
+def test_very_many_keys_are_listed_all_the_same(inspect: Inspect, tmp_path: Path) -> None:
+    """In columns, one line for each; names out of the file stay on their line."""
+    tensor = torch.zeros(3000)
+    torch.save({f"k{number}\n": tensor[: number + 1] for number in range(3000)}, tmp_path / "a.pt")
+    for arguments in ([], ["--all"]):
+        result = inspect(tmp_path / "a.pt", *arguments)
+        assert len(result.lines) == 3002
+        assert result.rows[3000][0] == "k2999\\n"
+        assert result.lines[0].index("dtype") == result.lines[2000].index("float32")
 
 
 def test_tied_keys_and_buffers_are_told(inspect: Inspect, tmp_path: Path) -> None:

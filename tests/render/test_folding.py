@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noether_init_core.render.folding import Fold, KeyPattern, fold_keys, fold_rows
+from noether_init_core.render.folding import Fold, KeyPattern, fold_alike, fold_keys, fold_rows
 from noether_init_core.surgery.plan import Action, PlanRow
 from noether_init_core.surgery.steps import Split, Step, Transpose
 
@@ -294,3 +294,19 @@ def test_a_hundred_thousand_rows_are_folded_in_seconds() -> None:
     (fold,) = fold_rows(rows)
     assert str(fold.pattern) == "a.{0..999}.b.{0..99}.w"
     assert time.process_time() - began < 15
+
+
+def test_keys_with_the_same_value_are_folded_and_no_others() -> None:
+    """Each key is in one pattern, which matches no key of another value; patterns come by their first key."""
+    keys = {f"blocks.{number}.{name}": len(name) for number in range(4) for name in ("norm.w", "norm.b", "mlp")}
+    keys |= {"blocks.4.norm.w": 0, "head": 3}
+    found = fold_alike(keys)
+    assert [str(pattern) for pattern, _ in found] == [
+        "blocks.{0..3}.norm.*",
+        "blocks.{0..3}.mlp",
+        "blocks.4.norm.w",
+        "head",
+    ]
+    assert sorted(key for _, members in found for key in members) == sorted(keys)
+    for pattern, members in found:
+        assert [key for key in keys if pattern.matches(key)] == list(members)
