@@ -5,7 +5,9 @@ Exit codes: 0 fine, 1 a file or config has problems, 2 usage. Torch is imported 
 
 from __future__ import annotations
 
+import errno
 import inspect as inspect_module
+import io
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -86,6 +88,10 @@ def _start(
 
 def main() -> None:
     """Run the command; an error of ours is its message on standard error and exit code 1, a wrong usage 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # what a terminal cannot show is spelt out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(prog_name="noether-init", standalone_mode=False)
     except usage.UsageError as error:
@@ -94,5 +100,11 @@ def main() -> None:
         code = 1
     except InitError as error:
         print(error, file=sys.stderr)
+        code = 1
+    except OSError as error:
+        # of a stream: errors about files name them
+        if error.filename is not None or error.errno != errno.ENOSPC:
+            raise
+        print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
         code = 1
     sys.exit(code or 0)
