@@ -20,6 +20,7 @@ from noether_init_core import (
     PathProvider,
     TrainingIteration,
     bind,
+    compose,
     html_page,
 )
 from noether_init_core.render.words import MARKS, amount, percent
@@ -356,3 +357,37 @@ def test_an_unknown_format_or_version_is_refused(plan: LoadPlan) -> None:
     with pytest.raises(ValueError, match="version 2 cannot be shown"):
         html_page({**plan.to_dict(), "version": 2})
     assert html_page(plan) == html_page(json.loads(plan.to_json()))
+
+
+def test_composites_ties_buffers_and_several_files_add_up_too(chromium: Any, tmp_path: Path) -> None:
+    """Two models, two initializers, tied weights, buffers: each parameter is drawn once, and filters know the model."""
+
+    def half() -> torch.nn.Module:
+        tied = torch.nn.ModuleDict(
+            {"a": torch.nn.Linear(8, 8), "b": torch.nn.Linear(8, 8), "n": torch.nn.BatchNorm1d(8)}
+        )
+        tied["b"].weight = tied["a"].weight
+        return tied
+
+    def pair() -> Any:
+        return compose("pair", {name: bind(half(), name=name) for name in ("left", "right")})
+
+    CheckpointWriter(PathProvider(tmp_path, "first")).save(pair(), TrainingIteration(1, 4, 32))
+    configs = [
+        {"kind": "previous_run", "run_id": "first", "transforms": [{"keep_model": "n."}]},
+        {"kind": "previous_run", "run_id": "first", "transforms": [{"only": "a.bias"}], "on_missing": "keep"},
+    ]
+    stack = InitializerStack.from_config(configs, path_provider=PathProvider(tmp_path, "second"))
+    merged = stack.plan(pair())
+    assert merged.is_fine
+    data = merged.to_dict()
+    with opened(chromium, written(tmp_path / "pair.html", merged)) as page:
+        assert int(figure(page, "parameters loaded")) == data["totals"]["parameters_loaded"]
+        legend = page.locator("[data-action]").evaluate_all("all => all.map(one => +one.dataset.value)")
+        flows = page.locator("[data-flow]").evaluate_all("all => all.map(one => +one.dataset.flow)")
+        assert sum(legend) == sum(flows) == data["totals"]["parameters"] == 2 * (64 + 16 + 16)
+        section = page.locator("section", has=page.get_by_role("heading", name="Every entry"))
+        section.get_by_role("searchbox").fill("pair.left: a.weight")
+        assert found(section) == 1
+        names = section.locator("tbody th code").all_inner_texts()
+        assert "pair.left: a.weight" in names

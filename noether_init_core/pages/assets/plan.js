@@ -258,7 +258,7 @@ page.start((data) => {
   const rows = page.section("Every entry", "Names of the model, and of the file where it has more. Type / to filter: all words have to occur.");
   theTable = page.table(rows, {
     name: "Entries", rows: data.rows, first: 100,
-    words: (row) => [row.model, row.target, row.sources.join(" "), row.action, row.rule, row.dtype, row.steps.map((step) => step.step).join(" ")].join(" "),
+    words: (row) => [full(row, row.target ?? row.sources[0] ?? ""), row.model, row.sources.join(" "), row.action, row.rule, row.dtype, row.steps.map((step) => step.step).join(" ")].join(" "),
     chips: present.map((action) => ({ name: marks[action].word, symbol: marks[action].symbol, colour: action, count: data.counts[action], of: (row) => row.action === action })),
     columns: [
       { title: "Entry", value: (row) => full(row, row.target ?? row.sources[0] ?? ""), cell: (row) => [
