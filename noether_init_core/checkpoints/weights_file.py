@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -76,11 +77,15 @@ def write_weights(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         with _as_ours(path):
+            # what another program would give a new file here; writers give files of theirs other rights
+            with temporary.open("xb") as probe:
+                mode = stat.S_IMODE(os.fstat(probe.fileno()).st_mode)
+            temporary.unlink()
             if kind == "safetensors":
                 _write_safetensors(temporary, state, dict(metadata or {}))
             else:
                 write_content(temporary, dict(state), LOCAL)
-                temporary.chmod(0o644)
+            temporary.chmod(mode)
             with contextlib.closing(open_file(temporary)) as handle:
                 digest, size = handle.digest("xxh3_128"), handle.size
             with open_checkpoint(temporary) as reader:

@@ -227,3 +227,11 @@ def test_a_file_that_comes_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(CheckpointWriteError, match="came to be meanwhile"):
         write_weights(tmp_path / "new.th", {"w": torch.ones(2)})
     assert (tmp_path / "new.th").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", ["new.th", "new.safetensors"])
+def test_the_file_can_be_read_by_whom_any_new_file_can(tmp_path: Path, name: str) -> None:
+    """Neither hidden from colleagues nor read-only."""
+    (tmp_path / "plain").touch()
+    write_weights(tmp_path / name, {"w": torch.ones(2)})
+    assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
