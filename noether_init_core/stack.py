@@ -30,9 +30,9 @@ from noether_init_core.observers.loading import load_observer
 from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import check_model
 from noether_init_core.provenance import InitializerReport, InitReport
-from noether_init_core.surgery.plan import LoadPlan
+from noether_init_core.surgery.plan import LoadPlan, Problem
 from noether_init_core.surgery.suggestions.suggest import Suggestion
-from noether_init_core.tracing import Carried, trace
+from noether_init_core.tracing import Carried, Written, trace, values_of
 
 __all__ = ["InitializerStack"]
 
@@ -74,6 +74,7 @@ class InitializerStack:
         self._members = tuple(_Member(initializer) for initializer in initializers)
         self._auto_resume = ""
         self._told: TrainingIteration | None = None
+        self._written: dict[int, Written] = {}
         self._hooks = HookCaller(self.initializers, observers)
 
     @classmethod
@@ -122,6 +123,7 @@ class InitializerStack:
         stack._members = tuple(members)
         stack._auto_resume = ""
         stack._told = None
+        stack._written = {}
         stack._hooks = HookCaller(stack.initializers, observers)
         return stack
 
@@ -156,6 +158,10 @@ class InitializerStack:
                     initializer.loaded_before = loaded
                     plans.append(initializer.plan_weights(member.model(model)))
                     loaded |= initializer.will_write
+                elif plans and member.takes_part_in("init_weights"):
+                    said = f"{member.kind} comes later and says nothing beforehand: what it writes is not in this plan"
+                    warning = Problem("unplanned", said, str(member.model(model).name), ())
+                    plans[-1] = attrs.evolve(plans[-1], warnings=(*plans[-1].warnings, warning))
         finally:
             self._let_go()
         return LoadPlan.merged(plans)
@@ -289,16 +295,30 @@ class InitializerStack:
         arguments["init_optimizer"] = lambda member: {"model": member.model(model)}
         if callbacks is not None:
             arguments["init_callbacks"] = lambda member: {"callbacks": callbacks, "model": member.model(model)}
-        steps: list[tuple[str, Callable[[], Any]]] = [
-            (f"{hook} of {member.kind}", functools.partial(self._hooks.call, hook, member.initializer, **make(member)))
-            for hook, make in arguments.items()
-            for member in self._members
-            if member.takes_part_in(hook)
-        ]
+        steps: list[tuple[str, Callable[[], Any]]] = []
+        has_loaded = False
+        for hook, make in arguments.items():
+            for member in self._members:
+                if not member.takes_part_in(hook):
+                    continue
+                call: Callable[[], Any] = functools.partial(self._hooks.call, hook, member.initializer, **make(member))
+                is_source = isinstance(member.initializer, SourceInitializer)
+                if hook == "init_weights" and has_loaded and not is_source:
+                    call = functools.partial(self._watched, model, member, call)
+                has_loaded = has_loaded or (hook == "init_weights" and is_source)
+                steps.append((f"{hook} of {member.kind}", call))
         restore = getattr(trainer, "restore_rng", None)
         if callable(restore):
             steps.append(("restore_rng of the trainer", restore))
         return steps
+
+    def _watched(self, model: Any, member: _Member, call: Callable[[], Any]) -> None:
+        """Call a kind without a plan, and see which entries have other values then: they are loaded no more."""
+        before = values_of(model)
+        call()
+        after = values_of(model)
+        changed = frozenset(place for place, digest in after.items() if before.get(place) != digest)
+        self._written[id(member)] = Written(member.kind, changed)
 
     def _run(self, steps: Sequence[tuple[str, Callable[[], Any]]], trainer: Any, callbacks: Sequence[Any]) -> None:
         before = StatesBefore.taken(trainer, callbacks) if self._members else StatesBefore(())
@@ -348,11 +368,15 @@ class InitializerStack:
                     timings=member.initializer.timings,
                 )
             )
-        carried = [
-            Carried(member.initializer, ".".join((str(model.name), *member.submodel)), str(member.model(model).name))
-            for member in self._members
-            if isinstance(member.initializer, SourceInitializer) and member.takes_part_in("init_weights")
-        ]
+        carried: list[Carried | Written] = []
+        for member in self._members:
+            if not member.takes_part_in("init_weights"):
+                continue
+            if isinstance(member.initializer, SourceInitializer):
+                path = ".".join((str(model.name), *member.submodel))
+                carried.append(Carried(member.initializer, path, str(member.model(model).name)))
+            elif id(member) in self._written:
+                carried.append(self._written[id(member)])
         sources, tensors = trace(model, carried)
         return InitReport(start, tuple(reports), self._auto_resume, sources, tensors)
 

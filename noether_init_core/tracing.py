@@ -12,7 +12,10 @@ from noether_init_core.protocols import leaf_models
 from noether_init_core.provenance import History, SourceRecord, TensorRecord
 from noether_init_core.surgery.steps import described
 
-__all__ = ["Carried", "trace"]
+__all__ = ["Carried", "Written", "trace", "values_of"]
+
+#: (path of a single model, name of an entry) -> digest of its bytes.
+Values = dict[tuple[str, str], str]
 
 
 @attrs.frozen
@@ -26,6 +29,29 @@ class Carried:
     def full(self, model: str) -> str:
         """The path of a single model in the whole, which the plan of a part knows by the name of the part."""
         return self.path + model.removeprefix(self.name)
+
+
+@attrs.frozen
+class Written:
+    """An initializer without a plan, and the entries that it gave other values: (path of a single model, name)."""
+
+    kind: str
+    entries: frozenset[tuple[str, str]]
+
+
+def values_of(model: Any) -> Values:
+    """Digests of every parameter and buffer with memory, to be compared with those of another moment."""
+    import torch
+    import xxhash
+
+    found = {}
+    for path, leaf in leaf_models(model):
+        for named in (leaf.named_parameters, getattr(leaf, "named_buffers", None)):
+            for name, tensor in () if named is None else named():
+                if not tensor.is_meta:
+                    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+                    found[path, name] = xxhash.xxh3_128_hexdigest(plain.view(torch.uint8).numpy().data)
+    return found
 
 
 @attrs.frozen
@@ -47,7 +73,9 @@ class _File:
         )
 
 
-def trace(model: Any, carried: Iterable[Carried]) -> tuple[tuple[SourceRecord, ...], tuple[TensorRecord, ...]]:
+def trace(
+    model: Any, carried: Iterable[Carried | Written]
+) -> tuple[tuple[SourceRecord, ...], tuple[TensorRecord, ...]]:
     """The files that values came from, and one record for every parameter and buffer of ``model``.
 
     Of several initializers that wrote a tensor the last one counts.
@@ -55,6 +83,9 @@ def trace(model: Any, carried: Iterable[Carried]) -> tuple[tuple[SourceRecord, .
     sources: dict[SourceRecord, int] = {}
     found: dict[tuple[str, str], TensorRecord] = {}
     for one in carried:
+        if isinstance(one, Written):
+            _forget(found, one)
+            continue
         plan = one.initializer.last_plan
         if plan is None:
             continue
@@ -96,6 +127,14 @@ def trace(model: Any, carried: Iterable[Carried]) -> tuple[tuple[SourceRecord, .
     return tuple(sources), tuple(found.values())
 
 
+def _forget(found: dict[tuple[str, str], TensorRecord], written: Written) -> None:
+    """What has other values now did not come from a file, whatever was loaded before."""
+    rule = f"{written.kind} gave it its value"
+    for place in written.entries & found.keys():
+        old = found[place]
+        found[place] = TensorRecord(old.model, old.name, old.is_parameter, rule=rule, tied_to=old.tied_to)
+
+
 def _share(found: dict[tuple[str, str], TensorRecord], first: tuple[str, str], other: tuple[str, str]) -> None:
     loaded, fresh = (first, other) if found[first].source is not None else (other, first)
     if found[loaded].source is not None and found[fresh].source is None:
@@ -113,7 +152,8 @@ def _record_of(initializer: SourceInitializer, model: str, source: Source) -> So
         initializer.config.kind,
         model,
         source.path.name,
-        str(source.path),
+        # the folder that it was started in says nothing to those who read it later
+        str(source.path.absolute()),
         digest,
         tuple(sorted(source.origin.items())),
         initializer.continues,

@@ -45,10 +45,10 @@ class WrittenFile:
 
 def check_place(path: Path, *, replace: bool = False) -> None:
     """Raise ``CheckpointWriteError`` for an unknown suffix, where there is no folder, and where a file is there."""
-    if path.suffix.lower() not in FORMATS:
+    if path.suffix.lower() not in FORMATS or not path.name:
         raise CheckpointWriteError(
             f"{path}: the suffix says the format, and {path.suffix or 'none'} is not known. There are: "
-            f"{', '.join(FORMATS)}. Next: {path.with_suffix('.safetensors')}",
+            f"{', '.join(FORMATS)}. Next: {path.with_suffix('.safetensors') if path.name else 'start.safetensors'}",
             path=path,
         )
     if not path.parent.is_dir():
@@ -74,7 +74,7 @@ def write_weights(
     """
     check_place(path, replace=replace)
     kind = FORMATS[path.suffix.lower()]
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial{path.suffix}")
+    temporary = path.with_name(f".{secrets.token_hex(6)}.partial{path.suffix}")
     try:
         with _as_ours(path):
             # what another program would give a new file here; writers give files of theirs other rights
@@ -109,7 +109,8 @@ def _write_safetensors(path: Path, state: Mapping[str, Any], metadata: dict[str,
             path=path,
         )
     # tied tensors share memory, which the format does not know; each gets its own bytes
-    apart = {name: value.detach().contiguous() for name, value in state.items()}
+    # what is conjugated or negated only in name has other bytes in memory than values
+    apart = {name: value.detach().resolve_conj().resolve_neg().contiguous() for name, value in state.items()}
     seen: set[int] = set()
     for name, value in apart.items():
         place = value.untyped_storage().data_ptr()

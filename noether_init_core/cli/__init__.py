@@ -31,7 +31,7 @@ from noether_init_core.cli import (
     validate,
     verify,
 )
-from noether_init_core.errors import InitError
+from noether_init_core.errors import InitError, one_line
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -58,6 +58,10 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Publish", "new", new.run, "noether-init new demo"),
     ("Publish", "check", check.run, "noether-init check previous_run"),
 )
+
+
+# What is wrong with a path that was typed, or with the disk, and not with this program.
+_OF_PATHS = (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _help_of(function: Callable[..., None]) -> str:
@@ -102,9 +106,10 @@ def main() -> None:
         print(error, file=sys.stderr)
         code = 1
     except OSError as error:
-        # of a stream: errors about files name them
-        if error.filename is not None or error.errno != errno.ENOSPC:
+        if error.errno not in _OF_PATHS:
             raise
-        print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
+        # without a name it is about standard output
+        what = "the output cannot be written" if error.filename is None else one_line(str(error.filename)[:200])
+        print(f"{what}: {error.strerror}", file=sys.stderr)
         code = 1
     sys.exit(code or 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noether_init_core.cli.files import Html, check_target, write_html
+from noether_init_core.cli.files import Html, check_page, write_html, write_text
 from noether_init_core.cli.options import (
     AppDir,
     Config,
@@ -22,7 +24,7 @@ from noether_init_core.cli.options import (
     stack_and_model,
 )
 from noether_init_core.cli.progress import transfers
-from noether_init_core.errors import CheckpointWriteError, ConfigError
+from noether_init_core.errors import CheckpointWriteError, ConfigError, InitError
 
 if TYPE_CHECKING:
     from noether_init_core.checkpoints.weights_file import WrittenFile
@@ -48,7 +50,9 @@ def run(
     runs: Runs = None,
     run_id: RunId = None,
     stage_name: StageName = None,
-    seed: Annotated[int, typer.Option(help="For what the model draws when it is built: what stays fresh.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="For what the model draws when it is built: what stays fresh.")
+    ] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there, in one step.")] = False,
     html: Html = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
@@ -59,13 +63,17 @@ def run(
     beside it says where each tensor came from. The kind file reads the file again. Exit code 1: the plan or a file has
     problems; then nothing is written.
     """
-    check_target(html, "--html", (".html", ".htm"))
+    check_page(html)
     from noether_init_core.checkpoints.weights_file import check_place
 
     check_place(Path(str(out).replace(_PLACE, "model")), replace=force)
+    import numpy
     import torch
 
+    # whatever a model draws with
     torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
     # a run of its own that never has sets: auto_resume has nothing to go on from, and the list of the config applies
     as_run = _unused(runs) if runs is not None and run_id is None else run_id
     stack, built, paths = stack_and_model(
@@ -81,6 +89,7 @@ def run(
     states = _states(built, out)
     for path in states:
         check_place(path, replace=force)
+        _check_report(_report_of(path), replace=force)
     with naming_options(paths):
         plan = stack.plan(built)
         if not plan.is_fine:
@@ -90,12 +99,19 @@ def run(
         with transfers("loading", 2 * plan.loaded_bytes, "rchar"):
             report = stack.initialize(built)
     _refuse_sources(report, states)
-    written = []
+    written: list[WrittenFile] = []
     for path, leaf in states.items():
         state = leaf.state_dict()
         nbytes = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
-        with transfers(f"writing {path.name}", nbytes, "wchar"):
-            written.append(_write(path, state, report, replace=force))
+        try:
+            with transfers(f"writing {path.name}", nbytes, "wchar"):
+                written.append(_write(path, state, report, replace=force))
+        except InitError:
+            if not force:  # what was there before is gone with it
+                for other in (one.path for one in written):
+                    other.unlink(missing_ok=True)
+                    _report_of(other).unlink(missing_ok=True)
+            raise
     if as_json:
         typer.echo(json.dumps(_as_data(written, report), indent=1))
     else:
@@ -135,14 +151,17 @@ def _write(path: Path, state: dict[str, Any], report: InitReport, *, replace: bo
 
     # one text alone, since the library writes several in any order
     written = write_weights(path, state, metadata={"format": "pt"}, replace=replace)
-    beside = path.with_name(f"{path.name}.report.json")
-    try:
-        beside.write_text(report.to_json() + "\n", "utf-8")
-    except OSError as error:
-        raise CheckpointWriteError(
-            f"{path} is written; {beside} could not be: {error.strerror}", path=beside
-        ) from error
+    write_text(_report_of(path), report.to_json() + "\n")
     return written
+
+
+def _report_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.report.json")
+
+
+def _check_report(path: Path, *, replace: bool) -> None:
+    if os.path.lexists(path) and (not replace or path.is_symlink() or not path.is_file()):
+        raise CheckpointWriteError(f"{path} is there already, and was left as it is. Next: another --out", path=path)
 
 
 def _show_plan(plan: Any) -> None:
@@ -165,7 +184,7 @@ def _show(written: list[WrittenFile], report: InitReport) -> None:
         typer.echo(f"{one.path}: {counted(one.tensors, 'tensor')}, {one.bytes:,} bytes, {one.digest}")
     fresh = len(report.fresh_parameters())
     if fresh:
-        typer.echo(f"{counted(fresh, 'parameter')} fresh, as the model drew them with --seed")
+        typer.echo(f"{counted(fresh, 'parameter')} fresh: not from a checkpoint, but drawn with --seed or by a kind")
     typer.echo("to start from it:")
     for one in written:
         typer.echo(f"  - {{kind: file, path: {one.path}, digest: '{one.digest}'}}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from noether_init_core.cli.asked_path import absent, text_instead
-from noether_init_core.cli.files import Html, check_target, write_html
+from noether_init_core.cli.files import Html, check_page, write_html
 from noether_init_core.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(
     Tensors are read in pieces, so that memory does not grow with the model. Exit code 0: the same names and shapes;
     values may differ. 1: names or shapes differ, or there is NaN on one side.
     """
-    check_target(html, "--html", (".html", ".htm"))
+    check_page(html)
     for path in (a, b):
         _check(path)
     from noether_init_core.comparing.compare import bytes_to_read, compare_sides
@@ -146,7 +146,7 @@ def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
         phrases.append(Text(f"cosine {found.cosine:.6f}"))
     phrases.append(Text(f"{amount(found.elements_compared)} of {amount(found.elements)} elements compared"))
     if found.is_equal:
-        phrases.append(Text("the same bits", "green"))
+        phrases.append(Text("the same tensors, bit for bit", "green"))
     elif not found.is_same_form:
         wrong = sum(row.state in ("shape", "nonfinite", "only_a", "only_b") for row in found.rows)
         phrases.append(Text(f"{counted(wrong, 'key')} of another form", "bold red"))

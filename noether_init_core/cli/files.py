@@ -1,40 +1,70 @@
-"""Files that commands write for people and programs: pages and JSON."""
+"""Files that commands write for people and programs: pages and JSON; whole, or not at all."""
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from noether_init_core.errors import InitError
+
 if TYPE_CHECKING:
     from noether_init_core.pages.page import SaysItself
 
-__all__ = ["Html", "check_target", "write_html", "write_text"]
+__all__ = ["Html", "check_page", "check_plan", "write_html", "write_text"]
 
 Html = Annotated[
     Path | None,
     typer.Option("--html", help="Write a page to look at: one file, no network.", metavar="FILE", show_default=False),
 ]
+_LOOKED_AT = 4096
+# what our own files begin with
+_PAGE, _PLAN = b'content="noether-init-core', b'"format": "noether-init-plan"'
 
 
-def check_target(path: Path | None, option: str, suffixes: tuple[str, ...]) -> None:
-    """Raise ``typer.BadParameter`` where writing there would destroy something else, or cannot succeed.
+def check_page(path: Path | None) -> None:
+    """Raise ``typer.BadParameter`` where a page cannot be written; see ``_check``."""
+    if path is not None:
+        _check(path, "--html", (".html", ".htm"), _PAGE)
 
-    To be called before the work is done. A file is written only where its name says that it is of this kind: a config
-    behind ``--html`` is a slip of the hand.
+
+def check_plan(path: Path | None) -> None:
+    """Raise ``typer.BadParameter`` where the JSON of a plan cannot be written; ``-`` is standard output."""
+    if path is not None and str(path) != "-":
+        _check(path, "--json", (".json",), _PLAN)
+
+
+def _check(path: Path, option: str, suffixes: tuple[str, ...], ours: bytes) -> None:
+    """To be called before the work is done: a slip of the hand must not cost a config, a manifest or a report.
+
+    A file that is there is replaced only where it is of this kind and of ours; nothing is written among checkpoints.
     """
-    if path is None or str(path) == "-":
-        return
     if path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder. Next: {path / ('plan' + suffixes[0])}", param_hint=option)
-    if path.suffix.lower() not in suffixes:
-        kept = " exists, is kept, and" if path.exists() else ""
         raise typer.BadParameter(
-            f"{path}{kept} is no {suffixes[0]} file. Next: {option} {path.with_suffix(suffixes[0])}", param_hint=option
+            f"{path} is a folder. Next: {option} {path / ('plan' + suffixes[0])}", param_hint=option
         )
+    if path.suffix.lower() not in suffixes or not path.stem:
+        kept = " exists, is kept, and" if path.exists() else ""
+        named = path.with_suffix(suffixes[0]) if path.stem.strip("-. ") else Path("plan").with_suffix(suffixes[0])
+        raise typer.BadParameter(f"{path}{kept} is no {suffixes[0]} file. Next: {option} {named}", param_hint=option)
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}. Next: mkdir -p {path.parent}", param_hint=option)
+    if "checkpoints" in path.resolve().parts:
+        raise typer.BadParameter(
+            f"{path} lies among checkpoints. Next: {option} {Path(path.name)}, in this folder", param_hint=option
+        )
+    if os.path.lexists(path) and not (path.is_file() and not path.is_symlink() and ours in _head(path)):
+        raise typer.BadParameter(
+            f"{path} exists and was not written by this option; it is kept. Next: another name", param_hint=option
+        )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_LOOKED_AT)
 
 
 def write_html(path: Path | None, value: SaysItself, title: str | None = None) -> None:
@@ -43,13 +73,18 @@ def write_html(path: Path | None, value: SaysItself, title: str | None = None) -
         return
     from noether_init_core.pages.page import html_page
 
-    write_text(path, html_page(value, title=title), "--html")
+    write_text(path, html_page(value, title=title))
     typer.echo(f"page: {path}", err=True)
 
 
-def write_text(path: Path, text: str, option: str) -> None:
-    """Write text as UTF-8. Raises ``typer.BadParameter`` where it cannot be written."""
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8 and give it its name at the end. Raises ``InitError``; then nothing has changed."""
+    temporary = path.with_name(f".{secrets.token_hex(6)}.partial")
     try:
-        path.write_text(text, "utf-8")
+        # names that are no text come out of files, too
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        os.replace(temporary, path)
     except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}", param_hint=option) from error
+        raise InitError(f"{path} cannot be written: {error.strerror}. Nothing was changed there") from error
+    finally:
+        temporary.unlink(missing_ok=True)

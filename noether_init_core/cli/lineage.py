@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from noether_init_core.cli.asked_path import absent
-from noether_init_core.cli.files import Html, check_target, write_html
+from noether_init_core.cli.files import Html, check_page, write_html
 from noether_init_core.errors import CheckpointFormatError, one_line
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(
     Descendants are looked for in the output root that the run lies in, and in those of --root. Exit code 1: a record
     could not be read; what could be is shown.
     """
-    check_target(html, "--html", (".html", ".htm"))
+    check_page(html)
     for one in (path, *(roots or ())):
         if not one.exists():
             raise absent(one)
@@ -87,7 +87,7 @@ def _show(found: Lineage) -> None:
                 _grow(branch, found, node.id, down=down, shown=set())
         console.print(tree)
         if not _into(found, node.id) and not node.note:
-            typer.echo("it came from no checkpoint: all weights were fresh")
+            typer.echo("no checkpoint is recorded that it came from")
     for problem in found.problems:
         typer.echo(f"x {one_line(problem)}")
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noether_init_core.cli.files import Html, check_target, write_html, write_text
+from noether_init_core.cli.files import Html, check_page, check_plan, write_html, write_text
+from noether_init_core.cli.models import load_model
 from noether_init_core.cli.options import (
     AppDir,
     Config,
@@ -50,8 +51,8 @@ def run(
 
     Exit code 0: it can be done. 1: the plan or a file has problems. The model is built without memory unless --real.
     """
-    check_target(json_file, "--json", (".json",))
-    check_target(html, "--html", (".html", ".htm"))
+    check_plan(json_file)
+    check_page(html)
     stack, built, paths = stack_and_model(
         config,
         model,
@@ -68,19 +69,21 @@ def run(
     if to_stdout:
         typer.echo(plan.to_json())
     elif json_file is not None:
-        write_text(json_file, plan.to_json() + "\n", "--json")
+        write_text(json_file, plan.to_json() + "\n")
     if not to_stdout:
         _show(stack, built, plan, show_all)
     models = ", ".join(dict.fromkeys(row.model for row in plan.rows)) or "the model"
     write_html(html, plan, f"What {config.name} will do to {models}")
     unplanned = stack.check_unplanned(built)
+    if not real and any(error is not None for _kind, error in unplanned):
+        # a kind may need values; whether something is wrong shows with them
+        with_values = load_model(model, app_dir=app_dir, name=model_name, real=True)
+        unplanned = stack.check_unplanned(with_values)
     for kind, error in unplanned:
         said = f"not planned: {kind} says nothing beforehand"
         if error is not None:
             said = f"x {error}" if isinstance(error, InitError) else f"x {kind}: {type(error).__name__}: {error}"
         typer.echo(said, err=to_stdout)
-    if any(error is not None and not isinstance(error, InitError) for _kind, error in unplanned) and not real:
-        typer.echo("The model has no values, which a kind may need: --real gives it some", err=to_stdout)
     if not plan.is_fine or any(error is not None for _kind, error in unplanned):
         raise typer.Exit(1)
 

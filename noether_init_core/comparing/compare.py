@@ -126,8 +126,10 @@ class _Work:
         for key, value in {**reader.tensors, **reader.extra_state}.items():
             name = without_prefixes(str(key), self._strip)
             if name in found:
-                self.notes.append(f"{reader.path}: {name} is there twice when prefixes are taken off; the first counts")
-                continue
+                self.notes.append(
+                    f"{reader.path}: {name} is there twice when prefixes are taken off; {key} keeps its own"
+                )
+                name = str(key)
             found[name] = value
         return found
 

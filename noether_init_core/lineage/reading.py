@@ -79,7 +79,7 @@ class _Reader:
         self._root_of = {self.id_of[run.folder]: run.root for run in runs}
         self._digests: dict[str, dict[str, dict[str, str]]] = {}
         self._known: dict[tuple[SourceRecord, Path | None], str] = {}
-        self._others: dict[tuple[str, str], str] = {}
+        self._others: dict[tuple[str, str, str], str] = {}
         #: entries of the model that were read, by their names there
         self._entries: dict[tuple[SourceRecord, str, str, bool], set[str]] = {}
         self._totals: dict[tuple[str, str, bool], set[str]] = {}
@@ -154,7 +154,7 @@ class _Reader:
         files = self._digests[name].get(from_set)
         if files is None:
             return "the set is not there any more"
-        return "" if _is_same(files.get(source.file), source.digest) else "the set of that name is another one by now"
+        return ""
 
     def _node_of(self, source: SourceRecord, target: str) -> str:
         """Id of the node of a source; a node of its own is made for what is no run that was read."""
@@ -168,12 +168,23 @@ class _Reader:
         run_id, stage = origin.get("run_id"), origin.get("stage_name")
         folder = run_folder(source.path)
         if folder is not None and folder in self.id_of:
-            return self.id_of[folder]
+            name = self.id_of[folder]
+            files = self._digests[name].get(set_in(source.path) or "")
+            if files is None or _is_same(files.get(source.file), source.digest):
+                return name
+            # sets are numbered, so another one under the same number is of a run that was made anew
+            note = "it was deleted, and a run of that name was made anew"
+            return self._other(f"{name} (before)", str(folder), run_id, stage, note, is_there=False)
         if run_id is None and set_in(source.path) is None:
-            is_there = _is_there(source.path, is_folder=False)
+            is_there = _is_there(source.path, is_folder=False) and Path(source.path).is_absolute()
             note = "" if is_there else "it is not where it was recorded"
+            if source.path and not Path(source.path).is_absolute():
+                note = "recorded by a relative path, so which file it was is not known"
+            elif is_there and source.digest is None:
+                note = "without a digest: whether the file is still the same is not known"
             path = source.path or source.file
-            return self._other(f"file:{path}", path, None, None, note, is_file=True, is_there=is_there)
+            key = source.digest or ""
+            return self._other(f"file:{path}", path, None, None, note, is_file=True, is_there=is_there, key=key)
         if folder is None:  # of a run, in the way of another kind
             is_there = _is_there(source.path, is_folder=False)
             note = "" if is_there else "it is not there any more"
@@ -199,15 +210,16 @@ class _Reader:
         *,
         is_file: bool = False,
         is_there: bool,
+        key: str = "",
     ) -> str:
-        if (name, path) not in self._others:
+        if (name, path, key) not in self._others:
             free = name
             while free in self.nodes:
-                free = f"{free} ({path})"
-            self._others[name, path] = free
+                free = f"{free} ({key or path})"
+            self._others[name, path, key] = free
             node = LineageNode(free, "file" if is_file else "run", run_id, stage, path, note=note)
             self.nodes[free] = node if is_there else attrs.evolve(node, type="missing")
-        return self._others[name, path]
+        return self._others[name, path, key]
 
     def _moved(self, source: SourceRecord, said: str, root: Path | None) -> str | None:
         """The run of that name beside the run that recorded it: output roots are moved as a whole.

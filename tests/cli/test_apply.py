@@ -61,6 +61,28 @@ def tied():
     return bind(Tied(), name="net")
 
 
+class Conjugate(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("freqs", torch.polar(torch.ones(3), torch.arange(3.0)).conj())
+
+
+def conjugate():
+    return bind(Conjugate(), name="net")
+
+
+def drawn():
+    import random
+    import numpy
+    made = torch.nn.Linear(2, 2)
+    made.weight.data.fill_(random.random() + numpy.random.rand())
+    return bind(made, name="net")
+
+
+def half_bad():
+    return compose("pair", {"left": bind(Network(), name="left"), "right": bind(Extra(6, 8), name="right")})
+
+
 def extra():
     return bind(Extra(6, 8), name="net")
 
@@ -235,3 +257,52 @@ def test_the_file_can_be_read_by_whom_any_new_file_can(tmp_path: Path, name: str
     (tmp_path / "plain").touch()
     write_weights(tmp_path / name, {"w": torch.ones(2)})
     assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_values_that_are_conjugated_in_name_only_are_written_as_they_are(folder: Path) -> None:
+    """A lazy operation is carried out: both formats hold the same numbers."""
+    for name in ("c.safetensors", "c.th"):
+        assert apply(folder, "empty.yaml", "--out", name, "--model", "models:conjugate").returncode == 0
+    expected = torch.polar(torch.ones(3), torch.arange(3.0)).conj().resolve_conj()
+    assert torch.equal(load_file(folder / "c.safetensors")["freqs"], expected)
+    assert torch.equal(torch.load(folder / "c.th", weights_only=True)["freqs"].resolve_conj(), expected)
+
+
+def test_a_report_of_somebody_else_is_kept_and_several_files_are_one_matter(folder: Path) -> None:
+    """Found out before anything is written; what was written is taken back where the rest fails."""
+    (folder / "start.th.report.json").write_text("precious")
+    refused = apply(folder, "init.yaml", "--out", "start.th")
+    assert (refused.returncode, "start.th.report.json is there already" in refused.stderr) == (1, True)
+    assert (folder / "start.th.report.json").read_text() == "precious"
+    assert not (folder / "start.th").exists()
+    half = apply(folder, "empty.yaml", "--out", "s-{model}.safetensors", "--model", "models:half_bad")
+    assert half.returncode == 1
+    assert not list(folder.glob("*s-*"))
+
+
+def test_numpy_and_python_draw_the_same_too(folder: Path) -> None:
+    """Whatever a model draws with when it is built."""
+    for name in ("a.safetensors", "b.safetensors"):
+        assert apply(folder, "empty.yaml", "--out", name, "--model", "models:drawn").returncode == 0
+    assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
+
+
+def test_what_a_later_kind_draws_counts_as_fresh(folder: Path) -> None:
+    """In the report, and in the plan before: the file of the run has no part in it."""
+    text = (folder / "init.yaml").read_text()
+    (folder / "both.yaml").write_text(text + "  - {kind: random, rules: [{match: backbone.weight, init: normal_}]}\n")
+    done = apply(folder, "both.yaml", "--out", "start.th")
+    assert "3 parameters fresh" in done.stdout
+    report = json.loads((folder / "start.th.report.json").read_text())
+    by_name = {record["name"]: record for record in report["tensors"]}
+    assert (by_name["backbone.weight"]["source"], by_name["backbone.bias"]["source"]) == (None, 0)
+    assert by_name["backbone.weight"]["rule"] == "random gave it its value"
+
+
+@pytest.mark.parametrize("out", ["", "x" * 300 + ".th"])
+def test_names_that_no_file_can_have_are_told(folder: Path, out: str) -> None:
+    """Not by a traceback."""
+    done = apply(folder, "init.yaml", "--out", out)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip()

@@ -60,3 +60,18 @@ def test_zsh_and_fish_are_served_too(tmp_path: Path) -> None:
     fish["_TYPER_COMPLETE_ARGS"] = "noether-init example re"
     done = subprocess.run([PROGRAM], cwd=tmp_path, env=fish, capture_output=True, text=True, check=False)
     assert done.stdout.split()[0] == "resume"
+
+
+def test_names_that_a_shell_would_evaluate_are_not_offered(tmp_path: Path) -> None:
+    """A file may be called anything; pressing Tab runs nothing."""
+    for name in (
+        "a$(touch PWNED).yaml",
+        "b`touch PWNED`.yaml",
+        "c\\$(touch PWNED).yaml",
+        "d;x.yaml",
+        "e f.yaml",
+        "g.yaml",
+    ):
+        (tmp_path / name).touch()
+    for shell in ("bash", "zsh"):
+        assert "".join(offered(tmp_path, "noether-init validate ", shell=shell)).count("yaml") == 1

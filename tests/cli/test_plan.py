@@ -330,8 +330,10 @@ def test_kinds_that_plan_nothing_are_asked_for_their_check(plan: Plan, foreign: 
     assert (refused.code, refused.out) == (1, "x no such thing\n")
     broken = plan("breaks.yaml", "--model", "plan_models:network")
     assert broken.code == 1
-    assert broken.out.startswith("x breaks: RuntimeError: meta tensor\n")
-    assert "--real" in broken.out
+    assert broken.out == "x breaks: RuntimeError: meta tensor\n"
+    write("random.yaml", "kind: random, rules: [{match: '**', init: normal_}]")
+    fine = plan("random.yaml", "--model", "plan_models:network")
+    assert (fine.code, fine.out) == (0, "not planned: random says nothing beforehand\n")
 
 
 def test_help_ends_with_an_example(plan: Plan) -> None:

@@ -138,7 +138,7 @@ def test_every_run_and_every_way_is_drawn_and_listed(chromium: Any, files: dict[
                 const { data, links } = document.querySelector('.chart').svgChart.getOption().series[0];
                 return [
                     data.filter((one) => one.node).map((one) => [one.node.id, one.x, one.y]),
-                    data.filter((one) => one.name.startsWith('words')).map((one) => one.label.formatter),
+                    data.filter((one) => one.name.startsWith('words')).map((one) => one.label.formatter()),
                     links.map((one) => [one.edge.source, one.edge.target]),
                 ];
             }"""

@@ -15,6 +15,7 @@ page.start((data) => {
   page.lead.append(
     element("ul", { class: "origins" }, [["A", data.a], ["B", data.b]].map(([name, side]) => element("li", {}, element("strong", {}, `${name}: `), said(side), ` ${page.counted(side.tensors, "tensor")}`))),
     page.figures([
+      ["elements compared", `${amount(data.totals.elements_compared)} of ${amount(data.totals.elements)}`, data.totals.elements_compared, data.totals.elements_compared < data.totals.elements ? "warn" : null],
       ["drift of all together", data.totals.relative_norm === null ? "not known" : number(data.totals.relative_norm), data.totals.relative_norm],
       ["cosine of all together", data.totals.cosine === null ? "not known" : data.totals.cosine.toFixed(6), data.totals.cosine],
       ["keys in both", whole(both), both],
@@ -43,11 +44,12 @@ page.start((data) => {
   const typeNames = [...types].sort((a, b) => b[1] - a[1]).map(([name]) => name);
   const typeAt = new Map(typeNames.map((name, at) => [name, at]));
   const logs = cells.map(({ row }) => row.relative_norm).filter((value) => value > 0).map(Math.log10);
-  const [least, most] = logs.length ? [Math.floor(Math.min(...logs)), Math.max(Math.ceil(Math.max(...logs)), Math.floor(Math.min(...logs)) + 1)] : [-1, 0];
+  const lowest = logs.reduce((a, b) => Math.min(a, b), Infinity), highest = logs.reduce((a, b) => Math.max(a, b), -Infinity);
+  const [least, most] = logs.length ? [Math.floor(lowest), Math.max(Math.ceil(highest), Math.floor(lowest) + 1)] : [-1, 0];
   let theTable;
   if (cells.length) {
     const part = page.section("Drift by layer and parameter", "Each field is a tensor: \u2016B \u2212 A\u2016 / \u2016A\u2016, from light to dark by powers of ten; symbols stand where there is no such number. A click on a field shows its row below.");
-    part.append(element("p", { class: "legend" }, Object.entries(states).filter(([state]) => data.counts[state] && state !== "changed").flatMap(([, [symbol, colour, word]]) => [page.mark(symbol, colour), word, "\u2003"])));
+    part.append(element("p", { class: "legend" }, Object.entries(states).filter(([state]) => data.counts[state]).flatMap(([, [symbol, colour, word]]) => [page.mark(symbol, colour), word, "\u2003"])));
     page.chart(part, {
       label: `Drift of ${whole(data.rows.length)} tensors, ${page.counted(layers.size, "layer")} by ${page.counted(types.size, "kind")} of parameters; the table below has every number.`,
       height: Math.min(6000, 150 + 22 * layers.size), least: Math.min(6000, 260 + 34 * types.size),

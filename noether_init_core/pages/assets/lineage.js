@@ -108,10 +108,10 @@ page.start((data) => {
           // two corners, so that a unit is a pixel
           data: [{ x: 0, y: 0 }, { x: width, y: high }].map((corner, number) => ({ ...corner, name: `corner ${number}`, symbolSize: 0, label: { show: false }, silent: true })).concat(segments.filter((one) => one.isSaid).map((one, number) => ({
             ...wordsAt(one, width), name: `words ${number}`, edge: one.edge, symbolSize: 1, itemStyle: { color: "transparent" },
-            label: { show: true, color: colour("ink"), backgroundColor: colour("ground"), padding: [2, 4], fontSize: 11, lineHeight: 14, formatter: linesOf(one.edge).map(cut).join("\n") },
+            label: { show: true, color: colour("ink"), backgroundColor: colour("ground"), padding: [2, 4], fontSize: 11, lineHeight: 14, formatter: () => linesOf(one.edge).map(cut).join("\n") },
           })), [...at.keys()].filter((id) => id.startsWith("bend ")).map((id) => ({ ...placeOf(id, width), name: id, symbolSize: 1.5, itemStyle: { color: colour("soft") }, label: { show: false }, silent: true })), data.nodes.map((node) => ({
             name: `node ${node.id}`, node, ...placeOf(`node ${node.id}`, width), symbol: node.type === "file" ? "rect" : "roundRect", symbolSize: [176, 34],
-            label: { formatter: `${looks[node.type][0]} ${shown(nameOf(node))}`, fontWeight: node.id === data.focus ? "bold" : "normal", color: node.type === "missing" ? colour("ink") : colour("on-mark") },
+            label: { formatter: () => `${looks[node.type][0]} ${shown(nameOf(node))}`, fontWeight: node.id === data.focus ? "bold" : "normal", color: node.type === "missing" ? colour("ink") : colour("on-mark") },
             itemStyle: {
               color: node.type === "missing" ? colour("panel") : colour(node.id === data.focus ? "accent" : looks[node.type][1]),
               borderColor: colour(node.id === data.focus ? "ink" : node.type === "missing" ? "missing" : looks[node.type][1]), borderWidth: node.id === data.focus ? 3 : 1,
@@ -141,7 +141,7 @@ page.start((data) => {
     if (sources.length) entry.append(element("ul", {}, sources.map((edge) => element("li", { "data-edge": `${edge.source} ${edge.target}` },
       edge.source === edge.target ? "went on from " : ["came from ", element("strong", {}, shown(edge.source)), " "], wordsOf(edge),
       edge.tensors === null ? "" : `, ${page.counted(edge.tensors, "tensor")}${edge.share === null ? "" : ` (${percent(edge.share)})`}`, edge.note ? `; ${shown(edge.note)}` : ""))));
-    else if (node.type === "run" && !node.note) entry.append(element("p", { class: "note" }, "It came from no checkpoint: all weights were fresh."));
+    else if (node.type === "run" && !node.note) entry.append(element("p", { class: "note" }, "No checkpoint is recorded that it came from."));
     if (node.sets.length) entry.append(element("div", { class: "scroll" }, element("table", {},
       element("thead", {}, element("tr", {}, ["Set", "Tags", "State", "Size", "Saved"].map((one) => element("th", { scope: "col" }, one)))),
       element("tbody", {}, node.sets.map((set) => element("tr", {}, element("th", { scope: "row" }, key(set.iteration || set.name)), element("td", {}, set.tags.filter((tag) => tag !== set.iteration).map(shown).join(", ")),

@@ -18,7 +18,9 @@ page.start((data) => {
   page.lead.append(
     element("ul", { class: "origins" }, data.origins.map((one) => element("li", {}, several || data.origins.length > 1 ? `${shown(one.model)} \u2190 ` : "", shown(one.origin), " ", key(one.file)))),
     page.figures([
-      ["of the parameters are loaded", percent(data.coverage), data.coverage, data.coverage === 1 ? "good" : null],
+      counted.length
+        ? ["of the parameters are loaded", percent(data.coverage), data.coverage, data.coverage === 1 ? "good" : null]
+        : ["parameters are planned", "no", 0, "warn"],
       ["parameters loaded", `${amount(totals.parameters_loaded)} of ${amount(totals.parameters)}`, totals.parameters_loaded],
       ["entries of the model written", `${whole(data.rows.filter((row) => ["load", "rename", "transform", "cast"].includes(row.action)).length)} of ${whole(data.rows.filter((row) => row.target !== null).length)}`, data.rows.filter((row) => ["load", "rename", "transform", "cast"].includes(row.action)).length],
       ["written", bytes(totals.bytes_loaded), totals.bytes_loaded],
@@ -142,7 +144,7 @@ page.start((data) => {
       for (const [name, size] of named) sizes.set(moduleOf(name, depth), (sizes.get(moduleOf(name, depth)) ?? 0) + size);
       if (sizes.size > mostModules && depth > 1) continue;
       const largest = new Set([...sizes].sort((a, b) => b[1] - a[1]).slice(0, mostModules).map(([name]) => name));
-      return (name) => (largest.has(moduleOf(name, depth)) ? moduleOf(name, depth) : "others");
+      return (name) => (largest.has(moduleOf(name, depth)) ? moduleOf(name, depth) : "(others)");
     }
     return (name) => name;
   };
@@ -199,7 +201,7 @@ page.start((data) => {
           emphasis: { focus: "adjacency" },
           label: { color: colour("ink"), fontSize: 12, width: Math.min(260, width * 0.28), overflow: "truncate" },
           data: [...nodes].map(([name, node]) => ({
-            name, depth: node.depth, label: { formatter: tail(node.text) },
+            name, depth: node.depth, label: { formatter: () => tail(node.text) },
             itemStyle: { color: colour(node.action ?? "soft"), borderWidth: 0 },
           })),
           links: ribbons.map((flow) => ({

@@ -1,0 +1,78 @@
+"""Files that commands write for people: nothing else is written over, and they are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import typer
+
+from noether_init_core import InitReport, TrainingIteration
+from noether_init_core.cli.files import check_page, check_plan, write_html, write_text
+from noether_init_core.errors import InitError
+
+REPORT = InitReport(TrainingIteration(0, 0, 0))
+
+
+@pytest.mark.parametrize("name", ["init.yaml", "plan", "-", ".html", "page.txt"])
+def test_a_page_has_a_name_of_a_page(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is behind the option is a slip of the hand."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(typer.BadParameter, match=r"is no \.html file\. Next: --html "):
+        check_page(Path(name))
+
+
+def test_what_was_not_written_by_the_option_is_kept(tmp_path: Path) -> None:
+    """Pages of others, JSON of others, links, pipes."""
+    (tmp_path / "theirs.html").write_text("<!doctype html><title>theirs</title>")
+    (tmp_path / "package.json").write_text('{"name": "theirs"}')
+    (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere.html")
+    os.mkfifo(tmp_path / "pipe.html")
+    for check, name in (
+        (check_page, "theirs.html"),
+        (check_plan, "package.json"),
+        (check_page, "link.html"),
+        (check_page, "pipe.html"),
+    ):
+        with pytest.raises(typer.BadParameter, match="was not written by this option; it is kept"):
+            check(tmp_path / name)
+
+
+def test_ours_is_replaced(tmp_path: Path) -> None:
+    """Writing a page again is what people do."""
+    write_html(tmp_path / "report.html", REPORT)
+    first = (tmp_path / "report.html").read_text()
+    check_page(tmp_path / "report.html")
+    write_html(tmp_path / "report.html", REPORT, "Another title")
+    assert first != (tmp_path / "report.html").read_text()
+    check_plan(Path("-"))
+
+
+def test_nothing_is_written_among_checkpoints(tmp_path: Path) -> None:
+    """A manifest is JSON, too."""
+    folder = tmp_path / "run" / "checkpoints" / "sets" / "00000001_E1_U1_S1"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"format": "noether-init-plan"}')
+    for check, name in ((check_plan, "manifest.json"), (check_plan, "new.json"), (check_page, "new.html")):
+        with pytest.raises(typer.BadParameter, match="lies among checkpoints"):
+            check(folder / name)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no file with a temporary name."""
+    (tmp_path / "page.html").write_text("old")
+
+    def full(_source: Path, _target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InitError, match="No space left on device"):
+        write_text(tmp_path / "page.html", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "old")]
+
+
+def test_names_that_are_no_text_are_written_spelt_out(tmp_path: Path) -> None:
+    """File names are bytes, and some are no UTF-8."""
+    write_text(tmp_path / "page.html", "a \udcff b")
+    assert (tmp_path / "page.html").read_text() == "a \\udcff b"
