@@ -51,7 +51,10 @@ def run(
     run_id: RunId = None,
     stage_name: StageName = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="For what the model draws when it is built: what stays fresh.")
+        int,
+        typer.Option(
+            min=0, max=2**32 - 1, metavar="INT", help="For what the model draws when it is built: what stays fresh."
+        ),
     ] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there, in one step.")] = False,
     html: Html = None,
@@ -73,7 +76,7 @@ def run(
     # whatever a model draws with
     torch.manual_seed(seed)
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)
+    numpy.random.seed(seed)
     # a run of its own that never has sets: auto_resume has nothing to go on from, and the list of the config applies
     as_run = _unused(runs) if runs is not None and run_id is None else run_id
     stack, built, paths = stack_and_model(
