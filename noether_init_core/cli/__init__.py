@@ -5,7 +5,6 @@ Exit codes: 0 fine, 1 a file or config has problems, 2 usage. Torch is imported 
 
 from __future__ import annotations
 
-import errno
 import inspect as inspect_module
 import io
 import sys
@@ -19,6 +18,7 @@ from noether_init_core.cli import (
     check,
     diff,
     example,
+    failures,
     inspect,
     kinds,
     lineage,
@@ -31,7 +31,6 @@ from noether_init_core.cli import (
     validate,
     verify,
 )
-from noether_init_core.errors import InitError, one_line
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -60,10 +59,6 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
 )
 
 
-# What is wrong with a path that was typed, or with the disk, and not with this program.
-_OF_PATHS = (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
-
-
 def _help_of(function: Callable[..., None]) -> str:
     """The docstring, a line for each paragraph: terminals have widths of their own."""
     paragraphs = (inspect_module.getdoc(function) or "").split("\n\n")
@@ -85,13 +80,19 @@ def _start(
         overview.show_version()
     elif context.invoked_subcommand is None:
         overview.run(as_json=as_json)
+    elif as_json:
+        behind = usage.behind("--json", context.invoked_subcommand)
+        raise typer.BadParameter(f"it belongs behind the command. Next: {behind}", param_hint="--json")
     else:
         return
     raise typer.Exit
 
 
 def main() -> None:
-    """Run the command; an error of ours is its message on standard error and exit code 1, a wrong usage 2."""
+    """Run the command; a wrong usage is exit code 2, an error of ours or of a plugin its message and exit code 1.
+
+    Messages go to standard error. A fault of this program is raised.
+    """
     for stream in (sys.stdout, sys.stderr):
         # what a terminal cannot show is spelt out
         if isinstance(stream, io.TextIOWrapper):
@@ -102,14 +103,11 @@ def main() -> None:
         code = usage.show(error)
     except typer.Abort:
         code = 1
-    except InitError as error:
-        print(error, file=sys.stderr)
-        code = 1
-    except OSError as error:
-        if error.errno not in _OF_PATHS:
+    except Exception as error:
+        said = failures.explained(error)
+        if said is None:
             raise
-        # without a name it is about standard output
-        what = "the output cannot be written" if error.filename is None else one_line(str(error.filename)[:200])
-        print(f"{what}: {error.strerror}", file=sys.stderr)
+        failures.show_traceback(error)
+        print(said, file=sys.stderr)
         code = 1
     sys.exit(code or 0)

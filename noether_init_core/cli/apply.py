@@ -52,9 +52,7 @@ def run(
     stage_name: StageName = None,
     seed: Annotated[
         int,
-        typer.Option(
-            min=0, max=2**32 - 1, metavar="INT", help="For what the model draws when it is built: what stays fresh."
-        ),
+        typer.Option(min=0, max=2**32 - 1, metavar="INT", help="For what the model draws when it is built."),
     ] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there, in one step.")] = False,
     html: Html = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from noether_init_core.cli.failures import how_to_see, show_traceback
 from noether_init_core.cli.files import Html, check_page, check_plan, write_html, write_text
 from noether_init_core.cli.models import load_model
 from noether_init_core.cli.options import (
@@ -21,7 +22,7 @@ from noether_init_core.cli.options import (
     naming_options,
     stack_and_model,
 )
-from noether_init_core.errors import InitError
+from noether_init_core.errors import InitError, printable
 
 if TYPE_CHECKING:
     from noether_init_core.render.terminal import Origin
@@ -82,7 +83,9 @@ def run(
     for kind, error in unplanned:
         said = f"not planned: {kind} says nothing beforehand"
         if error is not None:
-            said = f"x {error}" if isinstance(error, InitError) else f"x {kind}: {type(error).__name__}: {error}"
+            show_traceback(error)
+            named = f"{kind}: {type(error).__name__}: {error}."
+            said = f"x {error}" if isinstance(error, InitError) else f"x {printable(named)}{how_to_see()}"
         typer.echo(said, err=to_stdout)
     if not plan.is_fine or any(error is not None for _kind, error in unplanned):
         raise typer.Exit(1)

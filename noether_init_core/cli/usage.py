@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["UsageError", "advice", "show"]
+__all__ = ["UsageError", "advice", "behind", "show"]
 
 #: The error of a command line that cannot be understood; typer shows it, and has no public name for it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -24,14 +25,35 @@ def advice(error: Exception) -> str | None:
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     if "Next: " in str(getattr(error, "message", "")):
         return None
-    if context is None or hasattr(context.command, "commands"):
-        return "Next: noether-init --help"
+    if context is None:
+        return _of_an_option(error)
+    if hasattr(context.command, "commands"):
+        # typer says which one was nearly typed
+        near = re.search(r"Did you mean '([\w-]+)'\?", str(getattr(error, "message", "")))
+        return f"Next: noether-init {near[1]} --help" if near else "Next: noether-init --help"
     example = str(getattr(context.command, "epilog", None) or "").removeprefix(_EXAMPLE)
     if parameter is not None and type(error).__name__ == "MissingParameter":
         there = _THERE.get(str(parameter.name))
         if there is not None:
             return there(example)
     return f"Next: {example}" if example else "Next: noether-init --help"
+
+
+def behind(option: str, command: str) -> str:
+    """The command line with the option where it belongs."""
+    if (command, option) == ("schema", "--json"):
+        return "noether-init schema KIND, which prints nothing else"
+    return f"noether-init {command} {option}{' FILE' if (command, option) == ('plan', '--json') else ''}"
+
+
+def _of_an_option(error: Exception) -> str:
+    """For an option that lacks its value: typer does not say of which command."""
+    option = getattr(error, "option_name", None)
+    if option is None:
+        return "Next: noether-init --help"
+    if option == "--json":
+        return "Next: --json FILE; or --json -, which prints it, and nothing else"
+    return f"Next: {option} and its value, or --help behind the command"
 
 
 def _configs(example: str) -> str:
