@@ -146,7 +146,7 @@ def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
         phrases.append(Text(f"cosine {found.cosine:.6f}"))
     phrases.append(Text(f"{amount(found.elements_compared)} of {amount(found.elements)} elements compared"))
     if found.is_equal:
-        phrases.append(Text("the same tensors, bit for bit", "green"))
+        phrases.append(Text("equal tensors", "green"))
     elif not found.is_same_form:
         wrong = sum(row.state in ("shape", "nonfinite", "only_a", "only_b") for row in found.rows)
         phrases.append(Text(f"{counted(wrong, 'key')} of another form", "bold red"))

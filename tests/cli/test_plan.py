@@ -330,7 +330,8 @@ def test_kinds_that_plan_nothing_are_asked_for_their_check(plan: Plan, foreign: 
     assert (refused.code, refused.out) == (1, "x no such thing\n")
     broken = plan("breaks.yaml", "--model", "plan_models:network")
     assert broken.code == 1
-    assert broken.out == "x breaks: RuntimeError: meta tensor\n"
+    how = "Its traceback: NOETHER_INIT_TRACEBACK=1 before the command"
+    assert broken.out == f"x breaks: RuntimeError: meta tensor. {how}\n"
     write("random.yaml", "kind: random, rules: [{match: '**', init: normal_}]")
     fine = plan("random.yaml", "--model", "plan_models:network")
     assert (fine.code, fine.out) == (0, "not planned: random says nothing beforehand\n")
