@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import attrs
 import typer
 
 from noether_init_core.cli.completion import configs
@@ -30,6 +31,20 @@ __all__ = [
     "stack_and_model",
 ]
 
+
+def _config(context: typer.Context, path: Path) -> Path:
+    """The path, if it can be that of a config; else the command line is wrong, and not the config."""
+    from noether_init_core.config.yaml_text import check_is_text
+
+    if not context.resilient_parsing:
+        try:
+            check_is_text(path)
+        except InitError as error:
+            typer.echo(error, err=True)
+            raise typer.Exit(2) from error
+    return path
+
+
 Config = Annotated[
     Path,
     typer.Argument(
@@ -37,6 +52,7 @@ Config = Annotated[
         help="A YAML file: ours, or Noether's hp_resolved.yaml.",
         show_default=False,
         autocompletion=configs,
+        callback=_config,
     ),
 ]
 Model = Annotated[
@@ -67,9 +83,14 @@ def stack_and_model(
     if runs is None and (run_id is not None or stage_name is not None):
         raise typer.BadParameter("--run-id and --stage-name are names below --runs FOLDER", param_hint="--runs")
     check_reference(model)
+    from noether_init_core.config.files import load_config_file
     from noether_init_core.stack import InitializerStack
 
     paths = _paths(runs, run_id, stage_name)
+    if paths is not None and paths.run_id_is_generated and load_config_file(config).auto_resume:
+        # what is only looked at needs no run that can be found again
+        paths = attrs.evolve(paths, run_id_is_generated=False)
+        typer.echo("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID", err=True)
     with naming_options(paths):
         stack = InitializerStack.from_file(config, path_provider=paths)
     return stack, load_model(model, app_dir=app_dir, name=model_name, real=real), paths

@@ -20,7 +20,7 @@ import yaml
 from noether_init_core.config.base import YamlText
 from noether_init_core.errors import ConfigFileError
 
-__all__ = ["KeyPath", "YamlDocument", "read_yaml", "shown_path"]
+__all__ = ["KeyPath", "YamlDocument", "check_is_text", "read_yaml", "shown_path"]
 
 KeyPath = tuple[str | int, ...]
 
@@ -70,6 +70,11 @@ def read_yaml(path: Path) -> YamlDocument:
     reader = _Reader(path)
     value = None if node is None else reader.value(node, ())
     return YamlDocument(path, value, reader.lines, tuple(reader.refusals))
+
+
+def check_is_text(path: Path) -> None:
+    """Raise ``ConfigFileError`` for what cannot be a config, whatever is in it: no file, a folder, a checkpoint."""
+    _content(path)
 
 
 def _content(path: Path) -> bytes:

@@ -247,10 +247,10 @@ def test_validate_tells_what_is_wrong_around_the_entries_too(invoke: Invoke, tmp
 
 
 def test_validate_of_an_absent_file_names_its_neighbours(invoke: Invoke, tmp_path: Path) -> None:
-    """Exit code 1 and the YAML files that are there."""
+    """The command line is wrong, and not the config: exit code 2, and the YAML files that are there."""
     (tmp_path / "other.yaml").touch()
     result = invoke("validate", tmp_path / "init.yaml")
-    assert (result.code, result.out) == (1, "")
+    assert (result.code, result.out) == (2, "")
     assert "other.yaml" in result.err
 
 

@@ -34,7 +34,14 @@ def test_everything_that_it_says_to_type_works(kind: str, tmp_path: Path) -> Non
     first, plan, train, look = commands
     done = typed(first, tmp_path)
     assert done.returncode == 0, done.stderr
+    without_run = typed(plan.split(" --run-id")[0], tmp_path)
+    assert without_run.returncode == 0, without_run.stderr
+    assert without_run.stderr == (
+        "auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID\n"
+    )
     planned = typed(plan, tmp_path)
+    assert planned.stderr.splitlines() == ["page: plan.html"]
+    assert planned.stdout == without_run.stdout
     assert planned.returncode == 0, planned.stderr
     assert kind in planned.stdout
     assert "<!doctype html>" in (tmp_path / "plan.html").read_text()[:40]

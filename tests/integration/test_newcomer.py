@@ -47,13 +47,13 @@ WRONG_TURNS = [
     ("noether-init plan", 2, ["Configs in this folder: init.yaml"]),
     (
         "noether-init plan init.yml --model train:build",
-        1,
+        2,
         ["init.yml: does not exist", "Next: noether-init validate init.yaml"],
     ),
-    ("noether-init plan runs --model train:build", 1, ["runs: is a folder; a config is a YAML file"]),
+    ("noether-init plan runs --model train:build", 2, ["runs: is a folder; a config is a YAML file"]),
     (
         "noether-init plan {weights} --model train:build",
-        1,
+        2,
         ["is no text, and a config is a YAML file", "noether-init inspect"],
     ),
     ("noether-init validate kind.yaml", 1, ["kind.yaml:4 initializers.0.kind", "Next: noether-init kinds"]),
@@ -75,7 +75,6 @@ WRONG_TURNS = [
     ("noether-init plan init.yaml --model train:bild {run}", 2, ["train has no 'bild'", "build"]),
     # runs
     ("noether-init plan init.yaml --model train:build", 1, ["Next: --runs FOLDER --run-id ID"]),
-    ("noether-init plan init.yaml --model train:build --runs runs", 1, ["Next: --run-id ID"]),
     (
         "noether-init plan init.yaml --model train:build --runs rnus --run-id finetune",
         1,
