@@ -79,6 +79,7 @@ class ResumeInitializer(CheckpointInitializer):
     Attributes:
         passed_over: (set, why) of each broken set that was passed over, newest first.
         not_restored: What the set has and ``check`` was given nothing to take it, in words.
+        weights_alone: Set to True where nothing will be trained: what a trainer would take is left.
     """
 
     config_class: ClassVar[type[KindConfig]] = ResumeInitializerConfig
@@ -90,6 +91,7 @@ class ResumeInitializer(CheckpointInitializer):
         self.store = RunStore(self.source_paths, asked_by="auto_resume" if auto_resume else "resume")
         self.passed_over: tuple[tuple[str, str], ...] = ()
         self.not_restored: tuple[str, ...] = ()
+        self.weights_alone = False
         self._is_automatic = auto_resume or Query.of(self.checkpoint_tag).automatic
         self._any_tag = auto_resume and self.config.checkpoint_tag is None
         self._trainer_state: dict[str, Any] | None = None
@@ -273,6 +275,9 @@ class ResumeInitializer(CheckpointInitializer):
     def _check(self, model: Any, trainer: Any, callbacks: list[Any] | None) -> None:
         super().check(model, trainer, callbacks)
         state = self.trainer_state()
+        if self.weights_alone:
+            self.not_restored = ("everything but weights, since nothing is trained here",)
+            return
         if trainer is None and _TRAINER_STATE in state:
             members = ", ".join(["the position in the data", "random generators", *_members(state)])
             raise StateMismatchError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from noether_init_core.errors import CheckpointWriteError, ConfigError, InitErro
 if TYPE_CHECKING:
     from noether_init_core.checkpoints.weights_file import WrittenFile
     from noether_init_core.provenance import InitReport
+    from noether_init_core.stack import InitializerStack
 
 __all__ = ["run"]
 
@@ -75,15 +75,13 @@ def run(
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)
-    # a run of its own that never has sets: auto_resume has nothing to go on from, and the list of the config applies
-    as_run = _unused(runs) if runs is not None and run_id is None else run_id
     stack, built, paths = stack_and_model(
         config,
         model,
         app_dir=app_dir,
         model_name=model_name,
         runs=runs,
-        run_id=as_run,
+        run_id=run_id,
         stage_name=stage_name,
         real=True,
     )
@@ -97,6 +95,7 @@ def run(
             _show_plan(plan)
             raise typer.Exit(1)
         # verified first, then read
+        _want_weights_alone(stack)
         with transfers("loading", 2 * plan.loaded_bytes, "rchar"):
             report = stack.initialize(built)
     _refuse_sources(report, states)
@@ -120,9 +119,12 @@ def run(
     write_html(html, report, f"What {config.name} made of the model")
 
 
-def _unused(runs: Path) -> str:
-    names = (f"apply-{number}" for number in itertools.count(1))
-    return next(name for name in names if not (runs / name).exists())
+def _want_weights_alone(stack: InitializerStack) -> None:
+    from noether_init_core.builtin.resume import ResumeInitializer
+
+    for initializer in stack.initializers:
+        if isinstance(initializer, ResumeInitializer):
+            initializer.weights_alone = True
 
 
 def _states(model: Any, out: Path) -> dict[Path, Any]:

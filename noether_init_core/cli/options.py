@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,11 +89,11 @@ def stack_and_model(
 
     paths = _paths(runs, run_id, stage_name)
     if paths is not None and paths.run_id_is_generated and load_config_file(config).auto_resume:
-        # what is only looked at needs no run that can be found again
-        paths = attrs.evolve(paths, run_id_is_generated=False)
         typer.echo("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID", err=True)
     with naming_options(paths):
-        stack = InitializerStack.from_file(config, path_provider=paths)
+        # nothing will be saved below it, so that it need not be found again
+        known = None if paths is None else attrs.evolve(paths, run_id_is_generated=False)
+        stack = InitializerStack.from_file(config, path_provider=known)
     return stack, load_model(model, app_dir=app_dir, name=model_name, real=real), paths
 
 
@@ -101,7 +102,12 @@ def _paths(runs: Path | None, run_id: str | None, stage_name: str | None) -> Pat
 
     if runs is None:
         return None
-    return PathProvider.generate(runs, stage_name) if run_id is None else PathProvider(runs, run_id, stage_name)
+    if run_id is not None:
+        return PathProvider(runs, run_id, stage_name)
+    # the same one each time, so that reports are the same
+    names = (f"new-{number}" for number in itertools.count(1))
+    unused = next(name for name in names if not (runs / name).exists())
+    return PathProvider(runs, unused, stage_name, run_id_is_generated=True)
 
 
 @contextlib.contextmanager

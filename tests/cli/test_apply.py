@@ -18,6 +18,7 @@ from noether_init_core import (
     CheckpointWriter,
     InitializerStack,
     PathProvider,
+    TrainerState,
     TrainingIteration,
     bind,
 )
@@ -214,6 +215,37 @@ def test_a_config_that_goes_on_by_itself_is_applied_as_at_its_first_start(folder
     assert done.returncode == 0, done.stderr
     assert "previous_run  net <- pretrain" in done.stdout
     assert "What init.yaml made of the model" in (folder / "report.html").read_text()
+
+
+def test_a_run_that_is_resumed_gives_its_weights_alone(folder: Path) -> None:
+    """By the kind, and by auto_resume of a run that has sets; what a training loop would take is left, and told."""
+    network = bind(torch.nn.Linear(3, 2), name="net")
+    state = TrainerState(seed=0)
+    state.advance(samples=4)
+    CheckpointWriter(PathProvider(folder / "runs", "first")).save(network, trainer=state)
+    (folder / "models.py").write_text("import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2)\n")
+    (folder / "fork.yaml").write_text("initializers:\n  - {kind: resume, run_id: first}\n")
+    (folder / "auto.yaml").write_text("auto_resume: true\ninitializers: []\n")
+    for config, more in (("fork.yaml", ()), ("auto.yaml", ("--run-id", "first"))):
+        out = folder / f"{config}.pt"
+        done = apply(folder, config, "--out", out.name, "--model-name", "net", *more)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("start E0_U1_S4")
+        assert "not restored: everything but weights, since nothing is trained here" in done.stdout
+        state_dict = torch.load(out, weights_only=True)
+        assert all(torch.equal(value, state_dict[key]) for key, value in network.state_dict().items())
+    nothing = apply(folder, "auto.yaml", "--out", "new.pt", "--model-name", "net")
+    assert nothing.returncode == 0
+    assert nothing.stderr == ("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID\n")
+    assert "2 parameters fresh" in nothing.stdout
+
+
+def test_a_run_that_is_not_named_is_told_as_made_up(folder: Path) -> None:
+    """It is not taken for one of the user's."""
+    (folder / "this.yaml").write_text("initializers:\n  - kind: resume\n")
+    refused = apply(folder, "this.yaml", "--out", "new.pt")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == "new-1 is a new run, made up since none was given. Next: --run-id ID"
 
 
 def test_an_unknown_suffix_names_those_that_there_are(folder: Path) -> None:
