@@ -85,7 +85,7 @@ def test_it_can_be_looked_at_first(tmp_path: Path) -> None:
 
 
 def test_a_kind_of_others_gets_a_config_with_what_it_requires_left_open(tmp_path: Path) -> None:
-    """Validation names each key that is to be filled in; filled in, it is a config."""
+    """Validation names each key that is to be filled in; filled in, everything that is said to type works."""
     written = typed("noether-init example random", tmp_path)
     assert written.returncode == 0, written.stderr
     text = (tmp_path / "init.yaml").read_text()
@@ -95,8 +95,12 @@ def test_a_kind_of_others_gets_a_config_with_what_it_requires_left_open(tmp_path
     assert refused.returncode == 1
     assert "init.yaml:5 initializers.0.rules" in refused.stdout
     (tmp_path / "init.yaml").write_text(text.replace("rules:", "rules: [{match: '**', init: zeros_}]"))
-    filled = typed("noether-init validate init.yaml", tmp_path)
-    assert filled.returncode == 0, filled.stdout
+    commands = [command for command, _what in example_of("random").commands]
+    for command in (*commands[:2], f"{commands[2]} --epochs 1"):
+        done = typed(command, tmp_path)
+        assert done.returncode == 0, done.stderr
+    again = typed(f"{commands[2]} --epochs 2", tmp_path)
+    assert again.stdout.startswith("start E1_U8_S256  (auto_resume: resumed from E1_U8_S256)")
 
 
 def test_an_unknown_kind_is_named_with_those_near_to_it(tmp_path: Path) -> None:
