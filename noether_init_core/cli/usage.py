@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -31,7 +32,7 @@ def advice(error: Exception) -> str | None:
         # typer says which one was nearly typed
         near = re.search(r"Did you mean '([\w-]+)'\?", str(getattr(error, "message", "")))
         return f"Next: noether-init {near[1]} --help" if near else "Next: noether-init --help"
-    example = str(getattr(context.command, "epilog", None) or "").removeprefix(_EXAMPLE)
+    example = _as_here(str(getattr(context.command, "epilog", None) or "").removeprefix(_EXAMPLE))
     if parameter is not None and type(error).__name__ == "MissingParameter":
         there = _THERE.get(str(parameter.name))
         if there is not None:
@@ -57,10 +58,9 @@ def _of_an_option(error: Exception) -> str:
 
 
 def _configs(example: str) -> str:
-    found = sorted(path.name for path in Path.cwd().iterdir() if path.suffix in (".yaml", ".yml"))
+    found = _configs_here()
     if found:
-        chosen = "init.yaml" if "init.yaml" in found else found[0]
-        return f"Configs in this folder: {_some(found)}. Next: {example.replace('init.yaml', chosen)}"
+        return f"Configs in this folder: {_some(found)}. Next: {example}"
     return "No YAML file is in this folder. Next: noether-init example previous_run, which writes one and a loop"
 
 
@@ -73,13 +73,37 @@ def _kinds(example: str) -> str:
 
 def _model(example: str) -> str:
     # the command line is about this folder, or about --app-dir, which is not known yet
-    modules = sorted(path.stem for path in Path.cwd().glob("*.py") if path.stem.isidentifier())
+    modules = _modules_here()
     name = modules[0] if len(modules) == 1 else "module"
     known = f" Modules in this folder: {_some(modules)}." if modules else ""
     return (
         f"--model module:callable names what gives the model: a function without arguments, a class, a module."
         f"{known} Next: --model {name}:build"
     )
+
+
+def _as_here(example: str) -> str:
+    """The example with a config and a module of this folder, where there is no doubt."""
+    configs, modules = _configs_here(), _modules_here()
+    if configs and "init.yaml" not in configs:
+        example = example.replace("init.yaml", shlex.quote(configs[0]))
+    return example.replace("models:build", f"{modules[0]}:build") if len(modules) == 1 else example
+
+
+def _configs_here() -> list[str]:
+    return sorted(name for name in _here() if name.endswith((".yaml", ".yml")))
+
+
+def _modules_here() -> list[str]:
+    stems = (name.removesuffix(".py") for name in _here() if name.endswith(".py"))
+    return sorted(stem for stem in stems if stem.isidentifier())
+
+
+def _here() -> list[str]:
+    try:
+        return os.listdir()
+    except OSError:  # the folder is gone, or may not be looked into
+        return []
 
 
 def _some(names: list[str]) -> str:

@@ -37,14 +37,22 @@ WRONG_TURNS = [
         ["requires an argument", "Next: --runs and its value"],
     ),
     ("noether-init --jsn", 2, ["No such option: --jsn", "Next: noether-init --help"]),
-    ("noether-init plan init.yaml --modle train:build", 2, ["No such option: --modle", "--model"]),
+    (
+        "noether-init plan init.yaml --modle train:build",
+        2,
+        ["No such option: --modle", "--model", "Next: noether-init plan init.yaml --model train:build"],
+    ),
     # a kind
     ("noether-init example", 2, ["Installed kinds: file, previous_run,", "Next: noether-init kinds"]),
     ("noether-init example previous-run", 1, ["Near: previous_run (noether-init-core", "Next: noether-init kinds"]),
     ("noether-init example previous_run", 1, ["there already, and nothing was written", "noether-init example KIND"]),
     ("noether-init schema previus_run", 1, ["Near: previous_run (noether-init-core", "Next: noether-init kinds"]),
     # a config
-    ("noether-init plan", 2, ["Configs in this folder: init.yaml"]),
+    (
+        "noether-init plan",
+        2,
+        ["Configs in this folder: init.yaml", "Next: noether-init plan init.yaml --model train:build"],
+    ),
     (
         "noether-init plan init.yml --model train:build",
         2,
