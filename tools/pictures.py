@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support.browser import browser, opened  # noqa: E402 - the tests' own way to a browser
 
 #: Page -> height of the part that is shown.
-HEIGHTS = {"plan": 830, "report": 800, "diff": 900, "lineage": 620}
+HEIGHTS = {"plan": 1030, "report": 800, "diff": 900, "lineage": 620}
 
 
 def main(demo: Path, target: Path) -> None:

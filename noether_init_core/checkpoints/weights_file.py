@@ -54,7 +54,11 @@ def check_place(path: Path, *, replace: bool = False) -> None:
     if not path.parent.is_dir():
         raise CheckpointWriteError(f"there is no folder {path.parent}. Next: mkdir -p {path.parent}", path=path)
     if os.path.lexists(path) and (not replace or not path.is_file()):
-        raise CheckpointWriteError(f"{path} is there already, and was left as it is. Next: another name", path=path)
+        raise CheckpointWriteError(
+            f"{path} is there already, and was left as it is. Next: another name, or --force", path=path
+        )
+    if "checkpoints" in path.resolve().parts:
+        raise CheckpointWriteError(f"{path} lies among checkpoints. Next: a file in another folder", path=path)
 
 
 def write_weights(

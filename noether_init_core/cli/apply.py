@@ -120,10 +120,9 @@ def run(
 
 
 def _want_weights_alone(stack: InitializerStack) -> None:
-    from noether_init_core.builtin.resume import ResumeInitializer
-
+    """Tell kinds that would miss a trainer, and that know of this, that nothing is trained here."""
     for initializer in stack.initializers:
-        if isinstance(initializer, ResumeInitializer):
+        if hasattr(initializer, "weights_alone"):
             initializer.weights_alone = True
 
 

@@ -29,6 +29,8 @@ def check_reference(said: str) -> tuple[str, str]:
     if not colon or not module or not attribute:
         example = f"{module}:build" if module and not colon and module.isidentifier() else "my_package.models:build"
         raise _wrong(f"{said!r} is not module:callable. Next: --model {example}")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise _wrong(f"{module!r} is no module as Python imports it. Next: --model {Path(module).stem}:{attribute}")
     return module, attribute
 
 

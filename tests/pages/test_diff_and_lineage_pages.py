@@ -159,7 +159,7 @@ def test_every_run_and_every_way_is_drawn_and_listed(chromium: Any, files: dict[
     assert {tuple(link) for link in links} == {(edge.source, edge.target) for edge in lineage.edges}
     assert sorted(listed) == sorted(f"{edge.source} {edge.target}" for edge in lineage.edges)
     assert "12 tensors (75.0 %)" in text
-    assert (figures["ancestors"], figures["descendants"], figures["ways"]) == ("3", "2", "6")
+    assert (figures["ancestors"], figures["descendants"], figures["links"]) == ("3", "2", "6")
 
 
 def test_a_circle_of_runs_is_drawn(chromium: Any, tmp_path: Path) -> None:

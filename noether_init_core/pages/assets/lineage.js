@@ -15,7 +15,7 @@ page.start((data) => {
     ["ancestors", whole(count("ancestor")), count("ancestor")],
     ["descendants", whole(count("descendant")), count("descendant")],
     ["runs", whole(data.nodes.filter((node) => node.type === "run").length), data.nodes.filter((node) => node.type === "run").length],
-    ["ways", whole(between.length), between.length],
+    ["links", whole(between.length), between.length],
     ["problems", whole(data.problems.length), data.problems.length, data.problems.length ? "bad" : "good"],
   ]));
   page.messages(page.content, data.problems.map((message) => ({ code: "lineage", message })), "bad", "Problem");

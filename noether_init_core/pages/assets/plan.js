@@ -76,7 +76,7 @@ page.start((data) => {
     const actions = Object.entries(node.actions).sort(([a], [b]) => nameOf.indexOf(a) - nameOf.indexOf(b));
     const at = { path: node.path, model: node.model };
     // below the second level modules have no line of their own for the name
-    const label = node.depth > 2 ? node.path.split(".").slice(2 - node.depth).join(".") : node.name;
+    const label = node.depth > 2 ? node.path.split(".").slice(2 - node.depth).join(".") : /^\d+$/.test(node.name) ? node.path.split(".").slice(-2).join(".") : node.name;
     const plain = (action, size, name) => ({
       name: `${marks[action].symbol} ${shown(name)}`, value: size, at, action,
       itemStyle: { color: colour(action) },
