@@ -16,6 +16,7 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.config.files import Entry, LoadedConfig, load_config_file, load_config_mapping, validate_entry
 from noether_init_core.errors import (
     ConfigError,
+    InitError,
     PartlyInitializedError,
     StartConflictError,
     type_of,
@@ -331,8 +332,10 @@ class InitializerStack:
                 if not isinstance(error, Exception):  # an interrupt goes on as what it is
                     raise
                 kept = "States of trainer and callbacks were put back." if not problems else " ".join(problems)
+                # a KeyError alone says no more than the key
+                reason = error if isinstance(error, InitError) else f"{type(error).__name__}: {error}"
                 raise PartlyInitializedError(
-                    f"{labels[number]} failed: {error}\nDone before it: {', '.join(labels[:number]) or 'nothing'}. "
+                    f"{labels[number]} failed: {reason}\nDone before it: {', '.join(labels[:number]) or 'nothing'}. "
                     f"{kept} Build the model anew before trying again",
                     done=labels[:number],
                     failed=labels[number],

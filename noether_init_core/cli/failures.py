@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 
-from noether_init_core.errors import InitError, one_line, printable
+from noether_init_core.errors import InitError, PartlyInitializedError, one_line, printable
 
 __all__ = ["TRACEBACK_VARIABLE", "explained", "how_to_see", "show_traceback"]
 
@@ -21,6 +21,9 @@ _OURS = "noether_init_core"
 
 def explained(error: Exception) -> str | None:
     """What went wrong, for people; None where only the traceback can say it."""
+    if isinstance(error, PartlyInitializedError) and isinstance(error.__cause__, Exception):
+        where = _of_a_plugin(error.__cause__)
+        return str(error) if where is None else f"{error}\n{where}"
     if isinstance(error, InitError):
         return str(error)
     told = _of_a_plugin(error)

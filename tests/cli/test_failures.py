@@ -35,9 +35,14 @@ class Checks(InitializerBase):
         raise KeyError("gone")
 
     def init_weights(self, model):
-        raise KeyError("never called")
+        raise KeyError("asked")
 
     def init_optimizer(self, model):
+        pass
+
+
+class Writes(Checks):
+    def check(self, model, trainer=None, callbacks=None):
         pass
 
 
@@ -62,7 +67,7 @@ MODELS = "import torch\n\n\ndef build():\n    return torch.nn.Linear(2, 2)\n"
 @pytest.fixture
 def folder(tmp_path: Path, foreign: ForeignPackages) -> Path:
     """A model, and a distribution whose kinds fail at different moments."""
-    kinds = {name.lower(): f"acme_kinds:{name}" for name in ("Locates", "Checks", "Begins", "Validates")}
+    kinds = {name.lower(): f"acme_kinds:{name}" for name in ("Locates", "Checks", "Writes", "Begins", "Validates")}
     foreign.install("acme-init", offers=kinds, modules={"acme_kinds": KINDS})
     (tmp_path / "models.py").write_text(MODELS)
     return tmp_path
@@ -122,8 +127,20 @@ def test_what_a_check_raises_is_told_by_plan_and_by_apply(folder: Path, foreign:
     applied = typed(folder, foreign, "apply init.yaml --model models:build --out start.th")
     assert (applied.returncode, applied.stdout) == (1, "")
     assert applied.stderr.startswith("acme-init 1.0 failed: KeyError: 'gone' (")
-    assert "never called" not in applied.stderr
+    assert "asked" not in applied.stderr
     assert not (folder / "start.th").exists()
+
+
+def test_a_hook_that_fails_in_apply_leaves_no_file(folder: Path, foreign: ForeignPackages) -> None:
+    """What failed, with the class of the error, and what was done before it; the cause is in the traceback."""
+    (folder / "init.yaml").write_text("initializers:\n  - kind: writes\n")
+    line = "apply init.yaml --model models:build --out start.th"
+    applied = typed(folder, foreign, line)
+    assert (applied.returncode, applied.stdout) == (1, "")
+    assert applied.stderr.startswith("init_weights of writes failed: KeyError: 'asked'\nDone before it: nothing.")
+    assert applied.stderr.splitlines()[-1].startswith("acme-init 1.0 failed: KeyError: 'asked' (")
+    assert 'raise KeyError("asked")' in typed(folder, foreign, line, NOETHER_INIT_TRACEBACK="1").stderr
+    assert [path.name for path in folder.glob("*start*")] == []
 
 
 def test_an_error_of_ours_has_a_traceback_only_where_that_is_asked_for(folder: Path, foreign: ForeignPackages) -> None:
