@@ -30,6 +30,7 @@ __all__ = [
     "check_consistency",
     "check_files",
     "check_reachable",
+    "lies_in_a_run",
     "list_names",
     "load_set",
     "said_by",
@@ -278,6 +279,11 @@ def check_reachable(folder: Path, storage: Storage) -> None:
             )
         if storage.exists(place):
             raise CheckpointNotFoundError(f"{place} is no folder. Next: move what is there out of the way", path=place)
+
+
+def lies_in_a_run(path: Path) -> bool:
+    """Whether a file would lie where the sets of a run are; a folder that is only named checkpoints is anybody's."""
+    return any(one.name == "checkpoints" and (one / SETS_FOLDER).is_dir() for one in path.resolve().parents)
 
 
 def list_names(folder: Path, storage: Storage) -> list[str]:

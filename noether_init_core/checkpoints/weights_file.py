@@ -16,6 +16,7 @@ import attrs
 from noether_init_core.checkpoints.file_handle import open_file
 from noether_init_core.checkpoints.file_writing import write_content
 from noether_init_core.checkpoints.reader import open_checkpoint
+from noether_init_core.checkpoints.sets import lies_in_a_run
 from noether_init_core.checkpoints.storage import LOCAL
 from noether_init_core.errors import CheckpointError, CheckpointWriteError
 
@@ -57,8 +58,8 @@ def check_place(path: Path, *, replace: bool = False) -> None:
         raise CheckpointWriteError(
             f"{path} is there already, and was left as it is. Next: another name, or --force", path=path
         )
-    if "checkpoints" in path.resolve().parts:
-        raise CheckpointWriteError(f"{path} lies among checkpoints. Next: a file in another folder", path=path)
+    if lies_in_a_run(path):
+        raise CheckpointWriteError(f"{path} lies among checkpoints of a run. Next: a file in another folder", path=path)
 
 
 def write_weights(

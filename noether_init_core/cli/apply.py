@@ -153,7 +153,12 @@ def _write(path: Path, state: dict[str, Any], report: InitReport, *, replace: bo
 
     # one text alone, since the library writes several in any order
     written = write_weights(path, state, metadata={"format": "pt"}, replace=replace)
-    write_text(_report_of(path), report.to_json() + "\n")
+    try:
+        write_text(_report_of(path), report.to_json() + "\n")
+    except InitError:
+        if not replace:  # both files, or none
+            path.unlink(missing_ok=True)
+        raise
     return written
 
 

@@ -52,10 +52,11 @@ def _check(path: Path, option: str, suffixes: tuple[str, ...], ours: bytes) -> N
         raise typer.BadParameter(f"{path}{kept} is no {suffixes[0]} file. Next: {option} {named}", param_hint=option)
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}. Next: mkdir -p {path.parent}", param_hint=option)
-    if "checkpoints" in path.resolve().parts:
-        raise typer.BadParameter(
-            f"{path} lies among checkpoints. Next: {option} {Path(path.name)}, in this folder", param_hint=option
-        )
+    from noether_init_core.checkpoints.sets import lies_in_a_run
+
+    if lies_in_a_run(path):
+        said = f"{path} lies among checkpoints of a run. Next: {option} {path.name}, in this folder"
+        raise typer.BadParameter(said, param_hint=option)
     if os.path.lexists(path) and not (path.is_file() and not path.is_symlink() and ours in _head(path)):
         raise typer.BadParameter(
             f"{path} exists and was not written by this option; it is kept. Next: another name", param_hint=option

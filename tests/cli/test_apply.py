@@ -17,6 +17,7 @@ from noether_init_core import (
     CheckpointWriteError,
     CheckpointWriter,
     InitializerStack,
+    InitReport,
     PathProvider,
     TrainerState,
     TrainingIteration,
@@ -24,6 +25,8 @@ from noether_init_core import (
 )
 from noether_init_core.checkpoints import weights_file
 from noether_init_core.checkpoints.weights_file import write_weights
+from noether_init_core.cli import apply as command
+from noether_init_core.errors import InitError
 
 PROGRAM = Path(sys.executable).with_name("noether-init")
 MODELS = """
@@ -281,6 +284,27 @@ def test_a_file_that_comes_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(CheckpointWriteError, match="came to be meanwhile"):
         write_weights(tmp_path / "new.th", {"w": torch.ones(2)})
     assert (tmp_path / "new.th").read_text() == "theirs"
+
+
+def test_weights_without_their_report_are_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both files, or none."""
+
+    def full(*_arguments: object) -> None:
+        raise InitError("No space left")
+
+    monkeypatch.setattr(command, "write_text", full)
+    with pytest.raises(InitError, match="No space left"):
+        command._write(tmp_path / "new.th", {"w": torch.ones(2)}, InitReport(TrainingIteration(0, 0, 0)), replace=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_folder_of_a_run_is_closed(tmp_path: Path) -> None:
+    """Many keep their own files in a folder named checkpoints."""
+    (tmp_path / "checkpoints").mkdir()
+    write_weights(tmp_path / "checkpoints" / "new.th", {"w": torch.ones(2)})
+    (tmp_path / "run" / "checkpoints" / "sets").mkdir(parents=True)
+    with pytest.raises(CheckpointWriteError, match="lies among checkpoints of a run"):
+        write_weights(tmp_path / "run" / "checkpoints" / "new.th", {"w": torch.ones(2)})
 
 
 @pytest.mark.parametrize("name", ["new.th", "new.safetensors"])
