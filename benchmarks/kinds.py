@@ -20,7 +20,8 @@ import rich.box
 import rich.console
 import rich.table
 
-from noether_init_core import contract, kinds  # contract: what the first resolution imports
+from noether_init_core import kinds
+from noether_init_core.kinds import contract  # contract: what the first resolution imports
 
 COUNT = 300
 PLUGIN = """

@@ -15,7 +15,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from noether_init_core.initializers.transform_config import TransformConfig, rule_of
+from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.surgery.plan import PlanPart, TargetSpec
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.transforms import Transforms

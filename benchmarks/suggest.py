@@ -7,8 +7,8 @@ import random
 import time
 from collections.abc import Mapping
 
+from noether_init_core.suggest.suggest import suggest
 from noether_init_core.surgery.plan import TargetSpec
-from noether_init_core.surgery.suggestions.suggest import suggest
 
 BLOCKS = 830
 ENTRIES = 10_000

@@ -10,17 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from noether_init_core import kinds
-    from noether_init_core.artifacts import ArtifactCache
-    from noether_init_core.authors import NameGlobs, named_parameters
     from noether_init_core.binding import bind, compose
-    from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
-    from noether_init_core.checkpoints.retention import Retention
-    from noether_init_core.checkpoints.store import RunStore
-    from noether_init_core.checkpoints.writer import CheckpointWriter
-    from noether_init_core.comparing.compare import compare_checkpoints
-    from noether_init_core.comparing.values import CheckpointDiff
-    from noether_init_core.config.any_initializer import AnyInitializer
     from noether_init_core.config.base import InitializerConfig, KindConfig
+    from noether_init_core.diff.compare import compare_checkpoints
+    from noether_init_core.diff.values import CheckpointDiff
     from noether_init_core.errors import (
         AmbiguousCheckpointError,
         CheckpointCorruptError,
@@ -48,18 +41,25 @@ if TYPE_CHECKING:
         UnknownKindError,
         UnsafeGlobalError,
     )
-    from noether_init_core.hooks import CONTRACT_VERSION, hookimpl, hookspec
+    from noether_init_core.files.reader import CheckpointReader, open_checkpoint
+    from noether_init_core.files.storage.artifact_cache import ArtifactCache
     from noether_init_core.initializers.base import InitializerBase
     from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
+    from noether_init_core.initializers.parameters import NameGlobs, named_parameters
     from noether_init_core.initializers.source import Part, Source, SourceInitializer, SourceInitializerConfig
     from noether_init_core.iteration import TrainingIteration
+    from noether_init_core.kinds.any_initializer import AnyInitializer
+    from noether_init_core.kinds.hookspec import CONTRACT_VERSION, hookimpl, hookspec
     from noether_init_core.lineage.graph import Lineage
     from noether_init_core.lineage.reading import lineage_of
     from noether_init_core.pages.page import html_page
     from noether_init_core.paths import PathProvider
     from noether_init_core.protocols import leaf_models
-    from noether_init_core.provenance import InitReport
-    from noether_init_core.stack import InitializerStack
+    from noether_init_core.saving.retention import Retention
+    from noether_init_core.saving.writer import CheckpointWriter
+    from noether_init_core.sets.provenance import InitReport
+    from noether_init_core.sets.store import RunStore
+    from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.stopwatch import Timing
     from noether_init_core.surgery.plan import LoadPlan
     from noether_init_core.training import TrainerState
@@ -134,16 +134,16 @@ __all__ = [
 
 # Module -> the public names that it defines.
 _HOMES = {
-    "artifacts": ("ArtifactCache",),
-    "authors": ("NameGlobs", "named_parameters"),
+    "files.storage.artifact_cache": ("ArtifactCache",),
+    "initializers.parameters": ("NameGlobs", "named_parameters"),
     "binding": ("bind", "compose"),
-    "checkpoints.reader": ("CheckpointReader", "open_checkpoint"),
-    "checkpoints.retention": ("Retention",),
-    "checkpoints.store": ("RunStore",),
-    "checkpoints.writer": ("CheckpointWriter",),
-    "comparing.compare": ("compare_checkpoints",),
-    "comparing.values": ("CheckpointDiff",),
-    "config.any_initializer": ("AnyInitializer",),
+    "files.reader": ("CheckpointReader", "open_checkpoint"),
+    "saving.retention": ("Retention",),
+    "sets.store": ("RunStore",),
+    "saving.writer": ("CheckpointWriter",),
+    "diff.compare": ("compare_checkpoints",),
+    "diff.values": ("CheckpointDiff",),
+    "kinds.any_initializer": ("AnyInitializer",),
     "config.base": ("InitializerConfig", "KindConfig"),
     "errors": (
         "AmbiguousCheckpointError",
@@ -172,7 +172,7 @@ _HOMES = {
         "UnknownKindError",
         "UnsafeGlobalError",
     ),
-    "hooks": ("CONTRACT_VERSION", "hookimpl", "hookspec"),
+    "kinds.hookspec": ("CONTRACT_VERSION", "hookimpl", "hookspec"),
     "initializers.base": ("InitializerBase",),
     "initializers.checkpoint": ("CheckpointInitializer", "CheckpointInitializerConfig"),
     "initializers.source": ("Part", "Source", "SourceInitializer", "SourceInitializerConfig"),
@@ -182,8 +182,8 @@ _HOMES = {
     "pages.page": ("html_page",),
     "paths": ("PathProvider",),
     "protocols": ("leaf_models",),
-    "provenance": ("InitReport",),
-    "stack": ("InitializerStack",),
+    "sets.provenance": ("InitReport",),
+    "stack.stack": ("InitializerStack",),
     "stopwatch": ("Timing",),
     "surgery.plan": ("LoadPlan",),
     "training": ("TrainerState",),

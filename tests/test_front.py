@@ -29,7 +29,7 @@ def test_every_public_name_is_there_and_is_what_its_module_defines() -> None:
         assert getattr(noether_init_core, name) is not None, name
     assert set(noether_init_core.__all__) <= set(dir(noether_init_core))
     assert noether_init_core.kinds.__name__ == "noether_init_core.kinds"
-    assert noether_init_core.InitializerStack.__module__ == "noether_init_core.stack"
+    assert noether_init_core.InitializerStack.__module__ == "noether_init_core.stack.stack"
 
 
 def test_type_checkers_and_the_runtime_see_the_same_names() -> None:
@@ -86,7 +86,7 @@ def test_modules_that_promise_it_import_neither_torch_nor_pydantic() -> None:
     program = (
         "import sys, json\n"
         "import noether_init_core.kinds, noether_init_core.errors, noether_init_core.paths\n"
-        "import noether_init_core.iteration, noether_init_core.hooks, noether_init_core.cli\n"
+        "import noether_init_core.iteration, noether_init_core.kinds.hookspec, noether_init_core.cli\n"
         "print(json.dumps([name for name in ('torch', 'pydantic', 'numpy', 'yaml') if name in sys.modules]))"
     )
     assert json.loads(_run(program).stdout) == []

@@ -9,7 +9,7 @@ import pydantic
 from noether_init_core.config.base import KindConfig, RunId
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
 from noether_init_core.initializers.resumption import check_resumption, resume_callbacks
-from noether_init_core.surgery.names import NameRules, NoetherSurgery, Rename
+from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename
 
 __all__ = ["PreviousRunInitializer", "PreviousRunInitializerConfig", "RenamePattern"]
 

@@ -9,12 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from noether_init_core.checkpoints import explain
-from noether_init_core.checkpoints.queries import Query
-from noether_init_core.checkpoints.reader import open_checkpoint
-from noether_init_core.checkpoints.sets import check_files, said_by
-from noether_init_core.checkpoints.store import CheckpointFile, CheckpointSet, Need, RunStore, check_consistency
-from noether_init_core.checkpoints.usable import not_looked_at, refused_values, summary
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
@@ -29,13 +23,19 @@ from noether_init_core.errors import (
     UnsafeGlobalError,
     type_of,
 )
+from noether_init_core.files.reader import open_checkpoint
 from noether_init_core.initializers.callbacks import CallbackPlan, apply_callbacks, plan_callbacks
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig, other_run
 from noether_init_core.initializers.resumption import check_resumption, resume_callbacks
 from noether_init_core.initializers.source import Leaf
 from noether_init_core.initializers.states import StatesBefore
-from noether_init_core.initializers.walk_back import walk_back
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.sets import refusals
+from noether_init_core.sets.checkpoint_set import check_files, said_by
+from noether_init_core.sets.fallback import walk_back
+from noether_init_core.sets.nonfinite_sets import not_looked_at, refused_values, summary
+from noether_init_core.sets.queries import Query
+from noether_init_core.sets.store import CheckpointFile, CheckpointSet, Need, RunStore, check_consistency
 
 __all__ = ["ResumeInitializer", "ResumeInitializerConfig"]
 
@@ -220,7 +220,7 @@ class ResumeInitializer(CheckpointInitializer):
             if len(names) > 1:
                 raise AmbiguousCheckpointError(
                     f"{self.source_paths.checkpoint_path} has trainer files of several models: {', '.join(names)}. "
-                    f"Add: {explain.model_line(self.store, names[0])}",
+                    f"Add: {refusals.model_line(self.store, names[0])}",
                     path=self.source_paths.checkpoint_path,
                     candidates=names,
                 )
@@ -320,7 +320,7 @@ class ResumeInitializer(CheckpointInitializer):
         asked = TrainingIteration() if self.store.asked_by == "auto_resume" else Query.of(self.checkpoint_tag).iteration
         is_asked = good is not None and (asked is None or good.iteration is None or asked.matches(good.iteration))
         may_walk_back = self._is_automatic and is_asked and self.config.on_invalid == "error"
-        return explain.ways_on(self.store, good, may_walk_back=may_walk_back)
+        return refusals.ways_on(self.store, good, may_walk_back=may_walk_back)
 
     def init_trainer(self, trainer: Any) -> None:
         """Hand the trainer file's content to ``trainer.load_state_dict``; if that raises, its state is put back."""

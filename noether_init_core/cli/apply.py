@@ -26,9 +26,9 @@ from noether_init_core.cli.progress import transfers
 from noether_init_core.errors import CheckpointWriteError, ConfigError, InitError
 
 if TYPE_CHECKING:
-    from noether_init_core.checkpoints.weights_file import WrittenFile
-    from noether_init_core.provenance import InitReport
-    from noether_init_core.stack import InitializerStack
+    from noether_init_core.saving.weights_file import WrittenFile
+    from noether_init_core.sets.provenance import InitReport
+    from noether_init_core.stack.stack import InitializerStack
 
 __all__ = ["run"]
 
@@ -65,7 +65,7 @@ def run(
     problems; then nothing is written.
     """
     check_page(html)
-    from noether_init_core.checkpoints.weights_file import check_place
+    from noether_init_core.saving.weights_file import check_place
 
     check_place(Path(str(out).replace(_PLACE, "model")), replace=force)
     import numpy
@@ -149,7 +149,7 @@ def _refuse_sources(report: InitReport, states: dict[Path, Any]) -> None:
 
 
 def _write(path: Path, state: dict[str, Any], report: InitReport, *, replace: bool) -> WrittenFile:
-    from noether_init_core.checkpoints.weights_file import write_weights
+    from noether_init_core.saving.weights_file import write_weights
 
     # one text alone, since the library writes several in any order
     written = write_weights(path, state, metadata={"format": "pt"}, replace=replace)

@@ -19,8 +19,8 @@ from noether_init_core.cli.completion import kind_names
 from noether_init_core.errors import KindImportError
 
 if TYPE_CHECKING:
-    from noether_init_core.contract import Finding
     from noether_init_core.initializers.base import InitializerBase
+    from noether_init_core.kinds.contract import Finding
 
 __all__ = ["run"]
 
@@ -45,8 +45,8 @@ def run(
     """
     import torch  # noqa: F401 - so that the import of the kind is timed without it
 
-    from noether_init_core import contract
     from noether_init_core.initializers.base import InitializerBase
+    from noether_init_core.kinds import contract
 
     began = time.perf_counter()
     info, loaded = _load(kind, as_json=as_json)
@@ -80,7 +80,7 @@ def _load(kind: str, *, as_json: bool) -> tuple[kinds.KindInfo, object]:
         if ":" not in info.target:
             error.add(f"\nThe entry point has no colon. Write: {kind} = package.module:ClassName")
         if as_json:
-            from noether_init_core.contract import Finding
+            from noether_init_core.kinds.contract import Finding
 
             finding = Finding(error.message, "mend what was raised, or the entry point: package.module:ClassName")
             typer.echo(json.dumps(_as_data(info, (finding,), ()), indent=2))
@@ -90,8 +90,8 @@ def _load(kind: str, *, as_json: bool) -> tuple[kinds.KindInfo, object]:
 
 
 def _of_newer(cls: type[InitializerBase]) -> Iterator[Finding]:
-    from noether_init_core.contract import Finding, declared_version
-    from noether_init_core.hooks import CONTRACT_VERSION
+    from noether_init_core.kinds.contract import Finding, declared_version
+    from noether_init_core.kinds.hookspec import CONTRACT_VERSION
 
     version = declared_version(cls)
     if isinstance(version, int) and version > CONTRACT_VERSION:
@@ -103,7 +103,7 @@ def _of_newer(cls: type[InitializerBase]) -> Iterator[Finding]:
 
 def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:
     """What the metadata should say."""
-    from noether_init_core.contract import Finding
+    from noether_init_core.kinds.contract import Finding
 
     if info.distribution in (None, _CORE):
         return

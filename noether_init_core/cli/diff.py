@@ -16,7 +16,7 @@ from noether_init_core.cli.progress import progress
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from noether_init_core.comparing.values import CheckpointDiff, DiffRow, DiffSide, State
+    from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
     from noether_init_core.render.folding import KeyPattern
 
 __all__ = ["run"]
@@ -54,8 +54,8 @@ def run(
     check_page(html)
     for path in (a, b):
         _check(path)
-    from noether_init_core.comparing.compare import bytes_to_read, compare_sides
-    from noether_init_core.comparing.sides import side_at
+    from noether_init_core.diff.compare import bytes_to_read, compare_sides
+    from noether_init_core.diff.sides import side_at
 
     sides = side_at(a), side_at(b)
     with progress("comparing", sum(map(bytes_to_read, sides))) as advance:

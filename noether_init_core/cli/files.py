@@ -52,7 +52,7 @@ def _check(path: Path, option: str, suffixes: tuple[str, ...], ours: bytes) -> N
         raise typer.BadParameter(f"{path}{kept} is no {suffixes[0]} file. Next: {option} {named}", param_hint=option)
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}. Next: mkdir -p {path.parent}", param_hint=option)
-    from noether_init_core.checkpoints.sets import lies_in_a_run
+    from noether_init_core.sets.checkpoint_set import lies_in_a_run
 
     if lies_in_a_run(path):
         said = f"{path} lies among checkpoints of a run. Next: {option} {path.name}, in this folder"

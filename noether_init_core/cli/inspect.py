@@ -15,7 +15,7 @@ from noether_init_core.cli.asked_path import absent, text_instead
 from noether_init_core.errors import one_line, printable
 
 if TYPE_CHECKING:
-    from noether_init_core.looking.values import (
+    from noether_init_core.inspection.findings import (
         Content,
         Found,
         FoundFile,
@@ -57,7 +57,7 @@ def run(
         raise error
     found = _look(path)
     if as_json:
-        from noether_init_core.looking.values import to_json_data
+        from noether_init_core.inspection.findings import to_json_data
 
         typer.echo(json.dumps(to_json_data(found), indent=1))
     else:
@@ -68,16 +68,16 @@ def run(
 
 def _look(path: Path) -> Found:
     if path.is_dir():
-        from noether_init_core.looking.runs import look_at_folder
+        from noether_init_core.inspection.runs import look_at_folder
 
         return look_at_folder(path)
-    from noether_init_core.looking.files import look_at_file
+    from noether_init_core.inspection.files import look_at_file
 
     return look_at_file(path)
 
 
 def _show(found: Found, *, unfolded: bool) -> None:
-    from noether_init_core.looking.values import FoundFile, FoundRunFolder, FoundSetFolder
+    from noether_init_core.inspection.findings import FoundFile, FoundRunFolder, FoundSetFolder
 
     if isinstance(found, FoundFile):
         _show_file(found, unfolded=unfolded)

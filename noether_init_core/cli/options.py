@@ -17,7 +17,7 @@ from noether_init_core.errors import ConfigError, InitError
 
 if TYPE_CHECKING:
     from noether_init_core.paths import PathProvider
-    from noether_init_core.stack import InitializerStack
+    from noether_init_core.stack.stack import InitializerStack
 
 __all__ = [
     "AppDir",
@@ -84,8 +84,8 @@ def stack_and_model(
     if runs is None and (run_id is not None or stage_name is not None):
         raise typer.BadParameter("--run-id and --stage-name are names below --runs FOLDER", param_hint="--runs")
     check_reference(model)
-    from noether_init_core.config.files import load_config_file
-    from noether_init_core.stack import InitializerStack
+    from noether_init_core.stack.config_files import load_config_file
+    from noether_init_core.stack.stack import InitializerStack
 
     paths = _paths(runs, run_id, stage_name)
     if paths is not None and paths.run_id_is_generated and load_config_file(config).auto_resume:

@@ -110,8 +110,8 @@ def _runs() -> Iterator[_Run]:
 
 def _run(path: Path) -> _Run | None:
     """By the names of sets, or else of flat files, alone; None where there is neither."""
-    from noether_init_core.checkpoints.names import iteration_of_tag, parse
-    from noether_init_core.checkpoints.sets import SETS_FOLDER, set_folders
+    from noether_init_core.sets.checkpoint_set import SETS_FOLDER, set_folders
+    from noether_init_core.sets.file_names import iteration_of_tag, parse
 
     checkpoints = path / "checkpoints"
     if os.path.isdir(checkpoints / SETS_FOLDER):

@@ -26,7 +26,7 @@ from noether_init_core.errors import InitError, printable
 
 if TYPE_CHECKING:
     from noether_init_core.render.terminal import Origin
-    from noether_init_core.stack import InitializerStack
+    from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.surgery.plan import LoadPlan
 
 __all__ = ["run"]

@@ -14,7 +14,7 @@ from noether_init_core.errors import ConfigError
 from noether_init_core.observers.loading import describe_observer
 
 if TYPE_CHECKING:
-    from noether_init_core.config.files import LoadedConfig
+    from noether_init_core.stack.config_files import LoadedConfig
 
 __all__ = ["run"]
 
@@ -40,7 +40,7 @@ def run(
 
     Exit code 0: it is a config. 1: something is wrong with it; each line names file, line and key.
     """
-    from noether_init_core.config.files import examine_config_file
+    from noether_init_core.stack.config_files import examine_config_file
 
     loaded, around = examine_config_file(config)
     found = [_wrong("", error) for error in around] + list(_findings(loaded))
@@ -59,7 +59,7 @@ def run(
 
 
 def _findings(loaded: LoadedConfig) -> list[_Finding]:
-    from noether_init_core.config.files import problems_of, validate_entry
+    from noether_init_core.stack.config_files import problems_of, validate_entry
 
     found = []
     for entry in [*loaded.entries, *([loaded.resume] if loaded.resume is not None else [])]:
@@ -86,7 +86,7 @@ def _wrong(place: str, error: ConfigError) -> _Finding:
 
 
 def _which(loaded: LoadedConfig) -> str:
-    from noether_init_core.config.files import validate_entry
+    from noether_init_core.stack.config_files import validate_entry
 
     assert loaded.resume is not None
     return "good set" if getattr(validate_entry(loaded.resume), "on_invalid", "") == "previous" else "set"

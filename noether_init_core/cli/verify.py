@@ -14,7 +14,7 @@ from noether_init_core.cli.progress import progress
 from noether_init_core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from noether_init_core.checkpoints.audit import AuditedFile, AuditedStore
+    from noether_init_core.sets.health import AuditedFile, AuditedStore
 
 __all__ = ["run"]
 
@@ -76,8 +76,8 @@ def run(
 
 def _verify(path: Path, audited: list[AuditedStore], files: list[AuditedFile], *, flat: bool) -> None:
     """Verify what is at one path. Raises ``CheckpointError`` where nothing is that could be verified."""
-    from noether_init_core.checkpoints.audit import audit_file, audit_store, bytes_of, stores_at
-    from noether_init_core.checkpoints.audit_flat import flat_bytes
+    from noether_init_core.sets.flat_health import flat_bytes
+    from noether_init_core.sets.health import audit_file, audit_store, bytes_of, stores_at
 
     if not path.exists():
         raise absent(path)
@@ -95,7 +95,7 @@ def _verify(path: Path, audited: list[AuditedStore], files: list[AuditedFile], *
 
 
 def _unusable(path: Path, error: CheckpointError) -> AuditedFile:
-    from noether_init_core.checkpoints.audit import AuditedFile
+    from noether_init_core.sets.health import AuditedFile
 
     return AuditedFile(path, "broken", problem=str(error))
 
@@ -120,7 +120,7 @@ def _show_store(store: AuditedStore) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from noether_init_core.checkpoints.usable import summary
+    from noether_init_core.sets.nonfinite_sets import summary
 
     title = f"{store.run_id}/{store.stage_name}" if store.stage_name is not None else store.run_id
     title += f"  {_from_here(store.folder)}"
@@ -174,7 +174,7 @@ def _show_store(store: AuditedStore) -> None:
 
 def _short(text: str, folder: Path, name: str) -> str:
     """Without the folders that the line has named already."""
-    from noether_init_core.checkpoints.sets import SETS_FOLDER
+    from noether_init_core.sets.checkpoint_set import SETS_FOLDER
 
     return text.replace(f"{folder / SETS_FOLDER / name}/", "").replace(f"{folder}/", "")
 

@@ -11,11 +11,7 @@ import attrs
 import pydantic
 import torch
 
-from noether_init_core.checkpoints.names import parse
-from noether_init_core.checkpoints.reader import CheckpointReader
-from noether_init_core.checkpoints.sets import said_by
-from noether_init_core.checkpoints.store import CheckpointSet, Need, RunStore, check_consistency
-from noether_init_core.checkpoints.tensor_info import TensorInfo
+from noether_init_core.applying.optimizer_state import apply_optimizer, moved_value
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.errors import (
     CheckpointNotFoundError,
@@ -24,12 +20,17 @@ from noether_init_core.errors import (
     StateMismatchError,
     TornSetError,
 )
-from noether_init_core.initializers.history import read_histories
+from noether_init_core.files.reader import CheckpointReader
+from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
-from noether_init_core.provenance import History
-from noether_init_core.surgery.optimizer import (
+from noether_init_core.sets.checkpoint_set import said_by
+from noether_init_core.sets.file_names import parse
+from noether_init_core.sets.histories import read_histories
+from noether_init_core.sets.provenance import History
+from noether_init_core.sets.store import CheckpointSet, Need, RunStore, check_consistency
+from noether_init_core.surgery.optimizer_plan import (
     Moved,
     OptimizerPlan,
     OptimizerPolicies,
@@ -41,7 +42,6 @@ from noether_init_core.surgery.optimizer import (
     plan_optimizer,
     torch_optimizer,
 )
-from noether_init_core.surgery.optimizer_state import apply_optimizer, moved_value
 from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow, Problem
 
 __all__ = ["CheckpointInitializer", "CheckpointInitializerConfig"]

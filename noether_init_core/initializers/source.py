@@ -11,27 +11,27 @@ from typing import Annotated, Any, ClassVar, Literal
 import attrs
 import pydantic
 
-from noether_init_core.checkpoints.integrity import CommittedFile
-from noether_init_core.checkpoints.reader import CheckpointReader, open_checkpoint
+from noether_init_core.applying.agreement import check_across, check_casts, check_loading_code
+from noether_init_core.applying.fresh_memory import device_for, has_weak_references, left_without_memory, on_meta
+from noether_init_core.applying.module_versions import check_versions
+from noether_init_core.applying.targets import ModelTargets, loaded_by_code, model_targets
+from noether_init_core.applying.weights import OnNonfinite, apply_rows, check_values
 from noether_init_core.config.base import KindConfig
+from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError, PartlyInitializedError, PlanError
+from noether_init_core.files.integrity import CommittedFile
+from noether_init_core.files.reader import CheckpointReader, open_checkpoint
 from noether_init_core.initializers.base import InitializerBase
-from noether_init_core.initializers.transform_config import TransformConfig, rule_of
 from noether_init_core.protocols import check_model
-from noether_init_core.provenance import History
+from noether_init_core.sets.provenance import History
 from noether_init_core.stopwatch import Stopwatch
+from noether_init_core.suggest.suggest import Suggestion, suggest
 from noether_init_core.surgery.advice import KEEP_MODEL_HINT
-from noether_init_core.surgery.agreement import check_across, check_casts, check_loading_code
-from noether_init_core.surgery.apply import OnNonfinite, apply_rows, check_values
-from noether_init_core.surgery.fresh import device_for, has_weak_references, left_without_memory, on_meta
-from noether_init_core.surgery.names import NameRules, NoetherSurgery
+from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
 from noether_init_core.surgery.planner import Policies, plan_load
-from noether_init_core.surgery.suggestions.suggest import Suggestion, suggest
-from noether_init_core.surgery.targets import ModelTargets, loaded_by_code, model_targets
 from noether_init_core.surgery.transforms import Transforms
-from noether_init_core.surgery.versions import check_versions
 
 __all__ = ["Leaf", "Part", "Source", "SourceInitializer", "SourceInitializerConfig", "submodel_of"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import attrs
 
-from noether_init_core.checkpoints.audit import stores_at
-from noether_init_core.checkpoints.sets import CheckpointSet
 from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.lineage.graph import Lineage, LineageEdge, LineageNode, LineageSet, related
 from noether_init_core.lineage.records import Records, Run, Training, read_run, run_at, run_folder, set_in
-from noether_init_core.provenance import SourceRecord
+from noether_init_core.sets.checkpoint_set import CheckpointSet
+from noether_init_core.sets.health import stores_at
+from noether_init_core.sets.provenance import SourceRecord
 
 __all__ = ["lineage_of"]
 

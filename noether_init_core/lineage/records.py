@@ -9,12 +9,12 @@ from pathlib import Path
 import attrs
 import xxhash
 
-from noether_init_core.checkpoints.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME
-from noether_init_core.checkpoints.sets import SETS_FOLDER, CheckpointSet
-from noether_init_core.checkpoints.store import RunStore
 from noether_init_core.errors import CheckpointError
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider
-from noether_init_core.provenance import History, histories
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
+from noether_init_core.sets.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME
+from noether_init_core.sets.provenance import History, histories
+from noether_init_core.sets.store import RunStore
 
 __all__ = ["Records", "Run", "Training", "read_run", "run_at", "run_folder", "set_in"]
 

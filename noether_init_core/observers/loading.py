@@ -8,8 +8,8 @@ from typing import Any
 
 import attrs
 
-from noether_init_core import offers
 from noether_init_core.errors import ConfigError
+from noether_init_core.kinds import entry_points
 
 __all__ = ["OBSERVER_GROUP", "ObserverInfo", "describe_observer", "installed_observers", "load_observer"]
 
@@ -63,7 +63,7 @@ def describe_observer(name: str) -> ObserverInfo:
     return _described(name)[0]
 
 
-def _described(name: str) -> tuple[ObserverInfo, offers.Offer]:
+def _described(name: str) -> tuple[ObserverInfo, entry_points.Offer]:
     named = sorted(_offered_as(name), key=lambda one: (one[0].distribution, one[0].target))
     allowed = [one for one in named if one[0].blocked_by is None]
     if len(allowed) > 1:
@@ -72,7 +72,7 @@ def _described(name: str) -> tuple[ObserverInfo, offers.Offer]:
         last = ([name for name in names if name != "noether-init-core"] or names)[-1]
         raise ConfigError(
             f"observer {_quoted(name)} is offered more than once: {claims}. None of them was imported. "
-            f"Next: pip uninstall {last}, or set {offers.DENY_VARIABLE}={last}"
+            f"Next: pip uninstall {last}, or set {entry_points.DENY_VARIABLE}={last}"
         )
     if not allowed and named:
         info = named[0][0]
@@ -85,11 +85,11 @@ def _described(name: str) -> tuple[ObserverInfo, offers.Offer]:
     return allowed[0]
 
 
-def _offered() -> dict[str, tuple[offers.Offer, ...]]:
-    return offers.offers(OBSERVER_GROUP)
+def _offered() -> dict[str, tuple[entry_points.Offer, ...]]:
+    return entry_points.offers(OBSERVER_GROUP)
 
 
-def _offered_as(name: str) -> list[tuple[ObserverInfo, offers.Offer]]:
+def _offered_as(name: str) -> list[tuple[ObserverInfo, entry_points.Offer]]:
     return [
         (
             ObserverInfo(
@@ -97,11 +97,11 @@ def _offered_as(name: str) -> list[tuple[ObserverInfo, offers.Offer]]:
                 offer.distribution,
                 offer.version,
                 offer.target,
-                offers.blocking_variable(offer.distribution),
+                entry_points.blocking_variable(offer.distribution),
             ),
             offer,
         )
-        for offer in offers.sound(_offered().get(name, ()))
+        for offer in entry_points.sound(_offered().get(name, ()))
     ]
 
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.checkpoints.names import parse
-from noether_init_core.checkpoints.probe_file import read_probe
-from noether_init_core.checkpoints.sets import CheckpointSet
+from noether_init_core.applying.targets import model_targets
 from noether_init_core.errors import ProbeMismatchError
-from noether_init_core.hooks import hookimpl
 from noether_init_core.initializers.checkpoint import CheckpointInitializer
 from noether_init_core.initializers.source import Leaf, SourceInitializer, submodel_of
-from noether_init_core.probing.fingerprint import Compared, OutputFingerprint, compare
-from noether_init_core.probing.probe import Probe, computed_by, dtype_of, repeat
-from noether_init_core.probing.quiet import device_of, hindrance
+from noether_init_core.kinds.hookspec import hookimpl
+from noether_init_core.probe.fingerprint import Compared, OutputFingerprint, compare
+from noether_init_core.probe.isolated_run import device_of, hindrance
+from noether_init_core.probe.probe import Probe, computed_by, dtype_of, repeat
+from noether_init_core.saving.probe_file import read_probe
+from noether_init_core.sets.checkpoint_set import CheckpointSet
+from noether_init_core.sets.file_names import parse
 from noether_init_core.surgery.plan import PlanRow
 from noether_init_core.surgery.steps import Interpolate, Pad, Slice
-from noether_init_core.surgery.targets import model_targets
 
 __all__ = ["ProbeObserver"]
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Generator, Iterable
 from typing import Any
 
-from noether_init_core.hooks import hookimpl
+from noether_init_core.kinds.hookspec import hookimpl
 from noether_init_core.stopwatch import Mark, Timing
 
 __all__ = ["TimingObserver", "in_words"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.checkpoints.memory import no_garbage_collection
+from noether_init_core.memory import no_garbage_collection
 from noether_init_core.surgery.plan import Action, PlanRow
 from noether_init_core.surgery.steps import Step
 

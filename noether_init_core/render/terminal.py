@@ -10,10 +10,10 @@ import attrs
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from noether_init_core.provenance import InitReport
 from noether_init_core.render.folding import Fold, KeyPattern, fold_rows, printable
 from noether_init_core.render.layout import broken, filled
 from noether_init_core.render.words import MARKS, Mark, amount, counted, counts_in_words, percent, place_of_rule
+from noether_init_core.sets.provenance import InitReport
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.steps import described
 

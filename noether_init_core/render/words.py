@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import attrs
 
-from noether_init_core.provenance import counts_in_words
 from noether_init_core.render.folding import printable
+from noether_init_core.sets.provenance import counts_in_words
 from noether_init_core.surgery.plan import Action
 
 __all__ = ["MARKS", "Mark", "amount", "counted", "counts_in_words", "percent", "place_of_rule"]

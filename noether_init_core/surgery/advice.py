@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from noether_init_core.surgery.names import near, single_rename
+from noether_init_core.surgery.name_rules import near, single_rename
 from noether_init_core.surgery.rows import PlanPart, PlanRow
 from noether_init_core.surgery.steps import Transpose
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 import attrs
 
-from noether_init_core.checkpoints.memory import no_garbage_collection
+from noether_init_core.memory import no_garbage_collection
 from noether_init_core.surgery.advice import Advice
-from noether_init_core.surgery.names import NameMatch, NameRules, Taken, with_wrappers
+from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, with_wrappers
 from noether_init_core.surgery.plan import (
     LOADED_BEFORE,
     Action,

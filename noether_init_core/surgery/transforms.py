@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from noether_init_core.surgery.names import WRAPPERS, NameMatch, NameProblem, Taken, bare_names, near
+from noether_init_core.surgery.name_rules import WRAPPERS, NameMatch, NameProblem, Taken, bare_names, near
 from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.steps import Step
 

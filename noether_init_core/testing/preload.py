@@ -1,7 +1,7 @@
 """What a server of processes imports once: torch and the core, no plugin."""
 
-from noether_init_core import stack
 from noether_init_core.initializers import source
+from noether_init_core.stack import stack
 from noether_init_core.testing import models, snapshots
 
 __all__ = ["models", "snapshots", "source", "stack"]

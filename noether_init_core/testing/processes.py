@@ -98,7 +98,7 @@ def _initialize_as_rank(job: RankJob) -> RankResult:
     import torch.distributed as dist
 
     from noether_init_core.protocols import leaf_models
-    from noether_init_core.stack import InitializerStack
+    from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.testing.models import Counter, NumberedTrainer, new_model
 
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import torch
 from noether_init_core.errors import ConfigError, InitError, StateMismatchError, type_of
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.training.loader import Position, TrainingLoader
-from noether_init_core.training.plain import Plain, like, plain, restored
+from noether_init_core.training.plain_state import Plain, like, plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
 __all__ = ["TrainerState"]

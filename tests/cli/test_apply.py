@@ -23,10 +23,10 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
-from noether_init_core.checkpoints import weights_file
-from noether_init_core.checkpoints.weights_file import write_weights
 from noether_init_core.cli import apply as command
 from noether_init_core.errors import InitError
+from noether_init_core.saving import weights_file
+from noether_init_core.saving.weights_file import write_weights
 
 PROGRAM = Path(sys.executable).with_name("noether-init")
 MODELS = """

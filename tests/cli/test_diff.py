@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from noether_init_core.cli.diff import _of_model
-from noether_init_core.comparing.values import DiffRow, State
+from noether_init_core.diff.values import DiffRow, State
 
 PROGRAM = Path(sys.executable).with_name("noether-init")
 

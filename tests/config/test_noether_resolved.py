@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from noether_init_core.config.files import LoadedConfig, load_config_file, load_config_mapping, validate_entry
 from noether_init_core.errors import ConfigFileError, UnknownKindError
+from noether_init_core.stack.config_files import LoadedConfig, load_config_file, load_config_mapping, validate_entry
 
 WEIGHTS = frozenset({"init_weights", "init_optimizer"})
 PREVIOUS = "noether.core.initializers.PreviousRunInitializer"

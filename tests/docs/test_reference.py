@@ -13,7 +13,7 @@ import pytest
 from support.pages import ROOT, pages
 
 import noether_init_core
-from noether_init_core.hooks import HOOK_NAMES, HookSpecs
+from noether_init_core.kinds.hookspec import HOOK_NAMES, HookSpecs
 
 
 def first_line(name: str) -> str | None:

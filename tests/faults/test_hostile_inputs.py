@@ -69,7 +69,7 @@ from noether_init_core import (
     kinds,
     open_checkpoint,
 )
-from noether_init_core.checkpoints.storage import Storage
+from noether_init_core.files.storage.disk import Storage
 
 
 @pytest.fixture
@@ -472,7 +472,7 @@ DOTTED = [
     "logging.os.system",
     "builtins.eval",
     "antigravity.fly",
-    "noether_init_core.stack.InitializerStack",
+    "noether_init_core.stack.stack.InitializerStack",
 ]
 
 

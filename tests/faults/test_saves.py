@@ -12,7 +12,7 @@ import pytest
 
 from faults.campaign.crashes import ERRORS, SCENARIOS, Failing, failures, replay
 from faults.campaign.disk import CHANGING, LOOKING, Disk, Operation, Recorder, crashes
-from noether_init_core.checkpoints.storage import Storage
+from noether_init_core.files.storage.disk import Storage
 
 #: Each n-th disk or call: coprime to the number of data variants, so that all of them come up.
 EVERY = {"first save": 37, "with retention": 113, "best tag and average": 211}

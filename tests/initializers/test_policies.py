@@ -17,7 +17,7 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
-from noether_init_core.checkpoints.reader import CheckpointReader
+from noether_init_core.files.reader import CheckpointReader
 
 
 class Net(torch.nn.Module):

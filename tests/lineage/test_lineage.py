@@ -27,8 +27,8 @@ from noether_init_core import (
     bind,
     lineage_of,
 )
-from noether_init_core.checkpoints.manifest import sealed
 from noether_init_core.lineage.graph import LineageEdge, LineageNode, related
+from noether_init_core.sets.manifest import sealed
 
 HEAD_FRESH = {"transforms": [{"keep_model": "1."}]}
 

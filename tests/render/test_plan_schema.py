@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from noether_init_core.surgery.names import NoetherSurgery, Rename
+from noether_init_core.surgery.name_rules import NoetherSurgery, Rename
 from noether_init_core.surgery.patterns import parse_glob, parse_pattern
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec
 from noether_init_core.surgery.planner import Policies, plan_load

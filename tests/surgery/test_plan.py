@@ -7,7 +7,7 @@ import json
 import pytest
 
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.names import NoetherSurgery, Rename
+from noether_init_core.surgery.name_rules import NoetherSurgery, Rename
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec
 from noether_init_core.surgery.planner import Policies, plan_load
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noether_init_core.initializers.transform_config import TransformConfig, rule_of
-from noether_init_core.surgery.names import NameMatch
+from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.surgery.name_rules import NameMatch
 from noether_init_core.surgery.patterns import PatternSet, parse_glob, parse_pattern, parse_regex
 from noether_init_core.surgery.transforms import Transforms
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from noether_init_core import kinds
-from noether_init_core.artifacts import CACHE_VARIABLE
 from noether_init_core.errors import InitError, PartlyInitializedError
+from noether_init_core.files.storage.artifact_cache import CACHE_VARIABLE
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.protocols import leaf_models
-from noether_init_core.provenance import InitReport
-from noether_init_core.stack import InitializerStack
+from noether_init_core.sets.provenance import InitReport
+from noether_init_core.stack.stack import InitializerStack
 from noether_init_core.testing.answers import Answer, closed, open_
 from noether_init_core.testing.cases import Case, Wrong
 from noether_init_core.testing.snapshots import differences, state_of_model

@@ -11,8 +11,9 @@ from typing import Any
 import pydantic
 import pytest
 
-from noether_init_core import contract, kinds
+from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig
+from noether_init_core.kinds import contract
 from noether_init_core.testing.checks.base import Checks, MakeConfig, NewCase
 from noether_init_core.testing.models import leaf_state
 

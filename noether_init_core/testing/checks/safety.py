@@ -8,7 +8,7 @@ import pytest
 
 from noether_init_core.errors import ConfigError, InitError, PartlyInitializedError
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.stack import InitializerStack
+from noether_init_core.stack.stack import InitializerStack
 from noether_init_core.testing.cases import Wrong
 from noether_init_core.testing.checks.base import Checks, MakeConfig, NewCase
 from noether_init_core.testing.snapshots import differences

@@ -22,9 +22,9 @@ from faults.campaign.disk import CHANGING, LOOKING, Disk, Quick, Recorder, crash
 from faults.campaign.saves import Numbered, found_by_us, is_torn_for_noether
 from faults.campaign.subjects import digest_of
 from noether_init_core import PathProvider
-from noether_init_core.checkpoints.storage import Storage
-from noether_init_core.checkpoints.store import RunStore
 from noether_init_core.errors import CheckpointWriteError
+from noether_init_core.files.storage.disk import Storage
+from noether_init_core.sets.store import RunStore
 
 __all__ = ["ERRORS", "SCENARIOS", "Failing", "Scenario", "failures", "replay"]
 

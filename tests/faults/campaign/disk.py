@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 import attrs
 
-from noether_init_core.checkpoints.storage import Storage
+from noether_init_core.files.storage.disk import Storage
 
 __all__ = ["CHANGING", "LOOKING", "Crash", "Disk", "Operation", "Quick", "Recorder", "crashes"]
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from noether_init_core import InitializerStack, PathProvider
-from noether_init_core.checkpoints.manifest import read_manifest, sealed
-from noether_init_core.checkpoints.names import check_tag, iteration_of_tag, parse
-from noether_init_core.checkpoints.reader import open_checkpoint
 from noether_init_core.errors import InitError
+from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.sets.file_names import check_tag, iteration_of_tag, parse
+from noether_init_core.sets.manifest import read_manifest, sealed
 
 __all__ = ["TARGETS", "MisbehaviourError", "check", "seeds"]
 

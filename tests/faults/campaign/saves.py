@@ -12,9 +12,9 @@ import torch
 
 from faults.campaign.subjects import Trainer
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
-from noether_init_core.checkpoints.storage import LOCAL, Storage
-from noether_init_core.checkpoints.store import RunStore
 from noether_init_core.errors import CheckpointNotFoundError, InitError
+from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.sets.store import RunStore
 
 __all__ = ["BASELINES", "Found", "Numbered", "found_by_torch", "found_by_us", "is_torn_for_noether"]
 

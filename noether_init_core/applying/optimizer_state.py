@@ -1,0 +1,176 @@
+"""Optimizer state, the effects: stored values read, carried along with their parameters, handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from noether_init_core.errors import StateMismatchError
+from noether_init_core.surgery.optimizer_plan import STAYS, Moved, OptimizerPlan, Stays, lacking_state
+from noether_init_core.surgery.steps import carry_out
+
+__all__ = ["apply_optimizer", "moved_value"]
+
+#: What each parameter of a group gets: state, none, or what it has.
+_Row = list[dict[str, Any] | Stays | None]
+
+
+def moved_value(moved: Moved, values: list[Any], where: str) -> Any:
+    """What becomes of the values that ``moved`` is about, which have been read; a tensor has memory of its own.
+
+    Raises ``StateMismatchError`` where values that have to be equal differ, or do not fit the dtype, as complex ones do
+    not fit a real one.
+    """
+    if not moved.steps:
+        first = values[0]
+        if any(not _equal(first, other) for other in values[1:]):
+            raise StateMismatchError(
+                f"{where}: parameters that become one have counters that differ ({', '.join(map(str, values[:3]))}). "
+                "Nothing was changed. Next: load_optim: false",
+                problems=[where],
+            )
+        made = first
+    else:
+        made = carry_out(moved.steps, values)[moved.part].contiguous()
+        if made.untyped_storage().nbytes() != made.numel() * made.element_size() or made.data_ptr() in {
+            value.data_ptr() for value in values
+        }:
+            made = made.clone()
+    if moved.dtype is None:
+        return made
+    dtype: torch.dtype = getattr(torch, moved.dtype)
+    if made.is_complex() and not dtype.is_complex:
+        raise StateMismatchError(
+            f"{where}: values of {made.dtype} do not fit {dtype}, which has no imaginary part. Nothing was changed",
+            problems=[where],
+        )
+    cast = made.to(dtype)
+    if not torch.equal(_is_finite(cast), _is_finite(made)):
+        raise StateMismatchError(
+            f"{where}: values of {made.dtype} do not fit {cast.dtype}. Nothing was changed", problems=[where]
+        )
+    return cast
+
+
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    # the narrowest dtypes have no isfinite of their own
+    return torch.isfinite(tensor if tensor.is_complex() else tensor.float())
+
+
+def _equal(first: Any, other: Any) -> bool:
+    if isinstance(first, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(first, other)
+    return bool(first == other)
+
+
+def apply_optimizer(
+    plan: OptimizerPlan,
+    optimizer: torch.optim.Optimizer,
+    read: Callable[[Any], Any],
+    *,
+    keep_fields: bool = False,
+) -> None:
+    """Give ``optimizer`` the planned state; all of it is read before anything is changed.
+
+    Args:
+        plan: Made for the groups of this optimizer. State that ``STAYS`` is left as it is.
+        optimizer: Changed in place; parameters and groups keep their identity. An optimizer with a
+            ``load_state_dict`` of its own, or with hooks on it, gets the state through that.
+        read: Turns the description of a tensor into the tensor, and leaves everything else.
+        keep_fields: Keep the fields of the groups (``lr``, ``weight_decay``) as they are configured now, as Noether's
+            wrapper does; otherwise the stored ones are taken, as torch does.
+
+    Should the optimizer refuse its state, it is put back as it was and the error goes on. Raises ``StateMismatchError``
+    where fields would be taken that the state which stays does not go with.
+    """
+    prepared: list[_Row] = []
+    for group, states in zip(optimizer.param_groups, plan.state, strict=True):
+        row: _Row = []
+        for parameter, state in zip(group["params"], states, strict=True):
+            row.append(_placed(state, parameter, group, read) if isinstance(state, Mapping) else state)
+        prepared.append(row)
+    fields = [{key: read(value) for key, value in stored.items()} for stored in plan.fields]
+    if keep_fields:
+        fields = [{} for _ in fields]
+    _check_staying(optimizer, prepared, fields)
+    before = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
+    try:
+        _hand_over(optimizer, prepared, fields)
+    except BaseException:  # an interrupt must not leave it half changed either
+        optimizer.state.clear()
+        optimizer.state.update(before[0])
+        for group, values in zip(optimizer.param_groups, before[1], strict=True):
+            group.clear()
+            group.update(values)
+        raise
+
+
+def _check_staying(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: list[dict[str, Any]]) -> None:
+    """State that an earlier initializer loaded has to go with the fields that its group takes now."""
+    for number, (group, row, taken) in enumerate(zip(optimizer.param_groups, prepared, fields, strict=True)):
+        for parameter, state in zip(group["params"], row, strict=True):
+            found = state is STAYS and lacking_state(group, {**group, **taken}, optimizer.state.get(parameter, {}))
+            if found:
+                field, key = found
+                problem = f"group {number} takes {field} from this checkpoint, and state that was loaded has no {key}"
+                raise StateMismatchError(f"{problem}. Next: param_groups: {{{field}: config}}", problems=[problem])
+
+
+def _hand_over(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: list[dict[str, Any]]) -> None:
+    has_hooks = optimizer._optimizer_load_state_dict_pre_hooks or optimizer._optimizer_load_state_dict_post_hooks
+    if has_hooks or type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+        optimizer.load_state_dict(_positional(optimizer, prepared, fields))
+        return
+    for group, placed, stored in zip(optimizer.param_groups, prepared, fields, strict=True):
+        for parameter, values in zip(group["params"], placed, strict=True):
+            if isinstance(values, Stays):
+                continue
+            optimizer.state.pop(parameter, None)
+            if values is not None:
+                optimizer.state[parameter] = values
+        group.update(stored)
+    optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+
+
+def _placed(
+    state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any], read: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """The state on the device where torch keeps it; dtypes stay as stored, unless the parameter's own was converted."""
+    on_device = bool(group.get("capturable") or group.get("fused"))
+    return {
+        key: _moved(read(value), parameter.device) if key != "step" or on_device else read(value)
+        for key, value in state.items()
+    }
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same with every tensor in it on ``device``; some optimizers keep lists of them."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
+def _positional(
+    optimizer: torch.optim.Optimizer,
+    prepared: list[_Row],
+    fields: list[dict[str, Any]],
+) -> dict[str, Any]:
+    layout = optimizer.state_dict()
+    indices = [group["params"] for group in layout["param_groups"]]
+    state = {
+        index: layout["state"][index] if isinstance(values, Stays) else values
+        for row, group in zip(prepared, indices, strict=True)
+        for values, index in zip(row, group, strict=True)
+        if values is not None and (not isinstance(values, Stays) or index in layout["state"])
+    }
+    groups = [
+        {**group, **stored, "params": group["params"]}
+        for group, stored in zip(layout["param_groups"], fields, strict=True)
+    ]
+    return {**layout, "state": state, "param_groups": groups}

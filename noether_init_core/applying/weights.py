@@ -1,0 +1,264 @@
+"""Carry out a LoadPlan: the only place that writes weights."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Set
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.nn.modules.module import _IncompatibleKeys
+
+from noether_init_core.applying.fresh_memory import FreshMemory, on_meta
+from noether_init_core.applying.module_versions import Versions, metadata_below
+from noether_init_core.applying.targets import Identity, ModelTargets, OwnLoading, loaded_by_code
+from noether_init_core.errors import PlanError, StateMismatchError
+from noether_init_core.stopwatch import Stopwatch
+from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
+from noether_init_core.surgery.steps import Pad, Step, carry_out
+
+__all__ = ["WeightReader", "apply_rows", "check_values"]
+
+OnNonfinite = Literal["error", "warn", "ignore"]
+
+
+class WeightReader(Protocol):
+    """What is needed of a reader of checkpoints."""
+
+    @property
+    def extra_state(self) -> Mapping[str, Any]: ...
+    @property
+    def versions(self) -> Versions: ...
+    def materialize(self, value: Any) -> Any: ...
+    def read(self, key: str) -> torch.Tensor: ...
+    def is_same(self, first: str, other: str) -> bool: ...
+    def nonfinite(self, keys: Collection[str]) -> Mapping[str, str]: ...
+    def mapped(self, keys: Collection[str]) -> Mapping[str, torch.Tensor]: ...
+    def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None: ...
+
+
+def apply_rows(
+    rows: Iterable[PlanRow],
+    reader: WeightReader,
+    targets: ModelTargets,
+    *,
+    by_code: Set[Identity] = frozenset(),
+    device: torch.device | None = None,
+    may_map: bool = False,
+    stopwatch: Stopwatch | None = None,
+) -> list[str]:
+    """Write every tensor that ``rows`` (of one model) load, in place; parameters keep their identity.
+
+    Tensors on the meta device get memory on ``device`` (the CPU); with ``may_map`` that may be the file, mapped.
+
+    Each tensor is written once, also when it has several names. Modules of rows that reset are initialized anew first,
+    by their own ``reset_parameters``. Modules with loading code of their own get it run, with everything below them, on
+    tensors in memory, with the versions that the file says of them; hooks that follow a load are called. What such code
+    loads has its value from there, under every name: ``by_code`` are tensors that modules of other models load so.
+
+    The plan must be free of problems and the reader verified; nothing is decided here. ``stopwatch`` gets the time of
+    what is copied in memory; that of reading the reader counts itself. Returns the names that were written.
+    """
+    stopwatch = Stopwatch() if stopwatch is None else stopwatch
+    rows = tuple(rows)
+    by_code = by_code | loaded_by_code(rows, targets).keys()
+    fresh = FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
+    _reset(rows, targets, fresh)
+    for own in targets.own_loading:
+        fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(own.prefix))
+        with stopwatch.phase("copy"):
+            _load_itself(own, rows, reader, targets)
+    written = [row.target for row in rows if row.writes and row.target is not None]
+    prefixes = tuple(own.prefix for own in targets.own_loading)
+    left = [
+        row for row in rows if row.writes and row.target is not None and not row.target.startswith(prefixes or "\0")
+    ]
+    seen: set[int] = set()
+    plain: list[tuple[PlanRow, torch.Tensor]] = []
+    made: dict[tuple[tuple[str, ...], tuple[Step, ...]], list[tuple[PlanRow, torch.Tensor]]] = {}
+    for row in left:
+        name = str(row.target)
+        if row.dtype == "object":
+            targets.extra_state[name].set_extra_state(_extra_state(reader, row.sources[0]))
+            continue
+        tensor = targets.tensors[name]
+        # the value in the file may be in the form of an earlier version, which the module has translated
+        if id(tensor) in seen or targets.specs[name].identity in by_code:
+            continue
+        seen.add(id(tensor))
+        if row.steps:
+            made.setdefault((row.sources, row.steps), []).append((row, tensor))
+        else:
+            plain.append((row, tensor))
+    with torch.no_grad():
+        _copy_plain(plain, reader, fresh, may_map)
+        if made:
+            with stopwatch.phase("copy", sum(row.nbytes for together in made.values() for row, _tensor in together)):
+                for (sources, _steps), together in made.items():
+                    tensors = [reader.read(source) for source in sources]
+                    for row, tensor in together:
+                        _put(row, tensors, fresh.of(tensor))
+    fresh.hand_over()
+    for module in targets.after_loading:
+        for hook in tuple(module._load_state_dict_post_hooks.values()):
+            hook(module, _IncompatibleKeys([], []))
+    return written
+
+
+def _copy_plain(
+    plain: Iterable[tuple[PlanRow, torch.Tensor]], reader: WeightReader, fresh: FreshMemory, may_map: bool
+) -> None:
+    """Entries that are taken as they are, but for their dtype: mapped where that may be, else read into place."""
+    copies: dict[str, torch.Tensor] = {}
+    repeated: list[tuple[str, torch.Tensor]] = []
+    usable: list[str] = []
+    for row, tensor in plain:
+        source = row.sources[0]
+        if source in copies:
+            repeated.append((source, tensor))
+            continue
+        copies[source] = tensor
+        if may_map and row.source_dtype and fresh.can_be_mapped(tensor, row.source_dtype):
+            usable.append(source)
+    for source, tensor in reader.mapped(usable).items() if usable else ():
+        fresh.put(copies.pop(source), tensor)
+    reader.copy_into({source: fresh.of(tensor) for source, tensor in copies.items()})
+    for source, tensor in repeated:
+        reader.copy_into({source: fresh.of(tensor)})
+
+
+def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> None:
+    """Carry out the steps of a row; behind a pad without value the target keeps what it has."""
+    steps = list(row.steps)
+    while steps and isinstance(steps[-1], Pad) and steps[-1].value is None:
+        steps.pop()
+    value = carry_out(steps, sources)[row.part]
+    for dim, size in enumerate(value.shape):
+        if size != target.shape[dim]:
+            target = target.narrow(dim, 0, size)
+    target.copy_(value)
+
+
+def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: FreshMemory) -> None:
+    """Let the modules of rows that reset initialize themselves; what else they hold, and is kept, stays as it was.
+
+    Raises ``StateMismatchError`` for a tensor that ``reset_parameters`` leaves without values, having had no memory.
+    """
+    rows = tuple(rows)
+    names = [row.target for row in rows if row.action == "reset" and row.target is not None]
+    kept = {id(targets.tensors[row.key]) for row in rows if row.action == "keep" and row.target in targets.tensors}
+    for module in {id(targets.resettable[name]): targets.resettable[name] for name in names}.values():
+        below = [*module.parameters(), *module.buffers()]
+        without = {id(tensor) for tensor in below if tensor.is_meta}
+        fresh.hand_over(below)
+        before = [(one, one.detach().clone()) for one in below if id(one) in kept - without]
+        with torch.no_grad():
+            for tensor in below:
+                if id(tensor) in without and (tensor.is_floating_point() or tensor.is_complex()):
+                    tensor.fill_(float("nan"))
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+    empty = [name for name in names if bool(torch.isnan(targets.tensors[name].detach()).any())]
+    if empty:
+        raise StateMismatchError(
+            f"on_missing: reset: reset_parameters gives {', '.join(empty[:5])} no values, or NaN. "
+            "Next: fill them in reset_parameters, or build the module with values and on_missing: keep",
+            problems=empty,
+        )
+
+
+def _load_itself(own: OwnLoading, rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> None:
+    """Let a module load what is planned for it. What is kept stays, also where its code translates what it is given."""
+    rows = tuple(row for row in rows if row.target is not None and row.target.startswith(own.prefix))
+    state: OrderedDict[str, Any] = OrderedDict(_state_below(own.prefix, rows, reader, targets))
+    metadata = metadata_below(own, rows, reader.versions)
+    if metadata:
+        state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # as torch.nn.Module.state_dict does
+    kept = {
+        str(row.target): targets.tensors[str(row.target)]
+        for row in rows
+        if row.action in ("keep", "reset") and row.dtype != "object"
+    }
+    before = {name: tensor.detach().clone() for name, tensor in kept.items()}
+    own.module.load_state_dict(state)
+    with torch.no_grad():
+        for name, tensor in before.items():
+            kept[name].copy_(tensor)
+
+
+def _state_below(prefix: str, rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> dict[str, Any]:
+    """The planned state dict of one module, names without its prefix; what is kept stands in it as it is."""
+    state: dict[str, Any] = {}
+    for row in rows:
+        if row.target is None or not row.target.startswith(prefix):
+            continue
+        name = row.target.removeprefix(prefix)
+        if row.dtype == "object":
+            if row.writes:
+                state[name] = _extra_state(reader, row.sources[0])
+            else:
+                state[name] = targets.extra_state[row.target].get_extra_state()
+        else:
+            state[name] = _value(row, reader, targets.tensors[row.target])
+    return state
+
+
+def _value(row: PlanRow, reader: WeightReader, target: torch.Tensor) -> torch.Tensor:
+    """The planned value of a tensor, in memory of its own."""
+    if row.writes and not row.steps:
+        return reader.read(row.sources[0])
+    value = target.detach().clone()
+    if row.writes:
+        _put(row, [reader.read(source) for source in row.sources], value)
+    return value
+
+
+def _extra_state(reader: WeightReader, key: str) -> Any:
+    """Extra state as it was saved; some modules keep it in a tensor."""
+    return reader.materialize(reader.extra_state[key]) if key in reader.extra_state else reader.read(key)
+
+
+def check_values(plan: LoadPlan, model: str, reader: WeightReader, on_nonfinite: OnNonfinite) -> list[Problem]:
+    """Look at the values that the plan will load into ``model``: NaN and infinities, and tied entries that differ.
+
+    NaN is a problem everywhere, infinities are one in parameters only (buffers hold masks). With ``on_nonfinite``
+    ``warn`` or ``ignore`` only differing tied entries raise.
+
+    Returns: the findings about NaN and infinities where ``on_nonfinite`` is ``warn``.
+    Raises: ``PlanError``; the model is untouched.
+    """
+    problems = []
+    for of_model, first, other in plan.equal:
+        if of_model == model and not reader.is_same(first, other):
+            problems.append(
+                Problem("tied", f"{first} and {other} differ in the file but are one tensor in {model}", model)
+            )
+    findings: list[Problem] = []
+    if on_nonfinite != "ignore":
+        rows = [row for row in plan.rows_of(model) if row.writes and row.dtype != "object"]
+        found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
+        said: set[str] = set()
+        for row in rows:
+            for source in row.sources:
+                what = found.get(source)
+                if source not in said and (what == "NaN" or (what and row.is_parameter)):
+                    said.add(source)
+                    findings.append(Problem("nonfinite", f"{source} holds {what}", model, (row.key,)))
+    if on_nonfinite == "error" and findings:
+        problems += findings[:5]
+        if len(findings) > 5:
+            problems.append(Problem("nonfinite", f"and {len(findings) - 5} more tensors", model))
+    if problems:
+        shown = tuple(problem.message for problem in problems)
+        origin = next((f"{origin} ({file})" for name, origin, file in plan.origins if name == model), "")
+        hint = "\nTo load it all the same: on_nonfinite: warn" if findings and on_nonfinite == "error" else ""
+        raise PlanError(
+            f"{plan.kind}: {model} <- {origin}\n  " + "\n  ".join(shown) + f"{hint}\nNothing was changed.",
+            plan=plan,
+            problems=shown,
+        )
+    return findings

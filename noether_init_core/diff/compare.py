@@ -1,0 +1,245 @@
+"""``compare_checkpoints``: names, shapes and drift of two checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from noether_init_core.diff.drift import Drift, Room, drift_of, is_comparable, total_of
+from noether_init_core.diff.prefixes import prefix_note, without_prefixes
+from noether_init_core.diff.sides import Side, is_average, known_from, side_at
+from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
+from noether_init_core.errors import CheckpointCorruptError
+from noether_init_core.files.formats.inert_values import ForeignObject
+from noether_init_core.files.reader import CheckpointReader, open_checkpoint
+from noether_init_core.files.tensor_info import TensorInfo
+
+__all__ = ["bytes_to_read", "compare_checkpoints", "compare_sides"]
+
+_OBJECT = "object"
+
+
+def compare_checkpoints(a: Path | str, b: Path | str, *, strip: Sequence[str] = ()) -> CheckpointDiff:
+    """Compare the weights of two checkpoints: keys, shapes, and how far every tensor moved from A to B.
+
+    Args:
+        a: A checkpoint file, the folder of a set, a run folder (its newest set), or a run folder, ``@`` and a tag.
+        b: The other one.
+        strip: Prefixes that are taken off names of both, such as ``module.``.
+
+    Tensors are read in pieces of a few megabytes; memory does not grow with the model. Bytes are not compared with
+    checksums (``noether-init verify`` does that). Sums are in float64. Two models are compared with each other where
+    they have one name, or are the only ones.
+
+    Raises what ``open_checkpoint`` raises, ``CheckpointNotFoundError`` for paths that mean nothing, and
+    ``CheckpointCorruptError`` where a file changes meanwhile.
+    """
+    return compare_sides(side_at(a), side_at(b), strip=strip)
+
+
+def bytes_to_read(side: Side) -> int:
+    """At most how many bytes of this side will be read, for a progress bar."""
+    return sum(path.stat().st_size for path in side.files.values())
+
+
+def compare_sides(
+    a: Side, b: Side, *, strip: Sequence[str] = (), advance: Callable[[int], None] | None = None
+) -> CheckpointDiff:
+    """What ``compare_checkpoints`` does, for files that were found; ``advance`` is told the bytes as they are read."""
+    with Room() as room:
+        work = _Work([a.said, b.said], strip, room, advance or (lambda _bytes: None))
+        pairs = list(_paired(a.files, b.files))
+        for model, first, second in pairs:
+            work.add(model, first, second)
+        if not any(first is not None and second is not None for _model, first, second in pairs):
+            names = [", ".join(name or "no name" for name in side.files) for side in (a, b)]
+            work.notes.append(f"no model is in both: A has {names[0]}; B has {names[1]}. Next: name two files")
+    rows = tuple(work.rows)
+    both = [row for row in rows if row.state not in ("only_a", "only_b")]
+    total = total_of(work.drifts)
+    return CheckpointDiff(
+        attrs.evolve(work.said[0], tensors=work.tensors[0], bytes=work.bytes[0]),
+        attrs.evolve(work.said[1], tensors=work.tensors[1], bytes=work.bytes[1]),
+        rows,
+        elements=sum(row.elements for row in both),
+        elements_compared=work.elements_compared,
+        relative_norm=total.relative_norm if work.elements_compared else None,
+        cosine=total.cosine if work.elements_compared else None,
+        notes=tuple(work.notes),
+    )
+
+
+def _paired(a: Mapping[str, Path], b: Mapping[str, Path]) -> Iterator[tuple[str, Path | None, Path | None]]:
+    """Models of one name; the only one of a side goes with the only one of the other that is no average."""
+    weights = [[name for name in files if not is_average(name)] or list(files) for files in (a, b)]
+    if 1 in (len(a), len(b)) and [len(names) for names in weights] == [1, 1] and not (a.keys() & b.keys()):
+        (first,), (second,) = weights
+        yield first or second, a[first], b[second]
+        a, b = ({name: path for name, path in files.items() if name not in (first, second)} for files in (a, b))
+    for name in {**a, **b}:
+        yield name, a.get(name), b.get(name)
+
+
+class _Work:
+    """Compares pairs of files, and keeps what was found."""
+
+    def __init__(self, said: list[DiffSide], strip: Sequence[str], room: Room, advance: Callable[[int], None]) -> None:
+        self.rows: list[DiffRow] = []
+        self.notes: list[str] = []
+        self.said = said
+        self.tensors, self.bytes = [0, 0], [0, 0]
+        self.drifts: list[Drift] = []
+        self.elements_compared = 0
+        self._strip = tuple(strip)
+        self._advance = advance
+        self._room = room
+
+    def add(self, model: str, first: Path | None, second: Path | None) -> None:
+        """Compare two files of one model; None for one that is on one side only."""
+        with ExitStack() as opened:
+            paths = [first, second]
+            stamps = [None if path is None else _stamp(path) for path in paths]
+            readers = [None if path is None else opened.enter_context(open_checkpoint(path)) for path in paths]
+            sides = [{} if reader is None else self._entries(reader) for reader in readers]
+            for number, (reader, entries) in enumerate(zip(readers, sides, strict=True)):
+                if reader is not None:
+                    self.said[number] = known_from(reader.metadata, self.said[number])
+                self.tensors[number] += len(entries)
+                self.bytes[number] += sum(one.nbytes for one in entries.values() if isinstance(one, TensorInfo))
+            note = "" if None in paths else prefix_note(*sides)
+            self.notes += [note] if note else []
+            found = self._compare(model, sides[0], sides[1], readers)
+            self.rows += [found[key] for key in {**sides[0], **sides[1]}]
+            for path, stamp in zip(paths, stamps, strict=True):
+                if path is not None and _stamp(path) != stamp:
+                    raise CheckpointCorruptError(f"{path} changed while it was compared. Next: again", path=path)
+
+    def _entries(self, reader: CheckpointReader) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in {**reader.tensors, **reader.extra_state}.items():
+            name = without_prefixes(str(key), self._strip)
+            if name in found:
+                self.notes.append(
+                    f"{reader.path}: {name} is there twice when prefixes are taken off; {key} keeps its own"
+                )
+                name = str(key)
+            found[name] = value
+        return found
+
+    def _compare(
+        self,
+        model: str,
+        a: Mapping[str, Any],
+        b: Mapping[str, Any],
+        readers: Sequence[CheckpointReader | None],
+    ) -> dict[str, DiffRow]:
+        found: dict[str, DiffRow] = {}
+        for key in {**a, **b}:
+            one, two = a.get(key), b.get(key)
+            first, second = readers
+            if not (isinstance(one, TensorInfo) and isinstance(two, TensorInfo)):
+                found[key] = self._row(model, key, key in a, key in b, one, two, readers)
+            elif first is not None and second is not None and one.shape == two.shape:
+                drift = drift_of(first, one, second, two, self._room, self._advance)
+                found[key] = _measured(model, key, one, two, drift)
+                if drift.norm_a is not None:
+                    self.drifts.append(drift)
+                    self.elements_compared += found[key].elements
+            else:
+                found[key] = self._row(model, key, key in a, key in b, one, two, readers)
+        return found
+
+    def _row(
+        self,
+        model: str,
+        key: str,
+        in_a: bool,
+        in_b: bool,
+        one: Any,
+        two: Any,
+        readers: Sequence[CheckpointReader | None],
+    ) -> DiffRow:
+        """What is not measured: on one side only, of another shape, or no tensor."""
+        form_a, form_b = _form(one) if in_a else (None, None), _form(two) if in_b else (None, None)
+        known = form_a[0] if form_a[0] is not None else form_b[0]
+        elements = 1 if known is not None else 0
+        for size in known or ():
+            elements *= size
+        row = DiffRow(model, key, "shape", form_a[0], form_b[0], form_a[1], form_b[1], elements)
+        if not (in_a and in_b):
+            return attrs.evolve(row, state="only_a" if in_a else "only_b")
+        if isinstance(one, TensorInfo) and isinstance(two, TensorInfo):
+            return row
+        if isinstance(one, TensorInfo) or isinstance(two, TensorInfo):
+            return attrs.evolve(row, note="a tensor on one side only")
+        values = [reader.materialize(value) for reader, value in zip(readers, (one, two), strict=True) if reader]
+        is_same = _is_same(*values)
+        return attrs.evolve(row, state="equal" if is_same else "changed", note="" if is_same else "no tensor")
+
+
+def _measured(model: str, key: str, a: TensorInfo, b: TensorInfo, drift: Drift) -> DiffRow:
+    elements = a.nbytes // a.itemsize
+    state: State = "dtype" if a.dtype != b.dtype else "equal" if drift.is_equal else "changed"
+    row = DiffRow(model, key, state, a.shape, b.shape, a.dtype, b.dtype, elements)
+    if state == "equal":
+        row = attrs.evolve(row, relative_norm=0.0, max_abs=0.0)
+    if not (is_comparable(a.dtype) and is_comparable(b.dtype)):
+        return attrs.evolve(row, note="numbers of this dtype are not compared")
+    if drift.nonfinite_a or drift.nonfinite_b:
+        row = attrs.evolve(row, nonfinite_a=drift.nonfinite_a, nonfinite_b=drift.nonfinite_b)
+        # a mask of infinities is no fault
+        is_mask = state == "equal"
+        return attrs.evolve(row, note="not all finite") if is_mask else attrs.evolve(row, state="nonfinite")
+    note = "other bits; no difference in float64" if state == "changed" and drift.max_abs == 0 else ""
+    if drift.relative_norm is None:
+        note = "A is all zero" if drift.norm_a == 0 else "beyond the range of numbers"
+    return attrs.evolve(
+        row,
+        relative_norm=drift.relative_norm,
+        cosine=drift.cosine,
+        norm_a=_finite(drift.norm_a),
+        norm_b=_finite(drift.norm_b),
+        max_abs=_finite(drift.max_abs),
+        note=note,
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _form(value: Any) -> tuple[tuple[int, ...] | None, str]:
+    return (value.shape, value.dtype) if isinstance(value, TensorInfo) else (None, _OBJECT)
+
+
+def _is_same(one: Any, two: Any) -> bool:
+    """Plain values, and tensors in them, of the same types and bits."""
+    import torch
+
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, torch.Tensor):
+        alike = (one.dtype, one.shape) == (two.dtype, two.shape)
+        return alike and torch.equal(
+            one.contiguous().view(-1).view(torch.uint8), two.contiguous().view(-1).view(torch.uint8)
+        )
+    if isinstance(one, Mapping):
+        return list(one) == list(two) and all(_is_same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(_is_same, one, two))
+    if isinstance(one, ForeignObject):
+        return all(_is_same(getattr(one, name), getattr(two, name)) for name in ("name", "args", "state", "items"))
+    # NaN is itself, and 0.0 is not -0.0
+    return struct.pack("d", one) == struct.pack("d", two) if isinstance(one, float) else bool(one == two)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns

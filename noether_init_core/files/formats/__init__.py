@@ -1,0 +1,1 @@
+"""What bytes mean: one module for each format of checkpoints. Nothing here knows where the bytes lie."""

@@ -1,0 +1,429 @@
+"""The interpreter of the pickle opcodes that torch.save writes; nothing that a file names is imported or called.
+
+Protocols 2 to 5 are read. Names are looked up in ``builders``; an unknown one becomes an inert record, so that
+reading can go on and all of them can be reported together. Depth, keys and copies are limited, and every object is
+accounted for by bytes of the file: memory stays within 16 MiB and 80 times the header, of which an honest one takes
+about ten.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from noether_init_core.errors import type_of
+from noether_init_core.files.formats.builders import (
+    BUILDERS,
+    KNOWN_NAMES,
+    OpcodeError,
+    Scope,
+    add_members,
+    build_storage,
+    set_items,
+)
+from noether_init_core.files.formats.inert_values import ForeignObject, GlobalName
+
+__all__ = ["Interpreter", "OpcodeError"]
+
+#: Open marks at one time: a nested container needs one or two.
+_MARKS = 400
+#: Longest integer in bytes; str() of a much longer one is slow, and is refused by Python.
+_LONGEST_INTEGER = 1024
+_LONGEST_NAME = 512
+#: Parts are numbered one by one; numbers that anybody may choose could be chosen to collide in a dict.
+_MEMO_GAP = 1024
+#: So many parts of a kind are never too many.
+_ALWAYS = 1 << 16
+#: A set takes as much memory as so many lists.
+_SET = 4
+_TOO_MANY = "data.pkl builds far more objects than its size accounts for"
+_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_OLD_NAMES = {"builtins.xrange": "builtins.range", "builtins.unicode": "builtins.str", "builtins.long": "builtins.int"}
+
+_LENGTH_4 = struct.Struct("<I").unpack_from
+_LENGTH_8 = struct.Struct("<Q").unpack_from
+_INTEGER_4 = struct.Struct("<i").unpack_from
+_FLOAT_8 = struct.Struct(">d").unpack_from
+
+
+class Interpreter:
+    """One run over the content of ``data.pkl``.
+
+    ``records`` are the sizes of the file's records. ``unknown`` are, after or during the run, the names that are
+    neither known nor in ``allowed``, in the order of their appearance; where there are any, the result is not to be
+    used.
+    """
+
+    def __init__(self, data: bytes, records: Mapping[str, int], allowed: Collection[str] = ()) -> None:
+        self.unknown: dict[str, None] = {}
+        #: id of a dict -> the dict, and what Python code attached to it (``_metadata`` of state dicts)
+        self.attached: dict[int, tuple[dict[Any, Any], Any]] = {}
+        self._data = data
+        self._allowed = frozenset(allowed)
+        self._scope = Scope(records, copies=1024 + 2 * len(data), key_elements=1024 + 16 * len(data))
+        # Every container that pickle writes takes three bytes at least; empty ones of a single byte are costly.
+        self._containers = 1024 + len(data) // 2
+        # All that is noted by itself takes a byte more than the object, a tuple its content; a few are always fine.
+        self._memo_entries = _ALWAYS + len(data) // 3
+        self._tuples = _ALWAYS + len(data) // 3
+        self._most_names = _ALWAYS // 8 + len(data) // 64
+        self._position = 0
+        self._stack: list[Any] = []
+        self._marked: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        self._names: dict[bytes, GlobalName] = {}
+
+    def run(self) -> Any:
+        """The object in the file. Raises ``OpcodeError``."""
+        try:
+            return self._run()
+        except (IndexError, KeyError, struct.error):
+            # IndexError: the stack is empty or the data ends; KeyError: nothing was stored under that number
+            raise OpcodeError(f"data.pkl is damaged near byte {self._position}") from None
+        except UnicodeError:
+            raise OpcodeError(f"data.pkl has a text in a wrong encoding near byte {self._position}") from None
+
+    def _run(self) -> Any:
+        # The opcodes that make up nearly all of a state dict are carried out here, the others in a method each.
+        data, memo, scope, names = self._data, self._memo, self._scope, BUILDERS
+        cold = _COLD
+        most_entries, tuples_left = self._memo_entries, self._tuples
+        stack = self._stack
+        position = 0
+        end = len(data)
+        while True:
+            self._position = position
+            opcode = data[position]
+            position += 1
+            if opcode == 0x71:  # BINPUT
+                memo[data[position]] = stack[-1]
+                position += 1
+            elif opcode == 0x68:  # BINGET
+                stack.append(memo[data[position]])
+                position += 1
+            elif opcode == 0x72:  # LONG_BINPUT
+                number = _LENGTH_4(data, position)[0]
+                if number > len(memo) + _MEMO_GAP:
+                    raise OpcodeError(f"data.pkl stores a part under the number {number}, far beyond those before")
+                memo[number] = stack[-1]
+                position += 4
+            elif opcode == 0x4B:  # BININT1
+                stack.append(data[position])
+                position += 1
+            elif opcode == 0x28:  # MARK
+                self._marked.append(stack)
+                if len(self._marked) > _MARKS:
+                    raise OpcodeError(f"data.pkl is nested deeper than {_MARKS}")
+                self._stack = stack = []
+            elif opcode == 0x74:  # TUPLE
+                items = tuple(stack)
+                tuples_left -= 1
+                if tuples_left < 0:
+                    raise OpcodeError(_TOO_MANY)
+                self._stack = stack = self._marked.pop()
+                stack.append(items)
+            elif opcode == 0x52:  # REDUCE
+                args = stack.pop()
+                function = stack[-1]
+                if type(function) is not GlobalName or type(args) is not tuple:
+                    raise OpcodeError("data.pkl calls something that is not a name")
+                builder = names.get(function.name)
+                stack[-1] = builder(scope, args) if builder is not None else self._foreign(function.name, args)
+            elif opcode == 0x58:  # BINUNICODE
+                start = position + 4
+                position = start + _LENGTH_4(data, position)[0]
+                if position > end:
+                    raise IndexError
+                stack.append(data[start:position].decode("utf-8", "surrogatepass"))
+            elif opcode == 0x6A:  # LONG_BINGET
+                stack.append(memo[_LENGTH_4(data, position)[0]])
+                position += 4
+            elif opcode == 0x94:  # MEMOIZE
+                number = len(memo)
+                if number > most_entries:
+                    raise OpcodeError(_TOO_MANY)
+                memo[number] = stack[-1]
+            elif opcode == 0x8C:  # SHORT_BINUNICODE
+                start = position + 1
+                position = start + data[position]
+                if position > end:
+                    raise IndexError
+                stack.append(data[start:position].decode("utf-8", "surrogatepass"))
+            elif opcode == 0x51:  # BINPERSID
+                stack[-1] = build_storage(scope, stack[-1])
+            elif opcode == 0x29:  # EMPTY_TUPLE
+                stack.append(())
+            elif opcode == 0x4D:  # BININT2
+                stack.append(data[position] | data[position + 1] << 8)
+                position += 2
+            elif opcode == 0x89:  # NEWFALSE
+                stack.append(False)
+            elif opcode == 0x86:  # TUPLE2
+                second = stack.pop()
+                stack[-1] = (stack[-1], second)
+                tuples_left -= 1
+                if tuples_left < 0:
+                    raise OpcodeError(_TOO_MANY)
+            elif opcode == 0x85:  # TUPLE1
+                stack[-1] = (stack[-1],)
+                tuples_left -= 1
+                if tuples_left < 0:
+                    raise OpcodeError(_TOO_MANY)
+            elif opcode == 0x4A:  # BININT
+                stack.append(_INTEGER_4(data, position)[0])
+                position += 4
+            elif opcode == 0x2E:  # STOP
+                break
+            else:
+                method = cold.get(opcode)
+                if method is None:
+                    raise OpcodeError(f"data.pkl has the opcode {opcode:#04x} at byte {position - 1}, unknown here")
+                self._position = position
+                method(self)
+                position, stack = self._position, self._stack
+        if len(stack) != 1 or self._marked or position != end:
+            raise OpcodeError(f"data.pkl ends at byte {position} of {end}, or not with one object")
+        return stack[0]
+
+    # Names
+
+    def _name(self, raw: bytes, module: str, name: str) -> None:
+        known = self._names.get(raw)
+        if known is None:
+            full = f"{_OLD_MODULES.get(module, module)}.{name}"
+            full = _OLD_NAMES.get(full, full)
+            if full not in KNOWN_NAMES and full not in self._allowed and f"{module}.{name}" not in self._allowed:
+                self.unknown[f"{module}.{name}"] = None
+            known = self._names[raw] = GlobalName(full)
+            if len(self._names) > self._most_names:
+                raise OpcodeError("data.pkl has far more names than its size accounts for")
+        self._stack.append(known)
+
+    def _global(self) -> None:
+        data, position = self._data, self._position
+        middle = data.find(b"\n", position, position + _LONGEST_NAME)
+        stop = data.find(b"\n", middle + 1, middle + 1 + _LONGEST_NAME)
+        if middle < 0 or stop < 0:
+            raise OpcodeError(f"data.pkl has a name without end near byte {position}")
+        self._position = stop + 1
+        module, name = data[position:middle].decode("utf-8"), data[middle + 1 : stop].decode("utf-8")
+        self._name(data[position:stop], module, name)
+
+    def _stack_global(self) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        if type(name) is not str or type(module) is not str or len(name) + len(module) > _LONGEST_NAME:
+            raise OpcodeError("data.pkl has a name that is no text, or is far too long")
+        self._name(f"{module}\n{name}".encode("utf-8", "surrogatepass"), module, name)
+
+    def _foreign(self, name: str, args: tuple[Any, ...]) -> ForeignObject:
+        if name in KNOWN_NAMES:
+            raise OpcodeError(f"data.pkl calls {name}, which torch.save never does")
+        self._count_container()
+        return ForeignObject(name, args)
+
+    def _new_object(self) -> None:
+        args, kind = self._stack.pop(), self._stack.pop()
+        if type(kind) is not GlobalName or type(args) is not tuple:
+            raise OpcodeError("data.pkl builds an object of something that is not a name")
+        self._stack.append(self._foreign(kind.name, args))
+
+    def _new_object_ex(self) -> None:
+        keywords, args, kind = self._stack.pop(), self._stack.pop(), self._stack.pop()
+        if type(kind) is not GlobalName or type(args) is not tuple or type(keywords) is not dict:
+            raise OpcodeError("data.pkl builds an object of something that is not a name")
+        self._stack.append(self._foreign(kind.name, (*args, keywords) if keywords else args))
+
+    def _build(self) -> None:
+        state, target = self._stack.pop(), self._stack[-1]
+        if type(target) is ForeignObject:
+            target.state = state
+        elif type(target) is dict:
+            if type(state) is dict and "_metadata" in state:
+                self._count_container(_SET)
+                self.attached[id(target)] = target, state
+        else:
+            raise OpcodeError(f"data.pkl gives a state to {type_of(target)}")
+
+    # Containers
+
+    def _count_container(self, weight: int = 1) -> None:
+        self._containers -= weight
+        if self._containers < 0:
+            raise OpcodeError(_TOO_MANY)
+
+    def _pop_mark(self) -> list[Any]:
+        items = self._stack
+        self._stack = self._marked.pop()
+        return items
+
+    def _empty_list(self) -> None:
+        self._count_container()
+        self._stack.append([])
+
+    def _empty_dict(self) -> None:
+        self._count_container()
+        self._stack.append({})
+
+    def _empty_set(self) -> None:
+        self._count_container(_SET)
+        self._stack.append(set())
+
+    def _frozen_set(self) -> None:
+        self._count_container(_SET)
+        members: set[Any] = set()
+        add_members(self._scope, members, self._pop_mark())
+        self._stack.append(frozenset(members))
+
+    def _tuple_3(self) -> None:
+        stack = self._stack
+        stack[-3:] = [(stack[-3], stack[-2], stack[-1])]
+
+    def _append(self) -> None:
+        value = self._stack.pop()
+        self._extend([value])
+
+    def _appends(self) -> None:
+        self._extend(self._pop_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is ForeignObject:
+            if target.items is None:
+                target.items = []
+            target = target.items
+        if type(target) is not list:
+            raise OpcodeError(f"data.pkl appends to {type_of(target)}")
+        target.extend(items)
+
+    def _add_items(self) -> None:
+        items = self._pop_mark()
+        target = self._stack[-1]
+        if type(target) is not set:
+            raise OpcodeError(f"data.pkl adds members to {type_of(target)}")
+        add_members(self._scope, target, items)
+
+    def _set_item(self) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._update([key, value])
+
+    def _set_items(self) -> None:
+        self._update(self._pop_mark())
+
+    def _update(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is ForeignObject:
+            if target.items is None:
+                target.items = {}
+            target = target.items
+        if type(target) is not dict or len(items) % 2:
+            raise OpcodeError(f"data.pkl sets an item of {type_of(target)}")
+        expected = len(target) + len(items) // 2
+        set_items(self._scope, target, items)
+        if len(target) != expected:
+            raise OpcodeError("data.pkl has a dict with one key twice")
+
+    # Scalars, text and bytes
+
+    def _protocol(self) -> None:
+        protocol = self._data[self._position]
+        self._position += 1
+        if not 2 <= protocol <= 5:
+            raise OpcodeError(f"data.pkl is written in pickle protocol {protocol}; 2 to 5 can be read")
+
+    def _frame(self) -> None:
+        length = _LENGTH_8(self._data, self._position)[0]
+        self._position += 8
+        if self._position + length > len(self._data):
+            raise OpcodeError("data.pkl has a frame that ends behind it")
+
+    def _none(self) -> None:
+        self._stack.append(None)
+
+    def _true(self) -> None:
+        self._stack.append(True)
+
+    def _float(self) -> None:
+        self._stack.append(_FLOAT_8(self._data, self._position)[0])
+        self._position += 8
+
+    def _take(self, length_bytes: int) -> bytes:
+        start = self._position + length_bytes
+        if start > len(self._data):
+            raise IndexError
+        stop = start + int.from_bytes(self._data[self._position : start], "little")
+        if stop > len(self._data):
+            raise OpcodeError(f"data.pkl has a text or bytes at byte {start} that end behind it")
+        self._position = stop
+        return self._data[start:stop]
+
+    def _integer(self, length_bytes: int) -> None:
+        digits = self._take(length_bytes)
+        if len(digits) > _LONGEST_INTEGER:
+            raise OpcodeError(f"data.pkl has an integer of {len(digits)} bytes")
+        self._stack.append(int.from_bytes(digits, "little", signed=True))
+
+    def _integer_1(self) -> None:
+        self._integer(1)
+
+    def _integer_4(self) -> None:
+        self._integer(4)
+
+    def _text_8(self) -> None:
+        self._stack.append(self._take(8).decode("utf-8", "surrogatepass"))
+
+    def _bytes_1(self) -> None:
+        self._stack.append(self._take(1))
+
+    def _bytes_4(self) -> None:
+        self._stack.append(self._take(4))
+
+    def _bytes_8(self) -> None:
+        self._stack.append(self._take(8))
+
+    def _byte_array_8(self) -> None:
+        self._stack.append(bytearray(self._take(8)))
+
+    # The stack: written for tuples that contain themselves through a list
+
+    def _pop(self) -> None:
+        if self._stack:
+            self._stack.pop()
+        else:
+            self._pop_mark()
+
+    def _pop_to_mark(self) -> None:
+        self._pop_mark()
+
+
+_COLD = {
+    0x30: Interpreter._pop,
+    0x31: Interpreter._pop_to_mark,
+    0x42: Interpreter._bytes_4,
+    0x43: Interpreter._bytes_1,
+    0x47: Interpreter._float,
+    0x4E: Interpreter._none,
+    0x5D: Interpreter._empty_list,
+    0x61: Interpreter._append,
+    0x62: Interpreter._build,
+    0x63: Interpreter._global,
+    0x65: Interpreter._appends,
+    0x73: Interpreter._set_item,
+    0x75: Interpreter._set_items,
+    0x7D: Interpreter._empty_dict,
+    0x80: Interpreter._protocol,
+    0x81: Interpreter._new_object,
+    0x87: Interpreter._tuple_3,
+    0x88: Interpreter._true,
+    0x8A: Interpreter._integer_1,
+    0x8B: Interpreter._integer_4,
+    0x8D: Interpreter._text_8,
+    0x8E: Interpreter._bytes_8,
+    0x8F: Interpreter._empty_set,
+    0x90: Interpreter._add_items,
+    0x91: Interpreter._frozen_set,
+    0x92: Interpreter._new_object_ex,
+    0x93: Interpreter._stack_global,
+    0x95: Interpreter._frame,
+    0x96: Interpreter._byte_array_8,
+}

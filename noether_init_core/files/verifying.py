@@ -1,0 +1,231 @@
+"""One pass over a file: every byte against its checksum or digest, and the values while they are in the cache.
+
+Several threads read into a small buffer each, or straight into memory of the caller where that is given; nothing else
+is allocated, however large the file is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+import attrs
+import xxhash
+from isal import isal_zlib
+
+from noether_init_core.files.formats.zip_records import Record
+from noether_init_core.files.nonfinite_values import Finding, can_be_nonfinite, nonfinite
+from noether_init_core.files.storage.file_handle import GROUP, FileHandle, by_threads, grouped
+
+__all__ = ["Examined", "Findings", "Stretch", "Values", "damaged_records", "examine", "examine_memory"]
+
+# Small enough for the processor's caches, large enough that system calls, and threads that wait for the interpreter, do
+# not count. A multiple of every size of an element, so that no element lies in two pieces.
+_BUFFER = 2 << 20
+
+
+@attrs.frozen
+class Values:
+    """Floating-point elements from byte ``begin`` to ``end`` of a stretch, to be looked at for NaN and infinities."""
+
+    begin: int
+    end: int
+    dtype: str
+
+
+@attrs.frozen(eq=False)
+class Stretch:
+    """Neighbouring bytes of the file that have one checksum.
+
+    Attributes:
+        name: For the caller.
+        offset: Place of the first byte.
+        size: Number of bytes.
+        crc: Expected CRC-32; None: not compared.
+        digest: Expected ``xxh3_128:<hex>``, compared instead of ``crc``.
+        values: What to look at; whole elements, counted from the first byte of the stretch.
+        target: Memory of ``size`` bytes that the bytes are read into; None: they are only looked at.
+    """
+
+    name: str
+    offset: int
+    size: int
+    crc: int | None = None
+    digest: str | None = None
+    values: tuple[Values, ...] = ()
+    target: memoryview | None = None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether there is a reason to read it: something to compare, to look at, or to fill."""
+        return self.crc is not None or self.digest is not None or bool(self.values) or self.target is not None
+
+
+@attrs.frozen
+class Findings:
+    """What ``examine`` found: stretches whose bytes are not those that were written, and values that are not finite.
+
+    ``nonfinite`` has the positions (of the stretch, and of its ``values``) and what is there.
+    """
+
+    damaged: tuple[Stretch, ...]
+    nonfinite: dict[tuple[int, int], Finding]
+
+
+def damaged_records(handle: FileHandle, records: Sequence[Record]) -> list[Record]:
+    """The records whose bytes do not have their CRC-32. Never more than a small buffer per thread is in memory."""
+    stretches = {Stretch(record.name, record.offset, record.size, record.crc): record for record in records}
+    return [stretches[damaged] for damaged in examine(handle, list(stretches)).damaged]
+
+
+def examine(handle: FileHandle, stretches: Sequence[Stretch]) -> Findings:
+    """Read every stretch once, compare it and look at its values. Raises ``CheckpointCorruptError`` if the file ends.
+
+    A stretch with neither checksum, values nor target is not read.
+    """
+    for stretch in stretches:
+        if stretch.target is not None and stretch.target.nbytes != stretch.size:
+            raise ValueError(f"{stretch.name}: {stretch.target.nbytes} bytes of memory for {stretch.size} bytes")
+    work = _Work(handle, stretches)
+    by_threads(grouped(_parts(stretches), lambda part: part.length), work.read_group)
+    return work.findings()
+
+
+@attrs.frozen
+class Examined:
+    """Bytes in memory: ``xxh3_128:<hex>``, CRC-32, and what of NaN and infinities is among their values."""
+
+    digest: str
+    crc: int
+    nonfinite: Finding | None
+
+
+def examine_memory(data: memoryview, dtype: str) -> Examined:
+    """One look at whole elements of ``dtype``, by pieces that stay in the cache."""
+    state, crc, found = xxhash.xxh3_128(), 0, set[Finding]()
+    is_looked_at = can_be_nonfinite(dtype)
+    for begin in range(0, len(data), _BUFFER):
+        piece = data[begin : begin + _BUFFER]
+        state.update(piece)
+        crc = isal_zlib.crc32(piece, crc)
+        if is_looked_at and (finding := nonfinite(piece, dtype)) is not None:
+            found.add(finding)
+    return Examined(f"xxh3_128:{state.hexdigest()}", crc, "NaN" if "NaN" in found else next(iter(found), None))
+
+
+@attrs.frozen
+class _Part:
+    index: int
+    begin: int
+    length: int
+
+
+def _parts(stretches: Sequence[Stretch]) -> Iterable[_Part]:
+    """In the order of the file; large stretches are split where their checksum can be combined of parts."""
+    for index, stretch in sorted(enumerate(stretches), key=lambda pair: pair[1].offset):
+        if not stretch.is_read:
+            continue
+        step = max(stretch.size, 1) if stretch.digest is not None else GROUP
+        for begin in range(0, max(stretch.size, 1), step):
+            yield _Part(index, begin, min(step, stretch.size - begin))
+
+
+class _Work:
+    """What the threads share; every operation on the containers is a single step."""
+
+    def __init__(self, handle: FileHandle, stretches: Sequence[Stretch]) -> None:
+        self._handle = handle
+        self._stretches = stretches
+        self._sums: dict[tuple[int, int], tuple[int, int]] = {}
+        self._digests: dict[int, str] = {}
+        self._found: set[tuple[int, int, Finding]] = set()
+        self._own = threading.local()
+
+    def findings(self) -> Findings:
+        crcs = [0] * len(self._stretches)
+        for (index, _begin), (crc, length) in sorted(self._sums.items()):
+            crcs[index] = isal_zlib.crc32_combine(crcs[index], crc, length)
+        damaged = []
+        for index, stretch in enumerate(self._stretches):
+            if stretch.digest is not None:
+                if self._digests[index] != stretch.digest:
+                    damaged.append(stretch)
+            elif stretch.crc is not None and crcs[index] != stretch.crc:
+                damaged.append(stretch)
+        found: dict[tuple[int, int], Finding] = {}
+        for index, number, finding in self._found:
+            if found.get((index, number)) != "NaN":
+                found[index, number] = finding
+        return Findings(tuple(damaged), found)
+
+    def read_group(self, group: list[_Part]) -> None:
+        """One pass over neighbouring parts; one read serves as many small ones as it holds."""
+        buffer = self._buffer()
+        begin = end = 0  # what part of the file is in the buffer
+        for number, part in enumerate(group):
+            stretch = self._stretches[part.index]
+            position = stretch.offset + part.begin
+            upto = position + part.length
+            if stretch.target is not None:
+                target = stretch.target[part.begin : part.begin + part.length]
+                self._look(part, self._pieces(position, target, stretch.name))
+            elif part.length > len(buffer):
+                begin = end = 0
+                self._look(part, self._through(buffer, position, upto, stretch.name))
+            else:
+                if position < begin or upto > end:
+                    begin, end = position, self._end_of_read(group, number, position + len(buffer))
+                    self._handle.read_into(buffer[: end - begin], begin, stretch.name)
+                self._look(part, (buffer[position - begin : upto - begin],))
+
+    def _buffer(self) -> memoryview:
+        """One for each thread, made once: its pages are touched for the first time only once."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(bytearray(_BUFFER))
+        return self._own.buffer  # type: ignore[no-any-return]  # what is kept for a thread has no type
+
+    def _end_of_read(self, group: list[_Part], number: int, limit: int) -> int:
+        """Behind the last part, from ``number`` on, that one read can serve as a whole."""
+        end = 0
+        for part in group[number:]:
+            stretch = self._stretches[part.index]
+            behind = stretch.offset + part.begin + part.length
+            if stretch.target is not None or behind > limit:
+                break
+            end = behind
+        return end
+
+    def _pieces(self, position: int, target: memoryview, name: str) -> Iterable[memoryview]:
+        for begin in range(0, len(target), _BUFFER):
+            piece = target[begin : begin + _BUFFER]
+            self._handle.read_into(piece, position + begin, name)
+            yield piece
+
+    def _through(self, buffer: memoryview, position: int, upto: int, name: str) -> Iterable[memoryview]:
+        while position < upto:
+            piece = buffer[: min(len(buffer), upto - position)]
+            self._handle.read_into(piece, position, name)
+            yield piece
+            position += len(piece)
+
+    def _look(self, part: _Part, pieces: Iterable[memoryview]) -> None:
+        """Sum up and look at the pieces of one part, each while it is in the cache."""
+        stretch = self._stretches[part.index]
+        state = xxhash.xxh3_128() if stretch.digest is not None else None
+        crc, at = 0, part.begin
+        for piece in pieces:
+            if state is not None:
+                state.update(piece)
+            elif stretch.crc is not None:
+                crc = isal_zlib.crc32(piece, crc)
+            for number, values in enumerate(stretch.values):
+                first, behind = max(values.begin, at), min(values.end, at + len(piece))
+                if first < behind:
+                    found = nonfinite(piece[first - at : behind - at], values.dtype)
+                    if found is not None:
+                        self._found.add((part.index, number, found))
+            at += len(piece)
+        if state is not None:
+            self._digests[part.index] = f"xxh3_128:{state.hexdigest()}"
+        elif stretch.crc is not None:
+            self._sums[part.index, part.begin] = crc, part.length

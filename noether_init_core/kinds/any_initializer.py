@@ -1,0 +1,105 @@
+"""AnyInitializer: the type of a config field that takes the config of every registered kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Annotated, Any, TypeAlias
+
+import pydantic
+from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
+
+from noether_init_core import kinds
+from noether_init_core.config.base import KindConfig
+from noether_init_core.errors import ConfigError, KindError
+from noether_init_core.kinds.wording import explain
+
+__all__ = ["AnyInitializer"]
+
+# True while the JSON schema of the kinds is being built: the config of a kind may itself have such a field.
+_inside_schema: ContextVar[bool] = ContextVar("_inside_schema", default=False)
+
+
+class _OpenKind:
+    """Replaces the schema of ``KindConfig`` by one that asks ``kinds`` at validation time, not at import time."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            _validate,
+            # The fields of the kind's own config class are written, not only those of KindConfig.
+            serialization=core_schema.wrap_serializer_function_ser_schema(
+                lambda value, serialize: serialize(value), schema=core_schema.any_schema()
+            ),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
+        configs = _config_classes()
+        if not configs or _inside_schema.get():
+            kind = {"enum": list(configs)} if configs else {"type": "string"}
+            return {"type": "object", "properties": {"kind": kind}, "required": ["kind"]}
+        token = _inside_schema.set(True)
+        try:
+            return {"oneOf": [_kind_schema(name, config_class, handler) for name, config_class in configs.items()]}
+        finally:
+            _inside_schema.reset(token)
+
+
+AnyInitializer: TypeAlias = Annotated[KindConfig, _OpenKind]
+"""The config of any registered kind, for a field of your own config: ``initializers: list[AnyInitializer] = []``.
+
+A mapping is validated by the config class of its ``kind``, and only that kind's plugin is imported; an instance of
+``KindConfig`` passes as it is. Errors keep their place in the whole config. What was dumped validates to the same
+config again. The JSON schema is built from the kinds that are installed when it is asked for, which imports them.
+"""
+
+
+def _validate(value: Any, info: core_schema.ValidationInfo) -> KindConfig:
+    if isinstance(value, KindConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError(
+            "initializer_type", "Input should be a mapping with the key kind, or the config of an initializer"
+        )
+    try:
+        return kinds.validate(value, context=info.context)
+    except ConfigError as error:
+        details = InitErrorDetails(type="value_error", loc=("kind",), input=value.get("kind"), ctx={"error": error})
+        raise ValidationError.from_exception_data("AnyInitializer", [details]) from error
+    except ValidationError as error:
+        found = [_worded(str(value["kind"]), problem) for problem in error.errors(include_url=False)]
+        raise ValidationError.from_exception_data("AnyInitializer", found) from error
+
+
+def _worded(kind: str, problem: ErrorDetails) -> InitErrorDetails:
+    """The same error with the message that a config file would get; its type and place stay."""
+    message = problem["msg"]
+    if problem["type"] in ("extra_forbidden", "missing", "list_type"):
+        message = explain(kind, problem["type"], message, problem["loc"], problem["input"])
+    worded = PydanticCustomError(problem["type"], message, problem.get("ctx"))
+    return InitErrorDetails(type=worded, loc=problem["loc"], input=problem["input"])
+
+
+def _config_classes() -> dict[str, type[KindConfig]]:
+    """Name -> config class of every kind that can be used; a broken plugin must not take the schema along."""
+    classes = {}
+    for name in sorted({info.name for info in kinds.installed() if info.blocked_by is None}):
+        try:
+            classes[name] = kinds.resolve(name).config_class
+        except KindError:
+            continue
+    return classes
+
+
+def _kind_schema(name: str, config_class: type[KindConfig], handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
+    try:
+        schema = handler.resolve_ref_schema(handler(config_class.__pydantic_core_schema__))
+    except pydantic.errors.PydanticInvalidForJsonSchema:  # a field for Python only, such as a callable
+        schema = {"type": "object", "properties": {"kind": {"type": "string"}}}
+    return {
+        **schema,
+        "title": name,
+        "properties": {**schema["properties"], "kind": {**schema["properties"]["kind"], "const": name}},
+        "required": sorted({"kind", *schema.get("required", ())}),
+    }

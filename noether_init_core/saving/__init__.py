@@ -1,0 +1,1 @@
+"""The only writer of sets: their content, the commit, retention and clean-up."""

@@ -1,0 +1,120 @@
+"""Retention, and the collection of what a killed save left behind.
+
+Everything here happens under the lock of the folder. No committed set depends on it: it may fail at any step, and the
+next save makes up for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from noether_init_core.errors import CheckpointError
+from noether_init_core.files.storage.disk import Storage
+from noether_init_core.saving.retention import Retention, superfluous_sets
+from noether_init_core.sets.checkpoint_set import (
+    SETS_FOLDER,
+    CheckpointSet,
+    check_files,
+    list_names,
+    load_set,
+    set_folders,
+)
+from noether_init_core.sets.file_names import parse
+from noether_init_core.sets.flat_copies import TEMPORARY_NAMES, remove_names_of
+from noether_init_core.sets.manifest import MANIFEST_NAME
+
+__all__ = ["collect_leftovers", "retire_sets"]
+
+logger = logging.getLogger(__name__)
+
+
+def collect_leftovers(checkpoints: Path, storage: Storage) -> None:
+    """Remove folders of sets that were never committed, and temporary files; what cannot be is logged and left.
+
+    A link is never followed: what it leads to is not ours.
+    """
+    for folder in set_folders(checkpoints, storage):
+        if folder.committed:
+            continue
+        if storage.is_link(folder.path):
+            logger.warning("left: %s has no manifest, and is a link to %s", folder.path, storage.resolve(folder.path))
+            continue
+        try:
+            _remove_folder(checkpoints, folder.path, storage)
+        except OSError as error:
+            logger.warning("the unfinished set %s could not be removed: %s", folder.path, error)
+    for name in TEMPORARY_NAMES:
+        try:
+            storage.unlink(checkpoints / name)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", checkpoints / name, error)
+
+
+def retire_sets(checkpoints: Path, rules: Retention, storage: Storage, training: str | None = None) -> None:
+    """Remove the committed sets of one training that no rule keeps, oldest first.
+
+    Sets that cannot be read stay, since somebody will want to look at them; so do sets behind a link, since what it
+    leads to is not ours, and sets of other trainings. Whether a set is good is told from the presence and the sizes of
+    its files, and from what its manifest says of their values.
+
+    Of flat names those go with a set that we wrote for it and nobody has changed since, and those that are other names
+    of its very files. Others may be the only copy of what another program saved.
+
+    Raises ``OSError``.
+    """
+    folders = [folder for folder in set_folders(checkpoints, storage) if folder.committed]
+    found: list[tuple[CheckpointSet, bool]] = []
+    for folder in reversed(folders):
+        try:
+            candidate = load_set(folder, storage)
+        except CheckpointError as error:
+            logger.warning("kept: %s", error)
+            continue
+        is_asked = candidate.manifest is not None and candidate.manifest.training == training
+        found.append((candidate, is_asked and _has_its_files(candidate, storage)))
+    superfluous = superfluous_sets(found, rules, training)
+    retired = [candidate for candidate in superfluous if not storage.is_link(candidate.folder)]
+    failed: OSError | None = None
+    for candidate in reversed(retired):
+        # Without its manifest the set is gone for every reader; only then do its files go.
+        storage.unlink(candidate.folder / MANIFEST_NAME)
+        storage.fsync_folder(candidate.folder)
+        remove_names_of(checkpoints, candidate.folder.name, storage)
+        try:
+            _remove_folder(checkpoints, candidate.folder, storage)
+        except OSError as error:
+            failed = failed or error
+    if retired:
+        storage.fsync_folder(checkpoints / SETS_FOLDER)
+    # the others have gone all the same
+    if failed is not None:
+        raise failed
+
+
+def _has_its_files(candidate: CheckpointSet, storage: Storage) -> bool:
+    try:
+        check_files(candidate, storage)
+    except CheckpointError as error:
+        logger.warning("no good set: %s", error)
+        return False
+    return True
+
+
+def _remove_folder(checkpoints: Path, folder: Path, storage: Storage) -> None:
+    for name in list_names(folder, storage):
+        # a flat name of a retired set keeps its bytes on the disk
+        if parse(name) is not None and storage.is_same_file(checkpoints / name, folder / name):
+            storage.unlink(checkpoints / name)
+        _remove(folder / name, storage)
+    storage.remove_folder(folder)
+
+
+def _remove(path: Path, storage: Storage) -> None:
+    """A name in a set; also a folder that somebody put there, with all that is in it. A link is not followed."""
+    if storage.is_folder(path) and not storage.is_link(path):
+        for name in list_names(path, storage):
+            _remove(path / name, storage)
+        storage.remove_folder(path)
+    else:
+        storage.unlink(path)

@@ -1,0 +1,257 @@
+"""What goes into the files of a set: plain objects with Noether's keys, made from models, optimizers and a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from noether_init_core.errors import CheckpointFormatError, ConfigError, type_of
+from noether_init_core.files.plain_data import plain
+from noether_init_core.files.tensor_names import state_dict_of
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.protocols import CompositeModelLike, ModelLike, leaf_models
+from noether_init_core.sets.file_names import CheckpointFileName, Part
+
+__all__ = ["FileContent", "contents_of", "iteration_for"]
+
+Averages = Mapping[str, Any]
+
+
+@attrs.frozen(eq=False)
+class FileContent:
+    """One file to be written; ``buffers`` are the tensors of weights that are no parameters, None in other files."""
+
+    name: CheckpointFileName
+    content: dict[str, Any]
+    buffers: tuple[str, ...] | None = None
+
+
+def iteration_for(iteration: Any, trainer: Any) -> TrainingIteration:
+    """``iteration``, else that of the trainer, all three fields said. Raises ``ConfigError``."""
+    given = getattr(trainer, "iteration", None) if iteration is None else iteration
+    if isinstance(given, Mapping):
+        given = TrainingIteration.from_mapping(given)
+    fields = [getattr(given, name, None) for name in ("epoch", "update", "sample")]
+    if None in fields:
+        said = "no iteration was given, and the trainer has none" if given is None else f"iteration {given} is not full"
+        raise ConfigError(f"{said}: save(model, TrainingIteration(epoch, update, sample)) or save(model, trainer=...)")
+    return TrainingIteration(*fields)
+
+
+def contents_of(
+    model: Any,
+    iteration: TrainingIteration,
+    run_id: str,
+    *,
+    optimizer: bool,
+    trainer: Any,
+    averages: Averages | None,
+) -> list[FileContent]:
+    """The files of a set: of each single model weights, averages and optimizer state, then the trainer's state.
+
+    Raises ``ConfigError`` for objects that cannot be saved, ``InvalidNameError`` for names that cannot be written,
+    ``CheckpointFormatError`` for values that could not be read again.
+    """
+    leaves = _leaves(model)
+    variants = _averages(averages, model, leaves)
+    tag = str(iteration)
+    common = {"checkpoint_tag": tag, "training_iteration": iteration.to_mapping(), "run_id": run_id}
+    found = []
+
+    def add(
+        name: str, info: str | None, part: Part, content: dict[str, Any], buffers: tuple[str, ...] | None = None
+    ) -> None:
+        found.append(FileContent(CheckpointFileName(name, info, tag, part).checked(), content, buffers))
+
+    for path, leaf in leaves.items():
+        config = _model_config(path, leaf)
+        state = plain(leaf.state_dict(), f"{path}.state_dict")
+        parameters = {name for name, _ in leaf.named_parameters(remove_duplicate=False)}
+        buffers = tuple(
+            key for key, value in state.items() if isinstance(value, torch.Tensor) and key not in parameters
+        )
+        add(path, None, "model", {"state_dict": state, **common, **config}, buffers)
+        for info, average in variants.get(path, {}).items():
+            CheckpointFileName(path, info, tag, "model").checked()
+            _check_average(path, info, average, leaf)
+            key, _, value = info.partition("=")
+            # Noether's EMA files say their factor; a key of ours is never replaced
+            said = {key: _number(value)} if key not in ("state_dict", *common, *config) else {}
+            state = plain(average, f"averages.{path}.{info}")
+            add(path, info, "model", {"state_dict": state, **common, **said, **config})
+    for path, leaf in leaves.items() if optimizer else ():
+        if leaf.optimizer is not None and not leaf.is_frozen:
+            # torch and Noether take state and param_groups only, and leave what else is there
+            said = {key: common[key] for key in ("training_iteration", "run_id")}
+            add(path, None, "optim", {**_optimizer_content(path, leaf), **said})
+    add(str(model.name), None, "trainer", _trainer_content(trainer, iteration, run_id))
+    names = [str(file.name) for file in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two models would be saved as {', '.join(twice)}. Rename a submodel")
+    return found
+
+
+def _leaves(model: Any) -> dict[str, Any]:
+    hint = 'Next: bind(module, name="...", optimizer=...), or compose(name, {...}) for submodels'
+    if not isinstance(model, ModelLike | CompositeModelLike) or not isinstance(model.name, str):
+        raise ConfigError(f"{type_of(model)} has no name, optimizer, is_frozen and device. {hint}")
+    leaves: dict[str, Any] = {}
+    for path, leaf in leaf_models(model):
+        if not isinstance(leaf, ModelLike):
+            raise ConfigError(f"{path}: {type_of(leaf)} has no name, optimizer, is_frozen and device. {hint}")
+        if path in leaves:
+            raise ConfigError(f"two submodels have the path {path}. Rename one")
+        leaves[path] = leaf
+    if not leaves:
+        raise ConfigError(f"{model.name} has no submodel that is a model. {hint}")
+    return leaves
+
+
+def _averages(averages: Averages | None, model: Any, leaves: Mapping[str, Any]) -> dict[str, Averages]:
+    if not averages:
+        return {}
+    if not isinstance(model, CompositeModelLike):
+        return {str(model.name): averages}
+    found = {}
+    for name, variants in averages.items():
+        path = name if name in leaves else f"{model.name}.{name}"
+        if path not in leaves or not isinstance(variants, Mapping):
+            raise ConfigError(
+                f"averages of the composite {model.name}: {name!r} is no submodel; "
+                "write {submodel: {info: state dict}}, submodels are "
+                + ", ".join(leaf.removeprefix(f"{model.name}.") for leaf in leaves)
+            )
+        found[path] = variants
+    return found
+
+
+def _check_average(path: str, info: str, average: Any, model: Any) -> None:
+    """Refuse an average that could never be loaded into ``model``: other keys, other shapes.
+
+    Further names of a parameter that is there, and buffers that the state dict leaves out, make no difference.
+    """
+    place = f"averages of {path}, {info!r}"
+    if not isinstance(average, Mapping):
+        raise ConfigError(f"{place}: {type_of(average)} is no state dict. Next: its state_dict()")
+    own = model.state_dict()
+    hidden = {name for name, _ in model.named_buffers()} if callable(getattr(model, "named_buffers", None)) else set()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    covered = {name for aliases in names.values() if any(alias in average for alias in aliases) for name in aliases}
+    missing = [key for key in own if key not in average and key not in covered]
+    strange = [key for key in average if key not in own and key not in hidden]
+    unlike = [key for key in own if _shape(own[key]) != _shape(average.get(key, own[key]))]
+    if not (missing or strange or unlike):
+        return
+    said = [
+        f"it has no {_some(missing)}" if missing else "",
+        f"the model has no {_some(strange)}" if strange else "",
+        f"{_some(unlike)} has another shape" if unlike else "",
+    ]
+    inner = {key.removeprefix("module.") for key in average if str(key).startswith("module.")}
+    if inner >= {*own} - covered:
+        advice = f'averages={{"{info}": averaged.module.state_dict()}}'
+    elif missing and not strange and not unlike:
+        advice = f'averages={{"{info}": {{**model.state_dict(), **average}}}}'
+    else:
+        advice = "the state dict of an average of this very model"
+    raise ConfigError(f"{place}: {'; '.join(filter(None, said))}, so that it could not be loaded. Next: {advice}")
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    shape = getattr(value, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _model_config(path: str, model: Any) -> dict[str, Any]:
+    """The config that the model was built from, where it has one: as a dict, with the name of its class."""
+    config = getattr(model, "model_config", None)
+    if config is None:
+        return {}
+    place = f"{path}.model_config"
+    if isinstance(config, Mapping):
+        return {"model_config": plain(config, place)}
+    if not hasattr(config, "model_dump"):
+        return {}
+    try:
+        values = plain(config.model_dump(), place)
+    except CheckpointFormatError:  # dates, sets and the like: pydantic knows how to write them as text and lists
+        values = plain(config.model_dump(mode="json"), place)
+    return {"model_config": values, "config_kind": f"{type(config).__module__}.{type(config).__qualname__}"}
+
+
+def _optimizer_content(path: str, model: Any) -> dict[str, Any]:
+    optimizer = model.optimizer
+    state = dict(optimizer.state_dict())
+    inner = getattr(optimizer, "torch_optim", optimizer)
+    state["optimizer_class"] = f"{type(inner).__module__}.{type(inner).__qualname__}"
+    names = state.pop("param_idx_to_name", None) or getattr(optimizer, "param_idx_to_name", None)
+    if names is None:
+        names = _names_of_parameters(path, model, optimizer)
+    return {**plain(state, f"{path}.optimizer"), "param_idx_to_name": plain(names, f"{path}.param_idx_to_name")}
+
+
+def _names_of_parameters(path: str, model: Any, optimizer: Any) -> dict[int, str]:
+    """Names in the order in which torch numbers parameters; by identity, since equal shapes can swap unnoticed."""
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        raise ConfigError(
+            f"{path}.optimizer: {type_of(optimizer)} has neither param_groups nor param_idx_to_name, so its "
+            "state could not be given back to the right parameters. Add param_idx_to_name"
+        )
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: dict[int, str] = {}
+    for number, parameter in enumerate(parameter for group in groups for parameter in group["params"]):
+        if id(parameter) not in own:
+            raise ConfigError(
+                f"{path}.optimizer: its parameter {number} with shape {list(parameter.shape)} is no parameter of "
+                f"{path}. Build the optimizer from {path}.parameters(), after the model has its final parameters"
+            )
+        names[number] = own[id(parameter)]
+    return names
+
+
+def _trainer_content(trainer: Any, iteration: TrainingIteration, run_id: str) -> dict[str, Any]:
+    """The trainer's state; without a trainer just what makes the set one that can be resumed."""
+    state = {} if trainer is None else trainer.state_dict()
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"the trainer's state_dict() is {type_of(state)}, not a dict")
+    said = state.get("training_iteration")
+    if said is not None and iteration_for(said, None) != iteration:
+        raise ConfigError(
+            f"the trainer is at {iteration_for(said, None)}, the set was to be saved as {iteration}. "
+            "Leave out the iteration, or advance the trainer first"
+        )
+    if state.get("run_id", run_id) != run_id:
+        raise ConfigError(
+            f"the trainer's state_dict() has the key run_id with {state['run_id']!r}; there, the file says the run "
+            f"that it belongs to, {run_id!r}. Give the key another name"
+        )
+    content = plain({**state, "training_iteration": iteration.to_mapping(), "run_id": run_id}, "trainer")
+    content.setdefault("callback_state_dicts", {})
+    state_dict = state_dict_of(content, torch.Tensor)
+    for key in state_dict or ():
+        if not isinstance(key, str):
+            raise CheckpointFormatError(
+                f"trainer.state_dict: the key {key!r} is no text, and a file cannot be read whose state_dict has such "
+                "keys. Next: text keys, or another name than state_dict"
+            )
+    return dict(content)

@@ -1,0 +1,323 @@
+"""Which committed sets stay: the rules as values, and the decision as a pure function of what is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, Literal, Self, get_args
+
+import attrs
+
+from noether_init_core.errors import ConfigError, type_of
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.sets.checkpoint_set import CheckpointSet
+from noether_init_core.sets.nonfinite_sets import refused_by_resume
+
+__all__ = ["Best", "Retention", "checked_metrics", "superfluous_sets"]
+
+#: The newest good set, and one superseded good set to walk back to, stay whatever the rules say.
+LEAST = 2
+_FIELDS = ("epoch", "update", "sample")
+_Mode = Literal["min", "max"]
+
+
+def _at_least_one(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{_shown(attribute.name)} must be a whole number of at least 1, not {value!r}")
+
+
+def _mode(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in get_args(_Mode):
+        raise ConfigError(f"mode of the best sets must be min or max, not {value!r}")
+
+
+@attrs.frozen
+class Best:
+    """Keep the ``count`` sets with the lowest (``mode="max"``: highest) value of ``metric``."""
+
+    metric: str
+    count: int = attrs.field(default=1, validator=_at_least_one)
+    mode: _Mode = attrs.field(default="min", validator=_mode)
+
+    def __attrs_post_init__(self) -> None:
+        _check_metric_name(self.metric)
+
+
+def _to_best(value: Any) -> tuple[Best, ...]:
+    """``{"loss.val": 3}``, ``{"metric": "acc", "mode": "max", "count": 3}``, a ``Best``, or a list of these."""
+    if value is None:
+        return ()
+    if isinstance(value, Best):
+        return (value,)
+    if isinstance(value, Mapping):
+        if isinstance(value.get("metric"), str):
+            unknown = [str(key) for key in value if key not in ("metric", "mode", "count")]
+            if unknown:
+                raise ConfigError(f"best has the unknown key {', '.join(unknown)}; it has metric, mode and count")
+            return (Best(**value),)
+        return tuple(Best(metric, count) for metric, count in value.items())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return tuple(rule for one in value for rule in _to_best(one))
+    raise ConfigError(f'best must be like {{"loss.val": 3}} or {{"metric": "acc", "mode": "max"}}, not {value!r}')
+
+
+def _to_every(value: Any) -> Mapping[str, int] | None:
+    if value is None:
+        return None
+    if isinstance(value, TrainingIteration):
+        value = value.to_mapping()
+    if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in _FIELDS:
+        raise ConfigError(f'every must say one of epoch, update, sample, like {{"epoch": 5}}, not {value!r}')
+    return dict(value)
+
+
+def _every(instance: object, attribute: attrs.Attribute[Any], value: Mapping[str, int] | None) -> None:
+    for step in value.values() if value else ():
+        _at_least_one(instance, attribute, step)
+
+
+def _last(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        _at_least_one(instance, attribute, value)
+
+
+@attrs.frozen
+class Retention:
+    """Which sets stay. A set stays if any rule keeps it; without any rule all stay.
+
+    The rules count good sets of the training that saves. Where several models are saved separately each is counted by
+    itself; a composite is one model, but its sets that lack a submodel are counted apart. A set is good if its files
+    are as written, it holds no values that a resume refuses (NaN; sets of releases that did not look count as finite),
+    and the training has not passed over it in going back to an older one. Where a training has no good set at all,
+    those that are as written count.
+
+    Whatever the rules say, these stay: the newest good set and one good set before it, to walk back to; the newest set;
+    for each model the set that a tag other than that of an iteration means; sets that cannot be read; sets of another
+    training. Until there are ``last`` newer good sets (at least two), so do the set that the training last started
+    from, counting those that it saved since, and sets that it has passed over.
+
+    Attributes:
+        last: The newest so many good sets.
+        every: ``{"epoch": 5}``, ``{"update": 1000}`` or ``{"sample": n}``: of each such period, counted from zero, the
+            first good set in it; none of the first period. ``TrainingIteration(epoch=5)`` says the same.
+        best: The best good sets by a metric that was given to ``save``: ``{"loss.val": 3}`` keeps the three lowest,
+            ``{"metric": "acc", "mode": "max", "count": 3}`` the three highest; a list of these keeps what any keeps.
+            An iteration that is saved again without the metric still has it: the set that recorded it last stays, and
+            so does the one that the iteration means now. Sets of other models of the iteration may have recorded it.
+    """
+
+    last: int | None = attrs.field(default=None, validator=_last)
+    every: Mapping[str, int] | None = attrs.field(default=None, converter=_to_every, validator=_every)
+    best: tuple[Best, ...] = attrs.field(default=(), converter=_to_best)
+
+    @classmethod
+    def of(cls, value: Any) -> Self:
+        """Itself, or built from a mapping with ``last``, ``every``, ``best``. Raises ``ConfigError``."""
+        if isinstance(value, cls):
+            return value
+        if value is None:
+            return cls()
+        known = [field.name for field in attrs.fields(cls)]
+        if not isinstance(value, Mapping) or any(key not in known for key in value):
+            raise ConfigError(f"retention must be a Retention or a mapping with {', '.join(known)}, not {value!r}")
+        return cls(**value)
+
+    @property
+    def keeps_all(self) -> bool:
+        """There is no rule."""
+        return self.last is None and self.every is None and not self.best
+
+
+def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """Metrics as a manifest holds them: numbers by name; None for NaN and infinities, which are never the best.
+
+    Raises ``ConfigError`` for a name that is no text or a value that is no single number.
+    """
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(f'metrics must be a mapping like {{"loss.val": 0.41}}, not {type_of(metrics)}')
+    found: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        _check_metric_name(name)
+        try:
+            if isinstance(value, str | bytes | bool):
+                raise TypeError
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ConfigError(f"metric {name} must be a number, not {value!r}") from error
+        found[name] = number if math.isfinite(number) else None
+    return found
+
+
+def superfluous_sets(
+    sets: Sequence[tuple[CheckpointSet, bool]], rules: Retention, training: str | None = None
+) -> list[CheckpointSet]:
+    """The sets that may go, newest first.
+
+    Args:
+        sets: Every committed set whose manifest can be read, newest first, and whether its files are as written.
+        rules: What to keep.
+        training: The training whose sets are counted and may go; those of others stay, and need not be looked at.
+
+    What a tag means never changes through it to an older set: the tag keeps its set, or it is gone with it. A question
+    for an iteration, such as ``E10``, is no tag: it means the newest set that matches and is there.
+    """
+    if rules.keeps_all:
+        return []
+    ours = [one for one, _is_whole in sets if _manifest_of(one, "training") == training]
+    own = {_sequence(one) for one in ours}
+    whole = [one for one, is_whole in sets if is_whole and _sequence(one) in own]
+    passed_over = frozenset(_manifest_of(ours[0], "passed_over") or ()) if ours else frozenset()
+    recorded = [one for one in ours if one.folder.name not in passed_over]
+    kept: set[int] = {_sequence(one) for one, _is_whole in sets} - own
+    for models in {_models_of(one) for one in ours}:
+
+        def of_them(some: Iterable[CheckpointSet], models: frozenset[str] = models) -> list[CheckpointSet]:
+            return [one for one in some if _models_of(one) == models]
+
+        good = _good(of_them(whole), passed_over)
+        enough = max(rules.last or 0, LEAST)
+        kept |= {_sequence(one) for one in good[:enough]} | _kept_for_now(of_them(ours), good, passed_over, enough)
+        # a damaged set is what its tags mean until the next save that is whole
+        newest_whole = max(map(_sequence, of_them(whole)), default=-1)
+        kept |= {_sequence(one) for one in of_them(ours) if _sequence(one) >= newest_whole}
+        # Of an iteration that was saved more than once only the last is meant by its tag.
+        meant: dict[TrainingIteration, CheckpointSet] = {}
+        for one in good:
+            if one.iteration is not None:
+                meant.setdefault(one.iteration, one)
+        kept |= _first_of_periods(meant, rules.every)
+        # the metric of an iteration is most likely that of these models, but says something of the others as well
+        preferred = [*of_them(recorded), *recorded]
+        for rule in rules.best:
+            kept |= _best(meant, preferred, rule)
+    kept |= _holders(sets)
+    before = -1
+    while before != len(kept):
+        before = len(kept)
+        kept |= _meant_by_name(sets, kept)
+        for models in {_models_of(one) for one in ours}:
+            preferred = [*(one for one in recorded if _models_of(one) == models), *recorded]
+            for rule in rules.best:
+                kept |= _said_last(preferred, kept, rule)
+    return [one for one in ours if _sequence(one) not in kept]
+
+
+def _meant_by_name(sets: Sequence[tuple[CheckpointSet, bool]], kept: Set[int]) -> set[int]:
+    """While an older set of an iteration stays, also one of another training, so must the one that the tag of the
+    iteration means, of the same models and of any.
+    """
+    latest: dict[tuple[str, frozenset[str] | None], int] = {}
+    for one, _is_whole in sets:
+        for models_or_any in (_models_of(one), None):
+            latest.setdefault((one.name, models_or_any), _sequence(one))
+    return {
+        latest[one.name, models_or_any]
+        for one, _is_whole in sets
+        if _sequence(one) in kept
+        for models_or_any in (_models_of(one), None)
+    }
+
+
+def _said_last(recorded: Sequence[CheckpointSet], kept: Set[int], rule: Best) -> set[int]:
+    """While a set stays that said the metric of an iteration before, so must the one that said it last: it may have
+    said that there is none any more.
+    """
+    said: dict[TrainingIteration, list[int]] = {}
+    for one in recorded:
+        metrics = one.manifest.metrics if one.manifest is not None else {}
+        if one.iteration is not None and rule.metric in metrics:
+            said.setdefault(one.iteration, []).append(_sequence(one))
+    return {sequences[0] for sequences in said.values() if not kept.isdisjoint(sequences)}
+
+
+def _holders(sets: Sequence[tuple[CheckpointSet, bool]]) -> set[int]:
+    """The sets that a tag other than that of an iteration means, for each set of models."""
+    kept = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
+    for one, _is_whole in sets:
+        named = {(tag, _models_of(one)) for tag in one.tags if tag != one.name}
+        if named - seen:
+            kept.add(_sequence(one))
+        seen |= named
+    return kept
+
+
+def _models_of(one: CheckpointSet) -> frozenset[str]:
+    """Which models the set is of: sets of others are saved into the run by themselves, and are no way back from it."""
+    files = one.manifest.files if one.manifest is not None else ()
+    return frozenset(file.model for file in files if file.part != "optim")
+
+
+def _good(whole: Sequence[CheckpointSet], passed_over: Set[str]) -> list[CheckpointSet]:
+    """The sets that the rules count. Who trains with infinities all along, and loads them, has sets to keep as well."""
+    useful = [one for one in whole if one.folder.name not in passed_over]
+    finite = [one for one in useful if one.manifest is None or not refused_by_resume(one.manifest)]
+    return list(finite or useful or whole)
+
+
+def _kept_for_now(
+    ours: Sequence[CheckpointSet], good: Sequence[CheckpointSet], passed_over: Set[str], enough: int
+) -> set[int]:
+    """The set that the training last started from, and sets that it has passed over, until enough newer ones are good.
+
+    Of newer sets than the one started from only those count that were saved since: the others were left behind.
+    """
+    kept = set()
+    start = _manifest_of(ours[0], "started_from") if ours else None
+    since = [one for one in good if _manifest_of(one, "started_from") == start]
+    for one in ours:
+        newer = since if one.folder.name == start else [other for other in good if _sequence(other) > _sequence(one)]
+        if (one.folder.name == start or one.folder.name in passed_over) and len(newer) < enough:
+            kept.add(_sequence(one))
+    return kept
+
+
+def _manifest_of(one: CheckpointSet, field: str) -> Any:
+    return getattr(one.manifest, field, None)
+
+
+def _first_of_periods(meant: Mapping[TrainingIteration, CheckpointSet], every: Mapping[str, int] | None) -> set[int]:
+    if every is None:
+        return set()
+    ((field, step),) = every.items()
+    first: dict[int, TrainingIteration] = {}
+    for iteration in meant:
+        period = getattr(iteration, field) // step
+        if period and (period not in first or iteration < first[period]):
+            first[period] = iteration
+    return {_sequence(meant[iteration]) for iteration in first.values()}
+
+
+def _best(meant: Mapping[TrainingIteration, CheckpointSet], recorded: Sequence[CheckpointSet], rule: Best) -> set[int]:
+    """The sets of the best iterations, and those that recorded their values: without these they would be forgotten.
+
+    ``meant`` is newest first: of equal values the newer one is kept. Of ``recorded`` the first of an iteration counts
+    that says the metric at all.
+    """
+    values: dict[TrainingIteration, tuple[float | None, CheckpointSet]] = {}
+    for one in recorded:
+        metrics = one.manifest.metrics if one.manifest is not None else {}
+        if one.iteration is not None and rule.metric in metrics:
+            values.setdefault(one.iteration, (metrics[rule.metric], one))
+    valued = []
+    for iteration, one in meant.items():
+        value, said_by = values.get(iteration, (None, one))
+        if value is not None:
+            valued.append((value if rule.mode == "min" else -value, {_sequence(one), _sequence(said_by)}))
+    valued.sort(key=lambda pair: pair[0])
+    return set().union(*(sequences for _, sequences in valued[: rule.count]))
+
+
+def _sequence(one: CheckpointSet) -> int:
+    return one.sequence or 0
+
+
+def _check_metric_name(name: Any) -> None:
+    if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable():
+        raise ConfigError(f"the name of a metric must be a printable text of 1 to 200 characters, not {name!r}")
+
+
+def _shown(attribute: str) -> str:
+    return {"last": "keep_last", "count": "count of the best sets"}.get(attribute, attribute)

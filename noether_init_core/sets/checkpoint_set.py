@@ -1,0 +1,301 @@
+"""Sets of files of one training iteration: the values, and how a committed one is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from noether_init_core.errors import (
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    ConfigError,
+    TornSetError,
+)
+from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.sets.file_names import Part, iteration_of_tag, stem_of
+from noether_init_core.sets.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
+
+__all__ = [
+    "SETS_FOLDER",
+    "CheckpointFile",
+    "CheckpointSet",
+    "Need",
+    "SetFolder",
+    "check_consistency",
+    "check_files",
+    "check_reachable",
+    "lies_in_a_run",
+    "list_names",
+    "load_set",
+    "said_by",
+    "set_folders",
+    "sorted_files",
+]
+
+SETS_FOLDER = "sets"
+_SET_NAME = re.compile(r"(?P<sequence>\d{8,18})_(?P<tag>E\d+_U\d+_S\d+)", re.ASCII)
+
+
+@attrs.frozen
+class CheckpointFile:
+    """One file; ``model`` is the name (for a submodel the path of names) that stands in the file's name."""
+
+    path: Path
+    model: str
+    info: str | None
+    part: Part
+
+    @property
+    def stem(self) -> str:
+        """Model and info as they stand in the name."""
+        return stem_of(self.model, self.info)
+
+
+@attrs.frozen
+class Need:
+    """A file that the caller needs; ``model`` None: that of the only model that has such a file."""
+
+    model: str | None
+    part: Part
+    info: str | None = None
+
+
+@attrs.frozen
+class CheckpointSet:
+    """Weights, optimizer and trainer state that belong together.
+
+    Attributes:
+        folder: Where the files are.
+        name: The tag in the files' names; for a committed set that of its iteration.
+        tags: Every tag that it was saved under.
+        iteration: None where only the files know it (a legacy tag such as ``latest``); ``RunStore.iteration_of`` looks.
+        sequence: The place in the order of commits, from 1; None for a legacy set.
+        committed: Whether a manifest vouches for it.
+        files: Sorted by model, info, part.
+        run_id: The run that wrote it; None where only the files know.
+        stage_name: Its stage.
+        manifest: None for a legacy set.
+    """
+
+    folder: Path
+    name: str
+    tags: tuple[str, ...]
+    iteration: TrainingIteration | None
+    sequence: int | None
+    committed: bool
+    files: tuple[CheckpointFile, ...]
+    run_id: str | None = None
+    stage_name: str | None = None
+    manifest: Manifest | None = attrs.field(default=None, repr=False, eq=False)
+
+    def file(self, model: str | None, part: Part, info: str | None = None) -> CheckpointFile | None:
+        """The file of ``part`` of ``model``; None where there is none.
+
+        ``model`` None: the only one of that part and info, None also where there are several.
+        """
+        if model is not None:
+            stem = stem_of(model, info)
+            return next((file for file in self.files if file.part == part and file.stem == stem), None)
+        found = [file for file in self.files if file.part == part and file.info == info]
+        return found[0] if len(found) == 1 else None
+
+    def has(self, need: Need) -> bool:
+        """Whether the file is there."""
+        return self.file(need.model, need.part, need.info) is not None
+
+    def models(self, part: Part | None = None) -> tuple[str, ...]:
+        """Names of the models that have a file (of ``part``), sorted."""
+        return tuple(sorted({file.model for file in self.files if part in (None, file.part)}))
+
+    def infos(self, model: str) -> tuple[str, ...]:
+        """Variants of the weights of ``model``, sorted; the plain weights are not among them."""
+        return tuple(
+            sorted(file.info for file in self.files if file.model == model and file.info and file.part == "model")
+        )
+
+    def digest_of(self, file: CheckpointFile) -> str | None:
+        """The digest of the whole file that the manifest vouches for, as ``xxh3_128:...``; None in a legacy set."""
+        found = self.committed_file(file)
+        return None if found is None else found.digest
+
+    def committed_file(self, file: CheckpointFile) -> ManifestFile | None:
+        """All that the manifest says of the file; None in a legacy set. ``CheckpointReader.verify`` takes it."""
+        if self.manifest is None:
+            return None
+        return next((entry for entry in self.manifest.files if entry.name == file.path.name), None)
+
+
+@attrs.frozen
+class SetFolder:
+    """A folder below ``sets``: what its name says, and whether it has a manifest."""
+
+    path: Path
+    sequence: int
+    iteration: TrainingIteration
+    committed: bool
+
+
+def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
+    """The folders of sets in the order of their sequence, of one sequence in that of their iteration.
+
+    Folders with other names are none.
+
+    Raises ``CheckpointNotFoundError`` where they cannot be reached, which is not the same as that there are none.
+    """
+    found = []
+    names = list_names(checkpoints / SETS_FOLDER, storage)
+    if not names:
+        check_reachable(checkpoints / SETS_FOLDER, storage)
+    for name in names:
+        matched = _SET_NAME.fullmatch(name)
+        iteration = iteration_of_tag(matched["tag"]) if matched else None
+        path = checkpoints / SETS_FOLDER / name
+        if matched and iteration and storage.is_folder(path):
+            found.append(SetFolder(path, int(matched["sequence"]), iteration, storage.exists(path / MANIFEST_NAME)))
+    # two of one sequence: writers that did not see each other, or a folder copied back; further training came later
+    return sorted(found, key=lambda folder: (folder.sequence, folder.iteration, folder.path.name))
+
+
+def load_set(folder: SetFolder, storage: Storage = LOCAL) -> CheckpointSet:
+    """Read a committed set's manifest.
+
+    Raises ``CheckpointCorruptError`` if the manifest is not that of this folder or a file in it leads elsewhere,
+    ``CheckpointFormatError`` if a newer release wrote it. Whether the files are there is not looked at.
+    """
+    manifest = read_manifest(folder.path / MANIFEST_NAME, storage)
+    if (manifest.sequence, manifest.training_iteration) != (folder.sequence, folder.iteration):
+        raise CheckpointCorruptError(
+            f"{folder.path / MANIFEST_NAME} is the manifest of set {manifest.sequence}, {manifest.training_iteration}; "
+            "the folder has another name",
+            path=folder.path,
+        )
+    real = storage.resolve(folder.path)
+    files = []
+    for entry in manifest.files:
+        path = folder.path / entry.name
+        if storage.resolve(path).parent != real:
+            raise CheckpointCorruptError(f"{path} leads out of its folder, to {storage.resolve(path)}", path=path)
+        files.append(CheckpointFile(path, entry.model, entry.info, entry.part))
+    return CheckpointSet(
+        folder=folder.path,
+        name=str(folder.iteration),
+        tags=manifest.tags,
+        iteration=folder.iteration,
+        sequence=folder.sequence,
+        committed=True,
+        files=sorted_files(files),
+        run_id=manifest.run_id,
+        stage_name=manifest.stage_name,
+        manifest=manifest,
+    )
+
+
+def check_files(checkpoint_set: CheckpointSet, storage: Storage = LOCAL) -> None:
+    """Check that every file of a committed set is there, with the size that was written.
+
+    Raises ``CheckpointCorruptError`` naming the first that is not.
+    """
+    for entry in checkpoint_set.manifest.files if checkpoint_set.manifest else ():
+        path = checkpoint_set.folder / entry.name
+        size = storage.size_of(path)
+        if size != entry.size:
+            state = "is missing or no regular file" if size is None else f"has {size} bytes"
+            raise CheckpointCorruptError(f"{path} {state}; {entry.size} bytes were written", path=path)
+
+
+def check_consistency(
+    found: Mapping[str, tuple[TrainingIteration | None, str | None]], checkpoint_set: CheckpointSet
+) -> None:
+    """Check that files of one set say one iteration and one run, that of the set where it is known.
+
+    Args:
+        found: What the header of each file says: file name -> (iteration, run id); None where it does not say.
+        checkpoint_set: The set that the files were taken from.
+
+    Raises ``TornSetError`` naming every file and what it says.
+    """
+    iterations = {iteration for iteration, _ in found.values() if iteration is not None}
+    runs = {run_id for _, run_id in found.values() if run_id is not None}
+    if checkpoint_set.iteration is not None:
+        iterations.add(checkpoint_set.iteration)
+    if checkpoint_set.run_id is not None:
+        runs.add(checkpoint_set.run_id)
+    if len(iterations) <= 1 and len(runs) <= 1:
+        return
+    says = {
+        name: " of ".join(
+            filter(None, (str(iteration) if iteration else "", f"run {run_id}" if run_id is not None else ""))
+        )
+        or "nothing"
+        for name, (iteration, run_id) in sorted(found.items())
+    }
+    own = f" (the set is {checkpoint_set.iteration})" if checkpoint_set.iteration is not None else ""
+    different = "iterations" if len(iterations) > 1 else "runs"
+    raise TornSetError(
+        f'"{checkpoint_set.name}"{own} mixes files of different {different}: '
+        + "; ".join(f"{name}: {text}" for name, text in says.items())
+        + ". A save was probably cut short. Next: take another set",
+        path=checkpoint_set.folder,
+        found=says,
+    )
+
+
+def said_by(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration | None, str | None]:
+    """The iteration and the run id that a file says it is of; None where it says nothing.
+
+    Raises ``CheckpointFormatError`` for an iteration that is none.
+    """
+    iteration, run_id = metadata.get("training_iteration"), metadata.get("run_id")
+    if iteration is not None:
+        try:
+            iteration = TrainingIteration.from_mapping(iteration)
+        except (ConfigError, TypeError, AttributeError) as error:
+            raise CheckpointFormatError(
+                f"{path.name}: training_iteration is {iteration!r}, which is no iteration", path=path
+            ) from error
+    return iteration, run_id if isinstance(run_id, str) else None
+
+
+def check_reachable(folder: Path, storage: Storage) -> None:
+    """Tell a folder that does not exist yet from one that is out of reach, such as behind a disk that is not mounted.
+
+    Raises ``CheckpointNotFoundError`` if the folder, or the nearest thing above it that exists, is a link that leads
+    nowhere, or no folder.
+    """
+    for place in (folder, *folder.parents):
+        if storage.is_folder(place):
+            return
+        if storage.is_link(place):
+            raise CheckpointNotFoundError(
+                f"{place} is a link to {storage.resolve(place)}, which is no folder that can be reached: whether there "
+                "are checkpoints cannot be told. Next: mount the disk that it is on, or remove the link",
+                path=place,
+            )
+        if storage.exists(place):
+            raise CheckpointNotFoundError(f"{place} is no folder. Next: move what is there out of the way", path=place)
+
+
+def lies_in_a_run(path: Path) -> bool:
+    """Whether a file would lie where the sets of a run are; a folder that is only named checkpoints is anybody's."""
+    return any(one.name == "checkpoints" and (one / SETS_FOLDER).is_dir() for one in path.resolve().parents)
+
+
+def list_names(folder: Path, storage: Storage) -> list[str]:
+    """Names in the folder, sorted; none where there is no such folder."""
+    try:
+        return sorted(storage.list_folder(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{folder} cannot be listed: {error}", path=folder) from error
+
+
+def sorted_files(files: Sequence[CheckpointFile]) -> tuple[CheckpointFile, ...]:
+    """The files by model, info, part."""
+    return tuple(sorted(files, key=lambda file: (file.model, file.info or "", file.part)))

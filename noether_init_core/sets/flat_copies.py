@@ -1,0 +1,225 @@
+"""Flat names: the files of committed sets under Noether's names, and the record of which of these names are ours.
+
+Whatever changes something here happens under the lock of the folder. No committed set depends on it: it may fail at any
+step, and the next save makes up for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from noether_init_core.errors import CheckpointError
+from noether_init_core.files.storage.disk import Storage
+from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet, load_set, set_folders
+from noether_init_core.sets.file_names import parse
+from noether_init_core.sets.queries import is_of
+
+__all__ = [
+    "TEMPORARY_NAMES",
+    "changed_names",
+    "flat_copies",
+    "give_room",
+    "refresh_flat_names",
+    "remove_names_of",
+    "remove_orphans",
+]
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = ".noether-init-flat.tmp"
+_RECORD = ".noether-init-flat.json"
+_RECORD_TEMPORARY = ".noether-init-flat.json.tmp"
+_MAX_RECORD_BYTES = 64 << 20
+#: What a save that was cut short may leave in the folder of checkpoints.
+TEMPORARY_NAMES = (_TEMPORARY, _RECORD_TEMPORARY)
+
+
+@attrs.frozen
+class _Written:
+    """A name that we wrote: for which set, and how to tell whether it is still that file."""
+
+    set_name: str
+    size: int
+    modified_ns: int
+
+
+def refresh_flat_names(checkpoints: Path, committed: CheckpointSet, storage: Storage) -> None:
+    """Give the files of a committed set Noether's names in the folder of checkpoints.
+
+    The names of its iteration are further names of the same files where that is safe, else copies. Every other tag is
+    rewritten by Noether in place, so its names are copies. There, the trainer's name goes first and comes back last:
+    while there is a trainer file, everything beside it belongs to it.
+
+    Raises ``OSError``.
+    """
+    own = str(committed.iteration)
+    names: list[str] = []
+    try:
+        for file in committed.files:
+            _replace(checkpoints / _flat_name(file, own), file.path, storage, linked=True)
+            names.append(_flat_name(file, own))
+        for tag in committed.tags:
+            if tag != own:
+                _refresh_tag(checkpoints, committed, tag, storage, names)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error is the telling one
+            _record(checkpoints, committed, names, storage)
+        raise
+    _record(checkpoints, committed, names, storage)
+
+
+def give_room(checkpoints: Path, storage: Storage) -> int:
+    """Remove every name that we wrote, for a set that finds no room; returns how many. The sets are untouched.
+
+    Raises ``OSError``.
+    """
+    return _remove(checkpoints, _read_record(checkpoints, storage), storage)
+
+
+def remove_orphans(checkpoints: Path, storage: Storage) -> None:
+    """Remove the names that we wrote for sets that are gone, unless another program has rewritten them since.
+
+    Raises ``OSError``.
+    """
+    record = _read_record(checkpoints, storage)
+    committed = {folder.path.name for folder in set_folders(checkpoints, storage) if folder.committed}
+    orphans = {name: written for name, written in record.items() if written.set_name not in committed}
+    if _remove(checkpoints, orphans, storage):
+        logger.info("flat names of removed sets are removed: %s", ", ".join(sorted(orphans)))
+
+
+def remove_names_of(checkpoints: Path, set_name: str, storage: Storage) -> None:
+    """Remove the names that we wrote for one set, unless another program has rewritten them since.
+
+    Raises ``OSError``.
+    """
+    record = _read_record(checkpoints, storage)
+    _remove(checkpoints, {name: one for name, one in record.items() if one.set_name == set_name}, storage)
+
+
+def flat_copies(checkpoints: Path, storage: Storage) -> dict[str, str]:
+    """Flat name -> folder name of the set that it is a copy of, for names that are still as we wrote them."""
+    record = _read_record(checkpoints, storage)
+    return {
+        name: written.set_name for name, written in record.items() if _is_ours(checkpoints / name, written, storage)
+    }
+
+
+def changed_names(checkpoints: Path, storage: Storage) -> tuple[str, ...]:
+    """Names that we wrote and that are other files by now, sorted: rewritten by another program, or damaged."""
+    record = _read_record(checkpoints, storage)
+    there = (name for name in record if storage.identity_of(checkpoints / name) is not None)
+    return tuple(sorted(name for name in there if not _is_ours(checkpoints / name, record[name], storage)))
+
+
+def _remove(checkpoints: Path, names: Mapping[str, _Written], storage: Storage) -> int:
+    ours = [name for name, written in names.items() if _is_ours(checkpoints / name, written, storage)]
+    # trainers first: without one, what is left beside it is no set
+    for name in sorted(ours, key=lambda name: (not name.endswith("_trainer.th"), name)):
+        storage.unlink(checkpoints / name)
+    return len(ours)
+
+
+def _refresh_tag(checkpoints: Path, committed: CheckpointSet, tag: str, storage: Storage, written: list[str]) -> None:
+    previous = _holder_before(checkpoints, committed, tag, storage)
+    names = {_flat_name(file, tag): file for file in committed.files}
+    stale = {_flat_name(file, tag): file for file in (previous.files if previous else ())}
+    for part in ("trainer", "optim", "model"):
+        for name, file in sorted({**stale, **names}.items()):
+            if file.part == part and (part != "model" or name not in names):
+                storage.unlink(checkpoints / name)
+    for part in ("model", "optim", "trainer"):
+        for name, file in sorted(names.items()):
+            if file.part == part:
+                _replace(checkpoints / name, file.path, storage, linked=False)
+                written.append(name)
+
+
+def _holder_before(checkpoints: Path, committed: CheckpointSet, tag: str, storage: Storage) -> CheckpointSet | None:
+    """The set that the tag meant before for these models; only names that it brought may be removed.
+
+    Those of models that are saved separately stay what the tag means of them.
+    """
+    models = frozenset(committed.models())
+    for folder in reversed(set_folders(checkpoints, storage)):
+        if folder.committed and folder.sequence < (committed.sequence or 0):
+            try:
+                candidate = load_set(folder, storage)
+            except CheckpointError as error:
+                logger.warning("%s", error)
+                continue
+            if tag in candidate.tags and is_of(candidate, models):
+                return candidate
+    return None
+
+
+def _flat_name(file: CheckpointFile, tag: str) -> str:
+    parsed = parse(file.path.name)
+    if parsed is None:
+        raise ValueError(f"{file.path} has no checkpoint name")
+    return str(attrs.evolve(parsed, tag=tag))
+
+
+def _replace(target: Path, source: Path, storage: Storage, *, linked: bool) -> None:
+    temporary = target.parent / _TEMPORARY
+    try:
+        if not storage.reflink(source, temporary) and not (linked and storage.hardlink(source, temporary)):
+            storage.copy(source, temporary)
+        storage.rename(temporary, target)
+    except OSError:
+        # on a full disk, half a copy would take the room that the next save needs; the first error is the telling one
+        with contextlib.suppress(OSError):
+            storage.unlink(temporary)
+        raise
+    # renaming one name of a file to another name of the same file does nothing at all
+    storage.unlink(temporary)
+
+
+# The record: which flat names are ours. Where it is lost, names of removed sets stay until a person removes them.
+
+
+def _is_ours(path: Path, written: _Written, storage: Storage) -> bool:
+    return storage.identity_of(path) == (written.size, written.modified_ns)
+
+
+def _read_record(checkpoints: Path, storage: Storage) -> dict[str, _Written]:
+    path = checkpoints / _RECORD
+    if storage.size_of(path) is None:
+        return {}
+    try:
+        found: Any = json.loads(storage.read_bytes(path, _MAX_RECORD_BYTES))
+    except (ValueError, RecursionError) as error:
+        logger.warning("%s cannot be read, so that names of removed sets stay: %s", path, error)
+        return {}
+    entries = found.items() if isinstance(found, Mapping) else ()
+    return {
+        name: _Written(*entry)
+        for name, entry in entries
+        # nothing but names that a flat file can have is ever removed
+        if parse(name) is not None and isinstance(entry, list) and list(map(type, entry)) == [str, int, int]
+    }
+
+
+def _record(checkpoints: Path, committed: CheckpointSet, names: Iterable[str], storage: Storage) -> None:
+    record = _read_record(checkpoints, storage)
+    for name in names:
+        found = storage.identity_of(checkpoints / name)
+        if found is not None:
+            record[name] = _Written(committed.folder.name, *found)
+    _write_record(checkpoints, record, storage)
+
+
+def _write_record(checkpoints: Path, record: Mapping[str, _Written], storage: Storage) -> None:
+    kept = {name: written for name, written in sorted(record.items()) if _is_ours(checkpoints / name, written, storage)}
+    temporary = checkpoints / _RECORD_TEMPORARY
+    storage.unlink(temporary)
+    with storage.open_write(temporary) as file:
+        file.write(json.dumps({name: attrs.astuple(written) for name, written in kept.items()}, indent=0).encode())
+    storage.rename(temporary, checkpoints / _RECORD)

@@ -1,0 +1,204 @@
+"""The manifest of a set: what was written, under which digests. Its presence is the commit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import pydantic_core
+import xxhash
+
+from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, ConfigError
+from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.paths import check_name
+from noether_init_core.sets.file_names import Part, check_tag, parse
+
+__all__ = [
+    "MANIFEST_NAME",
+    "MAX_PROVENANCE_BYTES",
+    "PROBE_NAME",
+    "PROVENANCE_NAME",
+    "Manifest",
+    "ManifestFile",
+    "ManifestTensor",
+    "read_manifest",
+    "sealed",
+]
+
+MANIFEST_NAME = "manifest.json"
+#: Beside it: where the tensors came from.
+PROVENANCE_NAME = "provenance.json"
+#: Beside it: a batch, and what the model made of it. No name that a file of weights or state can have.
+PROBE_NAME = "probe.th"
+FORMAT = "noether-init-set"
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 256 << 20
+MAX_PROVENANCE_BYTES = 256 << 20
+_SEAL = re.compile(rb',\n "digest": "(xxh3_128:[0-9a-f]{32})"\n}\n')
+_SEAL_BYTES = len(',\n "digest": "xxh3_128:"\n}\n') + 32
+
+Digest = Annotated[str, pydantic.Field(pattern=r"\Axxh3_128:[0-9a-f]{32}\z")]
+_Count = Annotated[int, pydantic.Field(ge=0)]
+
+
+class _Model(pydantic.BaseModel):
+    # Keys that a later release adds without a new format version are no error.
+    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class ManifestTensor(_Model):
+    """One tensor of a file; the digest is that of its contiguous little-endian bytes.
+
+    ``values`` is what was found among them when they were saved: bytes with this digest need no second look. None in
+    sets of earlier releases, where nobody looked.
+    """
+
+    dtype: str
+    shape: tuple[_Count, ...]
+    digest: Digest
+    values: Literal["finite", "infinities", "NaN"] | None = None
+
+
+class ManifestFile(_Model):
+    """One file of the set; the digest is that of all its bytes.
+
+    ``records`` is the digest of the list of the file's records with their checksums, ``buffers`` names the tensors of
+    weights that are no parameters. Both are None in sets of earlier releases, ``buffers`` also in files of averages,
+    optimizers and trainers.
+    """
+
+    name: str
+    model: str
+    info: str | None = None
+    part: Part
+    size: _Count
+    digest: Digest
+    records: Digest | None = None
+    buffers: tuple[str, ...] | None = None
+    tensors: dict[str, ManifestTensor]
+
+    @pydantic.model_validator(mode="after")
+    def _check_name(self) -> ManifestFile:
+        check_name(self.name, "file name")
+        parsed = parse(self.name)
+        if parsed is None or (parsed.model, parsed.info, parsed.part) != (self.model, self.info, self.part):
+            raise ConfigError(f"file name {self.name!r} is not that of {self.model}, {self.info}, {self.part}")
+        return self
+
+
+class Manifest(_Model):
+    """The content of ``manifest.json``.
+
+    All of these are empty in sets of earlier releases, and where nobody told the writer.
+
+    Attributes:
+        frozen: Models whose optimizer was left out since they were frozen.
+        training: Sets with the same id are of one training, however often it was interrupted; None in sets of earlier
+            releases, which count as one training.
+        started_from: Name of the set in this folder that the process resumed from.
+        passed_over: Names of sets in this folder that this training found to be no use, and went back behind.
+        provenance: Digest of ``provenance.json`` beside it.
+        probe: Digest of ``probe.th`` beside it.
+    """
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    sequence: _Count
+    iteration: dict[str, int]
+    tags: tuple[str, ...]
+    run_id: str
+    stage_name: str | None = None
+    created: str
+    metrics: dict[str, float | None] = {}
+    frozen: tuple[str, ...] = ()
+    training: str | None = None
+    started_from: str | None = None
+    passed_over: tuple[str, ...] = ()
+    files: tuple[ManifestFile, ...]
+    lineage: tuple[dict[str, Any], ...] = ()
+    provenance: Digest | None = None
+    probe: Digest | None = None
+    versions: dict[str, str] = {}
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Manifest:
+        if not self.training_iteration.is_fully_specified:
+            raise ConfigError("iteration must say epoch, update and sample")
+        for tag in self.tags:
+            check_tag(tag)
+        if str(self.training_iteration) not in self.tags:
+            raise ConfigError(f"tags must hold {self.training_iteration}")
+        names = [file.name for file in self.files]
+        if len(set(names)) != len(names):
+            raise ConfigError("a file is listed twice")
+        parts = {file.part for file in self.files}
+        if not parts >= {"model", "trainer"}:
+            raise ConfigError("files must list weights and a trainer file, which every set has")
+        return self
+
+    @property
+    def training_iteration(self) -> TrainingIteration:
+        """The iteration of the set, all three fields said."""
+        return TrainingIteration.from_mapping(self.iteration)
+
+    def to_bytes(self) -> bytes:
+        """The JSON text, readable by people; its last key is the digest of everything before it."""
+        return sealed(self.model_dump_json(indent=1).encode())
+
+
+def sealed(text: bytes) -> bytes:
+    """A JSON object with one more key at its end: the digest of what stands before that key.
+
+    Without it a damaged tag would be another tag, and an older set would silently be the latest.
+    """
+    content = text.rstrip().removesuffix(b"}").rstrip()
+    return content + f',\n "digest": "{_digest(content)}"\n}}\n'.encode()
+
+
+def _digest(content: bytes) -> str:
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
+
+
+def _is_sealed(text: bytes) -> bool:
+    found = _SEAL.fullmatch(text[-_SEAL_BYTES:])
+    return found is not None and found[1].decode() == _digest(text[:-_SEAL_BYTES])
+
+
+def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
+    """Read and check a manifest.
+
+    Raises ``CheckpointFormatError`` for a newer format, ``CheckpointCorruptError`` for a file that cannot be read as
+    a manifest at all: too large, no regular file, no JSON, bytes that differ from what was written, a wrong field, or
+    an entry that is not a plain file name.
+    """
+    try:
+        text = storage.read_bytes(path, MAX_MANIFEST_BYTES)
+        values = pydantic_core.from_json(text, allow_inf_nan=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error}", path=path) from error
+    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+        raise CheckpointCorruptError(f"{path} is no manifest of a checkpoint set", path=path)
+    version = values.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointFormatError(
+            f"{path} has format version {version}, this release reads up to {FORMAT_VERSION}. "
+            "Next: pip install --upgrade noether-init-core",
+            path=path,
+        )
+    if not _is_sealed(text):
+        raise CheckpointCorruptError(
+            f"{path} is not as it was written: its digest is not that of its content. It is damaged, or was edited. "
+            "Next: take an older checkpoint",
+            path=path,
+        )
+    try:
+        return Manifest.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'manifest'}: {problem['msg']}" for problem in error.errors()[:5]
+        )
+        raise CheckpointCorruptError(f"{path} is no valid manifest: {problems}", path=path) from error

@@ -1,0 +1,170 @@
+"""Where every tensor of a model came from, after an initialization: from the plans that were carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from noether_init_core.initializers.source import Source, SourceInitializer
+from noether_init_core.protocols import leaf_models
+from noether_init_core.sets.provenance import History, SourceRecord, TensorRecord
+from noether_init_core.surgery.steps import described
+
+__all__ = ["Carried", "Written", "trace", "values_of"]
+
+#: (path of a single model, name of an entry) -> digest of its bytes.
+Values = dict[tuple[str, str], str]
+
+
+@attrs.frozen
+class Carried:
+    """An initializer whose plan was carried out, and the path of names of the part of the model that it was for."""
+
+    initializer: SourceInitializer
+    path: str
+    name: str
+
+    def full(self, model: str) -> str:
+        """The path of a single model in the whole, which the plan of a part knows by the name of the part."""
+        return self.path + model.removeprefix(self.name)
+
+
+@attrs.frozen
+class Written:
+    """An initializer without a plan, and the entries that it gave other values: (path of a single model, name)."""
+
+    kind: str
+    entries: frozenset[tuple[str, str]]
+
+
+def values_of(model: Any) -> Values:
+    """Digests of every parameter and buffer with memory, to be compared with those of another moment."""
+    import torch
+    import xxhash
+
+    found = {}
+    for path, leaf in leaf_models(model):
+        for named in (leaf.named_parameters, getattr(leaf, "named_buffers", None)):
+            for name, tensor in () if named is None else named():
+                if not tensor.is_meta:
+                    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+                    found[path, name] = xxhash.xxh3_128_hexdigest(plain.view(torch.uint8).numpy().data)
+    return found
+
+
+@attrs.frozen
+class _File:
+    """A file that values came from: its number among the sources, what is known of its tensors."""
+
+    number: int
+    digests: Mapping[str, str]
+    history: History
+
+    @classmethod
+    def of(cls, one: Carried, model: str, sources: dict[SourceRecord, int]) -> _File:
+        source = one.initializer.last_sources[model]
+        committed = {} if source.committed is None else source.committed.tensors
+        return cls(
+            _numbered(sources, _record_of(one.initializer, one.full(model), source)),
+            {key: tensor.digest for key, tensor in committed.items()},
+            one.initializer.history_of(model),
+        )
+
+
+def trace(
+    model: Any, carried: Iterable[Carried | Written]
+) -> tuple[tuple[SourceRecord, ...], tuple[TensorRecord, ...]]:
+    """The files that values came from, and one record for every parameter and buffer of ``model``.
+
+    Of several initializers that wrote a tensor the last one counts.
+    """
+    sources: dict[SourceRecord, int] = {}
+    found: dict[tuple[str, str], TensorRecord] = {}
+    for one in carried:
+        if isinstance(one, Written):
+            _forget(found, one)
+            continue
+        plan = one.initializer.last_plan
+        if plan is None:
+            continue
+        files = {model: _File.of(one, model, sources) for model in one.initializer.last_sources}
+        paths = {model: one.full(model) for model in dict.fromkeys(row.model for row in plan.rows)}
+        for row in plan.rows:
+            if row.target is None:
+                continue
+            path = paths[row.model]
+            place = path, row.target
+            if not row.writes:
+                if place not in found or row.action == "reset":
+                    found[place] = TensorRecord(path, row.target, row.is_parameter, rule=row.rule, tied_to=row.tied_to)
+                continue
+            file = files[row.model]
+            found[place] = TensorRecord(
+                path,
+                row.target,
+                row.is_parameter,
+                file.number,
+                row.sources,
+                tuple([file.digests.get(key) for key in row.sources]),
+                row.rule,
+                tuple(map(described, row.steps)) if row.steps else (),
+                _ancestors(file.history, row.sources, sources) if file.history else (),
+                bool(row.steps) and row.is_partial,
+                row.tied_to,
+            )
+    firsts: dict[int, tuple[str, str]] = {}
+    for path, leaf in leaf_models(model):
+        for name, parameter in leaf.named_parameters():
+            # one parameter of several submodels: what one of them loaded, all have
+            first = firsts.setdefault(id(parameter), (path, name))
+            if first != (path, name) and {first, (path, name)} <= found.keys():
+                _share(found, first, (path, name))
+        for named, is_parameter in ((leaf.named_parameters, True), (getattr(leaf, "named_buffers", None), False)):
+            for name, _tensor in () if named is None else named():
+                found.setdefault((path, name), TensorRecord(path, name, is_parameter))
+    return tuple(sources), tuple(found.values())
+
+
+def _forget(found: dict[tuple[str, str], TensorRecord], written: Written) -> None:
+    """What has other values now did not come from a file, whatever was loaded before."""
+    rule = f"{written.kind} gave it its value"
+    for place in written.entries & found.keys():
+        old = found[place]
+        found[place] = TensorRecord(old.model, old.name, old.is_parameter, rule=rule, tied_to=old.tied_to)
+
+
+def _share(found: dict[tuple[str, str], TensorRecord], first: tuple[str, str], other: tuple[str, str]) -> None:
+    loaded, fresh = (first, other) if found[first].source is not None else (other, first)
+    if found[loaded].source is not None and found[fresh].source is None:
+        rule = f"the same tensor as {loaded[1]} of {loaded[0]}"
+        found[fresh] = attrs.evolve(found[loaded], model=fresh[0], name=fresh[1], rule=rule)
+
+
+def _numbered(sources: dict[SourceRecord, int], record: SourceRecord) -> int:
+    return sources.setdefault(record, len(sources))
+
+
+def _record_of(initializer: SourceInitializer, model: str, source: Source) -> SourceRecord:
+    digest = source.digest or (None if source.committed is None else source.committed.digest)
+    return SourceRecord(
+        initializer.config.kind,
+        model,
+        source.path.name,
+        # the folder that it was started in says nothing to those who read it later
+        str(source.path.absolute()),
+        digest,
+        tuple(sorted(source.origin.items())),
+        initializer.continues,
+    )
+
+
+def _ancestors(
+    history: Mapping[str, tuple[tuple[SourceRecord, tuple[str, ...]], ...]],
+    keys: Iterable[str],
+    sources: dict[SourceRecord, int],
+) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """Where the values under ``keys`` of a file came from before; what several have in common stands once."""
+    chain = dict.fromkeys(step for key in keys for step in history.get(key, ()))
+    return tuple((_numbered(sources, record), names) for record, names in chain)

@@ -1,0 +1,465 @@
+"""suggest: rules that would turn a file's names into a model's, from names, shapes and dtypes alone. Pure.
+
+Nothing is read and nothing is applied. What is suggested is planned with these very rules, so that it is known to give
+a plan; what names and shapes cannot tell is said, with the reason and what else may be meant.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import yaml
+
+from noether_init_core.suggest.layer_names import Layer, concepts, has_conflict, likeness
+from noether_init_core.suggest.matching import MOST_COMPARISONS
+from noether_init_core.suggest.pairing import Pairing
+from noether_init_core.suggest.pairs import Pair, is_head
+from noether_init_core.suggest.rules import Draft, drafts_of, merged, rule_of_draft
+from noether_init_core.surgery.name_rules import bare_names
+from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec, TensorSpec
+from noether_init_core.surgery.planner import Policies, plan_load
+from noether_init_core.surgery.transforms import Rule, Transforms
+
+__all__ = ["SuggestedRule", "Suggestion", "Unsure", "suggest"]
+
+# what models keep beside their parameters, and compute anew
+_COMPUTED = frozenset(
+    {"inv_freq", "position_ids", "masked_bias", "num_batches_tracked", "relative_position_index", "attn_mask"}
+)
+# nobody would read more, and RE2 cannot take many thousands at once
+_MOST_RULES = 500
+_MOST_SHOWN = 20
+# no model has longer or deeper names, and what looks at names takes them apart
+_LONGEST, _DEEPEST = 256, 32
+
+
+@attrs.frozen
+class SuggestedRule:
+    """One rule.
+
+    Attributes:
+        rule: As ``Transforms`` takes it.
+        config: As a config writes it, plain data.
+        reason: Why it is there, where that is not plain.
+        doubts: Why it may be wrong; none for a rule that names and shapes tell.
+    """
+
+    rule: Rule
+    config: Mapping[str, Any]
+    reason: str = ""
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def is_sure(self) -> bool:
+        return not self.doubts
+
+    def to_yaml(self) -> str:
+        """The rule on one line, without the dash."""
+        return _on_one_line(dict(self.config))
+
+
+@attrs.frozen
+class Unsure:
+    """Something that names and shapes do not tell.
+
+    Attributes:
+        what: In short: ``first. -> alpha.``.
+        reason: Why it is not certain.
+        alternatives: What else may be meant, in words or as rules.
+        sources: Names of the file.
+        targets: Names of the model; what a rule does for them may be wrong.
+        is_suggested: Whether a rule does it; otherwise it is left to the reader.
+    """
+
+    what: str
+    reason: str
+    alternatives: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    is_suggested: bool = True
+
+
+@attrs.frozen
+class Suggestion:
+    """Rules, what they would do, and how far they are certain.
+
+    Attributes:
+        rules: In the order in which they have to stand.
+        source_root: What to write for ``source_root``; empty for nothing.
+        target_root: The same for ``target_root``.
+        plan: What these rules give, by ``plan_load``.
+        unsure: What names and shapes do not tell. Entries of the model that are in none of them are certain.
+        unmatched_sources: Names of the file that nothing would use.
+        unmatched_targets: Names of the model that would get nothing, and that no rule keeps.
+    """
+
+    rules: tuple[SuggestedRule, ...]
+    source_root: str
+    target_root: str
+    plan: LoadPlan
+    unsure: tuple[Unsure, ...] = ()
+    unmatched_sources: tuple[str, ...] = ()
+    unmatched_targets: tuple[str, ...] = ()
+
+    @property
+    def coverage(self) -> float:
+        """Share of the elements of the model's parameters that would come from the file, from 0 to 1."""
+        return self.plan.coverage()
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether the plan with these rules has no problem, and no name was too long for it."""
+        return self.plan.is_fine and not any(map(_is_too_long, (*self.unmatched_sources, *self.unmatched_targets)))
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether names and shapes tell everything."""
+        return not self.unsure
+
+    @property
+    def transforms(self) -> Transforms:
+        """The rules, ready for ``plan_load``."""
+        return Transforms([one.rule for one in self.rules], source_root=self.source_root, target_root=self.target_root)
+
+    def config(self) -> dict[str, Any]:
+        """The fields for the config of an initializer: ``transforms``, and the roots where they are needed."""
+        roots = {"source_root": self.source_root, "target_root": self.target_root}
+        fields: dict[str, Any] = {key: root for key, root in roots.items() if root}
+        return {**fields, "transforms": [dict(one.config) for one in self.rules]} if self.rules else fields
+
+    def to_yaml(self) -> str:
+        """``config`` as text to paste, each rule on a line, with reasons and doubts as comments."""
+        lines = [f"{key}: {root}" for key, root in self.config().items() if key != "transforms"]
+        if self.rules:
+            lines.append("transforms:")
+        for one in self.rules:
+            lines += [f"  # unsure: {doubt}" for doubt in one.doubts]
+            lines += [f"  # {one.reason}"] if one.reason else []
+            lines.append(f"  - {one.to_yaml()}")
+        return "".join(f"{line}\n" for line in lines)
+
+    def __str__(self) -> str:
+        said = [self.to_yaml() or "# no rule is needed\n"]
+        said.append(f"coverage {100 * self.coverage:.1f} %, {'no problem' if self.is_fine else 'not yet fine:'}\n")
+        said += [f"  {problem.message}\n" for problem in self.plan.problems]
+        for one in self.unsure[:_MOST_SHOWN]:
+            said.append(f"unsure: {one.what}: {one.reason}\n")
+            said += [f"  or: {other}\n" for other in one.alternatives]
+        if len(self.unsure) > _MOST_SHOWN:
+            said.append(f"unsure: and {len(self.unsure) - _MOST_SHOWN} more\n")
+        for side, names in (("file", self.unmatched_sources), ("model", self.unmatched_targets)):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                said.append(f"unmatched in the {side}: {', '.join(map(_shown, names[:5]))}{more}\n")
+        return "".join(said).rstrip("\n")
+
+
+def suggest(
+    sources: Mapping[str, TensorSpec],
+    targets: Mapping[str, TargetSpec],
+    *,
+    model: str = "",
+    policies: Policies | None = None,
+    hidden: frozenset[str] = frozenset(),
+) -> Suggestion:
+    """Suggest rules for a file and a model. Pure: names, shapes and dtypes decide, no value is looked at.
+
+    It finds moved prefixes, renamed segments, transposed matrices, fused and separate projections, stacked and
+    separate blocks, other heads and other grids of position embeddings. Entries of equal name and shape are taken for
+    the same; whether a model uses two submodules the other way round, names and shapes cannot tell.
+
+    Args:
+        sources: Entries of the file's state dict, in order.
+        targets: Entries of the model's state dict, in order.
+        model: Name of the model, for messages.
+        policies: What the plan does where file and model do not fit.
+        hidden: Names of the model's non-persistent buffers, which a file may have.
+
+    Never raises for names that rules cannot say (with ``<``, ``*`` or empty segments); they stay unmatched. So do names
+    of more than 256 characters or 32 segments, which the plan leaves out, too.
+    """
+    return _Suggesting(sources, targets, model or "model", policies, hidden).run()
+
+
+class _Suggesting:
+    """One suggestion in the making. Names are bare here: without the prefixes of wrappers."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, TensorSpec],
+        targets: Mapping[str, TargetSpec],
+        model: str,
+        policies: Policies | None,
+        hidden: frozenset[str],
+    ) -> None:
+        self._too_long = tuple(tuple(filter(_is_too_long, specs)) for specs in (sources, targets))
+        sources = {name: spec for name, spec in sources.items() if not _is_too_long(name)}
+        targets = {name: spec for name, spec in targets.items() if not _is_too_long(name)}
+        self._part = PlanPart(model, "", "", sources, targets, hidden=hidden)
+        self._policies = policies
+        self._source_names = {bare: name for bare, name in bare_names(sources).items() if _can_say(bare)}
+        self._target_names = {bare: name for bare, name in bare_names(targets).items() if _can_say(bare)}
+        self._pairing = Pairing(
+            {bare: sources[name] for bare, name in self._source_names.items() if name not in hidden},
+            {bare: targets[name] for bare, name in self._target_names.items()},
+            _tied(targets, self._target_names),
+        )
+        self._unsure: list[Unsure] = []
+
+    def run(self) -> Suggestion:
+        self._pairing.run()
+        for pair in (*self._pairing.pairs, *self._pairing.unfit):
+            if pair.doubts:
+                self._unsure.append(self._unsure_of(pair))
+        lone_sources, lone_targets = self._pairing.left()
+        keeps, drops = self._heads(lone_sources, lone_targets)
+        self._misfits(lone_sources, lone_targets)
+        drops += [Draft({"drop": glob}, reason="computed anew by the model") for glob in self._computed()]
+        wanted = self._wanted()
+        for general in (True, False):
+            moves, source_root, target_root = self._rooted(drafts_of(self._pairing.pairs, general=general), drops)
+            surplus = moves[_MOST_RULES:]
+            del moves[_MOST_RULES:]
+            drafts = [*drops, *moves, *(_below(draft, target_root) for draft in keeps)]
+            rules = [_suggested(number, draft) for number, draft in enumerate(drafts)]
+            found = Suggestion(tuple(rules), source_root, target_root, self._plan(rules, source_root, target_root))
+            got = {row.target: row.sources for row in found.plan.rows if row.writes}
+            wrong = [name for name, names in wanted.items() if got.get(name) != names]
+            if surplus or (not wrong and not any(problem.code == "two-sources" for problem in found.plan.problems)):
+                break
+        found = self._with_fewer(found, drafts)
+        if any(self._too_long):
+            mine, its = self._too_long
+            what, size = f"{len(mine) + len(its)} names", f"{_LONGEST} characters or {_DEEPEST} segments"
+            self._unsure.append(Unsure(what, f"longer than {size}", (), mine, its, is_suggested=False))
+        if surplus:
+            what = f"{len(surplus)} more rules"
+            self._unsure.append(
+                Unsure(what, f"more than {_MOST_RULES} are needed; the names have no pattern", is_suggested=False)
+            )
+        elif wrong:
+            self._unsure.append(
+                Unsure(", ".join(wrong[:5]), "the rules do not give what was meant", targets=tuple(wrong))
+            )
+        left: dict[str, list[str]] = {"unexpected": [], "missing": [], "mismatch": []}
+        for row in found.plan.rows:
+            if row.action in left:
+                left[row.action].append(row.key)
+        return attrs.evolve(
+            found,
+            unsure=tuple(self._unsure),
+            unmatched_sources=(*left["unexpected"], *self._too_long[0]),
+            unmatched_targets=(*left["missing"], *left["mismatch"], *self._too_long[1]),
+        )
+
+    def _with_fewer(self, found: Suggestion, drafts: Sequence[Draft]) -> Suggestion:
+        """One rule for those that differ in a number, if it does exactly what they do."""
+        fewer = merged(drafts)
+        if len(fewer) == len(drafts):
+            return found
+        rules = [_suggested(number, draft) for number, draft in enumerate(fewer)]
+        plan = self._plan(rules, found.source_root, found.target_root)
+        if _done(plan) != _done(found.plan):
+            return found
+        return attrs.evolve(found, rules=tuple(rules), plan=plan)
+
+    def _plan(self, rules: Sequence[SuggestedRule], source_root: str, target_root: str) -> LoadPlan:
+        transforms = Transforms([one.rule for one in rules], source_root=source_root, target_root=target_root)
+        return plan_load("suggest", [self._part], transforms, policies=self._policies)
+
+    def _wanted(self) -> dict[str, tuple[str, ...]]:
+        """Name in the model -> names in the file, as the pairs say."""
+        wanted: dict[str, tuple[str, ...]] = {}
+        for pair in self._pairing.pairs:
+            for leaf in pair.leaves:
+                if pair.way in ("stack", "unstack"):
+                    groups = [(_all_names(pair.sources, leaf, pair), _all_names(pair.targets, leaf, pair))]
+                else:
+                    groups = [
+                        ([one.name(leaf, at) for one in pair.sources], [one.name(leaf, at) for one in pair.targets])
+                        for at in pair.indices
+                    ]
+                for mine, its in groups:
+                    taken = tuple(self._source_names[name] for name in mine if name in self._source_names)
+                    wanted.update((self._target_names[name], taken) for name in its if name in self._target_names)
+        return wanted
+
+    def _unsure_of(self, pair: Pair) -> Unsure:
+        mine, its = (
+            tuple(
+                names[bare]
+                for layer in layers
+                for bare in layer.names(None if pair.way in ("stack", "unstack") else pair.indices)
+                if bare in names
+            )
+            for layers, names in ((pair.sources, self._source_names), (pair.targets, self._target_names))
+        )
+        what = " -> ".join(", ".join(layer.path for layer in layers) for layers in (pair.sources, pair.targets))
+        is_suggested = all(pair is not other for other in self._pairing.unfit)
+        return Unsure(what, "; ".join(pair.doubts), pair.alternatives, mine, its, is_suggested)
+
+    def _heads(self, sources: Sequence[Layer], targets: Sequence[Layer]) -> tuple[list[Draft], list[Draft]]:
+        """Heads that the file has not in this shape are kept, those that the model has not are dropped."""
+        tied = {spec.tied_to for spec in self._part.targets.values()} - {None}
+        fresh = [
+            layer
+            for layer in targets
+            if is_head(layer)
+            and not any(
+                (name := self._target_names[bare]) in tied or self._part.targets[name].tied_to for bare in layer.names()
+            )
+        ]
+        theirs = [layer for layer in sources if is_head(layer)]
+        kept = _modules(fresh, self._target_names, self._pairing.targets)
+        keeps = []
+        for glob in kept:
+            below = [layer for layer in theirs if f"{layer.path}.".startswith(glob)] or theirs
+            shapes = [list(layer.shapes[()]["weight"]) for layer in below if "weight" in layer.leaves]
+            has = f"the file has {shapes[0]}" if shapes else "the file has none"
+            doubts = () if theirs else self._of_embedding(glob, fresh)
+            keeps.append(Draft({"keep_model": glob}, reason=f"a fresh head: {has}", doubts=doubts))
+        dropped = [
+            glob
+            for glob in _modules(theirs, self._source_names, self._pairing.sources)
+            if not any(glob == other for other in kept)
+        ]
+        return keeps, [Draft({"drop": glob}, reason="a head that the model has not") for glob in dropped]
+
+    def _of_embedding(self, glob: str, fresh: Sequence[Layer]) -> tuple[str, ...]:
+        """Why a head may be the embedding of the file, which models often use for both."""
+        for layer in fresh:
+            shape = layer.shapes[()].get("weight")
+            if shape is None or not f"{layer.path}.".startswith(glob):
+                continue
+            for pair in self._pairing.pairs:
+                source = pair.sources[0]
+                if (
+                    pair.way == "rename"
+                    and "token" in source.concepts
+                    and source.shapes.get((), {}).get("weight") == shape
+                ):
+                    other = pair.targets[0].path
+                    reason = f"the file has {source.path} {list(shape)} once, and an entry goes to one place: {other}"
+                    alternatives = f"tie {layer.path} to {other} in the model", f"{source.path} -> {layer.path}"
+                    names = tuple(self._target_names[bare] for bare in layer.names())
+                    self._unsure.append(Unsure(layer.path, reason, alternatives, (), names))
+                    return (reason,)
+        return ()
+
+    def _misfits(self, sources: Sequence[Layer], targets: Sequence[Layer]) -> None:
+        """Layers whose names agree and whose shapes do not: what could be done is for the reader to choose."""
+        sources, targets = ([one for one in layers if not is_head(one)] for layers in (sources, targets))
+        by_path = {layer.path: layer for layer in sources}
+        compares = len(sources) * len(targets) <= MOST_COMPARISONS
+        unfit = {layer.template for pair in self._pairing.unfit for layer in pair.targets}
+        for target in targets:
+            source = by_path.get(target.path)
+            if source is None and compares:
+                near = [one for one in sources if likeness(one, target) > 0.9 and not has_conflict(one, target)]
+                source = near[0] if len(near) == 1 else None
+            if source is None or target.template in unfit:
+                continue
+            leaf = next((leaf for leaf in target.leaves if leaf in source.leaves), None)
+            if leaf is None:
+                continue
+            have, want = (list(layer.shapes[()][leaf]) for layer in (source, target))
+            self._unsure.append(
+                Unsure(
+                    f"{source.path} -> {target.path}",
+                    f"the shapes differ: the file has {have}, the model {want}",
+                    (f"keep_model: {target.name(leaf)}", "on_mismatch: slice, pad or keep, where the first rows agree"),
+                    tuple(self._source_names[bare] for bare in source.names()),
+                    (self._target_names[target.name(leaf)],),
+                    is_suggested=False,
+                )
+            )
+
+    def _computed(self) -> list[str]:
+        """Globs for buffers of the file that the model has not, and that models compute anew."""
+        found = []
+        for bare, spec in self._pairing.sources.items():
+            *parents, last = bare.split(".")
+            is_mask = last == "bias" and len(spec.shape) == 4 and tuple(spec.shape[:2]) == (1, 1)
+            if (last in _COMPUTED or is_mask) and bare not in self._target_names:
+                found.append(".".join("*" if part.isdigit() else part for part in (*parents, last)))
+        return list(dict.fromkeys(found))
+
+    def _rooted(self, moves: list[Draft], drops: Sequence[Draft]) -> tuple[list[Draft], str, str]:
+        """The moves and both roots: one moved prefix of everything is said by a root alone."""
+        if len(moves) == 1 and not drops and not moves[0].steps:
+            source, target = moves[0].config["from"], moves[0].config.get("to")
+            root = source.removesuffix("<rest..>")
+            if target == "<rest..>" and all(name.startswith(root) for name in self._source_names):
+                return [], root, ""
+            root = (target or "").removesuffix("<rest..>")
+            if source == "<rest..>" and all(name.startswith(root) for name in self._target_names):
+                return [], "", root
+        return moves, "", ""
+
+
+def _all_names(layers: Iterable[Layer], leaf: str, pair: Pair) -> list[str]:
+    return [layer.name(leaf, at) for layer in layers for at in (pair.indices if "<" in layer.template else ((),))]
+
+
+def _modules(layers: Sequence[Layer], names: Mapping[str, str], left: Mapping[str, TensorSpec]) -> list[str]:
+    """The modules of heads, as a config says them: whole ones where nothing of them is used."""
+    found: dict[str, None] = {}
+    used: defaultdict[str, bool] = defaultdict(bool)
+    for bare in names:
+        parts = bare.split(".")
+        for depth in range(1, len(parts)):
+            used[".".join(parts[:depth])] |= bare not in left
+    for layer in layers:
+        parts = layer.path.split(".")
+        depth = next(
+            (at for at in range(1, len(parts) + 1) if "head" in concepts(".".join(parts[:at]), {})), len(parts)
+        )
+        module = ".".join(parts[:depth])
+        if module in used and not used[module]:
+            found[f"{module}."] = None
+        else:
+            found.update(dict.fromkeys(layer.names()))
+    return list(found)
+
+
+def _below(draft: Draft, root: str) -> Draft:
+    return attrs.evolve(draft, config={"keep_model": draft.config["keep_model"].removeprefix(root)})
+
+
+def _suggested(number: int, draft: Draft) -> SuggestedRule:
+    label = f"transforms[{number}] {_on_one_line(dict(draft.config))}"
+    return SuggestedRule(rule_of_draft(draft, label), draft.config, draft.reason, draft.all_doubts)
+
+
+def _on_one_line(config: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(config, default_flow_style=True, sort_keys=False, width=1 << 20, allow_unicode=True)
+    return text.strip()
+
+
+def _tied(targets: Mapping[str, TargetSpec], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Bare name -> the bare names of the same tensor, where there are several."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for bare, name in names.items():
+        groups[targets[name].tied_to or name].append(bare)
+    return {bare: tuple(group) for group in groups.values() if len(group) > 1 for bare in group}
+
+
+def _done(plan: LoadPlan) -> list[tuple[object, ...]]:
+    """What a plan does, whichever rules say so."""
+    return [(row.key, row.action, row.sources, row.part, row.parts, row.steps) for row in plan.rows]
+
+
+def _is_too_long(name: str) -> bool:
+    return len(name) > _LONGEST or name.count(".") >= _DEEPEST
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:100]}..({len(name)} characters)"
+
+
+def _can_say(name: str) -> bool:
+    """Whether rules can say the name: no signs of patterns, no empty segments, no line breaks."""
+    return name.isprintable() and not any(sign in name for sign in "<>*") and all(name.split("."))
