@@ -38,6 +38,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from noether_init_core.messages import printable
+
 __all__ = [
     "AmbiguousCheckpointError",
     "CheckpointCorruptError",
@@ -71,18 +73,6 @@ def type_of(value: object) -> str:
     """The type of ``value`` as messages name it, with its article: ``an OrderedDict``, ``a Linear``."""
     name = type(value).__name__
     return f"an {name}" if name.lstrip("_")[:1].lower() in ("a", "e", "i", "o") else f"a {name}"
-
-
-def printable(text: str) -> str:
-    """``text`` with an escape in the place of each character that a terminal would act on; line breaks stay."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
-
-
-def one_line(text: str) -> str:
-    """The same, with line breaks escaped, too: a name out of a file cannot look like a line of ours."""
-    return printable(text).replace("\n", "\\n")
 
 
 class InitError(Exception):

@@ -13,13 +13,15 @@ PACKAGE = "noether_init_core"
 # Layer -> the modules in it, by prefix. A module may import from layers below its own, and within its own as long as
 # no cycle comes of it. The longest prefix counts.
 LAYERS = {
-    "errors": 0,
+    "messages": 0,
+    "nested": 0,
     "stopwatch": 0,
     "memory": 0,
-    "iteration": 1,
-    "paths": 1,
-    "protocols": 1,
-    "binding": 2,
+    "errors": 1,
+    "iteration": 2,
+    "paths": 2,
+    "protocols": 2,
+    "binding": 3,
     "files": 3,
     "sets": 4,
     "surgery": 4,

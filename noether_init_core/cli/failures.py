@@ -7,7 +7,8 @@ import os
 import sys
 import traceback
 
-from noether_init_core.errors import InitError, PartlyInitializedError, one_line, printable
+from noether_init_core.errors import InitError, PartlyInitializedError
+from noether_init_core.messages import one_line, printable
 
 __all__ = ["TRACEBACK_VARIABLE", "explained", "how_to_see", "show_traceback"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from noether_init_core.cli.asked_path import absent, text_instead
-from noether_init_core.errors import one_line, printable
+from noether_init_core.messages import one_line, printable
 
 if TYPE_CHECKING:
     from noether_init_core.inspection.findings import (

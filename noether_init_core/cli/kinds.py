@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from noether_init_core import kinds
-from noether_init_core.errors import printable
+from noether_init_core.messages import printable
 from noether_init_core.observers.loading import ObserverInfo, installed_observers
 
 __all__ = ["run"]

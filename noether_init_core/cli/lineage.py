@@ -11,7 +11,8 @@ import typer
 
 from noether_init_core.cli.asked_path import absent
 from noether_init_core.cli.files import Html, check_page, write_html
-from noether_init_core.errors import CheckpointFormatError, one_line
+from noether_init_core.errors import CheckpointFormatError
+from noether_init_core.messages import one_line
 
 if TYPE_CHECKING:
     from rich.tree import Tree

@@ -14,7 +14,8 @@ import attrs
 import typer
 
 from noether_init_core import kinds
-from noether_init_core.errors import CheckpointError, one_line
+from noether_init_core.errors import CheckpointError
+from noether_init_core.messages import one_line
 
 __all__ = ["run", "show_version"]
 

@@ -22,7 +22,8 @@ from noether_init_core.cli.options import (
     naming_options,
     stack_and_model,
 )
-from noether_init_core.errors import InitError, printable
+from noether_init_core.errors import InitError
+from noether_init_core.messages import printable
 
 if TYPE_CHECKING:
     from noether_init_core.render.terminal import Origin

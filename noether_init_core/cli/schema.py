@@ -9,7 +9,8 @@ import typer
 
 from noether_init_core import kinds
 from noether_init_core.cli.completion import kind_names
-from noether_init_core.errors import KindError, one_line
+from noether_init_core.errors import KindError
+from noether_init_core.messages import one_line
 
 __all__ = ["run"]
 

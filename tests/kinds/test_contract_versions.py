@@ -11,9 +11,9 @@ import torch
 from support.foreign import ForeignPackages
 
 from noether_init_core import InitializerStack, bind, kinds
+from noether_init_core.errors import KindContractError
 from noether_init_core.kinds import contract
 from noether_init_core.kinds import hookspec as hooks
-from noether_init_core.errors import KindContractError
 from noether_init_core.kinds.hookspec import HookSpecs, hookspec
 
 OLD = """

@@ -32,10 +32,10 @@ from noether_init_core.errors import (
     CheckpointNotFoundError,
     ConfigError,
     InitError,
-    printable,
 )
 from noether_init_core.files.storage.disk import LOCAL
 from noether_init_core.files.storage.file_handle import FileHandle, digest_problem, open_file
+from noether_init_core.messages import printable
 
 __all__ = ["CACHE_VARIABLE", "OFFLINE_VARIABLE", "ArtifactCache"]
 

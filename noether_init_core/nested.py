@@ -1,0 +1,59 @@
+"""Nested values (mappings, lists, tuples): their leaves, the same shape with other leaves, equality to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+__all__ = ["equal", "leaves", "mapped"]
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Every value in ``value`` that is no mapping, list or tuple, in order; ``value`` itself if it is none of these."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A new value of the same shape, with ``change(leaf)`` in the place of every leaf. Keys stay."""
+    if isinstance(value, Mapping):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [mapped(item, change) for item in value]
+    if isinstance(value, tuple):
+        return tuple(mapped(item, change) for item in value)
+    return change(value)
+
+
+def equal(first: Any, other: Any) -> bool:
+    """Whether two nested values are the same: types, keys, dtypes, shapes and every bit of their tensors.
+
+    Tensors on different devices are compared on the CPU. NaN equals NaN of the same bits in tensors, and itself.
+    """
+    if isinstance(first, Mapping) and isinstance(other, Mapping):
+        return first.keys() == other.keys() and all(equal(first[key], other[key]) for key in first)
+    if isinstance(first, list | tuple) and isinstance(other, list | tuple):
+        return (
+            type(first) is type(other)
+            and len(first) == len(other)
+            and all(equal(one, two) for one, two in zip(first, other, strict=True))
+        )
+    if type(first) is not type(other):
+        return False
+    if hasattr(first, "untyped_storage"):
+        import torch
+
+        if first.dtype != other.dtype or first.shape != other.shape:
+            return False
+        one, two = (
+            tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+            for tensor in (first, other)
+        )
+        return bool(torch.equal(one, two))
+    return first is other or bool(first == other)
