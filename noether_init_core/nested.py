@@ -51,9 +51,7 @@ def equal(first: Any, other: Any) -> bool:
 
         if first.dtype != other.dtype or first.shape != other.shape:
             return False
-        one, two = (
-            tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-            for tensor in (first, other)
-        )
+        plain = (tensor.detach().resolve_conj().resolve_neg().cpu().contiguous() for tensor in (first, other))
+        one, two = (tensor.reshape(-1).view(torch.uint8) for tensor in plain)
         return bool(torch.equal(one, two))
     return first is other or bool(first == other)
