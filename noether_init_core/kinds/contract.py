@@ -57,7 +57,7 @@ class Finding:
 
 
 def hook_arguments() -> dict[str, tuple[str, ...]]:
-    """Hook -> the arguments that its specification offers, deprecated ones included."""
+    """Hook -> the arguments that its specification offers."""
     return {name: tuple(inspect.signature(getattr(hookspec.HookSpecs, name)).parameters)[1:] for name in HOOK_NAMES}
 
 
@@ -85,7 +85,7 @@ def findings(cls: type[InitializerBase]) -> tuple[str, ...]:
 
 def advice(cls: type[InitializerBase]) -> tuple[Finding, ...]:
     """What keeps the contract, and will trouble users or the author later."""
-    return (*_of_version(cls), *_of_deprecations(cls), *_of_promises(cls), *_of_config(cls.config_class))
+    return (*_of_version(cls), *_of_promises(cls), *_of_config(cls.config_class))
 
 
 def _of_class(cls: type[InitializerBase]) -> Iterator[Finding]:
@@ -254,16 +254,6 @@ def _of_version(cls: type[InitializerBase]) -> Iterator[Finding]:
             "it does not say the contract that it was written for, so it counts as 1",
             f"contract: ClassVar[int] = {hookspec.CONTRACT_VERSION}",
         )
-
-
-def _of_deprecations(cls: type[InitializerBase]) -> Iterator[Finding]:
-    for hook in HOOK_NAMES:
-        function = inspect.getattr_static(cls, hook, None)
-        deprecated = hookspec.deprecated_arguments(hook)
-        names = inspect.signature(function).parameters if isinstance(function, FunctionType) else ()
-        for name in names:
-            if name in deprecated:
-                yield Finding(f"{hook} takes {name}, which is deprecated: {deprecated[name]}", str(deprecated[name]))
 
 
 def _of_promises(cls: type[InitializerBase]) -> Iterator[Finding]:

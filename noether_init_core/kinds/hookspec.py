@@ -8,7 +8,6 @@ that it does not need.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -21,9 +20,7 @@ __all__ = [
     "CONTRACT_VERSION",
     "HOOK_NAMES",
     "PROJECT_NAME",
-    "RENAMED_ARGUMENTS",
     "HookSpecs",
-    "deprecated_arguments",
     "hookimpl",
     "hookspec",
 ]
@@ -31,10 +28,6 @@ __all__ = [
 CONTRACT_VERSION = 1
 PROJECT_NAME = "noether_init"
 HOOK_NAMES = ("start_checkpoint", "init_trainer", "init_weights", "init_optimizer", "init_callbacks")
-
-#: Old name of an argument -> its present name. A hook that still takes the old one is given the same value.
-#: The specification keeps both, the old one with ``hookspec(warn_on_impl_args={...})``, for one contract version.
-RENAMED_ARGUMENTS: Mapping[str, str] = {}
 
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
@@ -69,9 +62,3 @@ class HookSpecs:
     @hookspec
     def init_callbacks(self, callbacks: list[Any], model: Any, initializer: InitializerBase) -> None:
         """Restore the state of the callbacks, last. Not called where there are no callbacks."""
-
-
-def deprecated_arguments(hook: str) -> Mapping[str, Warning]:
-    """Argument of ``hook`` that will go -> the warning that an implementation which takes it leads to."""
-    options = getattr(getattr(HookSpecs, hook), f"{PROJECT_NAME}_spec", None) or {}
-    return options.get("warn_on_impl_args") or {}

@@ -102,8 +102,7 @@ class HookCaller:
         """
         others = [other for other in self._initializers if other is not initializer]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
-        renamed = {old: arguments[new] for old, new in hookspec.RENAMED_ARGUMENTS.items() if new in arguments}
-        caller(initializer=initializer, **arguments, **renamed)
+        caller(initializer=initializer, **arguments)
         if self._recorder.error is not None:
             raise self._recorder.error
         for result in self._recorder.results:
