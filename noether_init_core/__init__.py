@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from noether_init_core.kinds.hookspec import CONTRACT_VERSION, hookimpl, hookspec
     from noether_init_core.lineage.graph import Lineage
     from noether_init_core.lineage.reading import lineage_of
-    from noether_init_core.pages.page import html_page
     from noether_init_core.paths import PathProvider
     from noether_init_core.protocols import leaf_models
     from noether_init_core.saving.retention import Retention
@@ -124,7 +123,6 @@ __all__ = [
     "compose",
     "hookimpl",
     "hookspec",
-    "html_page",
     "kinds",
     "leaf_models",
     "lineage_of",
@@ -179,7 +177,6 @@ _HOMES = {
     "iteration": ("TrainingIteration",),
     "lineage.graph": ("Lineage",),
     "lineage.reading": ("lineage_of",),
-    "pages.page": ("html_page",),
     "paths": ("PathProvider",),
     "protocols": ("leaf_models",),
     "sets.provenance": ("InitReport",),

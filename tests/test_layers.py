@@ -40,7 +40,6 @@ LAYERS = {
     "builtin": 8,
     "stack": 9,
     "render": 10,
-    "pages": 11,
     "testing": 10,
     "scaffold": 10,
     "cli": 12,
@@ -127,7 +126,7 @@ def test_neighbours_of_a_layer_that_must_not_know_each_other_do_not() -> None:
         "surgery": ("files", "sets", "saving", "applying", "config", "binding", "protocols"),
         "saving": ("surgery", "applying", "config", "kinds"),
         "inspection": ("diff", "lineage"),
-        "render": ("pages", "cli"),
+        "render": ("cli",),
     }
     for module in sorted(MODULES):
         room = module.partition(".")[0]
@@ -135,8 +134,8 @@ def test_neighbours_of_a_layer_that_must_not_know_each_other_do_not() -> None:
         assert not above & set(forbidden.get(room, ())), module
         if room != "builtin":
             assert "builtin" not in above, module
-        if module != "" and room not in ("__main__", "cli", "pages", "render"):
-            assert not above & {"cli", "pages", "render"}, module
+        if module != "" and room not in ("__main__", "cli", "render"):
+            assert not above & {"cli", "render"}, module
 
 
 def test_the_front_imports_nothing_by_itself() -> None:

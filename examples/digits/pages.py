@@ -6,7 +6,8 @@ from pathlib import Path
 
 from digits import TASKS, Network
 
-from noether_init_core import InitializerStack, PathProvider, bind, compare_checkpoints, html_page, lineage_of
+from noether_init_core import InitializerStack, PathProvider, bind, compare_checkpoints, lineage_of
+from noether_init_pages import html_page
 
 __all__ = ["write_pages"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ import typer
 from noether_init_core.errors import InitError
 
 if TYPE_CHECKING:
-    from noether_init_core.pages.page import SaysItself
+    from noether_init_pages import SaysItself
 
 __all__ = ["Html", "check_page", "check_plan", "write_html", "write_text"]
 
@@ -26,9 +27,10 @@ _PAGE, _PLAN = b'content="noether-init-core', b'"format": "noether-init-plan"'
 
 
 def check_page(path: Path | None) -> None:
-    """Raise ``typer.BadParameter`` where a page cannot be written; see ``_check``."""
+    """Raise ``typer.BadParameter`` where a page cannot be written, ``InitError`` where none can be made."""
     if path is not None:
         _check(path, "--html", (".html", ".htm"), _PAGE)
+        _html_page()
 
 
 def check_plan(path: Path | None) -> None:
@@ -72,10 +74,21 @@ def write_html(path: Path | None, value: SaysItself, title: str | None = None) -
     """Write the page of a value, and say where it is on standard error; nothing for None."""
     if path is None:
         return
-    from noether_init_core.pages.page import html_page
-
-    write_text(path, html_page(value, title=title))
+    write_text(path, _html_page()(value, title=title))
     typer.echo(f"page: {path}", err=True)
+
+
+def _html_page() -> Callable[..., str]:
+    try:
+        from noether_init_pages import html_page
+    except ModuleNotFoundError as error:
+        if error.name != "noether_init_pages":
+            raise
+        raise InitError(
+            "--html needs the distribution noether-init-pages, which is not installed. "
+            'Next: pip install "noether-init-core[pages]"'
+        ) from None
+    return html_page
 
 
 def write_text(path: Path, text: str) -> None:

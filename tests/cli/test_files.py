@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,24 @@ def test_names_that_are_no_text_are_written_spelt_out(tmp_path: Path) -> None:
     """File names are bytes, and some are no UTF-8."""
     write_text(tmp_path / "page.html", "a \udcff b")
     assert (tmp_path / "page.html").read_text() == "a \\udcff b"
+
+
+def test_without_the_distribution_of_pages_everything_else_works_and_html_names_the_extra(tmp_path: Path) -> None:
+    """In a process that cannot import it: validate runs, and --html ends before any work, with nothing written."""
+    (tmp_path / "init.yaml").write_text("initializers: []\n")
+    blocked = "import sys; sys.modules['noether_init_pages'] = None; from noether_init_core.cli import main; main()"
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-c", blocked, *arguments]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    validated = command("validate", "init.yaml")
+    assert (validated.returncode, validated.stdout) == (0, "initializers: 0, problems: 0\n")
+    for arguments in (("lineage", "."), ("diff", "a.pt", "b.pt"), ("plan", "init.yaml", "--model", "models:build")):
+        refused = command(*arguments, "--html", "page.html")
+        assert refused.returncode == 1
+        assert refused.stderr == (
+            "--html needs the distribution noether-init-pages, which is not installed. "
+            'Next: pip install "noether-init-core[pages]"\n'
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["init.yaml"]

@@ -11,9 +11,9 @@ from axe_playwright_python.sync_playwright import Axe
 from support.browser import opened
 
 from noether_init_core import CheckpointWriter, InitializerStack, InitReport, PathProvider, TrainingIteration, bind
-from noether_init_core.pages.page import html_page
+from noether_init_pages import html_page
 
-SCREENS = Path(__file__).resolve().parents[2] / "build" / "screens"
+SCREENS = Path(__file__).resolve().parents[3] / "build" / "screens"
 
 
 def network(classes: int) -> torch.nn.Sequential:

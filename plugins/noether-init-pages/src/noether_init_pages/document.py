@@ -37,7 +37,7 @@ def document(page: Page, title: str, data: dict[str, Any], command: str) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    assets = files("noether_init_core.pages") / "assets"
+    assets = files("noether_init_pages") / "assets"
     marks = {action: attrs.asdict(mark) for action, mark in MARKS.items()}
     scripts = [(assets / name).read_text("utf-8") for name in ("charts.min.js", "common.js", f"{page}.js")]
     data_type, stored = _stored(_json(data))

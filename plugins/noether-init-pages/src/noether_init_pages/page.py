@@ -1,4 +1,4 @@
-"""``html_page``: what a value of this package says, as one HTML file."""
+"""``html_page``: what a value of noether-init says, as one HTML file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, Protocol
 
-from noether_init_core.pages.document import Page, document
+from noether_init_pages.document import Page, document
 
 __all__ = ["SaysItself", "html_page"]
 

@@ -10,10 +10,11 @@ import torch
 from axe_playwright_python.sync_playwright import Axe
 from support.browser import opened
 
-from noether_init_core import CheckpointDiff, Lineage, compare_checkpoints, html_page
+from noether_init_core import CheckpointDiff, Lineage, compare_checkpoints
 from noether_init_core.lineage.graph import LineageEdge, LineageNode, LineageSet, related
+from noether_init_pages import html_page
 
-SCREENS = Path(__file__).resolve().parents[2] / "build" / "screens"
+SCREENS = Path(__file__).resolve().parents[3] / "build" / "screens"
 SYMBOLS = {"equal": "=", "changed": "~", "dtype": "c", "shape": "x", "nonfinite": "!", "only_a": "-", "only_b": "+"}
 
 
