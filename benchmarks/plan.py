@@ -29,7 +29,7 @@ def part_of(keys: int) -> PlanPart:
     places = [(layer, number) for layer in range(keys // RULES) for number in range(RULES)]
     sources = {f"model.layers.{layer}.part{number}.old.weight": spec for layer, number in places}
     targets = {f"blocks.{layer}.p{number}.new.weight": spec for layer, number in places}
-    return PlanPart("net", "made up", "a.pt", sources, targets)
+    return PlanPart("net", "made up", ("a.pt",), sources, targets)
 
 
 def rules() -> list[TransformConfig]:

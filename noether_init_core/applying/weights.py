@@ -254,10 +254,10 @@ def check_values(plan: LoadPlan, model: str, reader: WeightReader, on_nonfinite:
             problems.append(Problem("nonfinite", f"and {len(findings) - 5} more tensors", model))
     if problems:
         shown = tuple(problem.message for problem in problems)
-        origin = next((f"{origin} ({file})" for name, origin, file in plan.origins if name == model), "")
+        origin = next((str(one) for one in plan.origins if one.model == model), model)
         hint = "\nTo load it all the same: on_nonfinite: warn" if findings and on_nonfinite == "error" else ""
         raise PlanError(
-            f"{plan.kind}: {model} <- {origin}\n  " + "\n  ".join(shown) + f"{hint}\nNothing was changed.",
+            f"{plan.kind}: {origin}\n  " + "\n  ".join(shown) + f"{hint}\nNothing was changed.",
             plan=plan,
             problems=shown,
         )

@@ -26,7 +26,6 @@ from noether_init_core.errors import InitError
 from noether_init_core.messages import printable
 
 if TYPE_CHECKING:
-    from noether_init_core.render.terminal import Origin
     from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.surgery.plan import LoadPlan
 
@@ -104,12 +103,12 @@ def _show(stack: InitializerStack, model: Any, plan: LoadPlan, show_all: bool) -
         typer.echo("nothing to plan: the config has no initializers that load weights")
 
 
-def _notes(stack: InitializerStack, model: Any) -> dict[Origin, str]:
+def _notes(stack: InitializerStack, model: Any) -> dict[tuple[int, str], str]:
     """Whether a manifest vouches for each file. What cannot be told again has no note: the plan stands without it."""
     from noether_init_core.initializers.checkpoint import CheckpointInitializer
 
-    found: dict[Origin, str] = {}
-    for initializer in stack.initializers:
+    found: dict[tuple[int, str], str] = {}
+    for position, initializer in enumerate(stack.initializers):
         if not isinstance(initializer, CheckpointInitializer):
             continue
         try:
@@ -121,7 +120,7 @@ def _notes(stack: InitializerStack, model: Any) -> dict[Origin, str]:
                 if source is not None:
                     is_committed = source.committed is not None
                     note = "committed, digests present" if is_committed else "not committed"
-                    found[leaf.path, source.describe(), source.path.name] = note
+                    found[position, leaf.path] = note
         except InitError:
             continue
         finally:

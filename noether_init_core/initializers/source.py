@@ -415,7 +415,7 @@ class SourceInitializer(InitializerBase):
                 PlanPart(
                     leaf.path,
                     source.describe(),
-                    source.path.name,
+                    (source.path.name,),
                     sources,
                     found.specs,
                     found.hidden,

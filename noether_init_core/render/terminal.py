@@ -14,13 +14,10 @@ from noether_init_core.render.folding import Fold, KeyPattern, fold_rows, printa
 from noether_init_core.render.layout import broken, filled
 from noether_init_core.render.words import MARKS, Mark, amount, counted, counts_in_words, percent, place_of_rule
 from noether_init_core.sets.provenance import InitReport
-from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
+from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow, Problem, counted_rows
 from noether_init_core.surgery.steps import described
 
-__all__ = ["Origin", "PlanView", "ReportView"]
-
-#: (model, origin in words, file), as a plan lists it.
-Origin = tuple[str, str, str]
+__all__ = ["PlanView", "ReportView"]
 
 _INDENT = "   "
 _NARROWEST = 20
@@ -74,12 +71,13 @@ class PlanView(_View):
     Attributes:
         plan: The plan; also several that were merged.
         unfolded: A line for every row, and every warning.
-        notes: What is known of a file besides the plan: ``committed, digests present``.
+        notes: What is known of a file besides the plan: (position of the initializer, path of the model) ->
+            ``committed, digests present``.
     """
 
     plan: LoadPlan
     unfolded: bool = False
-    notes: Mapping[Origin, str] = attrs.Factory(dict)
+    notes: Mapping[tuple[int, str], str] = attrs.Factory(dict)
 
     def lines(self, width: int) -> list[Text]:
         """The lines, each at most ``width`` long."""
@@ -96,7 +94,8 @@ class PlanView(_View):
             if is_well:
                 found += filled(Text(""), [header, _all_loaded(part)], width)
                 continue
-            notes = dict.fromkeys(self.notes[origin] for origin in part.origins if origin in self.notes)
+            known = (self.notes.get((origin.position, origin.model)) for origin in part.origins)
+            notes = dict.fromkeys(filter(None, known))
             folds = tuple(map(_single, part.rows)) if self.unfolded else fold_rows(part.rows)
             is_folded = is_folded or any(len(fold.rows) > 1 for fold in folds)
             found += filled(Text(""), [header, *(Text(note, "dim") for note in notes)], width)
@@ -108,7 +107,7 @@ class PlanView(_View):
         return found
 
     def _header(self, part: _Part, has_siblings: bool) -> Text:
-        words = printable("; ".join(origin for _model, origin, _file in part.origins))
+        words = printable("; ".join(origin.description for origin in part.origins))
         words = f"{printable(part.model)} <- {words}" if has_siblings else words
         return Text(printable(part.kind), "bold").append(f"  {words}", "not bold")
 
@@ -280,28 +279,26 @@ def _literal(key: str) -> KeyPattern:
 
 def _parts_of(plan: LoadPlan) -> list[_Part]:
     """The rows by model. A merged plan has one row for each entry, whichever file it comes from in the end."""
-    kinds = plan.kind.split(" + ") if plan.kind else []
-    if len(kinds) == 1:
-        kinds *= len(plan.origins)
-    elif len(kinds) != len(plan.origins):
-        kinds = [plan.kind] * len(plan.origins)
-    said: dict[str, dict[str, None]] = {}
     origins: dict[str, list[Origin]] = {}
-    for kind, origin in zip(kinds, plan.origins, strict=True):
-        said.setdefault(origin[0], {})[kind] = None
-        origins.setdefault(origin[0], []).append(origin)
+    for origin in plan.origins:
+        origins.setdefault(origin.model, []).append(origin)
     rows: dict[str, list[PlanRow]] = {model: [] for model in origins}
     for row in plan.rows:
-        rows.setdefault(row.model, []).append(row)
+        rows[row.model].append(row)
     return [
-        _Part(" + ".join(said.get(model, ())), model, tuple(origins.get(model, ())), tuple(members))
+        _Part(
+            " + ".join(dict.fromkeys(origin.initializer for origin in origins[model])),
+            model,
+            tuple(origins[model]),
+            tuple(members),
+        )
         for model, members in rows.items()
     ]
 
 
 def _all_loaded(part: _Part) -> Text:
     targets = [row for row in part.rows if row.target is not None]
-    parameters = sum(row.numel for row in targets if row.is_parameter and row.tied_to is None)
+    parameters = sum(row.numel for row in counted_rows(targets))
     said = Text(f"{len(targets):,} of {counted(len(targets), 'key')} loaded, {amount(parameters)} parameters, ")
     return said.append(f"coverage {percent(1.0)}", "green")
 

@@ -156,22 +156,23 @@ class InitializerStack:
         cannot plan are left out. After ``start_checkpoint`` the plan is that of the sets that it selected.
         """
         check_model(model)
-        plans = []
+        plans: dict[int, LoadPlan] = {}
         loaded: frozenset[int] = frozenset()
         try:
-            for member in self._members:
+            for position, member in enumerate(self._members):
                 initializer = member.initializer
                 if isinstance(initializer, SourceInitializer) and member.takes_part_in("init_weights"):
                     initializer.loaded_before = loaded
-                    plans.append(initializer.plan_weights(member.model(model)))
+                    plans[position] = initializer.plan_weights(member.model(model))
                     loaded |= initializer.will_write
                 elif plans and member.takes_part_in("init_weights"):
                     said = f"{member.kind} comes later and says nothing beforehand: what it writes is not in this plan"
                     warning = Problem("unplanned", said, str(member.model(model).name), ())
-                    plans[-1] = attrs.evolve(plans[-1], warnings=(*plans[-1].warnings, warning))
+                    last = max(plans)
+                    plans[last] = attrs.evolve(plans[last], warnings=(*plans[last].warnings, warning))
         finally:
             self._let_go()
-        return LoadPlan.merged(plans)
+        return LoadPlan.merged(list(plans.values()), list(plans))
 
     def check_unplanned(self, model: Any) -> tuple[tuple[str, Exception | None], ...]:
         """Kinds that ``plan`` leaves out, each with what its ``check`` raised, or None. The model is untouched."""
@@ -366,7 +367,9 @@ class InitializerStack:
                     kind=member.kind,
                     distribution=offers.get(member.kind, ""),
                     hooks=hooks,
-                    origins=() if planned is None else planned.origins,
+                    origins=()
+                    if planned is None
+                    else tuple((one.model, one.description, ", ".join(one.files)) for one in planned.origins),
                     counts={} if planned is None else planned.counts(),
                     coverage=None if planned is None else planned.coverage(),
                     start=str(own_start) if own_start is not None and not own_start.is_zero else None,

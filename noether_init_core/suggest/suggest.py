@@ -198,7 +198,7 @@ class _Suggesting:
         self._too_long = tuple(tuple(filter(_is_too_long, specs)) for specs in (sources, targets))
         sources = {name: spec for name, spec in sources.items() if not _is_too_long(name)}
         targets = {name: spec for name, spec in targets.items() if not _is_too_long(name)}
-        self._part = PlanPart(model, "", "", sources, targets, hidden=hidden)
+        self._part = PlanPart(model, "", (), sources, targets, hidden=hidden)
         self._policies = policies
         self._source_names = {bare: name for bare, name in bare_names(sources).items() if _can_say(bare)}
         self._target_names = {bare: name for bare, name in bare_names(targets).items() if _can_say(bare)}

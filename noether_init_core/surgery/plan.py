@@ -14,12 +14,13 @@ from noether_init_core.surgery.inverse import rows_back, transformed
 from noether_init_core.surgery.rows import (
     LOADED_BEFORE,
     Action,
+    Origin,
     PlanPart,
     PlanRow,
     Problem,
     TargetSpec,
     TensorSpec,
-    is_counted,
+    counted_rows,
     share_loaded,
 )
 from noether_init_core.surgery.steps import step_to_dict
@@ -31,11 +32,13 @@ __all__ = [
     "LOADED_BEFORE",
     "Action",
     "LoadPlan",
+    "Origin",
     "PlanPart",
     "PlanRow",
     "Problem",
     "TargetSpec",
     "TensorSpec",
+    "counted_rows",
     "share_loaded",
 ]
 
@@ -46,16 +49,27 @@ SCHEMA_VERSION = 1
 class LoadPlan:
     """What ``init_weights`` will do, row by row; pure data.
 
-    A plan with problems is never carried out, not even in part. ``warnings`` do not stop it. ``equal`` lists
-    ``(model, name, name)`` of entries of the file that end up in one tied tensor and must hold the same bytes;
-    ``equal_across`` lists ``(model, name, model, name)`` of those that are tied across submodels.
+    A kind may build one from rows of its own.
+
+    Attributes:
+        kind: The kind that the plan is of, for messages.
+        rows: One for each entry of the model's state dict, and for each entry of the file that is not used.
+        problems: With any of these, the plan is never carried out, not even in part.
+        warnings: These do not stop it.
+        origins: The initializer, model and files of the rows, which refer to them by ``PlanRow.origin``. By default one
+            without files, for the model of the first row.
+        equal: ``(model, name, name)`` of entries of the file that end up in one tied tensor and must hold the same
+            bytes.
+        equal_across: ``(model, name, model, name)`` of those that are tied across submodels.
     """
 
     kind: str
-    rows: tuple[PlanRow, ...]
+    rows: tuple[PlanRow, ...] = ()
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
-    origins: tuple[tuple[str, str, str], ...] = ()
+    origins: tuple[Origin, ...] = attrs.Factory(
+        lambda self: tuple(Origin(self.kind, row.model) for row in self.rows[:1]), takes_self=True
+    )
     equal: tuple[tuple[str, str, str], ...] = ()
     equal_across: tuple[tuple[str, str, str, str], ...] = ()
 
@@ -101,7 +115,7 @@ class LoadPlan:
         if self.problems:
             shown = [problem.message for problem in self.problems]
             listed = "\n  ".join(shown)
-            sources = "; ".join(f"{model} <- {origin} ({file})" for model, origin, file in self.origins)
+            sources = "; ".join(map(str, self.origins))
             raise PlanError(
                 f"{self.kind}: {sources}\n  {listed}\nNothing was changed.", plan=self, problems=tuple(shown)
             )
@@ -143,22 +157,32 @@ class LoadPlan:
         return transformed(rows, state)
 
     @classmethod
-    def merged(cls, plans: Sequence[LoadPlan]) -> LoadPlan:
-        """Several plans for one model, in order, as one: of each entry the row that counts in the end."""
-        if len(plans) == 1:
-            return plans[0]
-        final: dict[tuple[str, str], PlanRow] = {}
-        for row in (row for plan in plans for row in plan.rows):
-            place = row.model, str(row.target)
-            if row.target is not None and (row.writes or row.action == "reset" or place not in final):
-                final[place] = row
-        kept = set(map(id, final.values()))
+    def merged(cls, plans: Sequence[LoadPlan], positions: Sequence[int] | None = None) -> LoadPlan:
+        """Several plans for one model, in order, as one: of each entry the row that counts in the end.
+
+        Every row keeps its origin.
+
+        Args:
+            plans: In the order in which they are carried out.
+            positions: Number of the initializer of each plan in the stack; by default 0, 1, 2, ...
+        """
+        origins: list[Origin] = []
+        rows: list[PlanRow] = []
+        final: dict[tuple[str, str], int] = {}
+        for position, plan in zip(range(len(plans)) if positions is None else positions, plans, strict=True):
+            for row in plan.rows:
+                place = row.model, str(row.target)
+                if row.target is not None and (row.writes or row.action == "reset" or place not in final):
+                    final[place] = len(rows)
+                rows.append(attrs.evolve(row, origin=row.origin + len(origins)) if origins else row)
+            origins += (attrs.evolve(origin, position=position) for origin in plan.origins)
+        kept = set(final.values())
         return cls(
             " + ".join(plan.kind for plan in plans),
-            tuple(row for plan in plans for row in plan.rows if row.target is None or id(row) in kept),
+            tuple(row for number, row in enumerate(rows) if row.target is None or number in kept),
             tuple(problem for plan in plans for problem in plan.problems),
             tuple(warning for plan in plans for warning in plan.warnings),
-            tuple(origin for plan in plans for origin in plan.origins),
+            tuple(origins),
             tuple(names for plan in plans for names in plan.equal),
             tuple(names for plan in plans for names in plan.equal_across),
         )
@@ -167,21 +191,25 @@ class LoadPlan:
         """The plan as plain data, by ``docs/plan.schema.json``; ``version`` changes with the meaning of a field."""
 
         def plain(row: PlanRow) -> dict[str, Any]:
-            values = {field.name: getattr(row, field.name) for field in attrs.fields(PlanRow)}
-            return {**values, "steps": [step_to_dict(step) for step in row.steps]}
+            values = {name: getattr(row, name) for name in names}
+            return {**values, "steps": [step_to_dict(step) for step in row.steps], "counted": id(row) in counted_ids}
+
+        names = [field.name for field in attrs.fields(PlanRow) if field.name != "identity"]
+        counted = counted_rows(self.rows)
+        counted_ids = set(map(id, counted))
 
         return {
             "format": "noether-init-plan",
             "version": SCHEMA_VERSION,
             "kind": self.kind,
-            "origins": [{"model": model, "origin": origin, "file": file} for model, origin, file in self.origins],
+            "origins": [attrs.asdict(origin) for origin in self.origins],
             "rows": [plain(row) for row in self.rows],
             "problems": [attrs.asdict(problem) for problem in self.problems],
             "warnings": [attrs.asdict(warning) for warning in self.warnings],
             "counts": self.counts(),
             "totals": {
-                "parameters": sum(row.numel for row in self.rows if is_counted(row)),
-                "parameters_loaded": sum(row.taken for row in self.rows if is_counted(row)),
+                "parameters": sum(row.numel for row in counted),
+                "parameters_loaded": sum(row.taken for row in counted),
                 "bytes": sum(row.nbytes for row in self.rows if row.target is not None),
                 "bytes_loaded": self.loaded_bytes,
             },

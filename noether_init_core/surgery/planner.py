@@ -15,6 +15,7 @@ from noether_init_core.surgery.plan import (
     LOADED_BEFORE,
     Action,
     LoadPlan,
+    Origin,
     PlanPart,
     PlanRow,
     Problem,
@@ -92,14 +93,14 @@ def _planned(kind: str, parts: Sequence[PlanPart], rules: NameRules, policies: P
     equal: list[tuple[str, str, str]] = []
     matches: list[NameMatch] = []
     written: set[Hashable] = set()
-    for part in parts:
+    for number, part in enumerate(parts):
         if written:
             # what an earlier submodel loads, this one shares with it
             before = {name for name, spec in part.targets.items() if spec.identity in written}
             part = attrs.evolve(part, loaded=part.loaded | before)
         match = with_wrappers(rules.match(tuple(part.sources), tuple(part.targets)), part.sources, part.targets)
         matches.append(match)
-        planned = _PartPlanner(part, match, policies, fresh_hint)
+        planned = _PartPlanner(part, match, policies, fresh_hint, number)
         planned.run()
         rows += planned.rows
         if len(parts) > 1:
@@ -115,7 +116,7 @@ def _planned(kind: str, parts: Sequence[PlanPart], rules: NameRules, policies: P
     across, shared = _ties_across(parts, rows)
     problems += shared
     problems += _too_little(rows, policies.min_coverage, names)
-    origins = tuple((part.model, part.origin, part.file) for part in parts)
+    origins = tuple(Origin(kind, part.model, description=part.description, files=part.files) for part in parts)
     return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, tuple(equal), across)
 
 
@@ -210,8 +211,8 @@ _MOST_PROBLEMS = 5
 class _PartPlanner:
     """The rows and problems of one part."""
 
-    def __init__(self, part: PlanPart, match: NameMatch, policies: Policies, fresh_hint: str) -> None:
-        self.part, self.match, self.policies = part, match, policies
+    def __init__(self, part: PlanPart, match: NameMatch, policies: Policies, fresh_hint: str, origin: int) -> None:
+        self.part, self.match, self.policies, self.origin = part, match, policies, origin
         self._advice = Advice(part, fresh_hint, match.said)
         self.rows: list[PlanRow] = []
         self.problems: list[Problem] = []
@@ -386,7 +387,20 @@ class _PartPlanner:
                 unexpected.append(source)
             shape, dtype = tuple(spec.shape), spec.dtype
             self.rows.append(
-                PlanRow(self.part.model, None, (source,), action, shape, dtype, spec.nbytes, rule, shape, dtype, False)
+                PlanRow(
+                    self.part.model,
+                    None,
+                    (source,),
+                    action,
+                    shape,
+                    dtype,
+                    spec.nbytes,
+                    rule,
+                    dtype,
+                    is_parameter=False,
+                    source_shapes=(shape,),
+                    origin=self.origin,
+                )
             )
         return unexpected
 
@@ -527,7 +541,6 @@ class _PartPlanner:
                 spec.dtype,
                 spec.nbytes,
                 taken.rule,
-                shapes[0] if len(shapes) == 1 else None,
                 _dtype_of_all(source_specs),
                 spec.is_parameter,
                 taken.steps,
@@ -535,6 +548,8 @@ class _PartPlanner:
                 taken.parts,
                 shapes,
                 spec.tied_to,
+                self.origin,
+                spec.identity,
             )
         )
 

@@ -14,12 +14,13 @@ __all__ = [
     "LOADED_BEFORE",
     "WRITING",
     "Action",
+    "Origin",
     "PlanPart",
     "PlanRow",
     "Problem",
     "TargetSpec",
     "TensorSpec",
-    "is_counted",
+    "counted_rows",
     "share_loaded",
 ]
 
@@ -69,6 +70,29 @@ class TargetSpec:
 
 
 @attrs.frozen
+class Origin:
+    """The initializer, single model and files that rows of a plan are about; rows refer to it by number.
+
+    Attributes:
+        initializer: The kind of the initializer.
+        model: Path of names of the single model, such as ``autoenc.encoder``.
+        position: Number of the initializer in the stack, from 0.
+        description: Where the files come from, in words: ``pretrain @ latest = E4_U16_S128``.
+        files: Names of the files; none where no file is read.
+    """
+
+    initializer: str
+    model: str
+    position: int = 0
+    description: str = ""
+    files: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        files = f" ({', '.join(self.files)})" if self.files else ""
+        return f"{self.model} <- {self.description}{files}"
+
+
+@attrs.frozen
 class PlanRow:
     """What happens to one entry of the model's state dict, or to one entry of the file that is not used.
 
@@ -82,7 +106,6 @@ class PlanRow:
         dtype: Dtype of the target, or of the unused entry.
         nbytes: Bytes of the target, or of the unused entry.
         rule: The config line responsible; None where no rule had a say.
-        source_shape: Shape in the file, where there is one source.
         source_dtype: Dtype in the file, where all sources have the same.
         is_parameter: Whether the target is a parameter; buffers may hold infinities.
         steps: What is done with the tensors of ``sources``, in order, every argument said.
@@ -90,6 +113,8 @@ class PlanRow:
         parts: How many tensors the steps make.
         source_shapes: Shape of each source, in their order.
         tied_to: The first name of the same memory in this model, where ``target`` is another name of it.
+        origin: Number of its initializer, model and files in ``LoadPlan.origins``.
+        identity: Equal for targets, also of other models, that are the same memory; None where that is not known.
     """
 
     model: str
@@ -100,7 +125,6 @@ class PlanRow:
     dtype: str
     nbytes: int
     rule: str | None = None
-    source_shape: tuple[int, ...] | None = None
     source_dtype: str | None = None
     is_parameter: bool = True
     steps: tuple[Step, ...] = ()
@@ -108,6 +132,8 @@ class PlanRow:
     parts: int = 1
     source_shapes: tuple[tuple[int, ...], ...] = ()
     tied_to: str | None = None
+    origin: int = 0
+    identity: Hashable = attrs.field(default=None, eq=False, repr=False)
 
     @property
     def writes(self) -> bool:
@@ -145,7 +171,14 @@ class PlanRow:
 
 @attrs.frozen
 class Problem:
-    """A reason why the plan may not be carried out. ``code`` is stable, ``message`` is for people."""
+    """A reason why a plan cannot be carried out, or a warning.
+
+    Attributes:
+        code: Stable, for programs.
+        message: For people: what was found, and what to do next.
+        model: Path of names of the single model; several are separated by ``", "``.
+        keys: Names of the rows that it is about, if it is about some.
+    """
 
     code: str
     message: str
@@ -159,8 +192,8 @@ class PlanPart:
 
     Attributes:
         model: Path of names of the model.
-        origin: Where the file came from, in words: ``pretrain @ latest = E4_U16_S128``.
-        file: Name of the file.
+        description: Where the file came from, in words: ``pretrain @ latest = E4_U16_S128``.
+        files: Names of the files.
         sources: Entries of the file's state dict.
         targets: Entries of the model's state dict, in order.
         hidden: Names of buffers that the model has but its state dict has not (non-persistent ones).
@@ -169,13 +202,24 @@ class PlanPart:
     """
 
     model: str
-    origin: str
-    file: str
+    description: str
+    files: tuple[str, ...]
     sources: Mapping[str, TensorSpec]
     targets: Mapping[str, TargetSpec]
     hidden: frozenset[str] = frozenset()
     loaded: frozenset[str] = frozenset()
     resettable: frozenset[str] = frozenset()
+
+
+def counted_rows(rows: Iterable[PlanRow]) -> list[PlanRow]:
+    """The rows of parameters, one for each piece of memory: the first row that writes it, else the first row."""
+    found: dict[Hashable, PlanRow] = {}
+    for row in rows:
+        if row.is_parameter and row.target is not None:
+            memory = row.identity if row.identity is not None else (row.model, row.tied_to or row.target)
+            if memory not in found or (row.writes and not found[memory].writes):
+                found[memory] = row
+    return list(found.values())
 
 
 def share_loaded(rows: Iterable[PlanRow], *, or_before: bool = False) -> float:
@@ -184,20 +228,11 @@ def share_loaded(rows: Iterable[PlanRow], *, or_before: bool = False) -> float:
     With ``or_before``, what an earlier initializer has loaded counts, too.
     """
     loaded = total = 0
-    seen: set[tuple[str, str]] = set()
-    for row in rows:
-        place = row.model, row.tied_to or str(row.target)
-        if row.is_parameter and row.target is not None and place not in seen:
-            seen.add(place)
-            numel = row.numel
-            total += numel
-            if row.writes:
-                loaded += row.taken if row.steps else numel
-            elif or_before and row.rule == LOADED_BEFORE:
-                loaded += numel
+    for row in counted_rows(rows):
+        numel = row.numel
+        total += numel
+        if row.writes:
+            loaded += row.taken if row.steps else numel
+        elif or_before and row.rule == LOADED_BEFORE:
+            loaded += numel
     return loaded / total if total else 1.0
-
-
-def is_counted(row: PlanRow) -> bool:
-    """Whether the row counts in a coverage: parameters of the model, tied ones once."""
-    return row.is_parameter and row.target is not None and row.tied_to is None

@@ -101,7 +101,7 @@ TARGETS = {
 
 
 def plans() -> Iterator[LoadPlan]:
-    part = PlanPart("net", "pretrain @ latest", "net.th", SOURCES, TARGETS, resettable=frozenset({"lost"}))
+    part = PlanPart("net", "pretrain @ latest", ("net.th",), SOURCES, TARGETS, resettable=frozenset({"lost"}))
     yield plan_load("file", [part], Transforms(RULES), policies=Policies(min_coverage={"**": 1.0}))
     yield plan_load("file", [part], Transforms(RULES), policies=Policies("reset", "ignore", "keep"))
     yield plan_load("file", [part], Transforms(RULES, source_root="sub.", target_root="sub.", warns=True))

@@ -18,7 +18,7 @@ from noether_init_core.sets.provenance import InitializerReport, InitReport
 from noether_init_core.surgery.advice import KEEP_MODEL_HINT
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob, parse_pattern
-from noether_init_core.surgery.plan import Action, LoadPlan, PlanPart, PlanRow, Problem, TargetSpec
+from noether_init_core.surgery.plan import Action, LoadPlan, Origin, PlanPart, PlanRow, Problem, TargetSpec
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.steps import Split, Step, Transpose
 from noether_init_core.surgery.transforms import KeepModel, Move, Rule, Transforms
@@ -36,7 +36,7 @@ def spec(*shape: int, dtype: str = "float32") -> TargetSpec:
 def planned(
     sources: dict[str, TargetSpec], targets: dict[str, TargetSpec], rules: NameRules | None = None, **more: Any
 ) -> LoadPlan:
-    part = PlanPart("vit", ORIGIN, "vit_cp=latest_model.th", sources, targets)
+    part = PlanPart("vit", ORIGIN, ("vit_cp=latest_model.th",), sources, targets)
     return plan_load("previous_run", [part], rules or NoetherSurgery(), fresh_hint=KEEP_MODEL_HINT, **more)
 
 
@@ -110,12 +110,7 @@ def wrong_shape() -> LoadPlan:
 
 def test_a_surgery_is_a_line_for_each_thing_that_is_done() -> None:
     """Where it comes from, what is done with it, by which line of the config; then the coverage."""
-    assert (
-        PlanView(surgery(), notes={("vit", ORIGIN, "vit_cp=latest_model.th"): "committed, digests present"})
-        .text(120)
-        .splitlines()
-        == SURGERY
-    )
+    assert PlanView(surgery(), notes={(0, "vit"): "committed, digests present"}).text(120).splitlines() == SURGERY
 
 
 SURGERY = """\
@@ -225,8 +220,8 @@ def test_where_all_is_well_there_is_one_line() -> None:
 
 def test_a_part_that_is_well_is_one_line_beside_one_that_is_not() -> None:
     """Models are named where there are several; the coverage is that of all, what two initializers load counts once."""
-    well = PlanPart("auto.encoder", "a @ latest", "e.th", {"w": spec(4)}, {"w": spec(4)})
-    bad = PlanPart("auto.decoder", "a @ latest", "d.th", {"w": spec(3)}, {"w": spec(4)})
+    well = PlanPart("auto.encoder", "a @ latest", ("e.th",), {"w": spec(4)}, {"w": spec(4)})
+    bad = PlanPart("auto.decoder", "a @ latest", ("d.th",), {"w": spec(3)}, {"w": spec(4)})
     plan = plan_load("resume", [well, bad], NoetherSurgery())
     assert PlanView(plan).text(100).splitlines() == [
         "resume  auto.encoder <- a @ latest   1 of 1 key loaded, 4 parameters, coverage 100 %",
@@ -239,14 +234,14 @@ def test_a_part_that_is_well_is_one_line_beside_one_that_is_not() -> None:
 def test_a_model_that_several_initializers_load_is_shown_once() -> None:
     """Both origins in front, and of each key what happens to it in the end."""
     parts = [
-        PlanPart("net", origin, f"{origin}.th", {keep: spec(9), other: spec(4)}, {"a": spec(4), "b": spec(4)})
+        PlanPart("net", origin, (f"{origin}.th",), {keep: spec(9), other: spec(4)}, {"a": spec(4), "b": spec(4)})
         for origin, keep, other in (("one", "a", "b"), ("two", "b", "a"))
     ]
     plans = [
         plan_load(kind, [part], Transforms([KeepModel((parse_glob(name),), f"keep {name}")]))
         for kind, part, name in (("first", parts[0], "a"), ("second", parts[1], "b"))
     ]
-    notes = {("net", "one", "one.th"): "committed", ("net", "two", "two.th"): "not committed"}
+    notes = {(0, "net"): "committed", (1, "net"): "not committed"}
     assert PlanView(LoadPlan.merged(plans), notes=notes).text(100).splitlines() == [
         "first + second  one; two   committed   not committed",
         " = load     {b,a}  2 keys  8",
@@ -411,6 +406,6 @@ def test_rules_are_said_by_their_place(rule: str, text: str) -> None:
 def test_steps_are_shown_in_order() -> None:
     """As a config writes them."""
     steps = (Transpose(), Split(0, (2, 2)))
-    row = PlanRow("net", "a", ("b",), "transform", (2, 2), "float32", 16, "r", None, "float16", steps=steps, parts=2)
-    shown = PlanView(LoadPlan("file", (row,), origins=(("net", "f", "f"),))).text(100).splitlines()
+    row = PlanRow("net", "a", ("b",), "transform", (2, 2), "float32", 16, "r", "float16", steps=steps, parts=2)
+    shown = PlanView(LoadPlan("file", (row,), origins=(Origin("file", "net", 0, "f", ("f",)),))).text(100).splitlines()
     assert shown[1] == " ~ transform  a  1 key  4  float16 -> float32  <- b  transpose, split 0  r"

@@ -454,7 +454,7 @@ def test_the_start_that_was_told_is_the_one_that_is_used(run: PathProvider, conf
     told = stack.start_checkpoint()
     save_later(run, 9)
     plan = stack.plan(bound(net()))
-    assert plan.origins[0][1].endswith("= E1_U7_S70")
+    assert plan.origins[0].description.endswith("= E1_U7_S70")
     assert [path for _, path, _ in stack.suggest(bound(net()))] == ["net"]
     assert stack.start_checkpoint() == told
     model, trainer = bound(net()), Stateful()
@@ -490,7 +490,7 @@ def test_plan_without_a_told_start_is_that_of_what_is_there(run: PathProvider) -
     stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=run)
     stack.plan(bound(net()))
     save_later(run, 9)
-    assert stack.plan(bound(net())).origins[0][1].endswith("= E1_U9_S90")
+    assert stack.plan(bound(net())).origins[0].description.endswith("= E1_U9_S90")
     assert stack.start_checkpoint() == TrainingIteration(1, 9, 90)
 
 

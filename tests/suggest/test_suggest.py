@@ -62,7 +62,7 @@ def planned(sources: Specs, targets: Specs, fields: Mapping[str, Any]) -> LoadPl
         for number, rule in enumerate(fields.get("transforms", []))
     ]
     transforms = Transforms(rules, source_root=fields.get("source_root", ""), target_root=fields.get("target_root", ""))
-    return plan_load("file", [PlanPart("net", "", "", sources, targets)], transforms)
+    return plan_load("file", [PlanPart("net", "", (), sources, targets)], transforms)
 
 
 def moves(plan: LoadPlan) -> dict[str, tuple[object, ...]]:

@@ -341,7 +341,7 @@ def test_time_grows_with_the_number_of_names_only() -> None:
         targets = {f"m{one}.weight": TargetSpec((2,), "float32", 8) for one in range(number)}
         sources = {name if kept else f"old.{name}": spec for name, spec in targets.items()}
         rules = [rule_of(TransformConfig.model_validate({"keep_model": "**"}), "rule 0")] if kept else []
-        part = PlanPart("net", "here", "a.pt", sources, targets)
+        part = PlanPart("net", "here", ("a.pt",), sources, targets)
         began = time.process_time()
         plan_load("file", [part], Transforms(rules))
         return time.process_time() - began

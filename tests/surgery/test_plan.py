@@ -8,7 +8,7 @@ import pytest
 
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.name_rules import NoetherSurgery, Rename
-from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec
+from noether_init_core.surgery.plan import LoadPlan, Origin, PlanPart, PlanRow, TargetSpec
 from noether_init_core.surgery.planner import Policies, plan_load
 
 
@@ -22,7 +22,7 @@ def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:
 def plan(
     sources: dict[str, TargetSpec], targets: dict[str, TargetSpec], rules: NoetherSurgery | None = None, **more: object
 ) -> LoadPlan:
-    part = PlanPart("net", "pretrain @ latest", "net_cp=latest_model.th", sources, targets)
+    part = PlanPart("net", "pretrain @ latest", ("net_cp=latest_model.th",), sources, targets)
     return plan_load("previous_run", [part], rules or NoetherSurgery(), **more)  # type: ignore[arg-type]
 
 
@@ -123,7 +123,7 @@ def test_a_plan_that_loads_nothing_is_a_problem() -> None:
 
 def test_non_persistent_buffers_in_a_file_are_left_out() -> None:
     """Averaged weights hold buffers that a state dict has not; they are no reason to refuse the file."""
-    part = PlanPart("net", "", "f", {"w": spec(2), "mask": spec(2)}, {"w": spec(2)}, frozenset({"mask"}))
+    part = PlanPart("net", "", ("f",), {"w": spec(2), "mask": spec(2)}, {"w": spec(2)}, frozenset({"mask"}))
     found = plan_load("previous_run", [part], NoetherSurgery())
     assert found.is_fine
     assert (found.rows[1].action, found.rows[1].rule) == ("removed", "non-persistent buffer of the model")
@@ -183,10 +183,52 @@ def test_entries_that_cannot_be_written_are_a_problem() -> None:
     assert codes(found) == ["unwritable"]
 
 
+def test_rows_of_merged_plans_keep_their_initializer_and_file() -> None:
+    """Each row says which initializer it is of, its number in the stack, and its file."""
+    targets = {"body": spec(2), "head": spec(2)}
+    plans = [
+        plan_load(kind, [PlanPart("net", kind, (f"{kind}.th",), {name: spec(2)}, targets)], NoetherSurgery(), **more)
+        for kind, name, more in (
+            ("first", "body", {"policies": Policies(on_missing="keep")}),
+            ("second", "head", {"policies": Policies(on_missing="keep")}),
+        )
+    ]
+    merged = LoadPlan.merged(plans, [0, 2])
+    assert merged.origins == (
+        Origin("first", "net", 0, "first", ("first.th",)),
+        Origin("second", "net", 2, "second", ("second.th",)),
+    )
+    assert [(row.key, row.action, merged.origins[row.origin].files) for row in merged.rows] == [
+        ("body", "load", ("first.th",)),
+        ("head", "load", ("second.th",)),
+    ]
+    assert [row["origin"] for row in merged.to_dict()["rows"]] == [0, 1]
+
+
+def test_memory_that_submodels_share_counts_once() -> None:
+    """In the coverage and in the totals, also where another submodel's row of it is the one that loads."""
+    shared = spec(6, identity="memory")
+    parts = [
+        PlanPart("pair.a", "", ("a.th",), {"w": spec(6)}, {"w": shared, "own": spec(2)}),
+        PlanPart("pair.b", "", ("b.th",), {}, {"w": shared}),
+    ]
+    found = plan_load("previous_run", parts, NoetherSurgery(), policies=Policies(on_missing="keep"))
+    assert found.coverage() == 0.75
+    assert found.to_dict()["totals"]["parameters"] == 8
+    assert [row["counted"] for row in found.to_dict()["rows"]] == [True, True, False]
+
+
+def test_a_plan_that_a_kind_builds_itself_has_an_origin() -> None:
+    """Rows alone are enough: they are of that kind, for their model, and of no file."""
+    found = LoadPlan("average", (PlanRow("net", "w", ("w",), "load", (2,), "float32", 8),))
+    assert found.origins == (Origin("average", "net"),)
+    assert (found.is_fine, found.coverage(), found.loaded_bytes) == (True, 1.0, 8)
+
+
 def test_ties_across_submodels_must_agree() -> None:
     """One tensor in two submodels: both files must hold the same bytes, and it cannot be kept in one of them."""
     parts = [
-        PlanPart(name, "", f"{name}.th", {"w": spec(2)}, {"w": spec(2, identity="memory")})
+        PlanPart(name, "", (f"{name}.th",), {"w": spec(2)}, {"w": spec(2, identity="memory")})
         for name in ("pair.a", "pair.b")
     ]
     found = plan_load("previous_run", parts, NoetherSurgery())

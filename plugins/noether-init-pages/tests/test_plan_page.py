@@ -22,7 +22,7 @@ from noether_init_core import (
     compose,
 )
 from noether_init_core.render.words import MARKS, amount, percent
-from noether_init_core.surgery.plan import PlanRow, Problem
+from noether_init_core.surgery.plan import Origin, PlanRow, Problem
 from noether_init_pages import html_page
 
 WRITES = ("load", "rename", "transform", "cast")
@@ -279,7 +279,12 @@ def test_names_from_a_file_are_text_and_nothing_else(chromium: Any, tmp_path: Pa
         for name in names
     )
     problem = Problem("missing", "needs <i>x</i>\nNext: </script>", "<b>m</b>", tuple(names))
-    hostile = LoadPlan("<u>kind</u>", rows, (problem,), origins=(("<b>m</b>", "<script>alert(1)</script>", "f<.th"),))
+    hostile = LoadPlan(
+        "<u>kind</u>",
+        rows,
+        (problem,),
+        origins=(Origin("file", "<b>m</b>", 0, "<script>alert(1)</script>", ("f<.th",)),),
+    )
     with opened(chromium, written(tmp_path / "hostile.html", hostile)) as page:
         assert page.evaluate("window.hacked") is None
         assert page.locator("main script, main img, main b, main i.weight").count() == 0
@@ -314,12 +319,13 @@ def test_ten_thousand_keys_are_a_page_of_five_megabytes_with_few_areas(chromium:
                 "float32",
                 4 << 20,
                 rule=rule,
-                source_shape=(1024, 1024),
                 source_dtype="float32",
                 source_shapes=((1024, 1024),),
             )
         )
-    large = LoadPlan("previous_run", tuple(rows), origins=(("vit", "pretrain @ latest", "vit.th"),))
+    large = LoadPlan(
+        "previous_run", tuple(rows), origins=(Origin("previous_run", "vit", 0, "pretrain @ latest", ("vit.th",)),)
+    )
     file = written(tmp_path / "large.html", large)
     assert file.stat().st_size < 5_000_000
     with opened(chromium, file) as page:

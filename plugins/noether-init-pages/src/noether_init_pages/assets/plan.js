@@ -8,15 +8,19 @@ page.start((data) => {
   const several = new Set(data.rows.map((row) => row.model)).size > 1;
   const full = (row, name) => (several ? `${row.model}: ${name}` : name);
   const numel = (sizes) => sizes.reduce((product, size) => product * size, 1);
-  const isCounted = (row) => row.target !== null && row.is_parameter && row.tied_to === null;
-  const counted = data.rows.filter(isCounted);
+  const counted = data.rows.filter((row) => row.counted);
+  // several initializers may have entries of one model
+  const isRepeated = new Set(data.origins.map((one) => one.model)).size < data.origins.length;
+  const from = ({ origin }) => `${data.origins[origin].position + 1}. ${shown(data.origins[origin].initializer)}`;
+  // several initializers may write entries of one model
+  const severalOrigins = data.origins.length > new Set(data.origins.map((one) => one.model)).size;
   const says = (action) => `${marks[action].symbol} ${marks[action].word}`;
 
   // ---- head
 
   const { totals } = data;
   page.lead.append(
-    element("ul", { class: "origins" }, data.origins.map((one) => element("li", {}, several || data.origins.length > 1 ? `${shown(one.model)} \u2190 ` : "", shown(one.origin), " ", key(one.file)))),
+    element("ul", { class: "origins" }, data.origins.map((one) => element("li", {}, several || data.origins.length > 1 ? `${shown(one.model)} \u2190 ` : "", shown(one.description), " ", one.files.map((file, at) => [at ? ", " : "", key(file)])))),
     page.figures([
       counted.length
         ? ["of the parameters are loaded", percent(data.coverage), data.coverage, data.coverage === 1 ? "good" : null]
@@ -270,9 +274,10 @@ page.start((data) => {
       { title: "Parameters", number: true, value: (row) => numel(row.shape), cell: (row) => amount(numel(row.shape)) },
       { title: "Shape", value: (row) => shape(row.shape), cell: (row) => [shape(row.shape), otherShape(row) && row.target !== null ? element("span", { class: "under" }, `file ${row.source_shapes.map(shape).join(", ")}`) : null] },
       { title: "Dtype", value: dtype, cell: dtype },
-      { title: "From", value: (row) => row.sources.join(", "), cell: (row) => (row.target === null || (row.sources.length === 1 && row.sources[0] === row.target)
+      { title: "From", value: (row) => row.sources.join(", "), cell: (row) => [row.target === null || (row.sources.length === 1 && row.sources[0] === row.target)
         ? element("span", { class: "count" }, row.target === null ? "" : "the same name")
-        : [element("span", { class: "from" }, row.sources.map((source, at) => [at ? ", " : "", key(source)])), row.steps.length ? element("span", { class: "under" }, row.steps.map(described).join(", "), row.parts > 1 ? `, part ${row.part} of ${row.parts}` : "") : null]) },
+        : [element("span", { class: "from" }, row.sources.map((source, at) => [at ? ", " : "", key(source)])), row.steps.length ? element("span", { class: "under" }, row.steps.map(described).join(", "), row.parts > 1 ? `, part ${row.part} of ${row.parts}` : "") : null],
+      isRepeated && row.sources.length ? element("span", { class: "under" }, from(row)) : null] },
       { title: "Rule", value: (row) => row.rule ?? "", cell: (row) => page.rule(row.rule) },
     ],
   });
