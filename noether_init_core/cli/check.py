@@ -19,7 +19,6 @@ from noether_init_core.cli.completion import kind_names
 from noether_init_core.errors import KindImportError
 
 if TYPE_CHECKING:
-    from noether_init_core.initializers.base import InitializerBase
     from noether_init_core.kinds.contract import Finding
 
 __all__ = ["run"]
@@ -61,8 +60,8 @@ def run(
         )
         problems = (finding,)
     else:
-        problems = (*_of_newer(loaded), *contract.examine(loaded))
-        advice += contract.advice(loaded) if not problems else ()
+        problems = (*filter(None, [contract.newer(loaded)]), *contract.examine(loaded))
+        advice += tuple(contract.advice(loaded)) if not problems else ()
     if as_json:
         typer.echo(json.dumps(_as_data(info, problems, advice), indent=2))
     else:
@@ -87,18 +86,6 @@ def _load(kind: str, *, as_json: bool) -> tuple[kinds.KindInfo, object]:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
         raise
-
-
-def _of_newer(cls: type[InitializerBase]) -> Iterator[Finding]:
-    from noether_init_core.kinds.contract import Finding, declared_version
-    from noether_init_core.kinds.hookspec import CONTRACT_VERSION
-
-    version = declared_version(cls)
-    if isinstance(version, int) and version > CONTRACT_VERSION:
-        yield Finding(
-            f"it was written for contract {version}; the installed {_CORE} has contract {CONTRACT_VERSION}",
-            f"pip install --upgrade {_CORE}",
-        )
 
 
 def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:

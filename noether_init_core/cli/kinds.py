@@ -10,7 +10,7 @@ import typer
 
 from noether_init_core import kinds
 from noether_init_core.messages import printable
-from noether_init_core.observers.loading import ObserverInfo, installed_observers
+from noether_init_core.observers.loading import installed_observers
 
 __all__ = ["run"]
 
@@ -22,7 +22,7 @@ def run(
     ] = False,
 ) -> None:
     """List the kinds that installed distributions offer. No plugin is imported."""
-    found: tuple[kinds.KindInfo | ObserverInfo, ...] = installed_observers() if observers else kinds.installed()
+    found = installed_observers() if observers else kinds.installed()
     what = "observer" if observers else "kind"
     counts = Counter(info.name for info in found if info.blocked_by is None)
     if as_json:

@@ -4,12 +4,9 @@ Here live entry points, the registry, the contract and its hookspec, and the con
 here reads a checkpoint, and importing it imports neither torch nor a plugin.
 """
 
+from noether_init_core.kinds.entry_points import ALLOW_VARIABLE, DENY_VARIABLE, KindInfo, clear_cache
 from noether_init_core.kinds.registry import (
-    ALLOW_VARIABLE,
-    DENY_VARIABLE,
     GROUP,
-    KindInfo,
-    clear_cache,
     create,
     describe,
     home_of,

@@ -11,6 +11,7 @@ from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCu
 
 from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig
+from noether_init_core.config.json_schema import kind_schema
 from noether_init_core.errors import ConfigError, KindError
 from noether_init_core.kinds.wording import explain
 
@@ -97,9 +98,4 @@ def _kind_schema(name: str, config_class: type[KindConfig], handler: pydantic.Ge
         schema = handler.resolve_ref_schema(handler(config_class.__pydantic_core_schema__))
     except pydantic.errors.PydanticInvalidForJsonSchema:  # a field for Python only, such as a callable
         schema = {"type": "object", "properties": {"kind": {"type": "string"}}}
-    return {
-        **schema,
-        "title": name,
-        "properties": {**schema["properties"], "kind": {**schema["properties"]["kind"], "const": name}},
-        "required": sorted({"kind", *schema.get("required", ())}),
-    }
+    return {**kind_schema(name, schema), "title": name}

@@ -5,9 +5,9 @@ Nothing is called and nothing is created. Names and arguments of hooks are read 
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from inspect import Parameter
 from types import FunctionType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -17,19 +17,10 @@ import pydantic
 from noether_init_core.config.base import KindConfig
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.source import SourceInitializer, SourceInitializerConfig
-from noether_init_core.kinds import hookspec
-from noether_init_core.kinds.hookspec import HOOK_NAMES
+from noether_init_core.kinds.hookspec import CONTRACT_VERSION, HOOK_NAMES, HookSpecs
+from noether_init_core.messages import near
 
-__all__ = [
-    "Finding",
-    "advice",
-    "config_fields",
-    "declared_version",
-    "examine",
-    "findings",
-    "hook_arguments",
-    "models_in",
-]
+__all__ = ["Finding", "advice", "config_fields", "examine", "hook_arguments", "newer"]
 
 # Names that people write for a hook although they are not near by spelling.
 _MISNOMERS = {
@@ -44,7 +35,6 @@ _MISNOMERS = {
     "load_weights": "init_weights",
     "start_iteration": "start_checkpoint",
 }
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _INIT = "def __init__(self, config, *, path_provider=None, ...): super().__init__(config, path_provider=path_provider)"
 
 
@@ -58,16 +48,18 @@ class Finding:
 
 def hook_arguments() -> dict[str, tuple[str, ...]]:
     """Hook -> the arguments that its specification offers."""
-    return {name: tuple(inspect.signature(getattr(hookspec.HookSpecs, name)).parameters)[1:] for name in HOOK_NAMES}
+    return {name: _arguments_of(getattr(HookSpecs, name)) for name in HOOK_NAMES}
 
 
-def declared_version(cls: type[InitializerBase]) -> object:
-    """The contract that ``cls`` itself declares; 1 where it declares none.
-
-    An inherited value does not count: a base class of the core says what the installed core has, not what the author
-    of ``cls`` wrote for.
-    """
-    return vars(cls).get("contract", 1)
+def newer(cls: type[InitializerBase]) -> Finding | None:
+    """The finding for a class that was written for a newer contract than the installed core has."""
+    version = _declared_version(cls)
+    if not isinstance(version, int) or version <= CONTRACT_VERSION:
+        return None
+    return Finding(
+        f"was written for contract {version}; the installed noether-init-core has contract {CONTRACT_VERSION}",
+        "pip install --upgrade noether-init-core",
+    )
 
 
 def examine(cls: type[InitializerBase]) -> tuple[Finding, ...]:
@@ -75,25 +67,80 @@ def examine(cls: type[InitializerBase]) -> tuple[Finding, ...]:
     found = [*_of_class(cls), *_of_names(cls)]
     for name, arguments in hook_arguments().items():
         found += _of_hook(cls, name, arguments)
-    return (*found, *_of_check(cls), *(_of_source(cls) if issubclass(cls, SourceInitializer) else ()))
+    found += _of_method(cls, "check", "(self, model, trainer=None, callbacks=None)", trainer=None, callbacks=None)
+    if issubclass(cls, SourceInitializer):
+        found += _of_source(cls)
+    return tuple(found)
 
 
-def findings(cls: type[InitializerBase]) -> tuple[str, ...]:
-    """The messages of ``examine``."""
-    return tuple(finding.message for finding in examine(cls))
-
-
-def advice(cls: type[InitializerBase]) -> tuple[Finding, ...]:
+def advice(cls: type[InitializerBase]) -> Iterator[Finding]:
     """What keeps the contract, and will trouble users or the author later."""
-    return (*_of_version(cls), *_of_promises(cls), *_of_config(cls.config_class))
+    if "contract" not in vars(cls):
+        yield Finding(
+            "it does not say the contract that it was written for, so it counts as 1",
+            f"contract: ClassVar[int] = {CONTRACT_VERSION}",
+        )
+    if inspect.getattr_static(cls, "check", None) is inspect.getattr_static(InitializerBase, "check"):
+        yield Finding(
+            "it has no check, so that a failure in init_weights may leave a model half changed",
+            "def check(self, model, trainer=None, callbacks=None): raise there what can be known beforehand",
+        )
+    inner_models: dict[type[pydantic.BaseModel], None] = {}
+    for path, field in config_fields(cls.config_class):
+        inner_models.update(dict.fromkeys(_models_in(field.annotation)))
+        if not field.description:
+            yield Finding(f"the key {path} has no description", f'{path}: ... = Field(..., description="...")')
+    for inner in inner_models:
+        if inner.model_config.get("extra", "ignore") == "ignore":
+            yield Finding(
+                f"{inner.__qualname__}, a part of the config, lets unknown keys pass",
+                f'model_config = ConfigDict(extra="forbid") in {inner.__qualname__}',
+            )
+    try:
+        cls.config_class.model_json_schema()
+    except Exception as error:  # the schema may run code of the author's fields
+        yield Finding(
+            f"its config has no JSON schema, for editors and noether-init schema: {str(error).splitlines()[0]}",
+            "keep what comes from Python only in kwargs, out of the fields",
+        )
+
+
+def config_fields(
+    cls: type[pydantic.BaseModel], path: str = "", above: tuple[type, ...] = ()
+) -> Iterator[tuple[str, Any]]:
+    """Every key of a config and of the models below it, as ``rules.match``, with its pydantic field."""
+    for name, field in cls.model_fields.items():
+        yield f"{path}{name}", field
+        for inner in _models_in(field.annotation):
+            if inner is not cls and inner not in above:
+                yield from config_fields(inner, f"{path}{name}.", (*above, cls))
+
+
+def _models_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
+    """The pydantic models in an annotation, without configs of other kinds, which are examined by themselves."""
+    is_model = isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
+    if is_model and not issubclass(annotation, KindConfig):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
+
+
+def _declared_version(cls: type[InitializerBase]) -> object:
+    # An inherited value does not count: a base class of the core says what the installed core has, not what the author
+    # of cls wrote for.
+    return vars(cls).get("contract", 1)
+
+
+def _arguments_of(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)[1:]
 
 
 def _of_class(cls: type[InitializerBase]) -> Iterator[Finding]:
-    version = declared_version(cls)
+    version = _declared_version(cls)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         yield Finding(
             f"contract is {version!r}, not a whole number of at least 1",
-            f"contract: ClassVar[int] = {hookspec.CONTRACT_VERSION}",
+            f"contract: ClassVar[int] = {CONTRACT_VERSION}",
         )
     config_class: object = inspect.getattr_static(cls, "config_class", None)
     if not (isinstance(config_class, type) and issubclass(config_class, KindConfig)):
@@ -106,7 +153,9 @@ def _of_class(cls: type[InitializerBase]) -> Iterator[Finding]:
             f"config_class {config_class.__qualname__} lets unknown keys pass; it must keep extra='forbid'",
             f"take extra out of the model_config of {config_class.__qualname__}",
         )
-    for method in _unimplemented(cls):
+    for name in sorted(getattr(cls, "__abstractmethods__", ())):
+        function = inspect.getattr_static(cls, name)
+        method = f"{name}({', '.join(_arguments_of(function))})" if isinstance(function, FunctionType) else name
         yield Finding(f"{method} is not implemented", f"implement {method}")
     try:
         inspect.signature(cls.__init__).bind_partial(None, None, path_provider=None)
@@ -114,122 +163,78 @@ def _of_class(cls: type[InitializerBase]) -> Iterator[Finding]:
         yield Finding(f"__init__ cannot be called with (config, path_provider=...): {error}", _INIT)
 
 
-def _unimplemented(cls: type[InitializerBase]) -> Iterator[str]:
-    """The abstract methods that ``cls`` leaves, as they are called: ``locate(model_name, part)``."""
-    for name in sorted(getattr(cls, "__abstractmethods__", ())):
-        function = inspect.getattr_static(cls, name)
-        is_method = isinstance(function, FunctionType)
-        yield f"{name}({', '.join([*inspect.signature(function).parameters][1:])})" if is_method else name
-
-
-def _own_classes(cls: type) -> Iterator[type]:
-    """``cls`` and its bases below the core's own: what the author wrote."""
-    for base in cls.__mro__:
-        if base is cls or not (
-            base.__module__.split(".")[0] == "noether_init_core" or base.__module__ in ("abc", "builtins")
-        ):
-            yield base
-
-
 def _of_names(cls: type[InitializerBase]) -> Iterator[Finding]:
-    own = [name for base in _own_classes(cls) for name in vars(base)]
-    known = {name for base in cls.__mro__ if base not in _own_classes(cls) for name in vars(base)}
-    for name in sorted(set(own)):
+    """Methods that the author meant as hooks."""
+    core = [
+        base
+        for base in cls.__mro__
+        if base is not cls and base.__module__.split(".")[0] in ("noether_init_core", "abc", "builtins")
+    ]
+    known = {name for base in core for name in vars(base)}
+    own = {name for base in cls.__mro__ if base not in core for name in vars(base)}
+    for name in sorted(own - known):
         # never by getattr: a descriptor of the author's would run
         is_method = isinstance(inspect.getattr_static(cls, name, None), FunctionType | classmethod | staticmethod)
-        if name.startswith("_") or name in HOOK_NAMES or name in known or not is_method:
+        if name.startswith("_") or not is_method:
             continue
-        near = (
-            [_MISNOMERS[name]] if name in _MISNOMERS else difflib.get_close_matches(name, HOOK_NAMES, n=1, cutoff=0.85)
-        )
+        meant = [_MISNOMERS[name]] if name in _MISNOMERS else near(name, HOOK_NAMES, 1, cutoff=0.85)
         # Beside the hook itself, a method of a similar name is a helper.
-        if near and near[0] not in own:
+        if meant and meant[0] not in own:
             yield Finding(
-                f"{name} is no hook and would never be called; did you mean {near[0]}?",
-                f"rename it to {near[0]}, or to _{name} if it is a helper",
+                f"{name} is no hook and would never be called; did you mean {meant[0]}?",
+                f"rename it to {meant[0]}, or to _{name} if it is a helper",
             )
 
 
-def _of_hook(cls: type[InitializerBase], name: str, arguments: tuple[str, ...]) -> Iterator[Finding]:
+def _of_hook(cls: type[InitializerBase], name: str, arguments: Sequence[str]) -> Iterator[Finding]:
     function = inspect.getattr_static(cls, name, None)
-    plain = f"def {name}(self, {', '.join(arguments[:-1])}): ...".replace("(self, )", "(self)")
+    plain = f"def {name}({', '.join(('self', *arguments[:-1]))}): ..."
+    yield from _of_form(function, name, plain)
     if not isinstance(function, FunctionType):
-        yield Finding(f"{name} is a {type(function).__name__}, not a plain method", plain)
         return
-    yield from _of_form(name, function)
     parameters = list(inspect.signature(function).parameters.values())
-    if not parameters or parameters[0].kind not in _POSITIONAL:
+    if not parameters or parameters[0].kind not in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
         yield Finding(f"{name} does not take self", plain)
         return
-    for parameter in parameters[1:]:
-        offered = ", ".join(arguments)
-        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            star = "*" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else "**"
+    offered = ", ".join(arguments)
+    for one in parameters[1:]:
+        if one.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+            shown = one.replace(annotation=Parameter.empty)
+            yield Finding(f"{name} takes {shown}, which would stay empty; name what it needs of: {offered}", plain)
+        elif one.name not in arguments:
+            yield Finding(f"{name} takes {one.name}, which would never be filled; it may take: {offered}", plain)
+        elif one.default is not Parameter.empty or one.kind is Parameter.KEYWORD_ONLY:
+            how = "keyword-only" if one.kind is Parameter.KEYWORD_ONLY else "with a default"
             yield Finding(
-                f"{name} takes {star}{parameter.name}, which would stay empty; name what it needs of: {offered}", plain
+                f"{name} takes {one.name} {how}, so it would never be filled; make it a plain argument", plain
             )
-        elif parameter.name not in arguments:
-            yield Finding(f"{name} takes {parameter.name}, which would never be filled; it may take: {offered}", plain)
-        elif parameter.default is not inspect.Parameter.empty or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            how = "keyword-only" if parameter.kind is inspect.Parameter.KEYWORD_ONLY else "with a default"
-            yield Finding(
-                f"{name} takes {parameter.name} {how}, so it would never be filled; make it a plain argument", plain
-            )
-
-
-def _of_check(cls: type[InitializerBase]) -> Iterator[Finding]:
-    function: Any = inspect.getattr_static(cls, "check", None)
-    plain = "def check(self, model, trainer=None, callbacks=None): ..."
-    if not isinstance(function, FunctionType):
-        yield Finding(f"check is a {type(function).__name__}, not a plain method", plain)
-        return
-    yield from _of_form("check", function)
-    try:
-        inspect.signature(function).bind(None, None, trainer=None, callbacks=None)
-    except TypeError as error:
-        yield Finding(f"check cannot be called with (model, trainer=..., callbacks=...): {error}", plain)
 
 
 def _of_source(cls: type[SourceInitializer]) -> Iterator[Finding]:
     """What a kind that locates files must keep besides."""
     config_class: Any = inspect.getattr_static(cls, "config_class", None)
-    if isinstance(config_class, type) and issubclass(config_class, KindConfig):
-        if not issubclass(config_class, SourceInitializerConfig):
-            yield Finding(
-                f"config_class {config_class.__qualname__} is no SourceInitializerConfig",
-                f"derive {config_class.__qualname__} from SourceInitializerConfig",
-            )
-        else:
-            yield from _of_core_fields(config_class)
-    function: Any = inspect.getattr_static(cls, "locate", None)
-    if "locate" in getattr(cls, "__abstractmethods__", ()) or not isinstance(function, FunctionType):
-        return
-    yield from _of_form("locate", function)
-    try:
-        inspect.signature(function).bind(None, None, None)
-    except TypeError as error:
+    if isinstance(config_class, type) and issubclass(config_class, SourceInitializerConfig):
+        for name, own in SourceInitializerConfig.model_fields.items():
+            annotation = config_class.model_fields[name].annotation
+            # A key of the core with another meaning would switch off what it protects; fewer choices are fine.
+            if annotation != own.annotation and not set(_choices(annotation)) <= set(_choices(own.annotation)):
+                yield Finding(
+                    f"the key {name} of {config_class.__qualname__} is the core's, with other values",
+                    f"another name for {name}, or fewer of its values: Literal[...]",
+                )
+    elif isinstance(config_class, type) and issubclass(config_class, KindConfig):
         yield Finding(
-            f"locate cannot be called with (model_name, part): {error}", "def locate(self, model_name, part): ..."
+            f"config_class {config_class.__qualname__} is no SourceInitializerConfig",
+            f"derive {config_class.__qualname__} from SourceInitializerConfig",
         )
-
-
-def _of_core_fields(config_class: type[SourceInitializerConfig]) -> Iterator[Finding]:
-    """A key of the core with another meaning would switch off what it protects; fewer choices of the same are fine."""
-    for name, own in SourceInitializerConfig.model_fields.items():
-        said = config_class.model_fields[name].annotation
-        if said == own.annotation or set(_choices(said)) <= set(_choices(own.annotation)) != set():
-            continue
-        yield Finding(
-            f"the key {name} of {config_class.__qualname__} is the core's, with other values",
-            f"another name for {name}, or fewer of its values: Literal[...]",
-        )
+    if "locate" not in cls.__abstractmethods__:
+        arguments = _arguments_of(SourceInitializer.locate)
+        yield from _of_method(cls, "locate", f"({', '.join(('self', *arguments))})", *arguments[1:])
 
 
 def _choices(annotation: Any) -> Iterator[object]:
     if get_origin(annotation) is Literal:
         yield from get_args(annotation)
-    elif annotation is type(None):
-        yield None
     elif get_origin(annotation) in (Union, UnionType):
         for one in get_args(annotation):
             yield from _choices(one)
@@ -237,79 +242,28 @@ def _choices(annotation: Any) -> Iterator[object]:
         yield annotation
 
 
-def _of_form(name: str, decorated: FunctionType) -> Iterator[Finding]:
-    function: Any = inspect.unwrap(decorated)
-    if inspect.isasyncgenfunction(function) or inspect.iscoroutinefunction(function):
+def _of_method(cls: type, name: str, signature: str, *more: object, **keywords: object) -> Iterator[Finding]:
+    """Of a method that is called with itself, one argument, ``more`` and ``keywords``."""
+    function = inspect.getattr_static(cls, name, None)
+    plain = f"def {name}{signature}: ..."
+    yield from _of_form(function, name, plain)
+    if isinstance(function, FunctionType):
+        try:
+            inspect.signature(function).bind(None, None, *more, **keywords)
+        except TypeError as error:
+            shown = signature.replace("self, ", "").replace("None", "...")
+            yield Finding(f"{name} cannot be called with {shown}: {error}", plain)
+
+
+def _of_form(function: object, name: str, plain: str) -> Iterator[Finding]:
+    if not isinstance(function, FunctionType):
+        yield Finding(f"{name} is a {type(function).__name__}, not a plain method", plain)
+        return
+    inner: Any = inspect.unwrap(function)
+    if inspect.isasyncgenfunction(inner) or inspect.iscoroutinefunction(inner):
         yield Finding(f"{name} is async, so calling it would do nothing", f"def {name}, without async")
-    elif inspect.isgeneratorfunction(function):
+    elif inspect.isgeneratorfunction(inner):
         yield Finding(
             f"{name} is a generator (it holds a yield), so calling it would do nothing",
             "move what yields into a helper, and go through it in the hook",
         )
-
-
-def _of_version(cls: type[InitializerBase]) -> Iterator[Finding]:
-    if "contract" not in vars(cls):
-        yield Finding(
-            "it does not say the contract that it was written for, so it counts as 1",
-            f"contract: ClassVar[int] = {hookspec.CONTRACT_VERSION}",
-        )
-
-
-def _of_promises(cls: type[InitializerBase]) -> Iterator[Finding]:
-    if inspect.getattr_static(cls, "check", None) is inspect.getattr_static(InitializerBase, "check"):
-        yield Finding(
-            "it has no check, so that a failure in init_weights may leave a model half changed",
-            "def check(self, model, trainer=None, callbacks=None): raise there what can be known beforehand",
-        )
-
-
-def _of_config(config_class: type[KindConfig]) -> Iterator[Finding]:
-    for path, field in config_fields(config_class):
-        if not field.description:
-            yield Finding(f"the key {path} has no description", f'{path}: ... = Field(..., description="...")')
-    for inner in _models_below(config_class):
-        if inner.model_config.get("extra", "ignore") == "ignore":
-            yield Finding(
-                f"{inner.__qualname__}, a part of the config, lets unknown keys pass",
-                f'model_config = ConfigDict(extra="forbid") in {inner.__qualname__}',
-            )
-    try:
-        config_class.model_json_schema()
-    except Exception as error:  # the schema may run code of the author's fields
-        yield Finding(
-            f"its config has no JSON schema, for editors and noether-init schema: {str(error).splitlines()[0]}",
-            "keep what comes from Python only in kwargs, out of the fields",
-        )
-
-
-def config_fields(cls: type[pydantic.BaseModel]) -> Iterator[tuple[str, Any]]:
-    """Every key of a config and of the models below it, as ``rules.match``, with its pydantic field."""
-    yield from _fields(cls, "", (cls,))
-
-
-def _fields(cls: type[pydantic.BaseModel], path: str, above: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
-    for name, field in cls.model_fields.items():
-        yield f"{path}{name}", field
-        for inner in models_in(field.annotation):
-            if inner not in above:
-                yield from _fields(inner, f"{path}{name}.", (*above, inner))
-
-
-def _models_below(cls: type[pydantic.BaseModel], seen: set[type] | None = None) -> Iterator[type[pydantic.BaseModel]]:
-    seen = {cls} if seen is None else seen
-    for field in cls.model_fields.values():
-        for inner in models_in(field.annotation):
-            if inner not in seen:
-                seen.add(inner)
-                yield inner
-                yield from _models_below(inner, seen)
-
-
-def models_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
-    """The pydantic models in an annotation; configs of other kinds are left out, they have a look of their own."""
-    is_model = isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
-    if is_model and not issubclass(annotation, KindConfig):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from models_in(argument)

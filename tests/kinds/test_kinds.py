@@ -430,10 +430,12 @@ def test_a_contract_that_is_inherited_does_not_count(foreign: ForeignPackages, m
 def test_broken_metadata_of_a_stranger_leaves_others_alone(
     foreign: ForeignPackages, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Undecodable metadata, an entry point without '=', a missing name: left out, with a line in the log."""
+    """Entry points that cannot be read are left out with a line in the log; a folder without metadata, silently."""
     foreign.install("fine-init", offers={"fine": "fine_kind:K"})
-    undecodable = foreign.install("undecodable", offers={"a": "x:Y"})
-    (undecodable / "METADATA").write_bytes(b"Metadata-Version: 2.1\nName: \xff\xfe\n")
+    undecodable = foreign.install("undecodable")
+    (undecodable / "entry_points.txt").write_bytes(b"[noether_init.initializers]\na = \xff\xfe:Y\n")
+    unread = foreign.install("unread-init", offers={"unread": "x:Y"}, version="3.0")
+    (unread / "METADATA").write_bytes(b"Metadata-Version: 2.1\nName: \xff\xfe\n")
     unparsable = foreign.install("unparsable")
     (unparsable / "entry_points.txt").write_text(f"[{kinds.GROUP}]\nthis is no pair\n")
     nameless = foreign.install("nameless", offers={"b": "x:Y"})
@@ -442,7 +444,8 @@ def test_broken_metadata_of_a_stranger_leaves_others_alone(
     kinds.clear_cache()
     with caplog.at_level(logging.WARNING):
         found = {info.name: info for info in kinds.installed()}
-    assert set(found) - CORE >= {"fine", "odd_value"}
+    assert set(found) - CORE >= {"fine", "odd_value", "unread"}
+    assert found["unread"].source == "unread-init 3.0"
     assert not {"a", "b", "this is no pair"} & set(found)
     assert "metadata cannot be read" in caplog.text
     with pytest.raises(KindImportError):

@@ -39,7 +39,7 @@ class RegistrationChecks(Checks):
             f"{cls.__qualname__} does not say the contract that it was written for. Add: contract: ClassVar[int] = "
             f"{CONTRACT_VERSION}"
         )
-        assert not contract.findings(cls)
+        assert not contract.examine(cls)
 
     def test_import_does_no_work(self) -> None:
         """Importing the module opens no file for writing, no connection and no process, prints and changes nothing."""
