@@ -15,7 +15,7 @@ from noether_init_core.applying.targets import Identity, ModelTargets, OwnLoadin
 from noether_init_core.errors import PlanError, StateMismatchError
 from noether_init_core.stopwatch import Stopwatch
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
-from noether_init_core.surgery.steps import Pad, Step, carry_out
+from noether_init_core.surgery.steps import Step, carry_out
 
 __all__ = ["WeightReader", "apply_rows", "check_values"]
 
@@ -130,7 +130,7 @@ def _copy_plain(
 def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> None:
     """Carry out the steps of a row; behind a pad without value the target keeps what it has."""
     steps = list(row.steps)
-    while steps and isinstance(steps[-1], Pad) and steps[-1].value is None:
+    while steps and steps[-1].keeps_model:
         steps.pop()
     value = carry_out(steps, sources)[row.part]
     for dim, size in enumerate(value.shape):

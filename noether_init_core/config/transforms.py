@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
+import attrs
 import pydantic
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, core_schema
 
 from noether_init_core.files.tensor_info import ITEMSIZES
 from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pattern, parse_regex
-from noether_init_core.surgery.steps import (
-    Cast,
-    Concat,
-    Interpolate,
-    Pad,
-    Reshape,
-    Slice,
-    Split,
-    Stack,
-    Step,
-    Transpose,
-    Unstack,
-)
+from noether_init_core.surgery.steps import STEPS, Step, described, written
 from noether_init_core.surgery.transforms import Drop, KeepModel, Move, Only, Rule
 
-__all__ = ["StepConfig", "TransformConfig", "rule_of"]
+__all__ = ["TransformConfig", "rule_of"]
 
 
 class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 def _check(parse: Callable[[str], object]) -> pydantic.AfterValidator:
@@ -40,7 +29,7 @@ def _check(parse: Callable[[str], object]) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -51,150 +40,96 @@ def _dtype(value: str) -> str:
     return name
 
 
-Pattern = Annotated[str, _check(parse_pattern)]
 #: One name may be written without a list; the JSON schema knows it, too.
-_OneOrMore = pydantic.BeforeValidator(_listed, json_schema_input_type=str | list[str])
-Patterns = Annotated[list[Pattern], _OneOrMore, pydantic.Field(min_length=1)]
+_OneOrMore = pydantic.BeforeValidator(_as_list, json_schema_input_type=str | list[str])
+Patterns = Annotated[list[Annotated[str, _check(parse_pattern)]], _OneOrMore, pydantic.Field(min_length=1)]
 Globs = Annotated[list[Annotated[str, _check(parse_glob)]], _OneOrMore, pydantic.Field(min_length=1)]
-Count = Annotated[int, pydantic.Field(ge=0)]
-Positive = Annotated[int, pydantic.Field(ge=1)]
-Grid = tuple[Positive, Positive]
 
 
-_EXAMPLES = {
-    "split": "split: 0",
-    "concat": "concat: 0",
-    "stack": "stack: 0",
-    "unstack": "unstack: 0",
-    "reshape": "reshape: [8, -1]",
-    "slice": "slice: {dim: 0, stop: 4}",
-    "pad": "pad: {size: 8}",
-    "interpolate": "interpolate: {grid: [14, 14], to_grid: [16, 16]}",
-    "cast": "cast: float32",
-}
+def _model_of(step: type[Step]) -> type[pydantic.BaseModel]:
+    """The arguments of a step as a config writes them, out of the annotations of its fields."""
+    fields: dict[str, Any] = {}
+    hints = get_type_hints(step, include_extras=True)
+    for field in attrs.fields(step):
+        annotation, *metadata = get_args(hints[field.name])
+        description = next(one for one in metadata if isinstance(one, str))
+        checks = [one for one in metadata if not isinstance(one, str)]
+        checks += [pydantic.AfterValidator(_dtype)] if field.name == "dtype" else []
+        for check in checks:
+            annotation = Annotated[annotation, check]
+        default = ... if field.default is attrs.NOTHING else field.default
+        fields[field.name] = (annotation, pydantic.Field(default=default, description=description))
+    return pydantic.create_model(f"{step.__name__}Config", __base__=_Strict, __doc__=_first_line(step), **fields)
 
 
-class SplitConfig(_Strict):
-    """``split`` into given sizes."""
-
-    dim: int = pydantic.Field(default=0, description="The dimension that is cut.")
-    sizes: list[Positive] = pydantic.Field(min_length=1, description="The size of each part, in order.")
+def _first_line(of: type) -> str:
+    return (of.__doc__ or "").partition("\n")[0]
 
 
-class SliceConfig(_Strict):
-    """``slice``: from ``start`` to before ``stop``."""
-
-    dim: int = pydantic.Field(default=0, description="The dimension that is cut.")
-    start: Count = pydantic.Field(default=0, description="The first index that is taken, from 0.")
-    stop: Positive | None = pydantic.Field(default=None, description="The first index that is not; null: to the end.")
-
-
-class PadConfig(_Strict):
-    """``pad`` at the end, to ``size``; without ``value`` the model's own elements stay there."""
-
-    size: Positive = pydantic.Field(description="The size afterwards.")
-    dim: int = pydantic.Field(default=0, description="The dimension that grows.")
-    value: pydantic.FiniteFloat | None = pydantic.Field(
-        default=None, description="What stands at the end; null: the model's own elements."
-    )
+def _form_of(step: type[Step]) -> Any:
+    """What stands behind the name of a step: its arguments, or the one that may be written alone."""
+    model = _model_of(step)
+    if not step.short:
+        return model
+    alone = model.model_fields[step.short].rebuild_annotation()
+    return alone if len(model.model_fields) == 1 else alone | model
 
 
-class InterpolateConfig(_Strict):
-    """``interpolate`` a position embedding from ``grid`` to ``to_grid`` (rows, columns)."""
+def _prepared(value: Any) -> Any:
+    if isinstance(value, str):
+        if value != "transpose":
+            known = ", ".join(STEPS)
+            raise ValueError(f"{str(value)!r} is no step; write transpose, or {{split: 0}} and the like: {known}")
+        return {"transpose": True}
+    if isinstance(value, Mapping) and len(value) != 1:
+        raise ValueError(f"one step has one key, this has {len(value)}; begin each step with a dash of its own")
+    if isinstance(value, Mapping) and "transpose" in value:
+        raise ValueError("transpose takes no arguments; write: do: [transpose]")
+    for name, said in value.items() if isinstance(value, Mapping) else ():
+        if said is None or isinstance(said, bool):
+            raise ValueError(f"{name} has no value; for example {described(STEPS.get(str(name), STEPS['split']))}")
+    return value
 
-    grid: Grid = pydantic.Field(description="Rows and columns in the file.")
-    to_grid: Grid = pydantic.Field(description="Rows and columns in the model.")
-    prefix_tokens: Count = pydantic.Field(default=0, description="Leading entries that belong to no place in the grid.")
-    mode: Literal["bicubic", "bilinear"] = pydantic.Field(default="bicubic", description="How values in between come.")
+
+def _step_of(model: pydantic.BaseModel) -> Step:
+    ((name, value),) = ((name, getattr(model, name)) for name in model.model_fields_set)
+    step = type(STEPS[name])
+    if isinstance(value, pydantic.BaseModel):
+        return step(**{field: getattr(value, field) for field in type(value).model_fields})
+    return step(**{step.short: value} if step.short else {})
 
 
-def _said(field: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a step that is written: null means that it is not."""
-    kept = {key: value for key, value in field.items() if key != "default"}
-    return {**kept, "anyOf": [one for one in field["anyOf"] if one != {"type": "null"}]}
-
-
-class StepConfig(_Strict):
-    """One step of ``do``: a mapping with one key, or the text ``transpose``."""
-
-    transpose: Literal[True] | None = pydantic.Field(default=None, description="Exchange the two dimensions.")
-    split: int | SplitConfig | None = pydantic.Field(
-        default=None, description="Cut along this dimension into equal parts, one for each name in to; or given sizes."
-    )
-    concat: int | None = pydantic.Field(default=None, description="Put together along this dimension.")
-    stack: int | None = pydantic.Field(default=None, description="Put together along a new dimension, this one.")
-    unstack: int | None = pydantic.Field(default=None, description="Take apart along this dimension, which goes.")
-    reshape: Annotated[list[Annotated[int, pydantic.Field(ge=-1)]], pydantic.Field(min_length=1)] | None = (
-        pydantic.Field(default=None, description="The shape afterwards; -1 once, for what is left.")
-    )
-    slice: SliceConfig | None = pydantic.Field(default=None, description="A part along one dimension.")
-    pad: PadConfig | None = pydantic.Field(default=None, description="Make one dimension longer.")
-    interpolate: InterpolateConfig | None = pydantic.Field(
-        default=None, description="A position embedding for another grid."
-    )
-    cast: Annotated[str, pydantic.AfterValidator(_dtype)] | None = pydantic.Field(
-        default=None, description="The dtype afterwards, such as float32."
-    )
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _prepare(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value != "transpose":
-                known = ", ".join(cls.model_fields)
-                raise ValueError(f"{str(value)!r} is no step; write transpose, or {{split: 0}} and the like: {known}")
-            return {"transpose": True}
-        if isinstance(value, Mapping) and len(value) != 1:
-            raise ValueError(f"one step has one key, this has {len(value)}; begin each step with a dash of its own")
-        if isinstance(value, Mapping) and "transpose" in value:
-            raise ValueError("transpose takes no arguments; write: do: [transpose]")
-        for name, said in value.items() if isinstance(value, Mapping) else ():
-            if said is None or isinstance(said, bool):
-                raise ValueError(f"{name} has no value; for example {_EXAMPLES.get(str(name), 'split: 0')}")
-        return value
+class _StepSchema:
+    """How a config writes a step: a mapping with one key, or the text ``transpose``; derived from ``STEPS``."""
 
     @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        """As a config writes it: ``transpose``, or a mapping with one key."""
-        schema = handler.resolve_ref_schema(handler(core_schema))
-        properties = {name: _said(field) for name, field in schema["properties"].items() if name != "transpose"}
-        mapping = {**schema, "properties": properties, "minProperties": 1, "maxProperties": 1}
+    def __get_pydantic_core_schema__(cls, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
+        fields: dict[str, Any] = {
+            name: (
+                Literal[True] if name == "transpose" else _form_of(type(step)),
+                pydantic.Field(default=None, description=_first_line(type(step))),
+            )
+            for name, step in STEPS.items()
+        }
+        model = pydantic.create_model(
+            "StepConfig", __base__=_Strict, __doc__="One step: a mapping with one key, or the text transpose.", **fields
+        )
+        return core_schema.no_info_after_validator_function(
+            _step_of,
+            core_schema.no_info_before_validator_function(_prepared, handler(model)),
+            serialization=core_schema.plain_serializer_function_ser_schema(written),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
+        mapping = {**handler.resolve_ref_schema(handler(schema)), "minProperties": 1, "maxProperties": 1}
+        mapping["properties"] = {
+            name: {key: value for key, value in field.items() if key != "default"}
+            for name, field in mapping["properties"].items()
+            if name != "transpose"
+        }
         described = mapping.pop("description", "")
         return {"anyOf": [{"const": "transpose"}, mapping], "description": described}
-
-    @pydantic.model_serializer(mode="wrap")
-    def _dumped(self, serialize: pydantic.SerializerFunctionWrapHandler) -> Any:
-        """As a config writes it: the one key that was said."""
-        if self.transpose:
-            return "transpose"
-        return {key: value for key, value in serialize(self).items() if value is not None}
-
-    def step(self) -> Step:
-        """The step as ``surgery`` has it."""
-        if self.split is not None:
-            return Split(self.split) if isinstance(self.split, int) else Split(self.split.dim, tuple(self.split.sizes))
-        if self.concat is not None:
-            return Concat(self.concat)
-        if self.stack is not None:
-            return Stack(self.stack)
-        if self.unstack is not None:
-            return Unstack(self.unstack)
-        if self.reshape is not None:
-            return Reshape(tuple(self.reshape))
-        if self.slice is not None:
-            return Slice(self.slice.dim, self.slice.start, self.slice.stop)
-        if self.pad is not None:
-            return Pad(self.pad.size, self.pad.dim, self.pad.value)
-        if self.interpolate is not None:
-            given = self.interpolate
-            return Interpolate(given.grid, given.to_grid, given.prefix_tokens, given.mode)
-        if self.cast is not None:
-            return Cast(self.cast)
-        if self.transpose:
-            return Transpose()
-        raise ValueError("a step that says nothing")
 
 
 #: What a rule is; it has exactly one of them.
@@ -217,7 +152,7 @@ class TransformConfig(_Strict):
         default=None, description="A regular expression (RE2) for whole names in the file; (?P<x>..) captures."
     )
     to: Patterns | None = pydantic.Field(default=None, description="Names in the model; the same name when null.")
-    do: list[StepConfig] = pydantic.Field(default=[], description="Steps on the way, in order.")
+    do: list[Annotated[Step, _StepSchema]] = pydantic.Field(default=[], description="Steps on the way, in order.")
     optional: bool = pydantic.Field(default=False, description="Whether the rule may match nothing.")
     drop: Globs | None = pydantic.Field(default=None, description="Names of the file to ignore.")
     keep_model: Globs | None = pydantic.Field(
@@ -261,13 +196,13 @@ class TransformConfig(_Strict):
                 raise ValueError(
                     f"{sources[0].text!r} and {pattern.text!r}: a trailing dot stands on both or on neither"
                 )
-        names = [step for config in self.do for step in config.model_fields_set]
-        if len(sources) > 1 and not {"concat", "stack"} & set(names):
+        names = {step.name for step in self.do}
+        if len(sources) > 1 and not {"concat", "stack"} & names:
             raise ValueError("several names in from need concat or stack in do")
-        if len(targets) > 1 and not {"split", "unstack"} & set(names):
+        if len(targets) > 1 and not {"split", "unstack"} & names:
             raise ValueError("several names in to need split or unstack in do")
-        cuts = sorted({"split", "unstack"} & set(names))
-        if len(targets) == 1 and cuts and not {"concat", "stack"} & set(names):
+        cuts = sorted({"split", "unstack"} & names)
+        if len(targets) == 1 and cuts and not {"concat", "stack"} & names:
             raise ValueError(f"{cuts[0]} needs several names in to")
         if sources[0].below and (len(sources) > 1 or len(targets) > 1):
             raise ValueError(
@@ -298,4 +233,4 @@ def rule_of(config: TransformConfig, label: str) -> Rule:
     shown = ", ".join(pattern.text for pattern in sources)
     if config.to is not None:
         shown += f" -> {', '.join(config.to)}"
-    return Move(sources, targets, tuple(step.step() for step in config.do), config.optional, f"{label} ({shown})")
+    return Move(sources, targets, tuple(config.do), config.optional, f"{label} ({shown})")

@@ -53,10 +53,10 @@ def _owners(key: str, kind: str) -> list[str]:
 
 def _rule_keys() -> list[str]:
     """Keys of rules and steps of ``transforms``."""
-    from noether_init_core.config.transforms import StepConfig, TransformConfig
+    from noether_init_core.config.transforms import TransformConfig
+    from noether_init_core.surgery.steps import STEPS
 
-    models = (TransformConfig, StepConfig)
-    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+    return [*(field.alias or name for name, field in TransformConfig.model_fields.items()), *STEPS]
 
 
 def _fields(kind: str) -> Collection[str]:

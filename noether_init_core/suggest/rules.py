@@ -12,17 +12,7 @@ import attrs
 from noether_init_core.suggest.layer_names import Layer, filled
 from noether_init_core.suggest.pairs import Pair
 from noether_init_core.surgery.patterns import parse_glob, parse_pattern
-from noether_init_core.surgery.steps import (
-    Concat,
-    Interpolate,
-    Reshape,
-    Shape,
-    Split,
-    Stack,
-    Step,
-    Transpose,
-    Unstack,
-)
+from noether_init_core.surgery.steps import Concat, Reshape, Shape, Split, Stack, Step, Transpose, Unstack, written
 from noether_init_core.surgery.transforms import Drop, KeepModel, Move, Rule
 
 __all__ = ["Draft", "drafts_of", "merged", "rule_of_draft"]
@@ -275,23 +265,5 @@ def _row_dim(pair: Pair) -> int:
 
 def _with_steps(config: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
     if steps:
-        config["do"] = [_plain(step) for step in steps]
+        config["do"] = [written(step) for step in steps]
     return config
-
-
-def _plain(step: Step) -> Any:
-    """A step as a config writes it."""
-    match step:
-        case Split(dim, None):
-            return {"split": dim}
-        case Split(dim, sizes):
-            return {"split": {"dim": dim, "sizes": list(sizes or ())}}
-        case Concat(dim) | Stack(dim) | Unstack(dim):
-            return {step.name: dim}
-        case Reshape(shape):
-            return {"reshape": list(shape)}
-        case Interpolate(grid, to_grid, prefix, _):
-            values = {"grid": list(grid), "to_grid": list(to_grid), "prefix_tokens": prefix}
-            return {"interpolate": values if prefix else {k: v for k, v in values.items() if k != "prefix_tokens"}}
-        case _:
-            return step.name

@@ -23,7 +23,6 @@ from noether_init_core.surgery.rows import (
     counted_rows,
     share_loaded,
 )
-from noether_init_core.surgery.steps import step_to_dict
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +191,11 @@ class LoadPlan:
 
         def plain(row: PlanRow) -> dict[str, Any]:
             values = {name: getattr(row, name) for name in names}
-            return {**values, "steps": [step_to_dict(step) for step in row.steps], "counted": id(row) in counted_ids}
+            return {
+                **values,
+                "steps": [{"step": step.name, **attrs.asdict(step)} for step in row.steps],
+                "counted": id(row) in counted_ids,
+            }
 
         names = [field.name for field in attrs.fields(PlanRow) if field.name != "identity"]
         counted = counted_rows(self.rows)

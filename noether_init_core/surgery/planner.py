@@ -32,7 +32,6 @@ from noether_init_core.surgery.steps import (
     Stack,
     Step,
     StepError,
-    largest_between,
     shapes_after,
 )
 from noether_init_core.surgery.transforms import glob_set
@@ -330,12 +329,9 @@ class _PartPlanner:
         key = id(taken.steps), taken.sources, taken.parts
         known = self._resolved.get(key)
         if known is None:
-            known = self._resolved[key] = shapes_after(
-                taken.steps, [tuple(source.shape) for source in sources], taken.parts
-            )
-            most = 64 * max(math.prod(spec.shape), *(math.prod(source.shape) for source in sources)) + _SMALL
-            if largest_between(known[0], [tuple(source.shape) for source in sources]) > most:
-                raise StepError(f"a step makes far more elements than file and model have (over {most:,})")
+            before = [tuple(source.shape) for source in sources]
+            most = 64 * max(map(math.prod, (spec.shape, *before))) + _SMALL
+            known = self._resolved[key] = shapes_after(taken.steps, before, taken.parts, most)
         steps, shapes = known
         shape = shapes[taken.part]
         if shape != spec.shape and len(shape) == len(spec.shape) and taken.parts == 1:
@@ -343,9 +339,9 @@ class _PartPlanner:
             if len(steps) > len(known[0]):
                 shape = spec.shape
                 self._fitted.add(taken.sources[0])
-        if any(isinstance(step, Pad) and step.value is None for step in steps[:-1]):
-            keeps = [number for number, step in enumerate(steps) if isinstance(step, Pad) and step.value is None]
-            if any(not isinstance(step, Pad) or step.value is not None for step in steps[keeps[0] :]):
+        if any(step.keeps_model for step in steps[:-1]):
+            keeps = [number for number, step in enumerate(steps) if step.keeps_model]
+            if not all(step.keeps_model for step in steps[keeps[0] :]):
                 raise StepError("pad without a value lets the model's own elements stay, so it has to come last")
         return steps, shape
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import attrs
 
-from noether_init_core.surgery.steps import Pad, Step, shapes_after
+from noether_init_core.surgery.steps import Step, shapes_after
 
 __all__ = [
     "LOADED_BEFORE",
@@ -152,7 +152,7 @@ class PlanRow:
             return 0
         number = self.numel
         for step in reversed(self.steps):
-            if not isinstance(step, Pad) or step.value is not None:
+            if not step.keeps_model:
                 break
             shorter = shapes_after(self.steps[: self.steps.index(step)], self.source_shapes, self.parts)[1][self.part]
             number = math.prod(shorter)

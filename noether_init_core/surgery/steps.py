@@ -1,21 +1,29 @@
 """Steps that change tensors on their way from a file into a model: what they make of shapes, and of values.
 
 A step takes a list of tensors and gives a list: ``split`` makes several of one, ``concat`` one of several, others
-change each. What it makes of shapes is decided before anything is read, so that values cannot surprise anybody.
+change each. What it makes of shapes is decided before anything is read.
+
+``STEPS`` is the one table of them. Configs, their JSON schema, suggestions and views are derived from it: a step class
+with its docstring, and for each argument the type, bounds and description of its annotation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import attrs
+from annotated_types import Ge, MinLen
+
+from noether_init_core.messages import listed, yaml_line
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "STEPS",
     "Cast",
     "Concat",
     "Interpolate",
@@ -31,73 +39,85 @@ __all__ = [
     "Unstack",
     "carry_out",
     "described",
-    "largest_between",
     "shapes_after",
-    "step_from_dict",
-    "step_to_dict",
+    "written",
 ]
 
 Shape = tuple[int, ...]
-#: Elements that a step may make of a tensor; a config must not ask for all memory.
-_MOST_ELEMENTS = 1 << 40
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Grid = tuple[Positive, Positive]
 
 
 class StepError(ValueError):
     """A step cannot be taken with tensors of these shapes; the message says why."""
 
 
-class Step(Protocol):
-    """One step. ``name`` is how configs write it; steps without ``inverse`` lose something."""
-
-    name: ClassVar[str]
-    #: Whether values of an optimizer's moments can follow.
-    moves_moments: ClassVar[bool]
-
-    def resolved(self, shapes: Sequence[Shape], outputs: int) -> Step:
-        """The step with everything said that a config may leave out. Raises ``StepError``."""
-        ...
-
-    def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        """The shapes afterwards, of a resolved step. Raises ``StepError``."""
-        ...
-
-    def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors afterwards, of a resolved step; views where that can be."""
-        ...
-
-    def inverse(self, shapes: Sequence[Shape]) -> Step | None:
-        """The step back, for tensors that had ``shapes`` before; None where there is none."""
-        ...
-
-
 @attrs.frozen
-class Transpose:
-    """Exchange the last two dimensions; tensors of fewer dimensions stay, so that one rule serves weight and bias."""
+class Step:
+    """One step; the base is for steps that change each tensor by itself. Its arguments are its fields."""
 
-    name: ClassVar[str] = "transpose"
+    #: The argument that a config may write alone, without its name.
+    short: ClassVar[str] = ""
+    #: Whether values of an optimizer's moments can follow.
     moves_moments: ClassVar[bool] = True
 
-    def resolved(self, shapes: Sequence[Shape], outputs: int) -> Transpose:
+    @property
+    def name(self) -> str:
+        """How configs write it."""
+        return type(self).__name__.lower()
+
+    @property
+    def keeps_model(self) -> bool:
+        """Whether the model's own elements stay behind what is loaded."""
+        return False
+
+    def resolved(self, shapes: Sequence[Shape], outputs: int) -> Step:
+        """The step with every argument that a config may leave out. Raises ``StepError``."""
         return self
 
     def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        return [shape if len(shape) < 2 else (*shape[:-2], shape[-1], shape[-2]) for shape in shapes]
+        """The shapes afterwards, of a resolved step. Raises ``StepError``."""
+        return [self._shape(shape) for shape in shapes]
 
     def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor if tensor.dim() < 2 else tensor.transpose(-2, -1) for tensor in tensors]
+        """The tensors afterwards, of a resolved step; views where that is possible."""
+        return [self._value(tensor) for tensor in tensors]
+
+    def inverse(self, shapes: Sequence[Shape]) -> Step | None:
+        """The step back, for tensors that had ``shapes`` before; None for a step that loses something."""
+        return None
+
+    def _shape(self, shape: Shape) -> Shape:
+        raise NotImplementedError
+
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@attrs.frozen
+class Transpose(Step):
+    """Exchange the last two dimensions; tensors of fewer dimensions stay, so that one rule serves weight and bias."""
 
     def inverse(self, shapes: Sequence[Shape]) -> Transpose:
         return self
 
+    def _shape(self, shape: Shape) -> Shape:
+        return shape if len(shape) < 2 else (*shape[:-2], shape[-1], shape[-2])
+
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.dim() < 2 else tensor.transpose(-2, -1)
+
 
 @attrs.frozen
-class Split:
-    """Cut one tensor along a dimension: into equal parts, or into ``sizes``."""
+class Split(Step):
+    """Cut one tensor along a dimension: into equal parts, one for each name in ``to``, or into given sizes."""
 
-    dim: int = 0
-    sizes: tuple[int, ...] | None = None
-    name: ClassVar[str] = "split"
-    moves_moments: ClassVar[bool] = True
+    dim: Annotated[int, "The dimension that is cut."] = 0
+    sizes: Annotated[
+        Annotated[tuple[Positive, ...], MinLen(1)] | None, "The size of each part, in order; null: equal parts."
+    ] = None
+    short: ClassVar[str] = "dim"
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Split:
         shape = _only(shapes, self.name)
@@ -126,12 +146,11 @@ class Split:
 
 
 @attrs.frozen
-class Concat:
+class Concat(Step):
     """Put tensors behind each other along a dimension that they have."""
 
-    dim: int = 0
-    name: ClassVar[str] = "concat"
-    moves_moments: ClassVar[bool] = True
+    dim: Annotated[int, "The dimension along which they are put together."] = 0
+    short: ClassVar[str] = "dim"
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Concat:
         dim = _dimension(self.dim, shapes[0], self.name)
@@ -154,12 +173,11 @@ class Concat:
 
 
 @attrs.frozen
-class Stack:
+class Stack(Step):
     """Put tensors of one shape behind each other along a new dimension."""
 
-    dim: int = 0
-    name: ClassVar[str] = "stack"
-    moves_moments: ClassVar[bool] = True
+    dim: Annotated[int, "The new dimension."] = 0
+    short: ClassVar[str] = "dim"
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Stack:
         if len(set(shapes)) > 1:
@@ -179,12 +197,11 @@ class Stack:
 
 
 @attrs.frozen
-class Unstack:
+class Unstack(Step):
     """Take one tensor apart along a dimension, which is gone afterwards."""
 
-    dim: int = 0
-    name: ClassVar[str] = "unstack"
-    moves_moments: ClassVar[bool] = True
+    dim: Annotated[int, "The dimension that goes."] = 0
+    short: ClassVar[str] = "dim"
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Unstack:
         shape = _only(shapes, self.name)
@@ -205,129 +222,109 @@ class Unstack:
 
 
 @attrs.frozen
-class Reshape:
-    """The same elements in another shape; one size may be -1."""
+class Reshape(Step):
+    """The same elements in another shape."""
 
-    shape: Shape
-    name: ClassVar[str] = "reshape"
-    moves_moments: ClassVar[bool] = True
+    shape: Annotated[tuple[Annotated[int, Ge(-1)], ...], MinLen(1), "The shape afterwards; -1 once, for what is left."]
+    short: ClassVar[str] = "shape"
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Reshape:
         numbers = {math.prod(shape) for shape in shapes}
         known = math.prod(size for size in self.shape if size != -1)
-        if len(numbers) > 1 or (-1 not in self.shape and numbers != {known}):
-            raise StepError(f"reshape: {_listed(shapes)} cannot become {list(self.shape)}")
-        if -1 not in self.shape:
-            return self
-        (number,) = numbers
-        if self.shape.count(-1) > 1 or not known or number % known:
+        unknown = self.shape.count(-1)
+        number = max(numbers)
+        if len(numbers) > 1 or unknown > 1 or (not known or number % known if unknown else number != known):
             raise StepError(f"reshape: {_listed(shapes)} cannot become {list(self.shape)}")
         return Reshape(tuple(number // known if size == -1 else size for size in self.shape))
-
-    def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        return [self.shape] * len(shapes)
-
-    def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor.reshape(self.shape) for tensor in tensors]
 
     def inverse(self, shapes: Sequence[Shape]) -> Reshape | None:
         return Reshape(shapes[0]) if len(set(shapes)) == 1 else None
 
+    def _shape(self, shape: Shape) -> Shape:
+        return self.shape
+
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(self.shape)
+
 
 @attrs.frozen
-class Slice:
-    """The elements from ``start`` to before ``stop`` of a dimension."""
+class Slice(Step):
+    """A part along one dimension: from ``start`` to before ``stop``."""
 
-    dim: int = 0
-    start: int = 0
-    stop: int | None = None
-    name: ClassVar[str] = "slice"
-    moves_moments: ClassVar[bool] = True
+    dim: Annotated[int, "The dimension that is cut."] = 0
+    start: Annotated[Count, "The first index that is taken, from 0."] = 0
+    stop: Annotated[Positive | None, "The first index that is not; null: to the end."] = None
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Slice:
         dim = _dimension(self.dim, shapes[0], self.name)
-        sizes = {shape[dim] if dim < len(shape) else None for shape in shapes}
-        stop = self.stop
-        for size in sizes:
-            stop = size if self.stop is None else self.stop
-            if size is None or stop is None or not 0 <= self.start < stop <= size:
-                raise StepError(
-                    f"slice: {self.start} to {self.stop} is not within dimension {dim} of {_listed(shapes)}"
-                )
+        sizes = {shape[dim] if dim < len(shape) else 0 for shape in shapes}
         if self.stop is None and len(sizes) > 1:
             raise StepError(f"slice: say stop, since {_listed(shapes)} differ in dimension {dim}")
+        stop = max(sizes) if self.stop is None else self.stop
+        if not 0 <= self.start < stop <= min(sizes):
+            raise StepError(f"slice: {self.start} to {self.stop} is not within dimension {dim} of {_listed(shapes)}")
         return Slice(dim, self.start, stop)
 
-    def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        size = (self.stop or 0) - self.start
-        return [(*shape[: self.dim], size, *shape[self.dim + 1 :]) for shape in shapes]
+    def _shape(self, shape: Shape) -> Shape:
+        return (*shape[: self.dim], (self.stop or 0) - self.start, *shape[self.dim + 1 :])
 
-    def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor.narrow(self.dim, self.start, (self.stop or 0) - self.start) for tensor in tensors]
-
-    def inverse(self, shapes: Sequence[Shape]) -> None:
-        return None
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.narrow(self.dim, self.start, (self.stop or 0) - self.start)
 
 
 @attrs.frozen
-class Pad:
-    """Lengthen a dimension at its end to ``size``, with ``value``.
+class Pad(Step):
+    """Make one dimension longer, at its end.
 
     Without a value the model's own elements stay there, such as freshly initialized rows of an embedding; then the
     step has to be the last one, and moments of an optimizer are zero there.
     """
 
-    size: int
-    dim: int = 0
-    value: float | None = None
-    name: ClassVar[str] = "pad"
-    moves_moments: ClassVar[bool] = True
+    size: Annotated[Positive, "The size afterwards."]
+    dim: Annotated[int, "The dimension that grows."] = 0
+    value: Annotated[float | None, "What stands at the end; null: the model's own elements."] = None
+
+    @property
+    def keeps_model(self) -> bool:
+        return self.value is None
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Pad:
         dim = _dimension(self.dim, shapes[0], self.name)
         if any(dim >= len(shape) or shape[dim] > self.size for shape in shapes):
             raise StepError(f"pad: dimension {dim} of {_listed(shapes)} is longer than {self.size} already")
-        if any(math.prod(shape) * self.size > _MOST_ELEMENTS for shape in shapes):
-            raise StepError(f"pad to {self.size} is absurd for {_listed(shapes)}")
         return Pad(self.size, dim, self.value)
 
-    def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        return [(*shape[: self.dim], self.size, *shape[self.dim + 1 :]) for shape in shapes]
+    def _shape(self, shape: Shape) -> Shape:
+        return (*shape[: self.dim], self.size, *shape[self.dim + 1 :])
 
-    def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
 
-        padded = []
-        for tensor, shape in zip(tensors, self.shapes([tuple(tensor.shape) for tensor in tensors]), strict=True):
-            new = torch.full(shape, 0 if self.value is None else self.value, dtype=tensor.dtype)
-            new.narrow(self.dim, 0, tensor.shape[self.dim]).copy_(tensor)
-            padded.append(new)
-        return padded
-
-    def inverse(self, shapes: Sequence[Shape]) -> None:
-        return None
+        new = torch.full(self._shape(tuple(tensor.shape)), 0 if self.value is None else self.value, dtype=tensor.dtype)
+        new.narrow(self.dim, 0, tensor.shape[self.dim]).copy_(tensor)
+        return new
 
 
 @attrs.frozen
-class Interpolate:
-    """Resample a position embedding from one grid of patches to another.
+class Interpolate(Step):
+    """A position embedding for another grid of patches.
 
     The embedding is ``[..., prefix_tokens + rows * columns, channels]``; the first ``prefix_tokens`` (a class token)
-    are taken over. Bicubic, without aligned corners, smoothed where the grid becomes smaller; computed in float32.
+    are taken over. Without aligned corners, smoothed where the grid becomes smaller; computed in float32.
     """
 
-    grid: tuple[int, int]
-    to_grid: tuple[int, int]
-    prefix_tokens: int = 0
-    mode: str = "bicubic"
-    name: ClassVar[str] = "interpolate"
+    grid: Annotated[Grid, "Rows and columns in the file."]
+    to_grid: Annotated[Grid, "Rows and columns in the model."]
+    prefix_tokens: Annotated[Count, "Leading entries that belong to no place in the grid."] = 0
+    mode: Annotated[Literal["bicubic", "bilinear"], "How values in between come."] = "bicubic"
     moves_moments: ClassVar[bool] = False
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Interpolate:
-        tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
+        patches = math.prod(self.grid)
+        tokens = self.prefix_tokens + patches
         for shape in shapes:
             if len(shape) < 2 or shape[-2] != tokens:
-                more = shape[-2] - self.grid[0] * self.grid[1] if len(shape) > 1 else -1
+                more = shape[-2] - patches if len(shape) > 1 else -1
                 hint = f". Next: prefix_tokens: {more}" if 0 <= more <= 4 else ""
                 raise StepError(
                     f"interpolate: a grid of {self.grid[0]} x {self.grid[1]} with {self.prefix_tokens} prefix tokens "
@@ -335,65 +332,70 @@ class Interpolate:
                 )
         return self
 
-    def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        tokens = self.prefix_tokens + self.to_grid[0] * self.to_grid[1]
-        return [(*shape[:-2], tokens, shape[-1]) for shape in shapes]
+    def _shape(self, shape: Shape) -> Shape:
+        return (*shape[:-2], self.prefix_tokens + math.prod(self.to_grid), shape[-1])
 
-    def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
 
-        done = []
-        for tensor in tensors:
-            prefix, patches = tensor[..., : self.prefix_tokens, :], tensor[..., self.prefix_tokens :, :]
-            channels = tensor.shape[-1]
-            image = patches.reshape(-1, *self.grid, channels).permute(0, 3, 1, 2).float()
-            options: dict[str, Any] = {} if self.mode == "nearest" else {"align_corners": False, "antialias": True}
-            image = torch.nn.functional.interpolate(image, size=self.to_grid, mode=self.mode, **options)
-            patches = image.permute(0, 2, 3, 1).reshape(*tensor.shape[:-2], -1, channels).to(tensor.dtype)
-            done.append(torch.cat([prefix, patches], -2))
-        return done
-
-    def inverse(self, shapes: Sequence[Shape]) -> None:
-        return None
+        prefix, patches = tensor[..., : self.prefix_tokens, :], tensor[..., self.prefix_tokens :, :]
+        channels = tensor.shape[-1]
+        image = patches.reshape(-1, *self.grid, channels).permute(0, 3, 1, 2).float()
+        image = torch.nn.functional.interpolate(
+            image, size=self.to_grid, mode=self.mode, align_corners=False, antialias=True
+        )
+        patches = image.permute(0, 2, 3, 1).reshape(*tensor.shape[:-2], -1, channels).to(tensor.dtype)
+        return torch.cat([prefix, patches], -2)
 
 
 @attrs.frozen
-class Cast:
-    """Convert to a dtype, by torch's name without ``torch.``; allowed here whatever the config says of casts."""
+class Cast(Step):
+    """Convert to a dtype; allowed here whatever the config says of casts."""
 
-    dtype: str
-    name: ClassVar[str] = "cast"
-    moves_moments: ClassVar[bool] = True
+    dtype: Annotated[str, "The dtype afterwards, such as float32."]
+    short: ClassVar[str] = "dtype"
 
-    def resolved(self, shapes: Sequence[Shape], outputs: int) -> Cast:
-        return self
+    def _shape(self, shape: Shape) -> Shape:
+        return shape
 
-    def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        return list(shapes)
-
-    def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return [tensor.to(getattr(torch, self.dtype)) for tensor in tensors]
-
-    def inverse(self, shapes: Sequence[Shape]) -> None:
-        return None
+        return tensor.to(getattr(torch, self.dtype))
 
 
-_STEPS: dict[str, Any] = {
-    kind.name: kind for kind in (Transpose, Split, Concat, Stack, Unstack, Reshape, Slice, Pad, Interpolate, Cast)
+#: Name in a config -> an example of the step.
+STEPS: Mapping[str, Step] = {
+    step.name: step
+    for step in (
+        Transpose(),
+        Split(0),
+        Concat(0),
+        Stack(0),
+        Unstack(0),
+        Reshape((8, -1)),
+        Slice(0, 0, 4),
+        Pad(8),
+        Interpolate((14, 14), (16, 16)),
+        Cast("float32"),
+    )
 }
 
 
-def shapes_after(steps: Sequence[Step], shapes: Sequence[Shape], outputs: int) -> tuple[tuple[Step, ...], list[Shape]]:
+def shapes_after(
+    steps: Sequence[Step], shapes: Sequence[Shape], outputs: int, most: float = math.inf
+) -> tuple[tuple[Step, ...], list[Shape]]:
     """The steps resolved one after the other, and the shapes at the end. Raises ``StepError``.
 
-    ``outputs`` is how many tensors there have to be then; the last ``split`` or ``unstack`` makes that many.
+    ``outputs`` is how many tensors there have to be then; the last ``split`` or ``unstack`` makes that many. ``most``
+    is how many elements all tensors together may have after any of the steps.
     """
     resolved, current = [], list(shapes)
     for step in steps:
         ready = step.resolved(current, outputs)
         current = ready.shapes(current)
+        if sum(map(math.prod, current)) > most:
+            raise StepError(f"a step makes far more elements than file and model have (over {most:,})")
         resolved.append(ready)
     if len(current) != outputs:
         raise StepError(
@@ -401,15 +403,6 @@ def shapes_after(steps: Sequence[Step], shapes: Sequence[Shape], outputs: int) -
             + (": several need concat or stack" if len(current) > outputs else ": it needs split or unstack")
         )
     return tuple(resolved), current
-
-
-def largest_between(steps: Sequence[Step], shapes: Sequence[Shape]) -> int:
-    """The most elements that all tensors together have after any of the steps, which are resolved."""
-    current, most = list(shapes), 0
-    for step in steps:
-        current = step.shapes(current)
-        most = max(most, sum(math.prod(shape) for shape in current))
-    return most
 
 
 def carry_out(steps: Sequence[Step], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -420,39 +413,25 @@ def carry_out(steps: Sequence[Step], tensors: Sequence[torch.Tensor]) -> list[to
     return current
 
 
-def step_to_dict(step: Step) -> dict[str, Any]:
-    """As plain data, with ``step`` for the name."""
-    return {"step": step.name, **attrs.asdict(step)}  # type: ignore[arg-type]  # every step is an attrs class
+def written(step: Step) -> Any:
+    """As a config writes it, without what it may leave out: ``transpose``, ``{split: 0}``."""
+    arguments = {
+        field.name: list(value) if isinstance(value := getattr(step, field.name), tuple) else value
+        for field in attrs.fields(type(step))
+        if field.name == step.short or getattr(step, field.name) != field.default
+    }
+    if isinstance(step, Split) and len(set(step.sizes or ())) == 1:
+        del arguments["sizes"]
+    if not arguments:
+        return step.name
+    return {step.name: arguments[step.short] if arguments.keys() == {step.short} else arguments}
 
 
-def step_from_dict(values: Mapping[str, Any]) -> Step:
-    """The reverse of ``step_to_dict``."""
-    kind = _STEPS[values["step"]]
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    del arguments["step"]
-    step: Step = kind(**arguments)
-    return step
-
-
+@lru_cache(maxsize=1024)
 def described(step: Step) -> str:
-    """As a config writes it: ``split 0``, ``interpolate 14 x 14 to 16 x 16``."""
-    match step:
-        case Split(dim, sizes):
-            return f"split {dim}" if sizes is None or len(set(sizes)) == 1 else f"split {dim} {list(sizes)}"
-        case Concat(dim) | Stack(dim) | Unstack(dim):
-            return f"{step.name} {dim}"
-        case Reshape(shape):
-            return f"reshape {list(shape)}"
-        case Slice(dim, start, stop):
-            return f"slice {dim} [{start}:{stop}]"
-        case Pad(size, dim, _):
-            return f"pad {dim} to {size}"
-        case Interpolate(grid, to_grid, _, _):
-            return f"interpolate {grid[0]} x {grid[1]} to {to_grid[0]} x {to_grid[1]}"
-        case Cast(dtype):
-            return f"cast {dtype}"
-        case _:
-            return step.name
+    """As a config writes it, for people: ``transpose``, ``split: 0``."""
+    plain = written(step)
+    return plain if isinstance(plain, str) else f"{step.name}: {yaml_line(plain[step.name])}"
 
 
 def _only(shapes: Sequence[Shape], name: str) -> Shape:
@@ -468,4 +447,4 @@ def _dimension(dim: int, shape: Shape, name: str) -> int:
 
 
 def _listed(shapes: Sequence[Shape]) -> str:
-    return ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+    return listed(map(list, dict.fromkeys(shapes)))

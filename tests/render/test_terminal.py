@@ -117,7 +117,7 @@ SURGERY = """\
 previous_run  pretrain @ latest = E4_U16_S128   committed, digests present
  = load       wte.weight                  1 key  768.0 k
  > rename     blocks.{0..11}.mlp.*      48 keys   56.7 M  <- h.{0..11}.mlp.*  init.yaml:4
- ~ transform  blocks.{0..11}.{q,k,v}.*  72 keys   21.3 M  <- h.{0..11}.c_attn.*  split 0  init.yaml:5
+ ~ transform  blocks.{0..11}.{q,k,v}.*  72 keys   21.3 M  <- h.{0..11}.c_attn.*  split: 0  init.yaml:5
  o keep       head.*                     2 keys    7.7 k  init.yaml:9
 coverage 99.9 %   no problem   nothing was changed   (--all unfolds)
 """.splitlines()
@@ -125,7 +125,7 @@ coverage 99.9 %   no problem   nothing was changed   (--all unfolds)
 WRONG_PATTERN = """\
 previous_run  pretrain @ latest = E4_U16_S128
  = load        wte.weight                  1 key  768.0 k
- ~ transform   blocks.{0..11}.{q,k,v}.*  72 keys   21.3 M  <- h.{0..11}.c_attn.*  split 0
+ ~ transform   blocks.{0..11}.{q,k,v}.*  72 keys   21.3 M  <- h.{0..11}.c_attn.*  split: 0
                init.yaml:5
  o keep        head.*                     2 keys    7.7 k  init.yaml:9
  ! unexpected  h.{0..11}.mlp.*           48 keys   56.7 M
@@ -206,7 +206,7 @@ def test_all_of_it_is_a_line_for_every_row() -> None:
     lines = PlanView(surgery(), unfolded=True).text(200).splitlines()
     assert len(lines) == 1 + 123 + 1
     said = " ".join(lines[2].split())
-    assert said == "~ transform blocks.0.q.weight 589.8 k <- h.0.c_attn.weight split 0 init.yaml:5"
+    assert said == "~ transform blocks.0.q.weight 589.8 k <- h.0.c_attn.weight split: 0 init.yaml:5"
     assert "--all" not in lines[-1]
 
 
@@ -408,4 +408,4 @@ def test_steps_are_shown_in_order() -> None:
     steps = (Transpose(), Split(0, (2, 2)))
     row = PlanRow("net", "a", ("b",), "transform", (2, 2), "float32", 16, "r", "float16", steps=steps, parts=2)
     shown = PlanView(LoadPlan("file", (row,), origins=(Origin("file", "net", 0, "f", ("f",)),))).text(100).splitlines()
-    assert shown[1] == " ~ transform  a  1 key  4  float16 -> float32  <- b  transpose, split 0  r"
+    assert shown[1] == " ~ transform  a  1 key  4  float16 -> float32  <- b  transpose, split: 0  r"
