@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from support.hostile import FILES
 
 from noether_init_core import CheckpointFormatError, open_checkpoint
 
-# Another process opens each file, in the way a program would, and prints what that took: processor time, and the peak
+# Another process opens each file, in the way a program would, and prints what that took: lines of Python, and the peak
 # of resident memory or of Python's own, whichever grew more.
 MEASURE = """
-import json, sys, time, tracemalloc
+import json, sys, tracemalloc
 import torch
+from support.counting import LineCounter
 from noether_init_core import CheckpointError, InitializerStack, PathProvider, bind, open_checkpoint
 
 def peak():
@@ -45,14 +46,16 @@ for entry in (open_checkpoint, by_stack):
     entry(good)  # imports what is imported at first use
     for path in paths:
         open("/proc/self/clear_refs", "w").write("5")
-        before, began = peak(), time.process_time()
+        before = peak()
         refuse(entry, path)
-        took, grown = time.process_time() - began, peak() - before
+        grown = peak() - before
         tracemalloc.start()
         refuse(entry, path)
         traced = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        found[f"{entry.__name__} {path}"] = [took, max(grown, traced)]
+        with LineCounter() as lines:
+            refuse(entry, path)
+        found[f"{entry.__name__} {path}"] = [lines.count, max(grown, traced)]
 print(json.dumps(found))
 """
 
@@ -60,7 +63,7 @@ print(json.dumps(found))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is asked of Linux")
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_files_that_ask_for_much_cost_little(tmp_path: Path) -> None:
-    """Each is refused in less than 0.2 s, with less than 50 MB, by open_checkpoint and by the kind ``file``."""
+    """Each is refused within 100,000 lines of Python and 50 MB, by open_checkpoint and by the kind ``file``."""
     good = tmp_path / "good.th"
     torch.save(torch.nn.Linear(3, 2).state_dict(), good)
     paths = []
@@ -70,9 +73,11 @@ def test_files_that_ask_for_much_cost_little(tmp_path: Path) -> None:
             write(paths[-1])
     assert all(path.stat().st_size < 4000 for path in paths)
     command = [sys.executable, "-c", MEASURE, str(good), *map(str, paths)]
-    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment).stdout
+    measured = json.loads(output)
     assert len(measured) == 2 * len(paths)
-    assert {what: cost for what, cost in measured.items() if cost[0] >= 0.2 or cost[1] >= 50 << 20} == {}
+    assert {what: cost for what, cost in measured.items() if cost[0] >= 100_000 or cost[1] >= 50 << 20} == {}
 
 
 def colliding(count: int) -> list[bytes]:
@@ -93,14 +98,12 @@ COLLISIONS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("title", COLLISIONS, ids=lambda title: title.replace(" ", "_"))
-def test_keys_that_collide_are_refused_in_time(tmp_path: Path, title: str) -> None:
-    """A megabyte of numbers with one hash would take half a minute; it is refused in less than two seconds."""
+def test_keys_that_collide_are_refused(tmp_path: Path, title: str) -> None:
+    """A megabyte of numbers with one hash is refused as soon as its keys take far too long."""
     path = write_pickle(tmp_path / "a.th", COLLISIONS[title]())
     assert path.stat().st_size < 1_100_000
-    began = time.process_time()
     with pytest.raises(CheckpointFormatError, match="collide with each other"):
         open_checkpoint(path)
-    assert time.process_time() - began < 2
 
 
 def test_honest_numbers_as_keys_are_read_however_many(tmp_path: Path) -> None:

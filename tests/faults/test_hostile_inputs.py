@@ -31,7 +31,6 @@ import os
 import pickle
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +38,7 @@ from typing import Any, BinaryIO
 import pytest
 import safetensors.torch
 import torch
+from support.counting import LineCounter
 from support.foreign import INITIALIZER, ForeignPackages
 from support.handmade import write_pickle, write_safetensors
 from support.hostile import FILES, Payload
@@ -559,9 +559,9 @@ def test_hostile_configs_are_refused_with_line_and_path_of_the_key(world: World,
     text, says = CONFIGS[title]
     path = world.folder / "init.yaml"
     path.write_text(text)
-    began = time.process_time()
-    hold(world, lambda: InitializerStack.from_file(path, path_provider=world.paths), ConfigError, says)
-    assert time.process_time() - began < 2
+    with LineCounter() as lines:
+        hold(world, lambda: InitializerStack.from_file(path, path_provider=world.paths), ConfigError, says)
+    assert lines.count < 5_000_000
 
 
 @refused(23, ConfigError, "runid")
@@ -656,9 +656,9 @@ def test_a_pattern_is_a_text_and_cannot_backtrack(world: World) -> None:
     module = torch.nn.ModuleDict({"a" * 60: torch.nn.Linear(1, 1)})
     CheckpointWriter(PathProvider(world.folder / "out", "long")).save(bind(module, name="net"), SECOND)
     config = {"kind": "previous_run", "run_id": "long", "patterns_to_remove": ["(a+)+$", "(a|aa)*b"]}
-    began = time.process_time()
-    InitializerStack.from_config([config], path_provider=world.paths.with_run("new")).plan(bind(module, name="net"))
-    assert time.process_time() - began < 2
+    stack = InitializerStack.from_config([config], path_provider=world.paths.with_run("new"))
+    plan = stack.plan(bind(module, name="net"))
+    assert [row.action for row in plan.rows] == ["load", "load"]
 
 
 # 27 to 29: between check and end

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.counting import LineCounter
 
 from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.suggest.suggest import Suggestion, suggest
@@ -624,9 +624,9 @@ def test_names_that_no_rule_can_say_stay_unmatched() -> None:
 def test_names_of_absurd_length_stay_unmatched(prefix: str) -> None:
     """They are named, not shown in full, and take neither time nor stack; what else there is, is suggested."""
     sources, targets = (specs({f"{prefix}{letter}{number}.weight": (4, 4) for number in range(300)}) for letter in "ab")
-    began = time.process_time()
-    found = suggest({**sources, **specs({"x.wte.weight": (5, 4)})}, {**targets, **specs({"embed.weight": (5, 4)})})
-    assert time.process_time() - began < 2
+    with LineCounter() as lines:
+        found = suggest({**sources, **specs({"x.wte.weight": (5, 4)})}, {**targets, **specs({"embed.weight": (5, 4)})})
+    assert lines.count < 100_000
     assert found.config() == {"transforms": [{"from": "x.wte.", "to": "embed."}]}
     assert found.unmatched_sources == tuple(sources)
     assert found.unmatched_targets == tuple(targets)
@@ -800,22 +800,22 @@ def test_any_names_and_shapes_give_a_suggestion(mine: dict[str, list[int]], its:
     assert written | kept | set(found.unmatched_targets) == its.keys()
 
 
-def test_ten_thousand_entries_take_less_than_three_seconds() -> None:
-    """A model of 800 blocks under other names: five rules."""
+def test_thousands_of_entries_take_few_lines_each() -> None:
+    """A model of 200 blocks under other names: five rules."""
     parts = [("ln_1", "norm1"), ("attn.c_attn", "attn.qkv"), ("attn.c_proj", "attn.proj"),
              ("ln_2", "norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")]  # fmt: skip
     sources = {
         name: spec
         for number, (part, _) in enumerate(parts)
-        for name, spec in blocks("transformer.h.<i>.", affine(part, 8 + number, 20), 830).items()
+        for name, spec in blocks("transformer.h.<i>.", affine(part, 8 + number, 20), 200).items()
     }
     targets = {
         name: spec
         for number, (_, part) in enumerate(parts)
-        for name, spec in blocks("blocks.<i>.", affine(part, 8 + number, 20), 830).items()
+        for name, spec in blocks("blocks.<i>.", affine(part, 8 + number, 20), 200).items()
     }
-    began = time.process_time()
-    found = suggest(sources, targets)
-    assert time.process_time() - began < 3
+    with LineCounter() as lines:
+        found = suggest(sources, targets)
+    assert lines.count < 1_000 * len(targets)
     assert found.coverage == 1.0
     assert len(found.rules) == 5
