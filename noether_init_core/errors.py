@@ -34,6 +34,7 @@ nobody has to parse text. Kind errors are ``ValueError`` so that pydantic keeps 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -87,10 +88,22 @@ class InitError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the constructors of children take keywords, which the one of BaseException does not keep
+        return _unpickled, (type(self), self.args, self.__dict__)
+
     def add(self, text: str) -> None:
         """Add to the message what a caller knows besides; class and data stay."""
         self.message += text
         self.args = (self.message,)
+
+
+def _unpickled(kind: type[InitError], arguments: tuple[Any, ...], data: dict[str, Any]) -> InitError:
+    keywords = inspect.signature(kind).parameters.keys() & data.keys() - {"message"}
+    error = kind("", **{name: data[name] for name in keywords})
+    error.__dict__.update(data)
+    error.args = arguments
+    return error
 
 
 class ConfigError(InitError, ValueError):
