@@ -48,5 +48,5 @@ def _fails(_number: int) -> None:
 def test_an_error_of_a_worker_reaches_the_pool_that_asked() -> None:
     """A pool that cannot read the error of a worker waits for ever."""
     with multiprocessing.get_context("spawn").Pool(1) as pool, pytest.raises(errors.UnknownKindError) as caught:
-        pool.map_async(_fails, [1]).get(timeout=120)
+        pool.map_async(_fails, [1]).get(timeout=300)
     assert caught.value.candidates == ("previous_run",)
