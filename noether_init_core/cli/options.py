@@ -88,7 +88,7 @@ def stack_and_model(
     from noether_init_core.stack.stack import InitializerStack
 
     paths = _paths(runs, run_id, stage_name)
-    if paths is not None and paths.run_id_is_generated and load_config_file(config).auto_resume:
+    if paths is not None and paths.run_id_is_generated and load_config_file(config).resume is not None:
         typer.echo("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID", err=True)
     with naming_options(paths):
         # nothing will be saved below it, so that it need not be found again

@@ -51,45 +51,38 @@ def run(
     else:
         for one in found:
             typer.echo(f"{'x' if one.is_problem else 'ok'} {one.message}")
-        if loaded.resume is not None and not any(one.place.startswith("auto_resume") for one in problems):
-            typer.echo(f"ok auto_resume: the newest {_which(loaded)} of this run comes before the list")
         typer.echo(f"initializers: {len(loaded.entries)}, problems: {len(problems)}")
     if problems:
         raise typer.Exit(1)
 
 
 def _findings(loaded: LoadedConfig) -> list[_Finding]:
-    from noether_init_core.stack.config_files import problems_of, validate_entry
+    from noether_init_core.stack.config_files import examine_entry
 
     found = []
-    for entry in [*loaded.entries, *([loaded.resume] if loaded.resume is not None else [])]:
-        wrong = problems_of(entry)
+    for entry in filter(None, [*loaded.entries, loaded.resume]):
+        validated, wrong = examine_entry(entry)
         found += [_wrong(entry.key_path, error) for error in wrong]
-        if not wrong and entry is not loaded.resume:
-            kind = validate_entry(entry).kind
+        if validated is not None and entry is loaded.resume:
+            which = "good set" if getattr(validated, "on_invalid", "") == "previous" else "set"
+            said = f"auto_resume: the newest {which} of this run comes before the list"
+            found.append(_Finding(entry.key_path, entry.line, said))
+        elif validated is not None:
             part = f" for {'.'.join(entry.submodel)}" if entry.submodel else ""
             hooks = f", {', '.join(sorted(entry.hooks))} only" if entry.hooks is not None else ""
-            said = f"{entry.key_path}: {kind}{part}{hooks}"
-            found.append(_Finding(entry.key_path, entry.line, said, kind=kind))
+            said = f"{entry.key_path}: {validated.kind}{part}{hooks}"
+            found.append(_Finding(entry.key_path, entry.line, said, kind=validated.kind))
     for number, name in enumerate(loaded.observers):
-        place, line = f"observers.{number}", loaded.line_of("observers", number)
+        place, line = f"observers.{number}", loaded.document.line(("observers", number))
         try:
             found.append(_Finding(place, line, f"{place}: {name} ({describe_observer(name).source})"))
         except ConfigError as error:
-            where = loaded.source.name if loaded.source is not None else ""
-            found.append(_Finding(place, line, f"{where}{f':{line}' if line else ''} {place}: {error}", True))
+            found.append(_wrong(place, loaded.document.error(str(error), ("observers", number))))
     return found
 
 
 def _wrong(place: str, error: ConfigError) -> _Finding:
     return _Finding(getattr(error, "key_path", "") or place, getattr(error, "line", None), str(error), True)
-
-
-def _which(loaded: LoadedConfig) -> str:
-    from noether_init_core.stack.config_files import validate_entry
-
-    assert loaded.resume is not None
-    return "good set" if getattr(validate_entry(loaded.resume), "on_invalid", "") == "previous" else "set"
 
 
 def _as_data(config: Path, loaded: LoadedConfig, found: list[_Finding]) -> dict[str, Any]:
@@ -98,7 +91,7 @@ def _as_data(config: Path, loaded: LoadedConfig, found: list[_Finding]) -> dict[
         "version": JSON_VERSION,
         "config": str(config),
         "is_config": not any(one.is_problem for one in found),
-        "auto_resume": loaded.auto_resume,
+        "auto_resume": loaded.resume is not None,
         "initializers": [
             {"key": one.place, "line": one.line, "kind": one.kind} for one in found if one.kind is not None
         ],

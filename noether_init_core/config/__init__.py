@@ -1,4 +1,4 @@
-"""Configs: the pydantic models of kinds, the open ``AnyInitializer``, and files of config.
+"""Configs: the pydantic models that kinds derive theirs from, and config files as they were written.
 
-``base`` is a leaf that initializers build on; ``any_initializer`` and ``files`` stand above the kinds.
+``base`` is what initializers build on; ``document`` and ``yaml_text`` know places and lines, and no kind.
 """

@@ -11,6 +11,7 @@ import pydantic
 
 from noether_init_core.errors import ConfigError
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.nested import mapped
 from noether_init_core.paths import check_name, check_run_id
 
 __all__ = [
@@ -47,16 +48,6 @@ class YamlText(str):
         return str(self)
 
 
-def _resolve_texts(value: Any) -> Any:
-    if isinstance(value, YamlText):
-        return value.resolve()
-    if isinstance(value, Mapping):
-        return {str(key): _resolve_texts(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_resolve_texts(item) for item in value]
-    return value
-
-
 def _mentions_any(annotation: Any) -> bool:
     return annotation is Any or any(_mentions_any(argument) for argument in typing.get_args(annotation))
 
@@ -83,7 +74,7 @@ class KindConfig(pydantic.BaseModel):
             values.setdefault("kind", cls.default_kind)
         for name, field in cls.model_fields.items():
             if name in values and _mentions_any(field.annotation):
-                values[name] = _resolve_texts(values[name])
+                values[name] = mapped(values[name], lambda leaf: leaf.resolve() if isinstance(leaf, YamlText) else leaf)
         return values
 
 

@@ -29,7 +29,7 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
     Noether's own resolved configs have another form, and no schema here. Numbers and booleans pass for texts: what an
     editor takes ``run_id: 20260219`` for is a text to the file's reader.
     """
-    definitions = {kind: _as_written(_apart(kind, kind_schema(kind, schema))) for kind, schema in schemas.items()}
+    definitions = {kind: _placed(kind_schema(kind, schema), _pointer(kind)) for kind, schema in schemas.items()}
     entry = {
         "type": "object",
         "required": ["kind"],
@@ -78,28 +78,22 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
     }
 
 
-def _apart(kind: str, value: Any) -> Any:
-    """References into the definitions of a kind lead into those of this kind: two kinds may use one name."""
-    if isinstance(value, Mapping):
-        return {
-            key: f"#/$defs/{_pointer(kind)}{item[1:]}"
-            if key == "$ref" and isinstance(item, str) and item.startswith("#/")
-            else _apart(kind, item)
-            for key, item in value.items()
-        }
+def _placed(value: Any, pointer: str) -> Any:
+    """A schema below ``$defs/pointer`` of another one, as files are written: any scalar passes for a free text.
+
+    References to definitions of a kind lead into those of this kind: two kinds may use one name.
+    """
     if isinstance(value, list):
-        return [_apart(kind, item) for item in value]
-    return value
-
-
-def _as_written(value: Any) -> Any:
-    """Any scalar passes for a text, unless it is one of certain words."""
-    if isinstance(value, Mapping):
-        found = {key: _as_written(item) for key, item in value.items()}
-        if value.get("type") == "string" and not {"const", "enum"} & value.keys():
-            found["type"] = ["string", "number", "boolean"]
-        return found
-    return [_as_written(item) for item in value] if isinstance(value, list) else value
+        return [_placed(item, pointer) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {key: _placed(item, pointer) for key, item in value.items()}
+    reference = value.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        found["$ref"] = f"#/$defs/{pointer}{reference[1:]}"
+    if value.get("type") == "string" and not {"const", "enum"} & value.keys():
+        found["type"] = ["string", "number", "boolean"]
+    return found
 
 
 def _pointer(name: str) -> str:

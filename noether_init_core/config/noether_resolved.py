@@ -6,105 +6,76 @@ initializer of the trainer with all hooks, which a root ``resume_run_id`` replac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import attrs
+from noether_init_core.config.document import Document, Entry, KeyPath
 
-from noether_init_core.config.yaml_text import KeyPath
-
-__all__ = ["ResolvedEntry", "is_resolved", "resolved_entries"]
+__all__ = ["is_resolved", "resolved_entries"]
 
 MODEL_HOOKS = frozenset({"init_weights", "init_optimizer"})
 _MARKS = ("model", "trainer", "resume_run_id")
 # Keys that only hold submodels and are no names of any.
 _STRUCTURAL = frozenset({"submodels", "models"})
-
 _DEFAULT_KIND = "noether.core.initializers.PreviousRunInitializer"
-
-_Refuse = Callable[[str, KeyPath], Exception]
-
-
-@attrs.frozen(eq=False)
-class ResolvedEntry:
-    """One initializer; the fields are those of ``config.files.Entry``."""
-
-    config: Mapping[str, Any]
-    submodel: tuple[str, ...] | None
-    hooks: frozenset[str] | None
-    place: KeyPath
-    places: Mapping[str, KeyPath] = attrs.field(factory=dict)
+# Field of resume -> where the resolved config has it. The tag stays as it is written: resume understands every form.
+_RESUME: Mapping[str, KeyPath] = {
+    "run_id": ("resume_run_id",),
+    "stage_name": ("resume_stage_name",),
+    "checkpoint_tag": ("resume_checkpoint",),
+    "model_name": ("model", "name"),
+}
 
 
-def is_resolved(document: Mapping[str, Any]) -> bool:
-    """Whether ``document`` is a config of Noether rather than one of ours."""
-    return "initializers" not in document and any(mark in document for mark in _MARKS)
+def is_resolved(value: Mapping[str, Any]) -> bool:
+    """Whether ``value`` is a config of Noether rather than one of ours."""
+    return "initializers" not in value and any(mark in value for mark in _MARKS)
 
 
-def resolved_entries(document: Mapping[str, Any], refuse: _Refuse) -> Iterator[ResolvedEntry]:
-    """The initializers in the order in which Noether applies them; ``refuse(message, place)`` makes an error."""
-    model = _mapping(document.get("model"), ("model",), refuse)
-    trainer = _mapping(document.get("trainer"), ("trainer",), refuse)
-    yield from _of_model(model, ("model",), (), refuse)
-    run_id = document.get("resume_run_id")
-    if run_id is not None:
+def resolved_entries(document: Document) -> Iterator[Entry]:
+    """The initializers in the order in which Noether applies them. Raises ``ConfigError`` with the place."""
+    root = document.value
+    model, trainer = (
+        {} if root.get(key) is None else _mapping(root[key], (key,), document) for key in ("model", "trainer")
+    )
+    yield from _of_model(model, ("model",), (), document)
+    if root.get("resume_run_id") is not None:
         # Noether puts this one in the place of trainer.initializer, and writes both into the resolved config.
-        yield _resume(document, model)
+        said = {key: (model if len(place) > 1 else root).get(str(place[-1])) for key, place in _RESUME.items()}
+        config = {"kind": "resume"} | {key: value for key, value in said.items() if value is not None}
+        yield Entry(config, place=_RESUME["run_id"], places=_RESUME, document=document)
     elif trainer.get("initializer") is not None:
         place: KeyPath = ("trainer", "initializer")
         # Noether leaves out of the file what was not set, and this is the kind of a config that says none.
-        config = {"kind": _DEFAULT_KIND, **_mapping(trainer["initializer"], place, refuse)}
-        yield ResolvedEntry(config, None, None, place)
+        config = {"kind": _DEFAULT_KIND, **_mapping(trainer["initializer"], place, document)}
+        yield Entry(config, place=place, document=document)
 
 
-def _of_model(
-    model: Mapping[str, Any], place: KeyPath, names: tuple[str, ...], refuse: _Refuse
-) -> Iterator[ResolvedEntry]:
+def _of_model(model: Mapping[str, Any], place: KeyPath, names: tuple[str, ...], document: Document) -> Iterator[Entry]:
     for key, value in model.items():
         if key != "initializers":
-            yield from _of_part(value, (*place, key), names if key in _STRUCTURAL else (*names, key), refuse)
+            yield from _of_part(value, (*place, key), names if key in _STRUCTURAL else (*names, key), document)
     items = model.get("initializers")
-    if items is None:
-        return
     place = (*place, "initializers")
-    if not isinstance(items, list):
-        raise refuse("must be a list of mappings, each with a kind", place)
-    for number, item in enumerate(items):
+    if items is not None and not isinstance(items, list):
+        raise document.error("must be a list of mappings, each with a kind", place)
+    for number, item in enumerate(items or ()):
         here = (*place, number)
-        yield ResolvedEntry(_mapping(item, here, refuse, optional=False), names or None, MODEL_HOOKS, here)
+        yield Entry(_mapping(item, here, document), names or None, MODEL_HOOKS, here, document=document)
 
 
-def _of_part(value: Any, place: KeyPath, names: tuple[str, ...], refuse: _Refuse) -> Iterator[ResolvedEntry]:
+def _of_part(value: Any, place: KeyPath, names: tuple[str, ...], document: Document) -> Iterator[Entry]:
     if isinstance(value, Mapping):
-        yield from _of_model(value, place, names, refuse)
+        yield from _of_model(value, place, names, document)
     elif isinstance(value, list):
         for number, item in enumerate(value):
             if isinstance(item, Mapping):
                 name = item.get("name")
-                yield from _of_model(item, (*place, number), (*names, str(number if name is None else name)), refuse)
+                inner = (*names, str(number if name is None else name))
+                yield from _of_model(item, (*place, number), inner, document)
 
 
-def _resume(document: Mapping[str, Any], model: Mapping[str, Any]) -> ResolvedEntry:
-    sources: dict[str, KeyPath] = {
-        "run_id": ("resume_run_id",),
-        "stage_name": ("resume_stage_name",),
-        "checkpoint_tag": ("resume_checkpoint",),
-        "model_name": ("model", "name"),
-    }
-    values = {
-        "run_id": document.get("resume_run_id"),
-        "stage_name": document.get("resume_stage_name"),
-        # As it is written: resume understands E10, E10_U100_S200, latest, best.<metric> and any other tag.
-        "checkpoint_tag": document.get("resume_checkpoint"),
-        "model_name": model.get("name"),
-    }
-    config = {"kind": "resume"} | {key: value for key, value in values.items() if value is not None}
-    return ResolvedEntry(config, None, None, ("resume_run_id",), sources)
-
-
-def _mapping(value: Any, place: KeyPath, refuse: _Refuse, *, optional: bool = True) -> Mapping[str, Any]:
-    if value is None and optional:
-        return {}
+def _mapping(value: Any, place: KeyPath, document: Document) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise refuse("must be a mapping", place)
+        raise document.error("must be a mapping", place)
     return value

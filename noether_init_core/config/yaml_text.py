@@ -8,21 +8,18 @@ construct nothing; where they stand is noted, for the caller to refuse.
 
 from __future__ import annotations
 
-import difflib
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 import yaml
 
 from noether_init_core.config.base import YamlText
+from noether_init_core.config.document import Document, KeyPath, shown_path
 from noether_init_core.errors import ConfigFileError
+from noether_init_core.messages import listed, near
 
-__all__ = ["KeyPath", "YamlDocument", "check_is_text", "read_yaml", "shown_path"]
-
-KeyPath = tuple[str | int, ...]
+__all__ = ["check_is_text", "read_yaml"]
 
 MAX_BYTES = 4 * 2**20
 _LOOKED_AT, _MOST_NAMES = 512, 8
@@ -32,26 +29,7 @@ _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 _MAP, _SEQUENCE, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str"))
 
 
-@attrs.frozen
-class YamlDocument:
-    """``value`` is made of dict, list, ``YamlText`` (unquoted), str (quoted, block) and None.
-
-    ``lines`` has the line (from 1) of every key and list item, by its path. ``refusals`` are the errors of tags and
-    of keys that are no texts; below such a place, ``value`` is not what the author of the file meant.
-    """
-
-    path: Path
-    value: Any
-    lines: Mapping[KeyPath, int]
-    refusals: tuple[tuple[KeyPath, ConfigFileError], ...] = ()
-
-
-def shown_path(key_path: KeyPath) -> str:
-    """``initializers.0.kind``: how messages write a path."""
-    return ".".join(str(part) for part in key_path)
-
-
-def read_yaml(path: Path) -> YamlDocument:
+def read_yaml(path: Path) -> Document:
     """Read one YAML document. Raises ``ConfigFileError`` with line and key, also for a file that cannot be read."""
     content = _content(path)
     try:
@@ -69,7 +47,7 @@ def read_yaml(path: Path) -> YamlDocument:
         raise ConfigFileError(f"is nested more than {MAX_DEPTH} levels deep", path=path) from error
     reader = _Reader(path)
     value = None if node is None else reader.value(node, ())
-    return YamlDocument(path, value, reader.lines, tuple(reader.refusals))
+    return Document(value, path, reader.lines, reader.refusals)
 
 
 def check_is_text(path: Path) -> None:
@@ -92,10 +70,8 @@ def _content(path: Path) -> bytes:
         raise ConfigFileError(f"cannot be read: {error.strerror}", path=path) from error
     # bytes of UTF-16 are text, too
     if b"\0" in content[:_LOOKED_AT] and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigFileError(
-            f"is no text, and a config is a YAML file. If it is a checkpoint: noether-init inspect {_quoted(path)}",
-            path=path,
-        )
+        inspect = f"noether-init inspect {shlex.quote(str(path))}"
+        raise ConfigFileError(f"is no text, and a config is a YAML file. If it is a checkpoint: {inspect}", path=path)
     if len(content) > MAX_BYTES:
         raise ConfigFileError(f"is larger than {MAX_BYTES} bytes; is it a config?", path=path)
     return content
@@ -107,14 +83,9 @@ def _instead(folder: Path, name: str) -> str:
     where = "this folder" if folder == Path() else str(folder)
     if not there:
         return f"; no YAML file is in {where}. Next: noether-init example KIND, which writes one and a loop"
-    near = difflib.get_close_matches(name, there, n=1, cutoff=0.7)
-    more = f" and {len(there) - _MOST_NAMES} more" if there[_MOST_NAMES:] else ""
-    said = f"; in {where} there are: {', '.join(there[:_MOST_NAMES])}{more}"
-    return f"{said}. Next: noether-init validate {_quoted(folder / (near or there)[0])}"
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+    chosen = folder / (near(name, there, 1, cutoff=0.7) or there)[0]
+    said = f"; in {where} there are: {listed(there, _MOST_NAMES)}"
+    return f"{said}. Next: noether-init validate {shlex.quote(str(chosen))}"
 
 
 class _Reader:
@@ -138,16 +109,14 @@ class _Reader:
                 values[key] = self.value(value_node, (*place, key))
             return values
         if isinstance(node, yaml.SequenceNode):
-            return [self._item(item, (*place, number)) for number, item in enumerate(node.value)]
+            items = [((*place, number), item) for number, item in enumerate(node.value)]
+            self.lines.update((where, _line(item)) for where, item in items)
+            return [self.value(item, where) for where, item in items]
         assert isinstance(node, yaml.ScalarNode)
         text: str = node.value
         if node.style is not None:
             return text
         return None if text in _NULLS else YamlText(text)
-
-    def _item(self, node: yaml.Node, place: KeyPath) -> Any:
-        self.lines[place] = _line(node)
-        return self.value(node, place)
 
     def _pairs(self, node: yaml.MappingNode, place: KeyPath, depth: int) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         """Key -> nodes of key and value, with what merge keys (``<<``) bring; a mapping's own keys win over that."""
@@ -172,7 +141,7 @@ class _Reader:
                 raise self._error(key_node, (*place, key), f"the key occurs twice, first in line {_line(own[key][0])}")
             else:
                 own[key] = (key_node, value_node)
-        return {**own, **{key: pair for key, pair in brought.items() if key not in own}}
+        return own | {key: pair for key, pair in brought.items() if key not in own}
 
     def _count_one(self, node: yaml.Node, place: KeyPath) -> None:
         # Aliases are written out, so nine lines of aliases to aliases would fill the memory.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from noether_init_core import kinds
 from noether_init_core.errors import KindError
+from noether_init_core.messages import near
 
 __all__ = ["explain"]
 
@@ -22,12 +22,12 @@ def explain(kind: str, problem: str, message: str, path: Sequence[str | int], va
     fields = kinds.resolve(kind).config_class.model_fields if len(path) == 1 else {}
     if (problem, message) == ("extra_forbidden", "Extra inputs are not permitted"):
         known = fields or (_rule_keys() if path and path[0] == "transforms" else ())
-        near = difflib.get_close_matches(str(path[-1]), known, n=1) if path else []
-        hint = f" Near: {near[0]}." if near else ""
+        similar = near(str(path[-1]), known, 1) if path else []
+        hint = "".join(f" Near: {one}." for one in similar)
         owners = _owners(str(path[0]), kind) if fields else []
         if owners:
             hint += f" {path[0]} belongs to {' and to '.join(owners)}."
-        elif fields and not near:
+        elif fields and not similar:
             hint = f" {kind} has: {', '.join(fields)}."
         return f"unknown key.{hint} Next: noether-init schema {kind}"
     if (problem, message) == ("missing", "Field required"):

@@ -15,7 +15,7 @@ from support.foreign import ForeignPackages
 from support.pages import Block, blocks_of, pages
 
 from noether_init_core.config.json_schema import schema_of_files
-from noether_init_core.stack.config_files import examine_config_file, problems_of
+from noether_init_core.stack.config_files import examine_config_file, examine_entry
 
 PROGRAM = Path(sys.executable).with_name("noether-init")
 
@@ -39,8 +39,8 @@ def is_config(text: str, folder: Path) -> bool:
     """What the command says."""
     (folder / "init.yaml").write_text(text)
     loaded, found = examine_config_file(folder / "init.yaml")
-    entries = [*loaded.entries, *([] if loaded.resume is None else [loaded.resume])]
-    return not found and not any(problems_of(entry) for entry in entries)
+    entries = filter(None, [*loaded.entries, loaded.resume])
+    return not found and not any(examine_entry(entry)[1] for entry in entries)
 
 
 def documented() -> list[Block]:

@@ -78,7 +78,7 @@ def test_entries_come_in_the_order_in_which_noether_applies_them(tmp_path: Path)
         (None, None, "trainer.initializer"),
     ]
     assert [entry.line for entry in loaded.entries] == [21, 25, 32, 12, 38]
-    assert loaded.auto_resume is False
+    assert loaded.resume is None
 
 
 def test_configs_are_those_of_the_file(tmp_path: Path) -> None:

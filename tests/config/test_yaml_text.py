@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from noether_init_core.config.base import YamlText
-from noether_init_core.config.yaml_text import YamlDocument, read_yaml
+from noether_init_core.config.document import Document
+from noether_init_core.config.yaml_text import read_yaml
 from noether_init_core.errors import ConfigFileError
 
 
-def _read(tmp_path: Path, text: str | bytes) -> YamlDocument:
+def _read(tmp_path: Path, text: str | bytes) -> Document:
     path = tmp_path / "init.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return read_yaml(path)

@@ -17,9 +17,9 @@ from noether_init_core.errors import ConfigError, ConfigFileError, InvalidNameEr
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.stack.config_files import (
     LoadedConfig,
+    examine_entry,
     load_config_file,
     load_config_mapping,
-    problems_of,
     validate_entry,
 )
 
@@ -87,7 +87,8 @@ def test_a_file_gives_its_entries_in_order(tmp_path: Path) -> None:
     assert [dict(entry.config) for entry in loaded.entries] == [{"kind": "sample", "run_id": "a"}, {"kind": "strict"}]
     assert [(entry.line, entry.key_path) for entry in loaded.entries] == [(4, "initializers.0"), (7, "initializers.1")]
     assert all(entry.submodel is None and entry.hooks is None for entry in loaded.entries)
-    assert (loaded.auto_resume, loaded.observers, loaded.source) == (True, ("timing",), tmp_path / "init.yaml")
+    assert (loaded.resume is not None, loaded.observers) == (True, ("timing",))
+    assert loaded.document.path == tmp_path / "init.yaml"
 
 
 def test_typed_fields_decide_what_a_scalar_means(tmp_path: Path) -> None:
@@ -211,23 +212,28 @@ def test_a_file_that_is_no_config_of_ours_is_refused(tmp_path: Path, text: str, 
 
 def test_what_auto_resume_does_with_a_broken_set_stands_beside_it(tmp_path: Path) -> None:
     """The default is an error; a switched-off auto_resume may keep the line."""
-    assert _load(tmp_path, "auto_resume: true").on_invalid == "error"
-    assert _load(tmp_path, "auto_resume: true\non_invalid: previous").on_invalid == "previous"
-    assert _load(tmp_path, "auto_resume: false\ninitializers: []\non_invalid: previous").on_invalid == "previous"
+    for text, config in (
+        ("auto_resume: true", {"kind": "resume"}),
+        ("auto_resume: true\non_invalid: previous", {"kind": "resume", "on_invalid": "previous"}),
+    ):
+        resume = _load(tmp_path, text).resume
+        assert resume is not None
+        assert resume.config == config
+    assert _load(tmp_path, "auto_resume: false\ninitializers: []\non_invalid: previous").resume is None
 
 
 @pytest.mark.parametrize(("text", "expected"), [("true", True), ("'on'", True), ("no", False), ("FALSE", False)])
 def test_auto_resume_alone_is_a_config(tmp_path: Path, text: str, expected: bool) -> None:
     """A run that only ever resumes itself needs no list."""
     loaded = _load(tmp_path, f"auto_resume: {text}\n")
-    assert (loaded.auto_resume, loaded.entries) == (expected, ())
+    assert (loaded.resume is not None, loaded.entries) == (expected, ())
 
 
 def test_a_mapping_gives_the_same_entries_and_the_same_text_without_a_file() -> None:
     """No file and line in the message, the path of the key is there."""
     loaded = load_config_mapping({"initializers": [{"kind": "sample"}, {"kind": "sample", "count": "x"}]})
     assert isinstance(validate_entry(loaded.entries[0]), SampleConfig)
-    assert (loaded.entries[0].line, loaded.source) == (None, None)
+    assert (loaded.entries[0].line, loaded.document.path) == (None, None)
     with pytest.raises(ConfigError) as caught:
         validate_entry(loaded.entries[1])
     assert str(caught.value).startswith("initializers.1.count: Input should be a valid integer")
@@ -280,14 +286,16 @@ def test_problems_are_one_for_each_key_in_the_order_of_lines(tmp_path: Path) -> 
     loaded = _load(
         tmp_path, "initializers:\n- kind: sample\n  zzz: 1\n  rules: 4.\n  count: x\n- kind: sample\n- kind: absent\n"
     )
-    found = problems_of(loaded.entries[0])
+    config, found = examine_entry(loaded.entries[0])
+    assert config is None
     assert [getattr(error, "line", None) for error in found] == [3, 4, 5]
     assert str(found[1]).endswith("rules: Input should be a valid list: [4.]")
     with pytest.raises(ConfigFileError) as caught:
         validate_entry(loaded.entries[0])
     assert str(caught.value) == "\n".join(map(str, found))
-    assert problems_of(loaded.entries[1]) == ()
-    assert [type(error) for error in problems_of(loaded.entries[2])] == [UnknownKindError]
+    config, none = examine_entry(loaded.entries[1])
+    assert (type(config), none) == (SampleConfig, ())
+    assert [type(error) for error in examine_entry(loaded.entries[2])[1]] == [UnknownKindError]
 
 
 def test_a_tag_that_is_a_number_says_how_to_write_it() -> None:
@@ -355,7 +363,7 @@ def test_a_key_of_another_kind_is_told_where_it_belongs(kind: str, key: str, wor
     """Instead of a list of all that this kind has."""
     config = {"kind": kind, "run_id": "a", key: "previous"} if kind != "file" else {"kind": kind, "path": "a", key: "b"}
     (entry,) = load_config_mapping([config]).entries
-    (found,) = problems_of(entry)
+    _config, (found,) = examine_entry(entry)
     assert str(found).startswith(f"initializers.0.{key}: unknown key. {words}")
 
 
@@ -371,7 +379,7 @@ def test_a_key_of_another_kind_is_told_where_it_belongs(kind: str, key: str, wor
 def test_a_digest_that_could_not_be_compared_is_an_error_of_the_config(fields: dict[str, str], words: str) -> None:
     """Before anything is started; one that is ignored would be worse than none."""
     (entry,) = load_config_mapping([{"kind": "file", "path": "a.pt", **fields}]).entries
-    (found,) = problems_of(entry)
+    _config, (found,) = examine_entry(entry)
     assert words in str(found)
 
 
@@ -412,6 +420,6 @@ def test_on_invalid_may_stand_beside_auto_resume_or_in_it(tmp_path: Path) -> Non
         assert resume is not None
         assert validate_entry(resume).on_invalid == "previous"  # type: ignore[attr-defined]
     loaded = _load(tmp_path, "auto_resume: {}")
-    assert (loaded.auto_resume, loaded.entries) == (True, ())
+    assert (loaded.resume is not None, loaded.entries) == (True, ())
     with pytest.raises(ConfigFileError, match="on_invalid: is said twice"):
         _load(tmp_path, "auto_resume: {on_invalid: error}\non_invalid: previous")
