@@ -32,9 +32,10 @@ from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets import refusals
 from noether_init_core.sets.checkpoint_set import check_files, said_by
-from noether_init_core.sets.fallback import walk_back
+from noether_init_core.sets.file_names import Part
+from noether_init_core.sets.looking import walk_back
 from noether_init_core.sets.nonfinite_sets import not_looked_at, refused_values, summary
-from noether_init_core.sets.queries import Query
+from noether_init_core.sets.selection import Policy, Query
 from noether_init_core.sets.store import CheckpointFile, CheckpointSet, Need, RunStore, check_consistency
 
 __all__ = ["ResumeInitializer", "ResumeInitializerConfig"]
@@ -141,24 +142,25 @@ class ResumeInitializer(CheckpointInitializer):
         """Select the newest good set that the tag leads to; returns the state of its trainer."""
         # without a readable manifest no model is known, and no set will be chosen either
         root = self.root_name() if self.config.model_name or self.store.trainer_names() else None
-        is_choosy = self._any_tag or Query.of(self.checkpoint_tag).iteration is not None
-        walked = walk_back(
-            self.store,
-            self.store.descending(self.checkpoint_tag, () if root is None else (root,), any_tag=self._any_tag),
+        parts: tuple[Part, ...] = ("model", "optim") if self.config.load_optim else ("model",)
+        selected, state = walk_back(
+            self.store.snapshot,
+            self.checkpoint_tag,
             lambda found: self._prove(found, root),
-            needs=[Need(root, "trainer")],
-            wanted=() if root is None else self._wanted(root),
-            is_choosy=is_choosy,
+            [Need(root, "trainer")],
+            Policy(any_tag=self._any_tag, walk_back=True, root=root, parts=parts),
+            asked_by=self.store.asked_by,
         )
-        self._look_at_run(walked.chosen)
-        self._selected, self.passed_over = walked.chosen, walked.passed_over
-        for name, reason in walked.passed_over:
+        chosen = selected.found
+        self._look_at_run(chosen)
+        self._selected, self.passed_over = chosen, selected.passed_over
+        for name, reason in selected.passed_over:
             self.logger.warning("%s: passed over %s: %s", self.config.kind, name, reason)
-        if walked.passed_over:
-            self.logger.warning("%s: walked back to %s, %s", self.config.kind, walked.chosen.name, walked.chosen.folder)
+        if selected.passed_over:
+            self.logger.warning("%s: walked back to %s, %s", self.config.kind, chosen.name, chosen.folder)
         else:
-            self.logger.info("%s: %s is %s", self.config.kind, self.checkpoint_tag, walked.chosen.folder)
-        return walked.proof
+            self.logger.info("%s: %s is %s", self.config.kind, self.checkpoint_tag, chosen.folder)
+        return state
 
     def _prove(self, found: CheckpointSet, root: str | None) -> dict[str, Any]:
         """Verify every file of the set as ``verify`` says; returns the state of the trainer.
@@ -220,7 +222,7 @@ class ResumeInitializer(CheckpointInitializer):
             if len(names) > 1:
                 raise AmbiguousCheckpointError(
                     f"{self.source_paths.checkpoint_path} has trainer files of several models: {', '.join(names)}. "
-                    f"Add: {refusals.model_line(self.store, names[0])}",
+                    f"Add: {refusals.model_line(names[0], self.store.asked_by)}",
                     path=self.source_paths.checkpoint_path,
                     candidates=names,
                 )
@@ -320,7 +322,7 @@ class ResumeInitializer(CheckpointInitializer):
         asked = TrainingIteration() if self.store.asked_by == "auto_resume" else Query.of(self.checkpoint_tag).iteration
         is_asked = good is not None and (asked is None or good.iteration is None or asked.matches(good.iteration))
         may_walk_back = self._is_automatic and is_asked and self.config.on_invalid == "error"
-        return refusals.ways_on(self.store, good, may_walk_back=may_walk_back)
+        return refusals.ways_on(self.store.snapshot, good, self.store.asked_by, may_walk_back=may_walk_back)
 
     def init_trainer(self, trainer: Any) -> None:
         """Hand the trainer file's content to ``trainer.load_state_dict``; if that raises, its state is put back."""
@@ -404,13 +406,6 @@ class ResumeInitializer(CheckpointInitializer):
                 if below and file.info is None and (file.part == "model" or self._loads(file.part)):
                     wanted[Need(file.model, file.part)] = None
         return list(wanted)
-
-    def _wanted(self, root: str) -> list[Need]:
-        """What a set that is walked back to must have, before a model says what it needs: what sets have at best."""
-        wanted = self._seen_parts(root)
-        asked = Query.of(self.checkpoint_tag).iteration or TrainingIteration()
-        matching = [one for one in self.store.sets() if one.iteration is None or asked.matches(one.iteration)]
-        return wanted if any(all(one.has(need) for need in wanted) for one in matching) else []
 
     def _loads(self, part: str) -> bool:
         return part == "optim" and self.config.load_optim

@@ -117,7 +117,7 @@ def _run(path: Path) -> _Run | None:
     checkpoints = path / "checkpoints"
     if os.path.isdir(checkpoints / SETS_FOLDER):
         try:
-            committed = [one for one in set_folders(checkpoints) if one.committed]
+            committed = [one for one in set_folders(checkpoints) if one.is_committed()]
         except CheckpointError:  # inspect tells it
             return _Run(str(path), None)
         if committed:

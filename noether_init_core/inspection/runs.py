@@ -33,9 +33,10 @@ from noether_init_core.sets.checkpoint_set import (
     said_by,
     set_folders,
 )
-from noether_init_core.sets.flat_sets import legacy_sets, newest_legacy
+from noether_init_core.sets.flat_sets import legacy_sets
 from noether_init_core.sets.health import stores_at
 from noether_init_core.sets.manifest import MANIFEST_NAME, PROBE_NAME
+from noether_init_core.sets.selection import newest_flat
 from noether_init_core.sets.store import RunStore
 
 __all__ = ["look_at_folder"]
@@ -111,7 +112,7 @@ def _is_stage(folder: Path, said: tuple[str, str | None] | None) -> bool:
 def _said(store: RunStore) -> tuple[str, str | None] | None:
     """Run and stage that the newest readable set says it is of; a legacy file says no stage."""
     try:
-        folders = [one for one in set_folders(store.folder, store.storage) if one.committed]
+        folders = [one for one in set_folders(store.folder, store.storage) if one.is_committed()]
         for folder in reversed(folders[-_ASKED:]):
             try:
                 found = load_set(folder, store.storage)
@@ -206,8 +207,8 @@ def _look_at_set(path: Path, given: Path) -> FoundSetFolder:
     checkpoints = path.parents[1]
     store = _as_recorded(_store(checkpoints.parent))
     folder = next((one for one in set_folders(checkpoints, store.storage) if one.path.name == path.name), None)
-    if folder is None or not folder.committed:
-        there = [one.path.name for one in set_folders(checkpoints, store.storage) if one.committed]
+    if folder is None or not folder.is_committed():
+        there = [one.path.name for one in set_folders(checkpoints, store.storage) if one.is_committed()]
         why = f"has no {MANIFEST_NAME}: a save that was never finished" if folder else "is no set by its name"
         raise CheckpointNotFoundError(
             f"{path} {why}; it is never picked. Sets: {', '.join(there[-5:]) or 'none'}. "
@@ -261,7 +262,7 @@ def _summary(store: RunStore) -> RunSummary:
     iteration, state = None, None
     try:
         folders = set_folders(store.folder, store.storage)
-        committed = [one for one in folders if one.committed]
+        committed = [one for one in folders if one.is_committed()]
         uncommitted = len(folders) - len(committed)
         if committed:
             state, number, iteration = "committed", len(committed), committed[-1].iteration
@@ -273,7 +274,7 @@ def _summary(store: RunStore) -> RunSummary:
             state, number = "legacy" if legacy else None, len(legacy)
             nbytes = sum(store.storage.size_of(file.path) or 0 for one in legacy for file in one.files)
             unreadable: list[tuple[str, CheckpointError]] = []
-            newest = newest_legacy(legacy, (), unreadable) or next(iter(legacy), None)
+            newest = newest_flat(store.snapshot, (), unreadable) or next(iter(legacy), None)
             problems += [str(error) for _name, error in unreadable]
             iteration = None if newest is None else store.iteration_of(newest)
     except (CheckpointError, OSError) as error:

@@ -35,7 +35,7 @@ def collect_leftovers(checkpoints: Path, storage: Storage) -> None:
     A link is never followed: what it leads to is not ours.
     """
     for folder in set_folders(checkpoints, storage):
-        if folder.committed:
+        if folder.is_committed(storage) or not storage.is_folder(folder.path):
             continue
         if storage.is_link(folder.path):
             logger.warning("left: %s has no manifest, and is a link to %s", folder.path, storage.resolve(folder.path))
@@ -63,7 +63,7 @@ def retire_sets(checkpoints: Path, rules: Retention, storage: Storage, training:
 
     Raises ``OSError``.
     """
-    folders = [folder for folder in set_folders(checkpoints, storage) if folder.committed]
+    folders = [folder for folder in set_folders(checkpoints, storage) if folder.is_committed(storage)]
     found: list[tuple[CheckpointSet, bool]] = []
     for folder in reversed(folders):
         try:

@@ -95,7 +95,7 @@ class Descents:
 
     def of_save(self, checkpoints: Path, iteration: TrainingIteration, start: Start, storage: Storage) -> Descent:
         """For a save of ``iteration`` into the folder; called under its lock."""
-        folders = [folder for folder in set_folders(checkpoints, storage) if folder.committed]
+        folders = [folder for folder in set_folders(checkpoints, storage) if folder.is_committed(storage)]
         newest = next(self._manifests(folders, storage), None)
         if start.is_resumed is None and self._start is not None:
             start = self._start

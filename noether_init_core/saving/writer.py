@@ -289,7 +289,7 @@ class CheckpointWriter:
         )
         with _as_write_error(f"{iteration} of run {self.paths.run_id}", folder, unconfirmed):
             storage.fsync_folder(folder)
-            return load_set(SetFolder(folder, sequence, iteration, committed=True), storage)
+            return load_set(SetFolder(folder, sequence, iteration), storage)
 
     def _follow_up(self, checkpoints: Path, committed: CheckpointSet) -> None:
         """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import attrs
 
 from noether_init_core.errors import (
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
     ConfigError,
@@ -33,6 +35,7 @@ __all__ = [
     "lies_in_a_run",
     "list_names",
     "load_set",
+    "reaching",
     "said_by",
     "set_folders",
     "sorted_files",
@@ -74,7 +77,7 @@ class CheckpointSet:
         folder: Where the files are.
         name: The tag in the files' names; for a committed set that of its iteration.
         tags: Every tag that it was saved under.
-        iteration: None where only the files know it (a legacy tag such as ``latest``); ``RunStore.iteration_of`` looks.
+        iteration: None where only the files know it (a legacy tag such as ``latest``); ``Snapshot.iteration_of`` looks.
         sequence: The place in the order of commits, from 1; None for a legacy set.
         committed: Whether a manifest vouches for it.
         files: Sorted by model, info, part.
@@ -105,9 +108,25 @@ class CheckpointSet:
         found = [file for file in self.files if file.part == part and file.info == info]
         return found[0] if len(found) == 1 else None
 
+    @property
+    def place(self) -> str:
+        """The name that no other set of its folder has: that of its own folder; of flat files their tag."""
+        return self.folder.name if self.committed else self.name
+
     def has(self, need: Need) -> bool:
         """Whether the file is there."""
         return self.file(need.model, need.part, need.info) is not None
+
+    def is_of(self, models: Collection[str]) -> bool:
+        """Whether it is a set of any of ``models`` (with or without info), or of a whole that they are parts of.
+
+        Of no models every set is.
+        """
+        return not models or any(
+            name in (file.model, file.stem) or name.startswith(f"{file.model}.")
+            for file in self.files
+            for name in models
+        )
 
     def models(self, part: Part | None = None) -> tuple[str, ...]:
         """Names of the models that have a file (of ``part``), sorted."""
@@ -133,20 +152,24 @@ class CheckpointSet:
 
 @attrs.frozen
 class SetFolder:
-    """A folder below ``sets``: what its name says, and whether it has a manifest."""
+    """A folder below ``sets``, and what its name says. Only a manifest in it makes it a set."""
 
     path: Path
     sequence: int
     iteration: TrainingIteration
-    committed: bool
+
+    def is_committed(self, storage: Storage = LOCAL) -> bool:
+        """Whether it has a manifest, be it a damaged one. Raises ``CheckpointNotFoundError`` if that cannot be told."""
+        with reaching(self.path / MANIFEST_NAME):
+            return storage.exists(self.path / MANIFEST_NAME)
 
 
 def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
-    """The folders of sets in the order of their sequence, of one sequence in that of their iteration.
+    """Names of folders of sets in the order of their sequence, of one sequence in that of their iteration.
 
-    Folders with other names are none.
+    One listing: whether a name is a folder, and a committed set, is known when its manifest is read.
 
-    Raises ``CheckpointNotFoundError`` where they cannot be reached, which is not the same as that there are none.
+    Raises ``CheckpointNotFoundError`` if ``sets`` cannot be reached, which is not the same as that there are none.
     """
     found = []
     names = list_names(checkpoints / SETS_FOLDER, storage)
@@ -155,9 +178,8 @@ def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
     for name in names:
         matched = _SET_NAME.fullmatch(name)
         iteration = iteration_of_tag(matched["tag"]) if matched else None
-        path = checkpoints / SETS_FOLDER / name
-        if matched and iteration and storage.is_folder(path):
-            found.append(SetFolder(path, int(matched["sequence"]), iteration, storage.exists(path / MANIFEST_NAME)))
+        if matched and iteration:
+            found.append(SetFolder(checkpoints / SETS_FOLDER / name, int(matched["sequence"]), iteration))
     # two of one sequence: writers that did not see each other, or a folder copied back; further training came later
     return sorted(found, key=lambda folder: (folder.sequence, folder.iteration, folder.path.name))
 
@@ -203,7 +225,8 @@ def check_files(checkpoint_set: CheckpointSet, storage: Storage = LOCAL) -> None
     """
     for entry in checkpoint_set.manifest.files if checkpoint_set.manifest else ():
         path = checkpoint_set.folder / entry.name
-        size = storage.size_of(path)
+        with reaching(path):
+            size = storage.size_of(path)
         if size != entry.size:
             state = "is missing or no regular file" if size is None else f"has {size} bytes"
             raise CheckpointCorruptError(f"{path} {state}; {entry.size} bytes were written", path=path)
@@ -269,8 +292,9 @@ def check_reachable(folder: Path, storage: Storage) -> None:
     nowhere, or no folder.
     """
     for place in (folder, *folder.parents):
-        if storage.is_folder(place):
-            return
+        with reaching(place):
+            if storage.is_folder(place):
+                return
         if storage.is_link(place):
             raise CheckpointNotFoundError(
                 f"{place} is a link to {storage.resolve(place)}, which is no folder that can be reached: whether there "
@@ -281,6 +305,24 @@ def check_reachable(folder: Path, storage: Storage) -> None:
             raise CheckpointNotFoundError(f"{place} is no folder. Next: move what is there out of the way", path=place)
 
 
+@contextlib.contextmanager
+def reaching(path: Path) -> Iterator[None]:
+    """Name the path of a look that failed: nothing is known of what is there, and nothing may follow from it.
+
+    Raises ``CheckpointNotFoundError`` for every ``OSError``.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointNotFoundError(
+            f"{path} cannot be reached: {error.strerror or error}. What is there cannot be told, so nothing was chosen "
+            "or changed. Next: mount the disk that it is on, or change its permissions",
+            path=path,
+        ) from error
+
+
 def lies_in_a_run(path: Path) -> bool:
     """Whether a file would lie where the sets of a run are; a folder that is only named checkpoints is anybody's."""
     return any(one.name == "checkpoints" and (one / SETS_FOLDER).is_dir() for one in path.resolve().parents)
@@ -288,12 +330,11 @@ def lies_in_a_run(path: Path) -> bool:
 
 def list_names(folder: Path, storage: Storage) -> list[str]:
     """Names in the folder, sorted; none where there is no such folder."""
-    try:
-        return sorted(storage.list_folder(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{folder} cannot be listed: {error}", path=folder) from error
+    with reaching(folder):
+        try:
+            return sorted(storage.list_folder(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
 
 def sorted_files(files: Sequence[CheckpointFile]) -> tuple[CheckpointFile, ...]:

@@ -20,10 +20,12 @@ from noether_init_core.errors import ConfigError, InvalidNameError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name
 
-__all__ = ["PARTS", "CheckpointFileName", "Part", "check_tag", "iteration_of_tag", "parse", "stem_of"]
+__all__ = ["FOLLOWING", "PARTS", "CheckpointFileName", "Part", "check_tag", "iteration_of_tag", "parse", "stem_of"]
 
 Part = Literal["model", "optim", "trainer"]
 PARTS: tuple[Part, ...] = get_args(Part)
+#: Tags that follow the run by themselves; Noether rewrites their files in place.
+FOLLOWING = ("latest", "last")
 
 MAX_FILE_NAME_BYTES = 255
 _MARK = "_cp="

@@ -19,7 +19,6 @@ from noether_init_core.errors import CheckpointError
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet, load_set, set_folders
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.queries import is_of
 
 __all__ = [
     "TEMPORARY_NAMES",
@@ -89,7 +88,8 @@ def remove_orphans(checkpoints: Path, storage: Storage) -> None:
     Raises ``OSError``.
     """
     record = _read_record(checkpoints, storage)
-    committed = {folder.path.name for folder in set_folders(checkpoints, storage) if folder.committed}
+    folders = set_folders(checkpoints, storage) if record else []
+    committed = {folder.path.name for folder in folders if folder.is_committed(storage)}
     orphans = {name: written for name, written in record.items() if written.set_name not in committed}
     if _remove(checkpoints, orphans, storage):
         logger.info("flat names of removed sets are removed: %s", ", ".join(sorted(orphans)))
@@ -147,15 +147,15 @@ def _holder_before(checkpoints: Path, committed: CheckpointSet, tag: str, storag
 
     Those of models that are saved separately stay what the tag means of them.
     """
-    models = frozenset(committed.models())
+    models = committed.models()
     for folder in reversed(set_folders(checkpoints, storage)):
-        if folder.committed and folder.sequence < (committed.sequence or 0):
+        if folder.is_committed(storage) and folder.sequence < (committed.sequence or 0):
             try:
                 candidate = load_set(folder, storage)
             except CheckpointError as error:
                 logger.warning("%s", error)
                 continue
-            if tag in candidate.tags and is_of(candidate, models):
+            if tag in candidate.tags and candidate.is_of(models):
                 return candidate
     return None
 

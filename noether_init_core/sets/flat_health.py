@@ -83,7 +83,7 @@ def _copies(store: RunStore) -> Iterator[tuple[Path, int, tuple[CheckpointSet, s
     copies = flat_copies(store.folder, store.storage)
     for folder in set_folders(store.folder, store.storage):
         names = sorted(name for name, of in copies.items() if of == folder.path.name)
-        if not folder.committed or not names:
+        if not names or not folder.is_committed(store.storage):
             continue
         try:
             found = load_set(folder, store.storage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from noether_init_core.errors import CheckpointError, CheckpointFormatError, ConfigError
@@ -12,16 +12,14 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.checkpoint_set import (
     CheckpointFile,
     CheckpointSet,
-    SetFolder,
     list_names,
+    reaching,
     said_by,
     sorted_files,
 )
 from noether_init_core.sets.file_names import iteration_of_tag, parse
-from noether_init_core.sets.flat_copies import flat_copies
-from noether_init_core.sets.queries import FOLLOWING
 
-__all__ = ["iteration_in", "later_flat_sets", "legacy_sets", "newest_legacy", "plain_before"]
+__all__ = ["iteration_in", "legacy_sets", "plain_before"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +29,9 @@ def legacy_sets(folder: Path, storage: Storage) -> list[CheckpointSet]:
     by_tag: dict[str, list[CheckpointFile]] = {}
     for name in list_names(folder, storage):
         parsed = parse(name)
-        if parsed is not None and storage.size_of(folder / name) is not None:
+        with reaching(folder / name):
+            is_file = parsed is not None and storage.size_of(folder / name) is not None
+        if parsed is not None and is_file:
             file = CheckpointFile(folder / name, parsed.model, parsed.info, parsed.part)
             by_tag.setdefault(parsed.tag, []).append(file)
     found = [
@@ -42,31 +42,6 @@ def legacy_sets(folder: Path, storage: Storage) -> list[CheckpointSet]:
     known.sort(key=lambda one: one.name != str(one.iteration))
     known.sort(key=lambda one: one.iteration or TrainingIteration.zero(), reverse=True)
     return [*known, *(one for one in found if one.iteration is None)]
-
-
-def newest_legacy(
-    legacy: Sequence[CheckpointSet],
-    models: Collection[str] = (),
-    unreadable: list[tuple[str, CheckpointError]] | None = None,
-) -> CheckpointSet | None:
-    """The set of the latest iteration that has the trainer files of ``models``, or any.
-
-    ``unreadable`` collects sets of which the iteration cannot be told, else they raise.
-    """
-    preferred = [one for one in legacy if one.models("trainer") and set(models) <= set(one.models("trainer"))]
-    preferred.sort(key=lambda one: FOLLOWING.index(one.name) if one.name in FOLLOWING else 2)
-    preferred.sort(key=lambda one: one.iteration is None)
-    found: list[tuple[CheckpointSet, TrainingIteration | None]] = []
-    for one in preferred:
-        try:
-            found.append((one, iteration_in(one)))
-        except CheckpointError as error:
-            if unreadable is None:
-                raise
-            unreadable.append((one.name, error))
-    said = [(one, iteration) for one, iteration in found if iteration is not None and iteration.is_fully_specified]
-    newest = max((iteration for _, iteration in said), default=None)
-    return next((one for one, iteration in said if iteration == newest), None)
 
 
 def plain_before(legacy: Sequence[CheckpointSet], first: CheckpointSet) -> Iterator[CheckpointSet]:
@@ -101,36 +76,6 @@ def iteration_in(checkpoint_set: CheckpointSet) -> TrainingIteration | None:
             except ConfigError as error:
                 raise CheckpointFormatError(f"{file.path}: training_iteration: {error}", path=file.path) from error
     return None
-
-
-def later_flat_sets(
-    folder: Path, folders: Sequence[SetFolder], storage: Storage
-) -> tuple[list[tuple[CheckpointSet, TrainingIteration]], set[str]]:
-    """Flat files of a later iteration than the newest committed set that are not as a save of ours left them.
-
-    Returns: them, and the names of the sets of which others are copies: these were removed, and mean nothing.
-    """
-    newest = folders[-1].iteration
-    committed = {one.iteration for one in folders}
-    copies = flat_copies(folder, storage)
-    removed: set[str] = set()
-    later = []
-    for flat in legacy_sets(folder, storage):
-        iteration = flat.iteration
-        if iteration is None and flat.name in FOLLOWING:
-            try:
-                iteration = iteration_in(flat)
-            except CheckpointError as error:
-                # A copy for Noether that a crash left unfinished says nothing about our sets.
-                logger.warning("%s beside committed sets cannot be read: %s", flat.name, error)
-        if iteration is None or not iteration.is_fully_specified or iteration in committed or iteration <= newest:
-            continue
-        known = [copies[file.path.name] for file in flat.files if file.path.name in copies]
-        if len(known) < len(flat.files):
-            later.append((flat, iteration))
-        else:
-            removed.update(known)
-    return later, removed
 
 
 def _iterations_in(checkpoint_set: CheckpointSet) -> Iterator[TrainingIteration]:

@@ -15,17 +15,13 @@ import xxhash
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
     CheckpointError,
-    CheckpointNotFoundError,
-    ConfigError,
     TornSetError,
 )
 from noether_init_core.files.reader import open_checkpoint
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.files.storage.file_handle import open_file
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import (
-    SETS_FOLDER,
     CheckpointFile,
     CheckpointSet,
     SetFolder,
@@ -38,7 +34,7 @@ from noether_init_core.sets.checkpoint_set import (
 from noether_init_core.sets.flat_health import AuditedFlat, audit_flat
 from noether_init_core.sets.manifest import MANIFEST_NAME, MAX_PROVENANCE_BYTES, PROBE_NAME, PROVENANCE_NAME
 from noether_init_core.sets.nonfinite_sets import not_looked_at, refused_values
-from noether_init_core.sets.queries import is_of
+from noether_init_core.sets.places import runs_at
 from noether_init_core.sets.store import RunStore
 
 __all__ = [
@@ -57,7 +53,6 @@ Progress = Callable[[int], None]
 State = Literal["good", "nonfinite", "unverifiable", "broken", "uncommitted"]
 #: Of a file without checksums.
 UNVERIFIABLE = "written without checksums, so its bytes cannot be verified. In a config: verify: header"
-_CHECKPOINTS = "checkpoints"
 
 
 @attrs.frozen
@@ -140,30 +135,8 @@ class AuditedStore:
 
 
 def stores_at(path: Path) -> tuple[RunStore, ...]:
-    """The runs and stages at a folder: of checkpoints, of a run, or an output root. Nothing is created.
-
-    Raises ``CheckpointNotFoundError`` where there are none.
-    """
-    path = path.resolve()
-    if path.name == SETS_FOLDER or path.parent.name == SETS_FOLDER:
-        path = path.parent if path.name == SETS_FOLDER else path.parent.parent
-    patterns = ["", "*", "*/*", "debug/*", "debug/*/*"]
-    if path.name == _CHECKPOINTS:
-        path, patterns = path.parent, [""]
-    found: dict[Path, RunStore] = {}
-    for pattern in patterns:
-        for folder in sorted(path.glob(f"{pattern}/{_CHECKPOINTS}" if pattern else _CHECKPOINTS)):
-            provider = _provider(path, folder.parent.relative_to(path).parts)
-            if provider is not None and folder.is_dir():
-                found[folder] = RunStore(provider)
-    if not found:
-        raise CheckpointNotFoundError(
-            f"{path} holds no run: there is no folder named {_CHECKPOINTS} in it, nor one or two levels below. "
-            "Next: noether-init verify PATH, with an output root, a run folder, a folder of checkpoints, or a file",
-            path=path,
-            asked=str(path),
-        )
-    return tuple(found.values())
+    """The runs and stages at a folder; see ``runs_at``."""
+    return tuple(map(RunStore, runs_at(path)))
 
 
 def audit_file(path: Path, progress: Progress | None = None) -> AuditedFile:
@@ -203,11 +176,10 @@ def audit_store(
         asked: The folder that was asked for; where the output root lies below it, ``use`` says ``output_path``.
         flat: Whether copies that our saves wrote are compared with their sets, too.
     """
-    folders = set_folders(store.folder, store.storage)
+    folders = [one for one in set_folders(store.folder, store.storage) if store.storage.is_folder(one.path)]
     flat_files = AuditedFlat()
-    if any(folder.committed for folder in folders):
+    if any(folder.is_committed(store.storage) for folder in folders):
         flat_files = audit_flat(store, compare=flat, progress=progress)
-    if any(folder.committed for folder in folders):
         audited = _committed(store, folders, progress)
     else:
         unfinished = [_unfinished(folder) for folder in folders]
@@ -251,7 +223,7 @@ def _committed(
     audited: list[tuple[AuditedSet, CheckpointSet | None]] = []
     newer: list[CheckpointSet] = []
     for folder in reversed(folders):
-        if not folder.committed:
+        if not folder.is_committed(store.storage):
             audited.append((_unfinished(folder), None))
             continue
         try:
@@ -261,7 +233,7 @@ def _committed(
             audited.append((AuditedSet(folder.path.name, "broken", True, iteration, problems=(str(error),)), None))
             continue
         # a tag that a set of another model took over still means this one of its own
-        taken = {tag for one in newer if is_of(one, frozenset(found.models())) for tag in one.tags}
+        taken = {tag for one in newer if one.is_of(found.models()) for tag in one.tags}
         tags = tuple(tag for tag in found.tags if tag not in taken)
         newer.append(found)
         surplus = set(list_names(folder.path, store.storage)) - {file.path.name for file in found.files}
@@ -440,17 +412,6 @@ def _config_line(run_id: str, stage_name: str | None, audited: AuditedSet, found
     # every tag of it means a later set by now
     chosen = "checkpoint_tag: latest, on_invalid: previous"
     return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, {chosen}{also}{added}}}"
-
-
-def _provider(root: Path, parts: tuple[str, ...]) -> PathProvider | None:
-    """The run at ``parts`` below ``root``; None for a folder that can be none."""
-    try:
-        if not parts:
-            return PathProvider(root.parent, root.name or "run")
-        debug = parts[0] == "debug" and len(parts) > 1
-        return PathProvider(root, *(parts[1:] if debug else parts), debug=debug)
-    except ConfigError:  # a folder whose name is no name, such as .git
-        return None
 
 
 def _size(path: Path) -> int:

@@ -101,6 +101,7 @@ class Manifest(_Model):
             releases, which count as one training.
         started_from: Name of the set in this folder that the process resumed from.
         passed_over: Names of sets in this folder that this training found to be no use, and went back behind.
+        seen: Model and part of each plain file that this set, or one before it in this folder, has.
         provenance: Digest of ``provenance.json`` beside it.
         probe: Digest of ``probe.th`` beside it.
     """
@@ -118,6 +119,7 @@ class Manifest(_Model):
     training: str | None = None
     started_from: str | None = None
     passed_over: tuple[str, ...] = ()
+    seen: tuple[tuple[str, Part], ...] | None = None
     files: tuple[ManifestFile, ...]
     lineage: tuple[dict[str, Any], ...] = ()
     provenance: Digest | None = None
@@ -178,7 +180,9 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
     try:
         text = storage.read_bytes(path, MAX_MANIFEST_BYTES)
         values = pydantic_core.from_json(text, allow_inf_nan=False)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error.strerror}", path=path) from error
+    except ValueError as error:
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error}", path=path) from error
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise CheckpointCorruptError(f"{path} is no manifest of a checkpoint set", path=path)

@@ -1,12 +1,11 @@
-"""What exists, in words: the errors of the store, each with what was asked, what there is, and the next step."""
+"""Error messages for refused selections, each with what was asked, what there is, and the next step."""
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import attrs
 
@@ -17,331 +16,367 @@ from noether_init_core.errors import (
     CheckpointFormatError,
     CheckpointNotFoundError,
     IncompleteSetError,
+    NoGoodSetError,
 )
-from noether_init_core.iteration import TrainingIteration
-from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, SetFolder, set_folders
+from noether_init_core.messages import counted, listed, near
+from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.queries import is_of
+from noether_init_core.sets.places import runs, stages
+from noether_init_core.sets.selection import (
+    PART_NAMES,
+    Broken,
+    LaterFlatFiles,
+    Missing,
+    NoGoodSet,
+    NoSuchTag,
+    NothingHere,
+    Refusal,
+    SeveralBest,
+)
+from noether_init_core.sets.snapshot import Snapshot
 
-if TYPE_CHECKING:
-    from noether_init_core.sets.store import RunStore
-
-__all__ = [
-    "AskedBy",
-    "broken_set",
-    "later_flat_files",
-    "missing_files",
-    "model_line",
-    "no_such_tag",
-    "nothing_here",
-    "ways_on",
-]
+__all__ = ["AskedBy", "model_line", "several_models", "ways_on", "worded"]
 
 #: What asks, hence what its config can say: a tag only, ``on_invalid`` besides, or ``on_invalid`` and no tag.
 AskedBy = Literal["tag", "resume", "auto_resume"]
 
 
-_PART_NAMES = {"model": "weights", "optim": "optimizer state", "trainer": "trainer state"}
+def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> CheckpointError:
+    """The error that says why nothing was selected from the snapshot, and what can be done."""
+    match refusal:
+        case NothingHere():
+            return _nothing_here(snapshot)
+        case NoSuchTag(tag):
+            return _no_such_tag(snapshot, tag)
+        case SeveralBest(tags):
+            return AmbiguousCheckpointError(
+                f'"best" could be any of {", ".join(tags)}. Say which: checkpoint_tag: {tags[0]}',
+                path=snapshot.folder,
+                candidates=tags,
+            )
+        case Missing():
+            return _Lack(snapshot, asked_by, refusal.found, refusal.needs, refusal.tag).error()
+        case Broken(error, good, may_walk_back, saved_as):
+            kind = CheckpointFormatError if isinstance(error, CheckpointFormatError) else CheckpointCorruptError
+            ways = ways_on(snapshot, good, asked_by, may_walk_back=may_walk_back, saved_as=saved_as)
+            return kind(f"{error}. {ways}", path=error.path)
+        case LaterFlatFiles():
+            return _later_flat_files(snapshot, refusal, asked_by)
+        case NoGoodSet(tried):
+            reasons = "".join(f"\n- {name}: {reason}" for name, reason in tried.items())
+            return NoGoodSetError(
+                f"{snapshot.folder} holds no set that can be resumed from; nothing was changed, and nothing was "
+                f"started anew. Tried, newest first:{reasons}\nNext: noether-init verify {snapshot.folder}",
+                path=snapshot.folder,
+                tried=dict(tried),
+            )
 
 
-def nothing_here(store: RunStore) -> CheckpointNotFoundError:
-    """There is no set at all: no such run or stage, or one without checkpoints."""
-    paths, root = store.paths, store.paths.run_output_path.parent
-    run, stage = paths.run_id, paths.stage_name
+def model_line(name: str, asked_by: AskedBy) -> str:
+    """The line of a config that says which model is meant."""
+    return f"auto_resume: {{model_name: {name}}}" if asked_by == "auto_resume" else f"model_name: {name}"
+
+
+def ways_on(
+    snapshot: Snapshot,
+    good: CheckpointSet | None,
+    asked_by: AskedBy,
+    *,
+    may_walk_back: bool,
+    saved_as: str = "",
+) -> str:
+    """What can be done about a broken set: the same arguments as the fields of ``Broken``."""
+    ways = []
+    by_itself = asked_by == "auto_resume"
+    if good is not None:
+        which = f"set saved as {saved_as}" if saved_as else "set"
+        said = f"The newest older {which} whose files are there is {good.name}"
+        said += f" ({good.folder.name})" if good.committed else ""
+        if may_walk_back and asked_by != "tag":
+            place = "beside auto_resume" if by_itself else "in this resume"
+            ways.append(f"on_invalid: previous {place} goes on from the newest good {which}")
+        if not by_itself and _is_meant_by_its_name(snapshot, good):
+            ways.append(f"checkpoint_tag: {good.name}")
+    else:
+        said = "No older set is left"
+        if by_itself:
+            ways.append("a new run_id starts anew")
+    if asked_by != "tag" or (good is not None and not ways):
+        path = shlex.quote(str(snapshot.paths.checkpoint_path))
+        ways.append(f"noether-init verify {path} shows the state of every set")
+    return f"{said}. Next: {'; '.join(ways)}" if ways else said
+
+
+def _is_meant_by_its_name(snapshot: Snapshot, good: CheckpointSet) -> bool:
+    """The name of an iteration means the last set of it."""
+    if not good.committed or good.iteration is None:
+        return True
+    return not any(folder.sequence > (good.sequence or 0) for folder, _found in snapshot.heads(good.iteration))
+
+
+def _nothing_here(snapshot: Snapshot) -> CheckpointNotFoundError:
+    paths, storage = snapshot.paths, snapshot.storage
+    root, run, stage = paths.run_output_path.parent, paths.run_id, paths.stage_name
     run_folder = paths.run_output_path if stage is None else root
-    if not store.storage.is_folder(paths.output_root):
+    if not storage.is_folder(paths.output_root):
         return CheckpointNotFoundError(
             f'run "{run}" was sought below {paths.output_root}, and there is no such folder: '
             f"{paths.output_root.absolute()}. Next: say the folder of the runs with output_path:, or in PathProvider",
             path=paths.output_root,
             asked=run,
         )
-    if not store.storage.is_folder(run_folder):
-        runs = store.runs()
-        listed = _near(run, runs, "It has", "no run with checkpoints")
+    if not storage.is_folder(run_folder):
+        names = runs(paths, storage)
         return CheckpointNotFoundError(
-            f'run "{run}" does not exist below {run_folder.parent}. {listed}. '
+            f'run "{run}" does not exist below {run_folder.parent}. {_near(run, names, "no run with checkpoints")}. '
             f"Next: noether-init inspect {run_folder.parent}",
             path=run_folder,
             asked=run,
-            candidates=_sorted_by_nearness(run, runs),
+            candidates=_by_nearness(run, names),
         )
-    stages = {name: _count(store, name) for name in store.stages(run) if name != stage}
-    listed = "; ".join(f'stage "{name}" has {count}' for name, count in stages.items())
-    unfinished = _unfinished(store)
+    others = [name for name in stages(paths, run, storage) if name != stage]
+    said = [f'stage "{name}" has {_count(snapshot, name)}' for name in others]
+    names = snapshot.uncommitted()
+    unfinished = f". Uncommitted, never picked: {listed(names, 8)}" if names else ""
     if stage is None:
-        name = next(iter(stages), None)
+        there = f"{'; '.join(said)}. Add: stage_name: {others[0]}" if said else f"looked in {paths.checkpoint_path}"
         return CheckpointNotFoundError(
-            f'run "{run}" has no checkpoints itself; '
-            + (f"{listed}. Add: stage_name: {name}" if name else f"looked in {paths.checkpoint_path}")
-            + unfinished,
+            f'run "{run}" has no checkpoints itself; {there}{unfinished}',
             path=paths.checkpoint_path,
             asked=run,
-            candidates=tuple(stages),
+            candidates=others,
         )
-    own = _count(store, None)
+    own = _count(snapshot, None)
     if own != "no sets":
-        listed = "; ".join(filter(None, (f"the run itself has {own}. Leave out stage_name", listed)))
-    near = _sorted_by_nearness(stage, tuple(stages))
-    exists = store.storage.is_folder(paths.checkpoint_path)
+        said.insert(0, f"the run itself has {own}. Leave out stage_name")
+    exists = storage.is_folder(paths.checkpoint_path)
+    meant = near(stage, others, cutoff=0.5)
     return CheckpointNotFoundError(
         (f'stage "{stage}" of run "{run}" has no checkpoints' if exists else f'run "{run}" has no stage "{stage}"')
-        + (f"; {listed}" if listed else f"; looked in {paths.checkpoint_path}")
-        + (f". Did you mean: stage_name: {near[0]}" if near else "")
+        + f"; {'; '.join(said) or f'looked in {paths.checkpoint_path}'}"
+        + (f". Did you mean: stage_name: {meant[0]}" if meant else "")
         + unfinished,
         path=paths.checkpoint_path,
         asked=stage,
-        candidates=tuple(stages),
+        candidates=others,
     )
 
 
-def no_such_tag(store: RunStore, tag: str) -> CheckpointNotFoundError:
-    """The run has sets, none is meant by the tag."""
-    tags = _sorted_by_nearness(tag, store.tags())
-    unfinished = [name for name in store.uncommitted() if name.partition("_")[2] == tag]
+def _count(snapshot: Snapshot, stage: str | None) -> str:
+    paths = attrs.evolve(snapshot.paths, stage_name=stage)
+    return counted(len(Snapshot(paths, storage=snapshot.storage).sets()), "set").replace("0 sets", "no sets")
+
+
+def _no_such_tag(snapshot: Snapshot, tag: str) -> CheckpointNotFoundError:
+    tags = snapshot.tags()
+    unfinished = snapshot.uncommitted()
+    cut = [name for name in unfinished if name.partition("_")[2] == tag]
     found = ""
-    if unfinished:
-        found = f"the save of {unfinished[-1]} was never finished (uncommitted). "
-    elif tag in store.flat_tags():
+    if cut:
+        found = f"the save of {cut[-1]} was never finished (uncommitted). "
+    elif any(one.name == tag for one in snapshot.flat):
         found = "There are flat files of it, which are not read beside committed sets (kind: file reads one). "
     elif tag == "best":
         found = "No set was saved under a best_model.* tag. "
     elif tag.isascii() and tag.isdigit():
         found = f"An iteration is written E{tag}, U{tag} or {{epoch: {tag}}}. "
     # nothing is near to best: latest only looks alike
-    there = _near("" if tag == "best" else tag, tags, "It has", "no tags")
+    there = _near("" if tag == "best" else tag, _by_nearness(tag, tags), "no tags")
     return CheckpointNotFoundError(
-        f'{_where(store)} has no checkpoint "{tag}". {found}{there}'
-        + ("" if unfinished else _unfinished(store))
-        + _irregular(store),
-        path=store.folder,
+        f'{_where(snapshot)} has no checkpoint "{tag}". {found}{there}'
+        + (f". Uncommitted, never picked: {listed(unfinished, 8)}" if unfinished and not cut else "")
+        + _irregular(snapshot),
+        path=snapshot.folder,
         asked=tag,
-        candidates=tags,
+        candidates=_by_nearness(tag, tags),
     )
 
 
-def broken_set(
-    store: RunStore, error: CheckpointError, good: CheckpointSet | None, *, may_walk_back: bool, saved_as: str = ""
-) -> CheckpointError:
-    """The set that was meant is damaged; the newest older good one is named, and the ways on."""
-    kind = CheckpointFormatError if isinstance(error, CheckpointFormatError) else CheckpointCorruptError
-    return kind(f"{error}. {ways_on(store, good, may_walk_back=may_walk_back, saved_as=saved_as)}", path=error.path)
-
-
-def ways_on(store: RunStore, good: CheckpointSet | None, *, may_walk_back: bool, saved_as: str = "") -> str:
-    """What can be done about a broken set: ``good`` is the newest older set whose files are there.
-
-    ``may_walk_back``: whether ``on_invalid: previous`` would lead to it from what was asked for. ``saved_as``: a tag,
-    where ``good`` is the newest one that has it, and not the newest of all.
-    """
-    ways = []
-    by_itself = store.asked_by == "auto_resume"
-    if good is not None:
-        which = f"set saved as {saved_as}" if saved_as else "set"
-        said = f"The newest older {which} whose files are there is {good.name}"
-        said += f" ({good.folder.name})" if good.committed else ""
-        if may_walk_back and store.asked_by != "tag":
-            place = "beside auto_resume" if by_itself else "in this resume"
-            ways.append(f"on_invalid: previous {place} goes on from the newest good {which}")
-        if not by_itself and _is_meant_by_its_name(store, good):
-            ways.append(f"checkpoint_tag: {good.name}")
-    else:
-        said = "No older set is left"
-        if by_itself:
-            ways.append("a new run_id starts anew")
-    if store.asked_by != "tag" or (good is not None and not ways):
-        ways.append(f"noether-init verify {shlex.quote(str(store.paths.checkpoint_path))} shows the state of every set")
-    return f"{said}. Next: {'; '.join(ways)}" if ways else said
-
-
-def _is_meant_by_its_name(store: RunStore, good: CheckpointSet) -> bool:
-    """The name of an iteration means the last set of it."""
-    same = [folder for folder in set_folders(store.folder, store.storage) if folder.iteration == good.iteration]
-    return not any(folder.committed and folder.sequence > (good.sequence or 0) for folder in same if good.committed)
-
-
-def later_flat_files(
-    store: RunStore, newest: SetFolder, later: Sequence[tuple[CheckpointSet, TrainingIteration]]
-) -> AmbiguousCheckpointError:
-    """Beside the committed sets there are files that go further, and not we wrote them."""
-    first, iteration = later[0]
-    names = ", ".join(f"*_cp={flat.name}_*.th" for flat, _ in later)
-    go_on = f"checkpoint_tag: {newest.iteration} to go on from the committed set"
-    if store.asked_by == "auto_resume":
+def _later_flat_files(snapshot: Snapshot, refusal: LaterFlatFiles, asked_by: AskedBy) -> AmbiguousCheckpointError:
+    newest, (first, iteration) = refusal.newest, refusal.later[0]
+    names = ", ".join(f"*_cp={flat.name}_*.th" for flat, _ in refusal.later)
+    if asked_by == "auto_resume":
         go_on = (
             f"if nobody needs them, remove {names}; to go on from the committed set all the same, in place of "
             f"auto_resume an initializer - {{kind: resume, checkpoint_tag: {newest.iteration}}}"
         )
     else:
-        go_on += f"; or kind: file for one of the flat files; if nobody needs them, remove {names}"
+        go_on = (
+            f"checkpoint_tag: {newest.iteration} to go on from the committed set; or kind: file for one of the flat "
+            f"files; if nobody needs them, remove {names}"
+        )
     return AmbiguousCheckpointError(
-        f"{store.folder} holds flat files {first.files[0].path.name} of {iteration}, later than the newest "
+        f"{snapshot.folder} holds flat files {first.files[0].path.name} of {iteration}, later than the newest "
         f"committed set {newest.path.name}, and they are not as a save of ours left them: either another program has "
         f"gone on from here, or the set that they belonged to was removed. Next: {go_on}",
-        path=store.folder,
+        path=snapshot.folder,
         candidates=(str(newest.iteration), first.name),
     )
 
 
-def missing_files(store: RunStore, found: CheckpointSet, tag: str, needs: Sequence[Need]) -> CheckpointError:
-    """The set lacks a file: the wrong name, or a part that was never saved."""
-    need = next(need for need in needs if not found.has(need))
-    shown = tag if tag in found.tags or found.iteration is None else found.name
-    named = found.models(need.part)
-    plain = [file.model for file in found.files if file.part == need.part and file.info == need.info]
-    what = _PART_NAMES[need.part]
-    if need.model is None and len(plain) > 1:
-        return AmbiguousCheckpointError(
-            f'"{shown}" has {what} of {", ".join(plain)}. Say which: {model_line(store, plain[0])}',
-            path=found.folder,
-            candidates=plain,
-        )
-    infos = found.infos(need.model) if need.model is not None else ()
-    if need.part == "model" and need.model in named:
-        listed = ", ".join((*(["plain weights"] if found.file(need.model, "model") else []), *infos))
-        asked = f'with model_info "{need.info}"' if need.info is not None else "without model_info"
-        advice = f"Add: model_info: {infos[0]}" if infos else "Leave out model_info"
-        return CheckpointNotFoundError(
-            f'"{shown}" has no weights of {need.model} {asked}; it has {listed}. {advice}'
-            + _others_with(store, found, needs, shown)
-            + _irregular(store),
-            path=found.folder,
-            asked=need.info or "",
-            candidates=infos,
-        )
-    is_misnamed = need.model is not None and (need.part != "optim" or need.model not in found.models())
-    if named and need.model is not None and is_misnamed:
-        return CheckpointNotFoundError(
-            f'"{shown}" of {_where(store)} has no {what} of "{need.model}"; it has {what} of {_some(named)}. '
-            + _where_else(store, found, needs, shown, need.model, named)
-            + _irregular(store),
-            path=found.folder,
-            asked=need.model,
-            candidates=_sorted_by_nearness(need.model, named),
-        )
-    missing = sorted({_PART_NAMES[other.part] for other in needs if not found.has(other)})
-    parts = {file.part for file in found.files}
-    holds = "holds weights only" if parts == {"model"} else f"has no {' and no '.join(missing)}"
-    if named and need.model is not None:
-        holds = f"has no {what} of {need.model}, only of {_some(named)}"
-    complete = _complete(store, found, needs)
-    advice = f"Resume from {_alternatives(store, found, complete)}" if complete else "No other set has everything"
-    frozen = need.part == "optim" and found.manifest is not None and need.model in found.manifest.frozen
-    if frozen:
-        holds += f": {need.model} was frozen when it was saved, so its optimizer was left out"
-        advice += "; with a fresh optimizer: load_optim: false"
-    if need.part != "model":
-        advice += "; weights alone: kind: previous_run"
-    return IncompleteSetError(
-        f'"{shown}" {holds}. {advice}' + _irregular(store),
-        path=found.folder,
-        asked=tag,
-        missing=missing,
-        candidates=[tag for one in complete for tag in _meant_by(store, one)],
+def several_models(snapshot: Snapshot, names: Sequence[str], asked_by: AskedBy) -> AmbiguousCheckpointError:
+    """There are trainer files of several models, and none was named."""
+    path = snapshot.paths.checkpoint_path
+    return AmbiguousCheckpointError(
+        f"{path} has trainer files of several models: {', '.join(names)}. Add: {model_line(names[0], asked_by)}",
+        path=path,
+        candidates=names,
     )
 
 
-def model_line(store: RunStore, name: str) -> str:
-    """The line of a config that says which model is meant."""
-    return f"auto_resume: {{model_name: {name}}}" if store.asked_by == "auto_resume" else f"model_name: {name}"
+@attrs.frozen
+class _Lack:
+    """What a set lacks, why, and where it is instead."""
+
+    snapshot: Snapshot
+    asked_by: AskedBy
+    found: CheckpointSet
+    needs: tuple[Need, ...]
+    tag: str
+
+    def error(self) -> CheckpointError:
+        found = self.found
+        need = next(need for need in self.needs if not found.has(need))
+        named = found.models(need.part)
+        plain = [file.model for file in found.files if file.part == need.part and file.info == need.info]
+        what = PART_NAMES[need.part]
+        if need.model is None and len(plain) > 1:
+            return AmbiguousCheckpointError(
+                f'"{self.shown}" has {what} of {", ".join(plain)}. Say which: {model_line(plain[0], self.asked_by)}',
+                path=found.folder,
+                candidates=plain,
+            )
+        if need.part == "model" and need.model in named:
+            return self._other_info(need)
+        is_misnamed = need.model is not None and (need.part != "optim" or need.model not in found.models())
+        if named and need.model is not None and is_misnamed:
+            return CheckpointNotFoundError(
+                f'"{self.shown}" of {_where(self.snapshot)} has no {what} of "{need.model}"; it has {what} of '
+                f"{listed(named, 8)}. {self._where_else(need.model, named)}{_irregular(self.snapshot)}",
+                path=found.folder,
+                asked=need.model,
+                candidates=_by_nearness(need.model, named),
+            )
+        return self._incomplete(need, named)
+
+    @property
+    def shown(self) -> str:
+        return self.tag if self.tag in self.found.tags or self.found.iteration is None else self.found.name
+
+    def _other_info(self, need: Need) -> CheckpointError:
+        assert need.model is not None
+        infos = self.found.infos(need.model)
+        there = ", ".join((*(["plain weights"] if self.found.file(need.model, "model") else []), *infos))
+        asked = f'with model_info "{need.info}"' if need.info is not None else "without model_info"
+        advice = f"Add: model_info: {infos[0]}" if infos else "Leave out model_info"
+        return CheckpointNotFoundError(
+            f'"{self.shown}" has no weights of {need.model} {asked}; it has {there}. {advice}'
+            + self._others_with()
+            + _irregular(self.snapshot),
+            path=self.found.folder,
+            asked=need.info or "",
+            candidates=infos,
+        )
+
+    def _incomplete(self, need: Need, named: Sequence[str]) -> IncompleteSetError:
+        found = self.found
+        missing = sorted({PART_NAMES[other.part] for other in self.needs if not found.has(other)})
+        holds = f"has no {' and no '.join(missing)}"
+        if {file.part for file in found.files} == {"model"}:
+            holds = "holds weights only"
+        if named and need.model is not None:
+            holds = f"has no {PART_NAMES[need.part]} of {need.model}, only of {listed(named, 8)}"
+        complete = self._complete()
+        advice = f"Resume from {self._alternatives(complete)}" if complete else "No other set has everything"
+        if need.part == "optim" and found.manifest is not None and need.model in found.manifest.frozen:
+            holds += f": {need.model} was frozen when it was saved, so its optimizer was left out"
+            advice += "; with a fresh optimizer: load_optim: false"
+        if need.part != "model":
+            advice += "; weights alone: kind: previous_run"
+        return IncompleteSetError(
+            f'"{self.shown}" {holds}. {advice}{_irregular(self.snapshot)}',
+            path=found.folder,
+            asked=self.tag,
+            missing=missing,
+            candidates=[tag for one in complete for tag in self._meant_by(one)],
+        )
+
+    def _meant_by(self, one: CheckpointSet) -> list[str]:
+        """The tags that mean a set: a later set of its models that was saved under the same tag has taken it over."""
+        own, models = one.sequence or 0, one.models()
+        sets = self.snapshot.sets()
+        later = {tag for other in sets if (other.sequence or 0) > own and other.is_of(models) for tag in other.tags}
+        return [tag for tag in one.tags if tag not in later]
+
+    def _complete(self) -> list[CheckpointSet]:
+        """Sets that have everything: those of the same iteration first, then ``latest``, then the newest."""
+        sets = [one for one in self.snapshot.sets()[::-1] if one != self.found and all(map(one.has, self.needs))]
+        same = self._iteration()
+        sets.sort(key=lambda one: "latest" not in self._meant_by(one))
+        sets.sort(key=lambda one: same is None or one.iteration != same)
+        return sets
+
+    def _alternatives(self, complete: Sequence[CheckpointSet]) -> str:
+        same = self._iteration()
+        names = []
+        for one in complete[:3]:
+            is_same = same is not None and one.iteration == same
+            name = "latest" if "latest" in self._meant_by(one) and not is_same else one.name
+            names.append(f"{name} (same iteration)" if is_same else name)
+        return " or ".join(names)
+
+    def _iteration(self) -> object:
+        try:
+            return self.snapshot.iteration_of(self.found)
+        except CheckpointError:  # advice only; what is wrong with the file is said when it is read
+            return None
+
+    def _where_else(self, asked: str, named: Sequence[str]) -> str:
+        """Where a model is that this set has not: in other sets, else perhaps under another name."""
+        elsewhere = sorted({name for one in self.snapshot.sets() for name in one.models("model")})
+        alike = [name for name in near(asked, named, 1, cutoff=0.5) or near(asked, elsewhere, 1) if name != asked]
+        tags = self._tags_with()
+        if alike:
+            return f"Add: {model_line(alike[0], self.asked_by)}{self._others_with()}"
+        if tags:
+            return f"Add: checkpoint_tag: {tags[0]}{self._others_with()}"
+        return f"If that is the same model under another name, add: {model_line(named[0], self.asked_by)}"
+
+    def _others_with(self) -> str:
+        tags = self._tags_with()
+        return f". Other sets have it: {listed(tags, 8)}" if tags else ""
+
+    def _tags_with(self) -> list[str]:
+        """Names of other sets that have everything; the tag that was asked for is no advice."""
+        return [one.name for one in self._complete() if one.name != self.shown]
 
 
-def _meant_by(store: RunStore, checkpoint_set: CheckpointSet) -> list[str]:
-    """The tags that mean this set: a later set of its models that was saved under the same tag has taken it over."""
-    own = checkpoint_set.sequence or 0
-    models = frozenset(checkpoint_set.models())
-    later = {tag for one in store.sets() if (one.sequence or 0) > own and is_of(one, models) for tag in one.tags}
-    return [tag for tag in checkpoint_set.tags if tag not in later]
+def _where(snapshot: Snapshot) -> str:
+    stage = snapshot.paths.stage_name
+    return f'run "{snapshot.paths.run_id}"' + (f', stage "{stage}"' if stage is not None else "")
 
 
-def _complete(store: RunStore, found: CheckpointSet, needs: Sequence[Need]) -> list[CheckpointSet]:
-    """Sets that have everything: those of the same iteration first, then ``latest``, then the newest."""
-    sets = [one for one in store.sets()[::-1] if one != found and all(one.has(need) for need in needs)]
-    same = _iteration(store, found)
-    sets.sort(key=lambda one: "latest" not in _meant_by(store, one))
-    sets.sort(key=lambda one: same is None or one.iteration != same)
-    return sets
-
-
-def _alternatives(store: RunStore, found: CheckpointSet, complete: Sequence[CheckpointSet]) -> str:
-    same = _iteration(store, found)
-    names = []
-    for one in complete[:3]:
-        name = "latest" if "latest" in _meant_by(store, one) and one.iteration != same else one.name
-        names.append(f"{name} (same iteration)" if same is not None and one.iteration == same else name)
-    return " or ".join(names)
-
-
-def _where_else(
-    store: RunStore, found: CheckpointSet, needs: Sequence[Need], shown: str, asked: str, named: Sequence[str]
-) -> str:
-    """Where a model is that this set has not: in other sets, else perhaps under another name."""
-    elsewhere = sorted({name for one in store.sets() for name in one.models("model")})
-    near = difflib.get_close_matches(asked, named, n=1, cutoff=0.5) or difflib.get_close_matches(asked, elsewhere, n=1)
-    near = [name for name in near if name != asked]
-    others = _others_with(store, found, needs, shown)
-    tags = _tags_with(store, found, needs, shown)
-    if near:
-        return f"Add: {model_line(store, near[0])}{others}"
-    if tags:
-        return f"Add: checkpoint_tag: {tags[0]}{others}"
-    return f"If that is the same model under another name, add: {model_line(store, named[0])}"
-
-
-def _others_with(store: RunStore, found: CheckpointSet, needs: Sequence[Need], shown: str) -> str:
-    tags = _tags_with(store, found, needs, shown)
-    return f". Other sets have it: {_some(tags)}" if tags else ""
-
-
-def _tags_with(store: RunStore, found: CheckpointSet, needs: Sequence[Need], shown: str) -> list[str]:
-    """Tags of other sets that have everything; the tag that was asked for is no advice."""
-    return [one.name for one in _complete(store, found, needs) if one.name != shown]
-
-
-def _iteration(store: RunStore, checkpoint_set: CheckpointSet) -> object:
-    try:
-        return store.iteration_of(checkpoint_set)
-    except CheckpointError:  # advice only; what is wrong with the file is said when it is read
-        return None
-
-
-def _count(store: RunStore, stage: str | None) -> str:
-    count = len(type(store)(attrs.evolve(store.paths, stage_name=stage), storage=store.storage).sets())
-    return f"{count or 'no'} set{'' if count == 1 else 's'}"
-
-
-def _where(store: RunStore) -> str:
-    stage = store.paths.stage_name
-    return f'run "{store.paths.run_id}"' + (f', stage "{stage}"' if stage is not None else "")
-
-
-def _unfinished(store: RunStore) -> str:
-    names = store.uncommitted()
-    return f". Uncommitted, never picked: {_some(names)}" if names else ""
-
-
-def _irregular(store: RunStore) -> str:
+def _irregular(snapshot: Snapshot) -> str:
     """Names of checkpoints that are no regular files: FIFOs, folders, dangling links."""
+    storage, folder = snapshot.storage, snapshot.folder
     try:
-        names = store.storage.list_folder(store.folder)
+        odd = sorted(
+            name for name in storage.list_folder(folder) if parse(name) and storage.size_of(Path(folder, name)) is None
+        )
     except OSError:  # advice only
         return ""
-    odd = sorted(name for name in names if parse(name) and store.storage.size_of(Path(store.folder, name)) is None)
-    return f". No regular files, ignored: {_some(odd)}" if odd else ""
+    return f". No regular files, ignored: {listed(odd, 8)}" if odd else ""
 
 
-def _sorted_by_nearness(asked: str, names: Sequence[str]) -> tuple[str, ...]:
-    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
-    return (*near, *(name for name in names if name not in near))
+def _by_nearness(asked: str, names: Sequence[str]) -> tuple[str, ...]:
+    alike = near(asked, names, cutoff=0.5)
+    return (*alike, *(name for name in names if name not in alike))
 
 
-def _near(asked: str, names: Sequence[str], words: str, nothing: str) -> str:
-    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
-    if not names:
-        return f"{words} {nothing}"
-    return (f"Near: {', '.join(near)}. " if near else "") + f"{words}: {_some(names)}"
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+def _near(asked: str, names: Sequence[str], nothing: str) -> str:
+    alike = near(asked, names, cutoff=0.5)
+    return (
+        (f"Near: {', '.join(alike)}. " if alike else "") + f"It has: {listed(names, 8)}"
+        if names
+        else (f"It has {nothing}")
+    )

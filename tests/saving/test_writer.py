@@ -36,7 +36,9 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.sets.checkpoint_set import CheckpointSet
+from noether_init_core.sets.looking import find_set, newest_set
 from noether_init_core.sets.provenance import InitReport
+from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.sets.store import Need, RunStore
 
 ONE, TWO, THREE, FOUR = (TrainingIteration(n, 10 * n, 100 * n) for n in (1, 2, 3, 4))
@@ -586,9 +588,9 @@ def test_flat_names_of_a_set_that_was_removed_by_hand_go_with_the_next_save(
     first = writer.save(trained(), ONE, tags=("latest", "last"))
     removed = writer.save(trained(), THREE, tags=("latest", "last")).folder
     shutil.rmtree(removed)
-    store = RunStore(paths)
-    assert store.newest() == first
-    assert store.find("latest") == first
+    snapshot = Snapshot(paths)
+    assert newest_set(snapshot) == first
+    assert find_set(snapshot, "latest").found == first
     said = [record.message for record in caplog.records if "copies of a set that was removed" in record.message]
     assert len(said) == 1
     assert removed.name in said[0]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["LOCAL", "Storage"]
+__all__ = ["LOCAL", "Storage", "is_out_of_reach"]
 
 # Process, thread and path of every lock that is held or waited for; a forked process holds none.
 _HOLDERS: set[tuple[int, int, str]] = set()
@@ -24,10 +24,29 @@ _FICLONE = 0x40049409
 _NO_HARDLINK = frozenset({errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS})
 
 
+#: What ``read_bytes`` raises itself for something that is there and cannot be read as a file of ours.
+_UNFIT = frozenset({errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG})
+
+
+def is_out_of_reach(error: BaseException | None, *, but: int | None = None) -> bool:
+    """Whether an ``OSError`` behind ``error`` says that a look failed, and so nothing of what is there.
+
+    Only ENOENT and ENOTDIR mean that nothing is there. A disk that fails (EIO), a server that is gone (ESTALE) or a
+    folder that is closed (EACCES) is no ground to remove anything, or to choose another set. ``but``: an errno that
+    says something all the same, as EIO does of a file that was opened and cannot be read.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno not in {*_UNFIT, but} and not isinstance(error, FileNotFoundError | NotADirectoryError)
+        error = error.__cause__
+    return False
+
+
 class Storage:
     """Files on a local or mounted file system."""
 
-    # Looking: nothing here creates or changes anything, or blocks on a FIFO.
+    # Looking: nothing here creates or changes anything, or blocks on a FIFO. Only ENOENT and ENOTDIR mean that nothing
+    # is there: every other error is raised.
 
     def list_folder(self, folder: Path) -> list[str]:
         """Names in the folder, in no order."""
@@ -35,35 +54,27 @@ class Storage:
 
     def is_folder(self, path: Path) -> bool:
         """Whether the path leads to a folder, symbolic links followed."""
-        return os.path.isdir(path)
+        found = _stat(path)
+        return found is not None and stat.S_ISDIR(found.st_mode)
 
     def size_of(self, path: Path) -> int | None:
         """Bytes of a regular file, symbolic links followed; None for anything else, or nothing."""
-        try:
-            found = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                return None
-            raise
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        found = _stat(path)
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
     def exists(self, path: Path) -> bool:
         """Whether there is anything under this name, a dangling link included."""
-        return os.path.lexists(path)
+        return _stat(path, follow=False) is not None
 
     def is_link(self, path: Path) -> bool:
         """Whether the name is a symbolic link, wherever it leads."""
-        return os.path.islink(path)
+        found = _stat(path, follow=False)
+        return found is not None and stat.S_ISLNK(found.st_mode)
 
     def identity_of(self, path: Path) -> tuple[int, int] | None:
         """Bytes and time of change (ns) of a regular file, links not followed; None for anything else, or nothing."""
-        try:
-            found = os.lstat(path)
-        except FileNotFoundError:
-            return None
-        return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+        found = _stat(path, follow=False)
+        return (found.st_size, found.st_mtime_ns) if found is not None and stat.S_ISREG(found.st_mode) else None
 
     def resolve(self, path: Path) -> Path:
         """The path without symbolic links; it need not exist."""
@@ -71,10 +82,8 @@ class Storage:
 
     def is_same_file(self, first: Path, second: Path) -> bool:
         """Whether both names lead to one file on disk."""
-        try:
-            return os.path.samefile(first, second)
-        except FileNotFoundError:
-            return False
+        one, other = _stat(first), _stat(second)
+        return one is not None and other is not None and os.path.samestat(one, other)
 
     def read_bytes(self, path: Path, limit: int) -> bytes:
         """The content of a regular file. Raises ``OSError`` (EFBIG) if it has more than ``limit`` bytes."""
@@ -210,6 +219,18 @@ class Storage:
             yield
         finally:
             guard.release()
+
+
+def _stat(path: Path, *, follow: bool = True) -> os.stat_result | None:
+    """What is under a name; None for nothing, and for a circle of links. Raises ``OSError`` where it cannot be told."""
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        raise
 
 
 #: The disk.

@@ -1,0 +1,86 @@
+"""What a path is: the runs and stages that lie there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from noether_init_core.errors import CheckpointNotFoundError, ConfigError
+from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.paths import DEBUG_FOLDER, PathProvider, check_name
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, list_names
+
+__all__ = ["CHECKPOINTS_FOLDER", "runs", "runs_at", "stages"]
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+def runs(paths: PathProvider, storage: Storage = LOCAL) -> tuple[str, ...]:
+    """Runs below the output root (in debug mode: below ``debug``) that have checkpoints, sorted."""
+    root = _root(paths)
+    return tuple(
+        name
+        for name in list_names(root, storage)
+        # a folder such as .git can be no run
+        if _is_name(name)
+        and (
+            storage.is_folder(root / name / CHECKPOINTS_FOLDER)
+            # below the root, the folder "debug" holds runs of its own
+            or ((paths.debug or name != DEBUG_FOLDER) and stages(paths, name, storage))
+        )
+    )
+
+
+def stages(paths: PathProvider, run_id: str | None = None, storage: Storage = LOCAL) -> tuple[str, ...]:
+    """Stages of a run that have checkpoints, sorted; ``run_id`` None: of this one."""
+    run = _root(paths) / (paths.run_id if run_id is None else check_name(run_id, "run_id"))
+    return tuple(name for name in list_names(run, storage) if storage.is_folder(run / name / CHECKPOINTS_FOLDER))
+
+
+def runs_at(path: Path) -> tuple[PathProvider, ...]:
+    """The runs and stages at a folder: of a set, of checkpoints, of a run, or an output root. Nothing is created.
+
+    Raises ``CheckpointNotFoundError`` where there are none.
+    """
+    path = path.resolve()
+    if path.name == SETS_FOLDER or path.parent.name == SETS_FOLDER:
+        path = path.parent if path.name == SETS_FOLDER else path.parent.parent
+    patterns = ["", "*", "*/*", f"{DEBUG_FOLDER}/*", f"{DEBUG_FOLDER}/*/*"]
+    if path.name == CHECKPOINTS_FOLDER:
+        path, patterns = path.parent, [""]
+    found: dict[Path, PathProvider] = {}
+    for pattern in patterns:
+        for folder in sorted(path.glob(f"{pattern}/{CHECKPOINTS_FOLDER}" if pattern else CHECKPOINTS_FOLDER)):
+            provider = _provider(path, folder.parent.relative_to(path).parts)
+            if provider is not None and folder.is_dir():
+                found[folder] = provider
+    if not found:
+        raise CheckpointNotFoundError(
+            f"{path} holds no run: there is no folder named {CHECKPOINTS_FOLDER} in it, nor one or two levels below. "
+            "Next: noether-init verify PATH, with an output root, a run folder, a folder of checkpoints, or a file",
+            path=path,
+            asked=str(path),
+        )
+    return tuple(found.values())
+
+
+def _provider(root: Path, parts: tuple[str, ...]) -> PathProvider | None:
+    """The run at ``parts`` below ``root``; None for a folder that can be none."""
+    try:
+        if not parts:
+            return PathProvider(root.parent, root.name or "run")
+        debug = parts[0] == DEBUG_FOLDER and len(parts) > 1
+        return PathProvider(root, *(parts[1:] if debug else parts), debug=debug)
+    except ConfigError:  # a folder whose name is no name, such as .git
+        return None
+
+
+def _root(paths: PathProvider) -> Path:
+    return paths.output_root / DEBUG_FOLDER if paths.debug else paths.output_root
+
+
+def _is_name(name: str) -> bool:
+    try:
+        check_name(name, "run_id")
+    except ConfigError:
+        return False
+    return True
