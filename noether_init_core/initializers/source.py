@@ -26,11 +26,11 @@ from noether_init_core.protocols import check_model
 from noether_init_core.sets.provenance import History
 from noether_init_core.stopwatch import Stopwatch
 from noether_init_core.suggest.suggest import Suggestion, suggest
-from noether_init_core.surgery.advice import KEEP_MODEL_HINT
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec
 from noether_init_core.surgery.planner import Policies, plan_load
+from noether_init_core.surgery.problems import KEEP_MODEL_HINT
 from noether_init_core.surgery.transforms import Transforms
 
 __all__ = ["Leaf", "Part", "Source", "SourceInitializer", "SourceInitializerConfig", "submodel_of"]

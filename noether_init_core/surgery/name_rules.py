@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import attrs
 
+from noether_init_core import messages
 from noether_init_core.surgery.steps import Step
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
-# The search for near names takes time by the square of their length.
+# The search for near names takes time by the product of their lengths.
 _LONGEST = 256
 _NUMBER = re.compile(r"\d+")
 _WRAPPER = re.compile("|".join(sorted(WRAPPERS)))
@@ -268,19 +268,15 @@ def single_rename(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[st
 
 
 def near(name: str, others: Sequence[str], most: int = 3) -> list[str]:
-    """Up to ``most`` of ``others`` that look like ``name``: same leaf names first, then by similarity."""
-    if len(name) > _LONGEST:
-        return []
-    others = [other for other in others if len(other) <= _LONGEST]
+    """Up to ``most`` of ``others`` that look like ``name``: those of the same leaf name before others.
+
+    Of names that differ in numbers only, such as those of layers, the first stands for all.
+    """
+    folded: dict[str, str] = {}
+    for other in others:
+        if len(other) <= _LONGEST:
+            folded.setdefault(_NUMBER.sub("#", other), other)
+    known = list(folded.values())
     leaf = name.rpartition(".")[2]
-    pool = [other for other in others if other.rpartition(".")[2] == leaf] or list(others)
-    return _closest(name, pool[:2000], most) or _closest(name, list(others)[:2000], most)
-
-
-def _closest(name: str, others: Sequence[str], most: int) -> list[str]:
-    """By similarity; of equally similar ones, the first layer before the last."""
-    found = difflib.get_close_matches(name, others, n=64, cutoff=0.5)
-    order = {other: number for number, other in enumerate(others)}
-    found.sort(key=lambda other: (-difflib.SequenceMatcher(None, other, name).ratio(), order[other]))
-    # the same name in another layer tells nothing more
-    return list({_NUMBER.sub("#", other): other for other in reversed(found)}.values())[::-1][:most]
+    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    return messages.near(name, same, most, cutoff=0.5) or messages.near(name, known, most, cutoff=0.5)

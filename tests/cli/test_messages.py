@@ -104,7 +104,7 @@ def test_position_embeddings_of_another_grid(folder: Path) -> None:
     done = typed(folder, "plan init.yaml --model models:larger --runs runs")
     assert done.returncode == 1
     shown = " ".join(done.stdout.split())
-    rule = "{from: pos_embed, do: [interpolate: {grid: [14, 14], to_grid: [16, 16], prefix_tokens: 1}]}"
+    rule = "{from: pos_embed, do: [{interpolate: {grid: [14, 14], to_grid: [16, 16], prefix_tokens: 1}}]}"
     assert "x mismatch pos_embed 1 key 6.2 k file [1,197,24] model [1,257,24]" in shown
     assert f"fix: - {rule}" in shown
     assert "1 problem nothing was changed" in shown

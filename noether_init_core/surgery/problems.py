@@ -1,0 +1,218 @@
+"""The problems and warnings of a plan in words, with the line of a config that would mend them where there is one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from noether_init_core.messages import listed, yaml_line
+from noether_init_core.surgery.name_rules import NameMatch, near, single_rename
+from noether_init_core.surgery.rows import PlanPart, PlanRow, Problem
+from noether_init_core.surgery.steps import Interpolate, Step, Transpose, shapes_after, written
+
+__all__ = ["KEEP_MODEL_HINT", "Problems"]
+
+#: What is said beside entries that could keep the model's value, where there is a rule for it.
+KEEP_MODEL_HINT = "To keep the model's own values there add: {line}"
+_OTHER_NAMES = " Names differ; for rules: noether-init suggest, or stack.suggest(model)"
+# A head or two may begin anew; more of it would leave the model random.
+_FEW_MODULES = 2
+_MOST_ENTRIES = 8
+# A rule that is wrong is wrong for every layer.
+_MOST_PROBLEMS = 5
+_NUMBER = re.compile(r"[0-9]+")
+
+
+class Problems:
+    """The problems and warnings of one part of a plan. ``fresh_hint`` as in ``plan_load``."""
+
+    def __init__(self, part: PlanPart, match: NameMatch, fresh_hint: str) -> None:
+        self._part, self._match, self._hint = part, match, fresh_hint
+        # as rules say them: below roots, without the prefixes of wrappers
+        self._said = match.said
+        self._targets = [self._said.get(name, name) for name in part.targets]
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+
+    def add(self, code: str, message: str, keys: Sequence[str]) -> None:
+        """A problem of this model."""
+        self.problems.append(Problem(code, message, self._part.model, tuple(keys)))
+
+    def warn(self, code: str, message: str, keys: Sequence[str]) -> None:
+        """A warning about this model."""
+        self.warnings.append(Problem(code, message, self._part.model, tuple(keys)))
+
+    def names(self) -> None:
+        """What is wrong with the rules themselves, and which names they overwrite."""
+        for source, by, target, rule in self._match.overwritten:
+            self.warn("overwritten", f"{source} and {by} both become {target} ({rule}); {by} is taken", (source, by))
+        for problem in self._match.problems[:_MOST_PROBLEMS]:
+            self.add(problem.code, problem.message, problem.names)
+        if len(self._match.problems) > _MOST_PROBLEMS:
+            self.add("more", f"and {len(self._match.problems) - _MOST_PROBLEMS} more of that sort", ())
+
+    def casts(self, rows: Sequence[PlanRow], before: str) -> None:
+        """Tensors that are converted to another dtype."""
+        what = rows[0].key if len(rows) == 1 else f"{len(rows)} tensors ({rows[0].key}, ...)"
+        self.warn("cast", f"{what}: {before} in the file becomes {rows[0].dtype}", [row.key for row in rows])
+
+    def missing(self, rows: Sequence[PlanRow], unexpected: Sequence[str], *, was_to_reset: bool) -> None:
+        """Entries that the file has not: one rename, other names, or a fresh start of these would mend it."""
+        if not rows:
+            return
+        names = [row.key for row in rows]
+        lost = [name for name in names if name not in self._part.resettable] if was_to_reset else []
+        self.add(
+            "missing",
+            f"{self._part.model} needs {listed(names)}, which the file has not"
+            + (self._near(names[0], unexpected or list(self._part.sources), "the file has") or ".")
+            + (self._rename(names, unexpected) or self._other_names(names, unexpected) or self._fresh(names))
+            + (f" (on_missing: reset cannot reset {listed(lost)}: no reset_parameters in their modules)" * bool(lost)),
+            names,
+        )
+
+    def mismatched(self, rows: Sequence[PlanRow]) -> None:
+        """Entries of another shape: a step that makes the shape, where there is one; else a fresh start of these."""
+        groups: dict[str, list[PlanRow]] = {}
+        for row in rows:
+            groups.setdefault(self._step_for(row), []).append(row)
+        for mend, together in groups.items():
+            first, names = together[0], [row.key for row in together]
+            more = f"; {listed(names[1:])} too" if names[1:] else ""
+            made = ""
+            if first.steps:
+                shape = shapes_after(first.steps, first.source_shapes, first.parts)[1][first.part]
+                made = f" by {first.rule}, gives {list(shape)}"
+            message = (
+                f"{first.key}: file {listed(map(list, first.source_shapes))}{made}, model {list(first.shape)}{more}."
+            )
+            self.add("mismatch", message + (mend or self._fresh(names)), names)
+
+    def dtypes(self, rows: Sequence[PlanRow], policy: str) -> None:
+        """Entries whose dtype may not be converted."""
+        if rows:
+            first, names = rows[0], [row.key for row in rows]
+            more = f"; {listed(names[1:])} too" if names[1:] else ""
+            have = " and ".join(dict.fromkeys(self._part.sources[source].dtype for source in first.sources))
+            self.add(
+                "dtype",
+                f"{first.key}: the file has {have}, the model {first.dtype}; "
+                f"cast: {policy} does not convert one to the other{more}",
+                names,
+            )
+
+    def unexpected(self, names: Sequence[str]) -> None:
+        """Entries of the file that the model has not, by the rule that gives them their names."""
+        by_rule: dict[str, list[str]] = {}
+        for name in names:
+            by_rule.setdefault(self._match.astray.get(name, ("", ""))[1], []).append(name)
+        for rule, sources in by_rule.items():
+            made = [self._match.astray[name][0] for name in sources] if rule else sources
+            has = f"{rule} makes" if rule else "the file has"
+            message = f"{has} {listed(made)}, which {self._part.model} has not"
+            close = self._near(made[0], list(self._part.targets), "the model has")
+            self.add("unexpected", message + close.rstrip("."), sources)
+
+    def squares(self, rows: Sequence[PlanRow]) -> None:
+        """Square matrices that stay as they are where others of the same layers are transposed: shapes cannot tell."""
+        groups = {_group(row.key) for row in rows if any(isinstance(step, Transpose) for step in row.steps)}
+        names = [
+            row.key
+            for row in (rows if groups else ())
+            if not row.steps
+            and len(row.shape) == 2
+            and row.shape[0] == row.shape[1]
+            and row.writes
+            and _group(row.key) in groups
+        ]
+        if names:
+            verb = "is square and taken as it is" if len(names) == 1 else "are square and taken as they are"
+            message = f"{listed(names)} {verb}, while others beside are transposed: shapes cannot tell whether to"
+            self.warn("square", message, names)
+
+    @property
+    def _has_rules(self) -> bool:
+        return self._hint.startswith(KEEP_MODEL_HINT)
+
+    def _near(self, name: str, others: Sequence[str], words: str) -> str:
+        """Names that look like ``name``; empty for none."""
+        candidates = near(name, others)
+        return f". Near {name}, {words}: {', '.join(candidates)}." if candidates else ""
+
+    def _step_for(self, row: PlanRow) -> str:
+        """The rule with the step that would make the shape of the model; empty where there is none."""
+        step = _mending_step(row)
+        if step is None:
+            return ""
+        kind = "Transposed" if isinstance(step, Transpose) else "Another grid"
+        rule = f"- {yaml_line({'from': self._said.get(row.sources[0], row.sources[0]), 'do': [written(step)]})}"
+        if isinstance(step, Transpose) and row.rule is not None and "(" in row.rule:
+            rule = f"add do: [transpose] to {row.rule}"
+        return f" {kind}. Next: {rule}"
+
+    def _fresh(self, names: Sequence[str]) -> str:
+        """The config line that keeps exactly ``names`` of the model: whole names where parts of them would hit more."""
+        if not self._hint:
+            return ""
+        wanted = set(names)
+        names = [self._said.get(name, name) for name in names]
+        if len(names) > _MOST_ENTRIES and len({name.rpartition(".")[0] for name in names}) > _MOST_ENTRIES:
+            return _OTHER_NAMES
+        modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
+        others = [target for target in self._targets if target not in wanted]
+        field, entries = "patterns_to_instantiate", modules
+        if self._has_rules:
+            whole = tuple(one for one in modules if not any(f"{other}.".startswith(one) for other in others))
+            field, entries = "- keep_model", [*whole, *(name for name in names if not f"{name}.".startswith(whole))]
+        elif any(module in other for module in modules for other in others):
+            field, entries = "keys_to_instantiate", names
+        if len(entries) > _MOST_ENTRIES:
+            return _OTHER_NAMES
+        value = entries[0] if self._has_rules and len(entries) == 1 else list(entries)
+        return " " + self._hint.format(line=f"{field}: {yaml_line(value)}")
+
+    def _other_names(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
+        """Where names differ on both sides all over, keeping the model's own values would leave it random."""
+        modules = {name.rpartition(".")[0] for name in missing}
+        if not unexpected or len(modules) <= _FEW_MODULES:
+            return ""
+        return _OTHER_NAMES
+
+    def _rename(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
+        """The config line of one rename that would resolve every missing name, where there is one."""
+        if not self._hint or not unexpected or len(missing) > 10_000:
+            return ""
+        missing = [self._said.get(name, name) for name in missing]
+        unexpected = [self._said.get(name, name) for name in unexpected]
+        found = single_rename(missing, unexpected)
+        if found is None:
+            return ""
+        src, dst = found
+        if not self._has_rules:
+            return f" One rename fits all: patterns_to_rename: {yaml_line([{'src': src, 'dst': dst}])}"
+        if not src.endswith(".") or not all(name.startswith(src) for name in unexpected):
+            return ""
+        rule = {"from": src, "to": dst} if dst else {"from": f"{src}<rest..>", "to": "<rest..>"}
+        return f" One rename fits all: - {yaml_line(rule)}"
+
+
+def _mending_step(row: PlanRow) -> Step | None:
+    """Transpose, or another square grid of a position embedding, where one of them makes the shape of the model."""
+    if row.steps or len(row.source_shapes) != 1 or len(row.shape) < 2 or len(row.source_shapes[0]) != len(row.shape):
+        return None
+    source, target = row.source_shapes[0], row.shape
+    if source != target and Transpose().shapes([source]) == [target]:
+        return Transpose()
+    if "pos" in row.key.lower() and (*source[:-2], source[-1]) == (*target[:-2], target[-1]):
+        for prefix in (1, 0, 2):
+            rows, to_rows = (math.isqrt(max(tokens - prefix, 0)) for tokens in (source[-2], target[-2]))
+            if min(rows, to_rows) > 1 and (rows**2 + prefix, to_rows**2 + prefix) == (source[-2], target[-2]):
+                return Interpolate((rows, rows), (to_rows, to_rows), prefix)
+    return None
+
+
+def _group(name: str) -> str:
+    """The name up to the number of its layer, whichever that is."""
+    found = _NUMBER.search(name)
+    return name[: found.start()] if found else name.rpartition(".")[0].partition(".")[0]
