@@ -1,7 +1,7 @@
 # Development of noether-init. `make env` needs Python 3.11 or newer and pip, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help env browser demo test lint docs bench faults charts pictures transcripts clean
+.PHONY: help env browser demo test lint docs bench house faults charts pictures transcripts clean
 
 # The first Python that is new enough; PYTHON3=... chooses another.
 PYTHON3 ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
@@ -57,6 +57,10 @@ bench: env  ## Measure loading and saving against other ways; writes benchmarks/
 	$(PYTHON) benchmarks/plan.py
 	$(PYTHON) benchmarks/kinds.py
 	$(PYTHON) benchmarks/look.py
+	$(PYTHON) benchmarks/sets.py
+
+house: env  ## Count code lines, files that a question opens, and looks at the disk
+	$(PYTHON) tools/house.py
 
 pictures: demo browser  ## Take the pictures of pages that the documentation shows
 	$(PYTHON) tools/pictures.py runs/demo
