@@ -34,7 +34,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 def equal(first: Any, other: Any) -> bool:
     """Whether two nested values are the same: types, keys, dtypes, shapes and every bit of their tensors.
 
-    Tensors on different devices are compared on the CPU. NaN equals NaN of the same bits in tensors, and itself.
+    Tensors on different devices are compared on the CPU. NaN equals NaN, in tensors of the same bits.
     """
     if isinstance(first, Mapping) and isinstance(other, Mapping):
         return first.keys() == other.keys() and all(equal(first[key], other[key]) for key in first)
@@ -54,4 +54,4 @@ def equal(first: Any, other: Any) -> bool:
         plain = (tensor.detach().resolve_conj().resolve_neg().cpu().contiguous() for tensor in (first, other))
         one, two = (tensor.reshape(-1).view(torch.uint8) for tensor in plain)
         return bool(torch.equal(one, two))
-    return first is other or bool(first == other)
+    return first is other or bool(first == other) or bool(first != first and other != other)

@@ -73,6 +73,7 @@ def test_leaves_and_mapped_agree() -> None:
     ("first", "other", "expected"),
     [
         ({"a": torch.tensor([math.nan])}, {"a": torch.tensor([math.nan])}, True),
+        (math.nan, float("nan"), True),
         (torch.tensor([0.0]), torch.tensor([-0.0]), False),
         (torch.ones(2), torch.ones(2, dtype=torch.float64), False),
         (torch.ones(2, 1), torch.ones(2), False),

@@ -13,8 +13,8 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatErr
 from noether_init_core.files.reader import open_checkpoint
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.nested import equal
 from noether_init_core.probe.fingerprint import PROJECTIONS, Level, OutputFingerprint
-from noether_init_core.probe.isolated_run import same_bits
 from noether_init_core.probe.probe import Probe, check_batch
 from noether_init_core.saving.file_writing import write_content
 from noether_init_core.sets.checkpoint_set import CheckpointSet
@@ -90,7 +90,7 @@ def write_probe(folder: Path, probe: Probe, iteration: TrainingIteration, storag
     }
     _size, digest = write_content(path, content, storage)
     found = _read(path, digest)
-    if (found.outputs, found.models) != (probe.outputs, probe.models) or not _is_equal(found.batch, probe.batch):
+    if (found.outputs, found.models) != (probe.outputs, probe.models) or not equal(found.batch, probe.batch):
         raise CheckpointCorruptError(f"{path} reads back otherwise than it was written", path=path)
     return digest
 
@@ -141,13 +141,3 @@ def _problem_in(value: Any, place: str) -> str:
     if type(value) in (list, tuple):
         return next(filter(None, (_problem_in(item, f"{place}.{number}") for number, item in enumerate(value))), "")
     return "" if isinstance(value, torch.Tensor) or type(value) in _PLAIN else f"{place} is {type_of(value)}"
-
-
-def _is_equal(first: Any, other: Any) -> bool:
-    if isinstance(first, torch.Tensor) and isinstance(other, torch.Tensor):
-        return same_bits(first, other)
-    if isinstance(first, dict) and isinstance(other, dict):
-        return list(first) == list(other) and all(_is_equal(value, other[key]) for key, value in first.items())
-    if isinstance(first, list | tuple) and isinstance(other, list | tuple):
-        return len(first) == len(other) and all(map(_is_equal, first, other))
-    return type(first) is type(other) and (first == other or first != first)  # NaN is equal to itself here

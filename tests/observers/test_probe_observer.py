@@ -406,8 +406,8 @@ def test_exchanged_layers_are_found_beside_masked_scores(tmp_path: Path) -> None
         start(paths, bind(Masking(), "net"), {**WARM, "transforms": exchanged})
 
 
-def test_a_model_that_changes_itself_is_not_compared(tmp_path: Path) -> None:
-    """Its code is another one than when it was saved, which is said."""
+def test_a_model_that_replaces_its_children_is_caught_and_put_back(tmp_path: Path) -> None:
+    """Its code is another one than when it was saved."""
     paths = PathProvider(tmp_path, "source")
     CheckpointWriter(paths).save(bind(Masking(), "net"), at(1), probe=BATCH)
 
@@ -418,7 +418,7 @@ def test_a_model_that_changes_itself_is_not_compared(tmp_path: Path) -> None:
 
     module = Building()
     first = module.first
-    with pytest.raises(PartlyInitializedError, match="its forward builds or replaces children of a Building"):
+    with pytest.raises(PartlyInitializedError, match="net is not what it was when"):
         start(paths, bind(module, "net"), WARM)
     assert module.first is first
 
