@@ -95,7 +95,7 @@ def compared(folder: Path, rounds: int) -> None:
 
     first = folder / "model.th"
     with open_checkpoint(first) as reader:
-        state = {key: reader.read(key) for key in reader.tensors}
+        state = {key: reader.read(key) for key in reader.tensors()}
     copies = {key: torch.empty_like(value) for key, value in state.items()}
 
     def copy() -> None:

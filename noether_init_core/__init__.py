@@ -41,8 +41,10 @@ if TYPE_CHECKING:
         UnknownKindError,
         UnsafeGlobalError,
     )
-    from noether_init_core.files.reader import CheckpointReader, open_checkpoint
+    from noether_init_core.files.checkpoint import BaseCheckpoint, Checkpoint
+    from noether_init_core.files.opening import open_checkpoint
     from noether_init_core.files.storage.artifact_cache import ArtifactCache
+    from noether_init_core.files.storage.handle import Storage
     from noether_init_core.initializers.base import InitializerBase
     from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
     from noether_init_core.initializers.parameters import NameGlobs, named_parameters
@@ -70,6 +72,8 @@ __all__ = [
     "AmbiguousCheckpointError",
     "AnyInitializer",
     "ArtifactCache",
+    "BaseCheckpoint",
+    "Checkpoint",
     "CheckpointCorruptError",
     "CheckpointDiff",
     "CheckpointError",
@@ -77,7 +81,6 @@ __all__ = [
     "CheckpointInitializer",
     "CheckpointInitializerConfig",
     "CheckpointNotFoundError",
-    "CheckpointReader",
     "CheckpointWriteError",
     "CheckpointWriter",
     "ConfigError",
@@ -111,6 +114,7 @@ __all__ = [
     "SourceInitializerConfig",
     "StartConflictError",
     "StateMismatchError",
+    "Storage",
     "Timing",
     "TornSetError",
     "TrainerState",
@@ -135,7 +139,9 @@ _HOMES = {
     "files.storage.artifact_cache": ("ArtifactCache",),
     "initializers.parameters": ("NameGlobs", "named_parameters"),
     "binding": ("bind", "compose"),
-    "files.reader": ("CheckpointReader", "open_checkpoint"),
+    "files.checkpoint": ("BaseCheckpoint", "Checkpoint"),
+    "files.opening": ("open_checkpoint",),
+    "files.storage.handle": ("Storage",),
     "saving.retention": ("Retention",),
     "sets.store": ("RunStore",),
     "saving.writer": ("CheckpointWriter",),

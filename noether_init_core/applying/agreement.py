@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from noether_init_core.applying.targets import Identity, ModelTargets, loaded_by_code
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.plan import LoadPlan, PlanRow, TensorSpec
+from noether_init_core.files.checkpoint import Checkpoint
+from noether_init_core.files.reading import same_bits
+from noether_init_core.surgery.plan import LoadPlan, PlanRow
 from noether_init_core.surgery.steps import Cast, Interpolate, Pad, carry_out
 
 __all__ = ["check_across", "check_casts", "check_loading_code"]
 
 
-class TensorReader(Protocol):
-    """What is needed of a reader of checkpoints."""
-
-    def read(self, key: str) -> torch.Tensor: ...
-    @property
-    def tensors(self) -> Mapping[str, TensorSpec]: ...
-    def pieces(self, key: str) -> Iterator[torch.Tensor]: ...
-
-
-def check_across(plan: LoadPlan, readers: Mapping[str, TensorReader]) -> None:
+def check_across(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> None:
     """Tensors that submodels share must be the same in the files of all of them. Raises ``PlanError``."""
     problems = []
     for model, name, other_model, other in plan.equal_across:
         first, second = readers[model].read(name), readers[other_model].read(other)
-        if first.dtype != second.dtype or first.shape != second.shape or not _same_bits(first, second):
+        if not same_bits(first, second):
             problems.append(f"{name} of {model} and {other} of {other_model} differ in the files but are one tensor")
     _raise(plan, problems)
 
@@ -55,7 +48,7 @@ def check_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> N
     _raise(plan, problems)
 
 
-def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
+def check_casts(plan: LoadPlan, model: str, reader: Checkpoint) -> None:
     """Values that are converted must fit their dtype: no finite number becomes infinite, no integer another one.
 
     Raises ``PlanError``. Rounding of floating point numbers is what a cast is asked for.
@@ -67,14 +60,14 @@ def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
         dtypes = [*(step.dtype for step in row.steps if isinstance(step, Cast)), row.dtype]
         problems += _made_values(row, reader, dtypes)
         for source in row.sources:
-            have = reader.tensors[source].dtype
+            have = reader.tensors()[source].dtype
             narrow = next(
                 (
                     dtype
                     for dtype in dict.fromkeys(dtypes)
                     if dtype != have
                     and _can_overflow(getattr(torch, have), getattr(torch, dtype))
-                    and not all(_fits(piece, getattr(torch, dtype)) for piece in reader.pieces(source))
+                    and not all(_fits(piece, getattr(torch, dtype)) for piece in reader.slices(source))
                 ),
                 None,
             )
@@ -83,10 +76,10 @@ def check_casts(plan: LoadPlan, model: str, reader: TensorReader) -> None:
     _raise(plan, problems)
 
 
-def _made_values(row: PlanRow, reader: TensorReader, dtypes: list[str]) -> list[str]:
+def _made_values(row: PlanRow, reader: Checkpoint, dtypes: list[str]) -> list[str]:
     """Values that steps make rather than move: fillings, and what lies between points of a grid."""
     problems = []
-    have = [reader.tensors[source].dtype for source in row.sources]
+    have = [reader.tensors()[source].dtype for source in row.sources]
     for step in row.steps:
         if isinstance(step, Pad) and step.value is not None:
             value = torch.tensor([step.value], dtype=torch.float64)
@@ -106,11 +99,6 @@ def _raise(plan: LoadPlan, problems: list[str]) -> None:
     if problems:
         listed = "\n  ".join(problems[:5]) + (f"\n  and {len(problems) - 5} more" if problems[5:] else "")
         raise PlanError(f"{plan.kind}:\n  {listed}\nNothing was changed.", plan=plan, problems=problems)
-
-
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Bit for bit, so that NaN equals NaN."""
-    return torch.equal(first.contiguous().view(-1).view(torch.uint8), second.contiguous().view(-1).view(torch.uint8))
 
 
 def _can_overflow(source: torch.dtype, target: torch.dtype) -> bool:

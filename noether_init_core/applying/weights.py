@@ -3,43 +3,29 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Set
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Set
+from typing import Any, Literal
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from noether_init_core.applying.fresh_memory import FreshMemory, on_meta
-from noether_init_core.applying.module_versions import Versions, metadata_below
+from noether_init_core.applying.module_versions import metadata_below
 from noether_init_core.applying.targets import Identity, ModelTargets, OwnLoading, loaded_by_code
 from noether_init_core.errors import PlanError, StateMismatchError
+from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.stopwatch import Stopwatch
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.steps import Step, carry_out
 
-__all__ = ["WeightReader", "apply_rows", "check_values"]
+__all__ = ["apply_rows", "check_values"]
 
 OnNonfinite = Literal["error", "warn", "ignore"]
 
 
-class WeightReader(Protocol):
-    """What is needed of a reader of checkpoints."""
-
-    @property
-    def extra_state(self) -> Mapping[str, Any]: ...
-    @property
-    def versions(self) -> Versions: ...
-    def materialize(self, value: Any) -> Any: ...
-    def read(self, key: str) -> torch.Tensor: ...
-    def is_same(self, first: str, other: str) -> bool: ...
-    def nonfinite(self, keys: Collection[str]) -> Mapping[str, str]: ...
-    def mapped(self, keys: Collection[str]) -> Mapping[str, torch.Tensor]: ...
-    def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None: ...
-
-
 def apply_rows(
     rows: Iterable[PlanRow],
-    reader: WeightReader,
+    reader: Checkpoint,
     targets: ModelTargets,
     *,
     by_code: Set[Identity] = frozenset(),
@@ -106,7 +92,7 @@ def apply_rows(
 
 
 def _copy_plain(
-    plain: Iterable[tuple[PlanRow, torch.Tensor]], reader: WeightReader, fresh: FreshMemory, may_map: bool
+    plain: Iterable[tuple[PlanRow, torch.Tensor]], reader: Checkpoint, fresh: FreshMemory, may_map: bool
 ) -> None:
     """Entries that are taken as they are, but for their dtype: mapped where that may be, else read into place."""
     copies: dict[str, torch.Tensor] = {}
@@ -122,9 +108,9 @@ def _copy_plain(
             usable.append(source)
     for source, tensor in reader.mapped(usable).items() if usable else ():
         fresh.put(copies.pop(source), tensor)
-    reader.copy_into({source: fresh.of(tensor) for source, tensor in copies.items()})
+    reader.copy_into([(source, None, fresh.of(tensor)) for source, tensor in copies.items()])
     for source, tensor in repeated:
-        reader.copy_into({source: fresh.of(tensor)})
+        reader.copy_into([(source, None, fresh.of(tensor))])
 
 
 def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> None:
@@ -171,7 +157,7 @@ def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: FreshMemory) -
         )
 
 
-def _load_itself(own: OwnLoading, rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> None:
+def _load_itself(own: OwnLoading, rows: Iterable[PlanRow], reader: Checkpoint, targets: ModelTargets) -> None:
     """Let a module load what is planned for it. What is kept stays, also where its code translates what it is given."""
     rows = tuple(row for row in rows if row.target is not None and row.target.startswith(own.prefix))
     state: OrderedDict[str, Any] = OrderedDict(_state_below(own.prefix, rows, reader, targets))
@@ -190,7 +176,7 @@ def _load_itself(own: OwnLoading, rows: Iterable[PlanRow], reader: WeightReader,
             kept[name].copy_(tensor)
 
 
-def _state_below(prefix: str, rows: Iterable[PlanRow], reader: WeightReader, targets: ModelTargets) -> dict[str, Any]:
+def _state_below(prefix: str, rows: Iterable[PlanRow], reader: Checkpoint, targets: ModelTargets) -> dict[str, Any]:
     """The planned state dict of one module, names without its prefix; what is kept stands in it as it is."""
     state: dict[str, Any] = {}
     for row in rows:
@@ -207,7 +193,7 @@ def _state_below(prefix: str, rows: Iterable[PlanRow], reader: WeightReader, tar
     return state
 
 
-def _value(row: PlanRow, reader: WeightReader, target: torch.Tensor) -> torch.Tensor:
+def _value(row: PlanRow, reader: Checkpoint, target: torch.Tensor) -> torch.Tensor:
     """The planned value of a tensor, in memory of its own."""
     if row.writes and not row.steps:
         return reader.read(row.sources[0])
@@ -217,12 +203,12 @@ def _value(row: PlanRow, reader: WeightReader, target: torch.Tensor) -> torch.Te
     return value
 
 
-def _extra_state(reader: WeightReader, key: str) -> Any:
+def _extra_state(reader: Checkpoint, key: str) -> Any:
     """Extra state as it was saved; some modules keep it in a tensor."""
     return reader.materialize(reader.extra_state[key]) if key in reader.extra_state else reader.read(key)
 
 
-def check_values(plan: LoadPlan, model: str, reader: WeightReader, on_nonfinite: OnNonfinite) -> list[Problem]:
+def check_values(plan: LoadPlan, model: str, reader: Checkpoint, on_nonfinite: OnNonfinite) -> list[Problem]:
     """Look at the values that the plan will load into ``model``: NaN and infinities, and tied entries that differ.
 
     NaN is a problem everywhere, infinities are one in parameters only (buffers hold masks). With ``on_nonfinite``

@@ -9,7 +9,7 @@ import pydantic
 
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import CheckpointNotFoundError
-from noether_init_core.files.storage.file_handle import digest_problem
+from noether_init_core.files.storage.handle import digest_problem
 from noether_init_core.initializers.source import Part, Source, SourceInitializer, SourceInitializerConfig
 
 __all__ = ["FileInitializer", "FileInitializerConfig"]

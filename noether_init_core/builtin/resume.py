@@ -23,7 +23,7 @@ from noether_init_core.errors import (
     UnsafeGlobalError,
     type_of,
 )
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.initializers.callbacks import CallbackPlan, apply_callbacks, plan_callbacks
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig, other_run
 from noether_init_core.initializers.resumption import check_resumption, resume_callbacks
@@ -174,12 +174,13 @@ class ResumeInitializer(CheckpointInitializer):
             is_below = root is None or file.model == root or file.model.startswith(f"{root}.")
             if not is_below or not (found.committed or file.info in (None, self.config.model_info)):
                 continue
-            with open_checkpoint(file.path, stopwatch=self.stopwatch) as reader:
+            with open_checkpoint(file.path, digests=found.digests_of(file), stopwatch=self.stopwatch) as reader:
                 if file.part != "optim":
                     said[file.path.name] = said_by(reader.metadata, file.path)
                 committed = found.committed_file(file)
-                looked_at = not_looked_at(file, committed, reader.tensors) if self._refuses_values_of(file) else []
-                reader.verify(self.config.verify, committed=committed, values=looked_at)
+                looked_at = not_looked_at(file, committed, reader.tensors()) if self._refuses_values_of(file) else []
+                if self.config.verify == "full":
+                    reader.verify(look=looked_at)
                 if self._refuses_values_of(file):
                     refused = refused_values(file, committed, reader.nonfinite(looked_at))
                     if refused:
@@ -200,14 +201,15 @@ class ResumeInitializer(CheckpointInitializer):
         file = selected.file(root, "trainer")
         if file is None:
             raise CheckpointNotFoundError(f"{selected.name} has no trainer file of {root}", path=selected.folder)
-        with open_checkpoint(file.path, stopwatch=self.stopwatch) as reader:
+        with open_checkpoint(file.path, digests=selected.digest_of(file), stopwatch=self.stopwatch) as reader:
             iteration, run_id = said_by(reader.metadata, file.path)
             if iteration is None or not iteration.is_fully_specified:
                 raise CheckpointFormatError(
                     f"{file.path.name} is no trainer file: it says no training_iteration", path=file.path
                 )
             check_consistency({file.path.name: (iteration, run_id)}, selected)
-            reader.verify(self.config.verify, digest=selected.digest_of(file))
+            if self.config.verify == "full":
+                reader.verify()
             return dict(reader.load())
 
     def root_name(self) -> str:

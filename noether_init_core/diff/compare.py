@@ -17,8 +17,9 @@ from noether_init_core.diff.prefixes import prefix_note, without_prefixes
 from noether_init_core.diff.sides import Side, is_average, known_from, side_at
 from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
 from noether_init_core.errors import CheckpointCorruptError
+from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.formats.inert_values import ForeignObject
-from noether_init_core.files.reader import CheckpointReader, open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
 
 __all__ = ["bytes_to_read", "compare_checkpoints", "compare_sides"]
@@ -121,9 +122,9 @@ class _Work:
                 if path is not None and _stamp(path) != stamp:
                     raise CheckpointCorruptError(f"{path} changed while it was compared. Next: again", path=path)
 
-    def _entries(self, reader: CheckpointReader) -> dict[str, Any]:
+    def _entries(self, reader: Checkpoint) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for key, value in {**reader.tensors, **reader.extra_state}.items():
+        for key, value in {**reader.tensors(), **reader.extra_state}.items():
             name = without_prefixes(str(key), self._strip)
             if name in found:
                 self.notes.append(
@@ -138,7 +139,7 @@ class _Work:
         model: str,
         a: Mapping[str, Any],
         b: Mapping[str, Any],
-        readers: Sequence[CheckpointReader | None],
+        readers: Sequence[Checkpoint | None],
     ) -> dict[str, DiffRow]:
         found: dict[str, DiffRow] = {}
         for key in {**a, **b}:
@@ -164,7 +165,7 @@ class _Work:
         in_b: bool,
         one: Any,
         two: Any,
-        readers: Sequence[CheckpointReader | None],
+        readers: Sequence[Checkpoint | None],
     ) -> DiffRow:
         """What is not measured: on one side only, of another shape, or no tensor."""
         form_a, form_b = _form(one) if in_a else (None, None), _form(two) if in_b else (None, None)

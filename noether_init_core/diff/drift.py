@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
-from noether_init_core.files.reader import CheckpointReader
+from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def total_of(drifts: list[Drift]) -> Drift:
 
 
 def drift_of(
-    a: CheckpointReader,
+    a: Checkpoint,
     first: TensorInfo,
-    b: CheckpointReader,
+    b: Checkpoint,
     second: TensorInfo,
     room: Room,
     advance: Callable[[int], None],
@@ -272,9 +272,9 @@ class _Extent:
 
 
 def _pieces(
-    a: CheckpointReader,
+    a: Checkpoint,
     first: TensorInfo,
-    b: CheckpointReader,
+    b: Checkpoint,
     second: TensorInfo,
     advance: Callable[[int], None] = lambda _bytes: None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -282,8 +282,7 @@ def _pieces(
     if first.nbytes == 0:
         return
     if first.is_contiguous and second.is_contiguous:
-        flat = (first.nbytes // first.itemsize,)
-        first, second = (attrs.evolve(one, shape=flat, stride=(1,)) for one in (first, second))
+        first, second = first.flat(), second.flat()
     left = [(first, second, True)]
     while left:
         part, other, is_turn_of_a = left.pop()
@@ -300,11 +299,11 @@ def _pieces(
             left.append((*halves, not is_turn_of_a))
 
 
-def _read(reader: CheckpointReader, info: TensorInfo) -> torch.Tensor:
+def _read(reader: Checkpoint, info: TensorInfo) -> torch.Tensor:
     """A piece; where its stretches lie far apart, what is between them is not in memory at once."""
     import torch
 
-    if info.span <= 4 * _PIECE:
+    if sum(piece.nbytes for piece in info.pieces) <= 4 * _PIECE * info.itemsize:
         return reader.read(info)
     dimension = _outermost(info)
     size = info.shape[dimension]
@@ -319,12 +318,8 @@ def _outermost(info: TensorInfo) -> int:
 
 
 def _part(info: TensorInfo, dimension: int, begin: int, end: int) -> TensorInfo:
-    return attrs.evolve(
-        info,
-        shape=(*info.shape[:dimension], end - begin, *info.shape[dimension + 1 :]),
-        nbytes=info.nbytes // info.shape[dimension] * (end - begin),
-        storage_offset=info.storage_offset + begin * info.stride[dimension],
-    )
+    whole = tuple((0, size) for size in info.shape)
+    return info.part((*whole[:dimension], (begin, end), *whole[dimension + 1 :]))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,16 @@
-"""What a checkpoint says of its tensors, known without torch and without reading their bytes."""
+"""Descriptions of tensors in a checkpoint: shape, dtype, and the bytes that they lie in. Torch is not needed."""
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import attrs
 
-__all__ = ["ITEMSIZES", "TensorInfo"]
+__all__ = ["ITEMSIZES", "Box", "Piece", "TensorInfo", "row_major", "span"]
+
+#: First and one past the last index in each dimension.
+Box = tuple[tuple[int, int], ...]
 
 #: Bytes per element of every dtype that can be read, by torch's name without ``torch.``.
 ITEMSIZES = {
@@ -39,23 +45,50 @@ ITEMSIZES = {
 
 
 @attrs.frozen
-class TensorInfo:
-    """One tensor of a file: how it looks, and where its bytes are.
+class Piece:
+    """Bytes of one file that hold a box of a tensor.
 
-    ``storage_offset`` and ``stride`` count elements, ``nbytes`` is the number of elements times their size. Two keys
-    with equal ``record``, ``storage_offset``, ``shape`` and ``stride`` are one tensor (tied weights). The stored bytes
-    of a tensor with ``is_conjugated`` or ``is_negated`` are those before that lazy operation; reading carries it out.
+    Attributes:
+        offset: Place of the first element in the file.
+        nbytes: Bytes from the first to the last element that the box uses, those between them included.
+        stride: Elements between neighbours in each dimension of the box; None: row-major, without gaps.
+        box: The box of the tensor; None: all of it.
+        file: Name of the file in a checkpoint of several files; empty: the only one.
+        container: ``raw``: ``offset`` leads to the elements. ``torch_zip``: it leads to a whole archive of torch.save
+            that holds this tensor only; a format resolves such a piece to a raw one when it is first read.
+        is_conjugated: The bytes are those before a lazy conjugation; reading carries it out.
+        is_negated: The same for a lazy negation.
+    """
+
+    offset: int
+    nbytes: int
+    stride: tuple[int, ...] | None = None
+    box: Box | None = None
+    file: str = ""
+    container: Literal["raw", "torch_zip"] = "raw"
+    is_conjugated: bool = False
+    is_negated: bool = False
+
+
+@attrs.frozen
+class TensorInfo:
+    """One tensor of a checkpoint: what it looks like, and where its bytes are.
+
+    Two keys with equal pieces are one tensor (tied weights).
+
+    Attributes:
+        shape: Its sizes.
+        dtype: torch's name of the dtype, without ``torch.``.
+        pieces: Boxes that make up the tensor, without overlap; none for a tensor that is computed when it is read.
+        is_parameter: Whether the file says that it is a parameter.
+        key: What ``Checkpoint.read`` takes for a tensor that has no pieces.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    nbytes: int
-    record: str
-    storage_offset: int
-    stride: tuple[int, ...]
+    pieces: tuple[Piece, ...] = ()
     is_parameter: bool = False
-    is_conjugated: bool = False
-    is_negated: bool = False
+    key: str = ""
 
     @property
     def itemsize(self) -> int:
@@ -63,18 +96,93 @@ class TensorInfo:
         return ITEMSIZES[self.dtype]
 
     @property
-    def span(self) -> int:
-        """Elements of the storage from the first to the last one that the tensor uses."""
-        if self.nbytes == 0:
-            return 0
-        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+    def nbytes(self) -> int:
+        """Number of elements times their size."""
+        return math.prod(self.shape) * ITEMSIZES[self.dtype]
+
+    @property
+    def whole(self) -> Piece | None:
+        """The piece that holds all of the tensor; None where several do, or none."""
+        piece = self.pieces[0] if len(self.pieces) == 1 else None
+        return piece if piece is not None and piece.box is None else None
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Elements between neighbours in each dimension; row-major where no single piece says otherwise."""
+        whole = self.whole
+        return row_major(self.shape) if whole is None or whole.stride is None else whole.stride
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the elements lie in the storage one after the other, in row-major order."""
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return self.nbytes == 0
-            expected *= size
-        return True
+        """Whether one piece holds the elements one after the other, in row-major order, as they are to be read."""
+        whole = self.whole
+        if whole is None or whole.is_conjugated or whole.is_negated:
+            return False
+        return (
+            whole.stride is None
+            or 0 in self.shape
+            or _steps(self.shape, whole.stride) == _steps(self.shape, row_major(self.shape))
+        )
+
+    def part(self, box: Box) -> TensorInfo:
+        """The description of a box of the tensor, whose pieces are those parts of its pieces that lie in the box.
+
+        Raises ``ValueError`` for a box that does not lie in the tensor, or a tensor without pieces.
+        """
+        if len(box) != len(self.shape) or any(
+            not 0 <= begin <= end <= size for (begin, end), size in zip(box, self.shape, strict=True)
+        ):
+            raise ValueError(f"{box} is no box of a tensor of the shape {list(self.shape)}")
+        if not self.pieces:
+            raise ValueError("the tensor is computed, and has no pieces")
+        shape = tuple(end - begin for begin, end in box)
+        found = (self._within(piece, box) for piece in self.pieces)
+        return TensorInfo(shape, self.dtype, tuple(piece for piece in found if piece is not None), self.is_parameter)
+
+    def flat(self) -> TensorInfo:
+        """The description of the same bytes in one dimension, of a tensor that ``is_contiguous``."""
+        (piece,) = self.pieces
+        return TensorInfo((math.prod(self.shape),), self.dtype, (attrs.evolve(piece, stride=None),))
+
+    def _within(self, piece: Piece, box: Box) -> Piece | None:
+        """The part of a piece that lies in ``box``, which is where its own box counts from; None for none."""
+        own = piece.box or tuple((0, size) for size in self.shape)
+        common = tuple(
+            (max(begin, first), min(end, last)) for (begin, end), (first, last) in zip(box, own, strict=True)
+        )
+        if piece.box is not None and any(begin >= end for begin, end in common):
+            return None
+        stride = piece.stride or row_major(tuple(end - begin for begin, end in own))
+        skipped = sum((begin - first) * step for (begin, _), (first, _), step in zip(common, own, stride, strict=True))
+        shape = tuple(end - begin for begin, end in common)
+        return attrs.evolve(
+            piece,
+            offset=piece.offset + skipped * self.itemsize,
+            nbytes=span(shape, stride) * self.itemsize,
+            stride=stride,
+            box=None
+            if common == box
+            else tuple((begin - start, end - start) for (begin, end), (start, _) in zip(common, box, strict=True)),
+        )
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps, as torch counts them."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size or 1
+    return tuple(reversed(strides))
+
+
+def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last one of a tensor, those between them included."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def _steps(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides that count: a dimension of one element may have any."""
+    return tuple(step for size, step in zip(shape, stride, strict=True) if size != 1)

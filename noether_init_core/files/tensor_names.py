@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from noether_init_core.files.formats.inert_values import ForeignObject
 
-__all__ = ["EXTRA_STATE", "children", "join", "named", "state_dict_of"]
+__all__ = ["EXTRA_STATE", "children", "is_state_dict", "join", "named", "state_dict_of"]
 
 T = TypeVar("T")
 
@@ -67,10 +67,16 @@ def state_dict_of(value: Any, kind: type[Any]) -> dict[Any, Any] | None:
     state_dict = value.get("state_dict")
     if isinstance(state_dict, dict):
         return state_dict
-    if not any(isinstance(child, kind) for child in value.values()):
-        return None
-    is_bare = all(
-        type(key) is str and (isinstance(child, kind) or key.rpartition(".")[2] == EXTRA_STATE)
-        for key, child in value.items()
+    return value if is_state_dict(value, kind) else None
+
+
+def is_state_dict(value: Any, kind: type[Any]) -> bool:
+    """Whether it is a dict of tensors under texts, at least one, with nothing else than extra state beside them."""
+    return (
+        isinstance(value, dict)
+        and any(isinstance(child, kind) for child in value.values())
+        and all(
+            type(key) is str and (isinstance(child, kind) or key.rpartition(".")[2] == EXTRA_STATE)
+            for key, child in value.items()
+        )
     )
-    return value if is_bare else None

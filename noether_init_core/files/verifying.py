@@ -7,17 +7,20 @@ is allocated, however large the file is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import attrs
 import xxhash
 from isal import isal_zlib
 
-from noether_init_core.files.formats.zip_records import Record
+from noether_init_core.errors import CheckpointCorruptError
+from noether_init_core.files.formats.records import Record
 from noether_init_core.files.nonfinite_values import Finding, can_be_nonfinite, nonfinite
-from noether_init_core.files.storage.file_handle import GROUP, FileHandle, by_threads, grouped
+from noether_init_core.files.storage.handle import GROUP, Handle, by_threads, grouped
+from noether_init_core.messages import listed
 
-__all__ = ["Examined", "Findings", "Stretch", "Values", "damaged_records", "examine", "examine_memory"]
+__all__ = ["Examined", "Findings", "Stretch", "Values", "check_record", "damage", "examine", "examine_memory"]
 
 # Small enough for the processor's caches, large enough that system calls, and threads that wait for the interpreter, do
 # not count. A multiple of every size of an element, so that no element lies in two pieces.
@@ -72,13 +75,24 @@ class Findings:
     nonfinite: dict[tuple[int, int], Finding]
 
 
-def damaged_records(handle: FileHandle, records: Sequence[Record]) -> list[Record]:
-    """The records whose bytes do not have their CRC-32. Never more than a small buffer per thread is in memory."""
-    stretches = {Stretch(record.name, record.offset, record.size, record.crc): record for record in records}
-    return [stretches[damaged] for damaged in examine(handle, list(stretches)).damaged]
+def check_record(handle: Handle, record: Record, data: bytes) -> None:
+    """Raise ``CheckpointCorruptError`` if ``data`` does not have the checksum of the record."""
+    if record.crc is not None and isal_zlib.crc32(data) != record.crc:
+        raise damage(handle.path, {record.name: []})
 
 
-def examine(handle: FileHandle, stretches: Sequence[Stretch]) -> Findings:
+def damage(path: Path, keys: Mapping[str, Sequence[str]]) -> CheckpointCorruptError:
+    """The error for damaged records; ``keys``: name of a record -> the keys whose bytes are in it."""
+    parts = (f"{listed(names, 10)} ({record})" if names else record for record, names in keys.items())
+    return CheckpointCorruptError(
+        f"{path} is damaged: the bytes of {listed(parts, 20, separator='; ')} are not those that were written. "
+        "Next: copy the file again from where it was written, or take an older checkpoint",
+        path=path,
+        key=", ".join(name for names in keys.values() for name in names),
+    )
+
+
+def examine(handle: Handle, stretches: Sequence[Stretch]) -> Findings:
     """Read every stretch once, compare it and look at its values. Raises ``CheckpointCorruptError`` if the file ends.
 
     A stretch with neither checksum, values nor target is not read.
@@ -133,7 +147,7 @@ def _parts(stretches: Sequence[Stretch]) -> Iterable[_Part]:
 class _Work:
     """What the threads share; every operation on the containers is a single step."""
 
-    def __init__(self, handle: FileHandle, stretches: Sequence[Stretch]) -> None:
+    def __init__(self, handle: Handle, stretches: Sequence[Stretch]) -> None:
         self._handle = handle
         self._stretches = stretches
         self._sums: dict[tuple[int, int], tuple[int, int]] = {}

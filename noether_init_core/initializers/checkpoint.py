@@ -20,7 +20,7 @@ from noether_init_core.errors import (
     StateMismatchError,
     TornSetError,
 )
-from noether_init_core.files.reader import CheckpointReader
+from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.initializers.source import Leaf, Part, Source, SourceInitializer, SourceInitializerConfig
 from noether_init_core.iteration import TrainingIteration
@@ -187,9 +187,7 @@ class CheckpointInitializer(SourceInitializer):
         iteration = self.store.iteration_of(selected)
         if iteration is not None:
             origin["iteration"] = str(iteration)
-        return Source(
-            found.path, digest=selected.digest_of(found), committed=selected.committed_file(found), origin=origin
-        )
+        return Source(found.path, digest=selected.digest_of(found), committed=selected.digests_of(found), origin=origin)
 
     def file_root(self, name: str, below: str) -> str:
         """``model_name`` where the config says it, also for a composite."""
@@ -410,7 +408,7 @@ class CheckpointInitializer(SourceInitializer):
             steps.append(_OptimizerStep(leaf, optimizer, self._moments[key], keep_fields=self._keeps_fields(leaf)))
         return steps
 
-    def _opened_state(self, leaf: Leaf) -> tuple[CheckpointReader, Source]:
+    def _opened_state(self, leaf: Leaf) -> tuple[Checkpoint, Source]:
         """The optimizer's file, which is of the same iteration and run as the weights."""
         reader, source = self.opened(leaf, "optim"), self.source_of(leaf, "optim")
         if reader is None or source is None:
@@ -460,7 +458,7 @@ class CheckpointInitializer(SourceInitializer):
         )
         return None if plain else origins
 
-    def _read_moments(self, leaf: Leaf, reader: CheckpointReader, source: Source, plan: OptimizerPlan) -> OptimizerPlan:
+    def _read_moments(self, leaf: Leaf, reader: Checkpoint, source: Source, plan: OptimizerPlan) -> OptimizerPlan:
         """The plan with tensors in place of descriptions: read into the memory that they will stay in, verified and
         looked at in one pass, and carried along with their parameters.
         """
@@ -469,9 +467,7 @@ class CheckpointInitializer(SourceInitializer):
         on_nonfinite = self.on_nonfinite
         tensors = reader.read_all(
             tensors_of([*states, *fields]),
-            self.config.verify,
-            digest=source.digest,
-            committed=source.committed,
+            verify=self.config.verify == "full",
             look=on_nonfinite != "ignore",
         )
         if on_nonfinite != "ignore":
@@ -489,7 +485,7 @@ class CheckpointInitializer(SourceInitializer):
     def _keeps_fields(leaf: Leaf) -> bool:
         return torch_optimizer(leaf.model.optimizer) is not leaf.model.optimizer
 
-    def _check_moments(self, reader: CheckpointReader, states: Sequence[Mapping[str, Any]], file: str) -> None:
+    def _check_moments(self, reader: Checkpoint, states: Sequence[Mapping[str, Any]], file: str) -> None:
         """Refuse NaN and infinities in the state."""
         named = [(key, info) for state in states for key, value in state.items() for info in tensors_of(value)]
         found = reader.nonfinite([info for _key, info in named])
@@ -542,7 +538,7 @@ class _Tree:
     A tensor that is described twice gets memory twice, since each is updated by itself.
     """
 
-    def __init__(self, reader: CheckpointReader, tensors: dict[TensorInfo, torch.Tensor], where: str) -> None:
+    def __init__(self, reader: Checkpoint, tensors: dict[TensorInfo, torch.Tensor], where: str) -> None:
         self._reader, self._tensors, self._where = reader, tensors, where
         self._given: set[TensorInfo] = set()
 

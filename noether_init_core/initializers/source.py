@@ -19,8 +19,9 @@ from noether_init_core.applying.weights import OnNonfinite, apply_rows, check_va
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError, PartlyInitializedError, PlanError
-from noether_init_core.files.integrity import CommittedFile
-from noether_init_core.files.reader import CheckpointReader, open_checkpoint
+from noether_init_core.files.checkpoint import Checkpoint
+from noether_init_core.files.digests import Digests
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.protocols import check_model
 from noether_init_core.sets.provenance import History
@@ -117,7 +118,7 @@ class Source:
 
     path: Path = attrs.field(converter=Path)
     digest: str | None = None
-    committed: CommittedFile | None = attrs.field(default=None, kw_only=True, repr=False)
+    committed: Digests | None = attrs.field(default=None, kw_only=True, repr=False)
     origin: Mapping[str, str] = attrs.Factory(dict)
 
     def describe(self) -> str:
@@ -142,7 +143,7 @@ class Leaf:
 @attrs.define(eq=False)
 class _Opened:
     source: Source
-    reader: CheckpointReader
+    reader: Checkpoint
 
 
 @attrs.frozen(eq=False)
@@ -369,7 +370,7 @@ class SourceInitializer(InitializerBase):
     def before_locating(self, leaves: Sequence[Leaf]) -> None:
         """Called with all models before the first ``locate`` for one of them."""
 
-    def opened(self, leaf: Leaf, part: Part) -> CheckpointReader | None:
+    def opened(self, leaf: Leaf, part: Part) -> Checkpoint | None:
         """The reader of ``part`` of ``leaf``, opened at the first call; None where there is no such file."""
         key = (leaf.path, part)
         if key not in self._opened:
@@ -378,7 +379,10 @@ class SourceInitializer(InitializerBase):
                 source = next((found for name in names if (found := self.locate(name, part)) is not None), None)
             if source is None:
                 return None
-            self._opened[key] = _Opened(source, open_checkpoint(source.path, stopwatch=self.stopwatch))
+            self._opened[key] = _Opened(
+                source,
+                open_checkpoint(source.path, digests=source.committed or source.digest, stopwatch=self.stopwatch),
+            )
         return self._opened[key].reader
 
     def planned(self, model: Any) -> LoadPlan:
@@ -407,7 +411,7 @@ class SourceInitializer(InitializerBase):
                 )
             source = self._opened[leaf.path, "model"].source
             targets[leaf.path] = found = model_targets(leaf.model)
-            sources: dict[str, TensorSpec] = {**reader.tensors, **dict.fromkeys(reader.extra_state, _EXTRA)}
+            sources: dict[str, TensorSpec] = {**reader.tensors(), **dict.fromkeys(reader.extra_state, _EXTRA)}
             # modules may keep their extra state in a tensor
             sources.update((name, _EXTRA) for name in found.extra_state if name in sources)
             before = frozenset(name for name, tensor in found.tensors.items() if id(tensor) in self.loaded_before)
@@ -457,14 +461,12 @@ class SourceInitializer(InitializerBase):
             reader = opened.reader
             check_versions(leaf.path, rows, reader.versions, prepared.targets[leaf.path])
             on_nonfinite = self.on_nonfinite
-            reader.verify(
-                self.config.verify,
-                digest=opened.source.digest,
-                committed=opened.source.committed,
-                values=[source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
-                if on_nonfinite != "ignore"
-                else (),
-            )
+            if self.config.verify == "full":
+                reader.verify(
+                    look=[source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
+                    if on_nonfinite != "ignore"
+                    else ()
+                )
             if (leaf.path, id(reader)) not in self._checked_values:
                 with self.stopwatch.phase("verify"):
                     for finding in check_values(prepared.plan, leaf.path, reader, on_nonfinite):

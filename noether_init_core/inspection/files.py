@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from noether_init_core.errors import CheckpointError
-from noether_init_core.files.reader import CheckpointReader, open_checkpoint
+from noether_init_core.files.checkpoint import Checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.inspection.findings import Content, FoundFile, FoundKey
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, said_by
@@ -31,7 +32,7 @@ def look_at_file(path: Path) -> FoundFile:
     manifest, problems = _manifest_beside(path)
     entry = None if manifest is None else next((one for one in manifest.files if one.name == path.name), None)
     with open_checkpoint(path) as reader:
-        metadata, tensors = reader.metadata, reader.tensors
+        metadata, tensors = reader.metadata, reader.tensors()
         run_id, iteration = None, None
         try:
             iteration, run_id = said_by(metadata, path)
@@ -44,7 +45,7 @@ def look_at_file(path: Path) -> FoundFile:
             content_of(tensors, entry),
             tuple(FoundKey(str(key), info.dtype, info.shape, info.nbytes) for key, info in tensors.items()),
             tuple(_tied(tensors)),
-            reader.has_checksums,
+            reader.is_verifiable,
             run_id,
             None if iteration is None else str(iteration),
             entry is not None,
@@ -57,7 +58,7 @@ def look_at_file(path: Path) -> FoundFile:
 
 def content_of(tensors: Mapping[str, TensorInfo], entry: ManifestFile | None = None) -> Content:
     """The tensors in numbers; ``entry`` is what the manifest says of the file, for which tensors are buffers."""
-    once = {_identity(info): (key, info) for key, info in reversed(list(tensors.items()))}
+    once = {(info.shape, info.pieces): (key, info) for key, info in reversed(list(tensors.items()))}
     elements = sum(prod(info.shape) for _key, info in once.values())
     parameters = None
     if entry is not None and entry.buffers is not None:
@@ -72,15 +73,11 @@ def content_of(tensors: Mapping[str, TensorInfo], entry: ManifestFile | None = N
     )
 
 
-def _identity(info: TensorInfo) -> tuple[object, ...]:
-    return info.record, info.storage_offset, info.shape, info.stride
-
-
 def _tied(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, ...]]:
     groups: dict[object, list[str]] = {}
     for key, info in tensors.items():
         if info.nbytes:
-            groups.setdefault(_identity(info), []).append(str(key))
+            groups.setdefault((info.shape, info.pieces), []).append(str(key))
     return (tuple(keys) for keys in groups.values() if len(keys) > 1)
 
 
@@ -120,7 +117,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
-def _facts(reader: CheckpointReader) -> Iterator[tuple[str, str]]:
+def _facts(reader: Checkpoint) -> Iterator[tuple[str, str]]:
     """What a file says besides tensors: run, iteration, and of a loop seed, names, place in the data.
 
     The file may be anybody's, so nothing is taken for granted.

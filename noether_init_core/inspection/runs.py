@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, InitError
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.inspection.files import content_of
 from noether_init_core.inspection.findings import (
     Content,
@@ -167,7 +167,7 @@ def _models(sets: Sequence[CheckpointSet], problems: list[str]) -> Iterator[Foun
 def _content(one: CheckpointSet, file: CheckpointFile, problems: list[str]) -> Content | None:
     try:
         with open_checkpoint(file.path) as reader:
-            return content_of(reader.tensors, one.committed_file(file))
+            return content_of(reader.tensors(), one.committed_file(file))
     except CheckpointError as error:
         problems.append(str(error))
         return None

@@ -110,10 +110,10 @@ def _prove(path: Path, watch: Watch, content: FileContent) -> tuple[dict[str, Se
     of the save is found now, and not when the set is needed. Returns what the manifest says of the tensors, and the
     digest of the file's records.
     """
-    from noether_init_core.files.reader import open_checkpoint
+    from noether_init_core.files.opening import open_checkpoint
 
     with open_checkpoint(path) as reader:
-        found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors.items()}
+        found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors().items()}
         checksums = reader.checksums()
         records = reader.digest_of_records
     listed, written = watch.listed(content), watch.all(content)

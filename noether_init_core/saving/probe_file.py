@@ -10,7 +10,7 @@ import pydantic
 import torch
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, type_of
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.nested import equal
@@ -106,7 +106,8 @@ def read_probe(found: CheckpointSet) -> Probe | None:
 
 
 def _read(path: Path, digest: str) -> Probe:
-    with open_checkpoint(path, digest=digest) as reader:
+    with open_checkpoint(path, digests=digest) as reader:
+        reader.verify()
         content = reader.load()
     version = content.get("format_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import attrs
 
 from noether_init_core.errors import CheckpointError, CheckpointWriteError
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL
-from noether_init_core.files.storage.file_handle import open_file
+from noether_init_core.files.storage.local import open_file
 from noether_init_core.saving.file_writing import write_content
 from noether_init_core.sets.checkpoint_set import lies_in_a_run
 
@@ -94,7 +94,7 @@ def write_weights(
             with contextlib.closing(open_file(temporary)) as handle:
                 digest, size = handle.digest("xxh3_128"), handle.size
             with open_checkpoint(temporary) as reader:
-                tensors = len(reader.tensors)
+                tensors = len(reader.tensors())
             _put(temporary, path, replace=replace)
             LOCAL.fsync_folder(path.parent)
     finally:

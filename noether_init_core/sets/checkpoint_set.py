@@ -18,6 +18,7 @@ from noether_init_core.errors import (
     ConfigError,
     TornSetError,
 )
+from noether_init_core.files.digests import Digests
 from noether_init_core.files.storage.disk import LOCAL, Storage
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.file_names import Part, iteration_of_tag, stem_of
@@ -143,8 +144,13 @@ class CheckpointSet:
         found = self.committed_file(file)
         return None if found is None else found.digest
 
+    def digests_of(self, file: CheckpointFile) -> Digests | None:
+        """What the manifest vouches for, for ``open_checkpoint``; None in a legacy set."""
+        found = self.committed_file(file)
+        return None if found is None else Digests(found.digest, found.size, found.records, found.tensors)
+
     def committed_file(self, file: CheckpointFile) -> ManifestFile | None:
-        """All that the manifest says of the file; None in a legacy set. ``CheckpointReader.verify`` takes it."""
+        """All that the manifest says of the file; None in a legacy set."""
         if self.manifest is None:
             return None
         return next((entry for entry in self.manifest.files if entry.name == file.path.name), None)

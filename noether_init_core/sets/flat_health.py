@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 
 from noether_init_core.errors import CheckpointError
-from noether_init_core.files.storage.file_handle import open_file
+from noether_init_core.files.storage.local import open_file
 from noether_init_core.sets.checkpoint_set import CheckpointSet, list_names, load_set, set_folders
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.flat_copies import changed_names, flat_copies

@@ -62,7 +62,7 @@ def iteration_in(checkpoint_set: CheckpointSet) -> TrainingIteration | None:
     """
     if checkpoint_set.iteration is not None:
         return checkpoint_set.iteration
-    from noether_init_core.files.reader import open_checkpoint
+    from noether_init_core.files.opening import open_checkpoint
 
     order = {"trainer": 0, "model": 1, "optim": 2}
     for file in sorted(checkpoint_set.files, key=lambda file: (order[file.part], file.stem)):
@@ -80,7 +80,7 @@ def iteration_in(checkpoint_set: CheckpointSet) -> TrainingIteration | None:
 
 def _iterations_in(checkpoint_set: CheckpointSet) -> Iterator[TrainingIteration]:
     """The full iterations that the files of a set say, as far as they can be read."""
-    from noether_init_core.files.reader import open_checkpoint
+    from noether_init_core.files.opening import open_checkpoint
 
     for file in checkpoint_set.files:
         try:

@@ -17,9 +17,9 @@ from noether_init_core.errors import (
     CheckpointError,
     TornSetError,
 )
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import Storage
-from noether_init_core.files.storage.file_handle import open_file
+from noether_init_core.files.storage.local import open_file
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.checkpoint_set import (
     CheckpointFile,
@@ -143,10 +143,10 @@ def audit_file(path: Path, progress: Progress | None = None) -> AuditedFile:
     """Verify one file: its structure, its header, and every byte that has a checksum."""
     try:
         with open_checkpoint(path) as reader:
-            tensors = reader.tensors
-            note = "" if reader.has_checksums else UNVERIFIABLE
+            tensors = reader.tensors()
+            note = "" if reader.is_verifiable else UNVERIFIABLE
             if not note:
-                reader.verify("full")
+                reader.verify()
             elif reader.format == "safetensors":
                 note = "structure only: a safetensors file carries no checksums. In a config: digest: sha256:..."
             nbytes = sum(info.nbytes for info in tensors.values())
@@ -355,17 +355,16 @@ def _problem_of(
     if size != expected:
         return f"{file.path} has {size} bytes; {expected} bytes were written"
     try:
-        with open_checkpoint(file.path) as reader:
+        with open_checkpoint(file.path, digests=found.digest_of(file)) as reader:
             # Optimizer files say nothing. Noether saves averages at times of their own.
             if file.part != "optim" and (found.committed or file.info is None):
                 said[file.path.name] = said_by(reader.metadata, file.path)
-            digest = found.digest_of(file)
             committed = found.committed_file(file)
-            looked_at = not_looked_at(file, committed, reader.tensors)
-            if digest is None and not reader.has_checksums:
-                unverified.append(file.path.name)
+            looked_at = not_looked_at(file, committed, reader.tensors())
+            if reader.is_verifiable:
+                reader.verify(look=looked_at)
             else:
-                reader.verify("full", digest=digest, values=looked_at)
+                unverified.append(file.path.name)
             refused += refused_values(file, committed, reader.nonfinite(looked_at))
     except (CheckpointError, OSError) as error:
         return str(error)

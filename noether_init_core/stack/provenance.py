@@ -147,7 +147,7 @@ def _numbered(sources: dict[SourceRecord, int], record: SourceRecord) -> int:
 
 
 def _record_of(initializer: SourceInitializer, model: str, source: Source) -> SourceRecord:
-    digest = source.digest or (None if source.committed is None else source.committed.digest)
+    digest = source.digest or (None if source.committed is None else source.committed.file)
     return SourceRecord(
         initializer.config.kind,
         model,

@@ -220,7 +220,7 @@ def flipped_bit_in_a_file(world: World) -> Action:
 @refused(10, CheckpointCorruptError, r"net_cp=E2_U20_S200_optim\.th")
 def flipped_bit_in_the_optimizer(world: World) -> Action:
     with open_checkpoint(world.file_of("optim")) as reader:
-        moments = [reader.read(key) for key, info in reader.tensors.items() if info.shape == (OUTPUTS, INPUTS)]
+        moments = [reader.read(key) for key, info in reader.tensors().items() if info.shape == (OUTPUTS, INPUTS)]
     flip(world.file_of("optim"), bytes_of(moments[0]))
     return lambda: world.resume()
 

@@ -26,7 +26,7 @@ from noether_init_core.errors import (
     UnsafeGlobalError,
 )
 from noether_init_core.files.formats.inert_values import ForeignObject, GlobalName
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 
 GOOD = tensor([2, 2], [2, 1])
 
@@ -101,7 +101,7 @@ def test_a_whole_module_is_told_how_to_become_a_state_dict(tmp_path: Path, key: 
     assert line == f"torch.save(torch.load(path, weights_only=False){f'[{key!r}]' if key else ''}.state_dict(), path)"
     exec(line, {"torch": torch, "path": path})
     with open_checkpoint(path) as reader:
-        assert list(reader.tensors) == list(module.state_dict())
+        assert list(reader.tensors()) == list(module.state_dict())
 
 
 def test_names_with_control_characters_are_shown_escaped(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_allowed_names_are_read_as_inert_records(
         assert isinstance(record, ForeignObject)
         assert (record.name, record.args[0], record.state) == ("antigravity.fly", 7, {"a": None})
         assert torch.equal(record.args[1], torch.zeros(2, 2))
-        assert list(reader.tensors) == ["x.args.1"]
+        assert list(reader.tensors()) == ["x.args.1"]
     assert "antigravity" not in sys.modules
 
 
@@ -339,7 +339,6 @@ def attempt(path: Path) -> str | None:
     try:
         with open_checkpoint(path) as reader:
             reader.load()
-            reader.verify("header")
     except InitError as error:
         return str(error)
     return None

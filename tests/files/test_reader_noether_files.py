@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
 
 RUNS = ("mlp_train", "composite", "early_stop")
@@ -50,10 +50,10 @@ def test_model_files_have_the_recorded_tensors_and_metadata(noether_runs: Path, 
     for name, entry in files.items():
         with open_checkpoint(noether_runs / name) as reader:
             reader.verify()
-            assert list(reader.tensors) == list(entry["state_dict"]), name
+            assert list(reader.tensors()) == list(entry["state_dict"]), name
             assert reader.extra_state == {}
             for key, expected in entry["state_dict"].items():
-                info = reader.tensors[key]
+                info = reader.tensors()[key]
                 assert [info.dtype, list(info.shape)] == [expected["dtype"], expected["shape"]]
                 assert digest(reader.read(key)) == expected["sha256"], f"{name} {key}"
             assert ["state_dict", *reader.metadata] == entry["top_level_keys"]
@@ -104,7 +104,8 @@ def test_every_file_is_what_torch_load_reads(noether_runs: Path, run: str) -> No
     present = {name: entry for name, entry in files.items() if (noether_runs / name).exists()}
     assert {entry["kind"] for name, entry in files.items() if name not in present} <= {"tracker"}
     for name, entry in present.items():
-        with open_checkpoint(noether_runs / name, digest=f"sha256:{entry['sha256']}") as reader:
+        with open_checkpoint(noether_runs / name, digests=f"sha256:{entry['sha256']}") as reader:
+            assert reader.verify().by == "sha256"
             assert encoded(reader.load()) == encoded(torch.load(noether_runs / name, weights_only=True)), name
 
 
@@ -115,6 +116,6 @@ def test_bare_state_dicts_of_initial_weights_are_read(noether_runs: Path) -> Non
     for path in files:
         expected = torch.load(path, weights_only=True)
         with open_checkpoint(path) as reader:
-            assert list(reader.tensors) == list(expected)
+            assert list(reader.tensors()) == list(expected)
             assert reader.metadata == {}
             assert encoded(reader.load()) == encoded(dict(expected))

@@ -63,7 +63,7 @@ def test_a_checkpoint_as_lightning_writes_it_is_read(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "epoch=1.ckpt")
     with open_checkpoint(tmp_path / "epoch=1.ckpt") as reader:
         reader.verify()
-        assert list(reader.tensors) == ["weight", "bias"]
+        assert list(reader.tensors()) == ["weight", "bias"]
         assert reader.metadata["hyper_parameters"] == checkpoint["hyper_parameters"]
         assert reader.materialize(reader.metadata["callbacks"])[name]["best_model_score"] == 0.25
         moments = reader.materialize(reader.metadata["optimizer_states"])[0]["state"][0]
@@ -80,10 +80,10 @@ def test_a_bin_as_transformers_wrote_it_is_read(tmp_path: Path) -> None:
     torch.save(module.state_dict(), path)
     with open_checkpoint(path) as reader:
         reader.verify()
-        assert {key: info.dtype for key, info in reader.tensors.items()} == dict.fromkeys(
+        assert {key: info.dtype for key, info in reader.tensors().items()} == dict.fromkeys(
             ["first.weight", "last.weight"], "float16"
         )
-        assert reader.tensors["first.weight"] == reader.tensors["last.weight"]
+        assert reader.tensors()["first.weight"] == reader.tensors()["last.weight"]
     target = Tied()
     initialize(target, path)
     assert target.first.weight is target.last.weight

@@ -24,9 +24,10 @@ from noether_init_core.errors import (
     CheckpointNotFoundError,
     StateMismatchError,
 )
-from noether_init_core.files import integrity, verifying
-from noether_init_core.files.reader import open_checkpoint
-from noether_init_core.files.storage import file_handle
+from noether_init_core.files import verification, verifying
+from noether_init_core.files.digests import Verified
+from noether_init_core.files.opening import open_checkpoint
+from noether_init_core.files.storage import handle as handles
 
 
 def save(path: Path, **tensors: torch.Tensor) -> Path:
@@ -54,8 +55,6 @@ def test_a_flipped_bit_is_named_with_file_and_every_key_of_the_record(tmp_path: 
         assert (caught.value.path, caught.value.key) == (path, "a, tied")
         with pytest.raises(CheckpointCorruptError):
             reader.verify()
-        reader.verify("header")
-        reader.verify("none")
     flip(path, content, other.numpy().tobytes())
     with open_checkpoint(path) as reader, pytest.raises(CheckpointCorruptError) as caught:
         reader.verify()
@@ -76,22 +75,20 @@ def test_verification_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """After a full verification, or a digest, bytes are not read again for it."""
     path = save(tmp_path / "a.th", a=torch.ones(100))
     asked = []
-    original = verifying.examine
+    original = verification.examine
 
     def counted(handle: Any, stretches: Any) -> Any:
         asked.append(len(stretches))
         return original(handle, stretches)
 
-    monkeypatch.setattr(verifying, "examine", counted)
-    monkeypatch.setattr(integrity, "examine", counted)
+    monkeypatch.setattr(verification, "examine", counted)
     with open_checkpoint(path) as reader:
-        assert asked == [1]  # the header, when it was opened
-        reader.verify()
-        reader.verify()
-        assert len(asked) == 2
-    with open_checkpoint(path, digest="sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()) as reader:
-        reader.verify()
-        assert len(asked) == 2
+        assert reader.verify().nbytes > 400
+        assert reader.verify() == Verified("crc32", 0)
+        assert len(asked) == 1
+    with open_checkpoint(path, digests="sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()) as reader:
+        assert reader.verify().nbytes == path.stat().st_size
+        assert reader.verify() == Verified("sha256", 0)
 
 
 def test_records_larger_than_the_pieces_of_verification_are_summed_up(
@@ -100,7 +97,7 @@ def test_records_larger_than_the_pieces_of_verification_are_summed_up(
     """Sums of pieces, taken by two threads and combined, are the sum of the record; a flip in any is found."""
     monkeypatch.setattr(verifying, "_BUFFER", 1000)
     monkeypatch.setattr(verifying, "GROUP", 3001)
-    monkeypatch.setattr(file_handle, "GROUP", 3001)
+    monkeypatch.setattr(handles, "GROUP", 3001)
     generator = torch.Generator().manual_seed(0)
     path = save(tmp_path / "a.th", **{str(n): torch.rand(n, generator=generator) for n in (0, 1, 7, 900, 2500, 5000)})
     content = path.read_bytes()
@@ -126,10 +123,9 @@ def test_files_without_checksums_need_the_header_mode(tmp_path: Path) -> None:
     with open_checkpoint(path) as reader:
         with pytest.raises(CheckpointFormatError, match=r"written without checksums.*verify: header"):
             reader.verify()
-        reader.verify("header")
         assert reader.read("a").tolist() == [1, 1, 1]
-    with open_checkpoint(path, digest="xxh3_128:" + xxhash.xxh3_128_hexdigest(path.read_bytes())) as reader:
-        reader.verify("full")
+    with open_checkpoint(path, digests="xxh3_128:" + xxhash.xxh3_128_hexdigest(path.read_bytes())) as reader:
+        reader.verify()
 
 
 def test_digests_are_checked_over_the_whole_file(tmp_path: Path) -> None:
@@ -140,29 +136,24 @@ def test_digests_are_checked_over_the_whole_file(tmp_path: Path) -> None:
         "sha256:" + hashlib.sha256(content).hexdigest(),
         "xxh3_128:" + xxhash.xxh3_128_hexdigest(content),
     ):
-        open_checkpoint(path, digest=digest).close()
+        with open_checkpoint(path, digests=digest) as reader:
+            assert reader.verify() == Verified(digest.partition(":")[0], len(content))
         wrong = digest[:-1] + ("0" if digest[-1] != "0" else "1")
-        with pytest.raises(CheckpointCorruptError, match=digest):
-            open_checkpoint(path, digest=wrong)
+        with open_checkpoint(path, digests=wrong) as reader, pytest.raises(CheckpointCorruptError, match=digest):
+            reader.verify()
     for digest in ("md5:" + 32 * "0", "sha256:", "sha256:" + 64 * "G", "xxh3_128"):
-        with pytest.raises(CheckpointError, match="no digest that can be checked"):
-            open_checkpoint(path, digest=digest)
-
-
-def test_an_unknown_mode_is_an_error(tmp_path: Path) -> None:
-    """A misspelt mode does not pass for no verification."""
-    with (
-        open_checkpoint(save(tmp_path / "a.th", a=torch.ones(1))) as reader,
-        pytest.raises(CheckpointError, match="full, header or none"),
-    ):
-        reader.verify("ful")  # type: ignore[arg-type]
+        with (
+            open_checkpoint(path, digests=digest) as reader,
+            pytest.raises(CheckpointError, match="no digest that can be checked"),
+        ):
+            reader.verify()
 
 
 def test_read_gives_fresh_tensors_that_own_their_memory(tmp_path: Path) -> None:
     """Two reads share nothing, and the file may be closed and removed."""
     path = save(tmp_path / "a.th", a=torch.arange(4.0))
     with open_checkpoint(path) as reader:
-        first, second = reader.read("a"), reader.read(reader.tensors["a"])
+        first, second = reader.read("a"), reader.read(reader.tensors()["a"])
     path.unlink()
     first.add_(1)
     assert (first.tolist(), second.tolist()) == ([1, 2, 3, 4], [0, 1, 2, 3])
@@ -176,13 +167,13 @@ def test_an_unknown_key_names_its_neighbours(tmp_path: Path) -> None:
             reader.read("head.wieght")
         assert tuple(caught.value.candidates) == ("head.weight",)
         with pytest.raises(CheckpointNotFoundError, match=r"It has: head\.weight"):
-            reader.copy_into({"x": torch.ones(1)})
+            reader.copy_into([("x", None, torch.ones(1))])
 
 
 def test_an_info_of_another_file_is_refused(tmp_path: Path) -> None:
     """It would read other bytes, or none."""
     with open_checkpoint(save(tmp_path / "b.th", a=torch.ones(1000))) as other:
-        info = other.tensors["a"]
+        info = other.tensors()["a"]
     with (
         open_checkpoint(save(tmp_path / "a.th", a=torch.ones(2))) as reader,
         pytest.raises(CheckpointError, match="other"),
@@ -202,7 +193,7 @@ def test_copy_into_fills_every_kind_of_target(tmp_path: Path) -> None:
     }
     memory = targets["weight"].data_ptr()
     with open_checkpoint(path) as reader:
-        reader.copy_into(targets)
+        reader.copy_into([(key, None, tensor) for key, tensor in targets.items()])
         assert targets["weight"].data_ptr() == memory
         assert targets["weight"].requires_grad
         assert torch.equal(targets["weight"], weight)
@@ -210,13 +201,19 @@ def test_copy_into_fills_every_kind_of_target(tmp_path: Path) -> None:
         assert targets["scalar"].item() == 7
         half, strided, double = torch.zeros(3, 4).bfloat16(), torch.zeros(4, 3).t(), torch.zeros(3, 8)[:, ::2]
         for target in (half, strided, double):
-            reader.copy_into({"weight": target})
+            reader.copy_into([("weight", None, target)])
             assert torch.equal(target.float(), weight)
         with pytest.raises(StateMismatchError, match=r"weight: file \[3, 4\], target \[4, 3\]") as caught:
-            reader.copy_into({"scalar": torch.tensor(0), "weight": torch.zeros(4, 3), "empty": torch.zeros(1)})
+            reader.copy_into(
+                [
+                    ("scalar", None, torch.tensor(0)),
+                    ("weight", None, torch.zeros(4, 3)),
+                    ("empty", None, torch.zeros(1)),
+                ]
+            )
         assert len(caught.value.problems) == 2
         with pytest.raises(StateMismatchError, match="meta"):
-            reader.copy_into({"weight": torch.empty(3, 4, device="meta")})
+            reader.copy_into([("weight", None, torch.empty(3, 4, device="meta"))])
 
 
 def test_a_single_element_with_a_stride_is_read_and_filled(tmp_path: Path) -> None:
@@ -225,8 +222,8 @@ def test_a_single_element_with_a_stride_is_read_and_filled(tmp_path: Path) -> No
     targets = {"a": torch.zeros(9)[3::7], "b": torch.zeros(9).bfloat16()[8::7]}
     assert targets["a"].stride() == (7,)
     with open_checkpoint(path) as reader:
-        assert reader.tensors["b"].stride == (9,)
-        reader.copy_into(targets)
+        assert reader.tensors()["b"].stride == (9,)
+        reader.copy_into([(key, None, tensor) for key, tensor in targets.items()])
         assert (reader.read("a").tolist(), reader.read("b").tolist()) == ([4], [1])
     assert (targets["a"].tolist(), targets["b"].tolist()) == ([4], [1])
 
@@ -236,7 +233,7 @@ def test_a_failing_copy_has_changed_nothing(tmp_path: Path) -> None:
     path = save(tmp_path / "a.th", a=torch.ones(2), b=torch.ones(2))
     a = torch.zeros(2)
     with open_checkpoint(path) as reader, pytest.raises(StateMismatchError):
-        reader.copy_into({"a": a, "b": torch.zeros(3)})
+        reader.copy_into([("a", None, a), ("b", None, torch.zeros(3))])
     assert a.tolist() == [0, 0]
 
 
@@ -250,7 +247,7 @@ def test_large_tensors_are_copied_by_two_threads_without_a_second_copy(tmp_path:
     try:
         with open_checkpoint(path) as reader:
             reader.verify()
-            reader.copy_into(targets)
+            reader.copy_into([(key, None, tensor) for key, tensor in targets.items()])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -267,7 +264,7 @@ def test_a_file_that_is_cut_off_after_it_was_opened_is_damage(tmp_path: Path) ->
             reader.read("a")
         assert caught.value.key == "a"
         with pytest.raises(CheckpointCorruptError):
-            reader.copy_into({"a": torch.zeros(50_000)})
+            reader.copy_into([("a", None, torch.zeros(50_000))])
         with pytest.raises(CheckpointCorruptError):
             reader.verify()
 
@@ -306,9 +303,9 @@ def test_headers_are_read_without_torch(tmp_path: Path) -> None:
     """Opening, metadata and verification do not import torch."""
     path = save(tmp_path / "a.th", a=torch.ones(5))
     code = (
-        "import sys; from noether_init_core.files.reader import open_checkpoint\n"
+        "import sys; from noether_init_core.files.opening import open_checkpoint\n"
         f"r = open_checkpoint({str(path)!r}); r.verify(); "
-        "print(r.tensors['a'].shape, r.metadata, 'torch' in sys.modules)"
+        "print(r.tensors()['a'].shape, r.metadata, 'torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
@@ -341,7 +338,7 @@ def test_a_header_of_many_keys_takes_few_lines_a_key(tmp_path: Path) -> None:
     ) + b"u"  # fmt: skip
     path = write_pickle(tmp_path / "a.th", opcodes, {f"data/{n}": bytes(16) for n in range(4_000)})
     with LineCounter() as lines, open_checkpoint(path) as reader:
-        assert len(reader.tensors) == 4_000
+        assert len(reader.tensors()) == 4_000
     assert lines.count < 1_000 * 4_000
 
 

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, StateMismatchError
 from noether_init_core.files import reading, verifying
-from noether_init_core.files.integrity import Integrity
+from noether_init_core.files.digests import Digests
 from noether_init_core.files.nonfinite_values import can_be_nonfinite, nonfinite
-from noether_init_core.files.reader import open_checkpoint
-from noether_init_core.files.storage import file_handle
-from noether_init_core.files.storage.file_handle import open_file
+from noether_init_core.files.opening import open_checkpoint
+from noether_init_core.files.storage import handle as handles
+from noether_init_core.files.storage.local import open_file
 
 FLOATS = [
     torch.float32,
@@ -110,7 +110,7 @@ def test_a_nan_is_found_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.M
     """First, last, on either side of the border of two pieces and of two groups; in its own tensor only."""
     monkeypatch.setattr(verifying, "_BUFFER", 1 << 10)
     monkeypatch.setattr(verifying, "GROUP", 4 << 10)
-    monkeypatch.setattr(file_handle, "GROUP", 4 << 10)
+    monkeypatch.setattr(handles, "GROUP", 4 << 10)
     count = (10 << 10) // dtype.itemsize + 3
     edge = (1 << 10) // dtype.itemsize
     for position in (0, count - 1, edge - 1, edge, 4 * edge - 1, 4 * edge):
@@ -121,13 +121,13 @@ def test_a_nan_is_found_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.M
         path = tmp_path / "a.pt"
         torch.save({"before": torch.ones(7), "a": spoiled.to(dtype), "good": tensor}, path)
         with open_checkpoint(path) as reader:
-            reader.verify(values=["before", "a", "good"])
+            reader.verify(look=["before", "a", "good"])
             monkeypatch.setattr(verifying, "nonfinite", _never)  # everything is known already
             assert reader.nonfinite(["before", "a", "good"]) == {"a": "NaN"}
             monkeypatch.undo()
             monkeypatch.setattr(verifying, "_BUFFER", 1 << 10)
             monkeypatch.setattr(verifying, "GROUP", 4 << 10)
-            monkeypatch.setattr(file_handle, "GROUP", 4 << 10)
+            monkeypatch.setattr(handles, "GROUP", 4 << 10)
         with open_checkpoint(path) as reader:  # without a verification before
             assert reader.nonfinite(["good", "a"]) == {"a": "NaN"}
 
@@ -153,10 +153,15 @@ def test_views_are_judged_by_their_own_elements(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save(views, path)
     with open_checkpoint(path) as reader:
-        reader.verify(values=list(views))
+        reader.verify(look=list(views))
         found = reader.nonfinite(list(views))
     assert found == {key: what for key, view in views.items() if (what := expected(view)) is not None}
     assert found == {"odd": "NaN", "turned": "NaN", "last": "infinities", "whole": "NaN"}
+
+
+def digests_of(entry: Any) -> Digests:
+    """What a manifest vouches for."""
+    return Digests(entry.digest, entry.size, entry.records, entry.tensors)
 
 
 def committed(folder: Path) -> tuple[Path, Any]:
@@ -173,17 +178,20 @@ def test_every_flipped_bit_of_the_tensors_of_a_committed_set_is_found_and_named(
     """By digests of tensors, and by checksums where a tensor lies in another order than its digest is of."""
     path, entry = committed(tmp_path)
     content = path.read_bytes()
-    with open_checkpoint(path) as reader:
-        reader.verify(committed=entry)
-        places = {key: (reader._records[info.record].offset, info.nbytes) for key, info in reader.tensors.items()}
-        assert not reader.tensors["0.weight"].is_contiguous
+    with open_checkpoint(path, digests=digests_of(entry)) as reader:
+        reader.verify()
+        places = {key: (info.pieces[0].offset, info.nbytes) for key, info in reader.tensors().items()}
+        assert not reader.tensors()["0.weight"].is_contiguous
     path.unlink()
     for key, (offset, size) in places.items():
         for bit in range(8 * size):
             at = offset + bit // 8
             path.write_bytes(content[:at] + bytes([content[at] ^ (1 << bit % 8)]) + content[at + 1 :])
-            with open_checkpoint(path) as reader, pytest.raises(CheckpointCorruptError) as caught:
-                reader.verify(committed=entry)
+            with (
+                open_checkpoint(path, digests=digests_of(entry)) as reader,
+                pytest.raises(CheckpointCorruptError) as caught,
+            ):
+                reader.verify()
             assert (caught.value.path, caught.value.key) == (path, key)
 
 
@@ -198,8 +206,8 @@ def test_no_flipped_bit_of_a_committed_file_changes_what_is_read(tmp_path: Path)
     for at in range(0, len(content), 3):
         path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
         try:
-            with open_checkpoint(path) as reader:
-                reader.verify(committed=entry)
+            with open_checkpoint(path, digests=digests_of(entry)) as reader:
+                reader.verify()
                 value = reader.load()
         except CheckpointError:
             found += 1
@@ -228,23 +236,26 @@ def test_another_good_file_in_place_of_the_committed_one_is_refused(tmp_path: Pa
         torch.save(other, path)
         with open_checkpoint(path) as reader:
             reader.verify()
-            with pytest.raises(CheckpointCorruptError):
-                Integrity(reader._handle, reader._records).check_committed(entry, reader.tensors)
-        with open_checkpoint(path) as reader, pytest.raises(CheckpointCorruptError):
-            reader.verify(committed=entry)
+        with (
+            open_checkpoint(path, digests=digests_of(entry)) as reader,
+            pytest.raises(
+                CheckpointCorruptError, match=r"is damaged|not the file that was committed|bytes were written"
+            ),
+        ):
+            reader.verify()
 
 
 def test_a_set_of_an_earlier_release_is_checked_by_the_digest_of_the_file(tmp_path: Path) -> None:
     """Where the manifest says nothing of records, every byte of the file counts."""
     path, entry = committed(tmp_path)
     older = entry.model_copy(update={"records": None})
-    with open_checkpoint(path) as reader:
-        reader.verify(committed=older)
+    with open_checkpoint(path, digests=digests_of(older)) as reader:
+        reader.verify()
     path.chmod(0o644)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
-    with pytest.raises(CheckpointError), open_checkpoint(path) as reader:
-        reader.verify(committed=older)
+    with pytest.raises(CheckpointError), open_checkpoint(path, digests=digests_of(older)) as reader:
+        reader.verify()
 
 
 def test_what_the_writer_found_in_values_is_what_a_look_would_find(
@@ -275,10 +286,10 @@ def test_what_the_writer_found_in_values_is_what_a_look_would_find(
     silent = {key: tensor.model_copy(update={"values": None}) for key, tensor in entry.tensors.items()}
     for told, looks in ((entry, 1), (entry.model_copy(update={"tensors": silent}), 5)):
         look = unittest.mock.Mock(wraps=verifying.nonfinite)
-        with open_checkpoint(file.path) as reader, monkeypatch.context() as patch:
+        with open_checkpoint(file.path, digests=digests_of(told)) as reader, monkeypatch.context() as patch:
             patch.setattr(verifying, "nonfinite", look)
-            reader.verify(committed=told, values=list(reader.tensors))
-            found = reader.nonfinite(list(reader.tensors))
+            reader.verify(look=list(reader.tensors()))
+            found = reader.nonfinite(list(reader.tensors()))
         assert found == {key: what for key, what in said.items() if what != "finite"}
         assert look.call_count == looks, "0.weight lies in another order than its digest is of, and is looked at"
 
@@ -298,27 +309,27 @@ def test_read_all_reads_verifies_and_looks_in_one_pass(tmp_path: Path, monkeypat
             original(handle, target, offset, key)
 
         monkeypatch.setattr(type(reader._handle), "read_into", counted)
-        infos = [reader.tensors[key] for key in values]
-        found = reader.read_all(infos, "full", look=True)
+        infos = [reader.tensors()[key] for key in values]
+        found = reader.read_all(infos)
         assert sum(read) < before + 100
         assert reader.nonfinite(values) == {"n": "NaN"}
         monkeypatch.undo()
         for key, value in values.items():
-            assert torch.equal(found[reader.tensors[key]], value) or key == "n"
+            assert torch.equal(found[reader.tensors()[key]], value) or key == "n"
         assert found[infos[0]].untyped_storage().nbytes() == 1_200_000
     content = path.read_bytes()
     at = content.index(values["a"].numpy().tobytes()) + 1_000_000
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     with open_checkpoint(path) as reader:
         with pytest.raises(CheckpointCorruptError) as caught:
-            reader.read_all(reader.tensors.values(), "full")
+            reader.read_all(reader.tensors().values())
         assert caught.value.key == "a"
-        assert len(reader.read_all(reader.tensors.values(), "none")) == 4
+        assert len(reader.read_all(reader.tensors().values(), verify=False, look=False)) == 4
 
 
 def test_tensors_are_compared_without_being_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal bytes are equal, NaN included; shape and dtype count; a difference in the last piece is seen."""
-    monkeypatch.setattr(reading, "_PIECE", 1000)
+    monkeypatch.setattr(reading, "_SLICE", 1000)
     base = torch.randn(30, 40)
     base[3, 4] = NAN
     other = base.clone()
@@ -340,7 +351,7 @@ def test_tensors_are_compared_without_being_read_as_a_whole(tmp_path: Path, monk
 @pytest.mark.parametrize("target", ["plain", "turned", "gaps", "half"])
 def test_copies_in_chunks_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: str) -> None:
     """Every layout in the file into every layout in memory, many chunks each."""
-    monkeypatch.setattr(reading, "_PIECE", 64)
+    monkeypatch.setattr(reading, "_SLICE", 64)
     base = torch.arange(7 * 11 * 5.0).reshape(7, 11, 5)
     sources = {
         "plain": base,
@@ -357,7 +368,7 @@ def test_copies_in_chunks_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
     torch.save({"a": value}, tmp_path / "a.pt")
     with open_checkpoint(tmp_path / "a.pt") as reader:
-        reader.copy_into({"a": targets[target]})
+        reader.copy_into([("a", None, targets[target])])
     assert torch.equal(targets[target].float(), value)
 
 
@@ -370,8 +381,8 @@ def test_what_goes_through_staging_buffers_arrives(tmp_path: Path, monkeypatch: 
     targets = {"a": torch.zeros(5000), "b": torch.zeros(3, 7).bfloat16(), "c": torch.zeros(9000).long()}
     targets["n"] = torch.tensor(0.0)
     with open_checkpoint(path) as reader:
-        sources = [(key, reader.tensors[key], targets[key]) for key in values]
-        reading.copy_staged(reader._handle, reader._records, sources, torch.device("cpu"))
+        sources = [(key, reader.tensors()[key], targets[key]) for key in values]
+        reading.copy_staged(reader._handle, sources, torch.device("cpu"))
     assert all(torch.equal(targets[key], values[key].to(targets[key].dtype)) for key in values)
 
 
@@ -382,7 +393,7 @@ def test_cuda_targets_are_filled(tmp_path: Path) -> None:
     torch.save(values, tmp_path / "a.pt")
     targets = {"a": torch.zeros(3_000_000, device="cuda"), "b": torch.zeros(64, 64, device="cuda").bfloat16()}
     with open_checkpoint(tmp_path / "a.pt") as reader:
-        reader.copy_into(targets)
+        reader.copy_into([(key, None, tensor) for key, tensor in targets.items()])
     assert torch.equal(targets["a"].cpu(), values["a"])
     assert torch.equal(targets["b"].cpu(), values["b"].bfloat16())
 
@@ -394,7 +405,7 @@ def test_memory_that_was_taken_away_is_never_written_to(tmp_path: Path) -> None:
     gone.untyped_storage().resize_(0)
     with open_checkpoint(tmp_path / "a.pt") as reader:
         with pytest.raises(StateMismatchError, match="taken away"):
-            reader.copy_into({"b": there, "a": gone})
+            reader.copy_into([("b", None, there), ("a", None, gone)])
         short = verifying.Stretch("x", 0, 10, target=memoryview(bytearray(9)))
         with pytest.raises(ValueError, match="9 bytes of memory for 10 bytes"):
             verifying.examine(reader._handle, [short])
@@ -408,7 +419,7 @@ def test_mapped_tensors_never_change_the_file(tmp_path: Path) -> None:
     torch.save({"a": weight, "tied": weight, "turned": torch.randn(3, 2).t(), "empty": torch.ones(0)}, path)
     content = path.read_bytes()
     with open_checkpoint(path) as reader:
-        found = reader.mapped(list(reader.tensors))
+        found = reader.mapped(list(reader.tensors()))
     assert set(found) == {"a"}
     assert torch.equal(found["a"], weight)
     found["a"].add_(1)
@@ -420,7 +431,7 @@ def test_parts_of_all_sizes_are_read_as_they_lie(tmp_path: Path, monkeypatch: py
     """Stretches smaller and larger than the buffer, with and without memory of the caller, in any order."""
     monkeypatch.setattr(verifying, "_BUFFER", 128)
     monkeypatch.setattr(verifying, "GROUP", 1024)
-    monkeypatch.setattr(file_handle, "GROUP", 1024)
+    monkeypatch.setattr(handles, "GROUP", 1024)
     generator = np.random.default_rng(0)
     content = generator.integers(0, 256, 20_000, dtype=np.uint8).tobytes()
     (tmp_path / "a").write_bytes(content)

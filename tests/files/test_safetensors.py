@@ -31,8 +31,8 @@ from noether_init_core.errors import (
     InitError,
     StateMismatchError,
 )
-from noether_init_core.files.formats.safetensors_header import DTYPES
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.formats.safetensors import DTYPES
+from noether_init_core.files.opening import open_checkpoint
 
 # Written by mlx.core.save_safetensors of MLX 0.32.4 on Linux. It does not align tensors to the size of their elements.
 MLX = (
@@ -75,9 +75,9 @@ def test_what_safetensors_wrote_is_read_bit_for_bit(tmp_path: Path, dtype: str) 
     with open_checkpoint(tmp_path / "a.safetensors") as reader:
         reader.verify()
         loaded = reader.load()
-        assert loaded.keys() == reader.tensors.keys() == tensors.keys()
+        assert loaded.keys() == reader.tensors().keys() == tensors.keys()
         for key, tensor in tensors.items():
-            info = reader.tensors[key]
+            info = reader.tensors()[key]
             assert (info.dtype, info.shape, info.nbytes) == (dtype, tuple(tensor.shape), tensor.nbytes)
             assert info.is_contiguous
             assert same(reader.read(key), tensor)
@@ -96,7 +96,7 @@ def test_what_numpy_wrote_is_read(tmp_path: Path) -> None:
             "w": [[0, 1, 2], [3, 4, 5]],
             "count": 7,
         }
-        assert reader.tensors["count"].shape == ()
+        assert reader.tensors()["count"].shape == ()
         assert dict(reader.metadata) == {}
 
 
@@ -105,7 +105,7 @@ def test_what_mlx_wrote_is_read_although_it_is_not_aligned(tmp_path: Path) -> No
     (tmp_path / "a.safetensors").write_bytes(MLX)
     with open_checkpoint(tmp_path / "a.safetensors") as reader:
         target = torch.zeros(2, 2)
-        reader.copy_into({"layer.weight": target})
+        reader.copy_into([("layer.weight", None, target)])
         assert target.tolist() == [[1.0, 2.0], [3.0, 4.0]]
         assert reader.read("layer.steps").tolist() == [7, 8, 9]
         assert reader.read("layer.half").tolist() == [0.5]
@@ -130,10 +130,10 @@ def test_copies_go_into_existing_memory_also_with_a_cast(tmp_path: Path) -> None
     with open_checkpoint(tmp_path / "a.safetensors") as reader:
         a, b, c = torch.zeros(2, 3), torch.zeros(4, dtype=torch.float64), torch.zeros(3, 2).t()
         with pytest.raises(StateMismatchError, match=r"b: file \[4\], target \[3\]"):
-            reader.copy_into({"a": a, "b": torch.zeros(3)})
+            reader.copy_into([("a", None, a), ("b", None, torch.zeros(3))])
         assert not a.any()
         where = a.data_ptr()
-        reader.copy_into({"a": a, "b": b, "c": c})
+        reader.copy_into([("a", None, a), ("b", None, b), ("c", None, c)])
         assert a.data_ptr() == where
         assert torch.equal(a, tensors["a"])
         assert torch.equal(b, tensors["b"].double())
@@ -141,26 +141,24 @@ def test_copies_go_into_existing_memory_also_with_a_cast(tmp_path: Path) -> None
 
 
 def test_the_surface_is_that_of_the_other_format(tmp_path: Path) -> None:
-    """Near names, foreign tensors, wrong modes, and reading after closing get the same errors."""
+    """Near names, foreign tensors, and reading after closing get the same errors."""
     safetensors.torch.save_file({"head.weight": torch.ones(3)}, tmp_path / "a.safetensors")
     safetensors.torch.save_file({"other": torch.ones(9)}, tmp_path / "b.safetensors")
     with open_checkpoint(tmp_path / "b.safetensors") as other:
-        foreign = other.tensors["other"]
+        foreign = other.tensors()["other"]
     reader = open_checkpoint(tmp_path / "a.safetensors")
     assert repr(reader).endswith("1 tensors>")
     with pytest.raises(CheckpointNotFoundError, match=r"Near: head\.weight"):
         reader.read("head.weigth")
     with pytest.raises(CheckpointError, match="one of another file"):
         reader.read(foreign)
-    with pytest.raises(CheckpointError, match="full, header or none"):
-        reader.verify("all")  # type: ignore[arg-type]
-    assert torch.equal(reader.read(reader.tensors["head.weight"]), torch.ones(3))
-    assert torch.equal(reader.materialize({"x": [reader.tensors["head.weight"]]})["x"][0], torch.ones(3))
+    assert torch.equal(reader.read(reader.tensors()["head.weight"]), torch.ones(3))
+    assert torch.equal(reader.materialize({"x": [reader.tensors()["head.weight"]]})["x"][0], torch.ones(3))
     reader.close()
     reader.close()
     with pytest.raises(CheckpointError, match="closed"):
         reader.read("head.weight")
-    assert list(reader.tensors) == ["head.weight"]
+    assert list(reader.tensors()) == ["head.weight"]
 
 
 def test_full_without_a_digest_says_once_that_there_are_no_checksums(
@@ -170,8 +168,6 @@ def test_full_without_a_digest_says_once_that_there_are_no_checksums(
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     caplog.set_level(logging.INFO, "noether_init_core")
     with open_checkpoint(tmp_path / "a.safetensors") as reader:
-        reader.verify("header")
-        reader.verify("none")
         assert caplog.messages == []
         reader.verify()
         reader.verify()
@@ -180,8 +176,7 @@ def test_full_without_a_digest_says_once_that_there_are_no_checksums(
     assert "xxh3_128:" in caplog.messages[0]
 
 
-@pytest.mark.parametrize("when", ["open", "verify"])
-def test_a_digest_covers_every_byte(tmp_path: Path, when: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_digest_covers_every_byte(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With a digest one flipped bit of the data is refused; the right file passes without a word."""
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file({"w": torch.ones(200)}, path)
@@ -189,8 +184,8 @@ def test_a_digest_covers_every_byte(tmp_path: Path, when: str, caplog: pytest.Lo
     caplog.set_level(logging.INFO, "noether_init_core")
 
     def check() -> None:
-        with open_checkpoint(path, digest=digest if when == "open" else None) as reader:
-            reader.verify("full", digest=digest if when == "verify" else None)
+        with open_checkpoint(path, digests=digest) as reader:
+            reader.verify()
 
     check()
     assert caplog.messages == []
@@ -204,15 +199,15 @@ def test_a_digest_covers_every_byte(tmp_path: Path, when: str, caplog: pytest.Lo
 W = entry(0, 8)
 DEEP = b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 REFUSED: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
-    "one key twice": (b'{"w":%s,"w":%s}' % ((json.dumps(W).encode(),) * 2), 8, "has the key 'w' twice"),
-    "one field twice": (b'{"w":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', 8, "'dtype' twice"),
-    "one key of the metadata twice": (b'{"__metadata__":{"a":"b","a":"c"}}', 0, "'a' twice"),
-    "two metadata": (b'{"__metadata__":{},"__metadata__":{}}', 0, "'__metadata__' twice"),
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "'b' overlap"),
+    "one key twice": (b'{"w":%s,"w":%s}' % ((json.dumps(W).encode(),) * 2), 8, 'has the key "w" twice'),
+    "one field twice": (b'{"w":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', 8, '"dtype" twice'),
+    "one key of the metadata twice": (b'{"__metadata__":{"a":"b","a":"c"}}', 0, '"a" twice'),
+    "two metadata": (b'{"__metadata__":{},"__metadata__":{}}', 0, '"__metadata__" twice'),
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12, '"b" overlap'),
     "the same bytes": ({"a": entry(0, 8), "b": entry(0, 8)}, 8, "overlap"),
     "an empty tensor within another": ({"a": entry(0, 8), "b": entry(4, 4)}, 8, "overlap"),
-    "hole": ({"a": entry(0, 4), "b": entry(8, 12)}, 12, "4 bytes before 'b'"),
-    "hole at the start": ({"a": entry(4, 8)}, 8, "4 bytes before 'a'"),
+    "hole": ({"a": entry(0, 4), "b": entry(8, 12)}, 12, '4 bytes before "b"'),
+    "hole at the start": ({"a": entry(4, 8)}, 8, '4 bytes before "a"'),
     "trailing bytes": ({"w": W}, 9, "1 bytes behind its last tensor"),
     "trailing bytes of nothing": ({}, 3, "3 bytes behind"),
     "cut off": ({"w": W}, 7, "cut off: 1 bytes of its tensors"),
@@ -232,13 +227,13 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
     "shape with a point": ({"w": {**W, "shape": [2.0]}}, 8, "shape"),
     "shape that is a number": ({"w": {**W, "shape": 2}}, 8, "shape"),
     "too many dimensions": ({"w": {**W, "shape": [2] + [1] * 100}}, 8, "at most 64"),
-    "unknown dtype": ({"w": {**W, "dtype": "Q4_K"}}, 8, "dtype 'Q4_K'"),
-    "dtype that torch lacks": ({"w": entry(0, 3, dtype="F6_E2M3", shape=[4])}, 3, "dtype 'F6_E2M3'"),
+    "unknown dtype": ({"w": {**W, "dtype": "Q4_K"}}, 8, 'dtype "Q4_K"'),
+    "dtype that torch lacks": ({"w": entry(0, 3, dtype="F6_E2M3", shape=[4])}, 3, 'dtype "F6_E2M3"'),
     "dtype that is no text": ({"w": {**W, "dtype": ["F32"]}}, 8, "dtype"),
     "half a byte": ({"w": entry(0, 2, dtype="F4", shape=[3])}, 2, "four bits"),
     "scalar of half a byte": ({"w": entry(0, 1, dtype="F4", shape=[])}, 1, "four bits"),
     "missing field": ({"w": {"dtype": "F32", "shape": [2]}}, 8, "should have dtype, shape and data_offsets"),
-    "surplus field": ({"w": {**W, "compression": "zstd"}}, 8, "it has dtype, .*compression|'compression'"),
+    "surplus field": ({"w": {**W, "compression": "zstd"}}, 8, 'it has .*"compression"'),
     "tensor that is a text": ({"w": "F32"}, 8, "it has str"),
     "metadata with a number": ({"__metadata__": {"step": 3}, "w": W}, 8, "from text to text"),
     "metadata that is a list": ({"__metadata__": ["a"], "w": W}, 8, "from text to text"),
@@ -250,7 +245,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
     "something behind the object": (b'{"w":1}{', 8, "cannot be read"),
     "zero behind the object": (json.dumps({"w": W}).encode() + b"\0", 8, "cannot be read"),
     "no UTF-8": (b'{"\xff\xfe":{}}', 8, "UTF-8"),
-    "half a surrogate": (b'{"\\ud800":' + json.dumps(W).encode() + b"}", 8, "library"),
+    "half a surrogate": (b'{"\\ud800":' + json.dumps(W).encode() + b"}", 8, "UTF-8"),
     "lists nested deep": (DEEP, 0, "cannot be read|safetensors"),
     "millions of lists": (b'{"w":[' + b"[]," * 4_100_000 + b"[]]}", 0, "far more lists"),
 }
@@ -350,7 +345,7 @@ def test_every_flipped_bit_of_the_header_is_an_error_or_a_readable_header(tmp_pa
                 os.pwrite(file.fileno(), changed[index : index + 1], index)
                 try:
                     with open_checkpoint(path) as reader:
-                        assert sum(info.nbytes for info in reader.tensors.values()) == 28
+                        assert sum(info.nbytes for info in reader.tensors().values()) == 28
                         reader.load()
                 except InitError:
                     errors += 1
@@ -406,7 +401,7 @@ def test_a_header_of_many_keys_takes_few_lines_a_key(tmp_path: Path) -> None:
     header = {f"model.layers.{i}.self_attn.q_proj.weight": entry(4 * i, 4 * i + 4) for i in range(20_000)}
     path = write_safetensors(tmp_path / "a.safetensors", header, bytes(80_000))
     with LineCounter() as lines, open_checkpoint(path) as reader:
-        assert len(reader.tensors) == 20_000
+        assert len(reader.tensors()) == 20_000
     assert lines.count < 60 * 20_000
 
 
@@ -414,8 +409,8 @@ def test_opening_and_looking_needs_no_torch(tmp_path: Path) -> None:
     """Torch is imported when the first tensor is read."""
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     code = (
-        "import sys; from noether_init_core.files.reader import open_checkpoint\n"
-        f"r = open_checkpoint({str(tmp_path / 'a.safetensors')!r}); r.verify(); print(list(r.tensors), r.metadata)\n"
+        "import sys; from noether_init_core.files.opening import open_checkpoint\n"
+        f"r = open_checkpoint({str(tmp_path / 'a.safetensors')!r}); r.verify(); print(list(r.tensors()), r.metadata)\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
-from noether_init_core.files.reader import CheckpointReader
+from noether_init_core.files.opening import FileCheckpoint
 
 
 class Net(torch.nn.Module):
@@ -347,7 +347,7 @@ def test_the_plan_knows_what_stands_in_the_way_of_the_optimizer(
     held = [parameter for name, parameter in module.named_parameters() if "body" not in name]
     paths = saved(tmp_path, module, torch.optim.AdamW(held))
     for method in ("read", "read_all", "verify"):
-        monkeypatch.setattr(CheckpointReader, method, lambda *_args, **_kwargs: pytest.fail("values were read"))
+        monkeypatch.setattr(FileCheckpoint, method, lambda *_args, **_kwargs: pytest.fail("values were read"))
     fresh = Net()
     plan = planned(paths, fresh, torch.optim.SGD(fresh.parameters(), lr=0.1), on_missing_state="fresh")
     assert [(problem.code, problem.model, problem.message) for problem in plan.problems] == [

@@ -94,8 +94,9 @@ def test_a_probe_changes_no_other_file(tmp_path: Path) -> None:
 def test_the_manifest_vouches_for_it_and_noether_does_not_see_it(paths: PathProvider) -> None:
     """A digest of all its bytes; no file of weights has such a name, and no flat name is made of it."""
     saved = CheckpointWriter(paths).save(model(), at(1), probe=BATCH)
-    with open_checkpoint(saved.folder / PROBE_NAME, digest=read_manifest(saved.folder / "manifest.json").probe):
-        pass
+    digest = read_manifest(saved.folder / "manifest.json").probe
+    with open_checkpoint(saved.folder / PROBE_NAME, digests=digest) as reader:
+        assert reader.verify().by == "xxh3_128"
     assert parse(PROBE_NAME) is None
     assert [path.name for path in paths.checkpoint_path.iterdir() if "probe" in path.name] == []
     assert (saved.folder / PROBE_NAME).stat().st_mode & 0o222 == 0

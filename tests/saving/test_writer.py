@@ -30,7 +30,7 @@ from noether_init_core.errors import (
     ConfigError,
     InvalidNameError,
 )
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
@@ -479,8 +479,9 @@ def test_manifest_vouches_for_every_byte(writer: CheckpointWriter) -> None:
     for entry in manifest.files:
         path = saved.folder / entry.name
         assert (path.stat().st_size, f"xxh3_128:{digest(path)}") == (entry.size, entry.digest)
-        with open_checkpoint(path, digest=entry.digest) as reader:
-            assert set(reader.tensors) == set(entry.tensors)
+        with open_checkpoint(path, digests=entry.digest) as reader:
+            reader.verify()
+            assert set(reader.tensors()) == set(entry.tensors)
         if entry.part == "model":
             for key, tensor in load(path)["state_dict"].items():
                 raw = tensor.contiguous().numpy().tobytes()

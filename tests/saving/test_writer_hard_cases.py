@@ -29,7 +29,7 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.files.verifying import examine_memory
 from noether_init_core.saving import concurrent_changes as watch_module
@@ -68,9 +68,9 @@ def value_of(found: CheckpointSet) -> float:
     check_files(found)
     values: set[float] = set()
     for file in found.files:
-        with open_checkpoint(file.path) as reader:
-            reader.verify("full", digest=found.digest_of(file))
-            for key in reader.tensors if file.part == "model" else ():
+        with open_checkpoint(file.path, digests=found.digest_of(file)) as reader:
+            reader.verify()
+            for key in reader.tensors() if file.part == "model" else ():
                 values |= set(reader.read(key).flatten().tolist())
     (value,) = values
     return value
@@ -705,8 +705,8 @@ def test_states_with_keys_of_every_kind_are_saved_and_read(tmp_path: Path, state
     found = CheckpointWriter(paths).save(model_of(1), at(1), trainer=StateOf(state))
     file = found.file("mlp", "trainer")
     assert file is not None
-    with open_checkpoint(file.path) as reader:
-        reader.verify(committed=found.committed_file(file))
+    with open_checkpoint(file.path, digests=found.digests_of(file)) as reader:
+        reader.verify()
         loaded = reader.load()
     truth = torch.load(file.path, weights_only=True)
     assert repr(loaded) == repr(dict(truth))

@@ -142,7 +142,7 @@ def _main(root: Path, kills: int) -> None:
     import torch
 
     from noether_init_core.errors import CheckpointError
-    from noether_init_core.files.reader import open_checkpoint
+    from noether_init_core.files.opening import open_checkpoint
     from noether_init_core.iteration import TrainingIteration
     from noether_init_core.paths import PathProvider
     from noether_init_core.sets.file_names import PARTS
@@ -175,7 +175,7 @@ def _main(root: Path, kills: int) -> None:
             for part in PARTS:
                 file = found.file("mlp", part)
                 assert file is not None
-                with open_checkpoint(file.path, digest=found.digest_of(file)) as reader:
+                with open_checkpoint(file.path, digests=found.digest_of(file)) as reader:
                     reader.verify()
                     parts.append(reader.load())
             values = _values(*parts)

@@ -468,16 +468,16 @@ def test_the_start_that_was_told_is_the_one_that_is_used(run: PathProvider, conf
 
 def test_plan_after_a_told_start_keeps_no_file_open(run: PathProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what was selected is kept."""
-    from noether_init_core.files.reader import CheckpointReader
+    from noether_init_core.files.opening import FileCheckpoint
 
     closed: list[Path] = []
-    close = CheckpointReader.close
+    close = FileCheckpoint.close
 
-    def closing(self: CheckpointReader) -> None:
+    def closing(self: FileCheckpoint) -> None:
         closed.append(self.path)
         close(self)
 
-    monkeypatch.setattr(CheckpointReader, "close", closing)
+    monkeypatch.setattr(FileCheckpoint, "close", closing)
     stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=run)
     stack.start_checkpoint()
     closed.clear()

@@ -14,7 +14,8 @@ from typing import Any
 import attrs
 
 from noether_init_core.files.formats.inert_values import ForeignObject, GlobalName, RefusedTensor, StorageRef
-from noether_init_core.files.tensor_info import ITEMSIZES, TensorInfo
+from noether_init_core.files.formats.records import Record
+from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo, row_major
 
 __all__ = [
     "BUILDERS",
@@ -43,9 +44,9 @@ class OpcodeError(Exception):
 
 @attrs.define
 class Scope:
-    """What builders may know and use: sizes of the records, and what is left of three budgets."""
+    """What builders may know and use: the records, and what is left of three budgets."""
 
-    records: Mapping[str, int]
+    records: Mapping[str, Record]
     #: bytes or elements that calls may still copy
     copies: int
     #: elements of compound keys that may still be hashed
@@ -166,12 +167,12 @@ def build_storage(scope: Scope, reference: object) -> StorageRef | RefusedTensor
         return RefusedTensor("it is a meta tensor: it has a shape and no values")
     dtype = STORAGES[kind.name]
     nbytes = numel * (ITEMSIZES[dtype] if dtype else 1)
-    size = scope.records.get("data/" + key)
-    if size is None:
+    record = scope.records.get("data/" + key)
+    if record is None:
         return RefusedTensor(f"its record data/{key[:80]} is missing")
-    if size != nbytes:
-        return RefusedTensor(f"its storage should have {nbytes} bytes, the record data/{key} has {size}")
-    return StorageRef("data/" + key, nbytes, dtype)
+    if record.size != nbytes:
+        return RefusedTensor(f"its storage should have {nbytes} bytes, the record data/{key} has {record.size}")
+    return StorageRef(record.name, record.offset, nbytes, dtype)
 
 
 def _is_size(value: object) -> bool:
@@ -191,7 +192,7 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
         return RefusedTensor(f"it has {len(shape)} dimensions and {len(stride)} strides")
     if not (0 <= offset < _LARGEST):
         return RefusedTensor("its offset is negative or absurd")
-    numel, product, last = 1, 1, offset
+    numel, product, last = 1, 1, 0
     for size, step in zip(shape, stride, strict=True):
         if type(size) is not int or type(step) is not int or size < 0 or step < 0:
             return RefusedTensor("its shape and stride are not all whole numbers from 0 on")
@@ -201,20 +202,22 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
         if product >= _LARGEST or step >= _LARGEST:
             return RefusedTensor("its shape or stride is absurd")
     itemsize = ITEMSIZES[dtype]
-    nbytes = numel * itemsize
-    if numel and ((last + 1) * itemsize > storage.nbytes or nbytes > storage.nbytes):
+    if numel and ((offset + last + 1) * itemsize > storage.nbytes or numel * itemsize > storage.nbytes):
         return RefusedTensor(
             f"{dtype} {list(shape)} at {offset} with stride {list(stride)} takes more than its storage "
             f"{storage.record} has ({storage.nbytes} bytes)"
         )
-    if not extra:
-        return TensorInfo(shape, dtype, nbytes, storage.record, offset, stride)
-    if type(extra) is not dict or not set(extra) <= {"conj", "neg"}:
-        return RefusedTensor("it has properties that are not known here")
-    is_conjugated, is_negated = extra.get("conj", False) is True, extra.get("neg", False) is True
-    if is_conjugated and not dtype.startswith("complex"):
-        return RefusedTensor("it is conjugated and not complex")
-    return TensorInfo(shape, dtype, nbytes, storage.record, offset, stride, False, is_conjugated, is_negated)
+    is_conjugated = is_negated = False
+    if extra:
+        if type(extra) is not dict or not set(extra) <= {"conj", "neg"}:
+            return RefusedTensor("it has properties that are not known here")
+        is_conjugated, is_negated = extra.get("conj", False) is True, extra.get("neg", False) is True
+        if is_conjugated and not dtype.startswith("complex"):
+            return RefusedTensor("it is conjugated and not complex")
+    kept = None if stride == row_major(shape) else stride
+    nbytes = (last + 1) * itemsize if numel else 0
+    piece = Piece(storage.offset + offset * itemsize, nbytes, kept, None, "", "raw", is_conjugated, is_negated)
+    return TensorInfo(shape, dtype, (piece,))
 
 
 def _tensor_2(scope: Scope, args: tuple[Any, ...]) -> Any:

@@ -35,6 +35,7 @@ class StorageRef:
     """The storage behind tensors: a record of the file. ``dtype`` is None where the storage has none of its own."""
 
     record: str
+    offset: int
     nbytes: int
     dtype: str | None
 

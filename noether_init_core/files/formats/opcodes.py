@@ -23,6 +23,7 @@ from noether_init_core.files.formats.builders import (
     set_items,
 )
 from noether_init_core.files.formats.inert_values import ForeignObject, GlobalName
+from noether_init_core.files.formats.records import Record
 
 __all__ = ["Interpreter", "OpcodeError"]
 
@@ -50,12 +51,12 @@ _FLOAT_8 = struct.Struct(">d").unpack_from
 class Interpreter:
     """One run over the content of ``data.pkl``.
 
-    ``records`` are the sizes of the file's records. ``unknown`` are, after or during the run, the names that are
+    ``records`` are those of the file. ``unknown`` are, after or during the run, the names that are
     neither known nor in ``allowed``, in the order of their appearance; where there are any, the result is not to be
     used.
     """
 
-    def __init__(self, data: bytes, records: Mapping[str, int], allowed: Collection[str] = ()) -> None:
+    def __init__(self, data: bytes, records: Mapping[str, Record], allowed: Collection[str] = ()) -> None:
         self.unknown: dict[str, None] = {}
         #: id of a dict -> the dict, and what Python code attached to it (``_metadata`` of state dicts)
         self.attached: dict[int, tuple[dict[Any, Any], Any]] = {}

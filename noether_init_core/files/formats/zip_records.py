@@ -10,9 +10,11 @@ from pathlib import Path
 import attrs
 
 from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.files.storage.file_handle import FileHandle
+from noether_init_core.files.formats.records import Record
+from noether_init_core.files.storage.handle import Handle
+from noether_init_core.messages import quoted
 
-__all__ = ["Record", "read_records"]
+__all__ = ["read_records"]
 
 _END = struct.Struct("<4s4H2LH")
 _END_64_LOCATOR = struct.Struct("<4sLQL")
@@ -30,17 +32,7 @@ _NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-@attrs.frozen
-class Record:
-    """One stored entry: ``name`` without the folder of the archive, its bytes in the file, their CRC-32."""
-
-    name: str
-    offset: int
-    size: int
-    crc: int
-
-
-def read_records(handle: FileHandle) -> dict[str, Record]:
+def read_records(handle: Handle) -> dict[str, Record]:
     """All records by name, in the order of their bytes. Raises ``CheckpointFormatError``; reads no record."""
     start, count, end = _read_end(handle)
     entries = _read_central(handle, start, count, end)
@@ -50,10 +42,10 @@ def read_records(handle: FileHandle) -> dict[str, Record]:
     for entry, following in itertools.zip_longest(entries, entries[1:]):
         limit = start if following is None else following.position
         if not entry.name.startswith(folder):
-            raise _bad(handle.path, f"its records lie in more than one folder ({folder}, {_show(entry.name)})")
+            raise _bad(handle.path, f"its records lie in more than one folder ({folder}, {quoted(entry.name)})")
         name = entry.name[len(folder) :]
         if name in records:
-            raise _bad(handle.path, f"it has two records named {_show(name)}")
+            raise _bad(handle.path, f"it has two records named {quoted(name)}")
         records[name] = Record(name, _data_offset(handle, entry, limit), entry.size, entry.crc)
     if entries[0].position != 0:
         raise _bad(handle.path, f"its first record begins at byte {entries[0].position} instead of 0")
@@ -71,7 +63,7 @@ class _Entry:
     position: int
 
 
-def _read_end(handle: FileHandle) -> tuple[int, int, int]:
+def _read_end(handle: Handle) -> tuple[int, int, int]:
     """Start, number of entries, and end of the central directory."""
     if handle.size == 0:
         raise CheckpointFormatError(f"{handle.path} is empty (0 bytes). {_NEXT_COPY}", path=handle.path)
@@ -99,7 +91,7 @@ def _read_end(handle: FileHandle) -> tuple[int, int, int]:
     return start, count, end
 
 
-def _read_end_64(handle: FileHandle, position: int) -> tuple[tuple[int, int, int, int, int, int], int] | None:
+def _read_end_64(handle: Handle, position: int) -> tuple[tuple[int, int, int, int, int, int], int] | None:
     signature, disk, where, disks = _END_64_LOCATOR.unpack(handle.read(_END_64_LOCATOR.size, position))
     if signature != b"PK\x06\x07":
         return None
@@ -113,7 +105,7 @@ def _read_end_64(handle: FileHandle, position: int) -> tuple[tuple[int, int, int
     return (disk, first_disk, here, count, length, start), where
 
 
-def _read_central(handle: FileHandle, start: int, count: int, end: int) -> list[_Entry]:
+def _read_central(handle: Handle, start: int, count: int, end: int) -> list[_Entry]:
     path = handle.path
     data = handle.read(end - start, start)
     unpack, fixed = _CENTRAL.unpack_from, _CENTRAL.size
@@ -137,12 +129,12 @@ def _read_central(handle: FileHandle, start: int, count: int, end: int) -> list[
                 path, name, data[extra_at : extra_at + extra_length], size, stored, position
             )
         if flags & _ENCRYPTED:
-            raise _bad(path, f"its record {_show(name)} is encrypted", _NEXT_SAVE)
+            raise _bad(path, f"its record {quoted(name)} is encrypted", _NEXT_SAVE)
         if method != 0 or stored != size:
             _check_torchscript(path, [name.partition("/")[2]])
-            raise _bad(path, f"its record {_show(name)} is compressed; torch.save stores as is", _NEXT_SAVE)
+            raise _bad(path, f"its record {quoted(name)} is compressed; torch.save stores as is", _NEXT_SAVE)
         if disk or position + _LOCAL.size + name_length + size > start:
-            raise _bad(path, f"its record {_show(name)} of {size} bytes does not fit into the file", _NEXT_COPY)
+            raise _bad(path, f"its record {quoted(name)} of {size} bytes does not fit into the file", _NEXT_COPY)
         entries.append(_Entry(name, raw_name, flags, crc, size, position))
     if at != stop:
         raise _bad(path, "its list of records is longer than the number of records says", _NEXT_COPY)
@@ -168,7 +160,7 @@ def _large(path: Path, name: str, extra: bytes, size: int, stored: int, position
             for value, is_wanted in zip((size, stored, position), wanted, strict=True)
         )
         return size, stored, position
-    raise _bad(path, f"the sizes of its record {_show(name)} are missing", _NEXT_COPY)
+    raise _bad(path, f"the sizes of its record {quoted(name)} are missing", _NEXT_COPY)
 
 
 def _check_name(path: Path, raw_name: bytes) -> str:
@@ -178,11 +170,11 @@ def _check_name(path: Path, raw_name: bytes) -> str:
         raise _bad(path, f"a record's name is no text: {raw_name[:40]!r}") from None
     parts = name.split("/")
     if len(parts) < 2 or "" in parts or ".." in parts or "." in parts or "\\" in name or "\0" in name:
-        raise _bad(path, f"a record is named {_show(name)}, which torch.save never writes")
+        raise _bad(path, f"a record is named {quoted(name)}, which torch.save never writes")
     return name
 
 
-def _data_offset(handle: FileHandle, entry: _Entry, limit: int) -> int:
+def _data_offset(handle: Handle, entry: _Entry, limit: int) -> int:
     """Where the bytes begin, by the record's own header, which has to agree with the list of records."""
     header = handle.read(min(_LOCAL_GUESS, handle.size - entry.position), entry.position)
     signature, _, flags, method, _, _, crc, stored, size, name_length, extra_length = _LOCAL.unpack_from(header)
@@ -191,14 +183,16 @@ def _data_offset(handle: FileHandle, entry: _Entry, limit: int) -> int:
         name = handle.read(min(name_length, limit - entry.position), entry.position + _LOCAL.size)
     offset = int(entry.position + _LOCAL.size + name_length + extra_length)
     if signature != b"PK\x03\x04" or name != entry.raw_name or method != 0 or flags != entry.flags:
-        raise _bad(handle.path, f"the header of its record {_show(entry.name)} is not what the list says", _NEXT_COPY)
+        raise _bad(handle.path, f"the header of its record {quoted(entry.name)} is not what the list says", _NEXT_COPY)
     deferred = bool(flags & _DESCRIPTOR_FOLLOWS)
     for value, expected in ((stored, entry.size), (size, entry.size), (crc, entry.crc)):
         # torch writes sizes and checksum after the bytes, then they are zero here; large sizes stand in an extra field
         if value != expected and not (deferred and value == 0) and not (expected >= 0xFFFFFFFF and value == 0xFFFFFFFF):
-            raise _bad(handle.path, f"the header of its record {_show(entry.name)} has another size or sum", _NEXT_COPY)
+            raise _bad(
+                handle.path, f"the header of its record {quoted(entry.name)} has another size or sum", _NEXT_COPY
+            )
     if offset + entry.size > limit:
-        raise _bad(handle.path, f"its record {_show(entry.name)} of {entry.size} bytes overlaps the next one")
+        raise _bad(handle.path, f"its record {quoted(entry.name)} of {entry.size} bytes overlaps the next one")
     return offset
 
 
@@ -214,11 +208,11 @@ def _check_torchscript(path: Path, names: Iterable[str]) -> None:
 def _check_content(path: Path, records: dict[str, Record]) -> None:
     _check_torchscript(path, records)
     if "data.pkl" not in records:
-        known = ", ".join(_show(name) for name in itertools.islice(records, 5))
+        known = ", ".join(quoted(name) for name in itertools.islice(records, 5))
         raise _bad(path, f"it is a zip archive without data.pkl (it has {known}), so torch.save did not write it")
 
 
-def _check_kind(handle: FileHandle) -> None:
+def _check_kind(handle: Handle) -> None:
     """Say what a file is that is no zip archive."""
     head = handle.read(min(handle.size, 64), 0)
     if head.startswith(b"PK"):
@@ -246,10 +240,6 @@ def _check_kind(handle: FileHandle) -> None:
         else "neither a zip archive nor safetensors"
     )
     raise _bad(handle.path, f"it is {what} (it begins with {head[:16]!r})", _NEXT_SAVE)
-
-
-def _show(name: str) -> str:
-    return ascii(name if len(name) <= 80 else name[:77] + "...")
 
 
 def _bad(path: Path, reason: str, following: str = _NEXT_SAVE) -> CheckpointFormatError:

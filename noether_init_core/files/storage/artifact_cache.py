@@ -34,7 +34,8 @@ from noether_init_core.errors import (
     InitError,
 )
 from noether_init_core.files.storage.disk import LOCAL
-from noether_init_core.files.storage.file_handle import FileHandle, digest_problem, open_file
+from noether_init_core.files.storage.handle import digest_problem
+from noether_init_core.files.storage.local import LocalHandle, open_file
 from noether_init_core.messages import printable
 
 __all__ = ["CACHE_VARIABLE", "OFFLINE_VARIABLE", "ArtifactCache"]
@@ -223,7 +224,7 @@ class ArtifactCache:
             return error
         return None
 
-    def _digest_of_entry(self, key: str, handle: FileHandle, digest: str) -> str:
+    def _digest_of_entry(self, key: str, handle: LocalHandle, digest: str) -> str:
         """The digest of the entry; it is not read if it had this one and was not changed since."""
         noted = self.folder / f"{_name_of(key)}.verified"
         with contextlib.suppress(OSError, ValueError, InitError), contextlib.closing(open_file(noted)) as note:
@@ -235,7 +236,7 @@ class ArtifactCache:
             self._note_digest(key, handle, digest)
         return found
 
-    def _note_digest(self, key: str, handle: FileHandle, digest: str) -> None:
+    def _note_digest(self, key: str, handle: LocalHandle, digest: str) -> None:
         """Spare the next one the reading. A hint: it holds for this very state of the file, and may be lost."""
         # always the same name: what a killed process left is overwritten; a torn note only means to read again
         written = self.folder / f"{_name_of(key)}.verified.partial"
@@ -278,7 +279,7 @@ class ArtifactCache:
         finally:
             self._remove_partial(partial.name)  # and what a client may have left beside it
 
-    def _brought_onto_disk(self, key: str, partial: Path) -> FileHandle:
+    def _brought_onto_disk(self, key: str, partial: Path) -> LocalHandle:
         with self._saying():
             try:
                 status = os.lstat(partial)
@@ -369,7 +370,7 @@ def _name_of(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
-def _note(handle: FileHandle, digest: str) -> str:
+def _note(handle: LocalHandle, digest: str) -> str:
     """What a change of the file changes: no program can put back the time of change (ctime)."""
     status = os.fstat(handle.fileno())
     return f"{digest} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from noether_init_core import InitializerStack, PathProvider
 from noether_init_core.errors import InitError
-from noether_init_core.files.reader import open_checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.sets.file_names import check_tag, iteration_of_tag, parse
 from noether_init_core.sets.manifest import read_manifest, sealed
 

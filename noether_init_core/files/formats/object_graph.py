@@ -1,4 +1,4 @@
-"""A look over an object that was read: where its tensors are, and whether it may be handed out.
+"""An object that was read: where its tensors are, and whether it may be handed out.
 
 An object may share parts (pickle writes each part once), so that a few hundred bytes can stand for a tree of
 billions. What is handed out is limited as a tree, since that is how everybody walks over it.
@@ -14,15 +14,15 @@ from noether_init_core.files.formats.inert_values import ForeignObject, RefusedT
 from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.files.tensor_names import children, join, named
 
-__all__ = ["MAX_DEPTH", "Survey", "dotted"]
+__all__ = ["MAX_DEPTH", "ObjectGraph", "dotted"]
 
 MAX_DEPTH = 128
 _CONTAINERS = frozenset({dict, list, tuple, ForeignObject})
 _UNREADABLE = frozenset({RefusedTensor, StorageRef})
 
 
-class Survey:
-    """What was found; ``size`` are the bytes of the pickle behind the object.
+class ObjectGraph:
+    """Tensors and foreign objects in an object; ``size`` are the bytes of the header behind it.
 
     ``problems``: path -> why, of tensors that cannot be read. ``foreign``: name of a class -> path of its first object.
 
@@ -42,8 +42,12 @@ class Survey:
         """Dotted path -> tensor, in parts of the object. Of two equal paths the second gets ``#2``, and so on."""
         return named(parts, TensorInfo, self._holds_tensors)
 
+    def count(self, value: Any) -> int:
+        """Tensors below a part of the object; a tensor in the place of a part counts as none."""
+        return (self._seen.get(id(value)) or (0, 0))[1] if type(value) in _CONTAINERS else 0
+
     def _holds_tensors(self, value: Any) -> bool:
-        return type(value) in _CONTAINERS and (self._seen[id(value)] or (0, 0))[1] > 0
+        return self.count(value) > 0
 
     def _visit(self, value: Any, path: tuple[Any, ...], depth: int) -> tuple[int, int]:
         kind = type(value)

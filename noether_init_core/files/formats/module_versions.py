@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from noether_init_core.files.formats.builders import OpcodeError
-from noether_init_core.files.object_graph import Survey
+from noether_init_core.files.formats.object_graph import ObjectGraph
 from noether_init_core.files.tensor_names import children
 
 __all__ = ["METADATA", "Versions", "versions_in"]
@@ -28,7 +28,7 @@ def versions_in(attached: Iterable[tuple[dict[Any, Any], Any]], size: int) -> di
     is no dict of dicts of plain values: torch could not use it either.
     """
     named = [(owner, state[METADATA]) for owner, state in attached if type(state) is dict and METADATA in state]
-    Survey([metadata for _owner, metadata in named], size)
+    ObjectGraph([metadata for _owner, metadata in named], size)
     screened: dict[int, Versions] = {}
     plain: set[int] = set()
     for _owner, metadata in named:

@@ -1,0 +1,248 @@
+"""Checkpoint: what everything else needs of a checkpoint, whatever it is stored as, and the base class for others' own.
+
+Formats say which pieces there are, a storage reads them, and what they are read into is asked for here: a new tensor, a
+box of one, an existing tensor. Nothing in this room knows a model or a run.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+
+import attrs
+
+from noether_init_core.errors import CheckpointNotFoundError, StateMismatchError
+from noether_init_core.files.digests import Verified
+from noether_init_core.files.formats.module_versions import Versions
+from noether_init_core.files.materializing import Materializer
+from noether_init_core.files.nonfinite_values import Finding
+from noether_init_core.files.reading import nonfinite_in, same_bits
+from noether_init_core.files.tensor_info import Box, TensorInfo
+from noether_init_core.messages import listed, near
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BaseCheckpoint", "Checkpoint", "Copy"]
+
+#: A key of ``tensors()``, or a leaf of ``values()``.
+Key = str | TensorInfo
+AnyKey = TypeVar("AnyKey", bound=str | TensorInfo)
+#: What is read, the box of it (None: all), and the tensor of the same shape that it goes into.
+Copy = tuple[Key, Box | None, "torch.Tensor"]
+
+
+class Checkpoint(Protocol):
+    """An open checkpoint: its trees, its tensors, what their bytes are, and how to read and verify them.
+
+    ``BaseCheckpoint`` says what each method does. Whatever has them all may be handed over.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def entries(self) -> Mapping[str, int]: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def extra_state(self) -> Mapping[str, Any]: ...
+    @property
+    def versions(self) -> Versions: ...
+    @property
+    def is_verifiable(self) -> bool: ...
+    def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]: ...
+    def values(self, entry: str | None = None) -> Any: ...
+    def read(self, key: Key, box: Box | None = None) -> torch.Tensor: ...
+    def slices(self, key: Key) -> Iterator[torch.Tensor]: ...
+    def read_all(
+        self, leaves: Iterable[TensorInfo], *, verify: bool = True, look: bool = True
+    ) -> dict[TensorInfo, torch.Tensor]: ...
+    def copy_into(self, copies: Iterable[Copy]) -> None: ...
+    def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]: ...
+    def materialize(self, value: Any) -> Any: ...
+    def load(self) -> Any: ...
+    def verify(
+        self, keys: Iterable[Key] | None = None, part: tuple[int, int] | None = None, *, look: Iterable[Key] = ()
+    ) -> Verified: ...
+    def nonfinite(self, keys: Iterable[AnyKey]) -> dict[AnyKey, Finding]: ...
+    def is_same(self, first: Key, other: Key) -> bool: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class BaseCheckpoint(abc.ABC):
+    """A checkpoint of another kind: a subclass gives ``entries``, ``tensors`` and ``read``, the rest follows from them.
+
+    What follows reads tensor by tensor; a subclass overrides what it can do better. Use it as a context manager, or
+    ``close`` it.
+
+    Attributes:
+        path: Where it is, for messages. The subclass sets it, before or in its ``__init__``.
+        format: What it is, for messages and reports.
+        metadata: What it holds besides the selected tree, plain Python; a tensor stands there as a leaf.
+        extra_state: The entries of the selected state dict that are no tensors; ``materialize`` reads them.
+        versions: What the state dict's ``_metadata`` says of the modules that it was taken from: path of a module ->
+            such as ``{"version": 2}``; empty where there is none. Loading code of modules decides by it whether it
+            translates; without it, torch takes a state dict for one of the oldest version.
+        is_verifiable: Whether ``verify`` has anything to compare the bytes with.
+    """
+
+    path: Path = Path()
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    extra_state: Mapping[str, Any] = MappingProxyType({})
+    versions: Versions = MappingProxyType({})
+
+    @property
+    @abc.abstractmethod
+    def entries(self) -> Mapping[str, int]:
+        """The trees in the checkpoint, each with its number of tensors; empty name: the whole."""
+
+    @abc.abstractmethod
+    def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]:
+        """Key -> tensor, of a tree in ``entries``; None: the one that was selected. Repeating it is cheap.
+
+        Raises ``CheckpointNotFoundError`` for another name.
+        """
+
+    @abc.abstractmethod
+    def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
+        """The tensor, or a box of it, on the CPU, in memory of its own, without gradient.
+
+        Raises ``CheckpointNotFoundError`` with near names for a key that does not exist.
+        """
+
+    @property
+    def format(self) -> str:
+        """The name of the class."""
+        return type(self).__name__
+
+    @property
+    def is_verifiable(self) -> bool:
+        """Nothing is known here that bytes could be compared with."""
+        return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {str(self.path)!r}: {len(self.tensors())} tensors>"
+
+    def close(self) -> None:  # noqa: B027  # most computed checkpoints have nothing to close
+        """Close what is open; what was said of it stays readable. Repeating it does nothing."""
+
+    def values(self, entry: str | None = None) -> Any:
+        """A tree of ``entries`` with ``TensorInfo`` as leaves, to be read only; None: the selected one."""
+        return {key: attrs.evolve(info, key=key) for key, info in self.tensors(entry).items()}
+
+    def slices(self, key: Key) -> Iterator[torch.Tensor]:
+        """The tensor in parts that together are all of it, so that a large one need not be in memory as a whole."""
+        yield self.read(key)
+
+    def read_all(
+        self, leaves: Iterable[TensorInfo], *, verify: bool = True, look: bool = True
+    ) -> dict[TensorInfo, torch.Tensor]:
+        """Read leaves of ``values()`` into memory of their own, and ``verify`` the checkpoint in the same pass.
+
+        With ``look``, ``nonfinite`` knows these tensors afterwards. What raises, raises as in ``verify``.
+        """
+        if verify:
+            self.verify()
+        return {info: self.read(info) for info in dict.fromkeys(leaves)}
+
+    def copy_into(self, copies: Iterable[Copy]) -> None:
+        """Copy tensors, or boxes of them, into existing ones of the same shape, in place, without gradient.
+
+        Unknown keys, other shapes, and tensors without memory are found before anything is changed.
+        """
+        import torch
+
+        copies = tuple(copies)
+        problems = []
+        for key, box, target in copies:
+            shape = self._info(key).shape if box is None else tuple(end - begin for begin, end in box)
+            if tuple(target.shape) != shape or target.is_meta:
+                problems.append(f"{key}: checkpoint {list(shape)}, target {list(target.shape)} on {target.device}")
+        if problems:
+            raise StateMismatchError(
+                f"{self.path} cannot be copied into these tensors, nothing was changed: {listed(problems)}",
+                problems=problems,
+            )
+        with torch.no_grad():
+            for key, box, target in copies:
+                target.copy_(self.read(key, box))
+
+    def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors that are the file itself, mapped privately: writing to them never changes the file.
+
+        The other direction is not so: what changes the file later, changes tensors that were not written to, and a
+        file that is cut off kills the process that touches them. Keys whose bytes cannot be used as they lie in the
+        file are left out; ``read`` gives them.
+        """
+        return {}
+
+    def materialize(self, value: Any) -> Any:
+        """``value``, taken from ``metadata``, ``extra_state`` or ``values()``, with real tensors."""
+        return Materializer(self.read, {}, self.path, 1 << 60).convert(value)
+
+    def load(self) -> Any:
+        """The whole object with real tensors, each with memory of its own; keys of one tensor get one tensor.
+
+        Kinds of dict become ``dict``, ``torch.Size`` becomes ``tuple``, parameters become plain tensors. A state dict
+        with ``_metadata`` is an ``OrderedDict`` that has it, as ``load_state_dict`` of modules expects.
+        """
+        return self.materialize(self.values(""))
+
+    def verify(
+        self, keys: Iterable[Key] | None = None, part: tuple[int, int] | None = None, *, look: Iterable[Key] = ()
+    ) -> Verified:
+        """Compare bytes with checksums and digests, on the handle that is read. What was compared is not read again.
+
+        Args:
+            keys: Compare the bytes of these tensors; None: all bytes.
+            part: ``(i, n)``: compare the i-th of n shares only, counted from 0, so that n ranks share the work. Where
+                only a digest of the whole file is known, every rank compares all.
+            look: Tensors whose values are looked at in the same pass, so that ``nonfinite`` need not read them again.
+
+        Returns what was compared, and by what; a class that is none of this package says itself what it has compared.
+
+        Raises ``CheckpointCorruptError``, which names the keys in every damaged record, and ``CheckpointFormatError``
+        for a file of torch.save that was written without checksums.
+        """
+        return Verified("unverifiable", claimed_by=f"{type(self).__module__}.{type(self).__qualname__}")
+
+    def nonfinite(self, keys: Iterable[AnyKey]) -> dict[AnyKey, Finding]:
+        """Those of the tensors that hold ``NaN``, or else ``infinities``; every other one is all finite.
+
+        What ``verify`` has looked at is not read again.
+        """
+        found = ((key, nonfinite_in(self.read(key))) for key in keys)
+        return {key: finding for key, finding in found if finding is not None}
+
+    def is_same(self, first: Key, other: Key) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes."""
+        return same_bits(self.read(first), self.read(other))
+
+    def _info(self, key: Key) -> TensorInfo:
+        """The tensor of a key, or the leaf itself. Raises ``CheckpointNotFoundError`` with near names."""
+        if isinstance(key, TensorInfo):
+            return key
+        info = self.tensors().get(key)
+        if info is None:
+            raise self._not_found("tensor", key, self.tensors())
+        return info
+
+    def _not_found(self, what: str, asked: str, known: Mapping[str, object]) -> CheckpointNotFoundError:
+        candidates = near(asked, known)
+        hint = f"Near: {', '.join(candidates)}" if candidates else f"It has: {listed(known, none='none')}"
+        return CheckpointNotFoundError(
+            f"{self.path} has no {what} {asked!r}. {hint}", path=self.path, asked=asked, candidates=candidates
+        )

@@ -1,0 +1,289 @@
+"""Open a checkpoint file: its format is told from its content, it is screened, and it is read through one handle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from noether_init_core.errors import CheckpointError, CheckpointFormatError
+from noether_init_core.files.checkpoint import AnyKey, BaseCheckpoint, Copy, Key
+from noether_init_core.files.digests import Digests, Verified, digest_of_records
+from noether_init_core.files.formats.content import Content
+from noether_init_core.files.formats.safetensors import is_safetensors, read_safetensors
+from noether_init_core.files.formats.torch_zip import read_torch_zip
+from noether_init_core.files.materializing import Materializer
+from noether_init_core.files.nonfinite_values import Finding
+from noether_init_core.files.reading import (
+    allocated,
+    are_equal,
+    copy_tensors,
+    map_tensors,
+    read_tensor,
+    slices_of,
+)
+from noether_init_core.files.storage.handle import Handle, Storage
+from noether_init_core.files.storage.local import open_file
+from noether_init_core.files.tensor_info import Box, TensorInfo
+from noether_init_core.files.tensor_names import children, is_state_dict, state_dict_of
+from noether_init_core.files.verification import Verification
+from noether_init_core.memory import no_garbage_collection
+from noether_init_core.messages import one_line
+from noether_init_core.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FileCheckpoint", "open_checkpoint"]
+
+
+def open_checkpoint(
+    location: str | os.PathLike[str] | Storage,
+    *,
+    entry: str | None = None,
+    digests: Digests | str | None = None,
+    allow_globals: Collection[str] = (),
+    stopwatch: Stopwatch | None = None,
+) -> FileCheckpoint:
+    """Open and screen a checkpoint: ``.th``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin`` of torch.save, or ``.safetensors``.
+
+    The content of a file says what it is, not its name. Structure, header and the place of every tensor are checked;
+    bytes of tensors are not read before ``verify`` or ``read``.
+
+    Args:
+        location: The file, or an object of a store.
+        entry: Which tree is meant where none is named, see ``entries``; None: ``state_dict``, or the whole of a bare
+            state dict; else all tensors, by their dotted paths (``state.0.exp_avg``).
+        digests: What ``verify`` compares besides checksums in the file; a text is the digest of the whole file.
+        allow_globals: Names like ``module.Class`` that may stand in the file besides those that torch.save needs;
+            objects of them are read as inert ``ForeignObject`` records. The environment variable
+            ``NOETHER_INIT_ALLOW_GLOBALS`` adds to them, separated by commas. A config never does.
+        stopwatch: Takes the time of this call, and of everything that is done with the checkpoint later.
+
+    Raises ``CheckpointNotFoundError``, ``CheckpointFormatError`` (``UnsafeGlobalError`` for names that are not
+    allowed) or ``CheckpointCorruptError`` (checksum of the header).
+    """
+    stopwatch = Stopwatch() if stopwatch is None else stopwatch
+    with stopwatch.phase("screen"):
+        handle = open_file(Path(location)) if isinstance(location, str | os.PathLike) else Handle(location)
+        try:
+            with no_garbage_collection():
+                content = read_safetensors(handle) if is_safetensors(handle) else read_torch_zip(handle, allow_globals)
+                known = Digests(digests) if isinstance(digests, str) else digests or Digests()
+                return FileCheckpoint(handle, content, entry, known, stopwatch)
+        except BaseException:
+            handle.close()
+            raise
+
+
+class FileCheckpoint(BaseCheckpoint):
+    """An open file; ``open_checkpoint`` makes it. ``format`` is ``torch`` or ``safetensors``.
+
+    A safetensors file has nothing but tensors and texts: ``metadata`` is its ``__metadata__``.
+    """
+
+    def __init__(
+        self, handle: Handle, content: Content, entry: str | None, digests: Digests, stopwatch: Stopwatch
+    ) -> None:
+        self.path = handle.path
+        self._handle = handle
+        self._content = content
+        self._stopwatch = stopwatch
+        root, graph = content.value, content.graph
+        self._parts: Mapping[Any, Any] = root if type(root) is dict else {"object": root}
+        self._trees = {"": root}
+        for key, child in self._parts.items():
+            if type(root) is dict and type(key) is str and key and graph.count(child):
+                self._trees[key] = child
+        state_dict = state_dict_of(root, TensorInfo)
+        if entry is None:
+            self._entry = "" if state_dict is None or state_dict is root else "state_dict"
+        else:
+            self._entry, tree = entry, self._tree(entry)
+            if entry:
+                has_tensors = type(tree) is dict and any(type(child) is TensorInfo for child in tree.values())
+                state_dict = tree if has_tensors else None
+            elif state_dict is not root:
+                state_dict = None
+        rest = {key: child for key, child in self._parts.items() if key != self._entry} if self._entry else self._parts
+        if state_dict is None:
+            self._tensors = MappingProxyType(self._dotted(self._entry))
+        else:
+            rest = rest if self._entry else {}
+            wrong = next((key for key in state_dict if type(key) is not str), None)
+            if wrong is not None:
+                raise CheckpointFormatError(
+                    f"{self.path} cannot be read as a checkpoint: its state dict has the key {one_line(repr(wrong))}, "
+                    "which is no text. Next: write it again with torch.save(state_dict, path)",
+                    path=self.path,
+                )
+            self._tensors = MappingProxyType(
+                {key: child for key, child in state_dict.items() if type(child) is TensorInfo}
+            )
+            self.extra_state = {key: child for key, child in state_dict.items() if key not in self._tensors}
+            self.versions = content.versions.get(id(state_dict), {})
+        self.metadata = rest if content.metadata is None else content.metadata
+        self._verification = Verification(
+            handle,
+            content,
+            digests,
+            self._tensors,
+            lambda: {**graph.tensors({**rest, **self.extra_state}), **self._tensors},
+        )
+
+    @property
+    def format(self) -> Literal["torch", "safetensors"]:
+        """``torch`` or ``safetensors``."""
+        return self._content.format
+
+    @property
+    def is_verifiable(self) -> bool:
+        """Whether the file has checksums, or a digest of it was given."""
+        return self._verification.is_possible
+
+    @property
+    def entries(self) -> Mapping[str, int]:
+        """The trees of the file, each with its number of tensors; empty name: tensors that lie in none of them."""
+        found = {name: self._content.graph.count(tree) for name, tree in self._trees.items()}
+        whole = found.pop("")
+        outside = whole - sum(found.values())
+        return {"": outside, **found} if outside or not found else found
+
+    def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]:
+        """Key -> tensor. A state dict's tensors have its own keys, those of another tree dotted paths in it."""
+        if entry is None or entry == self._entry:
+            return self._tensors
+        tree = self._tree(entry)
+        return tree if is_state_dict(tree, TensorInfo) else self._dotted(entry)
+
+    def values(self, entry: str | None = None) -> Any:
+        """A tree of the file, plain Python with ``TensorInfo`` as leaves. ``load`` is built from the same values."""
+        return self._tree(self._entry if entry is None else entry)
+
+    def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
+        """The tensor, or a box of it, on the CPU, in memory of its own, without gradient."""
+        info = self._info(key) if box is None else self._info(key).part(box)
+        with self._stopwatch.phase("read", info.nbytes):
+            return read_tensor(self._handle, info, key if isinstance(key, str) else "")
+
+    def slices(self, key: Key) -> Iterator[torch.Tensor]:
+        """The tensor in slices along one dimension, each of about a megabyte."""
+        return (part for _box, part in slices_of(self._handle, self._info(key)))
+
+    def read_all(
+        self, leaves: Iterable[TensorInfo], *, verify: bool = True, look: bool = True
+    ) -> dict[TensorInfo, torch.Tensor]:
+        """Read into memory of their own in the pass that verifies."""
+        wanted = [self._info(info) for info in dict.fromkeys(leaves)]
+        found, targets = allocated(self._handle, wanted, self._verification.whole_record)
+        if verify:
+            with self._examining("verify"):
+                self._verification.verify(look=wanted if look else (), targets=targets)
+        elif targets:
+            with self._examining("read"):
+                self._verification.fill(targets, wanted if look else ())
+        left = [info for info in wanted if info not in found]
+        with self._stopwatch.phase("read", sum(info.nbytes for info in left)):
+            for info in left:
+                found[info] = read_tensor(self._handle, info)
+        return found
+
+    def copy_into(self, copies: Iterable[Copy]) -> None:
+        """Copy into existing tensors.
+
+        The same dtype in CPU memory of the same order is read straight into it, with several threads; anything else
+        goes in chunks through small buffers (pinned ones for a CUDA device), and ``Tensor.copy_`` casts them.
+        """
+        sources = []
+        for key, box, target in copies:
+            info = self._info(key)
+            sources.append((key if isinstance(key, str) else "", info if box is None else info.part(box), target))
+        self._handle.check_unchanged()
+        copy_tensors(self._handle, sources, self._stopwatch)
+        self._handle.check_unchanged()
+
+    def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors that are the file itself, mapped privately."""
+        with self._stopwatch.phase("read"):
+            return map_tensors(self._handle, {key: self._info(key) for key in keys})
+
+    def materialize(self, value: Any) -> Any:
+        """``value``, taken from ``metadata``, ``extra_state`` or ``values()``, with real tensors."""
+        materializer = Materializer(self._read_own, self._content.versions, self.path, self._handle.size)
+        with self._stopwatch.phase("read"):
+            converted = materializer.convert(value)
+        self._stopwatch.count("read", materializer.nbytes)
+        self._handle.check_unchanged()
+        return converted
+
+    def verify(
+        self, keys: Iterable[Key] | None = None, part: tuple[int, int] | None = None, *, look: Iterable[Key] = ()
+    ) -> Verified:
+        """Compare with the checksums in the file, or with the digests that were given.
+
+        With digests of the records, header and tensors are compared with those; else, with a digest of the file, all
+        its bytes. A safetensors file carries no checksums, ever: without a digest, a line in the log says so.
+        """
+        infos = None if keys is None else [self._info(key) for key in keys]
+        with self._examining("verify"):
+            return self._verification.verify(infos, part, look=[self._info(key) for key in look])
+
+    def nonfinite(self, keys: Iterable[AnyKey]) -> dict[AnyKey, Finding]:
+        """Those of the tensors that hold ``NaN`` or ``infinities``; none is read into memory as a whole."""
+        infos = {key: self._info(key) for key in keys}
+        with self._examining("verify"):
+            found = self._verification.nonfinite(infos.values())
+        return {key: found[info] for key, info in infos.items() if info in found}
+
+    def is_same(self, first: Key, other: Key) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes; they are not in memory as a whole."""
+        with self._stopwatch.phase("verify"):
+            return are_equal(self._handle, self._info(first), self._info(other))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+    @property
+    def digest_of_records(self) -> str:
+        """Digest of what the file says of its records, their checksums included; see ``Digests.records``."""
+        return digest_of_records(self._content.records.values())
+
+    def checksums(self) -> dict[str, int | None]:
+        """CRC-32 of the bytes of every tensor, in the order in which they lie in the file; by path in the whole object.
+
+        None where the file has none of the bytes of this tensor alone.
+        """
+        tensors = self._content.graph.tensors({"": self._content.value})
+        return {path: self._verification.checksum(info) for path, info in tensors.items()}
+
+    def _tree(self, entry: str) -> Any:
+        if entry not in self._trees:
+            raise self._not_found("tree", entry, self.entries)
+        return self._trees[entry]
+
+    def _dotted(self, entry: str) -> dict[str, TensorInfo]:
+        return self._content.graph.tensors(dict(children(self._trees[entry])) if entry else self._parts)
+
+    def _info(self, key: Key) -> TensorInfo:
+        info = super()._info(key)
+        if isinstance(key, TensorInfo) and not all(
+            not piece.nbytes or self._verification.record_of(piece) for piece in info.pieces
+        ):
+            raise CheckpointError(f"{self.path} has no such tensor as {key}: it is one of another file", path=self.path)
+        return info
+
+    def _read_own(self, info: TensorInfo) -> torch.Tensor:
+        return read_tensor(self._handle, self._info(info))
+
+    @contextmanager
+    def _examining(self, phase: str) -> Iterator[None]:
+        before = self._verification.examined
+        try:
+            with self._stopwatch.phase(phase):
+                yield
+        finally:  # damage is told when all was read
+            self._stopwatch.count(phase, self._verification.examined - before)

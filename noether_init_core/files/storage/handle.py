@@ -1,0 +1,204 @@
+"""Bytes of one object by position: what a store gives (``Storage``), and what formats read through (``Handle``)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
+
+import attrs
+import xxhash
+
+from noether_init_core.errors import CheckpointCorruptError, CheckpointError
+
+__all__ = ["CHUNK", "GROUP", "Handle", "Storage", "Transfer", "by_threads", "digest_problem", "grouped"]
+
+Item = TypeVar("Item")
+
+#: Bytes of one read into memory of the caller.
+CHUNK = 4 << 20
+#: How many threads read at once; a few are as fast as the memory.
+THREADS = min(4, max(2, os.cpu_count() or 2))
+#: Neighbouring bytes that one thread takes at a time: threads that take turns within a few megabytes are slower.
+GROUP = 32 << 20
+_DIGEST_LENGTHS = {"xxh3_128": 32, "sha256": 64}
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """One stored object: a file, or whatever a private store keeps.
+
+    ``open_checkpoint`` takes one in the place of a path. ``str()`` of it names it in messages.
+    """
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """A text that changes when the bytes may have changed, such as an ETag. It is asked for before and after."""
+        ...
+
+    def read(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill every memory with the bytes from its offset on. Several threads call this at once.
+
+        Raises ``EOFError`` if the object ends before that, ``OSError`` if it cannot be read.
+        """
+        ...
+
+
+@attrs.frozen
+class Transfer:
+    """Bytes from ``offset`` on that are to fill ``target``; ``key`` is named if that fails."""
+
+    target: memoryview
+    offset: int
+    key: str = ""
+
+
+class Handle:
+    """An open object, so that what was verified is what is read. Not to be written to meanwhile."""
+
+    def __init__(self, storage: Storage, path: Path | None = None) -> None:
+        self.path = Path(str(storage)) if path is None else path
+        self.size = storage.size
+        self._storage: Storage | None = storage
+        self._version = storage.version
+
+    @property
+    def storage(self) -> Storage:
+        """Where the bytes come from. Raises ``CheckpointError`` once the handle is closed."""
+        if self._storage is None:
+            raise CheckpointError(f"{self.path}: the checkpoint is closed. Next: open_checkpoint again", path=self.path)
+        return self._storage
+
+    def check_unchanged(self) -> None:
+        """Raise ``CheckpointCorruptError`` if the object was written to since it was opened.
+
+        One open file serves from check to load, so a file that is *replaced* meanwhile does no harm. One that is
+        rewritten in place, as Noether rewrites ``latest``, would be verified in one state and loaded in another.
+        """
+        if self._storage is not None and (self._storage.size, self._storage.version) != (self.size, self._version):
+            raise CheckpointCorruptError(
+                f"{self.path} was written to while it was in use. Next: start again when the run that writes it is "
+                "done, or take a checkpoint that is not written over (E.._U.._S..)",
+                path=self.path,
+            )
+
+    def close(self) -> None:
+        """Close it; repeating it does nothing."""
+        storage, self._storage = self._storage, None
+        close = getattr(storage, "close", None)
+        if close is not None:
+            close()
+
+    def read(self, length: int, offset: int, key: str = "") -> bytes:
+        """Exactly ``length`` bytes. The caller has checked that the object has them."""
+        buffer = bytearray(length)
+        self.read_into(memoryview(buffer), offset, key)
+        return bytes(buffer)
+
+    def read_into(self, target: memoryview, offset: int, key: str = "") -> None:
+        """Fill ``target``. Raises ``CheckpointCorruptError`` if the object has become shorter than it was."""
+        storage = self.storage
+        try:
+            storage.read([(offset, target)])
+        except EOFError as error:
+            raise CheckpointCorruptError(
+                f"{self.path} {error}"
+                + (f", within {key!r}" if key else "")
+                + f", though it had {self.size} bytes when it was opened: it was cut off meanwhile",
+                path=self.path,
+                key=key,
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read at byte {offset}: {error}", path=self.path) from error
+
+    def read_all(self, transfers: Iterable[Transfer]) -> None:
+        """Fill every target, large amounts with several threads."""
+
+        def read(group: Sequence[Transfer]) -> None:
+            for piece in group:
+                self.read_into(piece.target, piece.offset, piece.key)
+
+        pieces = sorted(_pieces(transfers), key=lambda piece: piece.offset)
+        by_threads(grouped(pieces, lambda piece: len(piece.target)), read)
+
+    def check_digest(self, digest: str) -> None:
+        """Compare the whole object with ``xxh3_128:<hex>`` or ``sha256:<hex>``."""
+        problem = digest_problem(digest)
+        if problem:
+            raise CheckpointError(problem, path=self.path)
+        found = self.digest(digest.partition(":")[0])
+        if found != digest:
+            raise CheckpointCorruptError(
+                f"{self.path} has the digest {found}, expected was {digest}: "
+                "it is damaged, or another file. Next: copy it again, or take an older checkpoint",
+                path=self.path,
+            )
+
+    def digest(self, algorithm: str) -> str:
+        """``<algorithm>:<hex>`` of the whole object; the algorithm is ``xxh3_128`` or ``sha256``."""
+        state = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+        buffer = memoryview(bytearray(min(CHUNK, self.size)))
+        for offset in range(0, self.size, CHUNK):
+            chunk = buffer[: min(CHUNK, self.size - offset)]
+            self.read_into(chunk, offset)
+            state.update(chunk)
+        return f"{algorithm}:{state.hexdigest()}"
+
+
+def digest_problem(digest: str) -> str:
+    """What is wrong with the form of a digest; empty where it can be checked."""
+    algorithm, _, expected = digest.partition(":")
+    if len(expected) == _DIGEST_LENGTHS.get(algorithm) and set(expected) <= set("0123456789abcdef"):
+        return ""
+    return (
+        f"{digest!r} is no digest that can be checked. Write xxh3_128:<32 hexadecimal digits> or "
+        "sha256:<64 hexadecimal digits>, in small letters"
+    )
+
+
+def grouped(items: Iterable[Item], size: Callable[[Item], int]) -> list[list[Item]]:
+    """Neighbours together, at least ``GROUP // 4`` bytes each; the largest first, so that no thread is left alone."""
+    groups: list[list[Item]] = []
+    sizes: list[int] = []
+    for item in items:
+        if not groups or sizes[-1] >= GROUP // 4:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(item)
+        sizes[-1] += size(item)
+    return [groups[number] for number in sorted(range(len(groups)), key=lambda number: -sizes[number])]
+
+
+def by_threads(groups: Iterable[Item], work: Callable[[Item], None]) -> None:
+    """``work`` for each, with several threads where there are several; the first error is raised."""
+    left = deque(groups)
+
+    def run() -> None:
+        while True:
+            try:
+                group = left.popleft()
+            except IndexError:
+                return
+            work(group)
+
+    if len(left) < 2:
+        run()
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for result in [pool.submit(run) for _ in range(THREADS)]:
+            result.result()
+
+
+def _pieces(transfers: Iterable[Transfer]) -> Iterable[Transfer]:
+    for transfer in transfers:
+        for start in range(0, len(transfer.target), GROUP):
+            yield Transfer(transfer.target[start : start + GROUP], transfer.offset + start, transfer.key)

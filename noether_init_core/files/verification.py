@@ -1,0 +1,307 @@
+"""What is known of an open file: which of its bytes are those that were written, and which values are not finite."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
+
+from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError
+from noether_init_core.files.digests import Digests, TensorDigest, Verified, digest_of_records
+from noether_init_core.files.formats.content import Content
+from noether_init_core.files.formats.records import Record
+from noether_init_core.files.nonfinite_values import Finding, can_be_nonfinite
+from noether_init_core.files.reading import nonfinite_in, read_tensor
+from noether_init_core.files.storage.handle import Handle
+from noether_init_core.files.tensor_info import Piece, TensorInfo, span
+from noether_init_core.files.verifying import Stretch, Values, damage, examine
+from noether_init_core.messages import listed
+
+__all__ = ["Verification"]
+
+_logger = logging.getLogger(__name__)
+_REPLACED = "It was written over. Next: take an older checkpoint"
+
+
+class Verification:
+    """The comparisons of one open file.
+
+    Args:
+        handle: The file.
+        content: What its format says of it.
+        digests: What is known of it from elsewhere.
+        tensors: The tensors that ``digests`` speaks of, by key.
+        named: Gives all tensors by name, for messages.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        content: Content,
+        digests: Digests,
+        tensors: Mapping[str, TensorInfo],
+        named: Callable[[], Mapping[str, TensorInfo]],
+    ) -> None:
+        self._handle = handle
+        self._content = content
+        self._records = content.records
+        self._digests = digests
+        self._tensors = tensors
+        self._named = named
+        filled = [record for record in self._records.values() if record.size]
+        self._offsets = [record.offset for record in filled]
+        self._filled = filled
+        self._left = {record.name for record in filled}
+        self._known: dict[TensorInfo, Finding | None] = {}
+        self._has_checksums = any(record.crc is not None for record in filled)
+        # not every manifest knows of records
+        self._is_by_file = digests.file is not None and (digests.records is None or not self._has_checksums)
+        self._written: dict[str, tuple[TensorInfo, TensorDigest]] | None = None
+        #: Bytes that have been read to be compared, or looked at.
+        self.examined = 0
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there is anything to compare the bytes with."""
+        return self._has_checksums or self._digests.file is not None
+
+    def verify(
+        self,
+        infos: Iterable[TensorInfo] | None = None,
+        part: tuple[int, int] | None = None,
+        *,
+        look: Collection[TensorInfo] = (),
+        targets: Mapping[str, memoryview] | None = None,
+    ) -> Verified:
+        """Compare what was not compared yet, look at values and fill memory, in one pass where that can be.
+
+        Args:
+            infos: Compare the records of these tensors; None: all records.
+            part: ``(i, n)``: compare the i-th of n shares of them, counted from 0.
+            look: Tensors whose values are looked at.
+            targets: Record -> memory for all of its bytes.
+        """
+        before, targets = self.examined, targets or {}
+        if self._is_by_file:
+            self._verify_file(look, targets)
+            by = str(self._digests.file).partition(":")[0]
+        elif not self._has_checksums:
+            self._pass_over(look, targets)
+            by = "unverifiable"
+        else:
+            chosen = {record.name for record in self._share(infos, part)} & self._left | targets.keys()
+            if chosen:
+                self._verify_records(chosen, look, targets)
+            by = "crc32" if self._digests.records is None else "xxh3_128"
+        return Verified(by, self.examined - before)
+
+    def nonfinite(self, infos: Iterable[TensorInfo]) -> dict[TensorInfo, Finding]:
+        """Those tensors that hold NaN or infinities, and which. What a pass has looked at is not read again."""
+        infos = tuple(infos)
+        unknown = [info for info in infos if info not in self._known]
+        self._examine((), unknown)
+        for info in unknown:
+            if len(info.pieces) > 1:
+                self._known[info] = nonfinite_in(read_tensor(self._handle, info))
+        return {info: finding for info in infos if (finding := self._known.get(info)) is not None}
+
+    def fill(self, targets: Mapping[str, memoryview], look: Collection[TensorInfo] = ()) -> None:
+        """Fill memory (record -> all of its bytes) and look at values; nothing is compared."""
+        self._examine((), look, targets=targets)
+
+    def record_of(self, piece: Piece) -> Record | None:
+        """The record that a piece lies in; None where it lies in none, as one without bytes does."""
+        index = bisect.bisect_right(self._offsets, piece.offset) - 1
+        record = self._filled[index] if index >= 0 and piece.nbytes else None
+        return record if record and piece.offset + piece.nbytes <= record.offset + record.size else None
+
+    def whole_record(self, info: TensorInfo) -> Record | None:
+        """The record whose bytes are those of the tensor, in the order in which it is to be read; None for none."""
+        piece = info.whole
+        record = self.record_of(piece) if piece is not None and info.is_contiguous else None
+        return record if record is not None and record.size == info.nbytes else None
+
+    def checksum(self, info: TensorInfo) -> int | None:
+        """CRC-32 of the bytes of the tensor, in their order in the file; None where the file has none of them alone."""
+        piece = info.whole
+        if piece is None or piece.is_conjugated or piece.is_negated or not is_dense(info):
+            return None
+        if not piece.nbytes:
+            return 0 if self._has_checksums else None
+        record = self.record_of(piece)
+        return record.crc if record is not None and record.size == piece.nbytes else None
+
+    def _verify_file(self, look: Collection[TensorInfo], targets: Mapping[str, memoryview]) -> None:
+        """By the digest of all bytes: no part of it can be left out."""
+        if self._left:
+            try:
+                self._handle.check_digest(str(self._digests.file))
+            except CheckpointCorruptError:
+                if self._has_checksums:  # names the keys, where it is damage and not another file
+                    self._refuse_damage(self._examine(self._records, compare=True))
+                raise
+            self.examined += self._handle.size
+            self._handle.check_unchanged()
+            self._left.clear()
+        self._examine((), look, targets=targets)
+
+    def _pass_over(self, look: Collection[TensorInfo], targets: Mapping[str, memoryview]) -> None:
+        """What a file without checksums leads to."""
+        if self._content.format == "torch" and self._filled:
+            raise CheckpointFormatError(
+                f"{self._handle.path} was written without checksums (torch.serialization.set_crc32_options(False)), so "
+                "its bytes cannot be verified. To load it without that: verify: header",
+                path=self._handle.path,
+            )
+        if self._left:
+            _logger.warning(
+                "%s: a safetensors file carries no checksums, so only its structure was checked. A digest would cover "
+                "every byte: digest: xxh3_128:... or sha256:...",
+                self._handle.path,
+            )
+            self._left.clear()
+        self._examine((), look, targets=targets)
+
+    def _verify_records(
+        self, chosen: Set[str], look: Collection[TensorInfo], targets: Mapping[str, memoryview]
+    ) -> None:
+        """Each by its CRC-32, or by the digest of the tensor that it is all of."""
+        written = self._whole_tensors()
+        digests = {name: written[name][1].digest for name in chosen & written.keys()}
+        if self._digests.records is not None:
+            try:
+                self._check_header()
+            except CheckpointCorruptError:
+                digests = {name: tensor.digest for name, (_info, tensor) in written.items()}
+                self._refuse_damage(self._examine(self._records, digests=digests, compare=True))
+                raise
+        known = dict(written[name] for name in digests if written[name][1].values is not None)
+        looked = [info for info in look if info not in known]
+        self._refuse_damage(self._examine(chosen, looked, digests=digests, targets=targets, compare=True))
+        for info, tensor in known.items():
+            self._known[info] = tensor.values if tensor.values in ("NaN", "infinities") else None
+        self._handle.check_unchanged()
+        self._left -= chosen
+
+    def _check_header(self) -> None:
+        """Compare all that the header says with what was written. Raises ``CheckpointCorruptError``."""
+        path, digests = self._handle.path, self._digests
+        if digests.size is not None and self._handle.size != digests.size:
+            raise CheckpointCorruptError(
+                f"{path} has {self._handle.size} bytes; {digests.size} were written", path=path
+            )
+        expected = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in digests.tensors.items()}
+        found = {key: (info.dtype, info.shape) for key, info in self._tensors.items()}
+        different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        if different:
+            raise CheckpointCorruptError(
+                f"{path} is not the file that was committed: {listed(different)} differ from the manifest. {_REPLACED}",
+                path=path,
+                key=", ".join(different),
+            )
+        if digest_of_records(self._records.values()) != digests.records:
+            raise CheckpointCorruptError(
+                f"{path} is not the file that was committed: its records have other checksums than the manifest says. "
+                f"{_REPLACED}",
+                path=path,
+            )
+
+    def _whole_tensors(self) -> Mapping[str, tuple[TensorInfo, TensorDigest]]:
+        """Record -> the tensor that is all of it, and what was written of that."""
+        if self._written is None:
+            self._written = {
+                record.name: (info, self._digests.tensors[key])
+                for key, info in self._tensors.items()
+                if key in self._digests.tensors and (record := self.whole_record(info)) is not None
+            }
+        return self._written
+
+    def _share(self, infos: Iterable[TensorInfo] | None, part: tuple[int, int] | None) -> Iterable[Record]:
+        """The records of tensors, or the share of them that has the same number of bytes as every other one."""
+        records: Iterable[Record] = self._filled
+        if infos is not None:
+            found = (self.record_of(piece) for info in infos for piece in info.pieces)
+            records = sorted({record for record in found if record is not None}, key=lambda one: one.offset)
+        if part is None:
+            return records
+        number, of = part
+        records = list(records)
+        ends = itertools.accumulate(record.size for record in records)
+        total = sum(record.size for record in records)
+        return [
+            record for record, end in zip(records, ends, strict=True) if (end - record.size) * of // total == number
+        ]
+
+    def _examine(
+        self,
+        chosen: Collection[str],
+        look: Iterable[TensorInfo] = (),
+        *,
+        digests: Mapping[str, str] | None = None,
+        targets: Mapping[str, memoryview] | None = None,
+        compare: bool = False,
+    ) -> list[Record]:
+        """Read records once, compare the ``chosen`` ones, look at values; returns those that differ."""
+        digests, targets = digests or {}, targets or {}
+        looked_at = self._ranges(look)
+        stretches = [
+            Stretch(
+                name,
+                record.offset,
+                record.size,
+                record.crc if compare and name in chosen else None,
+                digests.get(name),
+                tuple(looked_at.get(name, ())),
+                targets.get(name),
+            )
+            for name, record in self._records.items()
+            if name in chosen or name in looked_at or name in targets
+        ]
+        findings = examine(self._handle, stretches)
+        self.examined += sum(stretch.size for stretch in stretches if stretch.is_read)
+        if not findings.damaged:
+            for index, stretch in enumerate(stretches):
+                for number, infos in enumerate(looked_at.get(stretch.name, {}).values()):
+                    finding = findings.nonfinite.get((index, number))
+                    for info in infos:
+                        self._known[info] = finding if finding is None or is_dense(info) else self._look_again(info)
+        return [self._records[stretch.name] for stretch in findings.damaged]
+
+    def _ranges(self, infos: Iterable[TensorInfo]) -> dict[str, dict[Values, list[TensorInfo]]]:
+        """Record -> what to look at in it, each with the tensors that it tells of."""
+        found: dict[str, dict[Values, list[TensorInfo]]] = {}
+        for info in infos:
+            piece = info.whole
+            record = None if piece is None else self.record_of(piece)
+            if piece is not None and record is not None and can_be_nonfinite(info.dtype):
+                begin = piece.offset - record.offset
+                values = Values(begin, begin + piece.nbytes, info.dtype)
+                found.setdefault(record.name, {}).setdefault(values, []).append(info)
+        return found
+
+    def _look_again(self, info: TensorInfo) -> Finding | None:
+        """A view has gaps, and what was found may lie in one of them."""
+        return nonfinite_in(read_tensor(self._handle, info))
+
+    def _refuse_damage(self, damaged: Iterable[Record]) -> None:
+        keys: dict[str, list[str]] = {record.name: [] for record in damaged}
+        if not keys:
+            return
+        for key, info in self._named().items():
+            for piece in info.pieces:
+                record = self.record_of(piece)
+                if record is not None and record.name in keys:
+                    keys[record.name].append(key)
+        raise damage(self._handle.path, keys)
+
+
+def is_dense(info: TensorInfo) -> bool:
+    """Whether every element from the first to the last one belongs to the tensor."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(info.shape, info.stride, strict=True)):
+        if size > 1 and stride != 0:
+            if stride != expected:
+                return False
+            expected *= size
+    return 0 in info.shape or expected == span(info.shape, info.stride)
