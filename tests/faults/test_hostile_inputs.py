@@ -279,10 +279,10 @@ def entry(begin: int, end: int) -> dict[str, Any]:
 
 HEADERS: dict[str, tuple[Any, int, int | None, str]] = {
     "huge header": ({"weight": entry(0, 8)}, 8, 1 << 40, "1099511627776 bytes long, more than"),
-    "overlap": ({"bias": entry(0, 8), "weight": entry(4, 12)}, 12, None, "'weight' overlap"),
-    "hole": ({"bias": entry(0, 8), "weight": entry(12, 16)}, 16, None, "4 bytes before 'weight'"),
+    "overlap": ({"bias": entry(0, 8), "weight": entry(4, 12)}, 12, None, '"weight" overlap'),
+    "hole": ({"bias": entry(0, 8), "weight": entry(12, 16)}, 16, None, '4 bytes before "weight"'),
     "trailing bytes": ({"weight": entry(0, 8)}, 24, None, "16 bytes behind"),
-    "duplicate keys": (b'{"a":%s,"a":%s}' % ((json.dumps(entry(0, 4)).encode(),) * 2), 4, None, "'a' twice"),
+    "duplicate keys": (b'{"a":%s,"a":%s}' % ((json.dumps(entry(0, 4)).encode(),) * 2), 4, None, '"a" twice'),
     "gigabytes": ({"weight": entry(0, 1 << 33)}, 8, None, "cut off"),
 }
 
