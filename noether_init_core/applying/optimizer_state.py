@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from noether_init_core.errors import StateMismatchError
-from noether_init_core.surgery.optimizer_plan import STAYS, Moved, OptimizerPlan, Stays, lacking_state
+from noether_init_core.surgery.optimizer_fields import lacking_state
+from noether_init_core.surgery.optimizer_plan import STAYS, Moved, OptimizerPlan, Stays
 from noether_init_core.surgery.steps import carry_out
 
 __all__ = ["apply_optimizer", "moved_value"]

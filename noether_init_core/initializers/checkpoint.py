@@ -12,6 +12,12 @@ import pydantic
 import torch
 
 from noether_init_core.applying.optimizer_state import apply_optimizer, moved_value
+from noether_init_core.applying.optimizer_targets import (
+    class_name,
+    optimizer_names,
+    parameter_aliases,
+    torch_optimizer,
+)
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.errors import (
     CheckpointNotFoundError,
@@ -30,18 +36,8 @@ from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.histories import read_histories
 from noether_init_core.sets.provenance import History
 from noether_init_core.sets.store import CheckpointSet, Need, RunStore, check_consistency
-from noether_init_core.surgery.optimizer_plan import (
-    Moved,
-    OptimizerPlan,
-    OptimizerPolicies,
-    ParameterOrigin,
-    Stays,
-    class_name,
-    optimizer_names,
-    parameter_aliases,
-    plan_optimizer,
-    torch_optimizer,
-)
+from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
+from noether_init_core.surgery.optimizer_plan import Moved, OptimizerPlan, ParameterOrigin, Stays, plan_optimizer
 from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow, Problem
 
 __all__ = ["CheckpointInitializer", "CheckpointInitializerConfig"]
