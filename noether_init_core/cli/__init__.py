@@ -31,6 +31,7 @@ from noether_init_core.cli import (
     validate,
     verify,
 )
+from noether_init_core.cli.output import show_text
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -100,7 +101,7 @@ def main() -> None:
     try:
         code = app(prog_name="noether-init", standalone_mode=False)
     except usage.UsageError as error:
-        code = usage.show(error)
+        code = usage.show_usage(error)
     except typer.Abort:
         code = 1
     except Exception as error:
@@ -108,6 +109,6 @@ def main() -> None:
         if said is None:
             raise
         failures.show_traceback(error)
-        print(said, file=sys.stderr)
+        show_text(said, err=True)
         code = 1
     sys.exit(code or 0)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import attrs
 import typer
 
 from noether_init_core.cli.files import Html, check_page, write_html, write_text
-from noether_init_core.cli.options import (
-    AppDir,
-    Config,
-    Model,
-    ModelName,
-    RunId,
-    Runs,
-    StageName,
-    naming_options,
-    stack_and_model,
-)
+from noether_init_core.cli.options import Start, naming_options, with_start
+from noether_init_core.cli.output import AsJson, show, show_json
 from noether_init_core.cli.progress import transfers
 from noether_init_core.errors import CheckpointWriteError, ConfigError, InitError
+from noether_init_core.messages import counted, yaml_line
 
 if TYPE_CHECKING:
     from noether_init_core.saving.weights_file import WrittenFile
@@ -32,31 +25,25 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-JSON_VERSION = 1
 _PLACE = "{model}"
 
 
+@with_start
 def run(
-    config: Config,
-    model: Model,
+    start: Start,
     out: Annotated[
         Path,
         typer.Option(
             help="The file: .safetensors, or .th, .pt for torch. {model} in it: one for each.", metavar="FILE"
         ),
     ],
-    app_dir: AppDir = Path(),
-    model_name: ModelName = None,
-    runs: Runs = None,
-    run_id: RunId = None,
-    stage_name: StageName = None,
     seed: Annotated[
         int,
         typer.Option(min=0, max=2**32 - 1, metavar="INT", help="For what the model draws when it is built."),
     ] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there, in one step.")] = False,
     html: Html = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Carry out what plan shows, on the CPU and without training, and write all weights of the model as one file.
 
@@ -65,6 +52,9 @@ def run(
     problems; then nothing is written.
     """
     check_page(html)
+    from rich.console import Console
+
+    from noether_init_core.render.terminal import PlanView
     from noether_init_core.saving.weights_file import check_place
 
     check_place(Path(str(out).replace(_PLACE, "model")), replace=force)
@@ -75,16 +65,7 @@ def run(
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)
-    stack, built, paths = stack_and_model(
-        config,
-        model,
-        app_dir=app_dir,
-        model_name=model_name,
-        runs=runs,
-        run_id=run_id,
-        stage_name=stage_name,
-        real=True,
-    )
+    stack, built, paths = start.build(real=True)
     states = _states(built, out)
     for path in states:
         check_place(path, replace=force)
@@ -92,7 +73,8 @@ def run(
     with naming_options(paths):
         plan = stack.plan(built)
         if not plan.is_fine:
-            _show_plan(plan)
+            Console().print(PlanView(plan))
+            show("nothing was written", err=True)
             raise typer.Exit(1)
         # verified first, then read
         _want_weights_alone(stack)
@@ -113,10 +95,12 @@ def run(
                     _report_of(other).unlink(missing_ok=True)
             raise
     if as_json:
-        typer.echo(json.dumps(_as_data(written, report), indent=1))
+        files = [{**attrs.asdict(one), "path": str(one.path)} for one in written]
+        fresh = list(report.fresh_parameters())
+        show_json("apply", {"files": files, "fresh": fresh, "report": report.to_dict()})
     else:
         _show(written, report)
-    write_html(html, report, f"What {config.name} made of the model")
+    write_html(html, report, f"What {start.config.name} made of the model")
 
 
 def _want_weights_alone(stack: InitializerStack) -> None:
@@ -140,12 +124,9 @@ def _states(model: Any, out: Path) -> dict[Path, Any]:
 
 
 def _refuse_sources(report: InitReport, states: dict[Path, Any]) -> None:
-    for source in report.sources:
-        for path in states:
-            if path.exists() and Path(source.path).exists() and path.samefile(source.path):
-                raise ConfigError(
-                    f"{path} is what the weights were read from. Nothing was written. Next: another --out"
-                )
+    for source, path in itertools.product(report.sources, states):
+        if path.exists() and Path(source.path).exists() and path.samefile(source.path):
+            raise ConfigError(f"{path} is what the weights were read from. Nothing was written. Next: another --out")
 
 
 def _write(path: Path, state: dict[str, Any], report: InitReport, *, replace: bool) -> WrittenFile:
@@ -171,46 +152,17 @@ def _check_report(path: Path, *, replace: bool) -> None:
         raise CheckpointWriteError(f"{path} is there already, and was left as it is. Next: another --out", path=path)
 
 
-def _show_plan(plan: Any) -> None:
-    from rich.console import Console
-
-    from noether_init_core.render.terminal import PlanView
-
-    Console().print(PlanView(plan))
-    typer.echo("nothing was written", err=True)
-
-
 def _show(written: list[WrittenFile], report: InitReport) -> None:
     from rich.console import Console
 
     from noether_init_core.render.terminal import ReportView
-    from noether_init_core.render.words import counted
 
     Console().print(ReportView(report))
     for one in written:
-        typer.echo(f"{one.path}: {counted(one.tensors, 'tensor')}, {one.bytes:,} bytes, {one.digest}")
+        show(f"{one.path}: {counted(one.tensors, 'tensor')}, {one.bytes:,} bytes, {one.digest}")
     fresh = len(report.fresh_parameters())
     if fresh:
-        typer.echo(f"{counted(fresh, 'parameter')} fresh: not from a checkpoint, but drawn with --seed or by a kind")
-    typer.echo("to start from it:")
+        show(f"{counted(fresh, 'parameter')} fresh: not from a checkpoint, but drawn with --seed or by a kind")
+    show("to start from it:")
     for one in written:
-        typer.echo(f"  - {{kind: file, path: {one.path}, digest: '{one.digest}'}}")
-
-
-def _as_data(written: list[WrittenFile], report: InitReport) -> dict[str, Any]:
-    return {
-        "format": "noether-init-apply",
-        "version": JSON_VERSION,
-        "files": [
-            {
-                "path": str(one.path),
-                "format": one.format,
-                "bytes": one.bytes,
-                "digest": one.digest,
-                "tensors": one.tensors,
-            }
-            for one in written
-        ],
-        "fresh": list(report.fresh_parameters()),
-        "report": report.to_dict(),
-    }
+        show(f"  - {yaml_line({'kind': 'file', 'path': str(one.path), 'digest': one.digest})}")

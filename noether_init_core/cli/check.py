@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-import json
 import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from noether_init_core import kinds
-from noether_init_core.cli.completion import kind_names
+from noether_init_core.cli.options import Kind
+from noether_init_core.cli.output import AsJson, show, show_json
 from noether_init_core.errors import KindImportError
 
 if TYPE_CHECKING:
@@ -27,16 +27,8 @@ _CORE = "noether-init-core"
 
 
 def run(
-    kind: Annotated[
-        str,
-        typer.Argument(
-            metavar="KIND",
-            help="An installed kind; see: noether-init kinds.",
-            show_default=False,
-            autocompletion=kind_names,
-        ),
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object with all findings.")] = False,
+    kind: Kind,
+    as_json: AsJson = False,
 ) -> None:
     """Look at an installed kind without running it: nothing of it is called, it is only imported.
 
@@ -63,7 +55,7 @@ def run(
         problems = (*filter(None, [contract.newer(loaded)]), *contract.examine(loaded))
         advice += tuple(contract.advice(loaded)) if not problems else ()
     if as_json:
-        typer.echo(json.dumps(_as_data(info, problems, advice), indent=2))
+        _show_json(info, problems, advice)
     else:
         _show(info, loaded, seconds, problems, advice)
     if problems:
@@ -82,7 +74,7 @@ def _load(kind: str, *, as_json: bool) -> tuple[kinds.KindInfo, object]:
             from noether_init_core.kinds.contract import Finding
 
             finding = Finding(error.message, "mend what was raised, or the entry point: package.module:ClassName")
-            typer.echo(json.dumps(_as_data(info, (finding,), ()), indent=2))
+            _show_json(info, (finding,), ())
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
         raise
@@ -109,16 +101,17 @@ def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:
         )
 
 
-def _as_data(info: kinds.KindInfo, problems: tuple[Finding, ...], advice: tuple[Finding, ...]) -> dict[str, Any]:
+def _show_json(info: kinds.KindInfo, problems: tuple[Finding, ...], advice: tuple[Finding, ...]) -> None:
     found = [("problem", finding) for finding in problems] + [("advice", finding) for finding in advice]
-    return {
-        "format": "noether-init-check",
+    data = {
         "kind": info.name,
         "distribution": info.distribution,
         "version": info.version,
         "target": info.target,
         "findings": [{"severity": how, "message": one.message, "fix": one.fix} for how, one in found],
     }
+    # "version" is that of the distribution
+    show_json("check", data, version=None)
 
 
 def _show(
@@ -128,18 +121,18 @@ def _show(
     problems: tuple[Finding, ...],
     advice: tuple[Finding, ...],
 ) -> None:
-    typer.echo(f"{info.name}  {info.source}  {info.target}")
+    show(f"{info.name}  {info.source}  {info.target}")
     try:
         file = inspect.getsourcefile(loaded)  # type: ignore[arg-type]  # anything may be behind an entry point
     except TypeError:
         file = None
-    typer.echo(f"   imported in {seconds * 1000:.0f} ms, torch apart" + (f", from {file}" if file else ""))
+    show(f"   imported in {seconds * 1000:.0f} ms, torch apart" + (f", from {file}" if file else ""))
     for mark, findings in (("x", problems), ("!", advice)):
         for finding in findings:
-            typer.echo(f" {mark} {finding.message}")
-            typer.echo(f"   fix: {finding.fix}")
+            show(f" {mark} {finding.message}")
+            show(f"   fix: {finding.fix}")
     if not problems and not advice:
-        typer.echo(" = nothing to mend that can be seen without running it")
-    typer.echo(f"problems: {len(problems)}, advice: {len(advice)}")
+        show(" = nothing to mend that can be seen without running it")
+    show(f"problems: {len(problems)}, advice: {len(advice)}")
     if not problems:
-        typer.echo("Next: the rest shows when it runs: python -m pytest, with noether_init_core.testing")
+        show("Next: the rest shows when it runs: python -m pytest, with noether_init_core.testing")

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noether_init_core.cli.asked_path import absent, text_instead
+from noether_init_core.cli.checked_path import check_path
 from noether_init_core.cli.files import Html, check_page, write_html
+from noether_init_core.cli.output import AsJson, from_here
 from noether_init_core.cli.progress import progress
+from noether_init_core.messages import counted, one_line
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -44,7 +46,7 @@ def run(
     html: Html = None,
     show_all: Annotated[bool, typer.Option("--all", help="A line for every key.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Exit code 1 for other values, too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the weights of two checkpoints: names, shapes, and the drift of every tensor, ‖B − A‖ / ‖A‖.
 
@@ -72,12 +74,7 @@ def run(
 def _check(said: str) -> None:
     """A path that can be no checkpoint is told as everywhere, with what is near to it."""
     path = Path(said)
-    at_tag = Path(said.rpartition("@")[0]) if "@" in path.name else None
-    if not path.exists() and (at_tag is None or not at_tag.exists()):
-        raise absent(at_tag or path)
-    error = text_instead(path)
-    if error is not None:
-        raise error
+    check_path(Path(said.rpartition("@")[0]) if "@" in path.name and not path.exists() else path)
 
 
 def _show(found: CheckpointDiff, show_all: bool) -> None:
@@ -93,33 +90,24 @@ def _show(found: CheckpointDiff, show_all: bool) -> None:
 def _side(name: str, side: DiffSide) -> Text:
     from rich.text import Text
 
-    from noether_init_core.render.folding import printable
-    from noether_init_core.render.words import counted
-
-    words = side.origin or _from_here(side.path)
+    words = side.origin or str(from_here(side.path))
     if side.origin is None and side.run_id is not None:
         words += f"   {side.run_id}" + (f" @ {side.iteration}" if side.iteration is not None else "")
     tensors = counted(side.tensors, "tensor")
-    return Text(f"{name}  ", "bold").append(printable(words), "not bold").append(f"   {tensors}", "dim")
-
-
-def _from_here(path: str) -> str:
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+    return Text(f"{name}  ", "bold").append(one_line(words), "not bold").append(f"   {tensors}", "dim")
 
 
 def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
     from rich.text import Text
 
-    from noether_init_core.render.folding import printable
     from noether_init_core.render.layout import filled
-    from noether_init_core.render.words import amount, counted
+    from noether_init_core.render.words import amount
 
     models = dict.fromkeys(row.model for row in found.rows)
     for model in models:
         rows = [row for row in found.rows if row.model == model]
         if len(models) > 1:
-            yield Text(printable(model) or "(no name)", "bold")
+            yield Text(one_line(model) or "(no name)", "bold")
         lines = list(_of_model(rows, show_all))
         for line in lines if show_all else _in_columns(lines, width // 2):
             yield from filled(line[0], line[1:], width, "      ", first="  ", between="  ")
@@ -132,13 +120,13 @@ def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
             cosine = "" if row.cosine is None else f"  cosine {row.cosine:.6f}"
             yield from filled(
                 Text(f"   {_number(row.relative_norm):<7}{cosine}"),
-                [Text(printable(row.key))],
+                [Text(one_line(row.key))],
                 width,
                 "      ",
                 first="  ",
             )
     for note in found.notes:
-        yield from filled(Text(" w  ", "yellow"), [Text(printable(note))], width, "    ")
+        yield from filled(Text(" w  ", "yellow"), [Text(one_line(note))], width, "    ")
     phrases = []
     if found.relative_norm is not None:
         phrases.append(Text(f"drift {_number(found.relative_norm)}", "bold"))
@@ -157,8 +145,8 @@ def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
     """For each line its beginning and what follows."""
     from rich.text import Text
 
-    from noether_init_core.render.folding import fold_alike, printable
-    from noether_init_core.render.words import amount, counted
+    from noether_init_core.render.folding import fold_alike
+    from noether_init_core.render.words import amount
 
     by_key = {row.key: row for row in rows}
     folds: dict[str, list[tuple[KeyPattern, list[DiffRow]]]] = {}
@@ -172,13 +160,13 @@ def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
         start = f" {symbol} {said:<{word}}"
         if show_all:
             for row in chosen:
-                yield [Text(start, style), Text(printable(row.key)), *_details([row])]
+                yield [Text(start, style), Text(one_line(row.key)), *_details([row])]
             continue
         listed = folds[state][:_MOST_LINES]
         for pattern, members in listed:
             yield [
                 Text(start, style),
-                Text(printable(pattern.text(_MOST_TEXTS))),
+                Text(one_line(pattern.text(_MOST_TEXTS))),
                 Text(counted(len(members), "key"), "dim"),
                 Text(amount(sum(row.elements for row in members)), "dim"),
                 *_details(members),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,25 +10,19 @@ from typing import Annotated
 import typer
 
 from noether_init_core import kinds
-from noether_init_core.cli.completion import kind_names
+from noether_init_core.cli.options import Kind
+from noether_init_core.cli.output import AsJson, show_commands, show_json, show_text
 from noether_init_core.errors import ConfigError
 from noether_init_core.scaffold.example import BUILT_IN, example_of
 
 __all__ = ["run"]
 
-JSON_VERSION = 1
-
 
 def run(
-    kind: Annotated[
-        str,
-        typer.Argument(
-            metavar="KIND", help="A kind; see: noether-init kinds.", show_default=False, autocompletion=kind_names
-        ),
-    ],
+    kind: Kind,
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to; made if it is not there.")] = Path(),
-    show: Annotated[bool, typer.Option("--print", help="Print the files, and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the files, and write nothing.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a training loop that runs, and its init.yaml, for one kind. Nothing that exists is written over.
 
@@ -41,31 +34,22 @@ def run(
     if info.name not in BUILT_IN:
         schema = kinds.resolve(kind).config_class.model_json_schema()
     example = example_of(info.name, schema)
-    if not show:
+    if not only_print:
         _write(folder, example.files)
     if as_json:
         said = {
-            "format": "noether-init-example",
-            "version": JSON_VERSION,
             "kind": info.name,
             "folder": str(folder),
-            "written": not show,
+            "written": not only_print,
             "files": dict(example.files),
             "next": [command for command, _what in example.commands],
         }
-        typer.echo(json.dumps(said, indent=1))
+        show_json("example", said)
         return
     for name, text in example.files.items():
-        if show:
-            typer.echo(f"# ---- {name}\n{text}")
-        else:
-            typer.echo(f"{folder / name}")
-    typer.echo("next:" if show else "\nnext:")
-    commands = [*example.commands]
-    if folder != Path():
-        commands.insert(0, (f"cd {shlex.quote(str(folder))}", ""))
-    for command, what in commands:
-        typer.echo(f"  {command}" + (f"\n      {what}" if what else ""))
+        show_text(f"# ---- {name}\n{text}" if only_print else str(folder / name))
+    into = [(f"cd {shlex.quote(str(folder))}", "")] if folder != Path() else []
+    show_commands([*into, *example.commands], narrow=0)
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from noether_init_core import kinds
-from noether_init_core.messages import printable
+from noether_init_core.cli.output import show, show_table
+from noether_init_core.messages import one_line
 from noether_init_core.observers.loading import installed_observers
 
 __all__ = ["run"]
@@ -40,14 +41,14 @@ def run(
         typer.echo(json.dumps(rows, indent=2))
         return
     if not found:
-        typer.echo(f"no {what} is installed. Next: pip install noether-init-core")
+        show(f"no {what} is installed. Next: pip install noether-init-core")
         return
     _show(
         what,
-        [(_mark(info.blocked_by, counts[info.name]), printable(info.name), printable(info.source)) for info in found],
+        [(_mark(info.blocked_by, counts[info.name]), one_line(info.name), one_line(info.source)) for info in found],
     )
     if any(count > 1 for count in counts.values()):
-        typer.echo(f"x what is offered more than once cannot be used; see {kinds.DENY_VARIABLE}")
+        show(f"x what is offered more than once cannot be used; see {kinds.DENY_VARIABLE}")
 
 
 def _mark(blocked_by: str | None, count: int) -> tuple[str, str]:
@@ -59,20 +60,12 @@ def _mark(blocked_by: str | None, count: int) -> tuple[str, str]:
 def _show(what: str, rows: list[tuple[tuple[str, str], str, str]]) -> None:
     """A table; where it does not fit, who offers a kind stands below it, so that no name is broken."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    widths = [
-        max(len(cell) for cell in column) for column in zip(*((mark[0], *rest) for mark, *rest in rows), strict=True)
-    ]
+    widths = [max(map(len, column)) for column in zip(*((mark[0], *rest) for mark, *rest in rows), strict=True)]
     if sum(widths) + 4 <= console.width:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("", what, "offered by"):
-            table.add_column(column, no_wrap=True)
-        for (mark, style), name, source in rows:
-            table.add_row(Text(mark, style), Text(name), Text(source))
-        console.print(table)
+        show_table(("", what, "offered by"), rows)
         return
     for (mark, style), name, source in rows:
         # a line that is too long all the same is broken by the terminal, and copied as one

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noether_init_core.cli.asked_path import absent
+from noether_init_core.cli.checked_path import check_path
 from noether_init_core.cli.files import Html, check_page, write_html
+from noether_init_core.cli.output import AsJson, from_here, show
 from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.messages import one_line
+from noether_init_core.messages import counted, one_line
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -35,7 +36,7 @@ def run(
         typer.Option("--root", help="A further output root to look in; may be said again.", show_default=False),
     ] = None,
     html: Html = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show where the weights of a run came from, and what came from it. Reads records only, never tensors.
 
@@ -44,8 +45,7 @@ def run(
     """
     check_page(html)
     for one in (path, *(roots or ())):
-        if not one.exists():
-            raise absent(one)
+        check_path(one)
         if not one.is_dir():
             raise CheckpointFormatError(
                 f"{one} is a file; records lie beside the sets of runs. Next: noether-init lineage RUN_FOLDER", path=one
@@ -88,9 +88,9 @@ def _show(found: Lineage) -> None:
                 _grow(branch, found, node.id, down=down, shown=set())
         console.print(tree)
         if not _into(found, node.id) and not node.note:
-            typer.echo("no checkpoint is recorded that it came from")
+            show("no checkpoint is recorded that it came from")
     for problem in found.problems:
-        typer.echo(f"x {one_line(problem)}")
+        show(f"x {problem}")
 
 
 def _grow(tree: Tree, found: Lineage, name: str, *, down: bool, shown: set[str], depth: int = 1) -> None:
@@ -112,9 +112,7 @@ def _following(node: LineageNode) -> str:
     """How to see what is beyond a node: from there, typed from here, or in the JSON."""
     if node.type == "missing":
         return "--json has them all"
-    path = Path(node.path)
-    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"noether-init lineage {one_line(shlex.quote(str(path)))}"
+    return f"noether-init lineage {one_line(shlex.quote(str(from_here(node.path))))}"
 
 
 def _into(found: Lineage, name: str) -> Sequence[LineageEdge]:
@@ -128,7 +126,7 @@ def _out_of(found: Lineage, name: str) -> Sequence[LineageEdge]:
 def _line(node: LineageNode, edge: LineageEdge | None = None, *, is_repeated: bool = False) -> Any:
     from rich.text import Text
 
-    from noether_init_core.render.words import counted, percent
+    from noether_init_core.render.words import percent
 
     symbol, style = _MARKS[node.type]
     name = Path(node.id).name if node.type == "file" else node.id

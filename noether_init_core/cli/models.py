@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import typer
 
 from noether_init_core.errors import ConfigError
+from noether_init_core.messages import listed, near
 
 __all__ = ["check_reference", "load_model"]
 
@@ -66,7 +66,7 @@ def _module(name: str, said: str, app_dir: Path) -> ModuleType:
         parent, _, last = error.name.rpartition(".")
         folder = app_dir.joinpath(*parent.split(".")) if parent else app_dir
         there = [module.name for module in pkgutil.iter_modules([str(folder)])]
-        hint = _near(last, there) or f"; {folder} has {', '.join(sorted(there)[:8]) or 'no module'}"
+        hint = _near(last, there) or f"; {folder} has {listed(sorted(there), 8, none='no module')}"
         raise _wrong(f"no module {error.name!r}{hint}. Next: --app-dir FOLDER, if it is elsewhere") from error
     except (Exception, SystemExit) as error:
         raise _failed(f"importing {name} for --model {said}", error) from error
@@ -153,8 +153,8 @@ def _wrong(message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint="--model")
 
 
-def _near(name: str, others: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(others), n=3)
+def _near(name: str, others: Collection[str]) -> str:
+    found = near(name, others)
     return f". Near: {', '.join(found)}" if found else ""
 
 

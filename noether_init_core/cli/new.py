@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from noether_init_core.cli.output import AsJson, show_commands, show_json
 from noether_init_core.scaffold.render import Base
 
 if TYPE_CHECKING:
     from noether_init_core.scaffold.naming import Names
 
 __all__ = ["run"]
-
-JSON_VERSION = 1
 
 
 def run(
@@ -41,7 +39,7 @@ def run(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a package with a new kind: class, config, tests, conformance kit, CI. It is complete, or not there at all.
 
@@ -62,8 +60,6 @@ def run(
     following = _following(names, folder)
     if as_json:
         said = {
-            "format": "noether-init-new",
-            "version": JSON_VERSION,
             "folder": str(folder),
             "distribution": names.distribution,
             "package": names.package,
@@ -73,16 +69,13 @@ def run(
             "files": list(files),
             "next": [command for command, _ in following],
         }
-        typer.echo(json.dumps(said, indent=2))
+        show_json("new", said)
         return
     _show_tree(folder, files)
     if dry_run:
         typer.echo(f"\n{len(files)} files; nothing was written (--dry-run)")
-        return
-    typer.echo("\nnext:")
-    width = max(len(command) for command, _ in following)
-    for command, what in following:
-        typer.echo(f"  {command.ljust(width)}   {what}")
+    else:
+        show_commands(following)
 
 
 def _following(names: Names, folder: Path) -> list[tuple[str, str]]:

@@ -1,36 +1,27 @@
-"""What the commands that need a config and a model are told, and what they make of it."""
+"""The options that plan, suggest and apply have in common, and what they make of them: a stack and a model."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import attrs
 import typer
 
-from noether_init_core.cli.completion import configs
+from noether_init_core.cli.completion import configs, kind_names
 from noether_init_core.cli.models import check_reference, load_model
+from noether_init_core.cli.output import show, show_text
 from noether_init_core.errors import ConfigError, InitError
 
 if TYPE_CHECKING:
     from noether_init_core.paths import PathProvider
     from noether_init_core.stack.stack import InitializerStack
 
-__all__ = [
-    "AppDir",
-    "Config",
-    "Model",
-    "ModelName",
-    "Real",
-    "RunId",
-    "Runs",
-    "StageName",
-    "naming_options",
-    "stack_and_model",
-]
+__all__ = ["KIND", "Config", "Kind", "Real", "Start", "naming_options", "with_start"]
 
 
 def _config(context: typer.Context, path: Path) -> Path:
@@ -41,7 +32,7 @@ def _config(context: typer.Context, path: Path) -> Path:
         try:
             check_is_text(path)
         except InitError as error:
-            typer.echo(error, err=True)
+            show_text(str(error), err=True)
             raise typer.Exit(2) from error
     return path
 
@@ -56,45 +47,68 @@ Config = Annotated[
         callback=_config,
     ),
 ]
-Model = Annotated[
-    str, typer.Option(help="module:callable that gives a module, a bound model or a composite.", show_default=False)
-]
-AppDir = Annotated[Path, typer.Option(help="Folder to import the module from.")]
-ModelName = Annotated[
-    str | None, typer.Option(help="Name of a plain module in checkpoint files.", show_default="model")
-]
-Runs = Annotated[Path | None, typer.Option(help="Output root, for kinds that read from runs.", show_default=False)]
-RunId = Annotated[str | None, typer.Option(help="The run that the config starts.", show_default="a new one")]
-StageName = Annotated[str | None, typer.Option(help="The stage that it starts.", show_default=False)]
+KIND = typer.Argument(
+    metavar="KIND", help="A kind; see: noether-init kinds.", show_default=False, autocompletion=kind_names
+)
+Kind = Annotated[str, KIND]
 Real = Annotated[bool, typer.Option("--real", help="Build the model with values, not on the meta device.")]
 
 
-def stack_and_model(
-    config: Path,
-    model: str,
-    *,
-    app_dir: Path,
-    model_name: str | None,
-    runs: Path | None,
-    run_id: str | None,
-    stage_name: str | None,
-    real: bool,
-) -> tuple[InitializerStack, Any, PathProvider | None]:
-    """The stack of the config, the model, and the run. Raises ``typer.BadParameter`` and errors of ours."""
-    if runs is None and (run_id is not None or stage_name is not None):
-        raise typer.BadParameter("--run-id and --stage-name are names below --runs FOLDER", param_hint="--runs")
-    check_reference(model)
-    from noether_init_core.stack.config_files import load_config_file
-    from noether_init_core.stack.stack import InitializerStack
+@attrs.frozen
+class Start:
+    """The config, the model, and the run that the config starts, as they were typed. Each field is an option."""
 
-    paths = _paths(runs, run_id, stage_name)
-    if paths is not None and paths.run_id_is_generated and load_config_file(config).resume is not None:
-        typer.echo("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID", err=True)
-    with naming_options(paths):
-        # nothing will be saved below it, so that it need not be found again
-        known = None if paths is None else attrs.evolve(paths, run_id_is_generated=False)
-        stack = InitializerStack.from_file(config, path_provider=known)
-    return stack, load_model(model, app_dir=app_dir, name=model_name, real=real), paths
+    config: Config
+    model: Annotated[
+        str,
+        typer.Option(help="module:callable that gives a module, a bound model or a composite.", show_default=False),
+    ]
+    app_dir: Annotated[Path, typer.Option(help="Folder to import the module from.")] = Path()
+    model_name: Annotated[
+        str | None, typer.Option(help="Name of a plain module in checkpoint files.", show_default="model")
+    ] = None
+    runs: Annotated[
+        Path | None, typer.Option(help="Output root, for kinds that read from runs.", show_default=False)
+    ] = None
+    run_id: Annotated[str | None, typer.Option(help="The run that the config starts.", show_default="a new one")] = None
+    stage_name: Annotated[str | None, typer.Option(help="The stage that it starts.", show_default=False)] = None
+
+    def build(self, *, real: bool) -> tuple[InitializerStack, Any, PathProvider | None]:
+        """The stack of the config, the model, and the run. Raises ``typer.BadParameter`` and errors of ours."""
+        if self.runs is None and (self.run_id is not None or self.stage_name is not None):
+            raise typer.BadParameter("--run-id and --stage-name are names below --runs FOLDER", param_hint="--runs")
+        check_reference(self.model)
+        from noether_init_core.stack.config_files import load_config_file
+        from noether_init_core.stack.stack import InitializerStack
+
+        paths = _paths(self.runs, self.run_id, self.stage_name)
+        if paths is not None and paths.run_id_is_generated and load_config_file(self.config).resume is not None:
+            show("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID", err=True)
+        with naming_options(paths):
+            # nothing will be saved below it, so that it need not be found again
+            known = None if paths is None else attrs.evolve(paths, run_id_is_generated=False)
+            stack = InitializerStack.from_file(self.config, path_provider=known)
+        return stack, self.load_model(real=real), paths
+
+    def load_model(self, *, real: bool) -> Any:
+        """Build the model, with values or on the meta device."""
+        return load_model(self.model, app_dir=self.app_dir, name=self.model_name, real=real)
+
+
+def with_start(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with the options of a ``Start`` in the place of its first argument, beside its own options."""
+    hints = {**get_type_hints(Start, include_extras=True), **get_type_hints(command, include_extras=True)}
+    options = [*inspect.signature(Start).parameters.values(), *list(inspect.signature(command).parameters.values())[1:]]
+
+    def run(**given: Any) -> None:
+        start = Start(**{field.name: given.pop(field.name) for field in attrs.fields(Start)})
+        command(start, **given)
+
+    options = [option.replace(kind=option.KEYWORD_ONLY, annotation=hints[option.name]) for option in options]
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    run.__doc__ = command.__doc__
+    return run
 
 
 def _paths(runs: Path | None, run_id: str | None, stage_name: str | None) -> PathProvider | None:

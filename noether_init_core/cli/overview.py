@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -14,12 +13,12 @@ import attrs
 import typer
 
 from noether_init_core import kinds
+from noether_init_core.cli.output import show, show_commands, show_json
 from noether_init_core.errors import CheckpointError
-from noether_init_core.messages import one_line
+from noether_init_core.messages import listed
 
 __all__ = ["run", "show_version"]
 
-JSON_VERSION = 1
 _SHOWN = 8
 # A folder may hold anything; what is beyond is not looked at.
 _MOST_ENTRIES = 500
@@ -48,26 +47,20 @@ def run(*, as_json: bool) -> None:
     following = _next(runs, configs)
     if as_json:
         said = {
-            "format": "noether-init-overview",
-            "version": JSON_VERSION,
             "core": _version(),
             "kinds": names,
             "runs": [attrs.asdict(one) for one in runs],
             "configs": configs,
             "next": [command for command, _what in following],
         }
-        typer.echo(json.dumps(said, indent=1))
+        show_json("overview", said)
         return
     show_version()
-    typer.echo(f"kinds    {_some(names)}")
-    if runs:
-        typer.echo(f"runs     {_some([f'{one.path} @ {one.newest}' if one.newest else one.path for one in runs])}")
-    if configs:
-        typer.echo(f"configs  {_some(configs)}")
-    typer.echo("\nnext:")
-    width = max(len(command) for command, _what in following)
-    for command, what in following:
-        typer.echo(f"  {command:<{width}}   {what}" if width < 50 else f"  {command}\n      {what}")
+    newest = [f"{one.path} @ {one.newest}" if one.newest else one.path for one in runs]
+    for what, some in (("kinds", names), ("runs", newest), ("configs", configs)):
+        if some or what == "kinds":
+            show(f"{what:<7}  {listed(some, _SHOWN, none='none')}")
+    show_commands(following)
 
 
 def _next(runs: list[_Run], configs: list[str]) -> list[tuple[str, str]]:
@@ -138,8 +131,3 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _version() -> str:
     return importlib.metadata.version("noether-init-core")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return one_line(", ".join(names[:_SHOWN]) + more or "none")

@@ -9,21 +9,9 @@ import typer
 
 from noether_init_core.cli.failures import how_to_see, show_traceback
 from noether_init_core.cli.files import Html, check_page, check_plan, write_html, write_text
-from noether_init_core.cli.models import load_model
-from noether_init_core.cli.options import (
-    AppDir,
-    Config,
-    Model,
-    ModelName,
-    Real,
-    RunId,
-    Runs,
-    StageName,
-    naming_options,
-    stack_and_model,
-)
+from noether_init_core.cli.options import Real, Start, naming_options, with_start
+from noether_init_core.cli.output import show, show_text
 from noether_init_core.errors import InitError
-from noether_init_core.messages import printable
 
 if TYPE_CHECKING:
     from noether_init_core.stack.stack import InitializerStack
@@ -32,14 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+@with_start
 def run(
-    config: Config,
-    model: Model,
-    app_dir: AppDir = Path(),
-    model_name: ModelName = None,
-    runs: Runs = None,
-    run_id: RunId = None,
-    stage_name: StageName = None,
+    start: Start,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the plan to a file as JSON; - prints it, and nothing else.", metavar="FILE"),
@@ -54,16 +37,7 @@ def run(
     """
     check_plan(json_file)
     check_page(html)
-    stack, built, paths = stack_and_model(
-        config,
-        model,
-        app_dir=app_dir,
-        model_name=model_name,
-        runs=runs,
-        run_id=run_id,
-        stage_name=stage_name,
-        real=real,
-    )
+    stack, built, paths = start.build(real=real)
     with naming_options(paths):
         plan = stack.plan(built)
     to_stdout = json_file is not None and str(json_file) == "-"
@@ -74,19 +48,18 @@ def run(
     if not to_stdout:
         _show(stack, built, plan, show_all)
     models = ", ".join(dict.fromkeys(row.model for row in plan.rows)) or "the model"
-    write_html(html, plan, f"What {config.name} will do to {models}")
+    write_html(html, plan, f"What {start.config.name} will do to {models}")
     unplanned = stack.check_unplanned(built)
     if not real and any(error is not None for _kind, error in unplanned):
         # a kind may need values; whether something is wrong shows with them
-        with_values = load_model(model, app_dir=app_dir, name=model_name, real=True)
-        unplanned = stack.check_unplanned(with_values)
+        unplanned = stack.check_unplanned(start.load_model(real=True))
     for kind, error in unplanned:
         said = f"not planned: {kind} says nothing beforehand"
         if error is not None:
             show_traceback(error)
-            named = f"{kind}: {type(error).__name__}: {error}."
-            said = f"x {error}" if isinstance(error, InitError) else f"x {printable(named)}{how_to_see()}"
-        typer.echo(said, err=to_stdout)
+            named = f"x {kind}: {type(error).__name__}: {error}.{how_to_see()}"
+            said = f"x {error}" if isinstance(error, InitError) else named
+        show_text(said, err=to_stdout)
     if not plan.is_fine or any(error is not None for _kind, error in unplanned):
         raise typer.Exit(1)
 
@@ -100,7 +73,7 @@ def _show(stack: InitializerStack, model: Any, plan: LoadPlan, show_all: bool) -
     if plan.origins:
         Console().print(PlanView(plan, unfolded=show_all, notes=_notes(stack, model)))
     elif not stack.initializers or any(isinstance(one, SourceInitializer) for one in stack.initializers):
-        typer.echo("nothing to plan: the config has no initializers that load weights")
+        show("nothing to plan: the config has no initializers that load weights")
 
 
 def _notes(stack: InitializerStack, model: Any) -> dict[tuple[int, str], str]:

@@ -8,23 +8,15 @@ from typing import Annotated
 import typer
 
 from noether_init_core import kinds
-from noether_init_core.cli.completion import kind_names
+from noether_init_core.cli.options import KIND
+from noether_init_core.cli.output import show
 from noether_init_core.errors import KindError
-from noether_init_core.messages import one_line
 
 __all__ = ["run"]
 
 
 def run(
-    kind: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="KIND",
-            help="A kind; see: noether-init kinds.",
-            show_default=False,
-            autocompletion=kind_names,
-        ),
-    ] = None,
+    kind: Annotated[str | None, KIND] = None,
     of_all: Annotated[
         bool, typer.Option("--all", help="Of whole config files instead, with all installed kinds, for editors.")
     ] = False,
@@ -50,7 +42,7 @@ def run(
             try:
                 found[name] = kinds.resolve(name).config_class.model_json_schema()
             except KindError as error:
-                typer.echo(f"- {one_line(name)} is left out: {error}", err=True)
+                show(f"- {name} is left out: {error}", err=True)
         observers = sorted({info.name for info in installed_observers() if info.blocked_by is None})
         schema = schema_of_files(found, observers)
     typer.echo(json.dumps(schema, indent=2))

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from noether_init_core.cli.options import (
-    AppDir,
-    Config,
-    Model,
-    ModelName,
-    Real,
-    RunId,
-    Runs,
-    StageName,
-    naming_options,
-    stack_and_model,
-)
+from noether_init_core.cli.options import Real, Start, naming_options, with_start
+from noether_init_core.cli.output import AsJson, show, show_json, show_text
 
 __all__ = ["run"]
 
-JSON_VERSION = 1
 
-
+@with_start
 def run(
-    config: Config,
-    model: Model,
-    app_dir: AppDir = Path(),
-    model_name: ModelName = None,
-    runs: Runs = None,
-    run_id: RunId = None,
-    stage_name: StageName = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the suggestions as JSON.")] = False,
+    start: Start,
+    as_json: AsJson = False,
     real: Real = False,
 ) -> None:
     """Suggest transforms for each file and model of a config, from names and shapes. Nothing is applied.
@@ -42,16 +23,7 @@ def run(
     Rules and surgery fields that the config has are not looked at: the suggestion is for a config without them. Exit
     code 0: with the suggestion, the plan has no problem and nothing is unsure. 1: look at it before you paste it.
     """
-    stack, built, paths = stack_and_model(
-        config,
-        model,
-        app_dir=app_dir,
-        model_name=model_name,
-        runs=runs,
-        run_id=run_id,
-        stage_name=stage_name,
-        real=real,
-    )
+    stack, built, paths = start.build(real=real)
     with naming_options(paths):
         found = stack.suggest(built)
     if as_json:
@@ -69,13 +41,12 @@ def run(
             }
             for number, path, one in found
         ]
-        said = {"format": "noether-init-suggest", "version": JSON_VERSION, "suggestions": data}
-        typer.echo(json.dumps(said, indent=1))
+        show_json("suggest", {"suggestions": data})
     else:
         for number, path, one in found:
-            typer.echo(f"# for initializers.{number}, {path}")
-            typer.echo(str(one))
+            show(f"# for initializers.{number}, {path}")
+            show_text(str(one))
         if not found:
-            typer.echo("nothing to suggest: the config has no initializers that load weights")
+            show("nothing to suggest: the config has no initializers that load weights")
     if not all(one.is_fine and one.is_sure for _, _, one in found):
         raise typer.Exit(1)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from noether_init_core.cli.output import show
+from noether_init_core.messages import listed
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["UsageError", "advice", "behind", "show"]
+__all__ = ["UsageError", "advice", "behind", "show_usage"]
 
 #: The error of a command line that cannot be understood; typer shows it, and has no public name for it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -60,7 +63,7 @@ def _of_an_option(error: Exception) -> str:
 def _configs(example: str) -> str:
     found = _configs_here()
     if found:
-        return f"Configs in this folder: {_some(found)}. Next: {example}"
+        return f"Configs in this folder: {listed(found, _MOST_NAMES)}. Next: {example}"
     return "No YAML file is in this folder. Next: noether-init example previous_run, which writes one and a loop"
 
 
@@ -68,14 +71,14 @@ def _kinds(example: str) -> str:
     from noether_init_core import kinds
 
     names = sorted({info.name for info in kinds.installed() if info.blocked_by is None and "." not in info.name})
-    return f"Installed kinds: {_some(names)}. Next: noether-init kinds"
+    return f"Installed kinds: {listed(names, _MOST_NAMES)}. Next: noether-init kinds"
 
 
 def _model(example: str) -> str:
     # the command line is about this folder, or about --app-dir, which is not known yet
     modules = _modules_here()
     name = modules[0] if len(modules) == 1 else "module"
-    known = f" Modules in this folder: {_some(modules)}." if modules else ""
+    known = f" Modules in this folder: {listed(modules, _MOST_NAMES)}." if modules else ""
     return (
         f"--model module:callable names what gives the model: a function without arguments, a class, a module."
         f"{known} Next: --model {name}:build"
@@ -106,19 +109,15 @@ def _here() -> list[str]:
         return []
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else "")
-
-
 _THERE: dict[str, Callable[[str], str]] = {"config": _configs, "kind": _kinds, "model": _model}
 
 
-def show(error: Any) -> int:
+def show_usage(error: Any) -> int:
     """Print a usage error as typer does, and what to type next, on standard error; returns the exit code."""
     from typer import rich_utils
 
     rich_utils.rich_format_error(error)
     said = advice(error)
     if said is not None:
-        typer.echo(said, err=True)
+        show(said, err=True)
     return int(error.exit_code)

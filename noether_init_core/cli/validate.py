@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import typer
 
 from noether_init_core.cli.options import Config
+from noether_init_core.cli.output import AsJson, show_json, show_text
 from noether_init_core.errors import ConfigError
 from noether_init_core.observers.loading import describe_observer
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from noether_init_core.stack.config_files import LoadedConfig
 
 __all__ = ["run"]
-
-JSON_VERSION = 1
 
 
 @attrs.frozen
@@ -34,7 +32,7 @@ class _Finding:
 
 def run(
     config: Config,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check every entry of a config file against its kind, and what stands around them. Reads no checkpoint.
 
@@ -47,10 +45,10 @@ def run(
     found.sort(key=lambda one: one.line or 0)
     problems = [one for one in found if one.is_problem]
     if as_json:
-        typer.echo(json.dumps(_as_data(config, loaded, found), indent=1))
+        show_json("validate", _as_data(config, loaded, found))
     else:
         for one in found:
-            typer.echo(f"{'x' if one.is_problem else 'ok'} {one.message}")
+            show_text(f"{'x' if one.is_problem else 'ok'} {one.message}")
         typer.echo(f"initializers: {len(loaded.entries)}, problems: {len(problems)}")
     if problems:
         raise typer.Exit(1)
@@ -87,8 +85,6 @@ def _wrong(place: str, error: ConfigError) -> _Finding:
 
 def _as_data(config: Path, loaded: LoadedConfig, found: list[_Finding]) -> dict[str, Any]:
     return {
-        "format": "noether-init-validate",
-        "version": JSON_VERSION,
         "config": str(config),
         "is_config": not any(one.is_problem for one in found),
         "auto_resume": loaded.resume is not None,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noether_init_core.cli.asked_path import absent, text_instead
+from noether_init_core.cli.checked_path import check_path
+from noether_init_core.cli.output import AsJson, from_here, show, show_json, show_table, show_text
 from noether_init_core.cli.progress import progress
 from noether_init_core.errors import CheckpointError
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-JSON_VERSION = 1
 _MARKS = {
     "good": ("= good", "green"),
     "unverifiable": ("? unverifiable", "yellow"),
@@ -37,7 +36,7 @@ def run(
             show_default=False,
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one object.")] = False,
+    as_json: AsJson = False,
     flat: Annotated[
         bool, typer.Option("--flat", help="Compare the flat files that our saves wrote for Noether with their sets.")
     ] = False,
@@ -67,7 +66,7 @@ def run(
     states = [one.state for one in files] + [one.state for store in audited for one in store.sets]
     unverifiable = states.count("unverifiable")
     if as_json:
-        typer.echo(json.dumps(_as_data(paths, audited, files, problems, unverifiable), indent=1))
+        show_json("verify", _as_data(paths, audited, files, problems, unverifiable))
     else:
         _show(audited, files, problems, unverifiable)
     if problems or (strict and unverifiable):
@@ -79,17 +78,13 @@ def _verify(path: Path, audited: list[AuditedStore], files: list[AuditedFile], *
     from noether_init_core.sets.flat_health import flat_bytes
     from noether_init_core.sets.health import audit_file, audit_store, bytes_of, stores_at
 
-    if not path.exists():
-        raise absent(path)
+    check_path(path)
     if path.is_dir():
         stores = stores_at(path)
         total = sum(bytes_of(store) + (flat_bytes(store) if flat else 0) for store in stores)
         with progress("verifying", total) as advance:
             audited += [audit_store(store, advance, asked=path, flat=flat) for store in stores]
         return
-    error = text_instead(path)
-    if error is not None:
-        raise error
     with progress("verifying", path.stat().st_size) as advance:
         files.append(audit_file(path, advance))
 
@@ -107,69 +102,59 @@ def _show(audited: Sequence[AuditedStore], files: Sequence[AuditedFile], problem
         mark = _MARKS[file.state][0]
         note = f" ({file.note})" if file.note else ""
         good = f"{mark} {file.path}: {file.tensors} tensors, {file.bytes:,} bytes{note}"
-        typer.echo(f"{mark} {file.problem}" if file.problem else good)
+        show_text(f"{mark} {file.problem}" if file.problem else good)
     sets = sum(one.state != "uncommitted" for store in audited for one in store.sets)
-    counted = ([f"sets: {sets}"] if audited else []) + ([f"files: {len(files)}"] if files else [])
+    said = ([f"sets: {sets}"] if audited else []) + ([f"files: {len(files)}"] if files else [])
     if unverifiable:
-        counted.append(f"unverifiable: {unverifiable}")
-    typer.echo(", ".join([*counted, f"problems: {problems}"]))
+        said.append(f"unverifiable: {unverifiable}")
+    show(", ".join([*said, f"problems: {problems}"]))
 
 
 def _show_store(store: AuditedStore) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from noether_init_core.sets.nonfinite_sets import summary
 
     title = f"{store.run_id}/{store.stage_name}" if store.stage_name is not None else store.run_id
-    title += f"  {_from_here(store.folder)}"
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    title += f"  {from_here(store.folder)}"
     # the folder of a committed set has its iteration in its name
     with_iterations = any(one.iteration is not None and one.iteration not in one.name for one in store.sets)
-    for column in ("", "set", *(["iteration"] if with_iterations else []), "tags", "files", "bytes"):
-        is_number = column in ("files", "bytes")
-        table.add_column(column, overflow="fold", no_wrap=column != "tags", justify="right" if is_number else "left")
+    rows: list[tuple[str | tuple[str, str], ...]] = []
     for one in store.sets:
-        mark, style = _MARKS[one.state]
-        numbers = [str(one.files), f"{one.bytes:,}"] if one.files else ["", ""]
+        numbers = (str(one.files), f"{one.bytes:,}") if one.files else ("", "")
         iteration = [one.iteration or "unknown"] if with_iterations else []
-        table.add_row(
-            Text(mark, style), *(Text(cell) for cell in (one.name, *iteration, ", ".join(one.tags), *numbers))
-        )
-    typer.echo(title)  # not the table's, which would break it to its own width
-    if store.sets:
-        Console().print(table)
+        rows.append((_MARKS[one.state], one.name, *iteration, ", ".join(one.tags), *numbers))
+    show(title)
+    if rows:
+        show_table(("", "set", *(["iteration"] if with_iterations else []), "tags", "files", "bytes"), rows)
     else:
-        typer.echo("no sets")
+        show("no sets")
     for one in store.sets:
         for problem in one.problems:
-            typer.echo(f"x {one.name}: {_short(problem, store.folder, one.name)}")
+            show_text(f"x {one.name}: {_short(problem, store.folder, one.name)}")
         if one.nonfinite:
-            typer.echo(f"! {one.name}: {summary(one.nonfinite)}; a resume refuses it (on_nonfinite: error)")
+            show(f"! {one.name}: {summary(one.nonfinite)}; a resume refuses it (on_nonfinite: error)")
         for note in one.notes:
-            typer.echo(f"- {one.name}: {note}")
+            show(f"- {one.name}: {note}")
         if one.state == "uncommitted":
-            typer.echo(f"- {one.name}: a save that was never finished; never picked")
+            show(f"- {one.name}: a save that was never finished; never picked")
     if store.flat.files:
-        typer.echo(_flat_words(store))
+        show(_flat_words(store))
     for name in store.flat.changed:
-        typer.echo(f"- {name} was written over since our save: by another program, or it is damaged")
+        show(f"- {name} was written over since our save: by another program, or it is damaged")
     for problem in store.flat.problems:
-        typer.echo(f"x {_short(problem, store.folder, '')}")
+        show_text(f"x {_short(problem, store.folder, '')}")
     if any(one.state in ("good", "nonfinite") and not one.is_committed for one in store.sets):
-        typer.echo("no manifests: every file was compared with the checksums inside it")
+        show("no manifests: every file was compared with the checksums inside it")
     for problem in store.problems:
-        typer.echo(f"x {problem}")
+        show_text(f"x {problem}")
     if store.newest_good is not None and store.newest_good.state == "nonfinite":
-        typer.echo(f"no finite set. To start from {store.newest_good.name} all the same:\n  {store.use}")
+        show_text(f"no finite set. To start from {store.newest_good.name} all the same:\n  {store.use}")
     elif store.newest_good is not None:
-        typer.echo(f"newest good set: {store.newest_good.name}. To start from it:\n  {store.use}")
+        show_text(f"newest good set: {store.newest_good.name}. To start from it:\n  {store.use}")
     elif store.use:
-        typer.echo(f"no set could be verified. To start from the newest all the same:\n  {store.use}")
+        show_text(f"no set could be verified. To start from the newest all the same:\n  {store.use}")
     elif store.sets:
-        typer.echo("no good set")
-    typer.echo("")
+        show("no good set")
+    show("")
 
 
 def _short(text: str, folder: Path, name: str) -> str:
@@ -191,12 +176,6 @@ def _flat_words(store: AuditedStore) -> str:
     return words + (f"; {rest} were not read: no save of ours left them so" if rest else "")
 
 
-def _from_here(path: Path) -> Path:
-    """Below the current folder as it is seen from there."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
 def _as_data(
     paths: Sequence[str],
     audited: Sequence[AuditedStore],
@@ -210,8 +189,6 @@ def _as_data(
         return str(value) if isinstance(value, Path) else value
 
     return {
-        "format": "noether-init-verify",
-        "version": JSON_VERSION,
         "paths": list(paths),
         "problems": problems,
         "unverifiable": unverifiable,

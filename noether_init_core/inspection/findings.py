@@ -26,9 +26,6 @@ __all__ = [
     "to_json_data",
 ]
 
-FORMAT = "noether-init-inspect"
-JSON_VERSION = 1
-
 State = Literal["committed", "legacy"]
 
 
@@ -236,15 +233,13 @@ _TYPES: Mapping[type[Found], str] = {
 
 
 def to_json_data(found: Found) -> dict[str, Any]:
-    """As ``noether-init inspect --json`` prints it; ``docs/schemas/inspect.schema.json`` describes it."""
+    """What ``inspect --json`` prints, by ``docs/schemas/inspect.schema.json``, without format and version."""
     values = attrs.asdict(
         found,
         filter=lambda attribute, _value: attribute.name != "facts",
         value_serializer=lambda _instance, _attribute, value: str(value) if isinstance(value, Path) else value,
     )
     return {
-        "format": FORMAT,
-        "version": JSON_VERSION,
         "type": _TYPES[type(found)],
         **values,
         "problems": [*found.problems],

@@ -16,10 +16,11 @@ from typing import Any
 import attrs
 
 from noether_init_core.memory import no_garbage_collection
+from noether_init_core.messages import one_line
 from noether_init_core.surgery.plan import Action, PlanRow
 from noether_init_core.surgery.steps import Step
 
-__all__ = ["Fold", "KeyPattern", "fold_alike", "fold_keys", "fold_rows", "printable"]
+__all__ = ["Fold", "KeyPattern", "fold_alike", "fold_keys", "fold_rows"]
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>0|[1-9][0-9]*)", re.DOTALL)
 _SPECIAL = re.compile(r"[\\{},*]")
@@ -162,13 +163,6 @@ def fold_alike(keys: Mapping[str, Hashable]) -> tuple[tuple[KeyPattern, tuple[st
             for pattern, members in _patterns([(key, key) for key in group], known)
         ]
     return tuple(sorted(found, key=lambda one: places[one[1][0]]))
-
-
-def printable(text: str) -> str:
-    """``text`` with an escape in the place of each character that a terminal would act on or not show."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _fold(pattern: KeyPattern, rows: Sequence[PlanRow], known: _Known) -> Fold:
@@ -382,4 +376,4 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return printable(_SPECIAL.sub(r"\\\g<0>", text))
+    return one_line(_SPECIAL.sub(r"\\\g<0>", text))

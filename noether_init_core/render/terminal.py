@@ -10,9 +10,10 @@ import attrs
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from noether_init_core.render.folding import Fold, KeyPattern, fold_rows, printable
+from noether_init_core.messages import counted, listed, one_line
+from noether_init_core.render.folding import Fold, KeyPattern, fold_rows
 from noether_init_core.render.layout import broken, filled
-from noether_init_core.render.words import MARKS, Mark, amount, counted, counts_in_words, percent, place_of_rule
+from noether_init_core.render.words import MARKS, Mark, amount, counts_in_words, percent, place_of_rule
 from noether_init_core.sets.provenance import InitReport
 from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow, Problem, counted_rows
 from noether_init_core.surgery.steps import described
@@ -107,9 +108,9 @@ class PlanView(_View):
         return found
 
     def _header(self, part: _Part, has_siblings: bool) -> Text:
-        words = printable("; ".join(origin.description for origin in part.origins))
-        words = f"{printable(part.model)} <- {words}" if has_siblings else words
-        return Text(printable(part.kind), "bold").append(f"  {words}", "not bold")
+        words = one_line("; ".join(origin.description for origin in part.origins))
+        words = f"{one_line(part.model)} <- {words}" if has_siblings else words
+        return Text(one_line(part.kind), "bold").append(f"  {words}", "not bold")
 
     def _is_well(self, part: _Part, problems: Sequence[Problem]) -> bool:
         """Whether every entry of the model is loaded by its name, and the file has no other."""
@@ -174,20 +175,20 @@ class ReportView(_View):
         width = max(width, _NARROWEST)
         start = [Text(f"start {self.report.start}", "bold")]
         if self.report.auto_resume:
-            start.append(Text(printable(self.report.auto_resume), "dim"))
+            start.append(Text(one_line(self.report.auto_resume), "dim"))
         found = filled(Text(""), start, width)
         for one in self.report.initializers:
             sources = "; ".join(f"{model} <- {origin}" for model, origin, _file in one.origins) or "no files"
             said = "; ".join(filter(None, (counts_in_words(one.counts), *one.restored)))
-            phrases = [Text(printable(one.kind), "bold").append(f"  {printable(sources)}", "not bold")]
-            phrases += [Text(f"({printable(said)})")] if said else []
+            phrases = [Text(one_line(one.kind), "bold").append(f"  {one_line(sources)}", "not bold")]
+            phrases += [Text(f"({one_line(said)})")] if said else []
             if one.coverage is not None:
                 phrases.append(Text(f"coverage {percent(one.coverage)}", "green" if one.coverage == 1 else "yellow"))
             found += filled(Text(""), phrases, width)
             for what in one.not_restored:
-                found += filled(Text(" - ", "yellow"), [Text(printable(f"not restored: {what}"))], width)
+                found += filled(Text(" - ", "yellow"), [Text(one_line(f"not restored: {what}"))], width)
             for name, reason in one.passed_over:
-                found += filled(Text(" - ", "yellow"), [Text(printable(f"passed over {name}: {reason}"))], width)
+                found += filled(Text(" - ", "yellow"), [Text(one_line(f"passed over {name}: {reason}"))], width)
         return found
 
 
@@ -245,9 +246,8 @@ class _Table:
         elif fold.action == "cast" or (first.writes and first.source_dtype not in (None, first.dtype)):
             found.append(Text(f"{first.source_dtype or 'several dtypes'} -> {first.dtype}"))
         if fold.sources:
-            names = [_short(pattern.text(_MOST_TEXTS)) for pattern in fold.sources[:_MOST_SOURCES]]
-            more = len(fold.sources) - len(names)
-            found.append(Text(f"<- {', '.join(names)}{f' and {more} more' if more else ''}"))
+            names = [_short(pattern.text(_MOST_TEXTS)) for pattern in fold.sources]
+            found.append(Text(f"<- {listed(names, _MOST_SOURCES)}"))
         if fold.steps:
             found.append(Text(", ".join(map(described, fold.steps)), "cyan"))
         if fold.rule:
@@ -326,7 +326,7 @@ def _beside(part: _Part, folds: Sequence[Fold], problems: list[Problem]) -> dict
 
 def _message(problem: Problem, start: Text, width: int, *, is_beside: bool, with_fix: bool = True) -> list[Text]:
     """The message, and its fix on lines of its own that can be copied."""
-    message = _short(printable(problem.message), 2000)
+    message = _short(one_line(problem.message), 2000)
     if is_beside and problem.code in _SAID:
         message = _SAID[problem.code].sub("", message, count=1)
     said, fix = message, ""

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import attrs
 
-from noether_init_core.render.folding import printable
+from noether_init_core.messages import one_line
 from noether_init_core.sets.provenance import counts_in_words
 from noether_init_core.surgery.plan import Action
 
-__all__ = ["MARKS", "Mark", "amount", "counted", "counts_in_words", "percent", "place_of_rule"]
+__all__ = ["MARKS", "Mark", "amount", "counts_in_words", "percent", "place_of_rule"]
 
 
 @attrs.frozen
@@ -56,11 +56,6 @@ def amount(number: int) -> str:
     return f"{value:.1f}{_UNITS[unit]}" if unit else str(number)
 
 
-def counted(number: int, thing: str) -> str:
-    """``1 key``, ``2 keys``."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
 def percent(share: float) -> str:
     """A share from 0 to 1, rounded so that only all is ``100 %`` and only nothing is ``0 %``."""
     if share in (0.0, 1.0):
@@ -71,4 +66,4 @@ def percent(share: float) -> str:
 def place_of_rule(rule: str) -> str:
     """Where a rule stands, short: ``init.yaml:7`` or ``transforms.1``; other rules as they are."""
     found = _TRANSFORM.fullmatch(rule)
-    return printable(rule if found is None else found["place"] or found["rule"])
+    return one_line(rule if found is None else found["place"] or found["rule"])
