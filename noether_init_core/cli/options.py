@@ -105,6 +105,7 @@ def with_start(command: Callable[..., None]) -> Callable[..., None]:
         command(start, **given)
 
     options = [option.replace(kind=option.KEYWORD_ONLY, annotation=hints[option.name]) for option in options]
+    options.sort(key=lambda option: option.default is not option.empty)  # what is required stands first
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {option.name: option.annotation for option in options}
     run.__doc__ = command.__doc__
