@@ -14,8 +14,8 @@ from noether_init_core.errors import ProbeMismatchError
 from noether_init_core.initializers.checkpoint import CheckpointInitializer
 from noether_init_core.initializers.source import Leaf, SourceInitializer, submodel_of
 from noether_init_core.kinds.hookspec import hookimpl
-from noether_init_core.probe.fingerprint import Compared, OutputFingerprint, compare
 from noether_init_core.probe.isolated_run import device_of, hindrance
+from noether_init_core.probe.outputs import Compared, Output, compare
 from noether_init_core.probe.probe import Probe, computed_by, dtype_of, repeat
 from noether_init_core.saving.probe_file import read_probe
 from noether_init_core.sets.checkpoint_set import CheckpointSet
@@ -150,7 +150,7 @@ _NEXT = (
 )
 
 
-def _mismatch(model: Any, pending: _Pending, found: Sequence[OutputFingerprint], worst: Compared) -> ProbeMismatchError:
+def _mismatch(model: Any, pending: _Pending, found: Sequence[Output], worst: Compared) -> ProbeMismatchError:
     then = next((one for one in pending.probe.outputs if one.path == worst.path), None)
     now = next((one for one in found if one.path == worst.path), None)
     norms = "" if then is None or now is None else f" (norm {then.norm:.6g} then, {now.norm:.6g} now)"
@@ -159,10 +159,16 @@ def _mismatch(model: Any, pending: _Pending, found: Sequence[OutputFingerprint],
         f"{norms}. {_NEXT}",
         path=pending.source.folder,
         output=worst.path,
-        expected=None if then is None else attrs.asdict(then),
-        found=None if now is None else attrs.asdict(now),
+        expected=_described(then),
+        found=_described(now),
         difference=worst.difference,
     )
+
+
+def _described(output: Output | None) -> dict[str, Any] | None:
+    if output is None:
+        return None
+    return {"shape": output.shape, "dtype": output.dtype, "norm": output.norm, "digest": output.digest}
 
 
 def _words(source: CheckpointSet) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -10,8 +10,9 @@ import torch
 
 from noether_init_core.errors import CheckpointFormatError, ConfigError
 from noether_init_core.files.plain_data import plain
-from noether_init_core.probe.fingerprint import OutputFingerprint, fingerprints, has_values, uncompared
+from noether_init_core.nested import mapped
 from noether_init_core.probe.isolated_run import called, device_of, hindrance, modules_of, quietly
+from noether_init_core.probe.outputs import Output, has_values, outputs_of, uncompared
 from noether_init_core.protocols import leaf_models
 
 __all__ = ["Probe", "check_batch", "computed_by", "dtype_of", "repeat", "take"]
@@ -24,27 +25,26 @@ class Probe:
     Attributes:
         batch: Tensors in CPU memory, plain values, and dicts, lists and tuples of them. A dict is passed as keywords, a
             list or tuple as arguments, anything else as the only argument.
-        outputs: Fingerprints of all tensors that came back.
+        outputs: What is kept of all tensors, numbers and texts that came back.
         model: Name of the model.
         models: Paths of its single models; the model's name alone for one that is no composite.
         device: Type of the device that it ran on.
         dtype: Dtype of its first floating-point parameter or buffer; None where it has none.
         has_drawn: Whether it drew random numbers, from generators that were seeded for that: another kind of device
             draws others.
-        uncompared: What else came back, in words: objects that have no fingerprint.
-        computed_by: Release of torch, threads and processor; None in probes of earlier releases, which have no
-            fingerprints of numbers and texts either.
+        uncompared: What else came back, in words: objects that cannot be compared.
+        computed_by: Release of torch, threads and processor.
     """
 
     batch: Any
-    outputs: tuple[OutputFingerprint, ...]
+    outputs: tuple[Output, ...]
     model: str
     models: tuple[str, ...]
     device: str
     dtype: str | None
-    has_drawn: bool = False
-    uncompared: tuple[str, ...] = ()
-    computed_by: str | None = None
+    has_drawn: bool
+    uncompared: tuple[str, ...]
+    computed_by: str
 
 
 def take(model: Any, batch: Any) -> Probe:
@@ -53,7 +53,7 @@ def take(model: Any, batch: Any) -> Probe:
     Raises ``ConfigError`` for a batch that cannot be kept, and for a model that cannot be run on it.
     """
     try:
-        kept = _mapped(plain(batch, "probe"), lambda tensor: tensor.clone())
+        kept = _changed(plain(batch, "probe"), torch.Tensor.clone)
     except CheckpointFormatError as error:
         raise ConfigError(
             f"{error}. A probe holds tensors, plain values, and dicts, lists and tuples of them. Nothing was written"
@@ -63,8 +63,8 @@ def take(model: Any, batch: Any) -> Probe:
     if problem:
         raise ConfigError(f"probe: {problem}. Nothing was written. Next: another probe, or save without")
     try:
-        ran = _run(model, kept)
-        if not ran.has_values:
+        outputs, others, has_drawn = _run(model, kept)
+        if not has_values(outputs):
             raise ConfigError(
                 f"probe: all that {model.name} returns is NaN, which tells models apart by nothing. "
                 "Next: look into its weights, or save without"
@@ -80,13 +80,13 @@ def take(model: Any, batch: Any) -> Probe:
         ) from error
     return Probe(
         kept,
-        ran.outputs,
+        outputs,
         str(model.name),
         tuple(path for path, _leaf in leaf_models(model)),
         device_of(model).type,
         dtype_of(model),
-        ran.has_drawn,
-        ran.uncompared,
+        has_drawn,
+        others,
         computed_by(model),
     )
 
@@ -98,7 +98,7 @@ def computed_by(model: Any) -> str:
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device.type} {name}"
 
 
-def repeat(model: Any, probe: Probe) -> tuple[OutputFingerprint, ...]:
+def repeat(model: Any, probe: Probe) -> tuple[Output, ...]:
     """What ``model`` makes of the batch of ``probe`` now; the model and the process are as before.
 
     If the model's dtype is another one than then, the batch follows it. Raises what the model raises.
@@ -109,12 +109,7 @@ def repeat(model: Any, probe: Probe) -> tuple[OutputFingerprint, ...]:
     def follow(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(getattr(torch, now)) if now is not None and tensor.dtype is then else tensor
 
-    found = _run(model, _mapped(probe.batch, follow), like=probe.outputs).outputs
-    if probe.computed_by is not None:
-        return found
-    # earlier releases left numbers and texts out
-    known = {one.path for one in probe.outputs}
-    return tuple(one for one in found if one.path in known)
+    return _run(model, _changed(probe.batch, follow))[0]
 
 
 def dtype_of(model: Any) -> str | None:
@@ -139,37 +134,23 @@ def check_batch(batch: Any) -> str:
     return ""
 
 
-@attrs.frozen(eq=False)
-class _Ran:
-    outputs: tuple[OutputFingerprint, ...]
-    uncompared: tuple[str, ...]
-    has_values: bool
-    has_drawn: bool
-
-
-def _run(model: Any, batch: Any, like: Sequence[OutputFingerprint] = ()) -> _Ran:
+def _run(model: Any, batch: Any) -> tuple[tuple[Output, ...], tuple[str, ...], bool]:
+    """What came back, what of it cannot be compared, and whether random numbers were drawn."""
     function, device = called(model), device_of(model)
     # a copy: the model may write into it
-    ready = _mapped(batch, lambda tensor: tensor.to(device, copy=True))
+    ready = _changed(batch, lambda tensor: tensor.to(device, copy=True))
     with quietly(model) as quiet:
         if isinstance(ready, Mapping):
-            output = function(**ready)
+            returned = function(**ready)
         elif isinstance(ready, list | tuple):
-            output = function(*ready)
+            returned = function(*ready)
         else:
-            output = function(ready)
+            returned = function(ready)
         # in here: an output may be a buffer, which gets its former value
-        found = fingerprints(output, like=like, dtype=dtype_of(model))
-        others, has_any = uncompared(output), has_values(output)
-        del output
-    return _Ran(found, others, has_any, quiet.has_drawn)
+        outputs, others = outputs_of(returned), uncompared(returned)
+        del returned
+    return outputs, others, quiet.has_drawn
 
 
-def _mapped(value: Any, change: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(item, change) for item in value)
-    return value
+def _changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return mapped(batch, lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import attrs
 import pydantic
@@ -14,7 +15,7 @@ from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.nested import equal
-from noether_init_core.probe.fingerprint import PROJECTIONS, Level, OutputFingerprint
+from noether_init_core.probe.outputs import MOST_VALUES, Output
 from noether_init_core.probe.probe import Probe, check_batch
 from noether_init_core.saving.file_writing import write_content
 from noether_init_core.sets.checkpoint_set import CheckpointSet
@@ -27,19 +28,10 @@ FORMAT_VERSION = 1
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, set)
 
 _Count = Annotated[int, pydantic.Field(ge=0)]
-_Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
-_Norm = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-_Projections = Annotated[tuple[_Finite, ...], pydantic.Field(min_length=PROJECTIONS, max_length=PROJECTIONS)]
 
 
 class _Model(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
-
-class _Level(_Model):
-    limit: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-    norm: _Norm
-    projections: _Projections
 
 
 class _Output(_Model):
@@ -47,11 +39,15 @@ class _Output(_Model):
     shape: tuple[_Count, ...]
     dtype: str
     digest: Digest
-    norm: _Norm
-    projections: _Projections
-    nonfinite: Digest | None = None
-    levels: tuple[_Level, ...] = ()
-    choices: tuple[()] | _Projections = ()
+    values: Any
+
+    @pydantic.model_validator(mode="after")
+    def _has_its_values(self) -> Self:
+        count = 0 if self.dtype == "str" else min(math.prod(self.shape), MOST_VALUES)
+        is_tensor = isinstance(self.values, torch.Tensor) and self.values.shape == (count,)
+        if not is_tensor or self.dtype not in ("str", str(self.values.dtype).removeprefix("torch.")):
+            raise ValueError(f"values is no {self.dtype} tensor of shape [{count}]")
+        return self
 
 
 class _Content(_Model):
@@ -61,9 +57,9 @@ class _Content(_Model):
     models: tuple[str, ...]
     device: str
     dtype: str | None
-    has_drawn: bool = False
-    uncompared: tuple[str, ...] = ()
-    computed_by: str | None = None
+    has_drawn: bool
+    uncompared: tuple[str, ...]
+    computed_by: str
     outputs: Annotated[tuple[_Output, ...], pydantic.Field(min_length=1)]
 
     @pydantic.field_validator("outputs")
@@ -125,14 +121,9 @@ def _read(path: Path, digest: str) -> Probe:
     problem = _problem_in(batch, "batch") or check_batch(batch)
     if problem:
         raise CheckpointFormatError(f"{path} is no probe: {problem}", path=path)
-    outputs = tuple(_output(one) for one in said.outputs)
+    outputs = tuple(Output(**dict(one)) for one in said.outputs)
     fields = said.model_dump(exclude={"format", "format_version", "outputs"})
     return Probe(batch=batch, outputs=outputs, **fields)
-
-
-def _output(said: _Output) -> OutputFingerprint:
-    fields = said.model_dump(exclude={"levels"})
-    return OutputFingerprint(**fields, levels=tuple(Level(**one.model_dump()) for one in said.levels))
 
 
 def _problem_in(value: Any, place: str) -> str:

@@ -141,7 +141,7 @@ class CheckpointWriter:
                 ``Retention(best=...)`` compares them.
             probe: A small batch: a tensor; a list or tuple of arguments; a dict of keywords. The model is run on it
                 now, evaluating, and leaves no trace: train flags, buffers and random generators are put back. Batch
-                and fingerprints of what comes out are kept in the set. The observer ``probe`` repeats it when the
+                and values of what comes out are kept in the set. The observer ``probe`` repeats it when the
                 set is loaded. The process must be able to run the whole model by itself.
 
         Raises:

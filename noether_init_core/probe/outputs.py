@@ -1,0 +1,328 @@
+"""What a model returned: the values that are kept of it, and how far two returns differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+import xxhash
+
+from noether_init_core.errors import ConfigError, type_of
+from noether_init_core.files.plain_data import bytes_of_tensor
+
+__all__ = ["MOST_VALUES", "Compared", "Output", "compare", "has_values", "outputs_of", "tolerance_for", "uncompared"]
+
+#: How many values are kept of one output; of a larger one as many random places, always the same ones.
+MOST_VALUES = 1 << 18
+_SEED = 0x6E6F6574686572
+_MAX_DEPTH = 60
+_MOST_OUTPUTS = 10_000
+#: A value this many times larger than the typical one of its output is compared apart: it would hide the others.
+_HUGE = 100.0
+_MOST_LEVELS = 8
+#: Part of the whole numbers that may differ where scores were rounded otherwise.
+_CHOICES = 0.05
+
+#: Distance in parts of the norm up to which two outputs count as rounded otherwise, by dtype. Twelve ways to compute
+#: on CPUs (instruction sets, libraries, one and two threads; a transformer, a convolutional, a recurrent and a plain
+#: network) were at most 2e-7, 5e-7, 2e-3 and 9e-3 apart.
+_TOLERANCES = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+#: Half precision on the same kind of processor with the same software: the bits should be the same, and wrong weights
+#: may lie nearer than the limits above (two exchanged layers of twelve: 4e-3).
+_ALIKE = {"float16": 5e-4, "bfloat16": 2e-3}
+#: Where an accelerator takes part, float32 may be multiplied with the 10 bits of TensorFloat-32.
+_ACCELERATED = 5e-3
+#: Narrower formats.
+_NARROW = 0.2
+_COMPLEX = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
+
+
+@attrs.frozen
+class Output:
+    """What is kept of one output tensor, or of one number or text.
+
+    Attributes:
+        path: Its place in what the model returned: ``output``, ``output.logits``, ``output.1``.
+        shape: Its shape.
+        dtype: Its dtype without ``torch.``; ``str`` for a text.
+        digest: ``xxh3_128:...`` of its contiguous little-endian bytes.
+        values: Its values, at most ``MOST_VALUES`` of them, in one dimension; none of a text. Not compared by ``==``,
+            which the digest is for.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    digest: str
+    values: torch.Tensor = attrs.field(eq=False, repr=False)
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the finite values that are kept."""
+        numbers = _numbers(self.values)
+        numbers = numbers[np.isfinite(numbers)]
+        # squares may leave the range of float64
+        largest = float(np.abs(numbers).max(initial=0.0))
+        return largest * float(np.linalg.norm(numbers / largest)) if largest else 0.0
+
+
+@attrs.frozen
+class Compared:
+    """How an output compares with what it was.
+
+    Attributes:
+        path: Its place in what the model returned.
+        is_same: Whether the bits are the same.
+        difference: Norm of the difference in parts of the norm; None where it makes no sense: other shapes, kinds of
+            numbers, places of NaN.
+        tolerance: Up to which difference it is rounding.
+        problem: What is different, in words, where it is not rounding.
+        changed: For whole numbers, truth values and texts, which are not rounded: the part of them that differs.
+    """
+
+    path: str
+    is_same: bool
+    difference: float | None = 0.0
+    tolerance: float = 0.0
+    problem: str = ""
+    changed: float | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it holds what is not rounded."""
+        return self.changed is not None
+
+
+def outputs_of(returned: Any) -> tuple[Output, ...]:
+    """Every tensor, number and text in what a model returned.
+
+    Mappings, tuples, lists, dataclasses and attrs classes are searched; ``uncompared`` names what else there is.
+
+    Raises ``ConfigError`` where there is nothing of that, and for tensors that have no plain memory.
+    """
+    found: dict[str, Output] = {}
+    for place, value in _leaves(returned, "output", 0):
+        if not isinstance(value, torch.Tensor | bool | int | float | str):
+            continue
+        path, number = place, 1
+        while path in found:
+            number += 1
+            path = f"{place}#{number}"
+        found[path] = _output(path, value)
+        if len(found) > _MOST_OUTPUTS:
+            raise ConfigError(f"the model returns more than {_MOST_OUTPUTS:,} tensors")
+    if not found:
+        raise ConfigError(f"the model returns {type_of(returned)} without a tensor in it")
+    return tuple(found.values())
+
+
+def uncompared(returned: Any) -> tuple[str, ...]:
+    """Objects in what a model returned that cannot be compared, in words; None is none of them."""
+    return tuple(
+        f"{path} ({type_of(value)})"
+        for path, value in _leaves(returned, "output", 0)
+        if value is not None and not isinstance(value, torch.Tensor | bool | int | float | str)
+    )
+
+
+def has_values(outputs: Iterable[Output]) -> bool:
+    """Whether there is anything in the outputs of a model that is not NaN."""
+    return any(not one.values.numel() or not np.isnan(_numbers(one.values)).all() for one in outputs)
+
+
+def tolerance_for(dtypes: Iterable[str], devices: Iterable[str], *, is_alike: bool = False) -> float:
+    """Up to which difference it is rounding, for the coarsest of ``dtypes``; ``devices`` are types such as ``cuda``.
+
+    ======== ============ ==================================
+    float64  float32      float16, bfloat16, narrower ones
+    ======== ============ ==================================
+    1e-6     1e-4         1e-2, 5e-2, 0.2
+    ======== ============ ==================================
+
+    With an accelerator, float32 gets 5e-3. With ``is_alike``, on the same kind of processor with the same software and
+    dtypes, float16 gets 5e-4, bfloat16 2e-3.
+    """
+    is_accelerated = any(device != "cpu" for device in devices)
+    found = [0.0]
+    for dtype in filter(_is_floating, dtypes):
+        plain = _COMPLEX.get(dtype, dtype)
+        one = _TOLERANCES.get(plain, _NARROW)
+        if is_alike:
+            one = _ALIKE.get(plain, one)
+        found.append(max(one, _ACCELERATED) if is_accelerated and plain == "float32" else one)
+    return max(found)
+
+
+def compare(
+    expected: Sequence[Output],
+    found: Sequence[Output],
+    *,
+    dtypes: Iterable[str] = (),
+    devices: Iterable[str] = ("cpu",),
+    tolerance: float | None = None,
+    is_alike: bool = False,
+) -> tuple[Compared, ...]:
+    """How each output compares, in the order of ``expected``; outputs that only one side has are problems.
+
+    Whole numbers and truth values have to be equal, unless an output of floating-point numbers is rounded otherwise:
+    then a choice between near values may differ, too, for one in twenty at most. Texts have to be equal.
+
+    Args:
+        expected: What was saved.
+        found: What the model computes now.
+        dtypes: Of the model's parameters, then and now.
+        devices: Types of devices, then and now.
+        tolerance: Instead of ``tolerance_for``.
+        is_alike: Whether it was computed by the same release of torch, threads and kind of processor.
+    """
+    dtypes, devices = tuple(dtypes), tuple(devices)
+    now = {one.path: one for one in found}
+    compared = []
+    for then in expected:
+        other = now.pop(then.path, None)
+        if other is None:
+            compared.append(Compared(then.path, False, None, 0.0, "is not returned any more"))
+            continue
+        all_dtypes = (then.dtype, other.dtype, *dtypes)
+        is_same_dtype = is_alike and then.dtype == other.dtype and len(set(dtypes)) < 2
+        allowed = tolerance_for(all_dtypes, devices, is_alike=is_same_dtype) if tolerance is None else tolerance
+        compared.append(_compared(then, other, allowed, max(map(_rounding, all_dtypes))))
+    compared += [Compared(path, False, None, 0.0, "was not returned then") for path in now]
+    if not any(not one.is_same and not one.problem and one.changed is None for one in compared):
+        return tuple(compared)
+    return tuple(attrs.evolve(one, problem="") if _is_few(one) else one for one in compared)
+
+
+def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+    if depth > _MAX_DEPTH:
+        raise ConfigError(f"{path[:200]}: what the model returns is nested more than {_MAX_DEPTH} deep")
+    children = None if isinstance(value, torch.Tensor) else _children(value)
+    if children is None:
+        yield path, value
+        return
+    for key, child in children:
+        yield from _leaves(child, f"{path}.{key}", depth + 1)
+
+
+def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, tuple | list):
+        return enumerate(value)
+    fields: Any = ()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+    elif attrs.has(type(value)):
+        fields = attrs.fields(type(value))
+    return [(field.name, getattr(value, field.name, None)) for field in fields] or None
+
+
+def _output(path: str, value: Any) -> Output:
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        value = str(value)
+    if isinstance(value, str):
+        digest = xxhash.xxh3_128_hexdigest(value.encode("utf-8", "surrogatepass"))
+        return Output(path, (), "str", f"xxh3_128:{digest}", torch.empty(0))
+    if isinstance(value, float):
+        value = torch.tensor(value, dtype=torch.float64)
+    tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or hasattr(tensor, "device_mesh"):
+        raise ConfigError(f"{path}: {type_of(tensor)} that is {tensor.layout}, quantized, sharded or without memory")
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    flat = plain.reshape(-1)
+    if len(flat) > MOST_VALUES:
+        # the numbers of PCG64 are the same everywhere and for ever
+        places = np.random.PCG64(_SEED).random_raw(MOST_VALUES) % np.uint64(len(flat))
+        kept = flat[torch.from_numpy(places.astype(np.int64))]
+    else:
+        kept = flat.clone()
+    name = str(plain.dtype).removeprefix("torch.")
+    digest = xxhash.xxh3_128_hexdigest(bytes_of_tensor(plain))
+    return Output(path, tuple(plain.shape), name, f"xxh3_128:{digest}", kept)
+
+
+def _is_few(one: Compared) -> bool:
+    return one.changed is not None and one.changed <= _CHOICES
+
+
+def _compared(then: Output, now: Output, tolerance: float, rounding: float) -> Compared:
+    if (then.shape, then.dtype, then.digest) == (now.shape, now.dtype, now.digest):
+        return Compared(then.path, True, 0.0, tolerance)
+    if then.shape != now.shape:
+        problem = f"has the shape {list(now.shape)}, it had {list(then.shape)}"
+        return Compared(then.path, False, None, tolerance, problem)
+    if _is_floating(then.dtype) is not _is_floating(now.dtype) or (then.dtype == "str") is not (now.dtype == "str"):
+        return Compared(then.path, False, None, tolerance, f"has the dtype {now.dtype}, it had {then.dtype}")
+    if not _is_floating(then.dtype):
+        changed = 1.0
+        if then.values.numel():
+            others = int((then.values.to(torch.int64) != now.values.to(torch.int64)).sum())
+            # a single one is few, however many there are
+            changed = 0.0 if others == 1 else others / then.values.numel()
+        return Compared(then.path, False, None, 0.0, "has other values", changed)
+    first, other = _numbers(then.values), _numbers(now.values)
+    places = [np.isnan(one) + 2 * np.isposinf(one) + 3 * np.isneginf(one) for one in (first, other)]
+    if (places[0] != places[1]).any():
+        problem = "has NaN or infinities in other places" if places[1].any() else "has no NaN or infinities as it had"
+        return Compared(then.path, False, None, tolerance, problem)
+    first, other = first[places[0] == 0], other[places[0] == 0]
+    sizes = np.abs(first)
+    levels = [math.inf, *_limits(sizes, rounding)]
+    difference = max(_apart(first[sizes <= limit], other[sizes <= limit]) for limit in levels)
+    return Compared(then.path, False, difference, tolerance, "" if difference <= tolerance else "differs")
+
+
+def _numbers(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    flat = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
+    return flat.to(torch.float64).numpy()
+
+
+def _apart(first: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """Norm of the difference in parts of the larger norm, also where squares leave the range of float64."""
+    largest = max(float(np.abs(one).max(initial=0.0)) for one in (first, other))
+    if not largest:
+        return 0.0
+    first, other = first / largest, other / largest
+    return float(np.linalg.norm(first - other) / max(np.linalg.norm(first), np.linalg.norm(other)))
+
+
+def _is_floating(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat", "complex"))
+
+
+def _rounding(dtype: str) -> float:
+    """A unit in the last place of 1, in parts of what counts as rounding."""
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not _is_floating(dtype):
+        return 0.0
+    return torch.finfo(found).eps / _TOLERANCES.get(_COMPLEX.get(dtype, dtype), _NARROW)
+
+
+def _limits(values: np.ndarray[Any, Any], rounding: float) -> list[float]:
+    """The magnitudes beyond which values hide the others; none for an output whose values are of one kind."""
+    values = values[values > 0]
+    if not len(values):
+        return []
+    sizes, counts = np.unique(values, return_counts=True)
+    begin = float(np.median(sizes))
+    if sizes[-1] <= _HUGE * begin:
+        return []
+    # A mask is one value many times, or nearly one. Beside other large values, small ones may be their rounding.
+    mantissas, exponents = np.frexp(sizes)
+    _near, group = np.unique(exponents * 64 + np.rint(mantissas * 32), return_inverse=True)
+    is_varied = np.bincount(group, weights=counts)[group] <= max(1.0, len(values) / 20)
+    if rounding < 0.01:
+        is_varied &= counts == 1
+    if is_varied.any():
+        largest = float(sizes[is_varied][-1])
+        begin = begin if begin > 4 * rounding * largest else max(begin, largest)
+    limits: list[float] = []
+    while len(limits) < _MOST_LEVELS and math.isfinite(_HUGE * begin) and sizes[-1] > _HUGE * begin:
+        limits.append(_HUGE * begin)
+        begin = float(sizes[sizes > limits[-1]][0])
+    return limits
