@@ -26,7 +26,8 @@ from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.protocols import check_model
 from noether_init_core.sets.provenance import History
 from noether_init_core.stopwatch import Stopwatch
-from noether_init_core.suggest.suggest import Suggestion, suggest
+from noether_init_core.suggest.suggest import suggest
+from noether_init_core.suggest.suggestion import Suggestion
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TensorSpec

@@ -38,7 +38,7 @@ from noether_init_core.stack.config_files import (
 )
 from noether_init_core.stack.hook_caller import HookCaller
 from noether_init_core.stack.provenance import Carried, Written, trace, values_of
-from noether_init_core.suggest.suggest import Suggestion
+from noether_init_core.suggest.suggestion import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
 
 __all__ = ["InitializerStack"]

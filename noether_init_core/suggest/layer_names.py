@@ -13,6 +13,19 @@ from typing import Literal
 
 import attrs
 
+from noether_init_core.suggest.vocabulary import (
+    CONCEPTS,
+    EXCLUSIVE,
+    HALVES,
+    PLACES,
+    WEIGHTS,
+    concepts,
+    last_segment,
+    parent,
+    place_of,
+    simple,
+    words_of,
+)
 from noether_init_core.surgery.plan import TensorSpec
 from noether_init_core.surgery.steps import Shape
 
@@ -21,7 +34,6 @@ __all__ = [
     "Layer",
     "Meaning",
     "Numbers",
-    "concepts",
     "has_conflict",
     "layers_of",
     "likeness",
@@ -36,7 +48,6 @@ Numbers = Literal["all", "segments", "none"]
 
 _CAPTURES = "ijklmn"
 _DIGITS = "0123456789"
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _FUSED_LEAF = re.compile(r"(.+_)(weight|bias)")
 # as written -> what it is; tensors under other names are layers of their own
 _LEAVES = {
@@ -45,69 +56,6 @@ _LEAVES = {
     "beta": "bias",
     "scale": "weight",
 }
-
-# concepts: what they are called, without underscores and in small letters
-_NAMES = {
-    "attn": "attn attention selfattn selfattention mha multiheadattention msa",
-    "cross attn": "crossattn crossattention encoderattn encdecattention multiheadattn",
-    "mlp": "mlp ffn ff feedforward densereludense ffw",
-    "qkv": "cattn qkv qkvproj wqkv inproj querykeyvalue toqkv",
-    "kv": "kv kvproj wkv tokv",
-    "q": "q query qproj wq toq qlin queryproj",
-    "k": "k key kproj wk tok klin keyproj",
-    "v": "v value vproj wv tov vlin valueproj",
-    "out": "proj projection outproj oproj o wo output out cproj toout outlin",
-    "mlp out": "fc2 linear2 lin2 w2 downproj down dense4htoh",
-    "mlp in": "fc fc1 cfc linear1 lin1 w1 up upproj wi wi1 intermediate densehto4h",
-    "mlp gate": "gateproj gate wgate wi0",
-    "mlp gateup": "gateupproj gateup",
-    "norm": "ln norm layernorm rmsnorm lnorm bn batchnorm normalization",
-    "conv": "convolution",
-    "vision": "visual",
-    "norm #1": "inputlayernorm layernormbefore attentionnorm attnnorm selfattnlayernorm salayernorm normattn lnattn",
-    "norm #2": "postattentionlayernorm layernormafter ffnnorm mlpnorm outputlayernorm normmlp lnmlp lnffn",
-    "norm final": "lnf normf finalnorm finallayernorm lnfinal",
-    "embed token": "wte embed embedtokens tokembeddings wordembeddings tokenembedding tokenembeddings embedding emb "
-    "tokemb embedtoken tok",
-    "embed": "embeddings",
-    "embed position": "wpe posembed positions positionembeddings positionembedding posembedding posembeddings posemb "
-    "positionalembedding embedpositions pos",
-    "embed type": "tokentypeembeddings segmentembeddings typeembeddings segments",
-    "embed patch": "patchembed patchembeddings patchembedding",
-    "cls": "clstoken classtoken classembedding",
-    "head": "head classifier lmhead classhead logits score",
-    "encoder": "enc",
-    "decoder": "dec",
-}
-_CONCEPTS = {name: tuple(concept.split()) for concept, names in _NAMES.items() for name in names.split()}
-# the two halves of a gated layer: their numbers say nothing of an order
-_HALVES = frozenset({"wi0", "wi1"})
-# the norms of a block, in the order in which it uses them
-_PLACES = ("attn", "attn post", "cross", "cross post", "mlp", "mlp post")
-_NORM_WORDS = frozenset({"ln", "norm", "layer", "layernorm", "rms", "rmsnorm", "bn", "batchnorm", "batch"})
-# at the top of a model, alone, these are what classifies
-_HEADS = frozenset({"fc", "output", "cls"})
-# words that say little: another library's name for the same place
-_GENERIC = (
-    "model module net network backbone base transformer bert gpt vit roberta llama layers layer blocks block h "
-    "stages stage dense self final trunk body"
-)
-_WEIGHTS = {
-    **dict.fromkeys(_GENERIC.split(), 0.1),
-    **dict.fromkeys(("encoder", "decoder", "embed"), 0.5),
-}
-# of each set, a layer is at most one
-_EXCLUSIVE = tuple(
-    map(
-        frozenset,
-        (
-            {"q", "k", "v", "qkv", "kv", "out", "in", "gate", "gateup", "norm"},
-            {"attn", "mlp"},
-            {"token", "position", "type", "patch", "cls", "head"},
-            {"encoder", "decoder"},
-        ),
-    )
-)
 
 
 @attrs.frozen
@@ -118,7 +66,7 @@ class Meaning:
         concepts: In words that libraries share, see ``concepts``.
         numbers: Numbers in the name that do not count blocks.
         is_gated: Whether the gate of an MLP is beside it, or it is one.
-        role: Which norm of its block it is, for a norm: a place of ``_PLACES``, or a number; empty where none tells.
+        role: Which norm of its block it is, for a norm: a place of ``PLACES``, or a number; empty where none tells.
         norms: The roles of all norms of the block, for a norm.
     """
 
@@ -231,12 +179,12 @@ def meanings_of(templates: Mapping[str, tuple[str, Index]]) -> dict[str, Meaning
     )
     ranks, gates = _ranks(modules), _gates(modules)
     said = {module: concepts(module, ranks, gates) for module in modules}
-    gated = {_parent(module) for module, words in said.items() if "gate" in words}
+    gated = {parent(module) for module, words in said.items() if "gate" in words}
     norms = _norms(said)
     return {
         module: Meaning(
             *((words, ()) if _halves(module, gates) else (words, _plain_numbers(module))),
-            _parent(module) in gated,
+            parent(module) in gated,
         )
         if module not in norms
         else attrs.evolve(norms[module], numbers=_plain_numbers(module))
@@ -278,26 +226,14 @@ def _split(name: str) -> tuple[str, str]:
     return (module + dot + fused[1], fused[2]) if fused else (name, "")
 
 
-def _words(segment: str) -> list[str]:
-    return [word.lower() for word in _WORD.findall(re.sub("<.>", "", segment))]
-
-
-def _parent(module: str) -> str:
-    return module.rstrip("._").rpartition(".")[0]
-
-
-def _last(module: str) -> str:
-    return module.rstrip("._").rpartition(".")[2]
-
-
 def _ranks(modules: Iterable[str]) -> dict[str, int]:
     """Module -> where its number comes among its siblings, from 1: some count from 0."""
     siblings: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for module in modules:
-        last = _last(module)
+        last = last_segment(module)
         stem = last.rstrip(_DIGITS)
         if stem and stem != last:
-            siblings.setdefault((_parent(module), stem), []).append((int(last[len(stem) :]), module))
+            siblings.setdefault((parent(module), stem), []).append((int(last[len(stem) :]), module))
     return {
         module: rank if len(group) > 1 else number
         for group in siblings.values()
@@ -309,7 +245,7 @@ def _gates(modules: Iterable[str]) -> dict[str, dict[str, str]]:
     """Parent of a gated MLP -> which of its children is what: with w3 (Llama) or v1 (DBRX), w1 is the gate."""
     children: dict[str, set[str]] = {}
     for module in modules:
-        children.setdefault(_parent(module), set()).add(_last(module))
+        children.setdefault(parent(module), set()).add(last_segment(module))
     return {
         parent: {"w1": "gate", up: "in"}
         for parent, names in children.items()
@@ -319,17 +255,17 @@ def _gates(modules: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def _halves(module: str, gates: Mapping[str, Mapping[str, str]]) -> bool:
-    return _last(module) in gates.get(_parent(module), ()) or _simple(_last(module)) in _HALVES
+    return last_segment(module) in gates.get(parent(module), ()) or simple(last_segment(module)) in HALVES
 
 
 def _plain_numbers(module: str) -> tuple[int, ...]:
     found: list[int] = []
     for segment in module.rstrip("._").split("."):
-        if _simple(segment) in _CONCEPTS:  # the number of dense_h_to_4h is none
+        if simple(segment) in CONCEPTS:  # the number of dense_h_to_4h is none
             number = segment[len(segment.rstrip(_DIGITS)) :]
             found += [int(number)] if number else []
         else:
-            found += [int(word) for word in _words(segment) if word.isdigit()]
+            found += [int(word) for word in words_of(segment) if word.isdigit()]
     return tuple(found)
 
 
@@ -339,7 +275,7 @@ def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
     for module, words in said.items():
         if "norm" in words and not words & {"q", "k", "v", "kv", "qkv"}:
             path = module.rstrip("._")
-            block, tail = _parent(module), _last(module)
+            block, tail = parent(module), last_segment(module)
             if ">" in path:
                 before, _, behind = path.rpartition(">")
                 stem, _, tail = behind.partition(".")
@@ -364,7 +300,7 @@ def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
 
 def _roles(tails: Mapping[str, str]) -> dict[str, str]:
     """Module -> its place in the block, in the order of these; empty where the names do not tell all places."""
-    places = {module: _place(tail) for module, tail in tails.items()}
+    places = {module: place_of(tail) for module, tail in tails.items()}
     if all(place.startswith("#") for place in places.values()):
         if len(set(places.values())) < len(places):
             return {}
@@ -377,90 +313,15 @@ def _roles(tails: Mapping[str, str]) -> dict[str, str]:
     elif "attn post" in found and "mlp" not in found and found & {"first", "attn"}:
         return {}  # it may be the one before the MLP here, too
     places = {module: "attn" if place == "first" else place for module, place in places.items()}
-    if len(set(places.values())) < len(places) or not set(places.values()) <= set(_PLACES):
+    if len(set(places.values())) < len(places) or not set(places.values()) <= set(PLACES):
         return {}
-    return dict(sorted(places.items(), key=lambda item: _PLACES.index(item[1])))
-
-
-def _place(tail: str) -> str:
-    """Which norm of a block a name below it means, as far as it says so."""
-    words = [word for segment in tail.split(".") for word in _words(segment)]
-    said = {concept for word in words for concept in _CONCEPTS.get(word, (word,))} | set(words)
-    if "feedforward" in "".join(words):
-        said.add("mlp")
-    behind = " post" if said & {"post", "after"} else ""
-    is_attn = bool(said & {"attn", "sa"})
-    if is_attn and "mlp" in said:
-        return ""
-    if said & {"cross", "encoder", "enc"}:
-        return f"cross{behind}"
-    if is_attn or "mlp" in said:
-        return f"{'attn' if is_attn else 'mlp'}{behind}"
-    if said & {"final", "output"}:
-        return "mlp"
-    if said & {"pre", "before", "input"}:
-        return "first"
-    if behind:
-        return "attn post"
-    others = [word for word in words if word not in _NORM_WORDS]
-    return f"#{others[0]}" if len(others) == 1 and others[0].isdigit() and len(tail.split(".")) == 1 else ""
-
-
-def _simple(segment: str) -> str:
-    return segment.replace("_", "").lower()
-
-
-def concepts(
-    module: str, ranks: Mapping[str, int], gates: Mapping[str, Mapping[str, str]] | None = None
-) -> frozenset[str]:
-    """What a name says, in words that libraries share; numbers as ``#1``.
-
-    Args:
-        module: Template of a layer.
-        ranks: Module -> the number that stands for its own.
-        gates: Parents of gated MLPs -> which of their children is what.
-    """
-    path = module.rstrip("._")
-    gate = (gates or {}).get(_parent(module), {}).get(_last(module))
-    segments = [segment for segment in path.split(".") if segment and not re.fullmatch("<.>", segment)]
-    said: list[str] = []
-    for number, segment in enumerate(segments):
-        simple = _simple(segment)
-        is_last = number == len(segments) - 1
-        if is_last and gate:
-            said += ["mlp", gate]
-            continue
-        if simple in _CONCEPTS:
-            said += _CONCEPTS[simple]
-            continue
-        for word in _words(segment):
-            if word.isdigit():
-                said.append(f"#{ranks.get(module, word) if is_last else word}")
-            else:
-                said += _CONCEPTS.get(word, (word,))
-    last = _simple(segments[-1]) if segments else ""
-    if len(segments) == 1 and last in _HEADS:
-        said = ["head"]
-    if last == "embeddings" and "token" not in said:
-        said.append("token")
-    found = set(said)
-    if "norm" in found and "<" in path and "final" in found:
-        found = found - {"final"} | {"#2"}
-    if "#1" not in found and "#2" not in found and {"norm"} < found and not found & {"q", "k"}:
-        # the norm that belongs to attention is the first of a block, that of the MLP the second
-        if "attn" in found:
-            found = found - {"attn", "out"} | {"#1"}
-        elif "mlp" in found or ("out" in found and "<" in path):
-            found = found - {"mlp", "out"} | {"#2"}
-    if "out" in found and "<" in path and not found & {"attn", "mlp", "patch"} and "output" in path.split("."):
-        found.add("mlp")
-    return frozenset(found)
+    return dict(sorted(places.items(), key=lambda item: PLACES.index(item[1])))
 
 
 def likeness(one: Layer, other: Layer) -> float:
     """How alike two names are, from 0 to about 1: the share of what they say that both say."""
-    both = sum(_WEIGHTS.get(word, 1.0) for word in one.concepts & other.concepts)
-    total = sum(_WEIGHTS.get(word, 1.0) for names in (one.concepts, other.concepts) for word in names)
+    both = sum(WEIGHTS.get(word, 1.0) for word in one.concepts & other.concepts)
+    total = sum(WEIGHTS.get(word, 1.0) for names in (one.concepts, other.concepts) for word in names)
     score = 2 * both / total if total else 0.0
     if one.path == other.path or one.path.endswith(f".{other.path}") or other.path.endswith(f".{one.path}"):
         score = max(score, 0.5) + 0.1
@@ -479,5 +340,5 @@ def has_conflict(one: Layer, other: Layer) -> bool:
         numbers = frozenset()
     return any(
         (left := one.concepts & group) and (right := other.concepts & group) and not left & right
-        for group in (*_EXCLUSIVE, numbers)
+        for group in (*EXCLUSIVE, numbers)
     )

@@ -8,10 +8,31 @@ from typing import Literal
 
 import attrs
 
+from noether_init_core.messages import listed
 from noether_init_core.suggest.layer_names import Index, Layer
 from noether_init_core.surgery.steps import Interpolate, Shape
 
-__all__ = ["Flip", "Pair", "Relation", "fit", "is_head", "listed_paths", "relation", "with_flips"]
+__all__ = [
+    "ALIKE",
+    "ALIKE_ONCE",
+    "MARGIN",
+    "MOST_COMPARISONS",
+    "Flip",
+    "Pair",
+    "Relation",
+    "fit",
+    "is_head",
+    "listed_paths",
+    "relation",
+    "with_flips",
+]
+
+# names that are this much alike are about the same layer: where its shape is found once on either side, and where not
+ALIKE_ONCE, ALIKE = 0.55, 0.6
+# by how much a name has to be nearer than the next one
+MARGIN = 0.1
+# layers of one shape are compared each with each; this many comparisons take about a second
+MOST_COMPARISONS = 60_000
 
 #: Whether matrices are transposed; ``square``: their shapes cannot tell; ``none``: there are no matrices.
 Flip = Literal["yes", "no", "square", "none"]
@@ -62,10 +83,9 @@ def is_head(layer: Layer) -> bool:
     return "head" in layer.concepts and "<" not in layer.template
 
 
-def listed_paths(layers: Iterable[Layer], most: int = 4) -> str:
+def listed_paths(layers: Iterable[Layer]) -> str:
     """Their paths, not too many."""
-    paths = [layer.path for layer in layers]
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+    return listed((layer.path for layer in layers), 4)
 
 
 def relation(source: Shape, target: Shape) -> Relation | None:

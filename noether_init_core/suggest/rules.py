@@ -9,13 +9,12 @@ from typing import Any
 
 import attrs
 
+from noether_init_core.messages import yaml_line
 from noether_init_core.suggest.layer_names import Layer, filled
 from noether_init_core.suggest.pairs import Pair
-from noether_init_core.surgery.patterns import parse_glob, parse_pattern
 from noether_init_core.surgery.steps import Concat, Reshape, Shape, Split, Stack, Step, Transpose, Unstack, written
-from noether_init_core.surgery.transforms import Drop, KeepModel, Move, Rule
 
-__all__ = ["Draft", "drafts_of", "merged", "rule_of_draft"]
+__all__ = ["Draft", "drafts_of", "merged"]
 
 _NUMBER = re.compile("[0-9]+")
 # captures for numbers within a segment; those of blocks are named from i on
@@ -29,7 +28,6 @@ class Draft:
     """A rule as a config writes it, with the pairs that it is for and why it is there."""
 
     config: Mapping[str, Any]
-    steps: tuple[Step, ...] = ()
     pairs: tuple[Pair, ...] = ()
     reason: str = ""
     doubts: tuple[str, ...] = ()
@@ -48,22 +46,6 @@ class _Move:
     target: Segments
     flip: bool | None
     pair: Pair
-
-
-def rule_of_draft(draft: Draft, label: str) -> Rule:
-    """The rule as ``transforms`` has it; ``label`` says where it stands. Raises ``ValueError`` for odd names."""
-    config = draft.config
-    if "drop" in config:
-        return Drop(tuple(map(parse_glob, _listed(config["drop"]))), label)
-    if "keep_model" in config:
-        return KeepModel(tuple(map(parse_glob, _listed(config["keep_model"]))), label)
-    sources = tuple(map(parse_pattern, _listed(config["from"])))
-    targets = tuple(map(parse_pattern, _listed(config["to"]))) if "to" in config else sources[:1]
-    return Move(sources, targets, draft.steps, label=label)
-
-
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
 
 
 def drafts_of(pairs: Sequence[Pair], *, general: bool = True) -> list[Draft]:
@@ -91,11 +73,9 @@ def merged(drafts: Sequence[Draft]) -> list[Draft]:
         if len(group) == 1:
             found.append(group[0])
             continue
-        source, target = key[:2]
-        config = {"from": source, **({"to": target} if target is not None else {})}
+        names = {field: name for field, name in zip(("from", "to"), key[:2], strict=True) if name is not None}
         pairs = tuple({id(pair): pair for draft in group for pair in draft.pairs}.values())
-        one = group[0]
-        found.append(attrs.evolve(one, config=_with_steps(config, one.steps), pairs=pairs))
+        found.append(attrs.evolve(group[0], config={**group[0].config, **names}, pairs=pairs))
     return found
 
 
@@ -115,7 +95,7 @@ def _without_number(draft: Draft) -> tuple[Any, ...] | None:
             None if text is None else f"{text[: at.start()]}<{letter}>{text[at.end() :]}"
             for text, at in ((source, number), (target, its[0] if its else number))
         ]
-        return (*names, draft.steps, draft.reason, draft.all_doubts)
+        return (*names, yaml_line(draft.config.get("do")), draft.reason, draft.all_doubts)
     return None
 
 
@@ -188,7 +168,7 @@ def _draft(source: Segments, target: Segments, flip: bool, moves: Sequence[_Move
     pairs = tuple({id(move.pair): move.pair for move in moves}.values())
     steps: tuple[Step, ...] = (Transpose(),) if flip else ()
     why = next((pair.why for pair in pairs if flip and pair.why), "")
-    return Draft(_with_steps(config, steps), steps, pairs, why)
+    return Draft(_with_steps(config, steps), pairs, why)
 
 
 def _special(pair: Pair) -> Iterator[Draft]:
@@ -238,7 +218,7 @@ def _written(pair: Pair, sources: list[str], targets: list[str], steps: tuple[St
     config: dict[str, Any] = {"from": sources if len(sources) > 1 else sources[0]}
     if targets != sources:
         config["to"] = targets if len(targets) > 1 else targets[0]
-    return Draft(_with_steps(config, steps), steps, (pair,), pair.why)
+    return Draft(_with_steps(config, steps), (pair,), pair.why)
 
 
 def _fused_steps(pair: Pair) -> tuple[Step, ...]:

@@ -9,9 +9,9 @@ from collections.abc import Hashable, Sequence
 import attrs
 
 from noether_init_core.suggest.layer_names import Layer, has_conflict, likeness
-from noether_init_core.suggest.matching import ALIKE, ALIKE_ONCE, MARGIN
-from noether_init_core.suggest.pairs import Flip, Pair, listed_paths
-from noether_init_core.surgery.steps import Interpolate, Shape
+from noether_init_core.suggest.pairs import ALIKE, ALIKE_ONCE, MARGIN, Flip, Pair, listed_paths
+from noether_init_core.surgery.problems import square_grids
+from noether_init_core.surgery.steps import Shape
 
 __all__ = ["fused", "resampled", "stacked"]
 
@@ -190,14 +190,9 @@ def resampled(source: Layer, target: Layer) -> Pair:
     have, want = source.shapes[()]["weight"], target.shapes[()]["weight"]
     pair = Pair((source,), (target,), ((),), "interpolate")
     shown = f"{source.path} is {list(have)}, {target.path} {list(want)}"
-    if len(have) < 2 or len(have) != len(want) or have[:-2] != want[:-2] or have[-1] != want[-1]:
+    if len(have) < 2 or len(have) != len(want) or (*have[:-2], have[-1]) != (*want[:-2], want[-1]):
         return pair.doubted(f"{shown}: they differ in more than the tokens", f"keep_model: {target.name('weight')}")
-    grids = [
-        Interpolate((rows, rows), (its, its), prefix)
-        for prefix in (0, 1, 2)
-        for rows, its in [(math.isqrt(max(have[-2] - prefix, 0)), math.isqrt(max(want[-2] - prefix, 0)))]
-        if rows > 1 and its > 1 and rows * rows == have[-2] - prefix and its * its == want[-2] - prefix
-    ]
+    grids = square_grids(have, want)
     others = (f"keep_model: {target.name('weight')}", "do: [interpolate: ...] with the grids that are meant")
     if not grids:
         return pair.doubted(f"{shown}: no square grids with 0, 1 or 2 other tokens fit", *others)

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import attrs
-import yaml
 
-from noether_init_core.suggest.layer_names import Layer, concepts, has_conflict, likeness
-from noether_init_core.suggest.matching import MOST_COMPARISONS
-from noether_init_core.suggest.pairing import Pairing
-from noether_init_core.suggest.pairs import Pair, is_head
-from noether_init_core.suggest.rules import Draft, drafts_of, merged, rule_of_draft
+from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.suggest.layer_names import Layer, has_conflict, likeness
+from noether_init_core.suggest.matching import Pairing
+from noether_init_core.suggest.pairs import MOST_COMPARISONS, Pair, is_head
+from noether_init_core.suggest.rules import Draft, drafts_of, merged
+from noether_init_core.suggest.suggestion import DEEPEST, LONGEST, SuggestedRule, Suggestion, Unsure, is_too_long
+from noether_init_core.suggest.vocabulary import concepts
 from noether_init_core.surgery.name_rules import bare_names
 from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.planner import Policies, plan_load
-from noether_init_core.surgery.transforms import Rule, Transforms
+from noether_init_core.surgery.transforms import Transforms
 
-__all__ = ["SuggestedRule", "Suggestion", "Unsure", "suggest"]
+__all__ = ["suggest"]
 
 # what models keep beside their parameters, and compute anew
 _COMPUTED = frozenset(
@@ -31,130 +31,6 @@ _COMPUTED = frozenset(
 )
 # nobody would read more, and RE2 cannot take many thousands at once
 _MOST_RULES = 500
-_MOST_SHOWN = 20
-# no model has longer or deeper names, and what looks at names takes them apart
-_LONGEST, _DEEPEST = 256, 32
-
-
-@attrs.frozen
-class SuggestedRule:
-    """One rule.
-
-    Attributes:
-        rule: As ``Transforms`` takes it.
-        config: As a config writes it, plain data.
-        reason: Why it is there, where that is not plain.
-        doubts: Why it may be wrong; none for a rule that names and shapes tell.
-    """
-
-    rule: Rule
-    config: Mapping[str, Any]
-    reason: str = ""
-    doubts: tuple[str, ...] = ()
-
-    @property
-    def is_sure(self) -> bool:
-        return not self.doubts
-
-    def to_yaml(self) -> str:
-        """The rule on one line, without the dash."""
-        return _on_one_line(dict(self.config))
-
-
-@attrs.frozen
-class Unsure:
-    """Something that names and shapes do not tell.
-
-    Attributes:
-        what: In short: ``first. -> alpha.``.
-        reason: Why it is not certain.
-        alternatives: What else may be meant, in words or as rules.
-        sources: Names of the file.
-        targets: Names of the model; what a rule does for them may be wrong.
-        is_suggested: Whether a rule does it; otherwise it is left to the reader.
-    """
-
-    what: str
-    reason: str
-    alternatives: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
-    is_suggested: bool = True
-
-
-@attrs.frozen
-class Suggestion:
-    """Rules, what they would do, and how far they are certain.
-
-    Attributes:
-        rules: In the order in which they have to stand.
-        source_root: What to write for ``source_root``; empty for nothing.
-        target_root: The same for ``target_root``.
-        plan: What these rules give, by ``plan_load``.
-        unsure: What names and shapes do not tell. Entries of the model that are in none of them are certain.
-        unmatched_sources: Names of the file that nothing would use.
-        unmatched_targets: Names of the model that would get nothing, and that no rule keeps.
-    """
-
-    rules: tuple[SuggestedRule, ...]
-    source_root: str
-    target_root: str
-    plan: LoadPlan
-    unsure: tuple[Unsure, ...] = ()
-    unmatched_sources: tuple[str, ...] = ()
-    unmatched_targets: tuple[str, ...] = ()
-
-    @property
-    def coverage(self) -> float:
-        """Share of the elements of the model's parameters that would come from the file, from 0 to 1."""
-        return self.plan.coverage()
-
-    @property
-    def is_fine(self) -> bool:
-        """Whether the plan with these rules has no problem, and no name was too long for it."""
-        return self.plan.is_fine and not any(map(_is_too_long, (*self.unmatched_sources, *self.unmatched_targets)))
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether names and shapes tell everything."""
-        return not self.unsure
-
-    @property
-    def transforms(self) -> Transforms:
-        """The rules, ready for ``plan_load``."""
-        return Transforms([one.rule for one in self.rules], source_root=self.source_root, target_root=self.target_root)
-
-    def config(self) -> dict[str, Any]:
-        """The fields for the config of an initializer: ``transforms``, and the roots where they are needed."""
-        roots = {"source_root": self.source_root, "target_root": self.target_root}
-        fields: dict[str, Any] = {key: root for key, root in roots.items() if root}
-        return {**fields, "transforms": [dict(one.config) for one in self.rules]} if self.rules else fields
-
-    def to_yaml(self) -> str:
-        """``config`` as text to paste, each rule on a line, with reasons and doubts as comments."""
-        lines = [f"{key}: {root}" for key, root in self.config().items() if key != "transforms"]
-        if self.rules:
-            lines.append("transforms:")
-        for one in self.rules:
-            lines += [f"  # unsure: {doubt}" for doubt in one.doubts]
-            lines += [f"  # {one.reason}"] if one.reason else []
-            lines.append(f"  - {one.to_yaml()}")
-        return "".join(f"{line}\n" for line in lines)
-
-    def __str__(self) -> str:
-        said = [self.to_yaml() or "# no rule is needed\n"]
-        said.append(f"coverage {100 * self.coverage:.1f} %, {'no problem' if self.is_fine else 'not yet fine:'}\n")
-        said += [f"  {problem.message}\n" for problem in self.plan.problems]
-        for one in self.unsure[:_MOST_SHOWN]:
-            said.append(f"unsure: {one.what}: {one.reason}\n")
-            said += [f"  or: {other}\n" for other in one.alternatives]
-        if len(self.unsure) > _MOST_SHOWN:
-            said.append(f"unsure: and {len(self.unsure) - _MOST_SHOWN} more\n")
-        for side, names in (("file", self.unmatched_sources), ("model", self.unmatched_targets)):
-            if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                said.append(f"unmatched in the {side}: {', '.join(map(_shown, names[:5]))}{more}\n")
-        return "".join(said).rstrip("\n")
 
 
 def suggest(
@@ -195,9 +71,9 @@ class _Suggesting:
         policies: Policies | None,
         hidden: frozenset[str],
     ) -> None:
-        self._too_long = tuple(tuple(filter(_is_too_long, specs)) for specs in (sources, targets))
-        sources = {name: spec for name, spec in sources.items() if not _is_too_long(name)}
-        targets = {name: spec for name, spec in targets.items() if not _is_too_long(name)}
+        self._too_long = tuple(tuple(filter(is_too_long, specs)) for specs in (sources, targets))
+        sources = {name: spec for name, spec in sources.items() if not is_too_long(name)}
+        targets = {name: spec for name, spec in targets.items() if not is_too_long(name)}
         self._part = PlanPart(model, "", (), sources, targets, hidden=hidden)
         self._policies = policies
         self._source_names = {bare: name for bare, name in bare_names(sources).items() if _can_say(bare)}
@@ -233,7 +109,7 @@ class _Suggesting:
         found = self._with_fewer(found, drafts)
         if any(self._too_long):
             mine, its = self._too_long
-            what, size = f"{len(mine) + len(its)} names", f"{_LONGEST} characters or {_DEEPEST} segments"
+            what, size = f"{len(mine) + len(its)} names", f"{LONGEST} characters or {DEEPEST} segments"
             self._unsure.append(Unsure(what, f"longer than {size}", (), mine, its, is_suggested=False))
         if surplus:
             what = f"{len(surplus)} more rules"
@@ -389,7 +265,7 @@ class _Suggesting:
 
     def _rooted(self, moves: list[Draft], drops: Sequence[Draft]) -> tuple[list[Draft], str, str]:
         """The moves and both roots: one moved prefix of everything is said by a root alone."""
-        if len(moves) == 1 and not drops and not moves[0].steps:
+        if len(moves) == 1 and not drops and "do" not in moves[0].config:
             source, target = moves[0].config["from"], moves[0].config.get("to")
             root = source.removesuffix("<rest..>")
             if target == "<rest..>" and all(name.startswith(root) for name in self._source_names):
@@ -430,13 +306,8 @@ def _below(draft: Draft, root: str) -> Draft:
 
 
 def _suggested(number: int, draft: Draft) -> SuggestedRule:
-    label = f"transforms[{number}] {_on_one_line(dict(draft.config))}"
-    return SuggestedRule(rule_of_draft(draft, label), draft.config, draft.reason, draft.all_doubts)
-
-
-def _on_one_line(config: dict[str, Any]) -> str:
-    text: str = yaml.safe_dump(config, default_flow_style=True, sort_keys=False, width=1 << 20, allow_unicode=True)
-    return text.strip()
+    rule = rule_of(TransformConfig.model_validate(draft.config), f"transforms.{number}")
+    return SuggestedRule(rule, draft.config, draft.reason, draft.all_doubts)
 
 
 def _tied(targets: Mapping[str, TargetSpec], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -450,14 +321,6 @@ def _tied(targets: Mapping[str, TargetSpec], names: Mapping[str, str]) -> dict[s
 def _done(plan: LoadPlan) -> list[tuple[object, ...]]:
     """What a plan does, whichever rules say so."""
     return [(row.key, row.action, row.sources, row.part, row.parts, row.steps) for row in plan.rows]
-
-
-def _is_too_long(name: str) -> bool:
-    return len(name) > _LONGEST or name.count(".") >= _DEEPEST
-
-
-def _shown(name: str) -> str:
-    return name if len(name) <= 200 else f"{name[:100]}..({len(name)} characters)"
 
 
 def _can_say(name: str) -> bool:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from noether_init_core.messages import listed, yaml_line
 from noether_init_core.surgery.name_rules import NameMatch, near, single_rename
 from noether_init_core.surgery.rows import PlanPart, PlanRow, Problem
-from noether_init_core.surgery.steps import Interpolate, Step, Transpose, shapes_after, written
+from noether_init_core.surgery.steps import Interpolate, Shape, Step, Transpose, shapes_after, written
 
-__all__ = ["KEEP_MODEL_HINT", "Problems"]
+__all__ = ["KEEP_MODEL_HINT", "Problems", "square_grids"]
 
 #: What is said beside entries that could keep the model's value, where there is a rule for it.
 KEEP_MODEL_HINT = "To keep the model's own values there add: {line}"
@@ -204,12 +204,21 @@ def _mending_step(row: PlanRow) -> Step | None:
     source, target = row.source_shapes[0], row.shape
     if source != target and Transpose().shapes([source]) == [target]:
         return Transpose()
-    if "pos" in row.key.lower() and (*source[:-2], source[-1]) == (*target[:-2], target[-1]):
-        for prefix in (1, 0, 2):
-            rows, to_rows = (math.isqrt(max(tokens - prefix, 0)) for tokens in (source[-2], target[-2]))
-            if min(rows, to_rows) > 1 and (rows**2 + prefix, to_rows**2 + prefix) == (source[-2], target[-2]):
-                return Interpolate((rows, rows), (to_rows, to_rows), prefix)
-    return None
+    grids = square_grids(source, target) if "pos" in row.key.lower() else []
+    # a class token is the commonest
+    return min(grids, key=lambda step: (1, 0, 2)[step.prefix_tokens], default=None)
+
+
+def square_grids(source: Shape, target: Shape) -> list[Interpolate]:
+    """The steps from one square grid of tokens to another, with 0 to 2 other tokens in front, that fit."""
+    if (*source[:-2], source[-1]) != (*target[:-2], target[-1]):
+        return []
+    found = []
+    for prefix in (0, 1, 2):
+        rows, to_rows = (math.isqrt(max(tokens - prefix, 0)) for tokens in (source[-2], target[-2]))
+        if min(rows, to_rows) > 1 and (rows**2 + prefix, to_rows**2 + prefix) == (source[-2], target[-2]):
+            found.append(Interpolate((rows, rows), (to_rows, to_rows), prefix))
+    return found
 
 
 def _group(name: str) -> str:
