@@ -24,33 +24,9 @@ __all__ = ["RankJob", "RankResult", "run_rank", "work_at_import"]
 
 _TIMEOUT_S = 120.0
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-#: Audit events that stand for work. Reading files is what an import does.
-_WORK = {
-    "os.chdir": "changes the working folder to",
-    "os.chmod": "changes the mode of",
-    "os.exec": "becomes",
-    "os.fork": "starts a process",
-    "os.forkpty": "starts a process",
-    "os.link": "links",
-    "os.mkdir": "creates the folder",
-    "os.posix_spawn": "starts the process",
-    "os.putenv": "sets the environment variable",
-    "os.remove": "removes",
-    "os.rename": "renames",
-    "os.rmdir": "removes the folder",
-    "os.spawn": "starts the process",
-    "os.symlink": "links",
-    "os.system": "runs",
-    "os.truncate": "empties",
-    "os.utime": "changes the time of",
-    "socket.bind": "listens on",
-    "socket.connect": "connects to",
-    "socket.getaddrinfo": "looks up the host",
-    "socket.gethostbyname": "looks up the host",
-    "socket.sendmsg": "sends to",
-    "socket.sendto": "sends to",
-    "subprocess.Popen": "starts the process",
-}
+#: Audit events of these modules stand for work; reading files is what an import does.
+_WORKERS = ("os", "socket", "subprocess")
+_LOOKS = {"os.fwalk", "os.getxattr", "os.listdir", "os.listxattr", "os.scandir", "os.walk", "socket.__new__"}
 
 
 def work_at_import(module: str, distribution: str = "") -> list[str]:
@@ -151,8 +127,8 @@ def _watch_import(module: str, dependencies: Sequence[str]) -> list[str]:
         about = os.fsdecode(arguments[0]) if arguments and isinstance(arguments[0], str | bytes) else str(arguments[:2])
         if "__pycache__" in about:  # Python keeps what it compiled
             return
-        if event in _WORK:
-            found.append(f"{_WORK[event]} {about}")
+        if event.partition(".")[0] in _WORKERS and event not in _LOOKS:
+            found.append(f"calls {event}: {about}")
         elif event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES:
             found.append(f"opens {about} for writing")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import hashlib
@@ -13,16 +14,18 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from noether_init_core.messages import listed
+from noether_init_core.nested import equal
 from noether_init_core.protocols import leaf_models
 
-__all__ = ["differences", "open_files", "state_of_files", "state_of_model", "state_of_process"]
+__all__ = ["differences", "open_files", "state_of_files", "state_of_model", "state_of_process", "unchanged"]
 
 
 def state_of_model(model: Any) -> dict[str, Any]:
@@ -129,16 +132,13 @@ def open_files(*folders: Path) -> list[str] | None:
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """The names under which the two differ: changed, gone, or new."""
     names = dict.fromkeys([*before, *after])
-    return [name for name in names if not (name in before and name in after and _same(before[name], after[name]))]
+    return [name for name in names if not (name in before and name in after and equal(before[name], after[name]))]
 
 
-def _same(first: Any, other: Any) -> bool:
-    if isinstance(first, torch.Tensor) or isinstance(other, torch.Tensor):
-        return (
-            isinstance(first, torch.Tensor)
-            and isinstance(other, torch.Tensor)
-            and first.dtype == other.dtype
-            and first.shape == other.shape
-            and torch.equal(first, other)
-        )
-    return bool(first == other)
+@contextlib.contextmanager
+def unchanged(look: Callable[[], Mapping[str, Any]], what: str, advice: str = "") -> Iterator[None]:
+    """``look()`` must find the same after the block as before it; else ``what`` changed, and ``advice`` follows."""
+    before = look()
+    yield
+    changed = differences(before, look())
+    assert not changed, f"{what} changed {listed(changed)}{advice and '. '}{advice}"

@@ -8,7 +8,7 @@ positions in the containers around it, the name of its type, and a detail.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -17,13 +17,15 @@ import torch
 
 from noether_init_core.errors import StateMismatchError, type_of
 
-__all__ = ["Plain", "like", "plain", "restored"]
+__all__ = ["Plain", "plain", "restored"]
 
 _SCALARS = (bool, int, float, str)
 _FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)}
 #: Letters of NumPy's dtypes: numbers that tensors hold, and scalars that are plain numbers or texts.
 _ARRAYS, _NUMBERS = "biufc", "biufU"
 _METADATA = "_metadata"
+#: What is written as a list or tuple and comes back by its own name.
+_FROM_LISTS: dict[str, Any] = {kind.__name__: kind for kind in (set, frozenset, torch.Size)}
 
 
 @attrs.frozen(eq=False)
@@ -42,82 +44,70 @@ def plain(value: Any, place: str) -> Plain:
     arbitrary object in it could not be read by a safe loader, and would not give back what was saved.
     """
     types: list[list[Any]] = []
-    return Plain(_Describer(types).of(value, place, ()), types)
+    return Plain(_described(value, place, (), types), types)
 
 
-class _Describer:
-    def __init__(self, types: list[list[Any]]) -> None:
-        self._types = types
+def _described(value: Any, place: str, at: tuple[int, ...], types: list[list[Any]]) -> Any:
+    def note(name: str, detail: Any = None) -> None:
+        types.append([list(at), name, detail])
 
-    def of(self, value: Any, place: str, at: tuple[int, ...]) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.detach()
-        if value is None or type(value) in _SCALARS:
-            return value
-        if isinstance(value, numpy.generic):
-            return self._scalar(value, place, at)
-        if type(value) is numpy.ndarray:
-            return self._array(value, place, at)
-        if type(value) in (dict, collections.OrderedDict, collections.Counter, collections.defaultdict):
-            return self._mapping(value, place, at)
-        if type(value) in (list, set, frozenset, collections.deque):
-            if type(value) is not list:
-                self._note(at, type(value).__name__, getattr(value, "maxlen", None))
-            return [self.of(item, f"{place}.{number}", (*at, number)) for number, item in enumerate(value)]
-        if type(value) in (tuple, torch.Size) or (isinstance(value, tuple) and hasattr(value, "_fields")):
-            if type(value) is torch.Size:
-                self._note(at, "Size")
-            elif type(value) is not tuple:
-                self._note(at, "namedtuple", _class_name(type(value)))
-            return tuple(self.of(item, f"{place}.{number}", (*at, number)) for number, item in enumerate(value))
-        raise StateMismatchError(
-            f"{place} is a {_class_name(type(value))}, which a checkpoint cannot hold. "
-            "Next: let its state_dict() return numbers, texts, tensors, arrays, and lists or dicts of these"
-        )
-
-    def _note(self, at: tuple[int, ...], kind: str, detail: Any = None) -> None:
-        self._types.append([list(at), kind, detail])
-
-    def _scalar(self, value: Any, place: str, at: tuple[int, ...]) -> Any:
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if value is None or kind in _SCALARS:
+        return value
+    if isinstance(value, numpy.generic):
         item = value.item()
         if type(item) not in _SCALARS or value.dtype.kind not in _NUMBERS:
             raise StateMismatchError(f"{place} is a NumPy scalar of {value.dtype}, which a checkpoint cannot hold")
-        self._note(at, "scalar", value.dtype.str)
+        note("scalar", value.dtype.str)
         return item
-
-    def _array(self, value: Any, place: str, at: tuple[int, ...]) -> torch.Tensor:
+    if kind is numpy.ndarray:
         try:
             tensor = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
         except TypeError as error:
             raise StateMismatchError(f"{place} is a NumPy array of {value.dtype}, which no tensor can hold") from error
-        self._note(at, "ndarray", value.dtype.str)
+        note("ndarray", value.dtype.str)
         return tensor
-
-    def _mapping(self, value: Any, place: str, at: tuple[int, ...]) -> dict[Any, Any]:
-        kind = type(value)
-        if kind is collections.defaultdict:
-            factory = value.default_factory
-            name = next((name for name, known in _FACTORIES.items() if known is factory), "another")
-            self._note(at, "defaultdict", None if factory is None else name)
-        elif kind is not dict:
-            metadata = getattr(value, _METADATA, None)
-            said = None if metadata is None else plain({**metadata}, f"{place}.{_METADATA}")
-            if said is not None and said.types:
-                raise StateMismatchError(f"{place}.{_METADATA} holds more than plain values")
-            self._note(at, kind.__name__, None if said is None else said.value)
+    if kind in (dict, collections.OrderedDict, collections.Counter, collections.defaultdict):
+        if kind is not dict:
+            note(kind.__name__, _detail(value, place))
         found = {}
         keys = []
         for number, (key, item) in enumerate(value.items()):
-            plain_key = key
-            if isinstance(key, numpy.generic):
-                plain_key = key.item()
-                keys.append([number, key.dtype.str])
+            plain_key = key.item() if isinstance(key, numpy.generic) else key
             if not (plain_key is None or type(plain_key) in _SCALARS):
                 raise StateMismatchError(f"{place} has the key {key!r}, {type_of(key)}; keys must be texts or numbers")
-            found[plain_key] = self.of(item, f"{place}.{key}", (*at, number))
+            if plain_key is not key:
+                keys.append([number, key.dtype.str])
+            found[plain_key] = _described(item, f"{place}.{key}", (*at, number), types)
         if keys:
-            self._note(at, "keys", keys)
+            note("keys", keys)
         return found
+    is_named = isinstance(value, tuple) and hasattr(value, "_fields")
+    if not is_named and kind not in (list, tuple, *_FROM_LISTS.values(), collections.deque):
+        raise StateMismatchError(
+            f"{place} is a {_class_name(kind)}, which a checkpoint cannot hold. "
+            "Next: let its state_dict() return numbers, texts, tensors, arrays, and lists or dicts of these"
+        )
+    if is_named:
+        note("namedtuple", _class_name(kind))
+    elif kind not in (list, tuple):
+        note(kind.__name__, getattr(value, "maxlen", None))
+    items = [_described(item, f"{place}.{number}", (*at, number), types) for number, item in enumerate(value)]
+    return tuple(items) if isinstance(value, tuple) else items
+
+
+def _detail(value: Any, place: str) -> Any:
+    """What a dict of ``collections`` has besides its items: a factory, by name, or the versions of a state dict."""
+    if isinstance(value, collections.defaultdict):
+        factory = value.default_factory
+        return factory and next((name for name, known in _FACTORIES.items() if known is factory), "another")
+    metadata = getattr(value, _METADATA, None)
+    said = None if metadata is None else plain({**metadata}, f"{place}.{_METADATA}")
+    if said is not None and said.types:
+        raise StateMismatchError(f"{place}.{_METADATA} holds more than plain values")
+    return said and said.value
 
 
 def restored(saved: Plain, template: Any, place: str) -> Any:
@@ -131,67 +121,64 @@ def restored(saved: Plain, template: Any, place: str) -> Any:
         types: dict[tuple[int, ...], dict[str, Any]] = {}
         for at, kind, detail in saved.types:
             types.setdefault(tuple(at), {})[kind] = detail
-        return _Restorer(types).of(saved.value, template, place, ())
+        return _restored(saved.value, template, place, (), types)
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, StateMismatchError):
             raise
         raise StateMismatchError(f"the types that the checkpoint says of {place} do not fit: {error}") from error
 
 
-class _Restorer:
-    def __init__(self, types: Mapping[tuple[int, ...], Mapping[str, Any]]) -> None:
-        self._types = types
+_Types = Mapping[tuple[int, ...], Mapping[str, Any]]
 
-    def of(self, value: Any, template: Any, place: str, at: tuple[int, ...]) -> Any:
-        said = self._types.get(at, {})
-        if isinstance(value, Mapping):
-            return self._mapping(value, template, place, at, said)
-        if isinstance(value, list | tuple):
-            known = list(template) if isinstance(template, list | tuple | collections.deque) else []
-            known += [None] * (len(value) - len(known))
-            items = [
-                self.of(item, known[number], f"{place}.{number}", (*at, number)) for number, item in enumerate(value)
-            ]
-            return self._sequence(items, type(value), template, place, said)
-        if "ndarray" in said:
-            dtype = _dtype(said["ndarray"], _ARRAYS)
-            return value.detach().cpu().numpy().astype(dtype)
-        return _dtype(said["scalar"], _NUMBERS).type(value) if "scalar" in said else value
 
-    @staticmethod
-    def _sequence(items: list[Any], plain_kind: Any, template: Any, place: str, said: Mapping[str, Any]) -> Any:
-        if "deque" in said:
-            return collections.deque(items, said["deque"])
-        if "namedtuple" in said:
-            if _class_name(type(template)) != said["namedtuple"]:
-                raise StateMismatchError(
-                    f"{place} was a {said['namedtuple']} when saved, and is {type_of(template)} now, so that the class "
-                    "is not known. Next: let the object have such a value before its state is loaded, or save a tuple"
-                )
-            return type(template)(*items)
-        kinds: dict[str, Callable[[Iterable[Any]], Any]] = {"set": set, "frozenset": frozenset, "Size": torch.Size}
-        return next((kinds[kind](items) for kind in said if kind in kinds), plain_kind(items))
-
-    def _mapping(
-        self, value: Mapping[Any, Any], template: Any, place: str, at: tuple[int, ...], said: Mapping[str, Any]
-    ) -> Any:
+def _restored(value: Any, template: Any, place: str, at: tuple[int, ...], types: _Types) -> Any:
+    said = types.get(at, {})
+    if isinstance(value, Mapping):
         known = template if isinstance(template, Mapping) else {}
         dtypes = {number: _dtype(name, _NUMBERS) for number, name in said.get("keys", ())}
-        items = {}
+        found = {}
         for number, (key, item) in enumerate(value.items()):
             whole = dtypes[number].type(key) if number in dtypes else key
-            items[whole] = self.of(item, known.get(whole), f"{place}.{key}", (*at, number))
-        if "Counter" in said:
-            return collections.Counter(items)
-        if "OrderedDict" in said:
-            ordered = collections.OrderedDict(items)
-            if said["OrderedDict"] is not None:
-                metadata = collections.OrderedDict((path, dict(of)) for path, of in said["OrderedDict"].items())
-                setattr(ordered, _METADATA, metadata)  # as torch.nn.Module.state_dict does
-            return ordered
-        if "defaultdict" in said:
-            return collections.defaultdict(_factory(said["defaultdict"], template, place), items)
-        return items
+            found[whole] = _restored(item, known.get(whole), f"{place}.{key}", (*at, number), types)
+        return _mapping(found, template, place, said)
+    if isinstance(value, list | tuple):
+        there = list(template) if isinstance(template, list | tuple | collections.deque) else []
+        there += [None] * (len(value) - len(there))
+        items = [
+            _restored(item, there[number], f"{place}.{number}", (*at, number), types)
+            for number, item in enumerate(value)
+        ]
+        return _sequence(items, type(value), template, place, said)
+    if "ndarray" in said:
+        return value.detach().cpu().numpy().astype(_dtype(said["ndarray"], _ARRAYS))
+    return _dtype(said["scalar"], _NUMBERS).type(value) if "scalar" in said else value
+
+
+def _sequence(items: list[Any], plain_kind: Any, template: Any, place: str, said: Mapping[str, Any]) -> Any:
+    if "deque" in said:
+        return collections.deque(items, said["deque"])
+    if "namedtuple" in said:
+        if _class_name(type(template)) != said["namedtuple"]:
+            raise StateMismatchError(
+                f"{place} was a {said['namedtuple']} when saved, and is {type_of(template)} now, so that the class "
+                "is not known. Next: let the object have such a value before its state is loaded, or save a tuple"
+            )
+        return type(template)(*items)
+    return next((_FROM_LISTS[kind](items) for kind in said if kind in _FROM_LISTS), plain_kind(items))
+
+
+def _mapping(items: dict[Any, Any], template: Any, place: str, said: Mapping[str, Any]) -> Any:
+    if "Counter" in said:
+        return collections.Counter(items)
+    if "OrderedDict" in said:
+        ordered = collections.OrderedDict(items)
+        if said["OrderedDict"] is not None:
+            metadata = collections.OrderedDict((path, dict(of)) for path, of in said["OrderedDict"].items())
+            setattr(ordered, _METADATA, metadata)  # as torch.nn.Module.state_dict does
+        return ordered
+    if "defaultdict" in said:
+        return collections.defaultdict(_factory(said["defaultdict"], template, place), items)
+    return items
 
 
 def _factory(name: str | None, template: Any, place: str) -> Any:
@@ -214,51 +201,3 @@ def _dtype(name: Any, kinds: str) -> Any:
 
 def _class_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def like(template: Any, value: Any) -> Any:
-    """``value`` of a file that does not say its types, in those of ``template``: the state that its owner has now.
-
-    Files had no types at first. The types are a guess: where a value would not be the same in them, or
-    ``template`` says nothing, ``value`` stays plain. Containers are new ones.
-    """
-    if isinstance(value, Mapping):
-        known = template if isinstance(template, Mapping) else {}
-        items = {key: like(known.get(key), item) for key, item in value.items()}
-        if isinstance(template, collections.Counter):
-            return collections.Counter(items)
-        if isinstance(template, collections.defaultdict):
-            return collections.defaultdict(template.default_factory, items)
-        if isinstance(template, collections.OrderedDict):
-            ordered = collections.OrderedDict(items)
-            if hasattr(template, "_metadata"):
-                ordered._metadata = template._metadata  # type: ignore[attr-defined]  # as torch.nn.Module does
-            return ordered
-        return items
-    if isinstance(value, list | tuple):
-        if isinstance(template, set | frozenset):
-            return type(template)(value)
-        if isinstance(template, collections.deque):
-            return collections.deque(value, template.maxlen)
-        if isinstance(template, list | tuple) and len(template) == len(value):
-            items_ = [like(known, item) for known, item in zip(template, value, strict=True)]
-        else:
-            items_ = [like(None, item) for item in value]
-        if isinstance(template, tuple) and hasattr(template, "_fields"):
-            return type(template)(*items_)
-        return type(value)(items_)
-    if isinstance(template, numpy.ndarray) and isinstance(value, torch.Tensor):
-        return value.cpu().numpy().copy()
-    if isinstance(template, numpy.generic) and isinstance(value, bool | int | float | complex | str):
-        return _if_same(template.dtype.type, value)
-    return value
-
-
-def _if_same(kind: Callable[[Any], Any], value: Any) -> Any:
-    """``kind(value)``, unless that is another number, or none."""
-    try:
-        with numpy.errstate(all="ignore"):
-            converted = kind(value)
-    except (ArithmeticError, TypeError, ValueError):
-        return value
-    return converted if converted == value or (converted != converted and value != value) else value

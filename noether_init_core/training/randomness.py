@@ -13,6 +13,7 @@ import numpy
 import torch
 
 from noether_init_core.errors import StateMismatchError, type_of
+from noether_init_core.nested import equal
 
 __all__ = ["check_rng", "derive_seed", "put_rng", "same_rng", "seed_everything", "seeded", "take_rng"]
 
@@ -94,12 +95,7 @@ def check_rng(state: Mapping[str, Any]) -> None:
 
 def same_rng(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two states that ``take_rng`` found are those of one moment, as far as the CPU can tell."""
-    return (
-        torch.equal(first["torch"].cpu(), second["torch"].cpu())
-        and _python_state(first) == _python_state(second)
-        and torch.equal(first["numpy"]["state"], second["numpy"]["state"])
-        and first["numpy"]["position"] == second["numpy"]["position"]
-    )
+    return equal({**first, "cuda": ()}, {**second, "cuda": ()})
 
 
 def put_rng(state: Mapping[str, Any]) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from noether_init_core.errors import ConfigError, InitError, StateMismatchError, type_of
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.messages import listed
 from noether_init_core.training.loader import Position, TrainingLoader
-from noether_init_core.training.plain_state import Plain, like, plain, restored
+from noether_init_core.training.plain_state import Plain, plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
 __all__ = ["TrainerState"]
@@ -191,22 +192,16 @@ class TrainerState:
         shuffle: bool = True,
         drop_last: bool = False,
         accumulate: int = 1,
-        num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
-        pin_memory: bool = False,
-        timeout: float = 0,
-        worker_init_fn: Callable[[int], None] | None = None,
-        multiprocessing_context: Any = None,
-        prefetch_factor: int | None = None,
-        persistent_workers: bool = False,
+        **options: Any,
     ) -> TrainingLoader:
         """The training data, resumed at the consumed position. May be called before or after the state is loaded.
 
         Each ``for`` over it is the rest of the current epoch. What is random in ``dataset`` and ``collate_fn`` is
         seeded per batch, whether workers run it or not, so that ``num_workers`` and ``prefetch_factor`` may change at
         any time without changing a number. An epoch without ``advance()`` is an error, unless ``accumulate``, the
-        number of batches that one step takes, is larger. The other options are those of
-        ``torch.utils.data.DataLoader``.
+        number of batches that one step takes, is larger. Other options (``num_workers``, ``pin_memory``, ...) are
+        those of ``torch.utils.data.DataLoader``, without ``sampler``, ``batch_sampler`` and ``generator``.
 
         Between save and resume the number of samples must stay the same; ``batch_size``, ``shuffle`` and
         ``drop_last`` must, too, unless the checkpoint was saved at the end of an epoch: from there on, changed ones
@@ -228,13 +223,7 @@ class TrainerState:
             drop_last=drop_last,
             accumulate=accumulate,
             collate_fn=collate_fn,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            timeout=timeout,
-            worker_init_fn=worker_init_fn,
-            multiprocessing_context=multiprocessing_context,
-            prefetch_factor=prefetch_factor,
-            persistent_workers=persistent_workers,
+            **options,
         )
         if self._stored_layout is not None:
             _raise_for(loader.layout.differences(self._stored_layout, self._position.batch))
@@ -366,20 +355,21 @@ class TrainerState:
         unknown = [name for name in stored if name not in self._stateful]
         problems = []
         if missing:
-            problems.append(f"the checkpoint has no state of {', '.join(missing)}; it has {_listed(stored)}")
+            problems.append(
+                f"the checkpoint has no state of {', '.join(missing)}; it has {listed(stored, none='none')}"
+            )
         if unknown:
+            named = ", ".join(f"{name}=..." for name in unknown)
             problems.append(
                 f"the checkpoint has state of {', '.join(unknown)}, which this run does not have; it has "
-                f"{_listed(self._stateful)}. Next: TrainerState(..., {', '.join(f'{name}=...' for name in unknown)})"
+                f"{listed(self._stateful, none='none')}. Next: TrainerState(..., {named})"
             )
         return problems
 
     @staticmethod
     def _restored(ours: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of each object, of the types that were saved; files had none at first."""
-        stored, types = ours["stateful"], ours.get("types")
-        if types is None:
-            return {name: like(template, stored[name]) for name, template in before.items()}
+        """The state of each object, of the types that were saved."""
+        stored, types = ours["stateful"], ours.get("types", {})
         if not isinstance(types, Mapping) or not all(isinstance(types.get(name), list) for name in before):
             _raise_for(["the types of its values are missing"])
         return {name: restored(Plain(stored[name], types[name]), template, name) for name, template in before.items()}
@@ -432,7 +422,3 @@ def _check_member(name: str, member: Any) -> None:
 def _raise_for(problems: list[str]) -> None:
     if problems:
         raise StateMismatchError("the trainer's state does not fit: " + "; ".join(problems), problems=problems)
-
-
-def _listed(names: Mapping[str, Any]) -> str:
-    return ", ".join(names) or "none"

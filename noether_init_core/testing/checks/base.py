@@ -13,6 +13,7 @@ from noether_init_core import kinds
 from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.files.storage.artifact_cache import CACHE_VARIABLE
 from noether_init_core.initializers.base import InitializerBase
+from noether_init_core.nested import equal
 from noether_init_core.protocols import leaf_models
 from noether_init_core.sets.provenance import InitReport
 from noether_init_core.stack.stack import InitializerStack
@@ -114,7 +115,7 @@ class Checks:
             for name, value in state.items():
                 assert not value.is_meta, f"{path}: {name} is still on the meta device"
                 right = wanted[name].to(value.dtype)
-                assert _bits(value) == _bits(right), f"{path}: {name} holds {value.tolist()}, not {right.tolist()}"
+                assert equal(value, right), f"{path}: {name} holds {value.tolist()}, not {right.tolist()}"
 
     def assert_shape_is_served(self, answer: Answer, case: Case, make_config: MakeConfig, expected: Expected) -> None:
         """Open: the right values arrive. Closed: it is refused by an error of ours, and nothing has changed."""
@@ -146,8 +147,3 @@ class Checks:
             "trainer": case.trainer.number,
             **{f"callback {number}": callback.number for number, callback in enumerate(case.callbacks)},
         }
-
-
-def _bits(tensor: torch.Tensor) -> tuple[Any, ...]:
-    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return tuple(tensor.shape), tensor.dtype, bytes(values.tolist())

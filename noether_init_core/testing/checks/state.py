@@ -20,6 +20,7 @@ from noether_init_core.testing.snapshots import (
     state_of_files,
     state_of_optimizer,
     state_of_process,
+    unchanged,
 )
 
 __all__ = ["StateChecks"]
@@ -32,13 +33,11 @@ class StateChecks(Checks):
         """The state of the source's optimizer, if the kind restores it; else the optimizer is not touched."""
         case = new_case("single")
         optimizer = case.model.optimizer
-        before = state_of_optimizer("net", optimizer)
-        self.initialize(case, make_config(case))
-        after = state_of_optimizer("net", optimizer)
         if not self.restores_optimizer.is_open:
-            changed = differences(before, after)
-            assert not changed, f"restores_optimizer is closed, but these changed: {', '.join(changed[:5])}"
+            with unchanged(lambda: state_of_optimizer("net", optimizer), "restores_optimizer is closed, but the kind"):
+                self.initialize(case, make_config(case))
             return
+        self.initialize(case, make_config(case))
         rates = [group["lr"] for group in case.source.optimizer["net"]["param_groups"]]
         assert [group["lr"] for group in optimizer.param_groups] == rates, "the learning rates are not the source's"
         wanted = {
@@ -47,6 +46,7 @@ class StateChecks(Checks):
             for name, value in values.items()
         }
         assert wanted
+        after = state_of_optimizer("net", optimizer)
         wrong = differences(wanted, {name: value for name, value in after.items() if name in wanted})
         assert not wrong, f"not the source's: {', '.join(wrong[:5])}"
 
@@ -71,10 +71,8 @@ class StateChecks(Checks):
         kinds.resolve(self.kind)  # what the import does, another check looks at
         # not where a seed leads to: an earlier test may have been left there
         torch.rand(()), np.random.random(), random.random()
-        before = state_of_process()
-        self.initialize(case, config)
-        changed = differences(before, state_of_process())
-        assert not changed, f"changed: {', '.join(changed)}. Use a torch.Generator of your own, and context managers"
+        with unchanged(state_of_process, "the kind", "Use a torch.Generator of your own, and context managers"):
+            self.initialize(case, config)
 
     def test_disk_is_left_as_it_was(
         self, new_case: NewCase, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,10 +84,8 @@ class StateChecks(Checks):
         here.mkdir()
         monkeypatch.chdir(here)
         folders = case.source.paths.output_root, case.source.file.parent, here
-        before = state_of_files(*folders)
-        self.initialize(case, config)
-        changed = differences(before, state_of_files(*folders))
-        assert not changed, f"changed on disk: {', '.join(changed[:5])}"
+        with unchanged(lambda: state_of_files(*folders), "the kind"):
+            self.initialize(case, config)
 
     def test_files_are_closed(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """After the initialization no file of the source is held open, of which long trainings run out."""
