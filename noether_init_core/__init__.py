@@ -47,8 +47,11 @@ if TYPE_CHECKING:
     from noether_init_core.files.storage.handle import Storage
     from noether_init_core.initializers.base import InitializerBase
     from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
+    from noether_init_core.initializers.location import LocateQuery, Part, Source
+    from noether_init_core.initializers.outcome import LoadedFile, Outcome
     from noether_init_core.initializers.parameters import NameGlobs, named_parameters
-    from noether_init_core.initializers.source import Part, Source, SourceInitializer, SourceInitializerConfig
+    from noether_init_core.initializers.source import SourceInitializer
+    from noether_init_core.initializers.source_config import OptimizerStateConfig, SourceInitializerConfig
     from noether_init_core.iteration import TrainingIteration
     from noether_init_core.kinds.any_initializer import AnyInitializer
     from noether_init_core.kinds.hookspec import CONTRACT_VERSION, hookimpl, hookspec
@@ -62,7 +65,7 @@ if TYPE_CHECKING:
     from noether_init_core.sets.store import RunStore
     from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.stopwatch import Timing
-    from noether_init_core.surgery.plan import LoadPlan
+    from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
     from noether_init_core.training import TrainerState
 
     __version__: str
@@ -100,13 +103,19 @@ __all__ = [
     "KindImportError",
     "Lineage",
     "LoadPlan",
+    "LoadedFile",
+    "LocateQuery",
     "NameGlobs",
     "NoGoodSetError",
+    "OptimizerStateConfig",
+    "Outcome",
     "Part",
     "PartlyInitializedError",
     "PathProvider",
     "PlanError",
+    "PlanRow",
     "ProbeMismatchError",
+    "Problem",
     "Retention",
     "RunStore",
     "Source",
@@ -179,7 +188,10 @@ _HOMES = {
     "kinds.hookspec": ("CONTRACT_VERSION", "hookimpl", "hookspec"),
     "initializers.base": ("InitializerBase",),
     "initializers.checkpoint": ("CheckpointInitializer", "CheckpointInitializerConfig"),
-    "initializers.source": ("Part", "Source", "SourceInitializer", "SourceInitializerConfig"),
+    "initializers.location": ("LocateQuery", "Part", "Source"),
+    "initializers.outcome": ("LoadedFile", "Outcome"),
+    "initializers.source": ("SourceInitializer",),
+    "initializers.source_config": ("OptimizerStateConfig", "SourceInitializerConfig"),
     "iteration": ("TrainingIteration",),
     "lineage.graph": ("Lineage",),
     "lineage.reading": ("lineage_of",),
@@ -188,7 +200,7 @@ _HOMES = {
     "sets.provenance": ("InitReport",),
     "stack.stack": ("InitializerStack",),
     "stopwatch": ("Timing",),
-    "surgery.plan": ("LoadPlan",),
+    "surgery.plan": ("LoadPlan", "PlanRow", "Problem"),
     "training": ("TrainerState",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

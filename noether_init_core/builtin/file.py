@@ -10,7 +10,9 @@ import pydantic
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.files.storage.handle import digest_problem
-from noether_init_core.initializers.source import Part, Source, SourceInitializer, SourceInitializerConfig
+from noether_init_core.initializers.location import LocateQuery, Source
+from noether_init_core.initializers.source import SourceInitializer
+from noether_init_core.initializers.source_config import SourceInitializerConfig
 
 __all__ = ["FileInitializer", "FileInitializerConfig"]
 
@@ -56,9 +58,9 @@ class FileInitializer(SourceInitializer):
     one_model: ClassVar[bool] = True
     config: FileInitializerConfig
 
-    def locate(self, model_name: str, part: Part) -> Source | None:
+    def locate(self, query: LocateQuery) -> Source | None:
         """The file, for weights only. Raises ``CheckpointNotFoundError`` with what is in its folder."""
-        if part != "model":
+        if query.part != "model":
             return None
         try:
             path = self.config.path.expanduser()
@@ -79,4 +81,4 @@ class FileInitializer(SourceInitializer):
                     candidates=there,
                 )
             raise CheckpointNotFoundError(f"there is no folder {folder}", path=path, asked=str(path))
-        return Source(path, digest=self.config.digest)
+        return Source(path, digests=self.config.digest)

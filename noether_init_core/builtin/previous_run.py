@@ -118,5 +118,6 @@ class PreviousRunInitializer(CheckpointInitializer):
 
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
         """Let every callback that can (``resume_from_checkpoint``) resume from the files of the source run."""
-        self.before_locating(self.leaves(model))
-        resume_callbacks(callbacks, model, self.source_paths, self._selected, self.logger)
+        with self.in_session() as session:
+            self.select(self.leaves(model))
+            resume_callbacks(callbacks, model, self.source_paths, session.selection.chosen, self.logger)

@@ -21,7 +21,6 @@ from noether_init_core.messages import counted, yaml_line
 if TYPE_CHECKING:
     from noether_init_core.saving.weights_file import WrittenFile
     from noether_init_core.sets.provenance import InitReport
-    from noether_init_core.stack.stack import InitializerStack
 
 __all__ = ["run"]
 
@@ -77,9 +76,8 @@ def run(
             show("nothing was written", err=True)
             raise typer.Exit(1)
         # verified first, then read
-        _want_weights_alone(stack)
         with transfers("loading", 2 * plan.loaded_bytes, "rchar"):
-            report = stack.initialize(built)
+            report = stack.initialize(built, trains=False)
     _refuse_sources(report, states)
     written: list[WrittenFile] = []
     for path, leaf in states.items():
@@ -101,13 +99,6 @@ def run(
     else:
         _show(written, report)
     write_html(html, report, f"What {start.config.name} made of the model")
-
-
-def _want_weights_alone(stack: InitializerStack) -> None:
-    """Tell kinds that would miss a trainer, and that know of this, that nothing is trained here."""
-    for initializer in stack.initializers:
-        if hasattr(initializer, "weights_alone"):
-            initializer.weights_alone = True
 
 
 def _states(model: Any, out: Path) -> dict[Path, Any]:

@@ -67,35 +67,23 @@ def run(
 def _show(stack: InitializerStack, model: Any, plan: LoadPlan, show_all: bool) -> None:
     from rich.console import Console
 
-    from noether_init_core.initializers.source import SourceInitializer
     from noether_init_core.render.terminal import PlanView
 
     if plan.origins:
         Console().print(PlanView(plan, unfolded=show_all, notes=_notes(stack, model)))
-    elif not stack.initializers or any(isinstance(one, SourceInitializer) for one in stack.initializers):
+    elif not stack.initializers or any(one.states_plan for one in stack.initializers):
         show("nothing to plan: the config has no initializers that load weights")
 
 
 def _notes(stack: InitializerStack, model: Any) -> dict[tuple[int, str], str]:
-    """Whether a manifest vouches for each file. What cannot be told again has no note: the plan stands without it."""
-    from noether_init_core.initializers.checkpoint import CheckpointInitializer
+    """Whether a manifest vouches for each file; none where it cannot be located again, since the plan is valid."""
+    from noether_init_core.files.digests import Digests
 
-    found: dict[tuple[int, str], str] = {}
-    for position, initializer in enumerate(stack.initializers):
-        if not isinstance(initializer, CheckpointInitializer):
-            continue
-        try:
-            leaves = initializer.leaves(model)
-            initializer.before_locating(leaves)
-            for leaf in leaves:
-                located = (initializer.locate(name, "model") for name in leaf.file_names)
-                source = next((one for one in located if one is not None), None)
-                if source is not None:
-                    is_committed = source.committed is not None
-                    note = "committed, digests present" if is_committed else "not committed"
-                    found[position, leaf.path] = note
-        except InitError:
-            continue
-        finally:
-            initializer.release()
-    return found
+    try:
+        return {
+            (number, path): "committed, digests present" if isinstance(source.digests, Digests) else "not committed"
+            for number, path, source in stack.sources(model)
+            if source.origin
+        }
+    except InitError:
+        return {}

@@ -2,30 +2,71 @@
 
 from __future__ import annotations
 
-import abc
-import functools
+import inspect
 import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from noether_init_core.config.base import KindConfig
+from noether_init_core.errors import ConfigError, StartConflictError
+from noether_init_core.initializers.location import Source
+from noether_init_core.initializers.outcome import Outcome
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.stopwatch import Stopwatch, Timing
+from noether_init_core.suggest.suggestion import Suggestion
+from noether_init_core.surgery.plan import LoadPlan
 
-__all__ = ["InitializerBase"]
+__all__ = ["InitializerBase", "Session", "dotted", "with_delegates"]
 
 
-class InitializerBase(abc.ABC):
+def dotted(*path: str | int) -> str:
+    """Where a key of a config stands, without a file."""
+    return ".".join(map(str, path))
+
+
+class Session:
+    """One initialization of one initializer, of any kind.
+
+    Attributes:
+        where: Says where a key of the config stands: file and line where there is a file.
+        loaded_before: Ids of the tensors that initializers before this one will have loaded.
+        trains: Whether training follows; otherwise the state of a trainer is not missed.
+        stopwatch: Takes the time of phases.
+        restored: What was restored besides weights, in words for the report.
+        not_restored: What the checkpoint has and nothing was given to take, in words for the report.
+    """
+
+    def __init__(self, *, where: Callable[..., str] = dotted, trains: bool = True) -> None:
+        self.where = where
+        self.trains = trains
+        self.loaded_before: frozenset[int] = frozenset()
+        self.stopwatch = Stopwatch()
+        self.restored: list[str] = []
+        self.not_restored: list[str] = []
+
+    def close_files(self) -> None:
+        """Close every file and forget what was read from it; what was selected stays selected. May be repeated."""
+
+
+class InitializerBase:
     """One way to start a training run; registered as a kind by an entry point of ``noether_init.initializers``.
 
-    A subclass names its ``config_class`` and implements ``init_weights`` and ``init_optimizer``; the other hooks do
-    nothing unless overridden. Methods with the names of hooks are hooks, no decorator needed. It is created by
+    A subclass names its ``config_class`` and implements ``init_weights`` and ``init_optimizer``, or delegates to other
+    initializers. Methods with the names of hooks are hooks, no decorator needed. It is created by
     ``cls(config, path_provider=..., **kwargs)``, with the ``kwargs`` of the config where it has them.
+
+    What an initializer finds out during an initialization belongs to ``session``, which the stack sets for the time of
+    its calls. A hook that is called alone opens a session of its own and closes it at its end.
 
     Attributes:
         config: The validated config, an instance of ``config_class``.
         path_provider: The folders of the run that is being started; None where none was given.
         logger: A logger named after the class.
+        delegates: Initializers that do part of the work, fixed at construction. The stack plans, checks and reports
+            them; a hook that the kind does not override calls theirs in order.
+        session: What is known of the present initialization; None outside of one.
     """
 
     #: The pydantic model that validates this kind's config; unknown keys must be errors.
@@ -33,53 +74,134 @@ class InitializerBase(abc.ABC):
     #: The version of the hook contract that the class was written for.
     contract: ClassVar[int] = 1
 
+    delegates: tuple[InitializerBase, ...] = ()
+    session: Any = None
+
     def __init__(self, config: KindConfig, *, path_provider: Any = None) -> None:
         self.config = config
         self.path_provider: PathProvider | None = None if path_provider is None else PathProvider.of(path_provider)
         self.logger = logging.getLogger(f"{type(self).__module__}.{type(self).__qualname__}")
 
-    @functools.cached_property
+    def new_session(self, *, where: Callable[..., str] = dotted, trains: bool = True) -> Session:
+        """A session for one initialization; ``where`` says where a key of the config stands."""
+        return Session(where=where, trains=trains)
+
+    @contextmanager
+    def in_session(self) -> Iterator[Any]:
+        """The session of the initialization that is going on, else one of the block's own."""
+        if self.session is not None:
+            yield self.session
+            return
+        self.session = self.new_session()
+        try:
+            yield self.session
+        finally:
+            self.session.close_files()
+            self.session = None
+
+    @property
     def stopwatch(self) -> Stopwatch:
-        """Takes the time of phases (``with self.stopwatch.phase("read", nbytes):``); the stack resets it at its end."""
-        return Stopwatch()
+        """Takes the time of phases of the present initialization: ``with self.stopwatch.phase("read", nbytes):``."""
+        return Stopwatch() if self.session is None else self.session.stopwatch
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        """Seconds and bytes of each phase so far, for the report and for observers.
-
-        They count from the end of the last initialization on, so what was selected and read to tell the start, or
-        planned beforehand, counts.
-        """
+        """Seconds and bytes of each phase of the present initialization so far, for the report and for observers."""
         return self.stopwatch.timings
 
-    def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:  # noqa: B027 - doing nothing is the default
+    @property
+    def states_plan(self) -> bool:
+        """Whether what it does to the weights is known beforehand: by its own ``plan`` or by those of its delegates."""
+        return type(self).plan is not InitializerBase.plan or (
+            bool(self.delegates) and all(one.states_plan for one in self.delegates)
+        )
+
+    def plan(self, model: Any) -> LoadPlan | None:
+        """What ``init_weights(model)`` will do, found out without a change; may be called more than once.
+
+        ``model`` may be on the meta device. None: the kind states no plan of its own; the plans of its delegates are
+        taken, and without delegates the stack compares the weights before and after. Problems belong into the plan:
+        the stack raises them before anything is changed.
+        """
+        return None
+
+    def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Find out everything that could fail, and change nothing. Not a hook; the stack calls it before any hook.
 
         Whatever can be known beforehand (files, bytes, keys, shapes, optimizer and callback state) is raised here, so
-        that a failed initialization leaves everything as it was. It may be called more than once.
+        that a failed initialization leaves everything as it was. It may be called more than once. The delegates have
+        been checked before.
         """
+
+    def outcome(self) -> Outcome:
+        """What was done, for the report; asked by the stack after the last hook, while the session is open."""
+        own = Outcome(timings=self.timings)
+        if self.session is not None:
+            own = Outcome(
+                restored=tuple(self.session.restored),
+                not_restored=tuple(self.session.not_restored),
+                timings=self.timings,
+            )
+        return Outcome.merged([*(one.outcome() for one in self.delegates), own])
+
+    def sources(self, model: Any) -> Mapping[str, Source]:
+        """Path of a single model -> the file that its weights will be read from; only locates."""
+        return {path: source for one in self.delegates for path, source in one.sources(model).items()}
+
+    def suggest_rules(self, model: Any) -> Mapping[str, Suggestion]:
+        """Path of a single model -> transforms for it and its file, from names and shapes; nothing is applied."""
+        return {path: found for one in self.delegates for path, found in one.suggest_rules(model).items()}
 
     def takes_part_in(self, hook: str) -> bool:
         """Whether an ``InitializerStack`` calls ``hook`` for this initializer. A direct call always works."""
         return True
 
-    def release(self) -> None:  # noqa: B027 - doing nothing is the default
-        """Let go of open files and cached state. The stack calls it at the end; it may be called more than once."""
-
     def start_checkpoint(self) -> TrainingIteration:
-        """The iteration at which training starts: zero, unless the kind resumes. May be called more than once."""
-        return TrainingIteration.zero()
+        """The iteration at which training starts: zero, or that of a delegate. May be called more than once."""
+        starts = {one.config.kind: found for one, found in self._delegated("start_checkpoint") if found}
+        others = {kind: start for kind, start in starts.items() if not start.is_zero}
+        if len(others) > 1:
+            raise StartConflictError(
+                f"{self.config.kind}: more than one delegate continues a run: {', '.join(others)}",
+                starts={kind: str(start) for kind, start in others.items()},
+            )
+        return next(iter(others.values()), TrainingIteration.zero())
 
-    def init_trainer(self, trainer: Any) -> None:  # noqa: B027 - doing nothing is the default
-        """Restore the state of the trainer; by default nothing."""
+    def init_trainer(self, trainer: Any) -> None:
+        """Restore the state of the trainer; by default that of the delegates."""
+        self._delegated("init_trainer", trainer=trainer)
 
-    @abc.abstractmethod
     def init_weights(self, model: Any) -> None:
-        """Write parameters and buffers of ``model`` in place."""
+        """Write parameters and buffers of ``model`` in place; by default as the delegates do."""
+        self._delegated("init_weights", model=model)
 
-    @abc.abstractmethod
     def init_optimizer(self, model: Any) -> None:
-        """Restore the state of the optimizer of ``model``; do nothing where the kind has no such state."""
+        """Restore the state of the optimizer of ``model``; by default as the delegates do."""
+        self._delegated("init_optimizer", model=model)
 
-    def init_callbacks(self, callbacks: list[Any], model: Any) -> None:  # noqa: B027 - doing nothing is the default
-        """Restore the state of the callbacks; by default nothing."""
+    def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
+        """Restore the state of the callbacks; by default as the delegates do."""
+        self._delegated("init_callbacks", callbacks=callbacks, model=model)
+
+    def _delegated(self, hook: str, **arguments: Any) -> list[tuple[InitializerBase, Any]]:
+        """Call a hook of every delegate, with those of the arguments that it takes."""
+        found = []
+        for one in self.delegates:
+            if one.takes_part_in(hook):
+                method = getattr(one, hook)
+                given = {**arguments, "initializer": one}
+                taken = {name: given[name] for name in inspect.signature(method).parameters if name in given}
+                found.append((one, method(**taken)))
+        return found
+
+
+def with_delegates(initializer: InitializerBase, above: tuple[InitializerBase, ...] = ()) -> Iterator[InitializerBase]:
+    """Every delegate of ``initializer``, depth first, then itself. Raises ``ConfigError`` for a cycle."""
+    if any(one is initializer for one in above):
+        cycle = " -> ".join(one.config.kind for one in (*above, initializer))
+        raise ConfigError(f"initializers delegate to one another in a circle: {cycle}")
+    for one in initializer.delegates:
+        if not isinstance(one, InitializerBase):
+            raise ConfigError(f"{initializer.config.kind}: delegates must be initializers, not {type(one).__name__}")
+        yield from with_delegates(one, (*above, initializer))
+    yield initializer

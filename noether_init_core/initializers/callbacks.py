@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from noether_init_core import nested
 from noether_init_core.errors import StateMismatchError, type_of
 
 __all__ = ["CallbackPlan", "apply_callbacks", "callback_key", "plan_callbacks"]
@@ -87,7 +88,7 @@ def _by_position(saved: Sequence[Any], callbacks: Sequence[Any], where: str) -> 
 def apply_callbacks(plan: CallbackPlan) -> None:
     """Hand each callback its state, unless it has that state already (a trainer may have loaded it)."""
     for callback, state in plan.states:
-        if not _equal(_own_state(callback), state):
+        if not nested.equal(_own_state(callback), state):
             callback.load_state_dict(copy.deepcopy(state))
 
 
@@ -103,22 +104,3 @@ def _own_state(callback: Any) -> dict[str, Any] | None:
 
 def _fields(state: Any) -> str:
     return ", ".join(sorted(map(str, state))) if state else "nothing"
-
-
-def _equal(first: Any, other: Any) -> bool:
-    """Equality of plain data with tensors in it."""
-    import torch
-
-    if isinstance(first, torch.Tensor) or isinstance(other, torch.Tensor):
-        return (
-            isinstance(first, torch.Tensor)
-            and isinstance(other, torch.Tensor)
-            and first.dtype == other.dtype
-            and first.shape == other.shape
-            and bool(torch.equal(first.cpu(), other.cpu()))
-        )
-    if isinstance(first, Mapping) and isinstance(other, Mapping):
-        return first.keys() == other.keys() and all(_equal(first[key], other[key]) for key in first)
-    if isinstance(first, list | tuple) and isinstance(other, list | tuple):
-        return len(first) == len(other) and all(_equal(a, b) for a, b in zip(first, other, strict=True))
-    return type(first) is type(other) and bool(first == other)

@@ -12,7 +12,8 @@ import attrs
 from noether_init_core.applying.targets import model_targets
 from noether_init_core.errors import ProbeMismatchError
 from noether_init_core.initializers.checkpoint import CheckpointInitializer
-from noether_init_core.initializers.source import Leaf, SourceInitializer, submodel_of
+from noether_init_core.initializers.models import Leaf, submodel_of
+from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import hookimpl
 from noether_init_core.probe.isolated_run import device_of, hindrance
 from noether_init_core.probe.outputs import Compared, Output, compare
@@ -84,14 +85,15 @@ class ProbeObserver:
         pending = self._pending.pop(initializer, None)
         if pending is not None:
             said = self._held(model, initializer, pending)
-            initializer.restored.append(f"probe: {said}")
+            initializer.session.restored.append(f"probe: {said}")
             logger.info("%s: probe of %s: %s", initializer.config.kind, pending.source.folder, said)
         return result
 
     def _begun(self, initializer: Any) -> _Pending | None:
         """The probe of the initializer's set. Raises errors of the reader where it is damaged."""
         kind = initializer.config.kind
-        selected = initializer.selected_set if isinstance(initializer, CheckpointInitializer) else None
+        selection = initializer.selection if isinstance(initializer, CheckpointInitializer) else None
+        selected = None if selection is None else selection.chosen
         if selected is None:
             self._say(initializer, logging.INFO, f"{kind}: no set, and so no probe")
             return None
@@ -202,7 +204,7 @@ def _another_model(initializer: CheckpointInitializer, leaves: Iterable[Leaf], m
     root = ".".join(filter(None, (str(model.name), initializer.config.submodel)))
     places = {}
     for leaf in leaves:
-        name = parse(initializer.last_sources[leaf.path].path.name)
+        name = parse(initializer.outcome().files[leaf.path].path.name)
         if name is None or name.info is not None:
             return "it is of the plain weights, and others were loaded"
         places[leaf.path.removeprefix(root)] = name.model.removeprefix(probe.model)
@@ -216,7 +218,7 @@ def _excuse(initializer: SourceInitializer, leaves: Sequence[Leaf], pending: _Pe
     """Why another output is no surprise, in words; empty where it is one."""
     if pending.others:
         return f"{', '.join(pending.others)} may have changed weights since"
-    rows = initializer.last_plan.rows if initializer.last_plan is not None else ()
+    rows = initializer.session.planned.plan.rows
     entries = {id(tensor) for row, tensor in _with_tensors(rows, leaves)}
     missing = len(entries - pending.written)
     # extra state has no tensor
@@ -232,7 +234,7 @@ def _excuse(initializer: SourceInitializer, leaves: Sequence[Leaf], pending: _Pe
 
 def _written(initializer: SourceInitializer, model: Any, *, whole: bool = False) -> Iterator[int]:
     """Ids of the tensors that the initializer wrote; with ``whole`` of those that are what the file has."""
-    rows = initializer.last_plan.rows if initializer.last_plan is not None else ()
+    rows = initializer.session.planned.plan.rows
     for row, tensor in _with_tensors(rows, initializer.leaves(model)):
         is_reset = row.action == "reset" and not whole
         if is_reset or (row.writes and not (whole and _loses(row))):

@@ -7,9 +7,10 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.initializers.source import Source, SourceInitializer
+from noether_init_core.initializers.outcome import LoadedFile, Outcome
 from noether_init_core.protocols import leaf_models
-from noether_init_core.sets.provenance import History, SourceRecord, TensorRecord
+from noether_init_core.sets.provenance import SourceRecord, TensorRecord
+from noether_init_core.surgery.plan import LoadPlan, PlanRow
 from noether_init_core.surgery.steps import described
 
 __all__ = ["Carried", "Written", "trace", "values_of"]
@@ -20,11 +21,20 @@ Values = dict[tuple[str, str], str]
 
 @attrs.frozen
 class Carried:
-    """An initializer whose plan was carried out, and the path of names of the part of the model that it was for."""
+    """A plan that was carried out, and the path of names of the part of the model that it was for."""
 
-    initializer: SourceInitializer
+    kind: str
+    plan: LoadPlan
+    outcome: Outcome
     path: str
     name: str
+
+    def file_of(self, row: PlanRow) -> LoadedFile:
+        """The file that a row is loaded from; as far as the plan knows it where the outcome does not record it."""
+        if row.model in self.outcome.files:
+            return self.outcome.files[row.model]
+        origin = self.plan.origins[row.origin] if row.origin < len(self.plan.origins) else None
+        return LoadedFile(origin.files[0] if origin is not None and origin.files else self.kind)
 
     def full(self, model: str) -> str:
         """The path of a single model in the whole, which the plan of a part knows by the name of the part."""
@@ -54,25 +64,6 @@ def values_of(model: Any) -> Values:
     return found
 
 
-@attrs.frozen
-class _File:
-    """A file that values came from: its number among the sources, what is known of its tensors."""
-
-    number: int
-    digests: Mapping[str, str]
-    history: History
-
-    @classmethod
-    def of(cls, one: Carried, model: str, sources: dict[SourceRecord, int]) -> _File:
-        source = one.initializer.last_sources[model]
-        committed = {} if source.committed is None else source.committed.tensors
-        return cls(
-            _numbered(sources, _record_of(one.initializer, one.full(model), source)),
-            {key: tensor.digest for key, tensor in committed.items()},
-            one.initializer.history_of(model),
-        )
-
-
 def trace(
     model: Any, carried: Iterable[Carried | Written]
 ) -> tuple[tuple[SourceRecord, ...], tuple[TensorRecord, ...]]:
@@ -86,10 +77,8 @@ def trace(
         if isinstance(one, Written):
             _forget(found, one)
             continue
-        plan = one.initializer.last_plan
-        if plan is None:
-            continue
-        files = {model: _File.of(one, model, sources) for model in one.initializer.last_sources}
+        plan = one.plan
+        files: dict[tuple[int, str], tuple[int, LoadedFile]] = {}
         paths = {model: one.full(model) for model in dict.fromkeys(row.model for row in plan.rows)}
         for row in plan.rows:
             if row.target is None:
@@ -100,14 +89,17 @@ def trace(
                 if place not in found or row.action == "reset":
                     found[place] = TensorRecord(path, row.target, row.is_parameter, rule=row.rule, tied_to=row.tied_to)
                 continue
-            file = files[row.model]
+            if (row.origin, row.model) not in files:
+                file = one.file_of(row)
+                files[row.origin, row.model] = _numbered(sources, _record_of(one, row.model, file)), file
+            number, file = files[row.origin, row.model]
             found[place] = TensorRecord(
                 path,
                 row.target,
                 row.is_parameter,
-                file.number,
+                number,
                 row.sources,
-                tuple([file.digests.get(key) for key in row.sources]),
+                tuple([file.tensors.get(key) for key in row.sources]),
                 row.rule,
                 tuple(map(described, row.steps)) if row.steps else (),
                 _ancestors(file.history, row.sources, sources) if file.history else (),
@@ -146,17 +138,16 @@ def _numbered(sources: dict[SourceRecord, int], record: SourceRecord) -> int:
     return sources.setdefault(record, len(sources))
 
 
-def _record_of(initializer: SourceInitializer, model: str, source: Source) -> SourceRecord:
-    digest = source.digest or (None if source.committed is None else source.committed.file)
+def _record_of(one: Carried, model: str, file: LoadedFile) -> SourceRecord:
     return SourceRecord(
-        initializer.config.kind,
-        model,
-        source.path.name,
-        # the folder that it was started in says nothing to those who read it later
-        str(source.path.absolute()),
-        digest,
-        tuple(sorted(source.origin.items())),
-        initializer.continues,
+        one.kind,
+        one.full(model),
+        file.path.name,
+        # a path below the folder that it was started in is of no use to those who read it later
+        str(file.path.absolute()),
+        file.digest,
+        tuple(sorted(file.origin.items())),
+        one.outcome.continues,
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import attrs
 
 from noether_init_core import kinds
+from noether_init_core.applying.targets import model_targets
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import (
     ConfigError,
@@ -19,14 +21,15 @@ from noether_init_core.errors import (
     StartConflictError,
     type_of,
 )
-from noether_init_core.initializers.base import InitializerBase
-from noether_init_core.initializers.source import SourceInitializer, submodel_of
+from noether_init_core.initializers.base import InitializerBase, Session, dotted, with_delegates
+from noether_init_core.initializers.location import Source
+from noether_init_core.initializers.models import submodel_of
 from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds.hookspec import HOOK_NAMES
 from noether_init_core.observers.loading import load_observer
 from noether_init_core.paths import PathProvider
-from noether_init_core.protocols import check_model
+from noether_init_core.protocols import check_model, leaf_models
 from noether_init_core.sets.provenance import InitializerReport, InitReport
 from noether_init_core.sets.store import RunStore
 from noether_init_core.stack.config_files import (
@@ -45,14 +48,25 @@ __all__ = ["InitializerStack"]
 
 logger = logging.getLogger(__name__)
 
+_Answer = TypeVar("_Answer")
+
 
 @attrs.frozen(eq=False)
 class _Member:
-    """An initializer, the part of the model that it is for, and the hooks that it is called for."""
+    """An initializer, the part of the model that it is for, the hooks that it is called for, its place in the config.
+
+    ``units`` are its delegates, depth first, and itself.
+    """
 
     initializer: InitializerBase
     submodel: tuple[str, ...] = ()
     hooks: frozenset[str] = frozenset(HOOK_NAMES)
+    where: Callable[..., str] = dotted
+    units: tuple[InitializerBase, ...] = attrs.field(init=False)
+
+    @units.default
+    def _find_units(self) -> tuple[InitializerBase, ...]:
+        return tuple(with_delegates(self.initializer)) if isinstance(self.initializer, InitializerBase) else ()
 
     @property
     def kind(self) -> str:
@@ -63,6 +77,14 @@ class _Member:
 
     def model(self, model: Any) -> Any:
         return submodel_of(model, self.submodel)
+
+
+@attrs.frozen(eq=False)
+class _Prepared:
+    """The plans of one member, each with the initializer that states it; none where nothing is said beforehand."""
+
+    member: _Member
+    plans: tuple[tuple[InitializerBase, LoadPlan], ...]
 
 
 class InitializerStack:
@@ -78,10 +100,13 @@ class InitializerStack:
     """
 
     def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
-        self._members = tuple(_Member(initializer) for initializer in initializers)
-        self._auto_resume = ""
+        self._begin([_Member(initializer) for initializer in initializers], observers)
+
+    def _begin(self, members: Sequence[_Member], observers: Iterable[Any], decision: str = "") -> None:
+        self._members = tuple(members)
+        self._auto_resume = decision
         self._told: TrainingIteration | None = None
-        self._written: dict[int, Written] = {}
+        self._sessions: tuple[tuple[InitializerBase, Session], ...] = ()
         self._hooks = HookCaller(self.initializers, observers)
 
     @classmethod
@@ -112,26 +137,14 @@ class InitializerStack:
     @classmethod
     def _from_loaded(cls, loaded: LoadedConfig, path_provider: Any, observers: Iterable[Any]) -> Self:
         observers = [*(load_observer(name) for name in loaded.observers), *observers]
+        entries: Iterable[Entry] = loaded.entries
         decision = ""
         if loaded.resume is not None:
             resumed, decision = _auto_resume(path_provider, loaded.resume)
             if resumed is not None:
-                stack = cls._from_members([_member(resumed, path_provider)], observers)
-                stack._auto_resume = decision
-                return stack
-        members = [_member(entry, path_provider) for entry in loaded.entries]
-        stack = cls._from_members(members, observers)
-        stack._auto_resume = decision
-        return stack
-
-    @classmethod
-    def _from_members(cls, members: Sequence[_Member], observers: Iterable[Any]) -> Self:
+                entries = [resumed]
         stack = cls.__new__(cls)
-        stack._members = tuple(members)
-        stack._auto_resume = ""
-        stack._told = None
-        stack._written = {}
-        stack._hooks = HookCaller(stack.initializers, observers)
+        stack._begin([_member(entry, path_provider) for entry in entries], observers, decision)
         return stack
 
     @property
@@ -146,7 +159,8 @@ class InitializerStack:
 
         Raises ``StartConflictError`` if more than one initializer starts at other than zero.
         """
-        self._told = self._starts()[0]
+        with self._in_sessions():
+            self._told = self._starts()[0]
         return self._told
 
     def plan(self, model: Any) -> LoadPlan:
@@ -156,40 +170,32 @@ class InitializerStack:
         cannot plan are left out. After ``start_checkpoint`` the plan is that of the sets that it selected.
         """
         check_model(model)
-        plans: dict[int, LoadPlan] = {}
-        loaded: frozenset[int] = frozenset()
-        try:
-            for position, member in enumerate(self._members):
-                initializer = member.initializer
-                if isinstance(initializer, SourceInitializer) and member.takes_part_in("init_weights"):
-                    initializer.loaded_before = loaded
-                    plans[position] = initializer.plan_weights(member.model(model))
-                    loaded |= initializer.will_write
-                elif plans and member.takes_part_in("init_weights"):
-                    said = f"{member.kind} comes later and says nothing beforehand: what it writes is not in this plan"
+        plans: list[tuple[int, LoadPlan]] = []
+        with self._in_sessions():
+            for position, prepared in enumerate(self._prepare(model)):
+                plans += [(position, plan) for _unit, plan in prepared.plans]
+                member = prepared.member
+                if plans and not prepared.plans and member.takes_part_in("init_weights"):
+                    said = f"{member.kind} comes later and states no plan: what it writes is not in this plan"
                     warning = Problem("unplanned", said, str(member.model(model).name), ())
-                    last = max(plans)
-                    plans[last] = attrs.evolve(plans[last], warnings=(*plans[last].warnings, warning))
-        finally:
-            self._let_go()
-        return LoadPlan.merged(list(plans.values()), list(plans))
+                    number, last = plans[-1]
+                    plans[-1] = number, attrs.evolve(last, warnings=(*last.warnings, warning))
+        return LoadPlan.merged([plan for _number, plan in plans], [number for number, _plan in plans])
 
     def check_unplanned(self, model: Any) -> tuple[tuple[str, Exception | None], ...]:
         """Kinds that ``plan`` leaves out, each with what its ``check`` raised, or None. The model is untouched."""
         check_model(model)
         found: list[tuple[str, Exception | None]] = []
-        try:
+        with self._in_sessions():
             for member in self._members:
-                if isinstance(member.initializer, SourceInitializer):
+                if member.initializer.states_plan:
                     continue
                 try:
                     member.initializer.check(member.model(model), None, None)
-                except Exception as error:  # code of others; who asked is told
+                except Exception as error:  # code of others; the caller gets it
                     found.append((member.kind, error))
                 else:
                     found.append((member.kind, None))
-        finally:
-            self._let_go()
         return tuple(found)
 
     def suggest(self, model: Any) -> tuple[tuple[int, str, Suggestion], ...]:
@@ -198,18 +204,30 @@ class InitializerStack:
         Surgery that the config has is not looked at. The model is untouched, only headers are read, nothing is applied.
         After ``start_checkpoint`` the files are those of the sets that it selected.
         """
-        check_model(model)
-        try:
-            return tuple(
-                (number, path, suggestion)
-                for number, member in enumerate(self._members)
-                if isinstance(member.initializer, SourceInitializer) and member.takes_part_in("init_weights")
-                for path, suggestion in member.initializer.suggest_rules(member.model(model)).items()
-            )
-        finally:
-            self._let_go()
+        return self._asked(model, lambda one, part: one.suggest_rules(part))
 
-    def initialize(self, model: Any, trainer: Any = None, callbacks: Sequence[Any] | None = None) -> InitReport:
+    def sources(self, model: Any) -> tuple[tuple[int, str, Source], ...]:
+        """The files that weights will be read from: (number of the initializer, path, source). They are only located.
+
+        After ``start_checkpoint`` the files are those of the sets that it selected.
+        """
+        return self._asked(model, lambda one, part: one.sources(part))
+
+    def _asked(
+        self, model: Any, ask: Callable[[InitializerBase, Any], Mapping[str, _Answer]]
+    ) -> tuple[tuple[int, str, _Answer], ...]:
+        check_model(model)
+        with self._in_sessions():
+            return tuple(
+                (number, path, answer)
+                for number, member in enumerate(self._members)
+                if member.takes_part_in("init_weights")
+                for path, answer in ask(member.initializer, member.model(model)).items()
+            )
+
+    def initialize(
+        self, model: Any, trainer: Any = None, callbacks: Sequence[Any] | None = None, *, trains: bool = True
+    ) -> InitReport:
         """Start the run: find out all that could fail, then change trainer, weights, optimizer and callbacks.
 
         Args:
@@ -218,6 +236,7 @@ class InitializerStack:
                 Where it has ``lineage`` and ``init_report``, it is given the report's lineage and the report, which
                 ``CheckpointWriter`` looks for when it saves the trainer.
             callbacks: Callbacks with ``state_dict`` and ``load_state_dict``; others are passed along.
+            trains: False where no training follows: the state of a trainer is then not missed.
 
         Returns: the report; ``report.start`` is the iteration at which training starts.
 
@@ -229,34 +248,96 @@ class InitializerStack:
         """
         check_model(model)
         callbacks = list(callbacks) if callbacks is not None else None
-        try:
+        with self._in_sessions(trains=trains, is_last=True):
             start, starts = self._starts()
             self._check_start(start)
-            loaded: frozenset[int] = frozenset()
-            for member in self._members:
-                everything = member.takes_part_in("init_trainer")
-                initializer = member.initializer
-                if isinstance(initializer, SourceInitializer):
-                    initializer.loaded_before = loaded
-                initializer.check(
-                    member.model(model),
-                    trainer if everything else None,
-                    callbacks if member.takes_part_in("init_callbacks") else None,
-                )
-                if isinstance(initializer, SourceInitializer) and member.takes_part_in("init_weights"):
-                    loaded |= initializer.will_write
-            self._run(self._steps(model, trainer, callbacks), trainer, callbacks or [])
+            prepared = tuple(self._prepare(model, (trainer, callbacks)))
+            written: dict[int, Written] = {}
+            self._run(self._steps(model, trainer, callbacks, prepared, written), trainer, callbacks or [])
             present = {"init_trainer": trainer is not None, "init_callbacks": callbacks is not None}
-            report = self._report(model, start, starts, [hook for hook in HOOK_NAMES if present.get(hook, True)])
+            hooks = [hook for hook in HOOK_NAMES if present.get(hook, True)]
+            report = self._report(model, start, starts, hooks, prepared, written)
             if hasattr(trainer, "lineage"):
                 trainer.lineage = tuple(report.lineage())
             if hasattr(trainer, "init_report"):
                 trainer.init_report = report
             self._told = None
-        finally:
-            self._release()
         logger.info("%s", report)
         return report
+
+    def close(self) -> None:
+        """Forget what was selected for the start that ``start_checkpoint`` returned. May be called more than once."""
+        self._told, self._sessions = None, ()
+
+    @contextlib.contextmanager
+    def _in_sessions(self, *, trains: bool = True, is_last: bool = False) -> Iterator[None]:
+        """Give every initializer its session for the block.
+
+        Files are closed at the end of the block. What was selected is kept from the first ``start_checkpoint`` to the
+        end of ``initialize``; without a start that somebody relies on, the next question selects anew.
+        """
+        if not self._sessions:
+            self._sessions = tuple(
+                (one, one.new_session(where=member.where)) for member in self._members for one in member.units
+            )
+        for one, session in self._sessions:
+            one.session, session.trains = session, trains
+        try:
+            yield
+        finally:
+            for one, session in self._sessions:
+                one.session, session.loaded_before = None, frozenset()
+                try:
+                    session.close_files()
+                except Exception:  # what is done stays done, and an error on its way must not be hidden
+                    logger.exception("the files of %s could not be closed", one.config.kind)
+            if is_last or self._told is None:
+                self._sessions = ()
+
+    def _prepare(self, model: Any, check: tuple[Any, list[Any] | None] | None = None) -> Iterator[_Prepared]:
+        """The plans of every member, each made with what those before it will have loaded.
+
+        With ``check`` (trainer, callbacks) everything is checked too, and problems of a plan are raised.
+        """
+        loaded: frozenset[int] = frozenset()
+        for member in self._members:
+            plans, loaded = self._prepare_one(member, member.initializer, model, loaded, check)
+            yield _Prepared(member, tuple(plans))
+
+    def _prepare_one(
+        self,
+        member: _Member,
+        initializer: InitializerBase,
+        model: Any,
+        loaded: frozenset[int],
+        check: tuple[Any, list[Any] | None] | None,
+    ) -> tuple[list[tuple[InitializerBase, LoadPlan]], frozenset[int]]:
+        """The plan of an initializer, or else those of its delegates, and the ids of what is loaded after them."""
+
+        def has(hook: str) -> bool:
+            return member.takes_part_in(hook) and initializer.takes_part_in(hook)
+
+        part, loads = member.model(model), has("init_weights")
+        initializer.session.loaded_before = within = loaded
+        found: list[tuple[InitializerBase, LoadPlan]] = []
+        for one in initializer.delegates:
+            plans, within = self._prepare_one(member, one, model, within, check)
+            found += plans
+        if check is not None:
+            trainer, callbacks = check
+            initializer.check(
+                part,
+                trainer if has("init_trainer") else None,
+                callbacks if has("init_callbacks") else None,
+            )
+        plan = initializer.plan(part) if loads else None
+        if plan is None:
+            return (found, within) if loads else ([], loaded)
+        if check is not None:
+            plan.raise_for_problems()
+        # nobody asks what the last one writes
+        is_last = member is self._members[-1] and initializer is member.initializer
+        return [(initializer, plan)], loaded if is_last else loaded | _written_by(plan, part)
 
     def _starts(self) -> tuple[TrainingIteration, list[TrainingIteration | None]]:
         starts: list[TrainingIteration | None] = []
@@ -294,8 +375,15 @@ class InitializerStack:
                 starts={"told": str(self._told), "now": str(start)},
             )
 
-    def _steps(self, model: Any, trainer: Any, callbacks: list[Any] | None) -> list[tuple[str, Callable[[], Any]]]:
-        """What is done after the checks, in order, each with its name."""
+    def _steps(
+        self,
+        model: Any,
+        trainer: Any,
+        callbacks: list[Any] | None,
+        prepared: Sequence[_Prepared],
+        written: dict[int, Written],
+    ) -> list[tuple[str, Callable[[], Any]]]:
+        """What is done after the checks, in order, each with its name. ``written`` gets what no plan states."""
         arguments: dict[str, Callable[[_Member], dict[str, Any]]] = {}
         if trainer is not None:
             arguments["init_trainer"] = lambda member: {"trainer": trainer}
@@ -306,27 +394,19 @@ class InitializerStack:
         steps: list[tuple[str, Callable[[], Any]]] = []
         has_loaded = False
         for hook, make in arguments.items():
-            for member in self._members:
+            for number, one in enumerate(prepared):
+                member = one.member
                 if not member.takes_part_in(hook):
                     continue
                 call: Callable[[], Any] = functools.partial(self._hooks.call, hook, member.initializer, **make(member))
-                is_source = isinstance(member.initializer, SourceInitializer)
-                if hook == "init_weights" and has_loaded and not is_source:
-                    call = functools.partial(self._watched, model, member, call)
-                has_loaded = has_loaded or (hook == "init_weights" and is_source)
+                if hook == "init_weights" and has_loaded and not one.plans:
+                    call = functools.partial(_watched, model, member.kind, call, written, number)
+                has_loaded = has_loaded or (hook == "init_weights" and bool(one.plans))
                 steps.append((f"{hook} of {member.kind}", call))
         restore = getattr(trainer, "restore_rng", None)
         if callable(restore):
             steps.append(("restore_rng of the trainer", restore))
         return steps
-
-    def _watched(self, model: Any, member: _Member, call: Callable[[], Any]) -> None:
-        """Call a kind without a plan, and see which entries have other values then: they are loaded no more."""
-        before = values_of(model)
-        call()
-        after = values_of(model)
-        changed = frozenset(place for place, digest in after.items() if before.get(place) != digest)
-        self._written[id(member)] = Written(member.kind, changed)
 
     def _run(self, steps: Sequence[tuple[str, Callable[[], Any]]], trainer: Any, callbacks: Sequence[Any]) -> None:
         before = StatesBefore.taken(trainer, callbacks) if self._members else StatesBefore(())
@@ -355,72 +435,64 @@ class InitializerStack:
         start: TrainingIteration,
         starts: Sequence[TrainingIteration | None],
         called: Sequence[str],
+        prepared: Sequence[_Prepared],
+        written: Mapping[int, Written],
     ) -> InitReport:
         offers = {info.name: f"{info.distribution} {info.version}" for info in kinds.installed()}
         reports = []
-        for member, own_start in zip(self._members, starts, strict=True):
-            plan = getattr(member.initializer, "last_plan", None)
-            planned = plan if isinstance(plan, LoadPlan) else None
-            hooks = tuple(hook for hook in HOOK_NAMES if hook in called and member.takes_part_in(hook))
+        carried: list[Carried | Written] = []
+        for number, (one, own_start) in enumerate(zip(prepared, starts, strict=True)):
+            member = one.member
+            planned = LoadPlan.merged([plan for _unit, plan in one.plans]) if one.plans else None
+            outcome = member.initializer.outcome()
             reports.append(
                 InitializerReport(
                     kind=member.kind,
                     distribution=offers.get(member.kind, ""),
-                    hooks=hooks,
+                    hooks=tuple(hook for hook in called if member.takes_part_in(hook)),
                     origins=()
                     if planned is None
                     else tuple((one.model, one.description, ", ".join(one.files)) for one in planned.origins),
                     counts={} if planned is None else planned.counts(),
                     coverage=None if planned is None else planned.coverage(),
                     start=str(own_start) if own_start is not None and not own_start.is_zero else None,
-                    restored=tuple(getattr(member.initializer, "restored", ())),
-                    passed_over=tuple(getattr(member.initializer, "passed_over", ())),
-                    not_restored=tuple(getattr(member.initializer, "not_restored", ())),
-                    resumed_set=getattr(member.initializer, "resumed_set", None),
-                    timings=member.initializer.timings,
+                    restored=outcome.restored,
+                    passed_over=outcome.passed_over,
+                    not_restored=outcome.not_restored,
+                    resumed_set=outcome.resumed_set,
+                    timings=outcome.timings,
                 )
             )
-        carried: list[Carried | Written] = []
-        for member in self._members:
-            if not member.takes_part_in("init_weights"):
-                continue
-            if isinstance(member.initializer, SourceInitializer):
-                path = ".".join((str(model.name), *member.submodel))
-                carried.append(Carried(member.initializer, path, str(member.model(model).name)))
-            elif id(member) in self._written:
-                carried.append(self._written[id(member)])
+            path, name = ".".join((str(model.name), *member.submodel)), str(member.model(model).name)
+            for unit, plan in one.plans:
+                own = outcome if unit is member.initializer else unit.outcome()
+                carried.append(Carried(unit.config.kind, plan, own, path, name))
+            if number in written:
+                carried.append(written[number])
         sources, tensors = trace(model, carried)
         return InitReport(start, tuple(reports), self._auto_resume, sources, tensors)
 
-    def _let_go(self) -> None:
-        """After a look: the start that was told, if one was, is that of what is selected, so it stays selected."""
-        if self._told is None:
-            self._release()
-            return
-        for member in self._members:
-            if isinstance(member.initializer, SourceInitializer):
-                member.initializer.close_files()
-                member.initializer.loaded_before = frozenset()
 
-    def _release(self) -> None:
-        for member in self._members:
-            try:
-                member.initializer.stopwatch.reset()
-                member.initializer.release()
-            except Exception:  # what is done stays done, and an error on its way must not be hidden
-                logger.exception("release of %s failed", member.kind)
+def _written_by(plan: LoadPlan, model: Any) -> frozenset[int]:
+    """Ids of the tensors of ``model`` that a plan writes."""
+    tensors = {path: model_targets(leaf).tensors for path, leaf in leaf_models(model)}
+    found = (tensors.get(row.model, {}).get(row.target or "") for row in plan.rows if row.writes)
+    return frozenset(id(tensor) for tensor in found if tensor is not None)
+
+
+def _watched(model: Any, kind: str, call: Callable[[], Any], written: dict[int, Written], number: int) -> None:
+    """Call a kind without a plan, and see which entries have other values then: they are loaded no more."""
+    before = values_of(model)
+    call()
+    after = values_of(model)
+    changed = frozenset(place for place, digest in after.items() if before.get(place) != digest)
+    written[number] = Written(kind, changed)
 
 
 def _member(entry: Entry, path_provider: Any) -> _Member:
-    config = validate_entry(entry)
-    initializer = kinds.create(config, path_provider=path_provider)
-    if isinstance(initializer, SourceInitializer):
-        initializer.said_at = entry.where
-    return _Member(
-        initializer,
-        entry.submodel or (),
-        frozenset(HOOK_NAMES) if entry.hooks is None else entry.hooks,
-    )
+    initializer = kinds.create(validate_entry(entry), path_provider=path_provider)
+    hooks = frozenset(HOOK_NAMES) if entry.hooks is None else entry.hooks
+    return _Member(initializer, entry.submodel or (), hooks, entry.where)
 
 
 def _auto_resume(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:

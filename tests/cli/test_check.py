@@ -185,9 +185,9 @@ SOURCE_HEAD = (
 @pytest.mark.parametrize(
     ("config", "body", "finding"),
     [
-        ("SourceInitializerConfig", "    def locate(self, part): ...\n", "locate cannot be called with"),
-        ("SourceInitializerConfig", "    def locate(self, model_name, part): yield\n", "locate is a generator"),
-        ("KindConfig", "    def locate(self, model_name, part): ...\n", "config_class C is no SourceInitializerConfig"),
+        ("SourceInitializerConfig", "    def locate(self): ...\n", "locate cannot be called with"),
+        ("SourceInitializerConfig", "    def locate(self, query): yield\n", "locate is a generator"),
+        ("KindConfig", "    def locate(self, query): ...\n", "config_class C is no SourceInitializerConfig"),
     ],
 )
 def test_what_locates_files_is_held_to_more(config: str, body: str, finding: str, foreign: ForeignPackages) -> None:
@@ -215,7 +215,7 @@ def test_a_key_of_the_core_keeps_its_meaning(field: str, is_fine: bool, foreign:
     source = (
         f"{SOURCE_HEAD}class C(SourceInitializerConfig):\n    {field}\n"
         "class K(SourceInitializer):\n    contract = 1\n    config_class = C\n"
-        "    def locate(self, model_name, part): ...\n"
+        "    def locate(self, query): ...\n"
     )
     install(foreign, "keyed", source)
     code, output = check("keyed")

@@ -19,7 +19,7 @@ from noether_init_core import InitializerBase, InitializerConfig, SourceInitiali
 class Locates(SourceInitializer):
     config_class = SourceInitializerConfig
 
-    def locate(self, model_name, part):
+    def locate(self, query):
         return self._deep(30)
 
     def _deep(self, levels):

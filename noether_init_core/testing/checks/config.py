@@ -78,7 +78,6 @@ class ConfigChecks(Checks):
         for one, of in ((initializer, case), (again, other)):
             one.check(of.model, of.trainer, of.callbacks)
             one.init_weights(of.model)
-            one.release()
         self.assert_weights(other, {"net": leaf_state(case.model)})
 
 

@@ -63,7 +63,6 @@ class SafetyChecks(Checks):
         before = self.everything(case)
         for _time in range(2):
             initializer.check(case.model, case.trainer, case.callbacks)
-        initializer.release()
         changed = differences(before, self.everything(case))
         assert not changed, f"check() changed {', '.join(changed[:5])}"
 
@@ -79,7 +78,6 @@ class SafetyChecks(Checks):
         case = new_case("single")
         initializer = self.one(case, make_config(case))
         first, again = initializer.start_checkpoint(), initializer.start_checkpoint()
-        initializer.release()
         assert first == again, f"first {first}, then {again}"
 
     def test_path_provider(self, new_case: NewCase, make_config: MakeConfig) -> None:

@@ -107,11 +107,8 @@ class WeightChecks(Checks):
             if not self.compares_models.is_open:
                 initializer.init_weights(case.model)
                 continue
-            try:
-                with self.refused(case, what):
-                    initializer.init_weights(case.model)
-            finally:
-                initializer.release()
+            with self.refused(case, what):
+                initializer.init_weights(case.model)
 
     def test_check_finds_a_model_that_does_not_fit(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """``check`` raises for another shape, so that nothing of the whole stack has changed by then."""
@@ -124,7 +121,6 @@ class WeightChecks(Checks):
             with pytest.raises(InitError):
                 initializer.check(case.model, case.trainer, case.callbacks)
                 pytest.fail(f"{what}, and check() has not found it")
-            initializer.release()
 
 
 def _misfits() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from noether_init_core import (
     ArtifactCache,
     ConfigError,
     KindConfig,
-    Part,
+    LocateQuery,
     Source,
     SourceInitializer,
     SourceInitializerConfig,
@@ -90,9 +90,9 @@ class SignedStoreInitializer(SourceInitializer):
     one_model: ClassVar[bool] = True
     config: SignedStoreConfig
 
-    def locate(self, model_name: str, part: Part) -> Source | None:
+    def locate(self, query: LocateQuery) -> Source | None:
         """The file, fetched where the node does not have it; its statement is checked first, each time."""
-        if part != "model":
+        if query.part != "model":
             return None
         cache, address = ArtifactCache(), f"{self.config.url}/{self.config.name}"
         about = cache.get(
@@ -107,7 +107,7 @@ class SignedStoreInitializer(SourceInitializer):
             partial(fetch, address, limit=statement.size, is_exact=True, token=self._token),
             digest=statement.digest,
         )
-        return Source(file, digest=statement.digest, origin={"run_id": self.config.name, "store": self.config.url})
+        return Source(file, digests=statement.digest, origin={"run_id": self.config.name, "store": self.config.url})
 
     def _statement(self, path: Path) -> Statement:
         with path.open("rb") as file:

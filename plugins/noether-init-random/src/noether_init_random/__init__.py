@@ -75,7 +75,6 @@ class RandomInitializer(InitializerBase):
     config_class: ClassVar[type[KindConfig]] = RandomConfig
     contract: ClassVar[int] = 1
     config: RandomConfig
-    restored: tuple[str, ...] = ()  # for InitReport: what was done, in words
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Raise ``PlanError`` with all that is in the way. Every function is tried, on small tensors on the CPU."""
@@ -94,7 +93,8 @@ class RandomInitializer(InitializerBase):
                 parameter.copy_(rule.draw(seed_of(self.config.seed, name), parameter.shape, parameter.dtype))
         drawn = f"{len(chosen)} drawn with seed {self.config.seed}"
         self.logger.info("random: %s; left as they are: %s", drawn, ", ".join(left) or "none")
-        self.restored = (drawn, f"left as they are: {_listed(left)}") if left else (drawn,)
+        with self.in_session() as session:
+            session.restored += [drawn, f"left as they are: {_listed(left)}"] if left else [drawn]
 
     def init_optimizer(self, model: Any) -> None:
         """Nothing: a parameter that was drawn just now has no state."""

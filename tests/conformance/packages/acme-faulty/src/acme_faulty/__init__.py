@@ -189,7 +189,7 @@ class FillsWhatIsKept(FolderInitializer):
     contract = 1
 
     def init_weights(self, model: Any) -> None:
-        kept = [row.target for row in self.planned(model).rows if row.action == "keep"]
+        kept = [row.target for row in self.plan(model).rows if row.action == "keep"]
         super().init_weights(model)
         for name, parameter in model.named_parameters() if kept else ():
             if name in kept:
@@ -201,10 +201,10 @@ class PlansInEvalMode(FolderInitializer):
 
     contract = 1
 
-    def plan_weights(self, model: Any) -> Any:
+    def plan(self, model: Any) -> Any:
         if hasattr(model, "eval"):
             model.eval()
-        return super().plan_weights(model)
+        return super().plan(model)
 
 
 class OnceOnly(FolderInitializer):
@@ -237,7 +237,7 @@ class LooksAtFilesOnly(FolderInitializer):
     contract = 1
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
-        self.plan_weights(model)
+        self.plan(model)
 
 
 class HopesForTheFile(FolderInitializer):
@@ -257,11 +257,11 @@ class PlainErrors(FolderInitializer):
 
     contract = 1
 
-    def locate(self, model_name: str, part: Any) -> Any:
+    def locate(self, query: Any) -> Any:
         try:
-            return super().locate(model_name, part)
+            return super().locate(query)
         except CheckpointNotFoundError as error:
-            raise KeyError(model_name) from error
+            raise KeyError(query.model_name) from error
 
 
 class ChecksByDoing(FolderInitializer):
@@ -299,9 +299,9 @@ class NeedsARun(FolderInitializer):
 
     contract = 1
 
-    def locate(self, model_name: str, part: Any) -> Any:
+    def locate(self, query: Any) -> Any:
         self.logger.debug("for run %s", self.path_provider.run_id)
-        return super().locate(model_name, part)
+        return super().locate(query)
 
 
 class ClearsTheOptimizer(FolderInitializer):
@@ -348,10 +348,10 @@ class LeavesAMark(FolderInitializer):
 
     contract = 1
 
-    def locate(self, model_name: str, part: Any) -> Any:
-        found = super().locate(model_name, part)
+    def locate(self, query: Any) -> Any:
+        found = super().locate(query)
         if found is not None:
-            found.path.with_suffix(".used").touch()
+            found.location.with_suffix(".used").touch()
         return found
 
 
@@ -363,7 +363,7 @@ class KeepsFilesOpen(FolderInitializer):
 
     def init_weights(self, model: Any) -> None:
         super().init_weights(model)
-        self._held += [source.path.open("rb") for source in self.last_sources.values()]
+        self._held += [file.path.open("rb") for file in self.outcome().files.values()]
 
 
 class _TokenConfig(FolderConfig):
@@ -377,11 +377,11 @@ class TellsTheToken(FolderInitializer):
     config_class: ClassVar[type[KindConfig]] = _TokenConfig
     config: _TokenConfig
 
-    def locate(self, model_name: str, part: Any) -> Any:
-        found = super().locate(model_name, part)
+    def locate(self, query: Any) -> Any:
+        found = super().locate(query)
         if found is None:
             return None
-        return type(found)(found.path, origin={"run_id": f"token={self.config.token.get_secret_value()}"})
+        return type(found)(found.location, origin={"run_id": f"token={self.config.token.get_secret_value()}"})
 
 
 class DependsOnTheRank(FolderInitializer):

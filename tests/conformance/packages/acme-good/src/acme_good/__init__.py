@@ -10,7 +10,7 @@ from pydantic import Field
 from noether_init_core import (
     CheckpointNotFoundError,
     KindConfig,
-    Part,
+    LocateQuery,
     Source,
     SourceInitializer,
     SourceInitializerConfig,
@@ -30,10 +30,10 @@ class FolderInitializer(SourceInitializer):
     contract: ClassVar[int] = 1
     config: FolderConfig
 
-    def locate(self, model_name: str, part: Part) -> Source | None:
-        if part != "model":
+    def locate(self, query: LocateQuery) -> Source | None:
+        if query.part != "model":
             return None
-        path = self.config.folder / f"{model_name}.pt"
+        path = self.config.folder / f"{query.model_name}.pt"
         if not path.is_file():
             there = sorted(found.name for found in self.config.folder.glob("*.pt"))
             raise CheckpointNotFoundError(

@@ -1,0 +1,235 @@
+"""Optimizer state of one model: decided from the header of its file, read and verified, handed over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from noether_init_core import nested
+from noether_init_core.applying.optimizer_state import apply_optimizer, moved_value
+from noether_init_core.applying.optimizer_targets import (
+    class_name,
+    optimizer_names,
+    parameter_aliases,
+    torch_optimizer,
+)
+from noether_init_core.errors import StateMismatchError
+from noether_init_core.files.checkpoint import Checkpoint
+from noether_init_core.files.tensor_info import TensorInfo
+from noether_init_core.initializers.location import Source
+from noether_init_core.initializers.models import Leaf
+from noether_init_core.initializers.source_config import OptimizerStateConfig
+from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
+from noether_init_core.surgery.optimizer_plan import Moved, OptimizerPlan, ParameterOrigin, Stays, plan_optimizer
+from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow
+
+__all__ = ["OptimizerStep", "decided"]
+
+
+@attrs.frozen(eq=False)
+class OptimizerStep:
+    """What one optimizer will get.
+
+    Attributes:
+        leaf: Its model.
+        optimizer: The optimizer, without a wrapper around it.
+        keep_fields: It is inside a wrapper that keeps its own fields of groups.
+        source: The file of the state.
+        reader: The open file.
+        plan: What is done; the tensors are descriptions until ``read``.
+        is_read: Whether the tensors were read and verified.
+    """
+
+    leaf: Leaf
+    optimizer: torch.optim.Optimizer
+    keep_fields: bool
+    source: Source
+    reader: Checkpoint
+    plan: OptimizerPlan
+    is_read: bool = False
+
+    def fits(self) -> bool:
+        """Whether the model still has the optimizer, with the groups, that the step was decided for."""
+        optimizer = self.leaf.model.optimizer
+        if optimizer is None:
+            return False
+        current = torch_optimizer(optimizer)
+        return current is self.optimizer and [len(group["params"]) for group in current.param_groups] == [
+            len(states) for states in self.plan.state
+        ]
+
+    def read(self, config: OptimizerStateConfig) -> tuple[OptimizerStep, list[str]]:
+        """The step with tensors in place of descriptions, and warnings.
+
+        They are read into the memory that they stay in, verified and examined in one pass, and follow their
+        parameters. Raises ``StateMismatchError`` for NaN and infinities, unless the config takes them.
+        """
+        states = [state for states in self.plan.state for state in states if isinstance(state, Mapping)]
+        fields = [] if self.keep_fields else list(self.plan.fields)
+        examines = config.nonfinite != "ignore"
+        tensors = self.reader.read_all(
+            _infos([states, fields]),
+            verify=config.verify == "full",
+            look=examines,
+        )
+        warnings = self._nonfinite(states, fields) if examines else []
+        if warnings and config.nonfinite == "error":
+            raise StateMismatchError(
+                f"{warnings[0]}. Nothing was changed. To load it all the same: on_nonfinite: warn",
+                problems=warnings[:1],
+            )
+        given: set[TensorInfo] = set()
+
+        def made(value: Any) -> Any:
+            if isinstance(value, TensorInfo):
+                # described twice, it gets memory twice, since each is updated by itself
+                if value not in tensors or value in given:
+                    return self.reader.read(value)
+                given.add(value)
+                return tensors[value]
+            if not isinstance(value, Moved):
+                return value
+            if value.steps or value.dtype is not None:  # the result has memory of its own
+                values = [tensors[one] if one in tensors else made(one) for one in value.values]
+            else:
+                values = [made(one) for one in value.values]
+            return moved_value(value, values, self.source.location.name)
+
+        plan = attrs.evolve(
+            self.plan,
+            state=nested.mapped(self.plan.state, made),
+            fields=nested.mapped(self.plan.fields, made) if fields else self.plan.fields,
+        )
+        return attrs.evolve(self, plan=plan, is_read=True), warnings
+
+    def check_memory(self) -> None:
+        """Raise ``StateMismatchError`` on the meta device: state lies where its parameter does, and would be lost."""
+        if any(parameter.is_meta for group in self.optimizer.param_groups for parameter in group["params"]):
+            raise StateMismatchError(
+                f"{self.leaf.path} is on the meta device, so that its optimizer cannot take state yet. "
+                "Next: init_weights first, as InitializerStack.initialize does"
+            )
+
+    def apply(self) -> None:
+        """Hand the state over. If the optimizer refuses it, it is put back and the error goes on."""
+        apply_optimizer(self.plan, self.optimizer, lambda value: value, keep_fields=self.keep_fields)
+
+    def restored(self, *, continues: bool) -> str:
+        """What is restored, in words for the report; empty for nothing. To be asked before it is done."""
+        states = [state for group in self.plan.state for state in group]
+        taken = sum(isinstance(state, Mapping) for state in states)
+        notes = []
+        if any(isinstance(state, Stays) for state in states):
+            notes.append(f"{taken} of {len(states)} parameters, the others as loaded before")
+        if not continues and not self.keep_fields:
+            notes.append(self._changes())
+        said = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
+        if taken:
+            return f"optimizer of {self.leaf.path}{said}"
+        if any(self.plan.fields) and not self.keep_fields:
+            return f"settings of the optimizer of {self.leaf.path}, which has no state{said}"
+        return ""
+
+    def _changes(self) -> str:
+        """Where fields that a script tunes become those of the checkpoint, and what keeps them."""
+        changes: dict[str, dict[str, None]] = {}
+        for group, fields in zip(self.optimizer.param_groups, self.plan.fields, strict=True):
+            for field in ("lr", "weight_decay"):
+                before, after = _number(group.get(field)), _number(fields.get(field))
+                if before is not None and after is not None and before != after:
+                    changes.setdefault(field, {})[f"{before:g} -> {after:g}"] = None
+        if not changes:
+            return ""
+        listed = ", ".join(f"{field} {' and '.join(found)}" for field, found in changes.items())
+        keeping = ", ".join(f"{field}: config" for field in changes)
+        return f"{listed} as in the checkpoint; to keep yours: param_groups: {{{keeping}}}"
+
+    def _nonfinite(self, states: Sequence[Mapping[str, Any]], fields: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What holds NaN or infinities in the state, or NaN in the fields."""
+        file = self.source.location.name
+        named = [(key, info) for state in states for key, value in state.items() for info in _infos(value)]
+        found = self.reader.nonfinite([info for _key, info in named])
+        keys = dict.fromkeys(key for key, info in named if info in found)
+        return [f"{file}: {key} of the optimizer holds NaN or infinities" for key in keys] + [
+            f"{file}: {key} of group {number} of the optimizer is NaN"
+            for number, values in enumerate(fields)
+            for key, value in values.items()
+            if isinstance(value, float) and math.isnan(value)
+        ]
+
+
+def decided(
+    leaf: Leaf,
+    source: Source,
+    reader: Checkpoint,
+    plan: LoadPlan,
+    config: OptimizerStateConfig,
+    loaded_before: frozenset[int],
+) -> OptimizerStep:
+    """What an optimizer will get, by the header of its file and the plan of the weights; nothing else is read.
+
+    Raises ``StateMismatchError`` with everything that does not fit.
+    """
+    optimizer = torch_optimizer(leaf.model.optimizer)
+    keeps_fields = optimizer is not leaf.model.optimizer
+    fields = config.param_groups
+    found = plan_optimizer(
+        reader.metadata,
+        optimizer_names(optimizer, leaf.model),
+        {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
+        origins=_origins(leaf, plan, loaded_before),
+        aliases=parameter_aliases(leaf.model),
+        current=optimizer.param_groups,
+        optimizer_class=class_name(optimizer),
+        policies=OptimizerPolicies(
+            config.on_missing_state,
+            config.on_unexpected_state,
+            dict.fromkeys([*fields, "*"], "config") if keeps_fields else fields,
+        ),
+        where=source.location.name,
+    )
+    return OptimizerStep(leaf, optimizer, keeps_fields, source, reader, found)
+
+
+def _origins(leaf: Leaf, plan: LoadPlan, loaded_before: frozenset[int]) -> dict[str, ParameterOrigin] | None:
+    """Name in a model -> where its value comes from; None where that is the same name for all."""
+    named = leaf.model.named_parameters(remove_duplicate=False)
+    before = {name for name, parameter in named if id(parameter) in loaded_before}
+    origins = {
+        row.target: _origin_of(row, was_loaded=row.target in before)
+        for row in plan.rows_of(leaf.path)
+        if row.target is not None and row.is_parameter
+    }
+    plain = all(
+        origin.sources == (name,)
+        and not origin.steps
+        and (origin.dtypes is None or origin.dtypes[0] == origin.dtypes[1])
+        for name, origin in origins.items()
+    )
+    return None if plain else origins
+
+
+def _origin_of(row: PlanRow, *, was_loaded: bool) -> ParameterOrigin:
+    if not row.writes:
+        return ParameterOrigin(stays=was_loaded or row.rule == LOADED_BEFORE)
+    return ParameterOrigin(row.sources, row.steps, row.part, row.source_shapes, (row.source_dtype, row.dtype))
+
+
+def _infos(value: Any) -> Iterator[TensorInfo]:
+    """Every description of a tensor in a stored value."""
+    for leaf in nested.leaves(value):
+        if isinstance(leaf, TensorInfo):
+            yield leaf
+        elif isinstance(leaf, Moved):
+            yield from _infos(leaf.values)
+
+
+def _number(value: Any) -> float | None:
+    """A field of a group as a number, also out of a tensor; None for what is none."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    return float(value) if isinstance(value, int | float) else None
