@@ -424,13 +424,15 @@ def test_a_file_that_is_rewritten_between_check_and_load_is_refused(paths: PathP
     before = target.weight.clone()
     config = {"kind": "previous_run", "run_id": "source"}
     initializer = InitializerStack.from_config([config], path_provider=paths.with_run("new")).initializers[0]
-    initializer.check(bind(target, name="net"))
-    time_before = path.stat().st_mtime_ns
-    torch.save({**content, "state_dict": linear(1).state_dict()}, path)
-    if path.stat().st_mtime_ns == time_before:  # a coarse clock
-        os.utime(path, ns=(time_before, time_before + 10**7))
-    with pytest.raises(PartlyInitializedError, match="was written to while it was in use"):
-        initializer.init_weights(bind(target, name="net"))
+    model = bind(target, name="net")
+    with initializer.in_session():
+        initializer.check(model)
+        time_before = path.stat().st_mtime_ns
+        torch.save({**content, "state_dict": linear(1).state_dict()}, path)
+        if path.stat().st_mtime_ns == time_before:  # a coarse clock
+            os.utime(path, ns=(time_before, time_before + 10**7))
+        with pytest.raises(PartlyInitializedError, match="was written to while it was in use"):
+            initializer.init_weights(model)
     assert torch.equal(target.weight, before)
 
 
