@@ -13,10 +13,13 @@ import attrs
 from noether_init_core.diff.values import DiffSide
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, InitError
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.messages import listed
+from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.health import stores_at
-from noether_init_core.sets.store import RunStore
+from noether_init_core.sets.looking import find_set
+from noether_init_core.sets.places import runs_at
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["Side", "is_average", "known_from", "side_at"]
 
@@ -54,15 +57,16 @@ def side_at(path: Path | str) -> Side:
     if path.is_file():
         parsed = parse(path.name)
         return Side(DiffSide(str(path)), {"" if parsed is None else _name(parsed.model, parsed.info): path})
-    store = _store_at(path)
+    snapshot = Snapshot(_run_at(path))
     resolved = path.resolve()
     if resolved.parent.name == SETS_FOLDER:
-        found = next((one for one in store.sets() if one.folder.resolve() == resolved), None)
+        found = next((one for one in snapshot.sets() if one.folder.resolve() == resolved), None)
         if found is None:
             raise CheckpointError(f"{path} is no committed set. Next: noether-init verify {path}", path=path)
     else:
-        found = store.find(tag)
-    return _of_set(store, found, tag)
+        selected = find_set(snapshot, tag)
+        found, snapshot = selected.found, selected.snapshot
+    return _of_set(snapshot, found, tag)
 
 
 def known_from(metadata: Mapping[str, Any], said: DiffSide) -> DiffSide:
@@ -86,9 +90,9 @@ def _name(model: str, info: str | None) -> str:
     return model if info is None else f"{model} ({info})"
 
 
-def _store_at(path: Path) -> RunStore:
+def _run_at(path: Path) -> PathProvider:
     try:
-        stores = stores_at(path)
+        runs = runs_at(path)
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
             f"{path} holds no checkpoints: it is no file, and neither a run folder nor one of a set. "
@@ -96,20 +100,20 @@ def _store_at(path: Path) -> RunStore:
             path=path,
             asked=str(path),
         ) from error
-    if len(stores) > 1:
-        names = [str(path / one.folder.parent.relative_to(path.resolve())) for one in stores]
+    if len(runs) > 1:
+        names = [str(path / one.checkpoint_path.parent.relative_to(path.resolve())) for one in runs]
         raise CheckpointNotFoundError(
-            f"{path} holds {len(stores)} runs or stages. Next: one of {', '.join(names[:8])}",
+            f"{path} holds {len(runs)} runs or stages. Next: one of {listed(names, 8)}",
             path=path,
             asked=str(path),
             candidates=names,
         )
-    return stores[0]
+    return runs[0]
 
 
-def _of_set(store: RunStore, found: CheckpointSet, tag: str | None) -> Side:
-    iteration = store.iteration_of(found)
-    run_id, stage = found.run_id or store.paths.run_id, found.stage_name
+def _of_set(snapshot: Snapshot, found: CheckpointSet, tag: str | None) -> Side:
+    iteration = snapshot.iteration_of(found)
+    run_id, stage = found.run_id or snapshot.paths.run_id, found.stage_name
     name = run_id if stage is None else f"{run_id}/{stage}"
     asked = tag or ("latest" if "latest" in found.tags else found.name)
     said = DiffSide(

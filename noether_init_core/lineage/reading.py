@@ -11,9 +11,9 @@ import attrs
 
 from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.lineage.graph import Lineage, LineageEdge, LineageNode, LineageSet, related
-from noether_init_core.lineage.records import Records, Run, Training, read_run, run_at, run_folder, set_in
+from noether_init_core.lineage.records import Records, Run, read_run, run_at, run_folder, set_in
 from noether_init_core.sets.checkpoint_set import CheckpointSet
-from noether_init_core.sets.health import stores_at
+from noether_init_core.sets.places import runs_at
 from noether_init_core.sets.provenance import SourceRecord
 
 __all__ = ["lineage_of"]
@@ -35,17 +35,17 @@ def lineage_of(path: Path | str, roots: Sequence[Path | str] = ()) -> Lineage:
 
     Raises ``CheckpointNotFoundError`` where there is no run.
     """
-    asked = [run_at(store) for store in stores_at(Path(path))]
+    asked = [run_at(paths) for paths in runs_at(Path(path))]
     found = {one.folder: one for one in asked}
     own = dict.fromkeys(one.root for one in asked)
     for root in [*own, *(Path(root).resolve() for root in roots)]:
         try:
-            stores = stores_at(root)
+            below = runs_at(root)
         except CheckpointNotFoundError:
             if root in own:  # the run itself was found by another way
                 continue
             raise
-        for one in map(run_at, stores):
+        for one in map(run_at, below):
             # a link is a second name of a run
             if one.folder not in found or one.folder == one.root / one.name:
                 found[one.folder] = one
@@ -54,16 +54,6 @@ def lineage_of(path: Path | str, roots: Sequence[Path | str] = ()) -> Lineage:
     foci = None if is_root else tuple(dict.fromkeys(reader.id_of[one.folder] for one in asked))
     edges = tuple(reader.edges())
     return related(foci, tuple(reader.nodes.values()), edges, reader.problems)
-
-
-@attrs.frozen
-class _Read:
-    """That a file was read into a model of a run, or of what is no run any more."""
-
-    source: SourceRecord
-    target: str
-    model: str
-    training: Training | None
 
 
 class _Reader:
@@ -251,7 +241,7 @@ def _is_there(path: str, *, is_folder: bool) -> bool:
 def _said(one: CheckpointSet) -> LineageSet:
     manifest = one.manifest
     return LineageSet(
-        one.folder.name if one.committed else one.name,
+        one.place,
         one.tags,
         None if one.iteration is None else str(one.iteration),
         one.committed,

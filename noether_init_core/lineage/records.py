@@ -10,27 +10,31 @@ import attrs
 import xxhash
 
 from noether_init_core.errors import CheckpointError
+from noether_init_core.files.storage.disk import LOCAL
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
 from noether_init_core.sets.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME
+from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded
 from noether_init_core.sets.provenance import History, histories
-from noether_init_core.sets.store import RunStore
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["Records", "Run", "Training", "read_run", "run_at", "run_folder", "set_in"]
-
-_CHECKPOINTS = "checkpoints"
 
 
 @attrs.frozen
 class Run:
-    """A folder with checkpoints, symbolic links resolved; ``name`` is its path below the output root."""
+    """A folder with checkpoints, symbolic links resolved; ``name`` is its path below the output root.
+
+    ``snapshot`` is None where it cannot be looked at, for the reason in ``problem``.
+    """
 
     folder: Path
     root: Path
     name: str
     run_id: str
     stage: str | None
-    store: RunStore
+    snapshot: Snapshot | None
+    problem: str
 
 
 @attrs.frozen
@@ -68,29 +72,27 @@ class Records:
         }
 
 
-def run_at(store: RunStore) -> Run:
-    """The run of a store; where its sets say that the folder is a stage, which the folder cannot tell, that stage."""
-    paths = store.paths
-    folder = store.folder.parent
-    if paths.stage_name is None:
-        try:
-            said = {(one.manifest.run_id, one.manifest.stage_name) for one in store.sets() if one.manifest is not None}
-        except (CheckpointError, OSError):  # it is read again, and told then
-            said = set()
-        if (folder.parent.name, folder.name) in said:
-            store = RunStore(PathProvider(folder.parent.parent, folder.parent.name, folder.name))
-            paths = store.paths
+def run_at(paths: PathProvider) -> Run:
+    """The run of a folder; where its sets record that it is a stage, that stage."""
+    folder, problem, snapshot = paths.checkpoint_path.parent.resolve(), "", None
+    try:
+        snapshot = Snapshot(paths)
+        folder, paths = snapshot.folder.parent, as_recorded(snapshot)
+    except (CheckpointError, OSError) as error:
+        problem = f"{folder}: {error}"
     name = paths.run_id if paths.stage_name is None else f"{paths.run_id}/{paths.stage_name}"
     name = f"{DEBUG_FOLDER}/{name}" if paths.debug else name
-    return Run(folder, paths.output_root.resolve(), name, paths.run_id, paths.stage_name, store)
+    return Run(folder, paths.output_root.resolve(), name, paths.run_id, paths.stage_name, snapshot, problem)
 
 
 def read_run(run: Run) -> Records:
     """Read the manifests of a run, and the newest record of each training and model."""
+    if run.snapshot is None:
+        return Records(note="its sets cannot be read", problems=(run.problem,))
     problems: list[str] = []
     try:
-        sets = run.store.sets()
-        problems += [str(error) for error in run.store.broken()]
+        sets = run.snapshot.sets()
+        problems += map(str, run.snapshot.broken())
     except (CheckpointError, OSError) as error:
         return Records(note="its sets cannot be read", problems=(f"{run.folder}: {error}",))
     if not sets:
@@ -107,7 +109,7 @@ def read_run(run: Run) -> Records:
             continue
         looked.add((manifest.training, one.models()))
         try:
-            kept = _histories_of(one, run.store)
+            kept = _histories_of(one)
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             problems.append(f"{one.folder / PROVENANCE_NAME} tells nothing of where weights came from: {error}")
             failed = failed or _in_words(manifest.lineage)
@@ -126,9 +128,9 @@ def read_run(run: Run) -> Records:
     return Records(sets, trainings, len(resumed), note, tuple(problems))
 
 
-def _histories_of(one: CheckpointSet, store: RunStore) -> dict[str, History]:
+def _histories_of(one: CheckpointSet) -> dict[str, History]:
     """Where tensors came from. Raises ``ValueError`` or its kin for what is no record, or not as it was written."""
-    content = store.storage.read_bytes(one.folder / PROVENANCE_NAME, MAX_PROVENANCE_BYTES)
+    content = LOCAL.read_bytes(one.folder / PROVENANCE_NAME, MAX_PROVENANCE_BYTES)
     if one.manifest is None or f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}" != one.manifest.provenance:
         raise ValueError("its digest is not the one in the manifest")
     found = histories(json.loads(content))
@@ -152,7 +154,7 @@ def run_folder(path: str) -> Path | None:
     """
     parts = Path(path).parts
     depth = 4 if set_in(path) is not None else 2
-    if len(parts) <= depth or parts[-depth] != _CHECKPOINTS:
+    if len(parts) <= depth or parts[-depth] != CHECKPOINTS_FOLDER:
         return None
     try:
         return Path(*parts[:-depth]).resolve()
@@ -163,4 +165,4 @@ def run_folder(path: str) -> Path | None:
 def set_in(path: str) -> str | None:
     """The folder of the set that a file lies in; None for a file elsewhere."""
     parts = Path(path).parts
-    return parts[-2] if len(parts) > 4 and parts[-3] == SETS_FOLDER and parts[-4] == _CHECKPOINTS else None
+    return parts[-2] if len(parts) > 4 and parts[-3] == SETS_FOLDER and parts[-4] == CHECKPOINTS_FOLDER else None
