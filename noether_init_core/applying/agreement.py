@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from noether_init_core.applying.targets import Identity, ModelTargets, loaded_by_code
-from noether_init_core.errors import PlanError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.reading import same_bits
 from noether_init_core.surgery.plan import LoadPlan, PlanRow
@@ -25,7 +24,8 @@ def check_across(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> None:
         first, second = readers[model].read(name), readers[other_model].read(other)
         if not same_bits(first, second):
             problems.append(f"{name} of {model} and {other} of {other_model} differ in the files but are one tensor")
-    _raise(plan, problems)
+    if problems:
+        raise plan.refusal(problems)
 
 
 def check_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> None:
@@ -45,7 +45,8 @@ def check_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> N
                         f"{type(module).__name__} have loading code of their own for it. Next: untie it, or let one "
                         "module hold both"
                     )
-    _raise(plan, problems)
+    if problems:
+        raise plan.refusal(problems)
 
 
 def check_casts(plan: LoadPlan, model: str, reader: Checkpoint) -> None:
@@ -61,19 +62,15 @@ def check_casts(plan: LoadPlan, model: str, reader: Checkpoint) -> None:
         problems += _made_values(row, reader, dtypes)
         for source in row.sources:
             have = reader.tensors()[source].dtype
-            narrow = next(
-                (
-                    dtype
-                    for dtype in dict.fromkeys(dtypes)
-                    if dtype != have
-                    and _can_overflow(getattr(torch, have), getattr(torch, dtype))
-                    and not all(_fits(piece, getattr(torch, dtype)) for piece in reader.slices(source))
-                ),
-                None,
-            )
-            if narrow is not None:
-                problems.append(f"{row.key}: values of {have} in {source} of the file do not fit {narrow}")
-    _raise(plan, problems)
+            for dtype in dict.fromkeys(dtypes):
+                to: torch.dtype = getattr(torch, dtype)
+                if not _can_overflow(getattr(torch, have), to):
+                    continue
+                if not all(_fits(piece, to) for piece in reader.slices(source)):
+                    problems.append(f"{row.key}: values of {have} in {source} of the file do not fit {dtype}")
+                    break
+    if problems:
+        raise plan.refusal(problems, model=model)
 
 
 def _made_values(row: PlanRow, reader: Checkpoint, dtypes: list[str]) -> list[str]:
@@ -95,17 +92,9 @@ def _made_values(row: PlanRow, reader: Checkpoint, dtypes: list[str]) -> list[st
     return problems
 
 
-def _raise(plan: LoadPlan, problems: list[str]) -> None:
-    if problems:
-        listed = "\n  ".join(problems[:5]) + (f"\n  and {len(problems) - 5} more" if problems[5:] else "")
-        raise PlanError(f"{plan.kind}:\n  {listed}\nNothing was changed.", plan=plan, problems=problems)
-
-
 def _can_overflow(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether some value of ``source`` has no counterpart in ``target``; rounding of fractions does not count."""
-    if source == target:
-        return False
-    if source == torch.bool:
+    if source == target or source == torch.bool:
         return False
     if target == torch.bool or source.is_complex:
         return not (target.is_complex and target.itemsize >= source.itemsize)

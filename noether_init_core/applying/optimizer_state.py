@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from noether_init_core import nested
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.surgery.optimizer_fields import lacking_state
 from noether_init_core.surgery.optimizer_plan import STAYS, Moved, OptimizerPlan, Stays
@@ -26,7 +27,7 @@ def moved_value(moved: Moved, values: list[Any], where: str) -> Any:
     """
     if not moved.steps:
         first = values[0]
-        if any(not _equal(first, other) for other in values[1:]):
+        if any(not nested.equal(first, other) for other in values[1:]):
             raise StateMismatchError(
                 f"{where}: parameters that become one have counters that differ ({', '.join(map(str, values[:3]))}). "
                 "Nothing was changed. Next: load_optim: false",
@@ -58,12 +59,6 @@ def moved_value(moved: Moved, values: list[Any], where: str) -> Any:
 def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
     # the narrowest dtypes have no isfinite of their own
     return torch.isfinite(tensor if tensor.is_complex() else tensor.float())
-
-
-def _equal(first: Any, other: Any) -> bool:
-    if isinstance(first, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(first, other)
-    return bool(first == other)
 
 
 def apply_optimizer(
@@ -140,21 +135,15 @@ def _placed(
 ) -> dict[str, Any]:
     """The state on the device where torch keeps it; dtypes stay as stored, unless the parameter's own was converted."""
     on_device = bool(group.get("capturable") or group.get("fused"))
+
+    def placed(leaf: Any) -> Any:
+        return leaf.to(parameter.device) if isinstance(leaf, torch.Tensor) else leaf
+
+    # some optimizers keep lists of tensors
     return {
-        key: _moved(read(value), parameter.device) if key != "step" or on_device else read(value)
+        key: nested.mapped(read(value), placed) if key != "step" or on_device else read(value)
         for key, value in state.items()
     }
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """The same with every tensor in it on ``device``; some optimizers keep lists of them."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
-    return value
 
 
 def _positional(

@@ -12,8 +12,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from noether_init_core.applying.fresh_memory import FreshMemory, on_meta
 from noether_init_core.applying.module_versions import metadata_below
 from noether_init_core.applying.targets import Identity, ModelTargets, OwnLoading, loaded_by_code
-from noether_init_core.errors import PlanError, StateMismatchError
+from noether_init_core.errors import StateMismatchError
 from noether_init_core.files.checkpoint import Checkpoint
+from noether_init_core.messages import listed
 from noether_init_core.stopwatch import Stopwatch
 from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.steps import Step, carry_out
@@ -54,22 +55,20 @@ def apply_rows(
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(own.prefix))
         with stopwatch.phase("copy"):
             _load_itself(own, rows, reader, targets)
-    written = [row.target for row in rows if row.writes and row.target is not None]
-    prefixes = tuple(own.prefix for own in targets.own_loading)
-    left = [
-        row for row in rows if row.writes and row.target is not None and not row.target.startswith(prefixes or "\0")
-    ]
+    written = [row for row in rows if row.writes]
+    prefixes = tuple(own.prefix for own in targets.own_loading) or "\0"
     seen: set[int] = set()
     plain: list[tuple[PlanRow, torch.Tensor]] = []
     made: dict[tuple[tuple[str, ...], tuple[Step, ...]], list[tuple[PlanRow, torch.Tensor]]] = {}
-    for row in left:
-        name = str(row.target)
-        if row.dtype == "object":
-            targets.extra_state[name].set_extra_state(_extra_state(reader, row.sources[0]))
+    for row in written:
+        if row.key.startswith(prefixes):
             continue
-        tensor = targets.tensors[name]
+        if row.dtype == "object":
+            targets.extra_state[row.key].set_extra_state(_extra_state(reader, row.sources[0]))
+            continue
+        tensor = targets.tensors[row.key]
         # the value in the file may be in the form of an earlier version, which the module has translated
-        if id(tensor) in seen or targets.specs[name].identity in by_code:
+        if id(tensor) in seen or targets.specs[row.key].identity in by_code:
             continue
         seen.add(id(tensor))
         if row.steps:
@@ -88,7 +87,7 @@ def apply_rows(
     for module in targets.after_loading:
         for hook in tuple(module._load_state_dict_post_hooks.values()):
             hook(module, _IncompatibleKeys([], []))
-    return written
+    return [row.key for row in written]
 
 
 def _copy_plain(
@@ -151,7 +150,7 @@ def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: FreshMemory) -
     empty = [name for name in names if bool(torch.isnan(targets.tensors[name].detach()).any())]
     if empty:
         raise StateMismatchError(
-            f"on_missing: reset: reset_parameters gives {', '.join(empty[:5])} no values, or NaN. "
+            f"on_missing: reset: reset_parameters gives {listed(empty)} no values, or NaN. "
             "Next: fill them in reset_parameters, or build the module with values and on_missing: keep",
             problems=empty,
         )
@@ -164,32 +163,25 @@ def _load_itself(own: OwnLoading, rows: Iterable[PlanRow], reader: Checkpoint, t
     metadata = metadata_below(own, rows, reader.versions)
     if metadata:
         state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # as torch.nn.Module.state_dict does
-    kept = {
-        str(row.target): targets.tensors[str(row.target)]
-        for row in rows
-        if row.action in ("keep", "reset") and row.dtype != "object"
-    }
-    before = {name: tensor.detach().clone() for name, tensor in kept.items()}
+    kept = [targets.tensors[row.key] for row in rows if row.action in ("keep", "reset") and row.dtype != "object"]
+    before = [tensor.detach().clone() for tensor in kept]
     own.module.load_state_dict(state)
     with torch.no_grad():
-        for name, tensor in before.items():
-            kept[name].copy_(tensor)
+        for tensor, value in zip(kept, before, strict=True):
+            tensor.copy_(value)
 
 
 def _state_below(prefix: str, rows: Iterable[PlanRow], reader: Checkpoint, targets: ModelTargets) -> dict[str, Any]:
     """The planned state dict of one module, names without its prefix; what is kept stands in it as it is."""
     state: dict[str, Any] = {}
     for row in rows:
-        if row.target is None or not row.target.startswith(prefix):
-            continue
-        name = row.target.removeprefix(prefix)
-        if row.dtype == "object":
-            if row.writes:
-                state[name] = _extra_state(reader, row.sources[0])
-            else:
-                state[name] = targets.extra_state[row.target].get_extra_state()
+        name = row.key.removeprefix(prefix)
+        if row.dtype != "object":
+            state[name] = _value(row, reader, targets.tensors[row.key])
+        elif row.writes:
+            state[name] = _extra_state(reader, row.sources[0])
         else:
-            state[name] = _value(row, reader, targets.tensors[row.target])
+            state[name] = targets.extra_state[row.key].get_extra_state()
     return state
 
 
@@ -217,34 +209,28 @@ def check_values(plan: LoadPlan, model: str, reader: Checkpoint, on_nonfinite: O
     Returns: the findings about NaN and infinities where ``on_nonfinite`` is ``warn``.
     Raises: ``PlanError``; the model is untouched.
     """
-    problems = []
-    for of_model, first, other in plan.equal:
-        if of_model == model and not reader.is_same(first, other):
-            problems.append(
-                Problem("tied", f"{first} and {other} differ in the file but are one tensor in {model}", model)
-            )
-    findings: list[Problem] = []
-    if on_nonfinite != "ignore":
-        rows = [row for row in plan.rows_of(model) if row.writes and row.dtype != "object"]
-        found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
-        said: set[str] = set()
-        for row in rows:
-            for source in row.sources:
-                what = found.get(source)
-                if source not in said and (what == "NaN" or (what and row.is_parameter)):
-                    said.add(source)
-                    findings.append(Problem("nonfinite", f"{source} holds {what}", model, (row.key,)))
-    if on_nonfinite == "error" and findings:
-        problems += findings[:5]
-        if len(findings) > 5:
-            problems.append(Problem("nonfinite", f"and {len(findings) - 5} more tensors", model))
-    if problems:
-        shown = tuple(problem.message for problem in problems)
-        origin = next((str(one) for one in plan.origins if one.model == model), model)
-        hint = "\nTo load it all the same: on_nonfinite: warn" if findings and on_nonfinite == "error" else ""
-        raise PlanError(
-            f"{plan.kind}: {origin}\n  " + "\n  ".join(shown) + f"{hint}\nNothing was changed.",
-            plan=plan,
-            problems=shown,
-        )
+    problems = [
+        f"{first} and {other} differ in the file but are one tensor in {model}"
+        for of_model, first, other in plan.equal
+        if of_model == model and not reader.is_same(first, other)
+    ]
+    findings = [] if on_nonfinite == "ignore" else _nonfinite(plan, model, reader)
+    is_refused = on_nonfinite == "error" and bool(findings)
+    if problems or is_refused:
+        hint = "To load it all the same: on_nonfinite: warn" if is_refused else ""
+        shown = [*problems, *(finding.message for finding in findings if is_refused)]
+        raise plan.refusal(shown, model=model, hint=hint)
     return findings
+
+
+def _nonfinite(plan: LoadPlan, model: str, reader: Checkpoint) -> list[Problem]:
+    """One finding for each entry of the file that holds NaN, or infinities of a parameter."""
+    rows = [row for row in plan.rows_of(model) if row.writes and row.dtype != "object"]
+    found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
+    findings: dict[str, Problem] = {}
+    for row in rows if found else ():
+        for source in row.sources:
+            what = found.get(source)
+            if what == "NaN" or (what and row.is_parameter):
+                findings.setdefault(source, Problem("nonfinite", f"{source} holds {what}", model, (row.key,)))
+    return list(findings.values())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from noether_init_core.errors import PlanError
+from noether_init_core.messages import listed
 from noether_init_core.surgery.inverse import rows_back, transformed
 from noether_init_core.surgery.rows import (
     LOADED_BEFORE,
@@ -112,12 +113,24 @@ class LoadPlan:
     def raise_for_problems(self) -> None:
         """Raise ``PlanError`` with every problem, where there is one."""
         if self.problems:
-            shown = [problem.message for problem in self.problems]
-            listed = "\n  ".join(shown)
-            sources = "; ".join(map(str, self.origins))
-            raise PlanError(
-                f"{self.kind}: {sources}\n  {listed}\nNothing was changed.", plan=self, problems=tuple(shown)
-            )
+            messages = [problem.message for problem in self.problems]
+            raise self.refusal(messages, most=len(messages))
+
+    def refusal(self, problems: Sequence[str], *, model: str | None = None, hint: str = "", most: int = 5) -> PlanError:
+        """The error that says why the plan is not carried out.
+
+        Args:
+            problems: For people; all of them are on the error.
+            model: The single model that they are about; None for all.
+            hint: What to do next.
+            most: How many of them the message lists.
+        """
+        sources = "; ".join(str(origin) for origin in self.origins if model in (None, origin.model))
+        shown = [f"{self.kind}: {sources}", *problems[:most]]
+        if len(problems) > most:
+            shown.append(f"and {len(problems) - most} more")
+        message = "\n  ".join(shown) + (f"\n{hint}" if hint else "") + "\nNothing was changed."
+        return PlanError(message, plan=self, problems=tuple(problems))
 
     def inverted(self) -> LoadPlan:
         """The plan from the model's entries to the file's: the direction of an export; dtypes are those of the model.
@@ -131,8 +144,8 @@ class LoadPlan:
         self.raise_for_problems()
         rows, problems = rows_back(self.rows)
         if problems:
-            listed = "\n  ".join(dict.fromkeys(problems))
-            raise PlanError(f"{self.kind} has no way back:\n  {listed}", plan=self, problems=problems)
+            reasons = "\n  ".join(dict.fromkeys(problems))
+            raise PlanError(f"{self.kind} has no way back:\n  {reasons}", plan=self, problems=problems)
         return LoadPlan(f"{self.kind}, inverted", rows, origins=self.origins)
 
     def transformed(self, state: Mapping[str, torch.Tensor], model: str | None = None) -> dict[str, torch.Tensor]:
@@ -151,8 +164,7 @@ class LoadPlan:
         rows = [row for row in self.rows if row.writes and model in (None, row.model)]
         lacking = [source for row in rows for source in row.sources if source not in state]
         if lacking:
-            shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if lacking[5:] else "")
-            raise PlanError(f"the state has no {shown}, which the plan needs", plan=self)
+            raise PlanError(f"the state has no {listed(lacking)}, which the plan needs", plan=self)
         return transformed(rows, state)
 
     @classmethod
