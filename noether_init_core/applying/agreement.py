@@ -10,7 +10,7 @@ import torch
 
 from noether_init_core.applying.targets import Identity, ModelTargets, loaded_by_code
 from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.files.reading import same_bits
+from noether_init_core.nested import equal
 from noether_init_core.surgery.plan import LoadPlan, PlanRow
 from noether_init_core.surgery.steps import Cast, Interpolate, Pad, carry_out
 
@@ -22,7 +22,7 @@ def check_across(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> None:
     problems = []
     for model, name, other_model, other in plan.equal_across:
         first, second = readers[model].read(name), readers[other_model].read(other)
-        if not same_bits(first, second):
+        if not equal(first, second):
             problems.append(f"{name} of {model} and {other} of {other_model} differ in the files but are one tensor")
     if problems:
         raise plan.refusal(problems)

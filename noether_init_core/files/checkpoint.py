@@ -19,9 +19,10 @@ from noether_init_core.files.digests import Verified
 from noether_init_core.files.formats.module_versions import Versions
 from noether_init_core.files.materializing import Materializer
 from noether_init_core.files.nonfinite_values import Finding
-from noether_init_core.files.reading import nonfinite_in, same_bits
+from noether_init_core.files.reading import nonfinite_in
 from noether_init_core.files.tensor_info import Box, TensorInfo
 from noether_init_core.messages import listed, near
+from noether_init_core.nested import equal
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +114,8 @@ class BaseCheckpoint(abc.ABC):
     @abc.abstractmethod
     def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
         """The tensor, or a box of it, on the CPU, in memory of its own, without gradient.
+
+        ``key`` may be a leaf of ``values()``; ``key_of`` gives the key of either.
 
         Raises ``CheckpointNotFoundError`` with near names for a key that does not exist.
         """
@@ -229,16 +232,21 @@ class BaseCheckpoint(abc.ABC):
 
     def is_same(self, first: Key, other: Key) -> bool:
         """Whether two tensors have the same dtype, shape and bytes."""
-        return same_bits(self.read(first), self.read(other))
+        return equal(self.read(first), self.read(other))
+
+    def key_of(self, key: Key) -> str:
+        """The key of ``tensors()`` behind what ``read`` is called with: itself, or that of a leaf.
+
+        Raises ``CheckpointNotFoundError`` with near names for one that does not exist.
+        """
+        asked = key.key if isinstance(key, TensorInfo) else key
+        if asked not in self.tensors():
+            raise self._not_found("tensor", asked, self.tensors())
+        return asked
 
     def _info(self, key: Key) -> TensorInfo:
         """The tensor of a key, or the leaf itself. Raises ``CheckpointNotFoundError`` with near names."""
-        if isinstance(key, TensorInfo):
-            return key
-        info = self.tensors().get(key)
-        if info is None:
-            raise self._not_found("tensor", key, self.tensors())
-        return info
+        return key if isinstance(key, TensorInfo) else self.tensors()[self.key_of(key)]
 
     def _not_found(self, what: str, asked: str, known: Mapping[str, object]) -> CheckpointNotFoundError:
         candidates = near(asked, known)

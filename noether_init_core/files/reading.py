@@ -16,6 +16,7 @@ from noether_init_core.files.storage.local import LocalHandle
 from noether_init_core.files.tensor_info import Box, TensorInfo
 from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
+from noether_init_core.nested import equal
 from noether_init_core.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ __all__ = [
     "map_tensors",
     "nonfinite_in",
     "read_tensor",
-    "same_bits",
     "slices_of",
 ]
 
@@ -88,19 +88,6 @@ def nonfinite_in(tensor: torch.Tensor) -> Finding | None:
     if bool(torch.isnan(tensor).any()):
         return "NaN"
     return "infinities" if bool(torch.isinf(tensor).any()) else None
-
-
-def same_bits(first: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits, so that NaN equals NaN."""
-    import torch
-
-    if (first.dtype, first.shape) != (other.dtype, other.shape):
-        return False
-    one, two = (
-        tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
-        for tensor in (first, other)
-    )
-    return torch.equal(one, two)
 
 
 def copy_tensors(
@@ -251,7 +238,7 @@ def are_equal(handle: Handle, first: TensorInfo, other: TensorInfo) -> bool:
             if handle.read(length, begins[0] + at) != handle.read(length, begins[1] + at):
                 return False
         return True
-    return same_bits(read_tensor(handle, first), read_tensor(handle, other))
+    return equal(read_tensor(handle, first), read_tensor(handle, other))
 
 
 def _dtype_of(handle: Handle, info: TensorInfo, key: str) -> torch.dtype:

@@ -133,8 +133,8 @@ class TensorInfo:
             not 0 <= begin <= end <= size for (begin, end), size in zip(box, self.shape, strict=True)
         ):
             raise ValueError(f"{box} is no box of a tensor of the shape {list(self.shape)}")
-        if not self.pieces:
-            raise ValueError("the tensor is computed, and has no pieces")
+        if not self.pieces or any(piece.container != "raw" for piece in self.pieces):
+            raise ValueError("the places of its elements are not known: it is computed, or not resolved yet")
         shape = tuple(end - begin for begin, end in box)
         found = (self._within(piece, box) for piece in self.pieces)
         return TensorInfo(shape, self.dtype, tuple(piece for piece in found if piece is not None), self.is_parameter)

@@ -1,0 +1,287 @@
+"""The interface of checkpoints: trees, boxes, pieces, shares of verification, objects of a store, classes of others."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+from noether_init_core import BaseCheckpoint, Checkpoint, Storage, open_checkpoint
+from noether_init_core.errors import CheckpointCorruptError, CheckpointNotFoundError, StateMismatchError
+from noether_init_core.files.checkpoint import Key
+from noether_init_core.files.digests import Verified
+from noether_init_core.files.reading import read_tensor
+from noether_init_core.files.storage.local import open_file
+from noether_init_core.files.tensor_info import Box, TensorInfo
+
+
+class Average(BaseCheckpoint):
+    """The mean of checkpoints with equal keys, computed when it is read."""
+
+    def __init__(self, *parts: Checkpoint) -> None:
+        self.path = Path("average")
+        self._parts = parts
+        self._tensors = {key: TensorInfo(info.shape, info.dtype) for key, info in parts[0].tensors().items()}
+
+    @property
+    def entries(self) -> Mapping[str, int]:
+        return {"": len(self._tensors)}
+
+    def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
+        asked = self.key_of(key)
+        return torch.stack([part.read(asked, box) for part in self._parts]).mean(0)
+
+
+class InMemory:
+    """An object of a store, kept as bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.version = content, "1"
+
+    def __str__(self) -> str:
+        return "memory://weights"
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def read(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        for offset, target in ranges:
+            found = self.content[offset : offset + len(target)]
+            if len(found) < len(target):
+                raise EOFError(f"ends at byte {len(self.content)}")
+            target[:] = found
+
+
+@pytest.fixture
+def average(tmp_path: Path) -> Average:
+    """The mean of two files, one of which holds NaN in ``b``."""
+    torch.save(
+        {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.0, 2.0]), "c": torch.ones(2)}, tmp_path / "1.pt"
+    )
+    torch.save({"a": torch.ones(2, 3), "b": torch.tensor([float("nan"), 0.0]), "c": torch.ones(2)}, tmp_path / "2.pt")
+    return Average(open_checkpoint(tmp_path / "1.pt"), open_checkpoint(tmp_path / "2.pt"))
+
+
+def test_a_class_that_only_lists_and_reads_is_a_whole_checkpoint(average: Average) -> None:
+    """Values, copies, comparisons and near names follow from ``entries``, ``tensors`` and ``read``."""
+    checkpoint: Checkpoint = average
+    with checkpoint:
+        expected = (torch.arange(6.0).reshape(2, 3) + 1) / 2
+        assert torch.equal(checkpoint.load()["a"], expected)
+        assert torch.equal(checkpoint.materialize({"x": [checkpoint.values()["a"]]})["x"][0], expected)
+        assert checkpoint.nonfinite(["a", "b"]) == {"b": "NaN"}
+        assert (checkpoint.is_same("a", "a"), checkpoint.is_same("a", "b")) == (True, False)
+        whole, row = torch.zeros(2, 3), torch.zeros(1, 2)
+        checkpoint.copy_into([("a", None, whole), ("a", ((1, 2), (1, 3)), row)])
+        assert torch.equal(whole, expected)
+        assert torch.equal(row, expected[1:, 1:])
+        with pytest.raises(CheckpointNotFoundError, match=r"average has no tensor 'A'\. Near: a"):
+            checkpoint.read("A")
+        assert (checkpoint.format, checkpoint.is_verifiable, checkpoint.mapped(["a"])) == ("Average", False, {})
+        assert repr(checkpoint) == "<Average 'average': 3 tensors>"
+
+
+def test_two_computed_tensors_that_look_alike_are_two(average: Average) -> None:
+    """Leaves are told apart by their keys, since they have no bytes."""
+    values = average.values()
+    assert values["b"] != values["c"]
+    found = average.read_all(values.values(), verify=False)
+    assert found[values["c"]].tolist() == [1, 1]
+    assert len(found) == 3
+
+
+def test_what_a_class_of_others_has_verified_is_its_own_claim(average: Average) -> None:
+    """The class is named; nothing of ours has compared anything."""
+    assert average.verify() == Verified("unverifiable", claimed_by=f"{__name__}.Average")
+
+
+def test_a_copy_that_cannot_succeed_changes_nothing(average: Average) -> None:
+    """Shapes are compared before the first tensor is written."""
+    good, wrong = torch.zeros(2, 3), torch.zeros(4)
+    with pytest.raises(StateMismatchError, match=r"nothing was changed: b: checkpoint \[2\], target \[4\]"):
+        average.copy_into([("a", None, good), ("b", None, wrong)])
+    assert not good.any()
+
+
+def test_the_trees_of_a_file_of_another_program_are_told_apart(tmp_path: Path) -> None:
+    """Weights by their own keys, optimizer state by dotted paths, and leaves of its tree can be read."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    content = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "epoch": 3}
+    path = tmp_path / "a.pt"
+    torch.save(content, path)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.entries == {"model_state_dict": 2, "optimizer_state_dict": 6}
+        assert list(checkpoint.tensors("model_state_dict")) == ["weight", "bias"]
+        assert list(checkpoint.tensors("optimizer_state_dict"))[:2] == ["state.0.step", "state.0.exp_avg"]
+        assert next(iter(checkpoint.tensors())) == "model_state_dict.weight"
+        state = checkpoint.values("optimizer_state_dict")
+        moment = state["state"][0]["exp_avg"]
+        assert torch.equal(checkpoint.read(moment), optimizer.state_dict()["state"][0]["exp_avg"])
+        other = torch.optim.AdamW(torch.nn.Linear(3, 2).parameters())
+        other.load_state_dict(checkpoint.materialize(state))
+        assert repr(other.state_dict()) == repr(optimizer.state_dict())
+        with pytest.raises(CheckpointNotFoundError, match=r"no tree 'model'\. It has: model_state_dict, opt"):
+            checkpoint.tensors("model")
+    with open_checkpoint(path, entry="model_state_dict") as checkpoint:
+        assert list(checkpoint.tensors()) == list(checkpoint.values()) == ["weight", "bias"]
+        assert checkpoint.metadata.keys() == {"optimizer_state_dict", "epoch"}
+        assert checkpoint.versions == {"": {"version": 1}}
+    with pytest.raises(CheckpointNotFoundError, match="no tree 'ema'"):
+        open_checkpoint(path, entry="ema")
+
+
+def test_entries_count_tensors_that_lie_in_no_tree(tmp_path: Path) -> None:
+    """A bare state dict is one tree without a name, and so is what lies beside trees."""
+    for content, entries in (
+        ({"w": torch.ones(1), "b": torch.ones(1)}, {"": 2}),
+        ({"state_dict": {"w": torch.ones(1)}, "more": [torch.ones(1)] * 2}, {"state_dict": 1, "more": 2}),
+        ({"scale": torch.ones(1), "net": {"w": torch.ones(1)}}, {"": 1, "net": 1}),
+        ([torch.ones(1)], {"": 1}),
+        ({"epoch": 3}, {"": 0}),
+    ):
+        torch.save(content, tmp_path / "a.pt")
+        with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+            assert checkpoint.entries == entries
+
+
+@pytest.mark.parametrize("layout", ["plain", "turned", "gaps", "repeated"])
+def test_every_box_of_every_layout_is_what_indexing_gives(tmp_path: Path, layout: str) -> None:
+    """Read, and copied into a tensor of the shape of the box."""
+    base = torch.arange(60.0).reshape(3, 4, 5)
+    tensor = {
+        "plain": base,
+        "turned": base.permute(2, 0, 1),
+        "gaps": base[::2, 1:, ::3],
+        "repeated": base[:1].expand(2, 4, 5),
+    }[layout]
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        ranges = (itertools.combinations(range(size + 1), 2) for size in tensor.shape)
+        for box in itertools.product(*ranges):
+            expected = tensor[tuple(slice(*ends) for ends in box)]
+            assert torch.equal(checkpoint.read("a", box), expected)
+            target = torch.zeros(expected.shape)
+            checkpoint.copy_into([("a", box, target)])
+            assert torch.equal(target, expected)
+        assert checkpoint.read("a", ((0, 0), (0, 1), (0, 1))).shape == (0, 1, 1)
+        with pytest.raises(ValueError, match="is no box of a tensor of the shape"):
+            checkpoint.read("a", ((0, 1), (0, 1), (0, 6)))
+
+
+def test_a_tensor_of_several_pieces_is_put_together(tmp_path: Path) -> None:
+    """Each piece from its own place, in every box; what the pieces leave out is refused."""
+    tensor = torch.arange(35.0).reshape(7, 5)
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        info = checkpoint.tensors()["a"]
+        boxes: list[Box] = [((0, 3), (0, 5)), ((3, 7), (0, 2)), ((3, 7), (2, 5))]
+        pieces = tuple(attrs.evolve(info.part(box).pieces[0], box=box) for box in boxes)
+        parted = attrs.evolve(info, pieces=pieces)
+        assert torch.equal(checkpoint.read(parted), tensor)
+        for box in itertools.product(*(itertools.combinations(range(size + 1), 2) for size in tensor.shape)):
+            assert torch.equal(checkpoint.read(parted, box), tensor[tuple(slice(*ends) for ends in box)])
+        target = torch.zeros(7, 5, dtype=torch.float64)
+        checkpoint.copy_into([(parted, None, target)])
+        assert torch.equal(target, tensor.double())
+        assert checkpoint.nonfinite([parted]) == {}
+        with pytest.raises(CheckpointCorruptError, match=r"do not make up its shape \[7, 5\]"):
+            checkpoint.read(attrs.evolve(info, pieces=pieces[:2]))
+        archived = attrs.evolve(info, pieces=(attrs.evolve(info.pieces[0], container="torch_zip"),))
+        with pytest.raises(ValueError, match="not resolved yet"):
+            checkpoint.read(archived, ((0, 1), (0, 1)))
+
+
+def test_nonfinite_values_in_one_of_several_pieces_are_found(tmp_path: Path) -> None:
+    """A tensor in pieces is looked at as a whole."""
+    tensor = torch.zeros(4, 4)
+    tensor[3, 3] = float("inf")
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        info = checkpoint.tensors()["a"]
+        halves: list[Box] = [((0, 2), (0, 4)), ((2, 4), (0, 4))]
+        parted = attrs.evolve(info, pieces=tuple(attrs.evolve(info.part(box).pieces[0], box=box) for box in halves))
+        assert checkpoint.nonfinite([parted]) == {parted: "infinities"}
+
+
+def test_shares_of_verification_cover_every_record_once(tmp_path: Path) -> None:
+    """A flipped bit is found by exactly one of n ranks, and all shares together read the bytes once."""
+    path = tmp_path / "a.pt"
+    torch.save({f"w{n}": torch.full((n,), float(n)) for n in range(1, 40)}, path)
+    content = path.read_bytes()
+    with open_checkpoint(path) as checkpoint:
+        whole = checkpoint.verify().nbytes
+    for of in (1, 2, 3, 7, 100):
+        found = []
+        for part in range(of):
+            with open_checkpoint(path) as checkpoint:
+                found.append(checkpoint.verify(part=(part, of)).nbytes)
+        assert sum(found) == whole
+        assert max(found) < whole / of + 3000  # the header is one record
+    at = content.index(torch.full((20,), 20.0).numpy().tobytes())
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    keys = []
+    for part in range(4):
+        with open_checkpoint(path) as checkpoint:
+            try:
+                checkpoint.verify(part=(part, 4))
+            except CheckpointCorruptError as error:
+                keys.append(error.key)
+    assert keys == ["w20"]
+
+
+def test_only_the_records_of_the_keys_are_verified(tmp_path: Path) -> None:
+    """Damage elsewhere does not count until it is asked for; what was compared is not read again."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.full((8,), 1.5), "b": torch.full((9,), 2.5)}, path)
+    content = path.read_bytes()
+    at = content.index(torch.full((9,), 2.5).numpy().tobytes())
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.verify(["a"]) == Verified("crc32", 32)
+        assert checkpoint.verify(["a"]) == Verified("crc32", 0)
+        with pytest.raises(CheckpointCorruptError) as caught:
+            checkpoint.verify()
+    assert caught.value.key == "b"
+
+
+def test_an_object_of_a_store_is_screened_and_read_like_a_file(tmp_path: Path) -> None:
+    """By its bytes alone: verified, copied, and refused when it changes or becomes shorter."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.arange(5.0)}, path)
+    stored = InMemory(path.read_bytes())
+    assert isinstance(stored, Storage)
+    with open_checkpoint(stored) as checkpoint:
+        assert checkpoint.verify().by == "crc32"
+        target = torch.zeros(5)
+        checkpoint.copy_into([("a", None, target)])
+        assert target.tolist() == [0, 1, 2, 3, 4]
+        assert checkpoint.mapped(["a"]) == {}
+        assert str(checkpoint.path) == "memory:/weights"
+        stored.version = "2"
+        with pytest.raises(CheckpointCorruptError, match="was written to while it was in use"):
+            checkpoint.copy_into([("a", None, target)])
+    stored = InMemory(path.read_bytes())
+    with open_checkpoint(stored) as checkpoint:
+        stored.content = stored.content[:200]
+        with pytest.raises(CheckpointCorruptError, match="ends at byte 200"):
+            checkpoint.read("a")
+
+
+def test_a_local_file_is_a_storage_too(tmp_path: Path) -> None:
+    """The built-in store has the methods that a private one needs."""
+    torch.save({"a": torch.arange(5.0)}, tmp_path / "a.pt")
+    handle = open_file(tmp_path / "a.pt")
+    assert isinstance(handle.storage, Storage)
+    with open_checkpoint(handle.storage) as checkpoint:
+        assert read_tensor(handle, checkpoint.tensors()["a"]).tolist() == [0, 1, 2, 3, 4]
