@@ -9,23 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import torch
+from support.command import Result, run_command
 from support.foreign import INITIALIZER, ForeignPackages
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind, cli, kinds
 from noether_init_core.cli import overview
-
-
-@attrs.frozen
-class Result:
-    """What a command printed and how it ended."""
-
-    code: int
-    out: str
-    err: str
-
 
 Invoke = Callable[..., Result]
 
@@ -37,13 +27,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     monkeypatch.setenv("TERM", "dumb")
 
     def call(*arguments: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["noether-init", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return Result(code or 0, captured.out, captured.err)
+        return run_command(monkeypatch, capsys, *arguments)
 
     return call
 

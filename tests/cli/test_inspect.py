@@ -12,22 +12,19 @@ from typing import Any
 import attrs
 import jsonschema
 import pytest
+import support.command
 import torch
+from support.command import run_command
 from support.handmade import write_safetensors
 from support.pages import ROOT
 
-from noether_init_core import CheckpointWriter, PathProvider, TrainerState, TrainingIteration, bind, cli
+from noether_init_core import CheckpointWriter, PathProvider, TrainerState, TrainingIteration, bind
 
 SCHEMA = json.loads((ROOT / "docs" / "schemas" / "inspect.schema.json").read_text())
 
 
-@attrs.frozen
-class Result:
+class Result(support.command.Result):
     """What the command printed and how it ended."""
-
-    code: int
-    out: str
-    err: str
 
     @property
     def lines(self) -> list[str]:
@@ -48,13 +45,7 @@ def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def call(*arguments: Any, width: int = 200) -> Result:
         monkeypatch.setenv("COLUMNS", str(width))
-        monkeypatch.setattr(sys, "argv", ["noether-init", "inspect", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return Result(code or 0, captured.out, captured.err)
+        return Result(*attrs.astuple(run_command(monkeypatch, capsys, "inspect", *arguments)))
 
     return call
 

@@ -14,28 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.command import Result, run_command
 from support.foreign import ForeignPackages
 
-from noether_init_core import ConfigError, InvalidNameError, KindConflictError, cli, kinds
+from noether_init_core import ConfigError, InvalidNameError, KindConflictError, kinds
 from noether_init_core.scaffold.naming import MAX_LENGTH, Names, check_free, names_of
 from noether_init_core.scaffold.render import Base, Package, render
 
 ROOT = Path(__file__).resolve().parents[2]
 WORD = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
-
-
-@attrs.frozen
-class Result:
-    """What the command printed and how it ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 New = Callable[..., Result]
@@ -49,13 +40,7 @@ def new(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["noether-init", "new", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return Result(code or 0, captured.out, captured.err)
+        return run_command(monkeypatch, capsys, "new", *arguments)
 
     return call
 

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import jsonschema
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.command import Result, run_command
 from support.foreign import INITIALIZER, ForeignPackages
 
-from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind, cli
+from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind
 
 MODELS = """
 import torch
@@ -74,15 +74,6 @@ number = 3
 """
 
 
-@attrs.frozen
-class Result:
-    """What the command printed and how it ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 Plan = Callable[..., Result]
 
 
@@ -105,12 +96,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     write("resume.yaml", "kind: resume")
 
     def call(*arguments: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["noether-init", "plan", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert ended.value.code is None or isinstance(ended.value.code, int)
-        return Result(ended.value.code or 0, captured.out, captured.err)
+        return run_command(monkeypatch, capsys, "plan", *arguments)
 
     yield call
     for name in ("plan_models", "plan_broken", "plan_lacking", "plan_script"):

@@ -13,23 +13,20 @@ from typing import Any
 
 import attrs
 import pytest
+import support.command
 import torch
 import yaml
 from safetensors.torch import save_file
+from support.command import run_command
 from support.damage import flip_tensor_bit
 
-from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind, cli
+from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
 
 ONE, TWO, THREE = (TrainingIteration(n, 10 * n, 100 * n) for n in (1, 2, 3))
 
 
-@attrs.frozen
-class Result:
+class Result(support.command.Result):
     """What the command printed and how it ended."""
-
-    code: int
-    out: str
-    err: str
 
     @property
     def rows(self) -> dict[str, str]:
@@ -52,12 +49,7 @@ def verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     monkeypatch.setenv("TERM", "dumb")
 
     def call(*arguments: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["noether-init", "verify", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert ended.value.code is None or isinstance(ended.value.code, int)
-        return Result(ended.value.code or 0, captured.out, captured.err)
+        return Result(*attrs.astuple(run_command(monkeypatch, capsys, "verify", *arguments)))
 
     return call
 

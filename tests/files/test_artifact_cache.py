@@ -497,7 +497,7 @@ def test_processes_that_ask_at_once_cause_one_download(tmp_path: Path) -> None:
         assert asker.stdout is not None
         assert asker.stdout.readline() == "ready\n"
     (tmp_path / "go").touch()
-    results = [asker.communicate(timeout=60) for asker in askers]
+    results = [asker.communicate(timeout=900) for asker in askers]
     assert [asker.returncode for asker in askers] == [0] * 6, results
     assert {output for output, _ in results} == {f"{sha256(CONTENT)}\n"}
     assert len((tmp_path / "log").read_text().splitlines()) == 1
@@ -565,7 +565,7 @@ def test_a_killed_process_does_not_block_the_one_that_waits(tmp_path: Path) -> N
 def test_kills_at_any_moment_leave_no_half_file_in_use(tmp_path: Path) -> None:
     """After each kill the entry is absent or whole; then it can be fetched, and nothing is left over."""
     helper = _start("kills", tmp_path / "cache")
-    output, errors = helper.communicate(timeout=120)
+    output, errors = helper.communicate(timeout=900)
     assert helper.returncode == 0, errors
     counted = json.loads(output)
     assert counted["absent"] + counted["whole"] == KILLS

@@ -19,7 +19,7 @@ DEMO = Path(__file__).resolve().parents[2] / "examples" / "digits" / "demo.py"
 def run_demo(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run the demonstration as a user does."""
     command = [sys.executable, str(DEMO), "--output", str(output), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ print(all(torch.equal(value, expected[name]) for name, value in network.state_di
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     (tmp_path / "go").touch()
-    results = [process.communicate(timeout=120) for process in starting]
+    results = [process.communicate(timeout=900) for process in starting]
     assert [output for output, _ in results] == ["True\n"] * 3, results
     assert store.paths == [f"/{NAME}.json", f"/{NAME}"]
 

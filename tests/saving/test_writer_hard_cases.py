@@ -278,7 +278,7 @@ def test_folder_that_another_user_may_not_write_is_named(open_folder: Path, whic
         (paths.checkpoint_path / ".noether-init.lock").unlink()
     listing = sorted(open_folder.rglob("*"))
     child = python(SAVE_AS_NOBODY, open_folder, NOBODY, cwd="/")
-    out, errors = child.communicate(timeout=120)
+    out, errors = child.communicate(timeout=900)
     assert child.returncode == 0, errors
     said, newest = out.splitlines()
     assert newest.startswith("E")
@@ -324,7 +324,7 @@ def test_two_processes_that_save_at_once_lose_nothing(tmp_path: Path) -> None:
         child.stdin.flush()
     acknowledged: dict[int, tuple[str, float]] = {}
     for child in children:
-        out, errors = child.communicate(timeout=240)
+        out, errors = child.communicate(timeout=900)
         assert child.returncode == 0, errors
         for line in out.splitlines():
             sequence, name, value = line.split()
@@ -598,7 +598,7 @@ CheckpointWriter(paths).save(model, TrainingIteration(3, 3, 3))
 def test_a_save_in_a_handler_of_signals_is_refused_at_once(tmp_path: Path) -> None:
     """It would wait for itself. The save that it came in the midst of is finished, and the next one works."""
     child = python(SAVE_IN_HANDLER, tmp_path)
-    output, errors = child.communicate(timeout=120)
+    output, errors = child.communicate(timeout=900)
     assert child.returncode == 0, errors
     assert output.startswith("0 waits: E2_U2_S2 of run run was not saved")
     assert "this very thread is in the midst of a save" in output

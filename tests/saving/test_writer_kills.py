@@ -7,16 +7,16 @@ when it has returned. The helper kills it with SIGKILL at a random time after a 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
-import select
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from support.kills import kill_once
 
 KILLS = 100
 
@@ -29,7 +29,7 @@ def test_hundred_kills_tear_no_set_and_lose_no_acknowledged_save(tmp_path: Path)
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
@@ -77,46 +77,6 @@ class _Saves:
         writer.save(self.model, TrainingIteration(number, number, number), trainer=self)
 
 
-def _save_forever(saves: _Saves, root: Path, start: int, pipe: int) -> None:
-    """The child: saves of growing iterations; ``s`` before each, ``a`` after it."""
-    for number in range(start, start + 10_000):
-        os.write(pipe, f"s{number}\n".encode())
-        saves.save(root, number)
-        os.write(pipe, f"a{number}\n".encode())
-
-
-def _kill_once(saves: _Saves, root: Path, start: int, whole: int, delay: float) -> tuple[int, int]:
-    """Fork, wait for ``whole`` saves, kill ``delay`` seconds after the next began.
-
-    Returns the last save that began and the last that was acknowledged.
-    """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(reading)
-            _save_forever(saves, root, start, writing)
-        finally:
-            os._exit(1)
-    os.close(writing)
-    text = b""
-    while text.count(b"s") <= whole and (more := os.read(reading, 4096)):
-        text += more
-    deadline = time.monotonic() + delay
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([reading], [], [], left)[0]:
-            text += os.read(reading, 4096)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    while rest := os.read(reading, 4096):
-        text += rest
-    os.close(reading)
-    lines = text.decode().split()
-    begun = [int(line[1:]) for line in lines if line[0] == "s"]
-    acknowledged = [int(line[1:]) for line in lines if line[0] == "a"]
-    return max(begun, default=start - 1), max(acknowledged, default=start - 1)
-
-
 def _values(weights: Any, optim: Any, trainer: Any) -> set[float]:
     """Every value that the parts of a set say: one, if they belong together."""
     found = set(weights["state_dict"]["weight"].unique().tolist())
@@ -159,7 +119,9 @@ def _main(root: Path, kills: int) -> None:
     )
     last, zero = 0, TrainingIteration.zero()
     for _ in range(kills):
-        begun, acknowledged = _kill_once(saves, root, last + 1, chance.randint(0, 2), chance.uniform(0, 0.06))
+        begun, acknowledged = kill_once(
+            functools.partial(saves.save, root), last + 1, chance.randint(0, 2), chance.uniform(0, 0.06)
+        )
         counted["kills"] += 1
         counted["in flight"] += begun > acknowledged
         counted["acknowledged"] += acknowledged - last

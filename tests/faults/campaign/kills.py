@@ -6,15 +6,14 @@ begins and when it has returned. It is killed at a random time after one began.
 
 from __future__ import annotations
 
-import os
 import random
-import select
-import signal
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from support.kills import kill_once
 
 from faults.campaign.saves import BASELINES, Found, Numbered, found_by_torch, found_by_us, is_torn_for_noether
 
@@ -53,7 +52,7 @@ def kills(method: str, root: Path, count: int, width: int = 256, *, seed: int = 
         # a save that was killed in the round before must not be blamed on this one
         last += 1
         save(last)
-        begun, acknowledged = _kill(save, last + 1, chance.randint(0, 1), chance.uniform(0, 1.1 * usual))
+        begun, acknowledged = kill_once(save, last + 1, chance.randint(0, 1), chance.uniform(0, 1.1 * usual))
         found, counted = look(), Counter(tried=1)
         counted["in flight"] += begun > acknowledged
         counted[found.problem or "good"] += 1
@@ -61,38 +60,3 @@ def kills(method: str, root: Path, count: int, width: int = 256, *, seed: int = 
         counted["torn for Noether"] += method == "ours" and is_torn_for_noether(root)
         last = begun
         yield counted
-
-
-def _kill(save: Callable[[int], None], start: int, whole: int, delay: float) -> tuple[int, int]:
-    """Fork, wait for ``whole`` saves, kill ``delay`` seconds after the next began.
-
-    Returns the last save that began and the last that was acknowledged.
-    """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(reading)
-            for number in range(start, start + 100_000):
-                os.write(writing, f"s{number}\n".encode())
-                save(number)
-                os.write(writing, f"a{number}\n".encode())
-        finally:
-            os._exit(1)
-    os.close(writing)
-    text = b""
-    while text.count(b"s") <= whole and (more := os.read(reading, 4096)):
-        text += more
-    deadline = time.monotonic() + delay
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([reading], [], [], left)[0]:
-            text += os.read(reading, 4096)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    while rest := os.read(reading, 4096):
-        text += rest
-    os.close(reading)
-    lines = text.decode().split()
-    begun = [int(line[1:]) for line in lines if line[0] == "s"]
-    acknowledged = [int(line[1:]) for line in lines if line[0] == "a"]
-    return max(begun, default=start - 1), max(acknowledged, default=start - 1)
