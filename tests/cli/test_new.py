@@ -288,15 +288,16 @@ def test_the_files_of_a_package(new: New, tmp_path: Path, base: Base) -> None:
 
 
 def test_it_prints_the_tree_and_the_next_commands(new: New, tmp_path: Path) -> None:
-    """In the order in which they are typed."""
-    result = new("demo", "--into", tmp_path)
+    """In the order in which they are typed; what each does stands beside it, since all are short."""
+    (tmp_path / "there").mkdir()
+    result = new("demo", "--into", "there")
     assert (result.code, result.err) == (0, "")
     tree, _, following = result.out.partition("\nnext:\n")
-    assert tree.splitlines()[0] == f"{tmp_path}/demo/"
+    assert tree.splitlines()[0] == "there/demo/"
     assert "kind.py" in tree
     commands = [re.split(r" {3,}", line.strip())[0] for line in following.splitlines()]
     assert commands == [
-        f"cd {tmp_path}/demo",
+        "cd there/demo",
         "python -m pip install '.[test]'",
         "python -m pytest",
         "noether-init kinds",
