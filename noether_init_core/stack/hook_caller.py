@@ -83,6 +83,11 @@ class HookCaller:
                     f"initializers.{number} is {type_of(initializer)}, no initializer. "
                     "Next: InitializerStack.from_config([...]) for configs"
                 )
+            if type(initializer).init_weights is InitializerBase.init_weights and not initializer.delegates:
+                raise ConfigError(
+                    f"{initializer.config.kind} ({type(initializer).__name__}) implements no init_weights and has no "
+                    "delegates, so that it would load nothing. Next: def init_weights(self, model): ..."
+                )
             self._register(initializer, f"{number}:{initializer.config.kind}")
         self._register_observers(tuple(observers))
         # registered last, so that it is called innermost

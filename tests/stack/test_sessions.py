@@ -1,0 +1,163 @@
+"""What was selected for a start is what is loaded, or nothing is: sets that come, go and break in between."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.damage import flip_tensor_bit
+
+from noether_init_core import (
+    CheckpointCorruptError,
+    CheckpointWriter,
+    InitError,
+    InitializerStack,
+    PathProvider,
+    TornSetError,
+    TrainingIteration,
+    bind,
+)
+
+
+class Trainer:
+    """A trainer whose state is the update that it was saved at."""
+
+    def __init__(self, update: int = 0) -> None:
+        self.update = update
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"update": self.update}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.update = state["update"]
+
+
+def net(update: int) -> torch.nn.Module:
+    """A model whose weights say at which update it was saved."""
+    module = torch.nn.Linear(3, 2)
+    torch.nn.init.constant_(module.weight, float(update))
+    return module
+
+
+def save(paths: PathProvider, update: int) -> Path:
+    saved = CheckpointWriter(paths).save(
+        bind(net(update), name="net"), TrainingIteration(1, update, 10 * update), trainer=Trainer(update)
+    )
+    return saved.folder
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> PathProvider:
+    """A run with sets at updates 5 and 7."""
+    found = PathProvider(tmp_path, "run")
+    save(found, 5)
+    save(found, 7)
+    return found
+
+
+def newest(paths: PathProvider) -> Path:
+    return max((paths.checkpoint_path / "sets").iterdir())
+
+
+def retire(paths: PathProvider) -> None:
+    shutil.rmtree(newest(paths))
+
+
+def lose_the_manifest(paths: PathProvider) -> None:
+    (newest(paths) / "manifest.json").unlink()
+    shutil.rmtree(newest(paths))
+
+
+def damage_the_weights(paths: PathProvider) -> None:
+    (file,) = newest(paths).glob("*_model.th")
+    flip_tensor_bit(file)
+
+
+def write_again(paths: PathProvider) -> None:
+    """The same folder and iteration, other weights."""
+    folder = newest(paths)
+    shutil.rmtree(folder)
+    saved = (
+        CheckpointWriter(paths).save(bind(net(99), name="net"), TrainingIteration(1, 7, 70), trainer=Trainer(99)).folder
+    )
+    if saved != folder:
+        saved.rename(folder)
+
+
+@pytest.mark.parametrize("change", [retire, lose_the_manifest, damage_the_weights, write_again])
+@pytest.mark.parametrize("config", [{}, {"on_invalid": "previous"}])
+def test_a_set_that_goes_or_breaks_after_the_start_was_told_is_an_error(
+    paths: PathProvider, change: Callable[[PathProvider], None], config: dict[str, str]
+) -> None:
+    """No other set takes its place, though an older one is good: start and weights would be of two sets."""
+    stack = InitializerStack.from_config([{"kind": "resume", **config}], path_provider=paths)
+    assert stack.start_checkpoint() == TrainingIteration(1, 7, 70)
+    change(paths)
+    model, trainer = bind(net(0), name="net"), Trainer()
+    with pytest.raises(InitError):
+        stack.initialize(model, trainer=trainer)
+    assert (model.module.weight[0, 0].item(), trainer.update) == (0, 0)
+
+
+@pytest.mark.parametrize("config", [{}, {"on_invalid": "previous"}, {"checkpoint_tag": "E1"}])
+def test_a_set_that_is_committed_after_the_start_was_told_is_left(paths: PathProvider, config: dict[str, str]) -> None:
+    """Start, weights and trainer are of the set that was told."""
+    stack = InitializerStack.from_config([{"kind": "resume", **config}], path_provider=paths)
+    start = stack.start_checkpoint()
+    save(paths, 9)
+    model, trainer = bind(net(0), name="net"), Trainer()
+    report = stack.initialize(model, trainer=trainer)
+    assert report.start == start == TrainingIteration(1, 7, 70)
+    assert (model.module.weight[0, 0].item(), trainer.update) == (7, 7)
+
+
+def test_flat_files_that_are_written_again_after_the_start_was_told_are_refused(tmp_path: Path) -> None:
+    """Noether rewrites ``latest`` in place; the trainer's state was read before."""
+    paths = PathProvider(tmp_path, "flat")
+    paths.checkpoint_path.mkdir(parents=True)
+
+    def write(update: int) -> None:
+        iteration = {"epoch": 1, "update": update, "sample": 10 * update}
+        name = str(paths.checkpoint_path / "net_cp=latest_{}.th")
+        torch.save({"training_iteration": iteration, "callback_state_dicts": {}}, name.format("trainer"))
+        torch.save({"training_iteration": iteration, "state_dict": net(update).state_dict()}, name.format("model"))
+
+    write(7)
+    stack = InitializerStack.from_config([{"kind": "resume", "load_optim": False}], path_provider=paths)
+    assert stack.start_checkpoint() == TrainingIteration(1, 7, 70)
+    write(9)
+    model = bind(net(0), name="net")
+    with pytest.raises(TornSetError, match="E1_U9_S90"):
+        stack.initialize(model)
+    assert model.module.weight[0, 0].item() == 0
+
+
+def test_close_drops_what_was_selected(paths: PathProvider) -> None:
+    """The next start is selected anew; closing twice is fine."""
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    stack.start_checkpoint()
+    save(paths, 9)
+    stack.close()
+    stack.close()
+    report = stack.initialize(bind(net(0), name="net"), trainer=Trainer())
+    assert report.start == TrainingIteration(1, 9, 90)
+
+
+def test_a_session_lasts_no_longer_than_a_call_of_the_stack(paths: PathProvider) -> None:
+    """Neither after success nor after a failure an initializer holds anything."""
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    (initializer,) = stack.initializers
+    before = dict(vars(initializer))
+    stack.start_checkpoint()
+    stack.plan(bind(net(0), name="net"))
+    stack.initialize(bind(net(0), name="net"), trainer=Trainer())
+    damage_the_weights(paths)
+    with pytest.raises(CheckpointCorruptError):
+        stack.initialize(bind(net(0), name="net"), trainer=Trainer())
+    after = dict(vars(initializer))
+    assert after.pop("session") is before.pop("session", None) is None
+    assert after == before
