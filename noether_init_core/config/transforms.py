@@ -162,17 +162,7 @@ class TransformConfig(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _check_rule(self) -> Self:
-        said = [
-            name
-            for name, value in (
-                ("from", self.from_),
-                ("from_regex", self.from_regex),
-                ("drop", self.drop),
-                ("keep_model", self.keep_model),
-                ("only", self.only),
-            )
-            if value is not None
-        ]
+        said = [name for name in _RULES if getattr(self, "from_" if name == "from" else name) is not None]
         if len(said) != 1:
             has = " and ".join(said) or "none"
             raise ValueError(f"a rule has exactly one of {', '.join(_RULES)}; this has {has}")
@@ -221,14 +211,15 @@ class TransformConfig(_Strict):
 
 def rule_of(config: TransformConfig, label: str) -> Rule:
     """The rule as ``surgery`` has it; ``label`` says where it stands."""
-    if config.drop is not None:
-        return Drop(tuple(map(parse_glob, config.drop)), f"{label} (drop {', '.join(config.drop)})")
-    if config.keep_model is not None:
-        return KeepModel(
-            tuple(map(parse_glob, config.keep_model)), f"{label} (keep_model {', '.join(config.keep_model)})"
-        )
-    if config.only is not None:
-        return Only(tuple(map(parse_glob, config.only)), f"{label} (only {', '.join(config.only)})")
+    kinds: tuple[tuple[str, type[Drop | KeepModel | Only]], ...] = (
+        ("drop", Drop),
+        ("keep_model", KeepModel),
+        ("only", Only),
+    )
+    for name, kind in kinds:
+        globs = getattr(config, name)
+        if globs is not None:
+            return kind(tuple(map(parse_glob, globs)), f"{label} ({name} {', '.join(globs)})")
     sources, targets = config._patterns()
     shown = ", ".join(pattern.text for pattern in sources)
     if config.to is not None:

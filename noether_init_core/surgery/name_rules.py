@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
 import attrs
@@ -72,7 +72,6 @@ class NameMatch:
         outside: Names of the file outside of what the rules are about.
         astray: Name in the file -> (name that it would get, which the model has not; the rule, or empty).
         shadowed: Rule -> rules that took names before it that it would have matched.
-        hints: Rule that matched nothing -> what it may have missed in the model.
         is_bare: Whether prefixes of wrappers have been looked through already.
         said: Name -> how rules say it, below roots and without wrappers, where that differs.
     """
@@ -86,8 +85,7 @@ class NameMatch:
     problems: tuple[NameProblem, ...] = ()
     outside: frozenset[str] = frozenset()
     astray: dict[str, tuple[str, str]] = attrs.Factory(dict)
-    shadowed: dict[str, frozenset[str]] = attrs.Factory(dict)
-    hints: dict[str, str] = attrs.Factory(dict)
+    shadowed: Mapping[str, Set[str]] = attrs.Factory(dict)
     is_bare: bool = False
     said: dict[str, str] = attrs.Factory(dict)
 
@@ -99,8 +97,13 @@ class NameRules(Protocol):
         """Decide for one file and one model."""
         ...
 
-    def unmatched(self, matches: Sequence[NameMatch], sources: Sequence[tuple[str, ...]]) -> list[tuple[str, bool]]:
-        """Messages about rules that matched in none of the parts, each with whether it is an error."""
+    def unmatched(
+        self, matches: Sequence[NameMatch], sources: Sequence[str], targets: Sequence[str]
+    ) -> list[tuple[str, bool]]:
+        """Messages about rules that matched in none of the parts, each with whether it is an error.
+
+        ``sources`` and ``targets`` are the names of all files and models.
+        """
         ...
 
 
@@ -177,36 +180,29 @@ class NoetherSurgery:
         }
         return NameMatch(moves, removed, kept, unused_kept, tuple(overwritten), frozenset(matched))
 
-    def unmatched(self, matches: Sequence[NameMatch], sources: Sequence[tuple[str, ...]]) -> list[tuple[str, bool]]:
+    def unmatched(
+        self, matches: Sequence[NameMatch], sources: Sequence[str], targets: Sequence[str]
+    ) -> list[tuple[str, bool]]:
         """An absent key is an error, an unmatched pattern a warning, as in ``docs/noether-differences.md``."""
         matched = frozenset[str]().union(*(match.matched for match in matches))
-        names = [name for part in sources for name in part]
         messages = []
         for key in self.keys_to_remove:
             if f"keys_to_remove: {key}" not in matched:
-                neighbours = near(key, names)
-                hint = f"; near: {', '.join(neighbours)}" if neighbours else ""
+                close = ", ".join(near(key, sources))
+                hint = f"; near: {close}" if close else ""
                 messages.append((f"keys_to_remove: the file has no {key}{hint}", True))
         messages += [
             (f"keys_to_instantiate: the model has no {key}", True)
             for key in self.keys_to_instantiate
             if f"keys_to_instantiate: {key}" not in matched
         ]
-        for field, patterns in (
-            ("patterns_to_remove", self.patterns_to_remove),
-            ("patterns_to_instantiate", self.patterns_to_instantiate),
-        ):
-            messages += [
-                (f"{field}: {pattern} matches nothing", self.unmatched_is_error)
-                for pattern in patterns
-                if f"{field}: {pattern}" not in matched
-            ]
-        messages += [
-            (f"patterns_to_rename: {rename.src} matches nothing", self.unmatched_is_error)
-            for rename in self.patterns_to_rename
-            if f"patterns_to_rename: {rename.src} -> {rename.dst}" not in matched
+        patterns = [
+            *((f"patterns_to_remove: {pattern}", "") for pattern in self.patterns_to_remove),
+            *((f"patterns_to_instantiate: {pattern}", "") for pattern in self.patterns_to_instantiate),
+            *((f"patterns_to_rename: {rename.src}", f" -> {rename.dst}") for rename in self.patterns_to_rename),
         ]
-        return messages
+        unmatched = [said for said, rest in patterns if said + rest not in matched]
+        return messages + [(f"{said} matches nothing", self.unmatched_is_error) for said in unmatched]
 
 
 def with_wrappers(match: NameMatch, sources: Iterable[str], targets: Iterable[str]) -> NameMatch:

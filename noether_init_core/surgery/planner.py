@@ -103,7 +103,9 @@ def _planned(kind: str, parts: Sequence[PlanPart], rules: NameRules, policies: P
         problems += planner.found.problems
         warnings += planner.found.warnings
     names = ", ".join(part.model for part in parts)
-    for message, is_error in rules.unmatched(matches, [tuple(part.sources) for part in parts]):
+    sources = [name for part in parts for name in part.sources]
+    targets = [name for part in parts for name in part.targets]
+    for message, is_error in rules.unmatched(matches, sources, targets):
         (problems if is_error else warnings).append(Problem("unmatched-rule", message, names))
     if parts and not problems and not any(row.writes for row in rows):
         problems.append(Problem("nothing-loaded", "no tensor of the model would be loaded", names))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
+from noether_init_core.messages import yaml_line
 from noether_init_core.surgery.name_rules import WRAPPERS, NameMatch, NameProblem, Taken, bare_names, near
 from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.steps import Step
@@ -29,27 +30,21 @@ class Move:
 
 
 @attrs.frozen
-class Drop:
+class _Globs:
+    globs: tuple[NameGlob, ...]
+    label: str = ""
+
+
+class Drop(_Globs):
     """Names of the file that are ignored."""
 
-    globs: tuple[NameGlob, ...]
-    label: str = ""
 
-
-@attrs.frozen
-class KeepModel:
+class KeepModel(_Globs):
     """Names of the model that keep their present value."""
 
-    globs: tuple[NameGlob, ...]
-    label: str = ""
 
-
-@attrs.frozen
-class Only:
+class Only(_Globs):
     """The names of the file that are considered at all."""
-
-    globs: tuple[NameGlob, ...]
-    label: str = ""
 
 
 Rule = Move | Drop | KeepModel | Only
@@ -96,42 +91,45 @@ class Transforms:
         """Decide for one file and one model."""
         return _Matching(self, sources, targets).run()
 
-    def unmatched(self, matches: Sequence[NameMatch], sources: Sequence[tuple[str, ...]]) -> list[tuple[str, bool]]:
+    def unmatched(
+        self, matches: Sequence[NameMatch], sources: Sequence[str], targets: Sequence[str]
+    ) -> list[tuple[str, bool]]:
         """Rules that matched in none of the files, each with what they may have missed, and whether it is an error."""
         matched = frozenset[str]().union(*(match.matched for match in matches))
         messages = []
         for rule in self.rules:
             if rule.label in matched or (isinstance(rule, Move) and rule.optional):
                 continue
-            taken = frozenset[str]().union(*(match.shadowed.get(rule.label, frozenset()) for match in matches))
-            hint = self._hint(rule, taken, [name for part in sources for name in part], matches)
+            taken = sorted({label for match in matches for label in match.shadowed.get(rule.label, ())})
+            hint = f": what it would match is taken by {', '.join(taken)} before it. Next: move it up, or remove it"
+            if not taken:
+                file = [name.removeprefix(self.source_root) for name in sources]
+                hint = self._hint(rule, file, list(_below(self.target_root, bare_names(targets))))
             messages.append((f"{rule.label} matches nothing{hint}", not self._warns))
         return messages
 
-    def _hint(self, rule: Rule, taken: frozenset[str], names: Sequence[str], matches: Sequence[NameMatch]) -> str:
-        if taken:
-            others = ", ".join(sorted(taken))
-            return f": what it would match is taken by {others} before it. Next: move it up, or remove it"
-        if isinstance(rule, KeepModel):
-            hints = [match.hints[rule.label] for match in matches if rule.label in match.hints]
-            return hints[0] if hints else "; it is about names of the model"
-        wanted = rule.sources[0].text if isinstance(rule, Move) else rule.globs[0].text
-        if not WRAPPERS.isdisjoint(wanted.split(".")):
+    @staticmethod
+    def _hint(rule: Rule, file: Sequence[str], model: Sequence[str]) -> str:
+        """What a rule that matched nothing may have missed, among names below the roots; empty where nothing tells."""
+        texts = [pattern.text for pattern in (rule.sources if isinstance(rule, Move) else rule.globs)]
+        field = {Move: "from", Drop: "drop", KeepModel: "keep_model", Only: "only"}[type(rule)]
+        side = model if isinstance(rule, KeepModel) else file
+        if not isinstance(rule, KeepModel) and not WRAPPERS.isdisjoint(texts[0].split(".")):
             return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
-        inside = [name.removeprefix(self.source_root) for name in names]
-        dotted = _with_dot(wanted)
-        if dotted is not None and any(dotted.matching(name) for name in inside):
-            field = "from" if isinstance(rule, Move) else "drop" if isinstance(rule, Drop) else "only"
-            return f". Next: {field}: {wanted}. (a trailing dot means everything below)"
-        swapped = [match.hints[rule.label] for match in matches if rule.label in match.hints]
-        if swapped:
-            return swapped[0]
-        similar = near(self.source_root + wanted, names, most=1)
+        for text in texts if isinstance(rule, KeepModel) else texts[:1]:
+            dotted = _with_dot(text)
+            if dotted is not None and any(map(dotted.matching, side)):
+                return f". Next: {field}: {text}. (a trailing dot means everything below)"
+        if isinstance(rule, Move) and _is_swapped(rule, file, model):
+            swapped = {"from": _texts(rule.targets), "to": _texts(rule.sources)}
+            return f"; from is a name in the file, to one in the model. Next: {yaml_line(swapped)}"
+        similar = near(texts[0], side, most=1)
+        if isinstance(rule, KeepModel):
+            return f"; the model has {similar[0]}" if similar else "; it is about names of the model"
         if not similar:
             return ""
-        name = similar[0].removeprefix(self.source_root)
-        better = repaired(rule.sources[0], name) if isinstance(rule, Move) else None
-        return f"; the file says {name}" + (f". Next: from: {better}" if better else "")
+        better = repaired(rule.sources[0], similar[0]) if isinstance(rule, Move) else None
+        return f"; the file says {similar[0]}" + (f". Next: from: {better}" if better else "")
 
 
 @attrs.frozen(init=False)
@@ -191,30 +189,10 @@ class _Matching:
             problems=tuple(self._problems),
             outside=frozenset(self._outside),
             astray=self._astray,
-            shadowed={label: frozenset(others) for label, others in self._shadowed.items()},
-            hints=self._hints_of_idle_rules(),
+            shadowed=self._shadowed,
             is_bare=True,
             said={name: bare for bare, name in (*self._targets.items(), *self._sources.items()) if name != bare},
         )
-
-    def _hints_of_idle_rules(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for rule in self._rules.rules:
-            if (
-                isinstance(rule, Move)
-                and rule.label not in self._matched
-                and _is_swapped(rule, self._sources, self._targets)
-            ):
-                found[rule.label] = f"; from is a name in the file, to one in the model. Next: {_swapped(rule)}"
-            if not isinstance(rule, KeepModel) or rule.label in self._matched:
-                continue
-            for glob in rule.globs:
-                dotted = _with_dot(glob.text)
-                if dotted is not None and any(dotted.matching(name) for name in self._targets):
-                    found[rule.label] = f". Next: keep_model: {glob.text}. (a trailing dot means everything below)"
-                elif close := near(glob.text, list(self._targets), most=1):
-                    found.setdefault(rule.label, f"; the model has {close[0]}")
-        return found
 
     def _take_by_name(self, plain: Mapping[str, str]) -> None:
         """Names that no rule takes: exact ones first, since a module may really be called module."""
@@ -337,12 +315,9 @@ def _is_swapped(rule: Move, sources: Iterable[str], targets: Iterable[str]) -> b
     return any(map(file.matching, sources)) and any(map(model.matching, targets))
 
 
-def _swapped(rule: Move) -> str:
-    def said(patterns: Sequence[NamePattern]) -> str:
-        texts = [pattern.text for pattern in patterns]
-        return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
-
-    return f"{{from: {said(rule.targets)}, to: {said(rule.sources)}}}"
+def _texts(patterns: Sequence[NamePattern]) -> str | list[str]:
+    texts = [pattern.text for pattern in patterns]
+    return texts if texts[1:] else texts[0]
 
 
 def glob_set(globs: Sequence[str]) -> PatternSet:

@@ -10,6 +10,7 @@ import pytest
 
 from noether_init_core import ConfigError, InitializerStack
 from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.stack.config_files import load_config_file
 from noether_init_core.surgery.transforms import Move
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -96,7 +97,7 @@ def test_yaml_scalars_become_numbers_where_numbers_are_meant(tmp_path: Path) -> 
     assert isinstance(first, Move)
     assert [repr(step) for step in first.steps] == ["Transpose()", "Split(dim=1, sizes=(2, 4))"]
     assert first.label == "here (a.<l> -> b.<l>, c.<l>)"
-    assert initializer.said_at("transforms", 2) == "init.yaml:8 transforms.2"
+    assert load_config_file(tmp_path / "init.yaml").entries[0].where("transforms", 2) == "init.yaml:8 transforms.2"
 
 
 def test_two_ways_to_say_the_same_are_refused() -> None:

@@ -84,7 +84,7 @@ def test_a_key_that_is_absent_in_every_part_is_an_error_and_a_pattern_a_warning(
     surgery = NoetherSurgery(("token", "hed.bias"), ("zzz",))
     parts = [("token", "head.bias"), ("lift.weight",)]
     matches = [surgery.match(part, ()) for part in parts]
-    messages = surgery.unmatched(matches, parts)
+    messages = surgery.unmatched(matches, [name for part in parts for name in part], ())
     assert messages == [
         ("keys_to_remove: the file has no hed.bias; near: head.bias", True),
         ("patterns_to_remove: zzz matches nothing", False),

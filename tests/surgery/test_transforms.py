@@ -37,7 +37,7 @@ def test_the_first_rule_that_matches_takes_a_name() -> None:
     match = rules.match(("h.0.w", "h.1.w"), ("first.w",))
     assert moves(match) == {"first.w": ("h.0.w",)}
     assert match.removed == {"h.1.w": "rule 1 (drop h.)"}
-    ((message, is_error),) = rules.unmatched([match], [("h.0.w", "h.1.w")])
+    ((message, is_error),) = rules.unmatched([match], ("h.0.w", "h.1.w"), ())
     assert is_error
     assert message == (
         "rule 2 (h.<i>. -> b.<i>.) matches nothing: what it would match is taken by rule 0 (h.0. -> first.), "
@@ -50,7 +50,7 @@ def test_an_idle_rule_is_told_what_the_file_says() -> None:
     idle = {"from": "layers.<i>.w", "to": "b.<i>.w"}
     sources = ("model.layers.0.w", "step")
     rules = transforms(idle)
-    assert rules.unmatched([rules.match(sources, ())], [sources]) == [
+    assert rules.unmatched([rules.match(sources, ())], sources, ()) == [
         (
             "rule 0 (layers.<i>.w -> b.<i>.w) matches nothing; the file says model.layers.0.w. "
             "Next: from: model.layers.<i>.w",
@@ -58,9 +58,9 @@ def test_an_idle_rule_is_told_what_the_file_says() -> None:
         )
     ]
     optional = transforms({**idle, "optional": True})
-    assert optional.unmatched([optional.match(sources, ())], [sources]) == []
+    assert optional.unmatched([optional.match(sources, ())], sources, ()) == []
     warned = transforms(idle, warns=True)
-    assert [is_error for _message, is_error in warned.unmatched([warned.match(sources, ())], [sources])] == [False]
+    assert [is_error for _message, is_error in warned.unmatched([warned.match(sources, ())], sources, ())] == [False]
 
 
 def test_wrappers_are_gone_before_rules_look() -> None:
@@ -69,7 +69,7 @@ def test_wrappers_are_gone_before_rules_look() -> None:
     sources = ("module.a", "module._orig_mod.c")
     match = rules.match(sources, ("_orig_mod.b", "c"))
     assert moves(match) == {"c": ("module._orig_mod.c",)}
-    ((message, _),) = rules.unmatched([match], [sources])
+    ((message, _),) = rules.unmatched([match], sources, ())
     assert "prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look" in message
 
 
