@@ -71,14 +71,10 @@ def test_importing_the_package_imports_neither_torch_nor_pydantic_nor_a_plugin()
     assert [name for name in loaded if name.startswith("noether_init_core")] == ["noether_init_core"]
 
 
-def test_importing_the_package_takes_less_than_150_milliseconds() -> None:
-    """Measured by the interpreter itself; the best of three, since the machine may be busy."""
-    times = []
-    for _attempt in range(3):
-        lines = _run("import noether_init_core", "-X", "importtime").stderr.splitlines()
-        (line,) = [line for line in lines if line.split("|")[-1].strip() == "noether_init_core"]
-        times.append(int(line.split("|")[1]))
-    assert min(times) < 150_000
+def test_importing_the_package_imports_few_modules_of_python() -> None:
+    """Fewer than 50, all of the standard library; benchmarks/kinds.py measures how long that takes."""
+    program = "import sys\nbefore = set(sys.modules)\nimport noether_init_core\nprint(len(set(sys.modules) - before))"
+    assert int(_run(program).stdout) < 50
 
 
 def test_modules_that_promise_it_import_neither_torch_nor_pydantic() -> None:
