@@ -33,23 +33,23 @@ def run(
     schema = None
     if info.name not in BUILT_IN:
         schema = kinds.resolve(kind).config_class.model_json_schema()
-    example = example_of(info.name, schema)
+    files, following = example_of(info.name, schema)
     if not only_print:
-        _write(folder, example.files)
+        _write(folder, files)
     if as_json:
         said = {
             "kind": info.name,
             "folder": str(folder),
             "written": not only_print,
-            "files": dict(example.files),
-            "next": [command for command, _what in example.commands],
+            "files": files,
+            "next": [command for command, _what in following],
         }
         show_json("example", said)
         return
-    for name, text in example.files.items():
+    for name, text in files.items():
         show_text(f"# ---- {name}\n{text}" if only_print else str(folder / name))
     into = [(f"cd {shlex.quote(str(folder))}", "")] if folder != Path() else []
-    show_commands([*into, *example.commands], narrow=0)
+    show_commands([*into, *following], narrow=0)
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:

@@ -46,7 +46,7 @@ def run(
     A folder that exists is refused. So are names that cannot work, and a kind that an installed distribution offers.
     """
     from noether_init_core.scaffold.naming import check_free, names_of
-    from noether_init_core.scaffold.render import Package, render
+    from noether_init_core.scaffold.render import render
     from noether_init_core.scaffold.writing import check_absent, write_folder
 
     names = names_of(name, kind=kind, distribution=distribution)
@@ -54,7 +54,7 @@ def run(
     folder = into / names.folder
     check_absent(folder)
     core = importlib.metadata.version("noether-init-core")
-    files = render(Package(names, base, author, datetime.date.today().year, core))
+    files = render(names, base, author=author, year=datetime.date.today().year, core=core)
     if not dry_run:
         write_folder(folder, files)
     following = _following(names, folder)

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
+__all__ = ["BUILT_IN", "example_of"]
 
-__all__ = ["BUILT_IN", "Example", "example_of"]
-
-
-@attrs.frozen
-class Example:
-    """Files, and what to type then.
-
-    Attributes:
-        files: Name -> text.
-        commands: (command line, what it does), in order.
-    """
-
-    files: Mapping[str, str]
-    commands: tuple[tuple[str, str], ...]
-
-
-_PLAN = "noether-init plan init.yaml --model train:build --runs runs --run-id {run}{more}"
+_PLAN = "noether-init plan init.yaml --model train:build --runs runs --run-id {run} --html plan.html"
 _AGAIN = "train; press Ctrl-C or kill it, and type it again: it goes on"
 _TRAIN = "python train.py --run-id {run}{more}"
 
@@ -36,8 +21,10 @@ BUILT_IN: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-def example_of(kind: str, schema: Mapping[str, Any] | None = None) -> Example:
-    """A loop and configs for one kind.
+def example_of(
+    kind: str, schema: Mapping[str, Any] | None = None
+) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
+    """A loop and configs for one kind: name -> text of the files, and the commands to type, each with what it does.
 
     Args:
         kind: The kind, as a config names it.
@@ -50,21 +37,18 @@ def example_of(kind: str, schema: Mapping[str, Any] | None = None) -> Example:
 
     loop = {"train.py": text("train.py.txt")}
     if kind not in BUILT_IN:
-        commands = [
+        return {**loop, "init.yaml": _skeleton(kind, schema or {})}, (
             ("noether-init validate init.yaml", "names what is still to be filled in"),
-            (_PLAN.format(run="first", more=" --html plan.html"), "what it will do, as a page to look at"),
+            (_PLAN.format(run="first"), "what it will do, as a page to look at"),
             (_TRAIN.format(run="first", more=""), _AGAIN),
-        ]
-        return Example({**loop, "init.yaml": _skeleton(kind, schema or {})}, tuple(commands))
+        )
     earlier, later, options = BUILT_IN[kind]
-    files = {**loop, "scratch.yaml": text("scratch.yaml"), "init.yaml": text(f"{kind}.yaml")}
-    commands = [
+    return {**loop, "scratch.yaml": text("scratch.yaml"), "init.yaml": text(f"{kind}.yaml")}, (
         (_TRAIN.format(run=earlier, more=f" --config scratch.yaml{options}"), "the run to start from, once"),
-        (_PLAN.format(run=later, more=" --html plan.html"), "what init.yaml will do, as a page to look at"),
+        (_PLAN.format(run=later), "what init.yaml will do, as a page to look at"),
         (_TRAIN.format(run=later, more=" --epochs 100"), _AGAIN),
         ("noether-init inspect runs", "what was saved"),
-    ]
-    return Example(files, tuple(commands))
+    )
 
 
 def _skeleton(kind: str, schema: Mapping[str, Any]) -> str:
@@ -82,11 +66,6 @@ def _skeleton(kind: str, schema: Mapping[str, Any]) -> str:
         if name in required:
             lines.append(f"    {name}:  # required{': ' if described else ''}{described}")
         else:
-            lines.append(f"    # {name}: {_yaml(fields[name].get('default'))}{'  # ' if described else ''}{described}")
+            default = json.dumps(fields[name].get("default"))
+            lines.append(f"    # {name}: {default}{'  # ' if described else ''}{described}")
     return "\n".join(lines) + "\n"
-
-
-def _yaml(value: Any) -> str:
-    import json
-
-    return json.dumps(value)

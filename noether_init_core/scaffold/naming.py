@@ -8,7 +8,6 @@ import keyword
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
 
 import attrs
 
@@ -23,6 +22,8 @@ _PREFIX = "noether-init-"
 _OWN = ("noether-init", "noether-init-core")
 # YAML 1.1, which other readers of configs still follow, takes these for a value that is no text.
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+#: What pytest imports under these names.
+_TEST_FILES = ("conftest", "test_conformance", "test_kind")
 _COMMANDS = {"name": "noether-init new", "kind": "--kind", "distribution": "--distribution"}
 _SHOWN = 60
 _SUGGESTED = 40
@@ -55,15 +56,20 @@ def names_of(name: str, *, kind: str | None = None, distribution: str | None = N
 
     Raises ``InvalidNameError`` with what is allowed and a name that is.
     """
-    _check("name", name, _problem_of_name)
-    if kind is None:
-        kind = _kind_of(name)
-    _check("kind", kind, _problem_of_kind)
-    if distribution is None:
-        distribution = _distribution_of(name)
-    _check("distribution", distribution, _problem_of_distribution)
-    distribution = distribution.replace("_", "-")
-    return Names(name, distribution, distribution.replace("-", "_"), kind)
+    own_kind, own_distribution = _derived(name)
+    asked = {
+        "name": name,
+        "kind": own_kind if kind is None else kind,
+        "distribution": own_distribution if distribution is None else distribution,
+    }
+    for what, value in asked.items():
+        problem = _problem_of(what, value)
+        if problem:
+            shown = value if len(value) <= _SHOWN else f"{value[: _SHOWN - 3]}..."
+            message = f"{what} {shown!r} {problem}. Next: {_COMMANDS[what]} {_suggestion(what, value)}"
+            raise InvalidNameError(message, what=what, value=value)
+    dashed = asked["distribution"].replace("_", "-")
+    return Names(name, dashed, dashed.replace("-", "_"), asked["kind"])
 
 
 def check_free(names: Names) -> None:
@@ -72,33 +78,22 @@ def check_free(names: Names) -> None:
     Raises ``KindConflictError`` for the kind, which could not be used where two distributions offer it; ``ConfigError``
     for the others, since installing the new package would replace what is there, or hide it.
     """
-    offers = [info for info in kinds.installed() if info.name == names.kind]
-    other = f"another kind: noether-init new {names.folder} --kind my_{names.kind}"
-    if offers:
-        described = [f"{info.source} -> {info.target}" for info in offers]
-        raise KindConflictError(
-            f'kind "{names.kind}" is offered by {" and ".join(described)}, and a kind that is offered more than once '
-            f"cannot be used. Next: {other}",
-            kind=names.kind,
-            offers=described,
-        )
+    offers = [f"{info.source} -> {info.target}" for info in kinds.installed() if info.name == names.kind]
     home = kinds.home_of(names.kind)
-    if home is not None:
+    if home is not None and not offers:
+        offers = [f"{home}, which is not installed"]
+    if offers:
         raise KindConflictError(
-            f'kind "{names.kind}" is that of {home}, which is not installed; where both are, neither can be used. '
-            f"Next: pip install {home}, or {other}",
+            f'kind "{names.kind}" is offered by {" and ".join(offers)}; a kind that two installed distributions offer '
+            f"cannot be used. Next: noether-init new {names.folder} --kind my_{names.kind}",
             kind=names.kind,
-            offers=[home],
+            offers=offers,
         )
     other = f"noether-init new {names.folder} --distribution {_PREFIX}my-{names.distribution.removeprefix(_PREFIX)}"
-    try:
-        version = importlib.metadata.version(names.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    else:
+    for installed in importlib.metadata.distributions(name=names.distribution):
         raise ConfigError(
-            f"distribution {names.distribution} is installed already ({version}), and installing the new one would "
-            f"replace it. Next: {other}"
+            f"distribution {names.distribution} is installed already ({installed.version}), and installing the new one "
+            f"would replace it. Next: {other}"
         )
     found = importlib.util.find_spec(names.package)
     if found is not None and found.origin is not None:  # a folder of that name below the current one has no origin
@@ -108,58 +103,33 @@ def check_free(names: Names) -> None:
         )
 
 
-def _kind_of(name: str) -> str:
-    return _short(name).replace("-", "_")
+def _derived(name: str) -> tuple[str, str]:
+    """Kind and distribution of the package ``name``."""
+    short = name.replace("_", "-").removeprefix(_PREFIX)
+    return short.replace("-", "_"), f"{_PREFIX}{short}"
 
 
-def _distribution_of(name: str) -> str:
-    return f"{_PREFIX}{_short(name)}"
+def _class_prefix(kind: str) -> str:
+    return "".join(word.capitalize() for word in kind.split("_"))
 
 
-def _short(name: str) -> str:
-    return name.replace("_", "-").removeprefix(_PREFIX)
-
-
-def _check(what: str, value: str, problem_of: Callable[[str], str]) -> None:
-    problem = problem_of(value)
-    if not problem:
-        return
-    shown = value if len(value) <= _SHOWN else f"{value[: _SHOWN - 3]}..."
-    raise InvalidNameError(
-        f"{what} {shown!r} {problem}. Next: {_COMMANDS[what]} {_suggestion(what, value)}", what=what, value=value
-    )
-
-
-def _problem_of_name(value: str) -> str:
-    if value.replace("_", "-") == _OWN[0]:
+def _problem_of(what: str, value: str) -> str:
+    """What is wrong with a name, in words; empty where it is allowed."""
+    dashed, module = value.replace("_", "-"), value.replace("-", "_")
+    if what == "name" and dashed == _OWN[0]:
         return "is the beginning of a name"
-    return _problem_of_text(value, "_-")
-
-
-def _problem_of_kind(value: str) -> str:
-    if "." in value:
+    if what == "kind" and "." in value:
         return "holds a dot; dotted kinds are second names, for configs of other software"
-    if value in _YAML_WORDS:
+    if what == "kind" and value in _YAML_WORDS:
         return "is a word of YAML, so that a config would not hold it as text"
-    problem = _problem_of_text(value, "_")
-    if problem:
+    problem = _problem_of_text(value, "_" if what == "kind" else "_-")
+    if problem or what == "name":
         return problem
-    for name in (f"{_class_prefix(value)}{ending}" for ending in ("Initializer", "Config", "InitializerConfig")):
-        if name in noether_init_core.__all__:
-            return f"would give a class the name {name}, which noether_init_core has"
-    return ""
-
-
-#: What pytest imports under these names.
-_TEST_FILES = ("conftest", "test_conformance", "test_kind")
-
-
-def _problem_of_distribution(value: str) -> str:
-    problem = _problem_of_text(value, "_-")
-    module = value.replace("-", "_")
-    if problem:
-        return problem
-    if value.replace("_", "-") in _OWN:
+    if what == "kind":
+        classes = [f"{_class_prefix(value)}{ending}" for ending in ("Initializer", "Config", "InitializerConfig")]
+        taken = [name for name in classes if name in noether_init_core.__all__]
+        return f"would give a class the name {taken[0]}, which noether_init_core has" if taken else ""
+    if dashed in _OWN:
         return "is the core's own"
     if module in sys.stdlib_module_names:
         return f"would install a package {module}, which Python itself has"
@@ -171,7 +141,8 @@ def _problem_of_distribution(value: str) -> str:
 def _problem_of_text(value: str, between: str) -> str:
     if value and len(value) <= MAX_LENGTH and re.fullmatch(rf"[a-z][a-z0-9]*(?:[{between}][a-z0-9]+)*", value):
         return "is a keyword of Python" if keyword.iskeyword(value) else ""
-    strange = [one for one in value if not re.fullmatch(rf"[a-z0-9{between}]", one)]
+    strange = re.search(rf"[^a-z0-9{between}]", value)
+    dashes = " or ".join(between)
     if not value:
         problem = "is empty"
     elif len(value) > MAX_LENGTH:
@@ -179,35 +150,25 @@ def _problem_of_text(value: str, between: str) -> str:
     elif strange:
         problem = f"holds {strange[0]!r}"
     else:
-        problem = (
-            "begins with a digit" if value[0].isdigit() else f"has {' or '.join(between)} first, last or twice in a row"
-        )
+        problem = "begins with a digit" if value[0].isdigit() else f"has {dashes} first, last or twice in a row"
     return (
-        f"{problem}; allowed are a to z, 0 to 9 but not first, and single {' or '.join(between)} between them, at most "
-        f"{MAX_LENGTH} in all"
+        f"{problem}; allowed are a to z, 0 to 9 but not first, and single {dashes} between them, at most {MAX_LENGTH} "
+        "in all"
     )
 
 
 def _suggestion(what: str, value: str) -> str:
-    """A name that is allowed, as near as can be."""
+    """A name that is allowed, as near as can be; of a package, also the names that are derived from it."""
     dash = "_" if what == "kind" else "-"
-    problem_of = {"name": _problem_alone, "kind": _problem_of_kind, "distribution": _problem_of_distribution}[what]
     # é becomes e, MyKind becomes my-kind
     text = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
     text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", dash, text).lower()
     text = re.sub(r"^[^a-z]+|[^a-z0-9]+$", "", re.sub(r"[^a-z0-9]+", dash, text))[:_SUGGESTED].rstrip(dash)
     base = text.removeprefix(f"noether{dash}init").lstrip(dash)
     prefix = _PREFIX if what == "distribution" else ""
-    candidates = (text, f"{prefix}{base}", f"{prefix}my{dash}{base}", f"{prefix}demo")
-    return next(one for one in candidates if not problem_of(one))
 
+    def is_allowed(one: str) -> bool:
+        derived = zip(("kind", "distribution"), _derived(one), strict=True) if what == "name" else ()
+        return not any(_problem_of(*each) for each in ((what, one), *derived))
 
-def _problem_alone(name: str) -> str:
-    """What is wrong with ``name`` where nothing else is said."""
-    return (
-        _problem_of_name(name) or _problem_of_kind(_kind_of(name)) or _problem_of_distribution(_distribution_of(name))
-    )
-
-
-def _class_prefix(kind: str) -> str:
-    return "".join(word.capitalize() for word in kind.split("_"))
+    return next(filter(is_allowed, (text, f"{prefix}{base}", f"{prefix}my{dash}{base}", f"{prefix}demo")))

@@ -13,7 +13,7 @@ import attrs
 from noether_init_core.errors import ConfigError
 from noether_init_core.scaffold.naming import Names
 
-__all__ = ["Base", "Package", "render"]
+__all__ = ["Base", "render"]
 
 _SUFFIX = ".jinja"
 _MAX_AUTHOR = 200
@@ -27,27 +27,15 @@ class Base(enum.StrEnum):
     PLAIN = "plain"
 
 
-@attrs.frozen
-class Package:
-    """All that the text of a new package depends on.
+def render(names: Names, base: Base, *, author: str | None, year: int, core: str) -> dict[str, str]:
+    """Path below the folder of the package, with ``/`` -> text; sorted, folders among files, as a listing would be.
 
-    Attributes:
+    Args:
         names: Its names.
         base: Which example it has.
         author: ``Jane Doe`` or ``Jane Doe <jane@example.org>``; None: whoever writes the distribution.
         year: Of the licence.
         core: The version of the core that it is written for, such as ``0.1.0``.
-    """
-
-    names: Names
-    base: Base
-    author: str | None
-    year: int
-    core: str
-
-
-def render(package: Package) -> dict[str, str]:
-    """Path below the folder of the package, with ``/`` -> text; sorted, folders among files, as a listing would be.
 
     Raises ``ConfigError`` for an author that no metadata can hold.
     """
@@ -56,18 +44,22 @@ def render(package: Package) -> dict[str, str]:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    name, mail = _author(package)
+    # the minor release that the core belongs to; of a version before its release, itself
+    public = core.partition("+")[0]
+    released = re.fullmatch(r"(\d+\.\d+)(\.\d+)*", public)
+    developers = f"The {names.distribution} developers"
+    name, mail = (developers, "") if author is None else _author(author)
     values = {
-        **attrs.asdict(package.names),
-        "class_prefix": package.names.class_prefix,
-        "base": package.base.value,
+        **attrs.asdict(names),
+        "class_prefix": names.class_prefix,
+        "base": base.value,
         "author": name,
         "mail": mail,
-        "year": package.year,
-        "core": _least_core(package.core),
+        "year": year,
+        "core": released[1] if released else public,
     }
     files = {}
-    for part in ("common", package.base.value):
+    for part in ("common", base.value):
         for path, source in _sources(importlib.resources.files("noether_init_core.scaffold") / "template" / part):
             target = environment.from_string(path.removesuffix(_SUFFIX)).render(values)
             files[target] = environment.from_string(source).render(values)
@@ -82,11 +74,8 @@ def _sources(folder: Traversable, below: str = "") -> Iterator[tuple[str, str]]:
             yield f"{below}{entry.name}", entry.read_text(encoding="utf-8")
 
 
-def _author(package: Package) -> tuple[str, str]:
+def _author(author: str) -> tuple[str, str]:
     """Name and mail address, which may be empty."""
-    author = package.author
-    if author is None:
-        return f"The {package.names.distribution} developers", ""
     found = _WITH_MAIL.fullmatch(author.strip())
     name, mail = (found["name"], found["mail"]) if found else (author.strip(), "")
     # metadata separates authors by commas
@@ -96,10 +85,3 @@ def _author(package: Package) -> tuple[str, str]:
             f"'Jane Doe <jane@example.org>', on one line, without commas and quotes, at most {_MAX_AUTHOR} characters"
         )
     return name, mail
-
-
-def _least_core(version: str) -> str:
-    """The minor release that ``version`` belongs to; of a version before its release, itself."""
-    public = version.partition("+")[0]
-    released = re.fullmatch(r"(\d+\.\d+)(\.\d+)*", public)
-    return released[1] if released else public

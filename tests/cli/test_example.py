@@ -29,7 +29,7 @@ def test_everything_that_it_says_to_type_works(kind: str, tmp_path: Path) -> Non
     """In the order in which it says so; the run is killed on the way and goes on where it was."""
     written = typed(f"noether-init example {kind}", tmp_path)
     assert (written.returncode, written.stderr) == (0, "")
-    commands = [command for command, _what in example_of(kind).commands]
+    commands = [command for command, _what in example_of(kind)[1]]
     assert re.findall(r"^  (\S.*)$", written.stdout.split("next:")[1], re.MULTILINE) == commands
     first, plan, train, look = commands
     done = typed(first, tmp_path)
@@ -80,7 +80,7 @@ def test_it_can_be_looked_at_first(tmp_path: Path) -> None:
     assert "# ---- init.yaml\n# Weights of one model from one file" in shown.stdout
     said = json.loads(typed("noether-init example file --print --json", tmp_path).stdout)
     assert (said["format"], said["version"], said["written"]) == ("noether-init-example", 1, False)
-    assert said["files"] == dict(example_of("file").files)
+    assert said["files"] == example_of("file")[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,7 +95,7 @@ def test_a_kind_of_others_gets_a_config_with_what_it_requires_left_open(tmp_path
     assert refused.returncode == 1
     assert "init.yaml:5 initializers.0.rules" in refused.stdout
     (tmp_path / "init.yaml").write_text(text.replace("rules:", "rules: [{match: '**', init: zeros_}]"))
-    commands = [command for command, _what in example_of("random").commands]
+    commands = [command for command, _what in example_of("random")[1]]
     for command in (*commands[:2], f"{commands[2]} --epochs 1"):
         done = typed(command, tmp_path)
         assert done.returncode == 0, done.stderr

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.command import Result, run_command
 from support.foreign import ForeignPackages
 
 from noether_init_core import ConfigError, InvalidNameError, KindConflictError, kinds
 from noether_init_core.scaffold.naming import MAX_LENGTH, Names, check_free, names_of
-from noether_init_core.scaffold.render import Base, Package, render
+from noether_init_core.scaffold.render import Base, render
 
 ROOT = Path(__file__).resolve().parents[2]
 WORD = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -57,7 +57,7 @@ def written(folder: Path) -> dict[str, str]:
 def rendered(name: str = "demo", base: Base = Base.SOURCE, **more: Any) -> dict[str, str]:
     """The files of a package, without the command."""
     given_values: dict[str, Any] = {"author": None, "year": 2026, "core": "0.1.0", **more}
-    return render(Package(names_of(name), base, **given_values))
+    return render(names_of(name), base, **given_values)
 
 
 # Names
@@ -143,6 +143,7 @@ TEXTS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(name=TEXTS, kind=st.none() | TEXTS, distribution=st.none() | TEXTS)
 @example(name="demo", kind="\ud800", distribution=None)
 @example(name="noether-init-core", kind=None, distribution=None)
@@ -172,6 +173,7 @@ def test_names_are_safe_or_refused_with_one_that_is(name: str, kind: str | None,
     assert yaml.safe_load(f"kind: {names.kind}") == {"kind": names.kind}
 
 
+@settings(deadline=None)
 @given(name=TEXTS, base=st.sampled_from(Base))
 def test_whatever_the_name_the_files_are_what_they_should_be(name: str, base: Base) -> None:
     """Python parses, TOML and YAML load, no placeholder is left, and no file has a name that leads elsewhere."""
@@ -357,6 +359,7 @@ def test_the_author_is_in_metadata_and_licence(
     assert f"Copyright (c) 2026 {in_licence}\n" in files["LICENSE"]
 
 
+@settings(deadline=None)
 @given(author=st.text(max_size=220))
 @example('Jane "x" Doe')
 @example("back\\slash")
@@ -441,10 +444,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from noether_init_core.scaffold.naming import names_of
-from noether_init_core.scaffold.render import Base, Package, render
+from noether_init_core.scaffold.render import Base, render
 from noether_init_core.scaffold.writing import write_folder
 
-files = render(Package(names_of("demo"), Base.SOURCE, None, 2026, "0.1"))
+files = render(names_of("demo"), Base.SOURCE, author=None, year=2026, core="0.1")
 count, limit = 0, None
 
 def watch(event, arguments):
