@@ -39,7 +39,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from noether_init_core.messages import printable
+from noether_init_core.messages import one_line, printable
 
 __all__ = [
     "AmbiguousCheckpointError",
@@ -77,9 +77,15 @@ def type_of(value: object) -> str:
 
 
 class InitError(Exception):
-    """Root of every error that noether-init raises on purpose."""
+    """Root of every error that noether-init raises on purpose.
 
-    def __init__(self, message: str) -> None:
+    ``names`` are those in the message that somebody else chose: line breaks in them do not end a line of it.
+    """
+
+    def __init__(self, message: str, *names: str) -> None:
+        for name in names:
+            if "\n" in name:
+                message = message.replace(name, one_line(name))
         # names out of a hostile file must not reach a terminal as commands to it
         message = printable(message)
         super().__init__(message)
@@ -115,7 +121,8 @@ class ConfigFileError(ConfigError):
 
     def __init__(self, message: str, *, path: Path, line: int | None = None, key_path: str = "") -> None:
         place = f"{path.name}:{line}" if line is not None else path.name
-        super().__init__(f"{place} {key_path}: {message}" if key_path else f"{place}: {message}")
+        message = f"{place} {key_path}: {message}" if key_path else f"{place}: {message}"
+        super().__init__(message, path.name, *key_path.split("."))
         self.path = path
         self.line = line
         self.key_path = key_path
@@ -125,7 +132,7 @@ class InvalidNameError(ConfigError):
     """``value`` cannot be used as ``what`` (a run id, stage name, tag, model name or model info)."""
 
     def __init__(self, message: str, *, what: str, value: str) -> None:
-        super().__init__(message)
+        super().__init__(message, value)
         self.what = what
         self.value = value
 
@@ -137,7 +144,7 @@ class KindError(ConfigError):
     """
 
     def __init__(self, message: str, *, kind: str) -> None:
-        super().__init__(message)
+        super().__init__(message, kind)
         self.kind = kind
         self.config_file: Path | None = None
         self.line: int | None = None
@@ -192,7 +199,7 @@ class CheckpointError(InitError):
     """Something is wrong with files; ``path`` is the file or folder, where there is one."""
 
     def __init__(self, message: str, *, path: Path | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, *(path.parts if path is not None else ()))
         self.path = path
 
 

@@ -12,6 +12,7 @@ from noether_init_core.cli.checked_path import check_path
 from noether_init_core.cli.output import AsJson, from_here, show, show_json, show_table, show_text
 from noether_init_core.cli.progress import progress
 from noether_init_core.errors import CheckpointError
+from noether_init_core.messages import one_line
 
 if TYPE_CHECKING:
     from noether_init_core.sets.health import AuditedFile, AuditedStore
@@ -102,7 +103,7 @@ def _show(audited: Sequence[AuditedStore], files: Sequence[AuditedFile], problem
         mark = _MARKS[file.state][0]
         note = f" ({file.note})" if file.note else ""
         good = f"{mark} {file.path}: {file.tensors} tensors, {file.bytes:,} bytes{note}"
-        show_text(f"{mark} {file.problem}" if file.problem else good)
+        show_text(f"{mark} {file.problem}" if file.problem else one_line(good))
     sets = sum(one.state != "uncommitted" for store in audited for one in store.sets)
     said = ([f"sets: {sets}"] if audited else []) + ([f"files: {len(files)}"] if files else [])
     if unverifiable:

@@ -118,17 +118,17 @@ class Suggestion:
         if self.rules:
             lines.append("transforms:")
         for one in self.rules:
-            lines += [f"  # unsure: {doubt}" for doubt in one.doubts]
-            lines += [f"  # {one.reason}"] if one.reason else []
+            lines += [f"  # unsure: {one_line(doubt)}" for doubt in one.doubts]
+            lines += [f"  # {one_line(one.reason)}"] if one.reason else []
             lines.append(f"  - {one.to_yaml()}")
         return "".join(f"{line}\n" for line in lines)
 
     def __str__(self) -> str:
         said = [self.to_yaml() or "# no rule is needed\n"]
         said.append(f"coverage {100 * self.coverage:.1f} %, {'no problem' if self.is_fine else 'not yet fine:'}\n")
-        said += [f"  {problem.message}\n" for problem in self.plan.problems]
+        said += [f"  {one_line(problem.message)}\n" for problem in self.plan.problems]
         for one in self.unsure[:_MOST_SHOWN]:
-            said.append(f"unsure: {one.what}: {one.reason}\n")
+            said.append(one_line(f"unsure: {one.what}: {one.reason}") + "\n")
             said += [f"  or: {other}\n" for other in one.alternatives]
         if len(self.unsure) > _MOST_SHOWN:
             said.append(f"unsure: and {len(self.unsure) - _MOST_SHOWN} more\n")
