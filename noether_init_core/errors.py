@@ -198,8 +198,8 @@ class KindContractError(KindError, TypeError):
 class CheckpointError(InitError):
     """Something is wrong with files; ``path`` is the file or folder, where there is one."""
 
-    def __init__(self, message: str, *, path: Path | None = None) -> None:
-        super().__init__(message, *(path.parts if path is not None else ()))
+    def __init__(self, message: str, *, path: Path | None = None, names: Sequence[str] = ()) -> None:
+        super().__init__(message, *(path.parts if path is not None else ()), *names)
         self.path = path
 
 
@@ -209,7 +209,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     def __init__(
         self, message: str, *, path: Path | None = None, asked: str = "", candidates: Sequence[str] = ()
     ) -> None:
-        super().__init__(message, path=path)
+        super().__init__(message, path=path, names=(asked, *candidates))
         self.asked = asked
         self.candidates = tuple(candidates)
 
@@ -262,7 +262,7 @@ class CheckpointCorruptError(CheckpointError):
     """The bytes under ``key`` differ from those that were written (checksum or digest)."""
 
     def __init__(self, message: str, *, path: Path | None = None, key: str = "") -> None:
-        super().__init__(message, path=path)
+        super().__init__(message, path=path, names=(key,))
         self.key = key
 
 
