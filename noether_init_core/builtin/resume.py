@@ -36,11 +36,12 @@ from noether_init_core.initializers.outcome import Outcome
 from noether_init_core.initializers.resumption import check_resumption, resume_callbacks
 from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.messages import listed
 from noether_init_core.sets import refusals
 from noether_init_core.sets.checkpoint_set import check_files, said_by
 from noether_init_core.sets.file_names import Part
+from noether_init_core.sets.health import check_file
 from noether_init_core.sets.looking import walk_back
-from noether_init_core.sets.nonfinite_sets import not_looked_at, refused_values, summary
 from noether_init_core.sets.selection import Policy, Query
 from noether_init_core.sets.store import CheckpointFile, CheckpointSet, Need, RunStore, check_consistency
 
@@ -166,19 +167,17 @@ class ResumeInitializer(CheckpointInitializer):
             is_below = root is None or file.model == root or file.model.startswith(f"{root}.")
             if not is_below or not (found.committed or file.info in (None, self.config.model_info)):
                 continue
-            with open_checkpoint(file.path, digests=found.digests_of(file), stopwatch=self.stopwatch) as reader:
-                if file.part != "optim":
-                    said[file.path.name] = said_by(reader.metadata, file.path)
-                committed = found.committed_file(file)
-                refuses = self._refuses_values_of(file)
-                examined = not_looked_at(file, committed, reader.tensors()) if refuses else []
-                if self.config.verify == "full":
-                    reader.verify(look=examined)
-                refused = refused_values(file, committed, reader.nonfinite(examined)) if refuses else ()
-                if refused:
-                    raise CheckpointError(
-                        f"{file.path}: {summary(refused)}; it would be loaded with on_nonfinite: warn", path=file.path
-                    )
+            refuses = self._refuses_values_of(file)
+            checked = check_file(
+                found, file, verify=self.config.verify == "full", look=refuses, stopwatch=self.stopwatch
+            )
+            if checked.said is not None:
+                said[file.path.name] = checked.said
+            if checked.refused:
+                raise CheckpointError(
+                    f"{file.path}: {listed(checked.refused, 3)}; it would be loaded with on_nonfinite: warn",
+                    path=file.path,
+                )
         check_consistency(said, found)
         return self._read_trainer(found, root)
 

@@ -15,7 +15,7 @@ from noether_init_core.errors import CheckpointError
 from noether_init_core.messages import one_line
 
 if TYPE_CHECKING:
-    from noether_init_core.sets.health import AuditedFile, AuditedStore
+    from noether_init_core.sets.health import FileHealth, RunHealth
 
 __all__ = ["run"]
 
@@ -54,8 +54,8 @@ def run(
     """
     if not all(paths):
         raise typer.BadParameter("it is empty. For the working folder: .", param_hint="PATH")
-    files: list[AuditedFile] = []
-    audited: list[AuditedStore] = []
+    files: list[FileHealth] = []
+    audited: list[RunHealth] = []
     for path in map(Path, dict.fromkeys(paths)):
         try:
             _verify(path, audited, files, flat=flat)
@@ -74,29 +74,30 @@ def run(
         raise typer.Exit(1)
 
 
-def _verify(path: Path, audited: list[AuditedStore], files: list[AuditedFile], *, flat: bool) -> None:
+def _verify(path: Path, audited: list[RunHealth], files: list[FileHealth], *, flat: bool) -> None:
     """Verify what is at one path. Raises ``CheckpointError`` where nothing is that could be verified."""
-    from noether_init_core.sets.flat_health import flat_bytes
-    from noether_init_core.sets.health import audit_file, audit_store, bytes_of, stores_at
+    from noether_init_core.sets.health import bytes_to_verify, verify_file, verify_run
+    from noether_init_core.sets.places import runs_at
+    from noether_init_core.sets.snapshot import Snapshot
 
     check_path(path)
     if path.is_dir():
-        stores = stores_at(path)
-        total = sum(bytes_of(store) + (flat_bytes(store) if flat else 0) for store in stores)
+        found = [Snapshot(paths) for paths in runs_at(path)]
+        total = sum(bytes_to_verify(snapshot, flat=flat) for snapshot in found)
         with progress("verifying", total) as advance:
-            audited += [audit_store(store, advance, asked=path, flat=flat) for store in stores]
+            audited += [verify_run(snapshot, advance, asked=path, flat=flat) for snapshot in found]
         return
     with progress("verifying", path.stat().st_size) as advance:
-        files.append(audit_file(path, advance))
+        files.append(verify_file(path, advance))
 
 
-def _unusable(path: Path, error: CheckpointError) -> AuditedFile:
-    from noether_init_core.sets.health import AuditedFile
+def _unusable(path: Path, error: CheckpointError) -> FileHealth:
+    from noether_init_core.sets.health import FileHealth
 
-    return AuditedFile(path, "broken", problem=str(error))
+    return FileHealth(path, "broken", problem=str(error))
 
 
-def _show(audited: Sequence[AuditedStore], files: Sequence[AuditedFile], problems: int, unverifiable: int) -> None:
+def _show(audited: Sequence[RunHealth], files: Sequence[FileHealth], problems: int, unverifiable: int) -> None:
     for store in audited:
         _show_store(store)
     for file in files:
@@ -111,8 +112,8 @@ def _show(audited: Sequence[AuditedStore], files: Sequence[AuditedFile], problem
     show(", ".join([*said, f"problems: {problems}"]))
 
 
-def _show_store(store: AuditedStore) -> None:
-    from noether_init_core.sets.nonfinite_sets import summary
+def _show_store(store: RunHealth) -> None:
+    from noether_init_core.messages import listed
 
     title = f"{store.run_id}/{store.stage_name}" if store.stage_name is not None else store.run_id
     title += f"  {from_here(store.folder)}"
@@ -132,7 +133,7 @@ def _show_store(store: AuditedStore) -> None:
         for problem in one.problems:
             show_text(f"x {one.name}: {_short(problem, store.folder, one.name)}")
         if one.nonfinite:
-            show(f"! {one.name}: {summary(one.nonfinite)}; a resume refuses it (on_nonfinite: error)")
+            show(f"! {one.name}: {listed(one.nonfinite, 3)}; a resume refuses it (on_nonfinite: error)")
         for note in one.notes:
             show(f"- {one.name}: {note}")
         if one.state == "uncommitted":
@@ -165,7 +166,7 @@ def _short(text: str, folder: Path, name: str) -> str:
     return text.replace(f"{folder / SETS_FOLDER / name}/", "").replace(f"{folder}/", "")
 
 
-def _flat_words(store: AuditedStore) -> str:
+def _flat_words(store: RunHealth) -> str:
     flat = store.flat
     if flat.compared == 0:
         return (
@@ -179,8 +180,8 @@ def _flat_words(store: AuditedStore) -> str:
 
 def _as_data(
     paths: Sequence[str],
-    audited: Sequence[AuditedStore],
-    files: Sequence[AuditedFile],
+    audited: Sequence[RunHealth],
+    files: Sequence[FileHealth],
     problems: int,
     unverifiable: int,
 ) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.inspection.findings import Content, FoundFile, FoundKey
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, said_by
-from noether_init_core.sets.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
+from noether_init_core.sets.manifest import MANIFEST_NAME, Manifest, read_digests, read_manifest
 
 __all__ = ["content_of", "look_at_file"]
 
@@ -31,6 +31,12 @@ def look_at_file(path: Path) -> FoundFile:
     """
     manifest, problems = _manifest_beside(path)
     entry = None if manifest is None else next((one for one in manifest.files if one.name == path.name), None)
+    buffers = None
+    if manifest is not None and entry is not None:
+        try:
+            buffers = read_digests(path.resolve().parent, manifest)[path.name].buffers
+        except (CheckpointError, KeyError) as error:
+            problems.append(str(error))
     with open_checkpoint(path) as reader:
         metadata, tensors = reader.metadata, reader.tensors()
         run_id, iteration = None, None
@@ -42,7 +48,7 @@ def look_at_file(path: Path) -> FoundFile:
             path,
             path.stat().st_size,
             reader.format,
-            content_of(tensors, entry),
+            content_of(tensors, buffers),
             tuple(FoundKey(str(key), info.dtype, info.shape, info.nbytes) for key, info in tensors.items()),
             tuple(_tied(tensors)),
             reader.is_verifiable,
@@ -56,13 +62,12 @@ def look_at_file(path: Path) -> FoundFile:
         )
 
 
-def content_of(tensors: Mapping[str, TensorInfo], entry: ManifestFile | None = None) -> Content:
-    """The tensors in numbers; ``entry`` is what the manifest says of the file, for which tensors are buffers."""
+def content_of(tensors: Mapping[str, TensorInfo], buffers: Collection[str] | None = None) -> Content:
+    """The tensors in numbers; ``buffers`` are those that are no parameters, None where that is not known."""
     once = {(info.shape, info.pieces): (key, info) for key, info in reversed(list(tensors.items()))}
     elements = sum(prod(info.shape) for _key, info in once.values())
     parameters = None
-    if entry is not None and entry.buffers is not None:
-        buffers = frozenset(entry.buffers)
+    if buffers is not None:
         parameters = sum(prod(info.shape) for key, info in once.values() if key not in buffers)
     return Content(
         len(tensors),

@@ -193,7 +193,7 @@ class _Run:
     def _content(self, one: CheckpointSet, file: CheckpointFile) -> Content | None:
         def look() -> Content:
             with open_checkpoint(file.path) as reader:
-                return content_of(reader.tensors(), one.committed_file(file))
+                return content_of(reader.tensors(), one.buffers_of(file))
 
         return self._tried(look)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
-import xxhash
 
-from noether_init_core.errors import CheckpointError
-from noether_init_core.files.storage.disk import LOCAL
+from noether_init_core.errors import CheckpointCorruptError, CheckpointError
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
-from noether_init_core.sets.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME
+from noether_init_core.sets.histories import load_histories
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded
-from noether_init_core.sets.provenance import History, histories
+from noether_init_core.sets.provenance import History
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["Records", "Run", "Training", "read_run", "run_at", "run_folder", "set_in"]
@@ -109,9 +106,9 @@ def read_run(run: Run) -> Records:
             continue
         looked.add((manifest.training, one.models()))
         try:
-            kept = _histories_of(one)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            problems.append(f"{one.folder / PROVENANCE_NAME} tells nothing of where weights came from: {error}")
+            kept = load_histories(one)
+        except CheckpointCorruptError as error:
+            problems.append(str(error))
             failed = failed or _in_words(manifest.lineage)
             continue
         of_training = found.setdefault(manifest.training, {})
@@ -126,20 +123,6 @@ def read_run(run: Run) -> Records:
         note = "where the weights of its newest training came from was not recorded"
     trainings = tuple(Training(models, name == newest) for name, models in found.items())
     return Records(sets, trainings, len(resumed), note, tuple(problems))
-
-
-def _histories_of(one: CheckpointSet) -> dict[str, History]:
-    """Where tensors came from. Raises ``ValueError`` or its kin for what is no record, or not as it was written."""
-    content = LOCAL.read_bytes(one.folder / PROVENANCE_NAME, MAX_PROVENANCE_BYTES)
-    if one.manifest is None or f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}" != one.manifest.provenance:
-        raise ValueError("its digest is not the one in the manifest")
-    found = histories(json.loads(content))
-    for history in found.values():
-        for chain in history.values():
-            for source, _names in chain:
-                if not isinstance(source.digest, str | None):
-                    raise TypeError("a digest is no text")
-    return found
 
 
 def _in_words(lineage: Sequence[dict[str, object]]) -> str:

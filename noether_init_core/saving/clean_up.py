@@ -10,31 +10,28 @@ import logging
 from pathlib import Path
 
 from noether_init_core.errors import CheckpointError
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import Storage, is_out_of_reach
 from noether_init_core.saving.retention import Retention, superfluous_sets
-from noether_init_core.sets.checkpoint_set import (
-    SETS_FOLDER,
-    CheckpointSet,
-    check_files,
-    list_names,
-    load_set,
-    set_folders,
-)
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, list_names
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.flat_copies import TEMPORARY_NAMES, remove_names_of
 from noether_init_core.sets.manifest import MANIFEST_NAME
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["collect_leftovers", "retire_sets"]
 
 logger = logging.getLogger(__name__)
 
 
-def collect_leftovers(checkpoints: Path, storage: Storage) -> None:
+def collect_leftovers(snapshot: Snapshot) -> None:
     """Remove folders of sets that were never committed, and temporary files; what cannot be is logged and left.
 
     A link is never followed: what it leads to is not ours.
+
+    Raises ``CheckpointNotFoundError`` if whether a set was committed cannot be told.
     """
-    for folder in set_folders(checkpoints, storage):
+    storage, checkpoints = snapshot.storage, snapshot.folder
+    for folder in snapshot.folders:
         if folder.is_committed(storage) or not storage.is_folder(folder.path):
             continue
         if storage.is_link(folder.path):
@@ -42,6 +39,7 @@ def collect_leftovers(checkpoints: Path, storage: Storage) -> None:
             continue
         try:
             _remove_folder(checkpoints, folder.path, storage)
+            snapshot.remove(folder)
         except OSError as error:
             logger.warning("the unfinished set %s could not be removed: %s", folder.path, error)
     for name in TEMPORARY_NAMES:
@@ -51,28 +49,32 @@ def collect_leftovers(checkpoints: Path, storage: Storage) -> None:
             logger.warning("%s could not be removed: %s", checkpoints / name, error)
 
 
-def retire_sets(checkpoints: Path, rules: Retention, storage: Storage, training: str | None = None) -> None:
+def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = None) -> None:
     """Remove the committed sets of one training that no rule keeps, oldest first.
 
-    Sets that cannot be read stay, since somebody will want to look at them; so do sets behind a link, since what it
-    leads to is not ours, and sets of other trainings. Whether a set is good is told from the presence and the sizes of
-    its files, and from what its manifest says of their values.
+    Sets that cannot be read or reached stay, since somebody will want to look at them; so do sets behind a link, since
+    what it leads to is not ours, and sets of other trainings. Whether a set is good is told from the presence and the
+    sizes of its files, and from what its manifest says of their values.
 
     Of flat names those go with a set that we wrote for it and nobody has changed since, and those that are other names
     of its very files. Others may be the only copy of what another program saved.
 
     Raises ``OSError``.
     """
-    folders = [folder for folder in set_folders(checkpoints, storage) if folder.is_committed(storage)]
+    storage, checkpoints = snapshot.storage, snapshot.folder
     found: list[tuple[CheckpointSet, bool]] = []
-    for folder in reversed(folders):
-        try:
-            candidate = load_set(folder, storage)
-        except CheckpointError as error:
-            logger.warning("kept: %s", error)
+    for _folder, candidate in snapshot.heads():
+        if isinstance(candidate, CheckpointError):
+            logger.warning("kept: %s", candidate)
             continue
         is_asked = candidate.manifest is not None and candidate.manifest.training == training
-        found.append((candidate, is_asked and _has_its_files(candidate, storage)))
+        problem = snapshot.problem_of(candidate) if is_asked else None
+        if is_out_of_reach(problem):
+            logger.warning("kept: %s", problem)
+            continue
+        if problem is not None:
+            logger.warning("no good set: %s", problem)
+        found.append((candidate, is_asked and problem is None))
     superfluous = superfluous_sets(found, rules, training)
     retired = [candidate for candidate in superfluous if not storage.is_link(candidate.folder)]
     failed: OSError | None = None
@@ -90,15 +92,6 @@ def retire_sets(checkpoints: Path, rules: Retention, storage: Storage, training:
     # the others have gone all the same
     if failed is not None:
         raise failed
-
-
-def _has_its_files(candidate: CheckpointSet, storage: Storage) -> bool:
-    try:
-        check_files(candidate, storage)
-    except CheckpointError as error:
-        logger.warning("no good set: %s", error)
-        return False
-    return True
 
 
 def _remove_folder(checkpoints: Path, folder: Path, storage: Storage) -> None:

@@ -15,25 +15,27 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointError
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.saving.concurrent_changes import Seen, Watch
 from noether_init_core.saving.content import FileContent
-from noether_init_core.sets.manifest import ManifestFile, ManifestTensor
+from noether_init_core.sets.manifest import FileDigests, ManifestFile, TensorDigest, digest_of
+from noether_init_core.sets.nonfinite_sets import refused
 
-__all__ = ["naming", "write_content", "write_file"]
+__all__ = ["naming", "write_bytes", "write_content", "write_file"]
 
 # a handler of signals may save to another folder in the midst of a save
 _CHECKSUMS = threading.RLock()
 
 
-def write_file(folder: Path, content: FileContent, storage: Storage, watch: Watch) -> ManifestFile:
-    """Write one file of a set, bring it onto the disk, and read its header back; returns what the manifest says of it.
+def write_file(folder: Path, content: FileContent, storage: Storage, watch: Watch) -> tuple[ManifestFile, FileDigests]:
+    """Write one file of a set, bring it onto the disk, and read its header back; returns what is recorded of it.
 
     ``watch`` looks at the tensors in memory. Raises ``OSError``, ``CheckpointError`` if torch refuses the content, and
     ``CheckpointCorruptError`` if the file is not what was to be written.
     """
-    path = folder / str(content.name)
+    name = content.name
+    path = folder / str(name)
     size, digest = write_content(path, content.content, storage)
     listed, records = _prove(path, watch, content)
-    name = content.name
-    return ManifestFile(
+    found = {key: seen.examined.nonfinite for key, seen in listed.items() if seen.examined.nonfinite is not None}
+    head = ManifestFile(
         name=str(name),
         model=name.model,
         info=name.info,
@@ -41,17 +43,27 @@ def write_file(folder: Path, content: FileContent, storage: Storage, watch: Watc
         size=size,
         digest=digest,
         records=records,
-        buffers=content.buffers,
-        tensors={
-            key: ManifestTensor(
-                dtype=seen.dtype,
-                shape=seen.shape,
-                digest=seen.examined.digest,
-                values=seen.examined.nonfinite or "finite",
-            )
-            for key, seen in listed.items()
-        },
+        refused=refused(name.part, found, content.buffers),
     )
+    tensors = {
+        key: TensorDigest(
+            dtype=seen.dtype,
+            shape=seen.shape,
+            digest=seen.examined.digest,
+            values=seen.examined.nonfinite or "finite",
+        )
+        for key, seen in listed.items()
+    }
+    return head, FileDigests(tensors=tensors, buffers=content.buffers)
+
+
+def write_bytes(path: Path, content: bytes, storage: Storage) -> str:
+    """Write bytes, and bring them onto the disk; returns their digest. Raises ``OSError``."""
+    with naming(path), storage.open_write(path) as file:
+        file.write(content)
+        storage.fsync(file)
+    storage.make_read_only(path)
+    return digest_of(content)
 
 
 def write_content(path: Path, content: Any, storage: Storage) -> tuple[int, str]:

@@ -266,10 +266,14 @@ def _kept_for_now(
     """
     kept = set()
     start = _manifest_of(ours[0], "started_from") if ours else None
-    since = [one for one in good if _manifest_of(one, "started_from") == start]
     for one in ours:
-        newer = since if one.folder.name == start else [other for other in good if _sequence(other) > _sequence(one)]
-        if (one.folder.name == start or one.folder.name in passed_over) and len(newer) < enough:
+        if one.folder.name == start:
+            newer = [other for other in good if _manifest_of(other, "started_from") == start]
+        elif one.folder.name in passed_over:
+            newer = [other for other in good if _sequence(other) > _sequence(one)]
+        else:
+            continue
+        if len(newer) < enough:
             kept.add(_sequence(one))
     return kept
 

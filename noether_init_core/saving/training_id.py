@@ -7,17 +7,16 @@ manifest says its training. A training goes on when it is resumed, also from an 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import attrs
 
-from noether_init_core.errors import CheckpointError
-from noether_init_core.files.storage.disk import Storage
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, SetFolder, load_set, set_folders
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER
 from noether_init_core.sets.manifest import Manifest
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["Descent", "Descents", "Start"]
 
@@ -91,27 +90,25 @@ class Descents:
         self._is_new = False
         self._start: Start | None = None
         self._last: TrainingIteration | None = None
-        self._saved: CheckpointSet | None = None
 
-    def of_save(self, checkpoints: Path, iteration: TrainingIteration, start: Start, storage: Storage) -> Descent:
+    def of_save(self, snapshot: Snapshot, iteration: TrainingIteration, start: Start) -> Descent:
         """For a save of ``iteration`` into the folder; called under its lock."""
-        folders = [folder for folder in set_folders(checkpoints, storage) if folder.is_committed(storage)]
-        newest = next(self._manifests(folders, storage), None)
+        newest = next(_manifests(snapshot), None)
         if start.is_resumed is None and self._start is not None:
             start = self._start
-        started_from = _name_in(checkpoints, start.folder, storage)
+        started_from = _name_in(snapshot, start.folder)
         is_behind = start.iteration is not None and iteration < start.iteration
         goes_on = bool(start.is_resumed) and (start.folder is None or started_from is not None) and not is_behind
         if not goes_on:
             started_from = None
             self._choose(iteration, start, newest)
         elif start != self._start:
-            resumed = [folder for folder in folders if folder.path.name == started_from]
-            found = next(self._manifests(resumed, storage), newest)
+            resumed = (one for one in _manifests(snapshot) if one.folder_name == started_from)
+            found = newest if started_from is None else next(resumed, newest)
             self._training = found.training if found is not None else start.training or uuid.uuid4().hex
             self._is_new = False
         self._start, self._last = start, iteration
-        own = next((one for one in self._manifests(folders, storage) if one.training == self._training), None)
+        own = next((one for one in _manifests(snapshot) if one.training == self._training), None)
         passed_over = set(own.passed_over if own is not None else ())
         if started_from is not None:
             # what was resumed can be of use after all
@@ -120,13 +117,9 @@ class Descents:
         return Descent(
             self._training,
             started_from,
-            tuple(sorted(passed_over & {folder.path.name for folder in folders})),
+            tuple(sorted(passed_over & {folder.path.name for folder in snapshot.folders})),
             newest.training_iteration if is_beside and newest is not None else None,
         )
-
-    def saved(self, committed: CheckpointSet) -> None:
-        """The set was committed; its manifest need not be read again for the next one."""
-        self._saved = committed
 
     def _choose(self, iteration: TrainingIteration, start: Start, newest: Manifest | None) -> None:
         before = self._start
@@ -138,21 +131,16 @@ class Descents:
         else:
             self._training, self._is_new = start.training or uuid.uuid4().hex, True
 
-    def _manifests(self, folders: Sequence[SetFolder], storage: Storage) -> Iterator[Manifest]:
-        """Those that can be read, newest first, as they are asked for."""
-        for folder in reversed(folders):
-            try:
-                is_known = self._saved is not None and self._saved.folder == folder.path
-                manifest = (self._saved if is_known and self._saved else load_set(folder, storage)).manifest
-            except CheckpointError:
-                continue  # retention keeps it, and says so in the log
-            if manifest is not None:
-                yield manifest
+
+def _manifests(snapshot: Snapshot) -> Iterator[Manifest]:
+    """Those that can be read, newest first, as they are asked for; retention keeps the others, and logs them."""
+    return (found.manifest for found in snapshot.readable() if found.manifest is not None)
 
 
-def _name_in(checkpoints: Path, folder: Path | None, storage: Storage) -> str | None:
+def _name_in(snapshot: Snapshot, folder: Path | None) -> str | None:
     """The name of a set's folder, if it is one of this folder of checkpoints."""
-    if folder is None or storage.resolve(folder.parent) != storage.resolve(checkpoints / SETS_FOLDER):
+    resolve = snapshot.storage.resolve
+    if folder is None or resolve(folder.parent) != resolve(snapshot.folder / SETS_FOLDER):
         return None
     return folder.name
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import attrs
 import torch
-import xxhash
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
 from noether_init_core.files.storage.disk import LOCAL, Storage
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.messages import listed
 from noether_init_core.paths import PathProvider
 from noether_init_core.probe.probe import Probe, take
 from noether_init_core.protocols import leaf_models
 from noether_init_core.saving.clean_up import collect_leftovers, retire_sets
 from noether_init_core.saving.concurrent_changes import Watch
 from noether_init_core.saving.content import FileContent, contents_of, iteration_for
-from noether_init_core.saving.file_writing import naming, write_file
+from noether_init_core.saving.file_writing import naming, write_bytes, write_file
 from noether_init_core.saving.probe_file import write_probe
 from noether_init_core.saving.retention import Retention, checked_metrics
 from noether_init_core.saving.training_id import Descent, Descents, Start
@@ -36,13 +36,12 @@ from noether_init_core.sets.checkpoint_set import (
     CheckpointSet,
     SetFolder,
     check_reachable,
-    load_set,
-    set_folders,
 )
 from noether_init_core.sets.file_names import CheckpointFileName, check_tag, iteration_of_tag
 from noether_init_core.sets.flat_copies import give_room, refresh_flat_names, remove_orphans
-from noether_init_core.sets.manifest import MANIFEST_NAME, PROVENANCE_NAME, Manifest
-from noether_init_core.sets.nonfinite_sets import refused_by_resume, summary
+from noether_init_core.sets.manifest import DIGESTS_NAME, MANIFEST_NAME, PROVENANCE_NAME, Manifest, digests_to_bytes
+from noether_init_core.sets.nonfinite_sets import refused_by_resume
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["CheckpointWriter"]
 
@@ -82,7 +81,7 @@ class CheckpointWriter:
         report: The report of the initialization; where every tensor came from is kept beside every set
             (``provenance.json``), and its lineage in every manifest, with the training that goes
             on or begins, and the sets that it has passed over. None: what the trainer that is saved knows of it.
-        flat_names: Whether Noether shall find the files under its own names as well.
+        flat_names: Whether Noether shall find the files under its own names as well, which takes the room twice.
         keep_last: How many sets that can be resumed stay, of this training; None keeps all. The set to walk back to,
             the current set of every tag, and the sets of another training under this run id stay in any case. Short for
             ``retention=Retention(last=keep_last)``.
@@ -109,6 +108,7 @@ class CheckpointWriter:
         self.retention = Retention(last=keep_last) if retention is None else Retention.of(retention)
         self.storage = storage
         self._descents = Descents()
+        self._snapshot: Snapshot | None = None
         self._warned: set[str] = set()
 
     def save(
@@ -168,25 +168,29 @@ class CheckpointWriter:
             check_reachable(checkpoints / SETS_FOLDER, self.storage)
             self._make_folders(checkpoints / SETS_FOLDER)
             with self.storage.lock(checkpoints / LOCK_NAME, LOCK_TIMEOUT_S):
-                collect_leftovers(checkpoints, self.storage)
-                start = Start.of(self.report, trainer)
-                descent = self._descents.of_save(checkpoints, full, start, self.storage)
+                snapshot = self._cleaned()
+                descent = self._descents.of_save(snapshot, full, Start.of(self.report, trainer))
                 self._tell_of_another_training(checkpoints, full, descent)
                 described = _Described(
                     full, all_tags, lineage, values, frozen, descent, self._provenance(trainer), taken
                 )
                 try:
-                    committed = self._commit(checkpoints, contents, described)
+                    committed = self._commit(snapshot, contents, described)
                 except OSError as error:
                     if error.errno not in _NO_ROOM or not give_room(checkpoints, self.storage):
                         raise
                     logger.warning("the disk is full: flat names for Noether were removed, to have room for the set")
-                    collect_leftovers(checkpoints, self.storage)
-                    committed = self._commit(checkpoints, contents, described)
-                self._descents.saved(committed)
+                    snapshot = self._cleaned()
+                    committed = self._commit(snapshot, contents, described)
                 self._tell_of_refused_values(committed)
-                self._follow_up(checkpoints, committed)
+                self._follow_up(snapshot, committed)
         return committed
+
+    def _cleaned(self) -> Snapshot:
+        """What is there, without the leftovers of saves that were cut short."""
+        self._snapshot = Snapshot(self.paths, storage=self.storage, before=self._snapshot)
+        collect_leftovers(self._snapshot)
+        return self._snapshot
 
     def _frozen(self, model: Any) -> tuple[str, ...]:
         """Models whose optimizer is left out because they are frozen."""
@@ -216,7 +220,7 @@ class CheckpointWriter:
         if refused:
             self._warn_once(
                 f"{committed.name} of run {committed.run_id} is saved, but a resume will refuse it: "
-                f"{summary(refused)} (on_nonfinite: error). Retention does not count such sets, and keeps the newest "
+                f"{listed(refused, 3)} (on_nonfinite: error). Retention does not count such sets, and keeps the newest "
                 "that are finite. Next: stop the run; noether-init verify names the newest finite set",
                 once="a resume will refuse it",
             )
@@ -241,15 +245,15 @@ class CheckpointWriter:
                     raise
             self.storage.fsync_folder(folder.parent)
 
-    def _commit(self, checkpoints: Path, contents: Sequence[FileContent], described: _Described) -> CheckpointSet:
+    def _commit(self, snapshot: Snapshot, contents: Sequence[FileContent], described: _Described) -> CheckpointSet:
         storage, iteration = self.storage, described.iteration
-        sequence = 1 + max((folder.sequence for folder in set_folders(checkpoints, storage)), default=0)
-        folder = checkpoints / SETS_FOLDER / f"{sequence:08d}_{iteration}"
+        sequence = 1 + max((folder.sequence for folder in snapshot.folders), default=0)
+        folder = snapshot.folder / SETS_FOLDER / f"{sequence:08d}_{iteration}"
         storage.make_folder(folder)
         storage.fsync_folder(folder.parent)
         # tensors are looked at meanwhile: the disk and torch's checksums take longer
         with Watch(contents) as watch:
-            files = tuple(write_file(folder, content, storage, watch) for content in contents)
+            written = [write_file(folder, content, storage, watch) for content in contents]
             changed = watch.changed()
         if changed:
             raise CheckpointCorruptError(
@@ -258,6 +262,10 @@ class CheckpointWriter:
                 path=folder,
                 key=", ".join(changed),
             )
+        files = tuple(head for head, _digests in written)
+        digests = digests_to_bytes({head.name: found for head, found in written})
+        seen = {(content.name.model, content.name.part) for content in contents if content.name.info is None}
+        before = next((one.manifest.seen for one in snapshot.readable() if one.manifest is not None), ())
         manifest = Manifest(
             sequence=sequence,
             iteration=iteration.to_mapping(),
@@ -270,9 +278,16 @@ class CheckpointWriter:
             training=described.descent.training,
             started_from=described.descent.started_from,
             passed_over=described.descent.passed_over,
+            seen=tuple(sorted(seen.union(before))),
             files=files,
+            digests=write_bytes(folder / DIGESTS_NAME, digests, storage),
+            digests_size=len(digests),
             lineage=described.lineage,
-            provenance=self._write_provenance(folder, described.provenance),
+            provenance=(
+                None
+                if described.provenance is None
+                else write_bytes(folder / PROVENANCE_NAME, described.provenance, storage)
+            ),
             probe=None if described.probe is None else write_probe(folder, described.probe, iteration, storage),
             versions=_versions(),
         )
@@ -281,35 +296,45 @@ class CheckpointWriter:
             file.write(manifest.to_bytes())
             storage.fsync(file)
         storage.fsync_folder(folder)
-        with naming(folder / MANIFEST_NAME):
-            storage.rename(temporary, folder / MANIFEST_NAME)
         unconfirmed = (
             f"{folder} is written, and may or may not be committed: after a power failure it may be gone. "
             "Next: save again, or look: noether-init inspect"
         )
+        try:
+            with naming(folder / MANIFEST_NAME):
+                storage.rename(temporary, folder / MANIFEST_NAME)
+        except OSError:
+            # over a network a rename can report an error and have worked
+            if _is_there(temporary, storage):
+                raise
+            with _as_write_error(f"{iteration} of run {self.paths.run_id}", folder, unconfirmed):
+                raise
         with _as_write_error(f"{iteration} of run {self.paths.run_id}", folder, unconfirmed):
             storage.fsync_folder(folder)
-            return load_set(SetFolder(folder, sequence, iteration), storage)
+            return snapshot.add(SetFolder(folder, sequence, iteration))
 
-    def _follow_up(self, checkpoints: Path, committed: CheckpointSet) -> None:
+    def _follow_up(self, snapshot: Snapshot, committed: CheckpointSet) -> None:
         """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""
+        checkpoints = snapshot.folder
+        folders, storage = snapshot.folders, self.storage
         steps: list[tuple[str, Callable[[], None]]] = [
-            ("the removal of flat names of removed sets", lambda: remove_orphans(checkpoints, self.storage))
+            ("the removal of flat names of removed sets", lambda: remove_orphans(checkpoints, folders, storage))
         ]
         if self.flat_names:
             steps.append(
-                ("the flat names for Noether", lambda: refresh_flat_names(checkpoints, committed, self.storage))
+                (
+                    "the flat names for Noether",
+                    lambda: refresh_flat_names(checkpoints, committed, snapshot.readable, storage),
+                )
             )
         if not self.retention.keeps_all:
             training = committed.manifest.training if committed.manifest is not None else None
-            steps.append(
-                ("the removal of old sets", lambda: retire_sets(checkpoints, self.retention, self.storage, training))
-            )
+            steps.append(("the removal of old sets", lambda: retire_sets(snapshot, self.retention, training)))
         for what, step in steps:
             # each on its own: on a full disk, the removal of old sets is what makes room again
             try:
                 step()
-            except OSError as error:
+            except (CheckpointError, OSError) as error:
                 logger.warning(
                     "%s is committed, but %s failed: %s. The next save tries again", committed.folder, what, error
                 )
@@ -333,17 +358,6 @@ class CheckpointWriter:
         if self._told is None or self._told[0] is not report:
             self._told = report, json.dumps(tell(), indent=0, default=str).encode()
         return self._told[1]
-
-    def _write_provenance(self, folder: Path, content: bytes | None) -> str | None:
-        """Returns the digest for the manifest."""
-        if content is None:
-            return None
-        path = folder / PROVENANCE_NAME
-        with naming(path), self.storage.open_write(path) as file:
-            file.write(content)
-            self.storage.fsync(file)
-        self.storage.make_read_only(path)
-        return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
     def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:
         found = self.report.lineage() if self.report is not None else getattr(trainer, "lineage", None) or ()
@@ -390,6 +404,13 @@ def _as_write_error(
         raise CheckpointWriteError(
             f"{what} was not saved: {path}: {error.strerror or error}. {outcome}", path=path
         ) from error
+
+
+def _is_there(path: Path, storage: Storage) -> bool:
+    try:
+        return storage.exists(path)
+    except OSError:
+        return False
 
 
 def _versions() -> dict[str, str]:

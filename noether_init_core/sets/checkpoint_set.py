@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from noether_init_core.files.digests import Digests
 from noether_init_core.files.storage.disk import LOCAL, Storage
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.file_names import Part, iteration_of_tag, stem_of
-from noether_init_core.sets.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
+from noether_init_core.sets.manifest import (
+    DIGESTS_NAME,
+    MANIFEST_NAME,
+    FileDigests,
+    Manifest,
+    ManifestFile,
+    read_digests,
+    read_manifest,
+)
 
 __all__ = [
     "SETS_FOLDER",
@@ -85,6 +94,7 @@ class CheckpointSet:
         run_id: The run that wrote it; None where only the files know.
         stage_name: Its stage.
         manifest: None for a legacy set.
+        storage: Where digests of tensors are read.
     """
 
     folder: Path
@@ -97,6 +107,7 @@ class CheckpointSet:
     run_id: str | None = None
     stage_name: str | None = None
     manifest: Manifest | None = attrs.field(default=None, repr=False, eq=False)
+    storage: Storage = attrs.field(default=LOCAL, repr=False, eq=False)
 
     def file(self, model: str | None, part: Part, info: str | None = None) -> CheckpointFile | None:
         """The file of ``part`` of ``model``; None where there is none.
@@ -141,19 +152,33 @@ class CheckpointSet:
 
     def digest_of(self, file: CheckpointFile) -> str | None:
         """The digest of the whole file that the manifest vouches for, as ``xxh3_128:...``; None in a legacy set."""
-        found = self.committed_file(file)
-        return None if found is None else found.digest
+        head = self.head_of(file)
+        return None if head is None else head.digest
+
+    def head_of(self, file: CheckpointFile) -> ManifestFile | None:
+        """What the manifest says of the file; None in a legacy set."""
+        files = () if self.manifest is None else self.manifest.files
+        return next((entry for entry in files if entry.name == file.path.name), None)
 
     def digests_of(self, file: CheckpointFile) -> Digests | None:
-        """What the manifest vouches for, for ``open_checkpoint``; None in a legacy set."""
-        found = self.committed_file(file)
-        return None if found is None else Digests(found.digest, found.size, found.records, found.tensors)
+        """What was recorded of the file, for ``open_checkpoint``; None in a legacy set.
 
-    def committed_file(self, file: CheckpointFile) -> ManifestFile | None:
-        """All that the manifest says of the file; None in a legacy set."""
-        if self.manifest is None:
-            return None
-        return next((entry for entry in self.manifest.files if entry.name == file.path.name), None)
+        Raises ``CheckpointCorruptError`` if the digests of its tensors are gone, or not as they were written.
+        """
+        head = self.head_of(file)
+        return None if head is None else Digests(head.digest, head.size, head.records, self._recorded(file).tensors)
+
+    def buffers_of(self, file: CheckpointFile) -> tuple[str, ...] | None:
+        """Names of its tensors that are no parameters; None where nobody recorded them. Raises as ``digests_of``."""
+        return None if self.head_of(file) is None else self._recorded(file).buffers
+
+    def _recorded(self, file: CheckpointFile) -> FileDigests:
+        return self._digests.get(file.path.name) or FileDigests(tensors={})
+
+    @cached_property
+    def _digests(self) -> Mapping[str, FileDigests]:
+        # they are large, and needed only where files are verified
+        return {} if self.manifest is None else read_digests(self.folder, self.manifest, self.storage)
 
 
 @attrs.frozen
@@ -193,8 +218,8 @@ def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
 def load_set(folder: SetFolder, storage: Storage = LOCAL) -> CheckpointSet:
     """Read a committed set's manifest.
 
-    Raises ``CheckpointCorruptError`` if the manifest is not that of this folder or a file in it leads elsewhere,
-    ``CheckpointFormatError`` if a newer release wrote it. Whether the files are there is not looked at.
+    Raises ``CheckpointCorruptError`` if the manifest is not that of this folder, ``CheckpointFormatError`` if another
+    release wrote it. The files are not looked at.
     """
     manifest = read_manifest(folder.path / MANIFEST_NAME, storage)
     if (manifest.sequence, manifest.training_iteration) != (folder.sequence, folder.iteration):
@@ -203,13 +228,7 @@ def load_set(folder: SetFolder, storage: Storage = LOCAL) -> CheckpointSet:
             "the folder has another name",
             path=folder.path,
         )
-    real = storage.resolve(folder.path)
-    files = []
-    for entry in manifest.files:
-        path = folder.path / entry.name
-        if storage.resolve(path).parent != real:
-            raise CheckpointCorruptError(f"{path} leads out of its folder, to {storage.resolve(path)}", path=path)
-        files.append(CheckpointFile(path, entry.model, entry.info, entry.part))
+    files = [CheckpointFile(folder.path / one.name, one.model, one.info, one.part) for one in manifest.files]
     return CheckpointSet(
         folder=folder.path,
         name=str(folder.iteration),
@@ -221,21 +240,28 @@ def load_set(folder: SetFolder, storage: Storage = LOCAL) -> CheckpointSet:
         run_id=manifest.run_id,
         stage_name=manifest.stage_name,
         manifest=manifest,
+        storage=storage,
     )
 
 
 def check_files(checkpoint_set: CheckpointSet, storage: Storage = LOCAL) -> None:
-    """Check that every file of a committed set is there, with the size that was written.
+    """Check that every file of a committed set lies in its folder, with the size that was written.
 
-    Raises ``CheckpointCorruptError`` naming the first that is not.
+    Raises ``CheckpointCorruptError`` naming the first that does not.
     """
-    for entry in checkpoint_set.manifest.files if checkpoint_set.manifest else ():
-        path = checkpoint_set.folder / entry.name
+    manifest, folder = checkpoint_set.manifest, checkpoint_set.folder
+    if manifest is None:
+        return
+    for name, expected in [*((one.name, one.size) for one in manifest.files), (DIGESTS_NAME, manifest.digests_size)]:
+        path = folder / name
         with reaching(path):
             size = storage.size_of(path)
-        if size != entry.size:
+            leads_out = storage.is_link(path) and storage.resolve(path).parent != storage.resolve(folder)
+        if leads_out:
+            raise CheckpointCorruptError(f"{path} leads out of its folder, to {storage.resolve(path)}", path=path)
+        if size != expected:
             state = "is missing or no regular file" if size is None else f"has {size} bytes"
-            raise CheckpointCorruptError(f"{path} {state}; {entry.size} bytes were written", path=path)
+            raise CheckpointCorruptError(f"{path} {state}; {expected} bytes were written", path=path)
 
 
 def check_consistency(

@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from noether_init_core.errors import CheckpointError
 from noether_init_core.files.storage.disk import Storage
-from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet, load_set, set_folders
+from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet, SetFolder
 from noether_init_core.sets.file_names import parse
 
 __all__ = [
@@ -49,12 +48,16 @@ class _Written:
     modified_ns: int
 
 
-def refresh_flat_names(checkpoints: Path, committed: CheckpointSet, storage: Storage) -> None:
+def refresh_flat_names(
+    checkpoints: Path, committed: CheckpointSet, before: Callable[[], Iterator[CheckpointSet]], storage: Storage
+) -> None:
     """Give the files of a committed set Noether's names in the folder of checkpoints.
 
     The names of its iteration are further names of the same files where that is safe, else copies. Every other tag is
     rewritten by Noether in place, so its names are copies. There, the trainer's name goes first and comes back last:
     while there is a trainer file, everything beside it belongs to it.
+
+    ``before`` gives the committed sets, newest first.
 
     Raises ``OSError``.
     """
@@ -66,7 +69,7 @@ def refresh_flat_names(checkpoints: Path, committed: CheckpointSet, storage: Sto
             names.append(_flat_name(file, own))
         for tag in committed.tags:
             if tag != own:
-                _refresh_tag(checkpoints, committed, tag, storage, names)
+                _refresh_tag(checkpoints, committed, before, tag, storage, names)
     except OSError:
         with contextlib.suppress(OSError):  # the first error is the telling one
             _record(checkpoints, committed, names, storage)
@@ -82,14 +85,13 @@ def give_room(checkpoints: Path, storage: Storage) -> int:
     return _remove(checkpoints, _read_record(checkpoints, storage), storage)
 
 
-def remove_orphans(checkpoints: Path, storage: Storage) -> None:
+def remove_orphans(checkpoints: Path, folders: Iterable[SetFolder], storage: Storage) -> None:
     """Remove the names that we wrote for sets that are gone, unless another program has rewritten them since.
 
-    Raises ``OSError``.
+    ``folders`` are those of the sets that are there. Raises ``OSError``.
     """
     record = _read_record(checkpoints, storage)
-    folders = set_folders(checkpoints, storage) if record else []
-    committed = {folder.path.name for folder in folders if folder.is_committed(storage)}
+    committed = {folder.path.name for folder in folders if record and folder.is_committed(storage)}
     orphans = {name: written for name, written in record.items() if written.set_name not in committed}
     if _remove(checkpoints, orphans, storage):
         logger.info("flat names of removed sets are removed: %s", ", ".join(sorted(orphans)))
@@ -127,8 +129,19 @@ def _remove(checkpoints: Path, names: Mapping[str, _Written], storage: Storage) 
     return len(ours)
 
 
-def _refresh_tag(checkpoints: Path, committed: CheckpointSet, tag: str, storage: Storage, written: list[str]) -> None:
-    previous = _holder_before(checkpoints, committed, tag, storage)
+def _refresh_tag(
+    checkpoints: Path,
+    committed: CheckpointSet,
+    before: Callable[[], Iterator[CheckpointSet]],
+    tag: str,
+    storage: Storage,
+    written: list[str],
+) -> None:
+    # Only names that the set brought which the tag meant before may be removed, and of these models: those of models
+    # that are saved separately stay what the tag means of them.
+    models = committed.models()
+    others = (one for one in before() if one.folder != committed.folder)
+    previous = next((one for one in others if tag in one.tags and one.is_of(models)), None)
     names = {_flat_name(file, tag): file for file in committed.files}
     stale = {_flat_name(file, tag): file for file in (previous.files if previous else ())}
     for part in ("trainer", "optim", "model"):
@@ -140,24 +153,6 @@ def _refresh_tag(checkpoints: Path, committed: CheckpointSet, tag: str, storage:
             if file.part == part:
                 _replace(checkpoints / name, file.path, storage, linked=False)
                 written.append(name)
-
-
-def _holder_before(checkpoints: Path, committed: CheckpointSet, tag: str, storage: Storage) -> CheckpointSet | None:
-    """The set that the tag meant before for these models; only names that it brought may be removed.
-
-    Those of models that are saved separately stay what the tag means of them.
-    """
-    models = committed.models()
-    for folder in reversed(set_folders(checkpoints, storage)):
-        if folder.is_committed(storage) and folder.sequence < (committed.sequence or 0):
-            try:
-                candidate = load_set(folder, storage)
-            except CheckpointError as error:
-                logger.warning("%s", error)
-                continue
-            if tag in candidate.tags and candidate.is_of(models):
-                return candidate
-    return None
 
 
 def _flat_name(file: CheckpointFile, tag: str) -> str:

@@ -1,51 +1,42 @@
-"""A full check of everything that is there: every set of a run, file by file, as values. Torch is not needed."""
+"""Verify what is on the disk: every set of a run, file by file, as values. Torch is not needed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import attrs
-import xxhash
 
-from noether_init_core.errors import (
-    AmbiguousCheckpointError,
-    CheckpointError,
-    TornSetError,
-)
+from noether_init_core.errors import CheckpointError, TornSetError
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.storage.disk import Storage
 from noether_init_core.files.storage.local import open_file
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.sets.checkpoint_set import (
-    CheckpointFile,
-    CheckpointSet,
-    SetFolder,
-    check_consistency,
-    list_names,
-    load_set,
-    said_by,
-    set_folders,
-)
-from noether_init_core.sets.flat_health import AuditedFlat, audit_flat
-from noether_init_core.sets.manifest import MANIFEST_NAME, MAX_PROVENANCE_BYTES, PROBE_NAME, PROVENANCE_NAME
+from noether_init_core.messages import yaml_line
+from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet, check_consistency, list_names, said_by
+from noether_init_core.sets.file_names import parse
+from noether_init_core.sets.flat_copies import changed_names, flat_copies
+from noether_init_core.sets.histories import load_histories
+from noether_init_core.sets.manifest import DIGESTS_NAME, MANIFEST_NAME, PROBE_NAME, PROVENANCE_NAME
 from noether_init_core.sets.nonfinite_sets import not_looked_at, refused_values
-from noether_init_core.sets.places import runs_at
-from noether_init_core.sets.store import RunStore
+from noether_init_core.sets.places import as_recorded
+from noether_init_core.sets.refusals import worded
+from noether_init_core.sets.selection import LaterFlatFiles
+from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.stopwatch import Stopwatch
 
 __all__ = [
-    "AuditedFile",
-    "AuditedSet",
-    "AuditedStore",
+    "CheckedFile",
+    "FileHealth",
+    "FlatHealth",
     "Progress",
-    "audit_file",
-    "audit_store",
-    "bytes_of",
-    "stores_at",
+    "RunHealth",
+    "SetHealth",
+    "bytes_to_verify",
+    "check_file",
+    "verify_file",
+    "verify_run",
 ]
 
 #: Called with the number of bytes that have been verified since the last call.
@@ -56,7 +47,22 @@ UNVERIFIABLE = "written without checksums, so its bytes cannot be verified. In a
 
 
 @attrs.frozen
-class AuditedFile:
+class CheckedFile:
+    """What was found in a file of a set that is as it was written, as far as that can be verified.
+
+    Attributes:
+        said: The iteration and the run that its header says; None for optimizer files, which say nothing.
+        refused: Values that a resume refuses, in words.
+        is_verifiable: Whether there is a digest or a checksum to verify its bytes with.
+    """
+
+    said: tuple[TrainingIteration | None, str | None] | None
+    refused: tuple[str, ...]
+    is_verifiable: bool
+
+
+@attrs.frozen
+class FileHealth:
     """A file and what is wrong with it: nothing, where ``problem`` is empty. ``note`` says what was not checked.
 
     ``state`` is ``unverifiable`` for a file without checksums, of which only the structure was checked.
@@ -71,7 +77,7 @@ class AuditedFile:
 
 
 @attrs.frozen
-class AuditedSet:
+class SetHealth:
     """A set and its state.
 
     Attributes:
@@ -104,7 +110,24 @@ class AuditedSet:
 
 
 @attrs.frozen
-class AuditedStore:
+class FlatHealth:
+    """Flat files beside committed sets: copies for Noether, which no reader of ours takes.
+
+    Attributes:
+        files: How many there are.
+        compared: How many of them were compared with the digests of the set that they are copies of.
+        problems: What is wrong with those.
+        changed: Names that a save of ours wrote and that are other files by now: another program's, or damaged.
+    """
+
+    files: int = 0
+    compared: int = 0
+    problems: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class RunHealth:
     """The sets of one run and stage, newest first.
 
     Attributes:
@@ -122,11 +145,11 @@ class AuditedStore:
     folder: Path
     run_id: str
     stage_name: str | None
-    sets: tuple[AuditedSet, ...]
-    newest_good: AuditedSet | None = None
+    sets: tuple[SetHealth, ...]
+    newest_good: SetHealth | None = None
     use: str = ""
     problems: tuple[str, ...] = ()
-    flat: AuditedFlat = attrs.field(factory=AuditedFlat)
+    flat: FlatHealth = attrs.field(factory=FlatHealth)
 
     @property
     def problem_count(self) -> int:
@@ -134,12 +157,28 @@ class AuditedStore:
         return sum(one.state == "broken" for one in self.sets) + len(self.problems) + len(self.flat.problems)
 
 
-def stores_at(path: Path) -> tuple[RunStore, ...]:
-    """The runs and stages at a folder; see ``runs_at``."""
-    return tuple(map(RunStore, runs_at(path)))
+def check_file(
+    found: CheckpointSet,
+    file: CheckpointFile,
+    *,
+    verify: bool = True,
+    look: bool = True,
+    stopwatch: Stopwatch | None = None,
+) -> CheckedFile:
+    """Check one file of a set: its structure and header, its bytes (``verify``) and its values (``look``).
+
+    Raises ``CheckpointError`` or ``OSError`` for what is not as it was written.
+    """
+    with open_checkpoint(file.path, digests=found.digests_of(file), stopwatch=stopwatch) as reader:
+        said = None if file.part == "optim" else said_by(reader.metadata, file.path)
+        looked_at = not_looked_at(found, file, reader.tensors()) if look else []
+        if verify and reader.is_verifiable:
+            reader.verify(look=looked_at)
+        refused = refused_values(found, file, reader.nonfinite(looked_at)) if look else ()
+        return CheckedFile(said, refused, reader.is_verifiable)
 
 
-def audit_file(path: Path, progress: Progress | None = None) -> AuditedFile:
+def verify_file(path: Path, progress: Progress | None = None) -> FileHealth:
     """Verify one file: its structure, its header, and every byte that has a checksum."""
     try:
         with open_checkpoint(path) as reader:
@@ -150,271 +189,225 @@ def audit_file(path: Path, progress: Progress | None = None) -> AuditedFile:
             elif reader.format == "safetensors":
                 note = "structure only: a safetensors file carries no checksums. In a config: digest: sha256:..."
             nbytes = sum(info.nbytes for info in tensors.values())
-            found = AuditedFile(path, "unverifiable" if note else "good", len(tensors), nbytes, note=note)
+            found = FileHealth(path, "unverifiable" if note else "good", len(tensors), nbytes, note=note)
     except (CheckpointError, OSError) as error:
-        found = AuditedFile(path, "broken", problem=str(error))
+        found = FileHealth(path, "broken", problem=str(error))
     if progress is not None:
-        progress(_size(path))
+        with contextlib.suppress(OSError):
+            progress(path.stat().st_size)
     return found
 
 
-def bytes_of(store: RunStore) -> int:
-    """How many bytes ``audit_store`` will report to its progress."""
-    return sum(store.storage.size_of(file.path) or 0 for one in store.sets() for file in one.files)
+def bytes_to_verify(snapshot: Snapshot, *, flat: bool = False) -> int:
+    """How many bytes ``verify_run`` reports to its progress at most."""
+    files = [file.path for one in snapshot.sets() for file in one.files]
+    files += [path for path, _found, _file in _copies(snapshot)] if flat else []
+    return sum(snapshot.storage.size_of(path) or 0 for path in files)
 
 
-def audit_store(
-    store: RunStore, progress: Progress | None = None, *, asked: Path | None = None, flat: bool = False
-) -> AuditedStore:
+def verify_run(
+    snapshot: Snapshot, progress: Progress | None = None, *, asked: Path | None = None, flat: bool = False
+) -> RunHealth:
     """Verify every set of a run and stage: manifest, digests, checksums, structure, iterations and runs.
 
     Beside committed sets the flat files are not read: they are copies for Noether, which no reader of ours takes.
 
     Args:
-        store: The run and stage.
+        snapshot: The run and stage.
         progress: Called as bytes are verified.
         asked: The folder that was asked for; where the output root lies below it, ``use`` says ``output_path``.
         flat: Whether copies that our saves wrote are compared with their sets, too.
     """
-    folders = [one for one in set_folders(store.folder, store.storage) if store.storage.is_folder(one.path)]
-    flat_files = AuditedFlat()
-    if any(folder.is_committed(store.storage) for folder in folders):
-        flat_files = audit_flat(store, compare=flat, progress=progress)
-        audited = _committed(store, folders, progress)
-    else:
-        unfinished = [_unfinished(folder) for folder in folders]
-        audited = [*((one, None) for one in unfinished), *_legacy(store, progress)]
-    newest, chosen = _newest(audited, "good")
+    report = progress or (lambda _nbytes: None)
+    verified = list(_verified(snapshot, report))
+    newest, chosen = _newest(verified, "good")
     if newest is None:
-        newest, chosen = _newest(audited, "nonfinite")
-    usable, source = (newest, chosen) if newest is not None else _newest(audited, "unverifiable")
-    run_id, stage_name = _place(store, {one.run_id for one, _ in audited})
+        newest, chosen = _newest(verified, "nonfinite")
+    usable, source = (newest, chosen) if newest is not None else _newest(verified, "unverifiable")
+    paths = as_recorded(snapshot)
     use = ""
     if usable is not None and source is not None:
-        more = ", verify: header" if newest is None else ""
+        added: dict[str, object] = {} if newest is not None else {"verify": "header"}
         # a resume asks which model is meant where there are trainer files of several
-        if source.models("trainer") and len({name for _, one in audited if one for name in one.models("trainer")}) > 1:
-            more += f", model_name: {source.models('trainer')[0]}"
-        root = store.paths.checkpoint_path.parents[1 if stage_name is None else 2]
+        if source.models("trainer") and len({name for _, one in verified if one for name in one.models("trainer")}) > 1:
+            added["model_name"] = source.models("trainer")[0]
+        root = snapshot.paths.checkpoint_path.parents[1 if paths.stage_name is None else 2]
         if asked is not None and root != asked.resolve() and root.is_relative_to(asked.resolve()):
-            more += f", output_path: {_quoted(root)}"
-        use = _config_line(run_id, stage_name, usable, source, more)
-    sets = tuple(one for one, _ in audited)
-    return AuditedStore(store.folder, run_id, stage_name, sets, newest, use, tuple(_beside(store)), flat_files)
+            added["output_path"] = str(root)
+        use = _config_line(paths.run_id, paths.stage_name, usable, source, added)
+    committed = snapshot.newest_folder
+    problems: tuple[str, ...] = ()
+    if committed is not None and snapshot.later_flat:
+        problems = (str(worded(LaterFlatFiles(committed, tuple(snapshot.later_flat)), snapshot)),)
+    return RunHealth(
+        snapshot.folder,
+        paths.run_id,
+        paths.stage_name,
+        tuple(one for one, _ in verified),
+        newest,
+        use,
+        problems,
+        FlatHealth() if committed is None else _verify_flat(snapshot, report, compare=flat),
+    )
 
 
-def _newest(
-    audited: list[tuple[AuditedSet, CheckpointSet | None]], state: State
-) -> tuple[AuditedSet, CheckpointSet] | tuple[None, None]:
+_Verified = tuple[SetHealth, CheckpointSet | None]
+
+
+def _newest(verified: Sequence[_Verified], state: State) -> tuple[SetHealth, CheckpointSet] | tuple[None, None]:
     """The newest set of this state that can be resumed; failing that, the newest of it."""
-    found = [(one, source) for one, source in audited if one.state == state and source is not None]
+    found = [(one, source) for one, source in verified if one.state == state and source is not None]
     return next((pair for pair in found if pair[1].models("trainer")), next(iter(found), (None, None)))
 
 
-def _quoted(path: Path) -> str:
-    """As a YAML scalar inside a flow mapping."""
-    text = str(path)
-    return text if re.fullmatch(r"[\w./-]+", text) else json.dumps(text)
+def _verified(snapshot: Snapshot, progress: Progress) -> Iterator[_Verified]:
+    """Newest first: committed sets by their sequence, those of flat files by their iterations."""
+    unfinished = set(snapshot.uncommitted())
+    for folder in reversed(snapshot.folders):
+        found = snapshot.head(folder)
+        if isinstance(found, CheckpointSet):
+            yield _verify_set(snapshot, found, progress, _notes(found)), found
+        elif found is not None:
+            yield SetHealth(folder.path.name, "broken", True, str(folder.iteration), problems=(str(found),)), None
+        elif folder.path.name in unfinished:
+            yield SetHealth(folder.path.name, "uncommitted", False, str(folder.iteration)), None
+    if snapshot.newest_folder is None:
+        flat = [(_verify_set(snapshot, found, progress, []), found) for found in snapshot.sets()]
+        # of one iteration the plain name comes first, so that its line does not depend on what latest means tomorrow
+        flat.sort(key=lambda pair: pair[0].name != pair[0].iteration)
+        yield from sorted(flat, key=lambda pair: _age(pair[0]), reverse=True)
 
 
-def _committed(
-    store: RunStore, folders: list[SetFolder], progress: Progress | None
-) -> list[tuple[AuditedSet, CheckpointSet | None]]:
-    audited: list[tuple[AuditedSet, CheckpointSet | None]] = []
-    newer: list[CheckpointSet] = []
-    for folder in reversed(folders):
-        if not folder.is_committed(store.storage):
-            audited.append((_unfinished(folder), None))
-            continue
-        try:
-            found = load_set(folder, store.storage)
-        except (CheckpointError, OSError) as error:
-            iteration = str(folder.iteration)
-            audited.append((AuditedSet(folder.path.name, "broken", True, iteration, problems=(str(error),)), None))
-            continue
-        # a tag that a set of another model took over still means this one of its own
-        taken = {tag for one in newer if one.is_of(found.models()) for tag in one.tags}
-        tags = tuple(tag for tag in found.tags if tag not in taken)
-        newer.append(found)
-        surplus = set(list_names(folder.path, store.storage)) - {file.path.name for file in found.files}
-        has_probe = found.manifest is not None and found.manifest.probe is not None
-        known = {MANIFEST_NAME, PROVENANCE_NAME, *([PROBE_NAME] if has_probe else [])}
-        notes = [f"{name} is not in the manifest" for name in sorted(surplus - known)]
-        notes += _note_on_provenance(found, folder.path, store.storage)
-        notes += _note_on_probe(found, folder.path)
-        audited.append((_audit(store, found, folder.path.name, tags, progress, notes), found))
-    return audited
+def _age(one: SetHealth) -> tuple[int, ...]:
+    """Sets of which the iteration is not known come before the others."""
+    if one.iteration is None:
+        return (1,)
+    iteration = TrainingIteration.from_string(one.iteration)
+    return (0, *(value or 0 for value in (iteration.epoch, iteration.update, iteration.sample)))
 
 
-def _note_on_provenance(found: CheckpointSet, folder: Path, storage: Storage) -> list[str]:
-    """It tells where tensors came from, and no weight depends on it: a damaged one is a note, and no problem."""
-    expected = None if found.manifest is None else found.manifest.provenance
-    if expected is None:
+def _notes(found: CheckpointSet) -> list[str]:
+    """What is odd beside the files: no weight depends on it, so that it is no problem."""
+    manifest, storage = found.manifest, found.storage
+    if manifest is None:
         return []
+    known = {MANIFEST_NAME, DIGESTS_NAME, PROVENANCE_NAME, *(file.path.name for file in found.files)}
+    known |= set() if manifest.probe is None else {PROBE_NAME}
+    notes = [f"{name} is not in the manifest" for name in list_names(found.folder, storage) if name not in known]
     try:
-        content = storage.read_bytes(folder / PROVENANCE_NAME, MAX_PROVENANCE_BYTES)
-    except (OSError, ValueError) as error:
-        return [f"{PROVENANCE_NAME} cannot be read: {error}"]
-    same = f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}" == expected
-    return [] if same else [f"{PROVENANCE_NAME} is not as it was written; where the weights came from is not known"]
-
-
-def _note_on_probe(found: CheckpointSet, folder: Path) -> list[str]:
-    """Only who asks for the comparison needs it: a damaged one is a note, and no problem."""
-    expected = None if found.manifest is None else found.manifest.probe
-    if expected is None:
-        return []
-    try:
-        with contextlib.closing(open_file(folder / PROBE_NAME)) as handle:
-            handle.check_digest(expected)
+        load_histories(found)
     except CheckpointError as error:
-        return [f"no model can be held to its probe: {error}"]
-    return []
+        notes.append(str(error))
+    if manifest.probe is not None:
+        try:
+            with contextlib.closing(open_file(found.folder / PROBE_NAME)) as handle:
+                handle.check_digest(manifest.probe)
+        except CheckpointError as error:
+            notes.append(f"no model can be held to its probe: {error}")
+    return notes
 
 
-def _legacy(store: RunStore, progress: Progress | None) -> list[tuple[AuditedSet, CheckpointSet | None]]:
-    """By the iteration that files say, the latest first; sets of which it is not known come before them."""
-    audited: list[tuple[AuditedSet, CheckpointSet | None]] = [
-        (_audit(store, found, found.name, found.tags, progress, []), found) for found in store.sets()
-    ]
-
-    def age(pair: tuple[AuditedSet, CheckpointSet | None]) -> tuple[int, ...]:
-        if pair[0].iteration is None:
-            return (1,)
-        iteration = TrainingIteration.from_string(pair[0].iteration)
-        return (0, *(value or 0 for value in (iteration.epoch, iteration.update, iteration.sample)))
-
-    # of one iteration the plain name comes first, so that its line does not depend on what latest means tomorrow
-    audited.sort(key=lambda pair: pair[0].name != pair[0].iteration)
-    return sorted(audited, key=age, reverse=True)
-
-
-def _audit(
-    store: RunStore,
-    found: CheckpointSet,
-    name: str,
-    tags: tuple[str, ...],
-    progress: Progress | None,
-    notes: list[str],
-) -> AuditedSet:
+def _verify_set(snapshot: Snapshot, found: CheckpointSet, progress: Progress, notes: list[str]) -> SetHealth:
     problems: list[str] = []
     unverified: list[str] = []
-    said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
     nonfinite: list[str] = []
+    said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
     total = 0
     for file in found.files:
-        size = store.storage.size_of(file.path)
+        size = snapshot.storage.size_of(file.path)
+        head = found.head_of(file)
         total += size or 0
-        refused: list[str] = []
-        problem = _problem_of(found, file, size, said, unverified, refused)
-        if problem:
-            problems.append(problem)
+        progress(size or 0)
+        if size is None:
+            problems.append(f"{file.path} is missing or no regular file")
+            continue
+        if head is not None and size != head.size:
+            problems.append(f"{file.path} has {size} bytes; {head.size} bytes were written")
+            continue
+        try:
+            checked = check_file(found, file)
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
+            continue
+        if checked.said is not None:
+            said[file.path.name] = checked.said
+        if not checked.is_verifiable:
+            unverified.append(file.path.name)
         if file.info is None:
-            nonfinite += refused
+            nonfinite += checked.refused
         else:
-            notes += [f"{text} ({file.info}), which a resume does not look at" for text in refused]
-        if progress is not None and size:
-            progress(size)
+            notes += [f"{text} ({file.info}), which a resume does not look at" for text in checked.refused]
     try:
         check_consistency(said, found)
     except TornSetError as error:
         problems.append(str(error))
     iteration = found.iteration or next((one for one, _run in said.values() if one is not None), None)
-    return AuditedSet(
-        name,
+    return SetHealth(
+        found.place,
         "broken" if problems else "unverifiable" if unverified else "nonfinite" if nonfinite else "good",
         found.committed,
         str(iteration) if iteration is not None else None,
-        tags,
+        snapshot.meant_by[found.place],
         len(found.files),
         total,
         found.run_id or next((run_id for _iteration, run_id in said.values() if run_id is not None), None),
-        tuple(problems),
+        tuple(dict.fromkeys(problems)),
         (*notes, *(f"{name} was {UNVERIFIABLE}" for name in unverified)),
         tuple(nonfinite),
     )
 
 
-def _problem_of(
-    found: CheckpointSet,
-    file: CheckpointFile,
-    size: int | None,
-    said: dict[str, tuple[TrainingIteration | None, str | None]],
-    unverified: list[str],
-    refused: list[str],
+def _config_line(
+    run_id: str, stage_name: str | None, health: SetHealth, found: CheckpointSet, added: dict[str, object]
 ) -> str:
-    """What is wrong with one file of a set.
+    """The entry of a config that starts from the set."""
+    entry: dict[str, object] = {"kind": "resume" if found.models("trainer") else "previous_run", "run_id": run_id}
+    if stage_name is not None:
+        entry["stage_name"] = stage_name
+    if not found.models("trainer"):
+        entry["model_name"] = found.files[0].model
+    meant = [tag for tag in (found.name, *health.tags) if tag in health.tags or not found.committed]
+    entry["checkpoint_tag"] = meant[0] if meant else "latest"
+    if not meant:  # every tag of it means a later set by now
+        entry["on_invalid"] = "previous"
+    if health.state == "nonfinite":
+        entry["on_nonfinite"] = "warn"
+    return f"- {yaml_line({**entry, **added})}"
 
-    What its header says goes to ``said``, its name perhaps to ``unverified``, bad values to ``refused``.
+
+def _copies(snapshot: Snapshot) -> Iterator[tuple[Path, CheckpointSet, CheckpointFile]]:
+    """Each flat copy that is ours and whose set can be read, with the set and the file that it is a copy of."""
+    copies = flat_copies(snapshot.folder, snapshot.storage)
+    sets = {one.folder.name: one for one in snapshot.readable()} if copies else {}
+    for name, of in sorted(copies.items(), key=lambda item: (item[1], item[0])):
+        found, parsed = sets.get(of), parse(name)
+        if found is not None and parsed is not None:
+            own = str(attrs.evolve(parsed, tag=found.name))
+            yield from ((snapshot.folder / name, found, file) for file in found.files if file.path.name == own)
+
+
+def _verify_flat(snapshot: Snapshot, progress: Progress, *, compare: bool) -> FlatHealth:
+    """Count the flat files; with ``compare``, read those that the record of our saves calls ours.
+
+    A name that is another name of a committed file has been verified with its set. One that another program has
+    written, or has rewritten since, is nothing that we could vouch for.
     """
-    expected = next(
-        (one.size for one in (found.manifest.files if found.manifest else ()) if one.name == file.path.name), size
-    )
-    if size is None:
-        return f"{file.path} is missing or no regular file"
-    if size != expected:
-        return f"{file.path} has {size} bytes; {expected} bytes were written"
-    try:
-        with open_checkpoint(file.path, digests=found.digest_of(file)) as reader:
-            # Optimizer files say nothing. Noether saves averages at times of their own.
-            if file.part != "optim" and (found.committed or file.info is None):
-                said[file.path.name] = said_by(reader.metadata, file.path)
-            committed = found.committed_file(file)
-            looked_at = not_looked_at(file, committed, reader.tensors())
-            if reader.is_verifiable:
-                reader.verify(look=looked_at)
-            else:
-                unverified.append(file.path.name)
-            refused += refused_values(file, committed, reader.nonfinite(looked_at))
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return ""
-
-
-def _unfinished(folder: SetFolder) -> AuditedSet:
-    return AuditedSet(folder.path.name, "uncommitted", False, str(folder.iteration))
-
-
-def _place(store: RunStore, said: set[str | None]) -> tuple[str, str | None]:
-    """Run and stage: what lies one level below a folder is a run or a stage, which only its files know."""
-    parent = store.paths.checkpoint_path.parent
-    if parent.name in said:
-        return parent.name, None
-    if parent.parent.name in said:
-        return parent.parent.name, parent.name
-    return store.paths.run_id, store.paths.stage_name
-
-
-def _beside(store: RunStore) -> Iterator[str]:
-    try:
-        store.newest()
-    except AmbiguousCheckpointError as error:
-        yield str(error)
-    except (CheckpointError, OSError):
-        return  # that a set is broken is said of the set
-
-
-def _config_line(run_id: str, stage_name: str | None, audited: AuditedSet, found: CheckpointSet, added: str) -> str:
-    if found.models("trainer"):
-        kind, more = "resume", ""
-    else:
-        kind, more = "previous_run", f", model_name: {found.files[0].model}"
-    stage = f", stage_name: {stage_name}" if stage_name is not None else ""
-    tag = (
-        audited.name
-        if not found.committed
-        else next((tag for tag in (found.name, *audited.tags) if tag in audited.tags), "")
-    )
-    also = ", on_nonfinite: warn" if audited.state == "nonfinite" else ""
-    if tag:
-        return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, checkpoint_tag: {tag}{also}{added}}}"
-    # every tag of it means a later set by now
-    chosen = "checkpoint_tag: latest, on_invalid: previous"
-    return f"- {{kind: {kind}, run_id: {run_id}{stage}{more}, {chosen}{also}{added}}}"
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    storage = snapshot.storage
+    count = sum(parse(name) is not None for name in list_names(snapshot.folder, storage))
+    if not compare:
+        return FlatHealth(count)
+    compared, problems = 0, []
+    for path, found, file in _copies(snapshot):
+        compared += 1
+        if storage.is_same_file(path, file.path):
+            continue
+        try:
+            with contextlib.closing(open_file(path)) as handle:
+                handle.check_digest(str(found.digest_of(file)))
+        except (CheckpointError, OSError):
+            problems.append(
+                f"{path} is damaged: it is a copy of {file.path.name} of {found.folder.name} for Noether, and has "
+                "other bytes. No reader of ours takes it. Next: remove it, or copy the file of the set there"
+            )
+        progress(storage.size_of(path) or 0)
+    return FlatHealth(count, compared, tuple(problems), changed_names(snapshot.folder, storage))

@@ -1,11 +1,11 @@
-"""The manifest of a set: what was written, under which digests. Its presence is the commit."""
+"""The manifest of a set: what was written. Its presence is the commit; digests of tensors lie in a file beside it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic_core
@@ -18,25 +18,33 @@ from noether_init_core.paths import check_name
 from noether_init_core.sets.file_names import Part, check_tag, parse
 
 __all__ = [
+    "DIGESTS_NAME",
     "MANIFEST_NAME",
     "MAX_PROVENANCE_BYTES",
     "PROBE_NAME",
     "PROVENANCE_NAME",
+    "FileDigests",
     "Manifest",
     "ManifestFile",
-    "ManifestTensor",
+    "TensorDigest",
+    "digest_of",
+    "digests_to_bytes",
+    "read_digests",
     "read_manifest",
     "sealed",
 ]
 
 MANIFEST_NAME = "manifest.json"
+#: Beside it: the digests of all tensors, read when files are verified.
+DIGESTS_NAME = "digests.json"
 #: Beside it: where the tensors came from.
 PROVENANCE_NAME = "provenance.json"
 #: Beside it: a batch, and what the model made of it. No name that a file of weights or state can have.
 PROBE_NAME = "probe.th"
 FORMAT = "noether-init-set"
-FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 256 << 20
+FORMAT_VERSION = 2
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_DIGESTS_BYTES = 256 << 20
 MAX_PROVENANCE_BYTES = 256 << 20
 _SEAL = re.compile(rb',\n "digest": "(xxh3_128:[0-9a-f]{32})"\n}\n')
 _SEAL_BYTES = len(',\n "digest": "xxh3_128:"\n}\n') + 32
@@ -50,25 +58,32 @@ class _Model(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class ManifestTensor(_Model):
+class TensorDigest(_Model):
     """One tensor of a file; the digest is that of its contiguous little-endian bytes.
 
-    ``values`` is what was found among them when they were saved: bytes with this digest need no second look. None in
-    sets of earlier releases, where nobody looked.
+    ``values`` is what was found among them when they were saved: bytes with this digest need no second look.
     """
 
     dtype: str
     shape: tuple[_Count, ...]
     digest: Digest
-    values: Literal["finite", "infinities", "NaN"] | None = None
+    values: Literal["finite", "infinities", "NaN"]
+
+
+class FileDigests(_Model):
+    """The tensors of one file; ``buffers`` names those of weights that are no parameters, None in other files."""
+
+    tensors: dict[str, TensorDigest]
+    buffers: tuple[str, ...] | None = None
 
 
 class ManifestFile(_Model):
-    """One file of the set; the digest is that of all its bytes.
+    """One file of the set.
 
-    ``records`` is the digest of the list of the file's records with their checksums, ``buffers`` names the tensors of
-    weights that are no parameters. Both are None in sets of earlier releases, ``buffers`` also in files of averages,
-    optimizers and trainers.
+    Attributes:
+        digest: That of all its bytes.
+        records: The digest of the list of its records with their checksums.
+        refused: Tensors with values that a resume refuses, and what was found among them.
     """
 
     name: str
@@ -77,9 +92,8 @@ class ManifestFile(_Model):
     part: Part
     size: _Count
     digest: Digest
-    records: Digest | None = None
-    buffers: tuple[str, ...] | None = None
-    tensors: dict[str, ManifestTensor]
+    records: Digest
+    refused: dict[str, Literal["infinities", "NaN"]] = {}
 
     @pydantic.model_validator(mode="after")
     def _check_name(self) -> ManifestFile:
@@ -91,16 +105,14 @@ class ManifestFile(_Model):
 
 
 class Manifest(_Model):
-    """The content of ``manifest.json``.
-
-    All of these are empty in sets of earlier releases, and where nobody told the writer.
+    """The content of ``manifest.json``: small, and sealed.
 
     Attributes:
         frozen: Models whose optimizer was left out since they were frozen.
-        training: Sets with the same id are of one training, however often it was interrupted; None in sets of earlier
-            releases, which count as one training.
+        training: Sets with the same id are of one training, however often it was interrupted.
         started_from: Name of the set in this folder that the process resumed from.
         passed_over: Names of sets in this folder that this training found to be no use, and went back behind.
+        digests: Digest of ``digests.json`` beside it, which has ``digests_size`` bytes.
         seen: Model and part of each plain file that this set, or one before it in this folder, has.
         provenance: Digest of ``provenance.json`` beside it.
         probe: Digest of ``probe.th`` beside it.
@@ -119,8 +131,10 @@ class Manifest(_Model):
     training: str | None = None
     started_from: str | None = None
     passed_over: tuple[str, ...] = ()
-    seen: tuple[tuple[str, Part], ...] | None = None
+    seen: tuple[tuple[str, Part], ...]
     files: tuple[ManifestFile, ...]
+    digests: Digest
+    digests_size: _Count
     lineage: tuple[dict[str, Any], ...] = ()
     provenance: Digest | None = None
     probe: Digest | None = None
@@ -147,6 +161,11 @@ class Manifest(_Model):
         """The iteration of the set, all three fields said."""
         return TrainingIteration.from_mapping(self.iteration)
 
+    @property
+    def folder_name(self) -> str:
+        """The name of the set's folder."""
+        return f"{self.sequence:08d}_{self.training_iteration}"
+
     def to_bytes(self) -> bytes:
         """The JSON text, readable by people; its last key is the digest of everything before it."""
         return sealed(self.model_dump_json(indent=1).encode())
@@ -158,16 +177,17 @@ def sealed(text: bytes) -> bytes:
     Without it a damaged tag would be another tag, and an older set would silently be the latest.
     """
     content = text.rstrip().removesuffix(b"}").rstrip()
-    return content + f',\n "digest": "{_digest(content)}"\n}}\n'.encode()
+    return content + f',\n "digest": "{digest_of(content)}"\n}}\n'.encode()
 
 
-def _digest(content: bytes) -> str:
+def digest_of(content: bytes) -> str:
+    """The digest of some bytes, as manifests write it."""
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
 
 def _is_sealed(text: bytes) -> bool:
     found = _SEAL.fullmatch(text[-_SEAL_BYTES:])
-    return found is not None and found[1].decode() == _digest(text[:-_SEAL_BYTES])
+    return found is not None and found[1].decode() == digest_of(text[:-_SEAL_BYTES])
 
 
 def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
@@ -187,10 +207,12 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise CheckpointCorruptError(f"{path} is no manifest of a checkpoint set", path=path)
     version = values.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        next_step = "pip install --upgrade noether-init-core"
+        if version < FORMAT_VERSION:
+            next_step = "kind: file reads one of its files; or resume it with the release that wrote it"
         raise CheckpointFormatError(
-            f"{path} has format version {version}, this release reads up to {FORMAT_VERSION}. "
-            "Next: pip install --upgrade noether-init-core",
+            f"{path} has format version {version}, this release reads version {FORMAT_VERSION} only. Next: {next_step}",
             path=path,
         )
     if not _is_sealed(text):
@@ -199,8 +221,44 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
             "Next: take an older checkpoint",
             path=path,
         )
+    return _validated(Manifest, values, path)
+
+
+class _Digests(_Model):
+    format: Literal["noether-init-digests"] = "noether-init-digests"
+    files: dict[str, FileDigests]
+
+
+def digests_to_bytes(files: Mapping[str, FileDigests]) -> bytes:
+    """The content of ``digests.json``: name of a file -> its tensors."""
+    return _Digests(files=dict(files)).model_dump_json().encode()
+
+
+def read_digests(folder: Path, manifest: Manifest, storage: Storage = LOCAL) -> dict[str, FileDigests]:
+    """Read the digests beside a manifest, which vouches for them: name of a file -> its tensors.
+
+    Raises ``CheckpointCorruptError`` if the file is gone, or is not as it was written.
+    """
+    path = folder / DIGESTS_NAME
     try:
-        return Manifest.model_validate(values)
+        text = storage.read_bytes(path, MAX_DIGESTS_BYTES)
+    except OSError as error:
+        raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}", path=path) from error
+    if digest_of(text) != manifest.digests:
+        raise CheckpointCorruptError(
+            f"{path} is not as it was written: its digest is not the one in the manifest. Next: take an older "
+            "checkpoint",
+            path=path,
+        )
+    return _validated(_Digests, pydantic_core.from_json(text), path).files
+
+
+_M = TypeVar("_M", bound=_Model)
+
+
+def _validated(model: type[_M], values: Any, path: Path) -> _M:
+    try:
+        return model.model_validate(values)
     except pydantic.ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc'])) or 'manifest'}: {problem['msg']}" for problem in error.errors()[:5]

@@ -8,7 +8,7 @@ from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, C
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL, Storage
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider, check_name
-from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, list_names, said_by
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, list_names, said_by
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["CHECKPOINTS_FOLDER", "as_recorded", "runs", "runs_at", "stages"]
@@ -66,18 +66,15 @@ def runs_at(path: Path) -> tuple[PathProvider, ...]:
 
 
 def as_recorded(snapshot: Snapshot) -> PathProvider:
-    """The run and stage of a folder: the stage of the run above it, where its sets record that; else as it was found.
+    """The run or stage of a folder, as its sets record it; else as it was found.
 
     A folder alone cannot tell. A run above may have been renamed since. What cannot be read records nothing.
     """
     paths, folder = snapshot.paths, snapshot.folder.parent
-    if paths.stage_name is not None or paths.debug:
+    if paths.debug:
         return paths
     try:
-        recorded = next(
-            ((head.run_id, head.stage_name) for _folder, head in snapshot.heads() if isinstance(head, CheckpointSet)),
-            None,
-        )
+        recorded = next(((found.run_id, found.stage_name) for found in snapshot.readable()), None)
         weights = (file.path for one in snapshot.flat for file in one.files if file.part == "model")
         if recorded is None and (path := next(weights, None)) is not None:
             with open_checkpoint(path) as reader:
@@ -86,6 +83,8 @@ def as_recorded(snapshot: Snapshot) -> PathProvider:
         return paths
     if recorded is not None and (recorded[1] == folder.name or recorded == (folder.parent.name, None)):
         return PathProvider(folder.parent.parent, folder.parent.name, folder.name)
+    if recorded == (folder.name, None) and paths.stage_name is not None:
+        return PathProvider(folder.parent, folder.name)
     return paths
 
 

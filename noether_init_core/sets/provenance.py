@@ -271,6 +271,8 @@ def histories(values: Mapping[str, Any]) -> dict[str, History]:
         )
         for one in values["sources"]
     ]
+    if not all(isinstance(source.digest, str | None) for source in sources):
+        raise TypeError("a digest is no text")
     found: dict[str, History] = {}
     for record in values["tensors"]:
         steps = [] if record["source"] is None else [(record["source"], record["keys"]), *record["ancestors"]]

@@ -298,21 +298,14 @@ class _Lack:
             path=found.folder,
             asked=self.tag,
             missing=missing,
-            candidates=[tag for one in complete for tag in self._meant_by(one)],
+            candidates=[tag for one in complete for tag in self.snapshot.meant_by[one.place]],
         )
-
-    def _meant_by(self, one: CheckpointSet) -> list[str]:
-        """The tags that mean a set: a later set of its models that was saved under the same tag has taken it over."""
-        own, models = one.sequence or 0, one.models()
-        sets = self.snapshot.sets()
-        later = {tag for other in sets if (other.sequence or 0) > own and other.is_of(models) for tag in other.tags}
-        return [tag for tag in one.tags if tag not in later]
 
     def _complete(self) -> list[CheckpointSet]:
         """Sets that have everything: those of the same iteration first, then ``latest``, then the newest."""
         sets = [one for one in self.snapshot.sets()[::-1] if one != self.found and all(map(one.has, self.needs))]
         same = self._iteration()
-        sets.sort(key=lambda one: "latest" not in self._meant_by(one))
+        sets.sort(key=lambda one: "latest" not in self.snapshot.meant_by[one.place])
         sets.sort(key=lambda one: same is None or one.iteration != same)
         return sets
 
@@ -321,7 +314,7 @@ class _Lack:
         names = []
         for one in complete[:3]:
             is_same = same is not None and one.iteration == same
-            name = "latest" if "latest" in self._meant_by(one) and not is_same else one.name
+            name = "latest" if "latest" in self.snapshot.meant_by[one.place] and not is_same else one.name
             names.append(f"{name} (same iteration)" if is_same else name)
         return " or ".join(names)
 

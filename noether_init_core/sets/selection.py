@@ -240,10 +240,8 @@ def older_good(snapshot: Snapshot, found: CheckpointSet) -> CheckpointSet | None
 
 
 def _newest_good(snapshot: Snapshot, below: int, models: Collection[str]) -> CheckpointSet | None:
-    for _folder, found in snapshot.heads(below=below):
-        if isinstance(found, CheckpointSet) and found.is_of(models) and snapshot.problem_of(found) is None:
-            return found
-    return None
+    sets = (found for found in snapshot.readable(below=below) if found.is_of(models))
+    return next((found for found in sets if snapshot.problem_of(found) is None), None)
 
 
 #: Name and sequence (0 for flat files) of a set, and the set, or why it cannot be read.

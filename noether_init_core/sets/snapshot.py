@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from noether_init_core.errors import CheckpointError
+from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
 from noether_init_core.files.storage.disk import LOCAL, Storage
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
@@ -19,6 +19,7 @@ from noether_init_core.sets.checkpoint_set import (
     check_files,
     check_reachable,
     load_set,
+    reaching,
     set_folders,
 )
 from noether_init_core.sets.file_names import FOLLOWING, Part
@@ -44,11 +45,12 @@ class Snapshot:
     Args:
         paths: The run and stage; anything with ``output_root``, ``run_id`` and ``stage_name``.
         storage: The file operations.
+        before: An earlier snapshot of the folder: manifests that have not changed since are not read again.
 
     Raises ``CheckpointNotFoundError`` if the folder cannot be reached: a link that leads nowhere is no empty folder.
     """
 
-    def __init__(self, paths: Any, *, storage: Storage = LOCAL) -> None:
+    def __init__(self, paths: Any, *, storage: Storage = LOCAL, before: Snapshot | None = None) -> None:
         self.paths = PathProvider.of(paths)
         self.storage = storage
         check_reachable(self.paths.checkpoint_path, storage)
@@ -57,8 +59,13 @@ class Snapshot:
         #: By name, oldest first; those without a manifest are among them.
         self.folders = tuple(set_folders(self.folder, storage))
         self._heads: dict[SetFolder, Head | None] = {}
+        #: Size and time of change of manifests when they were read, for a later snapshot.
+        self._identities: dict[SetFolder, tuple[int, int] | None] = {}
+        self._before = before
+        if before is not None:
+            before._before = None
         self._problems: dict[Path, CheckpointError | None] = {}
-        self._before: dict[str, tuple[CheckpointSet, ...]] = {}
+        self._flat_before: dict[str, tuple[CheckpointSet, ...]] = {}
         self._iterations: dict[str, TrainingIteration | CheckpointError | None] = {}
 
     # Committed sets.
@@ -66,14 +73,34 @@ class Snapshot:
     def head(self, folder: SetFolder) -> Head | None:
         """The set in a folder, or why its manifest cannot be used; None where no save was finished."""
         if folder not in self._heads:
-            try:
-                self._heads[folder] = load_set(folder, self.storage)
-            except CheckpointError as error:
-                is_absent = isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
-                # a manifest that is a link to nowhere was committed
-                gone = is_absent and not self.storage.exists(folder.path / MANIFEST_NAME)
-                self._heads[folder] = None if gone else error
+            path, before = folder.path / MANIFEST_NAME, self._before
+            with reaching(path):
+                self._identities[folder] = identity = self.storage.identity_of(path)
+            if before is not None and identity is not None and before._identities.get(folder) == identity:
+                self._heads[folder] = before._heads[folder]
+            else:
+                self._heads[folder] = self._read(folder)
         return self._heads[folder]
+
+    def _read(self, folder: SetFolder) -> Head | None:
+        try:
+            return load_set(folder, self.storage)
+        except CheckpointError as error:
+            is_absent = isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
+            # a manifest that is a link to nowhere was committed
+            return None if is_absent and not folder.is_committed(self.storage) else error
+
+    def add(self, folder: SetFolder) -> CheckpointSet:
+        """Take up a set that was committed just now, as the newest; raises what is wrong with its manifest."""
+        self.folders = (*self.folders, folder)
+        found = self.head(folder)
+        if not isinstance(found, CheckpointSet):
+            raise found or CheckpointNotFoundError(f"{folder.path} has no {MANIFEST_NAME}", path=folder.path)
+        return found
+
+    def remove(self, folder: SetFolder) -> None:
+        """Leave out a folder that was removed just now."""
+        self.folders = tuple(one for one in self.folders if one != folder)
 
     def heads(
         self, iteration: TrainingIteration | None = None, *, below: int | None = None
@@ -91,6 +118,10 @@ class Snapshot:
                 found = self.head(folder)
                 if found is not None:
                     yield folder, found
+
+    def readable(self, *, below: int | None = None) -> Iterator[CheckpointSet]:
+        """The committed sets whose manifest can be used, newest first; ``below``: only those of a lower sequence."""
+        return (found for _folder, found in self.heads(below=below) if isinstance(found, CheckpointSet))
 
     @property
     def newest_folder(self) -> SetFolder | None:
@@ -144,9 +175,9 @@ class Snapshot:
 
     def flat_before(self, found: CheckpointSet) -> tuple[CheckpointSet, ...]:
         """Plain ``E.._U.._S..`` of flat files, latest first, not later than what some file of ``found`` says."""
-        if found.name not in self._before:
-            self._before[found.name] = tuple(plain_before(self.flat, found))
-        return self._before[found.name]
+        if found.name not in self._flat_before:
+            self._flat_before[found.name] = tuple(plain_before(self.flat, found))
+        return self._flat_before[found.name]
 
     @cached_property
     def later_flat(self) -> list[tuple[CheckpointSet, TrainingIteration]]:
@@ -202,7 +233,7 @@ class Snapshot:
         others by tag.
         """
         if self.newest_folder is not None:
-            return tuple(found for _folder, found in self.heads() if isinstance(found, CheckpointSet))[::-1]
+            return tuple(self.readable())[::-1]
         known = [one for one in self.flat if one.iteration is not None]
         return (*reversed(known), *(one for one in self.flat if one.iteration is None))
 
@@ -225,6 +256,21 @@ class Snapshot:
         """Every tag, sorted."""
         return tuple(sorted({tag for one in self.sets() for tag in one.tags}))
 
+    @cached_property
+    def meant_by(self) -> Mapping[str, tuple[str, ...]]:
+        """Place of each set -> the tags that mean it: a later set of its models can have taken over the others."""
+        holders: dict[str, dict[tuple[str, ...], CheckpointSet]] = {}
+        found = {}
+        for one in reversed(self.sets()):
+            models = one.models()
+            later = {tag: holders.setdefault(tag, {}) for tag in one.tags}
+            found[one.place] = tuple(
+                tag for tag in one.tags if not any(other.is_of(models) for other in later[tag].values())
+            )
+            for tag in one.tags:
+                later[tag].setdefault(models, one)
+        return found
+
     def parts(self) -> tuple[tuple[str, Part], ...]:
         """Model and part of every plain file that some set has, sorted.
 
@@ -233,7 +279,7 @@ class Snapshot:
         newest = next((found for _folder, found in self.heads()), None)
         if isinstance(newest, CheckpointSet) and newest.manifest is not None:
             own = _parts_of(newest.files)
-            if newest.manifest.seen is not None and own >= set(newest.manifest.seen):
+            if own >= set(newest.manifest.seen):
                 return tuple(sorted(own))
         return tuple(sorted(_parts_of(file for one in self.sets() for file in one.files)))
 

@@ -9,6 +9,7 @@ import unittest.mock
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, StateMismatchError
 from noether_init_core.files import reading, verifying
-from noether_init_core.files.digests import Digests
 from noether_init_core.files.nonfinite_values import can_be_nonfinite, nonfinite
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage import handle as handles
@@ -159,11 +159,6 @@ def test_views_are_judged_by_their_own_elements(tmp_path: Path) -> None:
     assert found == {"odd": "NaN", "turned": "NaN", "last": "infinities", "whole": "NaN"}
 
 
-def digests_of(entry: Any) -> Digests:
-    """What a manifest vouches for."""
-    return Digests(entry.digest, entry.size, entry.records, entry.tensors)
-
-
 def committed(folder: Path) -> tuple[Path, Any]:
     """A small committed set; the file of its weights and what the manifest says of it."""
     torch.manual_seed(0)
@@ -171,14 +166,14 @@ def committed(folder: Path) -> tuple[Path, Any]:
     saved = CheckpointWriter(PathProvider(folder, "run")).save(bind(module, name="net"), TrainingIteration(1, 1, 1))
     file = saved.file("net", "model")
     assert file is not None
-    return file.path, saved.committed_file(file)
+    return file.path, saved.digests_of(file)
 
 
 def test_every_flipped_bit_of_the_tensors_of_a_committed_set_is_found_and_named(tmp_path: Path) -> None:
     """By digests of tensors, and by checksums where a tensor lies in another order than its digest is of."""
     path, entry = committed(tmp_path)
     content = path.read_bytes()
-    with open_checkpoint(path, digests=digests_of(entry)) as reader:
+    with open_checkpoint(path, digests=entry) as reader:
         reader.verify()
         places = {key: (info.pieces[0].offset, info.nbytes) for key, info in reader.tensors().items()}
         assert not reader.tensors()["0.weight"].is_contiguous
@@ -188,7 +183,7 @@ def test_every_flipped_bit_of_the_tensors_of_a_committed_set_is_found_and_named(
             at = offset + bit // 8
             path.write_bytes(content[:at] + bytes([content[at] ^ (1 << bit % 8)]) + content[at + 1 :])
             with (
-                open_checkpoint(path, digests=digests_of(entry)) as reader,
+                open_checkpoint(path, digests=entry) as reader,
                 pytest.raises(CheckpointCorruptError) as caught,
             ):
                 reader.verify()
@@ -206,7 +201,7 @@ def test_no_flipped_bit_of_a_committed_file_changes_what_is_read(tmp_path: Path)
     for at in range(0, len(content), 3):
         path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
         try:
-            with open_checkpoint(path, digests=digests_of(entry)) as reader:
+            with open_checkpoint(path, digests=entry) as reader:
                 reader.verify()
                 value = reader.load()
         except CheckpointError:
@@ -237,7 +232,7 @@ def test_another_good_file_in_place_of_the_committed_one_is_refused(tmp_path: Pa
         with open_checkpoint(path) as reader:
             reader.verify()
         with (
-            open_checkpoint(path, digests=digests_of(entry)) as reader,
+            open_checkpoint(path, digests=entry) as reader,
             pytest.raises(
                 CheckpointCorruptError, match=r"is damaged|not the file that was committed|bytes were written"
             ),
@@ -248,13 +243,13 @@ def test_another_good_file_in_place_of_the_committed_one_is_refused(tmp_path: Pa
 def test_a_set_of_an_earlier_release_is_checked_by_the_digest_of_the_file(tmp_path: Path) -> None:
     """Where the manifest says nothing of records, every byte of the file counts."""
     path, entry = committed(tmp_path)
-    older = entry.model_copy(update={"records": None})
-    with open_checkpoint(path, digests=digests_of(older)) as reader:
+    older = attrs.evolve(entry, records=None)
+    with open_checkpoint(path, digests=older) as reader:
         reader.verify()
     path.chmod(0o644)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
-    with pytest.raises(CheckpointError), open_checkpoint(path, digests=digests_of(older)) as reader:
+    with pytest.raises(CheckpointError), open_checkpoint(path, digests=older) as reader:
         reader.verify()
 
 
@@ -273,7 +268,7 @@ def test_what_the_writer_found_in_values_is_what_a_look_would_find(
     saved = CheckpointWriter(PathProvider(tmp_path, "run")).save(bind(module, name="net"), TrainingIteration(1, 1, 1))
     file = saved.file("net", "model")
     assert file is not None
-    entry: Any = saved.committed_file(file)
+    entry: Any = saved.digests_of(file)
     said = {key: tensor.values for key, tensor in entry.tensors.items()}
     assert said == {
         "0.weight": "NaN",
@@ -284,9 +279,9 @@ def test_what_the_writer_found_in_values_is_what_a_look_would_find(
         "count": "finite",
     }
     silent = {key: tensor.model_copy(update={"values": None}) for key, tensor in entry.tensors.items()}
-    for told, looks in ((entry, 1), (entry.model_copy(update={"tensors": silent}), 5)):
+    for told, looks in ((entry, 1), (attrs.evolve(entry, tensors=silent), 5)):
         look = unittest.mock.Mock(wraps=verifying.nonfinite)
-        with open_checkpoint(file.path, digests=digests_of(told)) as reader, monkeypatch.context() as patch:
+        with open_checkpoint(file.path, digests=told) as reader, monkeypatch.context() as patch:
             patch.setattr(verifying, "nonfinite", look)
             reader.verify(look=list(reader.tensors()))
             found = reader.nonfinite(list(reader.tensors()))

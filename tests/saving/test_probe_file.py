@@ -30,8 +30,9 @@ from noether_init_core.files.storage.disk import Storage
 from noether_init_core.probe.probe import repeat
 from noether_init_core.saving.probe_file import read_probe
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.health import audit_store
+from noether_init_core.sets.health import verify_run
 from noether_init_core.sets.manifest import PROBE_NAME, read_manifest, sealed
+from noether_init_core.sets.snapshot import Snapshot
 
 BATCH = {"input": torch.arange(6.0).reshape(2, 3)}
 
@@ -71,6 +72,7 @@ def test_a_save_without_a_probe_is_as_before(paths: PathProvider) -> None:
     """The same files, and a manifest without it."""
     saved = CheckpointWriter(paths).save(model(), at(1))
     assert sorted(path.name for path in saved.folder.iterdir()) == [
+        "digests.json",
         "manifest.json",
         "net_cp=E1_U1_S1_model.th",
         "net_cp=E1_U1_S1_trainer.th",
@@ -128,21 +130,21 @@ def unlock(path: Path) -> Path:
 def test_a_damaged_probe_is_refused_by_its_digest_and_noted_by_verify(paths: PathProvider) -> None:
     """Weights do not depend on it: the set is good, with a note."""
     saved = CheckpointWriter(paths).save(model(), at(1), probe=BATCH)
-    assert audit_store(RunStore(paths)).sets[0].notes == ()
+    assert verify_run(Snapshot(paths)).sets[0].notes == ()
     path = unlock(saved.folder / PROBE_NAME)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointCorruptError, match=r"probe\.th has the digest"):
         read_probe(newest(paths))
-    (audited,) = audit_store(RunStore(paths)).sets
+    (audited,) = verify_run(Snapshot(paths)).sets
     assert audited.state == "good"
     assert len(audited.notes) == 1
     assert audited.notes[0].startswith("no model can be held to its probe: ")
     path.unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"probe\.th does not exist"):
         read_probe(newest(paths))
-    assert len(audit_store(RunStore(paths)).sets[0].notes) == 1
+    assert len(verify_run(Snapshot(paths)).sets[0].notes) == 1
 
 
 def test_a_probe_that_no_manifest_knows_is_noted(paths: PathProvider) -> None:
@@ -150,7 +152,7 @@ def test_a_probe_that_no_manifest_knows_is_noted(paths: PathProvider) -> None:
     saved = CheckpointWriter(paths).save(model(), at(1))
     (saved.folder / PROBE_NAME).write_bytes(b"hello")
     assert read_probe(newest(paths)) is None
-    assert audit_store(RunStore(paths)).sets[0].notes == ("probe.th is not in the manifest",)
+    assert verify_run(Snapshot(paths)).sets[0].notes == ("probe.th is not in the manifest",)
 
 
 def put(saved: Any, content: Any) -> None:

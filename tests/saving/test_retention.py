@@ -32,7 +32,7 @@ from noether_init_core import (
 )
 from noether_init_core.saving.retention import Best, checked_metrics, superfluous_sets
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
-from noether_init_core.sets.manifest import Manifest, ManifestFile, ManifestTensor
+from noether_init_core.sets.manifest import Manifest, ManifestFile
 
 
 def model_with(name: str, weight: float) -> Any:
@@ -248,10 +248,8 @@ def a_set(
     """As it would be read; ``holds`` is what the manifest says of the values of a parameter."""
     iteration = at(epoch)
     own = (str(iteration), *tags)
-    tensor = ManifestTensor.model_construct(dtype="float32", shape=(1,), digest="", values=holds)
-    file = ManifestFile.model_construct(
-        name="m", model=model, part="model", size=0, digest="", tensors={"weight": tensor}, buffers=()
-    )
+    refused = {} if holds in (None, "finite") else {"weight": holds}
+    file = ManifestFile.model_construct(name="m", model=model, part="model", size=0, digest="", refused=refused)
     manifest = Manifest.model_construct(
         sequence=sequence,
         iteration=iteration.to_mapping(),
@@ -337,12 +335,6 @@ def test_sets_that_a_resume_refuses_do_not_count(holds: str) -> None:
     assert kept_of(sets[:5], Retention(last=1)) == [3, 4, 5]
     named = [*sets[:5], a_set(6, 6, ("mine",), {}, holds=holds), *sets[6:]]
     assert kept_of(named, Retention(last=2)) == [3, 4, 6, 8]
-
-
-def test_sets_whose_values_nobody_looked_at_count_as_finite() -> None:
-    """Those of earlier releases: nothing is known against them."""
-    sets = [a_set(number, number, (), {}, holds=None if number < 4 else "NaN") for number in range(1, 6)]
-    assert kept_of(sets, Retention(last=1)) == [2, 3, 5]
 
 
 def test_without_any_finite_set_all_that_are_as_written_count() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import errno
 import io
+import json
 import os
 import shutil
 import stat
@@ -474,19 +475,25 @@ def test_manifest_vouches_for_every_byte(writer: CheckpointWriter) -> None:
     assert (manifest.sequence, manifest.run_id, manifest.stage_name) == (1, "run", "train")
     assert set(manifest.versions) == {"noether_init", "torch", "python"}
     on_disk = {path.name for path in saved.folder.iterdir()}
-    assert on_disk == {"manifest.json", *(entry.name for entry in manifest.files)}
+    assert on_disk == {"manifest.json", "digests.json", *(entry.name for entry in manifest.files)}
+    digests_path = saved.folder / "digests.json"
+    assert (digests_path.stat().st_size, f"xxh3_128:{digest(digests_path)}") == (
+        manifest.digests_size,
+        manifest.digests,
+    )
     checked = 0
     for entry in manifest.files:
         path = saved.folder / entry.name
+        tensors = json.loads(digests_path.read_text())["files"][entry.name]["tensors"]
         assert (path.stat().st_size, f"xxh3_128:{digest(path)}") == (entry.size, entry.digest)
         with open_checkpoint(path, digests=entry.digest) as reader:
             reader.verify()
-            assert set(reader.tensors()) == set(entry.tensors)
+            assert set(reader.tensors()) == set(tensors)
         if entry.part == "model":
             for key, tensor in load(path)["state_dict"].items():
                 raw = tensor.contiguous().numpy().tobytes()
-                assert entry.tensors[key].digest == f"xxh3_128:{xxhash.xxh3_128_hexdigest(raw)}"
-                assert entry.tensors[key].shape == tuple(tensor.shape)
+                assert tensors[key]["digest"] == f"xxh3_128:{xxhash.xxh3_128_hexdigest(raw)}"
+                assert tensors[key]["shape"] == list(tensor.shape)
                 checked += 1
     assert checked == 2 * len(Net().state_dict())
 

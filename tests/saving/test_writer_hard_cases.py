@@ -404,14 +404,12 @@ def test_write_that_fails_in_the_middle_of_each_file_is_no_set(tmp_path: Path) -
 
     paths = PathProvider(tmp_path, "run")
     CheckpointWriter(paths).save(model_of(1), at(1))
-    for which in range(3):
+    names = ["mlp_cp=E2_U20_S200_model.th", "mlp_cp=E2_U20_S200_trainer.th", "digests.json", "manifest.json.tmp"]
+    for which, name in enumerate(names):
         with pytest.raises(CheckpointWriteError, match="No space left on device") as caught:
             CheckpointWriter(paths, storage=HalfStorage(which)).save(model_of(2), at(2))
         assert caught.value.path is not None
-        assert (
-            caught.value.path.name
-            == ["mlp_cp=E2_U20_S200_model.th", "mlp_cp=E2_U20_S200_trainer.th", "manifest.json.tmp"][which]
-        )
+        assert caught.value.path.name == name
         assert assert_all_good(paths) == {"E1_U10_S100": 1}
 
 

@@ -753,12 +753,33 @@ def test_broken_newest_set_is_an_error_that_names_the_older_good_one(
     assert len(Snapshot(paths).broken()) == 1
 
 
-def test_manifest_of_a_newer_release_asks_for_an_upgrade(paths: PathProvider) -> None:
-    """It is not guessed at."""
+@pytest.mark.parametrize(("version", "next_step"), [(3, "pip install --upgrade noether-init-core"), (1, "kind: file")])
+def test_manifest_of_another_release_is_refused_by_its_version(
+    paths: PathProvider, version: int, next_step: str
+) -> None:
+    """It is not guessed at, and the message says what can be done with it."""
     manifest = write_set(paths, 1).folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(CheckpointFormatError, match=r"format version 2.*pip install --upgrade noether-init-core"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', f'"format_version": {version}'))
+    with pytest.raises(CheckpointFormatError, match=f"format version {version}.*{next_step}"):
         find(paths, None)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "flipped"])
+def test_digests_that_are_not_as_they_were_written_break_the_set(paths: PathProvider, damage: str) -> None:
+    """The manifest is bound to the digests beside it; without them the bytes of tensors could be any."""
+    saved = write_set(paths, 1)
+    path = saved.folder / "digests.json"
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        rewrite(path, content[:-1] if damage == "cut short" else content.replace(b"xxh3_128:", b"xxh3_129:"))
+    if damage != "flipped":
+        with pytest.raises(CheckpointCorruptError, match=r"digests\.json"):
+            find(paths, None)
+    fresh = Snapshot(paths).sets()[0]
+    with pytest.raises(CheckpointCorruptError, match=r"digests\.json (cannot be read|is not as it was written)"):
+        fresh.digests_of(fresh.files[0])
 
 
 @pytest.mark.parametrize("entry", ["../outside_cp=latest_model.th", "/etc/mlp_cp=latest_model.th", "..", "notes.txt"])
