@@ -93,7 +93,7 @@ def test_a_problem_is_exit_code_1_and_the_rest_is_shown(folder: Path, tmp_path: 
     assert done.returncode == 1
     assert "o first" in done.stdout
     assert "x " in done.stdout
-    assert "tells nothing of where weights came from" in done.stdout
+    assert "tells nothing of where the weights came from" in done.stdout
 
 
 def test_a_long_chain_ends_with_the_command_that_goes_on(tmp_path: Path) -> None:
