@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, ConfigError
@@ -75,10 +76,11 @@ def as_recorded(snapshot: Snapshot) -> PathProvider:
         return paths
     try:
         recorded = next(((found.run_id, found.stage_name) for found in snapshot.readable()), None)
-        weights = (file.path for one in snapshot.flat for file in one.files if file.part == "model")
-        if recorded is None and (path := next(weights, None)) is not None:
-            with open_checkpoint(path) as reader:
-                recorded = said_by(reader.metadata, path)[1], None
+        if recorded is None:
+            weights = (file.path for one in snapshot.flat for file in one.files if file.part == "model")
+            for path in itertools.islice(weights, 1):
+                with open_checkpoint(path) as reader:
+                    recorded = said_by(reader.metadata, path)[1], None
     except (CheckpointError, OSError):
         return paths
     if recorded is not None and (recorded[1] == folder.name or recorded == (folder.parent.name, None)):
