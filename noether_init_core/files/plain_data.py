@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from noether_init_core.errors import CheckpointFormatError
+from noether_init_core.files.formats.module_versions import METADATA, not_plain
+from noether_init_core.files.tensor_info import is_dense
 
 __all__ = ["bytes_of_tensor", "memory_of_tensor", "plain"]
 
 MAX_DEPTH = 60
-_METADATA = "_metadata"
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray)
 
 
@@ -63,11 +64,13 @@ class _Plain:
         if not isinstance(value, OrderedDict):
             return dict(items)
         ordered = OrderedDict(items)
-        metadata = getattr(value, _METADATA, None)
+        metadata = getattr(value, METADATA, None)
         if metadata is not None:  # versions of modules, in every state dict of torch
-            ready = self.of(metadata, f"{place}.{_METADATA}", depth + 1)
-            _check_metadata(ready, f"{place}.{_METADATA}")
-            setattr(ordered, _METADATA, ready)
+            ready = self.of(metadata, f"{place}.{METADATA}", depth + 1)
+            wrong = not_plain(ready)
+            if wrong is not None:
+                raise _refuse(f"{place}.{METADATA}.{wrong}", "other than a dict of plain values")
+            setattr(ordered, METADATA, ready)
         return ordered
 
     def _key(self, key: Any, place: str) -> Any:
@@ -113,31 +116,10 @@ class _Plain:
             )
 
 
-def _check_metadata(metadata: Any, place: str) -> None:
-    """The reader refuses others."""
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, dict):
-            return all(not isinstance(key, tuple) and is_plain(child) for key, child in value.items())
-        if isinstance(value, list | tuple):
-            return all(map(is_plain, value))
-        return not isinstance(value, torch.Tensor | set | bytearray)
-
-    said = metadata.items() if isinstance(metadata, dict) else [(None, metadata)]
-    for path, value in said:
-        if not isinstance(path, str) or not isinstance(value, dict) or not is_plain(value):
-            raise _refuse(f"{place}.{path}", "other than a dict of plain values")
-
-
 def _is_whole(tensor: torch.Tensor) -> bool:
     """Whether the tensor is all of its storage, each element once; a view would drag the rest into the file."""
-    expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    nbytes = tensor.numel() * tensor.element_size()
+    return tensor.untyped_storage().nbytes() == nbytes and is_dense(tensor.shape, tensor.stride())
 
 
 def _scalar(value: Any, place: str) -> Any:
@@ -171,10 +153,10 @@ def _name(value: Any) -> str:
 
 def bytes_of_tensor(tensor: torch.Tensor) -> memoryview:
     """The contiguous little-endian bytes of a CPU tensor; those of another order are copied."""
-    # a dimension of one element or none may have any stride, which a plain view would keep
-    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+    return memory_of_tensor(tensor.contiguous())
 
 
 def memory_of_tensor(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor that is all of its storage, as ``plain`` makes them, in the order of memory: a view."""
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+    """The bytes of a CPU tensor that is all of its storage, in the order of memory; it lives as long as they do."""
+    # a dimension of one element or none may have any stride, which a plain view would keep
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

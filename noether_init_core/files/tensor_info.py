@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import attrs
 
-__all__ = ["ITEMSIZES", "Box", "Piece", "TensorInfo", "row_major", "span"]
+__all__ = ["ITEMSIZES", "Box", "Piece", "TensorInfo", "is_dense", "row_major", "span"]
 
 #: First and one past the last index in each dimension.
 Box = tuple[tuple[int, int], ...]
 
 #: Bytes per element of every dtype that can be read, by torch's name without ``torch.``.
 ITEMSIZES = {
-    "bfloat16": 2,
-    "bits16": 2,
-    "bits1x8": 1,
-    "bits2x4": 1,
-    "bits4x2": 1,
-    "bits8": 1,
-    "bool": 1,
-    "complex128": 16,
-    "complex32": 4,
-    "complex64": 8,
-    "float16": 2,
-    "float32": 4,
-    "float4_e2m1fn_x2": 1,
-    "float64": 8,
-    "float8_e4m3fn": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2": 1,
-    "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1,
-    "int16": 2,
-    "int32": 4,
-    "int64": 8,
-    "int8": 1,
-    "uint16": 2,
-    "uint32": 4,
-    "uint64": 8,
-    "uint8": 1,
+    name: size
+    for size, names in {
+        1: "bits1x8 bits2x4 bits4x2 bits8 bool float4_e2m1fn_x2 "
+        "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu int8 uint8",
+        2: "bfloat16 bits16 float16 int16 uint16",
+        4: "complex32 float32 int32 uint32",
+        8: "complex64 float64 int64 uint64",
+        16: "complex128",
+    }.items()
+    for name in names.split()
 }
 
 
@@ -176,11 +160,22 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+def span(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Elements from the first to the last one of a tensor, those between them included."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether every element from the first to the last one belongs to the tensor, in whatever order."""
+    expected = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True)):
+        if size > 1 and step != 0:
+            if step != expected:
+                return False
+            expected *= size
+    return 0 in shape or expected == span(shape, stride)
 
 
 def _steps(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:

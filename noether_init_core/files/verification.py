@@ -14,7 +14,7 @@ from noether_init_core.files.formats.records import Record
 from noether_init_core.files.nonfinite_values import Finding, can_be_nonfinite
 from noether_init_core.files.reading import nonfinite_in, read_tensor
 from noether_init_core.files.storage.handle import Handle
-from noether_init_core.files.tensor_info import Piece, TensorInfo, span
+from noether_init_core.files.tensor_info import Piece, TensorInfo, is_dense
 from noether_init_core.files.verifying import Stretch, Values, damage, examine
 from noether_init_core.messages import listed
 
@@ -125,7 +125,7 @@ class Verification:
     def checksum(self, info: TensorInfo) -> int | None:
         """CRC-32 of the bytes of the tensor, in their order in the file; None where the file has none of them alone."""
         piece = info.whole
-        if piece is None or piece.is_conjugated or piece.is_negated or not is_dense(info):
+        if piece is None or piece.is_conjugated or piece.is_negated or not is_dense(info.shape, info.stride):
             return None
         if not piece.nbytes:
             return 0 if self._has_checksums else None
@@ -265,7 +265,9 @@ class Verification:
                 for number, infos in enumerate(looked_at.get(stretch.name, {}).values()):
                     finding = findings.nonfinite.get((index, number))
                     for info in infos:
-                        self._known[info] = finding if finding is None or is_dense(info) else self._look_again(info)
+                        is_sure = finding is None or is_dense(info.shape, info.stride)
+                        # a view has gaps, and what was found may lie in one of them
+                        self._known[info] = finding if is_sure else nonfinite_in(read_tensor(self._handle, info))
         return [self._records[stretch.name] for stretch in findings.damaged]
 
     def _ranges(self, infos: Iterable[TensorInfo]) -> dict[str, dict[Values, list[TensorInfo]]]:
@@ -280,10 +282,6 @@ class Verification:
                 found.setdefault(record.name, {}).setdefault(values, []).append(info)
         return found
 
-    def _look_again(self, info: TensorInfo) -> Finding | None:
-        """A view has gaps, and what was found may lie in one of them."""
-        return nonfinite_in(read_tensor(self._handle, info))
-
     def _refuse_damage(self, damaged: Iterable[Record]) -> None:
         keys: dict[str, list[str]] = {record.name: [] for record in damaged}
         if not keys:
@@ -294,14 +292,3 @@ class Verification:
                 if record is not None and record.name in keys:
                     keys[record.name].append(key)
         raise damage(self._handle.path, keys)
-
-
-def is_dense(info: TensorInfo) -> bool:
-    """Whether every element from the first to the last one belongs to the tensor."""
-    expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(info.shape, info.stride, strict=True)):
-        if size > 1 and stride != 0:
-            if stride != expected:
-                return False
-            expected *= size
-    return 0 in info.shape or expected == span(info.shape, info.stride)

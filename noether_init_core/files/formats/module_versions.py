@@ -10,7 +10,7 @@ from noether_init_core.files.formats.builders import OpcodeError
 from noether_init_core.files.formats.object_graph import ObjectGraph
 from noether_init_core.files.tensor_names import children
 
-__all__ = ["METADATA", "Versions", "versions_in"]
+__all__ = ["METADATA", "Versions", "not_plain", "versions_in"]
 
 #: The attribute of a state dict.
 METADATA = "_metadata"
@@ -38,26 +38,40 @@ def versions_in(attached: Iterable[tuple[dict[Any, Any], Any]], size: int) -> di
 
 
 def _screened(metadata: Any, plain: set[int]) -> Versions:
-    if type(metadata) is not dict:
-        raise OpcodeError("the _metadata of a state dict is no dict")
-    for path, said in metadata.items():
-        if type(path) is not str or type(said) is not dict or not _is_plain(said, plain):
-            raise OpcodeError(f"the _metadata of a state dict says of {path!r:.80} something else than plain values")
+    wrong = not_plain(metadata, plain)
+    if wrong is not None:
+        raise OpcodeError(f"the _metadata of a state dict says of {wrong:.80} something else than plain values")
     return MappingProxyType(metadata)
+
+
+def not_plain(metadata: Any, known: set[int] | None = None) -> str | None:
+    """The first module of which it is not a dict of plain values that is said; None where all is well.
+
+    ``known``: ids of containers that were found plain before.
+    """
+    known = set() if known is None else known
+    if not isinstance(metadata, dict):
+        return "all modules"
+    return next(
+        (
+            repr(path)
+            for path, said in metadata.items()
+            if type(path) is not str or not isinstance(said, dict) or not _is_plain(said, known)
+        ),
+        None,
+    )
 
 
 def _is_plain(value: Any, known: set[int]) -> bool:
     """Whether it is made of dicts, lists, tuples and scalars; ``known`` are the containers that were looked at."""
-    kind = type(value)
-    if kind in _SCALARS:
+    if type(value) in _SCALARS:
         return True
-    if kind not in (dict, list, tuple):
+    if not isinstance(value, dict | list | tuple):
         return False
-    if id(value) in known:
-        return True
-    if kind is dict and not all(type(key) in _SCALARS for key in value):
-        return False
-    if not all(_is_plain(child, known) for _key, child in children(value)):
-        return False
-    known.add(id(value))
+    if id(value) not in known:
+        if isinstance(value, dict) and not all(type(key) in _SCALARS for key in value):
+            return False
+        if not all(_is_plain(child, known) for _key, child in children(value)):
+            return False
+        known.add(id(value))
     return True

@@ -9,7 +9,7 @@ about ten.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from noether_init_core.errors import type_of
@@ -258,34 +258,22 @@ class Interpreter:
         self._stack = self._marked.pop()
         return items
 
-    def _empty_list(self) -> None:
-        self._count_container()
-        self._stack.append([])
+    def _pop_last(self, count: int) -> list[Any]:
+        items = self._stack[-count:]
+        if len(items) < count:
+            raise IndexError
+        del self._stack[-count:]
+        return items
 
-    def _empty_dict(self) -> None:
-        self._count_container()
-        self._stack.append({})
-
-    def _empty_set(self) -> None:
-        self._count_container(_SET)
-        self._stack.append(set())
+    def _empty(self, container: Any, weight: int = 1) -> None:
+        self._count_container(weight)
+        self._stack.append(container)
 
     def _frozen_set(self) -> None:
         self._count_container(_SET)
         members: set[Any] = set()
         add_members(self._scope, members, self._pop_mark())
         self._stack.append(frozenset(members))
-
-    def _tuple_3(self) -> None:
-        stack = self._stack
-        stack[-3:] = [(stack[-3], stack[-2], stack[-1])]
-
-    def _append(self) -> None:
-        value = self._stack.pop()
-        self._extend([value])
-
-    def _appends(self) -> None:
-        self._extend(self._pop_mark())
 
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
@@ -303,13 +291,6 @@ class Interpreter:
         if type(target) is not set:
             raise OpcodeError(f"data.pkl adds members to {type_of(target)}")
         add_members(self._scope, target, items)
-
-    def _set_item(self) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        self._update([key, value])
-
-    def _set_items(self) -> None:
-        self._update(self._pop_mark())
 
     def _update(self, items: list[Any]) -> None:
         target = self._stack[-1]
@@ -338,12 +319,6 @@ class Interpreter:
         if self._position + length > len(self._data):
             raise OpcodeError("data.pkl has a frame that ends behind it")
 
-    def _none(self) -> None:
-        self._stack.append(None)
-
-    def _true(self) -> None:
-        self._stack.append(True)
-
     def _float(self) -> None:
         self._stack.append(_FLOAT_8(self._data, self._position)[0])
         self._position += 8
@@ -364,27 +339,6 @@ class Interpreter:
             raise OpcodeError(f"data.pkl has an integer of {len(digits)} bytes")
         self._stack.append(int.from_bytes(digits, "little", signed=True))
 
-    def _integer_1(self) -> None:
-        self._integer(1)
-
-    def _integer_4(self) -> None:
-        self._integer(4)
-
-    def _text_8(self) -> None:
-        self._stack.append(self._take(8).decode("utf-8", "surrogatepass"))
-
-    def _bytes_1(self) -> None:
-        self._stack.append(self._take(1))
-
-    def _bytes_4(self) -> None:
-        self._stack.append(self._take(4))
-
-    def _bytes_8(self) -> None:
-        self._stack.append(self._take(8))
-
-    def _byte_array_8(self) -> None:
-        self._stack.append(bytearray(self._take(8)))
-
     # The stack: written for tuples that contain themselves through a list
 
     def _pop(self) -> None:
@@ -393,38 +347,35 @@ class Interpreter:
         else:
             self._pop_mark()
 
-    def _pop_to_mark(self) -> None:
-        self._pop_mark()
 
-
-_COLD = {
+_COLD: dict[int, Callable[[Interpreter], object]] = {
     0x30: Interpreter._pop,
-    0x31: Interpreter._pop_to_mark,
-    0x42: Interpreter._bytes_4,
-    0x43: Interpreter._bytes_1,
+    0x31: Interpreter._pop_mark,
+    0x42: lambda run: run._stack.append(run._take(4)),
+    0x43: lambda run: run._stack.append(run._take(1)),
     0x47: Interpreter._float,
-    0x4E: Interpreter._none,
-    0x5D: Interpreter._empty_list,
-    0x61: Interpreter._append,
+    0x4E: lambda run: run._stack.append(None),
+    0x5D: lambda run: run._empty([]),
+    0x61: lambda run: run._extend([run._stack.pop()]),
     0x62: Interpreter._build,
     0x63: Interpreter._global,
-    0x65: Interpreter._appends,
-    0x73: Interpreter._set_item,
-    0x75: Interpreter._set_items,
-    0x7D: Interpreter._empty_dict,
+    0x65: lambda run: run._extend(run._pop_mark()),
+    0x73: lambda run: run._update(run._pop_last(2)),
+    0x75: lambda run: run._update(run._pop_mark()),
+    0x7D: lambda run: run._empty({}),
     0x80: Interpreter._protocol,
     0x81: Interpreter._new_object,
-    0x87: Interpreter._tuple_3,
-    0x88: Interpreter._true,
-    0x8A: Interpreter._integer_1,
-    0x8B: Interpreter._integer_4,
-    0x8D: Interpreter._text_8,
-    0x8E: Interpreter._bytes_8,
-    0x8F: Interpreter._empty_set,
+    0x87: lambda run: run._stack.append(tuple(run._pop_last(3))),
+    0x88: lambda run: run._stack.append(True),
+    0x8A: lambda run: run._integer(1),
+    0x8B: lambda run: run._integer(4),
+    0x8D: lambda run: run._stack.append(run._take(8).decode("utf-8", "surrogatepass")),
+    0x8E: lambda run: run._stack.append(run._take(8)),
+    0x8F: lambda run: run._empty(set(), _SET),
     0x90: Interpreter._add_items,
     0x91: Interpreter._frozen_set,
     0x92: Interpreter._new_object_ex,
     0x93: Interpreter._stack_global,
     0x95: Interpreter._frame,
-    0x96: Interpreter._byte_array_8,
+    0x96: lambda run: run._stack.append(bytearray(run._take(8))),
 }
