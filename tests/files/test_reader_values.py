@@ -233,9 +233,7 @@ def test_another_good_file_in_place_of_the_committed_one_is_refused(tmp_path: Pa
             reader.verify()
         with (
             open_checkpoint(path, digests=entry) as reader,
-            pytest.raises(
-                CheckpointCorruptError, match=r"is damaged|not the file that was committed|were written"
-            ),
+            pytest.raises(CheckpointCorruptError, match=r"is damaged|not the file that was committed|were written"),
         ):
             reader.verify()
 
