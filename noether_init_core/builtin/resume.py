@@ -38,12 +38,19 @@ from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.sets import refusals
-from noether_init_core.sets.checkpoint_set import check_files, said_by
+from noether_init_core.sets.checkpoint_set import (
+    CheckpointFile,
+    CheckpointSet,
+    Need,
+    check_consistency,
+    check_files,
+    said_by,
+)
 from noether_init_core.sets.file_names import Part
 from noether_init_core.sets.health import check_file
-from noether_init_core.sets.looking import walk_back
-from noether_init_core.sets.selection import Policy, Query
-from noether_init_core.sets.store import CheckpointFile, CheckpointSet, Need, RunStore, check_consistency
+from noether_init_core.sets.looking import find_set, walk_back
+from noether_init_core.sets.selection import Policy, Query, older_good
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["ResumeInitializer", "ResumeInitializerConfig"]
 
@@ -91,7 +98,7 @@ class ResumeInitializer(CheckpointInitializer):
 
     def __init__(self, config: KindConfig, *, path_provider: Any = None, auto_resume: bool = False) -> None:
         super().__init__(config, path_provider=path_provider)
-        self.store = RunStore(self.source_paths, asked_by="auto_resume" if auto_resume else "resume")
+        self.asked_by = "auto_resume" if auto_resume else "resume"
         self._query = Query.of(self.checkpoint_tag)
         self._is_automatic = auto_resume or self._query.automatic
         self._any_tag = auto_resume and self.config.checkpoint_tag is None
@@ -122,38 +129,36 @@ class ResumeInitializer(CheckpointInitializer):
         trainer: Mapping[str, Any] = selection.trainer
         return trainer
 
-    def _selected(self, needs: Sequence[Need]) -> RunSelection:
+    def _selected(self, snapshot: Snapshot, needs: Sequence[Need]) -> RunSelection:
         """The set that has the trainer file and the weights of all models; the trainer file decides what they are."""
-        if self.config.on_invalid == "previous" and self._query.automatic:
-            return self._select_good()
-        root = self._root_name()
-        found = self.store.find(self.checkpoint_tag, [*self._observed_needs(root), Need(root, "trainer")])
-        self._check_run(found)
-        self.logger.info("%s: %s is %s", self.config.kind, self.checkpoint_tag, found.folder)
-        return RunSelection(found, root)
-
-    def _select_good(self) -> RunSelection:
-        """The newest good set that the tag leads to."""
+        walks_back = self.config.on_invalid == "previous" and self._query.automatic
+        root = self.config.model_name
         # without a readable manifest no model is known, and no set will be chosen either
-        root = self._root_name() if self.config.model_name or self.store.trainer_names() else None
+        if root is None and (snapshot.trainer_names() or not walks_back):
+            root = self._only_root(snapshot)
+        trainer_file = [Need(root, "trainer")]
         parts: tuple[Part, ...] = ("model", "optim") if self.config.load_optim else ("model",)
+        policy = Policy(any_tag=self._any_tag, walk_back=walks_back, root=root, parts=parts)
+        tag, asked_by = self.checkpoint_tag, self.asked_by
+        if not walks_back:
+            return self._checked(find_set(snapshot, tag, trainer_file, policy, asked_by=asked_by), root)
         selected, trainer = walk_back(
-            self.store.snapshot,
-            self.checkpoint_tag,
-            lambda found: self._prove(found, root),
-            [Need(root, "trainer")],
-            Policy(any_tag=self._any_tag, walk_back=True, root=root, parts=parts),
-            asked_by=self.store.asked_by,
+            snapshot, tag, lambda found: self._prove(found, root), trainer_file, policy, asked_by=asked_by
         )
-        kind, chosen = self.config.kind, selected.found
-        self._check_run(chosen)
-        for name, reason in selected.passed_over:
-            self.logger.warning("%s: passed over %s: %s", kind, name, reason)
-        if selected.passed_over:
-            self.logger.warning("%s: walked back to %s, %s", kind, chosen.name, chosen.folder)
-        else:
-            self.logger.info("%s: %s is %s", kind, self.checkpoint_tag, chosen.folder)
-        return RunSelection(chosen, root, trainer, selected.passed_over)
+        return attrs.evolve(self._checked(selected, root), trainer=trainer)
+
+    def _only_root(self, snapshot: Snapshot) -> str:
+        """The name of the whole model in the files: that of the only trainer file.
+
+        Raises ``AmbiguousCheckpointError`` if there are trainer files of several models.
+        """
+        names = snapshot.trainer_names()
+        if len(names) > 1:
+            raise refusals.several_models(snapshot, names, self.asked_by)
+        if not names:
+            find_set(snapshot, self.checkpoint_tag, [Need(None, "trainer")], asked_by=self.asked_by)
+            raise CheckpointNotFoundError(f"{snapshot.folder} has no trainer file", path=snapshot.folder)
+        return names[0]
 
     def _prove(self, found: CheckpointSet, root: str | None) -> dict[str, Any]:
         """Verify every file of the set as ``verify`` says; returns the state of the trainer.
@@ -202,31 +207,11 @@ class ResumeInitializer(CheckpointInitializer):
                 reader.verify()
             return dict(reader.load())
 
-    def _root_name(self) -> str:
-        """The name of the whole model in the files: ``model_name``, else that of the only trainer file.
-
-        Raises ``AmbiguousCheckpointError`` if there are trainer files of several models.
-        """
-        if self.config.model_name is not None:
-            return self.config.model_name
-        names, folder = self.store.trainer_names(), self.source_paths.checkpoint_path
-        if len(names) > 1:
-            raise AmbiguousCheckpointError(
-                f"{folder} has trainer files of several models: {', '.join(names)}. "
-                f"Add: {refusals.model_line(names[0], self.store.asked_by)}",
-                path=folder,
-                candidates=names,
-            )
-        if not names:
-            self.store.find(self.checkpoint_tag, [Need(None, "trainer")])
-            raise CheckpointNotFoundError(f"{folder} has no trainer file", path=folder)
-        return names[0]
-
     def file_root(self, name: str, below: str) -> str:
         """The whole model's name in the files, then the names of submodels."""
         with self.in_session() as session:
             self._trainer_state()
-            root: str = session.selection.root or self._root_name()
+            root: str = session.selection.root or self._only_root(session.selection.selected.snapshot)
             if name != root and self.config.model_name is None:
                 self.logger.warning(
                     "%s: the model is called %s, the only trainer file is of %s, which is taken. "
@@ -283,16 +268,17 @@ class ResumeInitializer(CheckpointInitializer):
                 error.add(f". {self._ways_on(self.selection.chosen)}")
             raise
         except (PlanError, IncompleteSetError, AmbiguousCheckpointError) as error:
-            if self.store.asked_by == "auto_resume" and "auto_resume: {" not in str(error):
+            if self.asked_by == "auto_resume" and "auto_resume: {" not in str(error):
                 error.add("\nWhat resume can be told stands in auto_resume: auto_resume: {key: value}")
             raise
 
     def _ways_on(self, broken: CheckpointSet) -> str:
-        good = self.store.older_good(broken)
-        asked = TrainingIteration() if self.store.asked_by == "auto_resume" else self._query.iteration
+        snapshot = Snapshot(self.source_paths)  # sets may have come since
+        good = older_good(snapshot, broken)
+        asked = TrainingIteration() if self.asked_by == "auto_resume" else self._query.iteration
         is_asked = good is not None and (asked is None or good.iteration is None or asked.matches(good.iteration))
         may_walk_back = self._is_automatic and is_asked and self.config.on_invalid == "error"
-        return refusals.ways_on(self.store.snapshot, good, self.store.asked_by, may_walk_back=may_walk_back)
+        return refusals.ways_on(snapshot, good, self.asked_by, may_walk_back=may_walk_back)
 
     def init_trainer(self, trainer: Any) -> None:
         """Hand the trainer file's content to ``trainer.load_state_dict``; if that raises, its state is put back."""
@@ -347,31 +333,9 @@ class ResumeInitializer(CheckpointInitializer):
         ]
 
     def _tag_words(self) -> str:
-        if self.selection is not None and (self.selection.passed_over or self._any_tag):
+        if self.selection is not None and (self.selection.selected.passed_over or self._any_tag):
             return self.selection.chosen.name
         return super()._tag_words()
-
-    def _observed_needs(self, root: str) -> list[Need]:
-        """What a set of ``root`` has at best: an open tag (``{epoch: 10}``) then means the newest such set."""
-        tag = self.checkpoint_tag
-        iteration = TrainingIteration.from_mapping(tag) if isinstance(tag, Mapping) else _iteration_or_none(tag)
-        if iteration is None or iteration.is_fully_specified:
-            return []
-        wanted = self._seen_parts(root)
-        try:
-            self.store.find(tag, [*wanted, Need(root, "trainer")])
-        except IncompleteSetError:
-            return []
-        return wanted
-
-    def _seen_parts(self, root: str) -> list[Need]:
-        wanted: dict[Need, None] = {}
-        for found in self.store.sets():
-            for file in found.files:
-                below = file.model == root or file.model.startswith(f"{root}.")
-                if below and file.info is None and (file.part == "model" or self._loads(file.part)):
-                    wanted[Need(file.model, file.part)] = None
-        return list(wanted)
 
     def _loads(self, part: str) -> bool:
         return part == "optim" and self.config.load_optim
@@ -382,10 +346,3 @@ def _members(state: Mapping[str, Any]) -> list[str]:
     ours = state.get(_TRAINER_STATE)
     stateful = ours.get("stateful") if isinstance(ours, Mapping) else None
     return [str(name) for name in stateful] if isinstance(stateful, Mapping) else []
-
-
-def _iteration_or_none(tag: str) -> TrainingIteration | None:
-    try:
-        return TrainingIteration.from_string(tag)
-    except ValueError:
-        return None

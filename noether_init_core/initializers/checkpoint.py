@@ -18,11 +18,14 @@ from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.initializers.source_config import OptimizerStateConfig
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
-from noether_init_core.sets.checkpoint_set import said_by
+from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, said_by
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.histories import read_histories
+from noether_init_core.sets.looking import find_set, require
 from noether_init_core.sets.provenance import History
-from noether_init_core.sets.store import CheckpointSet, Need, RunStore, check_consistency
+from noether_init_core.sets.refusals import AskedBy
+from noether_init_core.sets.selection import Selected
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["CheckpointInitializer", "CheckpointInitializerConfig", "RunSelection", "other_run"]
 
@@ -44,16 +47,19 @@ class RunSelection:
     """What an initializer selected among the checkpoints of a run; everything comes from it.
 
     Attributes:
-        chosen: The set.
+        selected: The set, what was passed over on the way back to it, and the snapshot that it was selected from.
         root: The whole model's name in the files, where the trainer file decides it.
         trainer: The content of the trainer file, where it is taken.
-        passed_over: (set, reason) of each broken set that was passed over, newest first.
     """
 
-    chosen: CheckpointSet
+    selected: Selected
     root: str | None = None
     trainer: Mapping[str, Any] | None = None
-    passed_over: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def chosen(self) -> CheckpointSet:
+        """The set."""
+        return self.selected.found
 
 
 class CheckpointInitializer(SourceInitializer):
@@ -68,10 +74,12 @@ class CheckpointInitializer(SourceInitializer):
     config_class: ClassVar[type[KindConfig]] = CheckpointInitializerConfig
     config: CheckpointInitializerConfig
 
+    #: Who asks for a set; errors advise what its config can say.
+    asked_by: AskedBy = "tag"
+
     def __init__(self, config: KindConfig, *, path_provider: Any = None) -> None:
         super().__init__(config, path_provider=path_provider)
         self.source_paths = self._source_paths()
-        self.store = RunStore(self.source_paths)
 
     @property
     def checkpoint_tag(self) -> str | dict[str, int]:
@@ -89,16 +97,27 @@ class CheckpointInitializer(SourceInitializer):
 
         Raises ``CheckpointNotFoundError``, ``IncompleteSetError`` or ``AmbiguousCheckpointError``.
         """
-        needs = [self._need(leaf, part) for leaf in leaves]
-        if self.session.selection is None:
-            self.session.selection = self._selected(needs)
-        self.store.require(self.session.selection.chosen, needs)
+        session = self.session
+        snapshot = Snapshot(self.source_paths) if session.selection is None else session.selection.selected.snapshot
+        needs = [self._need(leaf, part, snapshot) for leaf in leaves]
+        if session.selection is None:
+            session.selection = self._selected(snapshot, needs)
+        require(session.selection.selected.snapshot, session.selection.chosen, needs, asked_by=self.asked_by)
 
-    def _selected(self, needs: Sequence[Need]) -> RunSelection:
-        found = self.store.find(self.checkpoint_tag, needs)
-        self._check_run(found)
-        self.logger.info("%s: %s is %s", self.config.kind, self.checkpoint_tag, found.folder)
-        return RunSelection(found)
+    def _selected(self, snapshot: Snapshot, needs: Sequence[Need]) -> RunSelection:
+        return self._checked(find_set(snapshot, self.checkpoint_tag, needs, asked_by=self.asked_by))
+
+    def _checked(self, selected: Selected, root: str | None = None) -> RunSelection:
+        """The selection, unless the set must not be taken; the log says what was selected."""
+        kind, chosen = self.config.kind, selected.found
+        self._check_run(chosen)
+        for name, reason in selected.passed_over:
+            self.logger.warning("%s: passed over %s: %s", kind, name, reason)
+        if selected.passed_over:
+            self.logger.warning("%s: walked back to %s, %s", kind, chosen.name, chosen.folder)
+        else:
+            self.logger.info("%s: %s is %s", kind, self.checkpoint_tag, chosen.folder)
+        return RunSelection(selected, root)
 
     def locate(self, query: LocateQuery) -> Source | None:
         """The file of the selected set. Optimizer state belongs to the plain weights, whatever ``model_info`` says."""
@@ -113,7 +132,7 @@ class CheckpointInitializer(SourceInitializer):
             origin = {"run_id": self.source_paths.run_id, "tag": self._tag_words()}
             if self.source_paths.stage_name is not None:
                 origin["stage_name"] = self.source_paths.stage_name
-            iteration = self.store.iteration_of(chosen)
+            iteration = self.selection.selected.snapshot.iteration_of(chosen)
             if iteration is not None:
                 origin["iteration"] = str(iteration)
             digests = chosen.digests_of(found) or chosen.digest_of(found)
@@ -141,7 +160,9 @@ class CheckpointInitializer(SourceInitializer):
 
     def outcome(self) -> Outcome:
         """As in ``SourceInitializer``, and the sets that were passed over."""
-        return attrs.evolve(super().outcome(), passed_over=() if self.selection is None else self.selection.passed_over)
+        if self.selection is None:
+            return super().outcome()
+        return attrs.evolve(super().outcome(), passed_over=self.selection.selected.passed_over)
 
     def stored_model_config(self, model_name: str) -> dict[str, Any]:
         """The ``model_config`` stored with the weights, without ``pop_ckpt_kwargs_keys``.
@@ -169,12 +190,11 @@ class CheckpointInitializer(SourceInitializer):
     def _info(self, part: Part) -> str | None:
         return self.config.model_info if part == "model" else None
 
-    def _need(self, leaf: Leaf, part: Part) -> Need:
+    def _need(self, leaf: Leaf, part: Part, snapshot: Snapshot) -> Need:
         """The first name of the model that some set has, else its full path."""
         name = leaf.file_names[0]
         if len(leaf.file_names) > 1:
-            known = {file.model for found in self.store.sets() for file in found.files if file.part == part}
-            name = next((one for one in leaf.file_names if one in known), name)
+            name = next((one for one in leaf.file_names if (one, part) in snapshot.parts()), name)
         return Need(name, part, self._info(part))
 
     def _check_run(self, selected: CheckpointSet) -> None:

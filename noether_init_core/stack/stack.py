@@ -30,8 +30,9 @@ from noether_init_core.kinds.hookspec import HOOK_NAMES
 from noether_init_core.observers.loading import load_observer
 from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import check_model, leaf_models
+from noether_init_core.sets.looking import newest_set
 from noether_init_core.sets.provenance import InitializerReport, InitReport
-from noether_init_core.sets.store import RunStore
+from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.stack.config_files import (
     Entry,
     LoadedConfig,
@@ -509,15 +510,17 @@ def _auto_resume(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
             "its checkpoints. Give a fixed run_id"
         )
     config = validate_entry(entry)
-    store = RunStore(paths, asked_by="auto_resume")
+    snapshot = Snapshot(paths)
     keywords = {**(getattr(config, "kwargs", None) or {}), "auto_resume": True}
-    if getattr(config, "on_invalid", "error") == "previous" and store.is_begun():
+    if getattr(config, "on_invalid", "error") == "previous" and snapshot.is_begun():
         # Which set is good is found out by reading it, when the start iteration is asked for.
         resumed = config.model_copy(update={"kwargs": keywords})
         return attrs.evolve(entry, config=resumed), "auto_resume: resumed from the newest good set"
     model = getattr(config, "model_name", None)
     # a name that no set has is an error of the resume, and no fresh start: it may be misspelt
-    newest = store.newest(model) or (store.newest() if model is not None else None)
+    newest = newest_set(snapshot, model, asked_by="auto_resume")
+    if newest is None and model is not None:
+        newest = newest_set(snapshot, asked_by="auto_resume")
     if newest is None:
         return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
     resumed = config.model_copy(update={"kwargs": keywords, "checkpoint_tag": newest.name})
