@@ -143,8 +143,9 @@ def test_a_kind_that_cannot_be_imported(target: str, source: str | None, reason:
         ("K = 3\n", "is of type int, not a subclass of InitializerBase"),
         ("class K: pass\n", "is the class K, not a subclass of InitializerBase"),
         (
-            f"{HEAD}    def init_weights(self, model): pass\n",
-            "breaks the contract of initializers: init_optimizer(model) is not implemented",
+            "from noether_init_core import SourceInitializer, SourceInitializerConfig\n"
+            "class K(SourceInitializer):\n    config_class = SourceInitializerConfig\n",
+            "breaks the contract of initializers: locate(query) is not implemented",
         ),
         (
             f"{HEAD}    def init_weights(self, module): pass\n    def init_optimizer(self, *rest): pass\n",
