@@ -14,9 +14,9 @@ import typer
 from noether_init_core.cli.files import Html, check_page, write_html, write_text
 from noether_init_core.cli.options import Start, naming_options, with_start
 from noether_init_core.cli.output import AsJson, show, show_json
-from noether_init_core.cli.progress import transfers
+from noether_init_core.cli.progress import progress
 from noether_init_core.errors import CheckpointWriteError, ConfigError, InitError
-from noether_init_core.messages import counted, yaml_line
+from noether_init_core.messages import counted, one_line, yaml_line
 
 if TYPE_CHECKING:
     from noether_init_core.saving.weights_file import WrittenFile
@@ -75,17 +75,14 @@ def run(
             Console().print(PlanView(plan))
             show("nothing was written", err=True)
             raise typer.Exit(1)
-        # verified first, then read
-        with transfers("loading", 2 * plan.loaded_bytes, "rchar"):
+        with progress("loading", None):
             report = stack.initialize(built, trains=False)
     _refuse_sources(report, states)
     written: list[WrittenFile] = []
     for path, leaf in states.items():
-        state = leaf.state_dict()
-        nbytes = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
         try:
-            with transfers(f"writing {path.name}", nbytes, "wchar"):
-                written.append(_write(path, state, report, replace=force))
+            with progress(one_line(f"writing {path.name}"), None):
+                written.append(_write(path, leaf.state_dict(), report, replace=force))
         except InitError:
             if not force:  # what was there before is gone with it
                 for other in (one.path for one in written):

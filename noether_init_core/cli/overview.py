@@ -14,7 +14,7 @@ import typer
 
 from noether_init_core import kinds
 from noether_init_core.cli.output import show, show_commands, show_json
-from noether_init_core.errors import CheckpointError
+from noether_init_core.errors import InitError
 from noether_init_core.messages import listed
 
 __all__ = ["run", "show_version"]
@@ -103,21 +103,19 @@ def _runs() -> Iterator[_Run]:
 
 
 def _run(path: Path) -> _Run | None:
-    """By the names of sets, or else of flat files, alone; None where there is neither."""
-    from noether_init_core.sets.checkpoint_set import SETS_FOLDER, set_folders
-    from noether_init_core.sets.file_names import iteration_of_tag, parse
+    """By the newest manifest, or else by the names of flat files; None where there is neither."""
+    from noether_init_core.paths import PathProvider
+    from noether_init_core.sets.snapshot import Snapshot
 
-    checkpoints = path / "checkpoints"
-    if os.path.isdir(checkpoints / SETS_FOLDER):
-        try:
-            committed = [one for one in set_folders(checkpoints) if one.is_committed()]
-        except CheckpointError:  # inspect tells it
-            return _Run(str(path), None)
-        if committed:
-            return _Run(str(path), str(committed[-1].iteration))
-    found = [parsed for parsed in (parse(entry.name) for entry in _entries(checkpoints)) if parsed is not None]
-    iterations = [iteration for iteration in (iteration_of_tag(one.tag) for one in found) if iteration is not None]
-    return _Run(str(path), str(max(iterations)) if iterations else None) if found else None
+    try:
+        snapshot = Snapshot(PathProvider(path.resolve().parent, path.resolve().name))
+        newest = snapshot.newest_folder
+        flat = snapshot.flat if newest is None else ()
+    except InitError:  # inspect tells it
+        return _Run(str(path), None)
+    if newest is not None:
+        return _Run(str(path), str(newest.iteration))
+    return _Run(str(path), str(flat[0].iteration) if flat[0].iteration is not None else None) if flat else None
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

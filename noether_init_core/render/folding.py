@@ -181,7 +181,7 @@ def _way(row: PlanRow) -> Hashable:
         differs = row.shape, row.source_shapes, row.dtype, row.source_dtype
     elif row.writes and row.source_dtype != row.dtype:
         differs = row.dtype, row.source_dtype
-    return row.model, row.target is None, row.action, row.rule, row.steps, len(row.sources), row.parts, differs
+    return row.origin, row.target is None, row.action, row.rule, row.steps, len(row.sources), row.parts, differs
 
 
 def _aligned(rows: list[PlanRow]) -> Iterator[list[PlanRow]]:

@@ -42,12 +42,25 @@ _SAID = {
 
 @attrs.frozen
 class _Part:
-    """The rows of one single model; its files are several where initializers follow each other."""
+    """The rows of one single model; ``origins`` by their number in the plan are several where initializers follow."""
 
-    kind: str
     model: str
-    origins: tuple[Origin, ...]
-    rows: tuple[PlanRow, ...]
+    origins: dict[int, Origin]
+    rows: list[PlanRow]
+
+    def header(self, has_siblings: bool) -> Text:
+        """Kinds and files; of several origins each has the number by which lines name it."""
+        kinds = " + ".join(dict.fromkeys(origin.initializer for origin in self.origins.values()))
+        words = "; ".join(
+            f"({number}) {origin.description}" if len(self.origins) > 1 else origin.description
+            for number, origin in enumerate(self.origins.values(), 1)
+        )
+        words = one_line(f"{self.model} <- {words}" if has_siblings else words)
+        return Text(one_line(kinds), "bold").append(f"  {words}", "not bold")
+
+    def name_of(self, origin: int) -> str:
+        """How a line names an origin; empty where there is one only."""
+        return f"({list(self.origins).index(origin) + 1})" if len(self.origins) > 1 else ""
 
 
 class _View:
@@ -91,26 +104,21 @@ class PlanView(_View):
         found: list[Text] = []
         is_folded = False
         for part, is_well in zip(parts, well, strict=True):
-            header = self._header(part, len(parts) > 1)
+            header = part.header(len(parts) > 1)
             if is_well:
                 found += filled(Text(""), [header, _all_loaded(part)], width)
                 continue
-            known = (self.notes.get((origin.position, origin.model)) for origin in part.origins)
+            known = (self.notes.get((origin.position, origin.model)) for origin in part.origins.values())
             notes = dict.fromkeys(filter(None, known))
             folds = tuple(map(_single, part.rows)) if self.unfolded else fold_rows(part.rows)
             is_folded = is_folded or any(len(fold.rows) > 1 for fold in folds)
             found += filled(Text(""), [header, *(Text(note, "dim") for note in notes)], width)
-            found += self._folds(folds, _beside(part, folds, problems), width)
+            found += self._folds(part, folds, _beside(part, folds, problems), width)
         found += self._messages(problems, _PROBLEM, width)
         found += self._messages(warnings, _WARNING, width)
         if problems or warnings or not parts or not all(well):
             found += self._summary(is_folded, width)
         return found
-
-    def _header(self, part: _Part, has_siblings: bool) -> Text:
-        words = one_line("; ".join(origin.description for origin in part.origins))
-        words = f"{one_line(part.model)} <- {words}" if has_siblings else words
-        return Text(one_line(part.kind), "bold").append(f"  {words}", "not bold")
 
     def _is_well(self, part: _Part, problems: Sequence[Problem]) -> bool:
         """Whether every entry of the model is loaded by its name, and the file has no other."""
@@ -120,7 +128,9 @@ class PlanView(_View):
             and not any(part.model in problem.model.split(", ") for problem in problems)
         )
 
-    def _folds(self, folds: Sequence[Fold], beside: Mapping[int, Sequence[Problem]], width: int) -> list[Text]:
+    def _folds(
+        self, part: _Part, folds: Sequence[Fold], beside: Mapping[int, Sequence[Problem]], width: int
+    ) -> list[Text]:
         table = _Table.of(folds, width, self.unfolded)
         found: list[Text] = []
         shown: Counter[str] = Counter()
@@ -130,7 +140,7 @@ class PlanView(_View):
                 left.setdefault(fold.action, []).append(fold)
                 continue
             shown[fold.action] += 1
-            found += table.line(fold)
+            found += table.line(fold, part.name_of(fold.rows[0].origin))
             found += self._messages(beside.get(number, ()), None, width)
         for more in left.values():
             mark = MARKS[more[0].action]
@@ -213,7 +223,7 @@ class _Table:
         fitting = [length for length in texts if length <= room]
         return cls(word, max(fitting, default=0), keys, elements, width, unfolded)
 
-    def line(self, fold: Fold) -> list[Text]:
+    def line(self, fold: Fold, origin: str) -> list[Text]:
         """One line, and more where it is too long."""
         mark = MARKS[fold.action]
         line = Text(mark.text(self.word) + "  ", mark.style)
@@ -222,7 +232,7 @@ class _Table:
         numbers = f"{_elements_of(fold):>{self.elements}}"
         if not self.unfolded:
             numbers = f"{_keys_of(fold):>{self.keys}}  {numbers}"
-        details = self._details(fold)
+        details = [*self._details(fold), *([Text(origin, "dim")] if origin else [])]
         if len(pattern) <= self.pattern:
             line.append(f"{pattern:<{self.pattern}}", "not dim").append(f"  {numbers}", "dim")
             return filled(line, details, self.width, indent, first="  ", between="  ")
@@ -279,21 +289,12 @@ def _literal(key: str) -> KeyPattern:
 
 def _parts_of(plan: LoadPlan) -> list[_Part]:
     """The rows by model. A merged plan has one row for each entry, whichever file it comes from in the end."""
-    origins: dict[str, list[Origin]] = {}
-    for origin in plan.origins:
-        origins.setdefault(origin.model, []).append(origin)
-    rows: dict[str, list[PlanRow]] = {model: [] for model in origins}
+    parts: dict[str, _Part] = {}
+    for number, origin in enumerate(plan.origins):
+        parts.setdefault(origin.model, _Part(origin.model, {}, [])).origins[number] = origin
     for row in plan.rows:
-        rows[row.model].append(row)
-    return [
-        _Part(
-            " + ".join(dict.fromkeys(origin.initializer for origin in origins[model])),
-            model,
-            tuple(origins[model]),
-            tuple(members),
-        )
-        for model, members in rows.items()
-    ]
+        parts[row.model].rows.append(row)
+    return list(parts.values())
 
 
 def _all_loaded(part: _Part) -> Text:

@@ -232,7 +232,7 @@ def test_a_part_that_is_well_is_one_line_beside_one_that_is_not() -> None:
 
 
 def test_a_model_that_several_initializers_load_is_shown_once() -> None:
-    """Both origins in front, and of each key what happens to it in the end."""
+    """Both origins in front with a number each; of each key what happens to it in the end, and by which of them."""
     parts = [
         PlanPart("net", origin, (f"{origin}.th",), {keep: spec(9), other: spec(4)}, {"a": spec(4), "b": spec(4)})
         for origin, keep, other in (("one", "a", "b"), ("two", "b", "a"))
@@ -243,11 +243,12 @@ def test_a_model_that_several_initializers_load_is_shown_once() -> None:
     ]
     notes = {(0, "net"): "committed", (1, "net"): "not committed"}
     assert PlanView(LoadPlan.merged(plans), notes=notes).text(100).splitlines() == [
-        "first + second  one; two   committed   not committed",
-        " = load     {b,a}  2 keys  8",
-        " - removed  a       1 key  9  keep a",
-        " - removed  b       1 key  9  keep b",
-        "coverage 100 %   no problem   nothing was changed   (--all unfolds)",
+        "first + second  (1) one; (2) two   committed   not committed",
+        " = load     b  1 key  4  (1)",
+        " = load     a  1 key  4  (2)",
+        " - removed  a  1 key  9  keep a  (1)",
+        " - removed  b  1 key  9  keep b  (2)",
+        "coverage 100 %   no problem   nothing was changed",
     ]
 
 
