@@ -11,6 +11,17 @@ from support.foreign import ForeignPackages
 pytest_plugins = ["noether_init_core.testing"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--backwards`` finds tests that only pass because of the ones before them."""
+    parser.addoption("--backwards", action="store_true", help="run the tests in the opposite order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Turn the order round, where that is asked for."""
+    if config.getoption("--backwards"):
+        items.reverse()
+
+
 @pytest.fixture(scope="session")
 def noether_runs() -> Path:
     """The folder of checkpoints that Noether wrote; tests that need it are skipped where it is absent."""
