@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,6 +139,7 @@ class Walk:
         self._roots = (f"{root / PACKAGE}{os.sep}", f"{root / 'plugins'}{os.sep}")
         self._stack: list[str | None] = []
         self.files: set[str] = set()
+        self.entered: Counter[tuple[str, str, str]] = Counter()  # (from file, to file, function)
         self.changes = self.depth = 0
 
     def __enter__(self) -> Walk:
@@ -156,7 +158,9 @@ class Walk:
             self._stack.pop()
         if file is not None:
             below = next((other for other in reversed(self._stack) if other is not None), None)
-            self.changes += below is not None and below != file
+            if below is not None and below != file:
+                self.changes += 1
+                self.entered[below, file, frame.f_code.co_name] += event == "call"
         if event == "call":
             self._stack.append(file)
             if file is not None:
@@ -300,7 +304,11 @@ def measure(root: Path) -> dict[str, Any]:
             with Walk(root) as walk:
                 ask(model, trainer)
             found["questions"][title] = [len(walk.files), walk.changes, walk.depth]
-            found.setdefault("files", {})[title] = sorted(str(Path(file).relative_to(root)) for file in walk.files)
+            found.setdefault("files", {})[title] = sorted(os.path.relpath(file, root) for file in walk.files)
+            found.setdefault("most", {})[title] = [
+                f"{count} {os.path.relpath(first, root)} -> {os.path.relpath(other, root)} {function}"
+                for (first, other, function), count in walk.entered.most_common(20)
+            ]
     with tempfile.TemporaryDirectory() as folder, quiet():
         made = world(Path(folder).resolve(), SETS)
         for title, ask in look_ups(made).items():
@@ -326,13 +334,15 @@ def print_measured(root: Path, *, name_files: bool) -> None:
     for title, (heads, different, listings) in found["looks"].items():
         print(f"| {title} | {heads} | {different} | {listings} |")
     for title, files in found["files"].items() if name_files else ():
-        print(f"\n{title}: " + ", ".join(files))
+        print(f"\n{title}: {', '.join(files)}\n" + "".join(f"\n- {one}" for one in found["most"][title]))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", nargs="?", type=Path, default=Path(__file__).resolve().parents[1])
-    parser.add_argument("--files", action="store_true", help="name the files that answer each question")
+    parser.add_argument(
+        "--files", action="store_true", help="name the files, and the calls between files that occur most"
+    )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     checkout = chosen.checkout.resolve()
