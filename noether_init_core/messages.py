@@ -23,7 +23,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def near(name: str, known: Collection[str], most: int = 3, *, cutoff: float = 0.6) -> list[str]:
-    """Those of ``known`` that ``name`` may be a misspelling of, nearest first.
+    """Those of ``known`` that ``name`` may be a misspelling of, nearest first; equally near ones in their order.
 
     Case, ``-`` and ``_`` do not count. Only the first 200 characters of ``name`` are compared, and nothing is sought
     among more than 5,000 names, since that takes time by their product.
@@ -33,7 +33,14 @@ def near(name: str, known: Collection[str], most: int = 3, *, cutoff: float = 0.
     folded: dict[str, str] = {}
     for one in known:
         folded.setdefault(_folded(one), one)
-    return [folded[one] for one in difflib.get_close_matches(_folded(name), list(folded), n=most, cutoff=cutoff)]
+    sought, order = difflib.SequenceMatcher(b=_folded(name)), {one: number for number, one in enumerate(folded)}
+
+    def distance(one: str) -> tuple[float, int]:
+        sought.set_seq1(one)
+        return -sought.ratio(), order[one]
+
+    found = difflib.get_close_matches(_folded(name), list(folded), n=max(64, most), cutoff=cutoff)
+    return [folded[one] for one in sorted(found, key=distance)[:most]]
 
 
 def _folded(name: str) -> str:

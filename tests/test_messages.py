@@ -33,6 +33,7 @@ def test_a_count_has_its_noun() -> None:
 def test_near_names_ignore_case_and_hyphens_and_bound_their_time() -> None:
     """A misspelt name is found as it is written; among too many nothing is sought."""
     assert near("Previous-Run", ["resume", "previous_run"]) == ["previous_run"]
+    assert near("b.w", ["q.w", "k.w", "v.w", "b.wx"], 2) == ["b.wx", "q.w"]
     assert near("wholly else", ["resume"]) == []
     assert near("a1", [f"a{n}" for n in range(5_001)]) == []
     assert near("x" * 10_000_000, ["x" * 200]) == ["x" * 200]

@@ -422,7 +422,7 @@ def written(step: Step) -> Any:
     }
     if isinstance(step, Split) and len(set(step.sizes or ())) == 1:
         del arguments["sizes"]
-    if not arguments:
+    if not attrs.fields(type(step)):
         return step.name
     return {step.name: arguments[step.short] if arguments.keys() == {step.short} else arguments}
 
