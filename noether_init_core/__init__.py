@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from noether_init_core.sets.store import RunStore
     from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.stopwatch import Timing
-    from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
+    from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow, Problem
     from noether_init_core.training import TrainerState
 
     __version__: str
@@ -108,6 +108,7 @@ __all__ = [
     "NameGlobs",
     "NoGoodSetError",
     "OptimizerStateConfig",
+    "Origin",
     "Outcome",
     "Part",
     "PartlyInitializedError",
@@ -200,7 +201,7 @@ _HOMES = {
     "sets.provenance": ("InitReport",),
     "stack.stack": ("InitializerStack",),
     "stopwatch": ("Timing",),
-    "surgery.plan": ("LoadPlan", "PlanRow", "Problem"),
+    "surgery.plan": ("LoadPlan", "Origin", "PlanRow", "Problem"),
     "training": ("TrainerState",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

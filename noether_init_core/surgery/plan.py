@@ -57,7 +57,7 @@ class LoadPlan:
         problems: With any of these, the plan is never carried out, not even in part.
         warnings: These do not stop it.
         origins: The initializer, model and files of the rows, which refer to them by ``PlanRow.origin``. By default one
-            without files, for the model of the first row.
+            without files, for the model of the first row. A row without its origin raises ``ValueError``.
         equal: ``(model, name, name)`` of entries of the file that end up in one tied tensor and must hold the same
             bytes.
         equal_across: ``(model, name, model, name)`` of those that are tied across submodels.
@@ -72,6 +72,10 @@ class LoadPlan:
     )
     equal: tuple[tuple[str, str, str], ...] = ()
     equal_across: tuple[tuple[str, str, str, str], ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        if any(row.origin >= len(self.origins) for row in self.rows):
+            raise ValueError(f"{self.kind}: a row has an origin that is none of the {len(self.origins)} of the plan")
 
     @property
     def is_fine(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import attrs
 import pytest
 
 from noether_init_core.errors import PlanError
@@ -223,6 +224,8 @@ def test_a_plan_that_a_kind_builds_itself_has_an_origin() -> None:
     found = LoadPlan("average", (PlanRow("net", "w", ("w",), "load", (2,), "float32", 8),))
     assert found.origins == (Origin("average", "net"),)
     assert (found.is_fine, found.coverage(), found.loaded_bytes) == (True, 1.0, 8)
+    with pytest.raises(ValueError, match="a row has an origin that is none of the 1 of the plan"):
+        LoadPlan("average", (attrs.evolve(found.rows[0], origin=1),), origins=found.origins)
 
 
 def test_ties_across_submodels_must_agree() -> None:
