@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from noether_init_core.errors import CheckpointError, CheckpointFormatError
+from noether_init_core.errors import CheckpointError
 from noether_init_core.files.checkpoint import AnyKey, BaseCheckpoint, Copy, Key
 from noether_init_core.files.digests import Digests, Verified, digest_of_records
 from noether_init_core.files.formats.content import Content
@@ -28,16 +27,17 @@ from noether_init_core.files.reading import (
 from noether_init_core.files.storage.handle import Handle, Storage
 from noether_init_core.files.storage.local import open_file
 from noether_init_core.files.tensor_info import Box, TensorInfo
-from noether_init_core.files.tensor_names import children, is_state_dict, state_dict_of
+from noether_init_core.files.trees import Trees
 from noether_init_core.files.verification import Verification
 from noether_init_core.memory import no_garbage_collection
-from noether_init_core.messages import one_line
 from noether_init_core.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["FileCheckpoint", "open_checkpoint"]
+
+Found = TypeVar("Found")
 
 
 def open_checkpoint(
@@ -92,46 +92,16 @@ class FileCheckpoint(BaseCheckpoint):
         self._handle = handle
         self._content = content
         self._stopwatch = stopwatch
-        root, graph = content.value, content.graph
-        self._parts: Mapping[Any, Any] = root if type(root) is dict else {"object": root}
-        self._trees = {"": root}
-        for key, child in self._parts.items():
-            if type(root) is dict and type(key) is str and key and graph.count(child):
-                self._trees[key] = child
-        state_dict = state_dict_of(root, TensorInfo)
-        if entry is None:
-            self._entry = "" if state_dict is None or state_dict is root else "state_dict"
-        else:
-            self._entry, tree = entry, self._tree(entry)
-            if entry:
-                has_tensors = type(tree) is dict and any(type(child) is TensorInfo for child in tree.values())
-                state_dict = tree if has_tensors else None
-            elif state_dict is not root:
-                state_dict = None
-        rest = {key: child for key, child in self._parts.items() if key != self._entry} if self._entry else self._parts
-        if state_dict is None:
-            self._tensors = MappingProxyType(self._dotted(self._entry))
-        else:
-            rest = rest if self._entry else {}
-            wrong = next((key for key in state_dict if type(key) is not str), None)
-            if wrong is not None:
-                raise CheckpointFormatError(
-                    f"{self.path} cannot be read as a checkpoint: its state dict has the key {one_line(repr(wrong))}, "
-                    "which is no text. Next: write it again with torch.save(state_dict, path)",
-                    path=self.path,
-                )
-            self._tensors = MappingProxyType(
-                {key: child for key, child in state_dict.items() if type(child) is TensorInfo}
-            )
-            self.extra_state = {key: child for key, child in state_dict.items() if key not in self._tensors}
-            self.versions = content.versions.get(id(state_dict), {})
-        self.metadata = rest if content.metadata is None else content.metadata
+        self._trees = Trees(content, self.path)
+        chosen = self._tree_of(self._trees.select, entry)
+        self._entry, self._tensors = chosen.name, chosen.tensors
+        self.extra_state, self.versions = chosen.extra_state, chosen.versions
+        self.metadata = chosen.beside if content.metadata is None else content.metadata
+        # digests speak of the keys that a file has where no tree is named
+        written = chosen.tensors if entry is None else self._trees.select(None).tensors
+        others = {**chosen.beside, **chosen.extra_state}
         self._verification = Verification(
-            handle,
-            content,
-            digests,
-            self._tensors,
-            lambda: {**graph.tensors({**rest, **self.extra_state}), **self._tensors},
+            handle, content, digests, written, lambda: {**content.graph.tensors(others), **chosen.tensors}
         )
 
     @property
@@ -147,21 +117,17 @@ class FileCheckpoint(BaseCheckpoint):
     @property
     def entries(self) -> Mapping[str, int]:
         """The trees of the file, each with its number of tensors; empty name: tensors that lie in none of them."""
-        found = {name: self._content.graph.count(tree) for name, tree in self._trees.items()}
-        whole = found.pop("")
-        outside = whole - sum(found.values())
-        return {"": outside, **found} if outside or not found else found
+        return self._trees.counts
 
     def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]:
         """Key -> tensor. A state dict's tensors have its own keys, those of another tree dotted paths in it."""
         if entry is None or entry == self._entry:
             return self._tensors
-        tree = self._tree(entry)
-        return tree if is_state_dict(tree, TensorInfo) else self._dotted(entry)
+        return self._tree_of(self._trees.tensors, entry)
 
     def values(self, entry: str | None = None) -> Any:
         """A tree of the file, plain Python with ``TensorInfo`` as leaves. ``load`` is built from the same values."""
-        return self._tree(self._entry if entry is None else entry)
+        return self._tree_of(self._trees.value, self._entry if entry is None else entry)
 
     def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
         """The tensor, or a box of it, on the CPU, in memory of its own, without gradient."""
@@ -260,13 +226,11 @@ class FileCheckpoint(BaseCheckpoint):
         tensors = self._content.graph.tensors({"": self._content.value})
         return {path: self._verification.checksum(info) for path, info in tensors.items()}
 
-    def _tree(self, entry: str) -> Any:
-        if entry not in self._trees:
-            raise self._not_found("tree", entry, self.entries)
-        return self._trees[entry]
-
-    def _dotted(self, entry: str) -> dict[str, TensorInfo]:
-        return self._content.graph.tensors(dict(children(self._trees[entry])) if entry else self._parts)
+    def _tree_of(self, ask: Callable[[Any], Found], entry: str | None) -> Found:
+        try:
+            return ask(entry)
+        except KeyError:
+            raise self._not_found("tree", str(entry), self.entries) from None
 
     def _info(self, key: Key) -> TensorInfo:
         info = super()._info(key)

@@ -58,6 +58,7 @@ class Verification:
         # not every manifest knows of records
         self._is_by_file = digests.file is not None and (digests.records is None or not self._has_checksums)
         self._written: dict[str, tuple[TensorInfo, TensorDigest]] | None = None
+        self._agrees = False
         #: Bytes that have been read to be compared, or looked at.
         self.examined = 0
 
@@ -90,6 +91,8 @@ class Verification:
             self._pass_over(look, targets)
             by = "unverifiable"
         else:
+            if self._digests.records is not None and not self._agrees:
+                self._compare_header()
             chosen = {record.name for record in self._share(infos, part)} & self._left | targets.keys()
             if chosen:
                 self._verify_records(chosen, look, targets)
@@ -169,13 +172,6 @@ class Verification:
         """Each by its CRC-32, or by the digest of the tensor that it is all of."""
         written = self._whole_tensors()
         digests = {name: written[name][1].digest for name in chosen & written.keys()}
-        if self._digests.records is not None:
-            try:
-                self._check_header()
-            except CheckpointCorruptError:
-                digests = {name: tensor.digest for name, (_info, tensor) in written.items()}
-                self._refuse_damage(self._examine(self._records, digests=digests, compare=True))
-                raise
         known = dict(written[name] for name in digests if written[name][1].values is not None)
         looked = [info for info in look if info not in known]
         self._refuse_damage(self._examine(chosen, looked, digests=digests, targets=targets, compare=True))
@@ -183,6 +179,15 @@ class Verification:
             self._known[info] = tensor.values if tensor.values in ("NaN", "infinities") else None
         self._handle.check_unchanged()
         self._left -= chosen
+
+    def _compare_header(self) -> None:
+        try:
+            self._check_header()
+        except CheckpointCorruptError:  # names the keys, where it is damage and not another file
+            digests = {name: tensor.digest for name, (_info, tensor) in self._whole_tensors().items()}
+            self._refuse_damage(self._examine(self._records, digests=digests, compare=True))
+            raise
+        self._agrees = True
 
     def _check_header(self) -> None:
         """Compare all that the header says with what was written. Raises ``CheckpointCorruptError``."""

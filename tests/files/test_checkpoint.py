@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import attrs
 import pytest
 import torch
+import xxhash
+from support.average import Average
 
-from noether_init_core import BaseCheckpoint, Checkpoint, Storage, open_checkpoint
+from noether_init_core import Checkpoint, Storage, open_checkpoint
 from noether_init_core.errors import CheckpointCorruptError, CheckpointNotFoundError, StateMismatchError
-from noether_init_core.files.checkpoint import Key
-from noether_init_core.files.digests import Verified
+from noether_init_core.files.digests import Digests, Verified
 from noether_init_core.files.reading import read_tensor
 from noether_init_core.files.storage.local import open_file
-from noether_init_core.files.tensor_info import Box, TensorInfo
+from noether_init_core.files.tensor_info import Box
 
 
-class Average(BaseCheckpoint):
-    """The mean of checkpoints with equal keys, computed when it is read."""
+@attrs.frozen
+class Written:
+    """A tensor as a manifest describes it."""
 
-    def __init__(self, *parts: Checkpoint) -> None:
-        self.path = Path("average")
-        self._parts = parts
-        self._tensors = {key: TensorInfo(info.shape, info.dtype) for key, info in parts[0].tensors().items()}
-
-    @property
-    def entries(self) -> Mapping[str, int]:
-        return {"": len(self._tensors)}
-
-    def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]:
-        return self._tensors
-
-    def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
-        asked = self.key_of(key)
-        return torch.stack([part.read(asked, box) for part in self._parts]).mean(0)
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    values: Literal["finite", "infinities", "NaN"] | None
 
 
 class InMemory:
@@ -100,7 +92,7 @@ def test_two_computed_tensors_that_look_alike_are_two(average: Average) -> None:
 
 def test_what_a_class_of_others_has_verified_is_its_own_claim(average: Average) -> None:
     """The class is named; nothing of ours has compared anything."""
-    assert average.verify() == Verified("unverifiable", claimed_by=f"{__name__}.Average")
+    assert average.verify() == Verified("unverifiable", claimed_by="support.average.Average")
 
 
 def test_a_copy_that_cannot_succeed_changes_nothing(average: Average) -> None:
@@ -285,3 +277,34 @@ def test_a_local_file_is_a_storage_too(tmp_path: Path) -> None:
     assert isinstance(handle.storage, Storage)
     with open_checkpoint(handle.storage) as checkpoint:
         assert read_tensor(handle, checkpoint.tensors()["a"]).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_state_dict_without_tensors_is_a_tree(tmp_path: Path) -> None:
+    """What lies beside it is metadata, as with any other state dict."""
+    torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert (dict(checkpoint.tensors()), checkpoint.values(), checkpoint.metadata) == ({}, {}, {"epoch": 3})
+        assert checkpoint.entries == {"state_dict": 0}
+
+
+def test_digests_of_a_manifest_hold_whichever_tree_is_meant(tmp_path: Path) -> None:
+    """They speak of the keys that the writer listed; a rank with no share of the bytes compares the header too."""
+    path = tmp_path / "a.pt"
+    torch.save({"state_dict": {"a": torch.ones(3)}, "ema": {"a": torch.zeros(3)}}, path)
+    with open_checkpoint(path) as checkpoint:
+        digest = f"xxh3_128:{xxhash.xxh3_128_hexdigest(torch.ones(3).numpy().tobytes())}"
+        written = Written(
+            dtype="float32",
+            shape=(3,),
+            digest=digest,
+            values="finite",
+        )
+        digests = Digests(None, path.stat().st_size, checkpoint.digest_of_records, {"a": written})
+    for entry in (None, "ema", "state_dict", ""):
+        with open_checkpoint(path, entry=entry, digests=digests) as checkpoint:
+            assert checkpoint.verify().by == "xxh3_128"
+    with (
+        open_checkpoint(path, digests=attrs.evolve(digests, tensors={"b": written})) as checkpoint,
+        pytest.raises(CheckpointCorruptError, match="a, b differ from the manifest"),
+    ):
+        checkpoint.verify([])
