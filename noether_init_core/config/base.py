@@ -33,8 +33,8 @@ _WORDS: dict[str, Any] = {"true": True, "True": True, "TRUE": True, "false": Fal
 class YamlText(str):
     """An unquoted scalar of a YAML file, still as it was written.
 
-    Typed fields decide what it means (``verify: off`` and ``run_id: 2026_02_19`` are texts). A field of type Any has
-    no opinion, so there the core schema of YAML 1.2 decides: ``resolve``.
+    Typed fields decide what it means (``verify: off`` and ``run_id: 2026_02_19`` are texts). In a field of type Any
+    the core schema of YAML 1.2 decides: ``resolve``.
     """
 
     def resolve(self) -> Any:
@@ -59,7 +59,7 @@ class KindConfig(pydantic.BaseModel):
         extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants"
     )
 
-    #: The kind that a config of this class has when none is said; None: it must be said.
+    #: The kind of a config of this class that names none; None: naming a kind is required.
     default_kind: ClassVar[str | None] = None
 
     kind: str = pydantic.Field(description="Name of a registered kind (see: noether-init kinds).")
@@ -102,8 +102,8 @@ def _check_tag(value: Any) -> Any:
         iteration = TrainingIteration.from_mapping(values)
         if not (iteration.is_minimally_specified or iteration.is_fully_specified):
             raise ConfigError(
-                f"checkpoint_tag {dict(value)!r} says {len(values)} of epoch, update, sample; "
-                "say one of them or all three"
+                f"checkpoint_tag {dict(value)!r} has {len(values)} of epoch, update, sample; "
+                "write one of them or all three"
             )
         return iteration.to_mapping()
     if isinstance(value, str):

@@ -75,10 +75,10 @@ def examine(cls: type[InitializerBase]) -> tuple[Finding, ...]:
 
 
 def advice(cls: type[InitializerBase]) -> Iterator[Finding]:
-    """What keeps the contract, and will trouble users or the author later."""
+    """What keeps the contract, but will cause trouble for users or the author later."""
     if "contract" not in vars(cls):
         yield Finding(
-            "it does not say the contract that it was written for, so it counts as 1",
+            "it does not declare the contract that it was written for, so it counts as 1",
             f"contract: ClassVar[int] = {CONTRACT_VERSION}",
         )
     if inspect.getattr_static(cls, "check", None) is inspect.getattr_static(InitializerBase, "check"):
@@ -212,7 +212,7 @@ def _of_hook(cls: type[InitializerBase], name: str, arguments: Sequence[str]) ->
 
 
 def _of_source(cls: type[SourceInitializer]) -> Iterator[Finding]:
-    """What a kind that locates files must keep besides."""
+    """The further rules for a kind that locates files."""
     config_class: Any = inspect.getattr_static(cls, "config_class", None)
     if isinstance(config_class, type) and issubclass(config_class, SourceInitializerConfig):
         for name, own in SourceInitializerConfig.model_fields.items():

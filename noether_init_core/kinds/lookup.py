@@ -13,7 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping
 import attrs
 
 from noether_init_core.errors import KindBlockedError, KindConflictError, KindImportError, UnknownKindError
-from noether_init_core.kinds.entry_points import ALLOW_VARIABLE, DENY_VARIABLE, KindInfo, found_under, offers
+from noether_init_core.kinds.entry_points import (
+    ALLOW_VARIABLE,
+    DENY_VARIABLE,
+    KindInfo,
+    clear_cache,
+    found_under,
+    offers,
+)
 from noether_init_core.messages import listed, near, quoted
 
 __all__ = ["Group", "all_of", "choose", "conflict", "importing", "load", "summary"]
@@ -47,11 +54,13 @@ def all_of(group: Group, registered: Iterable[KindInfo] = ()) -> tuple[KindInfo,
 
 
 def choose(group: Group, name: str, registered: Iterable[KindInfo] = ()) -> KindInfo:
-    """The one entry called ``name``. Imports nothing.
+    """The one entry called ``name``. Imports nothing. The group is scanned again before a name counts as unknown.
 
     Raises ``KindConflictError``, ``KindBlockedError`` or ``UnknownKindError``.
     """
     mine = [info for info in registered if info.name == name]
+    if not mine and not found_under(group.name, name):
+        clear_cache()  # it may have been installed since, beside a notebook that runs
     # in an order that does not depend on the import path
     named = sorted([*found_under(group.name, name), *mine], key=lambda info: (info.distribution or "~", info.target))
     allowed = [info for info in named if info.blocked_by is None]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from noether_init_core.initializers.base import InitializerBase
 
 GROUP = "noether_init.initializers"
-# homes: only what has been published, lest a stranger takes the name
+# homes: published distributions only, since anyone may publish under a name that is free
 _KINDS = lookup.Group(GROUP, "kind", "noether-init kinds", {"random": "noether-init-random"})
 _registered: dict[str, type[InitializerBase]] = {}
 
@@ -119,13 +119,9 @@ def register(name: str, cls: type[InitializerBase]) -> None:
 def unregister(name: str) -> None:
     """Take back ``register``. Raises ``UnknownKindError`` for a name that was not registered."""
     if name not in _registered:
-        known = sorted(_registered)
-        raise UnknownKindError(
-            f"kind {quoted(name)} was not registered in this process; registered: {listed(known, none='nothing')}. "
-            "Next: noether-init kinds",
-            kind=name,
-            candidates=known,
-        )
+        known = listed(sorted(_registered), none="nothing")
+        message = f"kind {quoted(name)} was not registered in this process; registered: {known}"
+        raise UnknownKindError(f"{message}. Next: noether-init kinds", kind=name, candidates=tuple(_registered))
     del _registered[name]
 
 
@@ -149,7 +145,7 @@ def _checked(info: KindInfo, loaded: object) -> type[InitializerBase]:
     from noether_init_core.kinds import contract
 
     if info.distribution is None:
-        mend = f"mend the class, and kinds.register({quoted(info.name)}, ...) again"
+        mend = f"correct the class, and kinds.register({quoted(info.name)}, ...) again"
     else:
         upgrade = f"pip install --upgrade {info.distribution}"
         mend = f"noether-init check {info.name}; if the package is not yours: {upgrade}"
@@ -190,8 +186,8 @@ def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> t
         )
     kind = config.get("kind")
     if not isinstance(kind, str):
-        said = "no kind" if kind is None else f"a kind that is no text ({kind!r})"
+        named = "no kind" if kind is None else f"a kind that is not a text ({kind!r})"
         there = lookup.summary(_KINDS, [info for info in installed() if info.blocked_by is None])
-        raise ConfigError(f"the config of an initializer says {said}. {there}. Next: noether-init kinds")
+        raise ConfigError(f"the config of an initializer names {named}. {there}. Next: noether-init kinds")
     cls = resolve(kind)
     return cls, cls.config_class.model_validate(config, context=context)

@@ -112,7 +112,7 @@ def test_what_will_trouble_later_is_advice(foreign: ForeignPackages) -> None:
     assert [message.partition(",")[0] for message in found] == [
         "later-init does not require noether-init-core",
         "later-init does not say which versions of Python it runs on",
-        "it does not say the contract that it was written for",
+        "it does not declare the contract that it was written for",
         "it has no check",
         "the key inner has no description",
         "the key inner.depth has no description",

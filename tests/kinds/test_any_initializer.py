@@ -114,7 +114,7 @@ def test_a_round_trip_through_json_and_python_keeps_the_fields_of_the_kind() -> 
     ("config", "place", "message"),
     [
         ({"initializers": [{"kind": "scaled"}, {"kind": "scaledd"}]}, ("initializers", 1, "kind"), 'no kind "scaledd"'),
-        ({"initializers": [{"scale": 1}]}, ("initializers", 0, "kind"), "says no kind"),
+        ({"initializers": [{"scale": 1}]}, ("initializers", 0, "kind"), "names no kind"),
         ({"initializers": [3]}, ("initializers", 0), "mapping"),
         ({"initializers": [{"kind": "scaled", "scale": "x"}]}, ("initializers", 0, "scale"), "valid number"),
         ({"initializers": [{"kind": "scaled", "scle": 1}]}, ("initializers", 0, "scle"), "Near: scale. Next"),

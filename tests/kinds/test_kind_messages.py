@@ -25,7 +25,7 @@ HOOKS = "    def init_weights(self, model): pass\n    def init_optimizer(self, m
 NEXT = re.compile(
     r"Next: (noether-init [a-z]+( [\w.-]+)?|pip (un)?install( --upgrade)? [\w.-]+|python -c \"[^\"]+\"|"
     r"add [\w.-]+ to NOETHER_INIT_ALLOW|take [\w.-]+ out of NOETHER_INIT_DENY|"
-    r"mend the class, and kinds\.register\(\"[\w.-]+\", \.\.\.\) again)"
+    r"correct the class, and kinds\.register\(\"[\w.-]+\", \.\.\.\) again)"
     r"(, or set NOETHER_INIT_DENY=[\w.-]+|; if the package is not yours: pip install --upgrade [\w.-]+)?\Z"
 )
 
@@ -180,6 +180,6 @@ def test_a_class_that_is_registered_by_hand() -> None:
         kinds.register("mine", int)  # type: ignore[arg-type]  # the mistake that is tested
     assert str(caught.value) == (
         'kind "mine" (registered in this process): builtins:int is the class int, not a subclass of InitializerBase. '
-        'Next: mend the class, and kinds.register("mine", ...) again'
+        'Next: correct the class, and kinds.register("mine", ...) again'
     )
     assert NEXT.search(str(caught.value))

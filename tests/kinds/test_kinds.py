@@ -464,7 +464,7 @@ def test_a_distribution_found_twice_counts_once_and_the_first_on_the_path_wins(f
 
 
 def test_the_scan_is_made_once_until_the_cache_is_cleared(foreign: ForeignPackages) -> None:
-    """A distribution that appears later is seen after clear_cache only."""
+    """A distribution that appears later is listed after clear_cache; asked for by name, it is found at once."""
     foreign.install("first-init", offers={"first": "x:Y"})
     assert "first" in {info.name for info in kinds.installed()}
     info = foreign.folder / "site" / "second-1.dist-info"
@@ -474,6 +474,10 @@ def test_the_scan_is_made_once_until_the_cache_is_cleared(foreign: ForeignPackag
     assert "second" not in {info.name for info in kinds.installed()}
     kinds.clear_cache()
     assert "second" in {info.name for info in kinds.installed()}
+    third = foreign.folder / "site" / "third-1.dist-info"
+    info.rename(third)
+    (third / "entry_points.txt").write_text(f"[{kinds.GROUP}]\nthird = x:Y\n")
+    assert kinds.describe("third").distribution == "third"
 
 
 def test_a_registered_kind_can_be_replaced_and_taken_back() -> None:

@@ -124,8 +124,8 @@ def test_the_likeliest_mistake_is_told_word_for_word(tmp_path: Path) -> None:
     ("entry", "line", "key_path", "message"),
     [
         ("kind: os.system", 2, "kind", 'no kind "os.system"'),
-        ("run_id: x", 2, "kind", "says no kind"),
-        ("kind:", 2, "kind", "says no kind"),
+        ("run_id: x", 2, "kind", "names no kind"),
+        ("kind:", 2, "kind", "names no kind"),
         ("kind: sample\n  run_id: ../x", 3, "run_id", "holds a path separator"),
         ("kind: sample\n  stage_name: ''", 3, "stage_name", "is empty"),
         ("kind: sample\n  runid: x", 3, "runid", r"unknown key. Near: run_id. Next: noether-init schema sample"),
