@@ -12,8 +12,8 @@ from pathlib import Path
 import attrs
 import typer
 
-from noether_init_core import kinds
 from noether_init_core.cli.output import show, show_commands, show_json
+from noether_init_core.cli.usage import configs_here, plain_kinds
 from noether_init_core.errors import InitError
 from noether_init_core.messages import listed
 
@@ -41,9 +41,9 @@ def show_version() -> None:
 
 def run(*, as_json: bool) -> None:
     """Version, kinds, runs and configs below the current folder, and the next commands that fit to them."""
-    names = sorted({info.name for info in kinds.installed() if "." not in info.name and info.blocked_by is None})
+    names = plain_kinds()
     runs = sorted(_runs(), key=lambda one: one.path)
-    configs = sorted(entry.name for entry in _entries(Path()) if entry.name.endswith((".yaml", ".yml")))
+    configs = configs_here()
     following = _next(runs, configs)
     if as_json:
         said = {

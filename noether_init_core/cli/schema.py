@@ -10,6 +10,7 @@ import typer
 from noether_init_core import kinds
 from noether_init_core.cli.options import KIND
 from noether_init_core.cli.output import show
+from noether_init_core.cli.usage import plain_kinds
 from noether_init_core.errors import KindError
 
 __all__ = ["run"]
@@ -27,7 +28,7 @@ def run(
     # yaml-language-server: $schema=init.schema.json. A kind that cannot be used is left out; standard error says why.
     """
     if of_all == (kind is not None):
-        names = ", ".join(sorted({info.name for info in kinds.installed() if "." not in info.name}))
+        names = ", ".join(plain_kinds())
         what = "KIND and --all exclude each other" if of_all else f"no KIND was given. Installed kinds: {names}"
         raise typer.BadParameter(f"{what}. Next: noether-init schema --all, or noether-init schema previous_run")
     from noether_init_core.config.json_schema import kind_schema, schema_of_files

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from noether_init_core import kinds
 from noether_init_core.cli.output import show
 from noether_init_core.messages import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["UsageError", "advice", "behind", "show_usage"]
+__all__ = ["UsageError", "advice", "behind", "configs_here", "plain_kinds", "show_usage"]
 
 #: The error of a command line that cannot be understood; typer shows it, and has no public name for it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -61,17 +62,14 @@ def _of_an_option(error: Exception) -> str:
 
 
 def _configs(example: str) -> str:
-    found = _configs_here()
+    found = configs_here()
     if found:
         return f"Configs in this folder: {listed(found, _MOST_NAMES)}. Next: {example}"
     return "No YAML file is in this folder. Next: noether-init example previous_run, which writes one and a loop"
 
 
 def _kinds(example: str) -> str:
-    from noether_init_core import kinds
-
-    names = sorted({info.name for info in kinds.installed() if info.blocked_by is None and "." not in info.name})
-    return f"Installed kinds: {listed(names, _MOST_NAMES)}. Next: noether-init kinds"
+    return f"Installed kinds: {listed(plain_kinds(), _MOST_NAMES)}. Next: noether-init kinds"
 
 
 def _model(example: str) -> str:
@@ -87,14 +85,20 @@ def _model(example: str) -> str:
 
 def _as_here(example: str) -> str:
     """The example with a config and a module of this folder, where there is no doubt."""
-    configs, modules = _configs_here(), _modules_here()
+    configs, modules = configs_here(), _modules_here()
     if configs and "init.yaml" not in configs:
         example = example.replace("init.yaml", shlex.quote(configs[0]))
     return example.replace("models:build", f"{modules[0]}:build") if len(modules) == 1 else example
 
 
-def _configs_here() -> list[str]:
-    return sorted(name for name in _here() if name.endswith((".yaml", ".yml")))
+def plain_kinds() -> list[str]:
+    """Names of the kinds that can be used, without dotted ones, sorted. No plugin is imported."""
+    return sorted({info.name for info in kinds.installed() if info.blocked_by is None and "." not in info.name})
+
+
+def configs_here() -> list[str]:
+    """YAML files in the current folder, sorted."""
+    return sorted(name for name in _here() if name.endswith((".yaml", ".yml")) and not name.startswith("."))
 
 
 def _modules_here() -> list[str]:

@@ -21,6 +21,7 @@ from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.formats.inert_values import ForeignObject
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
+from noether_init_core.nested import equal, mapped
 
 __all__ = ["bytes_to_read", "compare_checkpoints", "compare_sides"]
 
@@ -116,8 +117,7 @@ class _Work:
                 self.bytes[number] += sum(one.nbytes for one in entries.values() if isinstance(one, TensorInfo))
             note = "" if None in paths else prefix_note(*sides)
             self.notes += [note] if note else []
-            found = self._compare(model, sides[0], sides[1], readers)
-            self.rows += [found[key] for key in {**sides[0], **sides[1]}]
+            self.rows += self._compare(model, sides[0], sides[1], readers)
             for path, stamp in zip(paths, stamps, strict=True):
                 if path is not None and _stamp(path) != stamp:
                     raise CheckpointCorruptError(f"{path} changed while it was compared. Next: again", path=path)
@@ -135,53 +135,36 @@ class _Work:
         return found
 
     def _compare(
-        self,
-        model: str,
-        a: Mapping[str, Any],
-        b: Mapping[str, Any],
-        readers: Sequence[Checkpoint | None],
-    ) -> dict[str, DiffRow]:
-        found: dict[str, DiffRow] = {}
+        self, model: str, a: Mapping[str, Any], b: Mapping[str, Any], readers: Sequence[Checkpoint | None]
+    ) -> Iterator[DiffRow]:
+        first, second = readers
         for key in {**a, **b}:
             one, two = a.get(key), b.get(key)
-            first, second = readers
-            if not (isinstance(one, TensorInfo) and isinstance(two, TensorInfo)):
-                found[key] = self._row(model, key, key in a, key in b, one, two, readers)
-            elif first is not None and second is not None and one.shape == two.shape:
+            if not (isinstance(one, TensorInfo) and isinstance(two, TensorInfo) and one.shape == two.shape):
+                yield self._unmeasured(model, key, a, b, readers)
+            elif first is not None and second is not None:
                 drift = drift_of(first, one, second, two, self._room, self._advance)
-                found[key] = _measured(model, key, one, two, drift)
+                row = _measured(model, key, one, two, drift)
                 if drift.norm_a is not None:
                     self.drifts.append(drift)
-                    self.elements_compared += found[key].elements
-            else:
-                found[key] = self._row(model, key, key in a, key in b, one, two, readers)
-        return found
+                    self.elements_compared += row.elements
+                yield row
 
-    def _row(
-        self,
-        model: str,
-        key: str,
-        in_a: bool,
-        in_b: bool,
-        one: Any,
-        two: Any,
-        readers: Sequence[Checkpoint | None],
+    def _unmeasured(
+        self, model: str, key: str, a: Mapping[str, Any], b: Mapping[str, Any], readers: Sequence[Checkpoint | None]
     ) -> DiffRow:
-        """What is not measured: on one side only, of another shape, or no tensor."""
-        form_a, form_b = _form(one) if in_a else (None, None), _form(two) if in_b else (None, None)
-        known = form_a[0] if form_a[0] is not None else form_b[0]
-        elements = 1 if known is not None else 0
-        for size in known or ():
-            elements *= size
-        row = DiffRow(model, key, "shape", form_a[0], form_b[0], form_a[1], form_b[1], elements)
-        if not (in_a and in_b):
-            return attrs.evolve(row, state="only_a" if in_a else "only_b")
-        if isinstance(one, TensorInfo) and isinstance(two, TensorInfo):
-            return row
-        if isinstance(one, TensorInfo) or isinstance(two, TensorInfo):
-            return attrs.evolve(row, note="a tensor on one side only")
-        values = [reader.materialize(value) for reader, value in zip(readers, (one, two), strict=True) if reader]
-        is_same = _is_same(*values)
+        """What is on one side only, of another shape, or no tensor."""
+        (shape_a, dtype_a), (shape_b, dtype_b) = (_form(side[key]) if key in side else (None, None) for side in (a, b))
+        known = shape_b if shape_a is None else shape_a
+        elements = 0 if known is None else math.prod(known)
+        row = DiffRow(model, key, "shape", shape_a, shape_b, dtype_a, dtype_b, elements)
+        if key not in a or key not in b:
+            return attrs.evolve(row, state="only_a" if key in a else "only_b")
+        tensors = sum(isinstance(side[key], TensorInfo) for side in (a, b))
+        if tensors:
+            return row if tensors == 2 else attrs.evolve(row, note="a tensor on one side only")
+        one, two = (reader.materialize(side[key]) for reader, side in zip(readers, (a, b), strict=True) if reader)
+        is_same = equal(mapped(one, _bits), mapped(two, _bits))
         return attrs.evolve(row, state="equal" if is_same else "changed", note="" if is_same else "no tensor")
 
 
@@ -220,25 +203,11 @@ def _form(value: Any) -> tuple[tuple[int, ...] | None, str]:
     return (value.shape, value.dtype) if isinstance(value, TensorInfo) else (None, _OBJECT)
 
 
-def _is_same(one: Any, two: Any) -> bool:
-    """Plain values, and tensors in them, of the same types and bits."""
-    import torch
-
-    if type(one) is not type(two):
-        return False
-    if isinstance(one, torch.Tensor):
-        alike = (one.dtype, one.shape) == (two.dtype, two.shape)
-        return alike and torch.equal(
-            one.contiguous().view(-1).view(torch.uint8), two.contiguous().view(-1).view(torch.uint8)
-        )
-    if isinstance(one, Mapping):
-        return list(one) == list(two) and all(_is_same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(_is_same, one, two))
-    if isinstance(one, ForeignObject):
-        return all(_is_same(getattr(one, name), getattr(two, name)) for name in ("name", "args", "state", "items"))
-    # NaN is itself, and 0.0 is not -0.0
-    return struct.pack("d", one) == struct.pack("d", two) if isinstance(one, float) else bool(one == two)
+def _bits(leaf: Any) -> Any:
+    """A value that equals another only where both are the same: NaN is itself, and 0.0 is not -0.0."""
+    if isinstance(leaf, ForeignObject):
+        return [mapped(getattr(leaf, name), _bits) for name in ("name", "args", "state", "items")]
+    return struct.pack("d", leaf) if isinstance(leaf, float) else leaf
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
