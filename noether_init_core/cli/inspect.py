@@ -17,12 +17,10 @@ from noether_init_core.messages import counted
 if TYPE_CHECKING:
     from noether_init_core.inspection.findings import (
         Content,
-        Found,
         FoundFile,
         FoundPart,
         FoundRoot,
         FoundRun,
-        FoundRunFolder,
         FoundSetFolder,
     )
 
@@ -30,6 +28,7 @@ __all__ = ["run"]
 
 # symbol, word and colour of what vouches for a set
 _MARKS = {"committed": ("=", "green"), "legacy": ("o", "yellow"), None: ("-", "dim")}
+_PARTS = {"model": "weights", "optim": "optimizer", "trainer": "trainer"}
 _MOST_TIED = 5
 _MOST_TEXTS = 4
 
@@ -48,38 +47,26 @@ def run(
     as it was written, verify says.
     """
     check_path(path)
-    found = _look(path)
-    if as_json:
-        from noether_init_core.inspection.findings import to_json_data
-
-        show_json("inspect", to_json_data(found))
-    else:
-        _show(found, unfolded=unfolded)
-    if found.problems:
-        raise typer.Exit(1)
-
-
-def _look(path: Path) -> Found:
-    if path.is_dir():
-        from noether_init_core.inspection.runs import look_at_folder
-
-        return look_at_folder(path)
     from noether_init_core.inspection.files import look_at_file
+    from noether_init_core.inspection.findings import FoundFile, FoundRunFolder, FoundSetFolder, to_json_data
+    from noether_init_core.inspection.runs import look_at_folder
 
-    return look_at_file(path)
-
-
-def _show(found: Found, *, unfolded: bool) -> None:
-    from noether_init_core.inspection.findings import FoundFile, FoundRunFolder, FoundSetFolder
-
-    if isinstance(found, FoundFile):
+    found = look_at_folder(path) if path.is_dir() else look_at_file(path)
+    if as_json:
+        show_json("inspect", to_json_data(found))
+    elif isinstance(found, FoundFile):
         _show_file(found, unfolded=unfolded)
     elif isinstance(found, FoundSetFolder):
         _show_set(found)
     elif isinstance(found, FoundRunFolder):
-        _show_run(found)
+        for number, stage in enumerate(found.stages):
+            if number:
+                show("")
+            _show_stage(stage)
     else:
         _show_root(found)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def _show_file(found: FoundFile, *, unfolded: bool) -> None:
@@ -124,7 +111,8 @@ def _show_set(found: FoundSetFolder) -> None:
     for file in one.files:
         content = file.content
         numbers = ("?", "?") if content is None else (str(content.tensors), amount(content.elements))
-        rows.append((file.model, _part(file), *numbers, "gone" if file.bytes is None else f"{file.bytes:,}", file.name))
+        size = "gone" if file.bytes is None else f"{file.bytes:,}"
+        rows.append((file.model, _named(_PARTS[file.part], file.info), *numbers, size, file.name))
     show_table(("model", "part", "tensors", "elements", "bytes", "file"), rows)
     show(f"tags: {', '.join(one.tags)}")
     for file in one.files:
@@ -140,13 +128,6 @@ def _show_set(found: FoundSetFolder) -> None:
     show(f"{len(one.files)} files, {one.bytes:,} bytes in all")
 
 
-def _show_run(found: FoundRunFolder) -> None:
-    for number, one in enumerate(found.stages):
-        if number:
-            show("")
-        _show_stage(one)
-
-
 def _show_stage(one: FoundRun) -> None:
     show(one.run_id if one.stage is None else f"{one.run_id}/{one.stage}")
     if one.sets:
@@ -155,22 +136,10 @@ def _show_stage(one: FoundRun) -> None:
         for found in one.sets:
             # the tag of its own iteration stands in the column before
             tags = ", ".join(tag for tag in found.tags if tag != found.iteration)
-            weights = [f"{file.model} ({file.info})" if file.info else file.model for file in _of(found.files, "model")]
-            optimizers = [file.model for file in _of(found.files, "optim")]
-            trainers = [file.model for file in _of(found.files, "trainer")]
+            parts = [_models(found.files, part) for part in ("model", "optim", "trainer")]
             probe = ["yes" if found.has_probe else "no"] if with_probes else []
-            rows.append(
-                (
-                    _marked(found.state),
-                    found.iteration or "unknown",
-                    tags,
-                    ", ".join(dict.fromkeys(weights)),
-                    ", ".join(optimizers),
-                    ", ".join(trainers),
-                    *probe,
-                    f"{found.bytes:,}",
-                )
-            )
+            iteration = found.iteration or "unknown"
+            rows.append((_marked(found.state), iteration, tags, *parts, *probe, f"{found.bytes:,}"))
         probe = ["probe"] if with_probes else []
         show_table(("", "iteration", "tags", "weights", "optimizer", "trainer", *probe, "bytes"), rows)
     for model in one.models:
@@ -185,18 +154,9 @@ def _show_root(found: FoundRoot) -> None:
     rows = []
     for one in found.runs:
         tags = ", ".join(tag for tag in one.tags if tag != one.newest)
-        models = ", ".join(one.models)
-        rows.append(
-            (
-                _marked(one.state),
-                one.name,
-                one.newest or ("unknown" if one.sets else ""),
-                tags,
-                models,
-                str(one.sets),
-                f"{one.bytes:,}",
-            )
-        )
+        newest = one.newest or ("unknown" if one.sets else "")
+        numbers = str(one.sets), f"{one.bytes:,}"
+        rows.append((_marked(one.state), one.name, newest, tags, ", ".join(one.models), *numbers))
     show_table(("", "run", "newest", "tags", "models", "sets", "bytes"), rows)
     for one in found.runs:
         if one.uncommitted:
@@ -211,13 +171,12 @@ def _show_problems(problems: Iterable[str]) -> None:
         show_text(f"x {problem}")
 
 
-def _of(files: Sequence[FoundPart], part: str) -> list[FoundPart]:
-    return [file for file in files if file.part == part]
+def _models(files: Sequence[FoundPart], part: str) -> str:
+    return ", ".join(dict.fromkeys(_named(file.model, file.info) for file in files if file.part == part))
 
 
-def _part(file: FoundPart) -> str:
-    name = {"model": "weights", "optim": "optimizer", "trainer": "trainer"}[file.part]
-    return f"{name} ({file.info})" if file.info else name
+def _named(name: str, info: str | None) -> str:
+    return f"{name} ({info})" if info else name
 
 
 def _marked(state: str | None) -> tuple[str, str]:
