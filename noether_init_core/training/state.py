@@ -280,22 +280,21 @@ class TrainerState:
         Raises ``StateMismatchError``: names of stateful objects that are missing or unknown, another seed, other
         data, or an object that refuses its state (its own error is the cause; the others are put back).
         """
-        parsed = self._parse(state_dict)
-        if parsed.ours is None:
+        iteration, ours = self._parse(state_dict)
+        if ours is None:
             _logger.warning(
                 "the trainer state holds no state of this loop besides the iteration %s: the data begins with epoch "
                 "%d, random generators and %s stay as they are",
-                parsed.iteration,
-                parsed.iteration.epoch,
+                iteration,
+                iteration.epoch,
                 ", ".join(self._stateful) or "everything else",
             )
-            self._move_to(parsed.iteration, self.seed, 0, None)
+            self._move_to(iteration, self.seed, 0, None)
             return
-        ours = parsed.ours
         self._load_members(ours)
-        if ours["loader"]["layout"] is None and self._loader is not None and not parsed.iteration.is_zero:
+        if ours["loader"]["layout"] is None and self._loader is not None and not iteration.is_zero:
             _logger.warning("the checkpoint holds no position of a loader; the data begins with its epoch")
-        self._move_to(parsed.iteration, ours["seed"], ours["loader"]["batch"], ours["loader"]["layout"])
+        self._move_to(iteration, ours["seed"], ours["loader"]["batch"], ours["loader"]["layout"])
         self._stored_rng = copy.deepcopy(ours["rng"])
         # Put back after a failure: where the generators still are, there is nothing to restore.
         given = self._given_rng
@@ -315,7 +314,8 @@ class TrainerState:
         self._position.move_to(seed, epoch, batch)
         self._stored_layout = layout
 
-    def _parse(self, state_dict: Mapping[str, Any]) -> _Parsed:
+    def _parse(self, state_dict: Mapping[str, Any]) -> tuple[TrainingIteration, Mapping[str, Any] | None]:
+        """The iteration, and what is ours of a state that was looked at and fits; None where Noether wrote it."""
         if not isinstance(state_dict, Mapping) or "training_iteration" not in state_dict:
             raise StateMismatchError("this is not the state of a trainer: it has no training_iteration")
         found = state_dict["training_iteration"]
@@ -327,7 +327,7 @@ class TrainerState:
             raise StateMismatchError(f"training_iteration says {iteration}; epoch, update and sample are needed")
         ours = state_dict.get(_OUR_KEY)
         if ours is None:
-            return _Parsed(iteration, None)
+            return iteration, None
         if not isinstance(ours, Mapping) or ours.get("version") != _VERSION:
             version = ours.get("version") if isinstance(ours, Mapping) else ours
             raise StateMismatchError(
@@ -348,7 +348,7 @@ class TrainerState:
         _raise_for(problems)
         check_rng(ours["rng"])
         self._restored(ours, {name: member.state_dict() for name, member in self._stateful.items()})
-        return _Parsed(iteration, ours)
+        return iteration, ours
 
     def _member_problems(self, stored: Mapping[str, Any]) -> list[str]:
         missing = [name for name in self._stateful if name not in stored]
@@ -397,14 +397,6 @@ class TrainerState:
         outcome = f"{', '.join(stuck)} could not be put back" if stuck else "everything was put back"
         problem = f"{name} refuses its state: {type(error).__name__}: {error}"
         return StateMismatchError(f"{problem}. {outcome[0].upper()}{outcome[1:]}", problems=[problem])
-
-
-@attrs.frozen
-class _Parsed:
-    """A trainer state that was looked at and fits; ``ours`` None: it was written by Noether."""
-
-    iteration: TrainingIteration
-    ours: Mapping[str, Any] | None
 
 
 def _check_member(name: str, member: Any) -> None:
