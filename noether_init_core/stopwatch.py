@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import attrs
 
-__all__ = ["PHASES", "Mark", "Stopwatch", "Timing", "summed"]
+__all__ = ["PHASES", "Stopwatch", "Timing", "summed"]
 
 #: The phases of this package, in the order in which they are told; a kind may have others besides.
 PHASES = ("find", "screen", "verify", "read", "cast", "copy")
@@ -40,14 +40,6 @@ class Timing:
     nbytes: int | None = None
 
 
-@attrs.frozen
-class Mark:
-    """What a stopwatch showed at one moment; see ``Stopwatch.since``."""
-
-    resets: int = -1
-    timings: tuple[Timing, ...] = ()
-
-
 class Stopwatch:
     """Adds up the time of phases; for one thread at a time. A phase costs two looks at a clock.
 
@@ -65,7 +57,6 @@ class Stopwatch:
         self._nbytes: dict[str, int] = {}
         self._running: list[str] = []
         self._since = 0.0
-        self._resets = 0
 
     @contextmanager
     def phase(self, name: str, nbytes: int | None = None) -> Iterator[None]:
@@ -87,16 +78,12 @@ class Stopwatch:
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        """What has been counted since the last ``reset``: ``PHASES`` in their order, then others as they came."""
+        """What has been counted so far: ``PHASES`` in their order, then others as they came."""
         return _ordered(self._seconds, self._nbytes)
 
-    def mark(self) -> Mark:
-        """This moment, for ``since``."""
-        return Mark(self._resets, self.timings)
-
-    def since(self, mark: Mark) -> tuple[Timing, ...]:
-        """What has been counted since then; after a ``reset``, since that."""
-        before = {one.phase: one for one in mark.timings} if mark.resets == self._resets else {}
+    def since(self, earlier: Iterable[Timing]) -> tuple[Timing, ...]:
+        """What has been counted since ``timings`` was ``earlier``."""
+        before = {one.phase: one for one in earlier}
         found = []
         for one in self.timings:
             old = before.get(one.phase, Timing(one.phase, 0.0))
@@ -104,13 +91,6 @@ class Stopwatch:
                 nbytes = (one.nbytes or 0) - (old.nbytes or 0)
                 found.append(Timing(one.phase, one.seconds - old.seconds, nbytes or None))
         return tuple(found)
-
-    def reset(self) -> None:
-        """Begin anew; of a phase that runs, what comes from now on counts."""
-        self._seconds.clear()
-        self._nbytes.clear()
-        self._resets += 1
-        self._since = self._clock()
 
     def _switch(self) -> None:
         """Give the time since the last switch to the phase that ran."""

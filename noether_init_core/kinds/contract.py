@@ -154,7 +154,11 @@ def _of_class(cls: type[InitializerBase]) -> Iterator[Finding]:
             f"config_class {config_class.__qualname__} lets unknown keys pass; it must keep extra='forbid'",
             f"take extra out of the model_config of {config_class.__qualname__}",
         )
-    for name in sorted(getattr(cls, "__abstractmethods__", ())):
+    missing = set(getattr(cls, "__abstractmethods__", ()))
+    if not _delegates(cls):
+        own = ("init_weights", "init_optimizer")
+        missing.update(one for one in own if inspect.getattr_static(cls, one) is vars(InitializerBase)[one])
+    for name in sorted(missing):
         function = inspect.getattr_static(cls, name)
         method = f"{name}({', '.join(_arguments_of(function))})" if isinstance(function, FunctionType) else name
         yield Finding(f"{method} is not implemented", f"implement {method}")
@@ -162,6 +166,15 @@ def _of_class(cls: type[InitializerBase]) -> Iterator[Finding]:
         inspect.signature(cls.__init__).bind_partial(None, None, path_provider=None)
     except TypeError as error:
         yield Finding(f"__init__ cannot be called with (config, path_provider=...): {error}", _INIT)
+
+
+def _delegates(cls: type) -> bool:
+    """Whether a class of the author's sets ``delegates``, in its body or in its ``__init__``."""
+    for base in cls.__mro__[: cls.__mro__.index(InitializerBase)]:
+        code = getattr(vars(base).get("__init__"), "__code__", None)
+        if "delegates" in vars(base) or (code is not None and "delegates" in code.co_names):
+            return True
+    return False
 
 
 def _of_names(cls: type[InitializerBase]) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 from noether_init_core.kinds.hookspec import hookimpl
-from noether_init_core.stopwatch import Mark, Timing
+from noether_init_core.stopwatch import Stopwatch, Timing
 
 __all__ = ["TimingObserver", "in_words"]
 
@@ -25,7 +25,7 @@ class TimingObserver:
     """
 
     def __init__(self) -> None:
-        self._marks: weakref.WeakKeyDictionary[Any, Mark] = weakref.WeakKeyDictionary()
+        self._told: weakref.WeakKeyDictionary[Stopwatch, tuple[Timing, ...]] = weakref.WeakKeyDictionary()
 
     @hookimpl(wrapper=True)
     def start_checkpoint(self, initializer: Any) -> Around:
@@ -62,8 +62,9 @@ class TimingObserver:
             _tell(initializer, hook, seconds, self._new_of(initializer), word)
 
     def _new_of(self, initializer: Any) -> tuple[Timing, ...]:
-        found: tuple[Timing, ...] = initializer.stopwatch.since(self._marks.get(initializer, Mark()))
-        self._marks[initializer] = initializer.stopwatch.mark()
+        watch: Stopwatch = initializer.stopwatch
+        found = watch.since(self._told.get(watch, ()))
+        self._told[watch] = watch.timings
         return found
 
 
