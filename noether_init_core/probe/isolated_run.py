@@ -14,7 +14,7 @@ from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.probe.kept import Generators, Kept
 from noether_init_core.protocols import leaf_models
 
-__all__ = ["Quiet", "called", "device_of", "hindrance", "modules_of", "quietly"]
+__all__ = ["Quiet", "called", "device_of", "hindrance", "quietly", "tensors_of"]
 
 #: What models draw from that draw random numbers in evaluation, too.
 _SEED = 0x50524F4245
@@ -28,6 +28,16 @@ def modules_of(model: Any) -> tuple[torch.nn.Module, ...]:
         for module in list_modules() if callable(list_modules) else ():
             found.setdefault(id(module), module)
     return tuple(found.values())
+
+
+def tensors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of every parameter of ``modules_of(model)``, then of every buffer."""
+    modules = modules_of(model)
+    for held in ("_parameters", "_buffers"):
+        for module in modules:
+            for name, tensor in getattr(module, held).items():
+                if tensor is not None:
+                    yield name, tensor
 
 
 def called(model: Any) -> Any:
@@ -53,18 +63,15 @@ def called(model: Any) -> Any:
 
 def hindrance(model: Any) -> str:
     """Why this process cannot run the model by itself, in words; empty where it can."""
-    for module in modules_of(model):
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            if torch.nn.parameter.is_lazy(tensor):
-                return f"its {name} has no shape yet (a lazy module)"
-            if tensor.is_meta:
-                return f"its {name} is on the meta device"
-            if hasattr(tensor, "device_mesh"):
-                return f"its {name} is sharded over processes"
-        if type(module).__name__ == "FullyShardedDataParallel":
-            return "it is sharded over processes"
+    for name, tensor in tensors_of(model):
+        if torch.nn.parameter.is_lazy(tensor):
+            return f"its {name} has no shape yet (a lazy module)"
+        if tensor.is_meta:
+            return f"its {name} is on the meta device"
+        if hasattr(tensor, "device_mesh"):
+            return f"its {name} is sharded over processes"
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules_of(model)):
+        return "it is sharded over processes"
     return ""
 
 
@@ -73,11 +80,7 @@ def device_of(model: Any) -> torch.device:
     own = getattr(model, "device", None)
     if isinstance(own, torch.device):
         return own
-    for module in modules_of(model):
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                return tensor.device
-    return torch.device("cpu")
+    return next((tensor.device for _name, tensor in tensors_of(model)), torch.device("cpu"))
 
 
 @attrs.define(eq=False)

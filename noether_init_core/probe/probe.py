@@ -11,7 +11,7 @@ import torch
 from noether_init_core.errors import CheckpointFormatError, ConfigError
 from noether_init_core.files.plain_data import plain
 from noether_init_core.nested import mapped
-from noether_init_core.probe.isolated_run import called, device_of, hindrance, modules_of, quietly
+from noether_init_core.probe.isolated_run import called, device_of, hindrance, quietly, tensors_of
 from noether_init_core.probe.outputs import Output, has_values, outputs_of, uncompared
 from noether_init_core.protocols import leaf_models
 
@@ -114,13 +114,8 @@ def repeat(model: Any, probe: Probe) -> tuple[Output, ...]:
 
 def dtype_of(model: Any) -> str | None:
     """Dtype of the first floating-point parameter, else buffer, of ``model``."""
-    modules = modules_of(model)
-    for held in ("_parameters", "_buffers"):
-        for module in modules:
-            for tensor in getattr(module, held).values():
-                if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
-                    return str(tensor.dtype).removeprefix("torch.")
-    return None
+    floating = (one.dtype for _name, one in tensors_of(model) if one.is_floating_point() or one.is_complex())
+    return next((str(dtype).removeprefix("torch.") for dtype in floating), None)
 
 
 def check_batch(batch: Any) -> str:
