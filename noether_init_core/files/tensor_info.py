@@ -64,14 +64,12 @@ class TensorInfo:
         shape: Its sizes.
         dtype: torch's name of the dtype, without ``torch.``.
         pieces: Boxes that make up the tensor, without overlap; none for a tensor that is computed when it is read.
-        is_parameter: Whether the file says that it is a parameter.
         key: What ``Checkpoint.read`` takes for a tensor that has no pieces.
     """
 
     shape: tuple[int, ...]
     dtype: str
     pieces: tuple[Piece, ...] = ()
-    is_parameter: bool = False
     key: str = ""
 
     @property
@@ -121,7 +119,7 @@ class TensorInfo:
             raise ValueError("the places of its elements are not known: it is computed, or not resolved yet")
         shape = tuple(end - begin for begin, end in box)
         found = (self._within(piece, box) for piece in self.pieces)
-        return TensorInfo(shape, self.dtype, tuple(piece for piece in found if piece is not None), self.is_parameter)
+        return TensorInfo(shape, self.dtype, tuple(piece for piece in found if piece is not None))
 
     def flat(self) -> TensorInfo:
         """The description of the same bytes in one dimension, of a tensor that ``is_contiguous``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,13 +30,14 @@ class AverageOfFolder(SourceInitializer):
 
 
 @pytest.fixture
-def average(tmp_path: Path) -> str:
+def average(tmp_path: Path) -> Iterator[str]:
     """The name of the kind, registered for a folder of two files."""
     AverageOfFolder.folder = tmp_path
     for number in (1, 3):
         torch.save({"weight": torch.full((2, 3), float(number)), "bias": torch.zeros(2)}, tmp_path / f"{number}.pt")
     kinds.register("average_of_folder", AverageOfFolder)
-    return "average_of_folder"
+    yield "average_of_folder"
+    kinds.unregister("average_of_folder")
 
 
 def test_a_checkpoint_that_is_computed_is_planned_loaded_and_traced(average: str, tmp_path: Path) -> None:

@@ -239,9 +239,7 @@ def _parameter(scope: Scope, args: tuple[Any, ...]) -> Any:
     # A fourth argument is what Python code has attached to the parameter: no part of its values.
     if len(args) not in (3, 4):
         raise OpcodeError("a parameter has a wrong number of arguments")
-    if type(args[0]) is TensorInfo:
-        return attrs.evolve(args[0], is_parameter=True)
-    if type(args[0]) is RefusedTensor:
+    if type(args[0]) is TensorInfo or type(args[0]) is RefusedTensor:
         return args[0]
     if type(args[0]) is ForeignObject:
         return ForeignObject("torch.nn.parameter.Parameter", (args[0],))
@@ -261,10 +259,9 @@ def _of_type(scope: Scope, args: tuple[Any, ...]) -> Any:
     if function not in _TENSOR_FUNCTIONS:
         return ForeignObject(kind, (ForeignObject(function, args[2]),), args[3])
     tensor = BUILDERS[function](scope, args[2])
-    if kind in _PLAIN_TENSORS or type(tensor) is RefusedTensor:
+    is_plain = kind in _PLAIN_TENSORS or (kind in _PARAMETERS and type(tensor) is TensorInfo)
+    if is_plain or type(tensor) is RefusedTensor:
         return tensor
-    if kind in _PARAMETERS and type(tensor) is TensorInfo:
-        return attrs.evolve(tensor, is_parameter=True)
     return ForeignObject(kind, (tensor,), args[3])
 
 
