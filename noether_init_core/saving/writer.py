@@ -94,7 +94,7 @@ class CheckpointWriter:
         path_provider: Any,
         *,
         report: Any = None,
-        flat_names: bool = True,
+        flat_names: bool = False,
         keep_last: int | None = None,
         retention: Retention | Mapping[str, Any] | None = None,
         storage: Storage = LOCAL,
