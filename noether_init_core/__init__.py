@@ -61,8 +61,9 @@ if TYPE_CHECKING:
     from noether_init_core.protocols import leaf_models
     from noether_init_core.saving.retention import Retention
     from noether_init_core.saving.writer import CheckpointWriter
+    from noether_init_core.sets.looking import find_set, newest_set
     from noether_init_core.sets.provenance import InitReport
-    from noether_init_core.sets.store import RunStore
+    from noether_init_core.sets.snapshot import Snapshot
     from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.stopwatch import Timing
     from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow, Problem
@@ -118,7 +119,7 @@ __all__ = [
     "ProbeMismatchError",
     "Problem",
     "Retention",
-    "RunStore",
+    "Snapshot",
     "Source",
     "SourceInitializer",
     "SourceInitializerConfig",
@@ -135,12 +136,14 @@ __all__ = [
     "bind",
     "compare_checkpoints",
     "compose",
+    "find_set",
     "hookimpl",
     "hookspec",
     "kinds",
     "leaf_models",
     "lineage_of",
     "named_parameters",
+    "newest_set",
     "open_checkpoint",
 ]
 
@@ -153,7 +156,8 @@ _HOMES = {
     "files.opening": ("open_checkpoint",),
     "files.storage.handle": ("Storage",),
     "saving.retention": ("Retention",),
-    "sets.store": ("RunStore",),
+    "sets.looking": ("find_set", "newest_set"),
+    "sets.snapshot": ("Snapshot",),
     "saving.writer": ("CheckpointWriter",),
     "diff.compare": ("compare_checkpoints",),
     "diff.values": ("CheckpointDiff",),

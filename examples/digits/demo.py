@@ -23,7 +23,7 @@ from digits import TASKS, LossLog, Network
 from pages import write_pages
 from picture import Attempt, draw
 
-from noether_init_core import InitializerStack, PathProvider, RunStore, bind
+from noether_init_core import InitializerStack, PathProvider, Snapshot, bind, newest_set
 
 __all__ = ["main"]
 
@@ -129,7 +129,7 @@ def train_and_kill(paths: PathProvider, epochs: int) -> list[Attempt]:
     while wanted:
         if len(attempts) == MOST_ATTEMPTS:
             raise SystemExit(f"no kill hit the middle of {wanted[0]} in {MOST_ATTEMPTS} attempts")
-        newest = RunStore(paths).newest()
+        newest = newest_set(Snapshot(paths))
         done = 0 if newest is None or newest.iteration is None else int(newest.iteration.update or 0)
         target = max(done, updates // 3 if wanted[0] == "epoch" else updates * 2 // 3)
         while wanted[0] == "epoch" and (target % UPDATES_PER_SAVE != 4 or not 0 < target % BATCHES_PER_EPOCH < 20):
@@ -155,7 +155,7 @@ def train_and_kill(paths: PathProvider, epochs: int) -> list[Attempt]:
 
 def final_state(paths: PathProvider) -> dict[str, Any]:
     """Every value of the newest set by its place, read by plain torch: model, EMA, optimizer, trainer."""
-    newest = RunStore(paths).newest()
+    newest = newest_set(Snapshot(paths))
     if newest is None:
         raise SystemExit(f"{paths.run_id} has no committed set")
     state: dict[str, Any] = {}

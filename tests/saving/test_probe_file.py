@@ -19,7 +19,6 @@ from noether_init_core import (
     CheckpointWriter,
     ConfigError,
     PathProvider,
-    RunStore,
     TrainingIteration,
     UnsafeGlobalError,
     bind,
@@ -31,6 +30,7 @@ from noether_init_core.probe.probe import repeat
 from noether_init_core.saving.probe_file import read_probe
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.health import verify_run
+from noether_init_core.sets.looking import find_set
 from noether_init_core.sets.manifest import PROBE_NAME, read_manifest, sealed
 from noether_init_core.sets.snapshot import Snapshot
 
@@ -53,7 +53,7 @@ def paths(tmp_path: Path) -> PathProvider:
 
 def newest(paths: PathProvider) -> Any:
     """As another process finds it."""
-    return RunStore(paths).find("latest")
+    return find_set(Snapshot(paths), "latest").found
 
 
 def test_the_probe_is_read_again_and_holds(paths: PathProvider) -> None:

@@ -25,14 +25,15 @@ from noether_init_core import (
     InitReport,
     PathProvider,
     Retention,
-    RunStore,
     TrainingIteration,
     bind,
     compose,
 )
 from noether_init_core.saving.retention import Best, checked_metrics, superfluous_sets
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
+from noether_init_core.sets.looking import find_set
 from noether_init_core.sets.manifest import Manifest, ManifestFile
+from noether_init_core.sets.snapshot import Snapshot
 
 
 def model_with(name: str, weight: float) -> Any:
@@ -57,7 +58,7 @@ def at(epoch: int) -> TrainingIteration:
 
 def epochs(paths: PathProvider) -> list[int]:
     """The epochs of the sets that are there, in the order of their commits."""
-    return [one.iteration.epoch or 0 for one in RunStore(paths).sets() if one.iteration is not None]
+    return [one.iteration.epoch or 0 for one in Snapshot(paths).sets() if one.iteration is not None]
 
 
 def save_all(paths: PathProvider, rules: Any, losses: list[float | None]) -> None:
@@ -103,7 +104,7 @@ def test_periods_need_no_save_at_their_beginning(paths: PathProvider) -> None:
     writer = CheckpointWriter(paths, retention=Retention(every={"update": 100}), flat_names=False)
     for update in range(30, 500, 40):
         writer.save(MODEL, TrainingIteration(0, update, update))
-    updates = [one.iteration.update for one in RunStore(paths).sets() if one.iteration]
+    updates = [one.iteration.update for one in Snapshot(paths).sets() if one.iteration]
     assert updates == [110, 230, 310, 430, 470]
 
 
@@ -112,7 +113,7 @@ def test_metrics_are_recorded_and_sets_without_them_are_never_the_best(paths: Pa
     values: list[Any] = [torch.tensor(0.5), np.float32(0.25), float("nan"), float("-inf"), 3, None, None]
     save_all(paths, Retention(best={"loss.val": 2}), values)
     assert epochs(paths) == [1, 2, 6, 7]
-    manifest = json.loads((RunStore(paths).sets()[0].folder / "manifest.json").read_text())
+    manifest = json.loads((Snapshot(paths).sets()[0].folder / "manifest.json").read_text())
     assert manifest["metrics"] == {"loss.val": 0.5}
     assert checked_metrics({"a": float("nan"), "b": 1}) == {"a": None, "b": 1.0}
 
@@ -128,7 +129,7 @@ def test_iteration_that_was_saved_twice_counts_once(paths: PathProvider) -> None
     writer = CheckpointWriter(paths, retention=Retention(best={"loss": 2}), flat_names=False)
     for epoch, loss in ((1, 0.3), (2, 0.1), (2, 0.1), (3, 0.5), (4, 0.6)):
         writer.save(MODEL, at(epoch), metrics={"loss": loss})
-    assert [(one.sequence, one.name[:2]) for one in RunStore(paths).sets()] == [
+    assert [(one.sequence, one.name[:2]) for one in Snapshot(paths).sets()] == [
         (1, "E1"),
         (3, "E2"),
         (4, "E3"),
@@ -192,12 +193,12 @@ def test_damaged_sets_are_no_good_sets(paths: PathProvider) -> None:
     writer = CheckpointWriter(paths, keep_last=1, flat_names=False)
     for epoch in (1, 2, 3):
         writer.save(MODEL, at(epoch))
-    newest = RunStore(paths).sets()[-1]
+    newest = Snapshot(paths).sets()[-1]
     (file,) = [one.path for one in newest.files if one.part == "model"]
     rewrite(file, file.read_bytes()[:-1])
     saved = writer.save(MODEL, at(4))
     assert epochs(paths) == [2, 4]
-    assert RunStore(paths).find("latest") == saved
+    assert find_set(Snapshot(paths), "latest").found == saved
 
 
 def test_set_that_cannot_be_read_stays(paths: PathProvider) -> None:
@@ -218,8 +219,8 @@ def test_older_set_of_an_iteration_never_takes_over_its_tag(paths: PathProvider)
     later = writer.save(MODEL, at(1))
     for epoch in (2, 3, 4):
         writer.save(MODEL, at(epoch))
-    assert RunStore(paths).find("E1_U10_S100") == later
-    assert [one.sequence for one in RunStore(paths).sets()] == [1, 2, 4, 5]
+    assert find_set(Snapshot(paths), "E1_U10_S100").found == later
+    assert [one.sequence for one in Snapshot(paths).sets()] == [1, 2, 4, 5]
 
 
 # Random histories.
@@ -597,21 +598,21 @@ class History:
     ) -> None:
         given = {name: float("nan") if value is None else value for name, value in metrics.items()}
         writer = CheckpointWriter(self.paths, report=self.report, retention=rules, flat_names=False)
-        there = [one.sequence or 0 for one in RunStore(self.paths).sets()]
+        there = [one.sequence or 0 for one in Snapshot(self.paths).sets()]
         saved = writer.save(MODELS[model][0 if is_finite else 1], at(epoch), tags=tags, metrics=given)
         sequence = saved.sequence or 0
         assert sequence > max(there, default=0)
         self.trainings[sequence] = self.report.training
         self.models[sequence] = model
         others = {one for one in there if self.trainings[one] != self.report.training}
-        assert others <= {one.sequence for one in RunStore(self.paths).sets()}
+        assert others <= {one.sequence for one in Snapshot(self.paths).sets()}
         self.tags[sequence] = saved.tags
         self.readable.add(sequence)
         if is_finite:
             self.good.add(sequence)
 
     def damage(self, which: int, how: str) -> None:
-        sets = [one for one in RunStore(self.paths).sets() if one.sequence in self.readable]
+        sets = [one for one in Snapshot(self.paths).sets() if one.sequence in self.readable]
         if not sets:
             return
         victim = sets[which % len(sets)]
@@ -631,7 +632,7 @@ class History:
             del self.tags[sequence]
 
     def check(self) -> None:
-        there = {one.sequence: one for one in RunStore(self.paths).sets()}
+        there = {one.sequence: one for one in Snapshot(self.paths).sets()}
         ours = sorted(one for one in self.good if self.trainings[one] == self.report.training)
         for model in MODELS:
             for sequence in [one for one in ours if self.models[one] == model][-2:]:
@@ -670,10 +671,10 @@ def test_good_sets_survive_random_saves_and_damages(actions: list[tuple[Any, ...
                 history.start_anew()
             else:
                 history.damage(*action[1:])
-        leftovers = RunStore(history.paths).uncommitted()
+        leftovers = Snapshot(history.paths).uncommitted()
         history.save(rules[0], 9, ("latest",), {})
         history.check()
-        assert RunStore(history.paths).uncommitted() == ()
+        assert Snapshot(history.paths).uncommitted() == ()
         assert len(leftovers) <= len(actions)
     except CheckpointError as error:
         raise AssertionError(str(error)) from error

@@ -15,7 +15,6 @@ from noether_init_core import (
     InitializerStack,
     InitReport,
     PathProvider,
-    RunStore,
     TrainerState,
     TrainingIteration,
     bind,
@@ -23,6 +22,7 @@ from noether_init_core import (
 from noether_init_core.saving.training_id import Start
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.manifest import Manifest, read_manifest
+from noether_init_core.sets.snapshot import Snapshot
 
 FRESH = TrainingIteration.zero()
 
@@ -58,7 +58,7 @@ class Trainer:
 
 def sets(paths: PathProvider) -> dict[int, str]:
     """Sequence -> epoch of every set that is there."""
-    return {one.sequence or 0: one.name.split("_")[0] for one in RunStore(paths).sets()}
+    return {one.sequence or 0: one.name.split("_")[0] for one in Snapshot(paths).sets()}
 
 
 def manifest_of(one: CheckpointSet) -> Manifest:
@@ -212,13 +212,13 @@ def test_sets_of_earlier_releases_are_one_training_that_can_go_on(paths: PathPro
     """Their manifests say no training; a resume, or a save that nobody explains, goes on with them."""
     writer = CheckpointWriter(paths)
     save(writer, 1, 2)
-    for one in RunStore(paths).sets():
+    for one in Snapshot(paths).sets():
         older = manifest_of(one).model_copy(update={"training": None})
         rewrite(one.folder / "manifest.json", older.to_bytes())
     save(CheckpointWriter(paths, keep_last=2, report=resume(paths)), 3)
     save(CheckpointWriter(paths, keep_last=2), 4)
     assert sets(paths) == {3: "E3", 4: "E4"}
-    assert {manifest_of(one).training for one in RunStore(paths).sets()} == {None}
+    assert {manifest_of(one).training for one in Snapshot(paths).sets()} == {None}
 
 
 # Walk-back.

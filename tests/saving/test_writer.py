@@ -36,11 +36,10 @@ from noether_init_core.files.storage.disk import Storage
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.saving.writer import CheckpointWriter
-from noether_init_core.sets.checkpoint_set import CheckpointSet
+from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
 from noether_init_core.sets.looking import find_set, newest_set
 from noether_init_core.sets.provenance import InitReport
 from noether_init_core.sets.snapshot import Snapshot
-from noether_init_core.sets.store import Need, RunStore
 
 ONE, TWO, THREE, FOUR = (TrainingIteration(n, 10 * n, 100 * n) for n in (1, 2, 3, 4))
 NAN, INF = float("nan"), float("inf")
@@ -518,8 +517,8 @@ def test_lineage_is_kept_in_the_manifest(paths: PathProvider) -> None:
 def test_what_is_returned_is_what_is_found(writer: CheckpointWriter, paths: PathProvider) -> None:
     """The set that save returns equals the one that the store reads."""
     saved = writer.save(trained(), ONE)
-    assert RunStore(paths).find(None, ALL) == saved
-    assert RunStore(paths).newest() == saved
+    assert find_set(Snapshot(paths), None, ALL).found == saved
+    assert newest_set(Snapshot(paths)) == saved
 
 
 # Flat names.
@@ -560,7 +559,7 @@ def test_writing_in_place_onto_a_rewritten_name_leaves_the_set_intact(
         for part in ("model", "optim", "trainer"):
             torch.save({"other": torch.zeros(1000)}, folder / f"mlp_cp={tag}_{part}.th")
     assert {path: digest(path) for path in saved.folder.iterdir()} == before
-    assert RunStore(paths).find("latest", ALL) == saved
+    assert find_set(Snapshot(paths), "latest", ALL).found == saved
 
 
 def test_writing_in_place_onto_the_name_of_an_iteration_leaves_the_set_intact(
@@ -573,7 +572,7 @@ def test_writing_in_place_onto_the_name_of_an_iteration_leaves_the_set_intact(
         with contextlib.suppress(PermissionError, RuntimeError):
             torch.save({"other": torch.zeros(1000)}, folder / f"mlp_cp=E1_U10_S100_{part}.th")
     assert {path: digest(path) for path in saved.folder.iterdir()} == before
-    assert RunStore(paths).find("E1_U10_S100", ALL) == saved
+    assert find_set(Snapshot(paths), "E1_U10_S100", ALL).found == saved
 
 
 def test_hard_links_are_made_only_where_the_mode_protects_the_file(tmp_path: Path) -> None:
@@ -606,10 +605,10 @@ def test_flat_names_of_a_set_that_was_removed_by_hand_go_with_the_next_save(
     flat = folder / "mlp_cp=latest_trainer.th"
     flat.write_bytes(flat.read_bytes())  # as another program would have
     with pytest.raises(AmbiguousCheckpointError, match=r"the set that they belonged to was removed.*E1_U10_S100"):
-        RunStore(paths).newest()
+        newest_set(Snapshot(paths))
     flat.unlink()
     again = writer.save(trained(), TWO)
-    assert RunStore(paths).newest() == again
+    assert newest_set(Snapshot(paths)) == again
     assert {path.name.split("_cp=")[1].rsplit("_", 1)[0] for path in folder.glob("*.th")} == {
         "E1_U10_S100",
         "E2_U20_S200",
@@ -630,7 +629,7 @@ def test_flat_files_of_another_program_stay(writer: CheckpointWriter, folder: Pa
     assert foreign.exists()
     assert not (folder / "mlp_cp=E3_U30_S300_trainer.th").exists()
     with pytest.raises(AmbiguousCheckpointError, match=r"remove \*_cp=E4_U40_S400_\*\.th, \*_cp=E3_U30_S300_\*\.th"):
-        RunStore(paths).newest()
+        newest_set(Snapshot(paths))
 
 
 @pytest.mark.parametrize(
@@ -645,7 +644,7 @@ def test_damaged_record_of_flat_names_removes_nothing(
     (folder / ".noether-init-flat.json").write_bytes(record)
     saved = writer.save(trained(), TWO)
     assert {path.name for path in folder.glob("*.th")} >= names
-    assert RunStore(paths).newest() == saved
+    assert newest_set(Snapshot(paths)) == saved
 
 
 def test_files_of_a_set_are_read_only(writer: CheckpointWriter, folder: Path) -> None:
@@ -708,7 +707,7 @@ def test_failure_after_the_commit_is_no_lost_checkpoint(paths: PathProvider, cap
             return False
 
     saved = CheckpointWriter(paths, storage=NoCopies()).save(trained(), ONE)
-    assert RunStore(paths).newest() == saved
+    assert newest_set(Snapshot(paths)) == saved
     assert "is committed, but the flat names" in caplog.text
 
 
@@ -731,8 +730,8 @@ def test_full_disk_takes_the_flat_names_before_it_refuses_a_set(
     torch.save({"state_dict": {}}, foreign)
     saved = CheckpointWriter(paths, storage=Small()).save(trained(), THREE)
     assert "flat names for Noether were removed" in caplog.text
-    assert RunStore(paths).newest() == saved
-    assert [one.sequence for one in RunStore(paths).sets()] == [1, 2, 3]
+    assert newest_set(Snapshot(paths)) == saved
+    assert [one.sequence for one in Snapshot(paths).sets()] == [1, 2, 3]
     assert {path.name for path in folder.glob("*_model.th")} == {
         foreign.name,
         "mlp_cp=E3_U30_S300_model.th",
@@ -742,7 +741,7 @@ def test_full_disk_takes_the_flat_names_before_it_refuses_a_set(
         torch.save({"state_dict": {}}, folder / f"more{number}_cp=latest_model.th")
     with pytest.raises(CheckpointWriteError, match="No space left on device"):
         CheckpointWriter(paths, flat_names=False, storage=Small()).save(trained(), FOUR)
-    assert RunStore(paths).newest() == saved
+    assert newest_set(Snapshot(paths)) == saved
 
 
 def test_full_disk_at_the_flat_names_leaves_no_half_copy_and_retires_sets(
@@ -761,8 +760,8 @@ def test_full_disk_at_the_flat_names_leaves_no_half_copy_and_retires_sets(
     for iteration in (ONE, TWO, THREE):
         CheckpointWriter(paths, keep_last=2, flat_names=False).save(trained(), iteration)
     saved = CheckpointWriter(paths, keep_last=2, storage=FullForCopies()).save(trained(), FOUR)
-    assert [one.sequence for one in RunStore(paths).sets()] == [3, 4]
-    assert RunStore(paths).newest() == saved
+    assert [one.sequence for one in Snapshot(paths).sets()] == [3, 4]
+    assert newest_set(Snapshot(paths)) == saved
     assert "the flat names for Noether failed" in caplog.text
     assert not list(folder.glob(".noether-init-flat*.tmp"))
     (folder / ".noether-init-flat.tmp").write_bytes(b"half")
@@ -881,15 +880,15 @@ def test_failure_at_any_single_step_keeps_the_sets_from_before(tmp_path: Path) -
             assert str(error.path) in str(error)
             assert at <= commit + 1, dry.steps[at - 1]
         outcomes[saved] += 1
-        newest = RunStore(paths).newest()
+        newest = newest_set(Snapshot(paths))
         assert newest is not None
         assert newest.iteration == (FOUR if saved or at > commit else THREE)
         assert weight_of(newest) == (9 if newest.iteration == FOUR else 2)
-        assert RunStore(paths).broken() == ()
+        assert Snapshot(paths).broken() == ()
         again = CheckpointWriter(paths, keep_last=1).save(fill(model, 11), FOUR)
-        assert weight_of(RunStore(paths).find(None, ALL)) == 11
-        assert RunStore(paths).find("E4", ALL) == again
-        assert RunStore(paths).uncommitted() == ()
+        assert weight_of(find_set(Snapshot(paths), None, ALL).found) == 11
+        assert find_set(Snapshot(paths), "E4", ALL).found == again
+        assert Snapshot(paths).uncommitted() == ()
     assert min(outcomes[True], outcomes[False]) > 10
 
 
@@ -907,7 +906,7 @@ def test_failure_after_the_rename_of_the_manifest_does_not_claim_that_nothing_wa
     with pytest.raises(CheckpointWriteError, match=r"may or may not be committed.*noether-init inspect") as caught:
         CheckpointWriter(paths, storage=LastStep()).save(trained(), ONE)
     assert "was not committed" not in str(caught.value)
-    newest = RunStore(paths).newest()
+    newest = newest_set(Snapshot(paths))
     assert newest is not None
     assert newest.iteration == ONE
 
@@ -929,7 +928,7 @@ def test_disk_that_fills_up_in_the_middle_of_a_file_is_named(paths: PathProvider
     with pytest.raises(CheckpointWriteError, match=r"mlp_cp=E2_U20_S200_model\.th: No space left on device") as caught:
         CheckpointWriter(paths, storage=FullStorage()).save(fill(trained(), 2), TWO)
     assert isinstance(caught.value, OSError)
-    assert RunStore(paths).newest() == saved
+    assert newest_set(Snapshot(paths)) == saved
     assert weight_of(saved) == 1
 
 
@@ -944,7 +943,7 @@ def test_file_that_our_reader_cannot_read_is_never_committed(paths: PathProvider
 
     with pytest.raises(CheckpointWriteError, match=r"_optim\.th"):
         CheckpointWriter(paths, storage=Garbling()).save(trained(), ONE)
-    assert RunStore(paths).newest() is None
+    assert newest_set(Snapshot(paths)) is None
     assert not list(folder.glob("*.th"))
 
 
@@ -957,8 +956,8 @@ def test_leftovers_of_a_killed_save_are_collected_by_the_next(writer: Checkpoint
     (leftover / "manifest.json.tmp").write_bytes(b"{")
     saved = writer.save(trained(), TWO)
     assert not leftover.exists()
-    assert RunStore(paths).newest() == saved
-    assert RunStore(paths).uncommitted() == ()
+    assert newest_set(Snapshot(paths)) == saved
+    assert Snapshot(paths).uncommitted() == ()
 
 
 @pytest.mark.parametrize("is_committed", [False, True])
@@ -1044,8 +1043,8 @@ def test_diverged_run_keeps_its_finite_sets(paths: PathProvider) -> None:
     for epoch in range(1, 9):
         model = fill(trained(), NAN) if epoch > 4 else trained()
         saved = writer.save(model, TrainingIteration(epoch, 10 * epoch, 100 * epoch), tags=())
-        assert RunStore(paths).find(saved.name) == saved
-    assert [one.iteration.epoch for one in RunStore(paths).sets() if one.iteration] == [2, 3, 4, 8]
+        assert find_set(Snapshot(paths), saved.name).found == saved
+    assert [one.iteration.epoch for one in Snapshot(paths).sets() if one.iteration] == [2, 3, 4, 8]
 
 
 @pytest.mark.parametrize("said_by", ["report", "lineage", "nothing needed"])
@@ -1095,8 +1094,8 @@ def test_writers_at_the_same_time_take_turns(paths: PathProvider) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
-    assert [one.sequence for one in RunStore(paths).sets()] == list(range(1, 9))
-    assert RunStore(paths).broken() == ()
+    assert [one.sequence for one in Snapshot(paths).sets()] == list(range(1, 9))
+    assert Snapshot(paths).broken() == ()
 
 
 # Retention.
@@ -1108,12 +1107,12 @@ def test_retention_keeps_what_is_needed(paths: PathProvider, folder: Path) -> No
     for epoch in range(1, 7):
         tags = ("latest", "best_model.loss") if epoch == 2 else ("latest",)
         writer.save(trained(), TrainingIteration(epoch, epoch, epoch), tags=tags)
-    epochs = [one.iteration.epoch for one in RunStore(paths).sets() if one.iteration]
+    epochs = [one.iteration.epoch for one in Snapshot(paths).sets() if one.iteration]
     assert epochs == [2, 5, 6]
     assert sorted({path.name.split("_")[1] for path in folder.glob("*_cp=E*")} | set()) == ["cp=E2", "cp=E5", "cp=E6"]
     assert len(list((folder / "sets").iterdir())) == 3
     writer.save(trained(), TrainingIteration(7, 7, 7), tags=("latest", "best_model.loss"))
-    assert [one.iteration.epoch for one in RunStore(paths).sets() if one.iteration] == [6, 7]
+    assert [one.iteration.epoch for one in Snapshot(paths).sets() if one.iteration] == [6, 7]
 
 
 def test_retention_of_an_iteration_saved_twice_keeps_its_flat_names(paths: PathProvider, folder: Path) -> None:
@@ -1121,7 +1120,7 @@ def test_retention_of_an_iteration_saved_twice_keeps_its_flat_names(paths: PathP
     writer = CheckpointWriter(paths, keep_last=2, report=InitReport(ONE))
     for iteration in (ONE, TWO, ONE):
         saved = writer.save(trained(), iteration)
-    assert [one.sequence for one in RunStore(paths).sets()] == [2, 3]
+    assert [one.sequence for one in Snapshot(paths).sets()] == [2, 3]
     for file in saved.files:
         assert digest(folder / file.path.name) == digest(file.path)
 
@@ -1144,7 +1143,7 @@ def test_retention_leaves_flat_files_of_another_program(
     writer = CheckpointWriter(paths, flat_names=flat_names, keep_last=1)
     for iteration in (TWO, THREE, FOUR):
         writer.save(trained(), iteration)
-    assert [one.name[:2] for one in RunStore(paths).sets()] == ["E3", "E4"]
+    assert [one.name[:2] for one in Snapshot(paths).sets()] == ["E3", "E4"]
     assert [path.read_bytes() for path in theirs] == [b"their weights"] * 2
     assert not (folder / "mlp_cp=E1_U10_S100_trainer.th").exists()
     assert not list(folder.glob("*_cp=E2_*"))
@@ -1178,7 +1177,7 @@ def test_flat_latest_of_each_model_stays_until_that_model_is_saved_again(paths: 
         for name in ("gen", "disc") if iteration != THREE else ("disc",):
             saved[name] = writer.save(parts[name], iteration)
     # E1 means the set of disc for who names no model, and must not mean that of gen later
-    assert [(one.models(), one.name[:2]) for one in RunStore(paths).sets()] == [
+    assert [(one.models(), one.name[:2]) for one in Snapshot(paths).sets()] == [
         (("gen",), "E1"),
         (("disc",), "E1"),
         (("gen",), "E2"),
@@ -1202,6 +1201,6 @@ def test_same_iteration_may_be_saved_again(writer: CheckpointWriter, paths: Path
     """The later set is meant, in our store and under the flat names."""
     writer.save(fill(trained(), 1), ONE)
     writer.save(fill(trained(), 2), ONE)
-    assert weight_of(RunStore(paths).find("E1", ALL)) == 2
+    assert weight_of(find_set(Snapshot(paths), "E1", ALL).found) == 2
     assert load(folder / "mlp_cp=E1_U10_S100_model.th")["state_dict"]["first.weight"][0, 0] == 2
     assert not list(folder.glob(".noether-init-flat*.tmp"))

@@ -25,7 +25,6 @@ from noether_init_core import (
     CheckpointWriter,
     PathProvider,
     Retention,
-    RunStore,
     TrainingIteration,
     bind,
 )
@@ -34,6 +33,8 @@ from noether_init_core.files.storage.disk import Storage
 from noether_init_core.files.verifying import examine_memory
 from noether_init_core.saving import concurrent_changes as watch_module
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
+from noether_init_core.sets.looking import find_set, newest_set
+from noether_init_core.sets.snapshot import Snapshot
 
 NOBODY = 65534
 STEPS = (
@@ -78,9 +79,9 @@ def value_of(found: CheckpointSet) -> float:
 
 def assert_all_good(paths: PathProvider) -> dict[str, float]:
     """Every committed set is whole; returns set -> value."""
-    store = RunStore(paths)
-    assert store.broken() == ()
-    return {found.name: value_of(found) for found in store.sets()}
+    snapshot = Snapshot(paths)
+    assert snapshot.broken() == ()
+    return {found.name: value_of(found) for found in snapshot.sets()}
 
 
 def python(program: str, *arguments: Any, **how: Any) -> subprocess.Popen[str]:
@@ -127,7 +128,7 @@ def test_failure_of_any_step_loses_no_set_that_a_rule_keeps(tmp_path: Path, numb
         return paths, storage, None
 
     paths, dry, _ = attempt("dry", None)
-    names = {one.name for one in RunStore(paths).sets()}
+    names = {one.name for one in Snapshot(paths).sets()}
     assert names == {f"E{n}_U{n}0_S{n}00" for n in (2, 3, 5, 6)}
     assert len(dry.steps) > 40
     outcomes: Counter[bool] = Counter()
@@ -147,7 +148,7 @@ def test_failure_of_any_step_loses_no_set_that_a_rule_keeps(tmp_path: Path, numb
         found = assert_all_good(paths)
         assert {"E2_U20_S200", "E3_U30_S300", "E7_U70_S700"} <= set(found)
         assert len(found) <= 5
-        assert RunStore(paths).uncommitted() == ()
+        assert Snapshot(paths).uncommitted() == ()
         shutil.rmtree(paths.output_root)
     # where room runs out, flat names are given up and the set is tried again, so that one failure rarely stops it
     assert outcomes[True] > 10
@@ -196,7 +197,7 @@ def test_full_disk_keeps_every_set_that_was_acknowledged(small_disk: Path) -> No
     # what the failed save left is collected, and the writer tries again
     with pytest.raises(CheckpointWriteError):
         CheckpointWriter(paths, flat_names=False).save(model_of(40, size=300), at(40))
-    shutil.rmtree(RunStore(paths).sets()[0].folder)
+    shutil.rmtree(Snapshot(paths).sets()[0].folder)
     CheckpointWriter(paths, flat_names=False, keep_last=2).save(model_of(41, size=300), at(41))
     assert assert_all_good(paths)["E41_U410_S4100"] == 41
 
@@ -211,16 +212,16 @@ def test_disk_that_is_full_to_the_last_byte_keeps_the_newest_set(small_disk: Pat
         filler.unlink(missing_ok=True)
         free = os.statvfs(small_disk)
         filler.write_bytes(b"\0" * max(0, free.f_bavail * free.f_frsize - room))
-        newest = RunStore(paths).newest()
+        newest = newest_set(Snapshot(paths))
         assert newest is not None
         try:
             saved = CheckpointWriter(paths, keep_last=1).save(model_of(number), at(number))
         except CheckpointWriteError:
             outcomes[False] += 1
-            assert RunStore(paths).newest() == newest
+            assert newest_set(Snapshot(paths)) == newest
         else:
             outcomes[True] += 1
-            assert RunStore(paths).newest() == saved
+            assert newest_set(Snapshot(paths)) == saved
         assert_all_good(paths)
     assert outcomes[True]
     assert outcomes[False]
@@ -243,11 +244,11 @@ def open_folder() -> Iterator[Path]:
 
 SAVE_AS_NOBODY = """
 import os, sys, tempfile, torch
-from noether_init_core import CheckpointWriter, PathProvider, RunStore, TrainingIteration, bind
+from noether_init_core import CheckpointWriter, PathProvider, Snapshot, TrainingIteration, bind, newest_set
 with tempfile.TemporaryDirectory() as folder:  # imports all that saving needs while it may still be read
     warm = PathProvider(folder, "run")
     CheckpointWriter(warm).save(bind(torch.nn.Linear(2, 2), name="mlp"), TrainingIteration(1, 10, 100))
-    RunStore(warm).newest()
+    newest_set(Snapshot(warm))
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(int(sys.argv[2]))
@@ -258,7 +259,7 @@ try:
     print("saved")
 except Exception as error:
     print(type(error).__name__, isinstance(error, OSError), error)
-print(RunStore(paths).newest().name)
+print(newest_set(Snapshot(paths)).name)
 """
 
 
@@ -331,11 +332,11 @@ def test_two_processes_that_save_at_once_lose_nothing(tmp_path: Path) -> None:
             assert int(sequence) not in acknowledged
             acknowledged[int(sequence)] = name, float(value)
     paths = PathProvider(tmp_path, "run")
-    found = {one.sequence: (one.name, value_of(one)) for one in RunStore(paths).sets()}
+    found = {one.sequence: (one.name, value_of(one)) for one in Snapshot(paths).sets()}
     assert found == acknowledged
     assert sorted(found) == list(range(1, 17))
     for own in (1, 2):
-        assert value_of(RunStore(paths).find(f"of{own}")) == 100 * own + 7
+        assert value_of(find_set(Snapshot(paths), f"of{own}").found) == 100 * own + 7
 
 
 HOLD_LOCK = """
@@ -478,7 +479,7 @@ def test_channels_last_weights_that_change_in_the_midst_of_a_save_are_not_commit
     monkeypatch.setattr(watch_module, "examine_memory", look)
     with pytest.raises(CheckpointWriteError, match=r"^E2_.*weight.* changed while .*_model\.th was written"):
         CheckpointWriter(paths, storage=TrainsOn()).save(bind(module, "net"), at(2))
-    assert [found.name for found in RunStore(paths).sets()] == [str(at(1))]
+    assert [found.name for found in Snapshot(paths).sets()] == [str(at(1))]
 
 
 def test_a_step_between_two_files_of_a_set_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +521,7 @@ def test_a_step_between_two_files_of_a_set_is_not_committed(tmp_path: Path, monk
     ) as caught:
         CheckpointWriter(paths, storage=TellsWhenWritten()).save(bind(module, "net", optimizer=optimizer), at(2))
     assert "exp_avg" not in str(caught.value)
-    assert [found.name for found in RunStore(paths).sets()] == [str(at(1))]
+    assert [found.name for found in Snapshot(paths).sets()] == [str(at(1))]
 
 
 def test_extra_state_that_changes_in_the_midst_of_a_save_is_not_committed(
@@ -601,7 +602,7 @@ def test_a_save_in_a_handler_of_signals_is_refused_at_once(tmp_path: Path) -> No
     assert output.startswith("0 waits: E2_U2_S2 of run run was not saved")
     assert "this very thread is in the midst of a save" in output
     assert "set a flag" in output
-    assert [found.name for found in RunStore(PathProvider(tmp_path, "run")).sets()] == ["E1_U1_S1", "E3_U3_S3"]
+    assert [found.name for found in Snapshot(PathProvider(tmp_path, "run")).sets()] == ["E1_U1_S1", "E3_U3_S3"]
 
 
 def test_two_threads_of_one_process_wait_for_each_other(tmp_path: Path) -> None:
@@ -674,7 +675,7 @@ def test_a_file_without_checksums_is_not_committed(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(CheckpointWriteError, match="written without checksums"):
         CheckpointWriter(PathProvider(tmp_path, "run")).save(model_of(1), at(1))
-    assert RunStore(PathProvider(tmp_path, "run")).sets() == ()
+    assert Snapshot(PathProvider(tmp_path, "run")).sets() == ()
 
 
 class StateOf:

@@ -105,8 +105,10 @@ def _main(root: Path, kills: int) -> None:
     from noether_init_core.files.opening import open_checkpoint
     from noether_init_core.iteration import TrainingIteration
     from noether_init_core.paths import PathProvider
+    from noether_init_core.sets.checkpoint_set import Need
     from noether_init_core.sets.file_names import PARTS
-    from noether_init_core.sets.store import Need, RunStore
+    from noether_init_core.sets.looking import find_set, newest_set
+    from noether_init_core.sets.snapshot import Snapshot
 
     torch.set_num_threads(1)
     saves = _Saves()
@@ -125,14 +127,14 @@ def _main(root: Path, kills: int) -> None:
         counted["kills"] += 1
         counted["in flight"] += begun > acknowledged
         counted["acknowledged"] += acknowledged - last
-        store = RunStore(paths)
-        counted["uncommitted folders left"] += len(store.uncommitted()) > 0
-        newest = store.newest()
+        snapshot = Snapshot(paths)
+        counted["uncommitted folders left"] += len(snapshot.uncommitted()) > 0
+        newest = newest_set(snapshot)
         if newest is None:
             counted["lost"] += acknowledged > 0
             continue
         try:
-            found = store.find(None, [Need("mlp", "model"), Need("mlp", "optim"), Need("mlp", "trainer")])
+            found = find_set(snapshot, None, [Need("mlp", "model"), Need("mlp", "optim"), Need("mlp", "trainer")]).found
             parts = []
             for part in PARTS:
                 file = found.file("mlp", part)
@@ -142,11 +144,11 @@ def _main(root: Path, kills: int) -> None:
                     parts.append(reader.load())
             values = _values(*parts)
             counted["torn"] += found != newest or values != {float((newest.iteration or zero).epoch or 0)}
-            counted["torn"] += len(store.broken())
+            counted["torn"] += len(snapshot.broken())
         except CheckpointError as error:
             print(error, file=sys.stderr)
             counted["torn"] += 1
-        counted["torn for Noether"] += _is_torn_for_noether(store.folder)
+        counted["torn for Noether"] += _is_torn_for_noether(snapshot.folder)
         reached = (newest.iteration or zero).epoch or 0
         counted["lost"] += reached < acknowledged
         last = max(reached, acknowledged)

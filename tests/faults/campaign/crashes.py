@@ -24,7 +24,7 @@ from faults.campaign.subjects import digest_of
 from noether_init_core import PathProvider
 from noether_init_core.errors import CheckpointWriteError
 from noether_init_core.files.storage.disk import Storage
-from noether_init_core.sets.store import RunStore
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["ERRORS", "SCENARIOS", "Failing", "Scenario", "failures", "replay"]
 
@@ -120,9 +120,9 @@ def _look(root: Path, counted: Counter[str], acknowledged: int, newest: int) -> 
 def _save_again(numbered: Numbered, root: Path, number: int, counted: Counter[str]) -> None:
     """The next save has to succeed and to be found."""
     numbered.save(root, number, keep_last=2, storage=Quick())
-    store = RunStore(PathProvider(root, "run"))
+    snapshot = Snapshot(PathProvider(root, "run"))
     found = found_by_us(root, WIDTH)
-    counted["next save not found"] += found.number != number or bool(store.broken()) or bool(store.uncommitted())
+    counted["next save not found"] += found.number != number or bool(snapshot.broken()) or bool(snapshot.uncommitted())
 
 
 class Failing(Quick):

@@ -14,7 +14,7 @@ from faults.campaign.subjects import Trainer
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
 from noether_init_core.errors import CheckpointNotFoundError, InitError
 from noether_init_core.files.storage.disk import LOCAL, Storage
-from noether_init_core.sets.store import RunStore
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["BASELINES", "Found", "Numbered", "found_by_torch", "found_by_us", "is_torn_for_noether"]
 
@@ -124,7 +124,7 @@ def found_by_us(root: Path, width: int) -> Found:
         stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=PathProvider(root, "run"))
         stack.initialize(fresh.model, trainer=fresh.trainer)
     except CheckpointNotFoundError as error:
-        if not RunStore(PathProvider(root, "run")).sets():
+        if not Snapshot(PathProvider(root, "run")).sets():
             return Found(None)
         return Found(None, "unloadable", str(error))
     except InitError as error:
