@@ -104,7 +104,7 @@ def folder(tmp_path: Path) -> Path:
     exec(MODELS, namespace)
     torch.manual_seed(7)
     old = namespace["Network"](10)  # type: ignore[operator]
-    CheckpointWriter(PathProvider(tmp_path / "runs", "pretrain")).save(
+    CheckpointWriter(PathProvider(tmp_path / "runs", "pretrain"), flat_names=True).save(
         bind(old, name="net"), TrainingIteration(1, 1, 1)
     )
     rules = "transforms: [keep_model: head.]"
@@ -225,7 +225,7 @@ def test_a_run_that_is_resumed_gives_its_weights_alone(folder: Path) -> None:
     network = bind(torch.nn.Linear(3, 2), name="net")
     state = TrainerState(seed=0)
     state.advance(samples=4)
-    CheckpointWriter(PathProvider(folder / "runs", "first")).save(network, trainer=state)
+    CheckpointWriter(PathProvider(folder / "runs", "first"), flat_names=True).save(network, trainer=state)
     (folder / "models.py").write_text("import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2)\n")
     (folder / "fork.yaml").write_text("initializers:\n  - {kind: resume, run_id: first}\n")
     (folder / "auto.yaml").write_text("auto_resume: true\ninitializers: []\n")

@@ -62,7 +62,9 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         next(batches)
         state.advance()
     model = bind(network, name="mlp", optimizer=optimizer)
-    CheckpointWriter(PathProvider("runs", "killed")).save(model, trainer=state, tags=("latest", "best_model.loss.val"))
+    CheckpointWriter(PathProvider("runs", "killed"), flat_names=True).save(
+        model, trainer=state, tags=("latest", "best_model.loss.val")
+    )
     return next((tmp_path / "runs" / "killed" / "checkpoints" / "sets").iterdir())
 
 
@@ -100,7 +102,7 @@ def test_an_output_root_is_a_table_of_runs(
 
 def test_committed_runs_in_a_root_are_runs_and_not_stages(inspect: Inspect, saved: Path) -> None:
     """A folder of runs without stages looks like a run with stages; what the sets say decides."""
-    CheckpointWriter(PathProvider("runs", "second", "warm")).save(
+    CheckpointWriter(PathProvider("runs", "second", "warm"), flat_names=True).save(
         bind(torch.nn.Linear(2, 2), name="m"), TrainingIteration(1, 2, 3)
     )
     root = inspect("runs")
@@ -187,7 +189,7 @@ def test_a_probe_is_shown(inspect: Inspect, tmp_path: Path) -> None:
     """In the set with its outputs, in the run by a column, in its file like any other."""
     model = bind(torch.nn.Linear(4, 2), name="mlp")
     paths = PathProvider(tmp_path, "probed")
-    CheckpointWriter(paths).save(model, TrainingIteration(1, 2, 3), probe=torch.ones(2, 4))
+    CheckpointWriter(paths, flat_names=True).save(model, TrainingIteration(1, 2, 3), probe=torch.ones(2, 4))
     (folder,) = (tmp_path / "probed" / "checkpoints" / "sets").iterdir()
     (line,) = [line for line in inspect(folder).lines if line.startswith("probe")]
     assert line == f"probe: of mlp: output, {(folder / 'probe.th').stat().st_size:,} bytes"
@@ -242,7 +244,9 @@ def test_tied_keys_and_buffers_are_told(inspect: Inspect, tmp_path: Path) -> Non
     network = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3, bias=False), "norm": torch.nn.BatchNorm1d(3)})
     network["b"] = torch.nn.Linear(3, 3, bias=False)
     network["b"].weight = network["a"].weight
-    CheckpointWriter(PathProvider(tmp_path, "tied")).save(bind(network, name="net"), TrainingIteration(1, 2, 3))
+    CheckpointWriter(PathProvider(tmp_path, "tied"), flat_names=True).save(
+        bind(network, name="net"), TrainingIteration(1, 2, 3)
+    )
     (path,) = (tmp_path / "tied" / "checkpoints" / "sets").rglob("*_model.th")
     result = inspect(path)
     assert "tied: a.weight = b.weight" in result.lines

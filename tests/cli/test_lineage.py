@@ -23,11 +23,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two runs below ``runs``."""
     here = tmp_path_factory.mktemp("work")
     model = bind(torch.nn.Linear(4, 2), name="net")
-    CheckpointWriter(PathProvider(here / "runs", "first")).save(model, TrainingIteration(1, 4, 32))
+    CheckpointWriter(PathProvider(here / "runs", "first"), flat_names=True).save(model, TrainingIteration(1, 4, 32))
     paths = PathProvider(here / "runs", "second")
     configs = [{"kind": "previous_run", "run_id": "first"}]
     report = InitializerStack.from_config(configs, path_provider=paths).initialize(model)
-    CheckpointWriter(paths, report=report).save(model, TrainingIteration(2, 8, 64))
+    CheckpointWriter(paths, report=report, flat_names=True).save(model, TrainingIteration(2, 8, 64))
     return here
 
 
@@ -103,7 +103,7 @@ def test_a_long_chain_ends_with_the_command_that_goes_on(tmp_path: Path) -> None
         paths = PathProvider(tmp_path / "runs", f"r{number}")
         configs = [{"kind": "previous_run", "run_id": f"r{number - 1}"}] if number else []
         report = InitializerStack.from_config(configs, path_provider=paths).initialize(model)
-        CheckpointWriter(paths, report=report).save(model, TrainingIteration(1, 1, 1))
+        CheckpointWriter(paths, report=report, flat_names=True).save(model, TrainingIteration(1, 1, 1))
     done = lineage(tmp_path, "runs/r8", width=60)
     assert max(map(len, done.stdout.splitlines())) <= 60
     assert "o r2 " in done.stdout
@@ -116,7 +116,9 @@ def test_a_run_with_stages_shows_what_has_to_do_with_them(tmp_path: Path) -> Non
     """And says nothing of strangers."""
     model = bind(torch.nn.Linear(1, 1), name="net")
     for run_id, stage in (("run", "one"), ("run", "two"), ("stranger", None)):
-        CheckpointWriter(PathProvider(tmp_path / "runs", run_id, stage)).save(model, TrainingIteration(1, 1, 1))
+        CheckpointWriter(PathProvider(tmp_path / "runs", run_id, stage), flat_names=True).save(
+            model, TrainingIteration(1, 1, 1)
+        )
     done = lineage(tmp_path, "runs/run", "--json")
     assert [node["id"] for node in json.loads(done.stdout)["nodes"]] == ["run/one", "run/two"]
 

@@ -63,7 +63,7 @@ def save(paths: PathProvider, iteration: TrainingIteration, **how: Any) -> Path:
     """One set, whose folder is returned."""
     module = torch.nn.Linear(3, 2)
     model = bind(module, name="mlp", optimizer=torch.optim.AdamW(module.parameters()))
-    return CheckpointWriter(paths).save(model, iteration, **how).folder
+    return CheckpointWriter(paths, flat_names=True).save(model, iteration, **how).folder
 
 
 def test_good_sets_are_good_whatever_path_is_given(verify: Verify, paths: PathProvider) -> None:
@@ -127,7 +127,7 @@ def save_diverged(paths: PathProvider, iteration: TrainingIteration, *, also: st
     if not also:
         torch.nn.init.constant_(module.bias, float("nan"))
     model = bind(module, name="mlp", optimizer=torch.optim.AdamW(module.parameters()))
-    return CheckpointWriter(paths).save(model, iteration, averages=averages if also else None).folder
+    return CheckpointWriter(paths, flat_names=True).save(model, iteration, averages=averages if also else None).folder
 
 
 def test_sets_with_nan_are_marked_and_not_offered(verify: Verify, paths: PathProvider) -> None:
@@ -188,7 +188,7 @@ def test_nan_in_an_average_is_noted(verify: Verify, paths: PathProvider) -> None
 
 def test_line_says_which_of_several_models_it_resumes(verify: Verify, paths: PathProvider) -> None:
     """A tag that another model took over means a set of its own still; the line works as it stands."""
-    writer = CheckpointWriter(paths)
+    writer = CheckpointWriter(paths, flat_names=True)
     for name in ("gen", "disc"):
         folder = writer.save(bind(torch.nn.Linear(3, 2), name=name), ONE).folder
     flip_tensor_bit(folder / "disc_cp=E1_U10_S100_model.th")

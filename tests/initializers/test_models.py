@@ -64,7 +64,7 @@ def start(config: dict[str, Any], paths: PathProvider, model: Any, **more: Any) 
 def test_nested_composites_are_found_under_their_full_path(paths: PathProvider, kind: str) -> None:
     """What we saved for a composite in a composite comes back to the same leaf; None is left out."""
     source, model = nested(0)
-    saved = CheckpointWriter(paths).save(model, ITERATION)
+    saved = CheckpointWriter(paths, flat_names=True).save(model, ITERATION)
     assert saved.models("model") == ("outer.body.left", "outer.body.right", "outer.tail")
     target, other = nested(10)
     start({"kind": kind, "run_id": "source"}, paths, other)
@@ -163,7 +163,7 @@ class WithExtraState(torch.nn.Module):
 
 def test_extra_state_of_modules_comes_along(paths: PathProvider) -> None:
     """State that is no tensor is handed to the module that it belongs to, with real tensors in it."""
-    CheckpointWriter(paths).save(bind(WithExtraState(4), name="net"), ITERATION)
+    CheckpointWriter(paths, flat_names=True).save(bind(WithExtraState(4), name="net"), ITERATION)
     target = WithExtraState(1)
     start({"kind": "previous_run", "run_id": "source"}, paths, bind(target, name="net"))
     assert target.number == 8
@@ -175,7 +175,7 @@ def test_frozen_models_get_weights_and_keep_their_optimizer(paths: PathProvider)
     for parameter in source.parameters():
         parameter.requires_grad = False
     optimizer = torch.optim.AdamW(source.parameters())
-    saved = CheckpointWriter(paths).save(bind(source, name="net", optimizer=optimizer), ITERATION)
+    saved = CheckpointWriter(paths, flat_names=True).save(bind(source, name="net", optimizer=optimizer), ITERATION)
     assert saved.models("optim") == ()
     target = linear(1)
     target.requires_grad_(False)
@@ -190,7 +190,7 @@ def test_a_model_without_memory_is_read_into_fresh_memory(paths: PathProvider, v
     """Parameters and buffers of a model on the meta device get memory; objects, ties and gradients stay as they are."""
     source = torch.nn.Sequential(Tied(0), torch.nn.BatchNorm1d(3))
     source[1].running_mean.fill_(4)
-    CheckpointWriter(paths).save(bind(source, name="net"), ITERATION)
+    CheckpointWriter(paths, flat_names=True).save(bind(source, name="net"), ITERATION)
     with torch.device("meta"):
         module = torch.nn.Sequential(Tied(1), torch.nn.BatchNorm1d(3))
     module[0].mask = torch.ones(3)
@@ -216,14 +216,14 @@ def test_a_model_without_memory_is_read_into_fresh_memory(paths: PathProvider, v
 
 def test_memory_that_a_file_cannot_give_is_asked_for(paths: PathProvider) -> None:
     """A buffer that no file has, and an entry that is kept, would stay without values: both are named."""
-    CheckpointWriter(paths).save(bind(Tied(0), name="net"), ITERATION)
+    CheckpointWriter(paths, flat_names=True).save(bind(Tied(0), name="net"), ITERATION)
     with torch.device("meta"):
         module = Tied(1)
     with pytest.raises(PlanError, match="mask would stay there") as caught:
         start({"kind": "previous_run", "run_id": "source"}, paths, bind(module, name="net"))
     assert tuple(caught.value.problems) == ("mask is on the meta device",)
     assert module.embedding.weight.is_meta
-    CheckpointWriter(paths.with_run("other")).save(bind(linear(0), name="net"), ITERATION)
+    CheckpointWriter(paths.with_run("other"), flat_names=True).save(bind(linear(0), name="net"), ITERATION)
     with torch.device("meta"):
         layer = torch.nn.Linear(3, 2)
     config = {"kind": "previous_run", "run_id": "other", "patterns_to_instantiate": ["bias"]}
@@ -234,7 +234,7 @@ def test_memory_that_a_file_cannot_give_is_asked_for(paths: PathProvider) -> Non
 
 def test_a_model_without_memory_can_have_another_dtype(paths: PathProvider) -> None:
     """What the file holds in another dtype is cast on its way, mapped or not."""
-    CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+    CheckpointWriter(paths, flat_names=True).save(bind(linear(0), name="net"), ITERATION)
     for verify in ("full", "none"):
         with torch.device("meta"):
             module = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
@@ -262,7 +262,7 @@ def test_file_reads_a_bare_state_dict_and_checks_its_digest(paths: PathProvider,
 
 def test_the_source_run_can_live_under_another_output_root(paths: PathProvider, tmp_path: Path) -> None:
     """``output_path`` names the root; without a path provider it is enough together with ``run_id``."""
-    CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+    CheckpointWriter(paths, flat_names=True).save(bind(linear(0), name="net"), ITERATION)
     config = {"kind": "previous_run", "run_id": "source", "output_path": str(tmp_path)}
     target = linear(1)
     elsewhere = PathProvider(tmp_path / "elsewhere", "new")
@@ -276,13 +276,15 @@ def test_the_source_run_can_live_under_another_output_root(paths: PathProvider, 
 
 def test_a_debug_run_is_sought_outside_debug_where_it_is_absent(tmp_path: Path) -> None:
     """A debug run warm-starts from an ordinary one, and from a debug one of that name first."""
-    CheckpointWriter(PathProvider(tmp_path, "source")).save(bind(linear(0), name="net"), ITERATION)
+    CheckpointWriter(PathProvider(tmp_path, "source"), flat_names=True).save(bind(linear(0), name="net"), ITERATION)
     config = {"kind": "previous_run", "run_id": "source"}
     target = linear(5)
     debug = PathProvider(tmp_path, "new", debug=True)
     InitializerStack.from_config([config], path_provider=debug).initialize(bind(target, name="net"))
     assert equal(target, linear(0))
-    CheckpointWriter(PathProvider(tmp_path, "source", debug=True)).save(bind(linear(1), name="net"), ITERATION)
+    CheckpointWriter(PathProvider(tmp_path, "source", debug=True), flat_names=True).save(
+        bind(linear(1), name="net"), ITERATION
+    )
     InitializerStack.from_config([config], path_provider=debug).initialize(bind(target, name="net"))
     assert equal(target, linear(1))
 
@@ -291,7 +293,7 @@ def test_the_stored_model_config_comes_without_the_keys_to_pop(paths: PathProvid
     """A model can be rebuilt from the stored config without keys that the new class does not take."""
     module = linear(0)
     module.model_config = {"width": 3, "obsolete": True}  # type: ignore[assignment]
-    CheckpointWriter(paths).save(bind(module, name="net"), ITERATION)
+    CheckpointWriter(paths, flat_names=True).save(bind(module, name="net"), ITERATION)
     config = {"kind": "previous_run", "run_id": "source", "pop_ckpt_kwargs_keys": ["obsolete"]}
     initializer = InitializerStack.from_config([config], path_provider=paths.with_run("new")).initializers[0]
     assert isinstance(initializer, CheckpointInitializer)
@@ -305,7 +307,7 @@ def test_the_stored_model_config_comes_without_the_keys_to_pop(paths: PathProvid
 
 def test_a_committed_file_that_was_rewritten_is_refused(paths: PathProvider) -> None:
     """Another checkpoint written in place over a committed file is whole by itself, but not what was committed."""
-    saved = CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+    saved = CheckpointWriter(paths, flat_names=True).save(bind(linear(0), name="net"), ITERATION)
     file = saved.file("net", "model")
     assert file is not None
     content = torch.load(file.path, weights_only=True)
@@ -362,7 +364,7 @@ def flat_run(paths: PathProvider, *, optim_update: int, optim_run: str) -> None:
     module = linear(0)
     model = bind(module, name="net", optimizer=torch.optim.AdamW(module.parameters()))
     for update in (5, 6):
-        CheckpointWriter(paths).save(model, TrainingIteration(1, update, update * 8))
+        CheckpointWriter(paths, flat_names=True).save(model, TrainingIteration(1, update, update * 8))
     optim = torch.load(paths.checkpoint_path / "net_cp=latest_optim.th", weights_only=True)
     assert optim["training_iteration"] == {"epoch": 1, "update": 6, "sample": 48}
     optim["training_iteration"]["update"] = optim_update
@@ -392,7 +394,7 @@ def test_a_resume_without_the_trainer_that_was_saved_is_refused(paths: PathProvi
     module = linear(0)
     state = TrainerState(seed=0)
     state.advance(samples=8)
-    CheckpointWriter(paths).save(bind(module, name="net"), trainer=state)
+    CheckpointWriter(paths, flat_names=True).save(bind(module, name="net"), trainer=state)
     with pytest.raises(StateMismatchError, match="no trainer was given"):
         start({"kind": "resume"}, paths, bind(linear(1), name="net"))
     report = start({"kind": "resume"}, paths, bind(linear(1), name="net"), trainer=TrainerState(seed=0))
@@ -402,14 +404,14 @@ def test_a_resume_without_the_trainer_that_was_saved_is_refused(paths: PathProvi
 
 def test_asking_for_an_optimizer_that_is_not_there_is_refused(paths: PathProvider) -> None:
     """``load_optim: true`` with a model that has no optimizer would silently do nothing."""
-    CheckpointWriter(paths).save(bind(linear(0), name="net"), ITERATION)
+    CheckpointWriter(paths, flat_names=True).save(bind(linear(0), name="net"), ITERATION)
     with pytest.raises(ConfigError, match="has no optimizer to load into"):
         start({"kind": "previous_run", "run_id": "source", "load_optim": True}, paths, bind(linear(1), name="net"))
 
 
 def test_another_name_than_the_only_trainer_file_is_told(paths: PathProvider, caplog: pytest.LogCaptureFixture) -> None:
     """Resume takes the only model there is, and says so where it is called otherwise."""
-    CheckpointWriter(paths).save(bind(linear(0), name="disc"), ITERATION)
+    CheckpointWriter(paths, flat_names=True).save(bind(linear(0), name="disc"), ITERATION)
     start({"kind": "resume"}, paths, bind(linear(1), name="gen"))
     assert "the model is called gen, the only trainer file is of disc" in caplog.text
 

@@ -35,7 +35,7 @@ def model_of(value: float) -> Any:
 def paths(tmp_path: Path) -> PathProvider:
     """A run with one set, in a stage."""
     paths = PathProvider(tmp_path, "original", "train")
-    CheckpointWriter(paths).save(model_of(3), TrainingIteration(1, 2, 3))
+    CheckpointWriter(paths, flat_names=True).save(model_of(3), TrainingIteration(1, 2, 3))
     return paths
 
 
@@ -86,7 +86,7 @@ def test_a_folder_that_was_renamed_is_used_where_the_config_names_it(
         start([{"kind": kind, "run_id": "renamed", "stage_name": "train"}], renamed, model)
     assert model.weight.sum() == 12
     assert [record.message for record in caplog.records if "was renamed or copied" in record.message] != []
-    CheckpointWriter(renamed).save(model, TrainingIteration(2, 3, 4))
+    CheckpointWriter(renamed, flat_names=True).save(model, TrainingIteration(2, 3, 4))
     caplog.clear()
     assert start({"auto_resume": True}, renamed, model).start == TrainingIteration(2, 3, 4)
     assert caplog.records == []

@@ -63,7 +63,7 @@ def bound(value: float = -1.0, *, width: int = 3) -> Any:
 
 def save(paths: PathProvider, value: int, iteration: TrainingIteration, **how: Any) -> Path:
     """One set, whose folder is returned."""
-    return CheckpointWriter(paths).save(bound(value), iteration, trainer=Trainer(value), **how).folder
+    return CheckpointWriter(paths, flat_names=True).save(bound(value), iteration, trainer=Trainer(value), **how).folder
 
 
 def values_of(model: Any, trainer: Trainer) -> set[float]:
@@ -295,7 +295,7 @@ def two_models(paths: PathProvider) -> list[Path]:
     folders = []
     for value, iteration in enumerate((*ITERATIONS[1:], TrainingIteration(3, 30, 300))):
         for name in ("gen", "disc") if value < 2 else ("disc",):
-            writer = CheckpointWriter(paths)
+            writer = CheckpointWriter(paths, flat_names=True)
             model = bind(bound(value).module, name=name)
             folders.append(writer.save(model, iteration, trainer=Trainer(value), optimizer=False).folder)
     flip_tensor_bit(file_of(folders[2], "model"))
@@ -388,11 +388,13 @@ NAN_PLACES = [("model", "NaN"), ("model", "inf"), ("optim", "NaN"), ("optim", "i
 @pytest.mark.parametrize(("part", "value"), NAN_PLACES)
 def test_nan_gives_way_to_the_newest_finite_set(paths: PathProvider, part: str, value: str) -> None:
     """A run that diverged goes on from before, and says why; without the switch it is an error as ever."""
-    finite = CheckpointWriter(paths).save(with_mask(2.0), ITERATIONS[2], trainer=Trainer(2)).folder
+    finite = CheckpointWriter(paths, flat_names=True).save(with_mask(2.0), ITERATIONS[2], trainer=Trainer(2)).folder
     names = []
     for number in (3, 4):
         iteration = TrainingIteration(number, 10 * number, 100 * number)
-        saved = CheckpointWriter(paths).save(diverged(part, float(value)), iteration, trainer=Trainer(number))
+        saved = CheckpointWriter(paths, flat_names=True).save(
+            diverged(part, float(value)), iteration, trainer=Trainer(number)
+        )
         names.append(saved.folder.name)
     with pytest.raises((PlanError, StateMismatchError), match=r"NaN|infinities"):
         InitializerStack.from_config([{"kind": "resume"}], path_provider=paths).initialize(
@@ -409,7 +411,7 @@ def test_nan_gives_way_to_the_newest_finite_set(paths: PathProvider, part: str, 
 
 def test_values_that_are_loaded_anyway_are_not_walked_back_from(paths: PathProvider) -> None:
     """Infinities in a buffer, NaN in an optimizer or an average that nobody loads, and what the config lets pass."""
-    CheckpointWriter(paths).save(with_mask(0.0), ITERATIONS[0], trainer=Trainer(0))
+    CheckpointWriter(paths, flat_names=True).save(with_mask(0.0), ITERATIONS[0], trainer=Trainer(0))
     average = {
         "ema=0.9": {key: torch.full_like(value, float("nan")) for key, value in with_mask().state_dict().items()}
     }
@@ -422,7 +424,7 @@ def test_values_that_are_loaded_anyway_are_not_walked_back_from(paths: PathProvi
     ]
     for number, (model, config) in enumerate(saves, start=3):
         iteration = TrainingIteration(number, 10 * number, 100 * number)
-        CheckpointWriter(paths).save(model, iteration, trainer=Trainer(number), averages=average)
+        CheckpointWriter(paths, flat_names=True).save(model, iteration, trainer=Trainer(number), averages=average)
         report, _, _ = resume(paths, model=with_mask(), **config)
         assert (report.start, report.initializers[0].passed_over) == (iteration, ()), config
 
@@ -430,7 +432,7 @@ def test_values_that_are_loaded_anyway_are_not_walked_back_from(paths: PathProvi
 def test_nan_in_every_set_is_an_error_that_names_each(paths: PathProvider) -> None:
     """Never a fresh start, and never NaN."""
     for iteration in ITERATIONS[:2]:
-        CheckpointWriter(paths).save(diverged("model"), iteration, trainer=Trainer(0))
+        CheckpointWriter(paths, flat_names=True).save(diverged("model"), iteration, trainer=Trainer(0))
     with pytest.raises(NoGoodSetError, match="weight of mlp holds NaN") as caught:
         resume(paths, model=with_mask())
     assert len(caught.value.tried) == 2
@@ -439,7 +441,7 @@ def test_nan_in_every_set_is_an_error_that_names_each(paths: PathProvider) -> No
 def test_nan_in_flat_files_is_looked_for_too(paths: PathProvider, folders: list[Path]) -> None:
     """There is no manifest that says what was found when they were saved."""
     nan = bound(float("nan"))
-    CheckpointWriter(paths).save(nan, TrainingIteration(3, 30, 300), trainer=Trainer(3))
+    CheckpointWriter(paths, flat_names=True).save(nan, TrainingIteration(3, 30, 300), trainer=Trainer(3))
     make_legacy(paths)
     report, model, trainer = resume(paths)
     assert (report.start, values_of(model, trainer)) == (ITERATIONS[2], {2.0})
@@ -656,7 +658,7 @@ def test_auto_resume_takes_fields_of_resume(paths: PathProvider, folders: list[P
     """All that errors advise; the decision stays that of auto_resume."""
     newest = save(paths, 3, TrainingIteration(3, 30, 300), tags=("mine",))
     model = bound(float("nan"))
-    CheckpointWriter(paths).save(model, TrainingIteration(4, 40, 400), trainer=Trainer(4))
+    CheckpointWriter(paths, flat_names=True).save(model, TrainingIteration(4, 40, 400), trainer=Trainer(4))
     with pytest.raises(PlanError, match=r"on_nonfinite: warn(.|\n)*auto_resume: \{key: value\}"):
         InitializerStack.from_config({"auto_resume": True}, path_provider=paths).initialize(bound(), trainer=Trainer())
     file = tmp_path / "init.yaml"

@@ -129,7 +129,7 @@ def folder(paths: PathProvider) -> Path:
 
 @pytest.fixture
 def writer(paths: PathProvider) -> CheckpointWriter:
-    return CheckpointWriter(paths)
+    return CheckpointWriter(paths, flat_names=True)
 
 
 # What is in a set.
@@ -504,12 +504,12 @@ def test_lineage_is_kept_in_the_manifest(paths: PathProvider) -> None:
         def lineage(self) -> list[dict[str, Any]]:
             return [{"kind": "previous_run", "run_id": "parent", "path": Path("/x")}]
 
-    saved = CheckpointWriter(paths, report=Report()).save(trained(), ONE)
+    saved = CheckpointWriter(paths, report=Report(), flat_names=True).save(trained(), ONE)
     assert saved.manifest is not None
     assert saved.manifest.lineage == ({"kind": "previous_run", "run_id": "parent", "path": "/x"},)
     trainer = Trainer()
     trainer.lineage = ({"kind": "resume"},)  # type: ignore[attr-defined]
-    saved = CheckpointWriter(paths).save(trained(), TWO, trainer=trainer)
+    saved = CheckpointWriter(paths, flat_names=True).save(trained(), TWO, trainer=trainer)
     assert saved.manifest is not None
     assert saved.manifest.lineage == ({"kind": "resume"},)
 
@@ -688,7 +688,7 @@ def test_trainer_name_is_gone_while_other_names_change(paths: PathProvider, fold
                 trainer = load(folder / "mlp_cp=latest_trainer.th")["training_iteration"]["epoch"]
                 seen.append({model, trainer, *([trainer] if (folder / "mlp_cp=latest_optim.th").exists() else [-1])})
 
-    writer = CheckpointWriter(paths, storage=Watching())
+    writer = CheckpointWriter(paths, storage=Watching(), flat_names=True)
     for iteration in (ONE, TWO, THREE):
         writer.save(trained(), iteration)
     assert {1} in seen
@@ -706,7 +706,7 @@ def test_failure_after_the_commit_is_no_lost_checkpoint(paths: PathProvider, cap
         def reflink(self, source: Path, target: Path) -> bool:
             return False
 
-    saved = CheckpointWriter(paths, storage=NoCopies()).save(trained(), ONE)
+    saved = CheckpointWriter(paths, storage=NoCopies(), flat_names=True).save(trained(), ONE)
     assert newest_set(Snapshot(paths)) == saved
     assert "is committed, but the flat names" in caplog.text
 
@@ -724,11 +724,11 @@ def test_full_disk_takes_the_flat_names_before_it_refuses_a_set(
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
             return super().open_write(path)
 
-    CheckpointWriter(paths).save(trained(), ONE)
-    CheckpointWriter(paths).save(trained(), TWO)
+    CheckpointWriter(paths, flat_names=True).save(trained(), ONE)
+    CheckpointWriter(paths, flat_names=True).save(trained(), TWO)
     foreign = folder / "other_cp=latest_model.th"
     torch.save({"state_dict": {}}, foreign)
-    saved = CheckpointWriter(paths, storage=Small()).save(trained(), THREE)
+    saved = CheckpointWriter(paths, storage=Small(), flat_names=True).save(trained(), THREE)
     assert "flat names for Noether were removed" in caplog.text
     assert newest_set(Snapshot(paths)) == saved
     assert [one.sequence for one in Snapshot(paths).sets()] == [1, 2, 3]
@@ -759,7 +759,7 @@ def test_full_disk_at_the_flat_names_leaves_no_half_copy_and_retires_sets(
 
     for iteration in (ONE, TWO, THREE):
         CheckpointWriter(paths, keep_last=2, flat_names=False).save(trained(), iteration)
-    saved = CheckpointWriter(paths, keep_last=2, storage=FullForCopies()).save(trained(), FOUR)
+    saved = CheckpointWriter(paths, keep_last=2, storage=FullForCopies(), flat_names=True).save(trained(), FOUR)
     assert [one.sequence for one in Snapshot(paths).sets()] == [3, 4]
     assert newest_set(Snapshot(paths)) == saved
     assert "the flat names for Noether failed" in caplog.text
@@ -779,7 +779,7 @@ def test_file_system_without_links_gets_copies(paths: PathProvider, folder: Path
         def reflink(self, source: Path, target: Path) -> bool:
             return False
 
-    saved = CheckpointWriter(paths, storage=NoLinks()).save(trained(), ONE)
+    saved = CheckpointWriter(paths, storage=NoLinks(), flat_names=True).save(trained(), ONE)
     names = [file.path.name for file in saved.files]
     assert [digest(folder / name) for name in names] == [digest(saved.folder / name) for name in names]
     assert not any((folder / name).samefile(saved.folder / name) for name in names)
@@ -853,7 +853,7 @@ def test_failure_at_any_single_step_keeps_the_sets_from_before(tmp_path: Path) -
     model = trained()
     before = PathProvider(tmp_path / "before", "run")
     for number, iteration in enumerate((ONE, TWO, THREE)):
-        CheckpointWriter(before).save(fill(model, number), iteration)
+        CheckpointWriter(before, flat_names=True).save(fill(model, number), iteration)
     unfinished = before.checkpoint_path / "sets" / "00000004_E4_U40_S400"
     unfinished.mkdir()
     (unfinished / "mlp_cp=E4_U40_S400_model.th").write_bytes(b"half")
@@ -863,7 +863,7 @@ def test_failure_at_any_single_step_keeps_the_sets_from_before(tmp_path: Path) -
         return PathProvider(root, "run")
 
     dry = Failing()
-    CheckpointWriter(history(tmp_path / "dry"), keep_last=1, storage=dry).save(fill(model, 9), FOUR)
+    CheckpointWriter(history(tmp_path / "dry"), keep_last=1, storage=dry, flat_names=True).save(fill(model, 9), FOUR)
     commit = dry.steps.index("rename manifest.json") + 1
     assert len(dry.steps) > 30
     outcomes = Counter[bool]()
@@ -871,7 +871,7 @@ def test_failure_at_any_single_step_keeps_the_sets_from_before(tmp_path: Path) -
         paths = history(tmp_path / str(at))
         error = None
         try:
-            CheckpointWriter(paths, keep_last=1, storage=Failing(at)).save(fill(model, 9), FOUR)
+            CheckpointWriter(paths, keep_last=1, storage=Failing(at), flat_names=True).save(fill(model, 9), FOUR)
         except CheckpointWriteError as caught:
             error = caught
         saved = error is None
@@ -885,7 +885,7 @@ def test_failure_at_any_single_step_keeps_the_sets_from_before(tmp_path: Path) -
         assert newest.iteration == (FOUR if saved or at > commit else THREE)
         assert weight_of(newest) == (9 if newest.iteration == FOUR else 2)
         assert Snapshot(paths).broken() == ()
-        again = CheckpointWriter(paths, keep_last=1).save(fill(model, 11), FOUR)
+        again = CheckpointWriter(paths, keep_last=1, flat_names=True).save(fill(model, 11), FOUR)
         assert weight_of(find_set(Snapshot(paths), None, ALL).found) == 11
         assert find_set(Snapshot(paths), "E4", ALL).found == again
         assert Snapshot(paths).uncommitted() == ()
@@ -904,7 +904,7 @@ def test_failure_after_the_rename_of_the_manifest_does_not_claim_that_nothing_wa
             super().fsync_folder(folder)
 
     with pytest.raises(CheckpointWriteError, match=r"may or may not be committed.*noether-init inspect") as caught:
-        CheckpointWriter(paths, storage=LastStep()).save(trained(), ONE)
+        CheckpointWriter(paths, storage=LastStep(), flat_names=True).save(trained(), ONE)
     assert "was not committed" not in str(caught.value)
     newest = newest_set(Snapshot(paths))
     assert newest is not None
@@ -924,9 +924,9 @@ def test_disk_that_fills_up_in_the_middle_of_a_file_is_named(paths: PathProvider
         def open_write(self, path: Path) -> BinaryIO:
             return io.BufferedWriter(Full(path, "xb"), buffer_size=1)
 
-    saved = CheckpointWriter(paths).save(fill(trained(), 1), ONE)
+    saved = CheckpointWriter(paths, flat_names=True).save(fill(trained(), 1), ONE)
     with pytest.raises(CheckpointWriteError, match=r"mlp_cp=E2_U20_S200_model\.th: No space left on device") as caught:
-        CheckpointWriter(paths, storage=FullStorage()).save(fill(trained(), 2), TWO)
+        CheckpointWriter(paths, storage=FullStorage(), flat_names=True).save(fill(trained(), 2), TWO)
     assert isinstance(caught.value, OSError)
     assert newest_set(Snapshot(paths)) == saved
     assert weight_of(saved) == 1
@@ -942,7 +942,7 @@ def test_file_that_our_reader_cannot_read_is_never_committed(paths: PathProvider
             super().make_read_only(path)
 
     with pytest.raises(CheckpointWriteError, match=r"_optim\.th"):
-        CheckpointWriter(paths, storage=Garbling()).save(trained(), ONE)
+        CheckpointWriter(paths, storage=Garbling(), flat_names=True).save(trained(), ONE)
     assert newest_set(Snapshot(paths)) is None
     assert not list(folder.glob("*.th"))
 
@@ -965,7 +965,7 @@ def test_set_behind_a_link_is_never_removed(
     paths: PathProvider, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_committed: bool
 ) -> None:
     """What a link leads to is not ours, be it a set that was archived or a folder with other things."""
-    writer = CheckpointWriter(paths, keep_last=1)
+    writer = CheckpointWriter(paths, keep_last=1, flat_names=True)
     folder = writer.save(trained(), ONE).folder
     elsewhere = tmp_path / "elsewhere"
     if is_committed:
@@ -984,8 +984,8 @@ def test_set_behind_a_link_is_never_removed(
 
 def test_run_that_begins_anew_in_an_old_folder_is_told(paths: PathProvider, caplog: pytest.LogCaptureFixture) -> None:
     """Under a run id that was used before, tags of the earlier run would be taken for those of this one."""
-    CheckpointWriter(paths).save(trained(), THREE)
-    writer = CheckpointWriter(paths)
+    CheckpointWriter(paths, flat_names=True).save(trained(), THREE)
+    writer = CheckpointWriter(paths, flat_names=True)
     writer.save(trained(), ONE)
     writer.save(trained(), TWO)
     assert caplog.text.count("has sets up to E3_U30_S300 already") == 1
@@ -1039,7 +1039,7 @@ def test_values_that_a_resume_refuses_are_told_once(
 
 def test_diverged_run_keeps_its_finite_sets(paths: PathProvider) -> None:
     """As many as asked for, and the newest set for those who look for the cause."""
-    writer = CheckpointWriter(paths, keep_last=3)
+    writer = CheckpointWriter(paths, keep_last=3, flat_names=True)
     for epoch in range(1, 9):
         model = fill(trained(), NAN) if epoch > 4 else trained()
         saved = writer.save(model, TrainingIteration(epoch, 10 * epoch, 100 * epoch), tags=())
@@ -1052,12 +1052,12 @@ def test_run_that_went_back_on_purpose_is_not_warned(
     paths: PathProvider, caplog: pytest.LogCaptureFixture, said_by: str
 ) -> None:
     """A resume from an earlier set is in the report and in the lineage of the trainer."""
-    CheckpointWriter(paths).save(trained(), THREE)
+    CheckpointWriter(paths, flat_names=True).save(trained(), THREE)
     trainer = Trainer()
     trainer.lineage = ({"kind": "resume"},) if said_by == "lineage" else ()  # type: ignore[attr-defined]
     report = InitReport(ONE) if said_by == "report" else None
     iteration = FOUR if said_by == "nothing needed" else TWO
-    CheckpointWriter(paths, report=report).save(trained(), iteration, trainer=trainer)
+    CheckpointWriter(paths, report=report, flat_names=True).save(trained(), iteration, trainer=trainer)
     assert caplog.text == ""
 
 
@@ -1084,7 +1084,9 @@ def test_writers_at_the_same_time_take_turns(paths: PathProvider) -> None:
         try:
             module = torch.nn.Linear(2, 2)
             for update in range(4):
-                CheckpointWriter(paths).save(bind(module, name="mlp"), TrainingIteration(number, update, update))
+                CheckpointWriter(paths, flat_names=True).save(
+                    bind(module, name="mlp"), TrainingIteration(number, update, update)
+                )
         except BaseException as error:
             errors.append(error)
 
@@ -1103,7 +1105,7 @@ def test_writers_at_the_same_time_take_turns(paths: PathProvider) -> None:
 
 def test_retention_keeps_what_is_needed(paths: PathProvider, folder: Path) -> None:
     """The newest, one to walk back to, and the set of every named tag; flat names of the others go too."""
-    writer = CheckpointWriter(paths, keep_last=1)
+    writer = CheckpointWriter(paths, keep_last=1, flat_names=True)
     for epoch in range(1, 7):
         tags = ("latest", "best_model.loss") if epoch == 2 else ("latest",)
         writer.save(trained(), TrainingIteration(epoch, epoch, epoch), tags=tags)
@@ -1117,7 +1119,7 @@ def test_retention_keeps_what_is_needed(paths: PathProvider, folder: Path) -> No
 
 def test_retention_of_an_iteration_saved_twice_keeps_its_flat_names(paths: PathProvider, folder: Path) -> None:
     """They belong to the later set by then."""
-    writer = CheckpointWriter(paths, keep_last=2, report=InitReport(ONE))
+    writer = CheckpointWriter(paths, keep_last=2, report=InitReport(ONE), flat_names=True)
     for iteration in (ONE, TWO, ONE):
         saved = writer.save(trained(), iteration)
     assert [one.sequence for one in Snapshot(paths).sets()] == [2, 3]
@@ -1151,7 +1153,7 @@ def test_retention_leaves_flat_files_of_another_program(
 
 def test_retention_without_the_record_removes_only_names_of_the_very_files(paths: PathProvider, folder: Path) -> None:
     """A hard link would keep the bytes on the disk; of a copy nobody knows whose it is."""
-    writer = CheckpointWriter(paths, keep_last=1)
+    writer = CheckpointWriter(paths, keep_last=1, flat_names=True)
     first = writer.save(trained(), ONE)
     (folder / ".noether-init-flat.json").unlink()
     flat = folder / "mlp_cp=E1_U10_S100_model.th"
@@ -1170,7 +1172,7 @@ def test_retention_without_the_record_removes_only_names_of_the_very_files(paths
 
 def test_flat_latest_of_each_model_stays_until_that_model_is_saved_again(paths: PathProvider, folder: Path) -> None:
     """Models that are saved separately have a latest set each, for Noether too."""
-    writer = CheckpointWriter(paths, keep_last=1)
+    writer = CheckpointWriter(paths, keep_last=1, flat_names=True)
     parts = {name: bind(torch.nn.Linear(1, 1), name=name) for name in ("gen", "disc")}
     saved = {}
     for iteration in (ONE, TWO, THREE):
@@ -1194,7 +1196,7 @@ def test_flat_latest_of_each_model_stays_until_that_model_is_saved_again(paths: 
 def test_retention_of_nothing_is_refused(paths: PathProvider, keep_last: Any) -> None:
     """At least one set stays."""
     with pytest.raises(ConfigError, match="keep_last"):
-        CheckpointWriter(paths, keep_last=keep_last)
+        CheckpointWriter(paths, keep_last=keep_last, flat_names=True)
 
 
 def test_same_iteration_may_be_saved_again(writer: CheckpointWriter, paths: PathProvider, folder: Path) -> None:

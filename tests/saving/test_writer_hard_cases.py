@@ -122,7 +122,9 @@ def test_failure_of_any_step_loses_no_set_that_a_rule_keeps(tmp_path: Path, numb
         shutil.copytree(before.output_root, tmp_path / name)
         paths, storage = PathProvider(tmp_path / name, "run"), Failing(at_step, number)
         try:
-            CheckpointWriter(paths, retention=rules, storage=storage).save(model_of(6), at(6), metrics={"loss": 0.9})
+            CheckpointWriter(paths, retention=rules, storage=storage, flat_names=True).save(
+                model_of(6), at(6), metrics={"loss": 0.9}
+            )
         except CheckpointWriteError as error:
             return paths, storage, error
         return paths, storage, None
@@ -144,7 +146,7 @@ def test_failure_of_any_step_loses_no_set_that_a_rule_keeps(tmp_path: Path, numb
         else:
             assert str(paths.checkpoint_path) in str(error)
             assert os.strerror(number) in str(error)
-        CheckpointWriter(paths, retention=rules).save(model_of(7), at(7), metrics={"loss": 0.95})
+        CheckpointWriter(paths, retention=rules, flat_names=True).save(model_of(7), at(7), metrics={"loss": 0.95})
         found = assert_all_good(paths)
         assert {"E2_U20_S200", "E3_U30_S300", "E7_U70_S700"} <= set(found)
         assert len(found) <= 5
@@ -205,7 +207,7 @@ def test_full_disk_keeps_every_set_that_was_acknowledged(small_disk: Path) -> No
 def test_disk_that_is_full_to_the_last_byte_keeps_the_newest_set(small_disk: Path) -> None:
     """At every amount of room that is left, from none up, the save is whole or not there; retention frees room."""
     paths = PathProvider(small_disk, "run")
-    CheckpointWriter(paths).save(model_of(1), at(1))
+    CheckpointWriter(paths, flat_names=True).save(model_of(1), at(1))
     filler = small_disk / "filler"
     outcomes: Counter[bool] = Counter()
     for number, room in enumerate((0, 4096, 8192, 12288, 16384, 24576, 32768, 65536), start=2):
@@ -215,7 +217,7 @@ def test_disk_that_is_full_to_the_last_byte_keeps_the_newest_set(small_disk: Pat
         newest = newest_set(Snapshot(paths))
         assert newest is not None
         try:
-            saved = CheckpointWriter(paths, keep_last=1).save(model_of(number), at(number))
+            saved = CheckpointWriter(paths, keep_last=1, flat_names=True).save(model_of(number), at(number))
         except CheckpointWriteError:
             outcomes[False] += 1
             assert newest_set(Snapshot(paths)) == newest
@@ -268,7 +270,7 @@ print(newest_set(Snapshot(paths)).name)
 def test_folder_that_another_user_may_not_write_is_named(open_folder: Path, which: str) -> None:
     """Nothing is changed, and what is there can still be read."""
     paths = PathProvider(open_folder, "run")
-    CheckpointWriter(paths).save(model_of(1), at(1))
+    CheckpointWriter(paths, flat_names=True).save(model_of(1), at(1))
     folders = {"checkpoints": paths.checkpoint_path, "sets": paths.checkpoint_path / "sets"}
     for folder in [*folders.values(), *(paths.checkpoint_path / "sets").iterdir()]:
         folder.chmod(0o777)
@@ -352,7 +354,7 @@ with LOCAL.lock(Path(sys.argv[1]), 10):
 def test_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it lives the others wait, and say so in the end; once it is killed the next save goes through."""
     paths = PathProvider(tmp_path, "run")
-    CheckpointWriter(paths).save(model_of(1), at(1))
+    CheckpointWriter(paths, flat_names=True).save(model_of(1), at(1))
     lock = paths.checkpoint_path / ".noether-init.lock"
     child = python(HOLD_LOCK, lock)
     try:
@@ -360,14 +362,14 @@ def test_lock_of_a_killed_process_holds_nobody_up(tmp_path: Path, monkeypatch: p
         assert child.stdout.readline() == "held\n"
         monkeypatch.setattr("noether_init_core.saving.writer.LOCK_TIMEOUT_S", 0.2)
         with pytest.raises(CheckpointWriteError, match="another process or thread has held the lock") as caught:
-            CheckpointWriter(paths).save(model_of(2), at(2))
+            CheckpointWriter(paths, flat_names=True).save(model_of(2), at(2))
         assert caught.value.path == lock
         assert list(assert_all_good(paths)) == ["E1_U10_S100"]
     finally:
         child.send_signal(signal.SIGKILL)
         child.communicate()
     assert lock.exists()
-    CheckpointWriter(paths).save(model_of(3), at(3))
+    CheckpointWriter(paths, flat_names=True).save(model_of(3), at(3))
     assert assert_all_good(paths) == {"E1_U10_S100": 1, "E3_U30_S300": 3}
 
 
@@ -404,11 +406,11 @@ def test_write_that_fails_in_the_middle_of_each_file_is_no_set(tmp_path: Path) -
             return file if self._left >= 0 else HalfFile(file, 100)  # type: ignore[return-value]
 
     paths = PathProvider(tmp_path, "run")
-    CheckpointWriter(paths).save(model_of(1), at(1))
+    CheckpointWriter(paths, flat_names=True).save(model_of(1), at(1))
     names = ["mlp_cp=E2_U20_S200_model.th", "mlp_cp=E2_U20_S200_trainer.th", "digests.json", "manifest.json.tmp"]
     for which, name in enumerate(names):
         with pytest.raises(CheckpointWriteError, match="No space left on device") as caught:
-            CheckpointWriter(paths, storage=HalfStorage(which)).save(model_of(2), at(2))
+            CheckpointWriter(paths, storage=HalfStorage(which), flat_names=True).save(model_of(2), at(2))
         assert caught.value.path is not None
         assert caught.value.path.name == name
         assert assert_all_good(paths) == {"E1_U10_S100": 1}
@@ -419,7 +421,7 @@ def test_weights_that_change_in_the_midst_of_a_save_are_not_committed(
 ) -> None:
     """Another thread trains on: file and digests would be of two moments, and the set could never be loaded."""
     paths = PathProvider(tmp_path, "run")
-    CheckpointWriter(paths).save(model_of(1), at(1))
+    CheckpointWriter(paths, flat_names=True).save(model_of(1), at(1))
     model = model_of(2)
     examined = threading.Event()
 
@@ -449,7 +451,7 @@ def test_weights_that_change_in_the_midst_of_a_save_are_not_committed(
 
     monkeypatch.setattr(watch_module, "examine_memory", look)
     with pytest.raises(CheckpointWriteError, match=r"weight changed while .* was written, by another thread"):
-        CheckpointWriter(paths, storage=TrainsOn()).save(model, at(2))
+        CheckpointWriter(paths, storage=TrainsOn(), flat_names=True).save(model, at(2))
     assert set(assert_all_good(paths).values()) == {1.0}
 
 
@@ -459,7 +461,7 @@ def test_channels_last_weights_that_change_in_the_midst_of_a_save_are_not_commit
     """Bytes of another order than the contiguous one are compared as they lie in the file."""
     paths = PathProvider(tmp_path, "run")
     module = torch.nn.Conv2d(3, 8, 3, bias=False).to(memory_format=torch.channels_last)
-    CheckpointWriter(paths).save(bind(module, "net"), at(1))
+    CheckpointWriter(paths, flat_names=True).save(bind(module, "net"), at(1))
     looked_at = threading.Event()
 
     def look(data: memoryview, dtype: str) -> Any:
@@ -478,7 +480,7 @@ def test_channels_last_weights_that_change_in_the_midst_of_a_save_are_not_commit
 
     monkeypatch.setattr(watch_module, "examine_memory", look)
     with pytest.raises(CheckpointWriteError, match=r"^E2_.*weight.* changed while .*_model\.th was written"):
-        CheckpointWriter(paths, storage=TrainsOn()).save(bind(module, "net"), at(2))
+        CheckpointWriter(paths, storage=TrainsOn(), flat_names=True).save(bind(module, "net"), at(2))
     assert [found.name for found in Snapshot(paths).sets()] == [str(at(1))]
 
 
@@ -490,7 +492,7 @@ def test_a_step_between_two_files_of_a_set_is_not_committed(tmp_path: Path, monk
     module(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     moment = optimizer.state[module.weight]["exp_avg"]
-    CheckpointWriter(paths).save(bind(module, "net", optimizer=optimizer), at(1))
+    CheckpointWriter(paths, flat_names=True).save(bind(module, "net", optimizer=optimizer), at(1))
     stepped = threading.Event()
     written = threading.Event()
 
@@ -519,7 +521,9 @@ def test_a_step_between_two_files_of_a_set_is_not_committed(tmp_path: Path, monk
     with pytest.raises(
         CheckpointWriteError, match=r"weight of net_cp=E2_.* changed while the set was written"
     ) as caught:
-        CheckpointWriter(paths, storage=TellsWhenWritten()).save(bind(module, "net", optimizer=optimizer), at(2))
+        CheckpointWriter(paths, storage=TellsWhenWritten(), flat_names=True).save(
+            bind(module, "net", optimizer=optimizer), at(2)
+        )
     assert "exp_avg" not in str(caught.value)
     assert [found.name for found in Snapshot(paths).sets()] == [str(at(1))]
 
@@ -557,10 +561,10 @@ def test_extra_state_that_changes_in_the_midst_of_a_save_is_not_committed(
 
     module = WithState(2, 2)
     paths = PathProvider(tmp_path, "run")
-    CheckpointWriter(paths).save(bind(module, "net"), at(1))
+    CheckpointWriter(paths, flat_names=True).save(bind(module, "net"), at(1))
     monkeypatch.setattr(watch_module, "examine_memory", look)
     with pytest.raises(CheckpointWriteError, match=r"_extra_state\.inner\.0 .*changed while"):
-        CheckpointWriter(paths, storage=Changes()).save(bind(module, "net"), at(2))
+        CheckpointWriter(paths, storage=Changes(), flat_names=True).save(bind(module, "net"), at(2))
 
 
 SAVE_IN_HANDLER = """
@@ -616,13 +620,14 @@ def test_two_threads_of_one_process_wait_for_each_other(tmp_path: Path) -> None:
             inside.set()
             if not others:
                 thread = threading.Thread(
-                    target=CheckpointWriter(PathProvider(tmp_path / "link", "run")).save, args=(model_of(2), at(2))
+                    target=CheckpointWriter(PathProvider(tmp_path / "link", "run"), flat_names=True).save,
+                    args=(model_of(2), at(2)),
                 )
                 others.append(thread)
                 thread.start()
             super().make_read_only(path)
 
-    CheckpointWriter(real, storage=Slow()).save(model_of(1), at(1))
+    CheckpointWriter(real, storage=Slow(), flat_names=True).save(model_of(1), at(1))
     others[0].join(60)
     assert assert_all_good(real) == {"E1_U10_S100": 1, "E2_U20_S200": 2}
 
@@ -649,7 +654,7 @@ def test_writers_in_two_threads_write_checksums_whatever_torch_was_told(
     monkeypatch.setattr(torch, "save", save)
 
     def write(name: str) -> None:
-        CheckpointWriter(PathProvider(tmp_path, name)).save(model_of(1), at(1))
+        CheckpointWriter(PathProvider(tmp_path, name), flat_names=True).save(model_of(1), at(1))
         go_on.set()
 
     threads = [threading.Thread(target=write, args=(name,), name=name) for name in ("first", "second")]
@@ -674,7 +679,7 @@ def test_a_file_without_checksums_is_not_committed(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(CheckpointWriteError, match="written without checksums"):
-        CheckpointWriter(PathProvider(tmp_path, "run")).save(model_of(1), at(1))
+        CheckpointWriter(PathProvider(tmp_path, "run"), flat_names=True).save(model_of(1), at(1))
     assert Snapshot(PathProvider(tmp_path, "run")).sets() == ()
 
 
@@ -701,7 +706,7 @@ class StateOf:
 def test_states_with_keys_of_every_kind_are_saved_and_read(tmp_path: Path, state: dict[Any, Any]) -> None:
     """Writer and reader name tensors by one function, also where two paths look the same."""
     paths = PathProvider(tmp_path, "run")
-    found = CheckpointWriter(paths).save(model_of(1), at(1), trainer=StateOf(state))
+    found = CheckpointWriter(paths, flat_names=True).save(model_of(1), at(1), trainer=StateOf(state))
     file = found.file("mlp", "trainer")
     assert file is not None
     with open_checkpoint(file.path, digests=found.digests_of(file)) as reader:
@@ -728,7 +733,7 @@ def test_states_that_no_file_can_hold_are_refused_beforehand(
     """With the place, and before a folder is made."""
     paths = PathProvider(tmp_path, "run")
     with pytest.raises(CheckpointFormatError, match=message):
-        CheckpointWriter(paths).save(model_of(1), at(1), trainer=StateOf(state))
+        CheckpointWriter(paths, flat_names=True).save(model_of(1), at(1), trainer=StateOf(state))
     assert not paths.checkpoint_path.exists()
 
 
@@ -737,7 +742,7 @@ def test_versions_of_modules_that_could_not_be_read_are_refused_beforehand(tmp_p
     module = torch.nn.Linear(2, 2)
     module._register_state_dict_hook(lambda module, state, prefix, metadata: metadata.update(scale=torch.ones(1)))
     with pytest.raises(CheckpointFormatError, match=r"_metadata.*other than a dict of plain values"):
-        CheckpointWriter(PathProvider(tmp_path, "run")).save(bind(module, "net"), at(1))
+        CheckpointWriter(PathProvider(tmp_path, "run"), flat_names=True).save(bind(module, "net"), at(1))
 
 
 def test_what_torch_itself_refuses_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -748,4 +753,4 @@ def test_what_torch_itself_refuses_is_said_with_the_file(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(CheckpointWriteError, match=r"torch\.save refuses mlp_cp=E1.*no such luck.*not committed"):
-        CheckpointWriter(PathProvider(tmp_path, "run")).save(model_of(1), at(1))
+        CheckpointWriter(PathProvider(tmp_path, "run"), flat_names=True).save(model_of(1), at(1))

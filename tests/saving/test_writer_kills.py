@@ -73,7 +73,7 @@ class _Saves:
             for parameter in self.module.parameters():
                 parameter.fill_(number)
                 self.optimizer.state[parameter]["exp_avg"].fill_(number)
-        writer = CheckpointWriter(PathProvider(root, "run"), keep_last=3)
+        writer = CheckpointWriter(PathProvider(root, "run"), keep_last=3, flat_names=True)
         writer.save(self.model, TrainingIteration(number, number, number), trainer=self)
 
 

@@ -135,7 +135,7 @@ def make_world(folder: Path) -> None:
     with torch.no_grad():
         old.module.pos_embed.normal_(std=0.02)
     for epoch in (1, 2):
-        CheckpointWriter(paths).save(old, TrainingIteration(epoch, 4 * epoch, 32 * epoch))
+        CheckpointWriter(paths, flat_names=True).save(old, TrainingIteration(epoch, 4 * epoch, 32 * epoch))
         with torch.no_grad():
             for parameter in old.parameters():
                 parameter.add_(0.001 * torch.randn_like(parameter))
@@ -146,7 +146,7 @@ def make_world(folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    CheckpointWriter(tuned, report=report).save(model, TrainingIteration(1, 4, 32))
+    CheckpointWriter(tuned, report=report, flat_names=True).save(model, TrainingIteration(1, 4, 32))
 
 
 def transcripts(names: Mapping[str, tuple[str, ...]] = TRANSCRIPTS) -> Iterator[tuple[str, str]]:

@@ -64,7 +64,7 @@ class Numbered:
         """A set of ours."""
         self.become(number)
         at = number if iteration is None else iteration
-        writer = CheckpointWriter(PathProvider(root, "run"), keep_last=keep_last, storage=storage)
+        writer = CheckpointWriter(PathProvider(root, "run"), keep_last=keep_last, storage=storage, flat_names=True)
         writer.save(
             self.model,
             TrainingIteration(at, at, at),
