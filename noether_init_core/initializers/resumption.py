@@ -14,8 +14,8 @@ import attrs
 
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.paths import PathProvider
+from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.file_names import CheckpointFileName, parse
-from noether_init_core.sets.store import CheckpointSet
 
 __all__ = ["ResumptionPaths", "check_resumption", "resume_callbacks"]
 
