@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import attrs
 
 from noether_init_core.applying.agreement import check_across, check_casts, check_loading_code
-from noether_init_core.applying.fresh_memory import device_for, has_weak_references, left_without_memory, on_meta
+from noether_init_core.applying.fresh_memory import device_for
 from noether_init_core.applying.module_versions import check_versions
 from noether_init_core.applying.targets import ModelTargets, loaded_by_code, model_targets
 from noether_init_core.applying.weights import apply_rows, check_values
@@ -26,7 +26,6 @@ from noether_init_core.errors import (
     CheckpointNotFoundError,
     ConfigError,
     PartlyInitializedError,
-    PlanError,
     StateMismatchError,
     TornSetError,
 )
@@ -38,64 +37,18 @@ from noether_init_core.initializers.models import Leaf, signature
 from noether_init_core.initializers.optimizer import OptimizerStep, decided
 from noether_init_core.initializers.outcome import LoadedFile
 from noether_init_core.initializers.source_config import OptimizerStateConfig, SourceInitializerConfig
+from noether_init_core.initializers.stages import Applied, Opened, OpenFile, Planned, Verified, check_memory
 from noether_init_core.messages import listed
 from noether_init_core.sets.provenance import History
 from noether_init_core.surgery.name_rules import NameRules
-from noether_init_core.surgery.plan import LoadPlan, PlanPart, Problem, TensorSpec
+from noether_init_core.surgery.plan import PlanPart, Problem, TensorSpec
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.problems import KEEP_MODEL_HINT
 
-__all__ = ["Applied", "LoadSession", "Opened", "Planned", "Verified"]
+__all__ = ["LoadSession"]
 
 #: A plan names so many problems of one optimizer; what is wrong with one parameter is wrong with many.
 _MOST_PROBLEMS = 5
-
-
-@attrs.frozen(eq=False)
-class OpenFile:
-    """A file that a kind located, and the open checkpoint."""
-
-    source: Source
-    reader: Checkpoint
-
-
-@attrs.frozen(eq=False)
-class Opened:
-    """The files with the weights of every single model below ``model`` are open; they belong together."""
-
-    model: Any
-    leaves: tuple[Leaf, ...]
-    weights: Mapping[str, OpenFile]
-
-    @property
-    def metadata(self) -> dict[Path, Mapping[str, Any]]:
-        """What the header of each file holds besides tensors."""
-        return {file.source.location: file.reader.metadata for file in self.weights.values()}
-
-
-@attrs.frozen(eq=False)
-class Planned:
-    """What will be done to the tensors, which are those of ``signature``."""
-
-    opened: Opened
-    plan: LoadPlan
-    targets: Mapping[str, ModelTargets]
-    signature: tuple[Any, ...]
-
-
-@attrs.frozen(eq=False)
-class Verified:
-    """The plan has no problems, every byte that it reads is verified, and the values are fine."""
-
-    planned: Planned
-
-
-@attrs.frozen(eq=False)
-class Applied:
-    """The weights were written."""
-
-    planned: Planned
-    files: Mapping[str, LoadedFile]
 
 
 class Loading(Protocol):
@@ -265,7 +218,7 @@ class LoadSession(Session):
         check_loading_code(plan, planned.targets)
         for leaf in opened.leaves:
             rows, file = plan.rows_of(leaf.path), opened.weights[leaf.path]
-            _check_memory(leaf, planned)
+            check_memory(leaf, planned)
             check_versions(leaf.path, rows, file.reader.versions, planned.targets[leaf.path])
             examined = [source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
             if config.verify == "full":
@@ -449,27 +402,6 @@ class _ExtraState:
 
 
 _EXTRA = _ExtraState()
-
-
-def _check_memory(leaf: Leaf, planned: Planned) -> None:
-    """A model on the meta device gets memory, but only for what the file holds."""
-    plan, targets = planned.plan, planned.targets[leaf.path]
-    without = left_without_memory(leaf.model, plan.rows_of(leaf.path), targets)
-    if without:
-        raise PlanError(
-            f"{leaf.path} is on the meta device, and {listed(without)} would stay there: the file does not have them, "
-            "or they are kept. Next: module.to_empty(device='cpu'), then fill these, or build the module on the CPU",
-            plan=plan,
-            problems=[f"{key} is on the meta device" for key in without],
-        )
-    held = [name for name, tensor in on_meta(targets).items() if has_weak_references(tensor)]
-    if held:
-        raise PlanError(
-            f"{leaf.path} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "
-            "reference to it. Next: module.to_empty(device='cpu')",
-            plan=plan,
-            problems=[f"{key} is held by a weak reference" for key in held],
-        )
 
 
 def _by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str], list[str]]:

@@ -18,8 +18,9 @@ from noether_init_core.initializers.base import InitializerBase, dotted
 from noether_init_core.initializers.location import LocateQuery, Part, Source
 from noether_init_core.initializers.models import Leaf, leaves_of, submodel_of
 from noether_init_core.initializers.outcome import Outcome
-from noether_init_core.initializers.session import Applied, LoadSession
+from noether_init_core.initializers.session import LoadSession
 from noether_init_core.initializers.source_config import SourceInitializerConfig
+from noether_init_core.initializers.stages import Applied
 from noether_init_core.protocols import check_model
 from noether_init_core.sets.provenance import History
 from noether_init_core.suggest.suggest import suggest

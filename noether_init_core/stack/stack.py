@@ -12,7 +12,6 @@ from typing import Any, Self, TypeVar
 import attrs
 
 from noether_init_core import kinds
-from noether_init_core.applying.targets import model_targets
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import (
     ConfigError,
@@ -21,18 +20,15 @@ from noether_init_core.errors import (
     StartConflictError,
     type_of,
 )
-from noether_init_core.initializers.base import InitializerBase, Session, dotted, with_delegates
+from noether_init_core.initializers.base import InitializerBase, Session
 from noether_init_core.initializers.location import Source
-from noether_init_core.initializers.models import submodel_of
 from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds.hookspec import HOOK_NAMES
 from noether_init_core.observers.loading import load_observer
-from noether_init_core.paths import PathProvider
-from noether_init_core.protocols import check_model, leaf_models
-from noether_init_core.sets.looking import newest_set
-from noether_init_core.sets.provenance import InitializerReport, InitReport
-from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.protocols import check_model
+from noether_init_core.sets.provenance import InitReport
+from noether_init_core.stack import auto_resume
 from noether_init_core.stack.config_files import (
     Entry,
     LoadedConfig,
@@ -41,7 +37,9 @@ from noether_init_core.stack.config_files import (
     validate_entry,
 )
 from noether_init_core.stack.hook_caller import HookCaller
-from noether_init_core.stack.provenance import Carried, Written, trace, values_of
+from noether_init_core.stack.members import Member, Prepared, prepare
+from noether_init_core.stack.provenance import Written, values_of
+from noether_init_core.stack.report import reported
 from noether_init_core.suggest.suggestion import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
 
@@ -50,42 +48,6 @@ __all__ = ["InitializerStack"]
 logger = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
-
-
-@attrs.frozen(eq=False)
-class _Member:
-    """An initializer, the part of the model that it is for, the hooks that it is called for, its place in the config.
-
-    ``units`` are its delegates, depth first, and itself.
-    """
-
-    initializer: InitializerBase
-    submodel: tuple[str, ...] = ()
-    hooks: frozenset[str] = frozenset(HOOK_NAMES)
-    where: Callable[..., str] = dotted
-    units: tuple[InitializerBase, ...] = attrs.field(init=False)
-
-    @units.default
-    def _find_units(self) -> tuple[InitializerBase, ...]:
-        return tuple(with_delegates(self.initializer)) if isinstance(self.initializer, InitializerBase) else ()
-
-    @property
-    def kind(self) -> str:
-        return self.initializer.config.kind
-
-    def takes_part_in(self, hook: str) -> bool:
-        return hook in self.hooks and self.initializer.takes_part_in(hook)
-
-    def model(self, model: Any) -> Any:
-        return submodel_of(model, self.submodel)
-
-
-@attrs.frozen(eq=False)
-class _Prepared:
-    """The plans of one member, each with the initializer that states it; none where nothing is said beforehand."""
-
-    member: _Member
-    plans: tuple[tuple[InitializerBase, LoadPlan], ...]
 
 
 class InitializerStack:
@@ -101,9 +63,9 @@ class InitializerStack:
     """
 
     def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
-        self._begin([_Member(initializer) for initializer in initializers], observers)
+        self._begin([Member(initializer) for initializer in initializers], observers)
 
-    def _begin(self, members: Sequence[_Member], observers: Iterable[Any], decision: str = "") -> None:
+    def _begin(self, members: Sequence[Member], observers: Iterable[Any], decision: str = "") -> None:
         self._members = tuple(members)
         self._auto_resume = decision
         self._told: TrainingIteration | None = None
@@ -141,7 +103,7 @@ class InitializerStack:
         entries: Iterable[Entry] = loaded.entries
         decision = ""
         if loaded.resume is not None:
-            resumed, decision = _auto_resume(path_provider, loaded.resume)
+            resumed, decision = auto_resume.decided(path_provider, loaded.resume)
             if resumed is not None:
                 entries = [resumed]
         stack = cls.__new__(cls)
@@ -173,7 +135,7 @@ class InitializerStack:
         check_model(model)
         plans: list[tuple[int, LoadPlan]] = []
         with self._in_sessions():
-            for position, prepared in enumerate(self._prepare(model)):
+            for position, prepared in enumerate(prepare(self._members, model)):
                 plans += [(position, plan) for _unit, plan in prepared.plans]
                 member = prepared.member
                 if plans and not prepared.plans and member.takes_part_in("init_weights"):
@@ -252,12 +214,12 @@ class InitializerStack:
         with self._in_sessions(trains=trains, is_last=True):
             start, starts = self._starts()
             self._check_start(start)
-            prepared = tuple(self._prepare(model, (trainer, callbacks)))
+            prepared = tuple(prepare(self._members, model, (trainer, callbacks)))
             written: dict[int, Written] = {}
             self._run(self._steps(model, trainer, callbacks, prepared, written), trainer, callbacks or [])
             present = {"init_trainer": trainer is not None, "init_callbacks": callbacks is not None}
             hooks = [hook for hook in HOOK_NAMES if present.get(hook, True)]
-            report = self._report(model, start, starts, hooks, prepared, written)
+            report = reported(model, prepared, start, starts, hooks, written, self._auto_resume)
             if hasattr(trainer, "lineage"):
                 trainer.lineage = tuple(report.lineage())
             if hasattr(trainer, "init_report"):
@@ -294,51 +256,6 @@ class InitializerStack:
                     logger.exception("the files of %s could not be closed", one.config.kind)
             if is_last or self._told is None:
                 self._sessions = ()
-
-    def _prepare(self, model: Any, check: tuple[Any, list[Any] | None] | None = None) -> Iterator[_Prepared]:
-        """The plans of every member, each made with what those before it will have loaded.
-
-        With ``check`` (trainer, callbacks) everything is checked too, and problems of a plan are raised.
-        """
-        loaded: frozenset[int] = frozenset()
-        for member in self._members:
-            plans, loaded = self._prepare_one(member, member.initializer, model, loaded, check)
-            yield _Prepared(member, tuple(plans))
-
-    def _prepare_one(
-        self,
-        member: _Member,
-        initializer: InitializerBase,
-        model: Any,
-        loaded: frozenset[int],
-        check: tuple[Any, list[Any] | None] | None,
-    ) -> tuple[list[tuple[InitializerBase, LoadPlan]], frozenset[int]]:
-        """The plan of an initializer, or else those of its delegates, and the ids of what is loaded after them."""
-
-        def has(hook: str) -> bool:
-            return member.takes_part_in(hook) and initializer.takes_part_in(hook)
-
-        part, loads = member.model(model), has("init_weights")
-        initializer.session.loaded_before = within = loaded
-        found: list[tuple[InitializerBase, LoadPlan]] = []
-        for one in initializer.delegates:
-            plans, within = self._prepare_one(member, one, model, within, check)
-            found += plans
-        if check is not None:
-            trainer, callbacks = check
-            initializer.check(
-                part,
-                trainer if has("init_trainer") else None,
-                callbacks if has("init_callbacks") else None,
-            )
-        plan = initializer.plan(part) if loads else None
-        if plan is None:
-            return (found, within) if loads else ([], loaded)
-        if check is not None:
-            plan.raise_for_problems()
-        # nobody asks what the last one writes
-        is_last = member is self._members[-1] and initializer is member.initializer
-        return [(initializer, plan)], loaded if is_last else loaded | _written_by(plan, part)
 
     def _starts(self) -> tuple[TrainingIteration, list[TrainingIteration | None]]:
         starts: list[TrainingIteration | None] = []
@@ -381,11 +298,11 @@ class InitializerStack:
         model: Any,
         trainer: Any,
         callbacks: list[Any] | None,
-        prepared: Sequence[_Prepared],
+        prepared: Sequence[Prepared],
         written: dict[int, Written],
     ) -> list[tuple[str, Callable[[], Any]]]:
         """What is done after the checks, in order, each with its name. ``written`` gets what no plan states."""
-        arguments: dict[str, Callable[[_Member], dict[str, Any]]] = {}
+        arguments: dict[str, Callable[[Member], dict[str, Any]]] = {}
         if trainer is not None:
             arguments["init_trainer"] = lambda member: {"trainer": trainer}
         arguments["init_weights"] = lambda member: {"model": member.model(model)}
@@ -430,56 +347,6 @@ class InitializerStack:
                     pending=labels[number + 1 :],
                 ) from error
 
-    def _report(
-        self,
-        model: Any,
-        start: TrainingIteration,
-        starts: Sequence[TrainingIteration | None],
-        called: Sequence[str],
-        prepared: Sequence[_Prepared],
-        written: Mapping[int, Written],
-    ) -> InitReport:
-        offers = {info.name: f"{info.distribution} {info.version}" for info in kinds.installed()}
-        reports = []
-        carried: list[Carried | Written] = []
-        for number, (one, own_start) in enumerate(zip(prepared, starts, strict=True)):
-            member = one.member
-            planned = LoadPlan.merged([plan for _unit, plan in one.plans]) if one.plans else None
-            outcome = member.initializer.outcome()
-            reports.append(
-                InitializerReport(
-                    kind=member.kind,
-                    distribution=offers.get(member.kind, ""),
-                    hooks=tuple(hook for hook in called if member.takes_part_in(hook)),
-                    origins=()
-                    if planned is None
-                    else tuple((one.model, one.description, ", ".join(one.files)) for one in planned.origins),
-                    counts={} if planned is None else planned.counts(),
-                    coverage=None if planned is None else planned.coverage(),
-                    start=str(own_start) if own_start is not None and not own_start.is_zero else None,
-                    restored=outcome.restored,
-                    passed_over=outcome.passed_over,
-                    not_restored=outcome.not_restored,
-                    resumed_set=outcome.resumed_set,
-                    timings=outcome.timings,
-                )
-            )
-            path, name = ".".join((str(model.name), *member.submodel)), str(member.model(model).name)
-            for unit, plan in one.plans:
-                own = outcome if unit is member.initializer else unit.outcome()
-                carried.append(Carried(unit.config.kind, plan, own, path, name))
-            if number in written:
-                carried.append(written[number])
-        sources, tensors = trace(model, carried)
-        return InitReport(start, tuple(reports), self._auto_resume, sources, tensors)
-
-
-def _written_by(plan: LoadPlan, model: Any) -> frozenset[int]:
-    """Ids of the tensors of ``model`` that a plan writes."""
-    tensors = {path: model_targets(leaf).tensors for path, leaf in leaf_models(model)}
-    found = (tensors.get(row.model, {}).get(row.target or "") for row in plan.rows if row.writes)
-    return frozenset(id(tensor) for tensor in found if tensor is not None)
-
 
 def _watched(model: Any, kind: str, call: Callable[[], Any], written: dict[int, Written], number: int) -> None:
     """Call a kind without a plan, and see which entries have other values then: they are loaded no more."""
@@ -490,38 +357,7 @@ def _watched(model: Any, kind: str, call: Callable[[], Any], written: dict[int, 
     written[number] = Written(kind, changed)
 
 
-def _member(entry: Entry, path_provider: Any) -> _Member:
+def _member(entry: Entry, path_provider: Any) -> Member:
     initializer = kinds.create(validate_entry(entry), path_provider=path_provider)
     hooks = frozenset(HOOK_NAMES) if entry.hooks is None else entry.hooks
-    return _Member(initializer, entry.submodel or (), hooks, entry.where)
-
-
-def _auto_resume(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
-    """The entry that resumes this run from its newest set (that is good), or None, and the decision in words.
-
-    What the config says of it is validated at the first start already, when there is nothing to resume.
-    """
-    if path_provider is None:
-        raise ConfigError("auto_resume needs path_provider=PathProvider(output_root, run_id): it resumes this very run")
-    paths = PathProvider.of(path_provider)
-    if paths.run_id_is_generated:
-        raise ConfigError(
-            f"auto_resume: the run id {paths.run_id} was generated for this start, so that no later start could find "
-            "its checkpoints. Give a fixed run_id"
-        )
-    config = validate_entry(entry)
-    snapshot = Snapshot(paths)
-    keywords = {**(getattr(config, "kwargs", None) or {}), "auto_resume": True}
-    if getattr(config, "on_invalid", "error") == "previous" and snapshot.is_begun():
-        # Which set is good is found out by reading it, when the start iteration is asked for.
-        resumed = config.model_copy(update={"kwargs": keywords})
-        return attrs.evolve(entry, config=resumed), "auto_resume: resumed from the newest good set"
-    model = getattr(config, "model_name", None)
-    # a name that no set has is an error of the resume, and no fresh start: it may be misspelt
-    newest = newest_set(snapshot, model, asked_by="auto_resume")
-    if newest is None and model is not None:
-        newest = newest_set(snapshot, asked_by="auto_resume")
-    if newest is None:
-        return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
-    resumed = config.model_copy(update={"kwargs": keywords, "checkpoint_tag": newest.name})
-    return attrs.evolve(entry, config=resumed), f"auto_resume: resumed from {newest.name}"
+    return Member(initializer, entry.submodel or (), hooks, entry.where)
