@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -12,6 +12,7 @@ from noether_init_core.errors import CheckpointFormatError, ConfigError, type_of
 from noether_init_core.files.plain_data import plain
 from noether_init_core.files.tensor_names import state_dict_of
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.messages import listed
 from noether_init_core.protocols import CompositeModelLike, ModelLike, leaf_models
 from noether_init_core.sets.file_names import CheckpointFileName, Part
 
@@ -149,9 +150,9 @@ def _check_average(path: str, info: str, average: Any, model: Any) -> None:
     if not (missing or strange or unlike):
         return
     said = [
-        f"it has no {_some(missing)}" if missing else "",
-        f"the model has no {_some(strange)}" if strange else "",
-        f"{_some(unlike)} has another shape" if unlike else "",
+        f"it has no {listed(missing, 3)}" if missing else "",
+        f"the model has no {listed(strange, 3)}" if strange else "",
+        f"{listed(unlike, 3)} has another shape" if unlike else "",
     ]
     inner = {key.removeprefix("module.") for key in average if str(key).startswith("module.")}
     if inner >= {*own} - covered:
@@ -166,10 +167,6 @@ def _check_average(path: str, info: str, average: Any, model: Any) -> None:
 def _shape(value: Any) -> tuple[int, ...] | None:
     shape = getattr(value, "shape", None)
     return None if shape is None else tuple(shape)
-
-
-def _some(names: Sequence[Any]) -> str:
-    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 def _number(text: str) -> Any:
