@@ -145,7 +145,7 @@ def test_there_are_at_least_twenty_wrong_turns() -> None:
 def test_a_wrong_turn_is_answered_by_what_to_type_next(folder: Path, line: str, code: int, said: list[str]) -> None:
     """In one message without a traceback; no file is changed, none comes to be."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
-    weights = "runs/pretrain/checkpoints/net_cp=latest_model.th"
+    weights = str(max(folder.glob("runs/pretrain/checkpoints/sets/*/net_cp=*_model.th")).relative_to(folder))
     done = typed(line.replace("{weights}", weights).replace("{run}", "--runs runs --run-id finetune"), folder)
     answer = ONE_SPACE.sub(" ", f"{done.stdout} {done.stderr}")
     assert done.returncode == code, answer
