@@ -14,6 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import attrs
 
@@ -128,9 +129,9 @@ def _scan(group: str, unreadable: list[Exception]) -> Iterator[KindInfo]:
             if name in seen or _is_left_over(distribution):
                 continue
             seen.add(name)
-            points = distribution.entry_points.select(group=group)
             # one line twice is no conflict
-            for point, target in dict.fromkeys((point.name, point.value) for point in points):
+            points = dict.fromkeys((one.name, one.value) for one in distribution.entry_points if one.group == group)
+            for point, target in points:
                 yield KindInfo(point, name, version or distribution.version, target)
         except Exception as error:  # metadata may be broken in any way, and must not make other kinds unusable
             unreadable.append(error)
@@ -153,8 +154,9 @@ def _identity(distribution: importlib.metadata.Distribution) -> tuple[str, str |
 def _is_left_over(distribution: importlib.metadata.Distribution) -> bool:
     """Whether the folder lacks its main file, as after an interrupted uninstall, or has a pipe for entry points."""
     path = getattr(distribution, "_path", None)
-    if path is None or path.is_file():
+    if not isinstance(path, Path):  # in a zip file
         return False
-    points = path / "entry_points.txt"
-    has_metadata = any((path / name).is_file() for name in ("METADATA", "PKG-INFO"))
-    return not has_metadata or (points.exists() and not points.is_file())
+    # texts, since this is done for every distribution, and joining paths takes most of a scan
+    folder, points = str(path), f"{path}/entry_points.txt"
+    has_metadata = any(map(os.path.isfile, (f"{folder}/METADATA", f"{folder}/PKG-INFO", folder)))
+    return not has_metadata or (not os.path.isfile(points) and os.path.exists(points))
