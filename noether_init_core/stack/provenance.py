@@ -33,8 +33,8 @@ class Carried:
         """The file that a row is loaded from; as far as the plan knows it where the outcome does not record it."""
         if row.model in self.outcome.files:
             return self.outcome.files[row.model]
-        origin = self.plan.origins[row.origin] if row.origin < len(self.plan.origins) else None
-        return LoadedFile(origin.files[0] if origin is not None and origin.files else self.kind)
+        files = self.plan.origins[row.origin].files
+        return LoadedFile(files[0] if files else self.kind)
 
     def full(self, model: str) -> str:
         """The path of a single model in the whole, which the plan of a part knows by the name of the part."""

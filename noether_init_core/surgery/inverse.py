@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def rows_back(rows: Iterable[PlanRow]) -> tuple[tuple[PlanRow, ...], tuple[str, 
                     sources=targets,
                     action=action,
                     shape=first.source_shapes[number],
-                    nbytes=first.nbytes // max(first.numel, 1) * _elements(first.source_shapes[number]),
+                    nbytes=first.nbytes // max(first.numel, 1) * math.prod(first.source_shapes[number]),
                     source_dtype=first.dtype,
                     steps=back,
                     part=number,
@@ -76,13 +77,6 @@ def _back(steps: tuple[Step, ...], shapes: tuple[Shape, ...]) -> tuple[tuple[Ste
         back.append(undone)
         current = step.shapes(current)
     return tuple(reversed(back)), ""
-
-
-def _elements(shape: Shape) -> int:
-    number = 1
-    for size in shape:
-        number *= size
-    return number
 
 
 def transformed(rows: Iterable[PlanRow], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
