@@ -56,8 +56,8 @@ class LoadPlan:
         rows: One for each entry of the model's state dict, and for each entry of the file that is not used.
         problems: With any of these, the plan is never carried out, not even in part.
         warnings: These do not stop it.
-        origins: The initializer, model and files of the rows, which refer to them by ``PlanRow.origin``. By default one
-            without files, for the model of the first row. A row without its origin raises ``ValueError``.
+        origins: The initializer, model and files of the rows, which refer to them by ``PlanRow.origin``. Without any
+            there is one without files, for the model of the first row. A row without its origin raises ``ValueError``.
         equal: ``(model, name, name)`` of entries of the file that end up in one tied tensor and must hold the same
             bytes.
         equal_across: ``(model, name, model, name)`` of those that are tied across submodels.
@@ -67,13 +67,13 @@ class LoadPlan:
     rows: tuple[PlanRow, ...] = ()
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
-    origins: tuple[Origin, ...] = attrs.Factory(
-        lambda self: tuple(Origin(self.kind, row.model) for row in self.rows[:1]), takes_self=True
-    )
+    origins: tuple[Origin, ...] = ()
     equal: tuple[tuple[str, str, str], ...] = ()
     equal_across: tuple[tuple[str, str, str, str], ...] = ()
 
     def __attrs_post_init__(self) -> None:
+        if self.rows and not self.origins:
+            object.__setattr__(self, "origins", (Origin(self.kind, self.rows[0].model),))  # the class is frozen
         if any(row.origin >= len(self.origins) for row in self.rows):
             raise ValueError(f"{self.kind}: a row has an origin that is none of the {len(self.origins)} of the plan")
 
