@@ -54,6 +54,8 @@ def run(
     """
     if not all(paths):
         raise typer.BadParameter("it is empty. For the working folder: .", param_hint="PATH")
+    from noether_init_core.sets.health import FileHealth
+
     files: list[FileHealth] = []
     audited: list[RunHealth] = []
     for path in map(Path, dict.fromkeys(paths)):
@@ -62,7 +64,7 @@ def run(
         except CheckpointError as error:
             if len(paths) == 1:
                 raise
-            files.append(_unusable(path, error))
+            files.append(FileHealth(path, "broken", problem=str(error)))
     problems = sum(one.problem_count for one in audited) + sum(bool(one.problem) for one in files)
     states = [one.state for one in files] + [one.state for store in audited for one in store.sets]
     unverifiable = states.count("unverifiable")
@@ -89,12 +91,6 @@ def _verify(path: Path, audited: list[RunHealth], files: list[FileHealth], *, fl
         return
     with progress("verifying", path.stat().st_size) as advance:
         files.append(verify_file(path, advance))
-
-
-def _unusable(path: Path, error: CheckpointError) -> FileHealth:
-    from noether_init_core.sets.health import FileHealth
-
-    return FileHealth(path, "broken", problem=str(error))
 
 
 def _show(audited: Sequence[RunHealth], files: Sequence[FileHealth], problems: int, unverifiable: int) -> None:
