@@ -84,6 +84,7 @@ def test_every_breach_of_the_contract_is_a_problem_with_a_fix(foreign: ForeignPa
     assert messages == [
         ("problem", "contract is 0"),
         ("problem", "config_class is <class 'dict'>"),
+        ("problem", "init_optimizer(model) is not implemented"),
         ("problem", "__init__ cannot be called with (config"),
         ("problem", "init_optim is no hook and would never be called; did you mean init_optimizer?"),
         ("problem", "init_trainer is async"),
@@ -94,7 +95,7 @@ def test_every_breach_of_the_contract_is_a_problem_with_a_fix(foreign: ForeignPa
     shown = check("odd")[1]
     assert " x init_weights takes module, which would never be filled; it may take: model, initializer\n" in shown
     assert "   fix: def init_weights(self, model): ...\n" in shown
-    assert shown.endswith("problems: 7, advice: 0\n")
+    assert shown.endswith("problems: 8, advice: 0\n")
 
 
 def test_what_will_trouble_later_is_advice(foreign: ForeignPackages) -> None:

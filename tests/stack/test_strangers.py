@@ -18,6 +18,7 @@ from noether_init_core import (
     KindConfig,
     LoadedFile,
     LoadPlan,
+    Origin,
     Outcome,
     PathProvider,
     PlanError,
@@ -138,7 +139,8 @@ def test_problems_of_a_stated_plan_stop_everything_before_a_change(run: PathProv
     del state["1.bias"]
     model = bound(net(2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    stack = InitializerStack([previous_run(run), Stating(Path("x.pt"), state, LoadPlan("stating", ()))])
+    like = LoadPlan("stating", (), origins=(Origin("stating", "net", files=("x.pt",)),))
+    stack = InitializerStack([previous_run(run), Stating(Path("x.pt"), state, like)])
     with pytest.raises(PlanError, match=r"1\.bias is not in the file") as caught:
         stack.initialize(model)
     assert caught.value.problems == ("1.bias is not in the file",)

@@ -206,6 +206,11 @@ class PlansInEvalMode(FolderInitializer):
             model.eval()
         return super().plan(model)
 
+    def init_weights(self, model: Any) -> None:
+        super().init_weights(model)
+        if hasattr(model, "train"):
+            model.train()
+
 
 class OnceOnly(FolderInitializer):
     """Initializes the first model that comes."""
