@@ -22,7 +22,7 @@ from noether_init_core.errors import (
 from noether_init_core.files.digests import Digests
 from noether_init_core.files.storage.disk import LOCAL, Storage
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.sets.file_names import Part, iteration_of_tag, stem_of
+from noether_init_core.sets.file_names import Part, stem_of
 from noether_init_core.sets.manifest import (
     DIGESTS_NAME,
     MANIFEST_NAME,
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 SETS_FOLDER = "sets"
-_SET_NAME = re.compile(r"(?P<sequence>\d{8,18})_(?P<tag>E\d+_U\d+_S\d+)", re.ASCII)
+_SET_NAME = re.compile(r"(\d{8,18})_E(\d{1,18})_U(\d{1,18})_S(\d{1,18})", re.ASCII)
 
 
 @attrs.frozen
@@ -208,9 +208,11 @@ def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
         check_reachable(checkpoints / SETS_FOLDER, storage)
     for name in names:
         matched = _SET_NAME.fullmatch(name)
-        iteration = iteration_of_tag(matched["tag"]) if matched else None
-        if matched and iteration:
-            found.append(SetFolder(checkpoints / SETS_FOLDER / name, int(matched["sequence"]), iteration))
+        if matched:
+            sequence, epoch, update, sample = map(int, matched.groups())
+            if name.endswith(f"_E{epoch}_U{update}_S{sample}"):  # without leading zeros
+                iteration = TrainingIteration(epoch, update, sample)
+                found.append(SetFolder(checkpoints / SETS_FOLDER / name, sequence, iteration))
     # two of one sequence: writers that did not see each other, or a folder copied back; further training came later
     return sorted(found, key=lambda folder: (folder.sequence, folder.iteration, folder.path.name))
 
