@@ -20,10 +20,22 @@ from noether_init_core.errors import ConfigError, InvalidNameError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name
 
-__all__ = ["FOLLOWING", "PARTS", "CheckpointFileName", "Part", "check_tag", "iteration_of_tag", "parse", "stem_of"]
+__all__ = [
+    "FOLLOWING",
+    "PARTS",
+    "PART_NAMES",
+    "CheckpointFileName",
+    "Part",
+    "check_tag",
+    "iteration_of_tag",
+    "parse",
+    "stem_of",
+]
 
 Part = Literal["model", "optim", "trainer"]
 PARTS: tuple[Part, ...] = get_args(Part)
+#: Parts as messages name them.
+PART_NAMES = {"model": "weights", "optim": "optimizer state", "trainer": "trainer state"}
 #: Tags that follow the run by themselves; Noether rewrites their files in place.
 FOLLOWING = ("latest", "last")
 

@@ -20,10 +20,9 @@ from noether_init_core.errors import (
 )
 from noether_init_core.messages import counted, listed, near
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
-from noether_init_core.sets.file_names import parse
+from noether_init_core.sets.file_names import PART_NAMES, parse
 from noether_init_core.sets.places import runs, stages
 from noether_init_core.sets.selection import (
-    PART_NAMES,
     Broken,
     LaterFlatFiles,
     Missing,

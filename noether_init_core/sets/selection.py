@@ -14,11 +14,10 @@ from noether_init_core.files.storage.disk import is_out_of_reach
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, SetFolder
-from noether_init_core.sets.file_names import FOLLOWING, Part
+from noether_init_core.sets.file_names import FOLLOWING, PART_NAMES, Part
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = [
-    "PART_NAMES",
     "Broken",
     "LaterFlatFiles",
     "Missing",
@@ -36,8 +35,6 @@ __all__ = [
 ]
 
 _BEST = ("best_model.", "best.")
-#: Parts as messages name them.
-PART_NAMES: Mapping[str, str] = {"model": "weights", "optim": "optimizer state", "trainer": "trainer state"}
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -418,7 +415,12 @@ class _Question:
     def _steps_back(self) -> Iterator[_Step]:
         """Committed sets: what the query means, then what to walk back to. None where nothing is meant."""
         heads = self.snapshot.heads(None if self.policy.any_tag else self.query.iteration)
-        steps = ((one.path.name, one.sequence, found) for one, found in heads if _may_be_of(found, self._models))
+        steps = (
+            (one.path.name, one.sequence, found)
+            for one, found in heads
+            # of which models an unreadable set is cannot be known
+            if isinstance(found, CheckpointError) or found.is_of(self._models)
+        )
         if self._is_choosy:
             yield from steps
             return
@@ -451,8 +453,3 @@ class _Question:
         for one in self.snapshot.flat_before(first):
             if self.query.may_mean(one.iteration):
                 yield one.name, 0, one
-
-
-def _may_be_of(found: CheckpointSet | CheckpointError, models: Collection[str]) -> bool:
-    """Of which models an unreadable set is cannot be known."""
-    return isinstance(found, CheckpointError) or found.is_of(models)
