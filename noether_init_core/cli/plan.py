@@ -77,7 +77,7 @@ def _show(stack: InitializerStack, model: Any, plan: LoadPlan, show_all: bool) -
 
 def _notes(stack: InitializerStack, model: Any) -> dict[tuple[int, str], str]:
     """Whether a manifest vouches for each file; none where it cannot be located again, since the plan is valid."""
-    from noether_init_core.files.digests import Digests
+    from noether_init_core.files.verification import Digests
 
     try:
         return {

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 import attrs
 
 from noether_init_core.errors import CheckpointNotFoundError, StateMismatchError
-from noether_init_core.files.digests import Verified
-from noether_init_core.files.formats.module_versions import Versions
-from noether_init_core.files.materializing import Materializer
-from noether_init_core.files.nonfinite_values import Finding
-from noether_init_core.files.reading import nonfinite_in
+from noether_init_core.files.content import Versions
+from noether_init_core.files.examining import Finding
+from noether_init_core.files.reading import Materializer, nonfinite_in
 from noether_init_core.files.tensor_info import Box, TensorInfo
+from noether_init_core.files.verification import Verified
 from noether_init_core.messages import listed, near
 from noether_init_core.nested import equal
 

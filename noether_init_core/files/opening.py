@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from noether_init_core.errors import CheckpointError
 from noether_init_core.files.checkpoint import AnyKey, BaseCheckpoint, Copy, Key
-from noether_init_core.files.digests import Digests, Verified, digest_of_records
-from noether_init_core.files.formats.content import Content
+from noether_init_core.files.content import Content, Trees
+from noether_init_core.files.examining import Finding
 from noether_init_core.files.formats.safetensors import is_safetensors, read_safetensors
 from noether_init_core.files.formats.torch_zip import read_torch_zip
-from noether_init_core.files.materializing import Materializer
-from noether_init_core.files.nonfinite_values import Finding
 from noether_init_core.files.reading import (
+    Materializer,
     allocated,
     are_equal,
     copy_tensors,
@@ -24,11 +23,9 @@ from noether_init_core.files.reading import (
     read_tensor,
     slices_of,
 )
-from noether_init_core.files.storage.handle import Handle, Storage
-from noether_init_core.files.storage.local import open_file
+from noether_init_core.files.storage.handle import Handle, Storage, open_file
 from noether_init_core.files.tensor_info import Box, TensorInfo
-from noether_init_core.files.trees import Trees
-from noether_init_core.files.verification import Verification
+from noether_init_core.files.verification import Digests, Verification, Verified, digest_of_records
 from noether_init_core.memory import no_garbage_collection
 from noether_init_core.stopwatch import Stopwatch
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.files.formats.module_versions import METADATA, not_plain
+from noether_init_core.files.content import METADATA, not_plain
 from noether_init_core.files.tensor_info import is_dense
 
 __all__ = ["bytes_of_tensor", "memory_of_tensor", "plain"]

@@ -1,4 +1,6 @@
-"""What is known of an open file: which of its bytes are those that were written, and which values are not finite."""
+"""What is known of an open file: digests from elsewhere, which of its bytes are those that were written, which values
+are not finite.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +8,73 @@ import bisect
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from typing import Literal, Protocol
+
+import attrs
+import xxhash
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError
-from noether_init_core.files.digests import Digests, TensorDigest, Verified, digest_of_records
-from noether_init_core.files.formats.content import Content
-from noether_init_core.files.formats.records import Record
-from noether_init_core.files.nonfinite_values import Finding, can_be_nonfinite
+from noether_init_core.files.content import Content, Record
+from noether_init_core.files.examining import Finding, Stretch, Values, can_be_nonfinite, damage, examine
 from noether_init_core.files.reading import nonfinite_in, read_tensor
 from noether_init_core.files.storage.handle import Handle
 from noether_init_core.files.tensor_info import Piece, TensorInfo, is_dense
-from noether_init_core.files.verifying import Stretch, Values, damage, examine
 from noether_init_core.messages import listed
 
-__all__ = ["Verification"]
+__all__ = ["Digests", "TensorDigest", "Verification", "Verified", "digest_of_records"]
+
+
+class TensorDigest(Protocol):
+    """One tensor as its writer describes it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def values(self) -> Literal["finite", "infinities", "NaN"] | None: ...
+
+
+@attrs.frozen
+class Digests:
+    """What a manifest, a signature or a person says of one file.
+
+    Attributes:
+        file: Digest of all bytes: ``xxh3_128:<hex>`` or ``sha256:<hex>``.
+        size: Number of bytes.
+        records: ``digest_of_records`` of a file of torch.save. With it, the header is compared with ``tensors`` and
+            each tensor with its own digest, which is faster than to compare ``file``.
+        tensors: Key -> what was written, and whether its values were finite.
+    """
+
+    file: str | None = None
+    size: int | None = None
+    records: str | None = None
+    tensors: Mapping[str, TensorDigest] = attrs.field(factory=dict, repr=False)
+
+
+@attrs.frozen
+class Verified:
+    """What ``verify`` has compared.
+
+    Attributes:
+        by: ``crc32``, ``xxh3_128`` or ``sha256``; ``unverifiable`` where there is nothing to compare the bytes with.
+        nbytes: Bytes that were read for it; 0 where an earlier call had compared them.
+        claimed_by: Name of the class that says so, where it is none of this package.
+    """
+
+    by: str
+    nbytes: int = 0
+    claimed_by: str = ""
+
+
+def digest_of_records(records: Iterable[Record]) -> str:
+    """``xxh3_128:...`` of the names, places, sizes and CRC-32 of all records; it stands for every byte in them."""
+    lines = [f"{record.name}\0{record.offset}\0{record.size}\0{record.crc}\n" for record in records]
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(''.join(lines).encode())}"
+
 
 _logger = logging.getLogger(__name__)
 _REPLACED = "It was written over. Next: take an older checkpoint"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
-from noether_init_core.files.digests import Digests
+from noether_init_core.files.verification import Digests
 
 __all__ = ["LocateQuery", "Part", "Source"]
 

@@ -30,7 +30,7 @@ from noether_init_core.errors import (
     TornSetError,
 )
 from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.files.digests import Digests
+from noether_init_core.files.verification import Digests
 from noether_init_core.initializers.base import Session, dotted
 from noether_init_core.initializers.location import LocateQuery, Part, Source
 from noether_init_core.initializers.models import Leaf, signature

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import attrs
 import torch
 from isal import isal_zlib
 
+from noether_init_core.files.content import named, state_dict_of
+from noether_init_core.files.examining import Examined, examine_memory
 from noether_init_core.files.plain_data import bytes_of_tensor, memory_of_tensor
-from noether_init_core.files.tensor_names import named, state_dict_of
-from noether_init_core.files.verifying import Examined, examine_memory
 from noether_init_core.saving.content import FileContent
 
 __all__ = ["Seen", "Watch"]
@@ -110,8 +110,4 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def _tensors(content: FileContent) -> dict[str, torch.Tensor]:
-    return named(content.content, torch.Tensor, _is_container)
-
-
-def _is_container(value: Any) -> bool:
-    return isinstance(value, dict | list | tuple)
+    return named(content.content, torch.Tensor)

@@ -9,8 +9,8 @@ import attrs
 import torch
 
 from noether_init_core.errors import CheckpointFormatError, ConfigError, type_of
+from noether_init_core.files.content import state_dict_of
 from noether_init_core.files.plain_data import plain
-from noether_init_core.files.tensor_names import state_dict_of
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.protocols import CompositeModelLike, ModelLike, leaf_models

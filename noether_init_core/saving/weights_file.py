@@ -16,7 +16,7 @@ import attrs
 from noether_init_core.errors import CheckpointError, CheckpointWriteError
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL
-from noether_init_core.files.storage.local import open_file
+from noether_init_core.files.storage.handle import open_file
 from noether_init_core.saving.file_writing import write_content
 from noether_init_core.sets.checkpoint_set import lies_in_a_run
 

@@ -11,7 +11,7 @@ import attrs
 
 from noether_init_core.errors import CheckpointError, TornSetError
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.storage.local import open_file
+from noether_init_core.files.storage.handle import open_file
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import yaml_line
 from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet, check_consistency, list_names, said_by

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from noether_init_core.files.nonfinite_values import Finding
+from noether_init_core.files.examining import Finding
 from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet
 from noether_init_core.sets.file_names import Part
 from noether_init_core.sets.manifest import Manifest

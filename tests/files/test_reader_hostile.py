@@ -25,7 +25,7 @@ from noether_init_core.errors import (
     InitError,
     UnsafeGlobalError,
 )
-from noether_init_core.files.formats.inert_values import ForeignObject, GlobalName
+from noether_init_core.files.content import ForeignObject, GlobalName
 from noether_init_core.files.opening import open_checkpoint
 
 GOOD = tensor([2, 2], [2, 1])

@@ -13,15 +13,13 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.files.formats.inert_values import ForeignObject, GlobalName, RefusedTensor, StorageRef
-from noether_init_core.files.formats.records import Record
+from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record, RefusedTensor, StorageRef
 from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo, row_major
 
 __all__ = [
     "BUILDERS",
     "KNOWN_NAMES",
     "STORAGES",
-    "OpcodeError",
     "Scope",
     "add_members",
     "build_storage",
@@ -36,10 +34,6 @@ _KEY_DEPTH = 8
 #: So many keys are inserted between two looks at the clock, and this is what they may take: fifty times the usual.
 _SLICE = 256
 _SECONDS_PER_KEY = 5e-6
-
-
-class OpcodeError(Exception):
-    """The pickle of a file is damaged or does what torch.save does not do; the message says what."""
 
 
 @attrs.define

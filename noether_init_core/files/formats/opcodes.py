@@ -13,19 +13,17 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from noether_init_core.errors import type_of
+from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record
 from noether_init_core.files.formats.builders import (
     BUILDERS,
     KNOWN_NAMES,
-    OpcodeError,
     Scope,
     add_members,
     build_storage,
     set_items,
 )
-from noether_init_core.files.formats.inert_values import ForeignObject, GlobalName
-from noether_init_core.files.formats.records import Record
 
-__all__ = ["Interpreter", "OpcodeError"]
+__all__ = ["Interpreter"]
 
 #: Open marks at one time: a nested container needs one or two.
 _MARKS = 400

@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.files.formats.content import Content
-from noether_init_core.files.formats.object_graph import ObjectGraph
-from noether_init_core.files.formats.records import Record
+from noether_init_core.files.content import Content, ObjectGraph, Record
 from noether_init_core.files.storage.handle import Handle
 from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo
 from noether_init_core.messages import quoted

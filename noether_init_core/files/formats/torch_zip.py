@@ -1,29 +1,28 @@
 """Files of torch.save: a zip archive of stored records, and in one of them the opcodes that build the object.
 
-Nothing that a file names is imported or called, and nothing is allocated that a header merely claims.
+The structure of the archive is checked as a whole before anything in it is believed. Nothing that a file names is
+imported or called, and nothing is allocated that a header merely claims.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import struct
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import attrs
 
 from noether_init_core.errors import CheckpointFormatError, UnsafeGlobalError
-from noether_init_core.files.formats.content import Content
-from noether_init_core.files.formats.inert_values import ForeignObject
-from noether_init_core.files.formats.module_versions import versions_in
-from noether_init_core.files.formats.object_graph import ObjectGraph
-from noether_init_core.files.formats.opcodes import Interpreter, OpcodeError
-from noether_init_core.files.formats.records import Record
-from noether_init_core.files.formats.zip_records import read_records
+from noether_init_core.files.content import Content, ForeignObject, ObjectGraph, OpcodeError, Record, versions_in
+from noether_init_core.files.examining import check_record
+from noether_init_core.files.formats.opcodes import Interpreter
 from noether_init_core.files.storage.handle import Handle
-from noether_init_core.files.verifying import check_record
-from noether_init_core.messages import listed, one_line
+from noether_init_core.messages import listed, one_line, quoted
 
-__all__ = ["ALLOW_GLOBALS_VARIABLE", "read_torch_zip"]
+__all__ = ["ALLOW_GLOBALS_VARIABLE", "read_records", "read_torch_zip"]
 
 ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
@@ -127,3 +126,233 @@ def _is_module(value: Any) -> bool:
     return (
         type(value) is ForeignObject and type(value.state) is dict and {"_parameters", "_modules"} <= value.state.keys()
     )
+
+
+_END = struct.Struct("<4s4H2LH")
+_END_64_LOCATOR = struct.Struct("<4sLQL")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_ENCRYPTED = 0x2041  # traditional, strong, masked headers
+_DESCRIPTOR_FOLLOWS = 0x8
+_MAX_CENTRAL = 1 << 30
+_LOCAL_GUESS = 512
+_INDEX_GUESS = 1 << 20
+_NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
+_NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
+# torch.save without the zip format; the number is torch.serialization.MAGIC_NUMBER
+_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def read_records(handle: Handle) -> dict[str, Record]:
+    """All records by name, in the order of their bytes. Raises ``CheckpointFormatError``; reads no record."""
+    start, count, end = _read_end(handle)
+    entries = _read_central(handle, start, count, end)
+    entries.sort(key=lambda entry: entry.position)
+    records: dict[str, Record] = {}
+    folder = entries[0].name.partition("/")[0] + "/"
+    for entry, following in itertools.zip_longest(entries, entries[1:]):
+        limit = start if following is None else following.position
+        if not entry.name.startswith(folder):
+            raise _bad(handle.path, f"its records lie in more than one folder ({folder}, {quoted(entry.name)})")
+        name = entry.name[len(folder) :]
+        if name in records:
+            raise _bad(handle.path, f"it has two records named {quoted(name)}")
+        records[name] = Record(name, _data_offset(handle, entry, limit), entry.size, entry.crc)
+    if entries[0].position != 0:
+        raise _bad(handle.path, f"its first record begins at byte {entries[0].position} instead of 0")
+    _check_content(handle.path, records)
+    return records
+
+
+@attrs.frozen
+class _Entry:
+    name: str
+    raw_name: bytes
+    flags: int
+    crc: int
+    size: int
+    position: int
+
+
+def _read_end(handle: Handle) -> tuple[int, int, int]:
+    """Start, number of entries, and end of the central directory."""
+    if handle.size == 0:
+        raise CheckpointFormatError(f"{handle.path} is empty (0 bytes). {_NEXT_COPY}", path=handle.path)
+    _check_kind(handle)
+    if handle.size < _END.size:
+        raise _bad(handle.path, "it is cut off: a zip archive has at least 22 bytes", _NEXT_COPY)
+    end = handle.size - _END.size
+    signature, disk, first_disk, here, count, length, start, comment = _END.unpack(handle.read(_END.size, end))
+    if signature != b"PK\x05\x06" or comment != 0:
+        raise _bad(handle.path, "no end of a zip archive at its end, so it is cut off or was appended to", _NEXT_COPY)
+    large = None
+    if end >= _END_64_LOCATOR.size + _END_64.size:
+        large = _read_end_64(handle, end - _END_64_LOCATOR.size)
+    if large is not None:
+        stated = (disk, first_disk, here, count, length, start)
+        small_limits = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+        values, end = large
+        if any(a not in (b, limit) for a, b, limit in zip(stated, values, small_limits, strict=True)):
+            raise _bad(handle.path, "its two end records disagree", _NEXT_COPY)
+        disk, first_disk, here, count, length, start = values
+    if disk or first_disk or here != count:
+        raise _bad(handle.path, "it is one part of a zip archive in several files")
+    if count == 0 or start + length != end or count * _CENTRAL.size > length or length > _MAX_CENTRAL:
+        raise _bad(handle.path, "its list of records does not lie where its end says", _NEXT_COPY)
+    return start, count, end
+
+
+def _read_end_64(handle: Handle, position: int) -> tuple[tuple[int, int, int, int, int, int], int] | None:
+    signature, disk, where, disks = _END_64_LOCATOR.unpack(handle.read(_END_64_LOCATOR.size, position))
+    if signature != b"PK\x06\x07":
+        return None
+    if disk or disks != 1 or where + _END_64.size != position:
+        raise _bad(handle.path, "its end record for large archives does not lie where it should", _NEXT_COPY)
+    signature, size, _, _, disk, first_disk, here, count, length, start = _END_64.unpack(
+        handle.read(_END_64.size, where)
+    )
+    if signature != b"PK\x06\x06" or size != _END_64.size - 12:
+        raise _bad(handle.path, "its end record for large archives is damaged", _NEXT_COPY)
+    return (disk, first_disk, here, count, length, start), where
+
+
+def _read_central(handle: Handle, start: int, count: int, end: int) -> list[_Entry]:
+    path = handle.path
+    data = handle.read(end - start, start)
+    unpack, fixed = _CENTRAL.unpack_from, _CENTRAL.size
+    entries = []
+    at, stop = 0, len(data)
+    for _ in range(count):
+        if at + fixed > stop:
+            raise _bad(path, "its list of records is cut off", _NEXT_COPY)
+        fields = unpack(data, at)
+        signature, _, _, flags, method, _, _, crc, stored, size = fields[:10]
+        name_length, extra_length, comment_length, disk, _, _, position = fields[10:]
+        name_at = at + fixed
+        extra_at = name_at + name_length
+        at = extra_at + extra_length + comment_length
+        if signature != b"PK\x01\x02" or at > stop:
+            raise _bad(path, "its list of records is damaged", _NEXT_COPY)
+        raw_name = data[name_at:extra_at]
+        name = _check_name(path, raw_name)
+        if extra_length and 0xFFFFFFFF in (size, stored, position):
+            size, stored, position = _large(
+                path, name, data[extra_at : extra_at + extra_length], size, stored, position
+            )
+        if flags & _ENCRYPTED:
+            raise _bad(path, f"its record {quoted(name)} is encrypted", _NEXT_SAVE)
+        if method != 0 or stored != size:
+            _check_torchscript(path, [name.partition("/")[2]])
+            raise _bad(path, f"its record {quoted(name)} is compressed; torch.save stores as is", _NEXT_SAVE)
+        if disk or position + _LOCAL.size + name_length + size > start:
+            raise _bad(path, f"its record {quoted(name)} of {size} bytes does not fit into the file", _NEXT_COPY)
+        entries.append(_Entry(name, raw_name, flags, crc, size, position))
+    if at != stop:
+        raise _bad(path, "its list of records is longer than the number of records says", _NEXT_COPY)
+    return entries
+
+
+def _large(path: Path, name: str, extra: bytes, size: int, stored: int, position: int) -> tuple[int, int, int]:
+    """The 64-bit values that stand in the extra field, in this order, for each that does not fit into 32 bits."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, at)
+        field = extra[at + 4 : at + 4 + length]
+        at += 4 + length
+        if kind != 1:
+            continue
+        numbers = [int.from_bytes(field[i : i + 8], "little") for i in range(0, len(field) - 7, 8)]
+        wanted = [value == 0xFFFFFFFF for value in (size, stored, position)]
+        if sum(wanted) > len(numbers):
+            break
+        following = iter(numbers)
+        size, stored, position = (
+            next(following) if is_wanted else value
+            for value, is_wanted in zip((size, stored, position), wanted, strict=True)
+        )
+        return size, stored, position
+    raise _bad(path, f"the sizes of its record {quoted(name)} are missing", _NEXT_COPY)
+
+
+def _check_name(path: Path, raw_name: bytes) -> str:
+    try:
+        name = raw_name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _bad(path, f"a record's name is no text: {raw_name[:40]!r}") from None
+    parts = name.split("/")
+    if len(parts) < 2 or "" in parts or ".." in parts or "." in parts or "\\" in name or "\0" in name:
+        raise _bad(path, f"a record is named {quoted(name)}, which torch.save never writes")
+    return name
+
+
+def _data_offset(handle: Handle, entry: _Entry, limit: int) -> int:
+    """Where the bytes begin, by the record's own header, which has to agree with the list of records."""
+    header = handle.read(min(_LOCAL_GUESS, handle.size - entry.position), entry.position)
+    signature, _, flags, method, _, _, crc, stored, size, name_length, extra_length = _LOCAL.unpack_from(header)
+    name = header[_LOCAL.size : _LOCAL.size + name_length]
+    if _LOCAL.size + name_length > len(header):
+        name = handle.read(min(name_length, limit - entry.position), entry.position + _LOCAL.size)
+    offset = int(entry.position + _LOCAL.size + name_length + extra_length)
+    if signature != b"PK\x03\x04" or name != entry.raw_name or method != 0 or flags != entry.flags:
+        raise _bad(handle.path, f"the header of its record {quoted(entry.name)} is not what the list says", _NEXT_COPY)
+    deferred = bool(flags & _DESCRIPTOR_FOLLOWS)
+    for value, expected in ((stored, entry.size), (size, entry.size), (crc, entry.crc)):
+        # torch writes sizes and checksum after the bytes, then they are zero here; large sizes stand in an extra field
+        if value != expected and not (deferred and value == 0) and not (expected >= 0xFFFFFFFF and value == 0xFFFFFFFF):
+            raise _bad(
+                handle.path, f"the header of its record {quoted(entry.name)} has another size or sum", _NEXT_COPY
+            )
+    if offset + entry.size > limit:
+        raise _bad(handle.path, f"its record {quoted(entry.name)} of {entry.size} bytes overlaps the next one")
+    return offset
+
+
+def _check_torchscript(path: Path, names: Iterable[str]) -> None:
+    if any(name == "constants.pkl" or name.startswith("code/") for name in names):
+        raise _bad(
+            path,
+            "it is a TorchScript archive, which holds code",
+            "Next, where it is trusted: torch.save(torch.jit.load(path).state_dict(), path)",
+        )
+
+
+def _check_content(path: Path, records: dict[str, Record]) -> None:
+    _check_torchscript(path, records)
+    if "data.pkl" not in records:
+        known = ", ".join(quoted(name) for name in itertools.islice(records, 5))
+        raise _bad(path, f"it is a zip archive without data.pkl (it has {known}), so torch.save did not write it")
+
+
+def _check_kind(handle: Handle) -> None:
+    """Say what a file is that is no zip archive."""
+    head = handle.read(min(handle.size, 64), 0)
+    if head.startswith(b"PK"):
+        return
+    trusted = "Next, where it is trusted: torch.save(torch.load(path, weights_only=True), path) with torch >= 1.6"
+    if head[:1] == b"\x80" and _LEGACY in head[:24]:
+        raise _bad(handle.path, "torch.save wrote it in the format before torch 1.6, which is no zip archive", trusted)
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+        raise _bad(handle.path, "it is a plain pickle", _NEXT_SAVE)
+    if head.startswith(b"version https://git-lfs"):
+        raise _bad(handle.path, "it is a pointer of Git LFS, not the file itself", "Next: git lfs pull")
+    if head.lstrip()[:1] == b"{" and b'"weight_map"' in handle.read(min(handle.size, _INDEX_GUESS), 0):
+        raise _bad(
+            handle.path,
+            "it is the index of a checkpoint in several files (shards), which cannot be read yet",
+            "Next: name one of the shards, or put all of them into one file",
+        )
+    if head.startswith(b"\x1f\x8b"):
+        raise _bad(handle.path, "it is compressed by gzip", "Next: gunzip it")
+    if not any(head):
+        raise _bad(handle.path, "it begins with zeros: its content never reached the disk", _NEXT_COPY)
+    what = (
+        "a text"
+        if head.isascii() and head.decode("ascii").strip("\r\n\t").isprintable()
+        else "neither a zip archive nor safetensors"
+    )
+    raise _bad(handle.path, f"it is {what} (it begins with {head[:16]!r})", _NEXT_SAVE)
+
+
+def _bad(path: Path, reason: str, following: str = _NEXT_SAVE) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{path} cannot be read as a checkpoint: {reason}. {following}", path=path)

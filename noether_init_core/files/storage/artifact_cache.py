@@ -34,8 +34,7 @@ from noether_init_core.errors import (
     InitError,
 )
 from noether_init_core.files.storage.disk import LOCAL
-from noether_init_core.files.storage.handle import digest_problem
-from noether_init_core.files.storage.local import LocalHandle, open_file
+from noether_init_core.files.storage.handle import LocalHandle, digest_problem, open_file
 from noether_init_core.messages import printable
 
 __all__ = ["CACHE_VARIABLE", "OFFLINE_VARIABLE", "ArtifactCache"]
