@@ -16,7 +16,7 @@ import rich.console
 import rich.table
 
 from noether_init_core.config.transforms import TransformConfig, rule_of
-from noether_init_core.surgery.plan import PlanPart, TargetSpec
+from noether_init_core.surgery.fit import PlanPart, TargetSpec
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.transforms import Transforms
 

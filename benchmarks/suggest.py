@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 
 from noether_init_core.suggest.suggest import suggest
-from noether_init_core.surgery.plan import TargetSpec
+from noether_init_core.surgery.fit import TargetSpec
 
 BLOCKS = 830
 ENTRIES = 10_000

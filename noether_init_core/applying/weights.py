@@ -9,17 +9,24 @@ from typing import Any, Literal
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from noether_init_core.applying.fresh_memory import FreshMemory, on_meta
-from noether_init_core.applying.module_versions import metadata_below
-from noether_init_core.applying.targets import Identity, ModelTargets, OwnLoading, loaded_by_code
-from noether_init_core.errors import StateMismatchError
+from noether_init_core.applying.targets import (
+    FreshMemory,
+    Identity,
+    ModelTargets,
+    OwnLoading,
+    loaded_by_code,
+    on_meta,
+    translates,
+)
+from noether_init_core.errors import PlanError, StateMismatchError
 from noether_init_core.files.checkpoint import Checkpoint
+from noether_init_core.files.content import Versions
 from noether_init_core.messages import listed
 from noether_init_core.stopwatch import Stopwatch
-from noether_init_core.surgery.plan import LoadPlan, PlanRow, Problem
+from noether_init_core.surgery.plan import WRITING, LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.steps import Step, carry_out
 
-__all__ = ["apply_rows", "check_values"]
+__all__ = ["apply_rows", "check_values", "check_versions"]
 
 OnNonfinite = Literal["error", "warn", "ignore"]
 
@@ -55,20 +62,20 @@ def apply_rows(
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(own.prefix))
         with stopwatch.phase("copy"):
             _load_itself(own, rows, reader, targets)
-    written = [row for row in rows if row.writes]
+    written = [(row.target or row.sources[0], row) for row in rows if row.action in WRITING]
     prefixes = tuple(own.prefix for own in targets.own_loading) or "\0"
     seen: set[int] = set()
     plain: list[tuple[PlanRow, torch.Tensor]] = []
     made: dict[tuple[tuple[str, ...], tuple[Step, ...]], list[tuple[PlanRow, torch.Tensor]]] = {}
-    for row in written:
-        if row.key.startswith(prefixes):
+    for name, row in written:
+        if name.startswith(prefixes):
             continue
         if row.dtype == "object":
-            targets.extra_state[row.key].set_extra_state(_extra_state(reader, row.sources[0]))
+            targets.extra_state[name].set_extra_state(_extra_state(reader, row.sources[0]))
             continue
-        tensor = targets.tensors[row.key]
+        tensor = targets.tensors[name]
         # the value in the file may be in the form of an earlier version, which the module has translated
-        if id(tensor) in seen or targets.specs[row.key].identity in by_code:
+        if id(tensor) in seen or targets.specs[name].identity in by_code:
             continue
         seen.add(id(tensor))
         if row.steps:
@@ -87,7 +94,7 @@ def apply_rows(
     for module in targets.after_loading:
         for hook in tuple(module._load_state_dict_post_hooks.values()):
             hook(module, _IncompatibleKeys([], []))
-    return [row.key for row in written]
+    return [name for name, _row in written]
 
 
 def _copy_plain(
@@ -160,7 +167,7 @@ def _load_itself(own: OwnLoading, rows: Iterable[PlanRow], reader: Checkpoint, t
     """Let a module load what is planned for it. What is kept stays, also where its code translates what it is given."""
     rows = tuple(row for row in rows if row.target is not None and row.target.startswith(own.prefix))
     state: OrderedDict[str, Any] = OrderedDict(_state_below(own.prefix, rows, reader, targets))
-    metadata = metadata_below(own, rows, reader.versions)
+    metadata = _metadata_below(own, rows, reader.versions)
     if metadata:
         state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # as torch.nn.Module.state_dict does
     kept = [targets.tensors[row.key] for row in rows if row.action in ("keep", "reset") and row.dtype != "object"]
@@ -234,3 +241,76 @@ def _nonfinite(plan: LoadPlan, model: str, reader: Checkpoint) -> list[Problem]:
             if what == "NaN" or (what and row.is_parameter):
                 findings.setdefault(source, Problem("nonfinite", f"{source} holds {what}", model, (row.key,)))
     return list(findings.values())
+
+
+def _metadata_below(own: OwnLoading, rows: Iterable[PlanRow], versions: Versions) -> dict[str, dict[str, Any]]:
+    """The ``_metadata`` for the state dict of one module: path from that module on -> such as ``{"version": 2}``.
+
+    A module with loading code of its own translates what an older version of it has saved, and tells it by this. With
+    surgery on names, what the file says of a module follows the module's entries: they are in the form of the module
+    that saved them, wherever they go.
+
+    A module whose entries all come from one module of the file has what the file says of that one. One of which nothing
+    is loaded has its own version, since its entries are those that it has. Where the file says nothing of a module,
+    nothing is said, as in torch.
+    """
+    found = {}
+    for path, module, sources in _sources(own, rows):
+        if sources is None:
+            found[path] = {"version": getattr(module, "_version", None)}
+            continue
+        said = [versions[source] for source in sources if source in versions]
+        if said and all(other == said[0] for other in said):
+            found[path] = dict(said[0])
+    return found
+
+
+def check_versions(model: str, rows: Iterable[PlanRow], versions: Versions, targets: ModelTargets) -> None:
+    """Raise ``PlanError`` for a module that gets entries of several modules of the file, of different versions.
+
+    Its loading code can be told one version only, and would translate some of them wrongly.
+    """
+    rows = tuple(rows)
+    for own in targets.own_loading:
+        for path, module, sources in _sources(own, rows):
+            said = {source: versions[source] for source in sources or () if source in versions}
+            if all(other == next(iter(said.values())) for other in said.values()) or not translates(module):
+                continue
+            name = f"{own.prefix}{path}".removesuffix(".") or "the whole model"
+            versions_said = listed(f"{source or 'its root'} {dict(version)}" for source, version in said.items())
+            message = (
+                f"{name} has loading code of its own, and gets entries of modules of the file that are of different "
+                f"versions: {versions_said}. It cannot translate both"
+            )
+            raise PlanError(
+                f"{model}: {message}. Nothing was changed. Next: keep its own values there (keep_model), or load the "
+                "file into the model that saved it and save that anew",
+                problems=(message,),
+            )
+
+
+def _sources(own: OwnLoading, rows: Iterable[PlanRow]) -> Iterable[tuple[str, torch.nn.Module, tuple[str, ...] | None]]:
+    """Each module: its path from ``own`` on, the module, and the modules of the file that its entries come from.
+
+    None where no entry comes from the file, or it has none.
+    """
+    modules = dict(own.module.named_modules(remove_duplicate=False))
+    same: dict[str, dict[str, None]] = {path: {} for path in modules}
+    renamed: dict[str, dict[str, None]] = {path: {} for path in modules}
+    for row in rows:
+        if row.target is None or not row.writes or not row.target.startswith(own.prefix):
+            continue
+        segments = row.target.removeprefix(own.prefix).split(".")
+        for above in range(len(segments)):
+            path, below = ".".join(segments[:above]), segments[above:]
+            if path not in modules:
+                continue
+            for source in row.sources:
+                names = source.split(".")
+                if len(names) >= len(below):
+                    is_same = names[len(names) - len(below) :] == below
+                    chosen = same if is_same else renamed
+                    chosen[path][".".join(names[: len(names) - len(below)])] = None
+    for path, module in modules.items():
+        # an entry that was renamed inside the module tells less surely which module it was in
+        yield path, module, tuple(same[path] or renamed[path]) or None

@@ -26,7 +26,7 @@ __all__ = ["KIND", "Config", "Kind", "Real", "Start", "naming_options", "with_st
 
 def _config(context: typer.Context, path: Path) -> Path:
     """The path, if it can be that of a config; else the command line is wrong, and not the config."""
-    from noether_init_core.config.yaml_text import check_is_text
+    from noether_init_core.config.document import check_is_text
 
     if not context.resilient_parsing:
         try:

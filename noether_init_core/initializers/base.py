@@ -15,7 +15,7 @@ from noether_init_core.initializers.outcome import Outcome
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.stopwatch import Stopwatch, Timing
-from noether_init_core.suggest.suggestion import Suggestion
+from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan
 
 __all__ = ["InitializerBase", "Session", "dotted", "with_delegates"]

@@ -10,9 +10,10 @@ import attrs
 import torch
 
 from noether_init_core import nested
-from noether_init_core.applying.optimizer_state import apply_optimizer, moved_value
-from noether_init_core.applying.optimizer_targets import (
+from noether_init_core.applying.optimizer_state import (
+    apply_optimizer,
     class_name,
+    moved_value,
     optimizer_names,
     parameter_aliases,
     torch_optimizer,

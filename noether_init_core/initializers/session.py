@@ -18,10 +18,8 @@ from typing import Any, Protocol
 import attrs
 
 from noether_init_core.applying.agreement import check_across, check_casts, check_loading_code
-from noether_init_core.applying.fresh_memory import device_for
-from noether_init_core.applying.module_versions import check_versions
-from noether_init_core.applying.targets import ModelTargets, loaded_by_code, model_targets
-from noether_init_core.applying.weights import apply_rows, check_values
+from noether_init_core.applying.targets import ModelTargets, device_for, loaded_by_code, model_targets
+from noether_init_core.applying.weights import apply_rows, check_values, check_versions
 from noether_init_core.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -40,10 +38,10 @@ from noether_init_core.initializers.source_config import OptimizerStateConfig, S
 from noether_init_core.initializers.stages import Applied, Opened, OpenFile, Planned, Verified, check_memory
 from noether_init_core.messages import listed
 from noether_init_core.sets.provenance import History
+from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TensorSpec
 from noether_init_core.surgery.name_rules import NameRules
-from noether_init_core.surgery.plan import PlanPart, Problem, TensorSpec
+from noether_init_core.surgery.plan import Problem
 from noether_init_core.surgery.planner import plan_load
-from noether_init_core.surgery.problems import KEEP_MODEL_HINT
 
 __all__ = ["LoadSession"]
 

@@ -23,8 +23,8 @@ from noether_init_core.initializers.source_config import SourceInitializerConfig
 from noether_init_core.initializers.stages import Applied
 from noether_init_core.protocols import check_model
 from noether_init_core.sets.provenance import History
+from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.suggest.suggest import suggest
-from noether_init_core.suggest.suggestion import Suggestion
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
 from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.transforms import Transforms

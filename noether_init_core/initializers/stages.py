@@ -8,8 +8,7 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.applying.fresh_memory import has_weak_references, left_without_memory, on_meta
-from noether_init_core.applying.targets import ModelTargets
+from noether_init_core.applying.targets import ModelTargets, has_weak_references, left_without_memory, on_meta
 from noether_init_core.errors import PlanError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.initializers.location import Source

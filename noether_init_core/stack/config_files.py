@@ -17,10 +17,8 @@ import pydantic
 
 from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig
-from noether_init_core.config.document import Document, Entry, KeyPath
+from noether_init_core.config.document import Document, Entry, KeyPath, is_resolved, read_yaml, resolved_entries
 from noether_init_core.config.json_schema import DECIDED
-from noether_init_core.config.noether_resolved import is_resolved, resolved_entries
-from noether_init_core.config.yaml_text import read_yaml
 from noether_init_core.errors import ConfigError, KindError, type_of
 from noether_init_core.kinds.wording import explain
 from noether_init_core.messages import near

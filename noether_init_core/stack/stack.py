@@ -40,7 +40,7 @@ from noether_init_core.stack.hook_caller import HookCaller
 from noether_init_core.stack.members import Member, Prepared, prepare
 from noether_init_core.stack.provenance import Written, values_of
 from noether_init_core.stack.report import reported
-from noether_init_core.suggest.suggestion import Suggestion
+from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
 
 __all__ = ["InitializerStack"]

@@ -26,7 +26,7 @@ from noether_init_core.suggest.vocabulary import (
     simple,
     words_of,
 )
-from noether_init_core.surgery.plan import TensorSpec
+from noether_init_core.surgery.fit import TensorSpec
 from noether_init_core.surgery.steps import Shape
 
 __all__ = [

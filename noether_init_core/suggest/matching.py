@@ -29,11 +29,13 @@ from noether_init_core.suggest.pairs import (
     Pair,
     Relation,
     fit,
+    fused,
     relation,
+    resampled,
+    stacked,
     with_flips,
 )
-from noether_init_core.suggest.special import fused, resampled, stacked
-from noether_init_core.surgery.plan import TensorSpec
+from noether_init_core.surgery.fit import TensorSpec
 
 __all__ = ["Pairing"]
 

@@ -15,11 +15,21 @@ from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.suggest.layer_names import Layer, has_conflict, likeness
 from noether_init_core.suggest.matching import Pairing
 from noether_init_core.suggest.pairs import MOST_COMPARISONS, Pair, is_head
-from noether_init_core.suggest.rules import Draft, drafts_of, merged
-from noether_init_core.suggest.suggestion import DEEPEST, LONGEST, SuggestedRule, Suggestion, Unsure, is_too_long
+from noether_init_core.suggest.rules import (
+    DEEPEST,
+    LONGEST,
+    Draft,
+    SuggestedRule,
+    Suggestion,
+    Unsure,
+    drafts_of,
+    is_too_long,
+    merged,
+)
 from noether_init_core.suggest.vocabulary import concepts
+from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.name_rules import bare_names
-from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec, TensorSpec
+from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.transforms import Transforms
 

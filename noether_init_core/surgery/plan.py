@@ -3,44 +3,186 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from noether_init_core.errors import PlanError
 from noether_init_core.messages import listed
-from noether_init_core.surgery.inverse import rows_back, transformed
-from noether_init_core.surgery.rows import (
-    LOADED_BEFORE,
-    Action,
-    Origin,
-    PlanPart,
-    PlanRow,
-    Problem,
-    TargetSpec,
-    TensorSpec,
-    counted_rows,
-    share_loaded,
-)
+from noether_init_core.surgery.steps import Shape, Step, carry_out, shapes_after
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "LOADED_BEFORE",
+    "WRITING",
     "Action",
     "LoadPlan",
     "Origin",
-    "PlanPart",
     "PlanRow",
     "Problem",
-    "TargetSpec",
-    "TensorSpec",
     "counted_rows",
     "share_loaded",
 ]
+
+Action = Literal[
+    "load", "rename", "transform", "cast", "keep", "reset", "missing", "unexpected", "removed", "mismatch", "outside"
+]
+
+#: The rule of an entry that an earlier initializer of the stack has loaded.
+LOADED_BEFORE = "loaded by an earlier initializer"
+
+#: Actions that write a tensor of the model.
+WRITING: frozenset[str] = frozenset({"load", "rename", "transform", "cast"})
+
+
+@attrs.frozen
+class Origin:
+    """The initializer, single model and files that rows of a plan are about; rows refer to it by number.
+
+    Attributes:
+        initializer: The kind of the initializer.
+        model: Path of names of the single model, such as ``autoenc.encoder``.
+        position: Number of the initializer in the stack, from 0.
+        description: Where the files come from, in words: ``pretrain @ latest = E4_U16_S128``.
+        files: Names of the files; none where no file is read.
+    """
+
+    initializer: str
+    model: str
+    position: int = 0
+    description: str = ""
+    files: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        files = f" ({', '.join(self.files)})" if self.files else ""
+        return f"{self.model} <- {self.description}{files}"
+
+
+@attrs.frozen
+class PlanRow:
+    """What happens to one entry of the model's state dict, or to one entry of the file that is not used.
+
+    Attributes:
+        model: Path of names of the single model, such as ``autoenc.encoder``.
+        target: Name in the model's state dict; None where the row is about an unused entry of the file.
+        sources: Names in the file.
+        action: ``load``, ``rename``, ``cast`` and ``transform`` write the target from the file; ``reset`` lets its
+            module initialize it anew; the others leave it.
+        shape: Shape of the target, or of the unused entry.
+        dtype: Dtype of the target, or of the unused entry.
+        nbytes: Bytes of the target, or of the unused entry.
+        rule: The config line responsible; None where no rule had a say.
+        source_dtype: Dtype in the file, where all sources have the same.
+        is_parameter: Whether the target is a parameter; buffers may hold infinities.
+        steps: What is done with the tensors of ``sources``, in order, every argument said.
+        part: Which of the ``parts`` tensors that the steps make is the target's.
+        parts: How many tensors the steps make.
+        source_shapes: Shape of each source, in their order.
+        tied_to: The first name of the same memory in this model, where ``target`` is another name of it.
+        origin: Number of its initializer, model and files in ``LoadPlan.origins``.
+        identity: Equal for targets, also of other models, that are the same memory; None where that is not known.
+    """
+
+    model: str
+    target: str | None
+    sources: tuple[str, ...]
+    action: Action
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    rule: str | None = None
+    source_dtype: str | None = None
+    is_parameter: bool = True
+    steps: tuple[Step, ...] = ()
+    part: int = 0
+    parts: int = 1
+    source_shapes: tuple[tuple[int, ...], ...] = ()
+    tied_to: str | None = None
+    origin: int = 0
+    identity: Hashable = attrs.field(default=None, eq=False, repr=False)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the target gets its value from the file."""
+        return self.action in WRITING
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the target, or of the unused entry."""
+        return math.prod(self.shape) if self.dtype != "object" else 0
+
+    @property
+    def taken(self) -> int:
+        """How many elements of the target come from the file: fewer than all where a pad leaves the model's own."""
+        if not self.writes:
+            return 0
+        number = self.numel
+        for step in reversed(self.steps):
+            if not step.keeps_model:
+                break
+            shorter = shapes_after(self.steps[: self.steps.index(step)], self.source_shapes, self.parts)[1][self.part]
+            number = math.prod(shorter)
+        return number
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether some elements of the target come from the file, and others stay the model's own."""
+        return self.writes and self.taken < self.numel
+
+    @property
+    def key(self) -> str:
+        """The name that the row is listed under."""
+        return self.target if self.target is not None else self.sources[0]
+
+
+@attrs.frozen
+class Problem:
+    """A reason why a plan cannot be carried out, or a warning.
+
+    Attributes:
+        code: Stable, for programs.
+        message: For people: what was found, and what to do next.
+        model: Path of names of the single model; several are separated by ``", "``.
+        keys: Names of the rows that it is about, if it is about some.
+    """
+
+    code: str
+    message: str
+    model: str
+    keys: tuple[str, ...] = ()
+
+
+def counted_rows(rows: Iterable[PlanRow]) -> list[PlanRow]:
+    """The rows of parameters, one for each piece of memory: the first row that writes it, else the first row."""
+    found: dict[Hashable, PlanRow] = {}
+    for row in rows:
+        if row.is_parameter and row.target is not None:
+            memory = row.identity if row.identity is not None else (row.model, row.tied_to or row.target)
+            if memory not in found or (row.writes and not found[memory].writes):
+                found[memory] = row
+    return list(found.values())
+
+
+def share_loaded(rows: Iterable[PlanRow], *, or_before: bool = False) -> float:
+    """Share of the elements of parameters in ``rows`` that come from the file, from 0 to 1 (1 for no parameters).
+
+    With ``or_before``, what an earlier initializer has loaded counts, too.
+    """
+    loaded = total = 0
+    for row in counted_rows(rows):
+        numel = row.numel
+        total += numel
+        if row.writes:
+            loaded += row.taken if row.steps else numel
+        elif or_before and row.rule == LOADED_BEFORE:
+            loaded += numel
+    return loaded / total if total else 1.0
+
 
 SCHEMA_VERSION = 1
 
@@ -146,7 +288,7 @@ class LoadPlan:
         and where only some of the parts of a split have a place in the model.
         """
         self.raise_for_problems()
-        rows, problems = rows_back(self.rows)
+        rows, problems = _rows_back(self.rows)
         if problems:
             reasons = "\n  ".join(dict.fromkeys(problems))
             raise PlanError(f"{self.kind} has no way back:\n  {reasons}", plan=self, problems=problems)
@@ -169,7 +311,13 @@ class LoadPlan:
         lacking = [source for row in rows for source in row.sources if source not in state]
         if lacking:
             raise PlanError(f"the state has no {listed(lacking)}, which the plan needs", plan=self)
-        return transformed(rows, state)
+        import torch
+
+        made: dict[str, torch.Tensor] = {}
+        for row in rows:
+            value = carry_out(row.steps, [state[source].detach() for source in row.sources])[row.part]
+            made[row.key] = value.clone(memory_format=torch.contiguous_format)
+        return made
 
     @classmethod
     def merged(cls, plans: Sequence[LoadPlan], positions: Sequence[int] | None = None) -> LoadPlan:
@@ -239,3 +387,63 @@ class LoadPlan:
     def to_json(self) -> str:
         """``to_dict`` as text."""
         return json.dumps(self.to_dict(), indent=1)
+
+
+def _rows_back(rows: Iterable[PlanRow]) -> tuple[tuple[PlanRow, ...], tuple[str, ...]]:
+    """The rows that make the file's entries of the model's, and why some have no way back."""
+    ways: dict[tuple[str, tuple[str, ...], tuple[Step, ...]], list[PlanRow]] = {}
+    for row in rows:
+        if row.writes and row.target is not None and row.dtype != "object":
+            ways.setdefault((row.model, row.sources, row.steps), []).append(row)
+    found: list[PlanRow] = []
+    problems: list[str] = []
+    for (_model, sources, steps), parts in ways.items():
+        # of several names of one tensor, the first will do
+        parts = sorted({row.part: row for row in reversed(parts)}.values(), key=lambda row: row.part)
+        first = parts[0]
+        where = first.rule or first.key
+        back, reason = _back(steps, first.source_shapes)
+        if not reason and steps and [row.part for row in parts] != list(range(first.parts)):
+            reason = "some of its parts have no place in the model"
+        if reason:
+            problems.append(f"{where}: {reason}")
+            continue
+        targets = tuple(row.key for row in parts)
+        shapes = tuple(row.shape for row in parts)
+        if not steps:
+            targets, shapes = targets[:1], shapes[:1]  # several names in the model for one entry of the file
+        for number, source in enumerate(sources):
+            action: Action = "transform" if back else ("load" if targets == (source,) else "rename")
+            found.append(
+                attrs.evolve(
+                    first,
+                    target=source,
+                    sources=targets,
+                    action=action,
+                    shape=first.source_shapes[number],
+                    nbytes=first.nbytes // max(first.numel, 1) * math.prod(first.source_shapes[number]),
+                    source_dtype=first.dtype,
+                    steps=back,
+                    part=number,
+                    parts=len(sources),
+                    source_shapes=shapes,
+                )
+            )
+    seen: set[tuple[str, str | None]] = set()
+    for row in found:
+        if (row.model, row.target) in seen:
+            problems.append(f"{row.target}: several files have such an entry. Next: the plan of one initializer")
+        seen.add((row.model, row.target))
+    return tuple(found), tuple(problems)
+
+
+def _back(steps: tuple[Step, ...], shapes: tuple[Shape, ...]) -> tuple[tuple[Step, ...], str]:
+    """The steps back, and why there are none."""
+    current, back = list(shapes), []
+    for step in steps:
+        undone = step.inverse(current)
+        if undone is None:
+            return (), f"{step.name} has no inverse"
+        back.append(undone)
+        current = step.shapes(current)
+    return tuple(reversed(back)), ""

@@ -12,23 +12,21 @@ import attrs
 
 from noether_init_core.memory import no_garbage_collection
 from noether_init_core.messages import listed
-from noether_init_core.surgery.dtypes import CastPolicy, can_cast, can_follow
-from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, with_wrappers
-from noether_init_core.surgery.plan import (
-    LOADED_BEFORE,
-    Action,
-    LoadPlan,
-    Origin,
+from noether_init_core.surgery.fit import (
+    CastPolicy,
     PlanPart,
-    PlanRow,
-    Problem,
+    Problems,
     TargetSpec,
     TensorSpec,
-    share_loaded,
+    can_cast,
+    can_follow,
+    names_of_ties,
+    ties_across,
+    ties_within,
 )
-from noether_init_core.surgery.problems import Problems
+from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, with_wrappers
+from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow, Problem, share_loaded
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Slice, Step, StepError, shapes_after
-from noether_init_core.surgery.ties import names_of_ties, ties_across, ties_within
 from noether_init_core.surgery.transforms import glob_set
 
 __all__ = ["Policies", "plan_load"]

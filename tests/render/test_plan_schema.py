@@ -11,9 +11,10 @@ from typing import Any
 import jsonschema
 import pytest
 
+from noether_init_core.surgery.fit import PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import NoetherSurgery, Rename
 from noether_init_core.surgery.patterns import parse_glob, parse_pattern
-from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec
+from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.steps import (
     Cast,

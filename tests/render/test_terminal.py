@@ -15,11 +15,11 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.render.terminal import PlanView, ReportView
 from noether_init_core.render.words import MARKS, amount, counts_in_words, percent, place_of_rule
 from noether_init_core.sets.provenance import InitializerReport, InitReport
+from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob, parse_pattern
-from noether_init_core.surgery.plan import Action, LoadPlan, Origin, PlanPart, PlanRow, Problem, TargetSpec
+from noether_init_core.surgery.plan import Action, LoadPlan, Origin, PlanRow, Problem
 from noether_init_core.surgery.planner import plan_load
-from noether_init_core.surgery.problems import KEEP_MODEL_HINT
 from noether_init_core.surgery.steps import Split, Step, Transpose
 from noether_init_core.surgery.transforms import KeepModel, Move, Rule, Transforms
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from support.counting import LineCounter
 
 from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.suggest.suggest import suggest
-from noether_init_core.suggest.suggestion import Suggestion
-from noether_init_core.surgery.plan import LoadPlan, PlanPart, TargetSpec
+from noether_init_core.surgery.fit import PlanPart, TargetSpec
+from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.steps import Transpose
 from noether_init_core.surgery.transforms import Transforms

@@ -20,7 +20,7 @@ from noether_init_core import (
     compose,
 )
 from noether_init_core.config.transforms import TransformConfig, rule_of
-from noether_init_core.surgery.plan import PlanPart, TargetSpec
+from noether_init_core.surgery.fit import PlanPart, TargetSpec
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.transforms import Transforms
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from noether_init_core.applying.optimizer_state import apply_optimizer, moved_value
-from noether_init_core.applying.optimizer_targets import optimizer_names
+from noether_init_core.applying.optimizer_state import apply_optimizer, moved_value, optimizer_names
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
 from noether_init_core.surgery.optimizer_plan import STAYS, Moved, ParameterOrigin, plan_optimizer

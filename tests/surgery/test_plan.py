@@ -8,8 +8,9 @@ import attrs
 import pytest
 
 from noether_init_core.errors import PlanError
+from noether_init_core.surgery.fit import PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import NoetherSurgery, Rename
-from noether_init_core.surgery.plan import LoadPlan, Origin, PlanPart, PlanRow, TargetSpec
+from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow
 from noether_init_core.surgery.planner import Policies, plan_load
 
 

@@ -1,17 +1,141 @@
-"""The problems and warnings of a plan in words, with the line of a config that would mend them where there is one."""
+"""The entries of a file and a model, and what of them does not fit: problems in words, with what would mend them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Literal, Protocol
+
+import attrs
 
 from noether_init_core.messages import listed, yaml_line
 from noether_init_core.surgery.name_rules import NameMatch, near, single_rename
-from noether_init_core.surgery.rows import PlanPart, PlanRow, Problem
-from noether_init_core.surgery.steps import Interpolate, Shape, Step, Transpose, shapes_after, written
+from noether_init_core.surgery.plan import LOADED_BEFORE, WRITING, PlanRow, Problem
+from noether_init_core.surgery.steps import (
+    Cast,
+    Concat,
+    Interpolate,
+    Shape,
+    Stack,
+    Step,
+    Transpose,
+    shapes_after,
+    written,
+)
 
-__all__ = ["KEEP_MODEL_HINT", "Problems", "square_grids"]
+__all__ = [
+    "KEEP_MODEL_HINT",
+    "CastPolicy",
+    "PlanPart",
+    "Problems",
+    "TargetSpec",
+    "TensorSpec",
+    "can_cast",
+    "can_follow",
+    "names_of_ties",
+    "square_grids",
+    "ties_across",
+    "ties_within",
+]
+
+
+class TensorSpec(Protocol):
+    """What the plan needs of a tensor of a file: ``TensorInfo`` of the readers has it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+@attrs.frozen
+class TargetSpec:
+    """One entry of a model's state dict.
+
+    Attributes:
+        shape: The shape; empty for a 0-dimensional tensor and for an object that is no tensor.
+        dtype: The dtype without ``torch.``, or ``object`` for a module's extra state.
+        nbytes: Number of elements times bytes of one.
+        is_parameter: False for buffers and extra state.
+        tied_to: The first name of the same memory in this model, where this is another name of it.
+        identity: Equal for entries, also of other models, that are the same memory; None where that is not known.
+        unwritable: Why the entry cannot be written in place, in words; empty where it can.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    is_parameter: bool = True
+    tied_to: str | None = None
+    identity: Hashable = None
+    unwritable: str = ""
+
+
+@attrs.frozen
+class PlanPart:
+    """One single model with the file that it is initialized from.
+
+    Attributes:
+        model: Path of names of the model.
+        description: Where the file came from, in words: ``pretrain @ latest = E4_U16_S128``.
+        files: Names of the files.
+        sources: Entries of the file's state dict.
+        targets: Entries of the model's state dict, in order.
+        hidden: Names of buffers that the model has but its state dict has not (non-persistent ones).
+        loaded: Names of the model that an earlier initializer will have loaded.
+        resettable: Names of the model whose module can initialize itself anew.
+    """
+
+    model: str
+    description: str
+    files: tuple[str, ...]
+    sources: Mapping[str, TensorSpec]
+    targets: Mapping[str, TargetSpec]
+    hidden: frozenset[str] = frozenset()
+    loaded: frozenset[str] = frozenset()
+    resettable: frozenset[str] = frozenset()
+
+
+CastPolicy = Literal["same_kind", "none", "any"]
+
+
+def _kind_of(dtype: str) -> str:
+    if dtype in ("bool", "object"):
+        return dtype
+    if dtype.startswith("complex"):
+        return "complex"
+    return "float" if dtype.startswith(("float", "bfloat")) else "integer"
+
+
+def can_cast(source: str, target: str, policy: CastPolicy) -> bool:
+    """Whether ``cast:`` of the config allows to convert one dtype to the other."""
+    if source == target:
+        return True
+    from_kind, to_kind = _kind_of(source), _kind_of(target)
+    if policy == "none" or "object" in (from_kind, to_kind) or (from_kind == "complex" and to_kind != "complex"):
+        return False
+    return policy == "any" or from_kind == to_kind
+
+
+def can_follow(dtypes: Sequence[str], steps: Sequence[Step]) -> bool:
+    """Whether steps lose nothing by dtype: complex stays complex, and what is put together is of one dtype."""
+    current = set(dtypes)
+    for step in steps:
+        kinds = set(map(_kind_of, current))
+        if isinstance(step, Cast):
+            if "object" in kinds or ("complex" in kinds and _kind_of(step.dtype) != "complex"):
+                return False
+            current = {step.dtype}
+        elif isinstance(step, Concat | Stack):
+            if len(current) > 1:
+                return False
+        elif isinstance(step, Interpolate) and kinds != {"float"}:
+            return False
+    return len(current) == 1
+
 
 #: What is said beside entries that could keep the model's value, where there is a rule for it.
 KEEP_MODEL_HINT = "To keep the model's own values there add: {line}"
@@ -225,3 +349,77 @@ def _group(name: str) -> str:
     """The name up to the number of its layer, whichever that is."""
     found = _NUMBER.search(name)
     return name[: found.start()] if found else name.rpartition(".")[0].partition(".")[0]
+
+
+_DONE = {"keep": "kept", "reset": "reset"}
+# actions that decide what an entry holds in the end
+_SETTLED = WRITING | _DONE.keys()
+
+
+def names_of_ties(targets: Mapping[str, TargetSpec]) -> dict[str, list[str]]:
+    """The first name of each tensor of a model that has several -> all of its names."""
+    tied: dict[str, list[str]] = {spec.tied_to: [] for spec in targets.values() if spec.tied_to is not None}
+    for name, spec in targets.items() if tied else ():
+        if (first := spec.tied_to or name) in tied:
+            tied[first].append(name)
+    return tied
+
+
+def ties_within(
+    model: str, tied: Iterable[Sequence[str]], rows: Sequence[PlanRow], kept: Mapping[str, str]
+) -> tuple[list[tuple[str, str, str]], list[Problem]]:
+    """For names of one tensor of a model: entries of the file that must be equal, and problems.
+
+    ``kept`` are the names that rules of the config keep.
+    """
+    equal: list[tuple[str, str, str]] = []
+    problems: list[Problem] = []
+    groups = [names for names in tied if len(names) > 1]
+    by_name = {row.target: row for row in rows if row.target is not None} if groups else {}
+    for names in groups:
+        group = [by_name[name] for name in names]
+        written = [row for row in group if row.writes]
+        if any(row.steps for row in written) and len({(row.sources, row.steps, row.part) for row in written}) > 1:
+            both = " and ".join(row.key for row in written[:2])
+            message = f"{both} are one tensor, and transforms make it twice. Next: drop one"
+            problems.append(Problem("tied", message, model, tuple(names)))
+        elif written:
+            sources = list(dict.fromkeys(row.sources[0] for row in written))
+            equal += [(model, sources[0], other) for other in sources[1:]]
+        held = [row for row in group if row.action == "keep" and row.rule != LOADED_BEFORE and row.key in kept]
+        changed = written or [row for row in group if row.action == "reset"]
+        if held and changed:
+            done = "loaded" if written else "reset"
+            message = f"{held[0].key} is kept, but it is the same tensor as {changed[0].key}, which is {done}"
+            problems.append(Problem("tied", message, model, tuple(names)))
+    return equal, problems
+
+
+def ties_across(rows: Sequence[PlanRow]) -> tuple[tuple[tuple[str, str, str, str], ...], list[Problem]]:
+    """For entries of different models that are one tensor: entries of the files that must be equal, and problems."""
+    places: dict[Hashable, list[PlanRow]] = {}
+    for row in rows:
+        if row.identity is not None and row.rule != LOADED_BEFORE and row.action in _SETTLED:
+            places.setdefault(row.identity, []).append(row)
+    across: list[tuple[str, str, str, str]] = []
+    problems: list[Problem] = []
+    for group in places.values():
+        first = next((row for row in group if row.writes), None) if len(group) > 1 else None
+        for row in group:
+            if first is None or row.model == first.model:
+                continue
+            if row.writes and not (row.steps or first.steps):
+                across.append((first.model, first.sources[0], row.model, row.sources[0]))
+                continue
+            if row.writes:
+                message = (
+                    f"{row.target} of {row.model} and {first.target} of {first.model} are one tensor, and transforms "
+                    "make it twice. Next: a rule that makes it once"
+                )
+            else:
+                message = (
+                    f"{row.model}: {row.target} is {_DONE[row.action]}, but it is the same tensor as {first.target} "
+                    f"of {first.model}, which is loaded"
+                )
+            problems.append(Problem("tied", message, row.model, (row.key,)))
+    return tuple(dict.fromkeys(across)), problems

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from noether_init_core.config.base import YamlText
-from noether_init_core.config.document import Document
-from noether_init_core.config.yaml_text import read_yaml
+from noether_init_core.config.document import Document, read_yaml
 from noether_init_core.errors import ConfigFileError
 
 
