@@ -672,9 +672,10 @@ def test_a_file_replaced_after_the_check_does_not_count(world: World, suffix: st
     save(world.good, path)
     save({key: torch.full_like(value, float("nan")) for key, value in world.good.items()}, other)
     initializer = kinds.create({"kind": "file", "path": str(path)})
-    initializer.check(world.model)
-    os.replace(other, path)
-    initializer.init_weights(world.model)
+    with initializer.in_session():
+        initializer.check(world.model)
+        os.replace(other, path)
+        initializer.init_weights(world.model)
     assert torch.equal(world.model.state_dict()["weight"], world.good["weight"])
 
 
