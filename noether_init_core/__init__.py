@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from noether_init_core.protocols import leaf_models
     from noether_init_core.saving.retention import Retention
     from noether_init_core.saving.writer import CheckpointWriter
-    from noether_init_core.sets.looking import find_set, newest_set
     from noether_init_core.sets.provenance import InitReport
+    from noether_init_core.sets.selection import find_set, newest_set
     from noether_init_core.sets.snapshot import Snapshot
     from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.stopwatch import Timing
@@ -156,7 +156,7 @@ _HOMES = {
     "files.opening": ("open_checkpoint",),
     "files.storage.handle": ("Storage",),
     "saving.retention": ("Retention",),
-    "sets.looking": ("find_set", "newest_set"),
+    "sets.selection": ("find_set", "newest_set"),
     "sets.snapshot": ("Snapshot",),
     "saving.writer": ("CheckpointWriter",),
     "diff.compare": ("compare_checkpoints",),

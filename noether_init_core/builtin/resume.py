@@ -46,10 +46,9 @@ from noether_init_core.sets.checkpoint_set import (
     check_files,
     said_by,
 )
-from noether_init_core.sets.file_names import Part
+from noether_init_core.sets.file_names import Part, Query
 from noether_init_core.sets.health import check_file
-from noether_init_core.sets.looking import find_set, walk_back
-from noether_init_core.sets.selection import Policy, Query, older_good
+from noether_init_core.sets.selection import Policy, find_set, walk_back
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["ResumeInitializer", "ResumeInitializerConfig"]
@@ -274,7 +273,7 @@ class ResumeInitializer(CheckpointInitializer):
 
     def _ways_on(self, broken: CheckpointSet) -> str:
         snapshot = Snapshot(self.source_paths)  # sets may have come since
-        good = older_good(snapshot, broken)
+        good = snapshot.older_good(broken)
         asked = TrainingIteration() if self.asked_by == "auto_resume" else self._query.iteration
         is_asked = good is not None and (asked is None or good.iteration is None or asked.matches(good.iteration))
         may_walk_back = self._is_automatic and is_asked and self.config.on_invalid == "error"

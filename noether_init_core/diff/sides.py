@@ -17,8 +17,8 @@ from noether_init_core.messages import listed
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.looking import find_set
 from noether_init_core.sets.places import runs_at
+from noether_init_core.sets.selection import find_set
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["Side", "is_average", "known_from", "side_at"]

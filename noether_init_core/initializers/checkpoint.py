@@ -20,11 +20,9 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, said_by
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.histories import read_histories
-from noether_init_core.sets.looking import find_set, require
-from noether_init_core.sets.provenance import History
+from noether_init_core.sets.provenance import History, read_histories
 from noether_init_core.sets.refusals import AskedBy
-from noether_init_core.sets.selection import Selected
+from noether_init_core.sets.selection import Selected, find_set, require
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["CheckpointInitializer", "CheckpointInitializerConfig", "RunSelection", "other_run"]

@@ -33,7 +33,6 @@ from noether_init_core.paths import DEBUG_FOLDER, PathProvider
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointFile, CheckpointSet, load_set
 from noether_init_core.sets.manifest import MANIFEST_NAME, PROBE_NAME
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
-from noether_init_core.sets.selection import newest_flat
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["look_at_folder"]
@@ -111,7 +110,7 @@ class _Run:
             elif flat := self._tried(lambda: self.snapshot.flat if self.snapshot else ()):
                 unreadable: list[tuple[str, CheckpointError]] = []
                 state, number = "legacy", len(flat)
-                newest = newest_flat(self.snapshot, (), unreadable) or flat[0]
+                newest = self.snapshot.newest_flat((), unreadable) or flat[0]
                 self.problems += [str(error) for _name, error in unreadable]
                 nbytes = sum(size or 0 for one in flat for size in self._sizes(one))
                 iteration = self._iteration_of(newest)

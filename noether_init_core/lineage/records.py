@@ -10,9 +10,8 @@ import attrs
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
-from noether_init_core.sets.histories import load_histories
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded
-from noether_init_core.sets.provenance import History
+from noether_init_core.sets.provenance import History, load_histories
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["Records", "Run", "Training", "read_run", "run_at", "run_folder", "set_in"]

@@ -1,24 +1,33 @@
-"""One file of a set: written, brought onto the disk, read back, and described for the manifest."""
+"""One file of a set: written, brought onto the disk, read back, described for the manifest; and watched meanwhile.
+
+Files of a set are written one after the other. Were the weights taken from one iteration and the moments from the next,
+every file would be sound and the set would be torn. So the tensors in memory are looked at before and after.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from types import TracebackType
+from typing import Any, BinaryIO, Self, cast
 
+import attrs
 import torch
 import xxhash
+from isal import isal_zlib
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError
+from noether_init_core.files.content import named, state_dict_of
+from noether_init_core.files.examining import Examined, examine_memory
+from noether_init_core.files.plain_data import bytes_of_tensor, memory_of_tensor
 from noether_init_core.files.storage.disk import Storage
-from noether_init_core.saving.concurrent_changes import Seen, Watch
 from noether_init_core.saving.content import FileContent
-from noether_init_core.sets.manifest import FileDigests, ManifestFile, TensorDigest, digest_of
-from noether_init_core.sets.nonfinite_sets import refused
+from noether_init_core.sets.manifest import FileDigests, ManifestFile, TensorDigest, digest_of, refused
 
-__all__ = ["naming", "write_bytes", "write_content", "write_file"]
+__all__ = ["Watch", "naming", "write_bytes", "write_content", "write_file"]
 
 # a handler of signals may save to another folder in the midst of a save
 _CHECKSUMS = threading.RLock()
@@ -175,3 +184,92 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+# The watch.
+
+
+@attrs.frozen
+class Seen:
+    """A tensor when it was looked at. The CRC-32 is that of its bytes as they lie in memory and in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    examined: Examined
+
+
+class Watch:
+    """Looks at every tensor of a save in a thread of its own: once, and again when all were looked at.
+
+    What is the same in both looks had these values at the moment between them. So if the files hold what the first look
+    saw, all of them together are the state of that one moment. A context manager; it ends with the block.
+    """
+
+    def __init__(self, contents: Sequence[FileContent]) -> None:
+        self._tensors = {content: named(content.content, torch.Tensor) for content in contents}
+        self._stopped = False
+        # tied tensors are one object, and are looked at once
+        self._seen: dict[int, Seen] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._first: dict[FileContent, Future[None]] = {}
+        self._second: Future[list[str]] | None = None
+
+    def __enter__(self) -> Self:
+        self._first = {content: self._pool.submit(self._look, content) for content in self._tensors}
+        self._second = self._pool.submit(self._look_again)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def listed(self, content: FileContent) -> dict[str, Seen]:
+        """The tensors of one file that a manifest lists, by the names that the reader gives them."""
+        self._first[content].result()
+        state_dict = state_dict_of(content.content, torch.Tensor)
+        if state_dict is None:
+            return self.all(content)
+        return {key: self._seen[id(value)] for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+
+    def all(self, content: FileContent) -> dict[str, Seen]:
+        """All tensors of one file, by their paths in the whole object."""
+        self._first[content].result()
+        return {path: self._seen[id(tensor)] for path, tensor in self._tensors[content].items()}
+
+    def changed(self) -> list[str]:
+        """Those tensors that were not the same in both looks: file and path. To be asked when all is written."""
+        assert self._second is not None
+        return self._second.result()
+
+    def _look(self, content: FileContent) -> None:
+        for tensor in self._tensors[content].values():
+            if self._stopped:
+                return
+            if id(tensor) in self._seen:
+                continue
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            # before the look: what changes between both is found by the second one
+            crc = None if tensor.is_contiguous() else _checksum(tensor)
+            examined = examine_memory(bytes_of_tensor(tensor), dtype)
+            if crc is not None:
+                examined = attrs.evolve(examined, crc=crc)
+            self._seen[id(tensor)] = Seen(dtype, tuple(tensor.shape), examined)
+
+    def _look_again(self) -> list[str]:
+        changed: dict[int, str] = {}
+        compared: set[int] = set()
+        for content, tensors in self._tensors.items():
+            for path, tensor in tensors.items():
+                if self._stopped:
+                    return []
+                if id(tensor) in self._seen and id(tensor) not in compared:
+                    compared.add(id(tensor))
+                    if _checksum(tensor) != self._seen[id(tensor)].examined.crc:
+                        changed[id(tensor)] = f"{path.removeprefix('state_dict.')} of {content.name}"
+        return list(changed.values())
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return int(isal_zlib.crc32(memory_of_tensor(tensor)))

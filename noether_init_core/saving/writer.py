@@ -24,12 +24,10 @@ from noether_init_core.messages import listed
 from noether_init_core.paths import PathProvider
 from noether_init_core.probe.probe import Probe, take
 from noether_init_core.protocols import leaf_models
-from noether_init_core.saving.clean_up import collect_leftovers, retire_sets
-from noether_init_core.saving.concurrent_changes import Watch
 from noether_init_core.saving.content import FileContent, contents_of, iteration_for
-from noether_init_core.saving.file_writing import naming, write_bytes, write_file
+from noether_init_core.saving.file_writing import Watch, naming, write_bytes, write_file
 from noether_init_core.saving.probe_file import write_probe
-from noether_init_core.saving.retention import Retention, checked_metrics
+from noether_init_core.saving.retention import Retention, checked_metrics, collect_leftovers, retire_sets
 from noether_init_core.saving.training_id import Descent, Descents, Start
 from noether_init_core.sets.checkpoint_set import (
     SETS_FOLDER,
@@ -37,10 +35,16 @@ from noether_init_core.sets.checkpoint_set import (
     SetFolder,
     check_reachable,
 )
-from noether_init_core.sets.file_names import CheckpointFileName, check_tag, iteration_of_tag
-from noether_init_core.sets.flat_copies import give_room, refresh_flat_names, remove_orphans
-from noether_init_core.sets.manifest import DIGESTS_NAME, MANIFEST_NAME, PROVENANCE_NAME, Manifest, digests_to_bytes
-from noether_init_core.sets.nonfinite_sets import refused_by_resume
+from noether_init_core.sets.file_names import CheckpointFileName, Query, check_tag, iteration_of_tag
+from noether_init_core.sets.flat_files import give_room, refresh_flat_names, remove_orphans
+from noether_init_core.sets.manifest import (
+    DIGESTS_NAME,
+    MANIFEST_NAME,
+    PROVENANCE_NAME,
+    Manifest,
+    digests_to_bytes,
+    refused_by_resume,
+)
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["CheckpointWriter"]
@@ -376,17 +380,9 @@ def _all_tags(iteration: TrainingIteration, tags: Sequence[str]) -> tuple[str, .
         said = iteration_of_tag(tag)
         if said is not None and said != iteration:
             raise ConfigError(f"tag {tag!r} says another iteration than the {iteration} that is saved")
-        if said is None and _is_query(tag):
+        if said is None and Query.of(tag).iteration is not None:
             raise ConfigError(f"tag {tag!r} would be read as a question for an iteration. Choose another tag")
     return tuple(dict.fromkeys((str(iteration), *tags)))
-
-
-def _is_query(tag: str) -> bool:
-    try:
-        TrainingIteration.from_string(tag)
-    except ConfigError:
-        return False
-    return True
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The grammar of checkpoint file names and tags: a parser and a printer, pure text.
+"""The grammar of checkpoint file names and tags, and of what a config asks for: parsers and printers, pure text.
 
 ::
 
@@ -12,7 +12,8 @@ writes names that this cannot tell apart (an info ``ema``, or ``ema_factor=0.9``
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import attrs
 
@@ -26,6 +27,7 @@ __all__ = [
     "PART_NAMES",
     "CheckpointFileName",
     "Part",
+    "Query",
     "check_tag",
     "iteration_of_tag",
     "parse",
@@ -135,6 +137,47 @@ def iteration_of_tag(tag: str) -> TrainingIteration | None:
     except ConfigError:
         return None
     return iteration if iteration.is_fully_specified else None
+
+
+@attrs.frozen
+class Query:
+    """What a tag asks for: a tag as it is written, an iteration, or any iteration that has some of its fields.
+
+    ``automatic``: the answer changes as the run goes on (``latest``, ``last``, ``E10``).
+    """
+
+    text: str
+    iteration: TrainingIteration | None
+    automatic: bool
+
+    @classmethod
+    def of(cls, tag: str | Mapping[str, Any] | TrainingIteration | None) -> Query:
+        """Parse a ``checkpoint_tag``; None means ``latest``. Raises ``ConfigError``."""
+        if tag is None:
+            return cls("latest", None, automatic=True)
+        if isinstance(tag, Mapping):
+            tag = TrainingIteration.from_mapping(tag)
+        if isinstance(tag, TrainingIteration):
+            if not (tag.is_minimally_specified or tag.is_fully_specified):
+                raise ConfigError(
+                    f"checkpoint_tag {tag.to_mapping()} must say one of epoch, update, sample, or all three"
+                )
+            return cls(str(tag), tag, automatic=not tag.is_fully_specified)
+        check_name(tag, "checkpoint_tag")
+        try:
+            iteration = TrainingIteration.from_string(tag)
+        except ConfigError:
+            return cls(tag, None, automatic=tag in FOLLOWING)
+        return cls(tag, iteration, automatic=not iteration.is_fully_specified)
+
+    @property
+    def is_minimal(self) -> bool:
+        """Whether it asks for the newest of all iterations that match."""
+        return self.iteration is not None and not self.iteration.is_fully_specified
+
+    def may_mean(self, iteration: TrainingIteration | None) -> bool:
+        """Whether a set of ``iteration`` can be meant; what a text means, the iteration does not tell."""
+        return self.iteration is None or (iteration is not None and self.iteration.matches(iteration))
 
 
 def _is_name(text: str) -> bool:

@@ -16,13 +16,19 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import yaml_line
 from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet, check_consistency, list_names, said_by
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.flat_copies import changed_names, flat_copies
-from noether_init_core.sets.histories import load_histories
-from noether_init_core.sets.manifest import DIGESTS_NAME, MANIFEST_NAME, PROBE_NAME, PROVENANCE_NAME
-from noether_init_core.sets.nonfinite_sets import not_looked_at, refused_values
+from noether_init_core.sets.flat_files import changed_names, flat_copies
+from noether_init_core.sets.manifest import (
+    DIGESTS_NAME,
+    MANIFEST_NAME,
+    PROBE_NAME,
+    PROVENANCE_NAME,
+    in_words,
+    refused,
+    worth_a_look,
+)
 from noether_init_core.sets.places import as_recorded
-from noether_init_core.sets.refusals import worded
-from noether_init_core.sets.selection import LaterFlatFiles
+from noether_init_core.sets.provenance import load_histories
+from noether_init_core.sets.refusals import LaterFlatFiles, worded
 from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.stopwatch import Stopwatch
 
@@ -171,11 +177,13 @@ def check_file(
     """
     with open_checkpoint(file.path, digests=found.digests_of(file), stopwatch=stopwatch) as reader:
         said = None if file.part == "optim" else said_by(reader.metadata, file.path)
-        looked_at = not_looked_at(found, file, reader.tensors()) if look else []
+        # a manifest says what was found when the file was written
+        head = found.head_of(file)
+        looked_at = worth_a_look(file.part, reader.tensors()) if look and head is None else []
         if verify and reader.is_verifiable:
             reader.verify(look=looked_at)
-        refused = refused_values(found, file, reader.nonfinite(looked_at)) if look else ()
-        return CheckedFile(said, refused, reader.is_verifiable)
+        values = refused(file.part, reader.nonfinite(looked_at), None) if head is None else head.refused
+        return CheckedFile(said, in_words(file.model, file.part, values) if look else (), reader.is_verifiable)
 
 
 def verify_file(path: Path, progress: Progress | None = None) -> FileHealth:

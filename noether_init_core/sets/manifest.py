@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,6 +12,7 @@ import pydantic_core
 import xxhash
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, ConfigError
+from noether_init_core.files.examining import Finding
 from noether_init_core.files.storage.disk import LOCAL, Storage
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name
@@ -29,9 +30,13 @@ __all__ = [
     "TensorDigest",
     "digest_of",
     "digests_to_bytes",
+    "in_words",
     "read_digests",
     "read_manifest",
+    "refused",
+    "refused_by_resume",
     "sealed",
+    "worth_a_look",
 ]
 
 MANIFEST_NAME = "manifest.json"
@@ -93,7 +98,7 @@ class ManifestFile(_Model):
     size: _Count
     digest: Digest
     records: Digest
-    refused: dict[str, Literal["infinities", "NaN"]] = {}
+    refused: dict[str, Finding] = {}
 
     @pydantic.model_validator(mode="after")
     def _check_name(self) -> ManifestFile:
@@ -264,3 +269,37 @@ def _validated(model: type[_M], values: Any, path: Path) -> _M:
             f"{'.'.join(map(str, problem['loc'])) or 'manifest'}: {problem['msg']}" for problem in error.errors()[:5]
         )
         raise CheckpointCorruptError(f"{path} is no valid manifest: {problems}", path=path) from error
+
+
+# Which values that are not finite a resume refuses: NaN in weights, buffers and optimizer state, infinities in
+# parameters and optimizer state. Buffers may hold infinities (masks do). Averages and the trainer's file are not asked:
+# a resume restores the plain weights.
+
+
+def worth_a_look(part: Part, keys: Iterable[str]) -> list[str]:
+    """The tensors of a file whose values count. Extra state of a module is handed over as it is, whatever it holds."""
+    if part == "optim":
+        return [key for key in keys if key.startswith("state.")]
+    return [key for key in keys if part == "model" and key.rpartition(".")[2] != "_extra_state"]
+
+
+def refused(part: Part, found: Mapping[str, Finding], buffers: Collection[str] | None) -> dict[str, Finding]:
+    """What a resume refuses of the values that were found; without ``buffers``, no infinities in weights."""
+    return {
+        key: found[key]
+        for key in worth_a_look(part, found)
+        if part == "optim" or found[key] == "NaN" or (buffers is not None and key not in buffers)
+    }
+
+
+def refused_by_resume(manifest: Manifest) -> tuple[str, ...]:
+    """``weight of mlp holds NaN`` for each tensor of a set that a resume refuses."""
+    return tuple(
+        text for file in manifest.files if file.info is None for text in in_words(file.model, file.part, file.refused)
+    )
+
+
+def in_words(model: str, part: Part, values: Mapping[str, Finding]) -> tuple[str, ...]:
+    """``weight of mlp holds NaN`` for each of the values that were found in a file."""
+    place = f"the optimizer of {model}" if part == "optim" else model
+    return tuple(f"{key} of {place} holds {what}" for key, what in values.items())

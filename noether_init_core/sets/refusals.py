@@ -1,9 +1,9 @@
-"""Error messages for refused selections, each with what was asked, what there is, and the next step."""
+"""Why no set was selected, and the error that says so: what was asked, what there is, and the next step."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,26 +18,94 @@ from noether_init_core.errors import (
     IncompleteSetError,
     NoGoodSetError,
 )
+from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import counted, listed, near
-from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
+from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, SetFolder
 from noether_init_core.sets.file_names import PART_NAMES, parse
 from noether_init_core.sets.places import runs, stages
-from noether_init_core.sets.selection import (
-    Broken,
-    LaterFlatFiles,
-    Missing,
-    NoGoodSet,
-    NoSuchTag,
-    NothingHere,
-    Refusal,
-    SeveralBest,
-)
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["AskedBy", "model_line", "several_models", "ways_on", "worded"]
+__all__ = [
+    "AskedBy",
+    "Broken",
+    "LaterFlatFiles",
+    "Missing",
+    "NoGoodSet",
+    "NoSuchTag",
+    "NothingHere",
+    "Refusal",
+    "SeveralBest",
+    "model_line",
+    "several_models",
+    "ways_on",
+    "worded",
+]
 
 #: What asks, hence what its config can say: a tag only, ``on_invalid`` besides, or ``on_invalid`` and no tag.
 AskedBy = Literal["tag", "resume", "auto_resume"]
+
+
+@attrs.frozen
+class NothingHere:
+    """There is no set at all: no such run or stage, or one without checkpoints."""
+
+
+@attrs.frozen
+class NoSuchTag:
+    """There are sets, and none is meant by the tag."""
+
+    tag: str
+
+
+@attrs.frozen
+class SeveralBest:
+    """``best`` could be any of these tags."""
+
+    tags: tuple[str, ...]
+
+
+@attrs.frozen
+class Missing:
+    """The set that is meant lacks a file: a wrong name, or a part that was never saved."""
+
+    found: CheckpointSet
+    tag: str
+    needs: tuple[Need, ...]
+
+
+@attrs.frozen
+class Broken:
+    """The set that is meant is damaged, or a newer one that cannot be read may be the one that is meant.
+
+    Attributes:
+        error: What is wrong with it.
+        good: The newest older set whose files are there.
+        may_walk_back: Whether ``on_invalid: previous`` leads to it.
+        saved_as: A tag, where ``good`` is the newest older set that has it, and not the newest of all.
+    """
+
+    error: CheckpointError
+    good: CheckpointSet | None = None
+    may_walk_back: bool = False
+    saved_as: str = ""
+
+
+@attrs.frozen
+class LaterFlatFiles:
+    """Beside the committed sets there are files that go further, and not we wrote them."""
+
+    newest: SetFolder
+    later: tuple[tuple[CheckpointSet, TrainingIteration], ...]
+
+
+@attrs.frozen
+class NoGoodSet:
+    """Every set that could be walked back to is broken: name -> why."""
+
+    tried: Mapping[str, str]
+
+
+Refusal = NothingHere | NoSuchTag | SeveralBest | Missing | Broken | LaterFlatFiles | NoGoodSet
 
 
 def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> CheckpointError:

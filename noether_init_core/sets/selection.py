@@ -1,82 +1,49 @@
-"""Which set a query means: a pure decision over a snapshot, which reads only what the decision needs."""
+"""Which set a query means: a pure decision over a snapshot; asked again where the folder changes meanwhile."""
 
 from __future__ import annotations
 
+import errno
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
-from noether_init_core.errors import CheckpointError, CheckpointFormatError, ConfigError
+from noether_init_core.errors import CheckpointError, CheckpointFormatError
 from noether_init_core.files.storage.disk import is_out_of_reach
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.paths import check_name
-from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, SetFolder
-from noether_init_core.sets.file_names import FOLLOWING, PART_NAMES, Part
+from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
+from noether_init_core.sets.file_names import FOLLOWING, PART_NAMES, Part, Query
+from noether_init_core.sets.refusals import (
+    AskedBy,
+    Broken,
+    LaterFlatFiles,
+    Missing,
+    NoGoodSet,
+    NoSuchTag,
+    NothingHere,
+    Refusal,
+    SeveralBest,
+    worded,
+)
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = [
-    "Broken",
-    "LaterFlatFiles",
-    "Missing",
-    "NoGoodSet",
-    "NoSuchTag",
-    "NothingHere",
     "Policy",
-    "Query",
-    "Refusal",
     "Selected",
-    "SeveralBest",
-    "newest_flat",
-    "older_good",
+    "find_set",
+    "newest_set",
+    "require",
     "select",
+    "walk_back",
 ]
 
 _BEST = ("best_model.", "best.")
 _NOTHING: Mapping[str, str] = MappingProxyType({})
-
-
-@attrs.frozen
-class Query:
-    """What a tag asks for: a tag as it is written, an iteration, or any iteration that has some of its fields.
-
-    ``automatic``: the answer changes as the run goes on (``latest``, ``last``, ``E10``).
-    """
-
-    text: str
-    iteration: TrainingIteration | None
-    automatic: bool
-
-    @classmethod
-    def of(cls, tag: str | Mapping[str, Any] | TrainingIteration | None) -> Query:
-        """Parse a ``checkpoint_tag``; None means ``latest``. Raises ``ConfigError``."""
-        if tag is None:
-            return cls("latest", None, automatic=True)
-        if isinstance(tag, Mapping):
-            tag = TrainingIteration.from_mapping(tag)
-        if isinstance(tag, TrainingIteration):
-            if not (tag.is_minimally_specified or tag.is_fully_specified):
-                raise ConfigError(
-                    f"checkpoint_tag {tag.to_mapping()} must say one of epoch, update, sample, or all three"
-                )
-            return cls(str(tag), tag, automatic=not tag.is_fully_specified)
-        check_name(tag, "checkpoint_tag")
-        try:
-            iteration = TrainingIteration.from_string(tag)
-        except ConfigError:
-            return cls(tag, None, automatic=tag in FOLLOWING)
-        return cls(tag, iteration, automatic=not iteration.is_fully_specified)
-
-    @property
-    def is_minimal(self) -> bool:
-        """Whether it asks for the newest of all iterations that match."""
-        return self.iteration is not None and not self.iteration.is_fully_specified
-
-    def may_mean(self, iteration: TrainingIteration | None) -> bool:
-        """Whether a set of ``iteration`` can be meant; what a text means, the iteration does not tell."""
-        return self.iteration is None or (iteration is not None and self.iteration.matches(iteration))
+T = TypeVar("T")
+#: How often sets are listed anew before an error is believed.
+_LOOKS = 5
 
 
 @attrs.frozen
@@ -111,69 +78,6 @@ class Selected:
     snapshot: Snapshot = attrs.field(repr=False, eq=False)
 
 
-@attrs.frozen
-class NothingHere:
-    """There is no set at all: no such run or stage, or one without checkpoints."""
-
-
-@attrs.frozen
-class NoSuchTag:
-    """There are sets, and none is meant by the tag."""
-
-    tag: str
-
-
-@attrs.frozen
-class SeveralBest:
-    """``best`` could be any of these tags."""
-
-    tags: tuple[str, ...]
-
-
-@attrs.frozen
-class Missing:
-    """The set that is meant lacks a file: a wrong name, or a part that was never saved."""
-
-    found: CheckpointSet
-    tag: str
-    needs: tuple[Need, ...]
-
-
-@attrs.frozen
-class Broken:
-    """The set that is meant is damaged, or a newer one that cannot be read may be the one that is meant.
-
-    Attributes:
-        error: What is wrong with it.
-        good: The newest older set whose files are there.
-        may_walk_back: Whether ``on_invalid: previous`` leads to it.
-        saved_as: A tag, where ``good`` is the newest older set that has it, and not the newest of all.
-    """
-
-    error: CheckpointError
-    good: CheckpointSet | None = None
-    may_walk_back: bool = False
-    saved_as: str = ""
-
-
-@attrs.frozen
-class LaterFlatFiles:
-    """Beside the committed sets there are files that go further, and not we wrote them."""
-
-    newest: SetFolder
-    later: tuple[tuple[CheckpointSet, TrainingIteration], ...]
-
-
-@attrs.frozen
-class NoGoodSet:
-    """Every set that could be walked back to is broken: name -> why."""
-
-    tried: Mapping[str, str]
-
-
-Refusal = NothingHere | NoSuchTag | SeveralBest | Missing | Broken | LaterFlatFiles | NoGoodSet
-
-
 def select(
     snapshot: Snapshot,
     query: Query,
@@ -202,43 +106,6 @@ def select(
         broken: Name of a set -> what the caller has found wrong with it. Walking back passes over these.
     """
     return _Question(snapshot, query, tuple(needs), policy, broken).answer()
-
-
-def newest_flat(
-    snapshot: Snapshot, models: Collection[str] = (), unreadable: list[tuple[str, CheckpointError]] | None = None
-) -> CheckpointSet | None:
-    """The set of flat files of the latest iteration that has the trainer files of ``models``, or any.
-
-    ``unreadable`` collects sets of which the iteration cannot be told, else they raise.
-    """
-    preferred = [one for one in snapshot.flat if one.models("trainer") and set(models) <= set(one.models("trainer"))]
-    preferred.sort(key=lambda one: FOLLOWING.index(one.name) if one.name in FOLLOWING else 2)
-    preferred.sort(key=lambda one: one.iteration is None)
-    said: list[tuple[CheckpointSet, TrainingIteration]] = []
-    for one in preferred:
-        try:
-            iteration = snapshot.iteration_of(one)
-        except CheckpointError as error:
-            if unreadable is None:
-                raise
-            unreadable.append((one.name, error))
-            continue
-        if iteration is not None and iteration.is_fully_specified:
-            said.append((one, iteration))
-    newest = max((iteration for _, iteration in said), default=None)
-    return next((one for one, iteration in said if iteration == newest), None)
-
-
-def older_good(snapshot: Snapshot, found: CheckpointSet) -> CheckpointSet | None:
-    """The newest set of its models before ``found`` whose files are there; of flat files the newest plain iteration."""
-    if found.committed:
-        return _newest_good(snapshot, found.sequence or 0, found.models())
-    return next((one for one in snapshot.flat_before(found) if one.models("trainer")), None)
-
-
-def _newest_good(snapshot: Snapshot, below: int, models: Collection[str]) -> CheckpointSet | None:
-    sets = (found for found in snapshot.readable(below=below) if found.is_of(models))
-    return next((found for found in sets if snapshot.problem_of(found) is None), None)
 
 
 #: Name and sequence (0 for flat files) of a set, and the set, or why it cannot be read.
@@ -322,11 +189,9 @@ class _Question:
         if errors:
             return self._broken(*errors[0], chosen)
         problem = self.snapshot.problem_of(chosen)
-        return (
-            Selected(chosen, (), self.snapshot)
-            if problem is None
-            else self._broken(chosen.sequence or 0, problem, chosen)
-        )
+        if problem is not None:
+            return self._broken(chosen.sequence or 0, problem, chosen)
+        return Selected(chosen, (), self.snapshot)
 
     def _readable(self, errors: list[tuple[int, CheckpointError]]) -> Iterator[CheckpointSet]:
         """Sets that the iteration of the query allows, best first; those that cannot be read go to ``errors``."""
@@ -350,9 +215,9 @@ class _Question:
 
     def _newest_flat(self) -> Selected | Refusal:
         try:
-            found = newest_flat(self.snapshot, self._models)
+            found = self.snapshot.newest_flat(self._models)
         except CheckpointError as error:
-            return Broken(error, newest_flat(self.snapshot, self._models, []), may_walk_back=True)
+            return Broken(error, self.snapshot.newest_flat(self._models, []), may_walk_back=True)
         return NothingHere() if found is None else Selected(found, (), self.snapshot)
 
     def _text(self) -> str | SeveralBest:
@@ -375,9 +240,9 @@ class _Question:
         # an open text leads back to the newest set that has the tag, if one can be read
         is_open = self.query.text in FOLLOWING and chosen is not None and not self.policy.any_tag
         below = (chosen.sequence or 0) + 1 if is_open and chosen and sequence > (chosen.sequence or 0) else sequence
-        good = _newest_good(self.snapshot, below, self._models)
+        good = self.snapshot.newest_good(self._models, below)
         may_walk_back = self.query.automatic and good is not None and self._may_mean(good.iteration)
-        newest = good if below == sequence else _newest_good(self.snapshot, sequence, self._models)
+        newest = good if below == sequence else self.snapshot.newest_good(self._models, sequence)
         return Broken(error, good, may_walk_back, self.query.text if is_open and good != newest else "")
 
     def _may_mean(self, iteration: TrainingIteration | None) -> bool:
@@ -441,7 +306,7 @@ class _Question:
         """The same for sets of flat files."""
         if self.policy.any_tag:
             unreadable: list[tuple[str, CheckpointError]] = []
-            first = newest_flat(self.snapshot, self._models, unreadable)
+            first = self.snapshot.newest_flat(self._models, unreadable)
             yield from ((name, 0, error) for name, error in unreadable)
         else:
             text = "" if self.query.is_minimal else self.query.text
@@ -453,3 +318,103 @@ class _Question:
         for one in self.snapshot.flat_before(first):
             if self.query.may_mean(one.iteration):
                 yield one.name, 0, one
+
+
+# The same on the disk, which changes meanwhile; an error where no set can be told.
+
+
+def find_set(
+    snapshot: Snapshot,
+    tag: str | Mapping[str, Any] | TrainingIteration | None = None,
+    needs: Sequence[Need] = (),
+    policy: Policy = _PLAIN,
+    *,
+    broken: Mapping[str, str] = _NOTHING,
+    asked_by: AskedBy = "tag",
+) -> Selected:
+    """The set that ``tag`` means, with every file that is needed; what that is, ``select`` says.
+
+    A writer may commit or retire sets meanwhile: then it is asked again, of a new snapshot, which ``Selected`` holds.
+
+    Args:
+        snapshot: What is there.
+        tag: None (``latest``), a tag as it was saved, ``best`` or ``best.<metric>``, or an iteration as text or
+            mapping: ``E10_U100_S200``, or one field of it (``E10``, ``{"epoch": 10}``).
+        needs: The files that the set must have.
+        policy: How it is answered.
+        broken: Sets that the caller has found broken.
+        asked_by: Who asks; errors advise what its config can say.
+
+    Raises:
+        ConfigError: ``tag`` is none.
+        CheckpointNotFoundError: The run, stage, tag, model or info does not exist; what exists is listed.
+        IncompleteSetError: The set lacks a part; sets that have everything are listed.
+        AmbiguousCheckpointError: ``best`` with several metrics; several models for a need without a name; flat files of
+            a later iteration than the newest committed set, unless one set is asked for by name.
+        CheckpointCorruptError: The manifest is broken, or files are missing or cut short. ``CheckpointFormatError``:
+            another release wrote it. ``NoGoodSetError``: so it is with every set that could be walked back to.
+    """
+    answer, snapshot = _ask(snapshot, Query.of(tag), needs, policy, broken)
+    if isinstance(answer, Selected):
+        return answer
+    raise worded(answer, snapshot, asked_by) from getattr(answer, "error", None)
+
+
+def _ask(
+    snapshot: Snapshot, query: Query, needs: Sequence[Need], policy: Policy, broken: Mapping[str, str]
+) -> tuple[Selected | Refusal, Snapshot]:
+    """The answer, and the snapshot that gave it: one that writers have not overtaken."""
+    for _ in range(_LOOKS):
+        answer = select(snapshot, query, needs, policy, broken)
+        is_doubtful = snapshot.saw_unfinished or not isinstance(answer, Selected)
+        if not is_doubtful or snapshot.is_current():
+            return answer, snapshot
+        snapshot = Snapshot(snapshot.paths, storage=snapshot.storage)
+    return select(snapshot, query, needs, policy, broken), snapshot
+
+
+def newest_set(snapshot: Snapshot, model: str | None = None, *, asked_by: AskedBy = "tag") -> CheckpointSet | None:
+    """The newest set with a trainer file (of ``model``), whatever its tags; None where there is none.
+
+    Raises ``CheckpointCorruptError`` if a newer committed set is broken, ``AmbiguousCheckpointError`` if flat files
+    of a later iteration, not ours, lie beside the committed sets.
+    """
+    needs = () if model is None else (Need(model, "trainer"),)
+    answer, snapshot = _ask(snapshot, Query.of(None), needs, Policy(any_tag=True), {})
+    if isinstance(answer, Missing | NothingHere):
+        return None
+    if isinstance(answer, Selected):
+        return answer.found
+    raise worded(answer, snapshot, asked_by) from getattr(answer, "error", None)
+
+
+def walk_back(
+    snapshot: Snapshot,
+    tag: str | Mapping[str, Any] | TrainingIteration | None,
+    prove: Callable[[CheckpointSet], T],
+    needs: Sequence[Need],
+    policy: Policy,
+    *,
+    asked_by: AskedBy,
+) -> tuple[Selected, T]:
+    """The newest set that is proven good, and what its proof gave; ``policy`` has ``walk_back``.
+
+    ``prove`` verifies a set; it raises ``CheckpointError`` or ``OSError`` for a broken one. Raises what ``find_set``
+    raises, and what ``prove`` raises for a set that cannot be reached: nobody knows whether that is broken.
+    """
+    broken: dict[str, str] = {}
+    while True:
+        selected = find_set(snapshot, tag, needs, policy, broken=broken, asked_by=asked_by)
+        try:
+            return selected, prove(selected.found)
+        except (CheckpointError, OSError) as error:
+            if is_out_of_reach(error, but=errno.EIO):
+                raise
+            snapshot = selected.snapshot
+            broken[selected.found.place] = str(error)
+
+
+def require(snapshot: Snapshot, found: CheckpointSet, needs: Sequence[Need], *, asked_by: AskedBy = "tag") -> None:
+    """Make sure that a set which was selected before has further files; raises what ``find_set`` would raise."""
+    if not all(found.has(need) for need in needs):
+        raise worded(Missing(found, found.name, tuple(needs)), snapshot, asked_by)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from noether_init_core.sets.checkpoint_set import (
     set_folders,
 )
 from noether_init_core.sets.file_names import FOLLOWING, Part
-from noether_init_core.sets.flat_copies import flat_copies
-from noether_init_core.sets.flat_sets import iteration_in, legacy_sets, plain_before
+from noether_init_core.sets.flat_files import flat_copies, iteration_in, legacy_sets, plain_before
 from noether_init_core.sets.manifest import MANIFEST_NAME
 
 __all__ = ["Head", "Snapshot"]
@@ -138,6 +137,17 @@ class Snapshot:
                 self._problems[found.folder] = error
         return self._problems[found.folder]
 
+    def newest_good(self, models: Collection[str], below: int) -> CheckpointSet | None:
+        """The newest committed set of any of ``models``, of a lower sequence than ``below``, whose files are there."""
+        sets = (found for found in self.readable(below=below) if found.is_of(models))
+        return next((found for found in sets if self.problem_of(found) is None), None)
+
+    def older_good(self, found: CheckpointSet) -> CheckpointSet | None:
+        """The newest set of its models before ``found`` whose files are there; of flat files the newest iteration."""
+        if found.committed:
+            return self.newest_good(found.models(), found.sequence or 0)
+        return next((one for one in self.flat_before(found) if one.models("trainer")), None)
+
     def is_current(self) -> bool:
         """Whether sets are still there as they were seen: none committed or retired meanwhile."""
         if tuple(set_folders(self.folder, self.storage)) != self.folders:
@@ -218,6 +228,30 @@ class Snapshot:
                 newest.path.name,
             )
         return later
+
+    def newest_flat(
+        self, models: Collection[str] = (), unreadable: list[tuple[str, CheckpointError]] | None = None
+    ) -> CheckpointSet | None:
+        """The set of flat files of the latest iteration that has the trainer files of ``models``, or any.
+
+        ``unreadable`` collects sets of which the iteration cannot be told, else they raise.
+        """
+        preferred = [one for one in self.flat if one.models("trainer") and set(models) <= set(one.models("trainer"))]
+        preferred.sort(key=lambda one: FOLLOWING.index(one.name) if one.name in FOLLOWING else 2)
+        preferred.sort(key=lambda one: one.iteration is None)
+        said: list[tuple[CheckpointSet, TrainingIteration]] = []
+        for one in preferred:
+            try:
+                iteration = self.iteration_of(one)
+            except CheckpointError as error:
+                if unreadable is None:
+                    raise
+                unreadable.append((one.name, error))
+                continue
+            if iteration is not None and iteration.is_fully_specified:
+                said.append((one, iteration))
+        # of equal iterations the first
+        return max(said, key=lambda pair: pair[1], default=(None,))[0]
 
     def is_begun(self) -> bool:
         """Whether there is a set to resume the run from, be it a broken one; unfinished saves do not count."""

@@ -8,7 +8,7 @@ import attrs
 
 from noether_init_core.errors import ConfigError
 from noether_init_core.paths import PathProvider
-from noether_init_core.sets.looking import newest_set
+from noether_init_core.sets.selection import newest_set
 from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.stack.config_files import Entry, validate_entry
 

@@ -30,8 +30,8 @@ from noether_init_core.probe.probe import repeat
 from noether_init_core.saving.probe_file import read_probe
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.health import verify_run
-from noether_init_core.sets.looking import find_set
 from noether_init_core.sets.manifest import PROBE_NAME, read_manifest, sealed
+from noether_init_core.sets.selection import find_set
 from noether_init_core.sets.snapshot import Snapshot
 
 BATCH = {"input": torch.arange(6.0).reshape(2, 3)}

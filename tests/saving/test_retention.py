@@ -31,8 +31,8 @@ from noether_init_core import (
 )
 from noether_init_core.saving.retention import Best, checked_metrics, superfluous_sets
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
-from noether_init_core.sets.looking import find_set
 from noether_init_core.sets.manifest import Manifest, ManifestFile
+from noether_init_core.sets.selection import find_set
 from noether_init_core.sets.snapshot import Snapshot
 
 

@@ -37,8 +37,8 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
-from noether_init_core.sets.looking import find_set, newest_set
 from noether_init_core.sets.provenance import InitReport
+from noether_init_core.sets.selection import find_set, newest_set
 from noether_init_core.sets.snapshot import Snapshot
 
 ONE, TWO, THREE, FOUR = (TrainingIteration(n, 10 * n, 100 * n) for n in (1, 2, 3, 4))

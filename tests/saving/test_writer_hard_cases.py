@@ -31,9 +31,9 @@ from noether_init_core import (
 from noether_init_core.files.examining import examine_memory
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import Storage
-from noether_init_core.saving import concurrent_changes as watch_module
+from noether_init_core.saving import file_writing as watch_module
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
-from noether_init_core.sets.looking import find_set, newest_set
+from noether_init_core.sets.selection import find_set, newest_set
 from noether_init_core.sets.snapshot import Snapshot
 
 NOBODY = 65534

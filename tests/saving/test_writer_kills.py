@@ -107,7 +107,7 @@ def _main(root: Path, kills: int) -> None:
     from noether_init_core.paths import PathProvider
     from noether_init_core.sets.checkpoint_set import Need
     from noether_init_core.sets.file_names import PARTS
-    from noether_init_core.sets.looking import find_set, newest_set
+    from noether_init_core.sets.selection import find_set, newest_set
     from noether_init_core.sets.snapshot import Snapshot
 
     torch.set_num_threads(1)

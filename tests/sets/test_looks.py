@@ -22,8 +22,7 @@ from noether_init_core.saving.retention import Retention
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
 from noether_init_core.sets.health import verify_run
-from noether_init_core.sets.looking import find_set, newest_set, walk_back
-from noether_init_core.sets.selection import Policy
+from noether_init_core.sets.selection import Policy, find_set, newest_set, walk_back
 from noether_init_core.sets.snapshot import Snapshot
 
 TRAINER = [Need("mlp", "trainer")]

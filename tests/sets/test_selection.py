@@ -33,10 +33,9 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.looking import find_set, newest_set, require, walk_back
 from noether_init_core.sets.manifest import read_manifest, sealed
 from noether_init_core.sets.places import runs, stages
-from noether_init_core.sets.selection import Policy
+from noether_init_core.sets.selection import Policy, find_set, newest_set, require, walk_back
 from noether_init_core.sets.snapshot import Snapshot
 
 MLP = [Need("mlp", "model"), Need("mlp", "optim"), Need("mlp", "trainer")]
