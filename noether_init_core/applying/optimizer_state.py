@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -111,32 +111,29 @@ def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
 def apply_optimizer(
     plan: OptimizerPlan,
     optimizer: torch.optim.Optimizer,
-    read: Callable[[Any], Any],
     *,
     keep_fields: bool = False,
 ) -> None:
-    """Give ``optimizer`` the planned state; all of it is read before anything is changed.
+    """Give ``optimizer`` the planned state, with tensors in place of their descriptions.
 
     Args:
         plan: Made for the groups of this optimizer. State that ``STAYS`` is left as it is.
         optimizer: Changed in place; parameters and groups keep their identity. An optimizer with a
             ``load_state_dict`` of its own, or with hooks on it, gets the state through that.
-        read: Turns the description of a tensor into the tensor, and leaves everything else.
         keep_fields: Keep the fields of the groups (``lr``, ``weight_decay``) as they are configured now, as Noether's
             wrapper does; otherwise the stored ones are taken, as torch does.
 
     Should the optimizer refuse its state, it is put back as it was and the error goes on. Raises ``StateMismatchError``
     where fields would be taken that the state which stays does not go with.
     """
-    prepared: list[_Row] = []
-    for group, states in zip(optimizer.param_groups, plan.state, strict=True):
-        row: _Row = []
-        for parameter, state in zip(group["params"], states, strict=True):
-            row.append(_placed(state, parameter, group, read) if isinstance(state, Mapping) else state)
-        prepared.append(row)
-    fields = [{key: read(value) for key, value in stored.items()} for stored in plan.fields]
-    if keep_fields:
-        fields = [{} for _ in fields]
+    prepared: list[_Row] = [
+        [
+            _placed(state, parameter, group) if isinstance(state, Mapping) else state
+            for parameter, state in zip(group["params"], states, strict=True)
+        ]
+        for group, states in zip(optimizer.param_groups, plan.state, strict=True)
+    ]
+    fields = [{} if keep_fields else dict(stored) for stored in plan.fields]
     _check_staying(optimizer, prepared, fields)
     before = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
     try:
@@ -177,9 +174,7 @@ def _hand_over(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: l
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 
-def _placed(
-    state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any], read: Callable[[Any], Any]
-) -> dict[str, Any]:
+def _placed(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """The state on the device where torch keeps it; dtypes stay as stored, unless the parameter's own was converted."""
     on_device = bool(group.get("capturable") or group.get("fused"))
 
@@ -188,7 +183,11 @@ def _placed(
 
     # some optimizers keep lists of tensors
     return {
-        key: nested.mapped(read(value), placed) if key != "step" or on_device else read(value)
+        key: value
+        if key == "step" and not on_device
+        else placed(value)
+        if isinstance(value, torch.Tensor)
+        else nested.mapped(value, placed)
         for key, value in state.items()
     }
 

@@ -13,7 +13,7 @@ import torch
 from noether_init_core.errors import ConfigError
 from noether_init_core.memory import in_large_pages
 from noether_init_core.surgery.fit import TargetSpec
-from noether_init_core.surgery.plan import PlanRow
+from noether_init_core.surgery.plan import WRITING, PlanRow
 
 __all__ = [
     "FreshMemory",
@@ -280,13 +280,13 @@ def left_without_memory(model: Any, rows: Iterable[PlanRow], targets: ModelTarge
 
     Among them are non-persistent buffers, which no file has.
     """
-    names = [row.target for row in rows if (row.writes or row.action == "reset") and row.target is not None]
-    written = {id(targets.tensors[name]) for name in names if name in targets.tensors}
     found: dict[str, torch.Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
         **targets.tensors,
     }
+    settled = WRITING | {"reset"}
+    written = {id(targets.tensors.get(row.target or "")) for row in rows if row.action in settled}
     return [name for name, tensor in found.items() if tensor.is_meta and id(tensor) not in written]
 
 

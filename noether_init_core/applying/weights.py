@@ -232,7 +232,7 @@ def check_values(plan: LoadPlan, model: str, reader: Checkpoint, on_nonfinite: O
 
 def _nonfinite(plan: LoadPlan, model: str, reader: Checkpoint) -> list[Problem]:
     """One finding for each entry of the file that holds NaN, or infinities of a parameter."""
-    rows = [row for row in plan.rows_of(model) if row.writes and row.dtype != "object"]
+    rows = [row for row in plan.rows_of(model) if row.action in WRITING and row.dtype != "object"]
     found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
     findings: dict[str, Problem] = {}
     for row in rows if found else ():

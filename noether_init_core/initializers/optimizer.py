@@ -117,7 +117,7 @@ class OptimizerStep:
 
     def apply(self) -> None:
         """Hand the state over. If the optimizer refuses it, it is put back and the error goes on."""
-        apply_optimizer(self.plan, self.optimizer, lambda value: value, keep_fields=self.keep_fields)
+        apply_optimizer(self.plan, self.optimizer, keep_fields=self.keep_fields)
 
     def restored(self, *, continues: bool) -> str:
         """What is restored, in words for the report; empty for nothing. To be asked before it is done."""

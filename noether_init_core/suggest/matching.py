@@ -262,8 +262,11 @@ class _Group:
         else:
             pair = attrs.evolve(pair, flip=relation)
         score = self._scores[i, j]
-        others = [f"{source.path} -> {self._targets[k].path}" for k in self._rivals(i, j, score)]
-        others += [f"{self._sources[k].path} -> {target.path}" for k in self._rival_sources(i, j, score)]
+        others = [
+            f"{self._sources[k].path} -> {self._targets[m].path}"
+            for k, m in (*((i, m) for m in range(len(self._targets))), *((k, j) for k in range(len(self._sources))))
+            if (k, m) != (i, j) and self._scores.get((k, m), -1) > score - MARGIN and not self._is_nearer(k, m, i)
+        ]
         doubt = _doubt(source, target)
         if score < self._enough and not others:
             pair = pair.doubted(doubt or "the shapes fit, and the names have too little in common")
@@ -274,24 +277,10 @@ class _Group:
             pair = pair.doubted(doubt)
         return pair
 
-    def _rivals(self, i: int, j: int, score: float) -> list[int]:
-        """Other targets as near to the source, which no other source is nearer to."""
-        return [
-            k
-            for k in range(len(self._targets))
-            if k != j
-            and self._scores.get((i, k), -1) > score - MARGIN
-            and not (k in self._by and self._scores[self._by[k], k] >= self._scores[i, k] + MARGIN)
-        ]
-
-    def _rival_sources(self, i: int, j: int, score: float) -> list[int]:
-        return [
-            k
-            for k in range(len(self._sources))
-            if k != i
-            and self._scores.get((k, j), -1) > score - MARGIN
-            and not (k in self._of and self._scores[k, self._of[k]] >= self._scores[k, j] + MARGIN)
-        ]
+    def _is_nearer(self, k: int, m: int, i: int) -> bool:
+        """Whether the layer of the pair (k, m) that is not paired with i has a pair that it is nearer to."""
+        pair = (self._by[m], m) if k == i and m in self._by else (k, self._of[k]) if k != i and k in self._of else None
+        return pair is not None and self._scores[pair] >= self._scores[k, m] + MARGIN
 
 
 def _doubt(source: Layer, target: Layer) -> str:

@@ -7,7 +7,7 @@ of the name and not with the number of ways to match it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -48,6 +48,13 @@ class _Segment:
     literals: tuple[str, ...]
     captures: tuple[str, ...] = ()
     many: bool = False
+
+    def written(self, literal: Callable[[str], str], capture: str) -> str:
+        """The segment with its literal text through ``literal``, and ``capture`` filled with the name of each one."""
+        text = literal(self.literals[0])
+        for name, rest in zip(self.captures, self.literals[1:], strict=True):
+            text += capture.format(name) + literal(rest)
+        return text
 
 
 @attrs.frozen
@@ -145,25 +152,15 @@ def _segment(segment: str, text: str) -> _Segment:
 
 
 def _template_of(segments: Sequence[_Segment], below: bool) -> str:
-    shown = []
-    for segment in segments:
-        text = segment.literals[0].replace("%", "%%")
-        for capture, literal in zip(segment.captures, segment.literals[1:], strict=True):
-            text += f"%({capture})s" + literal.replace("%", "%%")
-        shown.append(text)
+    shown = [segment.written(lambda literal: literal.replace("%", "%%"), "%({})s") for segment in segments]
     return ".".join([*shown, f"%({BELOW})s"] if below else shown)
 
 
 def _expression(segments: Sequence[_Segment], below: bool) -> str:
-    shown = []
-    for segment in segments:
-        if segment.many:
-            shown.append(f"(?P<{segment.captures[0]}>{_SEGMENTS})")
-            continue
-        text = re2.escape(segment.literals[0])
-        for capture, literal in zip(segment.captures, segment.literals[1:], strict=True):
-            text += f"(?P<{capture}>[^.]+){re2.escape(literal)}"
-        shown.append(text)
+    shown = [
+        segment.written(re2.escape, f"(?P<{{}}>{_SEGMENTS})" if segment.many else "(?P<{}>[^.]+)")
+        for segment in segments
+    ]
     if below:
         shown.append(f"(?P<{BELOW}>{_SEGMENTS})")
     return _FLAGS + r"\.".join(shown)
@@ -176,7 +173,7 @@ def repaired(pattern: NamePattern, name: str) -> str | None:
     surplus = len(theirs) - len(mine) - (1 if pattern.below else 0)
     if not mine or any(segment.many for segment in mine) or len(theirs) < len(mine):
         return None
-    wholes = [_pattern_text(segment) for segment in mine]
+    wholes = [segment.written(str, "<{}>") for segment in mine]
     candidates = [[*theirs[: max(surplus, 0)], *wholes]]
     candidates.append(
         [
@@ -189,13 +186,6 @@ def repaired(pattern: NamePattern, name: str) -> str | None:
         if text != pattern.text and parse_pattern(text).match(name) is not None:
             return text
     return None
-
-
-def _pattern_text(segment: _Segment) -> str:
-    text = segment.literals[0]
-    for capture, literal in zip(segment.captures, segment.literals[1:], strict=True):
-        text += f"<{capture}>{literal}"
-    return text
 
 
 def parse_regex(text: str) -> NamePattern:

@@ -57,6 +57,7 @@ class Policies:
     min_coverage: Mapping[str, float] = attrs.Factory(dict)
 
 
+@no_garbage_collection()
 def plan_load(
     kind: str,
     parts: Sequence[PlanPart],
@@ -75,11 +76,7 @@ def plan_load(
         fresh_hint: What is said beside missing and misshaped entries, with ``{line}`` for the config line that keeps
             them. Empty where the kind has no such line.
     """
-    with no_garbage_collection():
-        return _planned(kind, parts, rules, Policies() if policies is None else policies, fresh_hint)
-
-
-def _planned(kind: str, parts: Sequence[PlanPart], rules: NameRules, policies: Policies, fresh_hint: str) -> LoadPlan:
+    policies = Policies() if policies is None else policies
     rows: list[PlanRow] = []
     problems: list[Problem] = []
     warnings: list[Problem] = []

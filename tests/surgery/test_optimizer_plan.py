@@ -47,17 +47,13 @@ def plan_for(saved: dict[str, Any], net: Net, optimizer: torch.optim.Optimizer, 
     return plan_optimizer(saved, optimizer_names(optimizer, net), shapes, **more)
 
 
-def same(value: Any) -> Any:
-    return value
-
-
 def test_state_follows_names_not_positions() -> None:
     """The same layers declared in another order get their own moments."""
     net, optimizer = trained()
     saved = copy.deepcopy(saved_state(net, optimizer))
     other = Net(swapped=True)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.5)
-    apply_optimizer(plan_for(saved, other, other_optimizer), other_optimizer, same)
+    apply_optimizer(plan_for(saved, other, other_optimizer), other_optimizer)
     for layer in ("first", "second"):
         for leaf in ("weight", "bias"):
             mine, theirs = getattr(getattr(net, layer), leaf), getattr(getattr(other, layer), leaf)
@@ -86,7 +82,7 @@ def test_the_next_step_is_the_same_bit_for_bit(
     other = Net()
     other.load_state_dict(net.state_dict())
     other_optimizer = optimizer_class(other.parameters(), lr=0.7, **arguments)
-    apply_optimizer(plan_for(saved, other, other_optimizer), other_optimizer, same)
+    apply_optimizer(plan_for(saved, other, other_optimizer), other_optimizer)
     inputs = torch.randn(4, 3)
     for model, its in ((net, optimizer), (other, other_optimizer)):
         its.zero_grad()
@@ -106,7 +102,7 @@ def test_moments_keep_their_dtype() -> None:
     }
     groups = [{**optimizer.state_dict()["param_groups"][0]}]
     saved = {"state": state, "param_groups": groups, "param_idx_to_name": dict(enumerate(names))}
-    apply_optimizer(plan_for(saved, net, optimizer), optimizer, same)
+    apply_optimizer(plan_for(saved, net, optimizer), optimizer)
     moment = optimizer.state[net.first.weight]["exp_avg"]
     assert moment.dtype == torch.float32
     assert torch.equal(moment, torch.full((3, 3), 1 / 3))
@@ -139,7 +135,7 @@ def test_parameters_that_keep_their_values_start_with_fresh_state() -> None:
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.5)
     origins = {"first.weight": ParameterOrigin(("second.weight",)), "second.weight": ParameterOrigin()}
     plan = plan_for(saved, other, other_optimizer, origins=origins)
-    apply_optimizer(plan, other_optimizer, same)
+    apply_optimizer(plan, other_optimizer)
     assert plan.fresh == ("second.weight",)
     assert other.second.weight not in other_optimizer.state
     moved = other_optimizer.state[other.first.weight]["exp_avg"]
@@ -184,7 +180,7 @@ def test_every_field_that_differs_between_stored_groups_is_ambiguous() -> None:
         (problem,) = caught.value.problems
         assert problem.endswith(f"param_groups: {{{listed}}}")
     own = OptimizerPolicies(fields={"amsgrad": "config", "betas": "config"})
-    apply_optimizer(plan_for(saved, net, one, current=one.param_groups, policies=own), one, same)
+    apply_optimizer(plan_for(saved, net, one, current=one.param_groups, policies=own), one)
     assert (one.param_groups[0]["betas"], one.param_groups[0]["amsgrad"]) == ((0.7, 0.8), False)
     one.step()
     assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
@@ -227,7 +223,7 @@ def test_the_first_learning_rate_goes_with_the_learning_rate() -> None:
         ({"initial_lr": "config"}, False),
     ):
         fresh = torch.optim.AdamW(net.parameters(), lr=0.5)
-        apply_optimizer(plan_for(saved, net, fresh, policies=OptimizerPolicies(fields=fields)), fresh, same)
+        apply_optimizer(plan_for(saved, net, fresh, policies=OptimizerPolicies(fields=fields)), fresh)
         schedule = torch.optim.lr_scheduler.LambdaLR(fresh, lambda _epoch: 1.0)
         wanted = 0.4 if is_taken else (0.5 if "lr" in fields else 0.1)
         assert schedule.get_last_lr() == [wanted], fields
@@ -319,7 +315,7 @@ def test_state_that_stays_is_left_as_it_is() -> None:
         plan = plan_for(saved, net, optimizer, origins=origins)
         assert plan.state[0][:2] == (STAYS, STAYS)
         assert plan.fresh == ()
-        apply_optimizer(plan, optimizer, same)
+        apply_optimizer(plan, optimizer)
         assert optimizer.state[net.first.weight]["exp_avg"].unique().tolist() == [7.0]
         assert torch.equal(optimizer.state[net.second.weight]["exp_avg"], saved["state"][2]["exp_avg"])
         assert mine["first.bias"].unique().tolist() == [7.0]
@@ -332,7 +328,7 @@ def test_state_that_stays_has_to_go_with_the_fields_that_its_group_takes() -> No
     net, optimizer = trained()
     plan = plan_for(saved, net, optimizer, origins={"first.weight": ParameterOrigin(stays=True)})
     with pytest.raises(StateMismatchError, match=r"Next: param_groups: \{amsgrad: config\}"):
-        apply_optimizer(plan, optimizer, same)
+        apply_optimizer(plan, optimizer)
     assert optimizer.param_groups[0]["amsgrad"] is False
 
 
@@ -351,7 +347,7 @@ def test_fields_of_groups_can_stay_as_configured() -> None:
     net, optimizer = trained()
     saved = copy.deepcopy(saved_state(net, optimizer))
     other_optimizer = torch.optim.AdamW(net.parameters(), lr=0.5)
-    apply_optimizer(plan_for(saved, net, other_optimizer), other_optimizer, same, keep_fields=True)
+    apply_optimizer(plan_for(saved, net, other_optimizer), other_optimizer, keep_fields=True)
     assert other_optimizer.param_groups[0]["lr"] == 0.5
     assert net.first.weight in other_optimizer.state
 
@@ -422,7 +418,7 @@ def test_an_optimizer_that_refuses_its_state_is_put_back(error: type[BaseExcepti
     saved = copy.deepcopy(saved_state(net, optimizer))
     other = Refusing(net.parameters(), lr=0.5, momentum=0.9)
     with pytest.raises(error, match="not this one"):
-        apply_optimizer(plan_for(saved, net, other), other, same)
+        apply_optimizer(plan_for(saved, net, other), other)
     assert other.param_groups[0]["lr"] == 0.5
     assert not other.state
 
