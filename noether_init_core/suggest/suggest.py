@@ -212,7 +212,7 @@ class _Suggesting:
             for glob in _modules(theirs, self._source_names, self._pairing.sources)
             if not any(glob == other for other in kept)
         ]
-        return keeps, [Draft({"drop": glob}, reason="a head that the model has not") for glob in dropped]
+        return keeps, [Draft({"drop": glob}, reason="a head not found in the model") for glob in dropped]
 
     def _of_embedding(self, glob: str, fresh: Sequence[Layer]) -> tuple[str, ...]:
         """Why a head may be the embedding of the file, which models often use for both."""

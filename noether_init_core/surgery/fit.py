@@ -189,7 +189,7 @@ class Problems:
         lost = [name for name in names if name not in self._part.resettable] if was_to_reset else []
         self.add(
             "missing",
-            f"{self._part.model} needs {listed(names)}, which the file has not"
+            f"{self._part.model} needs {listed(names)}, not found in the file"
             + (self._near(names[0], unexpected or list(self._part.sources), "the file has") or ".")
             + (self._rename(names, unexpected) or self._other_names(names, unexpected) or self._fresh(names))
             + (f" (on_missing: reset cannot reset {listed(lost)}: no reset_parameters in their modules)" * bool(lost)),
@@ -234,7 +234,7 @@ class Problems:
         for rule, sources in by_rule.items():
             made = [self._match.astray[name][0] for name in sources] if rule else sources
             has = f"{rule} makes" if rule else "the file has"
-            message = f"{has} {listed(made)}, which {self._part.model} has not"
+            message = f"{has} {listed(made)}, not found in {self._part.model}"
             close = self._near(made[0], list(self._part.targets), "the model has")
             self.add("unexpected", message + close.rstrip("."), sources)
 

@@ -211,7 +211,7 @@ class _Planner:
                 if found is not None:
                     lacking.setdefault(found, []).append(name)
         return [
-            f"{field} of the optimizer is {fields[field]} and needs {key}, which the file has not for "
+            f"{field} of the optimizer is {fields[field]} and needs {key}, not found in the file for "
             f"{listed(named)}. Next: build the optimizer without {field}, or load_optim: false"
             for (field, key), named in lacking.items()
         ]
@@ -291,7 +291,7 @@ class _Planner:
         for state, shape in zip(states, origin.source_shapes, strict=True) if steps else ():
             for key, value in state.items():
                 if not _is_counter(key, value, shape) and (key in _FACTORS or _shape(value) != shape):
-                    return f"{key} has not the shape of its parameter, so that transforms do not apply to it"
+                    return f"{key} does not have the shape of its parameter, so that transforms do not apply to it"
             if (len(shape) > 1) != (len(self.shapes[name]) > 1) and self._is_factored():
                 return "the optimizer keeps other state for one dimension than for several"
         return ""
@@ -308,7 +308,7 @@ class _Planner:
             return
         if policy == "error" or self.origins is None:
             self.problems.append(
-                f"the file has state of {listed(gone)}, which the optimizer has not. To leave it: "
+                f"the file has state of {listed(gone)}, not found in the optimizer. To leave it: "
                 "on_unexpected_state: ignore"
             )
         else:

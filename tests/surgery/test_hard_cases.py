@@ -173,7 +173,7 @@ def test_surplus_parts_can_be_ignored(stack: Start) -> None:
     module = M(q=lin(2, 1), k=lin(2, 1))
     stack({"qkv": torch.arange(6.0).reshape(3, 2)}, rule, on_unexpected="ignore").initialize(bind(module, name="net"))
     assert module.k.weight.tolist() == [[2.0, 3.0]]
-    assert "which net has not" in problems(stack({"qkv": torch.ones(3, 2)}, rule), module)
+    assert "not found in net" in problems(stack({"qkv": torch.ones(3, 2)}, rule), module)
     module = full(M(a=lin(2, 2), c=lin(2, 2)), 5.0)
     state = {"a.weight": torch.ones(2, 2), "c.weight": torch.ones(2, 2)}
     away = {"from": "a.", "to": "b."}

@@ -120,7 +120,7 @@ def test_all_misfits_are_listed_and_nothing_changes() -> None:
     assert caught.value.problems == (
         "first.weight has no state in the file; near: frist.weight. For fresh state: on_missing_state: fresh",
         "first.bias: exp_avg has shape [7], the parameter [3]",
-        "the file has state of frist.weight, which the optimizer has not. To leave it: on_unexpected_state: ignore",
+        "the file has state of frist.weight, not found in the optimizer. To leave it: on_unexpected_state: ignore",
     )
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -205,7 +205,7 @@ def test_a_field_that_needs_state_which_the_file_has_not_is_refused() -> None:
     with pytest.raises(StateMismatchError) as caught:
         plan_for(saved, net, other, current=other.param_groups, policies=own)
     assert caught.value.problems == (
-        "amsgrad of the optimizer is True and needs max_exp_avg_sq, which the file has not for first.weight, "
+        "amsgrad of the optimizer is True and needs max_exp_avg_sq, not found in the file for first.weight, "
         "first.bias, second.weight, second.bias. Next: build the optimizer without amsgrad, or load_optim: false",
     )
 

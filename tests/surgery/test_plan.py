@@ -60,9 +60,9 @@ def test_the_error_names_file_model_neighbour_and_the_line_to_add() -> None:
         found.raise_for_problems()
     assert str(caught.value) == (
         "previous_run: net <- pretrain @ latest (net_cp=latest_model.th)\n"
-        "  net needs block.0.w, which the file has not. Near block.0.w, the file has: blocks.0.w. "
+        "  net needs block.0.w, not found in the file. Near block.0.w, the file has: blocks.0.w. "
         "One rename fits all: patterns_to_rename: [{src: blocks., dst: block.}]\n"
-        "  the file has blocks.0.w, which net has not. Near blocks.0.w, the model has: block.0.w\n"
+        "  the file has blocks.0.w, not found in net. Near blocks.0.w, the model has: block.0.w\n"
         "Nothing was changed."
     )
     assert caught.value.plan is found
