@@ -21,13 +21,11 @@ __all__ = [
     "ModelTargets",
     "OwnLoading",
     "device_for",
-    "dtype_name",
     "has_weak_references",
     "left_without_memory",
     "loaded_by_code",
     "model_targets",
     "on_meta",
-    "tensor_identity",
     "translates",
 ]
 

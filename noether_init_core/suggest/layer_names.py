@@ -1,4 +1,4 @@
-"""What names say: the layers behind keys, and how alike two of their names are. Pure.
+"""What names say, whichever library wrote them: the meaning of words, and the layers behind keys. Pure.
 
 A layer is a module (or a parameter of its own) with its tensors; the same module in every block of a model is one
 layer, whose template has ``<i>`` where the number of the block stands.
@@ -13,33 +13,142 @@ from typing import Literal
 
 import attrs
 
-from noether_init_core.suggest.vocabulary import (
-    CONCEPTS,
-    EXCLUSIVE,
-    HALVES,
-    PLACES,
-    WEIGHTS,
-    concepts,
-    last_segment,
-    parent,
-    place_of,
-    simple,
-    words_of,
-)
 from noether_init_core.surgery.fit import TensorSpec
 from noether_init_core.surgery.steps import Shape
 
-__all__ = [
-    "Index",
-    "Layer",
-    "Meaning",
-    "Numbers",
-    "has_conflict",
-    "layers_of",
-    "likeness",
-    "meanings_of",
-    "numbers_out",
-]
+__all__ = ["Index", "Layer", "Numbers", "concepts", "layers_of", "meanings_of", "numbers_out"]
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+
+# concepts: what they are called, without underscores and in small letters
+_NAMES = {
+    "attn": "attn attention selfattn selfattention mha multiheadattention msa",
+    "cross attn": "crossattn crossattention encoderattn encdecattention multiheadattn",
+    "mlp": "mlp ffn ff feedforward densereludense ffw",
+    "qkv": "cattn qkv qkvproj wqkv inproj querykeyvalue toqkv",
+    "kv": "kv kvproj wkv tokv",
+    "q": "q query qproj wq toq qlin queryproj",
+    "k": "k key kproj wk tok klin keyproj",
+    "v": "v value vproj wv tov vlin valueproj",
+    "out": "proj projection outproj oproj o wo output out cproj toout outlin",
+    "mlp out": "fc2 linear2 lin2 w2 downproj down dense4htoh",
+    "mlp in": "fc fc1 cfc linear1 lin1 w1 up upproj wi wi1 intermediate densehto4h",
+    "mlp gate": "gateproj gate wgate wi0",
+    "mlp gateup": "gateupproj gateup",
+    "norm": "ln norm layernorm rmsnorm lnorm bn batchnorm normalization",
+    "conv": "convolution",
+    "vision": "visual",
+    "norm #1": "inputlayernorm layernormbefore attentionnorm attnnorm selfattnlayernorm salayernorm normattn lnattn",
+    "norm #2": "postattentionlayernorm layernormafter ffnnorm mlpnorm outputlayernorm normmlp lnmlp lnffn",
+    "norm final": "lnf normf finalnorm finallayernorm lnfinal",
+    "embed token": "wte embed embedtokens tokembeddings wordembeddings tokenembedding tokenembeddings embedding emb "
+    "tokemb embedtoken tok",
+    "embed": "embeddings",
+    "embed position": "wpe posembed positions positionembeddings positionembedding posembedding posembeddings posemb "
+    "positionalembedding embedpositions pos",
+    "embed type": "tokentypeembeddings segmentembeddings typeembeddings segments",
+    "embed patch": "patchembed patchembeddings patchembedding",
+    "cls": "clstoken classtoken classembedding",
+    "head": "head classifier lmhead classhead logits score",
+    "encoder": "enc",
+    "decoder": "dec",
+}
+CONCEPTS = {name: tuple(concept.split()) for concept, names in _NAMES.items() for name in names.split()}
+# the two halves of a gated layer: their numbers say nothing of an order
+HALVES = frozenset({"wi0", "wi1"})
+# the norms of a block, in the order in which it uses them
+PLACES = ("attn", "attn post", "cross", "cross post", "mlp", "mlp post")
+_NORM_WORDS = frozenset({"ln", "norm", "layer", "layernorm", "rms", "rmsnorm", "bn", "batchnorm", "batch"})
+# at the top of a model, alone, these are what classifies
+_HEADS = frozenset({"fc", "output", "cls"})
+
+
+def words_of(segment: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(re.sub("<.>", "", segment))]
+
+
+def parent(module: str) -> str:
+    return module.rstrip("._").rpartition(".")[0]
+
+
+def last_segment(module: str) -> str:
+    return module.rstrip("._").rpartition(".")[2]
+
+
+def place_of(tail: str) -> str:
+    """Which norm of a block a name below it means, as far as it says so."""
+    words = [word for segment in tail.split(".") for word in words_of(segment)]
+    said = {concept for word in words for concept in CONCEPTS.get(word, (word,))} | set(words)
+    if "feedforward" in "".join(words):
+        said.add("mlp")
+    behind = " post" if said & {"post", "after"} else ""
+    is_attn = bool(said & {"attn", "sa"})
+    if is_attn and "mlp" in said:
+        return ""
+    if said & {"cross", "encoder", "enc"}:
+        return f"cross{behind}"
+    if is_attn or "mlp" in said:
+        return f"{'attn' if is_attn else 'mlp'}{behind}"
+    if said & {"final", "output"}:
+        return "mlp"
+    if said & {"pre", "before", "input"}:
+        return "first"
+    if behind:
+        return "attn post"
+    others = [word for word in words if word not in _NORM_WORDS]
+    return f"#{others[0]}" if len(others) == 1 and others[0].isdigit() and len(tail.split(".")) == 1 else ""
+
+
+def simple(segment: str) -> str:
+    return segment.replace("_", "").lower()
+
+
+def concepts(
+    module: str, ranks: Mapping[str, int], gates: Mapping[str, Mapping[str, str]] | None = None
+) -> frozenset[str]:
+    """What a name says, in words that libraries share; numbers as ``#1``.
+
+    Args:
+        module: Template of a layer.
+        ranks: Module -> the number that stands for its own.
+        gates: Parents of gated MLPs -> which of their children is what.
+    """
+    path = module.rstrip("._")
+    gate = (gates or {}).get(parent(module), {}).get(last_segment(module))
+    segments = [segment for segment in path.split(".") if segment and not re.fullmatch("<.>", segment)]
+    said: list[str] = []
+    for number, segment in enumerate(segments):
+        joined = simple(segment)
+        is_last = number == len(segments) - 1
+        if is_last and gate:
+            said += ["mlp", gate]
+            continue
+        if joined in CONCEPTS:
+            said += CONCEPTS[joined]
+            continue
+        for word in words_of(segment):
+            if word.isdigit():
+                said.append(f"#{ranks.get(module, word) if is_last else word}")
+            else:
+                said += CONCEPTS.get(word, (word,))
+    last = simple(segments[-1]) if segments else ""
+    if len(segments) == 1 and last in _HEADS:
+        said = ["head"]
+    if last == "embeddings" and "token" not in said:
+        said.append("token")
+    found = set(said)
+    if "norm" in found and "<" in path and "final" in found:
+        found = found - {"final"} | {"#2"}
+    if "#1" not in found and "#2" not in found and {"norm"} < found and not found & {"q", "k"}:
+        # the norm that belongs to attention is the first of a block, that of the MLP the second
+        if "attn" in found:
+            found = found - {"attn", "out"} | {"#1"}
+        elif "mlp" in found or ("out" in found and "<" in path):
+            found = found - {"mlp", "out"} | {"#2"}
+    if "out" in found and "<" in path and not found & {"attn", "mlp", "patch"} and "output" in path.split("."):
+        found.add("mlp")
+    return frozenset(found)
+
 
 #: The numbers that stand where a template has captures.
 Index = tuple[str, ...]
@@ -316,29 +425,3 @@ def _roles(tails: Mapping[str, str]) -> dict[str, str]:
     if len(set(places.values())) < len(places) or not set(places.values()) <= set(PLACES):
         return {}
     return dict(sorted(places.items(), key=lambda item: PLACES.index(item[1])))
-
-
-def likeness(one: Layer, other: Layer) -> float:
-    """How alike two names are, from 0 to about 1: the share of what they say that both say."""
-    both = sum(WEIGHTS.get(word, 1.0) for word in one.concepts & other.concepts)
-    total = sum(WEIGHTS.get(word, 1.0) for names in (one.concepts, other.concepts) for word in names)
-    score = 2 * both / total if total else 0.0
-    if one.path == other.path or one.path.endswith(f".{other.path}") or other.path.endswith(f".{one.path}"):
-        score = max(score, 0.5) + 0.1
-    return score
-
-
-def has_conflict(one: Layer, other: Layer) -> bool:
-    """Whether the names say different things of what a layer can be only one of."""
-    numbers = frozenset(word for word in one.concepts | other.concepts if word.startswith("#"))
-    mine, its = one.meaning, other.meaning
-    are_named = mine.role and its.role and mine.role[0] != "#" != its.role[0]
-    if are_named and (set(mine.norms) == set(its.norms) or len(mine.norms) != len(its.norms)):
-        # places say more than numbers do, unless the blocks have as many norms at other places
-        if mine.role != its.role:
-            return True
-        numbers = frozenset()
-    return any(
-        (left := one.concepts & group) and (right := other.concepts & group) and not left & right
-        for group in (*EXCLUSIVE, numbers)
-    )

@@ -15,9 +15,7 @@ from noether_init_core.suggest.layer_names import (
     Index,
     Layer,
     Numbers,
-    has_conflict,
     layers_of,
-    likeness,
     meanings_of,
     numbers_out,
 )
@@ -30,6 +28,8 @@ from noether_init_core.suggest.pairs import (
     Relation,
     fit,
     fused,
+    has_conflict,
+    likeness,
     relation,
     resampled,
     stacked,

@@ -10,7 +10,7 @@ from typing import Literal
 import attrs
 
 from noether_init_core.messages import listed
-from noether_init_core.suggest.layer_names import Index, Layer, has_conflict, likeness
+from noether_init_core.suggest.layer_names import Index, Layer
 from noether_init_core.surgery.fit import square_grids
 from noether_init_core.surgery.steps import Interpolate, Shape
 
@@ -19,13 +19,13 @@ __all__ = [
     "ALIKE_ONCE",
     "MARGIN",
     "MOST_COMPARISONS",
-    "Flip",
     "Pair",
     "Relation",
     "fit",
     "fused",
+    "has_conflict",
     "is_head",
-    "listed_paths",
+    "likeness",
     "relation",
     "resampled",
     "stacked",
@@ -38,6 +38,28 @@ ALIKE_ONCE, ALIKE = 0.55, 0.6
 MARGIN = 0.1
 # layers of one shape are compared each with each; this many comparisons take about a second
 MOST_COMPARISONS = 60_000
+
+# words that say little: another library's name for the same place
+_GENERIC = (
+    "model module net network backbone base transformer bert gpt vit roberta llama layers layer blocks block h "
+    "stages stage dense self final trunk body"
+)
+_WEIGHTS = {
+    **dict.fromkeys(_GENERIC.split(), 0.1),
+    **dict.fromkeys(("encoder", "decoder", "embed"), 0.5),
+}
+# of each set, a layer is at most one
+_EXCLUSIVE = tuple(
+    map(
+        frozenset,
+        (
+            {"q", "k", "v", "qkv", "kv", "out", "in", "gate", "gateup", "norm"},
+            {"attn", "mlp"},
+            {"token", "position", "type", "patch", "cls", "head"},
+            {"encoder", "decoder"},
+        ),
+    )
+)
 
 #: Whether matrices are transposed; ``square``: their shapes cannot tell; ``none``: there are no matrices.
 Flip = Literal["yes", "no", "square", "none"]
@@ -81,6 +103,32 @@ class Pair:
     def doubted(self, reason: str, *alternatives: str) -> Pair:
         """The same with one more doubt."""
         return attrs.evolve(self, doubts=(*self.doubts, reason), alternatives=(*self.alternatives, *alternatives))
+
+
+def likeness(one: Layer, other: Layer) -> float:
+    """How alike two names are, from 0 to about 1: the share of what they say that both say."""
+    both = sum(_WEIGHTS.get(word, 1.0) for word in one.concepts & other.concepts)
+    total = sum(_WEIGHTS.get(word, 1.0) for names in (one.concepts, other.concepts) for word in names)
+    score = 2 * both / total if total else 0.0
+    if one.path == other.path or one.path.endswith(f".{other.path}") or other.path.endswith(f".{one.path}"):
+        score = max(score, 0.5) + 0.1
+    return score
+
+
+def has_conflict(one: Layer, other: Layer) -> bool:
+    """Whether the names say different things of what a layer can be only one of."""
+    numbers = frozenset(word for word in one.concepts | other.concepts if word.startswith("#"))
+    mine, its = one.meaning, other.meaning
+    are_named = mine.role and its.role and mine.role[0] != "#" != its.role[0]
+    if are_named and (set(mine.norms) == set(its.norms) or len(mine.norms) != len(its.norms)):
+        # places say more than numbers do, unless the blocks have as many norms at other places
+        if mine.role != its.role:
+            return True
+        numbers = frozenset()
+    return any(
+        (left := one.concepts & group) and (right := other.concepts & group) and not left & right
+        for group in (*_EXCLUSIVE, numbers)
+    )
 
 
 def is_head(layer: Layer) -> bool:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import attrs
 
 from noether_init_core.config.transforms import TransformConfig, rule_of
-from noether_init_core.suggest.layer_names import Layer, has_conflict, likeness
+from noether_init_core.suggest.layer_names import Layer, concepts
 from noether_init_core.suggest.matching import Pairing
-from noether_init_core.suggest.pairs import MOST_COMPARISONS, Pair, is_head
+from noether_init_core.suggest.pairs import MOST_COMPARISONS, Pair, has_conflict, is_head, likeness
 from noether_init_core.suggest.rules import (
     DEEPEST,
     LONGEST,
@@ -26,7 +26,6 @@ from noether_init_core.suggest.rules import (
     is_too_long,
     merged,
 )
-from noether_init_core.suggest.vocabulary import concepts
 from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.name_rules import bare_names
 from noether_init_core.surgery.plan import LoadPlan

@@ -9,8 +9,16 @@ import attrs
 
 from noether_init_core.messages import near
 
-__all__ = ["Group", "OptimizerPolicies", "ambiguous_fields", "fields_of", "lacking_state", "other_class"]
-__all__ += ["several_groups", "unknown_fields"]
+__all__ = [
+    "Group",
+    "OptimizerPolicies",
+    "ambiguous_fields",
+    "fields_of",
+    "lacking_state",
+    "other_class",
+    "several_groups",
+    "unknown_fields",
+]
 
 Group = Mapping[str, Any]
 
