@@ -11,12 +11,10 @@ import attrs
 import torch
 
 from noether_init_core.errors import ConfigError
-from noether_init_core.memory import in_large_pages
 from noether_init_core.surgery.fit import TargetSpec
 from noether_init_core.surgery.plan import WRITING, PlanRow
 
 __all__ = [
-    "FreshMemory",
     "Identity",
     "ModelTargets",
     "OwnLoading",
@@ -156,13 +154,13 @@ def model_targets(model: Any) -> ModelTargets:
 
 
 def _resettable(names: Iterable[str], modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
-    found = {}
-    for name in names:
-        module = modules.get(name.rpartition(".")[0])
-        if any(callable(getattr(module, method, None)) for method in ("reset_parameters", "_reset_parameters")):
-            assert module is not None
-            found[name] = module
-    return found
+    owners = ((name, modules.get(name.rpartition(".")[0])) for name in names)
+    methods = ("reset_parameters", "_reset_parameters")
+    return {
+        name: module
+        for name, module in owners
+        if module is not None and any(callable(getattr(module, method, None)) for method in methods)
+    }
 
 
 def _overlapping(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TargetSpec]) -> dict[str, str]:
@@ -292,48 +290,6 @@ def device_for(model: Any) -> torch.device:
     """Where the memory is to be: the device that was given for the model, else the CPU."""
     device = getattr(model, "device", None)
     return device if isinstance(device, torch.device) and device.type != "meta" else torch.device("cpu")
-
-
-class FreshMemory:
-    """New tensors that take the place of ones on the meta device, once they are filled.
-
-    The objects of parameters stay the same, so ties, optimizers and ``requires_grad`` stay as they are.
-    """
-
-    def __init__(self, targets: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        self._device = device
-        self._meta = {id(tensor): tensor for tensor in targets.values()}
-        self._new: dict[int, torch.Tensor] = {}
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What is to be filled: the tensor itself where it has memory, else the one that will take its place."""
-        if id(tensor) not in self._meta:
-            return tensor
-        if id(tensor) not in self._new:
-            self._new[id(tensor)] = in_large_pages(torch.empty_like(tensor, device=self._device, requires_grad=False))
-        return self._new[id(tensor)]
-
-    def can_be_mapped(self, tensor: torch.Tensor, dtype: str) -> bool:
-        """Whether memory of the file can take the place of ``tensor``."""
-        is_ours = id(tensor) in self._meta and self._device.type == "cpu" and tensor.is_contiguous()
-        return is_ours and tensor.dtype is getattr(torch, dtype, None)
-
-    def put(self, tensor: torch.Tensor, new: torch.Tensor) -> None:
-        """Let ``new`` take the place of ``tensor``."""
-        self._new[id(tensor)] = new
-
-    def hand_over(self, tensors: Iterable[torch.Tensor] | None = None) -> None:
-        """Give the tensors (all that were asked for) their memory."""
-        chosen = list(self._new) if tensors is None else [id(tensor) for tensor in tensors if id(tensor) in self._meta]
-        for key in chosen:
-            old = self._meta.pop(key)
-            new = self._new.pop(key, None)
-            if new is None:
-                new = torch.empty_like(old, device=self._device, requires_grad=False)
-            if isinstance(old, torch.nn.Parameter):
-                new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
-            new.__dict__.update(old.__dict__)
-            torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def has_weak_references(tensor: torch.Tensor) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Literal
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from noether_init_core.applying.targets import (
-    FreshMemory,
     Identity,
     ModelTargets,
     OwnLoading,
@@ -21,6 +20,7 @@ from noether_init_core.applying.targets import (
 from noether_init_core.errors import PlanError, StateMismatchError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.content import Versions
+from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
 from noether_init_core.stopwatch import Stopwatch
 from noether_init_core.surgery.plan import WRITING, LoadPlan, PlanRow, Problem
@@ -29,6 +29,48 @@ from noether_init_core.surgery.steps import Step, carry_out
 __all__ = ["apply_rows", "check_values", "check_versions"]
 
 OnNonfinite = Literal["error", "warn", "ignore"]
+
+
+class _FreshMemory:
+    """New tensors that take the place of ones on the meta device, once they are filled.
+
+    The objects of parameters stay the same, so ties, optimizers and ``requires_grad`` stay as they are.
+    """
+
+    def __init__(self, targets: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self._device = device
+        self._meta = {id(tensor): tensor for tensor in targets.values()}
+        self._new: dict[int, torch.Tensor] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What is to be filled: the tensor itself where it has memory, else the one that will take its place."""
+        if id(tensor) not in self._meta:
+            return tensor
+        if id(tensor) not in self._new:
+            self._new[id(tensor)] = in_large_pages(torch.empty_like(tensor, device=self._device, requires_grad=False))
+        return self._new[id(tensor)]
+
+    def can_be_mapped(self, tensor: torch.Tensor, dtype: str) -> bool:
+        """Whether memory of the file can take the place of ``tensor``."""
+        is_ours = id(tensor) in self._meta and self._device.type == "cpu" and tensor.is_contiguous()
+        return is_ours and tensor.dtype is getattr(torch, dtype, None)
+
+    def put(self, tensor: torch.Tensor, new: torch.Tensor) -> None:
+        """Let ``new`` take the place of ``tensor``."""
+        self._new[id(tensor)] = new
+
+    def hand_over(self, tensors: Iterable[torch.Tensor] | None = None) -> None:
+        """Give the tensors (all that were asked for) their memory."""
+        chosen = list(self._new) if tensors is None else [id(tensor) for tensor in tensors if id(tensor) in self._meta]
+        for key in chosen:
+            old = self._meta.pop(key)
+            new = self._new.pop(key, None)
+            if new is None:
+                new = torch.empty_like(old, device=self._device, requires_grad=False)
+            if isinstance(old, torch.nn.Parameter):
+                new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+            new.__dict__.update(old.__dict__)
+            torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def apply_rows(
@@ -56,7 +98,7 @@ def apply_rows(
     stopwatch = Stopwatch() if stopwatch is None else stopwatch
     rows = tuple(rows)
     by_code = by_code | loaded_by_code(rows, targets).keys()
-    fresh = FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
+    fresh = _FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
     _reset(rows, targets, fresh)
     for own in targets.own_loading:
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(own.prefix))
@@ -98,7 +140,7 @@ def apply_rows(
 
 
 def _copy_plain(
-    plain: Iterable[tuple[PlanRow, torch.Tensor]], reader: Checkpoint, fresh: FreshMemory, may_map: bool
+    plain: Iterable[tuple[PlanRow, torch.Tensor]], reader: Checkpoint, fresh: _FreshMemory, may_map: bool
 ) -> None:
     """Entries that are taken as they are, but for their dtype: mapped where that may be, else read into place."""
     copies: dict[str, torch.Tensor] = {}
@@ -131,7 +173,7 @@ def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> Non
     target.copy_(value)
 
 
-def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: FreshMemory) -> None:
+def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: _FreshMemory) -> None:
     """Let the modules of rows that reset initialize themselves; what else they hold, and is kept, stays as it was.
 
     Raises ``StateMismatchError`` for a tensor that ``reset_parameters`` leaves without values, having had no memory.

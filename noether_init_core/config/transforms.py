@@ -211,15 +211,10 @@ class TransformConfig(_Strict):
 
 def rule_of(config: TransformConfig, label: str) -> Rule:
     """The rule as ``surgery`` has it; ``label`` says where it stands."""
-    kinds: tuple[tuple[str, type[Drop | KeepModel | Only]], ...] = (
-        ("drop", Drop),
-        ("keep_model", KeepModel),
-        ("only", Only),
-    )
-    for name, kind in kinds:
-        globs = getattr(config, name)
+    for kind in (Drop, KeepModel, Only):
+        globs = getattr(config, kind.field)
         if globs is not None:
-            return kind(tuple(map(parse_glob, globs)), f"{label} ({name} {', '.join(globs)})")
+            return kind(tuple(map(parse_glob, globs)), f"{label} ({kind.field} {', '.join(globs)})")
     sources, targets = config._patterns()
     shown = ", ".join(pattern.text for pattern in sources)
     if config.to is not None:

@@ -198,25 +198,27 @@ def _matched(
     is_once: Callable[[Hashable], bool],
 ) -> list[Pair]:
     """Pairs of layers of one signature, the most alike first."""
+    pairs = []
+    for key, (mine, its) in _grouped(sources, targets, signature).items():
+        if len(mine) * len(its) <= MOST_COMPARISONS:
+            pairs += _Group(mine, its, ALIKE_ONCE if is_once(key) else ALIKE).pairs()
+            continue
+        # too many to compare each with each: only those whose names end alike
+        for some, others in _grouped(mine, its, lambda layer: tuple(layer.path.split(".")[-2:])).values():
+            if len(some) * len(others) <= MOST_COMPARISONS:
+                pairs += _Group(some, others, ALIKE).pairs()
+    return sorted(pairs, key=lambda pair: pair.targets[0].place)
+
+
+def _grouped(
+    sources: Sequence[Layer], targets: Sequence[Layer], key: Callable[[Layer], Hashable]
+) -> dict[Hashable, tuple[list[Layer], list[Layer]]]:
+    """Layers of the file and of the model by a key that both sides have."""
     groups: dict[Hashable, tuple[list[Layer], list[Layer]]] = {}
     for side, layers in enumerate((sources, targets)):
         for layer in layers:
-            groups.setdefault(signature(layer), ([], []))[side].append(layer)
-    pairs = []
-    for key, (mine, its) in groups.items():
-        if mine and its and len(mine) * len(its) <= MOST_COMPARISONS:
-            pairs += _Group(mine, its, ALIKE_ONCE if is_once(key) else ALIKE).pairs()
-        elif mine and its:
-            # too many to compare each with each: only those whose names end alike
-            tails: dict[str, tuple[list[Layer], list[Layer]]] = {}
-            for side, layers in enumerate((mine, its)):
-                for layer in layers:
-                    tail = ".".join(layer.path.split(".")[-2:])
-                    tails.setdefault(tail, ([], []))[side].append(layer)
-            for some, others in tails.values():
-                if some and others and len(some) * len(others) <= MOST_COMPARISONS:
-                    pairs += _Group(some, others, ALIKE).pairs()
-    return sorted(pairs, key=lambda pair: pair.targets[0].place)
+            groups.setdefault(key(layer), ([], []))[side].append(layer)
+    return {found: sides for found, sides in groups.items() if all(sides)}
 
 
 class _Group:

@@ -7,6 +7,7 @@ work, and two sources for one target are an error. Pure: names in, decisions out
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 
@@ -27,6 +28,7 @@ class Move:
     steps: tuple[Step, ...] = ()
     optional: bool = False
     label: str = ""
+    field: ClassVar[str] = "from"
 
 
 @attrs.frozen
@@ -38,13 +40,19 @@ class _Globs:
 class Drop(_Globs):
     """Names of the file that are ignored."""
 
+    field: ClassVar[str] = "drop"
+
 
 class KeepModel(_Globs):
     """Names of the model that keep their present value."""
 
+    field: ClassVar[str] = "keep_model"
+
 
 class Only(_Globs):
     """The names of the file that are considered at all."""
+
+    field: ClassVar[str] = "only"
 
 
 Rule = Move | Drop | KeepModel | Only
@@ -112,14 +120,13 @@ class Transforms:
     def _hint(rule: Rule, file: Sequence[str], model: Sequence[str]) -> str:
         """What a rule that matched nothing may have missed, among names below the roots; empty where nothing tells."""
         texts = [pattern.text for pattern in (rule.sources if isinstance(rule, Move) else rule.globs)]
-        field = {Move: "from", Drop: "drop", KeepModel: "keep_model", Only: "only"}[type(rule)]
         side = model if isinstance(rule, KeepModel) else file
         if not isinstance(rule, KeepModel) and not WRAPPERS.isdisjoint(texts[0].split(".")):
             return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
         for text in texts if isinstance(rule, KeepModel) else texts[:1]:
             dotted = _with_dot(text)
             if dotted is not None and any(map(dotted.matching, side)):
-                return f". Next: {field}: {text}. (a trailing dot means everything below)"
+                return f". Next: {rule.field}: {text}. (a trailing dot means everything below)"
         if isinstance(rule, Move) and _is_swapped(rule, file, model):
             swapped = {"from": _texts(rule.targets), "to": _texts(rule.sources)}
             return f"; from is a name in the file, to one in the model. Next: {yaml_line(swapped)}"
