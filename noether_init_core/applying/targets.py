@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ __all__ = [
     "ModelTargets",
     "OwnLoading",
     "device_for",
-    "has_weak_references",
     "left_without_memory",
     "loaded_by_code",
     "model_targets",
@@ -79,11 +77,6 @@ def loaded_by_code(rows: Iterable[PlanRow], targets: ModelTargets) -> dict[Ident
     return found
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def tensor_identity(tensor: torch.Tensor) -> Identity:
     """Equal for two tensors that are the same elements of the same memory; on the meta device, for one object."""
     if tensor.is_meta or tensor.numel() == 0 or type(tensor.data) is not torch.Tensor:
@@ -133,7 +126,7 @@ def model_targets(model: Any) -> ModelTargets:
         tensors[name] = tensor
         specs[name] = TargetSpec(
             shape=tuple(tensor.shape),
-            dtype=dtype_name(tensor.dtype),
+            dtype=str(tensor.dtype).removeprefix("torch."),
             nbytes=tensor.numel() * tensor.element_size(),
             is_parameter=isinstance(tensor, torch.nn.Parameter),
             tied_to=None if first == name else first,
@@ -290,8 +283,3 @@ def device_for(model: Any) -> torch.device:
     """Where the memory is to be: the device that was given for the model, else the CPU."""
     device = getattr(model, "device", None)
     return device if isinstance(device, torch.device) and device.type != "meta" else torch.device("cpu")
-
-
-def has_weak_references(tensor: torch.Tensor) -> bool:
-    """Whether something refers to the tensor in a way that keeps it from being exchanged."""
-    return bool(weakref.getweakrefs(tensor))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from noether_init_core.applying.targets import ModelTargets, has_weak_references, left_without_memory, on_meta
+from noether_init_core.applying.targets import ModelTargets, left_without_memory, on_meta
 from noether_init_core.errors import PlanError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.initializers.location import Source
@@ -78,7 +79,7 @@ def check_memory(leaf: Leaf, planned: Planned) -> None:
             plan=plan,
             problems=[f"{key} is on the meta device" for key in without],
         )
-    held = [name for name, tensor in on_meta(targets).items() if has_weak_references(tensor)]
+    held = [name for name, tensor in on_meta(targets).items() if weakref.getweakrefs(tensor)]
     if held:
         raise PlanError(
             f"{leaf.path} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "

@@ -299,9 +299,7 @@ class Problems:
     def _other_names(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
         """Where names differ on both sides all over, keeping the model's own values would leave it random."""
         modules = {name.rpartition(".")[0] for name in missing}
-        if not unexpected or len(modules) <= _FEW_MODULES:
-            return ""
-        return _OTHER_NAMES
+        return _OTHER_NAMES if unexpected and len(modules) > _FEW_MODULES else ""
 
     def _rename(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
         """The config line of one rename that would resolve every missing name, where there is one."""

@@ -352,25 +352,20 @@ class LoadPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, by ``docs/plan.schema.json``; ``version`` changes with the meaning of a field."""
-
-        def plain(row: PlanRow) -> dict[str, Any]:
-            values = {name: getattr(row, name) for name in names}
-            return {
-                **values,
-                "steps": [{"step": step.name, **attrs.asdict(step)} for step in row.steps],
-                "counted": id(row) in counted_ids,
-            }
-
         names = [field.name for field in attrs.fields(PlanRow) if field.name != "identity"]
         counted = counted_rows(self.rows)
         counted_ids = set(map(id, counted))
-
         return {
             "format": "noether-init-plan",
             "version": SCHEMA_VERSION,
             "kind": self.kind,
             "origins": [attrs.asdict(origin) for origin in self.origins],
-            "rows": [plain(row) for row in self.rows],
+            "rows": [
+                {name: getattr(row, name) for name in names}
+                | {"steps": [{"step": step.name, **attrs.asdict(step)} for step in row.steps]}
+                | {"counted": id(row) in counted_ids}
+                for row in self.rows
+            ],
             "problems": [attrs.asdict(problem) for problem in self.problems],
             "warnings": [attrs.asdict(warning) for warning in self.warnings],
             "counts": self.counts(),
