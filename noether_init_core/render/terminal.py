@@ -34,8 +34,8 @@ _FIX = re.compile(
 _NEAR = re.compile(r"Near [^ ]+, the (?:file|model) has: [^ ]+(?:, [^ ]+)*")
 #: The first sentence of messages whose names and shapes the line above them shows.
 _SAID = {
-    "missing": re.compile(r"^\S+ needs .*?, which the file has not\. ?", re.DOTALL),
-    "unexpected": re.compile(r"^the file has .*?, which \S+ has not(?:\. ?|$)", re.DOTALL),
+    "missing": re.compile(r"^\S+ needs .*?, not found in the file\. ?", re.DOTALL),
+    "unexpected": re.compile(r"^the file has .*?, not found in \S+(?:\. ?|$)", re.DOTALL),
     "mismatch": re.compile(r"^\S+: file \[[0-9, ]*\], model \[[0-9, ]*\](?:; .*? too)?\. ?", re.DOTALL),
 }
 
