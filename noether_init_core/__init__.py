@@ -45,13 +45,17 @@ if TYPE_CHECKING:
     from noether_init_core.files.opening import open_checkpoint
     from noether_init_core.files.storage.artifact_cache import ArtifactCache
     from noether_init_core.files.storage.handle import Storage
-    from noether_init_core.initializers.base import InitializerBase
+    from noether_init_core.initializers.base import InitializerBase, LoadedFile, Outcome
     from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
-    from noether_init_core.initializers.location import LocateQuery, Part, Source
-    from noether_init_core.initializers.outcome import LoadedFile, Outcome
+    from noether_init_core.initializers.location import (
+        LocateQuery,
+        OptimizerStateConfig,
+        Part,
+        Source,
+        SourceInitializerConfig,
+    )
     from noether_init_core.initializers.parameters import NameGlobs, named_parameters
     from noether_init_core.initializers.source import SourceInitializer
-    from noether_init_core.initializers.source_config import OptimizerStateConfig, SourceInitializerConfig
     from noether_init_core.iteration import TrainingIteration
     from noether_init_core.kinds.any_initializer import AnyInitializer
     from noether_init_core.kinds.hookspec import CONTRACT_VERSION, hookimpl, hookspec
@@ -191,12 +195,10 @@ _HOMES = {
         "UnsafeGlobalError",
     ),
     "kinds.hookspec": ("CONTRACT_VERSION", "hookimpl", "hookspec"),
-    "initializers.base": ("InitializerBase",),
+    "initializers.base": ("InitializerBase", "LoadedFile", "Outcome"),
     "initializers.checkpoint": ("CheckpointInitializer", "CheckpointInitializerConfig"),
-    "initializers.location": ("LocateQuery", "Part", "Source"),
-    "initializers.outcome": ("LoadedFile", "Outcome"),
+    "initializers.location": ("LocateQuery", "OptimizerStateConfig", "Part", "Source", "SourceInitializerConfig"),
     "initializers.source": ("SourceInitializer",),
-    "initializers.source_config": ("OptimizerStateConfig", "SourceInitializerConfig"),
     "iteration": ("TrainingIteration",),
     "lineage.graph": ("Lineage",),
     "lineage.reading": ("lineage_of",),

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 __all__ = ["equal", "leaves", "mapped"]
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> list[Any]:
     """Every value in ``value`` that is no mapping, list or tuple, in order; ``value`` itself if it is none of these."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from leaves(item)
-    else:
-        yield value
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
+    return [value] if items is None else [leaf for item in items for leaf in leaves(item)]
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -10,9 +10,9 @@ import pydantic
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.files.storage.handle import digest_problem
-from noether_init_core.initializers.location import LocateQuery, Source
+from noether_init_core.initializers.location import LocateQuery, Source, SourceInitializerConfig
 from noether_init_core.initializers.source import SourceInitializer
-from noether_init_core.initializers.source_config import SourceInitializerConfig
+from noether_init_core.messages import listed
 
 __all__ = ["FileInitializer", "FileInitializerConfig"]
 
@@ -73,9 +73,8 @@ class FileInitializer(SourceInitializer):
             folder = path.parent
             if folder.is_dir():
                 there = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-                shown = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if there[8:] else "")
                 raise CheckpointNotFoundError(
-                    f"there is no file {path.name} in {folder}; there are: {shown or 'no files'}",
+                    f"there is no file {path.name} in {folder}; there are: {listed(there, 8, none='no files')}",
                     path=path,
                     asked=path.name,
                     candidates=there,

@@ -7,19 +7,13 @@ from typing import Annotated, Any, ClassVar, Self
 import pydantic
 
 from noether_init_core.config.base import KindConfig, RunId
+from noether_init_core.initializers.callbacks import check_resumption, resume_callbacks
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
-from noether_init_core.initializers.resumption import check_resumption, resume_callbacks
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename
 
 __all__ = ["PreviousRunInitializer", "PreviousRunInitializerConfig", "RenamePattern"]
 
-_NOETHER_FIELDS = (
-    "keys_to_remove",
-    "patterns_to_remove",
-    "patterns_to_rename",
-    "patterns_to_instantiate",
-    "keys_to_instantiate",
-)
+#: Fields of Noether -> how to write them as a transform.
 _AS_TRANSFORM = {
     "keys_to_remove": "keys_to_remove: [a.w] is {drop: a.w}",
     "patterns_to_remove": "patterns_to_remove: [head.] is {drop: head.} for what begins with it",
@@ -70,7 +64,7 @@ class PreviousRunInitializerConfig(CheckpointInitializerConfig):
 
     @pydantic.model_validator(mode="after")
     def _check_surgery(self) -> Self:
-        fields = [name for name in _NOETHER_FIELDS if getattr(self, name)]
+        fields = [name for name in _AS_TRANSFORM if getattr(self, name)]
         modern = [name for name in ("transforms", "source_root", "target_root") if getattr(self, name)]
         if fields and modern:
             raise ValueError(

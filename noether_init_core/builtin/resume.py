@@ -25,16 +25,21 @@ from noether_init_core.errors import (
     type_of,
 )
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.initializers.callbacks import CallbackPlan, apply_callbacks, plan_callbacks
+from noether_init_core.initializers.base import Outcome
+from noether_init_core.initializers.callbacks import (
+    CallbackPlan,
+    StatesBefore,
+    apply_callbacks,
+    check_resumption,
+    plan_callbacks,
+    resume_callbacks,
+)
 from noether_init_core.initializers.checkpoint import (
     CheckpointInitializer,
     CheckpointInitializerConfig,
     RunSelection,
     other_run,
 )
-from noether_init_core.initializers.outcome import Outcome
-from noether_init_core.initializers.resumption import check_resumption, resume_callbacks
-from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.sets import refusals
@@ -87,20 +92,22 @@ class ResumeInitializer(CheckpointInitializer):
     Args:
         config: A ``ResumeInitializerConfig``.
         path_provider: The folders of the run.
-        auto_resume: The stack's ``auto_resume`` asks. With ``on_invalid: previous`` and no ``checkpoint_tag`` it begins
-            with the newest set, whatever its tags; errors advise what can be said beside it.
+        auto_resume: The snapshot that the stack's ``auto_resume`` decided by, where that asks. With ``on_invalid:
+            previous`` and no ``checkpoint_tag`` it begins with the newest set, whatever its tags; errors advise what
+            can be said beside it.
     """
 
     config_class: ClassVar[type[KindConfig]] = ResumeInitializerConfig
     contract: ClassVar[int] = 1
     config: ResumeInitializerConfig
 
-    def __init__(self, config: KindConfig, *, path_provider: Any = None, auto_resume: bool = False) -> None:
+    def __init__(self, config: KindConfig, *, path_provider: Any = None, auto_resume: Snapshot | None = None) -> None:
         super().__init__(config, path_provider=path_provider)
-        self.asked_by = "auto_resume" if auto_resume else "resume"
+        self.asked_by = "resume" if auto_resume is None else "auto_resume"
+        self._seen = auto_resume
         self._query = Query.of(self.checkpoint_tag)
-        self._is_automatic = auto_resume or self._query.automatic
-        self._any_tag = auto_resume and self.config.checkpoint_tag is None
+        self._is_automatic = auto_resume is not None or self._query.automatic
+        self._any_tag = auto_resume is not None and self.config.checkpoint_tag is None
 
     @property
     def continues(self) -> bool:
@@ -127,6 +134,12 @@ class ResumeInitializer(CheckpointInitializer):
                 self.session.selection = selection
         trainer: Mapping[str, Any] = selection.trainer
         return trainer
+
+    def _snapshot(self) -> Snapshot:
+        seen, self._seen = self._seen, None
+        if seen is not None and self.config.checkpoint_tag is not None:  # auto_resume has named the set
+            return seen
+        return Snapshot(self.source_paths, before=seen)  # a newer set may have been committed since
 
     def _selected(self, snapshot: Snapshot, needs: Sequence[Need]) -> RunSelection:
         """The set that has the trainer file and the weights of all models; the trainer file decides what they are."""
@@ -189,7 +202,9 @@ class ResumeInitializer(CheckpointInitializer):
         """Whether NaN in the file would be an error: if it is loaded, as far as that is known without a model."""
         if self.config.nonfinite != "error":
             return False
-        return file.info == self.config.model_info if file.part == "model" else self._loads(file.part)
+        if file.part == "model":
+            return file.info == self.config.model_info
+        return file.part == "optim" and self.config.load_optim
 
     def _read_trainer(self, selected: CheckpointSet, root: str | None) -> dict[str, Any]:
         file = selected.file(root, "trainer")
@@ -335,9 +350,6 @@ class ResumeInitializer(CheckpointInitializer):
         if self.selection is not None and (self.selection.selected.passed_over or self._any_tag):
             return self.selection.chosen.name
         return super()._tag_words()
-
-    def _loads(self, part: str) -> bool:
-        return part == "optim" and self.config.load_optim
 
 
 def _members(state: Mapping[str, Any]) -> list[str]:

@@ -1,24 +1,27 @@
-"""InitializerBase: what every kind derives from."""
+"""InitializerBase, what every kind derives from, with its session and its outcome."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
+
+import attrs
 
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import ConfigError, StartConflictError
 from noether_init_core.initializers.location import Source
-from noether_init_core.initializers.outcome import Outcome
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
-from noether_init_core.stopwatch import Stopwatch, Timing
+from noether_init_core.sets.provenance import History
+from noether_init_core.stopwatch import Stopwatch, Timing, summed
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan
 
-__all__ = ["InitializerBase", "Session", "dotted", "with_delegates"]
+__all__ = ["InitializerBase", "LoadedFile", "Outcome", "Session", "dotted", "with_delegates"]
 
 
 def dotted(*path: str | int) -> str:
@@ -38,9 +41,9 @@ class Session:
         not_restored: What the checkpoint has and nothing was given to take, in words for the report.
     """
 
-    def __init__(self, *, where: Callable[..., str] = dotted, trains: bool = True) -> None:
+    def __init__(self, *, where: Callable[..., str] = dotted) -> None:
         self.where = where
-        self.trains = trains
+        self.trains = True
         self.loaded_before: frozenset[int] = frozenset()
         self.stopwatch = Stopwatch()
         self.restored: list[str] = []
@@ -82,9 +85,9 @@ class InitializerBase:
         self.path_provider: PathProvider | None = None if path_provider is None else PathProvider.of(path_provider)
         self.logger = logging.getLogger(f"{type(self).__module__}.{type(self).__qualname__}")
 
-    def new_session(self, *, where: Callable[..., str] = dotted, trains: bool = True) -> Session:
+    def new_session(self, *, where: Callable[..., str] = dotted) -> Session:
         """A session for one initialization; ``where`` says where a key of the config stands."""
-        return Session(where=where, trains=trains)
+        return Session(where=where)
 
     @contextmanager
     def in_session(self) -> Iterator[Any]:
@@ -135,13 +138,8 @@ class InitializerBase:
 
     def outcome(self) -> Outcome:
         """What was done, for the report; asked by the stack after the last hook, while the session is open."""
-        own = Outcome(timings=self.timings)
-        if self.session is not None:
-            own = Outcome(
-                restored=tuple(self.session.restored),
-                not_restored=tuple(self.session.not_restored),
-                timings=self.timings,
-            )
+        session = self.new_session() if self.session is None else self.session
+        own = Outcome(restored=tuple(session.restored), not_restored=tuple(session.not_restored), timings=self.timings)
         return Outcome.merged([*(one.outcome() for one in self.delegates), own])
 
     def sources(self, model: Any) -> Mapping[str, Source]:
@@ -205,3 +203,59 @@ def with_delegates(initializer: InitializerBase, above: tuple[InitializerBase, .
             raise ConfigError(f"{initializer.config.kind}: delegates must be initializers, not {type(one).__name__}")
         yield from with_delegates(one, (*above, initializer))
     yield initializer
+
+
+@attrs.frozen(eq=False)
+class LoadedFile:
+    """A file that the weights of a single model came from.
+
+    Attributes:
+        path: The file.
+        digest: Of the whole file, where it is known: ``xxh3_128:...`` or ``sha256:...``.
+        origin: Where the file came from: run_id, stage_name, tag, iteration.
+        tensors: Name in the file -> digest of the tensor's bytes, where a manifest records it.
+        history: Name in the file -> where its values came from before.
+    """
+
+    path: Path = attrs.field(converter=Path)
+    digest: str | None = None
+    origin: Mapping[str, str] = attrs.Factory(dict)
+    tensors: Mapping[str, str] = attrs.Factory(dict)
+    history: History = attrs.Factory(dict)
+
+
+@attrs.frozen(eq=False)
+class Outcome:
+    """What one initializer did in one initialization. The stack asks for it after the last hook.
+
+    Attributes:
+        files: Path of a single model -> the file that its weights came from.
+        restored: What was restored besides weights, in words.
+        not_restored: What the checkpoint has and nothing was given to take, in words.
+        passed_over: (set, reason) of each broken set that was passed over, newest first.
+        resumed_set: The folder of the set that is resumed; None where nothing is resumed.
+        continues: Whether the weights come from the very run that is started.
+        timings: Seconds and bytes of each phase.
+    """
+
+    files: Mapping[str, LoadedFile] = attrs.Factory(dict)
+    restored: tuple[str, ...] = ()
+    not_restored: tuple[str, ...] = ()
+    passed_over: tuple[tuple[str, str], ...] = ()
+    resumed_set: str | None = None
+    continues: bool = False
+    timings: tuple[Timing, ...] = ()
+
+    @classmethod
+    def merged(cls, outcomes: Iterable[Outcome]) -> Outcome:
+        """Several outcomes as one; of two files for one model, the later one counts."""
+        each = tuple(outcomes)
+        return cls(
+            {model: file for one in each for model, file in one.files.items()},
+            tuple(what for one in each for what in one.restored),
+            tuple(what for one in each for what in one.not_restored),
+            tuple(passed for one in each for passed in one.passed_over),
+            next((one.resumed_set for one in each if one.resumed_set is not None), None),
+            any(one.continues for one in each),
+            summed(timing for one in each for timing in one.timings),
+        )

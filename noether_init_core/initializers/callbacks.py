@@ -1,18 +1,35 @@
-"""States of callbacks: matched to callbacks by a pure function, handed over by one other."""
+"""States of callbacks and trainers: matched, handed over, put back on failure; files that callbacks resume from."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
+import os
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
 
 from noether_init_core import nested
 from noether_init_core.errors import StateMismatchError, type_of
+from noether_init_core.paths import PathProvider
+from noether_init_core.sets.checkpoint_set import CheckpointSet
+from noether_init_core.sets.file_names import CheckpointFileName, parse
 
-__all__ = ["CallbackPlan", "apply_callbacks", "callback_key", "plan_callbacks"]
+__all__ = [
+    "CallbackPlan",
+    "ResumptionPaths",
+    "StatesBefore",
+    "apply_callbacks",
+    "callback_key",
+    "check_resumption",
+    "plan_callbacks",
+    "resume_callbacks",
+]
 
 
 @attrs.frozen(eq=False)
@@ -44,7 +61,7 @@ def plan_callbacks(saved: Any, callbacks: Sequence[Any], *, where: str) -> Callb
 
 
 def _by_key(saved: Mapping[str, Any], callbacks: Sequence[Any], where: str) -> CallbackPlan:
-    stateful = [callback for callback in callbacks if _is_stateful(callback)]
+    stateful = [callback for callback in callbacks if callable(getattr(callback, "load_state_dict", None))]
     counts = Counter(callback_key(callback) for callback in callbacks)
     states: list[tuple[Any, dict[str, Any]]] = []
     warnings: list[str] = []
@@ -92,10 +109,6 @@ def apply_callbacks(plan: CallbackPlan) -> None:
             callback.load_state_dict(copy.deepcopy(state))
 
 
-def _is_stateful(callback: Any) -> bool:
-    return callable(getattr(callback, "load_state_dict", None))
-
-
 def _own_state(callback: Any) -> dict[str, Any] | None:
     take = getattr(callback, "state_dict", None)
     state = take() if callable(take) else None
@@ -104,3 +117,119 @@ def _own_state(callback: Any) -> dict[str, Any] | None:
 
 def _fields(state: Any) -> str:
     return ", ".join(sorted(map(str, state))) if state else "nothing"
+
+
+@attrs.frozen(eq=False)
+class StatesBefore:
+    """States of trainer and callbacks as they were."""
+
+    saved: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def taken(cls, trainer: Any, callbacks: Sequence[Any]) -> StatesBefore:
+        saved = []
+        for owner in (trainer, *callbacks):
+            take = getattr(owner, "state_dict", None)
+            if callable(take) and callable(getattr(owner, "load_state_dict", None)):
+                try:
+                    saved.append((owner, copy.deepcopy(take())))
+                except Exception as error:
+                    raise StateMismatchError(
+                        f"the state of {type_of(owner)} cannot be taken, so that it could not be put back: "
+                        f"{error}. Nothing was changed"
+                    ) from error
+        return cls(tuple(saved))
+
+    def put_back(self) -> list[str]:
+        """Give every owner its state again; what went wrong with that, in words."""
+        problems = []
+        for owner, state in self.saved:
+            try:
+                if state is not None:
+                    owner.load_state_dict(state)
+                elif owner.state_dict() is not None:
+                    problems.append(f"{type(owner).__name__} had no state before and has one now.")
+            except Exception as error:
+                problems.append(f"The state of {type(owner).__name__} could not be put back: {error}.")
+        return problems
+
+    @classmethod
+    @contextlib.contextmanager
+    def kept(cls, trainer: Any, callbacks: Sequence[Any] = ()) -> Iterator[None]:
+        """Put the states back if the block raises; the error goes on, with a note of what could not be put back."""
+        before = cls.taken(trainer, callbacks)
+        try:
+            yield
+        except BaseException as error:
+            for problem in before.put_back():
+                error.add_note(problem)
+            raise
+
+
+@attrs.frozen
+class ResumptionPaths(PathProvider):
+    """The path provider that ``resume_from_checkpoint`` of a callback is given.
+
+    Noether's EMA callback reads the tag ``latest``, whatever tag is resumed. So ``checkpoint_path`` is a temporary
+    folder of links to the files of the run, in which ``latest`` names the files of the set that is resumed. It exists
+    inside the ``with`` block only.
+    """
+
+    view: Path = attrs.field(kw_only=True)
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The folder of links."""
+        return self.view
+
+
+def resume_callbacks(
+    callbacks: Iterable[Any], model: Any, paths: PathProvider, selected: CheckpointSet, logger: logging.Logger
+) -> None:
+    """Let every callback that can (``resume_from_checkpoint``) resume from files; without one, nothing is made."""
+    resuming = _resuming(callbacks)
+    if resuming:
+        with tempfile.TemporaryDirectory(prefix="noether-init-") as folder:
+            view = Path(folder)
+            _link_files(view, paths.checkpoint_path, selected, logger)
+            shown = ResumptionPaths(paths.output_root, paths.run_id, paths.stage_name, debug=paths.debug, view=view)
+            for resume in resuming:
+                resume(resumption_paths=shown, model=model)
+
+
+def check_resumption(callbacks: Iterable[Any]) -> None:
+    """Find out whether callbacks that resume from files could be shown them. Raises ``StateMismatchError``."""
+    if not _resuming(callbacks):
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix="noether-init-") as folder:
+            os.symlink(folder, Path(folder) / "link")
+    except OSError as error:
+        raise StateMismatchError(
+            "callbacks with resume_from_checkpoint are shown their files in a temporary folder of links, and none can "
+            f"be made: {error}. Nothing was changed. Next: TMPDIR=... with a folder that can be written"
+        ) from error
+
+
+def _resuming(callbacks: Iterable[Any]) -> list[Callable[..., Any]]:
+    found = (getattr(callback, "resume_from_checkpoint", None) for callback in callbacks)
+    return [resume for resume in found if callable(resume)]
+
+
+def _link_files(view: Path, folder: Path, selected: CheckpointSet, logger: logging.Logger) -> None:
+    links: dict[str, Path] = {}
+    latest: set[tuple[str, str | None]] = set()
+    if folder.is_dir():
+        for entry in sorted(os.listdir(folder)):
+            name = parse(entry)
+            if name is not None:
+                links[entry] = folder / entry
+                if name.tag == "latest" and name.part == "model" and name.info is not None:
+                    latest.add((name.model, name.info))
+    for file in selected.files:
+        links[str(CheckpointFileName(file.model, file.info, "latest", file.part))] = file.path
+        latest.discard((file.model, file.info))
+    for model, info in sorted(latest):
+        logger.warning("%s has no %s of %s; callbacks find that of latest instead", selected.name, info, model)
+    for link, target in links.items():
+        os.symlink(target.resolve(), view / link)

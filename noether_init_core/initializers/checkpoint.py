@@ -11,11 +11,9 @@ import pydantic
 
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.errors import ConfigError
-from noether_init_core.initializers.location import LocateQuery, Part, Source
-from noether_init_core.initializers.models import Leaf
-from noether_init_core.initializers.outcome import Outcome
+from noether_init_core.initializers.base import Outcome
+from noether_init_core.initializers.location import Leaf, LocateQuery, OptimizerStateConfig, Part, Source
 from noether_init_core.initializers.source import SourceInitializer
-from noether_init_core.initializers.source_config import OptimizerStateConfig
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, said_by
@@ -96,11 +94,14 @@ class CheckpointInitializer(SourceInitializer):
         Raises ``CheckpointNotFoundError``, ``IncompleteSetError`` or ``AmbiguousCheckpointError``.
         """
         session = self.session
-        snapshot = Snapshot(self.source_paths) if session.selection is None else session.selection.selected.snapshot
+        snapshot = self._snapshot() if session.selection is None else session.selection.selected.snapshot
         needs = [self._need(leaf, part, snapshot) for leaf in leaves]
         if session.selection is None:
             session.selection = self._selected(snapshot, needs)
         require(session.selection.selected.snapshot, session.selection.chosen, needs, asked_by=self.asked_by)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.source_paths)
 
     def _selected(self, snapshot: Snapshot, needs: Sequence[Need]) -> RunSelection:
         return self._checked(find_set(snapshot, self.checkpoint_tag, needs, asked_by=self.asked_by))

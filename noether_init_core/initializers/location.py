@@ -1,16 +1,34 @@
-"""Where the weights or state of one model lie: what a kind is asked, and what it answers."""
+"""What a kind that reads files is asked, answers, and can be told: single models, queries, sources, configs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import attrs
+import pydantic
 
+from noether_init_core.applying.weights import OnNonfinite
+from noether_init_core.config.base import KindConfig
+from noether_init_core.config.transforms import TransformConfig
+from noether_init_core.errors import ConfigError
 from noether_init_core.files.verification import Digests
+from noether_init_core.surgery.patterns import parse_glob
+from noether_init_core.surgery.planner import Policies
 
-__all__ = ["LocateQuery", "Part", "Source"]
+__all__ = [
+    "Leaf",
+    "LocateQuery",
+    "OptimizerStateConfig",
+    "Part",
+    "Source",
+    "SourceInitializerConfig",
+    "leaves_of",
+    "signature",
+    "submodel_of",
+]
 
 Part = Literal["model", "optim", "trainer"]
 
@@ -62,3 +80,170 @@ class Source:
         tag, iteration = self.origin.get("tag"), self.origin.get("iteration")
         words = [run, f"@ {tag}" if tag else "", f"= {iteration}" if iteration and iteration != tag else ""]
         return " ".join(word for word in words if word)
+
+
+@attrs.frozen(eq=False)
+class Leaf:
+    """A single model, the path of names that leads to it, and the names that its files may have, best first."""
+
+    path: str
+    file_names: tuple[str, ...]
+    model: Any
+
+
+def submodel_of(model: Any, names: Sequence[str]) -> Any:
+    """The submodel that ``names`` lead to; ``model`` itself for none. Raises ``ConfigError`` with what exists."""
+    chosen, path = model, str(model.name)
+    for name in names:
+        submodels = getattr(chosen, "submodels", None) or {}
+        if submodels.get(name) is None:
+            there = ", ".join(other for other, submodel in submodels.items() if submodel is not None)
+            raise ConfigError(f"{path} has no submodel {name!r}; it has {there or 'none'}")
+        chosen, path = submodels[name], f"{path}.{name}"
+    return chosen
+
+
+def leaves_of(model: Any, path: str, file_name: str) -> tuple[Leaf, ...]:
+    """The single models below ``model`` in declared order.
+
+    Args:
+        model: A model or a composite.
+        path: The path of names that leads to it.
+        file_name: Its name in files.
+
+    Raises ``ConfigError`` if there is none.
+    """
+    found = tuple(_walk(model, path, file_name, ()))
+    if not found:
+        raise ConfigError(f"{path} has no submodel that is a model")
+    # a fallback name that two models would claim identifies neither
+    claims = Counter(other for leaf in found for other in leaf.file_names)
+    return tuple(
+        attrs.evolve(leaf, file_names=(leaf.file_names[0], *(n for n in leaf.file_names[1:] if claims[n] == 1)))
+        for leaf in found
+    )
+
+
+def _walk(model: Any, path: str, file_name: str, others: tuple[str, ...]) -> Iterator[Leaf]:
+    """``others``: names that Noether's writer gives to nested submodels (only the inner composite's own name)."""
+    submodels = getattr(model, "submodels", None)
+    if isinstance(submodels, Mapping):
+        for name, submodel in submodels.items():
+            if submodel is not None:
+                own = f"{model.name}.{name}"
+                yield from _walk(submodel, f"{path}.{name}", f"{file_name}.{name}", (own,))
+    else:
+        yield Leaf(path, tuple(dict.fromkeys((file_name, *others))), model)
+
+
+def signature(leaves: Iterable[Leaf]) -> tuple[Any, ...]:
+    """What a plan depends on, on the side of the models: which tensors they have, and what these look like."""
+    return tuple(
+        (leaf.path, name, id(tensor), tensor.shape, tensor.dtype, tensor.device)
+        for leaf in leaves
+        for named in (leaf.model.named_parameters, leaf.model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+    )
+
+
+def _checked_glob(value: str) -> str:
+    parse_glob(value)
+    return value
+
+
+def _for_all(value: Any) -> Any:
+    """A number alone is meant for all parameters."""
+    return value if isinstance(value, Mapping) else {"**": value}
+
+
+Glob = Annotated[str, pydantic.AfterValidator(_checked_glob)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+class SourceInitializerConfig(KindConfig):
+    """What every kind that reads weights from a file can be told."""
+
+    verify: Literal["full", "header", "none"] = pydantic.Field(
+        default="full",
+        description="full: every byte against its checksum; header: the structure only; none: nothing, nor are values "
+        "looked at unless on_nonfinite is given.",
+    )
+    on_nonfinite: Literal["error", "warn", "ignore"] | None = pydantic.Field(
+        default=None,
+        description="What NaN, or infinities in a parameter, lead to; when null an error, with verify: none nothing.",
+    )
+    cast: Literal["same_kind", "none", "any"] = pydantic.Field(
+        default="same_kind", description="Which dtypes may be converted: float to float, none, or any."
+    )
+    transforms: list[TransformConfig] = pydantic.Field(
+        default=[], description="Rules that say which keys of the file become which keys of the model."
+    )
+    source_root: str | None = pydantic.Field(
+        default=None, description="Prefix in the file that rules are relative to; keys outside it are left."
+    )
+    target_root: str | None = pydantic.Field(
+        default=None, description="Prefix in the model that rules are relative to; keys outside it keep their value."
+    )
+    on_missing: Literal["error", "keep", "reset"] = pydantic.Field(
+        default="error",
+        description="What a key of the model leads to that the file has not: an error, its present value, or a fresh "
+        "value by its module's reset_parameters.",
+    )
+    on_unexpected: Literal["error", "ignore"] = pydantic.Field(
+        default="error", description="What a key of the file leads to that the model has not."
+    )
+    on_mismatch: Literal["error", "keep", "slice", "pad"] = pydantic.Field(
+        default="error",
+        description="What different shapes lead to: an error, the model's own value, the leading part of the file's "
+        "tensor, or the file's tensor in the leading part of the model's.",
+    )
+    on_unmatched_rule: Literal["error", "warn"] | None = pydantic.Field(
+        default=None, description="What a rule that matches nothing leads to: an error; for Noether's fields a warning."
+    )
+    min_coverage: Annotated[
+        dict[Glob, Share], pydantic.BeforeValidator(_for_all, json_schema_input_type=Share | dict[Glob, Share])
+    ] = pydantic.Field(
+        default={},
+        description="Least share of the parameters that must come from checkpoints, from 0 to 1; or globs -> shares.",
+    )
+    submodel: str | None = pydantic.Field(
+        default=None, description="Initialize this submodel of a composite only, such as encoder or encoder.stem."
+    )
+
+    @property
+    def policies(self) -> Policies:
+        """What is done where file and model do not fit."""
+        return Policies(self.on_missing, self.on_unexpected, self.on_mismatch, self.cast, dict(self.min_coverage))
+
+    @property
+    def nonfinite(self) -> OnNonfinite:
+        """What NaN and infinities lead to; with ``verify: none`` values are looked at only if the config says so."""
+        return self.on_nonfinite or ("ignore" if self.verify == "none" else "error")
+
+
+class OptimizerStateConfig(SourceInitializerConfig):
+    """The config of kinds that can bring optimizer state besides weights; ``locate`` is then asked for ``optim``."""
+
+    load_optim: bool = pydantic.Field(default=False, description="Whether the state of the optimizer is loaded too.")
+    param_groups: dict[str, Literal["checkpoint", "config"]] = pydantic.Field(
+        default={},
+        description="Field of the optimizer's groups (lr, weight_decay; * for all others) -> whose value stays: that "
+        "of the checkpoint (the default), or of the optimizer as it is configured now.",
+    )
+    on_missing_state: Literal["error", "fresh"] = pydantic.Field(
+        default="error",
+        description="What a parameter leads to whose weights are loaded and that has no optimizer state in the file.",
+    )
+    on_unexpected_state: Literal["error", "ignore"] | None = pydantic.Field(
+        default=None,
+        description="What optimizer state leads to of a parameter that is not there: an error; when null a warning "
+        "where weights were renamed or left out.",
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check_optimizer_fields(self) -> Self:
+        about_state: dict[str, Any] = {"param_groups": {}, "on_missing_state": "error", "on_unexpected_state": None}
+        given = [name for name, default in about_state.items() if getattr(self, name) != default]
+        if given and not self.load_optim:
+            raise ValueError(f"{given[0]} is about optimizer state, which is not loaded. Add: load_optim: true")
+        return self

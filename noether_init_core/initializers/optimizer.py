@@ -21,14 +21,12 @@ from noether_init_core.applying.optimizer_state import (
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
-from noether_init_core.initializers.location import Source
-from noether_init_core.initializers.models import Leaf
-from noether_init_core.initializers.source_config import OptimizerStateConfig
+from noether_init_core.initializers.location import Leaf, OptimizerStateConfig, Source
 from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
 from noether_init_core.surgery.optimizer_plan import Moved, OptimizerPlan, ParameterOrigin, Stays, plan_optimizer
 from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow
 
-__all__ = ["OptimizerStep", "decided"]
+__all__ = ["OptimizerStep", "by_optimizer", "decided", "is_asked_for"]
 
 
 @attrs.frozen(eq=False)
@@ -94,10 +92,8 @@ class OptimizerStep:
                 return tensors[value]
             if not isinstance(value, Moved):
                 return value
-            if value.steps or value.dtype is not None:  # the result has memory of its own
-                values = [tensors[one] if one in tensors else made(one) for one in value.values]
-            else:
-                values = [made(one) for one in value.values]
+            has_own_memory = bool(value.steps) or value.dtype is not None
+            values = [tensors[one] if has_own_memory and one in tensors else made(one) for one in value.values]
             return moved_value(value, values, self.source.location.name)
 
         plan = attrs.evolve(
@@ -152,7 +148,11 @@ class OptimizerStep:
     def _nonfinite(self, states: Sequence[Mapping[str, Any]], fields: Sequence[Mapping[str, Any]]) -> list[str]:
         """What holds NaN or infinities in the state, or NaN in the fields."""
         file = self.source.location.name
-        named = [(key, info) for state in states for key, value in state.items() for info in _infos(value)]
+        stored: dict[str, list[Any]] = {}
+        for state in states:
+            for key, value in state.items():
+                stored.setdefault(key, []).append(value)
+        named = [(key, info) for key, values in stored.items() for info in _infos(values)]
         found = self.reader.nonfinite([info for _key, info in named])
         keys = dict.fromkeys(key for key, info in named if info in found)
         return [f"{file}: {key} of the optimizer holds NaN or infinities" for key in keys] + [
@@ -161,6 +161,18 @@ class OptimizerStep:
             for key, value in values.items()
             if isinstance(value, float) and math.isnan(value)
         ]
+
+
+def by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str], list[str]]:
+    """Models with an optimizer to load, paths of those that have none, and of those that are frozen."""
+    chosen = [leaf for leaf in leaves if not leaf.model.is_frozen and leaf.model.optimizer is not None]
+    without = [leaf.path for leaf in leaves if not leaf.model.is_frozen and leaf.model.optimizer is None]
+    return chosen, without, [leaf.path for leaf in leaves if leaf.model.is_frozen]
+
+
+def is_asked_for(config: OptimizerStateConfig) -> bool:
+    """Whether the config asks for optimizer state that the kind would not load by itself."""
+    return config.load_optim and type(config).model_fields["load_optim"].default is not True
 
 
 def decided(

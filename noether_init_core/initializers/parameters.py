@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,18 +31,16 @@ def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {bare: named[name] for bare, name in name_rules.bare_names(named).items()}
 
 
-class NameGlobs:
+class NameGlobs(PatternSet):
     """Globs as in ``transforms``: ``*`` is part of a segment, ``**`` any segments, a trailing dot everything below.
+
+    ``matching(name)`` gives the numbers of the globs that match, from 0; it takes the same time for many globs.
 
     Raises ``ValueError`` for a text that is no glob, so that pydantic shows it at its place in the config.
     """
 
     def __init__(self, globs: Iterable[str]) -> None:
-        self._set = PatternSet(parse_glob(glob).expression for glob in globs)
-
-    def matching(self, name: str) -> Sequence[int]:
-        """The numbers of the globs that match ``name``, in order, from 0. Takes the same time for many globs."""
-        return self._set.matching(name)
+        super().__init__(parse_glob(glob).expression for glob in globs)
 
     @staticmethod
     def near(name: str, others: Iterable[str]) -> list[str]:

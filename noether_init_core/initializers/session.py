@@ -1,6 +1,6 @@
 """LoadSession: what one initializer knows during one initialization; it ends with it.
 
-A session of a kind that reads files goes through stages, each a frozen value that holds the one before::
+A session of a kind that reads files goes through stages::
 
     selected -> opened -> planned -> verified -> applied
 
@@ -10,6 +10,7 @@ A session of a kind that reads files goes through stages, each a frozen value th
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,35 +19,49 @@ from typing import Any, Protocol
 import attrs
 
 from noether_init_core.applying.agreement import check_across, check_casts, check_loading_code
-from noether_init_core.applying.targets import ModelTargets, device_for, loaded_by_code, model_targets
+from noether_init_core.applying.targets import (
+    ModelTargets,
+    device_for,
+    left_without_memory,
+    loaded_by_code,
+    model_targets,
+    on_meta,
+)
 from noether_init_core.applying.weights import apply_rows, check_values, check_versions
 from noether_init_core.errors import (
     CheckpointNotFoundError,
     ConfigError,
     PartlyInitializedError,
+    PlanError,
     StateMismatchError,
     TornSetError,
 )
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.verification import Digests
-from noether_init_core.initializers.base import Session, dotted
-from noether_init_core.initializers.location import LocateQuery, Part, Source
-from noether_init_core.initializers.models import Leaf, signature
-from noether_init_core.initializers.optimizer import OptimizerStep, decided
-from noether_init_core.initializers.outcome import LoadedFile
-from noether_init_core.initializers.source_config import OptimizerStateConfig, SourceInitializerConfig
-from noether_init_core.initializers.stages import Applied, Opened, OpenFile, Planned, Verified, check_memory
+from noether_init_core.initializers.base import LoadedFile, Session, dotted
+from noether_init_core.initializers.location import (
+    Leaf,
+    LocateQuery,
+    OptimizerStateConfig,
+    Part,
+    Source,
+    SourceInitializerConfig,
+    signature,
+)
+from noether_init_core.initializers.optimizer import OptimizerStep, by_optimizer, decided, is_asked_for
 from noether_init_core.messages import listed
 from noether_init_core.sets.provenance import History
-from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TensorSpec
+from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.name_rules import NameRules
-from noether_init_core.surgery.plan import Problem
+from noether_init_core.surgery.plan import LoadPlan, Problem
 from noether_init_core.surgery.planner import plan_load
 
 __all__ = ["LoadSession"]
 
 #: A plan names so many problems of one optimizer; what is wrong with one parameter is wrong with many.
 _MOST_PROBLEMS = 5
+#: Extra state of a module in a file.
+_EXTRA = TargetSpec((), "object", 0)
 
 
 class Loading(Protocol):
@@ -69,81 +84,109 @@ class Loading(Protocol):
     def history_of(self, source: Source) -> History: ...
 
 
+@attrs.frozen(eq=False)
+class OpenFile:
+    """A file that a kind located, and the open checkpoint."""
+
+    source: Source
+    reader: Checkpoint
+
+
+@attrs.frozen(eq=False)
+class Opened:
+    """The files with the weights of every single model below ``model`` are open; they belong together."""
+
+    model: Any
+    leaves: tuple[Leaf, ...]
+    weights: Mapping[str, OpenFile]
+
+    @property
+    def metadata(self) -> dict[Path, Mapping[str, Any]]:
+        """What the header of each file holds besides tensors."""
+        return {file.source.location: file.reader.metadata for file in self.weights.values()}
+
+
+@attrs.frozen(eq=False)
+class Planned:
+    """What will be done to the tensors, which are those of ``signature``."""
+
+    opened: Opened
+    plan: LoadPlan
+    targets: Mapping[str, ModelTargets]
+    signature: tuple[Any, ...]
+
+
 class LoadSession(Session):
     """A session of a kind that reads weights, and optimizer state, from files that it locates.
 
     Attributes:
+        config: The config of the kind.
         selection: What the kind selected, in its own terms; the first question decides it.
-        stage: How far the weights have come: ``Opened``, ``Planned``, ``Verified`` or ``Applied``.
+        opened: The open files with the weights; None before.
+        planned: The plan that was made last; None before.
+        is_verified: Whether everything that ``planned`` reads was verified.
+        files: Path of a single model -> the file that its weights came from; None before they were written.
     """
 
-    def __init__(self, initializer: Loading, *, where: Callable[..., str] = dotted, trains: bool = True) -> None:
-        super().__init__(where=where, trains=trains)
+    def __init__(self, initializer: Loading, *, where: Callable[..., str] = dotted) -> None:
+        super().__init__(where=where)
         self._kind = initializer
+        self.config: SourceInitializerConfig = initializer.config
+        has_state = isinstance(self.config, OptimizerStateConfig) and self.config.load_optim
+        self._state_config: OptimizerStateConfig | None = initializer.config if has_state else None
         self.selection: Any = None
-        self.stage: Opened | Planned | Verified | Applied | None = None
+        self.opened: Opened | None = None
+        self.planned: Planned | None = None
+        self.is_verified = False
+        self.files: Mapping[str, LoadedFile] | None = None
         self._steps: dict[str, OptimizerStep] = {}
 
-    @property
-    def config(self) -> SourceInitializerConfig:
-        config: SourceInitializerConfig = self._kind.config
-        return config
-
     def close_files(self) -> None:
-        for file in self._opened.weights.values() if self._opened is not None else ():
+        for file in self.opened.weights.values() if self.opened is not None else ():
             file.reader.close()
         for step in self._steps.values():
             step.reader.close()
         self._steps.clear()
-        self.stage = None
+        self.opened = self.planned = self.files = None
+        self.is_verified = False
 
     # Weights.
 
-    @property
-    def _opened(self) -> Opened | None:
-        planned = self.planned
-        return planned.opened if planned is not None else self.stage if isinstance(self.stage, Opened) else None
-
-    @property
-    def planned(self) -> Planned | None:
-        """The plan that was made last; None before."""
-        stage = self.stage
-        return stage if isinstance(stage, Planned) else stage.planned if isinstance(stage, Verified | Applied) else None
-
     def plan(self, model: Any) -> Planned:
         """The plan of the weights; the last one where there is one for this model. Only headers are read."""
-        planned = self.planned
-        if planned is None or planned.opened.model is not model:
-            planned = self.stage = self._plan(self.open(model))
-        return planned
+        opened = self.open(model)
+        if self.planned is None:
+            self.planned = self._plan(opened)
+        return self.planned
 
-    def verify(self, model: Any) -> Verified:
+    def verify(self, model: Any) -> Planned:
         """Find out everything that could fail: problems of the plan, bytes, values. Nothing is changed.
 
         What was verified holds as long as the model has the same tensors; otherwise it is planned anew.
         """
-        if isinstance(self.stage, Applied):  # its files are closed
+        if self.files is not None:  # they are closed
             self.close_files()
-        stage, planned = self.stage, self.plan(model)
+        planned, was_verified = self.plan(model), self.is_verified
         if planned.signature != signature(planned.opened.leaves):
-            planned = self.stage = self._plan(planned.opened)
-        elif isinstance(self.stage, Verified):
-            return self.stage
-        for warning in () if isinstance(stage, Verified) else planned.plan.warnings:
+            self.is_verified = False
+            planned = self.planned = self._plan(planned.opened)
+        elif was_verified:
+            return planned
+        for warning in () if was_verified else planned.plan.warnings:
             self.warn(f"{warning.model}: {warning.message}")
-        verified = self.stage = self._verify(planned)
-        return verified
+        self._verify(planned)
+        self.is_verified = True
+        return planned
 
-    def apply(self, model: Any) -> Applied:
+    def apply(self, model: Any) -> None:
         """Write the weights in place and close their files; they are verified before, unless they were."""
-        applied = self.stage = self._apply(self.verify(model).planned)
-        return applied
+        self.files = self._apply(self.verify(model))
 
     def open(self, model: Any) -> Opened:
         """The open files of this model; nothing but their headers is read."""
-        if self._opened is not None:
-            if self._opened.model is model:
-                return self._opened
+        if self.opened is not None:
+            if self.opened.model is model:
+                return self.opened
             self.close_files()
         with self.stopwatch.phase("find"):
             leaves = self._kind.leaves(model)
@@ -163,7 +206,7 @@ class LoadSession(Session):
             for file in found.values():
                 file.reader.close()
             raise
-        self.stage = opened
+        self.opened = opened
         return opened
 
     def _file(self, leaf: Leaf, part: Part) -> OpenFile | None:
@@ -210,13 +253,13 @@ class LoadSession(Session):
         targets = {part.model: own for part, own in found}
         return Planned(opened, plan, targets, signature(opened.leaves))
 
-    def _verify(self, planned: Planned) -> Verified:
+    def _verify(self, planned: Planned) -> None:
         config, plan, opened = self.config, planned.plan, planned.opened
         plan.raise_for_problems()
         check_loading_code(plan, planned.targets)
         for leaf in opened.leaves:
             rows, file = plan.rows_of(leaf.path), opened.weights[leaf.path]
-            check_memory(leaf, planned)
+            _check_memory(leaf, planned)
             check_versions(leaf.path, rows, file.reader.versions, planned.targets[leaf.path])
             examined = [source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
             if config.verify == "full":
@@ -227,9 +270,8 @@ class LoadSession(Session):
                 check_casts(plan, leaf.path, file.reader)
         with self.stopwatch.phase("verify"):
             check_across(plan, {path: file.reader for path, file in opened.weights.items()})
-        return Verified(planned)
 
-    def _apply(self, planned: Planned) -> Applied:
+    def _apply(self, planned: Planned) -> dict[str, LoadedFile]:
         plan, opened = planned.plan, planned.opened
         done: list[str] = []
         by_code = frozenset(
@@ -264,7 +306,7 @@ class LoadSession(Session):
                 self._kind.history_of(source),
             )
             file.reader.close()
-        return Applied(planned, files)
+        return files
 
     # Optimizers.
 
@@ -272,10 +314,10 @@ class LoadSession(Session):
         """What is known beforehand of the optimizers: problems, and warnings. Only headers are read."""
         if self._state_config is None:
             return [], []
-        chosen, without, _frozen = _by_optimizer(self.plan(model).opened.leaves)
+        chosen, without, _frozen = by_optimizer(self.plan(model).opened.leaves)
         problems: list[Problem] = []
         warnings: list[Problem] = []
-        if not chosen and _is_asked_for(self._state_config):
+        if not chosen and is_asked_for(self._state_config):
             message = "optimizer state: not planned, the model has no optimizer"
             warnings += [Problem("optimizer", message, path) for path in without]
         for leaf in chosen:
@@ -299,12 +341,12 @@ class LoadSession(Session):
         config = self._state_config
         if config is None:
             return ()
-        chosen, without, frozen = _by_optimizer(self.plan(model).opened.leaves)
+        chosen, without, frozen = by_optimizer(self.plan(model).opened.leaves)
         for path in frozen:
             self._kind.logger.info("%s: %s is frozen, its optimizer is left", config.kind, path)
         for path in without:
             self._kind.logger.info("%s: %s has no optimizer", config.kind, path)
-        if without and not chosen and _is_asked_for(config):
+        if without and not chosen and is_asked_for(config):
             raise ConfigError(
                 f"load_optim: true, but {', '.join(without)} has no optimizer to load into. "
                 "Next: bind(module, optimizer=...), or load_optim: false"
@@ -347,11 +389,6 @@ class LoadSession(Session):
             step.reader.close()
         self._steps.clear()
 
-    @property
-    def _state_config(self) -> OptimizerStateConfig | None:
-        config = self.config
-        return config if isinstance(config, OptimizerStateConfig) and config.load_optim else None
-
     def _step(self, leaf: Leaf, model: Any) -> OptimizerStep:
         """What an optimizer will get, by the header of its file, which goes with the weights."""
         planned, known = self.plan(model), self._steps.get(leaf.path)
@@ -392,23 +429,22 @@ class LoadSession(Session):
             ) from error
 
 
-@attrs.frozen
-class _ExtraState:
-    shape: tuple[int, ...] = ()
-    dtype: str = "object"
-    nbytes: int = 0
-
-
-_EXTRA = _ExtraState()
-
-
-def _by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str], list[str]]:
-    """Models with an optimizer to load, paths of those that have none, and of those that are frozen."""
-    chosen = [leaf for leaf in leaves if not leaf.model.is_frozen and leaf.model.optimizer is not None]
-    without = [leaf.path for leaf in leaves if not leaf.model.is_frozen and leaf.model.optimizer is None]
-    return chosen, without, [leaf.path for leaf in leaves if leaf.model.is_frozen]
-
-
-def _is_asked_for(config: OptimizerStateConfig) -> bool:
-    """Whether the config asks for optimizer state that the kind would not load by itself."""
-    return config.load_optim and type(config).model_fields["load_optim"].default is not True
+def _check_memory(leaf: Leaf, planned: Planned) -> None:
+    """A model on the meta device gets memory, but only for what the file holds."""
+    plan, targets = planned.plan, planned.targets[leaf.path]
+    without = left_without_memory(leaf.model, plan.rows_of(leaf.path), targets)
+    if without:
+        raise PlanError(
+            f"{leaf.path} is on the meta device, and {listed(without)} would stay there: the file does not have them, "
+            "or they are kept. Next: module.to_empty(device='cpu'), then fill these, or build the module on the CPU",
+            plan=plan,
+            problems=[f"{key} is on the meta device" for key in without],
+        )
+    held = [name for name, tensor in on_meta(targets).items() if weakref.getweakrefs(tensor)]
+    if held:
+        raise PlanError(
+            f"{leaf.path} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "
+            "reference to it. Next: module.to_empty(device='cpu')",
+            plan=plan,
+            problems=[f"{key} is held by a weak reference" for key in held],
+        )

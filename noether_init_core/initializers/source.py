@@ -14,13 +14,17 @@ from noether_init_core.config.transforms import rule_of
 from noether_init_core.errors import ConfigError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.initializers.base import InitializerBase, dotted
-from noether_init_core.initializers.location import LocateQuery, Part, Source
-from noether_init_core.initializers.models import Leaf, leaves_of, submodel_of
-from noether_init_core.initializers.outcome import Outcome
+from noether_init_core.initializers.base import InitializerBase, Outcome, dotted
+from noether_init_core.initializers.location import (
+    Leaf,
+    LocateQuery,
+    Part,
+    Source,
+    SourceInitializerConfig,
+    leaves_of,
+    submodel_of,
+)
 from noether_init_core.initializers.session import LoadSession
-from noether_init_core.initializers.source_config import SourceInitializerConfig
-from noether_init_core.initializers.stages import Applied
 from noether_init_core.protocols import check_model
 from noether_init_core.sets.provenance import History
 from noether_init_core.suggest.rules import Suggestion
@@ -75,9 +79,9 @@ class SourceInitializer(InitializerBase, abc.ABC):
             warns=config.on_unmatched_rule == "warn",
         )
 
-    def new_session(self, *, where: Callable[..., str] = dotted, trains: bool = True) -> LoadSession:
+    def new_session(self, *, where: Callable[..., str] = dotted) -> LoadSession:
         """A session with the stages of a load."""
-        return LoadSession(self, where=where, trains=trains)
+        return LoadSession(self, where=where)
 
     def plan(self, model: Any) -> LoadPlan:
         """What ``init_weights(model)`` will do. Only headers are read; ``model`` may be on the meta device.
@@ -136,9 +140,8 @@ class SourceInitializer(InitializerBase, abc.ABC):
 
     def outcome(self) -> Outcome:
         """The files that weights came from, what was restored besides, and where the time went."""
-        stage = None if self.session is None else self.session.stage
-        files = stage.files if isinstance(stage, Applied) else {}
-        return attrs.evolve(super().outcome(), files=files, continues=self.continues)
+        files = None if self.session is None else self.session.files
+        return attrs.evolve(super().outcome(), files=files or {}, continues=self.continues)
 
     @property
     def continues(self) -> bool:

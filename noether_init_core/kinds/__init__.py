@@ -4,7 +4,7 @@ Here live entry points, the registry, the contract and its hookspec, and the con
 here reads a checkpoint, and importing it imports neither torch nor a plugin.
 """
 
-from noether_init_core.kinds.entry_points import ALLOW_VARIABLE, DENY_VARIABLE, KindInfo, clear_cache
+from noether_init_core.kinds.lookup import ALLOW_VARIABLE, DENY_VARIABLE, KindInfo, clear_cache
 from noether_init_core.kinds.registry import (
     GROUP,
     create,

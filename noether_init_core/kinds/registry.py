@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from noether_init_core.errors import ConfigError, KindContractError, UnknownKindError, type_of
-from noether_init_core.kinds import entry_points, lookup
-from noether_init_core.kinds.entry_points import KindInfo
+from noether_init_core.kinds import lookup
+from noether_init_core.kinds.lookup import KindInfo
 from noether_init_core.messages import listed, quoted
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def register(name: str, cls: type[InitializerBase]) -> None:
     distribution offers the name, ``KindContractError`` where the class breaks the contract.
     """
     info = KindInfo(name, None, None, _target_of(cls))
-    taken = entry_points.found_under(GROUP, name)
+    taken = lookup.found_under(GROUP, name)
     if taken:
         raise lookup.conflict(_KINDS, name, [*taken, info])
     _registered[name] = _checked(info, cls)
@@ -127,7 +127,7 @@ def unregister(name: str) -> None:
 
 def without_installed() -> contextlib.AbstractContextManager[None]:
     """Within the block only kinds of ``register`` are known, whatever is installed. For tests."""
-    return entry_points.without_installed(GROUP)
+    return lookup.without_installed(GROUP)
 
 
 def _of_this_process() -> list[KindInfo]:

@@ -20,7 +20,7 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.config.document import Document, Entry, KeyPath, is_resolved, read_yaml, resolved_entries
 from noether_init_core.config.json_schema import DECIDED
 from noether_init_core.errors import ConfigError, KindError, type_of
-from noether_init_core.kinds.wording import explain
+from noether_init_core.kinds.any_initializer import explain
 from noether_init_core.messages import near
 
 __all__ = [

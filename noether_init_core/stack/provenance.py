@@ -1,19 +1,22 @@
-"""Where every tensor of a model came from, after an initialization: from the plans that were carried out."""
+"""The report of an initialization, with the origin of every tensor, from the plans that were carried out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from noether_init_core.initializers.outcome import LoadedFile, Outcome
+from noether_init_core import kinds
+from noether_init_core.initializers.base import LoadedFile, Outcome
+from noether_init_core.iteration import TrainingIteration
 from noether_init_core.protocols import leaf_models
-from noether_init_core.sets.provenance import SourceRecord, TensorRecord
+from noether_init_core.sets.provenance import InitializerReport, InitReport, SourceRecord, TensorRecord
+from noether_init_core.stack.members import Prepared
 from noether_init_core.surgery.plan import LoadPlan, PlanRow
 from noether_init_core.surgery.steps import described
 
-__all__ = ["Carried", "Written", "trace", "values_of"]
+__all__ = ["Carried", "Written", "reported", "trace", "values_of"]
 
 #: (path of a single model, name of an entry) -> digest of its bytes.
 Values = dict[tuple[str, str], str]
@@ -91,7 +94,8 @@ def trace(
                 continue
             if (row.origin, row.model) not in files:
                 file = one.file_of(row)
-                files[row.origin, row.model] = _numbered(sources, _record_of(one, row.model, file)), file
+                record = _record_of(one, row.model, file)
+                files[row.origin, row.model] = sources.setdefault(record, len(sources)), file
             number, file = files[row.origin, row.model]
             found[place] = TensorRecord(
                 path,
@@ -134,10 +138,6 @@ def _share(found: dict[tuple[str, str], TensorRecord], first: tuple[str, str], o
         found[fresh] = attrs.evolve(found[loaded], model=fresh[0], name=fresh[1], rule=rule)
 
 
-def _numbered(sources: dict[SourceRecord, int], record: SourceRecord) -> int:
-    return sources.setdefault(record, len(sources))
-
-
 def _record_of(one: Carried, model: str, file: LoadedFile) -> SourceRecord:
     return SourceRecord(
         one.kind,
@@ -158,4 +158,59 @@ def _ancestors(
 ) -> tuple[tuple[int, tuple[str, ...]], ...]:
     """Where the values under ``keys`` of a file came from before; what several have in common stands once."""
     chain = dict.fromkeys(step for key in keys for step in history.get(key, ()))
-    return tuple((_numbered(sources, record), names) for record, names in chain)
+    return tuple((sources.setdefault(record, len(sources)), names) for record, names in chain)
+
+
+def reported(
+    model: Any,
+    prepared: Sequence[Prepared],
+    start: TrainingIteration,
+    starts: Sequence[TrainingIteration | None],
+    called: Sequence[str],
+    written: Mapping[int, Written],
+    decision: str,
+) -> InitReport:
+    """The report.
+
+    Args:
+        model: The whole model, initialized.
+        prepared: The plans that were carried out, one for each member; its initializer is asked for its outcome.
+        start: The iteration at which training starts.
+        starts: What each member returned as its start.
+        called: The hooks that were called.
+        written: Number of a member without a plan -> the entries that it gave other values.
+        decision: What ``auto_resume`` decided.
+    """
+    offers = {info.name: f"{info.distribution} {info.version}" for info in kinds.installed()}
+    reports = []
+    carried: list[Carried | Written] = []
+    for number, (one, own_start) in enumerate(zip(prepared, starts, strict=True)):
+        member = one.member
+        planned = LoadPlan.merged([plan for _unit, plan in one.plans]) if one.plans else None
+        outcome = member.initializer.outcome()
+        reports.append(
+            InitializerReport(
+                kind=member.kind,
+                distribution=offers.get(member.kind, ""),
+                hooks=tuple(hook for hook in called if hook in one.hooks),
+                origins=()
+                if planned is None
+                else tuple((one.model, one.description, ", ".join(one.files)) for one in planned.origins),
+                counts={} if planned is None else planned.counts(),
+                coverage=None if planned is None else planned.coverage(),
+                start=str(own_start) if own_start is not None and not own_start.is_zero else None,
+                restored=outcome.restored,
+                passed_over=outcome.passed_over,
+                not_restored=outcome.not_restored,
+                resumed_set=outcome.resumed_set,
+                timings=outcome.timings,
+            )
+        )
+        path, name = ".".join((str(model.name), *member.submodel)), str(member.model(model).name)
+        for unit, plan in one.plans:
+            own = outcome if unit is member.initializer else unit.outcome()
+            carried.append(Carried(unit.config.kind, plan, own, path, name))
+        if number in written:
+            carried.append(written[number])
+    sources, tensors = trace(model, carried)
+    return InitReport(start, tuple(reports), decision, sources, tensors)

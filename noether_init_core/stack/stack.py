@@ -21,14 +21,16 @@ from noether_init_core.errors import (
     type_of,
 )
 from noether_init_core.initializers.base import InitializerBase, Session
+from noether_init_core.initializers.callbacks import StatesBefore
 from noether_init_core.initializers.location import Source
-from noether_init_core.initializers.states import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds.hookspec import HOOK_NAMES
 from noether_init_core.observers.loading import load_observer
+from noether_init_core.paths import PathProvider
 from noether_init_core.protocols import check_model
 from noether_init_core.sets.provenance import InitReport
-from noether_init_core.stack import auto_resume
+from noether_init_core.sets.selection import newest_set
+from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.stack.config_files import (
     Entry,
     LoadedConfig,
@@ -36,10 +38,8 @@ from noether_init_core.stack.config_files import (
     load_config_mapping,
     validate_entry,
 )
-from noether_init_core.stack.hook_caller import HookCaller
-from noether_init_core.stack.members import Member, Prepared, prepare
-from noether_init_core.stack.provenance import Written, values_of
-from noether_init_core.stack.report import reported
+from noether_init_core.stack.members import HookCaller, Member, Prepared, prepare
+from noether_init_core.stack.provenance import Written, reported, values_of
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
 
@@ -103,7 +103,7 @@ class InitializerStack:
         entries: Iterable[Entry] = loaded.entries
         decision = ""
         if loaded.resume is not None:
-            resumed, decision = auto_resume.decided(path_provider, loaded.resume)
+            resumed, decision = _resumed(path_provider, loaded.resume)
             if resumed is not None:
                 entries = [resumed]
         stack = cls.__new__(cls)
@@ -138,7 +138,7 @@ class InitializerStack:
             for position, prepared in enumerate(prepare(self._members, model)):
                 plans += [(position, plan) for _unit, plan in prepared.plans]
                 member = prepared.member
-                if plans and not prepared.plans and member.takes_part_in("init_weights"):
+                if plans and not prepared.plans and "init_weights" in prepared.hooks:
                     said = f"{member.kind} comes later and states no plan: what it writes is not in this plan"
                     warning = Problem("unplanned", said, str(member.model(model).name), ())
                     number, last = plans[-1]
@@ -216,9 +216,10 @@ class InitializerStack:
             self._check_start(start)
             prepared = tuple(prepare(self._members, model, (trainer, callbacks)))
             written: dict[int, Written] = {}
-            self._run(self._steps(model, trainer, callbacks, prepared, written), trainer, callbacks or [])
-            present = {"init_trainer": trainer is not None, "init_callbacks": callbacks is not None}
-            hooks = [hook for hook in HOOK_NAMES if present.get(hook, True)]
+            absent = {"init_trainer": trainer is None, "init_callbacks": callbacks is None}
+            hooks = [hook for hook in HOOK_NAMES if not absent.get(hook)]
+            steps = self._steps(hooks[1:], model, trainer, callbacks, prepared, written)
+            self._run(steps, trainer, callbacks or [])
             report = reported(model, prepared, start, starts, hooks, written, self._auto_resume)
             if hasattr(trainer, "lineage"):
                 trainer.lineage = tuple(report.lineage())
@@ -260,12 +261,8 @@ class InitializerStack:
     def _starts(self) -> tuple[TrainingIteration, list[TrainingIteration | None]]:
         starts: list[TrainingIteration | None] = []
         for member in self._members:
-            results = (
-                self._hooks.call("start_checkpoint", member.initializer)
-                if member.takes_part_in("start_checkpoint")
-                else []
-            )
-            start = results[0] if results else None
+            is_asked = member.takes_part_in("start_checkpoint")
+            start = self._hooks.call("start_checkpoint", member.initializer) if is_asked else None
             if start is not None and not isinstance(start, TrainingIteration):
                 raise ConfigError(f"{member.kind}: start_checkpoint returned {type_of(start)}, not a TrainingIteration")
             starts.append(start)
@@ -295,6 +292,7 @@ class InitializerStack:
 
     def _steps(
         self,
+        hooks: Sequence[str],
         model: Any,
         trainer: Any,
         callbacks: list[Any] | None,
@@ -302,21 +300,15 @@ class InitializerStack:
         written: dict[int, Written],
     ) -> list[tuple[str, Callable[[], Any]]]:
         """What is done after the checks, in order, each with its name. ``written`` gets what no plan states."""
-        arguments: dict[str, Callable[[Member], dict[str, Any]]] = {}
-        if trainer is not None:
-            arguments["init_trainer"] = lambda member: {"trainer": trainer}
-        arguments["init_weights"] = lambda member: {"model": member.model(model)}
-        arguments["init_optimizer"] = lambda member: {"model": member.model(model)}
-        if callbacks is not None:
-            arguments["init_callbacks"] = lambda member: {"callbacks": callbacks, "model": member.model(model)}
         steps: list[tuple[str, Callable[[], Any]]] = []
         has_loaded = False
-        for hook, make in arguments.items():
+        for hook in hooks:
             for number, one in enumerate(prepared):
                 member = one.member
-                if not member.takes_part_in(hook):
+                if hook not in one.hooks:
                     continue
-                call: Callable[[], Any] = functools.partial(self._hooks.call, hook, member.initializer, **make(member))
+                given = {"model": member.model(model), "trainer": trainer, "callbacks": callbacks}
+                call: Callable[[], Any] = functools.partial(self._hooks.call, hook, member.initializer, **given)
                 if hook == "init_weights" and has_loaded and not one.plans:
                     call = functools.partial(_watched, model, member.kind, call, written, number)
                 has_loaded = has_loaded or (hook == "init_weights" and bool(one.plans))
@@ -361,3 +353,34 @@ def _member(entry: Entry, path_provider: Any) -> Member:
     initializer = kinds.create(validate_entry(entry), path_provider=path_provider)
     hooks = frozenset(HOOK_NAMES) if entry.hooks is None else entry.hooks
     return Member(initializer, entry.submodel or (), hooks, entry.where)
+
+
+def _resumed(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
+    """The entry that resumes this run from its newest set (that is good), or None, and the decision in words.
+
+    What the config says of it is validated at the first start already, when there is nothing to resume.
+    """
+    if path_provider is None:
+        raise ConfigError("auto_resume needs path_provider=PathProvider(output_root, run_id): it resumes this very run")
+    paths = PathProvider.of(path_provider)
+    if paths.run_id_is_generated:
+        raise ConfigError(
+            f"auto_resume: the run id {paths.run_id} was generated for this start, so that no later start could find "
+            "its checkpoints. Give a fixed run_id"
+        )
+    config = validate_entry(entry)
+    snapshot = Snapshot(paths)
+    keywords = {**(getattr(config, "kwargs", None) or {}), "auto_resume": snapshot}
+    if getattr(config, "on_invalid", "error") == "previous" and snapshot.is_begun():
+        # Which set is good is found out by reading it, when the start iteration is asked for.
+        resumed = config.model_copy(update={"kwargs": keywords})
+        return attrs.evolve(entry, config=resumed), "auto_resume: resumed from the newest good set"
+    model = getattr(config, "model_name", None)
+    # a name that no set has is an error of the resume, and no fresh start: it may be misspelt
+    newest = newest_set(snapshot, model, asked_by="auto_resume")
+    if newest is None and model is not None:
+        newest = newest_set(snapshot, asked_by="auto_resume")
+    if newest is None:
+        return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
+    resumed = config.model_copy(update={"kwargs": keywords, "checkpoint_tag": newest.name})
+    return attrs.evolve(entry, config=resumed), f"auto_resume: resumed from {newest.name}"

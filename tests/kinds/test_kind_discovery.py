@@ -15,7 +15,7 @@ from support.foreign import INITIALIZER, ForeignPackages
 
 from noether_init_core import kinds
 from noether_init_core.errors import KindBlockedError, KindConflictError, KindImportError, UnknownKindError
-from noether_init_core.kinds import entry_points as offers
+from noether_init_core.kinds import lookup
 
 
 def _many(foreign: ForeignPackages, count: int) -> None:
@@ -43,17 +43,17 @@ def test_a_scan_reads_entry_points_once_and_no_other_metadata(
     """Names and versions stand in the names of the metadata folders."""
     _many(foreign, 20)
     reads: list[str] = []
-    read_text = offers.importlib.metadata.PathDistribution.read_text
+    read_text = lookup.importlib.metadata.PathDistribution.read_text
 
     def counted(self: object, name: str) -> str | None:
         reads.append(name)
         return read_text(self, name)  # type: ignore[arg-type]  # the method it stands for
 
-    monkeypatch.setattr(offers.importlib.metadata.PathDistribution, "read_text", counted)
+    monkeypatch.setattr(lookup.importlib.metadata.PathDistribution, "read_text", counted)
     kinds.clear_cache()
     kinds.resolve("many_7")
     kinds.resolve("many_7")
-    total = len(list(offers.importlib.metadata.distributions()))
+    total = len(list(lookup.importlib.metadata.distributions()))
     assert 20 <= reads.count("entry_points.txt") <= total
     assert reads.count("METADATA") == 0
 
@@ -167,13 +167,13 @@ def test_threads_that_ask_at_once_share_one_scan(foreign: ForeignPackages, monke
     """Sixteen threads, one scan, sixteen times the same class."""
     _many(foreign, 30)
     scans: list[str] = []
-    scan = offers._scan
+    scan = lookup._scan
 
     def counted(group: str, unreadable: list[Exception]) -> object:
         scans.append(group)
         return scan(group, unreadable)
 
-    monkeypatch.setattr(offers, "_scan", counted)
+    monkeypatch.setattr(lookup, "_scan", counted)
     kinds.clear_cache()
     barrier = threading.Barrier(16)
     found: list[type] = []
@@ -203,7 +203,7 @@ def test_a_handler_of_the_log_may_ask_for_kinds(foreign: ForeignPackages) -> Non
             asked.append(len(kinds.installed()))
 
     handler = Asking()
-    logging.getLogger("noether_init_core.kinds.entry_points").addHandler(handler)
+    logging.getLogger("noether_init_core.kinds.lookup").addHandler(handler)
     try:
         kinds.clear_cache()
         thread = threading.Thread(target=kinds.installed, daemon=True)
@@ -211,7 +211,7 @@ def test_a_handler_of_the_log_may_ask_for_kinds(foreign: ForeignPackages) -> Non
         thread.join(30)
         assert not thread.is_alive()
     finally:
-        logging.getLogger("noether_init_core.kinds.entry_points").removeHandler(handler)
+        logging.getLogger("noether_init_core.kinds.lookup").removeHandler(handler)
     assert len(asked) == 1
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from noether_init_core import kinds
 from noether_init_core.kinds import contract
-from noether_init_core.kinds.entry_points import normalized
 from noether_init_core.kinds.hookspec import CONTRACT_VERSION
+from noether_init_core.kinds.lookup import normalized
 from noether_init_core.testing.checks.base import Checks
 from noether_init_core.testing.processes import work_at_import
 
