@@ -70,11 +70,7 @@ class OptimizerStep:
         states = [state for states in self.plan.state for state in states if isinstance(state, Mapping)]
         fields = [] if self.keep_fields else list(self.plan.fields)
         examines = config.nonfinite != "ignore"
-        tensors = self.reader.read_all(
-            _infos([states, fields]),
-            verify=config.verify == "full",
-            look=examines,
-        )
+        tensors = self.reader.read_all(_infos([states, fields]), verify=config.verify == "full", look=examines)
         warnings = self._nonfinite(states, fields) if examines else []
         if warnings and config.nonfinite == "error":
             raise StateMismatchError(

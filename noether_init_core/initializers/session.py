@@ -243,15 +243,9 @@ class LoadSession(Session):
         if not hint or config.transforms:
             hint = KEEP_MODEL_HINT if config.transforms else f"{KEEP_MODEL_HINT} (under transforms:)"
         found = tuple(self.parts(opened))
-        plan = plan_load(
-            config.kind,
-            [part for part, _targets in found],
-            self._kind.rules,
-            policies=config.policies,
-            fresh_hint=hint,
-        )
-        targets = {part.model: own for part, own in found}
-        return Planned(opened, plan, targets, signature(opened.leaves))
+        parts = [part for part, _targets in found]
+        plan = plan_load(config.kind, parts, self._kind.rules, policies=config.policies, fresh_hint=hint)
+        return Planned(opened, plan, {part.model: own for part, own in found}, signature(opened.leaves))
 
     def _verify(self, planned: Planned) -> None:
         config, plan, opened = self.config, planned.plan, planned.opened

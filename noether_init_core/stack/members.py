@@ -102,11 +102,8 @@ def _prepare(
         found += plans
     if check is not None:
         trainer, callbacks = check
-        initializer.check(
-            part,
-            trainer if "init_trainer" in hooks else None,
-            callbacks if "init_callbacks" in hooks else None,
-        )
+        has_trainer, has_callbacks = "init_trainer" in hooks, "init_callbacks" in hooks
+        initializer.check(part, trainer if has_trainer else None, callbacks if has_callbacks else None)
     plan = initializer.plan(part) if loads else None
     if plan is None:
         return (found, within) if loads else ([], loaded)
