@@ -281,7 +281,7 @@ def _pieces(
     """The same elements of both, flat, piece by piece."""
     if first.nbytes == 0:
         return
-    if first.is_contiguous and second.is_contiguous:
+    if first.contiguous and second.contiguous:
         first, second = first.flat(), second.flat()
     left = [(first, second, True)]
     while left:

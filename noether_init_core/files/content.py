@@ -18,8 +18,6 @@ from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.messages import one_line
 
 __all__ = [
-    "EXTRA_STATE",
-    "MAX_DEPTH",
     "METADATA",
     "Content",
     "ForeignObject",
@@ -29,13 +27,9 @@ __all__ = [
     "Record",
     "RefusedTensor",
     "StorageRef",
-    "Tree",
     "Trees",
     "Versions",
     "children",
-    "dotted",
-    "is_state_dict",
-    "join",
     "named",
     "not_plain",
     "state_dict_of",
@@ -263,29 +257,24 @@ def versions_in(attached: Iterable[tuple[dict[Any, Any], Any]], size: int) -> di
     A file may attach one object to many dicts, so each is looked at once. Raises ``OpcodeError`` for ``_metadata`` that
     is no dict of dicts of plain values: torch could not use it either.
     """
-    named = [(owner, state[METADATA]) for owner, state in attached if type(state) is dict and METADATA in state]
-    ObjectGraph([metadata for _owner, metadata in named], size)
+    versioned = [(owner, state[METADATA]) for owner, state in attached if type(state) is dict and METADATA in state]
+    ObjectGraph([metadata for _owner, metadata in versioned], size)
     screened: dict[int, Versions] = {}
     plain: set[int] = set()
-    for _owner, metadata in named:
+    for _owner, metadata in versioned:
         if id(metadata) not in screened:
-            screened[id(metadata)] = _screened(metadata, plain)
-    return {id(owner): screened[id(metadata)] for owner, metadata in named}
+            wrong = not_plain(metadata, plain)
+            if wrong is not None:
+                raise OpcodeError(f"the _metadata of a state dict says of {wrong:.80} something else than plain values")
+            screened[id(metadata)] = MappingProxyType(metadata)
+    return {id(owner): screened[id(metadata)] for owner, metadata in versioned}
 
 
-def _screened(metadata: Any, plain: set[int]) -> Versions:
-    wrong = not_plain(metadata, plain)
-    if wrong is not None:
-        raise OpcodeError(f"the _metadata of a state dict says of {wrong:.80} something else than plain values")
-    return MappingProxyType(metadata)
-
-
-def not_plain(metadata: Any, known: set[int] | None = None) -> str | None:
+def not_plain(metadata: Any, known: set[int]) -> str | None:
     """The first module of which it is not a dict of plain values that is said; None where all is well.
 
     ``known``: ids of containers that were found plain before.
     """
-    known = set() if known is None else known
     if not isinstance(metadata, dict):
         return "all modules"
     return next(

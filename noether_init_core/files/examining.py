@@ -30,7 +30,6 @@ from noether_init_core.messages import listed
 __all__ = [
     "Examined",
     "Finding",
-    "Findings",
     "Stretch",
     "Values",
     "can_be_nonfinite",
@@ -77,21 +76,18 @@ class Stretch:
     values: tuple[Values, ...] = ()
     target: memoryview | None = None
 
-    @property
-    def is_read(self) -> bool:
-        """Whether there is a reason to read it: something to compare, to look at, or to fill."""
-        return self.crc is not None or self.digest is not None or bool(self.values) or self.target is not None
-
 
 @attrs.frozen
 class Findings:
     """What ``examine`` found: stretches whose bytes are not those that were written, and values that are not finite.
 
-    ``nonfinite`` has the positions (of the stretch, and of its ``values``) and what is there.
+    ``nonfinite`` has the positions (of the stretch, and of its ``values``) and what is there, ``nbytes`` is how much
+    was read.
     """
 
     damaged: tuple[Stretch, ...]
     nonfinite: dict[tuple[int, int], Finding]
+    nbytes: int
 
 
 def check_record(handle: Handle, record: Record, data: bytes) -> None:
@@ -119,9 +115,10 @@ def examine(handle: Handle, stretches: Sequence[Stretch]) -> Findings:
     for stretch in stretches:
         if stretch.target is not None and stretch.target.nbytes != stretch.size:
             raise ValueError(f"{stretch.name}: {stretch.target.nbytes} bytes of memory for {stretch.size} bytes")
+    parts = _parts(stretches)
     work = _Work(handle, stretches)
-    by_threads(grouped(_parts(stretches), lambda part: part.length), work.read_group)
-    return work.findings()
+    by_threads(grouped(parts), work.read_group)
+    return work.findings(sum(part.nbytes for part in parts))
 
 
 @attrs.frozen
@@ -150,17 +147,17 @@ def examine_memory(data: memoryview, dtype: str) -> Examined:
 class _Part:
     index: int
     begin: int
-    length: int
+    nbytes: int
 
 
-def _parts(stretches: Sequence[Stretch]) -> Iterable[_Part]:
+def _parts(stretches: Sequence[Stretch]) -> list[_Part]:
     """In the order of the file; large stretches are split where their checksum can be combined of parts."""
-    for index, stretch in sorted(enumerate(stretches), key=lambda pair: pair[1].offset):
-        if not stretch.is_read:
-            continue
-        step = max(stretch.size, 1) if stretch.digest is not None else GROUP
-        for begin in range(0, max(stretch.size, 1), step):
-            yield _Part(index, begin, min(step, stretch.size - begin))
+    parts = []
+    for index, one in sorted(enumerate(stretches), key=lambda pair: pair[1].offset):
+        if one.crc is not None or one.digest is not None or one.values or one.target is not None:
+            step = max(one.size, 1) if one.digest is not None else GROUP
+            parts += [_Part(index, at, min(step, one.size - at)) for at in range(0, max(one.size, 1), step)]
+    return parts
 
 
 class _Work:
@@ -174,7 +171,7 @@ class _Work:
         self._found: set[tuple[int, int, Finding]] = set()
         self._own = threading.local()
 
-    def findings(self) -> Findings:
+    def findings(self, nbytes: int) -> Findings:
         crcs = [0] * len(self._stretches)
         for (index, _begin), (crc, length) in sorted(self._sums.items()):
             crcs[index] = isal_zlib.crc32_combine(crcs[index], crc, length)
@@ -189,7 +186,7 @@ class _Work:
         for index, number, finding in self._found:
             if found.get((index, number)) != "NaN":
                 found[index, number] = finding
-        return Findings(tuple(damaged), found)
+        return Findings(tuple(damaged), found, nbytes)
 
     def read_group(self, group: list[_Part]) -> None:
         """One pass over neighbouring parts; one read serves as many small ones as it holds."""
@@ -198,13 +195,10 @@ class _Work:
         for number, part in enumerate(group):
             stretch = self._stretches[part.index]
             position = stretch.offset + part.begin
-            upto = position + part.length
-            if stretch.target is not None:
-                target = stretch.target[part.begin : part.begin + part.length]
-                self._look(part, self._pieces(position, target, stretch.name))
-            elif part.length > len(buffer):
+            upto = position + part.nbytes
+            if stretch.target is not None or part.nbytes > len(buffer):
                 begin = end = 0
-                self._look(part, self._through(buffer, position, upto, stretch.name))
+                self._look(part, self._pieces(stretch, part, buffer))
             else:
                 if position < begin or upto > end:
                     begin, end = position, self._end_of_read(group, number, position + len(buffer))
@@ -222,24 +216,20 @@ class _Work:
         end = 0
         for part in group[number:]:
             stretch = self._stretches[part.index]
-            behind = stretch.offset + part.begin + part.length
+            behind = stretch.offset + part.begin + part.nbytes
             if stretch.target is not None or behind > limit:
                 break
             end = behind
         return end
 
-    def _pieces(self, position: int, target: memoryview, name: str) -> Iterable[memoryview]:
-        for begin in range(0, len(target), _BUFFER):
-            piece = target[begin : begin + _BUFFER]
-            self._handle.read_into(piece, position + begin, name)
+    def _pieces(self, stretch: Stretch, part: _Part, buffer: memoryview) -> Iterable[memoryview]:
+        """What is read of a part, one after the other: into its target, or into the buffer again and again."""
+        end = part.begin + part.nbytes
+        for begin in range(part.begin, end, _BUFFER):
+            length = min(_BUFFER, end - begin)
+            piece = buffer[:length] if stretch.target is None else stretch.target[begin : begin + length]
+            self._handle.read_into(piece, stretch.offset + begin, stretch.name)
             yield piece
-
-    def _through(self, buffer: memoryview, position: int, upto: int, name: str) -> Iterable[memoryview]:
-        while position < upto:
-            piece = buffer[: min(len(buffer), upto - position)]
-            self._handle.read_into(piece, position, name)
-            yield piece
-            position += len(piece)
 
     def _look(self, part: _Part, pieces: Iterable[memoryview]) -> None:
         """Sum up and look at the pieces of one part, each while it is in the cache."""
@@ -261,7 +251,7 @@ class _Work:
         if state is not None:
             self._digests[part.index] = f"xxh3_128:{state.hexdigest()}"
         elif stretch.crc is not None:
-            self._sums[part.index, part.begin] = crc, part.length
+            self._sums[part.index, part.begin] = crc, part.nbytes
 
 
 Finding = Literal["NaN", "infinities"]

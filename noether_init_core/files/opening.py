@@ -220,8 +220,7 @@ class FileCheckpoint(BaseCheckpoint):
 
         None where the file has none of the bytes of this tensor alone.
         """
-        tensors = self._content.graph.tensors({"": self._content.value})
-        return {path: self._verification.checksum(info) for path, info in tensors.items()}
+        return self._verification.checksums(self._content.graph.tensors({"": self._content.value}))
 
     def _tree_of(self, ask: Callable[[Any], Found], entry: str | None) -> Found:
         try:
@@ -230,12 +229,11 @@ class FileCheckpoint(BaseCheckpoint):
             raise self._not_found("tree", str(entry), self.entries) from None
 
     def _info(self, key: Key) -> TensorInfo:
-        info = super()._info(key)
-        if isinstance(key, TensorInfo) and not all(
-            not piece.nbytes or self._verification.record_of(piece) for piece in info.pieces
-        ):
+        if isinstance(key, str):
+            return self._tensors.get(key) or super()._info(key)
+        if not self._verification.covers(key):
             raise CheckpointError(f"{self.path} has no such tensor as {key}: it is one of another file", path=self.path)
-        return info
+        return key
 
     def _read_own(self, info: TensorInfo) -> torch.Tensor:
         return read_tensor(self._handle, self._info(info))

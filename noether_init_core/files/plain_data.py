@@ -12,9 +12,10 @@ import torch
 
 from noether_init_core.errors import CheckpointFormatError
 from noether_init_core.files.content import METADATA, not_plain
+from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.files.tensor_info import is_dense
 
-__all__ = ["bytes_of_tensor", "memory_of_tensor", "plain"]
+__all__ = ["bytes_of_tensor", "plain"]
 
 MAX_DEPTH = 60
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray)
@@ -67,7 +68,7 @@ class _Plain:
         metadata = getattr(value, METADATA, None)
         if metadata is not None:  # versions of modules, in every state dict of torch
             ready = self.of(metadata, f"{place}.{METADATA}", depth + 1)
-            wrong = not_plain(ready)
+            wrong = not_plain(ready, set())
             if wrong is not None:
                 raise _refuse(f"{place}.{METADATA}.{wrong}", "other than a dict of plain values")
             setattr(ordered, METADATA, ready)
@@ -119,7 +120,9 @@ class _Plain:
 def _is_whole(tensor: torch.Tensor) -> bool:
     """Whether the tensor is all of its storage, each element once; a view would drag the rest into the file."""
     nbytes = tensor.numel() * tensor.element_size()
-    return tensor.untyped_storage().nbytes() == nbytes and is_dense(tensor.shape, tensor.stride())
+    if tensor.untyped_storage().nbytes() != nbytes:
+        return False
+    return tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride())
 
 
 def _scalar(value: Any, place: str) -> Any:
@@ -154,9 +157,3 @@ def _name(value: Any) -> str:
 def bytes_of_tensor(tensor: torch.Tensor) -> memoryview:
     """The contiguous little-endian bytes of a CPU tensor; those of another order are copied."""
     return memory_of_tensor(tensor.contiguous())
-
-
-def memory_of_tensor(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor that is all of its storage, in the order of memory; it lives as long as they do."""
-    # a dimension of one element or none may have any stride, which a plain view would keep
-    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

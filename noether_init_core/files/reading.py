@@ -17,7 +17,7 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatErr
 from noether_init_core.files.content import METADATA, ForeignObject, GlobalName, Record, Versions, children
 from noether_init_core.files.examining import Finding
 from noether_init_core.files.storage.handle import CHUNK, Handle, LocalHandle, Transfer
-from noether_init_core.files.tensor_info import ITEMSIZES, Box, TensorInfo
+from noether_init_core.files.tensor_info import ITEMSIZES, Box, TensorInfo, span
 from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
 from noether_init_core.nested import equal
@@ -33,6 +33,7 @@ __all__ = [
     "copy_staged",
     "copy_tensors",
     "map_tensors",
+    "memory_of_tensor",
     "nonfinite_in",
     "read_tensor",
     "slices_of",
@@ -47,13 +48,14 @@ def read_tensor(handle: Handle, info: TensorInfo, key: str = "") -> torch.Tensor
     import torch
 
     dtype = _dtype_of(handle, info, key)
-    piece = info.whole
+    contiguous = info.contiguous
+    piece = info.whole if contiguous is None else contiguous
     if piece is None:
         return _joined(handle, info, key)
     memory = in_large_pages(torch.empty(piece.nbytes, dtype=torch.uint8))
-    if not piece.nbytes:
-        return memory.view(dtype).reshape(info.shape)
-    handle.read_all([Transfer(_bytes_of(memory), piece.offset, key)])
+    handle.read_all([Transfer(memory_of_tensor(memory), piece.offset, key)] if piece.nbytes else [])
+    if contiguous is not None or not piece.nbytes:
+        return memory.view(dtype).view(info.shape)
     carrier = memory.view(_carrier(info.itemsize)).as_strided(info.shape, info.stride)
     if piece.nbytes != info.nbytes:  # the tensor was a view with gaps, or elements that it has several times
         carrier = carrier.clone()
@@ -124,15 +126,20 @@ def copy_tensors(
     rest: list[tuple[str, TensorInfo, torch.Tensor]] = []
     staged: dict[torch.device, list[tuple[str, TensorInfo, torch.Tensor]]] = {}
     for key, info, target in sources:
-        if info.nbytes == 0:
+        if not target.numel():
             continue
-        if _is_direct(info, target):
-            direct.append(_transfer(info, target, key))
-        elif target.device.type == "cuda" and _is_plain(info, target):
+        piece = info.contiguous if _is_plain(target) else None
+        dtype = getattr(torch, info.dtype, None)
+        if piece is not None and target.device.type == "cpu" and target.dtype is dtype:
+            memory = memory_of_tensor(target)
+            if memory.nbytes != piece.nbytes:  # never write beyond a tensor, whatever else is wrong
+                raise StateMismatchError(f"{key}: {piece.nbytes} bytes do not fit into {memory.nbytes}", problems=[key])
+            direct.append(Transfer(memory, piece.offset, key))
+        elif piece is not None and target.device.type == "cuda" and isinstance(dtype, torch.dtype):
             staged.setdefault(target.device, []).append((key, info, target))
         else:
             rest.append((key, info, target))
-    with stopwatch.phase("read", sum(transfer.target.nbytes for transfer in direct)):
+    with stopwatch.phase("read", sum(transfer.nbytes for transfer in direct)):
         handle.read_all(direct)
     with torch.no_grad():
         for device, of_device in staged.items():
@@ -141,7 +148,10 @@ def copy_tensors(
         if rest:
             with stopwatch.phase("cast", sum(info.nbytes for _key, info, _target in rest)):
                 for key, info, target in rest:
-                    _copy_in_chunks(handle, info, target, key)
+                    if target.is_contiguous() and info.contiguous is not None:
+                        info, target = info.flat(), target.view(-1)
+                    for box, part in slices_of(handle, info, key):
+                        target[tuple(slice(*ends) for ends in box)].copy_(part)
 
 
 def copy_staged(
@@ -169,7 +179,7 @@ def copy_staged(
                 event = sent[turn]
                 if event is not None:
                     event.synchronize()  # its former content is on its way no more
-                handle.read_into(_bytes_of(piece), _offset(info) + begin * info.itemsize, key)
+                handle.read_into(memory_of_tensor(piece), info.pieces[0].offset + begin * info.itemsize, key)
                 values = piece.view(getattr(torch, info.dtype))
                 if values.dtype is not flat.dtype:  # sent as it is, cast over there
                     values = values.to(device, non_blocking=True)
@@ -199,9 +209,9 @@ def allocated(
     for info in infos:
         record = whole_record(info)
         if record is not None and record.name not in memory:
-            carrier = in_large_pages(torch.empty(info.nbytes, dtype=torch.uint8))
+            carrier = in_large_pages(torch.empty(record.size, dtype=torch.uint8))
             tensors[info] = carrier.view(_dtype_of(handle, info, "")).view(info.shape)
-            memory[record.name] = _bytes_of(carrier)
+            memory[record.name] = memory_of_tensor(carrier)
     return tensors, memory
 
 
@@ -216,16 +226,15 @@ def map_tensors(handle: Handle, infos: Mapping[str, TensorInfo]) -> dict[str, to
     content = mmap.mmap(handle.fileno(), handle.size, access=mmap.ACCESS_COPY)
     end = 0
     found = {}
-    for key, info in sorted(infos.items(), key=lambda item: _offset(item[1])):
-        offset = _offset(info)
-        usable = info.is_contiguous and info.nbytes > 0 and offset % info.itemsize == 0
+    places = ((key, info, info.contiguous) for key, info in infos.items())
+    usable = [(piece.offset, piece.nbytes, key, info) for key, info, piece in places if piece is not None]
+    for offset, nbytes, key, info in sorted(usable, key=lambda item: item[0]):
         # what overlaps the one before it would share its memory; the file may have been cut off since it was opened
-        if usable and end <= offset <= offset + info.nbytes <= len(content):
-            end = offset + info.nbytes
+        if nbytes and offset % info.itemsize == 0 and end <= offset <= offset + nbytes <= len(content):
+            end = offset + nbytes
             # the tensor keeps the mapping alive
-            flat = torch.frombuffer(
-                content, dtype=_dtype_of(handle, info, key), count=info.nbytes // info.itemsize, offset=offset
-            )
+            dtype = _dtype_of(handle, info, key)
+            flat = torch.frombuffer(content, dtype=dtype, count=nbytes // info.itemsize, offset=offset)
             found[key] = flat.view(info.shape)
     return found
 
@@ -236,13 +245,10 @@ def are_equal(handle: Handle, first: TensorInfo, other: TensorInfo) -> bool:
         return False
     if first == other or first.nbytes == 0:
         return True
-    if first.is_contiguous and other.is_contiguous:
-        begins = _offset(first), _offset(other)
-        for at in range(0, first.nbytes, _SLICE):
-            length = min(_SLICE, first.nbytes - at)
-            if handle.read(length, begins[0] + at) != handle.read(length, begins[1] + at):
-                return False
-        return True
+    one, two = first.contiguous, other.contiguous
+    if one is not None and two is not None:
+        lengths = ((at, min(_SLICE, one.nbytes - at)) for at in range(0, one.nbytes, _SLICE))
+        return all(handle.read(n, one.offset + at) == handle.read(n, two.offset + at) for at, n in lengths)
     return equal(read_tensor(handle, first), read_tensor(handle, other))
 
 
@@ -266,27 +272,15 @@ def _carrier(itemsize: int) -> torch.dtype:
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[itemsize]
 
 
-def _offset(info: TensorInfo) -> int:
-    return info.pieces[0].offset
-
-
-def _is_plain(info: TensorInfo, target: torch.Tensor) -> bool:
+def _is_plain(target: torch.Tensor) -> bool:
     import torch
 
     return (
         type(target) in (torch.Tensor, torch.nn.Parameter)
         and target.layout == torch.strided
-        and isinstance(getattr(torch, info.dtype, None), torch.dtype)
-        and info.is_contiguous
         and target.is_contiguous()
         and not (target.is_conj() or target.is_neg())
     )
-
-
-def _is_direct(info: TensorInfo, target: torch.Tensor) -> bool:
-    import torch
-
-    return _is_plain(info, target) and target.device.type == "cpu" and target.dtype is getattr(torch, info.dtype)
 
 
 def _has_memory(target: torch.Tensor) -> bool:
@@ -295,22 +289,8 @@ def _has_memory(target: torch.Tensor) -> bool:
 
     if type(target) not in (torch.Tensor, torch.nn.Parameter) or target.layout != torch.strided or not target.numel():
         return True
-    span = 1 + sum((size - 1) * stride for size, stride in zip(target.shape, target.stride(), strict=True))
-    return (target.storage_offset() + span) * target.element_size() <= target.untyped_storage().nbytes()
-
-
-def _transfer(info: TensorInfo, target: torch.Tensor, key: str) -> Transfer:
-    memory = _bytes_of(target)
-    if memory.nbytes != info.nbytes:  # never write beyond a tensor, whatever else is wrong
-        raise StateMismatchError(f"{key}: {info.nbytes} bytes do not fit into {memory.nbytes}", problems=[key])
-    return Transfer(memory, _offset(info), key)
-
-
-def _copy_in_chunks(handle: Handle, info: TensorInfo, target: torch.Tensor, key: str) -> None:
-    if info.is_contiguous and target.is_contiguous():
-        info, target = info.flat(), target.view(-1)
-    for box, part in slices_of(handle, info, key):
-        target[tuple(slice(*ends) for ends in box)].copy_(part)
+    end = target.storage_offset() + span(target.shape, target.stride())
+    return end * target.element_size() <= target.untyped_storage().nbytes()
 
 
 def slices_of(handle: Handle, info: TensorInfo, key: str = "") -> Iterator[tuple[Box, torch.Tensor]]:
@@ -318,12 +298,12 @@ def slices_of(handle: Handle, info: TensorInfo, key: str = "") -> Iterator[tuple
 
     A tensor without elements has none, one without dimensions is its only one.
     """
-    if info.nbytes == 0:
+    nbytes, stride = info.nbytes, info.stride
+    if nbytes == 0:
         return
-    stride = info.stride
     dimension = max(range(len(info.shape)), key=lambda number: (info.shape[number] > 1, stride[number]), default=0)
     size = info.shape[dimension] if info.shape else 1
-    step = max(1, _SLICE // (info.nbytes // size))
+    step = max(1, _SLICE // (nbytes // size))
     for begin in range(0, size, step):
         box = tuple(
             (begin, min(begin + step, size)) if number == dimension else (0, whole)
@@ -332,8 +312,8 @@ def slices_of(handle: Handle, info: TensorInfo, key: str = "") -> Iterator[tuple
         yield box, read_tensor(handle, info.part(box), key)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor; it stays valid as long as the view is held."""
+def memory_of_tensor(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor that is all of its storage, in the order of memory; it lives as long as they do."""
     import torch
 
     # A dimension of one element may have any stride, which a plain view would keep.
@@ -360,11 +340,8 @@ class Materializer:
         self._left = (1 << 20) + 16 * most
         self._tensors: dict[TensorInfo, torch.Tensor] = {}
         self._containers: dict[int, tuple[Any, Any]] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that have been read."""
-        return sum(info.nbytes for info in self._tensors)
+        #: Bytes of the tensors that have been read.
+        self.nbytes = 0
 
     def convert(self, value: Any) -> Any:
         """The value with tensors, ``torch.dtype`` and ``torch.device`` in place of what stands for them."""
@@ -409,6 +386,7 @@ class Materializer:
                     path=self._path,
                 )
             known = self._tensors[info] = self._read(info)
+            self.nbytes += known.nbytes
         return known
 
     def _device(self, value: ForeignObject) -> torch.device:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import attrs
 
-__all__ = ["ITEMSIZES", "Box", "Piece", "TensorInfo", "is_dense", "row_major", "span"]
+__all__ = ["ITEMSIZES", "Box", "Piece", "TensorInfo", "is_dense", "span"]
 
 #: First and one past the last index in each dimension.
 Box = tuple[tuple[int, int], ...]
@@ -95,16 +95,22 @@ class TensorInfo:
         return row_major(self.shape) if whole is None or whole.stride is None else whole.stride
 
     @property
-    def is_contiguous(self) -> bool:
-        """Whether one piece holds the elements one after the other, in row-major order, as they are to be read."""
+    def dense(self) -> Piece | None:
+        """The piece whose bytes are those of the tensor and no others, in whatever order, as they are to be read."""
         whole = self.whole
         if whole is None or whole.is_conjugated or whole.is_negated:
-            return False
-        return (
-            whole.stride is None
-            or 0 in self.shape
-            or _steps(self.shape, whole.stride) == _steps(self.shape, row_major(self.shape))
-        )
+            return None
+        return whole if whole.stride is None or is_dense(self.shape, whole.stride) else None
+
+    @property
+    def contiguous(self) -> Piece | None:
+        """The piece that holds the elements one after the other, in row-major order, as they are to be read."""
+        dense = self.dense
+        if dense is None or dense.stride is None or 0 in self.shape:
+            return dense
+        # a dimension of one element may have any stride
+        steps = zip(self.shape, dense.stride, row_major(self.shape), strict=True)
+        return dense if all(size == 1 or step == own for size, step, own in steps) else None
 
     def part(self, box: Box) -> TensorInfo:
         """The description of a box of the tensor, whose pieces are those parts of its pieces that lie in the box.
@@ -122,7 +128,7 @@ class TensorInfo:
         return TensorInfo(shape, self.dtype, tuple(piece for piece in found if piece is not None))
 
     def flat(self) -> TensorInfo:
-        """The description of the same bytes in one dimension, of a tensor that ``is_contiguous``."""
+        """The description of the same bytes in one dimension, of a tensor that is ``contiguous``."""
         (piece,) = self.pieces
         return TensorInfo((math.prod(self.shape),), self.dtype, (attrs.evolve(piece, stride=None),))
 
@@ -174,8 +180,3 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
                 return False
             expected *= size
     return 0 in shape or expected == span(shape, stride)
-
-
-def _steps(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides that count: a dimension of one element may have any."""
-    return tuple(step for size, step in zip(shape, stride, strict=True) if size != 1)

@@ -18,10 +18,10 @@ from noether_init_core.files.content import Content, Record
 from noether_init_core.files.examining import Finding, Stretch, Values, can_be_nonfinite, damage, examine
 from noether_init_core.files.reading import nonfinite_in, read_tensor
 from noether_init_core.files.storage.handle import Handle
-from noether_init_core.files.tensor_info import Piece, TensorInfo, is_dense
+from noether_init_core.files.tensor_info import Piece, TensorInfo
 from noether_init_core.messages import listed
 
-__all__ = ["Digests", "TensorDigest", "Verification", "Verified", "digest_of_records"]
+__all__ = ["Digests", "Verification", "Verified", "digest_of_records"]
 
 
 class TensorDigest(Protocol):
@@ -175,21 +175,27 @@ class Verification:
         record = self._filled[index] if index >= 0 and piece.nbytes else None
         return record if record and piece.offset + piece.nbytes <= record.offset + record.size else None
 
+    def covers(self, info: TensorInfo) -> bool:
+        """Whether every piece of the tensor lies in a record of this file."""
+        return all(not piece.nbytes or self.record_of(piece) is not None for piece in info.pieces)
+
     def whole_record(self, info: TensorInfo) -> Record | None:
         """The record whose bytes are those of the tensor, in the order in which it is to be read; None for none."""
-        piece = info.whole
-        record = self.record_of(piece) if piece is not None and info.is_contiguous else None
-        return record if record is not None and record.size == info.nbytes else None
+        return self._filled_by(info.contiguous)
 
-    def checksum(self, info: TensorInfo) -> int | None:
-        """CRC-32 of the bytes of the tensor, in their order in the file; None where the file has none of them alone."""
-        piece = info.whole
-        if piece is None or piece.is_conjugated or piece.is_negated or not is_dense(info.shape, info.stride):
-            return None
-        if not piece.nbytes:
-            return 0 if self._has_checksums else None
-        record = self.record_of(piece)
-        return record.crc if record is not None and record.size == piece.nbytes else None
+    def checksums(self, tensors: Mapping[str, TensorInfo]) -> dict[str, int | None]:
+        """CRC-32 of the bytes of each, in their order in the file; None where the file has none of them alone."""
+        found: dict[str, int | None] = {}
+        for name, info in tensors.items():
+            piece = info.dense
+            record = self._filled_by(piece)
+            is_empty = piece is not None and not piece.nbytes and self._has_checksums
+            found[name] = record.crc if record is not None else 0 if is_empty else None
+        return found
+
+    def _filled_by(self, piece: Piece | None) -> Record | None:
+        record = None if piece is None else self.record_of(piece)
+        return record if piece is not None and record is not None and record.size == piece.nbytes else None
 
     def _verify_file(self, look: Collection[TensorInfo], targets: Mapping[str, memoryview]) -> None:
         """By the digest of all bytes: no part of it can be left out."""
@@ -320,13 +326,13 @@ class Verification:
             if name in chosen or name in looked_at or name in targets
         ]
         findings = examine(self._handle, stretches)
-        self.examined += sum(stretch.size for stretch in stretches if stretch.is_read)
+        self.examined += findings.nbytes
         if not findings.damaged:
             for index, stretch in enumerate(stretches):
                 for number, infos in enumerate(looked_at.get(stretch.name, {}).values()):
                     finding = findings.nonfinite.get((index, number))
                     for info in infos:
-                        is_sure = finding is None or is_dense(info.shape, info.stride)
+                        is_sure = finding is None or info.dense is not None
                         # a view has gaps, and what was found may lie in one of them
                         self._known[info] = finding if is_sure else nonfinite_in(read_tensor(self._handle, info))
         return [self._records[stretch.name] for stretch in findings.damaged]

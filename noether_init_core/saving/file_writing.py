@@ -22,7 +22,8 @@ from isal import isal_zlib
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError
 from noether_init_core.files.content import named, state_dict_of
 from noether_init_core.files.examining import Examined, examine_memory
-from noether_init_core.files.plain_data import bytes_of_tensor, memory_of_tensor
+from noether_init_core.files.plain_data import bytes_of_tensor
+from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.saving.content import FileContent
 from noether_init_core.sets.manifest import FileDigests, ManifestFile, TensorDigest, digest_of, refused

@@ -223,9 +223,9 @@ def test_tied_weights_have_equal_infos_and_stay_tied_when_loaded(tmp_path: Path)
     with open_checkpoint(tmp_path / "a.pt") as reader:
         infos = reader.tensors()
         assert infos["a"] == infos["b"]
-        assert (infos["c"].stride, infos["c"].is_contiguous, infos["d"].pieces[0].offset) == (
+        assert (infos["c"].stride, infos["c"].contiguous, infos["d"].pieces[0].offset) == (
             (1, 3),
-            False,
+            None,
             infos["a"].pieces[0].offset + 12,
         )
         loaded = reader.load()["state_dict"]

@@ -14,17 +14,9 @@ from typing import Any
 import attrs
 
 from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record, RefusedTensor, StorageRef
-from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo, row_major
+from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo
 
-__all__ = [
-    "BUILDERS",
-    "KNOWN_NAMES",
-    "STORAGES",
-    "Scope",
-    "add_members",
-    "build_storage",
-    "set_items",
-]
+__all__ = ["BUILDERS", "KNOWN_NAMES", "Scope", "add_members", "build_storage", "set_items"]
 
 #: No dimension, stride or offset of a tensor is larger, so that products with an itemsize fit into 64 bits.
 _LARGEST = 1 << 58
@@ -169,10 +161,6 @@ def build_storage(scope: Scope, reference: object) -> StorageRef | RefusedTensor
     return StorageRef(record.name, record.offset, nbytes, dtype)
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST
-
-
 def _tensor(storage: object, offset: object, shape: object, stride: object, dtype: str | None, extra: object) -> Any:
     if type(storage) is RefusedTensor:
         return storage
@@ -186,10 +174,11 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
         return RefusedTensor(f"it has {len(shape)} dimensions and {len(stride)} strides")
     if not (0 <= offset < _LARGEST):
         return RefusedTensor("its offset is negative or absurd")
-    numel, product, last = 1, 1, 0
-    for size, step in zip(shape, stride, strict=True):
+    numel, product, last, is_row_major = 1, 1, 0, True
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
         if type(size) is not int or type(step) is not int or size < 0 or step < 0:
             return RefusedTensor("its shape and stride are not all whole numbers from 0 on")
+        is_row_major &= step == product
         numel *= size
         product *= size or 1
         last += (size - 1) * step
@@ -208,7 +197,7 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
         is_conjugated, is_negated = extra.get("conj", False) is True, extra.get("neg", False) is True
         if is_conjugated and not dtype.startswith("complex"):
             return RefusedTensor("it is conjugated and not complex")
-    kept = None if stride == row_major(shape) else stride
+    kept = None if is_row_major else stride
     nbytes = (last + 1) * itemsize if numel else 0
     piece = Piece(storage.offset + offset * itemsize, nbytes, kept, None, "", "raw", is_conjugated, is_negated)
     return TensorInfo(shape, dtype, (piece,))

@@ -78,16 +78,11 @@ def read_safetensors(handle: Handle) -> Content:
     if len(entries) > _MOST_TENSORS:
         _refuse(handle, f"it has {len(entries)} tensors, more than {_MOST_TENSORS}")
     tensors = {key: _tensor(handle, key, entry, start) for key, entry in entries.items()}
-    records = [Record(key, *_place(info), None) for key, info in tensors.items()]
+    records = [Record(key, piece.offset, piece.nbytes, None) for key, info in tensors.items() for piece in info.pieces]
     records.sort(key=lambda record: (record.offset, record.size))
     _check_places(handle, records, start)
     graph = ObjectGraph(tensors, length)
     return Content("safetensors", tensors, graph, {one.name: one for one in records}, metadata=metadata)
-
-
-def _place(info: TensorInfo) -> tuple[int, int]:
-    (piece,) = info.pieces
-    return piece.offset, piece.nbytes
 
 
 def _parse(handle: Handle, raw: bytes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ from noether_init_core.files.formats.opcodes import Interpreter
 from noether_init_core.files.storage.handle import Handle
 from noether_init_core.messages import listed, one_line, quoted
 
-__all__ = ["ALLOW_GLOBALS_VARIABLE", "read_records", "read_torch_zip"]
+__all__ = ["read_torch_zip"]
 
 ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
@@ -137,6 +137,7 @@ _ENCRYPTED = 0x2041  # traditional, strong, masked headers
 _DESCRIPTOR_FOLLOWS = 0x8
 _MAX_CENTRAL = 1 << 30
 _LOCAL_GUESS = 512
+_AT_ONCE = 256
 _INDEX_GUESS = 1 << 20
 _NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
 _NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
@@ -151,17 +152,22 @@ def read_records(handle: Handle) -> dict[str, Record]:
     entries.sort(key=lambda entry: entry.position)
     records: dict[str, Record] = {}
     folder = entries[0].name.partition("/")[0] + "/"
-    for entry, following in itertools.zip_longest(entries, entries[1:]):
-        limit = start if following is None else following.position
+    limits = [*(entry.position for entry in entries[1:]), start]
+    for entry, limit, header in zip(entries, limits, _headers(handle, entries), strict=True):
         if not entry.name.startswith(folder):
             raise _bad(handle.path, f"its records lie in more than one folder ({folder}, {quoted(entry.name)})")
         name = entry.name[len(folder) :]
         if name in records:
             raise _bad(handle.path, f"it has two records named {quoted(name)}")
-        records[name] = Record(name, _data_offset(handle, entry, limit), entry.size, entry.crc)
+        records[name] = Record(name, _data_offset(handle, entry, header, limit), entry.size, entry.crc)
     if entries[0].position != 0:
         raise _bad(handle.path, f"its first record begins at byte {entries[0].position} instead of 0")
-    _check_content(handle.path, records)
+    _check_torchscript(handle.path, records)
+    if _HEADER not in records:
+        known = ", ".join(quoted(name) for name in itertools.islice(records, 5))
+        raise _bad(
+            handle.path, f"it is a zip archive without {_HEADER} (it has {known}), so torch.save did not write it"
+        )
     return records
 
 
@@ -286,9 +292,15 @@ def _check_name(path: Path, raw_name: bytes) -> str:
     return name
 
 
-def _data_offset(handle: Handle, entry: _Entry, limit: int) -> int:
+def _headers(handle: Handle, entries: Sequence[_Entry]) -> Iterator[bytes]:
+    """The beginning of every record, many of them in one read."""
+    for start in range(0, len(entries), _AT_ONCE):
+        positions = [entry.position for entry in entries[start : start + _AT_ONCE]]
+        yield from handle.read_many((at, min(_LOCAL_GUESS, handle.size - at)) for at in positions)
+
+
+def _data_offset(handle: Handle, entry: _Entry, header: bytes, limit: int) -> int:
     """Where the bytes begin, by the record's own header, which has to agree with the list of records."""
-    header = handle.read(min(_LOCAL_GUESS, handle.size - entry.position), entry.position)
     signature, _, flags, method, _, _, crc, stored, size, name_length, extra_length = _LOCAL.unpack_from(header)
     name = header[_LOCAL.size : _LOCAL.size + name_length]
     if _LOCAL.size + name_length > len(header):
@@ -315,13 +327,6 @@ def _check_torchscript(path: Path, names: Iterable[str]) -> None:
             "it is a TorchScript archive, which holds code",
             "Next, where it is trusted: torch.save(torch.jit.load(path).state_dict(), path)",
         )
-
-
-def _check_content(path: Path, records: dict[str, Record]) -> None:
-    _check_torchscript(path, records)
-    if "data.pkl" not in records:
-        known = ", ".join(quoted(name) for name in itertools.islice(records, 5))
-        raise _bad(path, f"it is a zip archive without data.pkl (it has {known}), so torch.save did not write it")
 
 
 def _check_kind(handle: Handle) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 __all__ = ["LOCAL", "Storage", "is_out_of_reach"]
 
@@ -201,24 +201,18 @@ class Storage:
             )
         _HOLDERS.add(holder)
         try:
-            with self._held(filelock, path, timeout):
+            guard = filelock.FileLock(path, timeout=timeout)
+            try:
+                guard.acquire()
+            except filelock.Timeout as error:
+                held = f"another process or thread has held the lock for {timeout:g} s"
+                raise TimeoutError(errno.ETIMEDOUT, held, str(path)) from error
+            try:
                 yield
+            finally:
+                guard.release()
         finally:
             _HOLDERS.discard(holder)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _held(filelock: Any, path: Path, timeout: float) -> Iterator[None]:
-        guard = filelock.FileLock(path, timeout=timeout)
-        try:
-            guard.acquire()
-        except filelock.Timeout as error:
-            held = f"another process or thread has held the lock for {timeout:g} s"
-            raise TimeoutError(errno.ETIMEDOUT, held, str(path)) from error
-        try:
-            yield
-        finally:
-            guard.release()
 
 
 def _stat(path: Path, *, follow: bool = True) -> os.stat_result | None:

@@ -27,7 +27,6 @@ __all__ = [
     "CHUNK",
     "GROUP",
     "Handle",
-    "LocalFile",
     "LocalHandle",
     "Storage",
     "Transfer",
@@ -38,6 +37,14 @@ __all__ = [
 ]
 
 Item = TypeVar("Item")
+
+
+class _HasBytes(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+Sized = TypeVar("Sized", bound=_HasBytes)
 
 #: Bytes of one read into memory of the caller.
 CHUNK = 4 << 20
@@ -80,6 +87,11 @@ class Transfer:
     target: memoryview
     offset: int
     key: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are to be read."""
+        return len(self.target)
 
 
 class Handle:
@@ -124,11 +136,20 @@ class Handle:
         self.read_into(memoryview(buffer), offset, key)
         return bytes(buffer)
 
+    def read_many(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """The bytes of every range, an offset and a length, that the caller knows the object to have."""
+        buffers = [(offset, bytearray(length)) for offset, length in ranges]
+        self._fill([(offset, memoryview(buffer)) for offset, buffer in buffers], "")
+        return [bytes(buffer) for _offset, buffer in buffers]
+
     def read_into(self, target: memoryview, offset: int, key: str = "") -> None:
         """Fill ``target``. Raises ``CheckpointCorruptError`` if the object has become shorter than it was."""
+        self._fill([(offset, target)], key)
+
+    def _fill(self, ranges: Sequence[tuple[int, memoryview]], key: str) -> None:
         storage = self.storage
         try:
-            storage.read([(offset, target)])
+            storage.read(ranges)
         except EOFError as error:
             raise CheckpointCorruptError(
                 f"{self.path} {error}"
@@ -138,7 +159,8 @@ class Handle:
                 key=key,
             ) from error
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read at byte {offset}: {error}", path=self.path) from error
+            begin = ranges[0][0]
+            raise CheckpointError(f"{self.path} cannot be read at byte {begin}: {error}", path=self.path) from error
 
     def read_all(self, transfers: Iterable[Transfer]) -> None:
         """Fill every target, large amounts with several threads."""
@@ -148,7 +170,7 @@ class Handle:
                 self.read_into(piece.target, piece.offset, piece.key)
 
         pieces = sorted(_pieces(transfers), key=lambda piece: piece.offset)
-        by_threads(grouped(pieces, lambda piece: len(piece.target)), read)
+        by_threads(grouped(pieces), read)
 
     def check_digest(self, digest: str) -> None:
         """Compare the whole object with ``xxh3_128:<hex>`` or ``sha256:<hex>``."""
@@ -185,16 +207,16 @@ def digest_problem(digest: str) -> str:
     )
 
 
-def grouped(items: Iterable[Item], size: Callable[[Item], int]) -> list[list[Item]]:
+def grouped(items: Iterable[Sized]) -> list[list[Sized]]:
     """Neighbours together, at least ``GROUP // 4`` bytes each; the largest first, so that no thread is left alone."""
-    groups: list[list[Item]] = []
+    groups: list[list[Sized]] = []
     sizes: list[int] = []
     for item in items:
         if not groups or sizes[-1] >= GROUP // 4:
             groups.append([])
             sizes.append(0)
         groups[-1].append(item)
-        sizes[-1] += size(item)
+        sizes[-1] += item.nbytes
     return [groups[number] for number in sorted(range(len(groups)), key=lambda number: -sizes[number])]
 
 
