@@ -328,7 +328,6 @@ class Tree:
     """One tree: its tensors by key, its other entries where it is a state dict, and what lies beside it in the file."""
 
     name: str
-    value: Any
     tensors: Mapping[str, TensorInfo]
     extra_state: Mapping[str, Any]
     beside: Mapping[Any, Any]
@@ -374,7 +373,7 @@ class Trees:
         beside = {key: child for key, child in self._parts.items() if key != name} if name else self._parts
         has_tensors = type(tree) is dict and any(type(child) is TensorInfo for child in tree.values())
         if not (name and has_tensors) and (self._own is None or tree is not self._own):
-            return Tree(name, tree, MappingProxyType(self._dotted(name)), {}, beside, {})
+            return Tree(name, MappingProxyType(self._dotted(name)), {}, beside, {})
         wrong = next((key for key in tree if type(key) is not str), None)
         if wrong is not None:
             raise CheckpointFormatError(
@@ -385,7 +384,7 @@ class Trees:
         tensors = {key: child for key, child in tree.items() if type(child) is TensorInfo}
         others = {key: child for key, child in tree.items() if key not in tensors}
         versions = self._content.versions.get(id(tree), {})
-        return Tree(name, tree, MappingProxyType(tensors), others, beside if name else {}, versions)
+        return Tree(name, MappingProxyType(tensors), others, beside if name else {}, versions)
 
     def _dotted(self, name: str) -> dict[str, TensorInfo]:
         return self._content.graph.tensors(dict(children(self._found[name])) if name else self._parts)

@@ -24,7 +24,7 @@ from isal import isal_zlib
 
 from noether_init_core.errors import CheckpointCorruptError
 from noether_init_core.files.content import Record
-from noether_init_core.files.storage.handle import GROUP, Handle, by_threads, grouped
+from noether_init_core.files.storage.handle import GROUP, Handle, by_threads
 from noether_init_core.messages import listed
 
 __all__ = [
@@ -81,12 +81,12 @@ class Stretch:
 class Findings:
     """What ``examine`` found: stretches whose bytes are not those that were written, and values that are not finite.
 
-    ``nonfinite`` has the positions (of the stretch, and of its ``values``) and what is there, ``nbytes`` is how much
-    was read.
+    ``nonfinite`` has the name of the stretch, which of its ``values``, and what is there; ``nbytes`` is how much was
+    read.
     """
 
     damaged: tuple[Stretch, ...]
-    nonfinite: dict[tuple[int, int], Finding]
+    nonfinite: dict[tuple[str, Values], Finding]
     nbytes: int
 
 
@@ -117,7 +117,7 @@ def examine(handle: Handle, stretches: Sequence[Stretch]) -> Findings:
             raise ValueError(f"{stretch.name}: {stretch.target.nbytes} bytes of memory for {stretch.size} bytes")
     parts = _parts(stretches)
     work = _Work(handle, stretches)
-    by_threads(grouped(parts), work.read_group)
+    by_threads(parts, work.read_group)
     return work.findings(sum(part.nbytes for part in parts))
 
 
@@ -168,7 +168,7 @@ class _Work:
         self._stretches = stretches
         self._sums: dict[tuple[int, int], tuple[int, int]] = {}
         self._digests: dict[int, str] = {}
-        self._found: set[tuple[int, int, Finding]] = set()
+        self._found: set[tuple[str, Values, Finding]] = set()
         self._own = threading.local()
 
     def findings(self, nbytes: int) -> Findings:
@@ -182,10 +182,10 @@ class _Work:
                     damaged.append(stretch)
             elif stretch.crc is not None and crcs[index] != stretch.crc:
                 damaged.append(stretch)
-        found: dict[tuple[int, int], Finding] = {}
-        for index, number, finding in self._found:
-            if found.get((index, number)) != "NaN":
-                found[index, number] = finding
+        found: dict[tuple[str, Values], Finding] = {}
+        for name, values, finding in self._found:
+            if found.get((name, values)) != "NaN":
+                found[name, values] = finding
         return Findings(tuple(damaged), found, nbytes)
 
     def read_group(self, group: list[_Part]) -> None:
@@ -241,12 +241,12 @@ class _Work:
                 state.update(piece)
             elif stretch.crc is not None:
                 crc = isal_zlib.crc32(piece, crc)
-            for number, values in enumerate(stretch.values):
+            for values in stretch.values:
                 first, behind = max(values.begin, at), min(values.end, at + len(piece))
                 if first < behind:
                     found = nonfinite(piece[first - at : behind - at], values.dtype)
                     if found is not None:
-                        self._found.add((part.index, number, found))
+                        self._found.add((stretch.name, values, found))
             at += len(piece)
         if state is not None:
             self._digests[part.index] = f"xxh3_128:{state.hexdigest()}"

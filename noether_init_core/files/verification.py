@@ -328,9 +328,9 @@ class Verification:
         findings = examine(self._handle, stretches)
         self.examined += findings.nbytes
         if not findings.damaged:
-            for index, stretch in enumerate(stretches):
-                for number, infos in enumerate(looked_at.get(stretch.name, {}).values()):
-                    finding = findings.nonfinite.get((index, number))
+            for name, ranges in looked_at.items():
+                for values, infos in ranges.items():
+                    finding = findings.nonfinite.get((name, values))
                     for info in infos:
                         is_sure = finding is None or info.dense is not None
                         # a view has gaps, and what was found may lie in one of them

@@ -52,35 +52,29 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
     except OpcodeError as error:
         if interpreter.unknown:
             _refuse_globals(handle, interpreter.unknown)
-        _refuse(handle, str(error))
+        raise _bad(handle.path, str(error), _NEXT_PLAIN) from error
     if graph.problems:
         problems = (f"{one_line(path)}: {reason}" for path, reason in graph.problems.items())
-        _refuse(handle, listed(problems, 10, separator="; "))
+        raise _bad(handle.path, listed(problems, 10, separator="; "), _NEXT_PLAIN)
     return Content("torch", value, graph, records, versions)
 
 
 def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
     record = records[_HEADER]
     if record.size > _MAX_HEADER:
-        _refuse(handle, f"its header is {record.size} bytes long, more than {_MAX_HEADER}")
+        raise _bad(handle.path, f"its header is {record.size} bytes long, more than {_MAX_HEADER}", _NEXT_PLAIN)
     order = records.get("byteorder")
     if order is not None:
         said = handle.read(min(order.size, 16), order.offset)
         if said == b"big":
-            _refuse(handle, "it was written on a big-endian machine; save it again on a little-endian one")
+            raise _bad(
+                handle.path, "it was written on a big-endian machine; save it again on a little-endian one", _NEXT_PLAIN
+            )
         if said != b"little":
-            _refuse(handle, f"its byte order is {said!r}, neither little nor big")
+            raise _bad(handle.path, f"its byte order is {said!r}, neither little nor big", _NEXT_PLAIN)
     data = handle.read(record.size, record.offset)
     check_record(handle, record, data)
     return data
-
-
-def _refuse(handle: Handle, reason: str) -> NoReturn:
-    raise CheckpointFormatError(
-        f"{handle.path} cannot be read as a checkpoint: {reason}. "
-        "Next: write it again with torch.save(state_dict, path), with tensors and plain values only",
-        path=handle.path,
-    )
 
 
 def _refuse_globals(
@@ -141,6 +135,7 @@ _AT_ONCE = 256
 _INDEX_GUESS = 1 << 20
 _NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
 _NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
+_NEXT_PLAIN = f"{_NEXT_SAVE}, with tensors and plain values only"
 # torch.save without the zip format; the number is torch.serialization.MAGIC_NUMBER
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 

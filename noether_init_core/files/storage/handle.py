@@ -32,11 +32,8 @@ __all__ = [
     "Transfer",
     "by_threads",
     "digest_problem",
-    "grouped",
     "open_file",
 ]
-
-Item = TypeVar("Item")
 
 
 class _HasBytes(Protocol):
@@ -133,7 +130,7 @@ class Handle:
     def read(self, length: int, offset: int, key: str = "") -> bytes:
         """Exactly ``length`` bytes. The caller has checked that the object has them."""
         buffer = bytearray(length)
-        self.read_into(memoryview(buffer), offset, key)
+        self._fill([(offset, memoryview(buffer))], key)
         return bytes(buffer)
 
     def read_many(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
@@ -169,8 +166,13 @@ class Handle:
             for piece in group:
                 self.read_into(piece.target, piece.offset, piece.key)
 
-        pieces = sorted(_pieces(transfers), key=lambda piece: piece.offset)
-        by_threads(grouped(pieces), read)
+        pieces = [
+            Transfer(one.target[start : start + GROUP], one.offset + start, one.key)
+            for one in transfers
+            for start in range(0, one.nbytes, GROUP)
+        ]
+        pieces.sort(key=lambda piece: piece.offset)
+        by_threads(pieces, read)
 
     def check_digest(self, digest: str) -> None:
         """Compare the whole object with ``xxh3_128:<hex>`` or ``sha256:<hex>``."""
@@ -207,8 +209,11 @@ def digest_problem(digest: str) -> str:
     )
 
 
-def grouped(items: Iterable[Sized]) -> list[list[Sized]]:
-    """Neighbours together, at least ``GROUP // 4`` bytes each; the largest first, so that no thread is left alone."""
+def by_threads(items: Iterable[Sized], work: Callable[[list[Sized]], None]) -> None:
+    """``work`` for groups of neighbours, with several threads where there are several; the first error is raised.
+
+    A group has at least ``GROUP // 4`` bytes; the largest goes first, so that no thread is left alone.
+    """
     groups: list[list[Sized]] = []
     sizes: list[int] = []
     for item in items:
@@ -217,12 +222,7 @@ def grouped(items: Iterable[Sized]) -> list[list[Sized]]:
             sizes.append(0)
         groups[-1].append(item)
         sizes[-1] += item.nbytes
-    return [groups[number] for number in sorted(range(len(groups)), key=lambda number: -sizes[number])]
-
-
-def by_threads(groups: Iterable[Item], work: Callable[[Item], None]) -> None:
-    """``work`` for each, with several threads where there are several; the first error is raised."""
-    left = deque(groups)
+    left = deque(groups[number] for number in sorted(range(len(groups)), key=lambda number: -sizes[number]))
 
     def run() -> None:
         while True:
@@ -238,12 +238,6 @@ def by_threads(groups: Iterable[Item], work: Callable[[Item], None]) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         for result in [pool.submit(run) for _ in range(THREADS)]:
             result.result()
-
-
-def _pieces(transfers: Iterable[Transfer]) -> Iterable[Transfer]:
-    for transfer in transfers:
-        for start in range(0, len(transfer.target), GROUP):
-            yield Transfer(transfer.target[start : start + GROUP], transfer.offset + start, transfer.key)
 
 
 # A FIFO must not block, and a terminal must not become ours.
