@@ -140,8 +140,8 @@ class FileCheckpoint(BaseCheckpoint):
         self, leaves: Iterable[TensorInfo], *, verify: bool = True, look: bool = True
     ) -> dict[TensorInfo, torch.Tensor]:
         """Read into memory of their own in the pass that verifies."""
-        wanted = [self._info(info) for info in dict.fromkeys(leaves)]
-        found, targets = allocated(self._handle, wanted, self._verification.whole_record)
+        wanted = self._infos(dict.fromkeys(leaves))
+        found, targets = allocated(self._handle, self._verification.whole_records(wanted))
         if verify:
             with self._examining("verify"):
                 self._verification.verify(look=wanted if look else (), targets=targets)
@@ -161,8 +161,9 @@ class FileCheckpoint(BaseCheckpoint):
         goes in chunks through small buffers (pinned ones for a CUDA device), and ``Tensor.copy_`` casts them.
         """
         sources = []
-        for key, box, target in copies:
-            info = self._info(key)
+        copies = list(copies)
+        infos = self._infos(key for key, _box, _target in copies)
+        for info, (key, box, target) in zip(infos, copies, strict=True):
             sources.append((key if isinstance(key, str) else "", info if box is None else info.part(box), target))
         self._handle.check_unchanged()
         copy_tensors(self._handle, sources, self._stopwatch)
@@ -171,7 +172,8 @@ class FileCheckpoint(BaseCheckpoint):
     def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors that are the file itself, mapped privately."""
         with self._stopwatch.phase("read"):
-            return map_tensors(self._handle, {key: self._info(key) for key in keys})
+            keys = list(keys)
+            return map_tensors(self._handle, dict(zip(keys, self._infos(keys), strict=True)))
 
     def materialize(self, value: Any) -> Any:
         """``value``, taken from ``metadata``, ``extra_state`` or ``values()``, with real tensors."""
@@ -190,13 +192,14 @@ class FileCheckpoint(BaseCheckpoint):
         With digests of the records, header and tensors are compared with those; else, with a digest of the file, all
         its bytes. A safetensors file carries no checksums, ever: without a digest, a line in the log says so.
         """
-        infos = None if keys is None else [self._info(key) for key in keys]
+        infos = None if keys is None else self._infos(keys)
         with self._examining("verify"):
-            return self._verification.verify(infos, part, look=[self._info(key) for key in look])
+            return self._verification.verify(infos, part, look=self._infos(look))
 
     def nonfinite(self, keys: Iterable[AnyKey]) -> dict[AnyKey, Finding]:
         """Those of the tensors that hold ``NaN`` or ``infinities``; none is read into memory as a whole."""
-        infos = {key: self._info(key) for key in keys}
+        keys = list(keys)
+        infos = dict(zip(keys, self._infos(keys), strict=True))
         with self._examining("verify"):
             found = self._verification.nonfinite(infos.values())
         return {key: found[info] for key, info in infos.items() if info in found}
@@ -229,11 +232,18 @@ class FileCheckpoint(BaseCheckpoint):
             raise self._not_found("tree", str(entry), self.entries) from None
 
     def _info(self, key: Key) -> TensorInfo:
-        if isinstance(key, str):
-            return self._tensors.get(key) or super()._info(key)
-        if not self._verification.covers(key):
-            raise CheckpointError(f"{self.path} has no such tensor as {key}: it is one of another file", path=self.path)
-        return key
+        return self._infos([key])[0]
+
+    def _infos(self, keys: Iterable[Key]) -> list[TensorInfo]:
+        keys = list(keys)
+        for leaf in self._verification.foreign([key for key in keys if isinstance(key, TensorInfo)]):
+            raise CheckpointError(
+                f"{self.path} has no such tensor as {leaf}: it is one of another file", path=self.path
+            )
+        return [
+            key if isinstance(key, TensorInfo) else self._tensors.get(key) or self._tensors[self.key_of(key)]
+            for key in keys
+        ]
 
     def _read_own(self, info: TensorInfo) -> torch.Tensor:
         return read_tensor(self._handle, self._info(info))

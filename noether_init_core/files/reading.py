@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,19 +196,18 @@ def copy_staged(
 
 
 def allocated(
-    handle: Handle, infos: Iterable[TensorInfo], whole_record: Callable[[TensorInfo], Record | None]
+    handle: Handle, records: Mapping[TensorInfo, Record]
 ) -> tuple[dict[TensorInfo, torch.Tensor], dict[str, memoryview]]:
-    """New, unfilled tensors for those that are their whole record, and record -> the memory of its tensor.
+    """New, unfilled tensors for those that are a whole record, and record -> the memory of its tensor.
 
-    Other tensors are left out. The memory views keep the tensors alive.
+    The memory views keep the tensors alive.
     """
     import torch
 
     tensors: dict[TensorInfo, torch.Tensor] = {}
     memory: dict[str, memoryview] = {}
-    for info in infos:
-        record = whole_record(info)
-        if record is not None and record.name not in memory:
+    for info, record in records.items():
+        if record.name not in memory:
             carrier = in_large_pages(torch.empty(record.size, dtype=torch.uint8))
             tensors[info] = carrier.view(_dtype_of(handle, info, "")).view(info.shape)
             memory[record.name] = memory_of_tensor(carrier)

@@ -175,13 +175,14 @@ class Verification:
         record = self._filled[index] if index >= 0 and piece.nbytes else None
         return record if record and piece.offset + piece.nbytes <= record.offset + record.size else None
 
-    def covers(self, info: TensorInfo) -> bool:
-        """Whether every piece of the tensor lies in a record of this file."""
-        return all(not piece.nbytes or self.record_of(piece) is not None for piece in info.pieces)
+    def foreign(self, infos: Iterable[TensorInfo]) -> list[TensorInfo]:
+        """Those of which a piece lies in no record of this file."""
+        return [info for info in infos if any(piece.nbytes and self.record_of(piece) is None for piece in info.pieces)]
 
-    def whole_record(self, info: TensorInfo) -> Record | None:
-        """The record whose bytes are those of the tensor, in the order in which it is to be read; None for none."""
-        return self._filled_by(info.contiguous)
+    def whole_records(self, infos: Iterable[TensorInfo]) -> dict[TensorInfo, Record]:
+        """Those whose bytes, in the order in which they are to be read, are a whole record, and that."""
+        found = ((info, self._filled_by(info.contiguous)) for info in infos)
+        return {info: record for info, record in found if record is not None}
 
     def checksums(self, tensors: Mapping[str, TensorInfo]) -> dict[str, int | None]:
         """CRC-32 of the bytes of each, in their order in the file; None where the file has none of them alone."""
@@ -277,10 +278,12 @@ class Verification:
     def _whole_tensors(self) -> Mapping[str, tuple[TensorInfo, TensorDigest]]:
         """Record -> the tensor that is all of it, and what was written of that."""
         if self._written is None:
+            written = {key: info for key, info in self._tensors.items() if key in self._digests.tensors}
+            records = self.whole_records(written.values())
             self._written = {
-                record.name: (info, self._digests.tensors[key])
-                for key, info in self._tensors.items()
-                if key in self._digests.tensors and (record := self.whole_record(info)) is not None
+                records[info].name: (info, self._digests.tensors[key])
+                for key, info in written.items()
+                if info in records
             }
         return self._written
 

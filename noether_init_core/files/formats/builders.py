@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
 
-from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record, RefusedTensor, StorageRef
+from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, RefusedTensor, StorageRef
 from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo
 
-__all__ = ["BUILDERS", "KNOWN_NAMES", "Scope", "add_members", "build_storage", "set_items"]
+__all__ = ["BUILDERS", "KNOWN_NAMES", "LARGEST", "QUANTIZED_STORAGES", "STORAGES", "Scope", "add_members", "set_items"]
 
 #: No dimension, stride or offset of a tensor is larger, so that products with an itemsize fit into 64 bits.
-_LARGEST = 1 << 58
+LARGEST = 1 << 58
 _MOST_DIMENSIONS = 64
 #: Tuples as keys are hashed again at every use; their elements, nested ones included, are counted.
 _KEY_DEPTH = 8
@@ -30,9 +30,8 @@ _SECONDS_PER_KEY = 5e-6
 
 @attrs.define
 class Scope:
-    """What builders may know and use: the records, and what is left of three budgets."""
+    """What is left of three budgets of a run."""
 
-    records: Mapping[str, Record]
     #: bytes or elements that calls may still copy
     copies: int
     #: elements of compound keys that may still be hashed
@@ -77,7 +76,7 @@ STORAGES: dict[str, str | None] = {
     "torch.storage._UntypedStorage": None,
 }
 # Their tensors are refused with the key; the storages' sizes are not looked at.
-_QUANTIZED_STORAGES = frozenset(f"torch.Q{kind}Storage" for kind in ("Int8", "Int32", "UInt8", "UInt4x2", "UInt2x4"))
+QUANTIZED_STORAGES = frozenset(f"torch.Q{kind}Storage" for kind in ("Int8", "Int32", "UInt8", "UInt4x2", "UInt2x4"))
 _QUANTIZED_SCHEMES = frozenset(
     f"torch.per_{what}" for what in ("tensor_affine", "channel_affine", "tensor_symmetric", "channel_symmetric")
 )
@@ -137,30 +136,6 @@ def _check_key(scope: Scope, key: object) -> None:
 _HASHABLE = frozenset({str, int, float, bool, complex, bytes, type(None), range, GlobalName, ForeignObject})
 
 
-def build_storage(scope: Scope, reference: object) -> StorageRef | RefusedTensor:
-    """A persistent id; torch.save writes ``('storage', type, key, location, number of elements)`` and no other."""
-    if type(reference) is not tuple or len(reference) != 5:
-        raise OpcodeError("a persistent id is not that of a storage")
-    tag, kind, key, location, numel = reference
-    if not (type(tag) is str and tag == "storage" and type(kind) is GlobalName):
-        raise OpcodeError("a persistent id is not that of a storage")
-    if not (type(key) is str and type(location) is str and type(numel) is int and 0 <= numel < _LARGEST):
-        raise OpcodeError("the persistent id of a storage has arguments of a wrong type or size")
-    if kind.name not in STORAGES:
-        what = "quantized" if kind.name in _QUANTIZED_STORAGES else "of the unknown kind " + kind.name
-        return RefusedTensor(f"its storage is {what}")
-    if location == "meta":
-        return RefusedTensor("it is a meta tensor: it has a shape and no values")
-    dtype = STORAGES[kind.name]
-    nbytes = numel * (ITEMSIZES[dtype] if dtype else 1)
-    record = scope.records.get("data/" + key)
-    if record is None:
-        return RefusedTensor(f"its record data/{key[:80]} is missing")
-    if record.size != nbytes:
-        return RefusedTensor(f"its storage should have {nbytes} bytes, the record data/{key} has {record.size}")
-    return StorageRef(record.name, record.offset, nbytes, dtype)
-
-
 def _tensor(storage: object, offset: object, shape: object, stride: object, dtype: str | None, extra: object) -> Any:
     if type(storage) is RefusedTensor:
         return storage
@@ -172,7 +147,7 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
         return RefusedTensor(f"its dtype {dtype} cannot be read")
     if len(shape) != len(stride) or len(shape) > _MOST_DIMENSIONS:
         return RefusedTensor(f"it has {len(shape)} dimensions and {len(stride)} strides")
-    if not (0 <= offset < _LARGEST):
+    if not (0 <= offset < LARGEST):
         return RefusedTensor("its offset is negative or absurd")
     numel, product, last, is_row_major = 1, 1, 0, True
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
@@ -182,7 +157,7 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
         numel *= size
         product *= size or 1
         last += (size - 1) * step
-        if product >= _LARGEST or step >= _LARGEST:
+        if product >= LARGEST or step >= LARGEST:
             return RefusedTensor("its shape or stride is absurd")
     itemsize = ITEMSIZES[dtype]
     if numel and ((offset + last + 1) * itemsize > storage.nbytes or numel * itemsize > storage.nbytes):
@@ -378,7 +353,7 @@ _TENSOR_FUNCTIONS = frozenset(name for name in BUILDERS if name.startswith("torc
 
 #: Names that may stand in a file; those without a builder stand as values or arguments only.
 KNOWN_NAMES = frozenset(
-    {*BUILDERS, *STORAGES, *_QUANTIZED_STORAGES, *_QUANTIZED_SCHEMES, *_PLAIN_TENSORS, *_PARAMETERS, *_FACTORIES}
+    {*BUILDERS, *STORAGES, *QUANTIZED_STORAGES, *_QUANTIZED_SCHEMES, *_PLAIN_TENSORS, *_PARAMETERS, *_FACTORIES}
     | _DTYPES
     | _QUANTIZED_DTYPES
     | _SUB_BYTE_DTYPES

@@ -13,15 +13,18 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from noether_init_core.errors import type_of
-from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record
+from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record, RefusedTensor, StorageRef
 from noether_init_core.files.formats.builders import (
     BUILDERS,
     KNOWN_NAMES,
+    LARGEST,
+    QUANTIZED_STORAGES,
+    STORAGES,
     Scope,
     add_members,
-    build_storage,
     set_items,
 )
+from noether_init_core.files.tensor_info import ITEMSIZES
 
 __all__ = ["Interpreter"]
 
@@ -46,6 +49,30 @@ _INTEGER_4 = struct.Struct("<i").unpack_from
 _FLOAT_8 = struct.Struct(">d").unpack_from
 
 
+def _storage(records: Mapping[str, Record], reference: object) -> StorageRef | RefusedTensor:
+    """A persistent id; torch.save writes ``('storage', type, key, location, number of elements)`` and no other."""
+    if type(reference) is not tuple or len(reference) != 5:
+        raise OpcodeError("a persistent id is not that of a storage")
+    tag, kind, key, location, numel = reference
+    if not (type(tag) is str and tag == "storage" and type(kind) is GlobalName):
+        raise OpcodeError("a persistent id is not that of a storage")
+    if not (type(key) is str and type(location) is str and type(numel) is int and 0 <= numel < LARGEST):
+        raise OpcodeError("the persistent id of a storage has arguments of a wrong type or size")
+    if kind.name not in STORAGES:
+        what = "quantized" if kind.name in QUANTIZED_STORAGES else "of the unknown kind " + kind.name
+        return RefusedTensor(f"its storage is {what}")
+    if location == "meta":
+        return RefusedTensor("it is a meta tensor: it has a shape and no values")
+    dtype = STORAGES[kind.name]
+    nbytes = numel * (ITEMSIZES[dtype] if dtype else 1)
+    record = records.get("data/" + key)
+    if record is None:
+        return RefusedTensor(f"its record data/{key[:80]} is missing")
+    if record.size != nbytes:
+        return RefusedTensor(f"its storage should have {nbytes} bytes, the record data/{key} has {record.size}")
+    return StorageRef(record.name, record.offset, nbytes, dtype)
+
+
 class Interpreter:
     """One run over the content of ``data.pkl``.
 
@@ -59,8 +86,9 @@ class Interpreter:
         #: id of a dict -> the dict, and what Python code attached to it (``_metadata`` of state dicts)
         self.attached: dict[int, tuple[dict[Any, Any], Any]] = {}
         self._data = data
+        self._records = records
         self._allowed = frozenset(allowed)
-        self._scope = Scope(records, copies=1024 + 2 * len(data), key_elements=1024 + 16 * len(data))
+        self._scope = Scope(copies=1024 + 2 * len(data), key_elements=1024 + 16 * len(data))
         # Every container that pickle writes takes three bytes at least; empty ones of a single byte are costly.
         self._containers = 1024 + len(data) // 2
         # All that is noted by itself takes a byte more than the object, a tuple its content; a few are always fine.
@@ -150,7 +178,7 @@ class Interpreter:
                     raise IndexError
                 stack.append(data[start:position].decode("utf-8", "surrogatepass"))
             elif opcode == 0x51:  # BINPERSID
-                stack[-1] = build_storage(scope, stack[-1])
+                stack[-1] = _storage(self._records, stack[-1])
             elif opcode == 0x29:  # EMPTY_TUPLE
                 stack.append(())
             elif opcode == 0x4D:  # BININT2

@@ -28,6 +28,22 @@ ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
 _MAX_HEADER = 512 << 20
 _MOST_PASTED = 200
+_END = struct.Struct("<4s4H2LH")
+_END_64_LOCATOR = struct.Struct("<4sLQL")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_ENCRYPTED = 0x2041  # traditional, strong, masked headers
+_DESCRIPTOR_FOLLOWS = 0x8
+_MAX_CENTRAL = 1 << 30
+_LOCAL_GUESS = 512
+_AT_ONCE = 256
+_INDEX_GUESS = 1 << 20
+_NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
+_NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
+_NEXT_PLAIN = f"{_NEXT_SAVE}, with tensors and plain values only"
+# torch.save without the zip format; the number is torch.serialization.MAGIC_NUMBER
+_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Content:
@@ -60,19 +76,16 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
 
 
 def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
-    record = records[_HEADER]
+    record, order = records[_HEADER], records.get("byteorder")
     if record.size > _MAX_HEADER:
         raise _bad(handle.path, f"its header is {record.size} bytes long, more than {_MAX_HEADER}", _NEXT_PLAIN)
-    order = records.get("byteorder")
-    if order is not None:
-        said = handle.read(min(order.size, 16), order.offset)
-        if said == b"big":
-            raise _bad(
-                handle.path, "it was written on a big-endian machine; save it again on a little-endian one", _NEXT_PLAIN
-            )
-        if said != b"little":
-            raise _bad(handle.path, f"its byte order is {said!r}, neither little nor big", _NEXT_PLAIN)
-    data = handle.read(record.size, record.offset)
+    places = [(record.offset, record.size)]
+    data, *said = handle.read_many(places if order is None else [*places, (order.offset, min(order.size, 16))])
+    if said == [b"big"]:
+        reason = "it was written on a big-endian machine; save it again on a little-endian one"
+        raise _bad(handle.path, reason, _NEXT_PLAIN)
+    if said and said != [b"little"]:
+        raise _bad(handle.path, f"its byte order is {said[0]!r}, neither little nor big", _NEXT_PLAIN)
     check_record(handle, record, data)
     return data
 
@@ -122,24 +135,6 @@ def _is_module(value: Any) -> bool:
     )
 
 
-_END = struct.Struct("<4s4H2LH")
-_END_64_LOCATOR = struct.Struct("<4sLQL")
-_END_64 = struct.Struct("<4sQ2H2L4Q")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
-_ENCRYPTED = 0x2041  # traditional, strong, masked headers
-_DESCRIPTOR_FOLLOWS = 0x8
-_MAX_CENTRAL = 1 << 30
-_LOCAL_GUESS = 512
-_AT_ONCE = 256
-_INDEX_GUESS = 1 << 20
-_NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
-_NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
-_NEXT_PLAIN = f"{_NEXT_SAVE}, with tensors and plain values only"
-# torch.save without the zip format; the number is torch.serialization.MAGIC_NUMBER
-_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
-
 def read_records(handle: Handle) -> dict[str, Record]:
     """All records by name, in the order of their bytes. Raises ``CheckpointFormatError``; reads no record."""
     start, count, end = _read_end(handle)
@@ -180,16 +175,16 @@ def _read_end(handle: Handle) -> tuple[int, int, int]:
     """Start, number of entries, and end of the central directory."""
     if handle.size == 0:
         raise CheckpointFormatError(f"{handle.path} is empty (0 bytes). {_NEXT_COPY}", path=handle.path)
-    _check_kind(handle)
+    most = _END_64.size + _END_64_LOCATOR.size + _END.size
+    head, tail = handle.read_many([(0, min(handle.size, 64)), (max(0, handle.size - most), min(handle.size, most))])
+    _check_kind(handle, head)
     if handle.size < _END.size:
         raise _bad(handle.path, "it is cut off: a zip archive has at least 22 bytes", _NEXT_COPY)
     end = handle.size - _END.size
-    signature, disk, first_disk, here, count, length, start, comment = _END.unpack(handle.read(_END.size, end))
+    signature, disk, first_disk, here, count, length, start, comment = _END.unpack(tail[-_END.size :])
     if signature != b"PK\x05\x06" or comment != 0:
         raise _bad(handle.path, "no end of a zip archive at its end, so it is cut off or was appended to", _NEXT_COPY)
-    large = None
-    if end >= _END_64_LOCATOR.size + _END_64.size:
-        large = _read_end_64(handle, end - _END_64_LOCATOR.size)
+    large = _read_end_64(handle.path, tail, end - _END_64_LOCATOR.size) if len(tail) == most else None
     if large is not None:
         stated = (disk, first_disk, here, count, length, start)
         small_limits = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
@@ -204,17 +199,16 @@ def _read_end(handle: Handle) -> tuple[int, int, int]:
     return start, count, end
 
 
-def _read_end_64(handle: Handle, position: int) -> tuple[tuple[int, int, int, int, int, int], int] | None:
-    signature, disk, where, disks = _END_64_LOCATOR.unpack(handle.read(_END_64_LOCATOR.size, position))
+def _read_end_64(path: Path, tail: bytes, position: int) -> tuple[tuple[int, int, int, int, int, int], int] | None:
+    """What the end record for large archives says, which ``tail`` begins with, and its place; None for none."""
+    signature, disk, where, disks = _END_64_LOCATOR.unpack_from(tail, _END_64.size)
     if signature != b"PK\x06\x07":
         return None
     if disk or disks != 1 or where + _END_64.size != position:
-        raise _bad(handle.path, "its end record for large archives does not lie where it should", _NEXT_COPY)
-    signature, size, _, _, disk, first_disk, here, count, length, start = _END_64.unpack(
-        handle.read(_END_64.size, where)
-    )
+        raise _bad(path, "its end record for large archives does not lie where it should", _NEXT_COPY)
+    signature, size, _, _, disk, first_disk, here, count, length, start = _END_64.unpack_from(tail)
     if signature != b"PK\x06\x06" or size != _END_64.size - 12:
-        raise _bad(handle.path, "its end record for large archives is damaged", _NEXT_COPY)
+        raise _bad(path, "its end record for large archives is damaged", _NEXT_COPY)
     return (disk, first_disk, here, count, length, start), where
 
 
@@ -291,7 +285,7 @@ def _headers(handle: Handle, entries: Sequence[_Entry]) -> Iterator[bytes]:
     """The beginning of every record, many of them in one read."""
     for start in range(0, len(entries), _AT_ONCE):
         positions = [entry.position for entry in entries[start : start + _AT_ONCE]]
-        yield from handle.read_many((at, min(_LOCAL_GUESS, handle.size - at)) for at in positions)
+        yield from handle.read_many([(at, min(_LOCAL_GUESS, handle.size - at)) for at in positions])
 
 
 def _data_offset(handle: Handle, entry: _Entry, header: bytes, limit: int) -> int:
@@ -324,9 +318,8 @@ def _check_torchscript(path: Path, names: Iterable[str]) -> None:
         )
 
 
-def _check_kind(handle: Handle) -> None:
+def _check_kind(handle: Handle, head: bytes) -> None:
     """Say what a file is that is no zip archive."""
-    head = handle.read(min(handle.size, 64), 0)
     if head.startswith(b"PK"):
         return
     trusted = "Next, where it is trusted: torch.save(torch.load(path, weights_only=True), path) with torch >= 1.6"

@@ -133,7 +133,7 @@ class Handle:
         self._fill([(offset, memoryview(buffer))], key)
         return bytes(buffer)
 
-    def read_many(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of every range, an offset and a length, that the caller knows the object to have."""
         buffers = [(offset, bytearray(length)) for offset, length in ranges]
         self._fill([(offset, memoryview(buffer)) for offset, buffer in buffers], "")
