@@ -5,6 +5,7 @@ are not finite.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
@@ -113,7 +114,6 @@ class Verification:
         self._has_checksums = any(record.crc is not None for record in filled)
         # not every manifest knows of records
         self._is_by_file = digests.file is not None and (digests.records is None or not self._has_checksums)
-        self._written: dict[str, tuple[TensorInfo, TensorDigest]] | None = None
         self._agrees = False
         #: Bytes that have been read to be compared, or looked at.
         self.examined = 0
@@ -205,7 +205,7 @@ class Verification:
                 self._handle.check_digest(str(self._digests.file))
             except CheckpointCorruptError:
                 if self._has_checksums:  # names the keys, where it is damage and not another file
-                    self._refuse_damage(self._examine(self._records, compare=True))
+                    self._refuse_damage(self._examine(self._records))
                 raise
             self.examined += self._handle.size
             self._handle.check_unchanged()
@@ -233,11 +233,11 @@ class Verification:
         self, chosen: Set[str], look: Collection[TensorInfo], targets: Mapping[str, memoryview]
     ) -> None:
         """Each by its CRC-32, or by the digest of the tensor that it is all of."""
-        written = self._whole_tensors()
+        written = self._whole_tensors
         digests = {name: written[name][1].digest for name in chosen & written.keys()}
         known = dict(written[name] for name in digests if written[name][1].values is not None)
         looked = [info for info in look if info not in known]
-        self._refuse_damage(self._examine(chosen, looked, digests=digests, targets=targets, compare=True))
+        self._refuse_damage(self._examine(chosen, looked, digests=digests, targets=targets))
         for info, tensor in known.items():
             self._known[info] = tensor.values if tensor.values in ("NaN", "infinities") else None
         self._handle.check_unchanged()
@@ -247,8 +247,8 @@ class Verification:
         try:
             self._check_header()
         except CheckpointCorruptError:  # names the keys, where it is damage and not another file
-            digests = {name: tensor.digest for name, (_info, tensor) in self._whole_tensors().items()}
-            self._refuse_damage(self._examine(self._records, digests=digests, compare=True))
+            digests = {name: tensor.digest for name, (_info, tensor) in self._whole_tensors.items()}
+            self._refuse_damage(self._examine(self._records, digests=digests))
             raise
         self._agrees = True
 
@@ -275,17 +275,14 @@ class Verification:
                 path=path,
             )
 
+    @functools.cached_property
     def _whole_tensors(self) -> Mapping[str, tuple[TensorInfo, TensorDigest]]:
         """Record -> the tensor that is all of it, and what was written of that."""
-        if self._written is None:
-            written = {key: info for key, info in self._tensors.items() if key in self._digests.tensors}
-            records = self.whole_records(written.values())
-            self._written = {
-                records[info].name: (info, self._digests.tensors[key])
-                for key, info in written.items()
-                if info in records
-            }
-        return self._written
+        written = {key: info for key, info in self._tensors.items() if key in self._digests.tensors}
+        records = self.whole_records(written.values())
+        return {
+            records[info].name: (info, self._digests.tensors[key]) for key, info in written.items() if info in records
+        }
 
     def _share(self, infos: Iterable[TensorInfo] | None, part: tuple[int, int] | None) -> Iterable[Record]:
         """The records of tensors, or the share of them that has the same number of bytes as every other one."""
@@ -310,7 +307,6 @@ class Verification:
         *,
         digests: Mapping[str, str] | None = None,
         targets: Mapping[str, memoryview] | None = None,
-        compare: bool = False,
     ) -> list[Record]:
         """Read records once, compare the ``chosen`` ones, look at values; returns those that differ."""
         digests, targets = digests or {}, targets or {}
@@ -320,7 +316,7 @@ class Verification:
                 name,
                 record.offset,
                 record.size,
-                record.crc if compare and name in chosen else None,
+                record.crc if name in chosen else None,
                 digests.get(name),
                 tuple(looked_at.get(name, ())),
                 targets.get(name),

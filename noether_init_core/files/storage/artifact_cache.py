@@ -196,7 +196,12 @@ class ArtifactCache:
         try:
             status = os.lstat(entry)
         except FileNotFoundError:
-            return self._absent(key, entry)
+            return CheckpointNotFoundError(
+                f"{self.shown(key)} is not in the cache {self.folder}, and offline nothing is fetched. "
+                f"{self._way_out(entry)}",
+                path=entry,
+                asked=self.shown(key),
+            )
         except OSError as error:
             raise self._unusable(error) from error
         if not stat.S_ISREG(status.st_mode):
@@ -255,7 +260,7 @@ class ArtifactCache:
         check: Callable[[Path], object] | None,
     ) -> None:
         self._remove_partial(f"{_name_of(key)}.")  # of killed ones: whoever holds the lock is alone
-        partial = self._partial(key)
+        partial = self.folder / f"{_name_of(key)}.{secrets.token_hex(8)}.partial"
         _logger.info("%s: fetching it into %s", self.shown(key), entry)
         try:
             download(partial)
@@ -321,9 +326,6 @@ class ArtifactCache:
         finally:
             guard.release()
 
-    def _partial(self, key: str) -> Path:
-        return self.folder / f"{_name_of(key)}.{secrets.token_hex(8)}.partial"
-
     def _remove_partial(self, start: str) -> None:
         with self._saying():
             for name in LOCAL.list_folder(self.folder):
@@ -349,14 +351,6 @@ class ArtifactCache:
         return CheckpointError(
             f"the cache {self.folder} cannot be used: {error}. Next: {CACHE_VARIABLE}=<a folder of your own>",
             path=self.folder,
-        )
-
-    def _absent(self, key: str, entry: Path) -> CheckpointNotFoundError:
-        return CheckpointNotFoundError(
-            f"{self.shown(key)} is not in the cache {self.folder}, and offline nothing is fetched. "
-            f"{self._way_out(entry)}",
-            path=entry,
-            asked=self.shown(key),
         )
 
     @staticmethod
