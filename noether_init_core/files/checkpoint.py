@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import attrs
 
-from noether_init_core.errors import CheckpointNotFoundError, StateMismatchError
+from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.files.content import Versions
 from noether_init_core.files.examining import Finding
-from noether_init_core.files.reading import Materializer, nonfinite_in
+from noether_init_core.files.reading import Materializer, check_targets, nonfinite_in
 from noether_init_core.files.tensor_info import Box, TensorInfo
 from noether_init_core.files.verification import Verified
 from noether_init_core.messages import listed, near
@@ -168,16 +168,12 @@ class BaseCheckpoint(abc.ABC):
         import torch
 
         copies = tuple(copies)
-        problems = []
-        for key, box, target in copies:
-            shape = self._info(key).shape if box is None else tuple(end - begin for begin, end in box)
-            if tuple(target.shape) != shape or target.is_meta:
-                problems.append(f"{key}: checkpoint {list(shape)}, target {list(target.shape)} on {target.device}")
-        if problems:
-            raise StateMismatchError(
-                f"{self.path} cannot be copied into these tensors, nothing was changed: {listed(problems)}",
-                problems=problems,
-            )
+        shapes = (
+            self._info(key).shape if box is None else tuple(end - begin for begin, end in box)
+            for key, box, _target in copies
+        )
+        named = zip(shapes, copies, strict=True)
+        check_targets(self.path, ((str(key), shape, target) for shape, (key, _box, target) in named))
         with torch.no_grad():
             for key, box, target in copies:
                 target.copy_(self.read(key, box))

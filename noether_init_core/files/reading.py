@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "Materializer",
     "allocated",
     "are_equal",
+    "check_targets",
     "copy_staged",
     "copy_tensors",
     "map_tensors",
@@ -97,6 +98,23 @@ def nonfinite_in(tensor: torch.Tensor) -> Finding | None:
     return "infinities" if bool(torch.isinf(tensor).any()) else None
 
 
+def check_targets(path: Path, sources: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> None:
+    """Raise ``StateMismatchError`` unless every target has the shape that is copied into it, and memory."""
+    problems = []
+    for key, shape, target in sources:
+        if tuple(target.shape) != shape:
+            problems.append(f"{key}: checkpoint {list(shape)}, target {list(target.shape)}")
+        elif target.is_meta:
+            problems.append(f"{key}: the target is on the meta device and has no memory; use read()")
+        elif not _has_memory(target):
+            problems.append(f"{key}: the memory of the target was taken away")
+    if problems:
+        raise StateMismatchError(
+            f"{path} cannot be copied into these tensors, nothing was changed: {listed(problems, 10, separator='; ')}",
+            problems=problems,
+        )
+
+
 def copy_tensors(
     handle: Handle,
     sources: Sequence[tuple[str, TensorInfo, torch.Tensor]],
@@ -108,20 +126,7 @@ def copy_tensors(
     """
     import torch
 
-    problems = []
-    for key, info, target in sources:
-        if tuple(target.shape) != info.shape:
-            problems.append(f"{key}: file {list(info.shape)}, target {list(target.shape)}")
-        elif target.is_meta:
-            problems.append(f"{key}: the target is on the meta device and has no memory; use read()")
-        elif not _has_memory(target):
-            problems.append(f"{key}: the memory of the target was taken away")
-    if problems:
-        raise StateMismatchError(
-            f"{handle.path} cannot be copied into these tensors, nothing was changed: "
-            f"{listed(problems, 10, separator='; ')}",
-            problems=problems,
-        )
+    check_targets(handle.path, ((key, info.shape, target) for key, info, target in sources))
     direct: list[Transfer] = []
     rest: list[tuple[str, TensorInfo, torch.Tensor]] = []
     staged: dict[torch.device, list[tuple[str, TensorInfo, torch.Tensor]]] = {}

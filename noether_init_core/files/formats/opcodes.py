@@ -156,7 +156,10 @@ class Interpreter:
                 if type(function) is not GlobalName or type(args) is not tuple:
                     raise OpcodeError("data.pkl calls something that is not a name")
                 builder = names.get(function.name)
-                stack[-1] = builder(scope, args) if builder is not None else self._foreign(function.name, args)
+                if not args and function.name == "collections.OrderedDict":  # one stands beside every tensor
+                    stack[-1] = {}
+                else:
+                    stack[-1] = builder(scope, args) if builder is not None else self._foreign(function.name, args)
             elif opcode == 0x58:  # BINUNICODE
                 start = position + 4
                 position = start + _LENGTH_4(data, position)[0]
