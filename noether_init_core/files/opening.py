@@ -140,7 +140,7 @@ class FileCheckpoint(BaseCheckpoint):
         self, leaves: Iterable[TensorInfo], *, verify: bool = True, look: bool = True
     ) -> dict[TensorInfo, torch.Tensor]:
         """Read into memory of their own in the pass that verifies."""
-        wanted = self._infos(dict.fromkeys(leaves))
+        wanted = list(self._infos(leaves))
         found, targets = allocated(self._handle, self._verification.whole_records(wanted))
         if verify:
             with self._examining("verify"):
@@ -160,11 +160,12 @@ class FileCheckpoint(BaseCheckpoint):
         The same dtype in CPU memory of the same order is read straight into it, with several threads; anything else
         goes in chunks through small buffers (pinned ones for a CUDA device), and ``Tensor.copy_`` casts them.
         """
-        sources = []
         copies = list(copies)
         infos = self._infos(key for key, _box, _target in copies)
-        for info, (key, box, target) in zip(infos, copies, strict=True):
-            sources.append((key if isinstance(key, str) else "", info if box is None else info.part(box), target))
+        sources = [
+            (key if isinstance(key, str) else "", infos[key] if box is None else infos[key].part(box), target)
+            for key, box, target in copies
+        ]
         self._handle.check_unchanged()
         copy_tensors(self._handle, sources, self._stopwatch)
         self._handle.check_unchanged()
@@ -172,8 +173,7 @@ class FileCheckpoint(BaseCheckpoint):
     def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors that are the file itself, mapped privately."""
         with self._stopwatch.phase("read"):
-            keys = list(keys)
-            return map_tensors(self._handle, dict(zip(keys, self._infos(keys), strict=True)))
+            return map_tensors(self._handle, self._infos(keys))
 
     def materialize(self, value: Any) -> Any:
         """``value``, taken from ``metadata``, ``extra_state`` or ``values()``, with real tensors."""
@@ -192,14 +192,13 @@ class FileCheckpoint(BaseCheckpoint):
         With digests of the records, header and tensors are compared with those; else, with a digest of the file, all
         its bytes. A safetensors file carries no checksums, ever: without a digest, a line in the log says so.
         """
-        infos = None if keys is None else self._infos(keys)
+        infos = None if keys is None else self._infos(keys).values()
         with self._examining("verify"):
-            return self._verification.verify(infos, part, look=self._infos(look))
+            return self._verification.verify(infos, part, look=self._infos(look).values())
 
     def nonfinite(self, keys: Iterable[AnyKey]) -> dict[AnyKey, Finding]:
         """Those of the tensors that hold ``NaN`` or ``infinities``; none is read into memory as a whole."""
-        keys = list(keys)
-        infos = dict(zip(keys, self._infos(keys), strict=True))
+        infos = self._infos(keys)
         with self._examining("verify"):
             found = self._verification.nonfinite(infos.values())
         return {key: found[info] for key, info in infos.items() if info in found}
@@ -232,18 +231,18 @@ class FileCheckpoint(BaseCheckpoint):
             raise self._not_found("tree", str(entry), self.entries) from None
 
     def _info(self, key: Key) -> TensorInfo:
-        return self._infos([key])[0]
+        return self._infos([key])[key]
 
-    def _infos(self, keys: Iterable[Key]) -> list[TensorInfo]:
-        keys = list(keys)
-        for leaf in self._verification.foreign([key for key in keys if isinstance(key, TensorInfo)]):
+    def _infos(self, keys: Iterable[AnyKey]) -> dict[AnyKey, TensorInfo]:
+        found: dict[AnyKey, TensorInfo] = {
+            key: key if isinstance(key, TensorInfo) else self._tensors.get(key) or self._tensors[self.key_of(key)]
+            for key in keys
+        }
+        for leaf in self._verification.foreign([key for key in found if isinstance(key, TensorInfo)]):
             raise CheckpointError(
                 f"{self.path} has no such tensor as {leaf}: it is one of another file", path=self.path
             )
-        return [
-            key if isinstance(key, TensorInfo) else self._tensors.get(key) or self._tensors[self.key_of(key)]
-            for key in keys
-        ]
+        return found
 
     def _read_own(self, info: TensorInfo) -> torch.Tensor:
         return read_tensor(self._handle, self._info(info))

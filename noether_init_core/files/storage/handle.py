@@ -127,23 +127,21 @@ class Handle:
         if close is not None:
             close()
 
-    def read(self, length: int, offset: int, key: str = "") -> bytes:
+    def read(self, length: int, offset: int) -> bytes:
         """Exactly ``length`` bytes. The caller has checked that the object has them."""
-        buffer = bytearray(length)
-        self._fill([(offset, memoryview(buffer))], key)
-        return bytes(buffer)
+        return self.read_many([(offset, length)])[0]
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of every range, an offset and a length, that the caller knows the object to have."""
         buffers = [(offset, bytearray(length)) for offset, length in ranges]
-        self._fill([(offset, memoryview(buffer)) for offset, buffer in buffers], "")
+        self._fill([(offset, memoryview(buffer)) for offset, buffer in buffers])
         return [bytes(buffer) for _offset, buffer in buffers]
 
     def read_into(self, target: memoryview, offset: int, key: str = "") -> None:
         """Fill ``target``. Raises ``CheckpointCorruptError`` if the object has become shorter than it was."""
         self._fill([(offset, target)], key)
 
-    def _fill(self, ranges: Sequence[tuple[int, memoryview]], key: str) -> None:
+    def _fill(self, ranges: Sequence[tuple[int, memoryview]], key: str = "") -> None:
         storage = self.storage
         try:
             storage.read(ranges)
