@@ -117,7 +117,7 @@ def examine(handle: Handle, stretches: Sequence[Stretch]) -> Findings:
             raise ValueError(f"{stretch.name}: {stretch.target.nbytes} bytes of memory for {stretch.size} bytes")
     parts = _parts(stretches)
     work = _Work(handle, stretches)
-    by_threads(parts, work.read_group)
+    by_threads([(part.nbytes, part) for part in parts], work.read_group)
     return work.findings(sum(part.nbytes for part in parts))
 
 

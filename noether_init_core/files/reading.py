@@ -144,7 +144,7 @@ def copy_tensors(
             staged.setdefault(target.device, []).append((key, info, target))
         else:
             rest.append((key, info, target))
-    with stopwatch.phase("read", sum(transfer.nbytes for transfer in direct)):
+    with stopwatch.phase("read", sum(transfer.target.nbytes for transfer in direct)):
         handle.read_all(direct)
     with torch.no_grad():
         for device, of_device in staged.items():

@@ -35,13 +35,7 @@ __all__ = [
     "open_file",
 ]
 
-
-class _HasBytes(Protocol):
-    @property
-    def nbytes(self) -> int: ...
-
-
-Sized = TypeVar("Sized", bound=_HasBytes)
+Item = TypeVar("Item")
 
 #: Bytes of one read into memory of the caller.
 CHUNK = 4 << 20
@@ -84,11 +78,6 @@ class Transfer:
     target: memoryview
     offset: int
     key: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are to be read."""
-        return len(self.target)
 
 
 class Handle:
@@ -167,10 +156,10 @@ class Handle:
         pieces = [
             Transfer(one.target[start : start + GROUP], one.offset + start, one.key)
             for one in transfers
-            for start in range(0, one.nbytes, GROUP)
+            for start in range(0, one.target.nbytes, GROUP)
         ]
         pieces.sort(key=lambda piece: piece.offset)
-        by_threads(pieces, read)
+        by_threads([(piece.target.nbytes, piece) for piece in pieces], read)
 
     def check_digest(self, digest: str) -> None:
         """Compare the whole object with ``xxh3_128:<hex>`` or ``sha256:<hex>``."""
@@ -207,19 +196,20 @@ def digest_problem(digest: str) -> str:
     )
 
 
-def by_threads(items: Iterable[Sized], work: Callable[[list[Sized]], None]) -> None:
+def by_threads(items: Iterable[tuple[int, Item]], work: Callable[[list[Item]], None]) -> None:
     """``work`` for groups of neighbours, with several threads where there are several; the first error is raised.
 
-    A group has at least ``GROUP // 4`` bytes; the largest goes first, so that no thread is left alone.
+    Each item comes after its number of bytes. A group has at least ``GROUP // 4`` of them; the largest goes first, so
+    that no thread is left alone.
     """
-    groups: list[list[Sized]] = []
+    groups: list[list[Item]] = []
     sizes: list[int] = []
-    for item in items:
+    for nbytes, item in items:
         if not groups or sizes[-1] >= GROUP // 4:
             groups.append([])
             sizes.append(0)
         groups[-1].append(item)
-        sizes[-1] += item.nbytes
+        sizes[-1] += nbytes
     left = deque(groups[number] for number in sorted(range(len(groups)), key=lambda number: -sizes[number]))
 
     def run() -> None:
