@@ -203,7 +203,7 @@ def test_copy_into_fills_every_kind_of_target(tmp_path: Path) -> None:
         for target in (half, strided, double):
             reader.copy_into([("weight", None, target)])
             assert torch.equal(target.float(), weight)
-        with pytest.raises(StateMismatchError, match=r"weight: file \[3, 4\], target \[4, 3\]") as caught:
+        with pytest.raises(StateMismatchError, match=r"weight: checkpoint \[3, 4\], target \[4, 3\]") as caught:
             reader.copy_into(
                 [
                     ("scalar", None, torch.tensor(0)),
