@@ -129,7 +129,7 @@ def test_copies_go_into_existing_memory_also_with_a_cast(tmp_path: Path) -> None
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
     with open_checkpoint(tmp_path / "a.safetensors") as reader:
         a, b, c = torch.zeros(2, 3), torch.zeros(4, dtype=torch.float64), torch.zeros(3, 2).t()
-        with pytest.raises(StateMismatchError, match=r"b: file \[4\], target \[3\]"):
+        with pytest.raises(StateMismatchError, match=r"b: checkpoint \[4\], target \[3\]"):
             reader.copy_into([("a", None, a), ("b", None, torch.zeros(3))])
         assert not a.any()
         where = a.data_ptr()
