@@ -18,7 +18,6 @@ from noether_init_core.cli import (
     check,
     diff,
     example,
-    failures,
     inspect,
     kinds,
     lineage,
@@ -105,10 +104,10 @@ def main() -> None:
     except typer.Abort:
         code = 1
     except Exception as error:
-        said = failures.explained(error)
+        said = usage.explained(error)
         if said is None:
             raise
-        failures.show_traceback(error)
+        usage.show_traceback(error)
         show_text(said, err=True)
         code = 1
     sys.exit(code or 0)

@@ -13,8 +13,7 @@ import typer
 
 from noether_init_core.cli.files import Html, check_page, write_html, write_text
 from noether_init_core.cli.options import Start, naming_options, with_start
-from noether_init_core.cli.output import AsJson, show, show_json
-from noether_init_core.cli.progress import progress
+from noether_init_core.cli.output import AsJson, progress, show, show_json
 from noether_init_core.errors import CheckpointWriteError, ConfigError, InitError
 from noether_init_core.messages import counted, one_line, yaml_line
 
@@ -90,8 +89,7 @@ def run(
                     _report_of(other).unlink(missing_ok=True)
             raise
     if as_json:
-        files = [{**attrs.asdict(one), "path": str(one.path)} for one in written]
-        fresh = list(report.fresh_parameters())
+        files, fresh = [attrs.asdict(one) for one in written], list(report.fresh_parameters())
         show_json("apply", {"files": files, "fresh": fresh, "report": report.to_dict()})
     else:
         _show(written, report)

@@ -11,8 +11,7 @@ import typer
 
 from noether_init_core.cli.checked_path import check_path
 from noether_init_core.cli.files import Html, check_page, write_html
-from noether_init_core.cli.output import AsJson, from_here
-from noether_init_core.cli.progress import progress
+from noether_init_core.cli.output import AsJson, from_here, progress
 from noether_init_core.messages import counted, one_line
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
         for row in largest:
             cosine = "" if row.cosine is None else f"  cosine {row.cosine:.6f}"
             yield from filled(
-                Text(f"   {_number(row.relative_norm):<7}{cosine}"),
+                Text(f"   {row.relative_norm:<7.3g}{cosine}"),
                 [Text(one_line(row.key))],
                 width,
                 "      ",
@@ -129,7 +128,7 @@ def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
         yield from filled(Text(" w  ", "yellow"), [Text(one_line(note))], width, "    ")
     phrases = []
     if found.relative_norm is not None:
-        phrases.append(Text(f"drift {_number(found.relative_norm)}", "bold"))
+        phrases.append(Text(f"drift {found.relative_norm:.3g}", "bold"))
     if found.cosine is not None:
         phrases.append(Text(f"cosine {found.cosine:.6f}"))
     phrases.append(Text(f"{amount(found.elements_compared)} of {amount(found.elements)} elements compared"))
@@ -206,7 +205,7 @@ def _details(rows: Sequence[DiffRow]) -> Iterator[Text]:
         yield Text(f"{first.dtype_a} -> {first.dtype_b}")
     drifts = [row.relative_norm for row in rows if row.relative_norm is not None]
     if drifts and first.state != "equal":
-        least, most = _number(min(drifts)), _number(max(drifts))
+        least, most = f"{min(drifts):.3g}", f"{max(drifts):.3g}"
         yield Text(f"drift {least}" if least == most else f"drift {least} to {most}")
     lost = [sum(row.nonfinite_a for row in rows), sum(row.nonfinite_b for row in rows)]
     if first.state == "nonfinite":
@@ -216,9 +215,3 @@ def _details(rows: Sequence[DiffRow]) -> Iterator[Text]:
     notes = Counter(row.note for row in rows if row.note and not row.nonfinite_a)
     for note, number in notes.most_common(2):
         yield Text(f"({note}{'' if number == len(rows) else f': {number} of them'})", "dim")
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "not known"
-    return f"{value:.3g}"

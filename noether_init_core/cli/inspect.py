@@ -47,9 +47,8 @@ def run(
     as it was written, verify says.
     """
     check_path(path)
-    from noether_init_core.inspection.files import look_at_file
     from noether_init_core.inspection.findings import FoundFile, FoundRunFolder, FoundSetFolder, to_json_data
-    from noether_init_core.inspection.runs import look_at_folder
+    from noether_init_core.inspection.reading import look_at_file, look_at_folder
 
     found = look_at_folder(path) if path.is_dir() else look_at_file(path)
     if as_json:

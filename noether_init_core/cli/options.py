@@ -1,10 +1,11 @@
-"""The options that plan, suggest and apply have in common, and what they make of them: a stack and a model."""
+"""The options that commands share, what a shell offers for them, and what they make: a stack and a model."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import attrs
 import typer
 
-from noether_init_core.cli.completion import configs, kind_names
 from noether_init_core.cli.models import check_reference, load_model
 from noether_init_core.cli.output import show, show_text
 from noether_init_core.errors import ConfigError, InitError
@@ -22,6 +22,35 @@ if TYPE_CHECKING:
     from noether_init_core.stack.stack import InitializerStack
 
 __all__ = ["KIND", "Config", "Kind", "Real", "Start", "naming_options", "with_start"]
+
+# Shells evaluate parts of what they are offered; a name with anything else is typed by hand.
+_HARMLESS = re.compile(r"[\w./+@%,=-]+")
+
+
+def kind_names(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Installed kinds that begin so, with the distribution that offers them."""
+    from noether_init_core import kinds
+
+    for info in kinds.installed():
+        is_meant = info.name.startswith(incomplete) and ("." not in info.name or "." in incomplete)
+        if info.blocked_by is None and is_meant and _HARMLESS.fullmatch(info.name):
+            described = info.source if re.fullmatch(r"[\w. +-]+", info.source) else ""
+            yield info.name, described
+
+
+def configs(incomplete: str) -> Iterator[str]:
+    """YAML files and folders that begin so."""
+    parent = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    try:
+        entries = sorted(parent.iterdir())
+    except OSError:
+        return
+    for entry in entries:
+        shown = f"{entry}/" if entry.is_dir() else str(entry)
+        is_meant = entry.is_dir() or entry.suffix in (".yaml", ".yml")
+        is_meant = is_meant and shown.startswith(incomplete) and not entry.name.startswith(".")
+        if is_meant and _HARMLESS.fullmatch(shown):
+            yield shown
 
 
 def _config(context: typer.Context, path: Path) -> Path:

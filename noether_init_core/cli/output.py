@@ -1,4 +1,4 @@
-"""What commands print: lines and tables for people, JSON for programs.
+"""What commands print: lines and tables for people, JSON for programs, a bar where it takes long.
 
 Names come from files, folders, configs and plugins. Everything is printed by these functions, which escape what a
 terminal would act on.
@@ -7,7 +7,10 @@ terminal would act on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +18,7 @@ import typer
 
 from noether_init_core.messages import one_line, printable
 
-__all__ = ["AsJson", "from_here", "show", "show_commands", "show_json", "show_table", "show_text"]
+__all__ = ["AsJson", "from_here", "progress", "show", "show_commands", "show_json", "show_table", "show_text"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: one object.")]
 
@@ -39,7 +42,7 @@ def show_text(text: str, *, err: bool = False) -> None:
 def show_json(name: str, data: Mapping[str, Any], *, version: int | None = 1) -> None:
     """Print ``data`` as the JSON of a command: its format and version come first."""
     head = {"format": f"noether-init-{name}", **({} if version is None else {"version": version})}
-    typer.echo(json.dumps({**head, **data}, indent=1))
+    typer.echo(json.dumps({**head, **data}, indent=1, default=os.fspath))
 
 
 def show_commands(commands: Sequence[tuple[str, str]], narrow: int = 50) -> None:
@@ -91,3 +94,37 @@ def from_here(path: Path | str) -> Path:
     """The path as seen from the current folder, where it lies below it."""
     path, here = Path(path), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) and path != here else path
+
+
+_PATIENCE_S = 1.0
+
+
+@contextmanager
+def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Gives what is to be called with every number of bytes that are done.
+
+    Args:
+        label: What is done, as one word: ``verifying``.
+        total: Bytes in all; None for work that does not tell how far it is.
+
+    Without a terminal nothing is written. May be called from several threads.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task("", total=total)
+    timer = threading.Timer(_PATIENCE_S, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda done: bar.advance(task, done)
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noether_init_core.cli.failures import how_to_see, show_traceback
 from noether_init_core.cli.files import Html, check_page, check_plan, write_html, write_text
 from noether_init_core.cli.options import Real, Start, naming_options, with_start
 from noether_init_core.cli.output import show, show_text
+from noether_init_core.cli.usage import how_to_see, show_traceback
 from noether_init_core.errors import InitError
 
 if TYPE_CHECKING:

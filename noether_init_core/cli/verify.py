@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from noether_init_core.cli.checked_path import check_path
-from noether_init_core.cli.output import AsJson, from_here, show, show_json, show_table, show_text
-from noether_init_core.cli.progress import progress
+from noether_init_core.cli.output import AsJson, from_here, progress, show, show_json, show_table, show_text
 from noether_init_core.errors import CheckpointError
 from noether_init_core.messages import one_line
 
@@ -183,13 +182,10 @@ def _as_data(
 ) -> dict[str, Any]:
     import attrs
 
-    def plain(_instance: Any, _attribute: Any, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
     return {
         "paths": list(paths),
         "problems": problems,
         "unverifiable": unverifiable,
-        "runs": [attrs.asdict(one, value_serializer=plain) for one in audited],
-        "files": [attrs.asdict(one, value_serializer=plain) for one in files],
+        "runs": [attrs.asdict(one) for one in audited],
+        "files": [attrs.asdict(one) for one in files],
     }

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import attrs
+import torch
 
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Drift", "Room", "drift_of", "is_comparable", "total_of"]
 
@@ -128,15 +126,11 @@ class Room:
         self._threads = 0
 
     def __enter__(self) -> Room:
-        import torch
-
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
         return self
 
     def __exit__(self, *error: object) -> None:
-        import torch
-
         torch.set_num_threads(self._threads)
         self._reading.shutdown(cancel_futures=True)
 
@@ -149,8 +143,6 @@ class Room:
 
     def numbers(self, *pieces: torch.Tensor) -> list[torch.Tensor]:
         """The pieces in float64, until the next call; of complex numbers both parts."""
-        import torch
-
         found = []
         for place, piece in enumerate(pieces):
             if piece.is_complex():
@@ -166,13 +158,9 @@ class Room:
 
     def difference(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """B - A, until the next call."""
-        import torch
-
         return torch.sub(b, a, out=self._at(2, a.numel()))
 
     def _at(self, place: int, size: int) -> torch.Tensor:
-        import torch
-
         memory = self._memory.get(place)
         if memory is None or memory.numel() < size:
             memory = self._memory[place] = torch.empty(size, dtype=torch.float64)
@@ -196,8 +184,6 @@ class _Sums:
 
     def compare(self, one: torch.Tensor, two: torch.Tensor, has_numbers: bool) -> None:
         """The first look at a piece: bits, then sums without scales."""
-        import torch
-
         is_same = one.dtype == two.dtype and torch.equal(_bits(one), _bits(two))
         self.is_equal = self.is_equal and is_same
         if has_numbers and is_same:
@@ -209,8 +195,6 @@ class _Sums:
 
     def add(self, one: torch.Tensor, two: torch.Tensor) -> None:
         """Add a piece."""
-        import torch
-
         a, b = self.room.numbers(one, two)
         difference = self.room.difference(a, b)
         self.max_abs = max(self.max_abs, _largest(difference))
@@ -301,8 +285,6 @@ def _pieces(
 
 def _read(reader: Checkpoint, info: TensorInfo) -> torch.Tensor:
     """A piece; where its stretches lie far apart, what is between them is not in memory at once."""
-    import torch
-
     if sum(piece.nbytes for piece in info.pieces) <= 4 * _PIECE * info.itemsize:
         return reader.read(info)
     dimension = _outermost(info)
@@ -323,22 +305,16 @@ def _part(info: TensorInfo, dimension: int, begin: int, end: int) -> TensorInfo:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
     carriers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     return tensor.contiguous().view(carriers.get(tensor.dtype.itemsize, torch.int64))
 
 
 def _nonfinite(numbers: torch.Tensor, is_complex: bool) -> int:
-    import torch
-
     lost = ~torch.isfinite(numbers)
     return int((lost.view(-1, 2).any(-1) if is_complex else lost).sum())
 
 
 def _largest(numbers: torch.Tensor) -> float:
-    import torch
-
     least, most = torch.aminmax(numbers)
     return max(-float(least), float(most))
 

@@ -9,17 +9,133 @@ from pathlib import Path
 
 import attrs
 
-from noether_init_core.errors import CheckpointNotFoundError
+from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from noether_init_core.lineage.graph import Lineage, LineageEdge, LineageNode, LineageSet, related
-from noether_init_core.lineage.records import Records, Run, read_run, run_at, run_folder, set_in
-from noether_init_core.sets.checkpoint_set import CheckpointSet
-from noether_init_core.sets.places import runs_at
-from noether_init_core.sets.provenance import SourceRecord
+from noether_init_core.paths import DEBUG_FOLDER, PathProvider
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
+from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
+from noether_init_core.sets.provenance import History, SourceRecord, load_histories
+from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["lineage_of"]
 
+
 #: The files that an entry's values came from, the latest first, and its names there.
 _Chain = Sequence[tuple[SourceRecord, tuple[str, ...]]]
+
+
+@attrs.frozen
+class Run:
+    """A folder with checkpoints, symbolic links resolved; ``name`` is its path below the output root.
+
+    ``snapshot`` is None where it cannot be looked at, for the reason in ``problem``.
+    """
+
+    folder: Path
+    root: Path
+    name: str
+    run_id: str
+    stage: str | None
+    snapshot: Snapshot | None
+    problem: str
+
+
+@attrs.frozen
+class Records:
+    """What a run recorded.
+
+    Attributes:
+        sets: Oldest first.
+        trainings: For each with a record, path of a single model -> entry -> files, the latest first; and whether it is
+            the newest: a run can be started anew in its folder.
+        resumed: How often it was continued from a set of its own, as far as the sets that are there tell.
+        note: What is not known, in words.
+        problems: What could not be read.
+    """
+
+    sets: tuple[CheckpointSet, ...] = ()
+    trainings: tuple[tuple[dict[str, History], bool], ...] = ()
+    resumed: int = 0
+    note: str = ""
+    problems: tuple[str, ...] = ()
+
+
+def run_at(paths: PathProvider) -> Run:
+    """The run of a folder; where its sets record that it is a stage, that stage."""
+    folder, problem, snapshot = paths.checkpoint_path.parent.resolve(), "", None
+    try:
+        snapshot = Snapshot(paths)
+        folder, paths = snapshot.folder.parent, as_recorded(snapshot)
+    except (CheckpointError, OSError) as error:
+        problem = f"{folder}: {error}"
+    name = paths.run_id if paths.stage_name is None else f"{paths.run_id}/{paths.stage_name}"
+    name = f"{DEBUG_FOLDER}/{name}" if paths.debug else name
+    return Run(folder, paths.output_root.resolve(), name, paths.run_id, paths.stage_name, snapshot, problem)
+
+
+def read_run(run: Run) -> Records:
+    """Read the manifests of a run, and the newest record of each training and model."""
+    if run.snapshot is None:
+        return Records(note="its sets cannot be read", problems=(run.problem,))
+    problems: list[str] = []
+    try:
+        sets = run.snapshot.sets()
+        problems += map(str, run.snapshot.broken())
+    except (CheckpointError, OSError) as error:
+        return Records(note="its sets cannot be read", problems=(f"{run.folder}: {error}",))
+    if not sets:
+        return Records(note="its sets cannot be read" if problems else "no set", problems=tuple(problems))
+    manifests = [one.manifest for one in sets if one.manifest is not None]
+    resumed = {manifest.started_from for manifest in manifests if manifest.started_from}
+    newest = manifests[-1].training if manifests else None
+    found: dict[str | None, dict[str, History]] = {}
+    looked: set[tuple[str | None, tuple[str, ...]]] = set()
+    failed = ""
+    for one in reversed(sets):
+        manifest = one.manifest
+        if manifest is None or manifest.provenance is None or (manifest.training, one.models()) in looked:
+            continue
+        looked.add((manifest.training, one.models()))
+        try:
+            kept = load_histories(one)
+        except CheckpointCorruptError as error:
+            problems.append(str(error))
+            said = [f"{one.get('kind')} {one.get('model')} <- {one.get('origin')}" for one in manifest.lineage]
+            failed = failed or "; ".join(said) or "no checkpoint"
+            continue
+        of_training = found.setdefault(manifest.training, {})
+        for model, history in kept.items():
+            of_training.setdefault(model, history)
+    note = ""
+    if failed:
+        note = f"its record cannot be read; its manifest says {failed}"
+    elif not found:
+        note = "where its weights came from was not recorded"
+    elif newest not in found:
+        note = "where the weights of its newest training came from was not recorded"
+    trainings = tuple((models, name == newest) for name, models in found.items())
+    return Records(sets, trainings, len(resumed), note, tuple(problems))
+
+
+def run_folder(path: str) -> Path | None:
+    """The folder of the run (and stage) whose file lies at ``path``, links resolved; None for a file elsewhere.
+
+    A flat file in a folder ``checkpoints`` may belong to no run: whether it does, what was recorded of it says.
+    """
+    parts = Path(path).parts
+    depth = 4 if set_in(path) is not None else 2
+    if len(parts) <= depth or parts[-depth] != CHECKPOINTS_FOLDER:
+        return None
+    try:
+        return Path(*parts[:-depth]).resolve()
+    except (OSError, ValueError, RuntimeError):  # a null byte, a circle of links
+        return None
+
+
+def set_in(path: str) -> str | None:
+    """The folder of the set that a file lies in; None for a file elsewhere."""
+    parts = Path(path).parts
+    return parts[-2] if len(parts) > 4 and parts[-3] == SETS_FOLDER and parts[-4] == CHECKPOINTS_FOLDER else None
 
 
 def lineage_of(path: Path | str, roots: Sequence[Path | str] = ()) -> Lineage:
@@ -77,9 +193,9 @@ class _Reader:
         for run, records in read:
             self._take(run, records)
         for run, records in read:
-            for training in records.trainings:
-                for model, history in training.histories.items():
-                    place = self.id_of[run.folder], model, training.is_newest
+            for histories, is_newest in records.trainings:
+                for model, history in histories.items():
+                    place = self.id_of[run.folder], model, is_newest
                     self._totals.setdefault(place, set()).update(history)
                     for entry, chain in history.items():
                         self._count(place, entry, chain)
@@ -92,7 +208,11 @@ class _Reader:
             origin = dict(source.origin)
             name = self._node_of(source, target)
             total = len(self._totals.get((target, model, is_newest), ()))
-            notes = [self._note_on(source, name), "" if is_newest else "by an earlier training in the same folder"]
+            from_set = set_in(source.path)
+            # only a run that was read tells which of its sets are there
+            is_gone = from_set is not None and name in self._ids and from_set not in self._digests[name]
+            notes = ["the set is not there any more"] if is_gone else []
+            notes += [] if is_newest else ["by an earlier training in the same folder"]
             yield LineageEdge(
                 name,
                 target,
@@ -101,17 +221,22 @@ class _Reader:
                 source.file,
                 origin.get("tag"),
                 origin.get("iteration"),
-                set_in(source.path),
+                from_set,
                 len(entries),
                 len(entries) / total if total else None,
                 source.kind.rpartition(".")[2] in ("resume", "ResumeInitializer"),
-                "; ".join(filter(None, notes)),
+                "; ".join(notes),
             )
 
     def _take(self, run: Run, records: Records) -> None:
         name = self.id_of[run.folder]
         self.problems += records.problems
-        self._digests[name] = records.digests()
+        # folder of a committed set -> name of a file -> its digest
+        self._digests[name] = {
+            one.folder.name: {file.name: file.digest for file in one.manifest.files}
+            for one in records.sets
+            if one.manifest is not None
+        }
         sets = tuple(map(_said, reversed(records.sets)))
         self.nodes[name] = LineageNode(
             name, "run", run.run_id, run.stage, str(run.folder), sets, resumed=records.resumed, note=records.note
@@ -135,16 +260,6 @@ class _Reader:
             # a run that is read tells it itself
             if node not in self._ids and self._node_of(earlier, target) != node:
                 self._entries.setdefault((earlier, node, later.model, True), set()).update(itertools.chain(*names))
-
-    def _note_on(self, source: SourceRecord, name: str) -> str:
-        """What became of the set that was read, where its run is there."""
-        from_set = set_in(source.path)
-        if from_set is None or name not in self._ids:
-            return ""
-        files = self._digests[name].get(from_set)
-        if files is None:
-            return "the set is not there any more"
-        return ""
 
     def _node_of(self, source: SourceRecord, target: str) -> str:
         """Id of the node of a source; a node of its own is made for what is no run that was read."""
@@ -174,7 +289,7 @@ class _Reader:
                 note = "without a digest: whether the file is still the same is not known"
             path = source.path or source.file
             key = source.digest or ""
-            return self._other(f"file:{path}", path, None, None, note, is_file=True, is_there=is_there, key=key)
+            return self._other(f"file:{path}", path, None, None, note, is_there=is_there, key=key)
         if folder is None:  # of a run, in the way of another kind
             is_there = _is_there(source.path, is_folder=False)
             note = "" if is_there else "it is not there any more"
@@ -191,23 +306,14 @@ class _Reader:
         return self._other(said, str(folder), run_id, stage, note, is_there=is_there)
 
     def _other(
-        self,
-        name: str,
-        path: str,
-        run_id: str | None,
-        stage: str | None,
-        note: str,
-        *,
-        is_file: bool = False,
-        is_there: bool,
-        key: str = "",
+        self, name: str, path: str, run_id: str | None, stage: str | None, note: str, *, is_there: bool, key: str = ""
     ) -> str:
         if (name, path, key) not in self._others:
             free = name
             while free in self.nodes:
                 free = f"{free} ({key or path})"
             self._others[name, path, key] = free
-            node = LineageNode(free, "file" if is_file else "run", run_id, stage, path, note=note)
+            node = LineageNode(free, "file" if name.startswith("file:") else "run", run_id, stage, path, note=note)
             self.nodes[free] = node if is_there else attrs.evolve(node, type="missing")
         return self._others[name, path, key]
 

@@ -20,7 +20,7 @@ from noether_init_core.messages import one_line
 from noether_init_core.surgery.plan import Action, PlanRow
 from noether_init_core.surgery.steps import Step
 
-__all__ = ["Fold", "KeyPattern", "fold_alike", "fold_keys", "fold_rows"]
+__all__ = ["Fold", "KeyPattern", "fold_alike", "fold_rows"]
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>0|[1-9][0-9]*)", re.DOTALL)
 _SPECIAL = re.compile(r"[\\{},*]")
@@ -79,7 +79,6 @@ class Fold:
     """Rows that one line stands for.
 
     Attributes:
-        model: Path of names of the single model.
         action: What happens to all of them.
         rule: The config line responsible for all of them; None where no rule had a say.
         steps: What is done with the tensors, as in the plan.
@@ -88,7 +87,6 @@ class Fold:
         rows: The rows, in the order of the plan.
     """
 
-    model: str
     action: Action
     rule: str | None
     steps: tuple[Step, ...]
@@ -97,34 +95,20 @@ class Fold:
     rows: tuple[PlanRow, ...]
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """The names that the rows are listed under."""
-        return tuple(row.key for row in self.rows)
-
-    @property
     def elements(self) -> int:
         """Number of elements of all rows."""
         return sum(row.numel for row in self.rows)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(row.nbytes for row in self.rows)
 
-
+@no_garbage_collection()
 def fold_rows(rows: Sequence[PlanRow]) -> tuple[Fold, ...]:
     """Fold the rows of one single model and one file: every row is in exactly one fold.
 
     Folds are ordered by action, from loads to mismatches, and then by their first row. Rows whose sources or parts go
     another way than the line would say (layer 0 from layer 1) are never folded together.
     """
-    with no_garbage_collection():
-        return _folded(rows)
-
-
-def _folded(rows: Sequence[PlanRow]) -> tuple[Fold, ...]:
-    targets = _Known(row.target for row in rows if row.target is not None)
-    sources = _Known(name for row in rows for name in row.sources)
+    targets = _known(row.target for row in rows if row.target is not None)
+    sources = _known(name for row in rows for name in row.sources)
     groups: dict[Hashable, list[PlanRow]] = {}
     for row in rows:
         groups.setdefault(_way(row), []).append(row)
@@ -140,38 +124,32 @@ def _folded(rows: Sequence[PlanRow]) -> tuple[Fold, ...]:
     return tuple(folds)
 
 
-def fold_keys(keys: Sequence[str], known: Iterable[str]) -> tuple[KeyPattern, ...]:
-    """Patterns of which each of ``keys`` matches exactly one, and no other name among ``known`` matches any."""
-    pairs = [(key, None) for key in dict.fromkeys(keys)]
-    return tuple(pattern for pattern, _ in _patterns(pairs, _Known([*known, *keys])))
-
-
+@no_garbage_collection()
 def fold_alike(keys: Mapping[str, Hashable]) -> tuple[tuple[KeyPattern, tuple[str, ...]], ...]:
     """Fold keys that have the same value, such as a dtype and a shape: each pattern with its keys, by its first key.
 
     Every key is in exactly one of them, and no pattern matches a key of another.
     """
-    with no_garbage_collection():
-        known = _Known(keys)
-        places = {key: number for number, key in enumerate(keys)}
-        groups: dict[Hashable, list[str]] = {}
-        for key, value in keys.items():
-            groups.setdefault(value, []).append(key)
-        found = [
-            (pattern, tuple(sorted(members, key=places.__getitem__)))
-            for group in groups.values()
-            for pattern, members in _patterns([(key, key) for key in group], known)
-        ]
+    known = _known(keys)
+    places = {key: number for number, key in enumerate(keys)}
+    groups: dict[Hashable, list[str]] = {}
+    for key, value in keys.items():
+        groups.setdefault(value, []).append(key)
+    found = [
+        (pattern, tuple(sorted(members, key=places.__getitem__)))
+        for group in groups.values()
+        for pattern, members in _patterns([(key, key) for key in group], known)
+    ]
     return tuple(sorted(found, key=lambda one: places[one[1][0]]))
 
 
-def _fold(pattern: KeyPattern, rows: Sequence[PlanRow], known: _Known) -> Fold:
+def _fold(pattern: KeyPattern, rows: Sequence[PlanRow], known: Counter[str]) -> Fold:
     first = rows[0]
     folded: tuple[KeyPattern, ...] = ()
     if any(row.target is not None and row.sources and row.sources != (row.target,) for row in rows):
         names = dict.fromkeys(name for row in sorted(rows, key=lambda row: row.part) for name in row.sources)
-        folded = tuple(found for found, _ in _patterns([(name, None) for name in names], known))
-    return Fold(first.model, first.action, first.rule, first.steps, pattern, folded, tuple(rows))
+        folded = tuple(found for found, _ in _patterns([(name, name) for name in names], known))
+    return Fold(first.action, first.rule, first.steps, pattern, folded, tuple(rows))
 
 
 def _way(row: PlanRow) -> Hashable:
@@ -250,17 +228,15 @@ def _segments_of(key: str) -> list[str]:
     return segments if len(segments) <= _MOST_SEGMENTS else [key]
 
 
-class _Known:
-    """All names of a model or a file: how many are below each prefix."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self.below: Counter[str] = Counter()
-        for key in dict.fromkeys(keys):
-            segments = _segments_of(key)
-            prefix = ""
-            for segment in segments:
-                self.below[prefix] += 1
-                prefix = f"{prefix}{segment}."
+def _known(keys: Iterable[str]) -> Counter[str]:
+    """Of all names of a model or a file: how many are below each prefix."""
+    below: Counter[str] = Counter()
+    for key in dict.fromkeys(keys):
+        prefix = ""
+        for segment in _segments_of(key):
+            below[prefix] += 1
+            prefix = f"{prefix}{segment}."
+    return below
 
 
 @attrs.define(eq=False)
@@ -277,8 +253,8 @@ class _Node:
     is_whole: bool = False
 
 
-def _patterns(pairs: Sequence[tuple[str, Any]], known: _Known) -> list[tuple[KeyPattern, list[Any]]]:
-    """Disjoint patterns for the names of ``pairs``, each with the values (rows, say) of its names; not with None."""
+def _patterns(pairs: Sequence[tuple[str, Any]], known: Counter[str]) -> list[tuple[KeyPattern, list[Any]]]:
+    """Disjoint patterns for the names of ``pairs``, each with the values (rows, say) of its names."""
     root = _Node()
     for key, value in pairs:
         node = root
@@ -292,10 +268,10 @@ def _patterns(pairs: Sequence[tuple[str, Any]], known: _Known) -> list[tuple[Key
     _measure(root, "", known, shapes)
     # a star alone would say nothing
     root.is_whole = False
-    return [(pattern, [row for row in values if row is not None]) for pattern, values in _lines([root], (), known)]
+    return list(_lines([root], ()))
 
 
-def _measure(node: _Node, prefix: str, known: _Known, shapes: dict[Hashable, int]) -> bool:
+def _measure(node: _Node, prefix: str, known: Counter[str], shapes: dict[Hashable, int]) -> bool:
     """Fill in what is known of ``node`` from those below it; whether every list of layers below is of one kind."""
     if not node.children:
         node.shape = shapes.setdefault((True, False, ()), len(shapes))
@@ -306,7 +282,7 @@ def _measure(node: _Node, prefix: str, known: _Known, shapes: dict[Hashable, int
         is_uniform = _measure(child, f"{prefix}{segment}.", known, shapes) and is_uniform
         below += child.count + bool(child.values)
     node.count = below
-    is_full = below > 0 and below == known.below[prefix]
+    is_full = below > 0 and below == known[prefix]
     names = tuple(sorted([(segment, child.shape) for segment, child in node.children.items()]))
     shape = bool(node.values), is_full, names
     node.shape = shapes.setdefault(shape, len(shapes))
@@ -325,9 +301,7 @@ def _is_of_one_kind(children: Mapping[str, _Node]) -> bool:
     return all(len(set(shapes)) in (1, len(shapes)) for shapes in families.values())
 
 
-def _lines(
-    nodes: Sequence[_Node], before: tuple[tuple[str, ...], ...], known: _Known
-) -> Iterator[tuple[KeyPattern, list[Any]]]:
+def _lines(nodes: Sequence[_Node], before: tuple[tuple[str, ...], ...]) -> Iterator[tuple[KeyPattern, list[Any]]]:
     """The patterns at and below ``nodes``, which are alike and whose places differ only in the last of ``before``."""
     first = nodes[0]
     if first.values:
@@ -343,7 +317,7 @@ def _lines(
         classes.setdefault((segment.isdecimal(), alike), []).append(segment)
     for texts in classes.values():
         members = [node.children[segment] for node in nodes for segment in texts]
-        yield from _lines(members, (*before, tuple(texts)), known)
+        yield from _lines(members, (*before, tuple(texts)))
 
 
 def _below(node: _Node) -> Iterator[Any]:

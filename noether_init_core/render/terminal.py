@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -68,7 +68,7 @@ class _View:
 
     def text(self, width: int = 100) -> str:
         """Without colour; no line is longer than ``width`` (at least 20)."""
-        return _joined(self.lines(width))
+        return "\n".join(line.plain for line in self.lines(width))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.lines(options.max_width)
@@ -131,7 +131,7 @@ class PlanView(_View):
     def _folds(
         self, part: _Part, folds: Sequence[Fold], beside: Mapping[int, Sequence[Problem]], width: int
     ) -> list[Text]:
-        table = _Table.of(folds, width, self.unfolded)
+        table = _Table(folds, width, self.unfolded)
         found: list[Text] = []
         shown: Counter[str] = Counter()
         left: dict[str, list[Fold]] = {}
@@ -202,36 +202,27 @@ class ReportView(_View):
         return found
 
 
-@attrs.frozen
 class _Table:
     """The columns that the lines of one part have in common."""
 
-    word: int
-    pattern: int
-    keys: int
-    elements: int
-    width: int
-    unfolded: bool
-
-    @classmethod
-    def of(cls, folds: Sequence[Fold], width: int, unfolded: bool) -> _Table:
-        word = max((len(MARKS[fold.action].word) for fold in folds), default=0)
+    def __init__(self, folds: Sequence[Fold], width: int, unfolded: bool) -> None:
+        self.width, self.unfolded = width, unfolded
+        self.word = max((len(MARKS[fold.action].word) for fold in folds), default=0)
+        self.keys = max((len(counted(len(fold.rows), "key")) for fold in folds), default=0)
+        self.elements = max((len(amount(fold.elements)) for fold in folds), default=0)
         texts = [len(fold.pattern.text(None if unfolded else _MOST_TEXTS)) for fold in folds]
-        keys = max((len(_keys_of(fold)) for fold in folds), default=0)
-        elements = max((len(_elements_of(fold)) for fold in folds), default=0)
-        room = width - (word + 5) - (elements + 2) - (0 if unfolded else keys + 2)
-        fitting = [length for length in texts if length <= room]
-        return cls(word, max(fitting, default=0), keys, elements, width, unfolded)
+        room = width - (self.word + 5) - (self.elements + 2) - (0 if unfolded else self.keys + 2)
+        self.pattern = max((length for length in texts if length <= room), default=0)
 
     def line(self, fold: Fold, origin: str) -> list[Text]:
         """One line, and more where it is too long."""
         mark = MARKS[fold.action]
         line = Text(mark.text(self.word) + "  ", mark.style)
         indent = " " * len(line)
-        pattern = self._pattern_of(fold)
-        numbers = f"{_elements_of(fold):>{self.elements}}"
+        pattern = fold.pattern.text() if self.unfolded else _short(fold.pattern.text(_MOST_TEXTS))
+        numbers = f"{amount(fold.elements):>{self.elements}}"
         if not self.unfolded:
-            numbers = f"{_keys_of(fold):>{self.keys}}  {numbers}"
+            numbers = f"{counted(len(fold.rows), 'key'):>{self.keys}}  {numbers}"
         details = [*self._details(fold), *([Text(origin, "dim")] if origin else [])]
         if len(pattern) <= self.pattern:
             line.append(f"{pattern:<{self.pattern}}", "not dim").append(f"  {numbers}", "dim")
@@ -240,9 +231,6 @@ class _Table:
         return broken(line, Text(pattern), self.width, indent) + filled(
             Text(indent), details, self.width, indent, between="  "
         )
-
-    def _pattern_of(self, fold: Fold) -> str:
-        return fold.pattern.text() if self.unfolded else _short(fold.pattern.text(_MOST_TEXTS))
 
     def _details(self, fold: Fold) -> list[Text]:
         first = fold.rows[0]
@@ -265,14 +253,6 @@ class _Table:
         return found
 
 
-def _keys_of(fold: Fold) -> str:
-    return counted(len(fold.rows), "key")
-
-
-def _elements_of(fold: Fold) -> str:
-    return amount(fold.elements)
-
-
 def _shape(shape: Sequence[int]) -> str:
     return f"[{','.join(map(str, shape))}]"
 
@@ -280,7 +260,7 @@ def _shape(shape: Sequence[int]) -> str:
 def _single(row: PlanRow) -> Fold:
     """A fold of one row, named in full."""
     sources = () if row.target is None or row.sources == (row.target,) else row.sources
-    return Fold(row.model, row.action, row.rule, row.steps, _literal(row.key), tuple(map(_literal, sources)), (row,))
+    return Fold(row.action, row.rule, row.steps, _literal(row.key), tuple(map(_literal, sources)), (row,))
 
 
 def _literal(key: str) -> KeyPattern:
@@ -347,7 +327,3 @@ def _message(problem: Problem, start: Text, width: int, *, is_beside: bool, with
 
 def _short(text: str, most: int = 400) -> str:
     return text if len(text) <= most else f"{text[: most - 4]} ..."
-
-
-def _joined(lines: Iterable[Text]) -> str:
-    return "\n".join(line.plain for line in lines)

@@ -1,4 +1,4 @@
-"""What a check works on: a model to initialize, and a run on disk that it may be initialized from."""
+"""What a check works on: a model, a run on disk that it may be initialized from, and what a kind can do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from noether_init_core.protocols import leaf_models
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.testing.models import Counter, NumberedTrainer, leaf_state, new_model
 
-__all__ = ["Case", "SavedRun", "Wrong", "saved_run"]
+__all__ = ["Answer", "Case", "SavedRun", "Wrong", "closed", "open_", "saved_run"]
 
 _OLDER, _NEWEST = TrainingIteration(1, 4, 32), TrainingIteration(2, 8, 64)
 _SOURCE_SEED, _OLDER_SEED = 1, 3
@@ -92,6 +92,29 @@ class Wrong:
     config: Mapping[str, Any]
     error: type[InitError] = InitError
     message: str = ""
+
+
+@attrs.frozen
+class Answer:
+    """Whether a kind can do something. ``reason`` says why not, for people who read the tests."""
+
+    is_open: bool
+    reason: str = ""
+
+
+def open_() -> Answer:
+    """The kind can do it; the kit looks whether it does it right."""
+    return Answer(True)
+
+
+def closed(reason: str) -> Answer:
+    """The kind does not do it; the kit looks whether it refuses, or leaves alone what it does not restore.
+
+    Raises ``ValueError`` without a reason.
+    """
+    if not reason.strip():
+        raise ValueError('closed("...") needs the reason: readers want to know why the kind cannot do it')
+    return Answer(False, reason)
 
 
 def saved_run(folder: Path, shape: str = "single", run_id: str = "source") -> SavedRun:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from noether_init_core.testing.checks.config import ConfigChecks
-from noether_init_core.testing.checks.ranks import RankChecks
 from noether_init_core.testing.checks.registration import RegistrationChecks
 from noether_init_core.testing.checks.safety import SafetyChecks
 from noether_init_core.testing.checks.state import StateChecks
@@ -14,7 +13,7 @@ from noether_init_core.testing.checks.weights import WeightChecks
 __all__ = ["InitializerConformance"]
 
 
-class InitializerConformance(RegistrationChecks, ConfigChecks, WeightChecks, SafetyChecks, StateChecks, RankChecks):
+class InitializerConformance(RegistrationChecks, ConfigChecks, WeightChecks, SafetyChecks, StateChecks):
     """Derive a test class from this, and pytest runs every check on your kind.
 
     ::

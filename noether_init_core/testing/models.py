@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,61 +13,35 @@ from noether_init_core.binding import bind, compose
 __all__ = ["SHAPES", "Counter", "NumberedTrainer", "leaf_state", "new_model", "with_extra_parameter"]
 
 
-class _Plain(torch.nn.Module):
+def _plain(**more: torch.nn.Module) -> torch.nn.Sequential:
     """A matrix, a bias, and a scale."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = torch.nn.Linear(4, 3)
-        self.norm = torch.nn.LayerNorm(3)
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.norm(self.embed(values))
-        return result
+    return torch.nn.Sequential(OrderedDict(embed=torch.nn.Linear(4, 3), norm=torch.nn.LayerNorm(3), **more))
 
 
-class _Single(_Plain):
+def _with_half_precision() -> torch.nn.Sequential:
     """Besides, a square matrix, which also fits the other way round, and half precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.square = torch.nn.Linear(3, 3, bias=False)
-        self.coarse = torch.nn.Parameter(torch.empty(5, dtype=torch.bfloat16))
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.square(super().forward(values))
-        return result
+    module = _plain(square=torch.nn.Linear(3, 3, bias=False))
+    module.coarse = torch.nn.Parameter(torch.empty(5, dtype=torch.bfloat16))
+    return module
 
 
-class _Tied(torch.nn.Module):
+def _tied() -> torch.nn.Sequential:
     """An embedding whose matrix is that of the head, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = torch.nn.Embedding(5, 3)
-        self.head = torch.nn.Linear(3, 5, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.head(self.embed(values))
-        return result
+    embed, head = torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False)
+    head.weight = embed.weight
+    return torch.nn.Sequential(OrderedDict(embed=embed, head=head))
 
 
-class _Buffers(torch.nn.Module):
+def _buffers() -> torch.nn.Sequential:
     """No parameter at all: running statistics, a counter, a mask with an infinity, and a buffer that is not saved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = torch.nn.BatchNorm1d(3, affine=False)
-        self.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.0]))
-        self.register_buffer("scratch", torch.zeros(2), persistent=False)
-        with torch.no_grad():
-            self.norm.running_mean.normal_()  # type: ignore[union-attr]  # there with track_running_stats
-            self.norm.num_batches_tracked.fill_(int(torch.randint(1, 100, ())))  # type: ignore[union-attr]
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.norm(values) + self.mask
-        return result
+    norm = torch.nn.BatchNorm1d(3, affine=False)
+    module = torch.nn.Sequential(OrderedDict(norm=norm))
+    module.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.0]))
+    module.register_buffer("scratch", torch.zeros(2), persistent=False)
+    with torch.no_grad():
+        norm.running_mean.normal_()  # type: ignore[union-attr]  # there with track_running_stats
+        norm.num_batches_tracked.fill_(int(torch.randint(1, 100, ())))  # type: ignore[union-attr]
+    return module
 
 
 def _single(name: str, module: torch.nn.Module, **more: Any) -> Any:
@@ -88,30 +63,30 @@ def _single(name: str, module: torch.nn.Module, **more: Any) -> Any:
 
 def _composite() -> Any:
     return compose(
-        "pair", {"encoder": _single("encoder", _Plain()), "absent": None, "decoder": _single("decoder", _Plain())}
+        "pair", {"encoder": _single("encoder", _plain()), "absent": None, "decoder": _single("decoder", _plain())}
     )
 
 
 def _nested() -> Any:
-    inner = compose("inner", {"first": _single("first", _Plain()), "second": _single("second", _Plain())})
-    return compose("outer", {"inner": inner, "head": _single("head", _Plain())})
+    inner = compose("inner", {"first": _single("first", _plain()), "second": _single("second", _plain())})
+    return compose("outer", {"inner": inner, "head": _single("head", _plain())})
 
 
 def _frozen() -> Any:
-    model = _single("net", _Plain(), is_frozen=True)
+    model = _single("net", _plain(), is_frozen=True)
     model.module.requires_grad_(False)
     return model
 
 
 #: Shape -> what makes a model of that shape, by the global generator.
 SHAPES: Mapping[str, Callable[[], Any]] = {
-    "single": lambda: _single("net", _Single()),
+    "single": lambda: _single("net", _with_half_precision()),
     "composite": _composite,
     "nested": _nested,
     "frozen": _frozen,
-    "meta_device": lambda: _single("net", _Plain()),
-    "tied": lambda: _single("net", _Tied()),
-    "buffers": lambda: _single("net", _Buffers()),
+    "meta_device": lambda: _single("net", _plain()),
+    "tied": lambda: _single("net", _tied()),
+    "buffers": lambda: _single("net", _buffers()),
 }
 
 
@@ -127,7 +102,7 @@ def new_model(shape: str, seed: int, *, on_meta: bool | None = None) -> Any:
         torch.manual_seed(seed)
         if on_meta or (on_meta is None and shape == "meta_device"):
             with torch.device("meta"):
-                return bind(_Plain(), name="net")
+                return bind(_plain(), name="net")
         return SHAPES[shape]()
 
 
@@ -135,7 +110,7 @@ def with_extra_parameter(seed: int) -> Any:
     """The single model with one parameter more, ``extra``, which no source has."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = _Single()
+        module = _with_half_precision()
         module.register_parameter("extra", torch.nn.Parameter(torch.empty(3)))
         return _single("net", module)
 

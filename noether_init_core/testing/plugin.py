@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 import pytest
+import torch
 
 from noether_init_core import kinds
 from noether_init_core.initializers.base import InitializerBase
@@ -124,9 +125,25 @@ def broken_runs(source_run: Callable[..., SavedRun]) -> Mapping[str, SavedRun]:
     manifest. ``without weights``: the file of the weights is gone. ``empty``: a run folder without checkpoints. Plain
     files are broken alike (``uncommitted``: they are gone).
     """
-    found = {what: source_run() for what in _BREAKS}
-    for what, run in found.items():
-        _BREAKS[what](run)
+    found = {what: source_run() for what in ("flipped bit", "truncated", "uncommitted", "without weights", "empty")}
+    flipped, truncated, uncommitted, without_weights, empty = found.values()
+    # the first tensor of this dtype; of the older set, with other values, somewhere in the middle of the file
+    needle = next(one for one in flipped.state["net"].values() if one.dtype == torch.float32).numpy().tobytes()
+    for path in _weights(flipped):
+        data = bytearray(path.read_bytes())
+        place = data.find(needle)
+        data[place if place >= 0 else len(data) // 2] ^= 0x40
+        _rewrite(path, bytes(data))
+    for path in _weights(truncated):
+        _rewrite(path, path.read_bytes()[:-100])
+    for path in (
+        *uncommitted.paths.checkpoint_path.glob("sets/*/manifest.json"),
+        *uncommitted.files.values(),
+        *_weights(without_weights),
+        *empty.files.values(),
+    ):
+        path.unlink()
+    shutil.rmtree(empty.paths.checkpoint_path)
     return found
 
 
@@ -134,52 +151,9 @@ def _weights(run: SavedRun) -> list[Path]:
     return [*sorted(run.paths.checkpoint_path.glob("sets/*/*_model.th")), *run.files.values()]
 
 
-def _flip(run: SavedRun) -> None:
-    import torch
-
-    for path in _weights(run):
-        data = bytearray(path.read_bytes())
-        (tensor, *_others) = (value for value in run.state["net"].values() if value.dtype == torch.float32)
-        needle = tensor.numpy().tobytes()
-        place = data.find(needle)
-        # of the older set: its own values, somewhere in the middle of the file
-        data[place if place >= 0 else len(data) // 2] ^= 0x40
-        _rewrite(path, bytes(data))
-
-
-def _truncate(run: SavedRun) -> None:
-    for path in _weights(run):
-        _rewrite(path, path.read_bytes()[:-100])
-
-
-def _uncommit(run: SavedRun) -> None:
-    for path in (*run.paths.checkpoint_path.glob("sets/*/manifest.json"), *run.files.values()):
-        path.unlink()
-
-
-def _lose_weights(run: SavedRun) -> None:
-    for path in _weights(run):
-        path.unlink()
-
-
-def _empty(run: SavedRun) -> None:
-    shutil.rmtree(run.paths.checkpoint_path)
-    for path in run.files.values():
-        path.unlink()
-
-
 def _rewrite(path: Path, content: bytes) -> None:
     path.chmod(0o644)
     path.write_bytes(content)
-
-
-_BREAKS: Mapping[str, Callable[[SavedRun], None]] = {
-    "flipped bit": _flip,
-    "truncated": _truncate,
-    "uncommitted": _uncommit,
-    "without weights": _lose_weights,
-    "empty": _empty,
-}
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
+import io
 import multiprocessing
 import os
 import random
@@ -16,13 +18,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from noether_init_core.paths import PathProvider
 
-__all__ = ["RankJob", "RankResult", "run_rank", "work_at_import"]
+__all__ = ["initialized_by_ranks", "work_at_import"]
 
 _TIMEOUT_S = 120.0
+_RANKS, _SEED = 2, 5
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 #: Audit events of these modules stand for work; reading files is what an import does.
 _WORKERS = ("os", "socket", "subprocess")
@@ -40,35 +41,20 @@ def work_at_import(module: str, distribution: str = "") -> list[str]:
     return list(found)
 
 
-@attrs.frozen
-class RankJob:
-    """What one rank does. Everything in it can be pickled."""
+def initialized_by_ranks(
+    config: Mapping[str, Any], paths: PathProvider, meeting_point: Path
+) -> list[tuple[str, dict[str, str]]]:
+    """Initialize a single model in two processes at once, which are the ranks of one group. Raises ``RuntimeError``.
 
-    rank: int
-    ranks: int
-    meeting_point: Path
-    config: Mapping[str, Any]
-    shape: str
-    seed: int
-    output_root: Path
-    run_id: str
-    environment: Mapping[str, str] = attrs.field(factory=lambda: dict(os.environ))
+    Returns for each rank the iteration that it starts at, and model path and name -> digest of the values.
+    """
+    jobs = [(rank, config, paths, meeting_point, dict(os.environ)) for rank in range(_RANKS)]
+    return _in_new_processes(_initialize_as_rank, jobs)
 
 
-@attrs.frozen
-class RankResult:
-    """What a rank ended with: the iteration it starts at, and model path and name -> digest of the values."""
-
-    start: str
-    digests: Mapping[str, str]
-
-
-def run_rank(jobs: Sequence[RankJob]) -> list[RankResult]:
-    """Initialize in one process for each job, all at once, in one group of ranks. Raises ``RuntimeError``."""
-    return _in_new_processes(_initialize_as_rank, [(job,) for job in jobs])
-
-
-def _initialize_as_rank(job: RankJob) -> RankResult:
+def _initialize_as_rank(
+    rank: int, config: Mapping[str, Any], paths: PathProvider, meeting_point: Path, environment: Mapping[str, str]
+) -> tuple[str, dict[str, str]]:
     import numpy
     import torch
     import torch.distributed as dist
@@ -78,18 +64,15 @@ def _initialize_as_rank(job: RankJob) -> RankResult:
     from noether_init_core.testing.models import Counter, NumberedTrainer, new_model
 
     torch.set_num_threads(1)
-    os.environ.update(job.environment)
-    os.environ.update(RANK=str(job.rank), LOCAL_RANK=str(job.rank), WORLD_SIZE=str(job.ranks))
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(_RANKS))
     # each rank comes with another state of the global generator, as ranks do
-    torch.manual_seed(1000 + job.rank)
-    numpy.random.seed(1000 + job.rank)
-    random.seed(1000 + job.rank)
-    dist.init_process_group("gloo", init_method=f"file://{job.meeting_point}", rank=job.rank, world_size=job.ranks)
+    torch.manual_seed(1000 + rank)
+    numpy.random.seed(1000 + rank)
+    random.seed(1000 + rank)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=_RANKS)
     try:
-        model = new_model(job.shape, job.seed)
-        stack = InitializerStack.from_config(
-            [dict(job.config)], path_provider=PathProvider(job.output_root, job.run_id)
-        )
+        model = new_model("single", _SEED)
+        stack = InitializerStack.from_config([dict(config)], path_provider=paths)
         report = stack.initialize(model, trainer=NumberedTrainer(), callbacks=[Counter()])
         digests = {
             f"{path} {name}": hashlib.sha256(value.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
@@ -97,7 +80,7 @@ def _initialize_as_rank(job: RankJob) -> RankResult:
             for name, value in leaf.state_dict().items()
         }
         dist.barrier()
-        return RankResult(str(report.start), digests)
+        return str(report.start), digests
     finally:
         dist.destroy_process_group()
 
@@ -133,35 +116,19 @@ def _watch_import(module: str, dependencies: Sequence[str]) -> list[str]:
             found.append(f"opens {about} for writing")
 
     sys.addaudithook(watch)  # there is no way to take it back, so it is told when to look
-    said = _Said()
     before, threads = state_of_process(), threading.active_count()
-    outputs = sys.stdout, sys.stderr
-    sys.stdout = sys.stderr = said
+    printed = io.StringIO()
     try:
-        importlib.import_module(module)
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            importlib.import_module(module)
     finally:
         watching = False
-        sys.stdout, sys.stderr = outputs
     found += [f"changes the {name}" for name in differences(before, state_of_process())]
-    if said.text:
-        found.append(f"prints {said.text[:80]!r}")
+    if printed.getvalue():
+        found.append(f"prints {printed.getvalue()[:80]!r}")
     if threading.active_count() > threads:
         found.append("starts a thread")
     return list(dict.fromkeys(found))
-
-
-class _Said:
-    """Stands for the standard output, and keeps what was printed."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
 
 
 def _in_new_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -182,10 +149,8 @@ def _in_new_processes(function: Callable[..., Any], arguments: Sequence[tuple[An
                 raise RuntimeError(f"no answer for {_TIMEOUT_S:.0f} s: a rank waits for one that does not come")
             is_good, result = connection.recv()
         except (EOFError, RuntimeError) as error:
-            is_good, result = (
-                False,
-                f"the process ended without an answer: {error or 'it was killed, or left by os._exit'}",
-            )
+            why = error or "it was killed, or left by os._exit"
+            is_good, result = False, f"the process ended without an answer: {why}"
         finally:
             connection.close()
         (results if is_good else failures).append(result)

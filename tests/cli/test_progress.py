@@ -11,8 +11,8 @@ from pathlib import Path
 
 SLOW = """
 import sys, time
-import noether_init_core.cli.progress as module
-from noether_init_core.cli.progress import progress
+import noether_init_core.cli.output as module
+from noether_init_core.cli.output import progress
 module._PATIENCE_S = float(sys.argv[3])  # so that a test hangs neither on a second nor on the load of the machine
 if sys.argv[1] == "told":
     with progress("verifying", 40_000_000) as advance:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.handmade import write_safetensors
 
-from noether_init_core.inspection.files import look_at_file
+from noether_init_core.inspection.reading import look_at_file
 
 IO = Path("/proc/self/io")
 

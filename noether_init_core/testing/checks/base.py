@@ -17,8 +17,7 @@ from noether_init_core.nested import equal
 from noether_init_core.protocols import leaf_models
 from noether_init_core.sets.provenance import InitReport
 from noether_init_core.stack.stack import InitializerStack
-from noether_init_core.testing.answers import Answer, closed, open_
-from noether_init_core.testing.cases import Case, Wrong
+from noether_init_core.testing.cases import Answer, Case, Wrong, closed, open_
 from noether_init_core.testing.snapshots import differences, state_of_model
 
 __all__ = ["Checks"]

@@ -11,7 +11,7 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.stack.stack import InitializerStack
 from noether_init_core.testing.cases import Wrong
 from noether_init_core.testing.checks.base import Checks, MakeConfig, NewCase
-from noether_init_core.testing.snapshots import differences
+from noether_init_core.testing.snapshots import differences, unchanged
 
 __all__ = ["SafetyChecks"]
 
@@ -60,11 +60,9 @@ class SafetyChecks(Checks):
         """``check`` is a look, and may be made twice."""
         case = new_case("single")
         initializer = self.one(case, make_config(case))
-        before = self.everything(case)
-        for _time in range(2):
-            initializer.check(case.model, case.trainer, case.callbacks)
-        changed = differences(before, self.everything(case))
-        assert not changed, f"check() changed {', '.join(changed[:5])}"
+        with unchanged(lambda: self.everything(case), "check()"):
+            for _time in range(2):
+                initializer.check(case.model, case.trainer, case.callbacks)
 
     def test_start_iteration(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """Zero, or where the source ended, as the author says."""

@@ -1,17 +1,20 @@
-"""The right numbers arrive, in models of every shape, in place, and as the plan says."""
+"""The right numbers arrive, in models of every shape, in place, on every rank, and as the plan says."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from noether_init_core import kinds
 from noether_init_core.errors import InitError
 from noether_init_core.protocols import leaf_models
-from noether_init_core.testing.answers import open_
+from noether_init_core.testing.cases import open_
 from noether_init_core.testing.checks.base import Checks, Expected, MakeConfig, NewCase
 from noether_init_core.testing.models import leaf_state, new_model, with_extra_parameter
+from noether_init_core.testing.processes import initialized_by_ranks
 from noether_init_core.testing.snapshots import differences, state_of_model, unchanged
 
 __all__ = ["WeightChecks"]
@@ -21,7 +24,7 @@ _OPEN = open_()
 
 
 class WeightChecks(Checks):
-    """Values, identity, plan."""
+    """Values, identity, plan, ranks."""
 
     def test_single_model(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
         """Matrices, one of them square, biases and scales."""
@@ -121,6 +124,19 @@ class WeightChecks(Checks):
             with pytest.raises(InitError):
                 initializer.check(case.model, case.trainer, case.callbacks)
                 pytest.fail(f"{what}, and check() has not found it")
+
+    def test_two_ranks_agree(self, new_case: NewCase, make_config: MakeConfig, tmp_path: Path) -> None:
+        """Two ranks, each with another global generator, start at the same iteration with the same bits."""
+        if not self.ranks.is_open:
+            pytest.skip(f"closed: {self.ranks.reason}")
+        if kinds.describe(self.kind).distribution is None:
+            pytest.skip("registered in this process only: another process has no such kind")
+        case = new_case("single")
+        config = {"kind": self.kind, **make_config(case)}
+        (start, digests), (other_start, others) = initialized_by_ranks(config, case.paths, tmp_path / "meeting point")
+        assert start == other_start
+        different = [name for name, digest in digests.items() if others[name] != digest]
+        assert not different, f"the ranks differ in {', '.join(different)}: a rank or a global generator was used"
 
 
 def _misfits() -> dict[str, Any]:
