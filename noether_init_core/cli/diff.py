@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noether_init_core.cli.checked_path import check_path
-from noether_init_core.cli.files import Html, check_page, write_html
+from noether_init_core.cli.files import Html, check_page, check_path, write_html
 from noether_init_core.cli.output import AsJson, from_here, progress
 from noether_init_core.messages import counted, one_line
 

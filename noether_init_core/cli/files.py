@@ -1,21 +1,23 @@
-"""Files that commands write for people and programs: pages and JSON; whole, or not at all."""
+"""Paths that were typed; and files that commands write for people and programs: whole, or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from noether_init_core.errors import InitError
+from noether_init_core.errors import CheckpointFormatError, CheckpointNotFoundError, InitError
+from noether_init_core.messages import listed, near
 
 if TYPE_CHECKING:
     from noether_init_pages import SaysItself
 
-__all__ = ["Html", "check_page", "check_plan", "write_html", "write_text"]
+__all__ = ["Html", "check_page", "check_path", "check_plan", "write_html", "write_text"]
 
 Html = Annotated[
     Path | None,
@@ -102,3 +104,36 @@ def write_text(path: Path, text: str) -> None:
         raise InitError(f"{path} cannot be written: {error.strerror}. Nothing was changed there") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_path(path: Path) -> None:
+    """Raise where ``path`` cannot be what was meant, with what is near to it and the next command.
+
+    Raises ``CheckpointNotFoundError`` for an absent path, ``CheckpointFormatError`` for a config or another text.
+    """
+    if not path.exists():
+        folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+        asked = path.relative_to(folder).parts[0] if path.is_relative_to(folder) and path != folder else path.name
+        try:
+            there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        except OSError:
+            there = []
+        found = near(asked, there, cutoff=0.5)
+        nearest = f"Near: {', '.join(str(folder / name) for name in found)}. " if found else ""
+        where = "this folder" if folder == Path() else str(folder)
+        following = shlex.quote(str(folder / (found[0] if found else "")))
+        raise CheckpointNotFoundError(
+            f"{path} does not exist. {nearest}In {where} there are: {listed(there, 8, none='no files')}. "
+            f"Next: noether-init inspect {following}",
+            path=path,
+            asked=str(path),
+            candidates=found or there,
+        )
+    if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
+        with path.open("rb") as file:
+            if b"\0" in file.read(_LOOKED_AT):
+                return
+        raise CheckpointFormatError(
+            f"{path} is text, no checkpoint. If it is a config: noether-init validate {shlex.quote(str(path))}",
+            path=path,
+        )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from noether_init_core.cli.checked_path import check_path
+from noether_init_core.cli.files import check_path
 from noether_init_core.cli.output import AsJson, from_here, show, show_json, show_table, show_text
 from noether_init_core.messages import counted
 
@@ -193,14 +193,10 @@ def _said(content: Content) -> str:
         numbers = f"{amount(content.parameters)} parameters"
         buffers = content.elements - content.parameters
         numbers += f" and {amount(buffers)} elements of buffers" if buffers else ""
-    return f"{counted(content.tensors, 'tensor')}{_dtypes(content.dtypes)}, {numbers}, {content.bytes:,} bytes"
-
-
-def _dtypes(dtypes: Mapping[str, int]) -> str:
-    if not dtypes:
-        return ""
-    shown = [f"{number} {dtype}" for dtype, number in dtypes.items()] if len(dtypes) > 1 else [*dtypes]
-    return f" ({', '.join(shown)})"
+    many = len(content.dtypes) > 1
+    dtypes = ", ".join(f"{number} {dtype}" if many else dtype for dtype, number in content.dtypes.items())
+    tensors = counted(content.tensors, "tensor") + (f" ({dtypes})" if dtypes else "")
+    return f"{tensors}, {numbers}, {content.bytes:,} bytes"
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -6,10 +6,9 @@ import importlib.metadata
 import itertools
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import attrs
 import typer
 
 from noether_init_core.cli.output import show, show_commands, show_json
@@ -26,14 +25,6 @@ _MOST_FOLDERS = 2_000
 _DEPTH = 3
 
 
-@attrs.frozen
-class _Run:
-    """A folder with checkpoints, as seen from here, and the iteration of its newest set, where names tell it."""
-
-    path: str
-    newest: str | None
-
-
 def show_version() -> None:
     """One line with the version."""
     typer.echo(f"noether-init-core {_version()}")
@@ -42,31 +33,31 @@ def show_version() -> None:
 def run(*, as_json: bool) -> None:
     """Version, kinds, runs and configs below the current folder, and the next commands that fit to them."""
     names = plain_kinds()
-    runs = sorted(_runs(), key=lambda one: one.path)
+    runs = dict(sorted(_runs()))
     configs = configs_here()
     following = _next(runs, configs)
     if as_json:
         said = {
             "core": _version(),
             "kinds": names,
-            "runs": [attrs.asdict(one) for one in runs],
+            "runs": [{"path": path, "newest": newest} for path, newest in runs.items()],
             "configs": configs,
             "next": [command for command, _what in following],
         }
         show_json("overview", said)
         return
     show_version()
-    newest = [f"{one.path} @ {one.newest}" if one.newest else one.path for one in runs]
-    for what, some in (("kinds", names), ("runs", newest), ("configs", configs)):
+    shown = [f"{path} @ {newest}" if newest else path for path, newest in runs.items()]
+    for what, some in (("kinds", names), ("runs", shown), ("configs", configs)):
         if some or what == "kinds":
             show(f"{what:<7}  {listed(some, _SHOWN, none='none')}")
     show_commands(following)
 
 
-def _next(runs: list[_Run], configs: list[str]) -> list[tuple[str, str]]:
+def _next(runs: Mapping[str, str | None], configs: list[str]) -> list[tuple[str, str]]:
     found = []
     if runs:
-        common = os.path.commonpath([one.path for one in runs])
+        common = os.path.commonpath(list(runs))
         root = Path(common) if len(runs) > 1 else Path(common).parent
         found.append((f"noether-init inspect {shlex.quote(str(root))}", "what was saved"))
     if configs:
@@ -80,8 +71,11 @@ def _next(runs: list[_Run], configs: list[str]) -> list[tuple[str, str]]:
     return found[:3]
 
 
-def _runs() -> Iterator[_Run]:
-    """Folders with checkpoints some levels below, near ones first; one of source code may be named checkpoints too."""
+def _runs() -> Iterator[tuple[str, str | None]]:
+    """Folders with checkpoints some levels below, near ones first, each with the iteration of its newest set.
+
+    A folder of source code may be named checkpoints, too.
+    """
     level, left = [Path()], _MOST_FOLDERS
     for depth in range(_DEPTH):
         below: list[Path] = []
@@ -94,16 +88,14 @@ def _runs() -> Iterator[_Run]:
                 left -= 1
                 path = folder / entry.name
                 if os.path.isdir(path / "checkpoints"):
-                    run = _run(path)
-                    if run is not None:
-                        yield run
+                    yield from _run(path)
                 if depth + 1 < _DEPTH:
                     below.append(path)
         level = below
 
 
-def _run(path: Path) -> _Run | None:
-    """By the newest manifest, or else by the names of flat files; None where there is neither."""
+def _run(path: Path) -> Iterator[tuple[str, str | None]]:
+    """With the iteration of the newest manifest, or else as names of flat files tell it; nothing where neither is."""
     from noether_init_core.paths import PathProvider
     from noether_init_core.sets.snapshot import Snapshot
 
@@ -112,10 +104,11 @@ def _run(path: Path) -> _Run | None:
         newest = snapshot.newest_folder
         flat = snapshot.flat if newest is None else ()
     except InitError:  # inspect tells it
-        return _Run(str(path), None)
-    if newest is not None:
-        return _Run(str(path), str(newest.iteration))
-    return _Run(str(path), str(flat[0].iteration) if flat[0].iteration is not None else None) if flat else None
+        yield str(path), None
+        return
+    if newest is not None or flat:
+        iteration = newest.iteration if newest is not None else flat[0].iteration
+        yield str(path), None if iteration is None else str(iteration)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noether_init_core.cli.checked_path import check_path
+from noether_init_core.cli.files import check_path
 from noether_init_core.cli.output import AsJson, from_here, progress, show, show_json, show_table, show_text
 from noether_init_core.errors import CheckpointError
 from noether_init_core.messages import one_line

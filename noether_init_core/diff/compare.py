@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.diff.drift import Drift, Room, drift_of, is_comparable, total_of
+from noether_init_core.diff.drift import Drift, Room, drift_of, finite, is_comparable, total_of
 from noether_init_core.diff.sides import Side, is_average, known_from, side_at
 from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
 from noether_init_core.errors import CheckpointCorruptError
@@ -68,8 +68,8 @@ def compare_sides(
     both = [row for row in rows if row.state not in ("only_a", "only_b")]
     total = total_of(work.drifts)
     return CheckpointDiff(
-        attrs.evolve(work.said[0], tensors=work.tensors[0], bytes=work.bytes[0]),
-        attrs.evolve(work.said[1], tensors=work.tensors[1], bytes=work.bytes[1]),
+        work.said[0],
+        work.said[1],
         rows,
         elements=sum(row.elements for row in both),
         elements_compared=work.elements_compared,
@@ -97,7 +97,6 @@ class _Work:
         self.rows: list[DiffRow] = []
         self.notes: list[str] = []
         self.said = said
-        self.tensors, self.bytes = [0, 0], [0, 0]
         self.drifts: list[Drift] = []
         self.elements_compared = 0
         self._strip = tuple(strip)
@@ -113,9 +112,10 @@ class _Work:
             sides = [{} if reader is None else self._entries(reader) for reader in readers]
             for number, (reader, entries) in enumerate(zip(readers, sides, strict=True)):
                 if reader is not None:
-                    self.said[number] = known_from(reader.metadata, self.said[number])
-                self.tensors[number] += len(entries)
-                self.bytes[number] += sum(one.nbytes for one in entries.values() if isinstance(one, TensorInfo))
+                    said = known_from(reader.metadata, self.said[number])
+                    nbytes = sum(one.nbytes for one in entries.values() if isinstance(one, TensorInfo))
+                    tensors, nbytes = said.tensors + len(entries), said.bytes + nbytes
+                    self.said[number] = attrs.evolve(said, tensors=tensors, bytes=nbytes)
             note = "" if None in paths else prefix_note(*sides)
             self.notes += [note] if note else []
             self.rows += self._compare(model, sides[0], sides[1], readers)
@@ -189,15 +189,11 @@ def _measured(model: str, key: str, a: TensorInfo, b: TensorInfo, drift: Drift) 
         row,
         relative_norm=drift.relative_norm,
         cosine=drift.cosine,
-        norm_a=_finite(drift.norm_a),
-        norm_b=_finite(drift.norm_b),
-        max_abs=_finite(drift.max_abs),
+        norm_a=finite(drift.norm_a),
+        norm_b=finite(drift.norm_b),
+        max_abs=finite(drift.max_abs),
         note=note,
     )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _form(value: Any) -> tuple[tuple[int, ...] | None, str]:

@@ -13,7 +13,7 @@ import torch
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
 
-__all__ = ["Drift", "Room", "drift_of", "is_comparable", "total_of"]
+__all__ = ["Drift", "Room", "drift_of", "finite", "is_comparable", "total_of"]
 
 _Item = TypeVar("_Item")
 
@@ -68,7 +68,7 @@ def total_of(drifts: list[Drift]) -> Drift:
     if 0 < a < math.inf and 0 < b < math.inf:
         shares = ((one.cosine or 0.0) * ((one.norm_a or 0.0) / a) * ((one.norm_b or 0.0) / b) for one in known)
         cosine = 1.0 if difference == 0 else _cosine(math.fsum(shares))
-    relative = 0.0 if difference == 0 else _finite(difference / a) if a > 0 else None
+    relative = 0.0 if difference == 0 else finite(difference / a) if a > 0 else None
     return Drift(all(one.is_equal for one in drifts), a, b, difference, relative, cosine)
 
 
@@ -101,12 +101,16 @@ def drift_of(
         return Drift(sums.is_equal)
     if not sums.is_sure(first.dtype in _WIDE or second.dtype in _WIDE):
         # rare, so that another look costs less than always looking for it
-        extent = _Extent(room)
+        nonfinite_a = nonfinite_b = 0
+        largest = [0.0, 0.0, 0.0]
         for one, two in _pieces(a, first, b, second):
-            extent.look(one, two)
-        if extent.nonfinite_a or extent.nonfinite_b:
-            return Drift(sums.is_equal, nonfinite_a=extent.nonfinite_a, nonfinite_b=extent.nonfinite_b)
-        sums = _Sums(room, _power(extent.a), _power(extent.b), _power(extent.difference), sums.is_equal)
+            numbers = room.numbers(one, two)
+            nonfinite_a += _nonfinite(numbers[0], one.is_complex())
+            nonfinite_b += _nonfinite(numbers[1], two.is_complex())
+            largest = list(map(max, largest, map(_largest, (*numbers, room.difference(*numbers)))))
+        if nonfinite_a or nonfinite_b:
+            return Drift(sums.is_equal, nonfinite_a=nonfinite_a, nonfinite_b=nonfinite_b)
+        sums = _Sums(room, _power(largest[0]), _power(largest[1]), _power(largest[2]), sums.is_equal)
         for one, two in _pieces(a, first, b, second):
             sums.add(one, two)
     return sums.drift()
@@ -223,7 +227,7 @@ class _Sums:
         a, b, difference = math.sqrt(self.a), math.sqrt(self.b), math.sqrt(self.difference)
         relative: float | None = 0.0
         if difference > 0:
-            relative = _finite(difference / a * (self.scale_difference / self.scale_a)) if a > 0 else None
+            relative = finite(difference / a * (self.scale_difference / self.scale_a)) if a > 0 else None
         return Drift(
             self.is_equal,
             a * self.scale_a,
@@ -233,26 +237,6 @@ class _Sums:
             None if not (a > 0 and b > 0) else 1.0 if difference == 0 else _cosine(self.both / a / b),
             self.max_abs,
         )
-
-
-@attrs.define
-class _Extent:
-    """How large numbers are, and how many are none."""
-
-    room: Room
-    a: float = 0.0
-    b: float = 0.0
-    difference: float = 0.0
-    nonfinite_a: int = 0
-    nonfinite_b: int = 0
-
-    def look(self, one: torch.Tensor, two: torch.Tensor) -> None:
-        """Look at a piece."""
-        a, b = self.room.numbers(one, two)
-        self.nonfinite_a += _nonfinite(a, one.is_complex())
-        self.nonfinite_b += _nonfinite(b, two.is_complex())
-        self.a, self.b = max(self.a, _largest(a)), max(self.b, _largest(b))
-        self.difference = max(self.difference, _largest(self.room.difference(a, b)))
 
 
 def _pieces(
@@ -331,5 +315,6 @@ def _cosine(value: float) -> float:
     return max(-1.0, min(1.0, value))
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def finite(value: float | None) -> float | None:
+    """The value; None for infinity, which JSON does not have."""
+    return value if value is not None and math.isfinite(value) else None

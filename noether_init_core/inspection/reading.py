@@ -33,7 +33,7 @@ from noether_init_core.inspection.findings import (
     State,
 )
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, one_line
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointFile, CheckpointSet, load_set, said_by
 from noether_init_core.sets.manifest import MANIFEST_NAME, PROBE_NAME, Manifest, read_digests, read_manifest
@@ -154,7 +154,7 @@ def _facts(reader: Checkpoint) -> Iterator[tuple[str, str]]:
     metadata = reader.metadata
     if reader.format == "safetensors":
         for key, text in _first(metadata.items(), metadata):
-            yield f"metadata {key}", _short(text)
+            yield f"metadata {key}", one_line(text, _LONGEST_FACT)
         return
     state = _mapping(metadata, "trainer_state")
     loader = _mapping(state, "loader")
@@ -171,16 +171,12 @@ def _facts(reader: Checkpoint) -> Iterator[tuple[str, str]]:
     said["also in it"] = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if others[8:] else "")
     for name, value in said.items():
         if value not in (None, ""):
-            yield name, _short(str(value))
+            yield name, one_line(str(value), _LONGEST_FACT)
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = values.get(key)
     return found if isinstance(found, Mapping) else {}
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST_FACT else f"{text[: _LONGEST_FACT - 3]}..."
 
 
 T = TypeVar("T")

@@ -195,7 +195,10 @@ def compare(
     compared += [Compared(path, False, None, 0.0, "was not returned then") for path in now]
     if not any(not one.is_same and not one.problem and one.changed is None for one in compared):
         return tuple(compared)
-    return tuple(attrs.evolve(one, problem="") if _is_few(one) else one for one in compared)
+    return tuple(
+        attrs.evolve(one, problem="") if one.changed is not None and one.changed <= _CHOICES else one
+        for one in compared
+    )
 
 
 def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
@@ -244,10 +247,6 @@ def _output(path: str, value: Any) -> Output:
     name = str(plain.dtype).removeprefix("torch.")
     digest = xxhash.xxh3_128_hexdigest(bytes_of_tensor(plain))
     return Output(path, tuple(plain.shape), name, f"xxh3_128:{digest}", kept)
-
-
-def _is_few(one: Compared) -> bool:
-    return one.changed is not None and one.changed <= _CHOICES
 
 
 def _compared(then: Output, now: Output, tolerance: float, rounding: float) -> Compared:

@@ -86,16 +86,6 @@ class Position:
         self.seed, self.epoch, self.batch = seed, epoch, batch
         self.handed, self.ahead, self.carried, self.current_pass = [], 0, [], None
 
-    def begin_pass(self) -> object:
-        """A new ``for`` over the loader; what an earlier one handed out and nobody consumed is handed out again."""
-        self.handed, self.ahead = [], 0
-        self.current_pass = object()
-        return self.current_pass
-
-    def hand_out(self, samples: int) -> None:
-        """One batch goes to the loop."""
-        self.handed.append(samples)
-
     def consume(self, number: int, batches: int | None) -> None:
         """The oldest ``number`` batches that wait are done with. ``batches``: those of an epoch."""
         of_earlier = min(number, len(self.carried))
@@ -220,7 +210,9 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Any]:
         position = self._position
-        mine = position.begin_pass()
+        # what an earlier pass handed out and nobody consumed is handed out again
+        position.handed, position.ahead = [], 0
+        mine = position.current_pass = object()
         # The seed that DataLoader draws for its workers, which worker_init_fn may use, is part of the run, too.
         self._generator.manual_seed(derive_seed(position.seed, "workers", position.epoch))
         number = position.batch
@@ -231,7 +223,7 @@ class TrainingLoader:
                         "this for over the loader is outdated: the state was loaded, or another for was begun, since. "
                         "Next: begin a new for"
                     )
-                position.hand_out(self.layout.size_of(number))
+                position.handed.append(self.layout.size_of(number))
                 number += 1
                 yield batch
             if position.current_pass is mine:

@@ -11,13 +11,12 @@ import collections
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import numpy
 import torch
 
 from noether_init_core.errors import StateMismatchError, type_of
 
-__all__ = ["Plain", "plain", "restored"]
+__all__ = ["plain", "restored"]
 
 _SCALARS = (bool, int, float, str)
 _FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)}
@@ -28,23 +27,17 @@ _METADATA = "_metadata"
 _FROM_LISTS: dict[str, Any] = {kind.__name__: kind for kind in (set, frozenset, torch.Size)}
 
 
-@attrs.frozen(eq=False)
-class Plain:
-    """``value`` as plain data. ``types``: ``[place, type, detail]`` of everything in it that was of another type."""
+def plain(value: Any, place: str) -> tuple[Any, list[list[Any]]]:
+    """``value`` as plain data, and ``[place, type, detail]`` of everything in it that was of another type.
 
-    value: Any
-    types: list[list[Any]]
-
-
-def plain(value: Any, place: str) -> Plain:
-    """``value`` as plain data. Containers are new ones, tensors are not copied, and lose their gradients.
+    Containers are new ones, tensors are not copied, and lose their gradients.
 
     Taken are also NumPy arrays and scalars of numbers, sets, deques, named tuples, and the dicts of ``collections``.
     Raises ``StateMismatchError`` naming the ``place`` of anything else, subclasses included: a checkpoint with an
     arbitrary object in it could not be read by a safe loader, and would not give back what was saved.
     """
     types: list[list[Any]] = []
-    return Plain(_described(value, place, (), types), types)
+    return _described(value, place, (), types), types
 
 
 def _described(value: Any, place: str, at: tuple[int, ...], types: list[list[Any]]) -> Any:
@@ -104,13 +97,15 @@ def _detail(value: Any, place: str) -> Any:
         factory = value.default_factory
         return factory and next((name for name, known in _FACTORIES.items() if known is factory), "another")
     metadata = getattr(value, _METADATA, None)
-    said = None if metadata is None else plain({**metadata}, f"{place}.{_METADATA}")
-    if said is not None and said.types:
+    if metadata is None:
+        return None
+    said, types = plain({**metadata}, f"{place}.{_METADATA}")
+    if types:
         raise StateMismatchError(f"{place}.{_METADATA} holds more than plain values")
-    return said and said.value
+    return said
 
 
-def restored(saved: Plain, template: Any, place: str) -> Any:
+def restored(value: Any, described: list[list[Any]], template: Any, place: str) -> Any:
     """What ``plain`` was given, in new containers and arrays. Tensors are not copied.
 
     ``template``: the state that the owner has at the moment; what has no name in a file, a class of named tuples or the
@@ -119,9 +114,9 @@ def restored(saved: Plain, template: Any, place: str) -> Any:
     """
     try:
         types: dict[tuple[int, ...], dict[str, Any]] = {}
-        for at, kind, detail in saved.types:
+        for at, kind, detail in described:
             types.setdefault(tuple(at), {})[kind] = detail
-        return _restored(saved.value, template, place, (), types)
+        return _restored(value, template, place, (), types)
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, StateMismatchError):
             raise

@@ -14,7 +14,7 @@ from noether_init_core.errors import ConfigError, InitError, StateMismatchError,
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.training.loader import Position, TrainingLoader
-from noether_init_core.training.plain_state import Plain, plain, restored
+from noether_init_core.training.plain_state import plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
 __all__ = ["TrainerState"]
@@ -255,12 +255,12 @@ class TrainerState:
         members = {name: plain(member.state_dict(), name) for name, member in self._stateful.items()}
         state: dict[str, Any] = {"callback_state_dicts": {}, "training_iteration": self.iteration.to_mapping()}
         if isinstance(self._stateful.get("grad_scaler"), torch.amp.GradScaler):
-            state["grad_scaler"] = dict(members["grad_scaler"].value)
+            state["grad_scaler"] = dict(members["grad_scaler"][0])
         state[_OUR_KEY] = {
             "version": _VERSION,
             "seed": position.seed,
-            "stateful": {name: member.value for name, member in members.items()},
-            "types": {name: member.types for name, member in members.items()},
+            "stateful": {name: value for name, (value, _types) in members.items()},
+            "types": {name: types for name, (_value, types) in members.items()},
             "loader": {"batch": position.batch, "layout": None if layout is None else dict(layout)},
             "rng": take_rng(),
         }
@@ -372,7 +372,7 @@ class TrainerState:
         stored, types = ours["stateful"], ours.get("types", {})
         if not isinstance(types, Mapping) or not all(isinstance(types.get(name), list) for name in before):
             _raise_for(["the types of its values are missing"])
-        return {name: restored(Plain(stored[name], types[name]), template, name) for name, template in before.items()}
+        return {name: restored(stored[name], types[name], template, name) for name, template in before.items()}
 
     def _load_members(self, ours: Mapping[str, Any]) -> None:
         before = {name: copy.deepcopy(member.state_dict()) for name, member in self._stateful.items()}
