@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -42,22 +42,22 @@ def run(
     began = time.perf_counter()
     info, loaded = _load(kind, as_json=as_json)
     seconds = time.perf_counter() - began
-    problems: tuple[Finding, ...] = ()
-    advice: tuple[Finding, ...] = tuple(_of_distribution(info))
+    advice, problems = [*_of_distribution(info)], []
     if not (isinstance(loaded, type) and issubclass(loaded, InitializerBase)):
         what = "a class" if isinstance(loaded, type) else f"of type {type(loaded).__qualname__}"
         finding = contract.Finding(
             f"{info.target} is {what}, and no subclass of InitializerBase",
             "let the entry point name the class: package.module:ClassName",
         )
-        problems = (finding,)
+        problems.append(finding)
     else:
-        problems = (*filter(None, [contract.newer(loaded)]), *contract.examine(loaded))
-        advice += tuple(contract.advice(loaded)) if not problems else ()
+        problems += [*filter(None, [contract.newer(loaded)]), *contract.examine(loaded)]
+        advice += contract.advice(loaded) if not problems else ()
+    found = [*(("problem", one) for one in problems), *(("advice", one) for one in advice)]
     if as_json:
-        _show_json(info, problems, advice)
+        _show_json(info, found)
     else:
-        _show(info, loaded, seconds, problems, advice)
+        _show(info, loaded, seconds, found)
     if problems:
         raise typer.Exit(1)
 
@@ -74,7 +74,7 @@ def _load(kind: str, *, as_json: bool) -> tuple[kinds.KindInfo, object]:
             from noether_init_core.kinds.contract import Finding
 
             finding = Finding(error.message, "mend what was raised, or the entry point: package.module:ClassName")
-            _show_json(info, (finding,), ())
+            _show_json(info, [("problem", finding)])
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
         raise
@@ -101,8 +101,7 @@ def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:
         )
 
 
-def _show_json(info: kinds.KindInfo, problems: tuple[Finding, ...], advice: tuple[Finding, ...]) -> None:
-    found = [("problem", finding) for finding in problems] + [("advice", finding) for finding in advice]
+def _show_json(info: kinds.KindInfo, found: Sequence[tuple[str, Finding]]) -> None:
     data = {
         "kind": info.name,
         "distribution": info.distribution,
@@ -114,25 +113,19 @@ def _show_json(info: kinds.KindInfo, problems: tuple[Finding, ...], advice: tupl
     show_json("check", data, version=None)
 
 
-def _show(
-    info: kinds.KindInfo,
-    loaded: object,
-    seconds: float,
-    problems: tuple[Finding, ...],
-    advice: tuple[Finding, ...],
-) -> None:
+def _show(info: kinds.KindInfo, loaded: object, seconds: float, found: Sequence[tuple[str, Finding]]) -> None:
     show(f"{info.name}  {info.source}  {info.target}")
     try:
         file = inspect.getsourcefile(loaded)  # type: ignore[arg-type]  # anything may be behind an entry point
     except TypeError:
         file = None
     show(f"   imported in {seconds * 1000:.0f} ms, torch apart" + (f", from {file}" if file else ""))
-    for mark, findings in (("x", problems), ("!", advice)):
-        for finding in findings:
-            show(f" {mark} {finding.message}")
-            show(f"   fix: {finding.fix}")
-    if not problems and not advice:
+    problems = sum(how == "problem" for how, _finding in found)
+    for how, finding in found:
+        show(f" {'x' if how == 'problem' else '!'} {finding.message}")
+        show(f"   fix: {finding.fix}")
+    if not found:
         show(" = nothing to mend that can be seen without running it")
-    show(f"problems: {len(problems)}, advice: {len(advice)}")
+    show(f"problems: {problems}, advice: {len(found) - problems}")
     if not problems:
         show("Next: the rest shows when it runs: python -m pytest, with noether_init_core.testing")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
+import attrs
 import typer
 
 from noether_init_core.cli.files import check_path
 from noether_init_core.cli.output import AsJson, from_here, progress, show, show_json, show_table, show_text
 from noether_init_core.errors import CheckpointError
-from noether_init_core.messages import one_line
+from noether_init_core.messages import listed, one_line
 
 if TYPE_CHECKING:
     from noether_init_core.sets.health import FileHealth, RunHealth
@@ -68,7 +69,14 @@ def run(
     states = [one.state for one in files] + [one.state for store in audited for one in store.sets]
     unverifiable = states.count("unverifiable")
     if as_json:
-        show_json("verify", _as_data(paths, audited, files, problems, unverifiable))
+        data = {
+            "paths": paths,
+            "problems": problems,
+            "unverifiable": unverifiable,
+            "runs": [attrs.asdict(one) for one in audited],
+            "files": [attrs.asdict(one) for one in files],
+        }
+        show_json("verify", data)
     else:
         _show(audited, files, problems, unverifiable)
     if problems or (strict and unverifiable):
@@ -108,8 +116,6 @@ def _show(audited: Sequence[RunHealth], files: Sequence[FileHealth], problems: i
 
 
 def _show_store(store: RunHealth) -> None:
-    from noether_init_core.messages import listed
-
     title = f"{store.run_id}/{store.stage_name}" if store.stage_name is not None else store.run_id
     title += f"  {from_here(store.folder)}"
     # the folder of a committed set has its iteration in its name
@@ -171,21 +177,3 @@ def _flat_words(store: RunHealth) -> str:
     rest = flat.files - flat.compared
     words = f"- of {flat.files} flat files, {good} are the same as in their sets"
     return words + (f"; {rest} were not read: no save of ours left them so" if rest else "")
-
-
-def _as_data(
-    paths: Sequence[str],
-    audited: Sequence[RunHealth],
-    files: Sequence[FileHealth],
-    problems: int,
-    unverifiable: int,
-) -> dict[str, Any]:
-    import attrs
-
-    return {
-        "paths": list(paths),
-        "problems": problems,
-        "unverifiable": unverifiable,
-        "runs": [attrs.asdict(one) for one in audited],
-        "files": [attrs.asdict(one) for one in files],
-    }

@@ -233,15 +233,13 @@ class _Table:
         )
 
     def _details(self, fold: Fold) -> list[Text]:
-        first = fold.rows[0]
+        first, is_mismatch = fold.rows[0], fold.action == "mismatch"
         found = []
-        if fold.action == "mismatch":
-            if all(row.source_shapes for row in fold.rows):
-                shapes = ", ".join(_shape(shape) for shape in first.source_shapes)
-                found.append(Text(f"file {shapes}  model {_shape(first.shape)}"))
-            if first.source_dtype not in (None, first.dtype):
-                found.append(Text(f"{first.source_dtype} -> {first.dtype}"))
-        elif fold.action == "cast" or (first.writes and first.source_dtype not in (None, first.dtype)):
+        if is_mismatch and all(row.source_shapes for row in fold.rows):
+            shapes = ", ".join(_shape(shape) for shape in first.source_shapes)
+            found.append(Text(f"file {shapes}  model {_shape(first.shape)}"))
+        is_cast = (is_mismatch or first.writes) and first.source_dtype not in (None, first.dtype)
+        if fold.action == "cast" or is_cast:
             found.append(Text(f"{first.source_dtype or 'several dtypes'} -> {first.dtype}"))
         if fold.sources:
             names = [_short(pattern.text(_MOST_TEXTS)) for pattern in fold.sources]
@@ -260,11 +258,8 @@ def _shape(shape: Sequence[int]) -> str:
 def _single(row: PlanRow) -> Fold:
     """A fold of one row, named in full."""
     sources = () if row.target is None or row.sources == (row.target,) else row.sources
-    return Fold(row.action, row.rule, row.steps, _literal(row.key), tuple(map(_literal, sources)), (row,))
-
-
-def _literal(key: str) -> KeyPattern:
-    return KeyPattern(((key,),))
+    own, *others = (KeyPattern(((key,),)) for key in (row.key, *sources))
+    return Fold(row.action, row.rule, row.steps, own, tuple(others), (row,))
 
 
 def _parts_of(plan: LoadPlan) -> list[_Part]:
