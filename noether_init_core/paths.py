@@ -56,6 +56,15 @@ def check_name(value: str, what: str) -> str:
     return value
 
 
+def is_name(value: str) -> bool:
+    """Whether ``check_name`` takes it."""
+    try:
+        check_name(value, "name")
+    except InvalidNameError:
+        return False
+    return True
+
+
 def check_run_id(value: str) -> str:
     """Return ``value`` if it can be a run id; raises ``InvalidNameError`` as ``check_name`` does, and for ``debug``."""
     if check_name(value, "run_id") == DEBUG_FOLDER:

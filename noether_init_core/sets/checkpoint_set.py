@@ -314,7 +314,7 @@ def said_by(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration 
             iteration = TrainingIteration.from_mapping(iteration)
         except (ConfigError, TypeError, AttributeError) as error:
             raise CheckpointFormatError(
-                f"{path.name}: training_iteration is {iteration!r}, which is no iteration", path=path
+                f"{path}: training_iteration is {iteration!r}, which is no iteration: {error}", path=path
             ) from error
     return iteration, run_id if isinstance(run_id, str) else None
 

@@ -11,6 +11,7 @@ writes names that this cannot tell apart (an info ``ema``, or ``ema_factor=0.9``
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -19,7 +20,7 @@ import attrs
 
 from noether_init_core.errors import ConfigError, InvalidNameError
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.paths import check_name
+from noether_init_core.paths import check_name, is_name
 
 __all__ = [
     "FOLLOWING",
@@ -102,13 +103,14 @@ def stem_of(model: str, info: str | None) -> str:
     return model if info is None else f"{model}_{info}"
 
 
+@functools.lru_cache(4096)  # the same names come with every listing and manifest
 def parse(name: str) -> CheckpointFileName | None:
     """What the file name says; None if it is not the name of a checkpoint. ``str(parse(name)) == name``."""
     suffix = _SUFFIX.search(name)
     if suffix is None:
         return None
     stem, mark, tag = name[: suffix.start()].rpartition(_MARK)
-    if not mark or not _is_name(stem) or not _is_name(tag):
+    if not mark or not is_name(stem) or not is_name(tag):
         return None
     model, info = stem, None
     split = stem.rfind("_", 0, stem.index("=")) if "=" in stem else -1
@@ -178,11 +180,3 @@ class Query:
     def may_mean(self, iteration: TrainingIteration | None) -> bool:
         """Whether a set of ``iteration`` can be meant; what a text means, the iteration does not tell."""
         return self.iteration is None or (iteration is not None and self.iteration.matches(iteration))
-
-
-def _is_name(text: str) -> bool:
-    try:
-        check_name(text, "name")
-    except InvalidNameError:
-        return False
-    return True

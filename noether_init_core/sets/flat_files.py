@@ -15,7 +15,8 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.errors import CheckpointError, CheckpointFormatError, ConfigError
+from noether_init_core.errors import CheckpointError
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import Storage
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.checkpoint_set import (
@@ -93,32 +94,21 @@ def plain_before(legacy: Sequence[CheckpointSet], first: CheckpointSet) -> Itera
 
 
 def iteration_in(checkpoint_set: CheckpointSet) -> TrainingIteration | None:
-    """The iteration of the set; where its name does not say, the header of its trainer file, else of weights.
+    """The iteration that the header of the set's trainer file says, else that of weights.
 
     None where no file says. Raises errors of the reader, ``CheckpointFormatError`` for a malformed iteration.
     """
-    if checkpoint_set.iteration is not None:
-        return checkpoint_set.iteration
-    from noether_init_core.files.opening import open_checkpoint
-
-    order = {"trainer": 0, "model": 1, "optim": 2}
-    for file in sorted(checkpoint_set.files, key=lambda file: (order[file.part], file.stem)):
-        if file.part == "optim":
-            continue
+    asked = (file for file in checkpoint_set.files if file.part != "optim")
+    for file in sorted(asked, key=lambda file: (file.part == "model", file.stem)):
         with open_checkpoint(file.path) as reader:
-            said = reader.metadata.get("training_iteration")
-        if isinstance(said, Mapping):
-            try:
-                return TrainingIteration.from_mapping(said)
-            except ConfigError as error:
-                raise CheckpointFormatError(f"{file.path}: training_iteration: {error}", path=file.path) from error
+            iteration, _run = said_by(reader.metadata, file.path)
+        if iteration is not None:
+            return iteration
     return None
 
 
 def _iterations_in(checkpoint_set: CheckpointSet) -> Iterator[TrainingIteration]:
     """The full iterations that the files of a set say, as far as they can be read."""
-    from noether_init_core.files.opening import open_checkpoint
-
     for file in checkpoint_set.files:
         try:
             with open_checkpoint(file.path) as reader:
@@ -293,10 +283,6 @@ def _record(checkpoints: Path, committed: CheckpointSet, names: Iterable[str], s
         found = storage.identity_of(checkpoints / name)
         if found is not None:
             record[name] = _Written(committed.folder.name, *found)
-    _write_record(checkpoints, record, storage)
-
-
-def _write_record(checkpoints: Path, record: Mapping[str, _Written], storage: Storage) -> None:
     kept = {name: written for name, written in sorted(record.items()) if _is_ours(checkpoints / name, written, storage)}
     temporary = checkpoints / _RECORD_TEMPORARY
     storage.unlink(temporary)

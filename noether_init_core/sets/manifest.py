@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,7 +16,6 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatErr
 from noether_init_core.files.examining import Finding
 from noether_init_core.files.storage.disk import LOCAL, Storage
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.paths import check_name
 from noether_init_core.sets.file_names import Part, check_tag, parse
 
 __all__ = [
@@ -102,7 +102,6 @@ class ManifestFile(_Model):
 
     @pydantic.model_validator(mode="after")
     def _check_name(self) -> ManifestFile:
-        check_name(self.name, "file name")
         parsed = parse(self.name)
         if parsed is None or (parsed.model, parsed.info, parsed.part) != (self.model, self.info, self.part):
             raise ConfigError(f"file name {self.name!r} is not that of {self.model}, {self.info}, {self.part}")
@@ -161,7 +160,7 @@ class Manifest(_Model):
             raise ConfigError("files must list weights and a trainer file, which every set has")
         return self
 
-    @property
+    @cached_property
     def training_iteration(self) -> TrainingIteration:
         """The iteration of the set, all three fields said."""
         return TrainingIteration.from_mapping(self.iteration)

@@ -8,7 +8,7 @@ from pathlib import Path
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL, Storage
-from noether_init_core.paths import DEBUG_FOLDER, PathProvider, check_name
+from noether_init_core.paths import DEBUG_FOLDER, PathProvider, check_name, is_name
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, list_names, said_by
 from noether_init_core.sets.snapshot import Snapshot
 
@@ -24,7 +24,7 @@ def runs(paths: PathProvider, storage: Storage = LOCAL) -> tuple[str, ...]:
         name
         for name in list_names(root, storage)
         # a folder such as .git can be no run
-        if _is_name(name)
+        if is_name(name)
         and (
             storage.is_folder(root / name / CHECKPOINTS_FOLDER)
             # below the root, the folder "debug" holds runs of its own
@@ -103,11 +103,3 @@ def _provider(root: Path, parts: tuple[str, ...]) -> PathProvider | None:
 
 def _root(paths: PathProvider) -> Path:
     return paths.output_root / DEBUG_FOLDER if paths.debug else paths.output_root
-
-
-def _is_name(name: str) -> bool:
-    try:
-        check_name(name, "run_id")
-    except ConfigError:
-        return False
-    return True

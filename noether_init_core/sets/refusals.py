@@ -203,28 +203,22 @@ def _nothing_here(snapshot: Snapshot) -> CheckpointNotFoundError:
         )
     others = [name for name in stages(paths, run, storage) if name != stage]
     said = [f'stage "{name}" has {_count(snapshot, name)}' for name in others]
-    names = snapshot.uncommitted()
-    unfinished = f". Uncommitted, never picked: {listed(names, 8)}" if names else ""
+    meant: Sequence[str] = others[:1]
     if stage is None:
-        there = f"{'; '.join(said)}. Add: stage_name: {others[0]}" if said else f"looked in {paths.checkpoint_path}"
-        return CheckpointNotFoundError(
-            f'run "{run}" has no checkpoints itself; {there}{unfinished}',
-            path=paths.checkpoint_path,
-            asked=run,
-            candidates=others,
-        )
-    own = _count(snapshot, None)
-    if own != "no sets":
-        said.insert(0, f"the run itself has {own}. Leave out stage_name")
-    exists = storage.is_folder(paths.checkpoint_path)
-    meant = near(stage, others, cutoff=0.5)
+        what, advice = f'run "{run}" has no checkpoints itself', "Add"
+    else:
+        own = _count(snapshot, None)
+        if own != "no sets":
+            said.insert(0, f"the run itself has {own}. Leave out stage_name")
+        exists = storage.is_folder(paths.checkpoint_path)
+        what = f'stage "{stage}" of run "{run}" has no checkpoints' if exists else f'run "{run}" has no stage "{stage}"'
+        meant, advice = near(stage, others, cutoff=0.5), "Did you mean"
     return CheckpointNotFoundError(
-        (f'stage "{stage}" of run "{run}" has no checkpoints' if exists else f'run "{run}" has no stage "{stage}"')
-        + f"; {'; '.join(said) or f'looked in {paths.checkpoint_path}'}"
-        + (f". Did you mean: stage_name: {meant[0]}" if meant else "")
-        + unfinished,
+        f"{what}; {'; '.join(said) or f'looked in {paths.checkpoint_path}'}"
+        + (f". {advice}: stage_name: {meant[0]}" if meant else "")
+        + _unfinished(snapshot.uncommitted()),
         path=paths.checkpoint_path,
-        asked=stage,
+        asked=run if stage is None else stage,
         candidates=others,
     )
 
@@ -251,7 +245,7 @@ def _no_such_tag(snapshot: Snapshot, tag: str) -> CheckpointNotFoundError:
     there = _near("" if tag == "best" else tag, _by_nearness(tag, tags), "no tags")
     return CheckpointNotFoundError(
         f'{_where(snapshot)} has no checkpoint "{tag}". {found}{there}'
-        + (f". Uncommitted, never picked: {listed(unfinished, 8)}" if unfinished and not cut else "")
+        + _unfinished(() if cut else unfinished)
         + _irregular(snapshot),
         path=snapshot.folder,
         asked=tag,
@@ -414,6 +408,10 @@ class _Lack:
 def _where(snapshot: Snapshot) -> str:
     stage = snapshot.paths.stage_name
     return f'run "{snapshot.paths.run_id}"' + (f', stage "{stage}"' if stage is not None else "")
+
+
+def _unfinished(names: Sequence[str]) -> str:
+    return f". Uncommitted, never picked: {listed(names, 8)}" if names else ""
 
 
 def _irregular(snapshot: Snapshot) -> str:

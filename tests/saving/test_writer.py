@@ -172,6 +172,13 @@ def test_trainer_whose_own_run_id_is_another_is_refused(writer: CheckpointWriter
     assert content(writer.save(trained(), ONE, trainer=Trainer(run_id="run")), "trainer")["run_id"] == "run"
 
 
+def test_model_with_the_longest_name_is_saved_and_found(writer: CheckpointWriter, paths: PathProvider) -> None:
+    """The names of its files are longer than the names of folders may be."""
+    saved = writer.save(bind(torch.nn.Linear(1, 1), name="m" * 200), TrainingIteration(1, 1, 1))
+    assert find_set(Snapshot(paths), "latest").found == saved
+    assert max(len(file.path.name) for file in saved.files) > 200
+
+
 def test_weights_come_back_bit_for_bit(writer: CheckpointWriter) -> None:
     """Parameters, buffers, and the tie between two names."""
     model = trained()

@@ -415,7 +415,7 @@ def test_malformed_iteration_in_a_file_is_refused(paths: PathProvider, folder: P
     folder.mkdir(parents=True)
     path = folder / "mlp_cp=latest_trainer.th"
     torch.save({"training_iteration": {"epoch": -3}, "callback_state_dicts": {}}, path)
-    with pytest.raises(CheckpointFormatError, match="training_iteration: epoch") as caught:
+    with pytest.raises(CheckpointFormatError, match=r"training_iteration is .*no iteration: epoch") as caught:
         Snapshot(paths).iteration_of(find(paths, "latest"))
     assert caught.value.path == path
 
