@@ -88,11 +88,6 @@ def _every(instance: object, attribute: attrs.Attribute[Any], value: Mapping[str
         _at_least_one(instance, attribute, step)
 
 
-def _last(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
-        _at_least_one(instance, attribute, value)
-
-
 @attrs.frozen
 class Retention:
     """Which sets stay. A set stays if any rule keeps it; without any rule all stay.
@@ -118,7 +113,7 @@ class Retention:
             so does the one that the iteration means now. Sets of other models of the iteration may have recorded it.
     """
 
-    last: int | None = attrs.field(default=None, validator=_last)
+    last: int | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least_one))
     every: Mapping[str, int] | None = attrs.field(default=None, converter=_to_every, validator=_every)
     best: tuple[Best, ...] = attrs.field(default=(), converter=_to_best)
 
@@ -238,7 +233,7 @@ def _said_last(recorded: Sequence[CheckpointSet], kept: Set[int], rule: Best) ->
     """
     said: dict[TrainingIteration, list[int]] = {}
     for one in recorded:
-        metrics = one.manifest.metrics if one.manifest is not None else {}
+        metrics = _manifest_of(one, "metrics") or {}
         if one.iteration is not None and rule.metric in metrics:
             said.setdefault(one.iteration, []).append(_sequence(one))
     return {sequences[0] for sequences in said.values() if not kept.isdisjoint(sequences)}
@@ -314,7 +309,7 @@ def _best(meant: Mapping[TrainingIteration, CheckpointSet], recorded: Sequence[C
     """
     values: dict[TrainingIteration, tuple[float | None, CheckpointSet]] = {}
     for one in recorded:
-        metrics = one.manifest.metrics if one.manifest is not None else {}
+        metrics = _manifest_of(one, "metrics") or {}
         if one.iteration is not None and rule.metric in metrics:
             values.setdefault(one.iteration, (metrics[rule.metric], one))
     valued = []

@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,22 +81,27 @@ def write_weights(
     kind = FORMATS[path.suffix.lower()]
     temporary = path.with_name(f".{secrets.token_hex(6)}.partial{path.suffix}")
     try:
-        with _as_ours(path):
-            # what another program would give a new file here; writers give files of theirs other rights
-            with temporary.open("xb") as probe:
-                mode = stat.S_IMODE(os.fstat(probe.fileno()).st_mode)
-            temporary.unlink()
-            if kind == "safetensors":
-                _write_safetensors(temporary, state, dict(metadata or {}))
-            else:
-                write_content(temporary, dict(state), LOCAL)
-            temporary.chmod(mode)
-            with contextlib.closing(open_file(temporary)) as handle:
-                digest, size = handle.digest("xxh3_128"), handle.size
-            with open_checkpoint(temporary) as reader:
-                tensors = len(reader.tensors())
-            _put(temporary, path, replace=replace)
-            LOCAL.fsync_folder(path.parent)
+        # what another program would give a new file here; writers give files of theirs other rights
+        with temporary.open("xb") as probe:
+            mode = stat.S_IMODE(os.fstat(probe.fileno()).st_mode)
+        temporary.unlink()
+        if kind == "safetensors":
+            _write_safetensors(temporary, state, dict(metadata or {}))
+        else:
+            write_content(temporary, dict(state), LOCAL)
+        temporary.chmod(mode)
+        with contextlib.closing(open_file(temporary)) as handle:
+            digest, size = handle.digest("xxh3_128"), handle.size
+        with open_checkpoint(temporary) as reader:
+            tensors = len(reader.tensors())
+        _put(temporary, path, replace=replace)
+        LOCAL.fsync_folder(path.parent)
+    except CheckpointWriteError:
+        raise
+    except FileExistsError as error:
+        raise CheckpointWriteError(f"{path} came to be meanwhile, and was left as it is", path=path) from error
+    except Exception as error:  # safetensors raises classes of its own
+        raise CheckpointWriteError(f"{path} was not written: {error}", path=path) from error
     finally:
         temporary.unlink(missing_ok=True)
     return WrittenFile(path, kind, size, digest, tensors)
@@ -139,17 +144,3 @@ def _put(temporary: Path, path: Path, *, replace: bool) -> None:
             raise
         check_place(path)  # a file system without links
         os.rename(temporary, path)
-
-
-@contextlib.contextmanager
-def _as_ours(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointWriteError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointWriteError(f"{path} was not written: {error}", path=path) from error
-    except FileExistsError as error:
-        raise CheckpointWriteError(f"{path} came to be meanwhile, and was left as it is", path=path) from error
-    except Exception as error:  # safetensors raises classes of its own
-        raise CheckpointWriteError(f"{path} was not written: {error}", path=path) from error

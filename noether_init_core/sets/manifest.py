@@ -189,11 +189,6 @@ def digest_of(content: bytes) -> str:
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
 
-def _is_sealed(text: bytes) -> bool:
-    found = _SEAL.fullmatch(text[-_SEAL_BYTES:])
-    return found is not None and found[1].decode() == digest_of(text[:-_SEAL_BYTES])
-
-
 def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
     """Read and check a manifest.
 
@@ -219,7 +214,8 @@ def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
             f"{path} has format version {version}, this release reads version {FORMAT_VERSION} only. Next: {next_step}",
             path=path,
         )
-    if not _is_sealed(text):
+    seal = _SEAL.fullmatch(text[-_SEAL_BYTES:])
+    if seal is None or seal[1].decode() != digest_of(text[:-_SEAL_BYTES]):
         raise CheckpointCorruptError(
             f"{path} is not as it was written: its digest is not that of its content. It is damaged, or was edited. "
             "Next: take an older checkpoint",

@@ -354,23 +354,26 @@ def find_set(
         CheckpointCorruptError: The manifest is broken, or files are missing or cut short. ``CheckpointFormatError``:
             another release wrote it. ``NoGoodSetError``: so it is with every set that could be walked back to.
     """
-    answer, snapshot = _ask(snapshot, Query.of(tag), needs, policy, broken)
-    if isinstance(answer, Selected):
-        return answer
-    raise worded(answer, snapshot, asked_by) from getattr(answer, "error", None)
+    return _selected(*_ask(snapshot, Query.of(tag), needs, policy, broken), asked_by)
 
 
 def _ask(
     snapshot: Snapshot, query: Query, needs: Sequence[Need], policy: Policy, broken: Mapping[str, str]
 ) -> tuple[Selected | Refusal, Snapshot]:
     """The answer, and the snapshot that gave it: one that writers have not overtaken."""
-    for _ in range(_LOOKS):
+    for looks_left in reversed(range(_LOOKS + 1)):
         answer = select(snapshot, query, needs, policy, broken)
         is_doubtful = snapshot.saw_unfinished or not isinstance(answer, Selected)
-        if not is_doubtful or snapshot.is_current():
-            return answer, snapshot
+        if not is_doubtful or not looks_left or snapshot.is_current():
+            break
         snapshot = Snapshot(snapshot.paths, storage=snapshot.storage)
-    return select(snapshot, query, needs, policy, broken), snapshot
+    return answer, snapshot
+
+
+def _selected(answer: Selected | Refusal, snapshot: Snapshot, asked_by: AskedBy) -> Selected:
+    if isinstance(answer, Selected):
+        return answer
+    raise worded(answer, snapshot, asked_by) from getattr(answer, "error", None)
 
 
 def newest_set(snapshot: Snapshot, model: str | None = None, *, asked_by: AskedBy = "tag") -> CheckpointSet | None:
@@ -381,11 +384,7 @@ def newest_set(snapshot: Snapshot, model: str | None = None, *, asked_by: AskedB
     """
     needs = () if model is None else (Need(model, "trainer"),)
     answer, snapshot = _ask(snapshot, Query.of(None), needs, Policy(any_tag=True), {})
-    if isinstance(answer, Missing | NothingHere):
-        return None
-    if isinstance(answer, Selected):
-        return answer.found
-    raise worded(answer, snapshot, asked_by) from getattr(answer, "error", None)
+    return None if isinstance(answer, Missing | NothingHere) else _selected(answer, snapshot, asked_by).found
 
 
 def walk_back(
