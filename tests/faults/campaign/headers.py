@@ -188,7 +188,7 @@ def _safetensors() -> Iterator[bytes]:
 
 def _manifests() -> Iterator[bytes]:
     for path in _files():
-        if path.suffix == ".json":
+        if path.name == "manifest.json":
             text = json.loads(path.read_bytes())
             del text["digest"]
             yield json.dumps(text).encode()
