@@ -99,8 +99,8 @@ class InitializerBase:
         try:
             yield self.session
         finally:
-            self.session.close_files()
-            self.session = None
+            session, self.session = self.session, None
+            session.close_files()
 
     @property
     def stopwatch(self) -> Stopwatch:

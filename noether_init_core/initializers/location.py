@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -136,9 +136,10 @@ def _walk(model: Any, path: str, file_name: str, others: tuple[str, ...]) -> Ite
         yield Leaf(path, tuple(dict.fromkeys((file_name, *others))), model)
 
 
-def signature(leaves: Iterable[Leaf]) -> tuple[Any, ...]:
-    """What a plan depends on, on the side of the models: which tensors they have, and what these look like."""
-    return tuple(
+def signature(leaves: Sequence[Leaf]) -> tuple[Any, ...]:
+    """What a plan depends on, on the side of the models: which modules and tensors they have, and of what form."""
+    modules = tuple(id(module) for leaf in leaves for module in getattr(leaf.model, "modules", tuple)())
+    return modules + tuple(
         (leaf.path, name, id(tensor), tensor.shape, tensor.dtype, tensor.device)
         for leaf in leaves
         for named in (leaf.model.named_parameters, leaf.model.named_buffers)

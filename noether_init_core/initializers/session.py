@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,13 +142,14 @@ class LoadSession(Session):
         self._steps: dict[str, OptimizerStep] = {}
 
     def close_files(self) -> None:
-        for file in self.opened.weights.values() if self.opened is not None else ():
-            file.reader.close()
-        for step in self._steps.values():
-            step.reader.close()
+        readers = [] if self.opened is None else [file.reader for file in self.opened.weights.values()]
+        readers += [step.reader for step in self._steps.values()]
         self._steps.clear()
         self.opened = self.planned = self.files = None
         self.is_verified = False
+        with ExitStack() as closing:  # one that cannot be closed keeps no other open
+            for reader in readers:
+                closing.callback(reader.close)
 
     # Weights.
 
@@ -184,12 +185,15 @@ class LoadSession(Session):
 
     def open(self, model: Any) -> Opened:
         """The open files of this model; nothing but their headers is read."""
+        with self.stopwatch.phase("find"):
+            leaves = self._kind.leaves(model)
         if self.opened is not None:
-            if self.opened.model is model:
+            # user code may have replaced a submodel since
+            then, now = ([(leaf.path, id(leaf.model)) for leaf in some] for some in (self.opened.leaves, leaves))
+            if self.opened.model is model and then == now:
                 return self.opened
             self.close_files()
         with self.stopwatch.phase("find"):
-            leaves = self._kind.leaves(model)
             self._kind.select(leaves)
         found: dict[str, OpenFile] = {}
         try:

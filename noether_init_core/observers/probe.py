@@ -116,7 +116,7 @@ class ProbeObserver:
         reason = _another_model(initializer, leaves, model, probe) or hindrance(chosen)
         if reason:
             return f"not repeated, {reason}"
-        excuse = _excuse(initializer, leaves, pending)
+        excuse = _excuse(_rows(initializer, model), leaves, pending)
         if probe.has_drawn and device_of(chosen).type != probe.device:
             excuse = excuse or f"random numbers of {device_of(chosen).type} are others than those of {probe.device}"
         try:
@@ -214,11 +214,17 @@ def _another_model(initializer: CheckpointInitializer, leaves: Iterable[Leaf], m
     return f"it is of {' and '.join(probe.models)}, and other models were initialized"
 
 
-def _excuse(initializer: SourceInitializer, leaves: Sequence[Leaf], pending: _Pending) -> str:
+def _rows(initializer: SourceInitializer, model: Any) -> Sequence[PlanRow]:
+    """The rows that were carried out; those of the plan that the kind states, where it writes by itself."""
+    planned = initializer.session.planned
+    plan = initializer.plan(model) if planned is None else planned.plan
+    return () if plan is None else plan.rows
+
+
+def _excuse(rows: Sequence[PlanRow], leaves: Sequence[Leaf], pending: _Pending) -> str:
     """Why another output is no surprise, in words; empty where it is one."""
     if pending.others:
         return f"{', '.join(pending.others)} may have changed weights since"
-    rows = initializer.session.planned.plan.rows
     entries = {id(tensor) for row, tensor in _with_tensors(rows, leaves)}
     missing = len(entries - pending.written)
     # extra state has no tensor
@@ -234,8 +240,7 @@ def _excuse(initializer: SourceInitializer, leaves: Sequence[Leaf], pending: _Pe
 
 def _written(initializer: SourceInitializer, model: Any, *, whole: bool = False) -> Iterator[int]:
     """Ids of the tensors that the initializer wrote; with ``whole`` of those that are what the file has."""
-    rows = initializer.session.planned.plan.rows
-    for row, tensor in _with_tensors(rows, initializer.leaves(model)):
+    for row, tensor in _with_tensors(_rows(initializer, model), initializer.leaves(model)):
         is_reset = row.action == "reset" and not whole
         if is_reset or (row.writes and not (whole and _loses(row))):
             yield id(tensor)

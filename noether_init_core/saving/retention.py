@@ -17,7 +17,7 @@ import attrs
 from noether_init_core.errors import CheckpointError, ConfigError, type_of
 from noether_init_core.files.storage.disk import Storage, is_out_of_reach
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, list_names
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, SetFolder, list_names
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.flat_files import TEMPORARY_NAMES, remove_names_of
 from noether_init_core.sets.manifest import MANIFEST_NAME, refused_by_resume
@@ -377,7 +377,8 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
     """
     storage, checkpoints = snapshot.storage, snapshot.folder
     found: list[tuple[CheckpointSet, bool]] = []
-    for _folder, candidate in snapshot.heads():
+    folders: dict[Path, SetFolder] = {}
+    for folder, candidate in snapshot.heads():
         if isinstance(candidate, CheckpointError):
             logger.warning("kept: %s", candidate)
             continue
@@ -389,8 +390,20 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
         if problem is not None:
             logger.warning("no good set: %s", problem)
         found.append((candidate, is_asked and problem is None))
+        folders[candidate.folder] = folder
     superfluous = superfluous_sets(found, rules, training)
     retired = [candidate for candidate in superfluous if not storage.is_link(candidate.folder)]
+    if retired:
+        # manifests of the sets to go, and of those to walk back to, may have been damaged since an earlier save
+        staying = [one for one, is_whole in found if is_whole and one not in superfluous]
+        ways_back = [
+            one
+            for models in {_models_of(one) for one in staying}
+            for one in [other for other in staying if _models_of(other) == models][:LEAST]
+        ]
+        if not all(snapshot.confirm(folders[one.folder]) for one in (*retired, *ways_back)):
+            retire_sets(snapshot, rules, training)
+            return
     failed: OSError | None = None
     for candidate in reversed(retired):
         # Without its manifest the set is gone for every reader; only then do its files go.

@@ -60,6 +60,7 @@ class Snapshot:
         self._heads: dict[SetFolder, Head | None] = {}
         #: Size and time of change of manifests when they were read, for a later snapshot.
         self._identities: dict[SetFolder, tuple[int, int] | None] = {}
+        self._taken_over: set[SetFolder] = set()
         self._before = before
         if before is not None:
             before._before = None
@@ -74,12 +75,22 @@ class Snapshot:
         if folder not in self._heads:
             path, before = folder.path / MANIFEST_NAME, self._before
             with reaching(path):
-                self._identities[folder] = identity = self.storage.identity_of(path)
+                identity = self.storage.identity_of(path)
             if before is not None and identity is not None and before._identities.get(folder) == identity:
-                self._heads[folder] = before._heads[folder]
+                found = before._heads[folder]
+                self._taken_over.add(folder)
             else:
-                self._heads[folder] = self._read(folder)
+                found = self._read(folder)
+            # together, since a read may be interrupted
+            self._heads[folder], self._identities[folder] = found, identity
         return self._heads[folder]
+
+    def confirm(self, folder: SetFolder) -> bool:
+        """Read a head anew that was taken over from an earlier snapshot; False if it cannot be used any more."""
+        if folder in self._taken_over:
+            self._heads[folder] = self._read(folder)
+            self._taken_over.remove(folder)
+        return isinstance(self._heads[folder], CheckpointSet)
 
     def _read(self, folder: SetFolder) -> Head | None:
         try:

@@ -240,6 +240,14 @@ class InitializerStack:
         Files are closed at the end of the block. What was selected is kept from the first ``start_checkpoint`` to the
         end of ``initialize``; without a start that somebody relies on, the next question selects anew.
         """
+        units = [one for member in self._members for one in member.units]
+        busy = next((one for one in units if one.session is not None), None)
+        if busy is not None:
+            raise ConfigError(
+                f"{busy.config.kind} is in an initialization that is going on, and was asked again by a hook, an "
+                "observer, a trainer, another stack or another thread. This call changed nothing. Next: ask the stack "
+                "before or after initialize(); for delegates, call their hooks"
+            )
         if not self._sessions:
             self._sessions = tuple(
                 (one, one.new_session(where=member.where)) for member in self._members for one in member.units

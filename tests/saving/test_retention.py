@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from noether_init_core import (
     bind,
     compose,
 )
+from noether_init_core.files.storage.disk import Storage
 from noether_init_core.saving.retention import Best, checked_metrics, superfluous_sets
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
 from noether_init_core.sets.manifest import Manifest, ManifestFile
@@ -680,3 +682,46 @@ def test_good_sets_survive_random_saves_and_damages(actions: list[tuple[Any, ...
         raise AssertionError(str(error)) from error
     finally:
         shutil.rmtree(root)
+
+
+# What was read of a manifest in an earlier save.
+
+
+def test_a_manifest_that_was_damaged_since_it_was_read_is_no_way_back(paths: PathProvider) -> None:
+    """Size and time of change need not tell: before anything goes, what stays to walk back to is read anew."""
+    writer = CheckpointWriter(paths, keep_last=1)
+    writer.save(MODEL, at(1))
+    second = writer.save(MODEL, at(2)).folder / "manifest.json"
+    known = second.stat()
+    content = bytearray(second.read_bytes())
+    content[len(content) // 2] ^= 1
+    with second.open("r+b") as file:
+        file.write(content)
+    os.utime(second, ns=(known.st_atime_ns, known.st_mtime_ns))
+    writer.save(MODEL, at(3))
+    assert sorted(one.name[:8] for one in (paths.checkpoint_path / "sets").iterdir()) == [
+        "00000001",
+        "00000002",
+        "00000003",
+    ]
+
+
+def test_a_writer_goes_on_after_an_interrupt_while_it_read_a_manifest(
+    paths: PathProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stops a run by hand saves once more before the end."""
+    CheckpointWriter(paths).save(MODEL, at(1))
+    writer = CheckpointWriter(paths, keep_last=3)
+    with monkeypatch.context() as patch:
+        read_bytes = Storage.read_bytes
+
+        def interrupted(self: Storage, path: Path, limit: int) -> bytes:
+            if path.name == "manifest.json":
+                raise KeyboardInterrupt
+            return read_bytes(self, path, limit)
+
+        patch.setattr(Storage, "read_bytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.save(MODEL, at(2))
+    writer.save(MODEL, at(3))
+    assert epochs(paths)[-1] == 3

@@ -14,12 +14,18 @@ from support.damage import flip_tensor_bit
 from noether_init_core import (
     CheckpointCorruptError,
     CheckpointWriter,
+    ConfigError,
     InitError,
+    InitializerBase,
     InitializerStack,
+    KindConfig,
+    PartlyInitializedError,
     PathProvider,
     TornSetError,
     TrainingIteration,
     bind,
+    compose,
+    kinds,
 )
 
 
@@ -161,3 +167,84 @@ def test_a_session_lasts_no_longer_than_a_call_of_the_stack(paths: PathProvider)
     after = dict(vars(initializer))
     assert after.pop("session") is before.pop("session", None) is None
     assert after == before
+
+
+class Asking(Trainer):
+    """Asks a stack for its plan while it takes its state; meanwhile another process has committed a set."""
+
+    stack: InitializerStack
+    model: Any
+    paths: PathProvider
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        save(self.paths, 9)
+        self.stack.plan(self.model)
+
+
+@pytest.mark.parametrize("which", ["the same stack", "another stack"])
+def test_a_question_during_an_initialization_is_refused_and_loads_nothing_else(paths: PathProvider, which: str) -> None:
+    """It would end the session; the next hook would select another set than the one that was started from."""
+    resume = kinds.create({"kind": "resume"}, path_provider=paths)
+    stack = InitializerStack([resume])
+    trainer, module = Asking(), net(0)
+    trainer.stack = stack if which == "the same stack" else InitializerStack([resume])
+    trainer.model, trainer.paths = bind(module, name="net"), paths
+    stack.start_checkpoint()
+    with pytest.raises(PartlyInitializedError, match="asked again") as caught:
+        stack.initialize(trainer.model, trainer=trainer)
+    assert isinstance(caught.value.__cause__, ConfigError)
+    assert module.weight.unique().tolist() == [0.0]
+    assert resume.session is None
+
+
+def test_a_submodel_that_an_earlier_kind_replaces_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    """What was open for the model from before must not be written into it."""
+    paths = PathProvider(tmp_path, "run")
+    CheckpointWriter(paths).save(compose("whole", {"a": bind(net(3), name="a")}), TrainingIteration(1, 3, 30))
+
+    class Whole:
+        name = "whole"
+
+        def __init__(self) -> None:
+            self.submodels: dict[str, Any] = {"a": bind(net(0), name="a")}
+
+    class Swap(InitializerBase):
+        def init_weights(self, model: Any) -> None:
+            model.submodels["a"] = bind(net(1), name="a")
+
+        def init_optimizer(self, model: Any) -> None:
+            """Nothing."""
+
+    whole = Whole()
+    previous = kinds.create({"kind": "previous_run", "run_id": "run"}, path_provider=paths.with_run("new"))
+    InitializerStack([Swap(KindConfig(kind="swap")), previous]).initialize(whole)
+    assert whole.submodels["a"].weight.unique().tolist() == [3.0]
+
+
+def test_a_file_that_cannot_be_closed_leaves_no_session_behind(
+    paths: PathProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next call selects anew."""
+    initializer = kinds.create({"kind": "previous_run", "run_id": "run"}, path_provider=paths.with_run("new"))
+    with monkeypatch.context() as patch:
+        opened = initializer.open
+
+        def failing(source: Any) -> Any:
+            reader = opened(source)
+            close = reader.close
+
+            def fails() -> None:
+                close()
+                raise OSError("the disk is gone")
+
+            patch.setattr(reader, "close", fails, raising=False)
+            return reader
+
+        patch.setattr(initializer, "open", failing)
+        with pytest.raises(OSError, match="the disk is gone"):
+            initializer.plan(bind(net(0), name="net"))
+    assert initializer.session is None
+    save(paths, 9)
+    module = net(0)
+    initializer.init_weights(bind(module, name="net"))
+    assert module.weight.unique().tolist() == [9.0]
