@@ -148,7 +148,7 @@ class LoadSession(Session):
         self.opened = self.planned = self.files = None
         self.is_verified = False
         with ExitStack() as closing:  # one that cannot be closed keeps no other open
-            for reader in readers:
+            for reader in reversed(readers):
                 closing.callback(reader.close)
 
     # Weights.
