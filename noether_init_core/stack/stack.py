@@ -68,7 +68,8 @@ class InitializerStack:
     def _begin(self, members: Sequence[Member], observers: Iterable[Any], decision: str = "") -> None:
         self._members = tuple(members)
         self._auto_resume = decision
-        self._told: TrainingIteration | None = None
+        #: What ``start_checkpoint`` returned, and the folders of the sets that it is of.
+        self._told: tuple[TrainingIteration, tuple[str | None, ...]] | None = None
         self._sessions: tuple[tuple[InitializerBase, Session], ...] = ()
         self._hooks = HookCaller(self.initializers, observers)
 
@@ -123,8 +124,9 @@ class InitializerStack:
         Raises ``StartConflictError`` if more than one initializer starts at other than zero.
         """
         with self._in_sessions():
-            self._told = self._starts()[0]
-        return self._told
+            start = self._starts()[0]
+            self._told = start, self._resumed_sets()
+        return start
 
     def plan(self, model: Any) -> LoadPlan:
         """What ``initialize(model)`` will do to the weights. The model is untouched; only headers are read.
@@ -290,13 +292,18 @@ class InitializerStack:
 
     def _check_start(self, start: TrainingIteration) -> None:
         """After a failed initialization, everything is selected anew."""
-        if self._told is not None and start != self._told:
+        if self._told is not None and (start, self._resumed_sets()) != self._told:
+            told = self._told[0]
             raise StartConflictError(
-                f"start_checkpoint() told {self._told}, and by now the start is {start}: the set that it was told of "
-                "is no longer the one that is meant. Nothing was changed. Next: call start_checkpoint() again, and "
-                "start there",
-                starts={"told": str(self._told), "now": str(start)},
+                f"start_checkpoint() returned {told}, and by now the start is {start}"
+                + (" of another set" if start == told else "")
+                + ": the set that was selected for it is no longer the one that is meant. Nothing was changed. "
+                "Next: call start_checkpoint() again, and start there",
+                starts={"told": str(told), "now": str(start)},
             )
+
+    def _resumed_sets(self) -> tuple[str | None, ...]:
+        return tuple(one.outcome().resumed_set for one, _session in self._sessions)
 
     def _steps(
         self,

@@ -21,6 +21,7 @@ from noether_init_core import (
     KindConfig,
     PartlyInitializedError,
     PathProvider,
+    StartConflictError,
     TornSetError,
     TrainingIteration,
     bind,
@@ -248,3 +249,19 @@ def test_a_file_that_cannot_be_closed_leaves_no_session_behind(
     module = net(0)
     initializer.init_weights(bind(module, name="net"))
     assert module.weight.unique().tolist() == [9.0]
+
+
+def test_a_retry_does_not_load_another_set_of_the_same_iteration(paths: PathProvider) -> None:
+    """The caller was told of one set; after a failure another one of that iteration is another start."""
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    told = stack.start_checkpoint()
+    with pytest.raises(InitError):
+        stack.initialize(bind(torch.nn.Linear(5, 5), name="net"), trainer=Trainer())
+    CheckpointWriter(paths).save(bind(net(70), name="net"), told, trainer=Trainer(7))
+    module = net(0)
+    with pytest.raises(StartConflictError, match="of another set"):
+        stack.initialize(bind(module, name="net"), trainer=Trainer())
+    assert module.weight.unique().tolist() == [0.0]
+    assert stack.start_checkpoint() == told
+    stack.initialize(bind(module, name="net"), trainer=Trainer())
+    assert module.weight.unique().tolist() == [70.0]

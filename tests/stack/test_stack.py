@@ -503,7 +503,7 @@ def test_start_that_is_another_one_after_a_failure_is_refused(run: PathProvider)
     save_later(run, 9)
     model = bound(net())
     before = state_of(model)
-    with pytest.raises(StartConflictError, match=r"told E1_U7_S70, and by now the start is E1_U9_S90") as caught:
+    with pytest.raises(StartConflictError, match=r"returned E1_U7_S70, and by now the start is E1_U9_S90") as caught:
         stack.initialize(model, trainer=Stateful())
     assert caught.value.starts == {"told": "E1_U7_S70", "now": "E1_U9_S90"}
     assert same(state_of(model), before)
