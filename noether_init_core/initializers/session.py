@@ -185,8 +185,7 @@ class LoadSession(Session):
 
     def open(self, model: Any) -> Opened:
         """The open files of this model; nothing but their headers is read."""
-        with self.stopwatch.phase("find"):
-            leaves = self._kind.leaves(model)
+        leaves = self._kind.leaves(model)
         if self.opened is not None:
             # user code may have replaced a submodel since
             then, now = ([(leaf.path, id(leaf.model)) for leaf in some] for some in (self.opened.leaves, leaves))
