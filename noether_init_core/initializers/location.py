@@ -15,6 +15,7 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.config.transforms import TransformConfig
 from noether_init_core.errors import ConfigError
 from noether_init_core.files.verification import Digests
+from noether_init_core.protocols import leaf_models
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.planner import Policies
 
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "SourceInitializerConfig",
     "leaves_of",
+    "modules_of",
     "signature",
     "submodel_of",
 ]
@@ -134,6 +136,11 @@ def _walk(model: Any, path: str, file_name: str, others: tuple[str, ...]) -> Ite
                 yield from _walk(submodel, f"{path}.{name}", f"{file_name}.{name}", (own,))
     else:
         yield Leaf(path, tuple(dict.fromkeys((file_name, *others))), model)
+
+
+def modules_of(model: Any) -> tuple[int, ...]:
+    """Ids of the modules of the single models; a composite may make views of them anew whenever it is asked."""
+    return tuple(id(getattr(leaf, "module", leaf)) for _path, leaf in leaf_models(model))
 
 
 def signature(leaves: Sequence[Leaf]) -> tuple[Any, ...]:

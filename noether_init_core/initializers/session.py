@@ -46,6 +46,7 @@ from noether_init_core.initializers.location import (
     Part,
     Source,
     SourceInitializerConfig,
+    modules_of,
     signature,
 )
 from noether_init_core.initializers.optimizer import OptimizerStep, by_optimizer, decided, is_asked_for
@@ -97,6 +98,7 @@ class Opened:
     """The files with the weights of every single model below ``model`` are open; they belong together."""
 
     model: Any
+    modules: tuple[int, ...]
     leaves: tuple[Leaf, ...]
     weights: Mapping[str, OpenFile]
 
@@ -185,14 +187,14 @@ class LoadSession(Session):
 
     def open(self, model: Any) -> Opened:
         """The open files of this model; nothing but their headers is read."""
-        leaves = self._kind.leaves(model)
+        modules = modules_of(model)
         if self.opened is not None:
             # user code may have replaced a submodel since
-            then, now = ([(leaf.path, id(leaf.model)) for leaf in some] for some in (self.opened.leaves, leaves))
-            if self.opened.model is model and then == now:
+            if self.opened.model is model and self.opened.modules == modules:
                 return self.opened
             self.close_files()
         with self.stopwatch.phase("find"):
+            leaves = self._kind.leaves(model)
             self._kind.select(leaves)
         found: dict[str, OpenFile] = {}
         try:
@@ -203,7 +205,7 @@ class LoadSession(Session):
                         f"{self.config.kind}: no weights were found for {leaf.path}", asked=leaf.path
                     )
                 found[leaf.path] = file
-            opened = Opened(model, leaves, found)
+            opened = Opened(model, modules, leaves, found)
             self._kind.check_together(opened.metadata)
         except BaseException:
             for file in found.values():
