@@ -277,7 +277,7 @@ class ResumeInitializer(CheckpointInitializer):
         try:
             yield
         except (CheckpointCorruptError, CheckpointFormatError, TornSetError) as error:
-            # another set would hold the same names; and where none was selected, the store has said it all
+            # another set would hold the same names; and where none was selected, the refusal has said it all
             if self.selection is not None and not isinstance(error, UnsafeGlobalError):
                 error.add(f". {self._ways_on(self.selection.chosen)}")
             raise

@@ -1,4 +1,4 @@
-"""The pydantic models that every kind's config derives from."""
+"""The pydantic models at the root of every kind's config; kinds that read files add to them."""
 
 from __future__ import annotations
 

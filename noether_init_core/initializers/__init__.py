@@ -1,1 +1,4 @@
-"""Base classes of initializers. The kinds themselves live in ``builtin`` and in other distributions."""
+"""Base classes of initializers with their configs, the session, and how optimizer and callback states are restored.
+
+The kinds themselves live in ``builtin`` and in other distributions.
+"""

@@ -1,1 +1,1 @@
-"""The only writer of sets: their content, the commit, retention and clean-up."""
+"""The only writer: content of sets, the commit, retention and clean-up, flat names, files of weights, probes."""

@@ -24,7 +24,7 @@ from noether_init_core.files.content import named, state_dict_of
 from noether_init_core.files.examining import Examined, examine_memory
 from noether_init_core.files.plain_data import bytes_of_tensor
 from noether_init_core.files.reading import memory_of_tensor
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.saving.content import FileContent
 from noether_init_core.sets.manifest import FileDigests, ManifestFile, TensorDigest, digest_of, refused
 
@@ -34,7 +34,9 @@ __all__ = ["Watch", "naming", "write_bytes", "write_content", "write_file"]
 _CHECKSUMS = threading.RLock()
 
 
-def write_file(folder: Path, content: FileContent, storage: Storage, watch: Watch) -> tuple[ManifestFile, FileDigests]:
+def write_file(
+    folder: Path, content: FileContent, storage: FileSystem, watch: Watch
+) -> tuple[ManifestFile, FileDigests]:
     """Write one file of a set, bring it onto the disk, and read its header back; returns what is recorded of it.
 
     ``watch`` looks at the tensors in memory. Raises ``OSError``, ``CheckpointError`` if torch refuses the content, and
@@ -67,7 +69,7 @@ def write_file(folder: Path, content: FileContent, storage: Storage, watch: Watc
     return head, FileDigests(tensors=tensors, buffers=content.buffers)
 
 
-def write_bytes(path: Path, content: bytes, storage: Storage) -> str:
+def write_bytes(path: Path, content: bytes, storage: FileSystem) -> str:
     """Write bytes, and bring them onto the disk; returns their digest. Raises ``OSError``."""
     with naming(path), storage.open_write(path) as file:
         file.write(content)
@@ -76,7 +78,7 @@ def write_bytes(path: Path, content: bytes, storage: Storage) -> str:
     return digest_of(content)
 
 
-def write_content(path: Path, content: Any, storage: Storage) -> tuple[int, str]:
+def write_content(path: Path, content: Any, storage: FileSystem) -> tuple[int, str]:
     """Write one object as ``torch.save`` does, with checksums, and bring it onto the disk; returns size and digest.
 
     Raises ``OSError``, and ``CheckpointError`` if torch refuses the content.

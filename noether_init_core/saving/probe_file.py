@@ -12,7 +12,7 @@ import torch
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, type_of
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.nested import equal
 from noether_init_core.probe.outputs import MOST_VALUES, Output
@@ -70,7 +70,7 @@ class _Content(_Model):
         return outputs
 
 
-def write_probe(folder: Path, probe: Probe, iteration: TrainingIteration, storage: Storage) -> str:
+def write_probe(folder: Path, probe: Probe, iteration: TrainingIteration, storage: FileSystem) -> str:
     """Write the file of a set, bring it onto the disk, and read it back; returns its digest, for the manifest.
 
     Raises ``OSError``, and ``CheckpointError`` if it cannot be written, or reads back otherwise.

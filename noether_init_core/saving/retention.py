@@ -15,11 +15,11 @@ from typing import Any, Literal, Self, get_args
 import attrs
 
 from noether_init_core.errors import CheckpointError, ConfigError, type_of
-from noether_init_core.files.storage.disk import Storage, is_out_of_reach
+from noether_init_core.files.storage.disk import FileSystem, is_out_of_reach
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.saving.flat_names import TEMPORARY_NAMES, remove_names_of
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, SetFolder, list_names
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.flat_files import TEMPORARY_NAMES, remove_names_of
 from noether_init_core.sets.manifest import MANIFEST_NAME, refused_by_resume
 from noether_init_core.sets.snapshot import Snapshot
 
@@ -421,7 +421,7 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
         raise failed
 
 
-def _remove_folder(checkpoints: Path, folder: Path, storage: Storage) -> None:
+def _remove_folder(checkpoints: Path, folder: Path, storage: FileSystem) -> None:
     for name in list_names(folder, storage):
         # a flat name of a retired set keeps its bytes on the disk
         if parse(name) is not None and storage.is_same_file(checkpoints / name, folder / name):
@@ -430,7 +430,7 @@ def _remove_folder(checkpoints: Path, folder: Path, storage: Storage) -> None:
     storage.remove_folder(folder)
 
 
-def _remove(path: Path, storage: Storage) -> None:
+def _remove(path: Path, storage: FileSystem) -> None:
     """A name in a set; also a folder that somebody put there, with all that is in it. A link is not followed."""
     if storage.is_folder(path) and not storage.is_link(path):
         for name in list_names(path, storage):

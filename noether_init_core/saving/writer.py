@@ -18,7 +18,7 @@ import attrs
 import torch
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
-from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.paths import PathProvider
@@ -26,6 +26,7 @@ from noether_init_core.probe.probe import Probe, take
 from noether_init_core.protocols import leaf_models
 from noether_init_core.saving.content import FileContent, contents_of, iteration_for
 from noether_init_core.saving.file_writing import Watch, naming, write_bytes, write_file
+from noether_init_core.saving.flat_names import give_room, refresh_flat_names, remove_orphans
 from noether_init_core.saving.probe_file import write_probe
 from noether_init_core.saving.retention import Retention, checked_metrics, collect_leftovers, retire_sets
 from noether_init_core.saving.training_id import Descent, Descents, Start
@@ -36,7 +37,6 @@ from noether_init_core.sets.checkpoint_set import (
     check_reachable,
 )
 from noether_init_core.sets.file_names import CheckpointFileName, Query, check_tag, iteration_of_tag
-from noether_init_core.sets.flat_files import give_room, refresh_flat_names, remove_orphans
 from noether_init_core.sets.manifest import (
     DIGESTS_NAME,
     MANIFEST_NAME,
@@ -101,7 +101,7 @@ class CheckpointWriter:
         flat_names: bool = False,
         keep_last: int | None = None,
         retention: Retention | Mapping[str, Any] | None = None,
-        storage: Storage = LOCAL,
+        storage: FileSystem = LOCAL,
     ) -> None:
         if keep_last is not None and retention is not None:
             raise ConfigError("keep_last and retention were both given; say keep_last as retention's last")
@@ -402,7 +402,7 @@ def _as_write_error(
         ) from error
 
 
-def _is_there(path: Path, storage: Storage) -> bool:
+def _is_there(path: Path, storage: FileSystem) -> bool:
     try:
         return storage.exists(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Sets of a run on disk, read only: names, tags, manifests, which set a tag means, and whether it is sound.
+"""Sets of a run on disk, read only: names, tags, manifests, which set a tag means, refusals, health, provenance.
 
-Nothing here knows a model, a kind or a rule, and nothing here writes.
+Nothing here knows a model, and nothing here writes.
 """

@@ -19,7 +19,7 @@ from noether_init_core.errors import (
     ConfigError,
     TornSetError,
 )
-from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.files.verification import Digests
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.file_names import Part, stem_of
@@ -107,7 +107,7 @@ class CheckpointSet:
     run_id: str | None = None
     stage_name: str | None = None
     manifest: Manifest | None = attrs.field(default=None, repr=False, eq=False)
-    storage: Storage = attrs.field(default=LOCAL, repr=False, eq=False)
+    storage: FileSystem = attrs.field(default=LOCAL, repr=False, eq=False)
 
     def file(self, model: str | None, part: Part, info: str | None = None) -> CheckpointFile | None:
         """The file of ``part`` of ``model``; None where there is none.
@@ -189,13 +189,13 @@ class SetFolder:
     sequence: int
     iteration: TrainingIteration
 
-    def is_committed(self, storage: Storage = LOCAL) -> bool:
+    def is_committed(self, storage: FileSystem = LOCAL) -> bool:
         """Whether it has a manifest, be it a damaged one. Raises ``CheckpointNotFoundError`` if that cannot be told."""
         with reaching(self.path / MANIFEST_NAME):
             return storage.exists(self.path / MANIFEST_NAME)
 
 
-def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
+def set_folders(checkpoints: Path, storage: FileSystem = LOCAL) -> list[SetFolder]:
     """Names of folders of sets in the order of their sequence, of one sequence in that of their iteration.
 
     One listing: whether a name is a folder, and a committed set, is known when its manifest is read.
@@ -217,7 +217,7 @@ def set_folders(checkpoints: Path, storage: Storage = LOCAL) -> list[SetFolder]:
     return sorted(found, key=lambda folder: (folder.sequence, folder.iteration, folder.path.name))
 
 
-def load_set(folder: SetFolder, storage: Storage = LOCAL) -> CheckpointSet:
+def load_set(folder: SetFolder, storage: FileSystem = LOCAL) -> CheckpointSet:
     """Read a committed set's manifest.
 
     Raises ``CheckpointCorruptError`` if the manifest is not that of this folder, ``CheckpointFormatError`` if another
@@ -246,7 +246,7 @@ def load_set(folder: SetFolder, storage: Storage = LOCAL) -> CheckpointSet:
     )
 
 
-def check_files(checkpoint_set: CheckpointSet, storage: Storage = LOCAL) -> None:
+def check_files(checkpoint_set: CheckpointSet, storage: FileSystem = LOCAL) -> None:
     """Check that every file of a committed set lies in its folder, with the size that was written.
 
     Raises ``CheckpointCorruptError`` naming the first that does not.
@@ -319,7 +319,7 @@ def said_by(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration 
     return iteration, run_id if isinstance(run_id, str) else None
 
 
-def check_reachable(folder: Path, storage: Storage) -> None:
+def check_reachable(folder: Path, storage: FileSystem) -> None:
     """Tell a folder that does not exist yet from one that is out of reach, such as behind a disk that is not mounted.
 
     Raises ``CheckpointNotFoundError`` if the folder, or the nearest thing above it that exists, is a link that leads
@@ -362,7 +362,7 @@ def lies_in_a_run(path: Path) -> bool:
     return any(one.name == "checkpoints" and (one / SETS_FOLDER).is_dir() for one in path.resolve().parents)
 
 
-def list_names(folder: Path, storage: Storage) -> list[str]:
+def list_names(folder: Path, storage: FileSystem) -> list[str]:
     """Names in the folder, sorted; none where there is no such folder."""
     with reaching(folder):
         try:

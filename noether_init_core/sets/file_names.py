@@ -5,8 +5,8 @@
     {model}[_{info}]_cp={tag}_{model|optim|trainer}.th         info: key=value, no '_' in the key
 
 The info starts at the last ``_`` before the first ``=``, so a model name may hold ``_`` but not ``=``. Noether itself
-writes names that this cannot tell apart (an info ``ema``, or ``ema_factor=0.9``); hence the store compares the whole
-``stem``, model and info together, when it is asked for a certain file.
+writes names that this cannot tell apart (an info ``ema``, or ``ema_factor=0.9``); hence ``CheckpointSet.file`` compares
+the whole ``stem``, model and info together, when it is asked for a certain file.
 """
 
 from __future__ import annotations

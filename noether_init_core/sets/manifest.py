@@ -14,7 +14,7 @@ import xxhash
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, ConfigError
 from noether_init_core.files.examining import Finding
-from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.file_names import Part, check_tag, parse
 
@@ -189,7 +189,7 @@ def digest_of(content: bytes) -> str:
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
 
-def read_manifest(path: Path, storage: Storage = LOCAL) -> Manifest:
+def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
     """Read and check a manifest.
 
     Raises ``CheckpointFormatError`` for a newer format, ``CheckpointCorruptError`` for a file that cannot be read as
@@ -234,7 +234,7 @@ def digests_to_bytes(files: Mapping[str, FileDigests]) -> bytes:
     return _Digests(files=dict(files)).model_dump_json().encode()
 
 
-def read_digests(folder: Path, manifest: Manifest, storage: Storage = LOCAL) -> dict[str, FileDigests]:
+def read_digests(folder: Path, manifest: Manifest, storage: FileSystem = LOCAL) -> dict[str, FileDigests]:
     """Read the digests beside a manifest, which vouches for them: name of a file -> its tensors.
 
     Raises ``CheckpointCorruptError`` if the file is gone, or is not as it was written.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider, check_name, is_name
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, list_names, said_by
 from noether_init_core.sets.snapshot import Snapshot
@@ -17,7 +17,7 @@ __all__ = ["CHECKPOINTS_FOLDER", "as_recorded", "runs", "runs_at", "stages"]
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
-def runs(paths: PathProvider, storage: Storage = LOCAL) -> tuple[str, ...]:
+def runs(paths: PathProvider, storage: FileSystem = LOCAL) -> tuple[str, ...]:
     """Runs below the output root (in debug mode: below ``debug``) that have checkpoints, sorted."""
     root = _root(paths)
     return tuple(
@@ -33,7 +33,7 @@ def runs(paths: PathProvider, storage: Storage = LOCAL) -> tuple[str, ...]:
     )
 
 
-def stages(paths: PathProvider, run_id: str | None = None, storage: Storage = LOCAL) -> tuple[str, ...]:
+def stages(paths: PathProvider, run_id: str | None = None, storage: FileSystem = LOCAL) -> tuple[str, ...]:
     """Stages of a run that have checkpoints, sorted; ``run_id`` None: of this one."""
     run = _root(paths) / (paths.run_id if run_id is None else check_name(run_id, "run_id"))
     return tuple(name for name in list_names(run, storage) if storage.is_folder(run / name / CHECKPOINTS_FOLDER))

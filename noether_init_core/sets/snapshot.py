@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
-from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import (
@@ -49,7 +49,7 @@ class Snapshot:
     Raises ``CheckpointNotFoundError`` if the folder cannot be reached: a link that leads nowhere is no empty folder.
     """
 
-    def __init__(self, paths: Any, *, storage: Storage = LOCAL, before: Snapshot | None = None) -> None:
+    def __init__(self, paths: Any, *, storage: FileSystem = LOCAL, before: Snapshot | None = None) -> None:
         self.paths = PathProvider.of(paths)
         self.storage = storage
         check_reachable(self.paths.checkpoint_path, storage)

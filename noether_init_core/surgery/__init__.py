@@ -1,1 +1,1 @@
-"""State-dict surgery: rules, the plan (pure), its application (the only place that writes weights), optimizer state."""
+"""State-dict surgery, pure: rules, steps, the plan, the plan of optimizer state, the way back. Nothing is applied."""

@@ -69,7 +69,7 @@ from noether_init_core import (
     kinds,
     open_checkpoint,
 )
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 
 
 @pytest.fixture
@@ -736,7 +736,7 @@ def test_tied_weights(world: World, suffix: str) -> None:
 # 30: saves
 
 
-class FailingStorage(Storage):
+class FailingStorage(FileSystem):
     """A disk that fails at one kind of operation."""
 
     def __init__(self, operation: str, number: int) -> None:

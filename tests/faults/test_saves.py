@@ -12,7 +12,7 @@ import pytest
 
 from faults.campaign.crashes import ERRORS, SCENARIOS, Failing, failures, replay
 from faults.campaign.disk import CHANGING, LOOKING, Disk, Operation, Recorder, crashes
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 
 #: Each n-th disk or call: coprime to the number of data variants, so that all of them come up.
 EVERY = {"first save": 37, "with retention": 113, "best tag and average": 211}
@@ -68,7 +68,7 @@ def test_a_failing_operation_is_reported_or_harmless(name: str, error: str, tmp_
 
 def test_every_operation_of_the_storage_is_known_to_the_faults() -> None:
     """A new one would neither be recorded nor fail."""
-    methods = {name for name, _ in inspect.getmembers(Storage, inspect.isfunction) if not name.startswith("_")}
+    methods = {name for name, _ in inspect.getmembers(FileSystem, inspect.isfunction) if not name.startswith("_")}
     assert methods == LOOKING | CHANGING
     assert methods <= set(vars(Failing))
     assert CHANGING - {"make_read_only", "lock"} <= set(vars(Recorder))

@@ -25,7 +25,7 @@ from noether_init_core import (
     compose,
     open_checkpoint,
 )
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.probe.probe import repeat
 from noether_init_core.saving.probe_file import read_probe
 from noether_init_core.sets.file_names import parse
@@ -241,7 +241,7 @@ def test_a_probe_that_cannot_be_run_is_refused_before_anything_is_written(
     assert list(paths.output_root.iterdir()) == []
 
 
-class Failing(Storage):
+class Failing(FileSystem):
     """A disk that takes everything but the probe."""
 
     def open_write(self, path: Path) -> BinaryIO:
@@ -298,7 +298,7 @@ def test_retention_removes_a_set_whose_probe_became_a_folder(paths: PathProvider
 def test_a_set_that_cannot_be_removed_does_not_keep_others(paths: PathProvider) -> None:
     """They go at once, and it goes when it can."""
 
-    class Sticky(Storage):
+    class Sticky(FileSystem):
         def remove_folder(self, folder: Path) -> None:
             if folder.name == "00000001_E1_U1_S1":
                 raise OSError(errno.EBUSY, "it is in use", str(folder))

@@ -30,7 +30,7 @@ from noether_init_core import (
     bind,
     compose,
 )
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.saving.retention import Best, checked_metrics, superfluous_sets
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
 from noether_init_core.sets.manifest import Manifest, ManifestFile
@@ -713,14 +713,14 @@ def test_a_writer_goes_on_after_an_interrupt_while_it_read_a_manifest(
     CheckpointWriter(paths).save(MODEL, at(1))
     writer = CheckpointWriter(paths, keep_last=3)
     with monkeypatch.context() as patch:
-        read_bytes = Storage.read_bytes
+        read_bytes = FileSystem.read_bytes
 
-        def interrupted(self: Storage, path: Path, limit: int) -> bytes:
+        def interrupted(self: FileSystem, path: Path, limit: int) -> bytes:
             if path.name == "manifest.json":
                 raise KeyboardInterrupt
             return read_bytes(self, path, limit)
 
-        patch.setattr(Storage, "read_bytes", interrupted)
+        patch.setattr(FileSystem, "read_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.save(MODEL, at(2))
     writer.save(MODEL, at(3))

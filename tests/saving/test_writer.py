@@ -32,7 +32,7 @@ from noether_init_core.errors import (
     InvalidNameError,
 )
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.saving.writer import CheckpointWriter
@@ -586,12 +586,12 @@ def test_hard_links_are_made_only_where_the_mode_protects_the_file(tmp_path: Pat
     """A file that this process may write to would be rewritten under both names."""
     source = tmp_path / "source"
     source.write_bytes(b"x")
-    assert not Storage().hardlink(source, tmp_path / "link")
+    assert not FileSystem().hardlink(source, tmp_path / "link")
     source.chmod(0o444)
     is_protected = True
     with contextlib.suppress(PermissionError), source.open("r+b"):
         is_protected = False
-    assert Storage().hardlink(source, tmp_path / "link") == is_protected
+    assert FileSystem().hardlink(source, tmp_path / "link") == is_protected
     assert (tmp_path / "link").exists() == is_protected
 
 
@@ -680,7 +680,7 @@ def test_trainer_name_is_gone_while_other_names_change(paths: PathProvider, fold
     """At every step of a refresh: while there is a trainer file, all names of the tag are of its iteration."""
     seen: list[set[int]] = []
 
-    class Watching(Storage):
+    class Watching(FileSystem):
         def rename(self, source: Path, target: Path) -> None:
             super().rename(source, target)
             self._look()
@@ -706,7 +706,7 @@ def test_trainer_name_is_gone_while_other_names_change(paths: PathProvider, fold
 def test_failure_after_the_commit_is_no_lost_checkpoint(paths: PathProvider, caplog: pytest.LogCaptureFixture) -> None:
     """The set is on the disk; that Noether's names are old is a warning."""
 
-    class NoCopies(Storage):
+    class NoCopies(FileSystem):
         def copy(self, source: Path, target: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
@@ -723,7 +723,7 @@ def test_full_disk_takes_the_flat_names_before_it_refuses_a_set(
 ) -> None:
     """Copies for Noether can be made again, a set cannot; files of others are no room to be had."""
 
-    class Small(Storage):
+    class Small(FileSystem):
         """Room for a number of names with weights."""
 
         def open_write(self, path: Path) -> BinaryIO:
@@ -756,7 +756,7 @@ def test_full_disk_at_the_flat_names_leaves_no_half_copy_and_retires_sets(
 ) -> None:
     """Else a disk that is full once would stay full: the removal of old sets is what makes room again."""
 
-    class FullForCopies(Storage):
+    class FullForCopies(FileSystem):
         def copy(self, source: Path, target: Path) -> None:
             target.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
@@ -779,7 +779,7 @@ def test_full_disk_at_the_flat_names_leaves_no_half_copy_and_retires_sets(
 def test_file_system_without_links_gets_copies(paths: PathProvider, folder: Path) -> None:
     """Neither reflinks nor hardlinks are needed."""
 
-    class NoLinks(Storage):
+    class NoLinks(FileSystem):
         def hardlink(self, source: Path, target: Path) -> bool:
             return False
 
@@ -795,7 +795,7 @@ def test_file_system_without_links_gets_copies(paths: PathProvider, folder: Path
 # Failure.
 
 
-class Failing(Storage):
+class Failing(FileSystem):
     """Fails at the step with the given number; counts the steps that change something."""
 
     def __init__(self, at: int | None = None) -> None:
@@ -904,7 +904,7 @@ def test_failure_after_the_rename_of_the_manifest_does_not_claim_that_nothing_wa
 ) -> None:
     """The set is there, but a power failure could take it back; both are said."""
 
-    class LastStep(Storage):
+    class LastStep(FileSystem):
         def fsync_folder(self, folder: Path) -> None:
             if (folder / "manifest.json").exists():
                 raise OSError(errno.EIO, "Input/output error", str(folder))
@@ -927,7 +927,7 @@ def test_disk_that_fills_up_in_the_middle_of_a_file_is_named(paths: PathProvider
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data)
 
-    class FullStorage(Storage):
+    class FullStorage(FileSystem):
         def open_write(self, path: Path) -> BinaryIO:
             return io.BufferedWriter(Full(path, "xb"), buffer_size=1)
 
@@ -942,7 +942,7 @@ def test_disk_that_fills_up_in_the_middle_of_a_file_is_named(paths: PathProvider
 def test_file_that_our_reader_cannot_read_is_never_committed(paths: PathProvider, folder: Path) -> None:
     """A write that the disk garbled shows before the commit."""
 
-    class Garbling(Storage):
+    class Garbling(FileSystem):
         def make_read_only(self, path: Path) -> None:
             if path.name.endswith("_optim.th"):
                 os.truncate(path, 500)

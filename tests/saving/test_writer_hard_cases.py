@@ -30,7 +30,7 @@ from noether_init_core import (
 )
 from noether_init_core.files.examining import examine_memory
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.saving import file_writing as watch_module
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
 from noether_init_core.sets.selection import find_set, newest_set
@@ -94,7 +94,7 @@ def python(program: str, *arguments: Any, **how: Any) -> subprocess.Popen[str]:
 # Every step fails once, with retention and metrics.
 
 
-class Failing(Storage):
+class Failing(FileSystem):
     """Fails at the step with the given number, the bytes of files counted as steps, too."""
 
     def __init__(self, at: int | None, number: int) -> None:
@@ -396,7 +396,7 @@ def test_write_that_fails_in_the_middle_of_each_file_is_no_set(tmp_path: Path) -
         def __exit__(self, *_: object) -> None:
             self._file.close()
 
-    class HalfStorage(Storage):
+    class HalfStorage(FileSystem):
         def __init__(self, which: int) -> None:
             self._left = which
 
@@ -431,7 +431,7 @@ def test_weights_that_change_in_the_midst_of_a_save_are_not_committed(
             examined.set()
         return found
 
-    class TrainsOn(Storage):
+    class TrainsOn(FileSystem):
         def open_write(self, path: Path) -> BinaryIO:
             file = super().open_write(path)
             if path.name.endswith("_model.th"):
@@ -469,7 +469,7 @@ def test_channels_last_weights_that_change_in_the_midst_of_a_save_are_not_commit
         looked_at.set()
         return found
 
-    class TrainsOn(Storage):
+    class TrainsOn(FileSystem):
         def open_write(self, path: Path) -> BinaryIO:
             file = super().open_write(path)
             if path.name.endswith("_model.th"):
@@ -506,7 +506,7 @@ def test_a_step_between_two_files_of_a_set_is_not_committed(tmp_path: Path, monk
             stepped.set()
         return examine_memory(data, dtype)
 
-    class TellsWhenWritten(Storage):
+    class TellsWhenWritten(FileSystem):
         def fsync(self, file: BinaryIO) -> None:
             super().fsync(file)
             if file.name.endswith("_model.th"):
@@ -550,7 +550,7 @@ def test_extra_state_that_changes_in_the_midst_of_a_save_is_not_committed(
             looked_at.set()
         return found
 
-    class Changes(Storage):
+    class Changes(FileSystem):
         def open_write(self, path: Path) -> BinaryIO:
             if path.name.endswith("_model.th"):
                 file = super().open_write(path)
@@ -571,7 +571,7 @@ SAVE_IN_HANDLER = """
 import os, signal, sys, time, torch
 from pathlib import Path
 from noether_init_core import CheckpointWriteError, CheckpointWriter, PathProvider, TrainingIteration, bind
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 
 paths = PathProvider(Path(sys.argv[1]), "run")
 model = bind(torch.nn.Linear(2, 2), "net")
@@ -585,7 +585,7 @@ def handler(number, frame):
     except CheckpointWriteError as error:
         outcome.append(f"{len(waits)} waits: {error}")
 
-class Interrupted(Storage):
+class Interrupted(FileSystem):
     def fsync(self, file):
         if file.name.endswith("_model.th"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -615,7 +615,7 @@ def test_two_threads_of_one_process_wait_for_each_other(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     inside, others = threading.Event(), []
 
-    class Slow(Storage):
+    class Slow(FileSystem):
         def make_read_only(self, path: Path) -> None:
             inside.set()
             if not others:

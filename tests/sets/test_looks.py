@@ -15,7 +15,7 @@ import torch
 
 from noether_init_core.binding import bind
 from noether_init_core.errors import CheckpointError
-from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.saving.retention import Retention
@@ -29,7 +29,7 @@ TRAINER = [Need("mlp", "trainer")]
 LOOKS = ("list_folder", "is_folder", "size_of", "exists", "is_link", "identity_of", "read_bytes")
 
 
-class Counting(Storage):
+class Counting(FileSystem):
     """Counts listings and manifests that are read."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Counting(Storage):
         return super().read_bytes(path, limit)
 
 
-class Failing(Storage):
+class Failing(FileSystem):
     """One look fails, the others do not."""
 
     def __init__(self, number: int, code: int) -> None:
@@ -63,7 +63,7 @@ class Failing(Storage):
 def _failing(name: str) -> Callable[..., Any]:
     def look(self: Failing, path: Path, *arguments: Any) -> Any:
         self._count(path)
-        return getattr(Storage, name)(self, path, *arguments)
+        return getattr(FileSystem, name)(self, path, *arguments)
 
     return look
 
@@ -72,7 +72,7 @@ for _name in LOOKS:
     setattr(Failing, _name, _failing(_name))
 
 
-def save(paths: PathProvider, epoch: int, storage: Storage = LOCAL, **how: Any) -> CheckpointSet:
+def save(paths: PathProvider, epoch: int, storage: FileSystem = LOCAL, **how: Any) -> CheckpointSet:
     """One set of a tiny model."""
     model = bind(torch.nn.Linear(1, 1), name="mlp")
     writer = CheckpointWriter(paths, flat_names=False, storage=storage, **how)
@@ -153,8 +153,8 @@ def test_a_save_with_retention_reads_each_manifest_once_and_later_saves_only_the
     assert (storage.listed["sets"], dict(storage.read)) == (1, {other.folder.name: 1, "00000008_E8_U8_S8": 1})
 
 
-def _answers(paths: PathProvider) -> dict[str, Callable[[Storage], Any]]:
-    def walked(storage: Storage) -> Any:
+def _answers(paths: PathProvider) -> dict[str, Callable[[FileSystem], Any]]:
+    def walked(storage: FileSystem) -> Any:
         snapshot = Snapshot(paths, storage=storage)
         return walk_back(snapshot, None, lambda found: None, TRAINER, WALK, asked_by="auto_resume")[0].found.name
 
@@ -173,7 +173,7 @@ def _tried(ask: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-def _each_look(ask: Callable[[Storage], Any]) -> Iterator[int]:
+def _each_look(ask: Callable[[FileSystem], Any]) -> Iterator[int]:
     counter = Failing(0, errno.EIO)
     ask(counter)
     assert counter.calls > 3
@@ -204,7 +204,7 @@ def test_a_look_that_fails_in_a_save_removes_no_set(tmp_path: Path, code: int) -
         shutil.copytree(template.output_root, folder)
         return PathProvider(folder, "run")
 
-    def saving(paths: PathProvider, storage: Storage) -> CheckpointSet:
+    def saving(paths: PathProvider, storage: FileSystem) -> CheckpointSet:
         writer = CheckpointWriter(paths, flat_names=False, retention=Retention(last=9), storage=storage)
         return writer.save(model, TrainingIteration(4, 4, 4))
 
@@ -222,7 +222,7 @@ def test_a_look_that_fails_in_a_save_removes_no_set(tmp_path: Path, code: int) -
 def test_a_look_that_fails_in_verify_is_a_problem(paths: PathProvider, code: int) -> None:
     """No set is told as a save that was never finished, and not all is good."""
 
-    def verify(storage: Storage) -> Any:
+    def verify(storage: FileSystem) -> Any:
         return verify_run(Snapshot(paths, storage=storage))
 
     for number in _each_look(verify):

@@ -28,7 +28,7 @@ from noether_init_core.errors import (
     NoGoodSetError,
     TornSetError,
 )
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency
@@ -42,7 +42,7 @@ MLP = [Need("mlp", "model"), Need("mlp", "optim"), Need("mlp", "trainer")]
 WEIGHTS = [Need("mlp", "model")]
 
 
-class ShuffledStorage(Storage):
+class ShuffledStorage(FileSystem):
     """Lists folders in another order each time."""
 
     def __init__(self, seed: int) -> None:
@@ -652,7 +652,7 @@ def test_set_without_a_trainer_file_is_broken(paths: PathProvider) -> None:
     assert len(Snapshot(paths).broken()) == 1
 
 
-class Meanwhile(Storage):
+class Meanwhile(FileSystem):
     """Something happens right after a folder was listed, once."""
 
     def __init__(self, folder: Path, happens: Callable[[], object]) -> None:

@@ -1,1 +1,1 @@
-"""What bytes mean: one module for each format of checkpoints. Nothing here knows where the bytes lie."""
+"""What bytes mean: torch files (archive, opcodes, builders) and safetensors. Nothing here knows where the bytes lie."""

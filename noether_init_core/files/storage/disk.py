@@ -1,6 +1,6 @@
 """The one seam for file operations: every look at the disk and every change to it, in single steps.
 
-The store and the writer do nothing on disk but through a ``Storage``, so that a test can let any single step fail or
+``sets`` and ``saving`` do nothing on disk but through a ``FileSystem``, so that a test can let any single step fail or
 list a folder in another order. The methods raise ``OSError`` as the system does.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["LOCAL", "Storage", "is_out_of_reach"]
+__all__ = ["LOCAL", "FileSystem", "is_out_of_reach"]
 
 # Process, thread and path of every lock that is held or waited for; a forked process holds none.
 _HOLDERS: set[tuple[int, int, str]] = set()
@@ -42,7 +42,7 @@ def is_out_of_reach(error: BaseException | None, *, but: int | None = None) -> b
     return False
 
 
-class Storage:
+class FileSystem:
     """Files on a local or mounted file system."""
 
     # Looking: nothing here creates or changes anything, or blocks on a FIFO. Only ENOENT and ENOTDIR mean that nothing
@@ -228,4 +228,4 @@ def _stat(path: Path, *, follow: bool = True) -> os.stat_result | None:
 
 
 #: The disk.
-LOCAL = Storage()
+LOCAL = FileSystem()

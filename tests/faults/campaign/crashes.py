@@ -23,7 +23,7 @@ from faults.campaign.saves import Numbered, found_by_us, is_torn_for_noether
 from faults.campaign.subjects import digest_of
 from noether_init_core import PathProvider
 from noether_init_core.errors import CheckpointWriteError
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["ERRORS", "SCENARIOS", "Failing", "Scenario", "failures", "replay"]
@@ -54,7 +54,7 @@ class Scenario:
             (folder / "manifest.json.tmp").write_bytes(b"{")
         return numbered
 
-    def save(self, numbered: Numbered, root: Path, number: int, storage: Storage) -> None:
+    def save(self, numbered: Numbered, root: Path, number: int, storage: FileSystem) -> None:
         """The save that does not come to its end."""
         at = self.sets_before if self.same_iteration else None
         numbered.save(root, number, storage=storage, iteration=at, **self.arguments)

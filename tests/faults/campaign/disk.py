@@ -21,14 +21,14 @@ from typing import Any, BinaryIO, Literal, cast
 
 import attrs
 
-from noether_init_core.files.storage.disk import Storage
+from noether_init_core.files.storage.disk import FileSystem
 
 __all__ = ["CHANGING", "LOOKING", "Crash", "Disk", "Operation", "Quick", "Recorder", "crashes"]
 
 Data = Literal["all", "fsynced", "half", "zeros"]
 _DATA: tuple[Data, ...] = ("all", "fsynced", "half", "zeros")
 
-#: Methods of ``Storage`` that change nothing, and those that do. A new method has to be put into one of them.
+#: Methods of ``FileSystem`` that change nothing, and those that do. A new method has to be put into one of them.
 LOOKING = frozenset(
     {
         "list_folder", "is_folder", "size_of", "exists", "is_link", "identity_of", "resolve", "is_same_file",
@@ -177,7 +177,7 @@ class _File:
         self._file.close()
 
 
-class Quick(Storage):
+class Quick(FileSystem):
     """Does not wait for the disk: what has reached it is a question for the model. Links as for an ordinary user."""
 
     def fsync(self, file: BinaryIO) -> None:

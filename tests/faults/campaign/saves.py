@@ -13,7 +13,7 @@ import torch
 from faults.campaign.subjects import Trainer
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
 from noether_init_core.errors import CheckpointNotFoundError, InitError
-from noether_init_core.files.storage.disk import LOCAL, Storage
+from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.sets.snapshot import Snapshot
 
 __all__ = ["BASELINES", "Found", "Numbered", "found_by_torch", "found_by_us", "is_torn_for_noether"]
@@ -55,7 +55,7 @@ class Numbered:
         root: Path,
         number: int,
         *,
-        storage: Storage = LOCAL,
+        storage: FileSystem = LOCAL,
         keep_last: int | None = None,
         tags: Sequence[str] = ("latest",),
         averages: bool = False,
