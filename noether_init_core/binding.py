@@ -13,8 +13,6 @@ from noether_init_core.errors import ConfigError, InvalidNameError, type_of
 from noether_init_core.paths import check_name
 from noether_init_core.protocols import CompositeModelLike, ModelLike
 
-__all__ = ["BoundModel", "ComposedModel", "bind", "compose"]
-
 
 @attrs.frozen(eq=False, repr=False)
 class BoundModel:

@@ -10,8 +10,6 @@ import attrs
 
 from noether_init_core.errors import ConfigError
 
-__all__ = ["TrainingIteration"]
-
 _FIELDS = ("epoch", "update", "sample")
 _PATTERN = re.compile(r"(?:E(?P<epoch>\d{1,18}))?(?:_?U(?P<update>\d{1,18}))?(?:_?S(?P<sample>\d{1,18}))?", re.ASCII)
 

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["in_large_pages", "no_garbage_collection"]
-
 # Below that, a large page would hardly be filled.
 _LEAST = 4 << 20
 

@@ -6,8 +6,6 @@ import difflib
 from collections.abc import Collection, Iterable
 from typing import Any
 
-__all__ = ["counted", "listed", "near", "one_line", "printable", "quoted", "yaml_line"]
-
 
 def listed(names: Iterable[object], most: int = 5, *, separator: str = ", ", none: str = "") -> str:
     """The first ``most`` names, and how many more there are: ``a, b and 3 more``; ``none`` where there are none."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["equal", "leaves", "mapped"]
-
 
 def leaves(value: Any) -> list[Any]:
     """Every value in ``value`` that is no mapping, list or tuple, in order; ``value`` itself if it is none of these."""

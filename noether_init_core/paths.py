@@ -11,8 +11,6 @@ import attrs
 
 from noether_init_core.errors import ConfigError, InvalidNameError, type_of
 
-__all__ = ["DEBUG_FOLDER", "PathProvider", "PathProviderLike", "check_name", "check_run_id"]
-
 MAX_NAME_BYTES = 200
 #: Below the output root, it holds the runs of debug mode.
 DEBUG_FOLDER = "debug"

@@ -9,8 +9,6 @@ import torch
 
 from noether_init_core.errors import ConfigError, type_of
 
-__all__ = ["CallbackLike", "CompositeModelLike", "ModelLike", "TrainerLike", "check_model", "leaf_models"]
-
 
 @runtime_checkable
 class ModelLike(Protocol):

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 import attrs
 
-__all__ = ["PHASES", "Stopwatch", "Timing", "summed"]
-
 #: The phases of this package, in the order in which they are told; a kind may have others besides.
 PHASES = ("find", "screen", "verify", "read", "cast", "copy")
 

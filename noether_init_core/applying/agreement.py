@@ -14,8 +14,6 @@ from noether_init_core.nested import equal
 from noether_init_core.surgery.plan import LoadPlan, PlanRow
 from noether_init_core.surgery.steps import Cast, Interpolate, Pad, carry_out
 
-__all__ = ["check_across", "check_casts", "check_loading_code"]
-
 
 def check_across(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> None:
     """Tensors that submodels share must be the same in the files of all of them. Raises ``PlanError``."""

@@ -13,8 +13,6 @@ from noether_init_core.surgery.optimizer_fields import lacking_state
 from noether_init_core.surgery.optimizer_plan import STAYS, Moved, OptimizerPlan, Stays
 from noether_init_core.surgery.steps import carry_out
 
-__all__ = ["apply_optimizer", "class_name", "moved_value", "optimizer_names", "parameter_aliases", "torch_optimizer"]
-
 
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer itself: ``optimizer``, or the one inside Noether's wrapper (``torch_optim``).

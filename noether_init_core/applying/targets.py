@@ -13,18 +13,6 @@ from noether_init_core.errors import ConfigError
 from noether_init_core.surgery.fit import TargetSpec
 from noether_init_core.surgery.plan import WRITING, PlanRow
 
-__all__ = [
-    "Identity",
-    "ModelTargets",
-    "OwnLoading",
-    "device_for",
-    "left_without_memory",
-    "loaded_by_code",
-    "model_targets",
-    "on_meta",
-    "translates",
-]
-
 #: Equal for two tensors that are one; see ``tensor_identity``.
 Identity = Hashable
 

@@ -26,8 +26,6 @@ from noether_init_core.stopwatch import Stopwatch
 from noether_init_core.surgery.plan import WRITING, LoadPlan, PlanRow, Problem
 from noether_init_core.surgery.steps import Step, carry_out
 
-__all__ = ["apply_rows", "check_values", "check_versions"]
-
 OnNonfinite = Literal["error", "warn", "ignore"]
 
 

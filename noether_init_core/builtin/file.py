@@ -14,8 +14,6 @@ from noether_init_core.initializers.location import LocateQuery, Source, SourceI
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.messages import listed
 
-__all__ = ["FileInitializer", "FileInitializerConfig"]
-
 
 class FileInitializerConfig(SourceInitializerConfig):
     """The config of ``file``."""

@@ -11,8 +11,6 @@ from noether_init_core.initializers.callbacks import check_resumption, resume_ca
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename
 
-__all__ = ["PreviousRunInitializer", "PreviousRunInitializerConfig", "RenamePattern"]
-
 #: Fields of Noether -> how to write them as a transform.
 _AS_TRANSFORM = {
     "keys_to_remove": "keys_to_remove: [a.w] is {drop: a.w}",

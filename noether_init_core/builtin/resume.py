@@ -56,9 +56,6 @@ from noether_init_core.sets.health import check_file
 from noether_init_core.sets.selection import Policy, find_set, walk_back
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["ResumeInitializer", "ResumeInitializerConfig"]
-
-
 #: Under this key a trainer file holds what ``TrainerState`` keeps.
 _TRAINER_STATE = "trainer_state"
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from noether_init_core.saving.weights_file import WrittenFile
     from noether_init_core.sets.provenance import InitReport
 
-__all__ = ["run"]
-
 _PLACE = "{model}"
 
 

@@ -21,8 +21,6 @@ from noether_init_core.errors import KindImportError
 if TYPE_CHECKING:
     from noether_init_core.kinds.contract import Finding
 
-__all__ = ["run"]
-
 _CORE = "noether-init-core"
 
 

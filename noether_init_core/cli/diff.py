@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
     from noether_init_core.render.folding import KeyPattern
 
-__all__ = ["run"]
-
 _MARKS: dict[State, tuple[str, str, str]] = {
     "equal": ("=", "equal", "green"),
     "changed": ("~", "changed", "cyan"),

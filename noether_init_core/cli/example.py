@@ -15,8 +15,6 @@ from noether_init_core.cli.output import AsJson, show_commands, show_json, show_
 from noether_init_core.errors import ConfigError
 from noether_init_core.scaffold.example import BUILT_IN, example_of
 
-__all__ = ["run"]
-
 
 def run(
     kind: Kind,

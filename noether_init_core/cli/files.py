@@ -17,8 +17,6 @@ from noether_init_core.messages import listed, near
 if TYPE_CHECKING:
     from noether_init_pages import SaysItself
 
-__all__ = ["Html", "check_page", "check_path", "check_plan", "write_html", "write_text"]
-
 Html = Annotated[
     Path | None,
     typer.Option("--html", help="Write a page to look at: one file, no network.", metavar="FILE", show_default=False),

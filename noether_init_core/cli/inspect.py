@@ -24,8 +24,6 @@ if TYPE_CHECKING:
         FoundSetFolder,
     )
 
-__all__ = ["run"]
-
 # symbol, word and colour of what vouches for a set
 _MARKS = {"committed": ("=", "green"), "legacy": ("o", "yellow"), None: ("-", "dim")}
 _PARTS = {"model": "weights", "optim": "optimizer", "trainer": "trainer"}

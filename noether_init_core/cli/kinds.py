@@ -13,8 +13,6 @@ from noether_init_core.cli.output import show, show_table
 from noether_init_core.messages import one_line
 from noether_init_core.observers.loading import installed_observers
 
-__all__ = ["run"]
-
 
 def run(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,

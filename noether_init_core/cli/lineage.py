@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from noether_init_core.lineage.graph import Lineage, LineageEdge, LineageNode
 
-__all__ = ["run"]
-
 _MARKS = {"run": ("o", "cyan"), "file": ("=", "green"), "missing": ("?", "red")}
 #: Generations that are unfolded: each is indented further, and lines have an end.
 _MOST_DEEP = 6

@@ -18,8 +18,6 @@ import typer
 from noether_init_core.errors import ConfigError
 from noether_init_core.messages import listed, near
 
-__all__ = ["check_reference", "load_model"]
-
 _DEFAULT_NAME = "model"
 
 

@@ -17,8 +17,6 @@ from noether_init_core.scaffold.render import Base
 if TYPE_CHECKING:
     from noether_init_core.scaffold.naming import Names
 
-__all__ = ["run"]
-
 
 def run(
     name: Annotated[str, typer.Argument(help="Of the new package, such as demo: a folder demo.", show_default=False)],

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from noether_init_core.paths import PathProvider
     from noether_init_core.stack.stack import InitializerStack
 
-__all__ = ["KIND", "Config", "Kind", "Real", "Start", "naming_options", "with_start"]
-
 # Shells evaluate parts of what they are offered; a name with anything else is typed by hand.
 _HARMLESS = re.compile(r"[\w./+@%,=-]+")
 

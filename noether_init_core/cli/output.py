@@ -18,8 +18,6 @@ import typer
 
 from noether_init_core.messages import one_line, printable
 
-__all__ = ["AsJson", "from_here", "progress", "show", "show_commands", "show_json", "show_table", "show_text"]
-
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: one object.")]
 
 _NUMBERS = ("bytes", "elements", "files", "keys", "sets", "tensors")

@@ -16,8 +16,6 @@ from noether_init_core.cli.usage import configs_here, plain_kinds
 from noether_init_core.errors import InitError
 from noether_init_core.messages import listed
 
-__all__ = ["run", "show_version"]
-
 _SHOWN = 8
 # A folder may hold anything; what is beyond is not looked at.
 _MOST_ENTRIES = 500

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.surgery.plan import LoadPlan
 
-__all__ = ["run"]
-
 
 @with_start
 def run(

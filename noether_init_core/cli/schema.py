@@ -13,8 +13,6 @@ from noether_init_core.cli.output import show
 from noether_init_core.cli.usage import plain_kinds
 from noether_init_core.errors import KindError
 
-__all__ = ["run"]
-
 
 def run(
     kind: Annotated[str | None, KIND] = None,

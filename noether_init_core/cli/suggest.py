@@ -9,8 +9,6 @@ import typer
 from noether_init_core.cli.options import Real, Start, naming_options, with_start
 from noether_init_core.cli.output import AsJson, show, show_json, show_text
 
-__all__ = ["run"]
-
 
 @with_start
 def run(

@@ -20,17 +20,6 @@ from noether_init_core.messages import listed, one_line, printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = [
-    "UsageError",
-    "behind",
-    "configs_here",
-    "explained",
-    "how_to_see",
-    "plain_kinds",
-    "show_traceback",
-    "show_usage",
-]
-
 #: Set to anything but 0, every error of a command comes with its traceback.
 TRACEBACK_VARIABLE = "NOETHER_INIT_TRACEBACK"
 

@@ -16,8 +16,6 @@ from noether_init_core.observers.loading import describe_observer
 if TYPE_CHECKING:
     from noether_init_core.stack.config_files import LoadedConfig
 
-__all__ = ["run"]
-
 
 @attrs.frozen
 class _Finding:

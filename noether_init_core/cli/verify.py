@@ -17,8 +17,6 @@ from noether_init_core.messages import listed, one_line
 if TYPE_CHECKING:
     from noether_init_core.sets.health import FileHealth, RunHealth
 
-__all__ = ["run"]
-
 _MARKS = {
     "good": ("= good", "green"),
     "unverifiable": ("? unverifiable", "yellow"),

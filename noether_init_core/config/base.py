@@ -14,8 +14,6 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.nested import mapped
 from noether_init_core.paths import check_name, check_run_id
 
-__all__ = ["InitializerConfig", "KindConfig", "RunId", "YamlText"]
-
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _WORDS: dict[str, Any] = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}

@@ -25,8 +25,6 @@ from noether_init_core.config.base import KindConfig, YamlText
 from noether_init_core.errors import ConfigError, ConfigFileError
 from noether_init_core.messages import listed, near
 
-__all__ = ["Document", "Entry", "KeyPath", "check_is_text", "is_resolved", "read_yaml", "resolved_entries"]
-
 KeyPath = tuple[str | int, ...]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["DECIDED", "kind_schema", "schema_of_files"]
-
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 #: What ``auto_resume`` decides by itself: this very run, and its newest set.
 DECIDED = ("kind", "run_id", "stage_name", "checkpoint_tag", "output_path")

@@ -14,8 +14,6 @@ from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pa
 from noether_init_core.surgery.steps import STEPS, Step, described, written
 from noether_init_core.surgery.transforms import Drop, KeepModel, Move, Only, Rule
 
-__all__ = ["TransformConfig", "rule_of"]
-
 
 class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)

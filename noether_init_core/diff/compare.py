@@ -24,8 +24,6 @@ from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.nested import equal, mapped
 
-__all__ = ["bytes_to_read", "compare_checkpoints", "compare_sides", "prefix_note"]
-
 _OBJECT = "object"
 
 

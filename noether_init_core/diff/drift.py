@@ -13,8 +13,6 @@ import torch
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.tensor_info import TensorInfo
 
-__all__ = ["Drift", "Room", "drift_of", "finite", "is_comparable", "total_of"]
-
 _Item = TypeVar("_Item")
 
 # Elements of a piece: smaller ones are lost in the interpreter, larger ones leave the caches.

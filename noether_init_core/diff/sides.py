@@ -21,8 +21,6 @@ from noether_init_core.sets.places import runs_at
 from noether_init_core.sets.selection import find_set
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["Side", "is_average", "known_from", "side_at"]
-
 
 @attrs.frozen
 class Side:

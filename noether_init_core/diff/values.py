@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 import attrs
 
-__all__ = ["CheckpointDiff", "DiffRow", "DiffSide", "State"]
-
 DIFF_VERSION = 1
 
 State = Literal["equal", "changed", "dtype", "shape", "nonfinite", "only_a", "only_b"]

@@ -26,8 +26,6 @@ from noether_init_core.nested import equal
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BaseCheckpoint", "Checkpoint", "Copy"]
-
 #: A key of ``tensors()``, or a leaf of ``values()``.
 Key = str | TensorInfo
 AnyKey = TypeVar("AnyKey", bound=str | TensorInfo)

@@ -17,25 +17,6 @@ from noether_init_core.errors import CheckpointFormatError
 from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.messages import one_line
 
-__all__ = [
-    "METADATA",
-    "Content",
-    "ForeignObject",
-    "GlobalName",
-    "ObjectGraph",
-    "OpcodeError",
-    "Record",
-    "RefusedTensor",
-    "StorageRef",
-    "Trees",
-    "Versions",
-    "children",
-    "named",
-    "not_plain",
-    "state_dict_of",
-    "versions_in",
-]
-
 
 class OpcodeError(Exception):
     """The pickle of a file is damaged or does what torch.save does not do; the message says what."""

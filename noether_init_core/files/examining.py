@@ -27,19 +27,6 @@ from noether_init_core.files.content import Record
 from noether_init_core.files.storage.handle import GROUP, Handle, by_threads
 from noether_init_core.messages import listed
 
-__all__ = [
-    "Examined",
-    "Finding",
-    "Stretch",
-    "Values",
-    "can_be_nonfinite",
-    "check_record",
-    "damage",
-    "examine",
-    "examine_memory",
-    "nonfinite",
-]
-
 # Small enough for the processor's caches, large enough that system calls, and threads that wait for the interpreter, do
 # not count. A multiple of every size of an element, so that no element lies in two pieces.
 _BUFFER = 2 << 20

@@ -32,8 +32,6 @@ from noether_init_core.stopwatch import Stopwatch
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FileCheckpoint", "open_checkpoint"]
-
 Found = TypeVar("Found")
 
 

@@ -15,8 +15,6 @@ from noether_init_core.files.content import METADATA, not_plain
 from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.files.tensor_info import is_dense
 
-__all__ = ["bytes_of_tensor", "plain"]
-
 MAX_DEPTH = 60
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray)
 

@@ -26,20 +26,6 @@ from noether_init_core.stopwatch import Stopwatch
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "Materializer",
-    "allocated",
-    "are_equal",
-    "check_targets",
-    "copy_staged",
-    "copy_tensors",
-    "map_tensors",
-    "memory_of_tensor",
-    "nonfinite_in",
-    "read_tensor",
-    "slices_of",
-]
-
 # Bytes of a temporary tensor, where one is needed.
 _SLICE = 1 << 20
 

@@ -8,8 +8,6 @@ from typing import Literal
 
 import attrs
 
-__all__ = ["ITEMSIZES", "Box", "Piece", "TensorInfo", "is_dense", "span"]
-
 #: First and one past the last index in each dimension.
 Box = tuple[tuple[int, int], ...]
 

@@ -22,8 +22,6 @@ from noether_init_core.files.storage.handle import Handle
 from noether_init_core.files.tensor_info import Piece, TensorInfo
 from noether_init_core.messages import listed
 
-__all__ = ["Digests", "Verification", "Verified", "digest_of_records"]
-
 
 class TensorDigest(Protocol):
     """One tensor as its writer describes it."""

@@ -21,8 +21,6 @@ from noether_init_core.stopwatch import Stopwatch, Timing, summed
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan
 
-__all__ = ["InitializerBase", "LoadedFile", "Outcome", "Session", "dotted", "with_delegates"]
-
 
 def dotted(*path: str | int) -> str:
     """Where a key of a config stands, without a file."""

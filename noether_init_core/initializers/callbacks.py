@@ -20,17 +20,6 @@ from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.file_names import CheckpointFileName, parse
 
-__all__ = [
-    "CallbackPlan",
-    "ResumptionPaths",
-    "StatesBefore",
-    "apply_callbacks",
-    "callback_key",
-    "check_resumption",
-    "plan_callbacks",
-    "resume_callbacks",
-]
-
 
 @attrs.frozen(eq=False)
 class CallbackPlan:

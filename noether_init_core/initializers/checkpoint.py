@@ -23,8 +23,6 @@ from noether_init_core.sets.refusals import AskedBy
 from noether_init_core.sets.selection import Selected, find_set, require
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["CheckpointInitializer", "CheckpointInitializerConfig", "RunSelection", "other_run"]
-
 
 class CheckpointInitializerConfig(InitializerConfig, OptimizerStateConfig):
     """The config of kinds that read from the checkpoints of a run."""

@@ -19,19 +19,6 @@ from noether_init_core.protocols import leaf_models
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.planner import Policies
 
-__all__ = [
-    "Leaf",
-    "LocateQuery",
-    "OptimizerStateConfig",
-    "Part",
-    "Source",
-    "SourceInitializerConfig",
-    "leaves_of",
-    "modules_of",
-    "signature",
-    "submodel_of",
-]
-
 Part = Literal["model", "optim", "trainer"]
 
 

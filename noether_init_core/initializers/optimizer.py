@@ -26,8 +26,6 @@ from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
 from noether_init_core.surgery.optimizer_plan import Moved, OptimizerPlan, ParameterOrigin, Stays, plan_optimizer
 from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow
 
-__all__ = ["OptimizerStep", "by_optimizer", "decided", "is_asked_for"]
-
 
 @attrs.frozen(eq=False)
 class OptimizerStep:

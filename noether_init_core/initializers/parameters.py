@@ -11,8 +11,6 @@ from noether_init_core.protocols import check_model, leaf_models
 from noether_init_core.surgery import name_rules
 from noether_init_core.surgery.patterns import PatternSet, parse_glob
 
-__all__ = ["NameGlobs", "named_parameters"]
-
 
 def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """Name -> parameter of a model or composite, in declared order.

@@ -57,8 +57,6 @@ from noether_init_core.surgery.name_rules import NameRules
 from noether_init_core.surgery.plan import LoadPlan, Problem
 from noether_init_core.surgery.planner import plan_load
 
-__all__ = ["LoadSession"]
-
 #: A plan names so many problems of one optimizer; what is wrong with one parameter is wrong with many.
 _MOST_PROBLEMS = 5
 #: Extra state of a module in a file.

@@ -33,8 +33,6 @@ from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
 from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.transforms import Transforms
 
-__all__ = ["SourceInitializer"]
-
 
 class SourceInitializer(InitializerBase, abc.ABC):
     """Initialize weights, and optimizer state where the config asks for it, from files that ``locate`` names.

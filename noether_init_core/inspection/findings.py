@@ -8,24 +8,6 @@ from typing import Any, Literal
 
 import attrs
 
-__all__ = [
-    "Content",
-    "Found",
-    "FoundFile",
-    "FoundKey",
-    "FoundModel",
-    "FoundPart",
-    "FoundProbe",
-    "FoundRoot",
-    "FoundRun",
-    "FoundRunFolder",
-    "FoundSet",
-    "FoundSetFolder",
-    "RunSummary",
-    "State",
-    "to_json_data",
-]
-
 State = Literal["committed", "legacy"]
 
 

@@ -40,8 +40,6 @@ from noether_init_core.sets.manifest import MANIFEST_NAME, PROBE_NAME, Manifest,
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["content_of", "look_at_file", "look_at_folder"]
-
 _LONGEST = 2_000
 _MOST_ITEMS = 100
 _DEEPEST = 6

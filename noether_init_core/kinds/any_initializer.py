@@ -15,8 +15,6 @@ from noether_init_core.config.json_schema import kind_schema
 from noether_init_core.errors import ConfigError, KindError
 from noether_init_core.messages import near
 
-__all__ = ["AnyInitializer", "explain"]
-
 # True while the JSON schema of the kinds is being built: the config of a kind may itself have such a field.
 _inside_schema: ContextVar[bool] = ContextVar("_inside_schema", default=False)
 

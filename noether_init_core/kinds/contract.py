@@ -21,8 +21,6 @@ from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import CONTRACT_VERSION, HOOK_NAMES, HookSpecs
 from noether_init_core.messages import near
 
-__all__ = ["Finding", "advice", "config_fields", "examine", "hook_arguments", "newer"]
-
 # Names that people write for a hook although they are not near by spelling.
 _MISNOMERS = {
     "init_model": "init_weights",

@@ -16,15 +16,6 @@ if TYPE_CHECKING:
     from noether_init_core.initializers.base import InitializerBase
     from noether_init_core.iteration import TrainingIteration
 
-__all__ = [
-    "CONTRACT_VERSION",
-    "HOOK_NAMES",
-    "PROJECT_NAME",
-    "HookSpecs",
-    "hookimpl",
-    "hookspec",
-]
-
 CONTRACT_VERSION = 1
 PROJECT_NAME = "noether_init"
 HOOK_NAMES = ("start_checkpoint", "init_trainer", "init_weights", "init_optimizer", "init_callbacks")

@@ -23,24 +23,6 @@ import attrs
 from noether_init_core.errors import KindBlockedError, KindConflictError, KindImportError, UnknownKindError
 from noether_init_core.messages import listed, near, quoted
 
-__all__ = [
-    "ALLOW_VARIABLE",
-    "DENY_VARIABLE",
-    "Group",
-    "KindInfo",
-    "all_of",
-    "choose",
-    "clear_cache",
-    "conflict",
-    "found_under",
-    "importing",
-    "load",
-    "normalized",
-    "offers",
-    "summary",
-    "without_installed",
-]
-
 ALLOW_VARIABLE = "NOETHER_INIT_ALLOW"
 DENY_VARIABLE = "NOETHER_INIT_DENY"
 _CORE = "noether-init-core"

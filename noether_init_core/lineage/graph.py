@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 import attrs
 
-__all__ = ["Lineage", "LineageEdge", "LineageNode", "LineageSet", "Relation", "related"]
-
 LINEAGE_VERSION = 1
 
 Relation = Literal["focus", "ancestor", "descendant", "other"]

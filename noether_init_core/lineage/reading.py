@@ -17,9 +17,6 @@ from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_
 from noether_init_core.sets.provenance import History, SourceRecord, load_histories
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["lineage_of"]
-
-
 #: The files that an entry's values came from, the latest first, and its names there.
 _Chain = Sequence[tuple[SourceRecord, tuple[str, ...]]]
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from noether_init_core.kinds import KindInfo, lookup
 
-__all__ = ["OBSERVER_GROUP", "describe_observer", "installed_observers", "load_observer"]
-
 OBSERVER_GROUP = "noether_init.observers"
 _OBSERVERS = lookup.Group(OBSERVER_GROUP, "observer", "noether-init kinds --observers")
 

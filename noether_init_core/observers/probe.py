@@ -24,8 +24,6 @@ from noether_init_core.sets.file_names import parse
 from noether_init_core.surgery.plan import PlanRow
 from noether_init_core.surgery.steps import Interpolate, Pad, Slice
 
-__all__ = ["ProbeObserver"]
-
 logger = logging.getLogger(__name__)
 
 Around = Generator[None, Any, Any]

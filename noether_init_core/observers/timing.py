@@ -11,8 +11,6 @@ from typing import Any
 from noether_init_core.kinds.hookspec import hookimpl
 from noether_init_core.stopwatch import Stopwatch, Timing
 
-__all__ = ["TimingObserver", "in_words"]
-
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 Around = Generator[None, Any, Any]
 

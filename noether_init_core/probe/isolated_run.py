@@ -18,8 +18,6 @@ from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.nested import equal, mapped
 from noether_init_core.protocols import leaf_models
 
-__all__ = ["Quiet", "called", "device_of", "hindrance", "quietly", "tensors_of"]
-
 _MAX_DEPTH = 8
 _Generator: TypeAlias = torch.Generator | random.Random | numpy.random.Generator | numpy.random.RandomState
 

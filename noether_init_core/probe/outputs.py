@@ -15,8 +15,6 @@ import xxhash
 from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.files.plain_data import bytes_of_tensor
 
-__all__ = ["MOST_VALUES", "Compared", "Output", "compare", "has_values", "outputs_of", "tolerance_for", "uncompared"]
-
 #: How many values are kept of one output; of a larger one as many random places, always the same ones.
 MOST_VALUES = 1 << 18
 _SEED = 0x6E6F6574686572

@@ -15,8 +15,6 @@ from noether_init_core.probe.isolated_run import called, device_of, hindrance, q
 from noether_init_core.probe.outputs import Output, has_values, outputs_of, uncompared
 from noether_init_core.protocols import leaf_models
 
-__all__ = ["Probe", "check_batch", "computed_by", "dtype_of", "repeat", "take"]
-
 
 @attrs.frozen(eq=False)
 class Probe:

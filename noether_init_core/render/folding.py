@@ -20,8 +20,6 @@ from noether_init_core.messages import one_line
 from noether_init_core.surgery.plan import Action, PlanRow
 from noether_init_core.surgery.steps import Step
 
-__all__ = ["Fold", "KeyPattern", "fold_alike", "fold_rows"]
-
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>0|[1-9][0-9]*)", re.DOTALL)
 _SPECIAL = re.compile(r"[\\{},*]")
 # A hostile file may name a tensor by a hundred thousand dots; such a name is not taken apart.

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
-__all__ = ["broken", "filled"]
-
 
 def filled(
     start: Text, phrases: Sequence[Text], width: int, indent: str = "    ", *, first: str = "", between: str = "   "

@@ -13,12 +13,10 @@ from rich.text import Text
 from noether_init_core.messages import counted, listed, one_line
 from noether_init_core.render.folding import Fold, KeyPattern, fold_rows
 from noether_init_core.render.layout import broken, filled
-from noether_init_core.render.words import MARKS, Mark, amount, counts_in_words, percent, place_of_rule
-from noether_init_core.sets.provenance import InitReport
+from noether_init_core.render.words import MARKS, Mark, amount, percent, place_of_rule
+from noether_init_core.sets.provenance import InitReport, counts_in_words
 from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow, Problem, counted_rows
 from noether_init_core.surgery.steps import described
-
-__all__ = ["PlanView", "ReportView"]
 
 _INDENT = "   "
 _NARROWEST = 20

@@ -8,10 +8,7 @@ from collections.abc import Mapping
 import attrs
 
 from noether_init_core.messages import one_line
-from noether_init_core.sets.provenance import counts_in_words
 from noether_init_core.surgery.plan import Action
-
-__all__ = ["MARKS", "Mark", "amount", "counts_in_words", "percent", "place_of_rule"]
 
 
 @attrs.frozen

@@ -16,8 +16,6 @@ from noether_init_core.messages import listed
 from noether_init_core.protocols import CompositeModelLike, ModelLike, leaf_models
 from noether_init_core.sets.file_names import CheckpointFileName, Part
 
-__all__ = ["FileContent", "contents_of", "iteration_for"]
-
 Averages = Mapping[str, Any]
 
 

@@ -28,8 +28,6 @@ from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.saving.content import FileContent
 from noether_init_core.sets.manifest import FileDigests, ManifestFile, TensorDigest, digest_of, refused
 
-__all__ = ["Watch", "naming", "write_bytes", "write_content", "write_file"]
-
 # a handler of signals may save to another folder in the midst of a save
 _CHECKSUMS = threading.RLock()
 

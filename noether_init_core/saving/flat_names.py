@@ -19,8 +19,6 @@ from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet,
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.flat_files import RECORD_NAME, WrittenName, is_ours, read_record
 
-__all__ = ["TEMPORARY_NAMES", "give_room", "refresh_flat_names", "remove_names_of", "remove_orphans"]
-
 logger = logging.getLogger(__name__)
 
 _TEMPORARY = ".noether-init-flat.tmp"

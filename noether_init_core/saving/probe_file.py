@@ -21,8 +21,6 @@ from noether_init_core.saving.file_writing import write_content
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.manifest import PROBE_NAME, Digest
 
-__all__ = ["read_probe", "write_probe"]
-
 FORMAT = "noether-init-probe"
 FORMAT_VERSION = 1
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, set)

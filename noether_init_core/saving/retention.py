@@ -23,8 +23,6 @@ from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.manifest import MANIFEST_NAME, refused_by_resume
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["Best", "Retention", "checked_metrics", "collect_leftovers", "retire_sets", "superfluous_sets"]
-
 logger = logging.getLogger(__name__)
 
 #: The newest good set, and one superseded good set to walk back to, stay whatever the rules say.

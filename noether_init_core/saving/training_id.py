@@ -18,8 +18,6 @@ from noether_init_core.sets.checkpoint_set import SETS_FOLDER
 from noether_init_core.sets.manifest import Manifest
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["Descent", "Descents", "Start"]
-
 
 @attrs.frozen
 class Start:

@@ -20,8 +20,6 @@ from noether_init_core.files.storage.handle import open_file
 from noether_init_core.saving.file_writing import write_content
 from noether_init_core.sets.checkpoint_set import lies_in_a_run
 
-__all__ = ["FORMATS", "WrittenFile", "check_place", "write_weights"]
-
 #: Suffix -> format.
 FORMATS: Mapping[str, Literal["torch", "safetensors"]] = {
     ".safetensors": "safetensors",

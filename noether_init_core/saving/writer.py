@@ -47,8 +47,6 @@ from noether_init_core.sets.manifest import (
 )
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["CheckpointWriter"]
-
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".noether-init.lock"

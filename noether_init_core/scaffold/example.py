@@ -7,8 +7,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["BUILT_IN", "example_of"]
-
 _PLAN = "noether-init plan init.yaml --model train:build --runs runs --run-id {run} --html plan.html"
 _AGAIN = "train; press Ctrl-C or kill it, and type it again: it goes on"
 _TRAIN = "python train.py --run-id {run}{more}"

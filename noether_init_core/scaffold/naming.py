@@ -15,8 +15,6 @@ import noether_init_core
 from noether_init_core import kinds
 from noether_init_core.errors import ConfigError, InvalidNameError, KindConflictError
 
-__all__ = ["MAX_LENGTH", "Names", "check_free", "names_of"]
-
 MAX_LENGTH = 100
 _PREFIX = "noether-init-"
 _OWN = ("noether-init", "noether-init-core")

@@ -13,8 +13,6 @@ import attrs
 from noether_init_core.errors import ConfigError
 from noether_init_core.scaffold.naming import Names
 
-__all__ = ["Base", "render"]
-
 _SUFFIX = ".jinja"
 _MAX_AUTHOR = 200
 _WITH_MAIL = re.compile(r"(?P<name>[^<>]*[^<>\s])\s*<(?P<mail>[^<>\s@]+@[^<>\s@]+)>")

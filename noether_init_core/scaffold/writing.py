@@ -10,8 +10,6 @@ from pathlib import Path
 
 from noether_init_core.errors import ConfigError
 
-__all__ = ["check_absent", "write_folder"]
-
 
 def check_absent(folder: Path) -> None:
     """Raise ``ConfigError`` where ``folder`` exists, be it as a file or as a link to nothing, or has no parent."""

@@ -33,24 +33,6 @@ from noether_init_core.sets.manifest import (
     read_manifest,
 )
 
-__all__ = [
-    "SETS_FOLDER",
-    "CheckpointFile",
-    "CheckpointSet",
-    "Need",
-    "SetFolder",
-    "check_consistency",
-    "check_files",
-    "check_reachable",
-    "lies_in_a_run",
-    "list_names",
-    "load_set",
-    "reaching",
-    "said_by",
-    "set_folders",
-    "sorted_files",
-]
-
 SETS_FOLDER = "sets"
 _SET_NAME = re.compile(r"(\d{8,18})_E(\d{1,18})_U(\d{1,18})_S(\d{1,18})", re.ASCII)
 

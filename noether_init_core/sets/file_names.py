@@ -22,19 +22,6 @@ from noether_init_core.errors import ConfigError, InvalidNameError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import check_name, is_name
 
-__all__ = [
-    "FOLLOWING",
-    "PARTS",
-    "PART_NAMES",
-    "CheckpointFileName",
-    "Part",
-    "Query",
-    "check_tag",
-    "iteration_of_tag",
-    "parse",
-    "stem_of",
-]
-
 Part = Literal["model", "optim", "trainer"]
 PARTS: tuple[Part, ...] = get_args(Part)
 #: Parts as messages name them.

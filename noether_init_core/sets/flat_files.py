@@ -27,18 +27,6 @@ from noether_init_core.sets.checkpoint_set import (
 )
 from noether_init_core.sets.file_names import iteration_of_tag, parse
 
-__all__ = [
-    "RECORD_NAME",
-    "WrittenName",
-    "changed_names",
-    "flat_copies",
-    "is_ours",
-    "iteration_in",
-    "legacy_sets",
-    "plain_before",
-    "read_record",
-]
-
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = ".noether-init-flat.json"

@@ -32,19 +32,6 @@ from noether_init_core.sets.refusals import LaterFlatFiles, worded
 from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.stopwatch import Stopwatch
 
-__all__ = [
-    "CheckedFile",
-    "FileHealth",
-    "FlatHealth",
-    "Progress",
-    "RunHealth",
-    "SetHealth",
-    "bytes_to_verify",
-    "check_file",
-    "verify_file",
-    "verify_run",
-]
-
 #: Called with the number of bytes that have been verified since the last call.
 Progress = Callable[[int], None]
 State = Literal["good", "nonfinite", "unverifiable", "broken", "uncommitted"]

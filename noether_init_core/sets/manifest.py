@@ -18,27 +18,6 @@ from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.file_names import Part, check_tag, parse
 
-__all__ = [
-    "DIGESTS_NAME",
-    "MANIFEST_NAME",
-    "MAX_PROVENANCE_BYTES",
-    "PROBE_NAME",
-    "PROVENANCE_NAME",
-    "FileDigests",
-    "Manifest",
-    "ManifestFile",
-    "TensorDigest",
-    "digest_of",
-    "digests_to_bytes",
-    "in_words",
-    "read_digests",
-    "read_manifest",
-    "refused",
-    "refused_by_resume",
-    "sealed",
-    "worth_a_look",
-]
-
 MANIFEST_NAME = "manifest.json"
 #: Beside it: the digests of all tensors, read when files are verified.
 DIGESTS_NAME = "digests.json"

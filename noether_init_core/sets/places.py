@@ -12,8 +12,6 @@ from noether_init_core.paths import DEBUG_FOLDER, PathProvider, check_name, is_n
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, list_names, said_by
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["CHECKPOINTS_FOLDER", "as_recorded", "runs", "runs_at", "stages"]
-
 CHECKPOINTS_FOLDER = "checkpoints"
 
 

@@ -16,19 +16,6 @@ from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME, digest_of
 from noether_init_core.stopwatch import Timing, summed
 
-__all__ = [
-    "PROVENANCE_FORMAT",
-    "History",
-    "InitReport",
-    "InitializerReport",
-    "SourceRecord",
-    "TensorRecord",
-    "counts_in_words",
-    "histories",
-    "load_histories",
-    "read_histories",
-]
-
 logger = logging.getLogger(__name__)
 
 REPORT_VERSION = 1

@@ -25,22 +25,6 @@ from noether_init_core.sets.file_names import PART_NAMES, parse
 from noether_init_core.sets.places import runs, stages
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = [
-    "AskedBy",
-    "Broken",
-    "LaterFlatFiles",
-    "Missing",
-    "NoGoodSet",
-    "NoSuchTag",
-    "NothingHere",
-    "Refusal",
-    "SeveralBest",
-    "model_line",
-    "several_models",
-    "ways_on",
-    "worded",
-]
-
 #: What asks, hence what its config can say: a tag only, ``on_invalid`` besides, or ``on_invalid`` and no tag.
 AskedBy = Literal["tag", "resume", "auto_resume"]
 

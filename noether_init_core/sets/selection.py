@@ -29,16 +29,6 @@ from noether_init_core.sets.refusals import (
 )
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = [
-    "Policy",
-    "Selected",
-    "find_set",
-    "newest_set",
-    "require",
-    "select",
-    "walk_back",
-]
-
 _BEST = ("best_model.", "best.")
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 T = TypeVar("T")

@@ -26,8 +26,6 @@ from noether_init_core.sets.file_names import FOLLOWING, Part
 from noether_init_core.sets.flat_files import flat_copies, iteration_in, legacy_sets, plain_before
 from noether_init_core.sets.manifest import MANIFEST_NAME
 
-__all__ = ["Head", "Snapshot"]
-
 logger = logging.getLogger(__name__)
 
 #: A committed set, or why its manifest cannot be used.

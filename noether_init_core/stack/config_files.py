@@ -23,16 +23,6 @@ from noether_init_core.errors import ConfigError, KindError, type_of
 from noether_init_core.kinds.any_initializer import explain
 from noether_init_core.messages import near
 
-__all__ = [
-    "Entry",
-    "LoadedConfig",
-    "examine_config_file",
-    "examine_entry",
-    "load_config_file",
-    "load_config_mapping",
-    "validate_entry",
-]
-
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
 _ON_INVALID = ("error", "previous")
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

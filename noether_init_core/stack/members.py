@@ -18,8 +18,6 @@ from noether_init_core.kinds.hookspec import HOOK_NAMES, PROJECT_NAME, hookimpl
 from noether_init_core.protocols import leaf_models
 from noether_init_core.surgery.plan import LoadPlan
 
-__all__ = ["HookCaller", "Member", "Prepared", "prepare"]
-
 
 @attrs.frozen(eq=False)
 class Member:

@@ -16,8 +16,6 @@ from noether_init_core.stack.members import Prepared
 from noether_init_core.surgery.plan import LoadPlan, PlanRow
 from noether_init_core.surgery.steps import described
 
-__all__ = ["Carried", "Written", "reported", "trace", "values_of"]
-
 #: (path of a single model, name of an entry) -> digest of its bytes.
 Values = dict[tuple[str, str], str]
 

@@ -13,6 +13,7 @@ import attrs
 
 from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig
+from noether_init_core.config.document import Entry
 from noether_init_core.errors import (
     ConfigError,
     InitError,
@@ -32,7 +33,6 @@ from noether_init_core.sets.provenance import InitReport
 from noether_init_core.sets.selection import newest_set
 from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.stack.config_files import (
-    Entry,
     LoadedConfig,
     load_config_file,
     load_config_mapping,
@@ -42,8 +42,6 @@ from noether_init_core.stack.members import HookCaller, Member, Prepared, prepar
 from noether_init_core.stack.provenance import Written, reported, values_of
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
-
-__all__ = ["InitializerStack"]
 
 logger = logging.getLogger(__name__)
 

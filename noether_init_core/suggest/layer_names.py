@@ -16,8 +16,6 @@ import attrs
 from noether_init_core.surgery.fit import TensorSpec
 from noether_init_core.surgery.steps import Shape
 
-__all__ = ["Index", "Layer", "Numbers", "concepts", "layers_of", "meanings_of", "numbers_out"]
-
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 # concepts: what they are called, without underscores and in small letters

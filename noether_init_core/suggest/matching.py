@@ -37,8 +37,6 @@ from noether_init_core.suggest.pairs import (
 )
 from noether_init_core.surgery.fit import TensorSpec
 
-__all__ = ["Pairing"]
-
 _NUMBER = re.compile("[0-9]+")
 # names of the file and of the model -> template and numbers
 _Templates = tuple[Mapping[str, tuple[str, Index]], ...]

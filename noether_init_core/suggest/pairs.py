@@ -14,24 +14,6 @@ from noether_init_core.suggest.layer_names import Index, Layer
 from noether_init_core.surgery.fit import square_grids
 from noether_init_core.surgery.steps import Interpolate, Shape
 
-__all__ = [
-    "ALIKE",
-    "ALIKE_ONCE",
-    "MARGIN",
-    "MOST_COMPARISONS",
-    "Pair",
-    "Relation",
-    "fit",
-    "fused",
-    "has_conflict",
-    "is_head",
-    "likeness",
-    "relation",
-    "resampled",
-    "stacked",
-    "with_flips",
-]
-
 # names that are this much alike are about the same layer: where its shape is found once on either side, and where not
 ALIKE_ONCE, ALIKE = 0.55, 0.6
 # by how much a name has to be nearer than the next one

@@ -16,8 +16,6 @@ from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.steps import Concat, Reshape, Shape, Split, Stack, Step, Transpose, Unstack, written
 from noether_init_core.surgery.transforms import Rule, Transforms
 
-__all__ = ["DEEPEST", "LONGEST", "Draft", "SuggestedRule", "Suggestion", "Unsure", "drafts_of", "is_too_long", "merged"]
-
 _MOST_SHOWN = 20
 # no model has longer or deeper names, and what looks at names takes them apart
 LONGEST, DEEPEST = 256, 32

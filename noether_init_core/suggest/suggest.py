@@ -32,8 +32,6 @@ from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.transforms import Transforms
 
-__all__ = ["suggest"]
-
 # what models keep beside their parameters, and compute anew
 _COMPUTED = frozenset(
     {"inv_freq", "position_ids", "masked_bias", "num_batches_tracked", "relative_position_index", "attn_mask"}

@@ -24,21 +24,6 @@ from noether_init_core.surgery.steps import (
     written,
 )
 
-__all__ = [
-    "KEEP_MODEL_HINT",
-    "CastPolicy",
-    "PlanPart",
-    "Problems",
-    "TargetSpec",
-    "TensorSpec",
-    "can_cast",
-    "can_follow",
-    "names_of_ties",
-    "square_grids",
-    "ties_across",
-    "ties_within",
-]
-
 
 class TensorSpec(Protocol):
     """What the plan needs of a tensor of a file: ``TensorInfo`` of the readers has it."""

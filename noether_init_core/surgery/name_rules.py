@@ -11,20 +11,6 @@ import attrs
 from noether_init_core import messages
 from noether_init_core.surgery.steps import Step
 
-__all__ = [
-    "WRAPPERS",
-    "NameMatch",
-    "NameProblem",
-    "NameRules",
-    "NoetherSurgery",
-    "Rename",
-    "Taken",
-    "bare_names",
-    "near",
-    "single_rename",
-    "with_wrappers",
-]
-
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 # The search for near names takes time by the product of their lengths.

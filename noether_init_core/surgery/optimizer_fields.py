@@ -9,17 +9,6 @@ import attrs
 
 from noether_init_core.messages import near
 
-__all__ = [
-    "Group",
-    "OptimizerPolicies",
-    "ambiguous_fields",
-    "fields_of",
-    "lacking_state",
-    "other_class",
-    "several_groups",
-    "unknown_fields",
-]
-
 Group = Mapping[str, Any]
 
 #: Fields of groups by which the algorithms of torch differ; other fields come and go with releases and schedulers.

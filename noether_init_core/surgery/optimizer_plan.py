@@ -22,8 +22,6 @@ from noether_init_core.surgery.optimizer_fields import (
 )
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Step
 
-__all__ = ["STAYS", "Moved", "OptimizerPlan", "ParameterOrigin", "Stays", "plan_optimizer"]
-
 #: State that has the shape of its parameter, whatever the optimizer.
 _SHAPED_STATE = frozenset(
     ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "exp_inf"]

@@ -15,8 +15,6 @@ import re2
 
 from noether_init_core.errors import ConfigError
 
-__all__ = ["NameGlob", "NamePattern", "PatternSet", "parse_glob", "parse_pattern", "parse_regex", "repaired"]
-
 #: What the captures of a pattern stand for in one name.
 Captures = Mapping[str, str]
 

@@ -17,18 +17,6 @@ from noether_init_core.surgery.steps import Shape, Step, carry_out, shapes_after
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "LOADED_BEFORE",
-    "WRITING",
-    "Action",
-    "LoadPlan",
-    "Origin",
-    "PlanRow",
-    "Problem",
-    "counted_rows",
-    "share_loaded",
-]
-
 Action = Literal[
     "load", "rename", "transform", "cast", "keep", "reset", "missing", "unexpected", "removed", "mismatch", "outside"
 ]

@@ -29,8 +29,6 @@ from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Orig
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Slice, Step, StepError, shapes_after
 from noether_init_core.surgery.transforms import glob_set
 
-__all__ = ["Policies", "plan_load"]
-
 # Elements that any step may make.
 _SMALL = 1 << 20
 

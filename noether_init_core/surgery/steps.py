@@ -22,27 +22,6 @@ from noether_init_core.messages import listed, yaml_line
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "STEPS",
-    "Cast",
-    "Concat",
-    "Interpolate",
-    "Pad",
-    "Reshape",
-    "Shape",
-    "Slice",
-    "Split",
-    "Stack",
-    "Step",
-    "StepError",
-    "Transpose",
-    "Unstack",
-    "carry_out",
-    "described",
-    "shapes_after",
-    "written",
-]
-
 Shape = tuple[int, ...]
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]

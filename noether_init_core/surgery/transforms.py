@@ -16,8 +16,6 @@ from noether_init_core.surgery.name_rules import WRAPPERS, NameMatch, NameProble
 from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.steps import Step
 
-__all__ = ["Drop", "KeepModel", "Move", "Only", "Rule", "Transforms", "glob_set"]
-
 
 @attrs.frozen
 class Move:

@@ -16,8 +16,6 @@ from noether_init_core.protocols import leaf_models
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.testing.models import Counter, NumberedTrainer, leaf_state, new_model
 
-__all__ = ["Answer", "Case", "SavedRun", "Wrong", "closed", "open_", "saved_run"]
-
 _OLDER, _NEWEST = TrainingIteration(1, 4, 32), TrainingIteration(2, 8, 64)
 _SOURCE_SEED, _OLDER_SEED = 1, 3
 _NUMBER = 7

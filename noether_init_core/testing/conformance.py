@@ -10,8 +10,6 @@ from noether_init_core.testing.checks.safety import SafetyChecks
 from noether_init_core.testing.checks.state import StateChecks
 from noether_init_core.testing.checks.weights import WeightChecks
 
-__all__ = ["InitializerConformance"]
-
 
 class InitializerConformance(RegistrationChecks, ConfigChecks, WeightChecks, SafetyChecks, StateChecks):
     """Derive a test class from this, and pytest runs every check on your kind.

@@ -10,8 +10,6 @@ import torch
 
 from noether_init_core.binding import bind, compose
 
-__all__ = ["SHAPES", "Counter", "NumberedTrainer", "leaf_state", "new_model", "with_extra_parameter"]
-
 
 def _plain(**more: torch.nn.Module) -> torch.nn.Sequential:
     """A matrix, a bias, and a scale."""

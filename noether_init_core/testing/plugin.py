@@ -18,18 +18,6 @@ from noether_init_core.testing.cases import Case, SavedRun, saved_run
 from noether_init_core.testing.checks.base import Checks
 from noether_init_core.testing.models import SHAPES, Counter, NumberedTrainer, new_model
 
-__all__ = [
-    "_saved_once",
-    "broken_runs",
-    "case_folder",
-    "isolated_kinds",
-    "new_case",
-    "pytest_collection_modifyitems",
-    "source_run",
-    "temporary_kind",
-    "tiny_models",
-]
-
 _MODEL_SEED = 2
 _OWN_NUMBER = 3
 

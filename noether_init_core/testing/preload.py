@@ -1,10 +1,6 @@
 """What a server of processes imports once: torch and the core, no plugin."""
 
-from noether_init_core.initializers import source
-from noether_init_core.stack import stack
-from noether_init_core.testing import models, snapshots
-
-__all__ = ["models", "snapshots", "source", "stack"]
+from noether_init_core.testing import models
 
 # the first step of an optimizer imports a good part of torch
 models.new_model("single", seed=0)

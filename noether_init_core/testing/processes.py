@@ -20,8 +20,6 @@ from typing import Any
 
 from noether_init_core.paths import PathProvider
 
-__all__ = ["initialized_by_ranks", "work_at_import"]
-
 _TIMEOUT_S = 120.0
 _RANKS, _SEED = 2, 5
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

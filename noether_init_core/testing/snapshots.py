@@ -25,8 +25,6 @@ from noether_init_core.messages import listed
 from noether_init_core.nested import equal
 from noether_init_core.protocols import leaf_models
 
-__all__ = ["differences", "open_files", "state_of_files", "state_of_model", "state_of_process", "unchanged"]
-
 
 def state_of_model(model: Any) -> dict[str, Any]:
     """Every tensor of the model by value and by identity, flags, gradients, and its optimizers."""

@@ -18,8 +18,6 @@ from torch.utils.data.dataloader import default_collate
 from noether_init_core.errors import ConfigError, StateMismatchError, type_of
 from noether_init_core.training.randomness import derive_seed, seeded
 
-__all__ = ["Layout", "Position", "TrainingLoader"]
-
 
 @attrs.frozen
 class Layout:

@@ -16,8 +16,6 @@ import torch
 
 from noether_init_core.errors import StateMismatchError, type_of
 
-__all__ = ["plain", "restored"]
-
 _SCALARS = (bool, int, float, str)
 _FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)}
 #: Letters of NumPy's dtypes: numbers that tensors hold, and scalars that are plain numbers or texts.

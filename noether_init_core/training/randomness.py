@@ -15,8 +15,6 @@ import torch
 from noether_init_core.errors import StateMismatchError, type_of
 from noether_init_core.nested import equal
 
-__all__ = ["check_rng", "derive_seed", "put_rng", "same_rng", "seed_everything", "seeded", "take_rng"]
-
 _logger = logging.getLogger(__name__)
 
 

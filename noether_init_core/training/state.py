@@ -17,8 +17,6 @@ from noether_init_core.training.loader import Position, TrainingLoader
 from noether_init_core.training.plain_state import plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
-__all__ = ["TrainerState"]
-
 _logger = logging.getLogger(__name__)
 _VERSION = 1
 _RESERVED = frozenset({"callbacks", "init_report", "iteration", "lineage", "loader", "model", "rng", "version"})

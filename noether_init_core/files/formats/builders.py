@@ -16,8 +16,6 @@ import attrs
 from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, RefusedTensor, StorageRef
 from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo
 
-__all__ = ["BUILDERS", "KNOWN_NAMES", "LARGEST", "QUANTIZED_STORAGES", "STORAGES", "Scope", "add_members", "set_items"]
-
 #: No dimension, stride or offset of a tensor is larger, so that products with an itemsize fit into 64 bits.
 LARGEST = 1 << 58
 _MOST_DIMENSIONS = 64

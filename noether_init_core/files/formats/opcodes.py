@@ -26,8 +26,6 @@ from noether_init_core.files.formats.builders import (
 )
 from noether_init_core.files.tensor_info import ITEMSIZES
 
-__all__ = ["Interpreter"]
-
 #: Open marks at one time: a nested container needs one or two.
 _MARKS = 400
 #: Longest integer in bytes; str() of a much longer one is slow, and is refused by Python.

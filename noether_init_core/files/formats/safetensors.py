@@ -17,8 +17,6 @@ from noether_init_core.files.storage.handle import Handle
 from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo
 from noether_init_core.messages import quoted
 
-__all__ = ["DTYPES", "is_safetensors", "read_safetensors"]
-
 #: Name in the header -> torch's name. F4 stores two elements per byte, which torch counts as one.
 DTYPES = {
     "BF16": "bfloat16",

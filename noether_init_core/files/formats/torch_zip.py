@@ -22,8 +22,6 @@ from noether_init_core.files.formats.opcodes import Interpreter
 from noether_init_core.files.storage.handle import Handle
 from noether_init_core.messages import listed, one_line, quoted
 
-__all__ = ["read_torch_zip"]
-
 ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
 _MAX_HEADER = 512 << 20

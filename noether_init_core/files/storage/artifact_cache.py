@@ -37,8 +37,6 @@ from noether_init_core.files.storage.disk import LOCAL
 from noether_init_core.files.storage.handle import LocalHandle, digest_problem, open_file
 from noether_init_core.messages import printable
 
-__all__ = ["CACHE_VARIABLE", "ArtifactCache"]
-
 CACHE_VARIABLE = "NOETHER_INIT_CACHE"
 OFFLINE_VARIABLE = "NOETHER_INIT_OFFLINE"
 

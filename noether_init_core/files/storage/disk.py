@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["LOCAL", "FileSystem", "is_out_of_reach"]
-
 # Process, thread and path of every lock that is held or waited for; a forked process holds none.
 _HOLDERS: set[tuple[int, int, str]] = set()
 _FICLONE = 0x40049409

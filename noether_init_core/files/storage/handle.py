@@ -23,18 +23,6 @@ from noether_init_core.errors import (
 )
 from noether_init_core.messages import listed
 
-__all__ = [
-    "CHUNK",
-    "GROUP",
-    "Handle",
-    "LocalHandle",
-    "Storage",
-    "Transfer",
-    "by_threads",
-    "digest_problem",
-    "open_file",
-]
-
 Item = TypeVar("Item")
 
 #: Bytes of one read into memory of the caller.

@@ -20,8 +20,6 @@ from noether_init_core.stack.stack import InitializerStack
 from noether_init_core.testing.cases import Answer, Case, Wrong, closed, open_
 from noether_init_core.testing.snapshots import differences, state_of_model
 
-__all__ = ["Checks"]
-
 MakeConfig = Callable[[Case], Mapping[str, Any]]
 Expected = Callable[[Case], Mapping[str, Mapping[str, torch.Tensor]]]
 NewCase = Callable[..., Case]

@@ -17,8 +17,6 @@ from noether_init_core.kinds import contract
 from noether_init_core.testing.checks.base import Checks, MakeConfig, NewCase
 from noether_init_core.testing.models import leaf_state
 
-__all__ = ["ConfigChecks", "secret_fields"]
-
 _STRANGE = "no_such_key_of_any_config"
 
 

@@ -13,8 +13,6 @@ from noether_init_core.kinds.lookup import normalized
 from noether_init_core.testing.checks.base import Checks
 from noether_init_core.testing.processes import work_at_import
 
-__all__ = ["RegistrationChecks"]
-
 
 class RegistrationChecks(Checks):
     """Entry point, contract, import."""

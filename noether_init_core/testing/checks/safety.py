@@ -13,8 +13,6 @@ from noether_init_core.testing.cases import Wrong
 from noether_init_core.testing.checks.base import Checks, MakeConfig, NewCase
 from noether_init_core.testing.snapshots import differences, unchanged
 
-__all__ = ["SafetyChecks"]
-
 
 class SafetyChecks(Checks):
     """Check, errors, start."""

@@ -23,8 +23,6 @@ from noether_init_core.testing.snapshots import (
     unchanged,
 )
 
-__all__ = ["StateChecks"]
-
 
 class StateChecks(Checks):
     """Restored as said, or as it was."""

@@ -17,8 +17,6 @@ from noether_init_core.testing.models import leaf_state, new_model, with_extra_p
 from noether_init_core.testing.processes import initialized_by_ranks
 from noether_init_core.testing.snapshots import differences, state_of_model, unchanged
 
-__all__ = ["WeightChecks"]
-
 _SEED = 5
 _OPEN = open_()
 

@@ -14,8 +14,6 @@ import attrs
 
 from noether_init_core.render.words import MARKS
 
-__all__ = ["CHARTS_VERSION", "Page", "document"]
-
 Page = Literal["plan", "report", "diff", "lineage"]
 
 #: Of Apache ECharts, from which ``tools/charts`` makes ``charts.min.js``.

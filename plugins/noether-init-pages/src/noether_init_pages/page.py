@@ -8,8 +8,6 @@ from typing import Any, Protocol
 
 from noether_init_pages.document import Page, document
 
-__all__ = ["SaysItself", "html_page"]
-
 _PAGES: Mapping[str, tuple[Page, int]] = {
     "noether-init-plan": ("plan", 1),
     "noether-init-report": ("report", 1),
