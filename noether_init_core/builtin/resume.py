@@ -138,7 +138,7 @@ class ResumeInitializer(CheckpointInitializer):
             return seen
         return Snapshot(self.source_paths, before=seen)  # a newer set may have been committed since
 
-    def _selected(self, snapshot: Snapshot, needs: Sequence[Need]) -> RunSelection:
+    def _selected(self, snapshot: Snapshot, needs: Sequence[Need], state: Sequence[Need]) -> RunSelection:
         """The set that has the trainer file and the weights of all models; the trainer file decides what they are."""
         walks_back = self.config.on_invalid == "previous" and self._query.automatic
         root = self.config.model_name

@@ -10,9 +10,10 @@ import attrs
 import pydantic
 
 from noether_init_core.config.base import InitializerConfig, KindConfig
-from noether_init_core.errors import ConfigError
+from noether_init_core.errors import CheckpointNotFoundError, ConfigError
 from noether_init_core.initializers.base import Outcome
 from noether_init_core.initializers.location import Leaf, LocateQuery, OptimizerStateConfig, Part, Source
+from noether_init_core.initializers.optimizer import by_optimizer
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
@@ -95,14 +96,24 @@ class CheckpointInitializer(SourceInitializer):
         snapshot = self._snapshot() if session.selection is None else session.selection.selected.snapshot
         needs = [self._need(leaf, part, snapshot) for leaf in leaves]
         if session.selection is None:
-            session.selection = self._selected(snapshot, needs)
+            with_state = by_optimizer(leaves)[0] if part == "model" and self.config.load_optim else []
+            state = [self._need(leaf, "optim", snapshot) for leaf in with_state]
+            session.selection = self._selected(snapshot, needs, state)
         require(session.selection.selected.snapshot, session.selection.chosen, needs, asked_by=self.asked_by)
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.source_paths)
 
-    def _selected(self, snapshot: Snapshot, needs: Sequence[Need]) -> RunSelection:
-        return self._checked(find_set(snapshot, self.checkpoint_tag, needs, asked_by=self.asked_by))
+    def _selected(self, snapshot: Snapshot, needs: Sequence[Need], state: Sequence[Need]) -> RunSelection:
+        """The set with the files that are needed; where no such set has the optimizer state besides, one without."""
+        try:
+            found = find_set(snapshot, self.checkpoint_tag, (*needs, *state), asked_by=self.asked_by)
+        except CheckpointNotFoundError:
+            if not state:
+                raise
+            # that the state is missing is a problem of the plan, beside those of the weights
+            found = find_set(snapshot, self.checkpoint_tag, needs, asked_by=self.asked_by)
+        return self._checked(found)
 
     def _checked(self, selected: Selected, root: str | None = None) -> RunSelection:
         """The selection, unless the set must not be taken; the log says what was selected."""

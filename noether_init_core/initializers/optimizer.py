@@ -159,9 +159,17 @@ class OptimizerStep:
 
 def by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str], list[str]]:
     """Models with an optimizer to load, paths of those that have none, and of those that are frozen."""
-    chosen = [leaf for leaf in leaves if not leaf.model.is_frozen and leaf.model.optimizer is not None]
-    without = [leaf.path for leaf in leaves if not leaf.model.is_frozen and leaf.model.optimizer is None]
-    return chosen, without, [leaf.path for leaf in leaves if leaf.model.is_frozen]
+    chosen: list[Leaf] = []
+    without: list[str] = []
+    frozen: list[str] = []
+    for leaf in leaves:
+        if leaf.model.is_frozen:
+            frozen.append(leaf.path)
+        elif leaf.model.optimizer is None:
+            without.append(leaf.path)
+        else:
+            chosen.append(leaf)
+    return chosen, without, frozen
 
 
 def is_asked_for(config: OptimizerStateConfig) -> bool:

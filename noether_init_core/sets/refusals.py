@@ -347,8 +347,13 @@ class _Lack:
         )
 
     def _complete(self) -> list[CheckpointSet]:
-        """Sets that have everything: those of the same iteration first, then ``latest``, then the newest."""
-        sets = [one for one in self.snapshot.sets()[::-1] if one != self.found and all(map(one.has, self.needs))]
+        """Sets that have everything: those of the same iteration first, then ``latest``, then the newest.
+
+        One whose name means a later set of its iteration is no advice.
+        """
+        meant_by = self.snapshot.meant_by
+        others = (one for one in self.snapshot.sets()[::-1] if one != self.found and one.name in meant_by[one.place])
+        sets = [one for one in others if all(map(one.has, self.needs))]
         same = self._iteration()
         sets.sort(key=lambda one: "latest" not in self.snapshot.meant_by[one.place])
         sets.sort(key=lambda one: same is None or one.iteration != same)
