@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from noether_init_core import kinds
-    from noether_init_core.binding import bind, compose
     from noether_init_core.config.base import InitializerConfig, KindConfig
     from noether_init_core.diff.compare import compare_checkpoints
     from noether_init_core.diff.values import CheckpointDiff
@@ -61,8 +60,8 @@ if TYPE_CHECKING:
     from noether_init_core.kinds.hookspec import CONTRACT_VERSION, hookimpl, hookspec
     from noether_init_core.lineage.graph import Lineage
     from noether_init_core.lineage.reading import lineage_of
+    from noether_init_core.models import bind, compose, leaf_models
     from noether_init_core.paths import PathProvider
-    from noether_init_core.protocols import leaf_models
     from noether_init_core.saving.retention import Retention
     from noether_init_core.saving.writer import CheckpointWriter
     from noether_init_core.sets.provenance import InitReport
@@ -155,7 +154,6 @@ __all__ = [
 _HOMES = {
     "files.storage.artifact_cache": ("ArtifactCache",),
     "initializers.parameters": ("NameGlobs", "named_parameters"),
-    "binding": ("bind", "compose"),
     "files.checkpoint": ("BaseCheckpoint", "Checkpoint"),
     "files.opening": ("open_checkpoint",),
     "files.storage.handle": ("Storage",),
@@ -202,8 +200,8 @@ _HOMES = {
     "iteration": ("TrainingIteration",),
     "lineage.graph": ("Lineage",),
     "lineage.reading": ("lineage_of",),
+    "models": ("bind", "compose", "leaf_models"),
     "paths": ("PathProvider",),
-    "protocols": ("leaf_models",),
     "sets.provenance": ("InitReport",),
     "stack.stack": ("InitializerStack",),
     "stopwatch": ("Timing",),

@@ -41,34 +41,6 @@ from typing import Any, Self
 
 from noether_init_core.messages import one_line, printable
 
-__all__ = [
-    "AmbiguousCheckpointError",
-    "CheckpointCorruptError",
-    "CheckpointError",
-    "CheckpointFormatError",
-    "CheckpointNotFoundError",
-    "CheckpointWriteError",
-    "ConfigError",
-    "ConfigFileError",
-    "IncompleteSetError",
-    "InitError",
-    "InvalidNameError",
-    "KindBlockedError",
-    "KindConflictError",
-    "KindContractError",
-    "KindError",
-    "KindImportError",
-    "NoGoodSetError",
-    "PartlyInitializedError",
-    "PlanError",
-    "ProbeMismatchError",
-    "StartConflictError",
-    "StateMismatchError",
-    "TornSetError",
-    "UnknownKindError",
-    "UnsafeGlobalError",
-]
-
 
 def type_of(value: object) -> str:
     """The type of ``value`` as messages name it, with its article: ``an OrderedDict``, ``a Linear``."""

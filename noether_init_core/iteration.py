@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Self
@@ -14,11 +15,7 @@ _FIELDS = ("epoch", "update", "sample")
 _PATTERN = re.compile(r"(?:E(?P<epoch>\d{1,18}))?(?:_?U(?P<update>\d{1,18}))?(?:_?S(?P<sample>\d{1,18}))?", re.ASCII)
 
 
-def _count(instance: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise ConfigError(f"{attribute.name} must be a whole number of at least 0, not {value!r}")
-
-
+@functools.total_ordering
 @attrs.frozen(order=False)
 class TrainingIteration:
     """Completed epochs, optimizer updates and samples of a run; a field that is None is not said.
@@ -28,9 +25,14 @@ class TrainingIteration:
     ``ConfigError``, since neither would be the earlier one.
     """
 
-    epoch: int | None = attrs.field(default=None, validator=_count)
-    update: int | None = attrs.field(default=None, validator=_count)
-    sample: int | None = attrs.field(default=None, validator=_count)
+    epoch: int | None = None
+    update: int | None = None
+    sample: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        for name, value in zip(_FIELDS, (self.epoch, self.update, self.sample), strict=True):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ConfigError(f"{name} must be a whole number of at least 0, not {value!r}")
 
     @classmethod
     def zero(cls) -> Self:
@@ -54,7 +56,7 @@ class TrainingIteration:
         unknown = sorted(str(name) for name in values if name not in _FIELDS)
         if unknown:
             raise ConfigError(f"unknown field {', '.join(unknown)} of an iteration; it has epoch, update, sample")
-        return cls(**values)  # type: ignore[arg-type]  # the validator checks each value
+        return cls(**values)  # type: ignore[arg-type]  # each value is checked above
 
     @property
     def is_fully_specified(self) -> bool:
@@ -79,29 +81,13 @@ class TrainingIteration:
         """The fields that are said, as plain data."""
         return {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
 
-    def _key(self, other: object) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    def __lt__(self, other: object) -> bool:
         if not isinstance(other, TrainingIteration):
-            return None
+            return NotImplemented
         mine, theirs = self.to_mapping(), other.to_mapping()
         if mine.keys() != theirs.keys():
             raise ConfigError(f"{self or 'an empty iteration'} and {other or 'an empty iteration'} cannot be compared")
-        return tuple(mine.values()), tuple(theirs.values())
-
-    def __lt__(self, other: object) -> bool:
-        keys = self._key(other)
-        return NotImplemented if keys is None else keys[0] < keys[1]
-
-    def __le__(self, other: object) -> bool:
-        keys = self._key(other)
-        return NotImplemented if keys is None else keys[0] <= keys[1]
-
-    def __gt__(self, other: object) -> bool:
-        keys = self._key(other)
-        return NotImplemented if keys is None else keys[0] > keys[1]
-
-    def __ge__(self, other: object) -> bool:
-        keys = self._key(other)
-        return NotImplemented if keys is None else keys[0] >= keys[1]
+        return tuple(mine.values()) < tuple(theirs.values())
 
     def __str__(self) -> str:
         return "_".join(f"{name[0].upper()}{value}" for name, value in self.to_mapping().items())

@@ -14,7 +14,17 @@ from noether_init_core.errors import ConfigError, InvalidNameError, type_of
 MAX_NAME_BYTES = 200
 #: Below the output root, it holds the runs of debug mode.
 DEBUG_FOLDER = "debug"
-_DRIVE = re.compile(r"[A-Za-z]:")
+#: What no component of a path may hold, and how that is said.
+_REFUSED = (
+    (re.compile(r"\A\Z"), "is empty"),
+    (re.compile(r"[/\\]"), "holds a path separator"),
+    (re.compile(r"\A\."), "starts with a dot"),
+    (re.compile(r"\.\."), "holds '..'"),
+    (re.compile(r"\A[A-Za-z]:"), "starts with a drive letter"),
+    (re.compile(r"[\x00-\x1f\x7f]"), "holds a control character"),
+    (re.compile(r"\A\s|\s\Z"), "starts or ends with white space"),
+    (re.compile(r"[\ud800-\udfff]"), "is not valid Unicode"),
+)
 
 
 def check_name(value: str, what: str) -> str:
@@ -23,31 +33,9 @@ def check_name(value: str, what: str) -> str:
     Raises ``InvalidNameError`` for an empty name, a path separator, ``..``, a leading dot, a drive letter, a control
     character, surrounding white space, or more than 200 bytes of UTF-8.
     """
-    shown = value if len(value) <= 60 else value[:57] + "..."
-    reason = None
-    if not value:
-        reason = "is empty"
-    elif "/" in value or "\\" in value:
-        reason = "holds a path separator"
-    elif value.startswith("."):
-        reason = "starts with a dot"
-    elif ".." in value:
-        reason = "holds '..'"
-    elif _DRIVE.match(value):
-        reason = "starts with a drive letter"
-    elif any(ord(character) < 32 or ord(character) == 127 for character in value):
-        reason = "holds a control character"
-    elif value != value.strip():
-        reason = "starts or ends with white space"
-    else:
-        try:
-            size = len(value.encode())
-        except UnicodeEncodeError:
-            reason = "is not valid Unicode"
-        else:
-            if size > MAX_NAME_BYTES:
-                reason = f"has {size} bytes, more than {MAX_NAME_BYTES}"
-    if reason is not None:
+    reason = _problem_of(value)
+    if reason:
+        shown = value if len(value) <= 60 else value[:57] + "..."
         raise InvalidNameError(
             f"{what} {shown!r} {reason}; it must be a single folder or file name", what=what, value=value
         )
@@ -56,11 +44,14 @@ def check_name(value: str, what: str) -> str:
 
 def is_name(value: str) -> bool:
     """Whether ``check_name`` takes it."""
-    try:
-        check_name(value, "name")
-    except InvalidNameError:
-        return False
-    return True
+    return not _problem_of(value)
+
+
+def _problem_of(name: str) -> str:
+    reason = next((reason for pattern, reason in _REFUSED if pattern.search(name)), "")
+    if not reason and len(name.encode()) > MAX_NAME_BYTES:
+        return f"has {len(name.encode())} bytes, more than {MAX_NAME_BYTES}"
+    return reason
 
 
 def check_run_id(value: str) -> str:
@@ -87,11 +78,6 @@ class PathProviderLike(Protocol):
     def stage_name(self) -> str | None: ...
 
 
-def _optional_stage(instance: object, attribute: attrs.Attribute[str | None], value: str | None) -> None:
-    if value is not None:
-        check_name(value, "stage_name")
-
-
 @attrs.frozen
 class PathProvider:
     """The folders of one run: ``<output_root>/[debug/]<run_id>/[<stage_name>/]checkpoints``.
@@ -103,10 +89,15 @@ class PathProvider:
     """
 
     output_root: Path = attrs.field(converter=Path)
-    run_id: str = attrs.field(validator=lambda _self, _attribute, value: check_run_id(value))
-    stage_name: str | None = attrs.field(default=None, validator=_optional_stage)
+    run_id: str
+    stage_name: str | None = None
     debug: bool = attrs.field(default=False, kw_only=True)
     run_id_is_generated: bool = attrs.field(default=False, kw_only=True, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        check_run_id(self.run_id)
+        if self.stage_name is not None:
+            check_name(self.stage_name, "stage_name")
 
     @classmethod
     def generate(cls, output_root: Path | str, stage_name: str | None = None, *, debug: bool = False) -> Self:

@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 
-from noether_init_core.binding import BoundModel, bind, compose
 from noether_init_core.errors import ConfigError, InvalidNameError
-from noether_init_core.protocols import CompositeModelLike, ModelLike, leaf_models
+from noether_init_core.models import BoundModel, CompositeModelLike, ModelLike, bind, compose, leaf_models
 
 
 class Named(torch.nn.Linear):

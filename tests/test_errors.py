@@ -20,7 +20,7 @@ VALUES: dict[str, Any] = {
     "names": ("n",), "key": "k", "tried": {"s": "why"}, "plan": {"rows": 1}, "problems": ("p",), "output": "out",
     "expected": 1, "difference": 0.5, "starts": {"0": "E1"}, "done": ("x",), "failed": "y", "pending": ("z",),
 }  # fmt: skip
-CLASSES = [getattr(errors, name) for name in errors.__all__]
+CLASSES = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, InitError)]
 
 
 def _made(kind: type[InitError]) -> InitError:

@@ -96,7 +96,7 @@ def run(
 
 def _states(model: Any, out: Path) -> dict[Path, Any]:
     """File -> single model, each with a name of its own."""
-    from noether_init_core.protocols import leaf_models
+    from noether_init_core.models import leaf_models
 
     leaves = list(leaf_models(model))
     if len(leaves) > 1 and _PLACE not in str(out):

@@ -86,7 +86,7 @@ def _attribute(module: ModuleType, path: str) -> Any:
 def _built(found: Any, said: str, real: bool) -> Any:
     import torch
 
-    from noether_init_core.protocols import CompositeModelLike, ModelLike
+    from noether_init_core.models import CompositeModelLike, ModelLike
 
     if isinstance(found, torch.nn.Module) or (
         not isinstance(found, type) and isinstance(found, ModelLike | CompositeModelLike)
@@ -121,8 +121,7 @@ def _needed_arguments(call: Callable[..., Any]) -> list[str]:
 def _as_model(built: Any, said: str, name: str | None) -> Any:
     import torch
 
-    from noether_init_core.binding import BoundModel, bind
-    from noether_init_core.protocols import CompositeModelLike, ModelLike
+    from noether_init_core.models import BoundModel, CompositeModelLike, ModelLike, bind
 
     if isinstance(built, BoundModel) and name is not None:
         return bind(built, name)

@@ -12,10 +12,11 @@ import pydantic
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError
 from noether_init_core.initializers.base import Outcome
-from noether_init_core.initializers.location import Leaf, LocateQuery, OptimizerStateConfig, Part, Source
+from noether_init_core.initializers.location import LocateQuery, OptimizerStateConfig, Part, Source
 from noether_init_core.initializers.optimizer import by_optimizer
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.models import Leaf
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, said_by
 from noether_init_core.sets.file_names import parse

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,9 +12,8 @@ import pydantic
 from noether_init_core.applying.weights import OnNonfinite
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.transforms import TransformConfig
-from noether_init_core.errors import ConfigError
 from noether_init_core.files.verification import Digests
-from noether_init_core.protocols import leaf_models
+from noether_init_core.models import Leaf, leaf_models
 from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.planner import Policies
 
@@ -69,60 +67,6 @@ class Source:
         tag, iteration = self.origin.get("tag"), self.origin.get("iteration")
         words = [run, f"@ {tag}" if tag else "", f"= {iteration}" if iteration and iteration != tag else ""]
         return " ".join(word for word in words if word)
-
-
-@attrs.frozen(eq=False)
-class Leaf:
-    """A single model, the path of names that leads to it, and the names that its files may have, best first."""
-
-    path: str
-    file_names: tuple[str, ...]
-    model: Any
-
-
-def submodel_of(model: Any, names: Sequence[str]) -> Any:
-    """The submodel that ``names`` lead to; ``model`` itself for none. Raises ``ConfigError`` with what exists."""
-    chosen, path = model, str(model.name)
-    for name in names:
-        submodels = getattr(chosen, "submodels", None) or {}
-        if submodels.get(name) is None:
-            there = ", ".join(other for other, submodel in submodels.items() if submodel is not None)
-            raise ConfigError(f"{path} has no submodel {name!r}; it has {there or 'none'}")
-        chosen, path = submodels[name], f"{path}.{name}"
-    return chosen
-
-
-def leaves_of(model: Any, path: str, file_name: str) -> tuple[Leaf, ...]:
-    """The single models below ``model`` in declared order.
-
-    Args:
-        model: A model or a composite.
-        path: The path of names that leads to it.
-        file_name: Its name in files.
-
-    Raises ``ConfigError`` if there is none.
-    """
-    found = tuple(_walk(model, path, file_name, ()))
-    if not found:
-        raise ConfigError(f"{path} has no submodel that is a model")
-    # a fallback name that two models would claim identifies neither
-    claims = Counter(other for leaf in found for other in leaf.file_names)
-    return tuple(
-        attrs.evolve(leaf, file_names=(leaf.file_names[0], *(n for n in leaf.file_names[1:] if claims[n] == 1)))
-        for leaf in found
-    )
-
-
-def _walk(model: Any, path: str, file_name: str, others: tuple[str, ...]) -> Iterator[Leaf]:
-    """``others``: names that Noether's writer gives to nested submodels (only the inner composite's own name)."""
-    submodels = getattr(model, "submodels", None)
-    if isinstance(submodels, Mapping):
-        for name, submodel in submodels.items():
-            if submodel is not None:
-                own = f"{model.name}.{name}"
-                yield from _walk(submodel, f"{path}.{name}", f"{file_name}.{name}", (own,))
-    else:
-        yield Leaf(path, tuple(dict.fromkeys((file_name, *others))), model)
 
 
 def modules_of(model: Any) -> tuple[int, ...]:

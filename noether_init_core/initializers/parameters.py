@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from noether_init_core.protocols import check_model, leaf_models
+from noether_init_core.models import check_model, leaf_models
 from noether_init_core.surgery import name_rules
 from noether_init_core.surgery.patterns import PatternSet, parse_glob
 

@@ -40,7 +40,6 @@ from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.verification import Digests
 from noether_init_core.initializers.base import LoadedFile, Session, dotted
 from noether_init_core.initializers.location import (
-    Leaf,
     LocateQuery,
     OptimizerStateConfig,
     Part,
@@ -51,6 +50,7 @@ from noether_init_core.initializers.location import (
 )
 from noether_init_core.initializers.optimizer import OptimizerStep, by_optimizer, decided, is_asked_for
 from noether_init_core.messages import listed
+from noether_init_core.models import Leaf
 from noether_init_core.sets.provenance import History
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.name_rules import NameRules

@@ -15,17 +15,9 @@ from noether_init_core.errors import ConfigError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.initializers.base import InitializerBase, Outcome, dotted
-from noether_init_core.initializers.location import (
-    Leaf,
-    LocateQuery,
-    Part,
-    Source,
-    SourceInitializerConfig,
-    leaves_of,
-    submodel_of,
-)
+from noether_init_core.initializers.location import LocateQuery, Part, Source, SourceInitializerConfig
 from noether_init_core.initializers.session import LoadSession
-from noether_init_core.protocols import check_model
+from noether_init_core.models import Leaf, check_model, leaves_of, submodel_of
 from noether_init_core.sets.provenance import History
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.suggest.suggest import suggest

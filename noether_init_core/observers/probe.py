@@ -12,9 +12,9 @@ import attrs
 from noether_init_core.applying.targets import model_targets
 from noether_init_core.errors import ProbeMismatchError
 from noether_init_core.initializers.checkpoint import CheckpointInitializer
-from noether_init_core.initializers.location import Leaf, submodel_of
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import hookimpl
+from noether_init_core.models import Leaf, submodel_of
 from noether_init_core.probe.isolated_run import device_of, hindrance
 from noether_init_core.probe.outputs import Compared, Output, compare
 from noether_init_core.probe.probe import Probe, computed_by, dtype_of, repeat

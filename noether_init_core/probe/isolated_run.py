@@ -13,10 +13,9 @@ import numpy
 import torch
 import xxhash
 
-from noether_init_core.binding import BoundModel
 from noether_init_core.errors import ConfigError, type_of
+from noether_init_core.models import BoundModel, leaf_models
 from noether_init_core.nested import equal, mapped
-from noether_init_core.protocols import leaf_models
 
 _MAX_DEPTH = 8
 _Generator: TypeAlias = torch.Generator | random.Random | numpy.random.Generator | numpy.random.RandomState

@@ -10,10 +10,10 @@ import torch
 
 from noether_init_core.errors import CheckpointFormatError, ConfigError
 from noether_init_core.files.plain_data import plain
+from noether_init_core.models import leaf_models
 from noether_init_core.nested import mapped
 from noether_init_core.probe.isolated_run import called, device_of, hindrance, quietly, tensors_of
 from noether_init_core.probe.outputs import Output, has_values, outputs_of, uncompared
-from noether_init_core.protocols import leaf_models
 
 
 @attrs.frozen(eq=False)

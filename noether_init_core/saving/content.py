@@ -13,7 +13,7 @@ from noether_init_core.files.content import state_dict_of
 from noether_init_core.files.plain_data import plain
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
-from noether_init_core.protocols import CompositeModelLike, ModelLike, leaf_models
+from noether_init_core.models import CompositeModelLike, ModelLike, leaf_models
 from noether_init_core.sets.file_names import CheckpointFileName, Part
 
 Averages = Mapping[str, Any]

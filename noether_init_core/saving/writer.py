@@ -21,9 +21,9 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointError, Ch
 from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
+from noether_init_core.models import leaf_models
 from noether_init_core.paths import PathProvider
 from noether_init_core.probe.probe import Probe, take
-from noether_init_core.protocols import leaf_models
 from noether_init_core.saving.content import FileContent, contents_of, iteration_for
 from noether_init_core.saving.file_writing import Watch, naming, write_bytes, write_file
 from noether_init_core.saving.flat_names import give_room, refresh_flat_names, remove_orphans

@@ -12,10 +12,9 @@ import pluggy
 from noether_init_core.applying.targets import model_targets
 from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.initializers.base import InitializerBase, dotted, with_delegates
-from noether_init_core.initializers.location import submodel_of
 from noether_init_core.kinds import hookspec
 from noether_init_core.kinds.hookspec import HOOK_NAMES, PROJECT_NAME, hookimpl
-from noether_init_core.protocols import leaf_models
+from noether_init_core.models import leaf_models, submodel_of
 from noether_init_core.surgery.plan import LoadPlan
 
 

@@ -10,7 +10,7 @@ import attrs
 from noether_init_core import kinds
 from noether_init_core.initializers.base import LoadedFile, Outcome
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.protocols import leaf_models
+from noether_init_core.models import leaf_models
 from noether_init_core.sets.provenance import InitializerReport, InitReport, SourceRecord, TensorRecord
 from noether_init_core.stack.members import Prepared
 from noether_init_core.surgery.plan import LoadPlan, PlanRow

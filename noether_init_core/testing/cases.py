@@ -11,8 +11,8 @@ import torch
 
 from noether_init_core.errors import InitError
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.models import leaf_models
 from noether_init_core.paths import PathProvider
-from noether_init_core.protocols import leaf_models
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.testing.models import Counter, NumberedTrainer, leaf_state, new_model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from noether_init_core.binding import bind, compose
+from noether_init_core.models import bind, compose
 
 
 def _plain(**more: torch.nn.Module) -> torch.nn.Sequential:

@@ -57,7 +57,7 @@ def _initialize_as_rank(
     import torch
     import torch.distributed as dist
 
-    from noether_init_core.protocols import leaf_models
+    from noether_init_core.models import leaf_models
     from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.testing.models import Counter, NumberedTrainer, new_model
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from noether_init_core.messages import listed
+from noether_init_core.models import leaf_models
 from noether_init_core.nested import equal
-from noether_init_core.protocols import leaf_models
 
 
 def state_of_model(model: Any) -> dict[str, Any]:

@@ -23,7 +23,6 @@ import pytest
 import torch
 import xxhash
 
-from noether_init_core.binding import bind, compose
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
     CheckpointFormatError,
@@ -34,6 +33,7 @@ from noether_init_core.errors import (
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.models import bind, compose
 from noether_init_core.paths import PathProvider
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need

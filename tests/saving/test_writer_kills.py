@@ -47,7 +47,7 @@ class _Saves:
     def __init__(self) -> None:
         import torch
 
-        from noether_init_core.binding import bind
+        from noether_init_core.models import bind
 
         self.module = torch.nn.Linear(128, 128)
         self.optimizer = torch.optim.AdamW(self.module.parameters())

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from noether_init_core.binding import bind
 from noether_init_core.errors import CheckpointError
 from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.models import bind
 from noether_init_core.paths import PathProvider
 from noether_init_core.saving.retention import Retention
 from noether_init_core.saving.writer import CheckpointWriter

@@ -89,7 +89,7 @@ def walked(paths: PathProvider, tag: str, model: str) -> list[str]:
 
 def write_set(paths: PathProvider, epoch: int, *tags: str, model: str = "mlp") -> CheckpointSet:
     """A committed set of a tiny model without flat names."""
-    from noether_init_core.binding import bind
+    from noether_init_core.models import bind
     from noether_init_core.saving.writer import CheckpointWriter
 
     module = torch.nn.Linear(1, 1)
@@ -508,7 +508,7 @@ def test_set_of_unknown_models_may_be_the_one_that_was_asked_for(paths: PathProv
 
 def test_set_of_a_whole_that_lacks_a_part_is_not_replaced_by_an_older_one(paths: PathProvider) -> None:
     """The newest latest set of the composite has no encoder; an older encoder would be of another iteration."""
-    from noether_init_core.binding import bind, compose
+    from noether_init_core.models import bind, compose
     from noether_init_core.saving.writer import CheckpointWriter
 
     parts = [bind(torch.nn.Linear(1, 1), name=name) for name in ("encoder", "decoder")]
@@ -522,7 +522,7 @@ def test_set_of_a_whole_that_lacks_a_part_is_not_replaced_by_an_older_one(paths:
 
 def test_newest_set_of_a_model_is_meant_even_where_it_lacks_a_part(paths: PathProvider) -> None:
     """A repeated save without optimizer is not silently replaced by the one before it, whose weights are others."""
-    from noether_init_core.binding import bind
+    from noether_init_core.models import bind
     from noether_init_core.saving.writer import CheckpointWriter
 
     write_set(paths, 1)
@@ -535,7 +535,7 @@ def test_newest_set_of_a_model_is_meant_even_where_it_lacks_a_part(paths: PathPr
 
 def test_optimizer_that_was_left_out_for_a_frozen_model_is_explained(paths: PathProvider) -> None:
     """The message says why there is no optimizer state, and how to resume without."""
-    from noether_init_core.binding import bind
+    from noether_init_core.models import bind
     from noether_init_core.saving.writer import CheckpointWriter
 
     module = torch.nn.Linear(1, 1)
@@ -616,7 +616,7 @@ def test_unreadable_flat_copy_does_not_stop_the_run(
 @pytest.mark.parametrize("what", ["link", "loop", "file"])
 def test_folder_out_of_reach_is_not_an_empty_one(tmp_path: Path, place: str, what: str) -> None:
     """A disk that is not mounted, or a file in the way: neither a fresh start nor new folders behind the link."""
-    from noether_init_core.binding import bind
+    from noether_init_core.models import bind
     from noether_init_core.saving.writer import CheckpointWriter
 
     paths, path = PathProvider(tmp_path, "run"), tmp_path / place
@@ -667,7 +667,7 @@ class Meanwhile(FileSystem):
 
 def test_save_between_two_looks_is_no_other_program(paths: PathProvider, folder: Path) -> None:
     """The flat names of a set that was committed after the sets were listed are not those of somebody else."""
-    from noether_init_core.binding import bind
+    from noether_init_core.models import bind
     from noether_init_core.saving.writer import CheckpointWriter
 
     first = write_set(paths, 1)

@@ -13,8 +13,8 @@ from noether_init_core import kinds
 from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.files.storage.artifact_cache import CACHE_VARIABLE
 from noether_init_core.initializers.base import InitializerBase
+from noether_init_core.models import leaf_models
 from noether_init_core.nested import equal
-from noether_init_core.protocols import leaf_models
 from noether_init_core.sets.provenance import InitReport
 from noether_init_core.stack.stack import InitializerStack
 from noether_init_core.testing.cases import Answer, Case, Wrong, closed, open_

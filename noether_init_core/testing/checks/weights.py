@@ -10,7 +10,7 @@ import torch
 
 from noether_init_core import kinds
 from noether_init_core.errors import InitError
-from noether_init_core.protocols import leaf_models
+from noether_init_core.models import leaf_models
 from noether_init_core.testing.cases import open_
 from noether_init_core.testing.checks.base import Checks, Expected, MakeConfig, NewCase
 from noether_init_core.testing.models import leaf_state, new_model, with_extra_parameter

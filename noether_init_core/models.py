@@ -1,17 +1,55 @@
-"""bind and compose: plain PyTorch modules as models that initializers and writers accept."""
+"""Models: what they must offer, plain modules as models (``bind``, ``compose``), the single models of a composite.
+
+The protocols are structural; Noether's own classes satisfy them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import attrs
 import torch
 
 from noether_init_core.errors import ConfigError, InvalidNameError, type_of
 from noether_init_core.paths import check_name
-from noether_init_core.protocols import CompositeModelLike, ModelLike
+
+
+@runtime_checkable
+class ModelLike(Protocol):
+    """A single model: a module with a name and at most one optimizer."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def optimizer(self) -> Any: ...
+    @property
+    def is_frozen(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class CompositeModelLike(Protocol):
+    """A model made of named submodels, each a model, a composite, or None."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def submodels(self) -> Mapping[str, Any]: ...
+
+
+def check_model(model: Any) -> None:
+    """Raise ``ConfigError`` with the next step unless ``model`` is a model or a composite."""
+    if not isinstance(model, ModelLike | CompositeModelLike):
+        raise ConfigError(
+            f"{type_of(model)} has no name, optimizer, is_frozen and device. "
+            'Next: bind(module, name="...", optimizer=...), or compose(name, {...}) for submodels'
+        )
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -189,3 +227,75 @@ def _model_name(name: str, what: str) -> str:
             f"{what} {name!r} holds '=', which separates the parts of a checkpoint's file name", what=what, value=name
         )
     return name
+
+
+@attrs.frozen(eq=False)
+class Leaf:
+    """A single model, the path of names that leads to it, and the names that its files may have, best first."""
+
+    path: str
+    file_names: tuple[str, ...]
+    model: Any
+
+
+def leaf_models(model: Any, path: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield ``(path of names, single model)`` in declared order; submodels that are None are left out.
+
+    ``path`` starts as the name of ``model``: a composite ``autoenc`` with ``encoder`` yields ``autoenc.encoder``.
+    """
+    path, submodels = model.name if path is None else path, _submodels(model)
+    if submodels is None:
+        yield path, model
+    else:
+        for name, submodel in submodels.items():
+            yield from leaf_models(submodel, f"{path}.{name}")
+
+
+def leaves_of(model: Any, path: str, file_name: str) -> tuple[Leaf, ...]:
+    """The single models below ``model`` in declared order.
+
+    Args:
+        model: A model or a composite.
+        path: The path of names that leads to it.
+        file_name: Its name in files.
+
+    Raises ``ConfigError`` if there is none.
+    """
+    found = tuple(_leaves(model, path, file_name))
+    if not found:
+        raise ConfigError(f"{path} has no submodel that is a model")
+    # a fallback name that two models would claim identifies neither
+    claims = Counter(name for leaf in found for name in leaf.file_names)
+    return tuple(
+        attrs.evolve(leaf, file_names=(leaf.file_names[0], *(n for n in leaf.file_names[1:] if claims[n] == 1)))
+        for leaf in found
+    )
+
+
+def _leaves(model: Any, path: str, *file_names: str) -> Iterator[Leaf]:
+    """Noether's writer gives nested submodels only the inner composite's own name, which is tried second."""
+    submodels = _submodels(model)
+    if submodels is None:
+        yield Leaf(path, tuple(dict.fromkeys(file_names)), model)
+    else:
+        for name, submodel in submodels.items():
+            yield from _leaves(submodel, f"{path}.{name}", f"{file_names[0]}.{name}", f"{model.name}.{name}")
+
+
+def submodel_of(model: Any, names: Sequence[str]) -> Any:
+    """The submodel that ``names`` lead to; ``model`` itself for none. Raises ``ConfigError`` with what exists."""
+    chosen, path = model, str(model.name)
+    for name in names:
+        submodels = _submodels(chosen) or {}
+        if name not in submodels:
+            raise ConfigError(f"{path} has no submodel {name!r}; it has {', '.join(submodels) or 'none'}")
+        chosen, path = submodels[name], f"{path}.{name}"
+    return chosen
+
+
+def _submodels(model: Any) -> dict[str, Any] | None:
+    """Name -> submodel of a composite, without those that are None; None for a single model."""
+    submodels = getattr(model, "submodels", None)
+    if not isinstance(submodels, Mapping):
+        return None
+    return {name: submodel for name, submodel in submodels.items() if submodel is not None}
