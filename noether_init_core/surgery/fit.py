@@ -157,7 +157,7 @@ class Problems:
         for source, by, target, rule in self._match.overwritten:
             self.warn("overwritten", f"{source} and {by} both become {target} ({rule}); {by} is taken", (source, by))
         for problem in self._match.problems[:_MOST_PROBLEMS]:
-            self.add(problem.code, problem.message, problem.names)
+            self.problems.append(attrs.evolve(problem, model=self._part.model))
         if len(self._match.problems) > _MOST_PROBLEMS:
             self.add("more", f"and {len(self._match.problems) - _MOST_PROBLEMS} more of that sort", ())
 

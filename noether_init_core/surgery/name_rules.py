@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import attrs
 
 from noether_init_core import messages
+from noether_init_core.surgery.plan import Problem
 from noether_init_core.surgery.steps import Step
 
 #: Segments that wrappers of modules put into names.
@@ -34,16 +36,7 @@ class Taken:
     parts: int = 1
 
 
-@attrs.frozen
-class NameProblem:
-    """Why the rules cannot be followed. ``code`` is stable, ``message`` is for people."""
-
-    code: str
-    message: str
-    names: tuple[str, ...] = ()
-
-
-@attrs.frozen
+@attrs.define
 class NameMatch:
     """What rules decided for one file and one model.
 
@@ -54,25 +47,23 @@ class NameMatch:
         unused_kept: Name in the file whose target keeps its own value -> that target.
         overwritten: (name in the file that loses, name that wins, their common target, rule).
         matched: Rules that matched at least one name.
-        problems: Why the rules cannot be followed.
+        problems: Why the rules cannot be followed; of no model yet.
         outside: Names of the file outside of what the rules are about.
         astray: Name in the file -> (name that it would get, which the model has not; the rule, or empty).
         shadowed: Rule -> rules that took names before it that it would have matched.
-        is_bare: Whether prefixes of wrappers have been looked through already.
         said: Name -> how rules say it, below roots and without wrappers, where that differs.
     """
 
-    moves: dict[str, Taken]
+    moves: dict[str, Taken] = attrs.Factory(dict)
     removed: dict[str, str] = attrs.Factory(dict)
     kept: dict[str, str] = attrs.Factory(dict)
     unused_kept: dict[str, str] = attrs.Factory(dict)
     overwritten: tuple[tuple[str, str, str, str], ...] = ()
-    matched: frozenset[str] = frozenset()
-    problems: tuple[NameProblem, ...] = ()
+    matched: set[str] = attrs.Factory(set)
+    problems: tuple[Problem, ...] = ()
     outside: frozenset[str] = frozenset()
     astray: dict[str, tuple[str, str]] = attrs.Factory(dict)
-    shadowed: Mapping[str, Set[str]] = attrs.Factory(dict)
-    is_bare: bool = False
+    shadowed: defaultdict[str, set[str]] = attrs.field(factory=lambda: defaultdict(set))
     said: dict[str, str] = attrs.Factory(dict)
 
 
@@ -119,64 +110,71 @@ class NoetherSurgery:
     unmatched_is_error: bool = False
 
     def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
-        """As Noether does it; see the class."""
+        """As Noether does it; see the class.
+
+        Names that differ only in the segments that wrappers of modules add, ``module.`` (DistributedDataParallel),
+        ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.``, are matched where nothing else decided about them
+        and exactly one name fits on each side.
+        """
+        match = NameMatch()
         current: dict[str, str] = {name: name for name in sources}
         last_rule: dict[str, str] = {}
-        removed: dict[str, str] = {}
-        overwritten: list[tuple[str, str, str, str]] = []
-        matched: set[str] = set()
         for key in self.keys_to_remove:
             if key in current:
-                removed[current.pop(key)] = rule = f"keys_to_remove: {key}"
-                matched.add(rule)
+                match.removed[current.pop(key)] = rule = f"keys_to_remove: {key}"
+                match.matched.add(rule)
         for pattern in self.patterns_to_remove:
             rule = f"patterns_to_remove: {pattern}"
             for name in [name for name in current if pattern in name]:
-                removed[current.pop(name)] = rule
-                matched.add(rule)
+                match.removed[current.pop(name)] = rule
+                match.matched.add(rule)
         for rename in self.patterns_to_rename:
             rule = f"patterns_to_rename: {rename.src} -> {rename.dst}"
             for name in [name for name in current if rename.src in name]:
                 source = current.pop(name)
-                matched.add(rule)
+                match.matched.add(rule)
                 target = name.replace(rename.src, rename.dst)
                 if target in current:
-                    overwritten.append((current[target], source, target, rule))
-                    removed[current[target]] = f"{rule} (overwritten by {source})"
+                    match.overwritten += ((current[target], source, target, rule),)
+                    match.removed[current[target]] = f"{rule} (overwritten by {source})"
                     last_rule.pop(current[target], None)
                 current[target] = source
                 last_rule[source] = rule
-        kept: dict[str, str] = {}
         for key in self.keys_to_instantiate:
             if key in targets:
-                kept[key] = rule = f"keys_to_instantiate: {key}"
-                matched.add(rule)
+                match.kept[key] = rule = f"keys_to_instantiate: {key}"
+                match.matched.add(rule)
         for pattern in self.patterns_to_instantiate:
             rule = f"patterns_to_instantiate: {pattern}"
             for name in targets:
                 if pattern in name:
-                    kept.setdefault(name, rule)
-                    matched.add(rule)
-        unused_kept = {current[name]: name for name in kept if name in current}
-        known = set(targets)
-        moves = {
-            target: Taken((source,), last_rule.get(source))
-            for target, source in current.items()
-            if target in known and target not in kept
+                    match.kept.setdefault(name, rule)
+                    match.matched.add(rule)
+        match.unused_kept = {current[name]: name for name in match.kept if name in current}
+        wanted = [name for name in targets if name not in match.kept]
+        match.moves = {
+            name: Taken((current[name],), last_rule.get(current[name])) for name in wanted if name in current
         }
-        return NameMatch(moves, removed, kept, unused_kept, tuple(overwritten), frozenset(matched))
+        known = set(targets)
+        left = _by_bare_name(name for name, source in current.items() if name == source and name not in known)
+        missing = _by_bare_name(name for name in wanted if name not in match.moves)
+        for bare in missing.keys() & left.keys():
+            if len(missing[bare]) == len(left[bare]) == 1:
+                match.moves[missing[bare][0]] = Taken((left[bare][0],), "prefix of a wrapper")
+        return match
 
     def unmatched(
         self, matches: Sequence[NameMatch], sources: Sequence[str], targets: Sequence[str]
     ) -> list[tuple[str, bool]]:
         """An absent key is an error, an unmatched pattern a warning, as in ``docs/noether-differences.md``."""
-        matched = frozenset[str]().union(*(match.matched for match in matches))
+        matched = set[str]().union(*(match.matched for match in matches))
         messages = []
         for key in self.keys_to_remove:
             if f"keys_to_remove: {key}" not in matched:
                 close = ", ".join(near(key, sources))
-                hint = f"; near: {close}" if close else ""
-                messages.append((f"keys_to_remove: the file has no {key}{hint}", True))
+                messages.append(
+                    (f"keys_to_remove: the file has no {key}" + (f"; near: {close}" if close else ""), True)
+                )
         messages += [
             (f"keys_to_instantiate: the model has no {key}", True)
             for key in self.keys_to_instantiate
@@ -189,29 +187,6 @@ class NoetherSurgery:
         ]
         unmatched = [said for said, rest in patterns if said + rest not in matched]
         return messages + [(f"{said} matches nothing", self.unmatched_is_error) for said in unmatched]
-
-
-def with_wrappers(match: NameMatch, sources: Iterable[str], targets: Iterable[str]) -> NameMatch:
-    """``match`` plus the names that differ only in the segments that wrappers of modules add.
-
-    ``module.`` (DistributedDataParallel), ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.`` are looked
-    through on both sides, for names that nothing else decided, where exactly one name fits on each side.
-    """
-    if match.is_bare:
-        return match
-    wanting = [target for target in targets if target not in match.moves and target not in match.kept]
-    if not wanting:
-        return match
-    used = {source for taken in match.moves.values() for source in taken.sources}
-    used |= match.removed.keys() | match.unused_kept.keys() | match.outside
-    left = _by_bare_name(source for source in sources if source not in used)
-    missing = _by_bare_name(wanting)
-    moves = {
-        names[0]: Taken((left[bare][0],), "prefix of a wrapper")
-        for bare, names in missing.items()
-        if len(names) == 1 and len(left.get(bare, ())) == 1
-    }
-    return attrs.evolve(match, moves={**match.moves, **moves}) if moves else match
 
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:

@@ -351,30 +351,29 @@ def _stored_names(
     saved: Mapping[str, Any], groups: Sequence[Sequence[str]], where: str
 ) -> tuple[dict[str, tuple[Any, int]], list[str]]:
     """Name -> (index, number of its group) of the stored parameters, and warnings."""
-    recorded = saved.get("param_idx_to_name")
-    stored: dict[str, tuple[Any, int]] = {}
+    recorded, stored_groups = saved.get("param_idx_to_name"), saved["param_groups"]
+    sizes = [len(group["params"]) for group in stored_groups]
+    names: Sequence[Sequence[str]]
     warnings: list[str] = []
-    total = sum(len(group["params"]) for group in saved["param_groups"])
-    if recorded is None and not all("param_names" in group for group in saved["param_groups"]):
-        sizes = [len(group["params"]) for group in saved["param_groups"]]
-        if sizes != [len(names) for names in groups]:
-            raise StateMismatchError(
-                f"{where} records no names of parameters, and its groups of {sizes} parameters are not those of the "
-                f"optimizer ({[len(names) for names in groups]}). Save it again with CheckpointWriter"
-            )
-        warnings.append(f"{where} records no names of parameters; they are matched by position")
-        for number, (group, names) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-            stored.update({name: (index, number) for name, index in zip(names, group["params"], strict=True)})
-        return stored, warnings
-    for number, group in enumerate(saved["param_groups"]):
-        if recorded is not None:
+    if recorded is not None:
+        for number, group in enumerate(stored_groups):
             missing = [index for index in group["params"] if index not in recorded]
             if missing:
                 raise StateMismatchError(f"{where} records no name for parameter {missing[0]} of group {number}")
-            names = [recorded[index] for index in group["params"]]
-        else:
-            names = list(group["param_names"])
-        stored.update({name: (index, number) for name, index in zip(names, group["params"], strict=True)})
-    if len(stored) != total:
+        names = [[recorded[index] for index in group["params"]] for group in stored_groups]
+    elif all("param_names" in group for group in stored_groups):
+        names = [group["param_names"] for group in stored_groups]
+    else:
+        names, wanted = groups, [len(names) for names in groups]
+        if sizes != wanted:
+            raise StateMismatchError(
+                f"{where} records no names of parameters, and its groups of {sizes} parameters are not those of the "
+                f"optimizer ({wanted}). Save it again with CheckpointWriter"
+            )
+        warnings.append(f"{where} records no names of parameters; they are matched by position")
+    stored: dict[str, tuple[Any, int]] = {}
+    for number, (group, named) in enumerate(zip(stored_groups, names, strict=True)):
+        stored.update({name: (index, number) for name, index in zip(named, group["params"], strict=True)})
+    if len(stored) != sum(sizes):
         raise StateMismatchError(f"{where} records the same name for several parameters")
     return stored, warnings

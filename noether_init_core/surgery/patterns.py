@@ -15,9 +15,6 @@ import re2
 
 from noether_init_core.errors import ConfigError
 
-#: What the captures of a pattern stand for in one name.
-Captures = Mapping[str, str]
-
 #: Under this name everything below a trailing dot is captured.
 BELOW = "_below"
 
@@ -66,20 +63,14 @@ class NamePattern:
     _matcher: Any = attrs.field(eq=False, repr=False)
     # for the operator %, which fills a hundred thousand names in a few hundredths of a second
     _template: str = attrs.field(default="", eq=False, repr=False)
-    _is_plain: bool = attrs.field(default=False, eq=False, repr=False)
 
     def match(self, name: str) -> dict[str, str] | None:
         """What the captures stand for in ``name``; None where it does not match."""
-        if self._is_plain:
-            found = self._matcher.fullmatch(name)
-            return None if found is None else found.groupdict()
-        if not _is_encodable(name):
-            return None
-        found = self._matcher.fullmatch(name)
+        found = self._matcher.fullmatch(name) if _is_encodable(name) else None
         # a group that takes no part in the match stands for nothing
         return None if found is None else {key: value or "" for key, value in found.groupdict().items()}
 
-    def fill(self, captures: Captures) -> str:
+    def fill(self, captures: Mapping[str, str]) -> str:
         """The name with what the captures stand for."""
         return self._template % captures
 
@@ -107,11 +98,18 @@ def parse_pattern(text: str) -> NamePattern:
     twice = sorted({capture for capture in captures if captures.count(capture) > 1})
     if twice:
         raise ValueError(f"{text!r} captures <{twice[0]}> twice")
-    expression = _expression(segments, below)
+    expressions = [
+        segment.written(re2.escape, f"(?P<{{}}>{_SEGMENTS})" if segment.many else "(?P<{}>[^.]+)")
+        for segment in segments
+    ]
+    templates = [segment.written(lambda literal: literal.replace("%", "%%"), "%({})s") for segment in segments]
+    if below:
+        expressions.append(f"(?P<{BELOW}>{_SEGMENTS})")
+        templates.append(f"%({BELOW})s")
+    expression = _FLAGS + r"\.".join(expressions)
     is_plain = all(not segment.many and len(segment.captures) < 2 for segment in segments)
     matcher = re.compile(expression) if is_plain else re2.compile(expression)
-    template = _template_of(segments, below)
-    return NamePattern(text, segments, below, expression, frozenset(captures), matcher, template, is_plain)
+    return NamePattern(text, segments, below, expression, frozenset(captures), matcher, ".".join(templates))
 
 
 def _segment(segment: str, text: str) -> _Segment:
@@ -138,21 +136,6 @@ def _segment(segment: str, text: str) -> _Segment:
     if any(not literal for literal in literals[1:-1]):
         raise ValueError(f"{text!r} has two captures with nothing between them, so what each takes is undefined")
     return _Segment(tuple(literals), tuple(names), bool(many))
-
-
-def _template_of(segments: Sequence[_Segment], below: bool) -> str:
-    shown = [segment.written(lambda literal: literal.replace("%", "%%"), "%({})s") for segment in segments]
-    return ".".join([*shown, f"%({BELOW})s"] if below else shown)
-
-
-def _expression(segments: Sequence[_Segment], below: bool) -> str:
-    shown = [
-        segment.written(re2.escape, f"(?P<{{}}>{_SEGMENTS})" if segment.many else "(?P<{}>[^.]+)")
-        for segment in segments
-    ]
-    if below:
-        shown.append(f"(?P<{BELOW}>{_SEGMENTS})")
-    return _FLAGS + r"\.".join(shown)
 
 
 def repaired(pattern: NamePattern, name: str) -> str | None:
@@ -223,20 +206,15 @@ def parse_glob(text: str) -> NameGlob:
     return NameGlob(text, _FLAGS + shown)
 
 
-_NONE: tuple[int, ...] = ()
-
-
 class PatternSet:
     """Many expressions at once: which of them match a name."""
 
     def __init__(self, expressions: Iterable[str]) -> None:
-        self._count = 0
         self._set = re2.Set.FullMatchSet()
-        for expression in expressions:
+        # The last one matches everything: RE2 says nothing where its memory does not suffice, as if nothing matched.
+        for number, expression in enumerate((*expressions, "(?s).*")):
             self._set.Add(expression)
-            self._count += 1
-        # Matches everything: RE2 says nothing where its memory does not suffice, which would look like no match.
-        self._set.Add("(?s).*")
+            self._count = number
         try:
             self._set.Compile()
         except re2.error as error:
@@ -248,14 +226,11 @@ class PatternSet:
     def matching(self, name: str) -> Sequence[int]:
         """The numbers of the expressions that match, in order. Raises ``MemoryError`` for far too many of them."""
         if not self._count or not _is_encodable(name):
-            return _NONE
-        found = self._set.Match(name)
-        if not found or self._count not in found:
+            return ()
+        found = sorted(self._set.Match(name))
+        if not found or found.pop() != self._count:
             raise MemoryError(f"RE2 needs more memory for {self._count} patterns at once")
-        if len(found) == 1:
-            return _NONE
-        found.remove(self._count)
-        return sorted(found)
+        return found or ()
 
 
 def _is_encodable(name: str) -> bool:

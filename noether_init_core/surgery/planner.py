@@ -24,10 +24,10 @@ from noether_init_core.surgery.fit import (
     ties_across,
     ties_within,
 )
-from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, with_wrappers
+from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow, Problem, share_loaded
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Slice, Step, StepError, shapes_after
-from noether_init_core.surgery.transforms import glob_set
+from noether_init_core.surgery.transforms import glob_set, lacks_dot
 
 # Elements that any step may make.
 _SMALL = 1 << 20
@@ -86,7 +86,7 @@ def plan_load(
             # what an earlier submodel loads, this one shares with it
             before = {name for name, spec in part.targets.items() if spec.identity in written}
             part = attrs.evolve(part, loaded=part.loaded | before)
-        match = with_wrappers(rules.match(tuple(part.sources), tuple(part.targets)), part.sources, part.targets)
+        match = rules.match(tuple(part.sources), tuple(part.targets))
         matches.append(match)
         planner = _PartPlanner(part, match, policies, fresh_hint, number)
         equal += planner.run()
@@ -116,8 +116,7 @@ def _too_little(rows: Sequence[PlanRow], least: Mapping[str, float], names: str)
         globs = glob_set([glob])
         chosen = [row for row in rows if row.target is not None and globs.matching(row.target)]
         if not any(row.is_parameter for row in chosen):
-            below = glob_set([] if glob.endswith(".") else [f"{glob}."])
-            dotted = any(below.matching(row.target) for row in rows if row.target is not None)
+            dotted = lacks_dot(glob, (row.target for row in rows if row.target is not None))
             hint = f". Next: {glob}. (a trailing dot means everything below)" if dotted else ""
             problems.append(Problem("coverage", f"min_coverage: {glob} matches no parameter of the model{hint}", names))
             continue
@@ -187,7 +186,7 @@ class _PartPlanner:
         try:
             steps, shape, fitted = self._steps(taken, sources, spec)
         except StepError as error:
-            self._row(name, taken.sources, "mismatch", spec, taken, sources)
+            self._row(name, "mismatch", spec, taken)
             self._step_errors.setdefault((taken.rule or "", str(error)), []).append(name)
             return
         if steps:
@@ -196,9 +195,9 @@ class _PartPlanner:
         if shape == spec.shape:
             self._plan_dtype(name, spec, taken, sources)
         elif self.policies.on_mismatch == "keep":
-            self._row(name, (), "keep", spec, Taken((), "on_mismatch: keep"))
+            self._row(name, "keep", spec, Taken((), "on_mismatch: keep"))
         else:
-            self._wrong["mismatch"].append(self._row(name, taken.sources, "mismatch", spec, taken, sources))
+            self._wrong["mismatch"].append(self._row(name, "mismatch", spec, taken))
 
     def _plan_dtype(self, name: str, spec: TargetSpec, taken: Taken, sources: list[TensorSpec]) -> None:
         is_same = taken.sources == (name,) or name not in self.match.moves
@@ -209,11 +208,11 @@ class _PartPlanner:
             before = explicit[-1] if explicit else dtypes[0]
             can = can_cast(before, spec.dtype, self.policies.cast) and can_follow(dtypes, taken.steps)
             if not can or (taken.steps and spec.dtype == "object"):
-                self._wrong["dtype"].append(self._row(name, taken.sources, "mismatch", spec, taken, sources))
+                self._wrong["dtype"].append(self._row(name, "mismatch", spec, taken))
                 return
             if not taken.steps:
                 action = "cast"
-        row = self._row(name, taken.sources, action, spec, taken, sources)
+        row = self._row(name, action, spec, taken)
         if action == "cast" or (taken.steps and not explicit and dtypes != [spec.dtype]):
             self._casts.setdefault((before, spec.dtype), []).append(row)
         if spec.unwritable:
@@ -243,11 +242,11 @@ class _PartPlanner:
     def _missing(self, name: str, spec: TargetSpec) -> None:
         policy = self.policies.on_missing
         if name in self.part.loaded:
-            self._row(name, (), "keep", spec, Taken((), LOADED_BEFORE))
+            self._row(name, "keep", spec, Taken((), LOADED_BEFORE))
         elif policy == "error" or (policy == "reset" and name not in self.part.resettable):
-            self._wrong["missing"].append(self._row(name, (), "missing", spec, Taken(())))
+            self._wrong["missing"].append(self._row(name, "missing", spec, Taken(())))
         else:
-            self._row(name, (), policy, spec, Taken((), f"on_missing: {policy}"))
+            self._row(name, policy, spec, Taken((), f"on_missing: {policy}"))
 
     def _keep(self, name: str, spec: TargetSpec) -> None:
         rule = self.match.kept[name]
@@ -256,7 +255,7 @@ class _PartPlanner:
         if source is not None and tuple(self.part.sources[source].shape) == spec.shape and not name.startswith(pattern):
             # a pattern that hits inside a name may not be meant for it: 5. is in 15.weight, head. in lm_head.weight
             self.found.warn("kept", f"{name} keeps its value by {rule}, though the file has one that fits", (name,))
-        self._row(name, (), "keep", spec, Taken((), LOADED_BEFORE if name in self.part.loaded else rule))
+        self._row(name, "keep", spec, Taken((), LOADED_BEFORE if name in self.part.loaded else rule))
 
     @cached_property
     def _unused_for(self) -> dict[str, str]:
@@ -283,23 +282,8 @@ class _PartPlanner:
                 action = "outside"
             if rule is None:
                 unexpected.append(source)
-            shape = tuple(spec.shape)
-            self.rows.append(
-                PlanRow(
-                    self.part.model,
-                    None,
-                    (source,),
-                    action,
-                    shape,
-                    spec.dtype,
-                    spec.nbytes,
-                    rule,
-                    spec.dtype,
-                    is_parameter=False,
-                    source_shapes=(shape,),
-                    origin=self.origin,
-                )
-            )
+            unused = TargetSpec(tuple(spec.shape), spec.dtype, spec.nbytes, is_parameter=False)
+            self._row(None, action, unused, Taken((source,), rule))
         return unexpected
 
     def _rule_of_unused(self, source: str) -> str | None:
@@ -317,20 +301,13 @@ class _PartPlanner:
             return "on_mismatch: keep"
         return None if self.policies.on_unexpected == "error" else "on_unexpected: ignore"
 
-    def _row(
-        self,
-        target: str,
-        sources: tuple[str, ...],
-        action: Action,
-        spec: TargetSpec,
-        taken: Taken,
-        source_specs: Sequence[TensorSpec] = (),
-    ) -> PlanRow:
-        dtypes = {source.dtype for source in source_specs}
+    def _row(self, target: str | None, action: Action, spec: TargetSpec, taken: Taken) -> PlanRow:
+        sources = [self.part.sources[source] for source in taken.sources]
+        dtypes = {source.dtype for source in sources}
         row = PlanRow(
             self.part.model,
             target,
-            sources,
+            taken.sources,
             action,
             spec.shape,
             spec.dtype,
@@ -341,7 +318,7 @@ class _PartPlanner:
             taken.steps,
             taken.part,
             taken.parts,
-            tuple([tuple(source.shape) for source in source_specs]),
+            tuple([tuple(source.shape) for source in sources]),
             spec.tied_to,
             self.origin,
             spec.identity,
@@ -350,12 +327,11 @@ class _PartPlanner:
         return row
 
 
-def _fitting(shape: tuple[int, ...], wanted: tuple[int, ...], policy: str) -> tuple[Step, ...]:
+def _fitting(shape: Shape, wanted: Shape, policy: str) -> tuple[Step, ...]:
     """The steps of ``on_mismatch`` that make ``wanted`` of ``shape``; none where they cannot."""
-    if policy == "slice" and all(have >= want for have, want in zip(shape, wanted, strict=True)):
-        pairs = enumerate(zip(shape, wanted, strict=True))
-        return tuple(Slice(dim, 0, want) for dim, (have, want) in pairs if have > want)
-    if policy == "pad" and all(have <= want for have, want in zip(shape, wanted, strict=True)):
-        pairs = enumerate(zip(shape, wanted, strict=True))
-        return tuple(Pad(want, dim) for dim, (have, want) in pairs if have < want)
+    pairs = list(zip(shape, wanted, strict=True))
+    if policy == "slice" and all(have >= want for have, want in pairs):
+        return tuple(Slice(dim, 0, want) for dim, (have, want) in enumerate(pairs) if have > want)
+    if policy == "pad" and all(have <= want for have, want in pairs):
+        return tuple(Pad(want, dim) for dim, (have, want) in enumerate(pairs) if have < want)
     return ()

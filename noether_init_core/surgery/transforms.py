@@ -7,13 +7,14 @@ work, and two sources for one target are an error. Pure: names in, decisions out
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 
 from noether_init_core.messages import yaml_line
-from noether_init_core.surgery.name_rules import WRAPPERS, NameMatch, NameProblem, Taken, bare_names, near
+from noether_init_core.surgery.name_rules import WRAPPERS, NameMatch, Taken, bare_names, near
 from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob, parse_pattern, repaired
+from noether_init_core.surgery.plan import Problem
 from noether_init_core.surgery.steps import Step
 
 
@@ -28,10 +29,15 @@ class Move:
     label: str = ""
     field: ClassVar[str] = "from"
 
+    @property
+    def patterns(self) -> tuple[NamePattern, ...]:
+        """What decides whether the rule matches a name."""
+        return self.sources
+
 
 @attrs.frozen
 class _Globs:
-    globs: tuple[NameGlob, ...]
+    patterns: tuple[NameGlob, ...]
     label: str = ""
 
 
@@ -82,16 +88,9 @@ class Transforms:
         self.source_root = _prefix(source_root)
         self.target_root = _prefix(target_root)
         self._warns = warns
-        takers: list[tuple[int, int]] = []
-        expressions: list[str] = []
-        for number, rule in enumerate(self.rules):
-            if isinstance(rule, Move | Drop):
-                patterns: Sequence[NamePattern | NameGlob] = rule.sources if isinstance(rule, Move) else rule.globs
-                takers += [(number, index) for index in range(len(patterns))]
-                expressions += [pattern.expression for pattern in patterns]
-        self._takers, self._taking = takers, PatternSet(expressions)
-        self._only = _GlobRules(self.rules, Only)
-        self._keep = _GlobRules(self.rules, KeepModel)
+        self._takers, self._taking = _asked(self.rules, Move, Drop)
+        self._only_rules, self._only = _asked(self.rules, Only)
+        self._keep_rules, self._keep = _asked(self.rules, KeepModel)
 
     def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
         """Decide for one file and one model."""
@@ -101,7 +100,7 @@ class Transforms:
         self, matches: Sequence[NameMatch], sources: Sequence[str], targets: Sequence[str]
     ) -> list[tuple[str, bool]]:
         """Rules that matched in none of the files, each with what they may have missed, and whether it is an error."""
-        matched = frozenset[str]().union(*(match.matched for match in matches))
+        matched = set[str]().union(*(match.matched for match in matches))
         messages = []
         for rule in self.rules:
             if rule.label in matched or (isinstance(rule, Move) and rule.optional):
@@ -117,39 +116,31 @@ class Transforms:
     @staticmethod
     def _hint(rule: Rule, file: Sequence[str], model: Sequence[str]) -> str:
         """What a rule that matched nothing may have missed, among names below the roots; empty where nothing tells."""
-        texts = [pattern.text for pattern in (rule.sources if isinstance(rule, Move) else rule.globs)]
-        side = model if isinstance(rule, KeepModel) else file
-        if not isinstance(rule, KeepModel) and not WRAPPERS.isdisjoint(texts[0].split(".")):
+        texts = [pattern.text for pattern in rule.patterns]
+        if isinstance(rule, KeepModel):
+            dotted = next((text for text in texts if lacks_dot(text, model)), None)
+            if dotted is not None:
+                return f". Next: keep_model: {dotted}. (a trailing dot means everything below)"
+            similar = near(texts[0], model, most=1)
+            return f"; the model has {similar[0]}" if similar else "; it is about names of the model"
+        if not WRAPPERS.isdisjoint(texts[0].split(".")):
             return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
-        for text in texts if isinstance(rule, KeepModel) else texts[:1]:
-            dotted = _with_dot(text)
-            if dotted is not None and any(map(dotted.matching, side)):
-                return f". Next: {rule.field}: {text}. (a trailing dot means everything below)"
+        if lacks_dot(texts[0], file):
+            return f". Next: {rule.field}: {texts[0]}. (a trailing dot means everything below)"
         if isinstance(rule, Move) and _is_swapped(rule, file, model):
             swapped = {"from": _texts(rule.targets), "to": _texts(rule.sources)}
             return f"; from is a name in the file, to one in the model. Next: {yaml_line(swapped)}"
-        similar = near(texts[0], side, most=1)
-        if isinstance(rule, KeepModel):
-            return f"; the model has {similar[0]}" if similar else "; it is about names of the model"
+        similar = near(texts[0], file, most=1)
         if not similar:
             return ""
         better = repaired(rule.sources[0], similar[0]) if isinstance(rule, Move) else None
         return f"; the file says {similar[0]}" + (f". Next: from: {better}" if better else "")
 
 
-@attrs.frozen(init=False)
-class _GlobRules:
-    """The rules of one class, and which of them match a name."""
-
-    labels: list[str]
-    patterns: PatternSet
-
-    def __init__(self, rules: Sequence[Rule], kind: type[Drop | KeepModel | Only]) -> None:
-        chosen = [(rule.label, glob) for rule in rules if isinstance(rule, kind) for glob in rule.globs]
-        self.__attrs_init__([label for label, _ in chosen], PatternSet(glob.expression for _, glob in chosen))
-
-    def matching(self, name: str) -> Sequence[str]:
-        return [self.labels[number] for number in self.patterns.matching(name)] if self.labels else []
+def _asked(rules: Sequence[Rule], *kinds: type[Rule]) -> tuple[list[tuple[Rule, int]], PatternSet]:
+    """The patterns of the rules of some kinds: for each its rule, and its number there; and all of them at once."""
+    asked = [(rule, index) for rule in rules if isinstance(rule, kinds) for index in range(len(rule.patterns))]
+    return asked, PatternSet(rule.patterns[index].expression for rule, index in asked)
 
 
 class _Matching:
@@ -161,43 +152,27 @@ class _Matching:
         self._sources = _below(transforms.source_root, bare_names(sources))
         exact = {_cut(name, transforms.target_root): name for name in targets}
         self._exact_targets = {cut: name for cut, name in exact.items() if cut is not None}
-        inside = set(self._sources.values())
-        self._outside = [name for name in sources if name not in inside]
         reached = set(self._targets.values())
         self._untouched = [name for name in targets if name not in reached]
-        self._matched: set[str] = set()
-        self._shadowed: dict[str, set[str]] = {}
-        self._removed: dict[str, str] = {}
-        self._kept: dict[str, str] = {}
-        self._unused_kept: dict[str, str] = {}
-        self._problems: list[NameProblem] = []
-        self._moves: dict[str, Taken] = {}
-        self._astray: dict[str, tuple[str, str]] = {}
+        self._match = NameMatch(
+            outside=frozenset(sources).difference(self._sources.values()),
+            said={name: bare for bare, name in (*self._targets.items(), *self._sources.items()) if name != bare},
+        )
 
     def run(self) -> NameMatch:
-        for bare, name in self._targets.items():
-            for label in self._rules._keep.matching(bare) if self._rules._keep.labels else ():
-                self._matched.add(label)
-                self._kept.setdefault(name, label)
+        match, keep = self._match, self._rules._keep_rules
+        for bare, name in self._targets.items() if keep else ():
+            for number in self._rules._keep.matching(bare):
+                label = keep[number][0].label
+                match.matched.add(label)
+                match.kept.setdefault(name, label)
         groups, plain = self._choose()
         for group in groups:
             self._move(group)
         self._take_by_name(plain)
         for name in self._untouched:
-            self._kept.setdefault(name, f"outside target_root {self._rules.target_root}")
-        return NameMatch(
-            self._moves,
-            self._removed,
-            self._kept,
-            self._unused_kept,
-            matched=frozenset(self._matched),
-            problems=tuple(self._problems),
-            outside=frozenset(self._outside),
-            astray=self._astray,
-            shadowed=self._shadowed,
-            is_bare=True,
-            said={name: bare for bare, name in (*self._targets.items(), *self._sources.items()) if name != bare},
-        )
+            match.kept.setdefault(name, f"outside target_root {self._rules.target_root}")
+        return match
 
     def _take_by_name(self, plain: Mapping[str, str]) -> None:
         """Names that no rule takes: exact ones first, since a module may really be called module."""
@@ -212,47 +187,42 @@ class _Matching:
                 self._give(target, bare, Taken((name,), None if target == name else "the same name below the roots"))
         for bare, name in left.items():
             if self._targets.get(bare) in exact:
-                self._astray.setdefault(name, (self._rules.target_root + bare, ""))
+                self._match.astray.setdefault(name, (self._rules.target_root + bare, ""))
             else:
                 self._put(bare, Taken((name,), "prefix of a wrapper"), "")
 
-    def _choose(self) -> tuple[list[_Group], dict[str, str]]:
+    def _choose(self) -> tuple[Iterable[_Group], dict[str, str]]:
         """For each name the first rule that takes it: those of one rule and equal captures together, and the rest."""
-        groups: dict[tuple[int, tuple[tuple[str, str], ...]], _Group] = {}
-        singles: list[_Group] = []
+        groups: dict[tuple[Any, ...], _Group] = {}
         plain: dict[str, str] = {}
-        rules, matching = self._rules, self._rules._taking.matching
-        has_only = bool(rules._only.labels)
+        match, takers, matching = self._match, self._rules._takers, self._rules._taking.matching
+        only = self._rules._only_rules
         for bare, name in self._sources.items():
-            if has_only:
-                allowed = rules._only.matching(bare)
-                self._matched.update(allowed)
+            if only:
+                allowed = self._rules._only.matching(bare)
+                match.matched.update(only[number][0].label for number in allowed)
                 if not allowed:
-                    self._removed[name] = rules._only.labels[0]
+                    match.removed[name] = only[0][0].label
                     continue
             hits = matching(bare)
             if not hits:
                 plain[bare] = name
                 continue
-            number, index = rules._takers[hits[0]]
-            rule = rules.rules[number]
+            rule, index = takers[hits[0]]
             for other in hits[1:] if len(hits) > 1 else ():
-                later = rules._takers[other][0]
-                if later != number:
-                    self._shadowed.setdefault(rules.rules[later].label, set()).add(rule.label)
-            self._matched.add(rule.label)
-            if isinstance(rule, Move):
-                captures = rule.sources[index].match(bare)
-                if captures is None:
-                    raise AssertionError(f"{rule.sources[index].text} matches {bare}, and does not")
-                if len(rule.sources) == 1:
-                    singles.append(_Group(rule, captures, {0: bare}))
-                else:
-                    key = number, tuple(sorted(captures.items()))
-                    groups.setdefault(key, _Group(rule, captures)).names[index] = bare
-            else:
-                self._removed[name] = rule.label
-        return [*singles, *groups.values()], plain
+                later = takers[other][0]
+                if later is not rule:
+                    match.shadowed[later.label].add(rule.label)
+            match.matched.add(rule.label)
+            if not isinstance(rule, Move):
+                match.removed[name] = rule.label
+                continue
+            captures = rule.sources[index].match(bare)
+            if captures is None:
+                raise AssertionError(f"{rule.sources[index].text} matches {bare}, and does not")
+            key = (bare,) if len(rule.sources) == 1 else (id(rule), *sorted(captures.items()))
+            groups.setdefault(key, _Group(rule, captures)).names[index] = bare
+        return groups.values(), plain
 
     def _move(self, group: _Group) -> None:
         rule, names = group.rule, group.names
@@ -264,52 +234,43 @@ class _Matching:
                 if index not in names
             )
             message = f"{rule.label}: the file has {have} without {lacks}"
-            self._problem("incomplete-group", message, tuple(names.values()))
+            self._match.problems += (Problem("incomplete-group", message, "", tuple(names.values())),)
             return
-        if len(names) == 1:
-            taken: tuple[str, ...] = (self._sources[names[0]],)
-        else:
-            taken = tuple([self._sources[names[index]] for index in range(len(rule.sources))])
+        taken = tuple([self._sources[names[index]] for index in range(len(rule.sources))])
         for part, target in enumerate(rule.targets):
             bare = target.fill(group.captures) if target.segments else names[0]
             self._put(bare, Taken(taken, rule.label, rule.steps, part, len(rule.targets)), rule.label)
 
     def _put(self, bare: str, taken: Taken, label: str) -> None:
         name = self._targets.get(bare)
-        if name is None:
-            for source in taken.sources:
-                self._astray.setdefault(source, (self._rules.target_root + bare, label))
+        if name is not None:
+            self._give(name, bare, taken)
             return
-        self._give(name, bare, taken)
+        for source in taken.sources:
+            self._match.astray.setdefault(source, (self._rules.target_root + bare, label))
 
     def _give(self, name: str, bare: str, taken: Taken) -> None:
-        if name in self._kept:
-            for source in taken.sources:
-                self._unused_kept[source] = name
+        match = self._match
+        if name in match.kept:
+            match.unused_kept.update(dict.fromkeys(taken.sources, name))
             return
-        other = self._moves.get(name)
-        if other is not None:
-            self._problem(
-                "two-sources",
-                f"{bare} would be loaded twice: from {_said(other)} and from {_said(taken)}. Next: drop one of them",
-                (*other.sources, *taken.sources),
+        other = match.moves.setdefault(name, taken)
+        if other is not taken:
+            message = (
+                f"{bare} would be loaded twice: from {_said(other)} and from {_said(taken)}. Next: drop one of them"
             )
-            return
-        self._moves[name] = taken
-
-    def _problem(self, code: str, message: str, names: tuple[str, ...]) -> None:
-        self._problems.append(NameProblem(code, message, names))
+            match.problems += (Problem("two-sources", message, "", (*other.sources, *taken.sources)),)
 
 
-def _with_dot(text: str) -> PatternSet | None:
-    """What everything below a name would match; None for a text that has its dot, or is no name."""
+def lacks_dot(text: str, names: Iterable[str]) -> bool:
+    """Whether a trailing dot, for everything below, would make a rule with ``text`` match one of ``names``."""
     if text.endswith("."):
-        return None
+        return False
     try:
         parsed: NamePattern | NameGlob = parse_pattern(f"{text}.") if "<" in text else parse_glob(f"{text}.")
     except ValueError:
-        return None
-    return PatternSet([parsed.expression])
+        return False
+    return any(map(PatternSet([parsed.expression]).matching, names))
 
 
 def _is_swapped(rule: Move, sources: Iterable[str], targets: Iterable[str]) -> bool:

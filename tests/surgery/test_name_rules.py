@@ -97,3 +97,10 @@ def test_near_prefers_the_same_leaf() -> None:
         near("encoder.layer.0.weight", ["encoder.layers.0.weight", "encoder.layer.0.bias"])[0]
         == "encoder.layers.0.weight"
     )
+
+
+def test_wrappers_are_looked_through_except_for_what_was_renamed() -> None:
+    """A rule decided about a renamed entry; its old name is no prefix of a wrapper."""
+    surgery = NoetherSurgery(patterns_to_rename=(Rename("old", "new"),))
+    match = surgery.match(("module.a", "old"), ("a", "old"))
+    assert match.moves == {"a": Taken(("module.a",), "prefix of a wrapper")}
