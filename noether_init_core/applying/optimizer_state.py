@@ -88,15 +88,12 @@ def moved_value(moved: Moved, values: list[Any], where: str) -> Any:
     if moved.dtype is None:
         return made
     dtype: torch.dtype = getattr(torch, moved.dtype)
-    if made.is_complex() and not dtype.is_complex:
+    loses_part = made.is_complex() and not dtype.is_complex
+    cast = made if loses_part else made.to(dtype)
+    if loses_part or not torch.equal(_is_finite(cast), _is_finite(made)):
+        why = ", which has no imaginary part" if loses_part else ""
         raise StateMismatchError(
-            f"{where}: values of {made.dtype} do not fit {dtype}, which has no imaginary part. Nothing was changed",
-            problems=[where],
-        )
-    cast = made.to(dtype)
-    if not torch.equal(_is_finite(cast), _is_finite(made)):
-        raise StateMismatchError(
-            f"{where}: values of {made.dtype} do not fit {cast.dtype}. Nothing was changed", problems=[where]
+            f"{where}: values of {made.dtype} do not fit {dtype}{why}. Nothing was changed", problems=[where]
         )
     return cast
 
@@ -181,12 +178,7 @@ def _placed(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[st
 
     # some optimizers keep lists of tensors
     return {
-        key: value
-        if key == "step" and not on_device
-        else placed(value)
-        if isinstance(value, torch.Tensor)
-        else nested.mapped(value, placed)
-        for key, value in state.items()
+        key: value if key == "step" and not on_device else nested.mapped(value, placed) for key, value in state.items()
     }
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -11,7 +10,7 @@ import torch
 
 from noether_init_core.errors import ConfigError
 from noether_init_core.surgery.fit import TargetSpec
-from noether_init_core.surgery.plan import WRITING, PlanRow
+from noether_init_core.surgery.plan import PlanRow
 
 #: Equal for two tensors that are one; see ``tensor_identity``.
 Identity = Hashable
@@ -19,14 +18,6 @@ Identity = Hashable
 _EXTRA_STATE = "_extra_state"
 # Elements up to which views are compared one by one; of larger ones an interval in common is enough.
 _FEW = 1 << 16
-
-
-@attrs.frozen(eq=False)
-class OwnLoading:
-    """A module with loading code of its own: pre-hooks, ``_load_from_state_dict``, at the root ``load_state_dict``."""
-
-    prefix: str
-    module: torch.nn.Module
 
 
 @attrs.frozen(eq=False)
@@ -38,7 +29,8 @@ class ModelTargets:
         tensors: Name -> the parameter or buffer itself, never a copy. Extra state is not in it.
         hidden: Names of non-persistent buffers.
         extra_state: Name -> the module that has extra state.
-        own_loading: The outermost modules whose own loading code has to run, with everything below them.
+        own_loading: Prefix -> the outermost modules with loading code of their own (pre-hooks,
+            ``_load_from_state_dict``, at the root ``load_state_dict``), which has to run for everything below them.
         after_loading: Other modules with hooks that run after a load, innermost first as torch has it.
         resettable: Name -> module of those entries whose module can initialize itself anew.
     """
@@ -47,7 +39,7 @@ class ModelTargets:
     tensors: Mapping[str, torch.Tensor]
     hidden: frozenset[str]
     extra_state: Mapping[str, torch.nn.Module]
-    own_loading: tuple[OwnLoading, ...] = ()
+    own_loading: Mapping[str, torch.nn.Module] = attrs.Factory(dict)
     after_loading: tuple[torch.nn.Module, ...] = ()
     resettable: Mapping[str, torch.nn.Module] = attrs.Factory(dict)
 
@@ -56,12 +48,10 @@ def loaded_by_code(rows: Iterable[PlanRow], targets: ModelTargets) -> dict[Ident
     """The tensors that the loading code of modules writes: for each, its names there and the module that has them."""
     found: dict[Identity, dict[str, torch.nn.Module]] = {}
     for row in rows if targets.own_loading else ():
-        name = row.target
-        if name is None or not row.writes or name not in targets.tensors:
-            continue
-        for own in targets.own_loading:
-            if name.startswith(own.prefix):
-                found.setdefault(targets.specs[name].identity, {})[name] = own.module
+        if row.writes and row.key in targets.tensors:
+            for prefix, module in targets.own_loading.items():
+                if row.key.startswith(prefix):
+                    found.setdefault(targets.specs[row.key].identity, {})[row.key] = module
     return found
 
 
@@ -129,19 +119,17 @@ def model_targets(model: Any) -> ModelTargets:
     after = [
         module
         for path, module in reversed(modules.items())
-        if module._load_state_dict_post_hooks and not any(f"{path}.".startswith(other.prefix) for other in own)
+        if module._load_state_dict_post_hooks and not f"{path}.".startswith(tuple(own))
     ]
-    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), _resettable(tensors, every))
+    owners = {name: every.get(name.rpartition(".")[0]) for name in tensors}
+    resettable = {name: module for name, module in owners.items() if module is not None and reset_method(module)}
+    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), resettable)
 
 
-def _resettable(names: Iterable[str], modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
-    owners = ((name, modules.get(name.rpartition(".")[0])) for name in names)
-    methods = ("reset_parameters", "_reset_parameters")
-    return {
-        name: module
-        for name, module in owners
-        if module is not None and any(callable(getattr(module, method, None)) for method in methods)
-    }
+def reset_method(module: torch.nn.Module) -> Callable[[], object] | None:
+    """The method by which a module initializes itself anew; None where it has none."""
+    methods = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
+    return next(filter(callable, methods), None)
 
 
 def _overlapping(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TargetSpec]) -> dict[str, str]:
@@ -187,28 +175,25 @@ def _elements(tensor: torch.Tensor) -> list[int]:
     return found
 
 
-def _own_loading(modules: Mapping[str, torch.nn.Module]) -> tuple[OwnLoading, ...]:
-    found: list[OwnLoading] = []
+def _own_loading(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    found: dict[str, torch.nn.Module] = {}
     for path, module in modules.items():
-        if any(f"{path}.".startswith(other.prefix) for other in found):
-            continue
         own_root = not path and type(module).load_state_dict is not torch.nn.Module.load_state_dict
-        if own_root or _loads_itself(module):
-            found.append(OwnLoading(f"{path}." if path else "", module))
-    return tuple(found)
+        if (own_root or _loads_itself(module)) and not f"{path}.".startswith(tuple(found)):
+            found[f"{path}." if path else ""] = module
+    return found
 
 
 def _registered(model: Any) -> dict[str, torch.Tensor]:
-    found: Iterable[tuple[str, torch.Tensor]] = itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
-    owned = {}
-    for name, tensor in found:
+    owned: dict[str, torch.Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in owned.items():
         if torch.nn.parameter.is_lazy(tensor):
             raise ConfigError(
                 f"{model.name}: {name} has no shape yet (a lazy module). Next: pass one batch through the model"
             )
-        owned[name] = tensor
     return owned
 
 
@@ -245,11 +230,11 @@ def _unwritable(tensor: torch.Tensor) -> str:
 
 def on_meta(targets: ModelTargets) -> dict[str, torch.Tensor]:
     """The targets that have no memory; a tied tensor under its first name only."""
-    found: dict[int, str] = {}
+    found: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in targets.tensors.items():
         if tensor.is_meta:
-            found.setdefault(id(tensor), name)
-    return {name: targets.tensors[name] for name in found.values()}
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
 
 
 def left_without_memory(model: Any, rows: Iterable[PlanRow], targets: ModelTargets) -> list[str]:
@@ -257,13 +242,8 @@ def left_without_memory(model: Any, rows: Iterable[PlanRow], targets: ModelTarge
 
     Among them are non-persistent buffers, which no file has.
     """
-    found: dict[str, torch.Tensor] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **targets.tensors,
-    }
-    settled = WRITING | {"reset"}
-    written = {id(targets.tensors.get(row.target or "")) for row in rows if row.action in settled}
+    written = {id(targets.tensors.get(row.key)) for row in rows if row.writes or row.action == "reset"}
+    found = {**_registered(model), **targets.tensors}
     return [name for name, tensor in found.items() if tensor.is_meta and id(tensor) not in written]
 
 

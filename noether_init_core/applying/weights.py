@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Set
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -12,9 +12,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from noether_init_core.applying.targets import (
     Identity,
     ModelTargets,
-    OwnLoading,
-    loaded_by_code,
     on_meta,
+    reset_method,
     translates,
 )
 from noether_init_core.errors import PlanError, StateMismatchError
@@ -23,7 +22,7 @@ from noether_init_core.files.content import Versions
 from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
 from noether_init_core.stopwatch import Stopwatch
-from noether_init_core.surgery.plan import WRITING, LoadPlan, PlanRow, Problem
+from noether_init_core.surgery.plan import LoadPlan, PlanRow
 from noether_init_core.surgery.steps import Step, carry_out
 
 OnNonfinite = Literal["error", "warn", "ignore"]
@@ -76,46 +75,44 @@ def apply_rows(
     reader: Checkpoint,
     targets: ModelTargets,
     *,
-    by_code: Set[Identity] = frozenset(),
-    device: torch.device | None = None,
-    may_map: bool = False,
-    stopwatch: Stopwatch | None = None,
+    by_code: Set[Identity],
+    device: torch.device,
+    may_map: bool,
+    stopwatch: Stopwatch,
 ) -> list[str]:
     """Write every tensor that ``rows`` (of one model) load, in place; parameters keep their identity.
 
-    Tensors on the meta device get memory on ``device`` (the CPU); with ``may_map`` that may be the file, mapped.
+    Tensors on the meta device get memory on ``device``; with ``may_map`` that may be the file, mapped.
 
     Each tensor is written once, also when it has several names. Modules of rows that reset are initialized anew first,
     by their own ``reset_parameters``. Modules with loading code of their own get it run, with everything below them, on
     tensors in memory, with the versions that the file says of them; hooks that follow a load are called. What such code
-    loads has its value from there, under every name: ``by_code`` are tensors that modules of other models load so.
+    loads has its value from there, under every name: ``by_code`` are the tensors that modules of all models load so.
 
     The plan must be free of problems and the reader verified; nothing is decided here. ``stopwatch`` gets the time of
     what is copied in memory; that of reading the reader counts itself. Returns the names that were written.
     """
-    stopwatch = Stopwatch() if stopwatch is None else stopwatch
     rows = tuple(rows)
-    by_code = by_code | loaded_by_code(rows, targets).keys()
-    fresh = _FreshMemory(on_meta(targets), torch.device("cpu") if device is None else device)
+    fresh = _FreshMemory(on_meta(targets), device)
     _reset(rows, targets, fresh)
-    for own in targets.own_loading:
-        fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(own.prefix))
+    for prefix, module in targets.own_loading.items():
+        fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(prefix))
         with stopwatch.phase("copy"):
-            _load_itself(own, rows, reader, targets)
-    written = [(row.target or row.sources[0], row) for row in rows if row.action in WRITING]
-    prefixes = tuple(own.prefix for own in targets.own_loading) or "\0"
+            _load_itself(prefix, module, rows, reader, targets)
+    written = [row for row in rows if row.writes]
+    prefixes = tuple(targets.own_loading)
     seen: set[int] = set()
     plain: list[tuple[PlanRow, torch.Tensor]] = []
     made: dict[tuple[tuple[str, ...], tuple[Step, ...]], list[tuple[PlanRow, torch.Tensor]]] = {}
-    for name, row in written:
-        if name.startswith(prefixes):
+    for row in written:
+        if row.key.startswith(prefixes):
             continue
         if row.dtype == "object":
-            targets.extra_state[name].set_extra_state(_extra_state(reader, row.sources[0]))
+            targets.extra_state[row.key].set_extra_state(_extra_state(reader, row.sources[0]))
             continue
-        tensor = targets.tensors[name]
+        tensor = targets.tensors[row.key]
         # the value in the file may be in the form of an earlier version, which the module has translated
-        if id(tensor) in seen or targets.specs[name].identity in by_code:
+        if id(tensor) in seen or targets.specs[row.key].identity in by_code:
             continue
         seen.add(id(tensor))
         if row.steps:
@@ -134,7 +131,7 @@ def apply_rows(
     for module in targets.after_loading:
         for hook in tuple(module._load_state_dict_post_hooks.values()):
             hook(module, _IncompatibleKeys([], []))
-    return [name for name, _row in written]
+    return [row.key for row in written]
 
 
 def _copy_plain(
@@ -171,14 +168,13 @@ def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> Non
     target.copy_(value)
 
 
-def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: _FreshMemory) -> None:
+def _reset(rows: Sequence[PlanRow], targets: ModelTargets, fresh: _FreshMemory) -> None:
     """Let the modules of rows that reset initialize themselves; what else they hold, and is kept, stays as it was.
 
     Raises ``StateMismatchError`` for a tensor that ``reset_parameters`` leaves without values, having had no memory.
     """
-    rows = tuple(rows)
-    names = [row.target for row in rows if row.action == "reset" and row.target is not None]
-    kept = {id(targets.tensors[row.key]) for row in rows if row.action == "keep" and row.target in targets.tensors}
+    names = [row.key for row in rows if row.action == "reset"]
+    kept = {id(targets.tensors[row.key]) for row in rows if row.action == "keep" and row.key in targets.tensors}
     for module in {id(targets.resettable[name]): targets.resettable[name] for name in names}.values():
         below = [*module.parameters(), *module.buffers()]
         without = {id(tensor) for tensor in below if tensor.is_meta}
@@ -188,7 +184,7 @@ def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: _FreshMemory) 
             for tensor in below:
                 if id(tensor) in without and (tensor.is_floating_point() or tensor.is_complex()):
                     tensor.fill_(float("nan"))
-        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        reset = reset_method(module)
         if reset is not None:
             reset()
         with torch.no_grad():
@@ -203,57 +199,47 @@ def _reset(rows: Iterable[PlanRow], targets: ModelTargets, fresh: _FreshMemory) 
         )
 
 
-def _load_itself(own: OwnLoading, rows: Iterable[PlanRow], reader: Checkpoint, targets: ModelTargets) -> None:
+def _load_itself(
+    prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow], reader: Checkpoint, targets: ModelTargets
+) -> None:
     """Let a module load what is planned for it. What is kept stays, also where its code translates what it is given."""
-    rows = tuple(row for row in rows if row.target is not None and row.target.startswith(own.prefix))
-    state: OrderedDict[str, Any] = OrderedDict(_state_below(own.prefix, rows, reader, targets))
-    metadata = _metadata_below(own, rows, reader.versions)
+    rows = [row for row in rows if row.target is not None and row.target.startswith(prefix)]
+    state = OrderedDict((row.key.removeprefix(prefix), _value(row, reader, targets)) for row in rows)
+    metadata = _metadata_below(prefix, module, rows, reader.versions)
     if metadata:
         state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # as torch.nn.Module.state_dict does
     kept = [targets.tensors[row.key] for row in rows if row.action in ("keep", "reset") and row.dtype != "object"]
     before = [tensor.detach().clone() for tensor in kept]
-    own.module.load_state_dict(state)
+    module.load_state_dict(state)
     with torch.no_grad():
         for tensor, value in zip(kept, before, strict=True):
             tensor.copy_(value)
 
 
-def _state_below(prefix: str, rows: Iterable[PlanRow], reader: Checkpoint, targets: ModelTargets) -> dict[str, Any]:
-    """The planned state dict of one module, names without its prefix; what is kept stands in it as it is."""
-    state: dict[str, Any] = {}
-    for row in rows:
-        name = row.key.removeprefix(prefix)
-        if row.dtype != "object":
-            state[name] = _value(row, reader, targets.tensors[row.key])
-        elif row.writes:
-            state[name] = _extra_state(reader, row.sources[0])
-        else:
-            state[name] = targets.extra_state[row.key].get_extra_state()
-    return state
-
-
-def _value(row: PlanRow, reader: Checkpoint, target: torch.Tensor) -> torch.Tensor:
-    """The planned value of a tensor, in memory of its own."""
+def _value(row: PlanRow, reader: Checkpoint, targets: ModelTargets) -> Any:
+    """The planned value of an entry, a tensor in memory of its own; what is kept is as it is."""
+    if row.dtype == "object" and not row.writes:
+        return targets.extra_state[row.key].get_extra_state()
     if row.writes and not row.steps:
-        return reader.read(row.sources[0])
-    value = target.detach().clone()
+        return _extra_state(reader, row.sources[0])
+    value = targets.tensors[row.key].detach().clone()
     if row.writes:
         _put(row, [reader.read(source) for source in row.sources], value)
     return value
 
 
 def _extra_state(reader: Checkpoint, key: str) -> Any:
-    """Extra state as it was saved; some modules keep it in a tensor."""
+    """Extra state as it was saved, or a tensor; some modules keep their extra state in one."""
     return reader.materialize(reader.extra_state[key]) if key in reader.extra_state else reader.read(key)
 
 
-def check_values(plan: LoadPlan, model: str, reader: Checkpoint, on_nonfinite: OnNonfinite) -> list[Problem]:
+def check_values(plan: LoadPlan, model: str, reader: Checkpoint, on_nonfinite: OnNonfinite) -> list[str]:
     """Look at the values that the plan will load into ``model``: NaN and infinities, and tied entries that differ.
 
     NaN is a problem everywhere, infinities are one in parameters only (buffers hold masks). With ``on_nonfinite``
     ``warn`` or ``ignore`` only differing tied entries raise.
 
-    Returns: the findings about NaN and infinities where ``on_nonfinite`` is ``warn``.
+    Returns: which entries of the file hold NaN and infinities, in words, where ``on_nonfinite`` is ``warn``.
     Raises: ``PlanError``; the model is untouched.
     """
     problems = [
@@ -261,29 +247,25 @@ def check_values(plan: LoadPlan, model: str, reader: Checkpoint, on_nonfinite: O
         for of_model, first, other in plan.equal
         if of_model == model and not reader.is_same(first, other)
     ]
-    findings = [] if on_nonfinite == "ignore" else _nonfinite(plan, model, reader)
-    is_refused = on_nonfinite == "error" and bool(findings)
+    nonfinite: dict[str, None] = {}
+    if on_nonfinite != "ignore":
+        rows = [row for row in plan.rows_of(model) if row.writes and row.dtype != "object"]
+        found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
+        for row in rows if found else ():
+            for source in row.sources:
+                what = found.get(source)
+                if what == "NaN" or (what and row.is_parameter):
+                    nonfinite[f"{source} holds {what}"] = None
+    is_refused = on_nonfinite == "error" and bool(nonfinite)
     if problems or is_refused:
         hint = "To load it all the same: on_nonfinite: warn" if is_refused else ""
-        shown = [*problems, *(finding.message for finding in findings if is_refused)]
-        raise plan.refusal(shown, model=model, hint=hint)
-    return findings
+        raise plan.refusal([*problems, *(nonfinite if is_refused else ())], model=model, hint=hint)
+    return list(nonfinite)
 
 
-def _nonfinite(plan: LoadPlan, model: str, reader: Checkpoint) -> list[Problem]:
-    """One finding for each entry of the file that holds NaN, or infinities of a parameter."""
-    rows = [row for row in plan.rows_of(model) if row.action in WRITING and row.dtype != "object"]
-    found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
-    findings: dict[str, Problem] = {}
-    for row in rows if found else ():
-        for source in row.sources:
-            what = found.get(source)
-            if what == "NaN" or (what and row.is_parameter):
-                findings.setdefault(source, Problem("nonfinite", f"{source} holds {what}", model, (row.key,)))
-    return list(findings.values())
-
-
-def _metadata_below(own: OwnLoading, rows: Iterable[PlanRow], versions: Versions) -> dict[str, dict[str, Any]]:
+def _metadata_below(
+    prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow], versions: Versions
+) -> dict[str, dict[str, Any]]:
     """The ``_metadata`` for the state dict of one module: path from that module on -> such as ``{"version": 2}``.
 
     A module with loading code of its own translates what an older version of it has saved, and tells it by this. With
@@ -295,28 +277,26 @@ def _metadata_below(own: OwnLoading, rows: Iterable[PlanRow], versions: Versions
     nothing is said, as in torch.
     """
     found = {}
-    for path, module, sources in _sources(own, rows):
-        if sources is None:
-            found[path] = {"version": getattr(module, "_version", None)}
-            continue
+    for path, below, sources in _sources(prefix, module, rows):
         said = [versions[source] for source in sources if source in versions]
-        if said and all(other == said[0] for other in said):
+        if not sources:
+            found[path] = {"version": getattr(below, "_version", None)}
+        elif said and all(other == said[0] for other in said):
             found[path] = dict(said[0])
     return found
 
 
-def check_versions(model: str, rows: Iterable[PlanRow], versions: Versions, targets: ModelTargets) -> None:
+def check_versions(model: str, rows: Sequence[PlanRow], versions: Versions, targets: ModelTargets) -> None:
     """Raise ``PlanError`` for a module that gets entries of several modules of the file, of different versions.
 
     Its loading code can be told one version only, and would translate some of them wrongly.
     """
-    rows = tuple(rows)
-    for own in targets.own_loading:
-        for path, module, sources in _sources(own, rows):
-            said = {source: versions[source] for source in sources or () if source in versions}
+    for prefix, own in targets.own_loading.items():
+        for path, module, sources in _sources(prefix, own, rows):
+            said = {source: versions[source] for source in sources if source in versions}
             if all(other == next(iter(said.values())) for other in said.values()) or not translates(module):
                 continue
-            name = f"{own.prefix}{path}".removesuffix(".") or "the whole model"
+            name = f"{prefix}{path}".removesuffix(".") or "the whole model"
             versions_said = listed(f"{source or 'its root'} {dict(version)}" for source, version in said.items())
             message = (
                 f"{name} has loading code of its own, and gets entries of modules of the file that are of different "
@@ -329,28 +309,23 @@ def check_versions(model: str, rows: Iterable[PlanRow], versions: Versions, targ
             )
 
 
-def _sources(own: OwnLoading, rows: Iterable[PlanRow]) -> Iterable[tuple[str, torch.nn.Module, tuple[str, ...] | None]]:
-    """Each module: its path from ``own`` on, the module, and the modules of the file that its entries come from.
-
-    None where no entry comes from the file, or it has none.
-    """
-    modules = dict(own.module.named_modules(remove_duplicate=False))
-    same: dict[str, dict[str, None]] = {path: {} for path in modules}
-    renamed: dict[str, dict[str, None]] = {path: {} for path in modules}
+def _sources(
+    prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow]
+) -> Iterator[tuple[str, torch.nn.Module, tuple[str, ...]]]:
+    """Each module from ``module``, at ``prefix``, on: its path, and the modules of the file that its entries are of."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    same: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    renamed: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:
-        if row.target is None or not row.writes or not row.target.startswith(own.prefix):
-            continue
-        segments = row.target.removeprefix(own.prefix).split(".")
+        segments = row.key.removeprefix(prefix).split(".") if row.writes and row.key.startswith(prefix) else []
         for above in range(len(segments)):
             path, below = ".".join(segments[:above]), segments[above:]
-            if path not in modules:
-                continue
-            for source in row.sources:
+            for source in row.sources if path in modules else ():
                 names = source.split(".")
-                if len(names) >= len(below):
-                    is_same = names[len(names) - len(below) :] == below
-                    chosen = same if is_same else renamed
-                    chosen[path][".".join(names[: len(names) - len(below)])] = None
-    for path, module in modules.items():
+                outer, inner = names[: -len(below)], names[-len(below) :]
+                if len(inner) == len(below):
+                    chosen = same if inner == below else renamed
+                    chosen[path][".".join(outer)] = None
+    for path, inside in modules.items():
         # an entry that was renamed inside the module tells less surely which module it was in
-        yield path, module, tuple(same[path] or renamed[path]) or None
+        yield path, inside, tuple(same[path] or renamed[path])

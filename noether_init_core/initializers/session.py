@@ -263,7 +263,7 @@ class LoadSession(Session):
                 file.reader.verify(look=examined if config.nonfinite != "ignore" else ())
             with self.stopwatch.phase("verify"):
                 for finding in check_values(plan, leaf.path, file.reader, config.nonfinite):
-                    self.warn(f"{leaf.path}: {finding.message}")
+                    self.warn(f"{leaf.path}: {finding}")
                 check_casts(plan, leaf.path, file.reader)
         with self.stopwatch.phase("verify"):
             check_across(plan, {path: file.reader for path, file in opened.weights.items()})
