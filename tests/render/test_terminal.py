@@ -13,8 +13,8 @@ from rich.console import Console
 
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.render.terminal import PlanView, ReportView
-from noether_init_core.render.words import MARKS, amount, counts_in_words, percent, place_of_rule
-from noether_init_core.sets.provenance import InitializerReport, InitReport
+from noether_init_core.render.words import MARKS, amount, percent, place_of_rule
+from noether_init_core.sets.provenance import InitializerReport, InitReport, counts_in_words
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
 from noether_init_core.surgery.patterns import parse_glob, parse_pattern
