@@ -134,9 +134,11 @@ class ResumeInitializer(CheckpointInitializer):
 
     def _snapshot(self) -> Snapshot:
         seen, self._seen = self._seen, None
-        if seen is not None and self.config.checkpoint_tag is not None:  # auto_resume has named the set
+        # auto_resume has named the set; else a newer one may have been committed since
+        is_named = self.config.checkpoint_tag is not None
+        if seen is not None and (is_named or (seen.newest_folder is not None and seen.is_current())):
             return seen
-        return Snapshot(self.source_paths, before=seen)  # a newer set may have been committed since
+        return Snapshot(self.source_paths)
 
     def _selected(self, snapshot: Snapshot, needs: Sequence[Need], state: Sequence[Need]) -> RunSelection:
         """The set that has the trainer file and the weights of all models; the trainer file decides what they are."""

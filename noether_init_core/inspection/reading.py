@@ -273,7 +273,7 @@ class _Run:
         folders = () if self.snapshot is None else self.snapshot.folders
         folder = next((one for one in folders if one.path.name == path.name), None)
         if self.snapshot is None or folder is None or not folder.is_committed():
-            there = [one.path.name for one in folders if one.is_committed()]
+            there = [one.name for one in folders if one.is_committed()]
             why = f"has no {MANIFEST_NAME}: a save that was never finished" if folder else "is no set by its name"
             raise CheckpointNotFoundError(
                 f"{path} {why}; it is never picked. Sets: {listed(there[:-6:-1], none='none')}. "

@@ -15,9 +15,10 @@ from pathlib import Path
 import attrs
 
 from noether_init_core.files.storage.disk import FileSystem
-from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet, SetFolder
+from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.flat_files import RECORD_NAME, WrittenName, is_ours, read_record
+from noether_init_core.sets.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +65,15 @@ def give_room(checkpoints: Path, storage: FileSystem) -> int:
     return _remove(checkpoints, read_record(checkpoints, storage), storage)
 
 
-def remove_orphans(checkpoints: Path, folders: Iterable[SetFolder], storage: FileSystem) -> None:
+def remove_orphans(snapshot: Snapshot) -> None:
     """Remove the names that we wrote for sets that are gone, unless another program has rewritten them since.
 
-    ``folders`` are those of the sets that are there. Raises ``OSError``.
+    Raises ``OSError``.
     """
-    record = read_record(checkpoints, storage)
-    committed = {folder.path.name for folder in folders if record and folder.is_committed(storage)}
+    record = read_record(snapshot.folder, snapshot.storage)
+    committed = {folder.name for folder in snapshot.folders if snapshot.is_committed(folder)} if record else set()
     orphans = {name: written for name, written in record.items() if written.set_name not in committed}
-    if _remove(checkpoints, orphans, storage):
+    if _remove(snapshot.folder, orphans, snapshot.storage):
         logger.info("flat names of removed sets are removed: %s", ", ".join(sorted(orphans)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -20,7 +21,7 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.saving.flat_names import TEMPORARY_NAMES, remove_names_of
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, SetFolder, list_names
 from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.manifest import MANIFEST_NAME, refused_by_resume
+from noether_init_core.sets.manifest import MANIFEST_NAME
 from noether_init_core.sets.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -170,42 +171,45 @@ def superfluous_sets(
     """
     if rules.keeps_all:
         return []
-    ours = [one for one, _is_whole in sets if _manifest_of(one, "training") == training]
+    ours = [one for one, _is_whole in sets if _training_of(one) == training]
     own = {_sequence(one) for one in ours}
-    whole = [one for one, is_whole in sets if is_whole and _sequence(one) in own]
-    passed_over = frozenset(_manifest_of(ours[0], "passed_over") or ()) if ours else frozenset()
-    recorded = [one for one in ours if one.folder.name not in passed_over]
-    kept: set[int] = {_sequence(one) for one, _is_whole in sets} - own
-    for models in {_models_of(one) for one in ours}:
-
-        def of_them(some: Iterable[CheckpointSet], models: frozenset[str] = models) -> list[CheckpointSet]:
-            return [one for one in some if _models_of(one) == models]
-
-        good = _good(of_them(whole), passed_over)
+    whole = {_sequence(one) for one, is_whole in sets if is_whole} & own
+    newest = ours[0].manifest if ours else None
+    passed_over = frozenset(newest.passed_over if newest is not None else ())
+    groups: dict[frozenset[str], list[CheckpointSet]] = {}
+    for one in ours:
+        groups.setdefault(one.weighed_models, []).append(one)
+    recorded_by: dict[frozenset[str], list[CheckpointSet]] = {}
+    if rules.best:
+        recorded = [one for one in ours if one.place not in passed_over]
+        for models in groups:
+            # the metric of an iteration is most likely that of these models, but says something of the others as well
+            recorded_by[models] = [*(one for one in recorded if one.weighed_models == models), *recorded]
+    kept = {_sequence(one) for one, _is_whole in sets} - own
+    for models, group in groups.items():
+        whole_group = [one for one in group if _sequence(one) in whole]
+        good = _good(whole_group, passed_over)
         enough = max(rules.last or 0, LEAST)
-        kept |= {_sequence(one) for one in good[:enough]} | _kept_for_now(of_them(ours), good, passed_over, enough)
+        kept |= {_sequence(one) for one in good[:enough]} | _kept_for_now(group, good, passed_over, enough)
         # a damaged set is what its tags mean until the next save that is whole
-        newest_whole = max(map(_sequence, of_them(whole)), default=-1)
-        kept |= {_sequence(one) for one in of_them(ours) if _sequence(one) >= newest_whole}
-        # Of an iteration that was saved more than once only the last is meant by its tag.
-        meant: dict[TrainingIteration, CheckpointSet] = {}
-        for one in good:
-            if one.iteration is not None:
-                meant.setdefault(one.iteration, one)
-        kept |= _first_of_periods(meant, rules.every)
-        # the metric of an iteration is most likely that of these models, but says something of the others as well
-        preferred = [*of_them(recorded), *recorded]
-        for rule in rules.best:
-            kept |= _best(meant, preferred, rule)
+        newest_whole = max(map(_sequence, whole_group), default=-1)
+        kept.update(_sequence(one) for one in group if _sequence(one) >= newest_whole)
+        if rules.every or rules.best:
+            # Of an iteration that was saved more than once only the last is meant by its tag.
+            meant: dict[str, CheckpointSet] = {}
+            for one in good:
+                meant.setdefault(one.name, one)
+            kept |= _first_of_periods(meant.values(), rules.every)
+            for rule in rules.best:
+                kept |= _best(meant.values(), recorded_by[models], rule)
     kept |= _holders(sets)
     before = -1
     while before != len(kept):
         before = len(kept)
         kept |= _meant_by_name(sets, kept)
-        for models in {_models_of(one) for one in ours}:
-            preferred = [*(one for one in recorded if _models_of(one) == models), *recorded]
+        for models in groups:
             for rule in rules.best:
-                kept |= _said_last(preferred, kept, rule)
+                kept |= _said_last(recorded_by[models], kept, rule)
     return [one for one in ours if _sequence(one) not in kept]
 
 
@@ -213,15 +217,17 @@ def _meant_by_name(sets: Sequence[tuple[CheckpointSet, bool]], kept: Set[int]) -
     """While an older set of an iteration stays, also one of another training, so must the one that the tag of the
     iteration means, of the same models and of any.
     """
+    saved = Counter(one.name for one, _is_whole in sets)
+    again = [one for one, _is_whole in sets if saved[one.name] > 1]
     latest: dict[tuple[str, frozenset[str] | None], int] = {}
-    for one, _is_whole in sets:
-        for models_or_any in (_models_of(one), None):
+    for one in again:
+        for models_or_any in (one.weighed_models, None):
             latest.setdefault((one.name, models_or_any), _sequence(one))
     return {
         latest[one.name, models_or_any]
-        for one, _is_whole in sets
+        for one in again
         if _sequence(one) in kept
-        for models_or_any in (_models_of(one), None)
+        for models_or_any in (one.weighed_models, None)
     }
 
 
@@ -229,11 +235,10 @@ def _said_last(recorded: Sequence[CheckpointSet], kept: Set[int], rule: Best) ->
     """While a set stays that said the metric of an iteration before, so must the one that said it last: it may have
     said that there is none any more.
     """
-    said: dict[TrainingIteration, list[int]] = {}
+    said: dict[str, list[int]] = {}
     for one in recorded:
-        metrics = _manifest_of(one, "metrics") or {}
-        if one.iteration is not None and rule.metric in metrics:
-            said.setdefault(one.iteration, []).append(_sequence(one))
+        if rule.metric in _metrics_of(one):
+            said.setdefault(one.name, []).append(_sequence(one))
     return {sequences[0] for sequences in said.values() if not kept.isdisjoint(sequences)}
 
 
@@ -242,39 +247,35 @@ def _holders(sets: Sequence[tuple[CheckpointSet, bool]]) -> set[int]:
     kept = set()
     seen: set[tuple[str, frozenset[str]]] = set()
     for one, _is_whole in sets:
-        named = {(tag, _models_of(one)) for tag in one.tags if tag != one.name}
-        if named - seen:
-            kept.add(_sequence(one))
-        seen |= named
+        for tag in one.tags:
+            if tag != one.name and (tag, one.weighed_models) not in seen:
+                seen.add((tag, one.weighed_models))
+                kept.add(_sequence(one))
     return kept
 
 
-def _models_of(one: CheckpointSet) -> frozenset[str]:
-    """Which models the set is of: sets of others are saved into the run by themselves, and are no way back from it."""
-    files = one.manifest.files if one.manifest is not None else ()
-    return frozenset(file.model for file in files if file.part != "optim")
-
-
-def _good(whole: Sequence[CheckpointSet], passed_over: Set[str]) -> list[CheckpointSet]:
+def _good(whole: Sequence[CheckpointSet], passed_over: Set[str]) -> Sequence[CheckpointSet]:
     """The sets that the rules count. Who trains with infinities all along, and loads them, has sets to keep as well."""
-    useful = [one for one in whole if one.folder.name not in passed_over]
-    finite = [one for one in useful if one.manifest is None or not refused_by_resume(one.manifest)]
-    return list(finite or useful or whole)
+    useful = [one for one in whole if one.place not in passed_over] if passed_over else whole
+    finite = [one for one in useful if not one.is_refused]
+    return finite or useful or whole
 
 
 def _kept_for_now(
-    ours: Sequence[CheckpointSet], good: Sequence[CheckpointSet], passed_over: Set[str], enough: int
+    group: Sequence[CheckpointSet], good: Sequence[CheckpointSet], passed_over: Set[str], enough: int
 ) -> set[int]:
     """The set that the training last started from, and sets that it has passed over, until enough newer ones are good.
 
     Of newer sets than the one started from only those count that were saved since: the others were left behind.
     """
-    kept = set()
-    start = _manifest_of(ours[0], "started_from") if ours else None
-    for one in ours:
-        if one.folder.name == start:
-            newer = [other for other in good if _manifest_of(other, "started_from") == start]
-        elif one.folder.name in passed_over:
+    kept: set[int] = set()
+    start = _start_of(group[0])
+    if start is None and not passed_over:
+        return kept
+    for one in group:
+        if one.place == start:
+            newer = [other for other in good if _start_of(other) == start]
+        elif one.place in passed_over:
             newer = [other for other in good if _sequence(other) > _sequence(one)]
         else:
             continue
@@ -283,36 +284,32 @@ def _kept_for_now(
     return kept
 
 
-def _manifest_of(one: CheckpointSet, field: str) -> Any:
-    return getattr(one.manifest, field, None)
-
-
-def _first_of_periods(meant: Mapping[TrainingIteration, CheckpointSet], every: Mapping[str, int] | None) -> set[int]:
+def _first_of_periods(meant: Iterable[CheckpointSet], every: Mapping[str, int] | None) -> set[int]:
     if every is None:
         return set()
     ((field, step),) = every.items()
-    first: dict[int, TrainingIteration] = {}
-    for iteration in meant:
-        period = getattr(iteration, field) // step
-        if period and (period not in first or iteration < first[period]):
-            first[period] = iteration
-    return {_sequence(meant[iteration]) for iteration in first.values()}
+    first: dict[int, tuple[TrainingIteration, int]] = {}
+    for one in meant:
+        if one.iteration is not None:
+            period = getattr(one.iteration, field) // step
+            if period and (period not in first or one.iteration < first[period][0]):
+                first[period] = one.iteration, _sequence(one)
+    return {sequence for _iteration, sequence in first.values()}
 
 
-def _best(meant: Mapping[TrainingIteration, CheckpointSet], recorded: Sequence[CheckpointSet], rule: Best) -> set[int]:
+def _best(meant: Iterable[CheckpointSet], recorded: Sequence[CheckpointSet], rule: Best) -> set[int]:
     """The sets of the best iterations, and those that recorded their values: without these they would be forgotten.
 
     ``meant`` is newest first: of equal values the newer one is kept. Of ``recorded`` the first of an iteration counts
     that says the metric at all.
     """
-    values: dict[TrainingIteration, tuple[float | None, CheckpointSet]] = {}
+    values: dict[str, tuple[float | None, CheckpointSet]] = {}
     for one in recorded:
-        metrics = _manifest_of(one, "metrics") or {}
-        if one.iteration is not None and rule.metric in metrics:
-            values.setdefault(one.iteration, (metrics[rule.metric], one))
+        if rule.metric in _metrics_of(one):
+            values.setdefault(one.name, (_metrics_of(one)[rule.metric], one))
     valued = []
-    for iteration, one in meant.items():
-        value, said_by = values.get(iteration, (None, one))
+    for one in meant:
+        value, said_by = values.get(one.name, (None, one))
         if value is not None:
             valued.append((value if rule.mode == "min" else -value, {_sequence(one), _sequence(said_by)}))
     valued.sort(key=lambda pair: pair[0])
@@ -321,6 +318,18 @@ def _best(meant: Mapping[TrainingIteration, CheckpointSet], recorded: Sequence[C
 
 def _sequence(one: CheckpointSet) -> int:
     return one.sequence or 0
+
+
+def _training_of(one: CheckpointSet) -> str | None:
+    return one.manifest.training if one.manifest is not None else None
+
+
+def _start_of(one: CheckpointSet) -> str | None:
+    return one.manifest.started_from if one.manifest is not None else None
+
+
+def _metrics_of(one: CheckpointSet) -> Mapping[str, float | None]:
+    return one.manifest.metrics if one.manifest is not None else {}
 
 
 def _check_metric_name(name: Any) -> None:
@@ -344,7 +353,7 @@ def collect_leftovers(snapshot: Snapshot) -> None:
     """
     storage, checkpoints = snapshot.storage, snapshot.folder
     for folder in snapshot.folders:
-        if folder.is_committed(storage) or not storage.is_folder(folder.path):
+        if snapshot.is_committed(folder) or not storage.is_folder(folder.path):
             continue
         if storage.is_link(folder.path):
             logger.warning("left: %s has no manifest, and is a link to %s", folder.path, storage.resolve(folder.path))
@@ -375,7 +384,7 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
     """
     storage, checkpoints = snapshot.storage, snapshot.folder
     found: list[tuple[CheckpointSet, bool]] = []
-    folders: dict[Path, SetFolder] = {}
+    folders: dict[str, SetFolder] = {}
     for folder, candidate in snapshot.heads():
         if isinstance(candidate, CheckpointError):
             logger.warning("kept: %s", candidate)
@@ -388,18 +397,18 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
         if problem is not None:
             logger.warning("no good set: %s", problem)
         found.append((candidate, is_asked and problem is None))
-        folders[candidate.folder] = folder
+        folders[folder.name] = folder
     superfluous = superfluous_sets(found, rules, training)
     retired = [candidate for candidate in superfluous if not storage.is_link(candidate.folder)]
     if retired:
-        # manifests of the sets to go, and of those to walk back to, may have been damaged since an earlier save
-        staying = [one for one, is_whole in found if is_whole and one not in superfluous]
-        ways_back = [
-            one
-            for models in {_models_of(one) for one in staying}
-            for one in [other for other in staying if _models_of(other) == models][:LEAST]
-        ]
-        if not all(snapshot.confirm(folders[one.folder]) for one in (*retired, *ways_back)):
+        # sets to go, and those to walk back to, may have been damaged since an earlier save
+        ways_back: dict[frozenset[str], list[CheckpointSet]] = {}
+        for one, is_whole in found:
+            if is_whole and one not in superfluous:
+                ways_back.setdefault(one.weighed_models, []).append(one)
+        looked_at = [*retired, *(one for group in ways_back.values() for one in group[:LEAST])]
+        remembered = [one for one in looked_at if one.place in snapshot.recalled]
+        if not all(snapshot.confirm(folders[one.place]) for one in remembered):
             retire_sets(snapshot, rules, training)
             return
     failed: OSError | None = None

@@ -115,7 +115,7 @@ class Descents:
         return Descent(
             self._training,
             started_from,
-            tuple(sorted(passed_over & {folder.path.name for folder in snapshot.folders})),
+            tuple(sorted(passed_over.intersection(folder.name for folder in snapshot.folders))) if passed_over else (),
             newest.training_iteration if is_beside and newest is not None else None,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import functools
 import importlib.metadata
 import json
 import logging
@@ -33,7 +34,6 @@ from noether_init_core.saving.training_id import Descent, Descents, Start
 from noether_init_core.sets.checkpoint_set import (
     SETS_FOLDER,
     CheckpointSet,
-    SetFolder,
     check_reachable,
 )
 from noether_init_core.sets.file_names import CheckpointFileName, Query, check_tag, iteration_of_tag
@@ -45,7 +45,7 @@ from noether_init_core.sets.manifest import (
     digests_to_bytes,
     refused_by_resume,
 )
-from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.sets.snapshot import Memory, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class CheckpointWriter:
         self.retention = Retention(last=keep_last) if retention is None else Retention.of(retention)
         self.storage = storage
         self._descents = Descents()
-        self._snapshot: Snapshot | None = None
+        self._memory = Memory()
         self._warned: set[str] = set()
 
     def save(
@@ -190,9 +190,9 @@ class CheckpointWriter:
 
     def _cleaned(self) -> Snapshot:
         """What is there, without the leftovers of saves that were cut short."""
-        self._snapshot = Snapshot(self.paths, storage=self.storage, before=self._snapshot)
-        collect_leftovers(self._snapshot)
-        return self._snapshot
+        snapshot = Snapshot(self.paths, storage=self.storage, memory=self._memory)
+        collect_leftovers(snapshot)
+        return snapshot
 
     def _frozen(self, model: Any) -> tuple[str, ...]:
         """Models whose optimizer is left out because they are frozen."""
@@ -249,7 +249,7 @@ class CheckpointWriter:
 
     def _commit(self, snapshot: Snapshot, contents: Sequence[FileContent], described: _Described) -> CheckpointSet:
         storage, iteration = self.storage, described.iteration
-        sequence = 1 + max((folder.sequence for folder in snapshot.folders), default=0)
+        sequence = snapshot.folders[-1].sequence + 1 if snapshot.folders else 1
         folder = snapshot.folder / SETS_FOLDER / f"{sequence:08d}_{iteration}"
         storage.make_folder(folder)
         storage.fsync_folder(folder.parent)
@@ -313,14 +313,13 @@ class CheckpointWriter:
                 raise
         with _as_write_error(f"{iteration} of run {self.paths.run_id}", folder, unconfirmed):
             storage.fsync_folder(folder)
-            return snapshot.add(SetFolder(folder, sequence, iteration))
+            return snapshot.add(folder.name)
 
     def _follow_up(self, snapshot: Snapshot, committed: CheckpointSet) -> None:
         """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""
-        checkpoints = snapshot.folder
-        folders, storage = snapshot.folders, self.storage
+        checkpoints, storage = snapshot.folder, self.storage
         steps: list[tuple[str, Callable[[], None]]] = [
-            ("the removal of flat names of removed sets", lambda: remove_orphans(checkpoints, folders, storage))
+            ("the removal of flat names of removed sets", lambda: remove_orphans(snapshot))
         ]
         if self.flat_names:
             steps.append(
@@ -407,6 +406,7 @@ def _is_there(path: Path, storage: FileSystem) -> bool:
         return False
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     try:
         own = importlib.metadata.version("noether-init-core")

@@ -31,10 +31,12 @@ from noether_init_core.sets.manifest import (
     ManifestFile,
     read_digests,
     read_manifest,
+    refused_by_resume,
 )
 
 SETS_FOLDER = "sets"
-_SET_NAME = re.compile(r"(\d{8,18})_E(\d{1,18})_U(\d{1,18})_S(\d{1,18})", re.ASCII)
+# iterations without leading zeros
+_SET_NAME = re.compile(r"(\d{8,18})_E(0|[1-9]\d{0,17})_U(0|[1-9]\d{0,17})_S(0|[1-9]\d{0,17})", re.ASCII)
 
 
 @attrs.frozen
@@ -102,7 +104,7 @@ class CheckpointSet:
         found = [file for file in self.files if file.part == part and file.info == info]
         return found[0] if len(found) == 1 else None
 
-    @property
+    @cached_property
     def place(self) -> str:
         """The name that no other set of its folder has: that of its own folder; of flat files their tag."""
         return self.folder.name if self.committed else self.name
@@ -125,6 +127,17 @@ class CheckpointSet:
     def models(self, part: Part | None = None) -> tuple[str, ...]:
         """Names of the models that have a file (of ``part``), sorted."""
         return tuple(sorted({file.model for file in self.files if part in (None, file.part)}))
+
+    @cached_property
+    def weighed_models(self) -> frozenset[str]:
+        """Models of which a committed set has more than the optimizer; sets of others are saved by themselves."""
+        files = () if self.manifest is None else self.manifest.files
+        return frozenset(file.model for file in files if file.part != "optim")
+
+    @cached_property
+    def is_refused(self) -> bool:
+        """Whether its manifest tells of values that a resume refuses."""
+        return self.manifest is not None and bool(refused_by_resume(self.manifest))
 
     def infos(self, model: str) -> tuple[str, ...]:
         """Variants of the weights of ``model``, sorted; the plain weights are not among them."""
@@ -165,11 +178,34 @@ class CheckpointSet:
 
 @attrs.frozen
 class SetFolder:
-    """A folder below ``sets``, and what its name says. Only a manifest in it makes it a set."""
+    """A folder below ``sets``, and what its name says. Only a manifest in it makes it a set.
 
-    path: Path
+    There may be thousands, of which few are looked at: path and iteration are made when they are asked for.
+    """
+
+    parent: Path
+    name: str
     sequence: int
-    iteration: TrainingIteration
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parent: Path, name: str) -> SetFolder | None:
+        """What the name says; None if it is not that of a set."""
+        matched = _SET_NAME.fullmatch(name)
+        if matched is None:
+            return None
+        sequence, *numbers = map(int, matched.groups())
+        return cls(parent, name, sequence, tuple(numbers))
+
+    @cached_property
+    def path(self) -> Path:
+        """The folder."""
+        return self.parent / self.name
+
+    @cached_property
+    def iteration(self) -> TrainingIteration:
+        """The iteration of the set, all three fields said."""
+        return TrainingIteration(*self.numbers)
 
     def is_committed(self, storage: FileSystem = LOCAL) -> bool:
         """Whether it has a manifest, be it a damaged one. Raises ``CheckpointNotFoundError`` if that cannot be told."""
@@ -177,26 +213,23 @@ class SetFolder:
             return storage.exists(self.path / MANIFEST_NAME)
 
 
-def set_folders(checkpoints: Path, storage: FileSystem = LOCAL) -> list[SetFolder]:
-    """Names of folders of sets in the order of their sequence, of one sequence in that of their iteration.
+def set_folders(
+    checkpoints: Path, storage: FileSystem = LOCAL, known: Mapping[str, SetFolder] | None = None
+) -> list[SetFolder]:
+    """Folders of sets in the order of their sequence, of one sequence in that of their iteration.
 
-    One listing: whether a name is a folder, and a committed set, is known when its manifest is read.
+    One listing: whether a name is a folder, and a committed set, is known when its manifest is read. ``known``: folders
+    by name, as an earlier listing found them.
 
     Raises ``CheckpointNotFoundError`` if ``sets`` cannot be reached, which is not the same as that there are none.
     """
-    found = []
-    names = list_names(checkpoints / SETS_FOLDER, storage)
+    parent, known = checkpoints / SETS_FOLDER, known or {}
+    names = list_names(parent, storage)
     if not names:
-        check_reachable(checkpoints / SETS_FOLDER, storage)
-    for name in names:
-        matched = _SET_NAME.fullmatch(name)
-        if matched:
-            sequence, epoch, update, sample = map(int, matched.groups())
-            if name.endswith(f"_E{epoch}_U{update}_S{sample}"):  # without leading zeros
-                iteration = TrainingIteration(epoch, update, sample)
-                found.append(SetFolder(checkpoints / SETS_FOLDER / name, sequence, iteration))
+        check_reachable(parent, storage)
+    found = (known.get(name) or SetFolder.of(parent, name) for name in names)
     # two of one sequence: writers that did not see each other, or a folder copied back; further training came later
-    return sorted(found, key=lambda folder: (folder.sequence, folder.iteration, folder.path.name))
+    return sorted(filter(None, found), key=lambda folder: (folder.sequence, folder.numbers, folder.name))
 
 
 def load_set(folder: SetFolder, storage: FileSystem = LOCAL) -> CheckpointSet:
@@ -311,13 +344,14 @@ def check_reachable(folder: Path, storage: FileSystem) -> None:
         with reaching(place):
             if storage.is_folder(place):
                 return
-        if storage.is_link(place):
+            is_link, is_there = storage.is_link(place), storage.exists(place)
+        if is_link:
             raise CheckpointNotFoundError(
                 f"{place} is a link to {storage.resolve(place)}, which is no folder that can be reached: whether there "
                 "are checkpoints cannot be told. Next: mount the disk that it is on, or remove the link",
                 path=place,
             )
-        if storage.exists(place):
+        if is_there:
             raise CheckpointNotFoundError(f"{place} is no folder. Next: move what is there out of the way", path=place)
 
 

@@ -121,16 +121,17 @@ def changed_names(checkpoints: Path, storage: FileSystem) -> tuple[str, ...]:
 
 def is_ours(path: Path, written: WrittenName, storage: FileSystem) -> bool:
     """Whether a name is still the file that we wrote."""
-    return storage.identity_of(path) == (written.size, written.modified_ns)
+    with reaching(path):
+        return storage.identity_of(path) == (written.size, written.modified_ns)
 
 
 def read_record(checkpoints: Path, storage: FileSystem) -> dict[str, WrittenName]:
     """The names that we wrote; none where the record cannot be read, with a warning."""
     path = checkpoints / RECORD_NAME
-    if storage.size_of(path) is None:
-        return {}
+    with reaching(path):
+        text = None if storage.size_of(path) is None else storage.read_bytes(path, _MAX_RECORD_BYTES)
     try:
-        found: Any = json.loads(storage.read_bytes(path, _MAX_RECORD_BYTES))
+        found: Any = {} if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
         logger.warning("%s cannot be read, so that names of removed sets stay: %s", path, error)
         return {}

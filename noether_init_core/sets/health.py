@@ -263,9 +263,9 @@ def _verified(snapshot: Snapshot, progress: Progress) -> Iterator[_Verified]:
         if isinstance(found, CheckpointSet):
             yield _verify_set(snapshot, found, progress, _notes(found)), found
         elif found is not None:
-            yield SetHealth(folder.path.name, "broken", True, str(folder.iteration), problems=(str(found),)), None
-        elif folder.path.name in unfinished:
-            yield SetHealth(folder.path.name, "uncommitted", False, str(folder.iteration)), None
+            yield SetHealth(folder.name, "broken", True, str(folder.iteration), problems=(str(found),)), None
+        elif folder.name in unfinished:
+            yield SetHealth(folder.name, "uncommitted", False, str(folder.iteration)), None
     if snapshot.newest_folder is None:
         flat = [(_verify_set(snapshot, found, progress, []), found) for found in snapshot.sets()]
         # of one iteration the plain name comes first, so that its line does not depend on what latest means tomorrow

@@ -252,7 +252,7 @@ def _later_flat_files(snapshot: Snapshot, refusal: LaterFlatFiles, asked_by: Ask
         )
     return AmbiguousCheckpointError(
         f"{snapshot.folder} holds flat files {first.files[0].path.name} of {iteration}, later than the newest "
-        f"committed set {newest.path.name}, and they are not as a save of ours left them: either another program has "
+        f"committed set {newest.name}, and they are not as a save of ours left them: either another program has "
         f"gone on from here, or the set that they belonged to was removed. Next: {go_on}",
         path=snapshot.folder,
         candidates=(str(newest.iteration), first.name),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -271,7 +270,7 @@ class _Question:
         """Committed sets: what the query means, then what to walk back to. None where nothing is meant."""
         heads = self.snapshot.heads(None if self.policy.any_tag else self.query.iteration)
         steps = (
-            (one.path.name, one.sequence, found)
+            (one.name, one.sequence, found)
             for one, found in heads
             # of which models an unreadable set is cannot be known
             if isinstance(found, CheckpointError) or found.is_of(self._models)
@@ -389,7 +388,7 @@ def walk_back(
     """The newest set that is proven good, and what its proof gave; ``policy`` has ``walk_back``.
 
     ``prove`` verifies a set; it raises ``CheckpointError`` or ``OSError`` for a broken one. Raises what ``find_set``
-    raises, and what ``prove`` raises for a set that cannot be reached: nobody knows whether that is broken.
+    raises, and what ``prove`` raises for a set that cannot be reached: whether that is broken is not known.
     """
     broken: dict[str, str] = {}
     while True:
@@ -397,7 +396,7 @@ def walk_back(
         try:
             return selected, prove(selected.found)
         except (CheckpointError, OSError) as error:
-            if is_out_of_reach(error, but=errno.EIO):
+            if is_out_of_reach(error, unless_read=True):
                 raise
             snapshot = selected.snapshot
             broken[selected.found.place] = str(error)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import attrs
 
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
 from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import (
+    SETS_FOLDER,
     CheckpointFile,
     CheckpointSet,
     SetFolder,
@@ -32,6 +36,65 @@ logger = logging.getLogger(__name__)
 Head = CheckpointSet | CheckpointError
 
 
+@attrs.define(eq=False)
+class _Known:
+    """A committed set as it was at ``looked_ns``, when its folder had last changed at ``changed_ns``."""
+
+    folder: SetFolder
+    changed_ns: int
+    looked_ns: int
+    identity: tuple[int, int] | None
+    head: CheckpointSet | None = None
+    is_whole: bool = False
+
+    @classmethod
+    def of(cls, folder: SetFolder, storage: FileSystem) -> _Known | None:
+        """To be called before the set is looked at; None for what is not remembered."""
+        looked_ns = time.time_ns()
+        with reaching(folder.path):
+            changed_ns = storage.changed_at(folder.path)
+        with reaching(folder.path / MANIFEST_NAME):
+            identity = storage.identity_of(folder.path / MANIFEST_NAME)
+        return None if changed_ns is None else cls(folder, changed_ns, looked_ns, identity)
+
+    def holds(self, storage: FileSystem) -> bool:
+        """Whether the set is as it was, as far as the time at which names in its folder last changed tells."""
+        if storage.changed_at(self.folder.path) != self.changed_ns:
+            return False
+        # clocks of file systems tick in milliseconds, old ones in seconds: a further change may not show
+        tick_ns = 2_000_000_000 if self.changed_ns % 1_000_000_000 == 0 else 20_000_000
+        if self.looked_ns - self.changed_ns > tick_ns:
+            return True
+        now = _Known.of(self.folder, storage)
+        if now is None or now.identity != self.identity:
+            return False
+        self.looked_ns, self.is_whole = now.looked_ns, False
+        return True
+
+
+class Memory(dict[str, _Known]):
+    """What is known of the committed sets of one folder: for a writer, which looks at them at every save.
+
+    A set is remembered while nothing is added to its folder, removed from it or renamed in it. That bytes of a file
+    were cut off or changed since is not noticed: what must not be wrong is confirmed (``Snapshot.confirm``).
+    """
+
+    def recall(self, folders: Iterable[SetFolder], storage: FileSystem) -> None:
+        """Forget the sets that are gone, and those whose folders have changed."""
+        there = {}
+        for folder in folders:
+            known = self.get(folder.name)
+            if known is not None:
+                try:
+                    if known.holds(storage):
+                        there[folder.name] = known
+                except OSError as error:
+                    with reaching(folder.path):
+                        raise error
+        self.clear()
+        self.update(there)
+
+
 class Snapshot:
     """The checkpoints of one run and stage: names at once, everything else when it is asked for, and only once.
 
@@ -42,27 +105,27 @@ class Snapshot:
     Args:
         paths: The run and stage; anything with ``output_root``, ``run_id`` and ``stage_name``.
         storage: The file operations.
-        before: An earlier snapshot of the folder: manifests that have not changed since are not read again.
+        memory: What earlier snapshots of the folder have found out, which is not looked up again.
 
     Raises ``CheckpointNotFoundError`` if the folder cannot be reached: a link that leads nowhere is no empty folder.
     """
 
-    def __init__(self, paths: Any, *, storage: FileSystem = LOCAL, before: Snapshot | None = None) -> None:
+    def __init__(self, paths: Any, *, storage: FileSystem = LOCAL, memory: Memory | None = None) -> None:
         self.paths = PathProvider.of(paths)
         self.storage = storage
         check_reachable(self.paths.checkpoint_path, storage)
         #: The folder of the checkpoints, symbolic links resolved. It may not exist.
         self.folder: Path = storage.resolve(self.paths.checkpoint_path)
         #: By name, oldest first; those without a manifest are among them.
-        self.folders = tuple(set_folders(self.folder, storage))
-        self._heads: dict[SetFolder, Head | None] = {}
-        #: Size and time of change of manifests when they were read, for a later snapshot.
-        self._identities: dict[SetFolder, tuple[int, int] | None] = {}
-        self._taken_over: set[SetFolder] = set()
-        self._before = before
-        if before is not None:
-            before._before = None
-        self._problems: dict[Path, CheckpointError | None] = {}
+        known = {name: one.folder for name, one in (memory or {}).items()}
+        self.folders = tuple(set_folders(self.folder, storage, known))
+        self._memory = memory
+        if memory:
+            memory.recall(self.folders, storage)
+        #: Names of sets of which what is remembered has not been confirmed.
+        self.recalled = set(memory or ())
+        self._heads: dict[str, Head | None] = {}
+        self._problems: dict[str, CheckpointError | None] = {}
         self._flat_before: dict[str, tuple[CheckpointSet, ...]] = {}
         self._iterations: dict[str, TrainingIteration | CheckpointError | None] = {}
 
@@ -70,25 +133,40 @@ class Snapshot:
 
     def head(self, folder: SetFolder) -> Head | None:
         """The set in a folder, or why its manifest cannot be used; None where no save was finished."""
-        if folder not in self._heads:
-            path, before = folder.path / MANIFEST_NAME, self._before
-            with reaching(path):
-                identity = self.storage.identity_of(path)
-            if before is not None and identity is not None and before._identities.get(folder) == identity:
-                found = before._heads[folder]
-                self._taken_over.add(folder)
-            else:
-                found = self._read(folder)
-            # together, since a read may be interrupted
-            self._heads[folder], self._identities[folder] = found, identity
-        return self._heads[folder]
+        if folder.name not in self._heads:
+            known = self._known(folder)
+            found = known.head if known is not None and known.head is not None else self._read(folder)
+            if known is not None and self._memory is not None and isinstance(found, CheckpointSet):
+                known.head, self._memory[folder.name] = found, known
+            self._heads[folder.name] = found
+        return self._heads[folder.name]
+
+    def is_committed(self, folder: SetFolder) -> bool:
+        """Whether it has a manifest, be it a damaged one. Raises ``CheckpointNotFoundError`` if that cannot be told."""
+        if folder.name in self._heads:
+            return self._heads[folder.name] is not None
+        if self._memory is not None and folder.name in self._memory:
+            return True
+        known = self._known(folder)
+        is_committed = folder.is_committed(self.storage)
+        if is_committed and known is not None and self._memory is not None:
+            self._memory[folder.name] = known
+        return is_committed
 
     def confirm(self, folder: SetFolder) -> bool:
-        """Read a head anew that was taken over from an earlier snapshot; False if it cannot be used any more."""
-        if folder in self._taken_over:
-            self._heads[folder] = self._read(folder)
-            self._taken_over.remove(folder)
-        return isinstance(self._heads[folder], CheckpointSet)
+        """Look again at a set that was remembered; False if it is not as it was written any more."""
+        if folder.name in self.recalled and self._memory is not None:
+            self.recalled.remove(folder.name)
+            del self._memory[folder.name], self._heads[folder.name]
+            self._problems.pop(folder.name, None)
+        found = self.head(folder)
+        return isinstance(found, CheckpointSet) and self.problem_of(found) is None
+
+    def _known(self, folder: SetFolder) -> _Known | None:
+        """What is remembered of a set, or can be once it was looked at; None where nothing is remembered."""
+        if self._memory is None:
+            return None
+        return self._memory.get(folder.name) or _Known.of(folder, self.storage)
 
     def _read(self, folder: SetFolder) -> Head | None:
         try:
@@ -98,17 +176,21 @@ class Snapshot:
             # a manifest that is a link to nowhere was committed
             return None if is_absent and not folder.is_committed(self.storage) else error
 
-    def add(self, folder: SetFolder) -> CheckpointSet:
+    def add(self, name: str) -> CheckpointSet:
         """Take up a set that was committed just now, as the newest; raises what is wrong with its manifest."""
+        folder = SetFolder.of(self.folder / SETS_FOLDER, name)
+        found = None if folder is None else self.head(folder)
+        if folder is None or not isinstance(found, CheckpointSet):
+            if isinstance(found, CheckpointError):
+                raise found
+            path = self.folder / SETS_FOLDER / name
+            raise CheckpointNotFoundError(f"{path} has no {MANIFEST_NAME}", path=path)
         self.folders = (*self.folders, folder)
-        found = self.head(folder)
-        if not isinstance(found, CheckpointSet):
-            raise found or CheckpointNotFoundError(f"{folder.path} has no {MANIFEST_NAME}", path=folder.path)
         return found
 
     def remove(self, folder: SetFolder) -> None:
         """Leave out a folder that was removed just now."""
-        self.folders = tuple(one for one in self.folders if one != folder)
+        self.folders = tuple(one for one in self.folders if one.name != folder.name)
 
     def heads(
         self, iteration: TrainingIteration | None = None, *, below: int | None = None
@@ -138,13 +220,19 @@ class Snapshot:
 
     def problem_of(self, found: CheckpointSet) -> CheckpointError | None:
         """What is wrong with the files of a committed set, as their sizes tell; None where nothing is."""
-        if found.folder not in self._problems:
+        place = found.place
+        known = None if self._memory is None else self._memory.get(place)
+        if known is not None and known.is_whole:
+            return None
+        if place not in self._problems:
             try:
                 check_files(found, self.storage)
-                self._problems[found.folder] = None
+                self._problems[place] = None
             except CheckpointError as error:
-                self._problems[found.folder] = error
-        return self._problems[found.folder]
+                self._problems[place] = error
+            if known is not None:
+                known.is_whole = self._problems[place] is None
+        return self._problems[place]
 
     def newest_good(self, models: Collection[str], below: int) -> CheckpointSet | None:
         """The newest committed set of any of ``models``, of a lower sequence than ``below``, whose files are there."""
@@ -159,9 +247,10 @@ class Snapshot:
 
     def is_current(self) -> bool:
         """Whether sets are still there as they were seen: none committed or retired meanwhile."""
-        if tuple(set_folders(self.folder, self.storage)) != self.folders:
+        now = {folder.name: folder for folder in set_folders(self.folder, self.storage)}
+        if now.keys() != {folder.name for folder in self.folders}:
             return False
-        return all((head is not None) == folder.is_committed(self.storage) for folder, head in self._heads.items())
+        return all((head is not None) == now[name].is_committed(self.storage) for name, head in self._heads.items())
 
     @property
     def saw_unfinished(self) -> bool:
@@ -221,7 +310,7 @@ class Snapshot:
             if iteration is None or not iteration.is_fully_specified or iteration <= newest.iteration:
                 continue
             same = (folder for folder in self.folders if folder.iteration == iteration)
-            if any(folder.is_committed(self.storage) for folder in same):
+            if any(map(self.is_committed, same)):
                 continue
             known = [copies[file.path.name] for file in flat.files if file.path.name in copies]
             if len(known) < len(flat.files):
@@ -234,7 +323,7 @@ class Snapshot:
                 "set is %s",
                 self.folder,
                 ", ".join(sorted(removed)),
-                newest.path.name,
+                newest.name,
             )
         return later
 
@@ -290,9 +379,9 @@ class Snapshot:
     def uncommitted(self) -> tuple[str, ...]:
         """Folders of sets that were never finished: no manifest. They are never picked."""
         return tuple(
-            folder.path.name
+            folder.name
             for folder in self.folders
-            if not folder.is_committed(self.storage) and self.storage.is_folder(folder.path)
+            if not self.is_committed(folder) and self.storage.is_folder(folder.path)
         )
 
     def tags(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,12 +22,14 @@ from noether_init_core.paths import PathProvider
 from noether_init_core.saving.retention import Retention
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
-from noether_init_core.sets.health import verify_run
+from noether_init_core.sets.health import check_file, verify_run
 from noether_init_core.sets.selection import Policy, find_set, newest_set, walk_back
 from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.stack.stack import InitializerStack
+from noether_init_core.training import TrainerState
 
 TRAINER = [Need("mlp", "trainer")]
-LOOKS = ("list_folder", "is_folder", "size_of", "exists", "is_link", "identity_of", "read_bytes")
+LOOKS = ("list_folder", "is_folder", "size_of", "exists", "is_link", "identity_of", "changed_at", "read_bytes")
 
 
 class Counting(FileSystem):
@@ -75,7 +78,7 @@ for _name in LOOKS:
 def save(paths: PathProvider, epoch: int, storage: FileSystem = LOCAL, **how: Any) -> CheckpointSet:
     """One set of a tiny model."""
     model = bind(torch.nn.Linear(1, 1), name="mlp")
-    writer = CheckpointWriter(paths, flat_names=False, storage=storage, **how)
+    writer = CheckpointWriter(paths, storage=storage, **how)
     return writer.save(model, TrainingIteration(epoch, epoch, epoch))
 
 
@@ -153,6 +156,63 @@ def test_a_save_with_retention_reads_each_manifest_once_and_later_saves_only_the
     assert (storage.listed["sets"], dict(storage.read)) == (1, {other.folder.name: 1, "00000008_E8_U8_S8": 1})
 
 
+def _looks_of_a_save(folder: Path, count: int) -> int:
+    """Looks at the disk of a save beside ``count`` sets that an earlier save of the same writer has seen."""
+    paths = PathProvider(folder, f"run{count}")
+    for epoch in range(1, count + 1):
+        _made_long_ago(save(paths, epoch))
+    storage = Failing(0, errno.EIO)
+    model = bind(torch.nn.Linear(1, 1), name="mlp")
+    writer = CheckpointWriter(paths, keep_last=count, storage=storage)
+    _made_long_ago(writer.save(model, TrainingIteration(count + 1, count + 1, count + 1)))
+    before = storage.calls
+    writer.save(model, TrainingIteration(count + 2, count + 2, count + 2))
+    return storage.calls - before
+
+
+def _made_long_ago(found: CheckpointSet) -> None:
+    os.utime(found.folder, ns=(10**18 + 1, 10**18 + 1))
+
+
+def test_a_save_looks_once_at_each_set_that_it_knows(tmp_path: Path) -> None:
+    """However many are kept: a look at each, and the whole of those that go, or that are a way back."""
+    few, some, many = (_looks_of_a_save(tmp_path, count) for count in (4, 8, 16))
+    assert (some - few, many - some) == (4, 8)
+
+
+def _remove_a_file(found: CheckpointSet) -> None:
+    found.files[0].path.unlink()
+
+
+def _empty_a_file(found: CheckpointSet) -> None:
+    found.files[0].path.chmod(0o644)
+    found.files[0].path.write_bytes(b"")
+
+
+def _replace_the_manifest(found: CheckpointSet) -> None:
+    path = found.folder / "manifest.json"
+    path.rename(found.folder / "aside")
+    path.write_bytes(b"{}")
+
+
+@pytest.mark.parametrize("damage", [_remove_a_file, _empty_a_file, _replace_the_manifest])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_set_that_was_damaged_since_the_last_save_is_no_way_back(
+    paths: PathProvider, damage: Callable[[CheckpointSet], None], is_old: bool
+) -> None:
+    """What a writer remembers of a set is confirmed before another one is removed for its sake."""
+    model = bind(torch.nn.Linear(1, 1), name="mlp")
+    writer = CheckpointWriter(paths, keep_last=2)
+    sets = [writer.save(model, TrainingIteration(epoch, epoch, epoch)) for epoch in (6, 7)]
+    if is_old:
+        for found in sets:
+            _made_long_ago(found)
+    damage(sets[1])
+    writer.save(model, TrainingIteration(8, 8, 8))
+    good = [found.name for found in Snapshot(paths).readable() if Snapshot(paths).problem_of(found) is None]
+    assert good == ["E8_U8_S8", "E6_U6_S6"]
+
+
 def _answers(paths: PathProvider) -> dict[str, Callable[[FileSystem], Any]]:
     def walked(storage: FileSystem) -> Any:
         snapshot = Snapshot(paths, storage=storage)
@@ -189,6 +249,68 @@ def test_a_look_that_fails_never_chooses_another_set(paths: PathProvider, questi
         storage = Failing(number, code)
         found, said = _tried(lambda storage=storage: ask(storage))
         assert found == "E5_U5_S5" if said is None else str(storage.failed_at) in said
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE], ids=lambda code: errno.errorcode[code])
+def test_walking_back_passes_over_no_set_whose_files_cannot_be_opened(
+    paths: PathProvider, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """The files may be as they were written: another set would be chosen for a disk that fails for a moment."""
+    newest = save(paths, 6)
+    weights = newest.file("mlp", "model")
+    assert weights is not None
+    real = os.open
+
+    def failing(path: Any, *arguments: Any, **options: Any) -> int:
+        if os.fspath(path) == str(weights.path):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+    config = paths.output_root / "init.yaml"
+    config.write_text("auto_resume: true\non_invalid: previous\n")
+    model = bind(torch.nn.Linear(1, 1), name="mlp")
+    stack = InitializerStack.from_file(config, path_provider=paths)
+    with pytest.raises(CheckpointError, match=re.escape(os.strerror(code))):
+        stack.initialize(model, trainer=TrainerState(seed=1))
+
+
+def _cannot_be_read(*_arguments: Any) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_walking_back_passes_over_a_set_whose_bytes_cannot_be_read(
+    paths: PathProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was opened, and of which the disk has lost bytes, is broken."""
+
+    def prove(found: CheckpointSet) -> str:
+        with monkeypatch.context() as patch:
+            if found.name == "E5_U5_S5":
+                patch.setattr(os, "preadv", _cannot_be_read)
+            for file in found.files:
+                check_file(found, file)
+        return found.name
+
+    selected, proven = walk_back(Snapshot(paths), None, prove, TRAINER, WALK, asked_by="auto_resume")
+    assert (proven, [name for name, _why in selected.passed_over]) == ("E4_U4_S4", ["00000005_E5_U5_S5"])
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE], ids=lambda code: errno.errorcode[code])
+def test_a_look_at_flat_names_that_fails_is_told_with_its_path(paths: PathProvider, code: int) -> None:
+    """The record of flat names, and the flat names, are looked at where they lie beside committed sets."""
+    save(paths, 6, flat_names=True)
+
+    def ask(storage: FileSystem) -> str:
+        return find_set(Snapshot(paths, storage=storage), None, TRAINER).found.name
+
+    for number in _each_look(ask):
+        storage = Failing(number, code)
+        try:
+            said = ask(storage)
+        except CheckpointError as error:
+            said = str(error)
+        assert said == "E6_U6_S6" or str(storage.failed_at) in said
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE], ids=lambda code: errno.errorcode[code])

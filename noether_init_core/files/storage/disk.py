@@ -26,16 +26,18 @@ _NO_HARDLINK = frozenset({errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, 
 _UNFIT = frozenset({errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG})
 
 
-def is_out_of_reach(error: BaseException | None, *, but: int | None = None) -> bool:
+def is_out_of_reach(error: BaseException | None, *, unless_read: bool = False) -> bool:
     """Whether an ``OSError`` behind ``error`` says that a look failed, and so nothing of what is there.
 
     Only ENOENT and ENOTDIR mean that nothing is there. A disk that fails (EIO), a server that is gone (ESTALE) or a
-    folder that is closed (EACCES) is no ground to remove anything, or to choose another set. ``but``: an errno that
-    says something all the same, as EIO does of a file that was opened and cannot be read.
+    folder that is closed (EACCES) is no ground to remove anything, or to choose another set. ``unless_read``: bytes of
+    a file that was opened and that the disk cannot read (EIO) do say something of the file.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            return error.errno not in {*_UNFIT, but} and not isinstance(error, FileNotFoundError | NotADirectoryError)
+            if unless_read and error.errno == errno.EIO and error.filename is None:  # looks name a file, reads do not
+                return False
+            return error.errno not in _UNFIT and not isinstance(error, FileNotFoundError | NotADirectoryError)
         error = error.__cause__
     return False
 
@@ -73,6 +75,11 @@ class FileSystem:
         """Bytes and time of change (ns) of a regular file, links not followed; None for anything else, or nothing."""
         found = _stat(path, follow=False)
         return (found.st_size, found.st_mtime_ns) if found is not None and stat.S_ISREG(found.st_mode) else None
+
+    def changed_at(self, folder: Path) -> int | None:
+        """When names in the folder last changed (ns), links not followed; None for anything else, or nothing."""
+        found = _stat(folder, follow=False)
+        return found.st_mtime_ns if found is not None and stat.S_ISDIR(found.st_mode) else None
 
     def resolve(self, path: Path) -> Path:
         """The path without symbolic links; it need not exist."""
