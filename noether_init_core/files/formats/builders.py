@@ -7,11 +7,8 @@ inert ones; none allocates more than bytes of the file account for.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
-
-import attrs
 
 from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, RefusedTensor, StorageRef
 from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo
@@ -21,37 +18,26 @@ LARGEST = 1 << 58
 _MOST_DIMENSIONS = 64
 #: Tuples as keys are hashed again at every use; their elements, nested ones included, are counted.
 _KEY_DEPTH = 8
-#: So many keys are inserted between two looks at the clock, and this is what they may take: fifty times the usual.
-_SLICE = 256
-_SECONDS_PER_KEY = 5e-6
+#: Numbers as keys may be so much larger than the number of entries before them.
+_KEY_GAP = 1024
 
 
-@attrs.define
 class Scope:
-    """What is left of three budgets of a run."""
+    """What is left of the budgets of a run over ``size`` bytes."""
 
-    #: bytes or elements that calls may still copy
-    copies: int
-    #: elements of compound keys that may still be hashed
-    key_elements: int
-    #: processor time that keys may still take beyond what is usual
-    key_seconds: float = 0.5
+    def __init__(self, size: int) -> None:
+        #: bytes or elements that calls may still copy
+        self.copies = 1024 + 2 * size
+        #: elements of compound keys that may still be hashed
+        self.key_elements = 1024 + 16 * size
+        #: entries that keys whose hash anybody can choose may still be compared with
+        self.key_comparisons = (16 << 20) + 4 * size
 
     def charge(self, amount: int) -> None:
         """Account for a copy. A file cannot ask for more memory than its own size accounts for."""
         self.copies -= amount
         if self.copies < 0:
             raise OpcodeError("its calls copy far more than the file holds")
-
-    def charge_keys(self, count: int, seconds: float) -> None:
-        """Account for the insertion of keys that are no texts.
-
-        Hashes of numbers and tuples are no secret, so that keys can be chosen to collide, and each then takes as long
-        as all before it together. Only the clock sees every way of doing that and no honest dict, however large.
-        """
-        self.key_seconds -= max(0.0, seconds - count * _SECONDS_PER_KEY)
-        if self.key_seconds < 0:
-            raise OpcodeError("its keys are numbers or tuples that collide with each other")
 
 
 Builder = Callable[[Scope, tuple[Any, ...]], Any]
@@ -86,55 +72,59 @@ _QUANTIZED_DTYPES = frozenset(f"torch.{dtype}" for dtype in ("qint8", "qint32", 
 _SUB_BYTE_DTYPES = frozenset(f"torch.{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))
 
 
-def set_items(scope: Scope, target: dict[Any, Any], items: list[Any]) -> None:
+def set_items(scope: Scope, target: dict[Any, Any], items: Sequence[Any]) -> None:
     """Set items of ``target``; keys and values alternate. Keys are checked before they are hashed."""
-    for start in range(0, len(items), 2 * _SLICE):
-        part = items[start : start + 2 * _SLICE]
-        keys = part[0::2]
-        unusual = [key for key in keys if type(key) is not str]
-        for key in unusual:
-            _check_key(scope, key)
-        began = time.thread_time() if unusual else 0.0
-        target.update(zip(keys, part[1::2], strict=True))
-        if unusual:
-            scope.charge_keys(len(unusual), time.thread_time() - began)
+    keys = items[0::2]
+    _check_keys(scope, keys, len(target))
+    target.update(zip(keys, items[1::2], strict=True))
 
 
-def add_members(scope: Scope, target: set[Any], members: Iterable[Any]) -> None:
+def add_members(scope: Scope, target: set[Any], members: Sequence[Any]) -> None:
     """Add to ``target``; members are checked before they are hashed."""
-    following = iter(members)
-    while part := list(itertools.islice(following, _SLICE)):
-        for member in part:
-            _check_key(scope, member)
-        began = time.thread_time()
-        target.update(part)
-        scope.charge_keys(len(part), time.thread_time() - began)
+    _check_keys(scope, members, len(target))
+    target.update(members)
 
 
-def _check_key(scope: Scope, key: object) -> None:
-    """Check a key of a dict or a member of a set before it is hashed for the first time."""
-    pending = [(key, 0)]
-    while pending:
-        value, depth = pending.pop()
-        kind = type(value)
-        scope.key_elements -= 1
-        if kind is tuple or kind is frozenset:
-            if depth == _KEY_DEPTH:
-                raise OpcodeError(f"a key is a tuple nested deeper than {_KEY_DEPTH}")
-            scope.key_elements -= len(value)  # type: ignore[arg-type]
-            if scope.key_elements < 0:
-                break
-            pending.extend((element, depth + 1) for element in value)  # type: ignore[attr-defined]
-        elif kind not in _HASHABLE:
-            raise OpcodeError(f"a key is a {kind.__name__}")
+def _check_keys(scope: Scope, keys: Sequence[Any], present: int) -> None:
+    """Check keys before they come to ``present`` others.
+
+    Hashes of numbers, and of tuples, are no secret, so that keys can be chosen to collide: each is then compared with all
+    before it. Those of texts are drawn anew by every process, and whole numbers from zero on without large gaps lie side
+    by side. All others are counted as if they did collide: 5,000 of them are read, 70,000 would take minutes.
+    """
+    for place, key in enumerate(keys, present):
+        kind = type(key)
+        if kind is str or (kind is int and 0 <= key <= place + _KEY_GAP):
+            continue
+        _check_parts(scope, key, 0)
+        if kind not in _SECRET_HASHES:
+            scope.key_comparisons -= place
+            if scope.key_comparisons < 0:
+                raise OpcodeError("it has so many numbers or tuples as keys that they may collide with each other")
+
+
+def _check_parts(scope: Scope, key: Any, depth: int) -> None:
+    scope.key_elements -= 1
     if scope.key_elements < 0:
         raise OpcodeError("its keys are tuples with far more elements than the file holds")
+    kind = type(key)
+    if kind is tuple or kind is frozenset:
+        if depth == _KEY_DEPTH:
+            raise OpcodeError(f"a key is a tuple nested deeper than {_KEY_DEPTH}")
+        for part in key:
+            _check_parts(scope, part, depth + 1)
+    elif kind not in _HASHABLE:
+        raise OpcodeError(f"a key is a {kind.__name__}")
 
 
-_HASHABLE = frozenset({str, int, float, bool, complex, bytes, type(None), range, GlobalName, ForeignObject})
+# of an inert object it is the address
+_SECRET_HASHES = frozenset({str, bytes, GlobalName, ForeignObject})
+_HASHABLE = _SECRET_HASHES | {int, float, bool, complex, type(None), range}
 
 
-def _tensor(storage: object, offset: object, shape: object, stride: object, dtype: str | None, extra: object) -> Any:
+def _tensor(
+    storage: object, offset: object, shape: object, stride: object, dtype: str | None, extra: object = None
+) -> Any:
     if type(storage) is RefusedTensor:
         return storage
     if type(storage) is not StorageRef:
@@ -180,15 +170,13 @@ def _tensor_2(scope: Scope, args: tuple[Any, ...]) -> Any:
     if len(args) not in (6, 7):
         raise OpcodeError("a tensor has a wrong number of arguments")
     storage = args[0]
-    dtype = storage.dtype if type(storage) is StorageRef else None
-    return _tensor(storage, args[1], args[2], args[3], dtype, args[6] if len(args) == 7 else None)
+    return _tensor(*args[:4], storage.dtype if type(storage) is StorageRef else None, *args[6:])
 
 
 def _tensor_3(scope: Scope, args: tuple[Any, ...]) -> Any:
     if len(args) not in (7, 8) or type(args[6]) is not GlobalName:
         raise OpcodeError("a tensor has a wrong number of arguments or no dtype")
-    dtype = args[6].name.removeprefix("torch.")
-    return _tensor(args[0], args[1], args[2], args[3], dtype, args[7] if len(args) == 8 else None)
+    return _tensor(*args[:4], args[6].name.removeprefix("torch."), *args[7:])
 
 
 def _parameter(scope: Scope, args: tuple[Any, ...]) -> Any:
@@ -270,12 +258,6 @@ def _encode(scope: Scope, args: tuple[Any, ...]) -> Any:
     return args[0].encode("latin-1")
 
 
-def _bytes(scope: Scope, args: tuple[Any, ...]) -> Any:
-    if args:
-        raise OpcodeError("bytes are built from arguments")
-    return b""
-
-
 def _byte_array(scope: Scope, args: tuple[Any, ...]) -> Any:
     if len(args) == 2:
         args = (_encode(scope, args),)
@@ -284,24 +266,6 @@ def _byte_array(scope: Scope, args: tuple[Any, ...]) -> Any:
         raise OpcodeError("a bytearray is built from something else than bytes")
     scope.charge(len(args[0]) if args else 0)
     return bytearray(*args)
-
-
-def _complex(scope: Scope, args: tuple[Any, ...]) -> Any:
-    if len(args) != 2 or any(type(part) is not float for part in args):
-        raise OpcodeError("a complex number is built from something else than two numbers")
-    return complex(*args)
-
-
-def _slice(scope: Scope, args: tuple[Any, ...]) -> Any:
-    if not 1 <= len(args) <= 3 or any(part is not None and type(part) is not int for part in args):
-        raise OpcodeError("a slice is built from something else than whole numbers")
-    return slice(*args)
-
-
-def _range(scope: Scope, args: tuple[Any, ...]) -> Any:
-    if not 1 <= len(args) <= 3 or any(type(part) is not int for part in args) or (len(args) == 3 and args[2] == 0):
-        raise OpcodeError("a range is built from something else than whole numbers")
-    return range(*args)
 
 
 def _size(scope: Scope, args: tuple[Any, ...]) -> Any:
@@ -318,15 +282,29 @@ def _device(scope: Scope, args: tuple[Any, ...]) -> Any:
     return ForeignObject("torch.device", args)
 
 
+def _value(make: Callable[..., Any], counts: Collection[int], *kinds: type) -> Builder:
+    """A builder of plain values: ``make`` for one of these numbers of arguments, all of these types."""
+
+    def build(scope: Scope, args: tuple[Any, ...]) -> Any:
+        try:
+            if len(args) in counts and all(type(one) in kinds for one in args):
+                return make(*args)
+        except ValueError:  # a range without step
+            pass
+        raise OpcodeError(f"a {make.__name__} is built from {len(args)} arguments of a wrong number, type or value")
+
+    return build
+
+
 BUILDERS: dict[str, Builder] = {
     "_codecs.encode": _encode,
     "builtins.bytearray": _byte_array,
-    "builtins.bytes": _bytes,
-    "builtins.complex": _complex,
+    "builtins.bytes": _value(bytes, (0,)),
+    "builtins.complex": _value(complex, (2,), float),
     "builtins.frozenset": _frozen_set,
-    "builtins.range": _range,
+    "builtins.range": _value(range, (1, 2, 3), int),
     "builtins.set": _set,
-    "builtins.slice": _slice,
+    "builtins.slice": _value(slice, (1, 2, 3), int, type(None)),
     "collections.Counter": _plain_dict,
     "collections.OrderedDict": _plain_dict,
     "collections.defaultdict": _default_dict,

@@ -86,7 +86,7 @@ class Interpreter:
         self._data = data
         self._records = records
         self._allowed = frozenset(allowed)
-        self._scope = Scope(copies=1024 + 2 * len(data), key_elements=1024 + 16 * len(data))
+        self._scope = Scope(len(data))
         # Every container that pickle writes takes three bytes at least; empty ones of a single byte are costly.
         self._containers = 1024 + len(data) // 2
         # All that is noted by itself takes a byte more than the object, a tuple its content; a few are always fine.
