@@ -19,9 +19,8 @@ from noether_init_core.diff.sides import Side, is_average, known_from, side_at
 from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
 from noether_init_core.errors import CheckpointCorruptError
 from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.files.content import ForeignObject
+from noether_init_core.files.content import ForeignObject, TensorInfo
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.nested import equal, mapped
 
 _OBJECT = "object"

@@ -11,7 +11,7 @@ import attrs
 import torch
 
 from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.files.tensor_info import TensorInfo
+from noether_init_core.files.content import TensorInfo
 
 _Item = TypeVar("_Item")
 

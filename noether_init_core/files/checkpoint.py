@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 import attrs
 
 from noether_init_core.errors import CheckpointNotFoundError
-from noether_init_core.files.content import Versions
+from noether_init_core.files.content import Box, TensorInfo, Versions
 from noether_init_core.files.examining import Finding
 from noether_init_core.files.reading import Materializer, check_targets, nonfinite_in
-from noether_init_core.files.tensor_info import Box, TensorInfo
 from noether_init_core.files.verification import Verified
 from noether_init_core.messages import listed, near
 from noether_init_core.nested import equal

@@ -1,4 +1,4 @@
-"""The content of a file: the object in it, where its tensors and trees are, and which bytes are verified together.
+"""The content of a file before tensors are read: descriptions of tensors, inert values, and a walk over them.
 
 An object may share parts (pickle writes each part once), so that a few hundred bytes can stand for a tree of
 billions. What is handed out is limited as a tree, since that is how everybody walks over it.
@@ -6,16 +6,183 @@ billions. What is handed out is limited as a tree, since that is how everybody w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from types import MappingProxyType
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import attrs
 
-from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.files.tensor_info import TensorInfo
-from noether_init_core.messages import one_line
+#: First and one past the last index in each dimension.
+Box = tuple[tuple[int, int], ...]
+
+#: Bytes per element of every dtype that can be read, by torch's name without ``torch.``.
+ITEMSIZES = {
+    name: size
+    for size, names in {
+        1: "bits1x8 bits2x4 bits4x2 bits8 bool float4_e2m1fn_x2 "
+        "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu int8 uint8",
+        2: "bfloat16 bits16 float16 int16 uint16",
+        4: "complex32 float32 int32 uint32",
+        8: "complex64 float64 int64 uint64",
+        16: "complex128",
+    }.items()
+    for name in names.split()
+}
+
+
+@attrs.frozen
+class Piece:
+    """Bytes of one file that hold a box of a tensor.
+
+    Attributes:
+        offset: Place of the first element in the file.
+        nbytes: Bytes from the first to the last element that the box uses, those between them included.
+        stride: Elements between neighbours in each dimension of the box; None: row-major, without gaps.
+        box: The box of the tensor; None: all of it.
+        file: Name of the file in a checkpoint of several files; empty: the only one.
+        container: ``raw``: ``offset`` leads to the elements. ``torch_zip``: it leads to a whole archive of torch.save
+            that holds this tensor only; a format resolves such a piece to a raw one when it is first read.
+        is_conjugated: The bytes are those before a lazy conjugation; reading carries it out.
+        is_negated: The same for a lazy negation.
+    """
+
+    offset: int
+    nbytes: int
+    stride: tuple[int, ...] | None = None
+    box: Box | None = None
+    file: str = ""
+    container: Literal["raw", "torch_zip"] = "raw"
+    is_conjugated: bool = False
+    is_negated: bool = False
+
+
+@attrs.frozen
+class TensorInfo:
+    """One tensor of a checkpoint: what it looks like, and where its bytes are.
+
+    Two keys with equal pieces are one tensor (tied weights).
+
+    Attributes:
+        shape: Its sizes.
+        dtype: torch's name of the dtype, without ``torch.``.
+        pieces: Boxes that make up the tensor, without overlap; none for a tensor that is computed when it is read.
+        key: What ``Checkpoint.read`` takes for a tensor that has no pieces.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[Piece, ...] = ()
+    key: str = ""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Number of elements times their size."""
+        return math.prod(self.shape) * ITEMSIZES[self.dtype]
+
+    @property
+    def whole(self) -> Piece | None:
+        """The piece that holds all of the tensor; None where several do, or none."""
+        piece = self.pieces[0] if len(self.pieces) == 1 else None
+        return piece if piece is not None and piece.box is None else None
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Elements between neighbours in each dimension; row-major where no single piece says otherwise."""
+        whole = self.whole
+        return row_major(self.shape) if whole is None or whole.stride is None else whole.stride
+
+    @property
+    def dense(self) -> Piece | None:
+        """The piece whose bytes are those of the tensor and no others, in whatever order, as they are to be read."""
+        whole = self.whole
+        if whole is None or whole.is_conjugated or whole.is_negated:
+            return None
+        return whole if whole.stride is None or is_dense(self.shape, whole.stride) else None
+
+    @property
+    def contiguous(self) -> Piece | None:
+        """The piece that holds the elements one after the other, in row-major order, as they are to be read."""
+        dense = self.dense
+        if dense is None or dense.stride is None or 0 in self.shape:
+            return dense
+        # a dimension of one element may have any stride
+        steps = zip(self.shape, dense.stride, row_major(self.shape), strict=True)
+        return dense if all(size == 1 or step == own for size, step, own in steps) else None
+
+    def part(self, box: Box) -> TensorInfo:
+        """The description of a box of the tensor, whose pieces are those parts of its pieces that lie in the box.
+
+        Raises ``ValueError`` for a box that does not lie in the tensor, or a tensor without pieces.
+        """
+        if len(box) != len(self.shape) or any(
+            not 0 <= begin <= end <= size for (begin, end), size in zip(box, self.shape, strict=True)
+        ):
+            raise ValueError(f"{box} is no box of a tensor of the shape {list(self.shape)}")
+        if not self.pieces or any(piece.container != "raw" for piece in self.pieces):
+            raise ValueError("the places of its elements are not known: it is computed, or not resolved yet")
+        shape = tuple(end - begin for begin, end in box)
+        found = (self._within(piece, box) for piece in self.pieces)
+        return TensorInfo(shape, self.dtype, tuple(piece for piece in found if piece is not None))
+
+    def flat(self) -> TensorInfo:
+        """The description of the same bytes in one dimension, of a tensor that is ``contiguous``."""
+        (piece,) = self.pieces
+        return TensorInfo((math.prod(self.shape),), self.dtype, (attrs.evolve(piece, stride=None),))
+
+    def _within(self, piece: Piece, box: Box) -> Piece | None:
+        """The part of a piece that lies in ``box``, which is where its own box counts from; None for none."""
+        own = piece.box or tuple((0, size) for size in self.shape)
+        common = tuple(
+            (max(begin, first), min(end, last)) for (begin, end), (first, last) in zip(box, own, strict=True)
+        )
+        if piece.box is not None and any(begin >= end for begin, end in common):
+            return None
+        stride = piece.stride or row_major(tuple(end - begin for begin, end in own))
+        skipped = sum((begin - first) * step for (begin, _), (first, _), step in zip(common, own, stride, strict=True))
+        shape = tuple(end - begin for begin, end in common)
+        return attrs.evolve(
+            piece,
+            offset=piece.offset + skipped * self.itemsize,
+            nbytes=span(shape, stride) * self.itemsize,
+            stride=stride,
+            box=None
+            if common == box
+            else tuple((begin - start, end - start) for (begin, end), (start, _) in zip(common, box, strict=True)),
+        )
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps, as torch counts them."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size or 1
+    return tuple(reversed(strides))
+
+
+def span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last one of a tensor, those between them included."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether every element from the first to the last one belongs to the tensor, in whatever order."""
+    expected = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True)):
+        if size > 1 and step != 0:
+            if step != expected:
+                return False
+            expected *= size
+    return 0 in shape or expected == span(shape, stride)
 
 
 class OpcodeError(Exception):
@@ -95,7 +262,9 @@ def _is_container(value: Any) -> bool:
     return isinstance(value, dict | list | tuple)
 
 
-def named(parts: Mapping[Any, Any], kind: type[T], is_searched: Callable[[Any], bool] = _is_container) -> dict[str, T]:
+def named(
+    parts: Mapping[Any, Any], kind: type[T], is_searched: Callable[[Any], object] = _is_container
+) -> dict[str, T]:
     """Dotted path -> every value of ``kind`` in ``parts``, in their order. Of two equal paths the second gets ``#2``.
 
     What is written and what is read is named by this one function, since a manifest lists tensors by these names: the
@@ -107,7 +276,7 @@ def named(parts: Mapping[Any, Any], kind: type[T], is_searched: Callable[[Any], 
     return found
 
 
-def _collect(value: Any, path: str, kind: type[T], is_searched: Callable[[Any], bool], found: dict[str, T]) -> None:
+def _collect(value: Any, path: str, kind: type[T], is_searched: Callable[[Any], object], found: dict[str, T]) -> None:
     if isinstance(value, kind):
         name, number = path, 1
         while name in found:
@@ -168,25 +337,19 @@ class ObjectGraph:
 
     def tensors(self, parts: Mapping[Any, Any]) -> dict[str, TensorInfo]:
         """Dotted path -> tensor, in parts of the object. Of two equal paths the second gets ``#2``, and so on."""
-        return named(parts, TensorInfo, self._holds_tensors)
+        return named(parts, TensorInfo, self.count)
 
     def count(self, value: Any) -> int:
         """Tensors below a part of the object; a tensor in the place of a part counts as none."""
         return (self._seen.get(id(value)) or (0, 0))[1] if type(value) in _CONTAINERS else 0
 
-    def _holds_tensors(self, value: Any) -> bool:
-        return self.count(value) > 0
-
     def _visit(self, value: Any, path: tuple[Any, ...], depth: int) -> tuple[int, int]:
         kind = type(value)
-        if kind is TensorInfo:
-            return 1, 1
         if kind in _UNREADABLE:
             reason = value.reason if kind is RefusedTensor else "it is a bare storage; store a tensor instead"
             self.problems.setdefault(dotted(path), reason)
-            return 1, 0
         if kind not in _CONTAINERS:
-            return 1, 0
+            return 1, int(kind is TensorInfo)
         known = self._seen.get(id(value), (0, 0))
         if known is None:
             raise OpcodeError(f"its object contains itself at {dotted(path)[:200]!r}")
@@ -200,15 +363,13 @@ class ObjectGraph:
         values, tensors = 1, 0
         for key, child in children(value):
             child_kind = type(child)
-            if child_kind is TensorInfo:
+            if child_kind in _CONTAINERS or child_kind in _UNREADABLE:
+                more_values, more_tensors = self._visit(child, (*path, key), depth + 1)
+                values += more_values
+                tensors += more_tensors
+            else:  # most are tensors and plain values: a call for each would take far longer
                 values += 1
-                tensors += 1
-            elif child_kind in _CONTAINERS or child_kind in _UNREADABLE:
-                more = self._visit(child, (*path, key), depth + 1)
-                values += more[0]
-                tensors += more[1]
-            else:
-                values += 1
+                tensors += child_kind is TensorInfo
         if values > self._largest or tensors > self._most_tensors:
             raise OpcodeError("its object repeats its parts so often that it is far larger than the file")
         self._seen[id(value)] = values, tensors
@@ -217,10 +378,7 @@ class ObjectGraph:
 
 def dotted(path: Iterable[Any]) -> str:
     """The path as it is shown and asked for: ``state.0.exp_avg``."""
-    name = ""
-    for key in path:
-        name = join(name, key)
-    return name
+    return functools.reduce(join, path, "")
 
 
 #: The attribute of a state dict.
@@ -232,25 +390,6 @@ Versions = Mapping[str, Mapping[str, Any]]
 _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
-def versions_in(attached: Iterable[tuple[dict[Any, Any], Any]], size: int) -> dict[int, Versions]:
-    """Id of a dict -> the versions that were attached to it; ``size`` are the bytes of the pickle.
-
-    A file may attach one object to many dicts, so each is looked at once. Raises ``OpcodeError`` for ``_metadata`` that
-    is no dict of dicts of plain values: torch could not use it either.
-    """
-    versioned = [(owner, state[METADATA]) for owner, state in attached if type(state) is dict and METADATA in state]
-    ObjectGraph([metadata for _owner, metadata in versioned], size)
-    screened: dict[int, Versions] = {}
-    plain: set[int] = set()
-    for _owner, metadata in versioned:
-        if id(metadata) not in screened:
-            wrong = not_plain(metadata, plain)
-            if wrong is not None:
-                raise OpcodeError(f"the _metadata of a state dict says of {wrong:.80} something else than plain values")
-            screened[id(metadata)] = MappingProxyType(metadata)
-    return {id(owner): screened[id(metadata)] for owner, metadata in versioned}
-
-
 def not_plain(metadata: Any, known: set[int]) -> str | None:
     """The first module of which it is not a dict of plain values that is said; None where all is well.
 
@@ -258,14 +397,10 @@ def not_plain(metadata: Any, known: set[int]) -> str | None:
     """
     if not isinstance(metadata, dict):
         return "all modules"
-    return next(
-        (
-            repr(path)
-            for path, said in metadata.items()
-            if type(path) is not str or not isinstance(said, dict) or not _is_plain(said, known)
-        ),
-        None,
-    )
+    for path, said in metadata.items():
+        if type(path) is not str or not isinstance(said, dict) or not _is_plain(said, known):
+            return repr(path)
+    return None
 
 
 def _is_plain(value: Any, known: set[int]) -> bool:
@@ -302,70 +437,3 @@ class Content:
     records: Mapping[str, Record]
     versions: Mapping[int, Versions] = attrs.Factory(dict)
     metadata: Mapping[str, str] | None = None
-
-
-@attrs.frozen(eq=False)
-class Tree:
-    """One tree: its tensors by key, its other entries where it is a state dict, and what lies beside it in the file."""
-
-    name: str
-    tensors: Mapping[str, TensorInfo]
-    extra_state: Mapping[str, Any]
-    beside: Mapping[Any, Any]
-    versions: Versions
-
-
-class Trees:
-    """The trees of one file. An empty name means the whole object."""
-
-    def __init__(self, content: Content, path: Path) -> None:
-        self._content = content
-        self._path = path
-        root = content.value
-        self._own = state_dict_of(root, TensorInfo)
-        self._is_below = self._own is not None and self._own is not root
-        self._parts: Mapping[Any, Any] = root if type(root) is dict else {"object": root}
-        self._found = {
-            key: child
-            for key, child in (root.items() if type(root) is dict else ())
-            if type(key) is str and key and (content.graph.count(child) or (self._is_below and child is self._own))
-        }
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Name -> number of tensors; the empty name counts those that lie in no other tree."""
-        found = {name: self._content.graph.count(tree) for name, tree in self._found.items()}
-        outside = self._content.graph.count(self._content.value) - sum(found.values())
-        return {"": outside, **found} if outside or not found else found
-
-    def value(self, name: str) -> Any:
-        """The tree of that name. Raises ``KeyError`` for a name that does not exist."""
-        return self._found[name] if name else self._content.value
-
-    def tensors(self, name: str) -> Mapping[str, TensorInfo]:
-        """A state dict's tensors by its own keys, those of another tree by dotted paths in it. Raises ``KeyError``."""
-        tree = self.value(name)
-        return tree if is_state_dict(tree, TensorInfo) else self._dotted(name)
-
-    def select(self, entry: str | None) -> Tree:
-        """The tree that is meant; None: the state dict, else everything. Raises ``KeyError``."""
-        name = entry if entry is not None else "state_dict" if self._is_below else ""
-        tree = self.value(name)
-        beside = {key: child for key, child in self._parts.items() if key != name} if name else self._parts
-        has_tensors = type(tree) is dict and any(type(child) is TensorInfo for child in tree.values())
-        if not (name and has_tensors) and (self._own is None or tree is not self._own):
-            return Tree(name, MappingProxyType(self._dotted(name)), {}, beside, {})
-        wrong = next((key for key in tree if type(key) is not str), None)
-        if wrong is not None:
-            raise CheckpointFormatError(
-                f"{self._path} cannot be read as a checkpoint: its state dict has the key {one_line(repr(wrong))}, "
-                "which is no text. Next: write it again with torch.save(state_dict, path)",
-                path=self._path,
-            )
-        tensors = {key: child for key, child in tree.items() if type(child) is TensorInfo}
-        others = {key: child for key, child in tree.items() if key not in tensors}
-        versions = self._content.versions.get(id(tree), {})
-        return Tree(name, MappingProxyType(tensors), others, beside if name else {}, versions)
-
-    def _dotted(self, name: str) -> dict[str, TensorInfo]:
-        return self._content.graph.tensors(dict(children(self._found[name])) if name else self._parts)

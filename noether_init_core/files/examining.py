@@ -103,9 +103,20 @@ def examine(handle: Handle, stretches: Sequence[Stretch]) -> Findings:
         if stretch.target is not None and stretch.target.nbytes != stretch.size:
             raise ValueError(f"{stretch.name}: {stretch.target.nbytes} bytes of memory for {stretch.size} bytes")
     parts = _parts(stretches)
-    work = _Work(handle, stretches)
+    work = _Work(handle)
     by_threads([(part.nbytes, part) for part in parts], work.read_group)
-    return work.findings(sum(part.nbytes for part in parts))
+    crcs: dict[Stretch, int] = {}
+    for part, crc in sorted(work.crcs.items(), key=lambda item: item[0].position):
+        crcs[part.stretch] = isal_zlib.crc32_combine(crcs.get(part.stretch, 0), crc, part.nbytes)
+    damaged = (
+        one
+        for one in stretches
+        if (crcs.get(one) != one.crc if one.digest is None else work.digests[one] != one.digest)
+    )
+    # of one place, NaN comes after infinities, and so it counts
+    found = sorted(work.found, key=lambda item: item[2], reverse=True)
+    nonfinite = {(name, values): finding for name, values, finding in found}
+    return Findings(tuple(damaged), nonfinite, sum(part.nbytes for part in parts))
 
 
 @attrs.frozen
@@ -132,65 +143,51 @@ def examine_memory(data: memoryview, dtype: str) -> Examined:
 
 @attrs.frozen
 class _Part:
-    index: int
+    """What one thread takes at a time; ``begin`` counts in the stretch, ``position`` in the file."""
+
+    stretch: Stretch
     begin: int
     nbytes: int
+
+    @property
+    def position(self) -> int:
+        return self.stretch.offset + self.begin
 
 
 def _parts(stretches: Sequence[Stretch]) -> list[_Part]:
     """In the order of the file; large stretches are split where their checksum can be combined of parts."""
     parts = []
-    for index, one in sorted(enumerate(stretches), key=lambda pair: pair[1].offset):
+    for one in sorted(stretches, key=lambda stretch: stretch.offset):
         if one.crc is not None or one.digest is not None or one.values or one.target is not None:
             step = max(one.size, 1) if one.digest is not None else GROUP
-            parts += [_Part(index, at, min(step, one.size - at)) for at in range(0, max(one.size, 1), step)]
+            parts += [_Part(one, at, min(step, one.size - at)) for at in range(0, max(one.size, 1), step)]
     return parts
 
 
 class _Work:
     """What the threads share; every operation on the containers is a single step."""
 
-    def __init__(self, handle: Handle, stretches: Sequence[Stretch]) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
-        self._stretches = stretches
-        self._sums: dict[tuple[int, int], tuple[int, int]] = {}
-        self._digests: dict[int, str] = {}
-        self._found: set[tuple[str, Values, Finding]] = set()
         self._own = threading.local()
-
-    def findings(self, nbytes: int) -> Findings:
-        crcs = [0] * len(self._stretches)
-        for (index, _begin), (crc, length) in sorted(self._sums.items()):
-            crcs[index] = isal_zlib.crc32_combine(crcs[index], crc, length)
-        damaged = []
-        for index, stretch in enumerate(self._stretches):
-            if stretch.digest is not None:
-                if self._digests[index] != stretch.digest:
-                    damaged.append(stretch)
-            elif stretch.crc is not None and crcs[index] != stretch.crc:
-                damaged.append(stretch)
-        found: dict[tuple[str, Values], Finding] = {}
-        for name, values, finding in self._found:
-            if found.get((name, values)) != "NaN":
-                found[name, values] = finding
-        return Findings(tuple(damaged), found, nbytes)
+        self.crcs: dict[_Part, int] = {}
+        self.digests: dict[Stretch, str] = {}
+        self.found: set[tuple[str, Values, Finding]] = set()
 
     def read_group(self, group: list[_Part]) -> None:
         """One pass over neighbouring parts; one read serves as many small ones as it holds."""
-        buffer = self._buffer()
-        begin = end = 0  # what part of the file is in the buffer
-        for number, part in enumerate(group):
-            stretch = self._stretches[part.index]
-            position = stretch.offset + part.begin
-            upto = position + part.nbytes
-            if stretch.target is not None or part.nbytes > len(buffer):
-                begin = end = 0
-                self._look(part, self._pieces(stretch, part, buffer))
+        together: list[_Part] = []
+        for part in group:
+            is_alone = part.stretch.target is not None or part.nbytes > _BUFFER
+            if together and (is_alone or part.position + part.nbytes > together[0].position + _BUFFER):
+                self._read_together(together)
+                together = []
+            if is_alone:
+                self._look(part, self._pieces(part))
             else:
-                if position < begin or upto > end:
-                    begin, end = position, self._end_of_read(group, number, position + len(buffer))
-                    self._handle.read_into(buffer[: end - begin], begin, stretch.name)
-                self._look(part, (buffer[position - begin : upto - begin],))
+                together.append(part)
+        if together:
+            self._read_together(together)
 
     def _buffer(self) -> memoryview:
         """One for each thread, made once: its pages are touched for the first time only once."""
@@ -198,29 +195,26 @@ class _Work:
             self._own.buffer = memoryview(bytearray(_BUFFER))
         return self._own.buffer  # type: ignore[no-any-return]  # what is kept for a thread has no type
 
-    def _end_of_read(self, group: list[_Part], number: int, limit: int) -> int:
-        """Behind the last part, from ``number`` on, that one read can serve as a whole."""
-        end = 0
-        for part in group[number:]:
-            stretch = self._stretches[part.index]
-            behind = stretch.offset + part.begin + part.nbytes
-            if stretch.target is not None or behind > limit:
-                break
-            end = behind
-        return end
+    def _read_together(self, parts: Sequence[_Part]) -> None:
+        begin = parts[0].position
+        data = self._buffer()[: max(part.position + part.nbytes for part in parts) - begin]
+        self._handle.read_into(data, begin, parts[0].stretch.name)
+        for part in parts:
+            at = part.position - begin
+            self._look(part, (data[at : at + part.nbytes],))
 
-    def _pieces(self, stretch: Stretch, part: _Part, buffer: memoryview) -> Iterable[memoryview]:
+    def _pieces(self, part: _Part) -> Iterable[memoryview]:
         """What is read of a part, one after the other: into its target, or into the buffer again and again."""
-        end = part.begin + part.nbytes
-        for begin in range(part.begin, end, _BUFFER):
-            length = min(_BUFFER, end - begin)
-            piece = buffer[:length] if stretch.target is None else stretch.target[begin : begin + length]
-            self._handle.read_into(piece, stretch.offset + begin, stretch.name)
+        target = part.stretch.target
+        for begin in range(part.begin, part.begin + part.nbytes, _BUFFER):
+            length = min(_BUFFER, part.begin + part.nbytes - begin)
+            piece = self._buffer()[:length] if target is None else target[begin : begin + length]
+            self._handle.read_into(piece, part.stretch.offset + begin, part.stretch.name)
             yield piece
 
     def _look(self, part: _Part, pieces: Iterable[memoryview]) -> None:
         """Sum up and look at the pieces of one part, each while it is in the cache."""
-        stretch = self._stretches[part.index]
+        stretch = part.stretch
         state = xxhash.xxh3_128() if stretch.digest is not None else None
         crc, at = 0, part.begin
         for piece in pieces:
@@ -233,40 +227,29 @@ class _Work:
                 if first < behind:
                     found = nonfinite(piece[first - at : behind - at], values.dtype)
                     if found is not None:
-                        self._found.add((stretch.name, values, found))
+                        self.found.add((stretch.name, values, found))
             at += len(piece)
         if state is not None:
-            self._digests[part.index] = f"xxh3_128:{state.hexdigest()}"
+            self.digests[stretch] = f"xxh3_128:{state.hexdigest()}"
         elif stretch.crc is not None:
-            self._sums[part.index, part.begin] = crc, part.nbytes
+            self.crcs[part] = crc
 
 
 Finding = Literal["NaN", "infinities"]
 
 
-@attrs.frozen
-class _Patterns:
-    """``size``: bytes of one number. ``infinity``: its bits without sign; None: there is none. ``nan``: the first."""
-
-    size: int
-    infinity: int | None
-    nan: int
-
-
-_PATTERNS = {
-    "bfloat16": _Patterns(2, 0x7F80, 0x7F81),
-    "complex128": _Patterns(8, 0x7FF << 52, (0x7FF << 52) + 1),
-    "complex32": _Patterns(2, 0x7C00, 0x7C01),
-    "complex64": _Patterns(4, 0x7F800000, 0x7F800001),
-    "float16": _Patterns(2, 0x7C00, 0x7C01),
-    "float32": _Patterns(4, 0x7F800000, 0x7F800001),
-    "float64": _Patterns(8, 0x7FF << 52, (0x7FF << 52) + 1),
-    "float8_e4m3fn": _Patterns(1, None, 0x7F),
-    "float8_e5m2": _Patterns(1, 0x7C, 0x7D),
+# Bytes of one number; the bits of infinity without sign, None where there is none; those of the first NaN.
+_PATTERNS: dict[str, tuple[int, int | None, int]] = {
+    "bfloat16": (2, 0x7F80, 0x7F81),
+    "complex128": (8, 0x7FF << 52, (0x7FF << 52) + 1),
+    "complex32": (2, 0x7C00, 0x7C01),
+    "complex64": (4, 0x7F800000, 0x7F800001),
+    "float16": (2, 0x7C00, 0x7C01),
+    "float32": (4, 0x7F800000, 0x7F800001),
+    "float64": (8, 0x7FF << 52, (0x7FF << 52) + 1),
+    "float8_e4m3fn": (1, None, 0x7F),
+    "float8_e5m2": (1, 0x7C, 0x7D),
 }
-_FLOAT = {4: "f4", 8: "f8"}
-_SIGNED = {1: "i1", 2: "i2", 4: "i4", 8: "i8"}
-_UNSIGNED = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
 # Formats with a single NaN: the bits of minus zero, or, without a sign, all of them set.
 _SINGLE_NAN = {"float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80, "float8_e8m0fnu": 0xFF}
 
@@ -290,16 +273,15 @@ def nonfinite(data: memoryview, dtype: str) -> Finding | None:
         octets = np.frombuffer(data, np.uint8)
         found = octets.view(np.int8).min() == -128 if single == 0x80 else octets.max() == single
         return "NaN" if found else None
-    patterns = _PATTERNS[dtype]
-    if patterns.size >= 4:
-        numbers = np.frombuffer(data, _FLOAT[patterns.size])
+    size, infinity, nan = _PATTERNS[dtype]
+    if size >= 4:
+        numbers = np.frombuffer(data, f"f{size}")
         with np.errstate(over="ignore", invalid="ignore"):
-            total = np.dot(numbers, numbers)
-        if math.isfinite(total):
-            return None
-    signed = np.frombuffer(data, _SIGNED[patterns.size])
-    negative = int(signed.view(_UNSIGNED[patterns.size]).max()) - (1 << (8 * patterns.size - 1))
+            if math.isfinite(np.dot(numbers, numbers)):
+                return None
+    signed = np.frombuffer(data, f"i{size}")
+    negative = int(signed.view(f"u{size}").max()) - (1 << (8 * size - 1))
     largest = max(int(signed.max()), negative)
-    if largest >= patterns.nan:
+    if largest >= nan:
         return "NaN"
-    return "infinities" if patterns.infinity is not None and largest >= patterns.infinity else None
+    return "infinities" if infinity is not None and largest >= infinity else None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
-from noether_init_core.errors import CheckpointError
+from noether_init_core.errors import CheckpointError, CheckpointFormatError
 from noether_init_core.files.checkpoint import AnyKey, BaseCheckpoint, Copy, Key
-from noether_init_core.files.content import Content, Trees
+from noether_init_core.files.content import Box, Content, TensorInfo, children, is_state_dict, state_dict_of
 from noether_init_core.files.examining import Finding
 from noether_init_core.files.formats.safetensors import is_safetensors, read_safetensors
 from noether_init_core.files.formats.torch_zip import read_torch_zip
@@ -24,15 +25,13 @@ from noether_init_core.files.reading import (
     slices_of,
 )
 from noether_init_core.files.storage.handle import Handle, Storage, open_file
-from noether_init_core.files.tensor_info import Box, TensorInfo
 from noether_init_core.files.verification import Digests, Verification, Verified, digest_of_records
 from noether_init_core.memory import no_garbage_collection
+from noether_init_core.messages import one_line
 from noether_init_core.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import torch
-
-Found = TypeVar("Found")
 
 
 def open_checkpoint(
@@ -87,16 +86,28 @@ class FileCheckpoint(BaseCheckpoint):
         self._handle = handle
         self._content = content
         self._stopwatch = stopwatch
-        self._trees = Trees(content, self.path)
-        chosen = self._tree_of(self._trees.select, entry)
-        self._entry, self._tensors = chosen.name, chosen.tensors
-        self.extra_state, self.versions = chosen.extra_state, chosen.versions
-        self.metadata = chosen.beside if content.metadata is None else content.metadata
+        root = content.value
+        self._parts: Mapping[Any, Any] = root if type(root) is dict else {"object": root}
+        self._own = state_dict_of(root, TensorInfo)
+        is_below = self._own is not None and self._own is not root
+        # an empty name means the whole object
+        self._trees = {"": root}
+        for key, child in self._parts.items() if type(root) is dict else ():
+            if type(key) is str and key and (content.graph.count(child) or (is_below and child is self._own)):
+                self._trees[key] = child
+        usual = "state_dict" if is_below else ""
+        self._entry = usual if entry is None else entry
+        self._tensors, self.extra_state = self._select(self._entry)
+        beside = self._parts
+        if self._entry or self._is_state_dict(self._entry):
+            beside = {key: child for key, child in beside.items() if self._entry and key != self._entry}
+            self.versions = content.versions.get(id(self._trees[self._entry]), {})
+        self.metadata = beside if content.metadata is None else content.metadata
         # digests speak of the keys that a file has where no tree is named
-        written = chosen.tensors if entry is None else self._trees.select(None).tensors
-        others = {**chosen.beside, **chosen.extra_state}
+        written = self._tensors if entry is None else self._select(usual)[0]
+        others = {**beside, **self.extra_state}
         self._verification = Verification(
-            handle, content, digests, written, lambda: {**content.graph.tensors(others), **chosen.tensors}
+            handle, content, digests, written, lambda: {**content.graph.tensors(others), **self._tensors}
         )
 
     @property
@@ -112,17 +123,23 @@ class FileCheckpoint(BaseCheckpoint):
     @property
     def entries(self) -> Mapping[str, int]:
         """The trees of the file, each with its number of tensors; empty name: tensors that lie in none of them."""
-        return self._trees.counts
+        found = {name: self._content.graph.count(tree) for name, tree in self._trees.items() if name}
+        outside = self._content.graph.count(self._content.value) - sum(found.values())
+        return {"": outside, **found} if outside or not found else found
 
     def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]:
         """Key -> tensor. A state dict's tensors have its own keys, those of another tree dotted paths in it."""
         if entry is None or entry == self._entry:
             return self._tensors
-        return self._tree_of(self._trees.tensors, entry)
+        tree = self.values(entry)
+        return _tensors_in(tree) if is_state_dict(tree, TensorInfo) else self._by_paths(entry)
 
     def values(self, entry: str | None = None) -> Any:
         """A tree of the file, plain Python with ``TensorInfo`` as leaves. ``load`` is built from the same values."""
-        return self._tree_of(self._trees.value, self._entry if entry is None else entry)
+        name = self._entry if entry is None else entry
+        if name not in self._trees:
+            raise self._not_found("tree", name, self.entries)
+        return self._trees[name]
 
     def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
         """The tensor, or a box of it, on the CPU, in memory of its own, without gradient."""
@@ -145,7 +162,7 @@ class FileCheckpoint(BaseCheckpoint):
                 self._verification.verify(look=wanted if look else (), targets=targets)
         elif targets:
             with self._examining("read"):
-                self._verification.fill(targets, wanted if look else ())
+                self._verification.examine((), wanted if look else (), targets)
         left = [info for info in wanted if info not in found]
         with self._stopwatch.phase("read", sum(info.nbytes for info in left)):
             for info in left:
@@ -222,11 +239,29 @@ class FileCheckpoint(BaseCheckpoint):
         """
         return self._verification.checksums(self._content.graph.tensors({"": self._content.value}))
 
-    def _tree_of(self, ask: Callable[[Any], Found], entry: str | None) -> Found:
-        try:
-            return ask(entry)
-        except KeyError:
-            raise self._not_found("tree", str(entry), self.entries) from None
+    def _is_state_dict(self, name: str) -> bool:
+        tree = self.values(name)
+        if self._own is not None and tree is self._own:
+            return True
+        return bool(name) and type(tree) is dict and any(type(child) is TensorInfo for child in tree.values())
+
+    def _select(self, name: str) -> tuple[Mapping[str, TensorInfo], Mapping[str, Any]]:
+        """The tensors of a tree, and, of a state dict, what else is in it."""
+        tree = self.values(name)
+        if not self._is_state_dict(name):
+            return MappingProxyType(self._by_paths(name)), {}
+        wrong = next((key for key in tree if type(key) is not str), None)
+        if wrong is not None:
+            raise CheckpointFormatError(
+                f"{self.path} cannot be read as a checkpoint: its state dict has the key {one_line(repr(wrong))}, "
+                "which is no text. Next: write it again with torch.save(state_dict, path)",
+                path=self.path,
+            )
+        tensors = _tensors_in(tree)
+        return MappingProxyType(tensors), {key: child for key, child in tree.items() if key not in tensors}
+
+    def _by_paths(self, name: str) -> dict[str, TensorInfo]:
+        return self._content.graph.tensors(dict(children(self._trees[name])) if name else self._parts)
 
     def _info(self, key: Key) -> TensorInfo:
         return self._infos([key])[key]
@@ -253,3 +288,7 @@ class FileCheckpoint(BaseCheckpoint):
                 yield
         finally:  # damage is told when all was read
             self._stopwatch.count(phase, self._verification.examined - before)
+
+
+def _tensors_in(tree: Any) -> dict[str, TensorInfo]:
+    return {key: child for key, child in tree.items() if type(child) is TensorInfo} if type(tree) is dict else {}

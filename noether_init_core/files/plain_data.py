@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.files.content import METADATA, not_plain
+from noether_init_core.files.content import METADATA, is_dense, not_plain
 from noether_init_core.files.reading import memory_of_tensor
-from noether_init_core.files.tensor_info import is_dense
 
 MAX_DEPTH = 60
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray)

@@ -14,10 +14,20 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, StateMismatchError
-from noether_init_core.files.content import METADATA, ForeignObject, GlobalName, Record, Versions, children
+from noether_init_core.files.content import (
+    ITEMSIZES,
+    METADATA,
+    Box,
+    ForeignObject,
+    GlobalName,
+    Record,
+    TensorInfo,
+    Versions,
+    children,
+    span,
+)
 from noether_init_core.files.examining import Finding
 from noether_init_core.files.storage.handle import CHUNK, Handle, LocalHandle, Transfer
-from noether_init_core.files.tensor_info import ITEMSIZES, Box, TensorInfo, span
 from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
 from noether_init_core.nested import equal

@@ -8,18 +8,17 @@ import bisect
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
-from typing import Literal, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Literal, NoReturn, Protocol
 
 import attrs
 import xxhash
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError
-from noether_init_core.files.content import Content, Record
+from noether_init_core.files.content import Content, Piece, Record, TensorInfo
 from noether_init_core.files.examining import Finding, Stretch, Values, can_be_nonfinite, damage, examine
 from noether_init_core.files.reading import nonfinite_in, read_tensor
 from noether_init_core.files.storage.handle import Handle
-from noether_init_core.files.tensor_info import Piece, TensorInfo
 from noether_init_core.messages import listed
 
 
@@ -137,35 +136,36 @@ class Verification:
             look: Tensors whose values are looked at.
             targets: Record -> memory for all of its bytes.
         """
-        before, targets = self.examined, targets or {}
+        before = self.examined
+        chosen: set[str] = set()
         if self._is_by_file:
-            self._verify_file(look, targets)
+            self._compare_file()
             by = str(self._digests.file).partition(":")[0]
         elif not self._has_checksums:
-            self._pass_over(look, targets)
+            self._pass_over()
             by = "unverifiable"
         else:
-            if self._digests.records is not None and not self._agrees:
+            if self._digests.records is not None:
                 self._compare_header()
-            chosen = {record.name for record in self._share(infos, part)} & self._left | targets.keys()
-            if chosen:
-                self._verify_records(chosen, look, targets)
+            chosen = {record.name for record in self._share(infos, part)} & self._left | (targets or {}).keys()
             by = "crc32" if self._digests.records is None else "xxh3_128"
+        written = [self._whole_tensors[name] for name in chosen & self._whole_tensors.keys()]
+        stated = {info: tensor.values for info, tensor in written if tensor.values is not None}
+        self.examine(chosen, [info for info in look if info not in stated], targets)
+        self._known.update({info: None if values == "finite" else values for info, values in stated.items()})
+        if chosen:
+            self._handle.check_unchanged()
+            self._left -= chosen
         return Verified(by, self.examined - before)
 
     def nonfinite(self, infos: Iterable[TensorInfo]) -> dict[TensorInfo, Finding]:
         """Those tensors that hold NaN or infinities, and which. What a pass has looked at is not read again."""
         infos = tuple(infos)
-        unknown = [info for info in infos if info not in self._known]
-        self._examine((), unknown)
-        for info in unknown:
-            if len(info.pieces) > 1:
+        self.examine((), infos)
+        for info in infos:
+            if len(info.pieces) > 1 and info not in self._known:
                 self._known[info] = nonfinite_in(read_tensor(self._handle, info))
         return {info: finding for info in infos if (finding := self._known.get(info)) is not None}
-
-    def fill(self, targets: Mapping[str, memoryview], look: Collection[TensorInfo] = ()) -> None:
-        """Fill memory (record -> all of its bytes) and look at values; nothing is compared."""
-        self._examine((), look, targets=targets)
 
     def record_of(self, piece: Piece) -> Record | None:
         """The record that a piece lies in; None where it lies in none, as one without bytes does."""
@@ -193,24 +193,26 @@ class Verification:
         return found
 
     def _filled_by(self, piece: Piece | None) -> Record | None:
-        record = None if piece is None else self.record_of(piece)
-        return record if piece is not None and record is not None and record.size == piece.nbytes else None
+        if piece is None:
+            return None
+        record = self.record_of(piece)
+        return record if record is not None and record.size == piece.nbytes else None
 
-    def _verify_file(self, look: Collection[TensorInfo], targets: Mapping[str, memoryview]) -> None:
+    def _compare_file(self) -> None:
         """By the digest of all bytes: no part of it can be left out."""
-        if self._left:
-            try:
-                self._handle.check_digest(str(self._digests.file))
-            except CheckpointCorruptError:
-                if self._has_checksums:  # names the keys, where it is damage and not another file
-                    self._refuse_damage(self._examine(self._records))
-                raise
-            self.examined += self._handle.size
-            self._handle.check_unchanged()
-            self._left.clear()
-        self._examine((), look, targets=targets)
+        if not self._left:
+            return
+        try:
+            self._handle.check_digest(str(self._digests.file))
+        except CheckpointCorruptError:
+            if self._has_checksums:  # names the keys, where it is damage and not another file
+                self.examine(self._records)
+            raise
+        self.examined += self._handle.size
+        self._handle.check_unchanged()
+        self._left.clear()
 
-    def _pass_over(self, look: Collection[TensorInfo], targets: Mapping[str, memoryview]) -> None:
+    def _pass_over(self) -> None:
         """What a file without checksums leads to."""
         if self._content.format == "torch" and self._filled:
             raise CheckpointFormatError(
@@ -225,28 +227,14 @@ class Verification:
                 self._handle.path,
             )
             self._left.clear()
-        self._examine((), look, targets=targets)
-
-    def _verify_records(
-        self, chosen: Set[str], look: Collection[TensorInfo], targets: Mapping[str, memoryview]
-    ) -> None:
-        """Each by its CRC-32, or by the digest of the tensor that it is all of."""
-        written = self._whole_tensors
-        digests = {name: written[name][1].digest for name in chosen & written.keys()}
-        known = dict(written[name] for name in digests if written[name][1].values is not None)
-        looked = [info for info in look if info not in known]
-        self._refuse_damage(self._examine(chosen, looked, digests=digests, targets=targets))
-        for info, tensor in known.items():
-            self._known[info] = tensor.values if tensor.values in ("NaN", "infinities") else None
-        self._handle.check_unchanged()
-        self._left -= chosen
 
     def _compare_header(self) -> None:
+        if self._agrees:
+            return
         try:
             self._check_header()
         except CheckpointCorruptError:  # names the keys, where it is damage and not another file
-            digests = {name: tensor.digest for name, (_info, tensor) in self._whole_tensors.items()}
-            self._refuse_damage(self._examine(self._records, digests=digests))
+            self.examine(self._records)
             raise
         self._agrees = True
 
@@ -298,41 +286,44 @@ class Verification:
             record for record, end in zip(records, ends, strict=True) if (end - record.size) * of // total == number
         ]
 
-    def _examine(
+    def examine(
         self,
         chosen: Collection[str],
         look: Iterable[TensorInfo] = (),
-        *,
-        digests: Mapping[str, str] | None = None,
         targets: Mapping[str, memoryview] | None = None,
-    ) -> list[Record]:
-        """Read records once, compare the ``chosen`` ones, look at values; returns those that differ."""
-        digests, targets = digests or {}, targets or {}
-        looked_at = self._ranges(look)
+    ) -> None:
+        """Read records once: compare the ``chosen`` ones, look at values, fill memory (record -> all of its bytes).
+
+        Raises ``CheckpointCorruptError`` with the keys of damaged records.
+        """
+        targets = targets or {}
+        looked_at = self._ranges(info for info in look if info not in self._known)
         stretches = [
             Stretch(
                 name,
                 record.offset,
                 record.size,
                 record.crc if name in chosen else None,
-                digests.get(name),
+                self._whole_tensors[name][1].digest if name in chosen and name in self._whole_tensors else None,
                 tuple(looked_at.get(name, ())),
                 targets.get(name),
             )
             for name, record in self._records.items()
             if name in chosen or name in looked_at or name in targets
         ]
+        if not stretches:
+            return
         findings = examine(self._handle, stretches)
         self.examined += findings.nbytes
-        if not findings.damaged:
-            for name, ranges in looked_at.items():
-                for values, infos in ranges.items():
-                    finding = findings.nonfinite.get((name, values))
-                    for info in infos:
-                        is_sure = finding is None or info.dense is not None
-                        # a view has gaps, and what was found may lie in one of them
-                        self._known[info] = finding if is_sure else nonfinite_in(read_tensor(self._handle, info))
-        return [self._records[stretch.name] for stretch in findings.damaged]
+        if findings.damaged:
+            self._refuse_damage(stretch.name for stretch in findings.damaged)
+        for name, ranges in looked_at.items():
+            for values, infos in ranges.items():
+                finding = findings.nonfinite.get((name, values))
+                for info in infos:
+                    is_sure = finding is None or info.dense is not None
+                    # a view has gaps, and what was found may lie in one of them
+                    self._known[info] = finding if is_sure else nonfinite_in(read_tensor(self._handle, info))
 
     def _ranges(self, infos: Iterable[TensorInfo]) -> dict[str, dict[Values, list[TensorInfo]]]:
         """Record -> what to look at in it, each with the tensors that it tells of."""
@@ -346,10 +337,8 @@ class Verification:
                 found.setdefault(record.name, {}).setdefault(values, []).append(info)
         return found
 
-    def _refuse_damage(self, damaged: Iterable[Record]) -> None:
-        keys: dict[str, list[str]] = {record.name: [] for record in damaged}
-        if not keys:
-            return
+    def _refuse_damage(self, damaged: Iterable[str]) -> NoReturn:
+        keys: dict[str, list[str]] = {name: [] for name in damaged}
         for key, info in self._named().items():
             for piece in info.pieces:
                 record = self.record_of(piece)

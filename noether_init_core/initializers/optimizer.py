@@ -20,7 +20,7 @@ from noether_init_core.applying.optimizer_state import (
 )
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.files.tensor_info import TensorInfo
+from noether_init_core.files.content import TensorInfo
 from noether_init_core.initializers.location import OptimizerStateConfig, Source
 from noether_init_core.models import Leaf
 from noether_init_core.surgery.optimizer_fields import OptimizerPolicies

@@ -14,9 +14,9 @@ import attrs
 
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
 from noether_init_core.files.checkpoint import Checkpoint
+from noether_init_core.files.content import TensorInfo
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL
-from noether_init_core.files.tensor_info import TensorInfo
 from noether_init_core.inspection.findings import (
     Content,
     FoundFile,

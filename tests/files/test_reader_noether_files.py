@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from noether_init_core.files.content import TensorInfo
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.tensor_info import TensorInfo
 
 RUNS = ("mlp_train", "composite", "early_stop")
 

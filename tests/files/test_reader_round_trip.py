@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from noether_init_core.errors import CheckpointFormatError
+from noether_init_core.files.content import ITEMSIZES, TensorInfo
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.tensor_info import ITEMSIZES, TensorInfo
 
 PROTOCOLS = (2, 3, 4, 5)
 scalars = st.one_of(

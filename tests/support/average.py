@@ -9,7 +9,7 @@ import torch
 
 from noether_init_core import BaseCheckpoint, Checkpoint
 from noether_init_core.files.checkpoint import Key
-from noether_init_core.files.tensor_info import Box, TensorInfo
+from noether_init_core.files.content import Box, TensorInfo
 
 
 class Average(BaseCheckpoint):

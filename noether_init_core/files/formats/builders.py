@@ -10,8 +10,16 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, RefusedTensor, StorageRef
-from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo
+from noether_init_core.files.content import (
+    ITEMSIZES,
+    ForeignObject,
+    GlobalName,
+    OpcodeError,
+    Piece,
+    RefusedTensor,
+    StorageRef,
+    TensorInfo,
+)
 
 #: No dimension, stride or offset of a tensor is larger, so that products with an itemsize fit into 64 bits.
 LARGEST = 1 << 58
@@ -88,9 +96,9 @@ def add_members(scope: Scope, target: set[Any], members: Sequence[Any]) -> None:
 def _check_keys(scope: Scope, keys: Sequence[Any], present: int) -> None:
     """Check keys before they come to ``present`` others.
 
-    Hashes of numbers, and of tuples, are no secret, so that keys can be chosen to collide: each is then compared with all
-    before it. Those of texts are drawn anew by every process, and whole numbers from zero on without large gaps lie side
-    by side. All others are counted as if they did collide: 5,000 of them are read, 70,000 would take minutes.
+    Hashes of numbers, and of tuples, are no secret, so that keys can be chosen to collide: each is then compared with
+    all before it. Those of texts are drawn anew by every process, and whole numbers from zero on without large gaps lie
+    side by side. All others are counted as if they did collide: 5,000 of them are read, 70,000 would take minutes.
     """
     for place, key in enumerate(keys, present):
         kind = type(key)
@@ -122,9 +130,7 @@ _SECRET_HASHES = frozenset({str, bytes, GlobalName, ForeignObject})
 _HASHABLE = _SECRET_HASHES | {int, float, bool, complex, type(None), range}
 
 
-def _tensor(
-    storage: object, offset: object, shape: object, stride: object, dtype: str | None, extra: object = None
-) -> Any:
+def _tensor(storage: object, offset: object, shape: object, stride: object, dtype: str | None, extra: object) -> Any:
     if type(storage) is RefusedTensor:
         return storage
     if type(storage) is not StorageRef:
@@ -170,13 +176,15 @@ def _tensor_2(scope: Scope, args: tuple[Any, ...]) -> Any:
     if len(args) not in (6, 7):
         raise OpcodeError("a tensor has a wrong number of arguments")
     storage = args[0]
-    return _tensor(*args[:4], storage.dtype if type(storage) is StorageRef else None, *args[6:])
+    dtype = storage.dtype if type(storage) is StorageRef else None
+    return _tensor(storage, args[1], args[2], args[3], dtype, args[6] if len(args) == 7 else None)
 
 
 def _tensor_3(scope: Scope, args: tuple[Any, ...]) -> Any:
     if len(args) not in (7, 8) or type(args[6]) is not GlobalName:
         raise OpcodeError("a tensor has a wrong number of arguments or no dtype")
-    return _tensor(*args[:4], args[6].name.removeprefix("torch."), *args[7:])
+    dtype = args[6].name.removeprefix("torch.")
+    return _tensor(args[0], args[1], args[2], args[3], dtype, args[7] if len(args) == 8 else None)
 
 
 def _parameter(scope: Scope, args: tuple[Any, ...]) -> Any:

@@ -13,7 +13,15 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from noether_init_core.errors import type_of
-from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record, RefusedTensor, StorageRef
+from noether_init_core.files.content import (
+    ITEMSIZES,
+    ForeignObject,
+    GlobalName,
+    OpcodeError,
+    Record,
+    RefusedTensor,
+    StorageRef,
+)
 from noether_init_core.files.formats.builders import (
     BUILDERS,
     KNOWN_NAMES,
@@ -24,7 +32,6 @@ from noether_init_core.files.formats.builders import (
     add_members,
     set_items,
 )
-from noether_init_core.files.tensor_info import ITEMSIZES
 
 #: Open marks at one time: a nested container needs one or two.
 _MARKS = 400

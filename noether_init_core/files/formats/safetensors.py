@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.files.content import Content, ObjectGraph, Record
+from noether_init_core.files.content import ITEMSIZES, Content, ObjectGraph, Piece, Record, TensorInfo
 from noether_init_core.files.storage.handle import Handle
-from noether_init_core.files.tensor_info import ITEMSIZES, Piece, TensorInfo
 from noether_init_core.messages import quoted
 
 #: Name in the header -> torch's name. F4 stores two elements per byte, which torch counts as one.

@@ -11,12 +11,22 @@ import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import attrs
 
 from noether_init_core.errors import CheckpointFormatError, UnsafeGlobalError
-from noether_init_core.files.content import Content, ForeignObject, ObjectGraph, OpcodeError, Record, versions_in
+from noether_init_core.files.content import (
+    METADATA,
+    Content,
+    ForeignObject,
+    ObjectGraph,
+    OpcodeError,
+    Record,
+    Versions,
+    not_plain,
+)
 from noether_init_core.files.examining import check_record
 from noether_init_core.files.formats.opcodes import Interpreter
 from noether_init_core.files.storage.handle import Handle
@@ -62,7 +72,7 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
         graph = ObjectGraph(value, len(header))
         if interpreter.unknown:
             _refuse_globals(handle, interpreter.unknown, graph.foreign, _whole_module(value))
-        versions = versions_in(interpreter.attached.values(), len(header))
+        versions = _versions_in(interpreter.attached.values(), len(header))
     except OpcodeError as error:
         if interpreter.unknown:
             _refuse_globals(handle, interpreter.unknown)
@@ -71,6 +81,25 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
         problems = (f"{one_line(path)}: {reason}" for path, reason in graph.problems.items())
         raise _bad(handle.path, listed(problems, 10, separator="; "), _NEXT_PLAIN)
     return Content("torch", value, graph, records, versions)
+
+
+def _versions_in(attached: Iterable[tuple[dict[Any, Any], Any]], size: int) -> dict[int, Versions]:
+    """Id of a dict -> the versions that were attached to it; ``size`` are the bytes of the pickle.
+
+    A file may attach one object to many dicts, so each is looked at once. Raises ``OpcodeError`` for ``_metadata`` that
+    is no dict of dicts of plain values: torch could not use it either.
+    """
+    versioned = [(owner, state[METADATA]) for owner, state in attached if type(state) is dict and METADATA in state]
+    ObjectGraph([metadata for _owner, metadata in versioned], size)
+    screened: dict[int, Versions] = {}
+    plain: set[int] = set()
+    for _owner, metadata in versioned:
+        if id(metadata) not in screened:
+            wrong = not_plain(metadata, plain)
+            if wrong is not None:
+                raise OpcodeError(f"the _metadata of a state dict says of {wrong:.80} something else than plain values")
+            screened[id(metadata)] = MappingProxyType(metadata)
+    return {id(owner): screened[id(metadata)] for owner, metadata in versioned}
 
 
 def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
