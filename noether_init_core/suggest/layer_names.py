@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import attrs
 
@@ -73,9 +72,13 @@ def last_segment(module: str) -> str:
     return module.rstrip("._").rpartition(".")[2]
 
 
+def simple(segment: str) -> str:
+    return segment.replace("_", "").lower()
+
+
 def place_of(tail: str) -> str:
     """Which norm of a block a name below it means, as far as it says so."""
-    words = [word for segment in tail.split(".") for word in words_of(segment)]
+    words = words_of(tail)
     said = {concept for word in words for concept in CONCEPTS.get(word, (word,))} | set(words)
     if "feedforward" in "".join(words):
         said.add("mlp")
@@ -83,7 +86,7 @@ def place_of(tail: str) -> str:
     is_attn = bool(said & {"attn", "sa"})
     if is_attn and "mlp" in said:
         return ""
-    if said & {"cross", "encoder", "enc"}:
+    if said & {"cross", "encoder"}:
         return f"cross{behind}"
     if is_attn or "mlp" in said:
         return f"{'attn' if is_attn else 'mlp'}{behind}"
@@ -94,47 +97,33 @@ def place_of(tail: str) -> str:
     if behind:
         return "attn post"
     others = [word for word in words if word not in _NORM_WORDS]
-    return f"#{others[0]}" if len(others) == 1 and others[0].isdigit() and len(tail.split(".")) == 1 else ""
+    return f"#{others[0]}" if len(others) == 1 and others[0].isdigit() and "." not in tail else ""
 
 
-def simple(segment: str) -> str:
-    return segment.replace("_", "").lower()
-
-
-def concepts(
-    module: str, ranks: Mapping[str, int], gates: Mapping[str, Mapping[str, str]] | None = None
-) -> frozenset[str]:
+def concepts(module: str, rank: int | None = None, gate: str = "") -> frozenset[str]:
     """What a name says, in words that libraries share; numbers as ``#1``.
 
     Args:
         module: Template of a layer.
-        ranks: Module -> the number that stands for its own.
-        gates: Parents of gated MLPs -> which of their children is what.
+        rank: The number that stands for the one in its last segment.
+        gate: What it is in a gated MLP, where its siblings tell.
     """
     path = module.rstrip("._")
-    gate = (gates or {}).get(parent(module), {}).get(last_segment(module))
     segments = [segment for segment in path.split(".") if segment and not re.fullmatch("<.>", segment)]
-    said: list[str] = []
-    for number, segment in enumerate(segments):
-        joined = simple(segment)
-        is_last = number == len(segments) - 1
+    found: set[str] = set()
+    for place, segment in enumerate(segments, 1):
+        is_last = place == len(segments)
         if is_last and gate:
-            said += ["mlp", gate]
-            continue
-        if joined in CONCEPTS:
-            said += CONCEPTS[joined]
-            continue
-        for word in words_of(segment):
-            if word.isdigit():
-                said.append(f"#{ranks.get(module, word) if is_last else word}")
-            else:
-                said += CONCEPTS.get(word, (word,))
+            found |= {"mlp", gate}
+        elif simple(segment) in CONCEPTS:
+            found.update(CONCEPTS[simple(segment)])
+        else:
+            for word in words_of(segment):
+                number = word if rank is None or not is_last else rank
+                found.update((f"#{number}",) if word.isdigit() else CONCEPTS.get(word, (word,)))
     last = simple(segments[-1]) if segments else ""
     if len(segments) == 1 and last in _HEADS:
-        said = ["head"]
-    if last == "embeddings" and "token" not in said:
-        said.append("token")
-    found = set(said)
+        return frozenset({"head"})
     if "norm" in found and "<" in path and "final" in found:
         found = found - {"final"} | {"#2"}
     if "#1" not in found and "#2" not in found and {"norm"} < found and not found & {"q", "k"}:
@@ -150,11 +139,10 @@ def concepts(
 
 #: The numbers that stand where a template has captures.
 Index = tuple[str, ...]
-#: Which numbers in names count layers: all, those that are segments of their own, none.
-Numbers = Literal["all", "segments", "none"]
-
 _CAPTURES = "ijklmn"
 _DIGITS = "0123456789"
+# h.<i> and attn.norm; where no number counts blocks, the parent and the last segment
+_IN_BLOCK = re.compile(r"(?:(.*>[^.]*|.*)\.)?([^>]+)")
 _FUSED_LEAF = re.compile(r"(.+_)(weight|bias)")
 # as written -> what it is; tensors under other names are layers of their own
 _LEAVES = {
@@ -197,8 +185,8 @@ class Layer:
     """
 
     template: str
-    leaves: Mapping[str, str]
-    shapes: Mapping[Index, Mapping[str, Shape]]
+    leaves: dict[str, str]
+    shapes: dict[Index, dict[str, Shape]]
     meaning: Meaning
     place: int
 
@@ -212,36 +200,30 @@ class Layer:
         """The template without what joins it to its leaves."""
         return self.template.rstrip("._")
 
-    def name(self, leaf: str, index: Index | None = None) -> str:
-        """The name of a tensor; without ``index`` with captures."""
+    def name(self, leaf: str, index: Index = ()) -> str:
+        """The name of a tensor in a block; without ``index`` with captures."""
         name = self.template + self.leaves[leaf]
-        return name if index is None else filled(name, index)
+        for capture, number in zip(_CAPTURES, index, strict=False):
+            name = name.replace(f"<{capture}>", number)
+        return name
 
-    def names(self, indices: Iterable[Index] | None = None) -> list[str]:
-        """Names of all tensors, or of those of some blocks."""
-        chosen = self.shapes if indices is None else indices
-        return [self.name(leaf, index) for index in chosen for leaf in self.shapes.get(index, ())]
-
-
-def filled(template: str, index: Index) -> str:
-    """The name with the numbers of ``index``."""
-    for capture, number in zip(_CAPTURES, index, strict=False):
-        template = template.replace(f"<{capture}>", number)
-    return template
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return [self.name(leaf, index) for index, shapes in self.shapes.items() for leaf in shapes]
 
 
-def numbers_out(specs: Mapping[str, TensorSpec], numbers: Numbers) -> dict[str, tuple[str, Index]]:
+def numbers_out(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, Index]]:
     """Name -> its template, and the numbers of it; a number is taken out where what is below it repeats."""
     segments = {name: name.split(".") for name in specs}
     prefixes = dict.fromkeys(specs, "")
     indices: dict[str, Index] = dict.fromkeys(specs, ())
-    going, position = list(specs) if numbers != "none" else [], 0
-    while going:
+    for position in range(max(map(len, segments.values()), default=0)):
+        going = [name for name in specs if len(segments[name]) > position]
         containers: dict[tuple[str, str], dict[str, list[str]]] = {}
         for name in going:
             segment = segments[name][position]
             stem = segment.rstrip(_DIGITS)
-            if stem != segment and len(indices[name]) < len(_CAPTURES) and (numbers == "all" or not stem):
+            if stem != segment and len(indices[name]) < len(_CAPTURES):
                 children = containers.setdefault((prefixes[name], stem), {})
                 children.setdefault(segment[len(stem) :], []).append(name)
         for (_, stem), children in containers.items():
@@ -252,8 +234,6 @@ def numbers_out(specs: Mapping[str, TensorSpec], numbers: Numbers) -> dict[str, 
                         indices[name] += (number,)
         for name in going:
             prefixes[name] += segments[name][position] + "."
-        position += 1
-        going = [name for name in going if len(segments[name]) > position]
     return {name: (".".join(parts), indices[name]) for name, parts in segments.items()}
 
 
@@ -279,50 +259,54 @@ def _repeats(
     return is_nested or all(other == first for other in others)
 
 
-def meanings_of(templates: Mapping[str, tuple[str, Index]]) -> dict[str, Meaning]:
-    """Module -> what its name says, beside all others of a state dict; ``templates`` are those of ``numbers_out``."""
-    modules = list(
-        dict.fromkeys(_split(template)[0] for template in dict.fromkeys(one for one, _ in templates.values()))
-    )
-    ranks, gates = _ranks(modules), _gates(modules)
-    said = {module: concepts(module, ranks, gates) for module in modules}
-    gated = {parent(module) for module, words in said.items() if "gate" in words}
-    norms = _norms(said)
-    return {
-        module: Meaning(
-            *((words, ()) if _halves(module, gates) else (words, _plain_numbers(module))),
-            parent(module) in gated,
-        )
-        if module not in norms
-        else attrs.evolve(norms[module], numbers=_plain_numbers(module))
-        for module, words in said.items()
-    }
+@attrs.frozen
+class Names:
+    """How the names of a state dict are read, each beside all others.
 
-
-def layers_of(
-    specs: Mapping[str, TensorSpec],
-    templates: Mapping[str, tuple[str, Index]],
-    meanings: Mapping[str, Meaning] | None = None,
-) -> list[Layer]:
-    """The layers of a state dict, in order of appearance; ``templates`` are those of ``numbers_out``.
-
-    ``specs`` may be a part of what ``templates`` has; ``meanings`` are those of all ``templates``.
+    Attributes:
+        templates: Name -> its template, and the numbers that were taken out.
+        meanings: Module -> what its name says.
     """
-    if meanings is None:
-        meanings = meanings_of(templates)
-    written = {template for template, _ in templates.values()}
-    found: dict[str, tuple[int, dict[str, str], dict[Index, dict[str, Shape]]]] = {}
-    for place, (name, spec) in enumerate(specs.items()):
-        template, index = templates[name]
-        module, leaf = _split(template)
-        kind = _LEAVES.get(leaf, "weight") if "float" in spec.dtype else f"{spec.dtype} {leaf}"
-        if leaf and kind != leaf and module + kind in written:  # gamma beside weight
-            kind = leaf
-        _, leaves, shapes = found.setdefault(module, (place, {}, {}))
-        if leaves.setdefault(kind, leaf) != leaf:  # gamma beside scale
-            leaves[kind := leaf] = leaf
-        shapes.setdefault(index, {})[kind] = tuple(spec.shape)
-    return [Layer(module, leaves, shapes, meanings[module], place) for module, (place, leaves, shapes) in found.items()]
+
+    templates: Mapping[str, tuple[str, Index]]
+    meanings: Mapping[str, Meaning]
+
+    @classmethod
+    def of(cls, specs: Mapping[str, TensorSpec], *, are_counted: bool = True) -> Names:
+        """Read all names of a state dict; with ``are_counted``, numbers of blocks are taken out."""
+        templates = numbers_out(specs) if are_counted else {name: (name, ()) for name in specs}
+        modules = list(dict.fromkeys(_split(template)[0] for template, _ in templates.values()))
+        ranks, gates = _ranks(modules), _gates(modules)
+        said = {module: concepts(module, ranks.get(module), gates.get(module, "")) for module in modules}
+        gated = {parent(module) for module, words in said.items() if "gate" in words}
+        norms = _norms(said)
+        return cls(
+            templates,
+            {
+                module: attrs.evolve(
+                    norms.get(module) or Meaning(words),
+                    numbers=() if module in gates or simple(last_segment(module)) in HALVES else _numbers_in(module),
+                    is_gated=parent(module) in gated,
+                )
+                for module, words in said.items()
+            },
+        )
+
+    def layers(self, specs: Mapping[str, TensorSpec]) -> list[Layer]:
+        """The layers of the state dict or a part of it, in order of appearance."""
+        written = {template for template, _ in self.templates.values()}
+        found: dict[str, Layer] = {}
+        for place, (name, spec) in enumerate(specs.items()):
+            template, index = self.templates[name]
+            module, leaf = _split(template)
+            kind = _LEAVES.get(leaf, "weight") if "float" in spec.dtype else f"{spec.dtype} {leaf}"
+            if leaf and kind != leaf and module + kind in written:  # gamma beside weight
+                kind = leaf
+            layer = found.setdefault(module, Layer(module, {}, {}, self.meanings[module], place))
+            if layer.leaves.setdefault(kind, leaf) != leaf:  # gamma beside scale
+                layer.leaves[kind := leaf] = leaf
+            layer.shapes.setdefault(index, {})[kind] = tuple(spec.shape)
+        return list(found.values())
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -348,32 +332,26 @@ def _ranks(modules: Iterable[str]) -> dict[str, int]:
     }
 
 
-def _gates(modules: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Parent of a gated MLP -> which of its children is what: with w3 (Llama) or v1 (DBRX), w1 is the gate."""
-    children: dict[str, set[str]] = {}
+def _gates(modules: Iterable[str]) -> dict[str, str]:
+    """Module of a gated MLP -> which half it is: with w3 (Llama) or v1 (DBRX) beside it, w1 is the gate."""
+    children: dict[str, dict[str, str]] = {}
     for module in modules:
-        children.setdefault(parent(module), set()).add(last_segment(module))
-    return {
-        parent: {"w1": "gate", up: "in"}
-        for parent, names in children.items()
-        for up in ("v1", "w3")
-        if {"w1", up} <= names and not (up == "v1" and "w3" in names)
-    }
+        children.setdefault(parent(module), {})[last_segment(module)] = module
+    found: dict[str, str] = {}
+    for names in children.values():
+        up = names.get("w3", names.get("v1"))
+        if up and "w1" in names:
+            found |= {names["w1"]: "gate", up: "in"}
+    return found
 
 
-def _halves(module: str, gates: Mapping[str, Mapping[str, str]]) -> bool:
-    return last_segment(module) in gates.get(parent(module), ()) or simple(last_segment(module)) in HALVES
-
-
-def _plain_numbers(module: str) -> tuple[int, ...]:
-    found: list[int] = []
+def _numbers_in(module: str) -> tuple[int, ...]:
+    """The numbers in a name; that of dense_h_to_4h is none."""
+    found: list[str] = []
     for segment in module.rstrip("._").split("."):
-        if simple(segment) in CONCEPTS:  # the number of dense_h_to_4h is none
-            number = segment[len(segment.rstrip(_DIGITS)) :]
-            found += [int(number)] if number else []
-        else:
-            found += [int(word) for word in words_of(segment) if word.isdigit()]
-    return tuple(found)
+        words = [segment[len(segment.rstrip(_DIGITS)) :]] if simple(segment) in CONCEPTS else words_of(segment)
+        found += [word for word in words if word.isdigit()]
+    return tuple(map(int, found))
 
 
 def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
@@ -381,14 +359,9 @@ def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
     blocks: dict[str, dict[str, str]] = {}
     for module, words in said.items():
         if "norm" in words and not words & {"q", "k", "v", "kv", "qkv"}:
-            path = module.rstrip("._")
-            block, tail = parent(module), last_segment(module)
-            if ">" in path:
-                before, _, behind = path.rpartition(">")
-                stem, _, tail = behind.partition(".")
-                block = f"{before}>{stem}"
-            if tail:
-                blocks.setdefault(block, {})[module] = tail
+            place = _IN_BLOCK.fullmatch(module.rstrip("._"))
+            if place is not None:
+                blocks.setdefault(place[1] or "", {})[module] = place[2]
     found: dict[str, Meaning] = {}
     for block, tails in blocks.items():
         roles = _roles(tails)
@@ -398,7 +371,7 @@ def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
             continue
         if ">" not in block and len(tails) < 3:  # the norms of a whole model
             continue
-        words = concepts(block, {}) - {"head"}
+        words = concepts(block) - {"head"}
         norms = tuple(dict.fromkeys(roles.values()))
         for number, (module, role) in enumerate(roles.items(), 1):
             found[module] = Meaning(words | {"norm", f"#{number}"}, role=role, norms=norms)
@@ -408,12 +381,10 @@ def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
 def _roles(tails: Mapping[str, str]) -> dict[str, str]:
     """Module -> its place in the block, in the order of these; empty where the names do not tell all places."""
     places = {module: place_of(tail) for module, tail in tails.items()}
-    if all(place.startswith("#") for place in places.values()):
-        if len(set(places.values())) < len(places):
-            return {}
-        ordered = sorted(places, key=lambda module: int(places[module][1:]))
-        return {module: f"#{number}" for number, module in enumerate(ordered, 1)}
     found = set(places.values())
+    if all(place.startswith("#") for place in found):
+        ordered = sorted(places, key=lambda module: int(places[module][1:]))
+        return {module: f"#{number}" for number, module in enumerate(ordered, 1)} if len(found) == len(places) else {}
     if found == {"first", "attn post"} and len(places) == 2:
         # of two norms, the one behind the attention is the one before the MLP
         places = {module: "mlp" if place == "attn post" else place for module, place in places.items()}

@@ -5,23 +5,13 @@ Layers of equal sizes are paired by their names, with a doubt wherever no name t
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-import attrs
-
-from noether_init_core.suggest.layer_names import (
-    Index,
-    Layer,
-    Numbers,
-    layers_of,
-    meanings_of,
-    numbers_out,
-)
+from noether_init_core.suggest.layer_names import Layer, Names
 from noether_init_core.suggest.pairs import (
     ALIKE,
-    ALIKE_ONCE,
     MARGIN,
     MOST_COMPARISONS,
     Pair,
@@ -38,8 +28,6 @@ from noether_init_core.suggest.pairs import (
 from noether_init_core.surgery.fit import TensorSpec
 
 _NUMBER = re.compile("[0-9]+")
-# names of the file and of the model -> template and numbers
-_Templates = tuple[Mapping[str, tuple[str, Index]], ...]
 
 
 class Pairing:
@@ -49,11 +37,11 @@ class Pairing:
         self,
         sources: Mapping[str, TensorSpec],
         targets: Mapping[str, TensorSpec],
-        tied: Mapping[str, Iterable[str]] | None = None,
+        tied: Mapping[str, Iterable[str]],
     ) -> None:
         """``tied``: name in the model -> all names of the same tensor; when one gets it, all have it."""
         self._all = sources, targets
-        self._tied = tied or {}
+        self._tied = tied
         self.sources, self.targets = dict(sources), dict(targets)
         self.pairs: list[Pair] = []
         #: Pairs that names suggest and nothing here can make fit.
@@ -62,49 +50,44 @@ class Pairing:
     def run(self) -> None:
         """Certain pairs first; each later attempt sees what the earlier ones have left."""
         self._same_names()
-        tried: list[_Templates] = []
-        numbers: Numbers
-        for numbers in ("all", "segments", "none"):
-            templates = tuple(numbers_out(specs, numbers) for specs in self._all)
-            if self.sources and self.targets and templates not in tried:
-                self._attempt(templates, all_blocks=numbers != "none")
-                tried.append(templates)
+        names = [Names.of(specs) for specs in self._all]
+        self._take(fused(*self._left(names)))
+        self._take(_matched(*self._left(names)))
+        self._take(stacked(*self._left(names)))
+        self._take(_matched(*self._left([Names.of(specs, are_counted=False) for specs in self._all])))
         self._positions()
         self.pairs = with_flips(self.pairs)
 
-    def left(self) -> tuple[list[Layer], list[Layer]]:
-        """The layers that are in no pair, each of its own: no number counts blocks."""
-        mine, its = (layers_of(specs, {name: (name, ()) for name in specs}) for specs in (self.sources, self.targets))
-        return mine, its
+    def left(self) -> list[list[Layer]]:
+        """The layers of file and model that are in no pair, each of its own: no number counts blocks."""
+        return self._left([Names.of(specs, are_counted=False) for specs in (self.sources, self.targets)])
+
+    def _left(self, names: Sequence[Names]) -> list[list[Layer]]:
+        return [one.layers(specs) for one, specs in zip(names, (self.sources, self.targets), strict=True)]
 
     def _take(self, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
             self.pairs.append(pair)
-            indices = None if pair.way in ("stack", "unstack") else pair.indices
-            for left, layers in ((self.sources, pair.sources), (self.targets, pair.targets)):
-                for layer in layers:
-                    for index in layer.shapes if indices is None else indices:
-                        for leaf in pair.leaves:
-                            left.pop(layer.name(leaf, index), None)
-            for layer in pair.targets if self._tied else ():
-                for name in layer.names(indices):
-                    for other in self._tied.get(name, ()):
+            for sources, targets in (names for leaf in pair.leaves for names in pair.names(leaf)):
+                for name in sources:
+                    self.sources.pop(name, None)
+                for name in targets:
+                    for other in (name, *self._tied.get(name, ())):
                         self.targets.pop(other, None)
 
     def _same_names(self) -> None:
         same: dict[str, TensorSpec] = {}
         for name, spec in self.sources.items():
             other = self.targets.get(name)
-            shapes = None if other is None else relation(tuple(spec.shape), tuple(other.shape))
-            if shapes not in (None, "reshape"):
+            if other is not None and relation(tuple(spec.shape), tuple(other.shape)) not in (None, "reshape"):
                 same[name] = spec
-        templates = numbers_out(self._all[0], "all")
-        meanings = meanings_of(templates)
-        its = {name: self.targets[name] for name in same}
-        left = [_without_numbers(name for name in (specs if same else ()) if name not in same) for specs in self._all]
-        shifted = {key: (mine, left[1][key]) for key, mine in left[0].items() if key in left[1]}
+        names = Names.of(self._all[0])
+        mine, its = (_without_numbers(name for name in specs if name not in same) for specs in self._all)
+        shifted = {key: (mine[key], its[key]) for key in mine.keys() & its.keys()}
         pairs = []
-        for source, target in zip(*(layers_of(one, templates, meanings) for one in (same, its)), strict=True):
+        for source, target in zip(
+            names.layers(same), names.layers({name: self.targets[name] for name in same}), strict=True
+        ):
             flip = fit(source, target)
             if flip is not None and flip != "reshape":
                 pair = Pair((source,), (target,), tuple(source.shapes), flip=flip, why="same name")
@@ -114,38 +97,16 @@ class Pairing:
     def _maybe_shifted(self, pair: Pair, shifted: Mapping[str, tuple[str, str]]) -> Pair:
         """With a doubt where file and model have siblings of other numbers: fc1, fc2 beside fc2, fc3."""
         for name in pair.sources[0].names():
-            source, target = shifted.get(_NUMBER.sub("#", name), ("", ""))
-            shapes = [specs[one].shape for specs, one in zip(self._all, (source, target), strict=True) if one in specs]
-            if len(shapes) == 2 and tuple(shapes[0]) == tuple(shapes[1]) == tuple(self._all[0][name].shape):
-                source, target, own = (one.rpartition(".")[0] or one for one in (source, target, name))
+            names = (name, *shifted.get(_NUMBER.sub("#", name), ()))
+            shapes = {tuple(specs[one].shape) for specs, one in zip((self._all[0], *self._all), names, strict=False)}
+            if len(names) > 1 and len(shapes) == 1:
+                own, source, target = (one.rpartition(".")[0] or one for one in names)
                 return pair.doubted(
                     "siblings are numbered differently in file and model, so all numbers may have moved",
                     f"{source} -> {own}",
                     f"{own} -> {target}",
                 )
         return pair
-
-    def _attempt(self, templates: _Templates, *, all_blocks: bool) -> None:
-        meanings = [meanings_of(found) for found in templates]
-        every = [layers_of(*each) for each in zip(self._all, templates, meanings, strict=True)]
-        counts = [Counter(map(_signature_of, layers)) for layers in every]
-        known: tuple[int, tuple[list[Layer], list[Layer]]] = (-1, ([], []))
-
-        def left() -> tuple[list[Layer], list[Layer]]:
-            nonlocal known
-            if known[0] != len(self.pairs):
-                mine, its = (
-                    layers_of(*each) for each in zip((self.sources, self.targets), templates, meanings, strict=True)
-                )
-                known = len(self.pairs), (mine, its)
-            return known[1]
-
-        if all_blocks:
-            self._take(fused(*left()))
-        self._take(_matched(*left(), _signature_of, lambda one: counts[0][one] == 1 == counts[1][one]))
-        if all_blocks:
-            self._take(stacked(*left()))
-            self._take(_with_other_blocks(pair) for pair in _matched(*left(), _loose_signature, lambda _: False))
 
     def _positions(self) -> None:
         """Position embeddings of another number of tokens."""
@@ -166,121 +127,107 @@ def _without_numbers(names: Iterable[str]) -> dict[str, str]:
     """Names with ``#`` for every number -> the first of these names."""
     found: dict[str, str] = {}
     for name in names:
-        key = _NUMBER.sub("#", name)
-        if key != name:
-            found.setdefault(key, name)
+        found.setdefault(_NUMBER.sub("#", name), name)
     return found
 
 
-def _dims(layer: Layer, index: Index) -> tuple[str, tuple[int, ...]]:
-    shapes = layer.shapes[index]
+def _blocks_and_sizes(layer: Layer) -> Hashable:
+    """Equal for layers of the same sizes, in whatever order, in as many numbered containers."""
+    index, shapes = next(iter(layer.shapes.items()))
     leaf = "weight" if "weight" in shapes else min(shapes)
-    return leaf, tuple(sorted(size for size in shapes[leaf] if size != 1))
+    return len(index), leaf, tuple(sorted(size for size in shapes[leaf] if size != 1))
 
 
-def _signature_of(layer: Layer) -> Hashable:
-    """Equal for layers of the same blocks and sizes, in whatever order the dimensions are."""
-    return frozenset((index, _dims(layer, index)) for index in layer.shapes)
-
-
-def _loose_signature(layer: Layer) -> Hashable:
-    """Equal for layers of the same sizes in as many numbered containers, whichever blocks there are."""
-    first = next(iter(layer.shapes))
-    return len(first), _dims(layer, first)
-
-
-def _matched(
-    sources: Sequence[Layer],
-    targets: Sequence[Layer],
-    signature: Callable[[Layer], Hashable],
-    is_once: Callable[[Hashable], bool],
-) -> list[Pair]:
-    """Pairs of layers of one signature, the most alike first."""
+def _matched(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
+    """Pairs of layers of the same sizes, the most alike first."""
     pairs = []
-    for key, (mine, its) in _grouped(sources, targets, signature).items():
+    for mine, its in _grouped(sources, targets, _blocks_and_sizes):
         if len(mine) * len(its) <= MOST_COMPARISONS:
-            pairs += _Group(mine, its, ALIKE_ONCE if is_once(key) else ALIKE).pairs()
+            pairs += _most_alike(mine, its)
             continue
         # too many to compare each with each: only those whose names end alike
-        for some, others in _grouped(mine, its, lambda layer: tuple(layer.path.split(".")[-2:])).values():
+        for some, others in _grouped(mine, its, lambda layer: tuple(layer.path.split(".")[-2:])):
             if len(some) * len(others) <= MOST_COMPARISONS:
-                pairs += _Group(some, others, ALIKE).pairs()
+                pairs += _most_alike(some, others)
     return sorted(pairs, key=lambda pair: pair.targets[0].place)
 
 
 def _grouped(
     sources: Sequence[Layer], targets: Sequence[Layer], key: Callable[[Layer], Hashable]
-) -> dict[Hashable, tuple[list[Layer], list[Layer]]]:
-    """Layers of the file and of the model by a key that both sides have."""
+) -> list[tuple[list[Layer], list[Layer]]]:
+    """Layers of the file and of the model of one key, for each that both have."""
     groups: dict[Hashable, tuple[list[Layer], list[Layer]]] = {}
     for side, layers in enumerate((sources, targets)):
         for layer in layers:
             groups.setdefault(key(layer), ([], []))[side].append(layer)
-    return {found: sides for found, sides in groups.items() if all(sides)}
+    return [sides for sides in groups.values() if all(sides)]
 
 
-class _Group:
-    """Layers of one signature."""
+def _most_alike(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
+    """Pairs of layers of one size: of those that fit, the most alike first, and what is then left by its order."""
+    fits: dict[tuple[int, int], Relation] = {}
+    scores: dict[tuple[int, int], float] = {}
+    for i, source in enumerate(sources):
+        for j, target in enumerate(targets):
+            relation = None if has_conflict(source, target) else fit(source, target)
+            if relation is not None:
+                fits[i, j] = relation
+                # equal leaves speak for it: a norm with a bias is not one without
+                missing = len(source.leaves.keys() ^ target.leaves.keys())
+                scores[i, j] = likeness(source, target) - 0.1 * missing
+    target_of: dict[int, int] = {}
+    source_of: dict[int, int] = {}
 
-    def __init__(self, sources: Sequence[Layer], targets: Sequence[Layer], enough: float) -> None:
-        self._sources, self._targets, self._enough = sources, targets, enough
-        self._fits: dict[tuple[int, int], Relation] = {}
-        self._scores: dict[tuple[int, int], float] = {}
-        for i, source in enumerate(sources):
-            for j, target in enumerate(targets):
-                relation = None if has_conflict(source, target) else fit(source, target)
-                if relation is not None:
-                    self._fits[i, j] = relation
-                    # equal leaves speak for it: a norm with a bias is not one without
-                    missing = len(source.leaves.keys() ^ target.leaves.keys())
-                    self._scores[i, j] = likeness(source, target) - 0.1 * missing
-        self._of: dict[int, int] = {}
-        self._by: dict[int, int] = {}
+    def put(pairs: Iterable[tuple[int, int]]) -> None:
+        for i, j in pairs:
+            if i not in target_of and j not in source_of and (i, j) in fits:
+                target_of[i], source_of[j] = j, i
 
-    def pairs(self) -> list[Pair]:
-        alike = [pair for pair, score in self._scores.items() if score > 0.05]
-        for i, j in sorted(alike, key=lambda pair: (-self._scores[pair], abs(pair[0] - pair[1]), pair)):
-            self._put(i, j)
-        mine = [i for i in range(len(self._sources)) if i not in self._of]
-        its = [j for j in range(len(self._targets)) if j not in self._by and any((i, j) in self._fits for i in mine)]
-        mine = [i for i in mine if any((i, j) in self._fits for j in its)]
-        if len(mine) == len(its):
-            for i, j in zip(mine, its, strict=True):
-                self._put(i, j)
-        return [self._pair(i, j) for i, j in self._of.items()]
+    def order(pair: tuple[int, int]) -> tuple[object, ...]:
+        i, j = pair
+        return sources[i].shapes.keys() != targets[j].shapes.keys(), -scores[pair], abs(i - j), pair
 
-    def _put(self, i: int, j: int) -> None:
-        if i not in self._of and j not in self._by and (i, j) in self._fits:
-            self._of[i], self._by[j] = j, i
+    put(sorted((pair for pair, score in scores.items() if score > 0.05), key=order))
+    lone = [pair for pair in fits if pair[0] not in target_of and pair[1] not in source_of]
+    mine, its = (sorted({pair[side] for pair in lone}) for side in (0, 1))
+    if len(mine) == len(its):
+        put(zip(mine, its, strict=True))
 
-    def _pair(self, i: int, j: int) -> Pair:
-        source, target, relation = self._sources[i], self._targets[j], self._fits[i, j]
-        indices = tuple(index for index in source.shapes if index in target.shapes)
-        pair = Pair((source,), (target,), indices)
-        if relation == "reshape":
-            pair = attrs.evolve(pair, way="reshape")
-        else:
-            pair = attrs.evolve(pair, flip=relation)
-        score = self._scores[i, j]
-        others = [
-            f"{self._sources[k].path} -> {self._targets[m].path}"
-            for k, m in (*((i, m) for m in range(len(self._targets))), *((k, j) for k in range(len(self._sources))))
-            if (k, m) != (i, j) and self._scores.get((k, m), -1) > score - MARGIN and not self._is_nearer(k, m, i)
-        ]
-        doubt = _doubt(source, target)
-        if score < self._enough and not others:
-            pair = pair.doubted(doubt or "the shapes fit, and the names have too little in common")
-        elif others:
-            reason = "several have this shape, and the names fit equally well" if score > 0.05 else "paired by order"
-            pair = pair.doubted(f"{reason}: no name tells which", *others[:4])
-        elif doubt:
-            pair = pair.doubted(doubt)
+    def is_rival(pair: tuple[int, int], other: tuple[int, int]) -> bool:
+        """Whether another pair fits as well, and its other layer has none that it is nearer to."""
+        i, j = other
+        own = (source_of.get(j, -1), j) if i == pair[0] else (i, target_of.get(i, -1))
+        score = scores.get(other, -math.inf)
+        return other != pair and score > scores[pair] - MARGIN and scores.get(own, -math.inf) < score + MARGIN
+
+    pairs = []
+    for i, j in target_of.items():
+        others = [*((i, m) for m in range(len(targets))), *((k, j) for k in range(len(sources)))]
+        rivals = [f"{sources[k].path} -> {targets[m].path}" for k, m in others if is_rival((i, j), (k, m))]
+        pairs.append(_paired(sources[i], targets[j], fits[i, j], scores[i, j], rivals))
+    return pairs
+
+
+def _paired(source: Layer, target: Layer, relation: Relation, score: float, rivals: Sequence[str]) -> Pair:
+    indices = tuple(index for index in source.shapes if index in target.shapes)
+    if relation == "reshape":
+        pair = Pair((source,), (target,), indices, "reshape")
+    else:
+        pair = Pair((source,), (target,), indices, flip=relation)
+    doubt = _doubt(source, target)
+    if rivals:
+        reason = "several have this shape, and the names fit equally well" if score > 0.05 else "paired by order"
+        pair = pair.doubted(f"{reason}: no name tells which", *rivals[:4])
+    elif doubt or score < ALIKE:
+        pair = pair.doubted(doubt or "the shapes fit, and the names have too little in common")
+    if source.shapes.keys() == target.shapes.keys():
         return pair
-
-    def _is_nearer(self, k: int, m: int, i: int) -> bool:
-        """Whether the layer of the pair (k, m) that is not paired with i has a pair that it is nearer to."""
-        pair = (self._by[m], m) if k == i and m in self._by else (k, self._of[k]) if k != i and k in self._of else None
-        return pair is not None and self._scores[pair] >= self._scores[k, m] + MARGIN
+    before, _, behind = source.template.rpartition("<")
+    return pair.doubted(
+        f"the file has {len(source.shapes)} of {before}<{behind[:2]}, the model {len(target.shapes)}: "
+        "those of equal numbers are paired",
+        "other blocks, such as every second: one rule for each",
+    )
 
 
 def _doubt(source: Layer, target: Layer) -> str:
@@ -307,13 +254,3 @@ def _doubt(source: Layer, target: Layer) -> str:
 
 def _below_blocks(layer: Layer) -> str:
     return layer.path.rpartition(">")[2]
-
-
-def _with_other_blocks(pair: Pair) -> Pair:
-    """The pair with a doubt: file and model do not have the same blocks."""
-    have, want = (len(layers[0].shapes) for layers in (pair.sources, pair.targets))
-    before, _, behind = pair.sources[0].template.rpartition("<")
-    return pair.doubted(
-        f"the file has {have} of {before}<{behind[:2]}, the model {want}: those of equal numbers are paired",
-        "other blocks, such as every second: one rule for each",
-    )

@@ -4,44 +4,40 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import attrs
 
 from noether_init_core.messages import listed
-from noether_init_core.suggest.layer_names import Index, Layer
+from noether_init_core.suggest.layer_names import Index, Layer, parent
 from noether_init_core.surgery.fit import square_grids
 from noether_init_core.surgery.steps import Interpolate, Shape
 
-# names that are this much alike are about the same layer: where its shape is found once on either side, and where not
-ALIKE_ONCE, ALIKE = 0.55, 0.6
+# names that are this much alike are about the same layer
+ALIKE = 0.6
 # by how much a name has to be nearer than the next one
 MARGIN = 0.1
 # layers of one shape are compared each with each; this many comparisons take about a second
 MOST_COMPARISONS = 60_000
 
-# words that say little: another library's name for the same place
+# words that say little (another library's name for the same place), in tenths of what others say: whole numbers have
+# the same sum in any order
 _GENERIC = (
     "model module net network backbone base transformer bert gpt vit roberta llama layers layer blocks block h "
     "stages stage dense self final trunk body"
 )
-_WEIGHTS = {
-    **dict.fromkeys(_GENERIC.split(), 0.1),
-    **dict.fromkeys(("encoder", "decoder", "embed"), 0.5),
-}
-# of each set, a layer is at most one
-_EXCLUSIVE = tuple(
-    map(
-        frozenset,
-        (
-            {"q", "k", "v", "qkv", "kv", "out", "in", "gate", "gateup", "norm"},
-            {"attn", "mlp"},
-            {"token", "position", "type", "patch", "cls", "head"},
-            {"encoder", "decoder"},
-        ),
+_WEIGHTS = {**dict.fromkeys(_GENERIC.split(), 1), **dict.fromkeys(("encoder", "decoder", "embed"), 5)}
+# of each line, a layer is at most one
+_EXCLUSIVE = [
+    frozenset(words.split())
+    for words in (
+        "q k v qkv kv out in gate gateup norm",
+        "attn mlp",
+        "token position type patch cls head",
+        "encoder decoder",
     )
-)
+]
 
 #: Whether matrices are transposed; ``square``: their shapes cannot tell; ``none``: there are no matrices.
 Flip = Literal["yes", "no", "square", "none"]
@@ -82,6 +78,20 @@ class Pair:
     def layers(self) -> tuple[Layer, ...]:
         return (*self.sources, *self.targets)
 
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a table of embeddings, which is never transposed."""
+        return any(layer.concepts & {"embed", "head", "token"} for layer in self.layers)
+
+    def names(self, leaf: str) -> list[tuple[list[str], list[str]]]:
+        """Names in the file and in the model that go together: of each block, or of all where they are stacked."""
+        groups = [self.indices] if self.way in ("stack", "unstack") else [(index,) for index in self.indices]
+
+        def of(layers: tuple[Layer, ...], group: tuple[Index, ...]) -> list[str]:
+            return list(dict.fromkeys(layer.name(leaf, index) for layer in layers for index in group))
+
+        return [(of(self.sources, group), of(self.targets, group)) for group in groups]
+
     def doubted(self, reason: str, *alternatives: str) -> Pair:
         """The same with one more doubt."""
         return attrs.evolve(self, doubts=(*self.doubts, reason), alternatives=(*self.alternatives, *alternatives))
@@ -89,8 +99,8 @@ class Pair:
 
 def likeness(one: Layer, other: Layer) -> float:
     """How alike two names are, from 0 to about 1: the share of what they say that both say."""
-    both = sum(_WEIGHTS.get(word, 1.0) for word in one.concepts & other.concepts)
-    total = sum(_WEIGHTS.get(word, 1.0) for names in (one.concepts, other.concepts) for word in names)
+    both = sum(_WEIGHTS.get(word, 10) for word in one.concepts & other.concepts)
+    total = sum(_WEIGHTS.get(word, 10) for names in (one.concepts, other.concepts) for word in names)
     score = 2 * both / total if total else 0.0
     if one.path == other.path or one.path.endswith(f".{other.path}") or other.path.endswith(f".{one.path}"):
         score = max(score, 0.5) + 0.1
@@ -152,63 +162,45 @@ def fit(source: Layer, target: Layer) -> Relation | None:
     return next((one for one in order if one in found), None)
 
 
-def _is_telling(pair: Pair) -> bool:
-    """Whether a pair says how matrices are laid out: tables of embeddings are never transposed."""
-    return pair.flip in ("yes", "no") and not any(layer.concepts & {"embed", "head", "token"} for layer in pair.layers)
-
-
-def _last(pair: Pair) -> Hashable:
-    return tuple(layers[0].path.rpartition(".")[2] for layers in (pair.sources, pair.targets))
-
-
-def _block(pair: Pair) -> str:
-    return pair.sources[0].template.rpartition("<")[0]
+def _scopes(pair: Pair) -> tuple[Hashable, ...]:
+    """Which matrices are likely transposed alike, the nearest first: of the same last name, of the same block, all."""
+    lasts = tuple(layers[0].path.rpartition(".")[2] for layers in (pair.sources, pair.targets))
+    return lasts, pair.sources[0].template.rpartition("<")[0], None
 
 
 def with_flips(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs, those of square matrices with what others say: of the same last name, of the same block, all."""
-    telling = [pair for pair in pairs if _is_telling(pair)]
-    witnesses: dict[Hashable, list[Pair]] = {}
-    for pair in telling:
-        for scope in (("last", _last(pair)), ("block", _block(pair)), ("all", "")):
-            witnesses.setdefault(scope, []).append(pair)
-    found = []
+    """The pairs; square matrices are transposed as those are whose shapes tell."""
+    telling: dict[Hashable, list[Pair]] = defaultdict(list)
     for pair in pairs:
-        if pair.flip != "square":
-            found.append(pair)
-            continue
-        if any(layer.concepts & {"embed", "head", "token"} for layer in pair.layers):
-            found.append(attrs.evolve(pair, flip="no"))
-            continue
-        scopes: tuple[Hashable, ...] = (("last", _last(pair)), ("block", _block(pair)), ("all", ""))
-        seen: list[Pair] = next((witnesses[scope] for scope in scopes if scope in witnesses), [])
-        found.append(_flipped(pair, seen))
-    return found
+        if pair.flip in ("yes", "no") and not pair.is_table:
+            for scope in _scopes(pair):
+                telling[scope].append(pair)
+    return [
+        _flipped(pair, next((telling[scope] for scope in _scopes(pair) if scope in telling), []))
+        if pair.flip == "square"
+        else pair
+        for pair in pairs
+    ]
 
 
 def _flipped(pair: Pair, seen: Sequence[Pair]) -> Pair:
-    shape = next(iter(pair.sources[0].shapes.values())).get("weight", ())
-    is_conv = pair.dim == -1  # [d, 3 d] beside squares: what is fused is as Conv1D has it
-    cannot_tell = f"shapes cannot tell whether {pair.sources[0].path} {list(shape)} is transposed"
+    if pair.is_table:
+        return attrs.evolve(pair, flip="no")
     flips = Counter(one.flip for one in seen)
-    if not flips:
-        flipped = attrs.evolve(pair, flip="yes" if is_conv else "no")
-        if _is_moved(pair):
-            return flipped
-        return flipped.doubted(cannot_tell, "the same rule " + ("without" if is_conv else "with") + " transpose")
-    flip = flips.most_common(1)[0][0]
-    flipped = attrs.evolve(pair, flip=flip)
+    # without others, [d, 3 d] beside squares is how Conv1D has it
+    flip = flips.most_common(1)[0][0] if flips else "yes" if pair.dim == -1 else "no"
+    pair = attrs.evolve(pair, flip=flip)
+    shown = f"{pair.sources[0].path} {list(next(iter(pair.sources[0].shapes.values())).get('weight', ()))}"
+    cannot_tell = f"shapes cannot tell whether {shown} is transposed"
+    other = f"the same rule {'without' if flip == 'yes' else 'with'} transpose"
     if len(flips) > 1:
-        return flipped.doubted(
-            f"{cannot_tell}, and others differ: most are" + ("" if flip == "yes" else " not"),
-            "the same rule " + ("without" if flip == "yes" else "with") + " transpose",
-        )
+        return pair.doubted(f"{cannot_tell}, and others differ: most are{'' if flip == 'yes' else ' not'}", other)
+    if not flips:
+        return pair if _is_moved(pair) else pair.doubted(cannot_tell, other)
     if flip == "no":
-        return flipped
+        return pair
     witness = min(one.sources[0].path for one in seen)
-    return attrs.evolve(
-        flipped, why=f"transposed as {witness} is: the shape of {pair.sources[0].path} {list(shape)} cannot tell"
-    )
+    return attrs.evolve(pair, why=f"transposed as {witness} is: the shape of {shown} cannot tell")
 
 
 def _is_moved(pair: Pair) -> bool:
@@ -224,38 +216,30 @@ _FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gateup": ("gate", "in")}
 def fused(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
     """One projection on one side, several on the other."""
     pairs = []
-    for way, ones, others in (("split", sources, targets), ("concat", targets, sources)):
+    ways: tuple[tuple[Way, Sequence[Layer], Sequence[Layer]], ...]
+    ways = ("split", sources, targets), ("concat", targets, sources)
+    taken: set[Layer] = set()
+    for way, ones, others in ways:
         found = _projections(others)
-        for one in ones:
-            for kind in _FUSED:
-                if kind not in one.concepts:
-                    continue
-                fits = [
-                    (likeness(one, whole), parts, *fit)
-                    for whole, parts in found.get(kind, ())
-                    if whole.shapes.keys() == one.shapes.keys() and (fit := _fit_fused(one, parts)) is not None
-                ]
-                fits.sort(key=lambda fit: -fit[0])
-                if not fits:
-                    continue
-                score, parts, dim, flip = fits[0]
-                mine, its = ((one,), parts) if way == "split" else (parts, (one,))
-                pair = Pair(mine, its, tuple(one.shapes), "split" if way == "split" else "concat", flip, dim)
-                near = [fit for fit in fits[1:] if fit[0] > score - MARGIN]
-                if near:
-                    pair = pair.doubted(
-                        "several projections fit equally well", *(listed_paths(fit[1]) for fit in near[:4])
-                    )
-                reason = _by_head(one, kind, parts)
-                pairs.append(pair.doubted(reason, _regrouped(pair, one, parts)) if reason else pair)
-    taken: set[int] = set()
-    kept = []
-    for pair in pairs:
-        layers = {id(layer) for layer in pair.layers}
-        if not layers & taken:
-            kept.append(pair)
-            taken |= layers
-    return kept
+        for one, kind in ((one, kind) for one in ones for kind in _FUSED if kind in one.concepts):
+            fits = [
+                (likeness(one, whole), parts, *ways_to_fit)
+                for whole, parts in found[kind]
+                if whole.shapes.keys() == one.shapes.keys() and (ways_to_fit := _fit_fused(one, parts)) is not None
+            ]
+            if not fits:
+                continue
+            (score, parts, dim, flip), *rest = sorted(fits, key=lambda fit: -fit[0])
+            mine, its = ((one,), parts) if way == "split" else (parts, (one,))
+            pair = Pair(mine, its, tuple(one.shapes), way, flip, dim)
+            if near := [listed_paths(fit[1]) for fit in rest if fit[0] > score - MARGIN]:
+                pair = pair.doubted("several projections fit equally well", *near[:4])
+            if reason := _by_head(one, kind, parts):
+                pair = pair.doubted(reason, _regrouped(pair, one, parts))
+            if taken.isdisjoint(pair.layers):
+                pairs.append(pair)
+                taken.update(pair.layers)
+    return pairs
 
 
 def _by_head(one: Layer, kind: str, parts: Sequence[Layer]) -> str:
@@ -289,101 +273,82 @@ def _regrouped(pair: Pair, one: Layer, parts: Sequence[Layer]) -> str:
     return f"head by head, of h heads, for the weight: do: [{steps}]"
 
 
-def _projections(layers: Sequence[Layer]) -> dict[str, list[tuple[Layer, tuple[Layer, ...]]]]:
+def _projections(layers: Sequence[Layer]) -> Mapping[str, list[tuple[Layer, tuple[Layer, ...]]]]:
     """Layers that stand beside each other and would make a fused one, as that one and its parts."""
     parents: dict[str, dict[str, Layer]] = defaultdict(dict)
     for layer in layers:
-        for part in ("q", "k", "v", "gate", "in"):
-            if part in layer.concepts:
-                parents[layer.path.rpartition(".")[0]].setdefault(part, layer)
-    found: dict[str, list[tuple[Layer, tuple[Layer, ...]]]] = {}
+        for part in layer.concepts & {"q", "k", "v", "gate", "in"}:
+            parents[parent(layer.template)].setdefault(part, layer)
+    found: dict[str, list[tuple[Layer, tuple[Layer, ...]]]] = defaultdict(list)
     for by_part in parents.values():
         for kind, names in _FUSED.items():
             parts = tuple(by_part[name] for name in names if name in by_part)
             if len(parts) < len(names) or any(part.shapes.keys() != parts[0].shapes.keys() for part in parts):
                 continue
-            whole = attrs.evolve(
-                parts[0], meaning=attrs.evolve(parts[0].meaning, concepts=parts[0].concepts - {names[0]} | {kind})
-            )
-            found.setdefault(kind, []).append((whole, parts))
+            meaning = attrs.evolve(parts[0].meaning, concepts=parts[0].concepts - {names[0]} | {kind})
+            found[kind].append((attrs.evolve(parts[0], meaning=meaning), parts))
     return found
 
 
 def _fit_fused(one: Layer, parts: Sequence[Layer]) -> tuple[int, Flip] | None:
     """Along which dimension they are put together, and whether they are transposed on the way."""
-    ways: set[tuple[int, Flip]] = {(0, "no"), (0, "yes"), (-1, "no"), (-1, "yes")}
+    ways: list[tuple[int, Flip]] = [(0, "no"), (0, "yes"), (-1, "no"), (-1, "yes")]
     for index, shapes in one.shapes.items():
         for leaf, whole in shapes.items():
-            if any(leaf not in part.shapes[index] for part in parts):
+            those = [part.shapes[index].get(leaf, ()) for part in parts]
+            if len(whole) not in (1, 2) or any(len(shape) != len(whole) for shape in those):
                 return None
-            those = [part.shapes[index][leaf] for part in parts]
-            if len(whole) == 1 and all(len(shape) == 1 for shape in those):
-                if sum(shape[0] for shape in those) != whole[0]:
-                    return None
-            elif len(whole) == 2 and all(len(shape) == 2 for shape in those):
-                ways = {way for way in ways if _joined(those, *way) == whole}
-            else:
-                return None
+            ways = [way for way in ways if _joined(those, *way) == whole]
     for dim in (0, -1):
-        flips = {flip for found, flip in ways if found == dim}
-        if len(flips) == 1:
-            return dim, flips.pop()
-        if flips:
+        flips = [flip for found, flip in ways if found == dim]
+        if len(flips) > 1:
             # [3 d, d] is how Linear has it, and the parts are squares; [d, 3 d] is how Conv1D has it
             return dim, "no" if dim == 0 else "square"
+        if flips:
+            return dim, flips[0]
     return None
 
 
 def _joined(shapes: Sequence[Shape], dim: int, flip: Flip) -> Shape | None:
     """The shape of the fused layer: flipped, its parts are transposed where it is not."""
     turned = [shape[::-1] if flip == "yes" else shape for shape in shapes]
-    rests = {shape[1 + dim] if dim == -1 else shape[1] for shape in turned}
+    rests = {shape[1:] if dim == 0 else shape[:-1] for shape in turned}
     if len(rests) != 1:
         return None
     total, rest = sum(shape[dim] for shape in turned), rests.pop()
-    return (total, rest) if dim == 0 else (rest, total)
+    return (total, *rest) if dim == 0 else (*rest, total)
 
 
 def stacked(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
     """All blocks in one tensor on one side, one tensor each on the other."""
     pairs: list[Pair] = []
-    for way, ones, others in (("unstack", sources, targets), ("stack", targets, sources)):
-        by_shape: dict[Hashable, list[Layer]] = {}
-        for other in others:
-            if other.template.count("<") == 1:
-                leaf, shape = next(iter(next(iter(other.shapes.values())).items()))
-                by_shape.setdefault((leaf, (len(other.shapes), *shape)), []).append(other)
+    ways: tuple[tuple[Way, Sequence[Layer], Sequence[Layer]], ...]
+    ways = ("unstack", sources, targets), ("stack", targets, sources)
+    for way, ones, others in ways:
+        blocks = [other for other in others if other.template.count("<") == 1]
         for one in ones:
-            near_ones = [other for key in one.shapes.get((), {}).items() for other in by_shape.get(key, ())]
-            fits = sorted(
-                ((likeness(one, other), other) for other in near_ones if _is_stack(one, other)),
-                key=lambda fit: -fit[0],
-            )
-            if not fits or fits[0][0] < ALIKE_ONCE:
+            fits = [(likeness(one, other), other) for other in blocks if _is_stack(one, other)]
+            fits.sort(key=lambda fit: -fit[0])
+            if not fits or fits[0][0] < ALIKE:
                 continue
-            other = fits[0][1]
-            pair = Pair(
-                *(((one,), (other,)) if way == "unstack" else ((other,), (one,))),
-                indices=tuple(sorted(other.shapes, key=lambda index: int(index[0]))),
-                way="unstack" if way == "unstack" else "stack",
-            )
-            near = [fit[1] for fit in fits[1:] if fit[0] > fits[0][0] - MARGIN]
+            (score, other), *rest = fits
+            mine, its = ((one,), (other,)) if way == "unstack" else ((other,), (one,))
+            pair = Pair(mine, its, tuple(sorted(other.shapes, key=lambda index: int(index[0]))), way)
+            near = [fit[1] for fit in rest if fit[0] > score - MARGIN]
             pairs.append(pair.doubted("several layers fit equally well", listed_paths(near)) if near else pair)
     return pairs
 
 
 def _is_stack(one: Layer, other: Layer) -> bool:
-    count = len(other.shapes)
+    whole, count = one.shapes.get(()), len(other.shapes)
     return (
-        all(len(index) == 1 for index in other.shapes)
-        and {int(index[0]) for index in other.shapes} == set(range(count))
+        whole is not None
         and one.leaves.keys() == other.leaves.keys()
-        and not has_conflict(one, other)
+        and {int(index[0]) for index in other.shapes} == set(range(count))
         and all(
-            one.shapes[()].get(leaf) == (count, *shape)
-            for shapes in other.shapes.values()
-            for leaf, shape in shapes.items()
+            whole.get(leaf) == (count, *shape) for shapes in other.shapes.values() for leaf, shape in shapes.items()
         )
+        and not has_conflict(one, other)
     )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
+from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.messages import listed, one_line, yaml_line
-from noether_init_core.suggest.layer_names import Layer, filled
 from noether_init_core.suggest.pairs import Pair
 from noether_init_core.surgery.plan import LoadPlan
-from noether_init_core.surgery.steps import Concat, Reshape, Shape, Split, Stack, Step, Transpose, Unstack, written
-from noether_init_core.surgery.transforms import Rule, Transforms
+from noether_init_core.surgery.steps import Concat, Reshape, Split, Stack, Step, Transpose, Unstack, written
+from noether_init_core.surgery.transforms import Transforms
 
 _MOST_SHOWN = 20
 # no model has longer or deeper names, and what looks at names takes them apart
@@ -26,13 +26,11 @@ class SuggestedRule:
     """One rule.
 
     Attributes:
-        rule: As ``Transforms`` takes it.
         config: As a config writes it, plain data.
         reason: Why it is there, where that is not plain.
         doubts: Why it may be wrong; none for a rule that names and shapes tell.
     """
 
-    rule: Rule
     config: Mapping[str, Any]
     reason: str = ""
     doubts: tuple[str, ...] = ()
@@ -107,7 +105,7 @@ class Suggestion:
     @property
     def transforms(self) -> Transforms:
         """The rules, ready for ``plan_load``."""
-        return Transforms([one.rule for one in self.rules], source_root=self.source_root, target_root=self.target_root)
+        return transforms_of(self.rules, self.source_root, self.target_root)
 
     def config(self) -> dict[str, Any]:
         """The fields for the config of an initializer: ``transforms``, and the roots where they are needed."""
@@ -141,31 +139,27 @@ class Suggestion:
         return "".join(said).rstrip("\n")
 
 
+def transforms_of(rules: Sequence[SuggestedRule], source_root: str, target_root: str) -> Transforms:
+    """The rules as ``plan_load`` takes them."""
+    configs = [TransformConfig.model_validate(one.config) for one in rules]
+    return Transforms(
+        [rule_of(config, f"transforms.{number}") for number, config in enumerate(configs)],
+        source_root=source_root,
+        target_root=target_root,
+    )
+
+
 def is_too_long(name: str) -> bool:
     """Whether a name is longer or deeper than rules are sought for."""
     return len(name) > LONGEST or name.count(".") >= DEEPEST
 
 
-_NUMBER = re.compile("[0-9]+")
+# a number that is a part of a segment, behind letters, and not beside a capture
+_NUMBER = re.compile("(?<=[^.>0-9])[0-9]+(?![0-9<])")
 # captures for numbers within a segment; those of blocks are named from i on
 _LETTERS = "nmxyz"
 
 Segments = tuple[str, ...]
-
-
-@attrs.frozen(eq=False)
-class Draft:
-    """A rule as a config writes it, with the pairs that it is for and why it is there."""
-
-    config: Mapping[str, Any]
-    pairs: tuple[Pair, ...] = ()
-    reason: str = ""
-    doubts: tuple[str, ...] = ()
-
-    @property
-    def all_doubts(self) -> tuple[str, ...]:
-        """Its own and those of its pairs."""
-        return tuple(dict.fromkeys((*self.doubts, *(doubt for pair in self.pairs for doubt in pair.doubts))))
 
 
 @attrs.frozen(eq=False)
@@ -178,61 +172,39 @@ class _Move:
     pair: Pair
 
 
-def drafts_of(pairs: Sequence[Pair], *, general: bool = True) -> list[Draft]:
+def rules_of(pairs: Sequence[Pair]) -> list[SuggestedRule]:
     """Rules for the pairs, in an order that works: what needs steps first, then the special before the general.
 
-    With ``general`` a rule may also take names that an earlier rule has taken already, so there are fewer of them.
+    A rule may also take names that an earlier rule has taken already, so that there are fewer of them.
     """
-    drafts: list[Draft] = []
-    moves: list[_Move] = []
-    for pair in pairs:
-        if pair.way == "rename":
-            moves += _moves(pair)
-        else:
-            drafts += _special(pair)
-    return drafts + list(_cover((), moves, general=general, forced=False))
+    special = [rule for pair in pairs if pair.way != "rename" for rule in _special(pair)]
+    moves = [move for pair in pairs if pair.way == "rename" for move in _moves(pair)]
+    return special + list(_cover((), moves, forced=False))
 
 
-def merged(drafts: Sequence[Draft]) -> list[Draft]:
+def merged(rules: Sequence[SuggestedRule]) -> list[SuggestedRule]:
     """The rules, those that differ only in a number within a segment as one. It may take more: the plan has to tell."""
-    groups: dict[tuple[Any, ...], list[Draft]] = {}
-    for draft in drafts:
-        groups.setdefault(_without_number(draft) or (id(draft),), []).append(draft)
-    found = []
-    for key, group in groups.items():
-        if len(group) == 1:
-            found.append(group[0])
-            continue
-        names = {field: name for field, name in zip(("from", "to"), key[:2], strict=True) if name is not None}
-        pairs = tuple({id(pair): pair for draft in group for pair in draft.pairs}.values())
-        found.append(attrs.evolve(group[0], config={**group[0].config, **names}, pairs=pairs))
-    return found
+    groups: dict[Hashable, list[SuggestedRule]] = {}
+    for rule in rules:
+        general = _without_number(rule)
+        alike = yaml_line([general.config]), rule.reason, rule.doubts
+        groups.setdefault(alike if general != rule else id(rule), []).append(rule)
+    return [_without_number(one) if others else one for one, *others in groups.values()]
 
 
-def _without_number(draft: Draft) -> tuple[Any, ...] | None:
-    """What rules have in common that differ only in a number: a capture stands for the last that both names have."""
-    source, target = draft.config.get("from"), draft.config.get("to")
-    if not isinstance(source, str) or not isinstance(target, str | None):
-        return None
-    letter = next((one for one in _LETTERS if f"<{one}" not in source), None)
+def _without_number(rule: SuggestedRule) -> SuggestedRule:
+    """The rule with a capture for the last number that both names have within a segment; the same for none."""
+    source, target = rule.config.get("from"), rule.config.get("to")
+    letter = next((one for one in _LETTERS if f"<{one}" not in str(source)), None)
+    if letter is None or not isinstance(source, str) or not isinstance(target, str | None):
+        return rule
     for number in reversed(list(_NUMBER.finditer(source))):
-        its = [] if target is None else [one for one in _NUMBER.finditer(target) if one[0] == number[0]]
-        if letter is None or not _is_within(source, number) or (target is not None and len(its) != 1):
-            continue
-        if its and not _is_within(target or "", its[0]):
-            continue
-        names = [
-            None if text is None else f"{text[: at.start()]}<{letter}>{text[at.end() :]}"
-            for text, at in ((source, number), (target, its[0] if its else number))
-        ]
-        return (*names, yaml_line(draft.config.get("do")), draft.reason, draft.all_doubts)
-    return None
-
-
-def _is_within(name: str, number: re.Match[str]) -> bool:
-    """Whether a number is a part of a segment, behind letters, and not beside a capture."""
-    before, behind = name[: number.start()][-1:], name[number.end() :][:1]
-    return before not in ("", ".", ">") and behind != "<"
+        its = [one for one in _NUMBER.finditer(target or "") if one[0] == number[0]]
+        if target is None or len(its) == 1:
+            found = [("from", number), *(("to", one) for one in its)]
+            names = {key: f"{at.string[: at.start()]}<{letter}>{at.string[at.end() :]}" for key, at in found}
+            return attrs.evolve(rule, config={**rule.config, **names})
+    return rule
 
 
 def _moves(pair: Pair) -> Iterator[_Move]:
@@ -247,133 +219,103 @@ def _captures(segments: Segments) -> set[str]:
     return {found for segment in segments for found in re.findall("<.>", segment)}
 
 
-def _cover(prefix: Segments, moves: Sequence[_Move], *, general: bool, forced: bool) -> Iterator[Draft]:
+def _cover(prefix: Segments, moves: Sequence[_Move], *, forced: bool) -> Iterator[SuggestedRule]:
     """Rules for all moves below ``prefix``; with ``forced`` also for those that change nothing."""
     at = len(prefix)
     ways: Counter[tuple[Segments, bool]] = Counter()
     for move in moves:
         below = move.source[at:]
-        if below and move.target[len(move.target) - len(below) :] == below:
-            base = move.target[: len(move.target) - len(below)]
-            if _captures(base) == _captures(prefix):
-                ways.update((base, flip) for flip in ((False, True) if move.flip is None else (move.flip,)))
+        base = move.target[: len(move.target) - len(below)]
+        if below and base + below == move.target and _captures(base) == _captures(prefix):
+            ways.update((base, flip) for flip in ((False, True) if move.flip is None else (move.flip,)))
     if ways:
         (base, flip), count = min(ways.items(), key=lambda way: (-way[1], way[0][1], len(way[0][0]), way[0][0]))
-        others = [move for move in moves if not _agrees(move, at, base, flip)]
+        agree: list[_Move] = []
+        others: list[_Move] = []
+        for move in moves:
+            is_alike = move.source[at:] and move.target == base + move.source[at:] and move.flip in (None, flip)
+            (agree if is_alike else others).append(move)
         is_plain = base == prefix and not flip
         if not others and is_plain and not forced:
             return
-        has_name = bool(prefix or base)
-        is_most = general and not is_plain and count > 2 * len(others) and count > 1
-        if has_name and (not others or is_most):
-            yield from _by_child(prefix, others, general=general, forced=True)
-            yield _draft(prefix, base, flip, [move for move in moves if _agrees(move, at, base, flip)])
+        is_most = not is_plain and count > 2 * len(others) and count > 1
+        if (prefix or base) and (not others or is_most):
+            yield from _by_child(prefix, others, forced=True)
+            rest = "" if prefix and base else "<rest..>"
+            yield _renamed((*prefix, rest), (*base, rest), flip, agree)
             return
-    yield from _by_child(prefix, moves, general=general, forced=forced)
+    yield from _by_child(prefix, moves, forced=forced)
 
 
-def _agrees(move: _Move, at: int, base: Segments, flip: bool) -> bool:
-    below = move.source[at:]
-    return bool(below) and move.target == base + below and move.flip in (None, flip)
-
-
-def _by_child(prefix: Segments, moves: Sequence[_Move], *, general: bool, forced: bool) -> Iterator[Draft]:
+def _by_child(prefix: Segments, moves: Sequence[_Move], *, forced: bool) -> Iterator[SuggestedRule]:
     children: dict[str, list[_Move]] = defaultdict(list)
     for move in moves:
         if len(move.source) == len(prefix):
             if move.source != move.target or move.flip or forced:
-                yield _draft(move.source, move.target, bool(move.flip), [move], whole=True)
+                yield _renamed(move.source, move.target, bool(move.flip), [move])
         else:
             children[move.source[len(prefix)]].append(move)
     # a capture would take the names that are written out
     for child, below in sorted(children.items(), key=lambda item: "<" in item[0]):
-        yield from _cover((*prefix, child), below, general=general, forced=forced)
+        yield from _cover((*prefix, child), below, forced=forced)
 
 
-def _draft(source: Segments, target: Segments, flip: bool, moves: Sequence[_Move], *, whole: bool = False) -> Draft:
-    tail = () if whole else ("<rest..>",) if not source or not target else ("",)
-    config: dict[str, Any] = {"from": ".".join((*source, *tail))}
-    if target != source:
-        config["to"] = ".".join((*target, *tail))
-    pairs = tuple({id(move.pair): move.pair for move in moves}.values())
-    steps: tuple[Step, ...] = (Transpose(),) if flip else ()
-    why = next((pair.why for pair in pairs if flip and pair.why), "")
-    return Draft(_with_steps(config, steps), pairs, why)
+def _renamed(source: Segments, target: Segments, flip: bool, moves: Sequence[_Move]) -> SuggestedRule:
+    pairs = {id(move.pair): move.pair for move in moves}.values()
+    return _rule([".".join(source)], [".".join(target)], [Transpose()] if flip else [], *pairs)
 
 
-def _special(pair: Pair) -> Iterator[Draft]:
-    """The rules of a pair that is more than a rename."""
-    one = pair.sources[0]
-    if pair.way in ("split", "concat"):
-        for leaves in _leaf_groups(pair):
-            yield _moved(pair, leaves, _fused_steps(pair))
-    elif pair.way in ("stack", "unstack"):
-        step = Stack(pair.dim) if pair.way == "stack" else Unstack(pair.dim)
-        for leaf in pair.leaves:
-            names: list[list[str]] = [
-                [layer.name(leaf)] if "<" not in layer.template else [layer.name(leaf, at) for at in pair.indices]
-                for layer in pair.layers
-            ]
-            yield _written(pair, names[0], names[1], (step,))
-    else:
-        for leaf in pair.leaves:
-            shapes = {pair.targets[0].shapes[index][leaf] for index in pair.indices}
-            if pair.grid is not None:
-                yield _moved(pair, leaf, (pair.grid,))
-            elif len(shapes) == 1:
-                is_same = all(one.shapes[index][leaf] in shapes for index in pair.indices)
-                yield _moved(pair, leaf, () if is_same else (Reshape(shapes.pop()),))
-            else:
-                for index in pair.indices:
-                    shape: Shape = pair.targets[0].shapes[index][leaf]
-                    names = [[filled(layer.name(leaf), index)] for layer in pair.layers]
-                    yield _written(pair, names[0], names[1], (Reshape(shape),))
-
-
-def _leaf_groups(pair: Pair) -> list[str]:
-    """``<leaf>`` for all leaves at once, where every layer writes them alike and has no others."""
-    leaves = pair.leaves
-    written = {frozenset(layer.leaves.items()) for layer in pair.layers}
-    return ["<leaf>"] if len(written) == 1 and len(leaves) > 1 else leaves
-
-
-def _moved(pair: Pair, leaf: str, steps: tuple[Step, ...]) -> Draft:
-    def names(layers: Sequence[Layer]) -> list[str]:
-        return [layer.template + leaf if leaf == "<leaf>" else layer.name(leaf) for layer in layers]
-
-    return _written(pair, names(pair.sources), names(pair.targets), steps)
-
-
-def _written(pair: Pair, sources: list[str], targets: list[str], steps: tuple[Step, ...]) -> Draft:
+def _rule(sources: list[str], targets: list[str], steps: Sequence[Step], *pairs: Pair) -> SuggestedRule:
+    """A move with its steps, and with the reasons and doubts of the pairs that it is for."""
     config: dict[str, Any] = {"from": sources if len(sources) > 1 else sources[0]}
     if targets != sources:
         config["to"] = targets if len(targets) > 1 else targets[0]
-    return Draft(_with_steps(config, steps), (pair,), pair.why)
+    if steps:
+        config["do"] = [written(step) for step in steps]
+    reasons = [pair.why for pair in pairs if pair.why and steps]
+    doubts = dict.fromkeys(doubt for pair in pairs for doubt in pair.doubts)
+    return SuggestedRule(config, reasons[0] if reasons else "", tuple(doubts))
+
+
+def _special(pair: Pair) -> Iterator[SuggestedRule]:
+    """The rules of a pair that is more than a rename."""
+    leaves = pair.leaves
+    if pair.way in ("split", "concat"):
+        # all leaves at once where every layer writes them alike and has no others
+        if len(leaves) > 1 and len({frozenset(layer.leaves.items()) for layer in pair.layers}) == 1:
+            sources, targets = ([f"{one.template}<leaf>" for one in layers] for layers in (pair.sources, pair.targets))
+            yield _rule(sources, targets, _fused_steps(pair), pair)
+            return
+        for leaf in leaves:
+            yield _rule(*_templates(pair, leaf), _fused_steps(pair), pair)
+    elif pair.way in ("stack", "unstack"):
+        for leaf in leaves:
+            yield _rule(*pair.names(leaf)[0], [Stack() if pair.way == "stack" else Unstack()], pair)
+    elif pair.grid is not None:
+        for leaf in leaves:
+            yield _rule(*_templates(pair, leaf), [pair.grid], pair)
+    else:
+        for leaf in leaves:
+            mine, its = ([layer.shapes[index][leaf] for index in pair.indices] for layer in pair.layers)
+            if len(set(its)) == 1:
+                yield _rule(*_templates(pair, leaf), [Reshape(its[0])] if set(mine) != set(its) else [], pair)
+            else:
+                for names, shape in zip(pair.names(leaf), its, strict=True):
+                    yield _rule(*names, [Reshape(shape)], pair)
+
+
+def _templates(pair: Pair, leaf: str) -> tuple[list[str], list[str]]:
+    return [one.name(leaf) for one in pair.sources], [one.name(leaf) for one in pair.targets]
 
 
 def _fused_steps(pair: Pair) -> tuple[Step, ...]:
-    flip = pair.flip == "yes"
-    parts = pair.targets if pair.way == "split" else pair.sources
-    if pair.way == "split":
-        shapes = [next(iter(part.shapes.values())) for part in parts]
-        rows = [
-            its["weight"][_row_dim(pair)] if len(its.get("weight", ())) > 1 else min(its.values())[0] for its in shapes
-        ]
-        uneven = tuple(rows) if len(set(rows)) > 1 else None
-        if flip and pair.dim == -1:
-            return (Transpose(), Split(0, uneven))
-        return (Split(pair.dim, uneven), Transpose()) if flip else (Split(pair.dim, uneven),)
-    if flip and pair.dim == -1:
-        return (Concat(0), Transpose())
-    return (Transpose(), Concat(0)) if flip else (Concat(pair.dim),)
-
-
-def _row_dim(pair: Pair) -> int:
-    """Which dimension of the weights of the parts is the one that is put together."""
-    return (1 if pair.flip == "yes" else 0) if pair.dim == 0 else (0 if pair.flip == "yes" else 1)
-
-
-def _with_steps(config: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
-    if steps:
-        config["do"] = [written(step) for step in steps]
-    return config
+    is_split, is_flipped = pair.way == "split", pair.flip == "yes"
+    dim = 0 if is_flipped else pair.dim
+    join: Step = Concat(dim)
+    if is_split:
+        shapes = [max(next(iter(part.shapes.values())).values(), key=len) for part in pair.targets]
+        sizes = tuple((shape[::-1] if is_flipped else shape)[pair.dim] for shape in shapes)
+        join = Split(dim, sizes if len(set(sizes)) > 1 else None)
+    if not is_flipped:
+        return (join,)
+    return (Transpose(), join) if is_split == (pair.dim == -1) else (join, Transpose())

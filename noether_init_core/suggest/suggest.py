@@ -7,30 +7,28 @@ a plan; what names and shapes cannot tell is said, with the reason and what else
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import accumulate
 
 import attrs
 
-from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.suggest.layer_names import Layer, concepts
 from noether_init_core.suggest.matching import Pairing
 from noether_init_core.suggest.pairs import MOST_COMPARISONS, Pair, has_conflict, is_head, likeness
 from noether_init_core.suggest.rules import (
     DEEPEST,
     LONGEST,
-    Draft,
     SuggestedRule,
     Suggestion,
     Unsure,
-    drafts_of,
     is_too_long,
     merged,
+    rules_of,
+    transforms_of,
 )
 from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.name_rules import bare_names
-from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import Policies, plan_load
-from noether_init_core.surgery.transforms import Transforms
 
 # what models keep beside their parameters, and compute anew
 _COMPUTED = frozenset(
@@ -100,33 +98,32 @@ class _Suggesting:
         lone_sources, lone_targets = self._pairing.left()
         keeps, drops = self._heads(lone_sources, lone_targets)
         self._misfits(lone_sources, lone_targets)
-        drops += [Draft({"drop": glob}, reason="computed anew by the model") for glob in self._computed()]
-        wanted = self._wanted()
-        for general in (True, False):
-            moves, source_root, target_root = self._rooted(drafts_of(self._pairing.pairs, general=general), drops)
-            surplus = moves[_MOST_RULES:]
-            del moves[_MOST_RULES:]
-            drafts = [*drops, *moves, *(_below(draft, target_root) for draft in keeps)]
-            rules = [_suggested(number, draft) for number, draft in enumerate(drafts)]
-            found = Suggestion(tuple(rules), source_root, target_root, self._plan(rules, source_root, target_root))
-            got = {row.target: row.sources for row in found.plan.rows if row.writes}
-            wrong = [name for name, names in wanted.items() if got.get(name) != names]
-            if surplus or (not wrong and not any(problem.code == "two-sources" for problem in found.plan.problems)):
-                break
-        found = self._with_fewer(found, drafts)
+        drops += [SuggestedRule({"drop": glob}, "computed anew by the model") for glob in self._computed()]
+        wanted = {name: mine for pair in self._pairing.pairs for mine, its in self._names(pair) for name in its}
+        moves, source_root, target_root = self._rooted(rules_of(self._pairing.pairs), drops)
+        surplus = moves[_MOST_RULES:]
+        keeps = [
+            attrs.evolve(one, config={"keep_model": one.config["keep_model"].removeprefix(target_root)})
+            for one in keeps
+        ]
+        found = self._planned([*drops, *moves[:_MOST_RULES], *keeps], source_root, target_root)
+        # one rule for those that differ in a number, if it does exactly what they do
+        fewer = merged(found.rules)
+        if len(fewer) < len(found.rules):
+            other = self._planned(fewer, source_root, target_root)
+            found = other if _done(other) == _done(found) else found
+        got = {row.target: row.sources for row in found.plan.rows if row.writes}
+        wrong = [name for name, names in wanted.items() if got.get(name) != names]
         if any(self._too_long):
             mine, its = self._too_long
             what, size = f"{len(mine) + len(its)} names", f"{LONGEST} characters or {DEEPEST} segments"
             self._unsure.append(Unsure(what, f"longer than {size}", (), mine, its, is_suggested=False))
         if surplus:
-            what = f"{len(surplus)} more rules"
-            self._unsure.append(
-                Unsure(what, f"more than {_MOST_RULES} are needed; the names have no pattern", is_suggested=False)
-            )
+            reason = f"more than {_MOST_RULES} are needed; the names have no pattern"
+            self._unsure.append(Unsure(f"{len(surplus)} more rules", reason, is_suggested=False))
         elif wrong:
-            self._unsure.append(
-                Unsure(", ".join(wrong[:5]), "the rules do not give what was meant", targets=tuple(wrong))
-            )
+            reason = "the rules do not give what was meant"
+            self._unsure.append(Unsure(", ".join(wrong[:5]), reason, targets=tuple(wrong)))
         left: dict[str, list[str]] = {"unexpected": [], "missing": [], "mismatch": []}
         for row in found.plan.rows:
             if row.action in left:
@@ -138,78 +135,55 @@ class _Suggesting:
             unmatched_targets=(*left["missing"], *left["mismatch"], *self._too_long[1]),
         )
 
-    def _with_fewer(self, found: Suggestion, drafts: Sequence[Draft]) -> Suggestion:
-        """One rule for those that differ in a number, if it does exactly what they do."""
-        fewer = merged(drafts)
-        if len(fewer) == len(drafts):
-            return found
-        rules = [_suggested(number, draft) for number, draft in enumerate(fewer)]
-        plan = self._plan(rules, found.source_root, found.target_root)
-        if _done(plan) != _done(found.plan):
-            return found
-        return attrs.evolve(found, rules=tuple(rules), plan=plan)
+    def _planned(self, rules: Sequence[SuggestedRule], source_root: str, target_root: str) -> Suggestion:
+        transforms = transforms_of(rules, source_root, target_root)
+        plan = plan_load("suggest", [self._part], transforms, policies=self._policies)
+        return Suggestion(tuple(rules), source_root, target_root, plan)
 
-    def _plan(self, rules: Sequence[SuggestedRule], source_root: str, target_root: str) -> LoadPlan:
-        transforms = Transforms([one.rule for one in rules], source_root=source_root, target_root=target_root)
-        return plan_load("suggest", [self._part], transforms, policies=self._policies)
-
-    def _wanted(self) -> dict[str, tuple[str, ...]]:
-        """Name in the model -> names in the file, as the pairs say."""
-        wanted: dict[str, tuple[str, ...]] = {}
-        for pair in self._pairing.pairs:
-            for leaf in pair.leaves:
-                if pair.way in ("stack", "unstack"):
-                    groups = [(_all_names(pair.sources, leaf, pair), _all_names(pair.targets, leaf, pair))]
-                else:
-                    groups = [
-                        ([one.name(leaf, at) for one in pair.sources], [one.name(leaf, at) for one in pair.targets])
-                        for at in pair.indices
-                    ]
-                for mine, its in groups:
-                    taken = tuple(self._source_names[name] for name in mine if name in self._source_names)
-                    wanted.update((self._target_names[name], taken) for name in its if name in self._target_names)
-        return wanted
+    def _names(self, pair: Pair) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Names in the file and in the model that go together, as far as they exist: some blocks may have no bias."""
+        return [
+            (
+                tuple(self._source_names[name] for name in mine if name in self._source_names),
+                tuple(self._target_names[name] for name in its if name in self._target_names),
+            )
+            for leaf in pair.leaves
+            for mine, its in pair.names(leaf)
+        ]
 
     def _unsure_of(self, pair: Pair) -> Unsure:
-        mine, its = (
-            tuple(
-                names[bare]
-                for layer in layers
-                for bare in layer.names(None if pair.way in ("stack", "unstack") else pair.indices)
-                if bare in names
-            )
-            for layers, names in ((pair.sources, self._source_names), (pair.targets, self._target_names))
+        names = self._names(pair)
+        return Unsure(
+            " -> ".join(", ".join(layer.path for layer in layers) for layers in (pair.sources, pair.targets)),
+            "; ".join(pair.doubts),
+            pair.alternatives,
+            tuple(name for mine, _ in names for name in mine),
+            tuple(name for _, its in names for name in its),
+            is_suggested=all(pair is not other for other in self._pairing.unfit),
         )
-        what = " -> ".join(", ".join(layer.path for layer in layers) for layers in (pair.sources, pair.targets))
-        is_suggested = all(pair is not other for other in self._pairing.unfit)
-        return Unsure(what, "; ".join(pair.doubts), pair.alternatives, mine, its, is_suggested)
 
-    def _heads(self, sources: Sequence[Layer], targets: Sequence[Layer]) -> tuple[list[Draft], list[Draft]]:
+    def _heads(
+        self, sources: Sequence[Layer], targets: Sequence[Layer]
+    ) -> tuple[list[SuggestedRule], list[SuggestedRule]]:
         """Heads that the file has not in this shape are kept, those that the model has not are dropped."""
-        tied = {spec.tied_to for spec in self._part.targets.values()} - {None}
+        specs = self._part.targets
+        tied = {name for spec_name, spec in specs.items() if spec.tied_to for name in (spec_name, spec.tied_to)}
         fresh = [
             layer
             for layer in targets
-            if is_head(layer)
-            and not any(
-                (name := self._target_names[bare]) in tied or self._part.targets[name].tied_to for bare in layer.names()
-            )
+            if is_head(layer) and tied.isdisjoint(self._target_names[bare] for bare in layer.names())
         ]
         theirs = [layer for layer in sources if is_head(layer)]
-        kept = _modules(fresh, self._target_names, self._pairing.targets)
         keeps = []
-        for glob in kept:
+        for glob in _modules(fresh, self._target_names, self._pairing.targets):
             below = [layer for layer in theirs if f"{layer.path}.".startswith(glob)] or theirs
             shapes = [list(layer.shapes[()]["weight"]) for layer in below if "weight" in layer.leaves]
             has = f"the file has {shapes[0]}" if shapes else "the file has none"
             doubts = () if theirs else self._of_embedding(glob, fresh)
-            keeps.append(Draft({"keep_model": glob}, reason=f"a fresh head: {has}", doubts=doubts))
-        dropped = [
-            glob
-            for glob in _modules(theirs, self._source_names, self._pairing.sources)
-            if not any(glob == other for other in kept)
-        ]
-        return keeps, [Draft({"drop": glob}, reason="a head not found in the model") for glob in dropped]
+            keeps.append(SuggestedRule({"keep_model": glob}, f"a fresh head: {has}", doubts))
+        kept = [one.config["keep_model"] for one in keeps]
+        dropped = [one for one in _modules(theirs, self._source_names, self._pairing.sources) if one not in kept]
+        return keeps, [SuggestedRule({"drop": glob}, "a head not found in the model") for glob in dropped]
 
     def _of_embedding(self, glob: str, fresh: Sequence[Layer]) -> tuple[str, ...]:
         """Why a head may be the embedding of the file, which models often use for both."""
@@ -235,19 +209,17 @@ class _Suggesting:
     def _misfits(self, sources: Sequence[Layer], targets: Sequence[Layer]) -> None:
         """Layers whose names agree and whose shapes do not: what could be done is for the reader to choose."""
         sources, targets = ([one for one in layers if not is_head(one)] for layers in (sources, targets))
-        by_path = {layer.path: layer for layer in sources}
-        compares = len(sources) * len(targets) <= MOST_COMPARISONS
+        by_path = {layer.path: [layer] for layer in sources}
+        compared = sources if len(sources) * len(targets) <= MOST_COMPARISONS else []
         unfit = {layer.template for pair in self._pairing.unfit for layer in pair.targets}
-        for target in targets:
-            source = by_path.get(target.path)
-            if source is None and compares:
-                near = [one for one in sources if likeness(one, target) > 0.9 and not has_conflict(one, target)]
-                source = near[0] if len(near) == 1 else None
-            if source is None or target.template in unfit:
-                continue
-            leaf = next((leaf for leaf in target.leaves if leaf in source.leaves), None)
+        for target in (one for one in targets if one.template not in unfit):
+            found = by_path.get(target.path) or [
+                one for one in compared if likeness(one, target) > 0.9 and not has_conflict(one, target)
+            ]
+            leaf = next((leaf for leaf in target.leaves if leaf in found[0].leaves), None) if len(found) == 1 else None
             if leaf is None:
                 continue
+            (source,) = found
             have, want = (list(layer.shapes[()][leaf]) for layer in (source, target))
             self._unsure.append(
                 Unsure(
@@ -270,51 +242,34 @@ class _Suggesting:
                 found.append(".".join("*" if part.isdigit() else part for part in (*parents, last)))
         return list(dict.fromkeys(found))
 
-    def _rooted(self, moves: list[Draft], drops: Sequence[Draft]) -> tuple[list[Draft], str, str]:
+    def _rooted(
+        self, moves: list[SuggestedRule], drops: Sequence[SuggestedRule]
+    ) -> tuple[list[SuggestedRule], str, str]:
         """The moves and both roots: one moved prefix of everything is said by a root alone."""
-        if len(moves) == 1 and not drops and "do" not in moves[0].config:
-            source, target = moves[0].config["from"], moves[0].config.get("to")
-            root = source.removesuffix("<rest..>")
-            if target == "<rest..>" and all(name.startswith(root) for name in self._source_names):
-                return [], root, ""
-            root = (target or "").removesuffix("<rest..>")
-            if source == "<rest..>" and all(name.startswith(root) for name in self._target_names):
-                return [], "", root
+        if len(moves) == 1 and not drops and moves[0].config.keys() == {"from", "to"}:
+            source, target = moves[0].config["from"], moves[0].config["to"]
+            source_root, target_root = source.removesuffix("<rest..>"), target.removesuffix("<rest..>")
+            if target == "<rest..>" and all(name.startswith(source_root) for name in self._source_names):
+                return [], source_root, ""
+            if source == "<rest..>" and all(name.startswith(target_root) for name in self._target_names):
+                return [], "", target_root
         return moves, "", ""
 
 
-def _all_names(layers: Iterable[Layer], leaf: str, pair: Pair) -> list[str]:
-    return [layer.name(leaf, at) for layer in layers for at in (pair.indices if "<" in layer.template else ((),))]
-
-
-def _modules(layers: Sequence[Layer], names: Mapping[str, str], left: Mapping[str, TensorSpec]) -> list[str]:
+def _modules(layers: Sequence[Layer], names: Iterable[str], left: Container[str]) -> list[str]:
     """The modules of heads, as a config says them: whole ones where nothing of them is used."""
-    found: dict[str, None] = {}
-    used: defaultdict[str, bool] = defaultdict(bool)
-    for bare in names:
-        parts = bare.split(".")
-        for depth in range(1, len(parts)):
-            used[".".join(parts[:depth])] |= bare not in left
+    used = {module for bare in names if bare not in left for module in _paths(bare)}
+    found: list[str] = []
     for layer in layers:
-        parts = layer.path.split(".")
-        depth = next(
-            (at for at in range(1, len(parts) + 1) if "head" in concepts(".".join(parts[:at]), {})), len(parts)
-        )
-        module = ".".join(parts[:depth])
-        if module in used and not used[module]:
-            found[f"{module}."] = None
-        else:
-            found.update(dict.fromkeys(layer.names()))
-    return list(found)
+        module = next((path for path in _paths(layer.path) if "head" in concepts(path)), layer.path)
+        is_whole = layer.template.startswith(f"{module}.") and module not in used
+        found += [f"{module}."] if is_whole else layer.names()
+    return list(dict.fromkeys(found))
 
 
-def _below(draft: Draft, root: str) -> Draft:
-    return attrs.evolve(draft, config={"keep_model": draft.config["keep_model"].removeprefix(root)})
-
-
-def _suggested(number: int, draft: Draft) -> SuggestedRule:
-    rule = rule_of(TransformConfig.model_validate(draft.config), f"transforms.{number}")
-    return SuggestedRule(rule, draft.config, draft.reason, draft.all_doubts)
+def _paths(name: str) -> list[str]:
+    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
+    return list(accumulate(name.split("."), "{}.{}".format))
 
 
 def _tied(targets: Mapping[str, TargetSpec], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -325,9 +280,9 @@ def _tied(targets: Mapping[str, TargetSpec], names: Mapping[str, str]) -> dict[s
     return {bare: tuple(group) for group in groups.values() if len(group) > 1 for bare in group}
 
 
-def _done(plan: LoadPlan) -> list[tuple[object, ...]]:
-    """What a plan does, whichever rules say so."""
-    return [(row.key, row.action, row.sources, row.part, row.parts, row.steps) for row in plan.rows]
+def _done(found: Suggestion) -> list[tuple[object, ...]]:
+    """What the plan does, whichever rules say so."""
+    return [(row.key, row.action, row.sources, row.part, row.parts, row.steps) for row in found.plan.rows]
 
 
 def _can_say(name: str) -> bool:
