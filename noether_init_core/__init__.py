@@ -44,17 +44,21 @@ if TYPE_CHECKING:
     from noether_init_core.files.opening import open_checkpoint
     from noether_init_core.files.storage.artifact_cache import ArtifactCache
     from noether_init_core.files.storage.handle import Storage
-    from noether_init_core.initializers.base import InitializerBase, LoadedFile, Outcome
-    from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
-    from noether_init_core.initializers.location import (
+    from noether_init_core.initializers.base import (
+        InitializerBase,
+        LoadedFile,
         LocateQuery,
         OptimizerStateConfig,
-        Part,
+        Outcome,
         Source,
         SourceInitializerConfig,
     )
     from noether_init_core.initializers.parameters import NameGlobs, named_parameters
-    from noether_init_core.initializers.source import SourceInitializer
+    from noether_init_core.initializers.source import (
+        CheckpointInitializer,
+        CheckpointInitializerConfig,
+        SourceInitializer,
+    )
     from noether_init_core.iteration import TrainingIteration
     from noether_init_core.kinds.any_initializer import AnyInitializer
     from noether_init_core.kinds.hookspec import CONTRACT_VERSION, hookimpl, hookspec
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
     from noether_init_core.paths import PathProvider
     from noether_init_core.saving.retention import Retention
     from noether_init_core.saving.writer import CheckpointWriter
+    from noether_init_core.sets.file_names import Part
     from noether_init_core.sets.provenance import InitReport
     from noether_init_core.sets.selection import find_set, newest_set
     from noether_init_core.sets.snapshot import Snapshot
@@ -193,15 +198,22 @@ _HOMES = {
         "UnsafeGlobalError",
     ),
     "kinds.hookspec": ("CONTRACT_VERSION", "hookimpl", "hookspec"),
-    "initializers.base": ("InitializerBase", "LoadedFile", "Outcome"),
-    "initializers.checkpoint": ("CheckpointInitializer", "CheckpointInitializerConfig"),
-    "initializers.location": ("LocateQuery", "OptimizerStateConfig", "Part", "Source", "SourceInitializerConfig"),
-    "initializers.source": ("SourceInitializer",),
+    "initializers.base": (
+        "InitializerBase",
+        "LoadedFile",
+        "LocateQuery",
+        "OptimizerStateConfig",
+        "Outcome",
+        "Source",
+        "SourceInitializerConfig",
+    ),
+    "initializers.source": ("CheckpointInitializer", "CheckpointInitializerConfig", "SourceInitializer"),
     "iteration": ("TrainingIteration",),
     "lineage.graph": ("Lineage",),
     "lineage.reading": ("lineage_of",),
     "models": ("bind", "compose", "leaf_models"),
     "paths": ("PathProvider",),
+    "sets.file_names": ("Part",),
     "sets.provenance": ("InitReport",),
     "stack.stack": ("InitializerStack",),
     "stopwatch": ("Timing",),

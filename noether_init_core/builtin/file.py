@@ -10,7 +10,7 @@ import pydantic
 from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.files.storage.handle import digest_problem
-from noether_init_core.initializers.location import LocateQuery, Source, SourceInitializerConfig
+from noether_init_core.initializers.base import LocateQuery, Source, SourceInitializerConfig
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.messages import listed
 

@@ -8,7 +8,7 @@ import pydantic
 
 from noether_init_core.config.base import KindConfig, RunId
 from noether_init_core.initializers.callbacks import check_resumption, resume_callbacks
-from noether_init_core.initializers.checkpoint import CheckpointInitializer, CheckpointInitializerConfig
+from noether_init_core.initializers.source import CheckpointInitializer, CheckpointInitializerConfig
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename
 
 #: Fields of Noether -> how to write them as a transform.
@@ -98,9 +98,10 @@ class PreviousRunInitializer(CheckpointInitializer):
             unmatched_is_error=config.on_unmatched_rule == "error",
         )
 
-    def takes_part_in(self, hook: str) -> bool:
-        """A stack calls ``init_callbacks`` only with ``load_callbacks``."""
-        return hook != "init_callbacks" or self.config.load_callbacks
+    @property
+    def skipped_hooks(self) -> frozenset[str]:
+        """``init_callbacks``, unless ``load_callbacks``."""
+        return frozenset(() if self.config.load_callbacks else ("init_callbacks",))
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Weights and optimizer as in ``CheckpointInitializer``, then whether callbacks could be shown files."""

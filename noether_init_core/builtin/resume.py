@@ -34,7 +34,7 @@ from noether_init_core.initializers.callbacks import (
     plan_callbacks,
     resume_callbacks,
 )
-from noether_init_core.initializers.checkpoint import (
+from noether_init_core.initializers.source import (
     CheckpointInitializer,
     CheckpointInitializerConfig,
     RunSelection,

@@ -1,4 +1,4 @@
-"""Optimizer state of one model: decided from the header of its file, read and verified, handed over."""
+"""Optimizer state in one initialization: decided from the header of its file, read and verified, handed over."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from noether_init_core.applying.optimizer_state import (
     parameter_aliases,
     torch_optimizer,
 )
-from noether_init_core.errors import StateMismatchError
+from noether_init_core.errors import CheckpointNotFoundError, ConfigError, StateMismatchError, TornSetError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.content import TensorInfo
-from noether_init_core.initializers.location import OptimizerStateConfig, Source
+from noether_init_core.initializers.base import OptimizerStateConfig, Source
+from noether_init_core.initializers.session import Loading, OpenFile, Planned, WeightsSession, close_all
 from noether_init_core.models import Leaf
 from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
 from noether_init_core.surgery.optimizer_plan import Moved, OptimizerPlan, ParameterOrigin, Stays, plan_optimizer
-from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow
+from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow, Problem
+
+#: A plan names so many problems of one optimizer; what is wrong with one parameter is wrong with many.
+_MOST_PROBLEMS = 5
 
 
 @attrs.frozen(eq=False)
@@ -69,7 +73,7 @@ class OptimizerStep:
         states = [state for states in self.plan.state for state in states if isinstance(state, Mapping)]
         fields = [] if self.keep_fields else list(self.plan.fields)
         examines = config.nonfinite != "ignore"
-        tensors = self.reader.read_all(_infos([states, fields]), verify=config.verify == "full", look=examines)
+        tensors = self.reader.read_all(list(_infos([states, fields])), verify=config.verify == "full", look=examines)
         warnings = self._nonfinite(states, fields) if examines else []
         if warnings and config.nonfinite == "error":
             raise StateMismatchError(
@@ -158,6 +162,125 @@ class OptimizerStep:
         ]
 
 
+class LoadSession(WeightsSession):
+    """A session of a kind that reads weights, and optimizer state, from files that it locates."""
+
+    def __init__(self, kind: Loading) -> None:
+        super().__init__(kind)
+        has_state = isinstance(self.config, OptimizerStateConfig) and self.config.load_optim
+        self._state_config: OptimizerStateConfig | None = kind.config if has_state else None
+        # asked for by the config, and not loaded by the kind itself
+        self._is_asked_for = has_state and type(kind.config).model_fields["load_optim"].default is not True
+        self._steps: dict[str, OptimizerStep] = {}
+
+    def close_files(self) -> None:
+        steps = tuple(self._steps.values())
+        self._steps.clear()
+        try:
+            super().close_files()
+        finally:
+            close_all(step.reader for step in steps)
+
+    def findings(self, planned: Planned) -> tuple[list[Problem], list[Problem]]:
+        """What is known beforehand of the optimizers: problems, and warnings. Only headers are read."""
+        if self._state_config is None:
+            return [], []
+        chosen, without, _frozen = by_optimizer(planned.opened.leaves)
+        problems: list[Problem] = []
+        warnings: list[Problem] = []
+        if not chosen and self._is_asked_for:
+            message = "optimizer state: not planned, the model has no optimizer"
+            warnings += [Problem("optimizer", message, path) for path in without]
+        for leaf in chosen:
+            try:
+                step = self._step(leaf, planned)
+            except (StateMismatchError, CheckpointNotFoundError, TornSetError) as error:
+                messages = list(getattr(error, "problems", ())) or [str(error)]
+                shown = messages[:_MOST_PROBLEMS]
+                if len(messages) > len(shown):
+                    shown.append(f"and {len(messages) - len(shown)} more")
+                problems += [Problem("optimizer", f"optimizer state: {message}", leaf.path) for message in shown]
+            else:
+                # state follows the weights: what a plan with problems makes of it helps nobody
+                if planned.plan.is_fine:
+                    warnings += [Problem("optimizer", message, leaf.path) for message in step.plan.warnings]
+        return problems, warnings
+
+    def checked_optimizers(self, model: Any) -> list[OptimizerStep]:
+        """What each optimizer will get, decided, read and verified. Nothing is changed."""
+        config = self._state_config
+        if config is None:
+            return []
+        planned = self.plan(model)
+        chosen, without, frozen = by_optimizer(planned.opened.leaves)
+        for path in frozen:
+            self.kind.logger.info("%s: %s is frozen, its optimizer is left", config.kind, path)
+        for path in without:
+            self.kind.logger.info("%s: %s has no optimizer", config.kind, path)
+        if without and not chosen and self._is_asked_for:
+            raise ConfigError(
+                f"load_optim: true, but {', '.join(without)} has no optimizer to load into. "
+                "Next: bind(module, optimizer=...), or load_optim: false"
+            )
+        # all are decided before the first one is read
+        steps = [self._step(leaf, planned) for leaf in chosen]
+        for number, step in enumerate(steps):
+            if not step.is_read:
+                steps[number], warnings = step.read(config)
+                for warning in (*(f"{step.leaf.path}: {one}" for one in step.plan.warnings), *warnings):
+                    self.warn(warning)
+        self._steps.update((step.leaf.path, step) for step in steps)
+        return steps
+
+    def apply_optimizers(self, model: Any) -> None:
+        """Hand every optimizer its state. Everything is verified before the first one changes."""
+        steps = self.checked_optimizers(model)
+        for step in steps:
+            step.check_memory()
+        done: list[str] = []
+        leaves = [step.leaf for step in steps]
+        for step in steps:
+            restored = step.restored(continues=self.kind.continues)
+            path = step.leaf.path
+            with (
+                self.writing(f"the optimizer of {path} failed while it took its state", leaves, done),
+                self.stopwatch.phase("copy"),
+            ):
+                step.apply()
+            done.append(path)
+            if restored:
+                self.restored.append(restored)
+            self.kind.logger.info("%s: %s", self.config.kind, restored or f"no state for the optimizer of {path}")
+        for step in steps:
+            step.reader.close()
+        self._steps.clear()
+
+    def _step(self, leaf: Leaf, planned: Planned) -> OptimizerStep:
+        """What an optimizer will get, by the header of its file, which goes with the weights."""
+        known, config = self._steps.get(leaf.path), self._state_config
+        assert config is not None
+        if known is not None and known.fits():
+            return known
+        if known is not None:
+            file = OpenFile(known.source, known.reader)
+        else:
+            with self.stopwatch.phase("find"):
+                self.kind.select([leaf], "optim")
+                source = self.source(leaf, "optim")
+            if source is None:
+                raise StateMismatchError(f"no optimizer file was found for {leaf.path}")
+            file = OpenFile(source, self.kind.open(source))
+        try:
+            self.kind.check_together({**planned.opened.metadata, file.source.location: file.reader.metadata})
+            step = decided(leaf, file.source, file.reader, planned.plan, config, self.loaded_before)
+        except BaseException:
+            self._steps.pop(leaf.path, None)
+            file.reader.close()
+            raise
+        self._steps[leaf.path] = step
+        return step
+
+
 def by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str], list[str]]:
     """Models with an optimizer to load, paths of those that have none, and of those that are frozen."""
     chosen: list[Leaf] = []
@@ -171,11 +294,6 @@ def by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str], list[st
         else:
             chosen.append(leaf)
     return chosen, without, frozen
-
-
-def is_asked_for(config: OptimizerStateConfig) -> bool:
-    """Whether the config asks for optimizer state that the kind would not load by itself."""
-    return config.load_optim and type(config).model_fields["load_optim"].default is not True
 
 
 def decided(

@@ -15,8 +15,7 @@ import attrs
 import pydantic
 
 from noether_init_core.config.base import KindConfig
-from noether_init_core.initializers.base import InitializerBase
-from noether_init_core.initializers.location import SourceInitializerConfig
+from noether_init_core.initializers.base import InitializerBase, SourceInitializerConfig
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import CONTRACT_VERSION, HOOK_NAMES, HookSpecs
 from noether_init_core.messages import near

@@ -42,7 +42,7 @@ class Member:
 
     def takes_part_in(self, hook: str) -> bool:
         """Whether the stack calls ``hook`` for it."""
-        return hook in self.hooks and self.initializer.takes_part_in(hook)
+        return hook in self.hooks - self.initializer.skipped_hooks
 
     def model(self, model: Any) -> Any:
         """The part of the model that it is for. Raises ``ConfigError`` where there is none."""
@@ -78,7 +78,7 @@ def prepare(
 
 
 def _hooks_of(initializer: InitializerBase, hooks: frozenset[str]) -> frozenset[str]:
-    return frozenset(hook for hook in hooks if initializer.takes_part_in(hook))
+    return hooks - initializer.skipped_hooks
 
 
 def _prepare(

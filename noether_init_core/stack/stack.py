@@ -21,9 +21,8 @@ from noether_init_core.errors import (
     StartConflictError,
     type_of,
 )
-from noether_init_core.initializers.base import InitializerBase, Session
+from noether_init_core.initializers.base import InitializerBase, Session, Source
 from noether_init_core.initializers.callbacks import StatesBefore
-from noether_init_core.initializers.location import Source
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds.hookspec import HOOK_NAMES
 from noether_init_core.models import check_model
@@ -249,9 +248,11 @@ class InitializerStack:
                 "before or after initialize(); for delegates, call their hooks"
             )
         if not self._sessions:
-            self._sessions = tuple(
-                (one, one.new_session(where=member.where)) for member in self._members for one in member.units
-            )
+            self._sessions = tuple((one, one.new_session()) for one in units)
+            for member in self._members:
+                for one, session in self._sessions:
+                    if one in member.units:
+                        session.where = member.where
         for one, session in self._sessions:
             one.session, session.trains = session, trains
         try:

@@ -13,7 +13,7 @@ from support.average import Average
 from noether_init_core import InitializerStack, Source, SourceInitializer, bind, kinds, open_checkpoint
 from noether_init_core.errors import PlanError
 from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.initializers.location import LocateQuery
+from noether_init_core.initializers.base import LocateQuery
 
 
 class AverageOfFolder(SourceInitializer):
