@@ -121,7 +121,7 @@ def _refresh_tag(
 
 
 def _flat_name(file: CheckpointFile, tag: str) -> str:
-    parsed = parse(file.path.name)
+    parsed = parse(file.name)
     if parsed is None:
         raise ValueError(f"{file.path} has no checkpoint name")
     return str(attrs.evolve(parsed, tag=tag))

@@ -43,10 +43,16 @@ _SET_NAME = re.compile(r"(\d{8,18})_E(0|[1-9]\d{0,17})_U(0|[1-9]\d{0,17})_S(0|[1
 class CheckpointFile:
     """One file; ``model`` is the name (for a submodel the path of names) that stands in the file's name."""
 
-    path: Path
+    folder: Path
+    name: str
     model: str
     info: str | None
     part: Part
+
+    @cached_property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / self.name
 
     @property
     def stem(self) -> str:
@@ -153,7 +159,7 @@ class CheckpointSet:
     def head_of(self, file: CheckpointFile) -> ManifestFile | None:
         """What the manifest says of the file; None in a legacy set."""
         files = () if self.manifest is None else self.manifest.files
-        return next((entry for entry in files if entry.name == file.path.name), None)
+        return next((entry for entry in files if entry.name == file.name), None)
 
     def digests_of(self, file: CheckpointFile) -> Digests | None:
         """What was recorded of the file, for ``open_checkpoint``; None in a legacy set.
@@ -168,7 +174,7 @@ class CheckpointSet:
         return None if self.head_of(file) is None else self._recorded(file).buffers
 
     def _recorded(self, file: CheckpointFile) -> FileDigests:
-        return self._digests.get(file.path.name) or FileDigests(tensors={})
+        return self._digests.get(file.name) or FileDigests(tensors={})
 
     @cached_property
     def _digests(self) -> Mapping[str, FileDigests]:
@@ -239,18 +245,19 @@ def load_set(folder: SetFolder, storage: FileSystem = LOCAL) -> CheckpointSet:
     release wrote it. The files are not looked at.
     """
     manifest = read_manifest(folder.path / MANIFEST_NAME, storage)
-    if (manifest.sequence, manifest.training_iteration) != (folder.sequence, folder.iteration):
+    iteration = manifest.training_iteration
+    if (manifest.sequence, iteration) != (folder.sequence, folder.iteration):
         raise CheckpointCorruptError(
-            f"{folder.path / MANIFEST_NAME} is the manifest of set {manifest.sequence}, {manifest.training_iteration}; "
+            f"{folder.path / MANIFEST_NAME} is the manifest of set {manifest.sequence}, {iteration}; "
             "the folder has another name",
             path=folder.path,
         )
-    files = [CheckpointFile(folder.path / one.name, one.model, one.info, one.part) for one in manifest.files]
+    files = [CheckpointFile(folder.path, one.name, one.model, one.info, one.part) for one in manifest.files]
     return CheckpointSet(
         folder=folder.path,
-        name=str(folder.iteration),
+        name=folder.name.partition("_")[2],
         tags=manifest.tags,
-        iteration=folder.iteration,
+        iteration=iteration,
         sequence=folder.sequence,
         committed=True,
         files=sorted_files(files),

@@ -50,7 +50,7 @@ def legacy_sets(folder: Path, storage: FileSystem) -> list[CheckpointSet]:
         with reaching(folder / name):
             is_file = parsed is not None and storage.size_of(folder / name) is not None
         if parsed is not None and is_file:
-            file = CheckpointFile(folder / name, parsed.model, parsed.info, parsed.part)
+            file = CheckpointFile(folder, name, parsed.model, parsed.info, parsed.part)
             by_tag.setdefault(parsed.tag, []).append(file)
     found = [
         CheckpointSet(folder, tag, (tag,), iteration_of_tag(tag), None, False, sorted_files(files))

@@ -286,7 +286,7 @@ def _notes(found: CheckpointSet) -> list[str]:
     manifest, storage = found.manifest, found.storage
     if manifest is None:
         return []
-    known = {MANIFEST_NAME, DIGESTS_NAME, PROVENANCE_NAME, *(file.path.name for file in found.files)}
+    known = {MANIFEST_NAME, DIGESTS_NAME, PROVENANCE_NAME, *(file.name for file in found.files)}
     known |= set() if manifest.probe is None else {PROBE_NAME}
     notes = [f"{name} is not in the manifest" for name in list_names(found.folder, storage) if name not in known]
     try:
@@ -325,9 +325,9 @@ def _verify_set(snapshot: Snapshot, found: CheckpointSet, progress: Progress, no
             problems.append(str(error))
             continue
         if checked.said is not None:
-            said[file.path.name] = checked.said
+            said[file.name] = checked.said
         if not checked.is_verifiable:
-            unverified.append(file.path.name)
+            unverified.append(file.name)
         if file.info is None:
             nonfinite += checked.refused
         else:
@@ -378,7 +378,7 @@ def _copies(snapshot: Snapshot) -> Iterator[tuple[Path, CheckpointSet, Checkpoin
         found, parsed = sets.get(of), parse(name)
         if found is not None and parsed is not None:
             own = str(attrs.evolve(parsed, tag=found.name))
-            yield from ((snapshot.folder / name, found, file) for file in found.files if file.path.name == own)
+            yield from ((snapshot.folder / name, found, file) for file in found.files if file.name == own)
 
 
 def _verify_flat(snapshot: Snapshot, progress: Progress, *, compare: bool) -> FlatHealth:
@@ -401,7 +401,7 @@ def _verify_flat(snapshot: Snapshot, progress: Progress, *, compare: bool) -> Fl
                 handle.check_digest(str(found.digest_of(file)))
         except (CheckpointError, OSError):
             problems.append(
-                f"{path} is damaged: it is a copy of {file.path.name} of {found.folder.name} for Noether, and has "
+                f"{path} is damaged: it is a copy of {file.name} of {found.folder.name} for Noether, and has "
                 "other bytes. No reader of ours takes it. Next: remove it, or copy the file of the set there"
             )
         progress(storage.size_of(path) or 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -31,6 +31,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 MAX_DIGESTS_BYTES = 256 << 20
 MAX_PROVENANCE_BYTES = 256 << 20
 _SEAL = re.compile(rb',\n "digest": "(xxh3_128:[0-9a-f]{32})"\n}\n')
+_HEAD = f'{{\n "format": "{FORMAT}",\n "format_version": {FORMAT_VERSION},\n'.encode()
 _SEAL_BYTES = len(',\n "digest": "xxh3_128:"\n}\n') + 32
 
 Digest = Annotated[str, pydantic.Field(pattern=r"\Axxh3_128:[0-9a-f]{32}\z")]
@@ -39,7 +40,7 @@ _Count = Annotated[int, pydantic.Field(ge=0)]
 
 class _Model(pydantic.BaseModel):
     # Keys that a later release adds without a new format version are no error.
-    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False)
 
 
 class TensorDigest(_Model):
@@ -125,12 +126,14 @@ class Manifest(_Model):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Manifest:
+        own = str(self.training_iteration)
         if not self.training_iteration.is_fully_specified:
             raise ConfigError("iteration must say epoch, update and sample")
         for tag in self.tags:
-            check_tag(tag)
-        if str(self.training_iteration) not in self.tags:
-            raise ConfigError(f"tags must hold {self.training_iteration}")
+            if tag != own:
+                check_tag(tag)
+        if own not in self.tags:
+            raise ConfigError(f"tags must hold {own}")
         names = [file.name for file in self.files]
         if len(set(names)) != len(names):
             raise ConfigError("a file is listed twice")
@@ -177,9 +180,14 @@ def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
     """
     try:
         text = storage.read_bytes(path, MAX_MANIFEST_BYTES)
-        values = pydantic_core.from_json(text, allow_inf_nan=False)
     except OSError as error:
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error.strerror}", path=path) from error
+    seal = _SEAL.fullmatch(text[-_SEAL_BYTES:])
+    is_sealed = seal is not None and seal[1].decode() == digest_of(text[:-_SEAL_BYTES])
+    if is_sealed and text.startswith(_HEAD):
+        return _validated(Manifest.model_validate_json, text, path)
+    try:
+        values = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error}", path=path) from error
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
@@ -193,14 +201,13 @@ def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
             f"{path} has format version {version}, this release reads version {FORMAT_VERSION} only. Next: {next_step}",
             path=path,
         )
-    seal = _SEAL.fullmatch(text[-_SEAL_BYTES:])
-    if seal is None or seal[1].decode() != digest_of(text[:-_SEAL_BYTES]):
+    if not is_sealed:
         raise CheckpointCorruptError(
             f"{path} is not as it was written: its digest is not that of its content. It is damaged, or was edited. "
             "Next: take an older checkpoint",
             path=path,
         )
-    return _validated(Manifest, values, path)
+    return _validated(Manifest.model_validate, values, path)
 
 
 class _Digests(_Model):
@@ -229,15 +236,15 @@ def read_digests(folder: Path, manifest: Manifest, storage: FileSystem = LOCAL) 
             "checkpoint",
             path=path,
         )
-    return _validated(_Digests, pydantic_core.from_json(text), path).files
+    return _validated(_Digests.model_validate_json, text, path).files
 
 
 _M = TypeVar("_M", bound=_Model)
 
 
-def _validated(model: type[_M], values: Any, path: Path) -> _M:
+def _validated(validate: Callable[[Any], _M], content: Any, path: Path) -> _M:
     try:
-        return model.model_validate(values)
+        return validate(content)
     except pydantic.ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc'])) or 'manifest'}: {problem['msg']}" for problem in error.errors()[:5]

@@ -312,7 +312,7 @@ class Snapshot:
             same = (folder for folder in self.folders if folder.iteration == iteration)
             if any(map(self.is_committed, same)):
                 continue
-            known = [copies[file.path.name] for file in flat.files if file.path.name in copies]
+            known = [copies[file.name] for file in flat.files if file.name in copies]
             if len(known) < len(flat.files):
                 later.append((flat, iteration))
             else:
