@@ -156,10 +156,10 @@ class Problems:
         """What is wrong with the rules themselves, and which names they overwrite."""
         for source, by, target, rule in self._match.overwritten:
             self.warn("overwritten", f"{source} and {by} both become {target} ({rule}); {by} is taken", (source, by))
-        for problem in self._match.problems[:_MOST_PROBLEMS]:
-            self.problems.append(attrs.evolve(problem, model=self._part.model))
-        if len(self._match.problems) > _MOST_PROBLEMS:
-            self.add("more", f"and {len(self._match.problems) - _MOST_PROBLEMS} more of that sort", ())
+        problems = [attrs.evolve(problem, model=self._part.model) for problem in self._match.problems]
+        self.problems += problems[:_MOST_PROBLEMS]
+        if problems[_MOST_PROBLEMS:]:
+            self.add("more", f"and {len(problems) - _MOST_PROBLEMS} more of that sort", ())
 
     def casts(self, rows: Sequence[PlanRow], before: str) -> None:
         """Tensors that are converted to another dtype."""
@@ -226,15 +226,9 @@ class Problems:
     def squares(self, rows: Sequence[PlanRow]) -> None:
         """Square matrices that stay as they are where others of the same layers are transposed: shapes cannot tell."""
         groups = {_group(row.key) for row in rows if any(isinstance(step, Transpose) for step in row.steps)}
-        names = [
-            row.key
-            for row in (rows if groups else ())
-            if not row.steps
-            and len(row.shape) == 2
-            and row.shape[0] == row.shape[1]
-            and row.writes
-            and _group(row.key) in groups
-        ]
+        plain = (row for row in rows if row.writes and not row.steps) if groups else ()
+        square = (row for row in plain if len(row.shape) == 2 and row.shape[0] == row.shape[1])
+        names = [row.key for row in square if _group(row.key) in groups]
         if names:
             verb = "is square and taken as it is" if len(names) == 1 else "are square and taken as they are"
             message = f"{listed(names)} {verb}, while others beside are transposed: shapes cannot tell whether to"

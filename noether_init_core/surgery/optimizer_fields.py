@@ -82,11 +82,10 @@ def unknown_fields(groups: Iterable[Group], policies: OptimizerPolicies) -> list
     """A field that is misspelt would silently be taken from the other side."""
     known = sorted({key for group in groups for key in group} - {"params"})
     messages = []
-    for field in policies.fields:
-        if field != "*" and field not in known:
-            close = near(field, known, cutoff=0.5)
-            hint = f"near: {', '.join(close)}" if close else f"they have: {', '.join(known)}"
-            messages.append(f"param_groups: the groups of the optimizer have no {field}; {hint}")
+    for field in [field for field in policies.fields if field not in ("*", *known)]:
+        close = near(field, known, cutoff=0.5)
+        hint = f"near: {', '.join(close)}" if close else f"they have: {', '.join(known)}"
+        messages.append(f"param_groups: the groups of the optimizer have no {field}; {hint}")
     return messages
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ class OptimizerPlan:
 def plan_optimizer(
     saved: Mapping[str, Any],
     groups: Sequence[Sequence[str]],
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
     *,
     origins: Mapping[str, ParameterOrigin] | None = None,
     aliases: Mapping[str, tuple[str, ...]] | None = None,
@@ -156,14 +157,14 @@ class _Planner:
     problems: list[str] = attrs.Factory(list)
     fresh: list[str] = attrs.Factory(list)
     #: Why state starts afresh that a rule did not ask for -> the parameters.
-    reset: dict[str, list[str]] = attrs.Factory(dict)
+    reset: defaultdict[str, list[str]] = attrs.field(factory=lambda: defaultdict(list))
 
     def plan(self, current: Sequence[Group] | None, optimizer_class: str) -> OptimizerPlan:
         stored_groups: Sequence[Group] = self.saved["param_groups"]
         self.problems += other_class(self.saved, current, optimizer_class)
         self.problems += unknown_fields((*stored_groups, *(current or ())), self.policies)
-        origins = {name: self._origin(name) for names in self.groups for name in names}
-        wanted = {source for origin in origins.values() for source in origin.sources}
+        ways = {name: self._origin(name) for names in self.groups for name in names}
+        wanted = {source for origin in ways.values() for source in origin.sources}
         left = [name for name in self.stored if name not in wanted]
         states: list[tuple[State | Stays | None, ...]] = []
         fields: list[Mapping[str, Any]] = []
@@ -171,14 +172,12 @@ class _Planner:
         for number, names in enumerate(self.groups):
             # number of a stored group -> the first parameter that comes from it
             from_groups: dict[int, str] = {}
-            states.append(tuple(self._state(name, origins[name], left, from_groups) for name in names))
+            states.append(tuple(self._state(name, ways[name], left, from_groups) for name in names))
             chosen.append(next(iter(from_groups), None))
-            taken = fields_of(stored_groups[next(iter(from_groups))], self.policies) if from_groups else {}
-            now = {} if current is None else current[number]
-            self.problems += several_groups(number, from_groups, stored_groups, self.policies) or self._needed_state(
-                names, states[-1], origins, {**now, **taken}
-            )
-            fields.append(taken)
+            fields.append({} if chosen[-1] is None else fields_of(stored_groups[chosen[-1]], self.policies))
+            differing = several_groups(number, from_groups, stored_groups, self.policies)
+            in_force = {**(current[number] if current else {}), **fields[-1]}
+            self.problems += differing or self._lacking(dict(zip(names, states[-1], strict=True)), ways, in_force)
         self.problems += ambiguous_fields(chosen, current, self.policies)
         self._report_unused(left)
         self.warnings += (
@@ -193,18 +192,14 @@ class _Planner:
             )
         return OptimizerPlan(tuple(states), tuple(fields), tuple(self.fresh), tuple(self.warnings))
 
-    def _needed_state(
-        self,
-        names: Sequence[str],
-        states: Sequence[State | Stays | None],
-        origins: Mapping[str, ParameterOrigin],
-        fields: Mapping[str, Any],
+    def _lacking(
+        self, states: Mapping[str, State | Stays | None], ways: Mapping[str, ParameterOrigin], fields: Group
     ) -> list[str]:
         """State that a field of the optimizer needs, and that was not kept where the field was off."""
         lacking: dict[tuple[str, str], list[str]] = {}
-        for name, state in zip(names, states, strict=True):
+        for name, state in states.items():
             if isinstance(state, Mapping):
-                group = self.stored[origins[name].sources[0]][1]
+                group = self.stored[ways[name].sources[0]][1]
                 found = lacking_state(self.saved["param_groups"][group], fields, state)
                 if found is not None:
                     lacking.setdefault(found, []).append(name)
@@ -279,7 +274,7 @@ class _Planner:
 
     def _start_afresh(self, name: str, reason: str) -> None:
         self.fresh.append(name)
-        self.reset.setdefault(reason, []).append(name)
+        self.reset[reason].append(name)
 
     def _cannot_follow(self, name: str, steps: Sequence[Step], origin: ParameterOrigin, states: Sequence[State]) -> str:
         """Why state cannot go the way of its parameter, in words; empty where it can."""
@@ -305,14 +300,11 @@ class _Planner:
         if not gone or policy == "ignore":
             return
         if policy == "error" or self.origins is None:
-            self.problems.append(
-                f"the file has state of {listed(gone)}, not found in the optimizer. To leave it: "
-                "on_unexpected_state: ignore"
-            )
+            what = f"the file has state of {listed(gone)}, not found in the optimizer"
+            self.problems.append(f"{what}. To leave it: on_unexpected_state: ignore")
         else:
-            self.warnings.append(
-                f"optimizer state of {listed(gone)} is not taken over: no parameter of the optimizer takes it"
-            )
+            what = f"optimizer state of {listed(gone)} is not taken over"
+            self.warnings.append(f"{what}: no parameter of the optimizer takes it")
 
 
 _NEXT_LINE = "\n  "

@@ -260,11 +260,10 @@ class LoadPlan:
             most: How many of them the message lists.
         """
         sources = "; ".join(str(origin) for origin in self.origins if model in (None, origin.model))
-        shown = [f"{self.kind}: {sources}", *problems[:most]]
-        if len(problems) > most:
-            shown.append(f"and {len(problems) - most} more")
-        message = "\n  ".join(shown) + (f"\n{hint}" if hint else "") + "\nNothing was changed."
-        return PlanError(message, plan=self, problems=tuple(problems))
+        message = listed([f"{self.kind}: {sources}", *problems], most + 1, separator="\n  ")
+        return PlanError(
+            message + (f"\n{hint}" if hint else "") + "\nNothing was changed.", plan=self, problems=tuple(problems)
+        )
 
     def inverted(self) -> LoadPlan:
         """The plan from the model's entries to the file's: the direction of an export; dtypes are those of the model.

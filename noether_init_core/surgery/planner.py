@@ -25,9 +25,10 @@ from noether_init_core.surgery.fit import (
     ties_within,
 )
 from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken
+from noether_init_core.surgery.patterns import PatternSet, parse_glob
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow, Problem, share_loaded
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Slice, Step, StepError, shapes_after
-from noether_init_core.surgery.transforms import glob_set, lacks_dot
+from noether_init_core.surgery.transforms import lacks_dot
 
 # Elements that any step may make.
 _SMALL = 1 << 20
@@ -112,11 +113,12 @@ def plan_load(
 def _too_little(rows: Sequence[PlanRow], least: Mapping[str, float], names: str) -> list[Problem]:
     """What ``min_coverage`` asks for and does not get."""
     problems = []
+    targets = [row for row in rows if row.target is not None]
     for glob, share in least.items():
-        globs = glob_set([glob])
-        chosen = [row for row in rows if row.target is not None and globs.matching(row.target)]
+        globs = PatternSet([parse_glob(glob).expression])
+        chosen = [row for row in targets if globs.matching(row.key)]
         if not any(row.is_parameter for row in chosen):
-            dotted = lacks_dot(glob, (row.target for row in rows if row.target is not None))
+            dotted = lacks_dot(glob, (row.key for row in targets))
             hint = f". Next: {glob}. (a trailing dot means everything below)" if dotted else ""
             problems.append(Problem("coverage", f"min_coverage: {glob} matches no parameter of the model{hint}", names))
             continue

@@ -68,7 +68,7 @@ class Step:
         return None
 
     def _shape(self, shape: Shape) -> Shape:
-        raise NotImplementedError
+        return shape
 
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -333,9 +333,6 @@ class Cast(Step):
 
     dtype: Annotated[str, "The dtype afterwards, such as float32."]
     short: ClassVar[str] = "dtype"
-
-    def _shape(self, shape: Shape) -> Shape:
-        return shape
 
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch

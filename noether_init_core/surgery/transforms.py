@@ -286,11 +286,6 @@ def _texts(patterns: Sequence[NamePattern]) -> str | list[str]:
     return texts if texts[1:] else texts[0]
 
 
-def glob_set(globs: Sequence[str]) -> PatternSet:
-    """Which of the globs match a name. Raises ``ValueError`` for one that is none."""
-    return PatternSet(parse_glob(glob).expression for glob in globs)
-
-
 def _said(taken: Taken) -> str:
     return (
         f"{', '.join(taken.sources)} by {taken.rule}"

@@ -19,6 +19,12 @@ from noether_init_core.errors import ConfigError, StateMismatchError, type_of
 from noether_init_core.training.randomness import derive_seed, seeded
 
 
+def check_whole(name: str, value: object, *, least: int) -> None:
+    """Raise ``ConfigError`` for what is no whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
 @attrs.frozen
 class Layout:
     """How an epoch is cut into batches; part of every checkpoint, since a position means nothing without it."""
@@ -84,14 +90,14 @@ class Position:
         self.seed, self.epoch, self.batch = seed, epoch, batch
         self.handed, self.ahead, self.carried, self.current_pass = [], 0, [], None
 
-    def consume(self, number: int, batches: int | None) -> None:
+    def consume(self, number: int, batches: int) -> None:
         """The oldest ``number`` batches that wait are done with. ``batches``: those of an epoch."""
         of_earlier = min(number, len(self.carried))
         of_this = number - of_earlier
         del self.carried[:of_earlier], self.handed[:of_this]
         self.ahead = len(self.handed)
         self.batch += of_this
-        if batches is not None and self.batch >= batches > 0:
+        if self.batch >= batches:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def end_pass(self, accumulate: int) -> None:
@@ -109,12 +115,8 @@ class Position:
         self.epoch, self.batch, self.handed, self.ahead = self.epoch + 1, 0, [], 0
 
 
-@attrs.frozen
-class _Batch:
-    """What a worker process is told: which samples, and the seed of everything that is random about them."""
-
-    indices: list[int]
-    seed: int
+#: What a worker process is told: the seed of everything that is random about a batch, and its samples.
+_Batch = tuple[int, list[int]]
 
 
 class _Batches(Sampler[_Batch]):
@@ -129,7 +131,7 @@ class _Batches(Sampler[_Batch]):
         order = self.layout.indices(seed, epoch)
         for number in range(self.position.batch, self.layout.batches):
             chosen: list[int] = order[number * size : (number + 1) * size].tolist()
-            yield _Batch(chosen, derive_seed(seed, "batch", epoch, number))
+            yield derive_seed(seed, "batch", epoch, number), chosen
 
     def __len__(self) -> int:
         return self.layout.batches
@@ -143,11 +145,12 @@ class _Fetcher(Dataset[Any]):
         self.collate_fn = collate_fn
 
     def __getitem__(self, batch: _Batch) -> Any:
-        with seeded(batch.seed):
+        seed, indices = batch
+        with seeded(seed):
             if getattr(self.dataset, "__getitems__", None):
-                samples = self.dataset.__getitems__(batch.indices)
+                samples = self.dataset.__getitems__(indices)
             else:
-                samples = [self.dataset[index] for index in batch.indices]
+                samples = [self.dataset[index] for index in indices]
             return self.collate_fn(samples)
 
 
@@ -179,9 +182,8 @@ class TrainingLoader:
                 f"{type_of(dataset)} has no samples by number, so that its order cannot be resumed. "
                 "Next: a dataset with __len__ and __getitem__"
             )
-        for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        check_whole("batch_size", batch_size, least=1)
+        check_whole("accumulate", accumulate, least=1)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
             raise ConfigError("loader() serves a single process; several ranks would all read the same samples")

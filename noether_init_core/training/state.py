@@ -13,7 +13,7 @@ import torch
 from noether_init_core.errors import ConfigError, InitError, StateMismatchError, type_of
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
-from noether_init_core.training.loader import Position, TrainingLoader
+from noether_init_core.training.loader import Position, TrainingLoader, check_whole
 from noether_init_core.training.plain_state import plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
@@ -122,9 +122,8 @@ class TrainerState:
         ``StateMismatchError`` where what is said does not fit what ``loader`` handed out, or where a position inside
         an epoch was resumed but ``loader`` was not called. Then nothing has changed.
         """
-        for name, value in (("samples", samples), ("batches", batches)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ConfigError(f"{name} must be a whole number of at least 0, not {value!r}")
+        check_whole("samples", 0 if samples is None else samples, least=0)
+        check_whole("batches", 0 if batches is None else batches, least=0)
         if self._loader is None:
             if samples is None or batches is not None:
                 raise ConfigError("advance() cannot count batches without a loader. Next: advance(samples=len(batch))")
