@@ -41,7 +41,8 @@ def _dtype(value: str) -> str:
 #: One name may be written without a list; the JSON schema knows it, too.
 _OneOrMore = pydantic.BeforeValidator(_as_list, json_schema_input_type=str | list[str])
 Patterns = Annotated[list[Annotated[str, _check(parse_pattern)]], _OneOrMore, pydantic.Field(min_length=1)]
-Globs = Annotated[list[Annotated[str, _check(parse_glob)]], _OneOrMore, pydantic.Field(min_length=1)]
+Glob = Annotated[str, _check(parse_glob)]
+Globs = Annotated[list[Glob], _OneOrMore, pydantic.Field(min_length=1)]
 
 
 def _model_of(step: type[Step]) -> type[pydantic.BaseModel]:
@@ -170,41 +171,34 @@ class TransformConfig(_Strict):
                 raise ValueError(f"{surplus[0]} belongs to a rule with from; {said[0]} takes none")
             return self
         sources, targets = self._patterns()
-        captures = sources[0].captures
-        for pattern in (*sources[1:], *(targets if self.to is not None else ())):
-            unknown, lost = sorted(pattern.captures - captures), sorted(captures - pattern.captures)
+        first = sources[0]
+        for pattern in (*sources[1:], *targets):
+            unknown, lost = sorted(pattern.captures - first.captures), sorted(first.captures - pattern.captures)
             if unknown:
-                shown = ", ".join(f"<{name}>" for name in sorted(captures)) or "none"
-                raise ValueError(
-                    f"{pattern.text!r} has <{unknown[0]}>, which {sources[0].text!r} does not capture: {shown}"
-                )
+                shown = ", ".join(f"<{name}>" for name in sorted(first.captures)) or "none"
+                raise ValueError(f"{pattern.text!r} has <{unknown[0]}>, which {first.text!r} does not capture: {shown}")
             if lost:
                 raise ValueError(f"{pattern.text!r} lacks <{lost[0]}>, so several names would become one")
-            if pattern.below != sources[0].below:
-                raise ValueError(
-                    f"{sources[0].text!r} and {pattern.text!r}: a trailing dot stands on both or on neither"
-                )
+            if pattern.below != first.below:
+                raise ValueError(f"{first.text!r} and {pattern.text!r}: a trailing dot stands on both or on neither")
         names = {step.name for step in self.do}
-        if len(sources) > 1 and not {"concat", "stack"} & names:
+        joins, cuts = {"concat", "stack"} & names, sorted({"split", "unstack"} & names)
+        if len(sources) > 1 and not joins:
             raise ValueError("several names in from need concat or stack in do")
-        if len(targets) > 1 and not {"split", "unstack"} & names:
+        if len(targets) > 1 and not cuts:
             raise ValueError("several names in to need split or unstack in do")
-        cuts = sorted({"split", "unstack"} & names)
-        if len(targets) == 1 and cuts and not {"concat", "stack"} & names:
+        if len(targets) == 1 and cuts and not joins:
             raise ValueError(f"{cuts[0]} needs several names in to")
-        if sources[0].below and (len(sources) > 1 or len(targets) > 1):
+        if first.below and (len(sources) > 1 or len(targets) > 1):
             raise ValueError(
                 "a trailing dot stands for many names; several from or to need whole names, such as <leaf>"
             )
         return self
 
     def _patterns(self) -> tuple[tuple[NamePattern, ...], tuple[NamePattern, ...]]:
-        if self.from_regex is not None:
-            sources: tuple[NamePattern, ...] = (parse_regex(self.from_regex),)
-        else:
-            sources = tuple(parse_pattern(text) for text in self.from_ or ())
-        targets = sources[:1] if self.to is None else tuple(parse_pattern(text) for text in self.to)
-        return sources, targets
+        """What the rule takes of the file, and the names in the model."""
+        sources = tuple(map(parse_pattern, self.from_ or ())) or (parse_regex(self.from_regex or ""),)
+        return sources, sources[:1] if self.to is None else tuple(map(parse_pattern, self.to))
 
 
 def rule_of(config: TransformConfig, label: str) -> Rule:

@@ -14,7 +14,7 @@ import pydantic
 
 from noether_init_core.applying.weights import OnNonfinite
 from noether_init_core.config.base import KindConfig
-from noether_init_core.config.transforms import TransformConfig
+from noether_init_core.config.transforms import Glob, TransformConfig
 from noether_init_core.errors import ConfigError, StartConflictError
 from noether_init_core.files.verification import Digests
 from noether_init_core.iteration import TrainingIteration
@@ -23,7 +23,6 @@ from noether_init_core.sets.file_names import Part
 from noether_init_core.sets.provenance import History
 from noether_init_core.stopwatch import Stopwatch, Timing, summed
 from noether_init_core.suggest.rules import Suggestion
-from noether_init_core.surgery.patterns import parse_glob
 from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import Policies
 
@@ -315,17 +314,11 @@ class Source:
         return " ".join(word for word in words if word)
 
 
-def _checked_glob(value: str) -> str:
-    parse_glob(value)
-    return value
-
-
 def _for_all(value: Any) -> Any:
     """A number alone is meant for all parameters."""
     return value if isinstance(value, Mapping) else {"**": value}
 
 
-Glob = Annotated[str, pydantic.AfterValidator(_checked_glob)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 

@@ -1,13 +1,14 @@
 """Patterns of names: captures by segment, globs, regular expressions that cannot hang. Pure.
 
 A name is made of segments between dots. Everything here becomes an expression of RE2, whose time grows with the length
-of the name and not with the number of ways to match it.
+of the name and not with the number of ways to match it. What was parsed is kept: configs check it, rules use it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import attrs
@@ -83,6 +84,7 @@ class NameGlob:
     expression: str
 
 
+@lru_cache(maxsize=4096)
 def parse_pattern(text: str) -> NamePattern:
     """Read a pattern with captures. Raises ``ValueError`` that says what is wrong with it."""
     if not text or text == ".":
@@ -160,6 +162,7 @@ def repaired(pattern: NamePattern, name: str) -> str | None:
     return None
 
 
+@lru_cache(maxsize=4096)
 def parse_regex(text: str) -> NamePattern:
     """Read a regular expression of RE2 that matches whole names. Raises ``ValueError``."""
     if not text:
@@ -180,6 +183,7 @@ def parse_regex(text: str) -> NamePattern:
     return NamePattern(text, (), False, _FLAGS + f"(?:{text})", frozenset(compiled.groupindex), compiled)
 
 
+@lru_cache(maxsize=4096)
 def parse_glob(text: str) -> NameGlob:
     """Read a glob. Raises ``ValueError``."""
     if not text or text == ".":

@@ -21,8 +21,8 @@ _FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (bool, dict, float
 #: Letters of NumPy's dtypes: numbers that tensors hold, and scalars that are plain numbers or texts.
 _ARRAYS, _NUMBERS = "biufc", "biufU"
 _METADATA = "_metadata"
-#: What is written as a list or tuple and comes back by its own name.
-_FROM_LISTS: dict[str, Any] = {kind.__name__: kind for kind in (set, frozenset, torch.Size)}
+#: What is written as a list, tuple or dict and comes back by its own name.
+_FROM_ITEMS: dict[str, Any] = {kind.__name__: kind for kind in (set, frozenset, torch.Size, collections.Counter)}
 
 
 def plain(value: Any, place: str) -> tuple[Any, list[list[Any]]]:
@@ -76,7 +76,7 @@ def _described(value: Any, place: str, at: tuple[int, ...], types: list[list[Any
             note("keys", keys)
         return found
     is_named = isinstance(value, tuple) and hasattr(value, "_fields")
-    if not is_named and kind not in (list, tuple, *_FROM_LISTS.values(), collections.deque):
+    if not is_named and kind not in (list, tuple, *_FROM_ITEMS.values(), collections.deque):
         raise StateMismatchError(
             f"{place} is a {_class_name(kind)}, which a checkpoint cannot hold. "
             "Next: let its state_dict() return numbers, texts, tensors, arrays, and lists or dicts of these"
@@ -133,7 +133,7 @@ def _restored(value: Any, template: Any, place: str, at: tuple[int, ...], types:
         for number, (key, item) in enumerate(value.items()):
             whole = dtypes[number].type(key) if number in dtypes else key
             found[whole] = _restored(item, known.get(whole), f"{place}.{key}", (*at, number), types)
-        return _mapping(found, template, place, said)
+        return _container(found, template, place, said)
     if isinstance(value, list | tuple):
         there = list(template) if isinstance(template, list | tuple | collections.deque) else []
         there += [None] * (len(value) - len(there))
@@ -141,36 +141,34 @@ def _restored(value: Any, template: Any, place: str, at: tuple[int, ...], types:
             _restored(item, there[number], f"{place}.{number}", (*at, number), types)
             for number, item in enumerate(value)
         ]
-        return _sequence(items, type(value), template, place, said)
+        return _container(type(value)(items), template, place, said)
     if "ndarray" in said:
         return value.detach().cpu().numpy().astype(_dtype(said["ndarray"], _ARRAYS))
     return _dtype(said["scalar"], _NUMBERS).type(value) if "scalar" in said else value
 
 
-def _sequence(items: list[Any], plain_kind: Any, template: Any, place: str, said: Mapping[str, Any]) -> Any:
-    if "deque" in said:
-        return collections.deque(items, said["deque"])
-    if "namedtuple" in said:
-        if _class_name(type(template)) != said["namedtuple"]:
-            raise StateMismatchError(
-                f"{place} was a {said['namedtuple']} when saved, and is {type_of(template)} now, so that the class "
-                "is not known. Next: let the object have such a value before its state is loaded, or save a tuple"
-            )
-        return type(template)(*items)
-    return next((_FROM_LISTS[kind](items) for kind in said if kind in _FROM_LISTS), plain_kind(items))
-
-
-def _mapping(items: dict[Any, Any], template: Any, place: str, said: Mapping[str, Any]) -> Any:
-    if "Counter" in said:
-        return collections.Counter(items)
-    if "OrderedDict" in said:
-        ordered = collections.OrderedDict(items)
-        if said["OrderedDict"] is not None:
-            metadata = collections.OrderedDict((path, dict(of)) for path, of in said["OrderedDict"].items())
-            setattr(ordered, _METADATA, metadata)  # as torch.nn.Module.state_dict does
-        return ordered
-    if "defaultdict" in said:
-        return collections.defaultdict(_factory(said["defaultdict"], template, place), items)
+def _container(items: Any, template: Any, place: str, said: Mapping[str, Any]) -> Any:
+    """``items``, a dict, list or tuple, as the type that it had."""
+    for kind, detail in said.items():
+        if kind in _FROM_ITEMS:
+            return _FROM_ITEMS[kind](items)
+        if kind == "deque":
+            return collections.deque(items, detail)
+        if kind == "defaultdict":
+            return collections.defaultdict(_factory(detail, template, place), items)
+        if kind == "OrderedDict":
+            ordered = collections.OrderedDict(items)
+            if detail is not None:
+                metadata = collections.OrderedDict((path, dict(of)) for path, of in detail.items())
+                setattr(ordered, _METADATA, metadata)  # as torch.nn.Module.state_dict does
+            return ordered
+        if kind == "namedtuple":
+            if _class_name(type(template)) != detail:
+                raise StateMismatchError(
+                    f"{place} was a {detail} when saved, and is {type_of(template)} now, so that the class "
+                    "is not known. Next: let the object have such a value before its state is loaded, or save a tuple"
+                )
+            return type(template)(*items)
     return items
 
 
