@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Literal, Protocol
 
 import attrs
 
 from noether_init_core.messages import listed, yaml_line
 from noether_init_core.surgery.name_rules import NameMatch, near, single_rename
-from noether_init_core.surgery.plan import LOADED_BEFORE, WRITING, PlanRow, Problem
+from noether_init_core.surgery.plan import LOADED_BEFORE, WRITING, PlanRow, Problem, memory_of
 from noether_init_core.surgery.steps import (
     Cast,
     Concat,
@@ -342,61 +343,42 @@ def names_of_ties(targets: Mapping[str, TargetSpec]) -> dict[str, list[str]]:
     return tied
 
 
-def ties_within(
-    model: str, tied: Iterable[Sequence[str]], rows: Sequence[PlanRow], kept: Mapping[str, str]
-) -> tuple[list[tuple[str, str, str]], list[Problem]]:
-    """For names of one tensor of a model: entries of the file that must be equal, and problems.
+def ties(
+    rows: Sequence[PlanRow], kept: Set[tuple[str, str]]
+) -> tuple[tuple[tuple[str, str, str], ...], tuple[tuple[str, str, str, str], ...], list[Problem]]:
+    """For entries that are one tensor: ``equal`` and ``equal_across`` of a ``LoadPlan``, and problems.
 
-    ``kept`` are the names that rules of the config keep.
+    ``kept``: (model, name) of the entries that rules of the config keep.
     """
-    equal: list[tuple[str, str, str]] = []
-    problems: list[Problem] = []
-    groups = [names for names in tied if len(names) > 1]
-    by_name = {row.target: row for row in rows if row.target is not None} if groups else {}
-    for names in groups:
-        group = [by_name[name] for name in names]
-        written = [row for row in group if row.writes]
-        if any(row.steps for row in written) and len({(row.sources, row.steps, row.part) for row in written}) > 1:
-            both = " and ".join(row.key for row in written[:2])
-            message = f"{both} are one tensor, and transforms make it twice. Next: drop one"
-            problems.append(Problem("tied", message, model, tuple(names)))
-        elif written:
-            sources = list(dict.fromkeys(row.sources[0] for row in written))
-            equal += [(model, sources[0], other) for other in sources[1:]]
-        held = [row for row in group if row.action == "keep" and row.rule != LOADED_BEFORE and row.key in kept]
-        changed = written or [row for row in group if row.action == "reset"]
-        if held and changed:
-            done = "loaded" if written else "reset"
-            message = f"{held[0].key} is kept, but it is the same tensor as {changed[0].key}, which is {done}"
-            problems.append(Problem("tied", message, model, tuple(names)))
-    return equal, problems
-
-
-def ties_across(rows: Sequence[PlanRow]) -> tuple[tuple[tuple[str, str, str, str], ...], list[Problem]]:
-    """For entries of different models that are one tensor: entries of the files that must be equal, and problems."""
-    places: dict[Hashable, list[PlanRow]] = {}
+    places: defaultdict[Hashable, list[PlanRow]] = defaultdict(list)
     for row in rows:
-        if row.identity is not None and row.rule != LOADED_BEFORE and row.action in _SETTLED:
-            places.setdefault(row.identity, []).append(row)
-    across: list[tuple[str, str, str, str]] = []
+        if row.target is not None and row.action in _SETTLED and row.rule != LOADED_BEFORE:
+            places[memory_of(row)].append(row)
+    equal: dict[tuple[str, str, str], None] = {}
+    across: dict[tuple[str, str, str, str], None] = {}
     problems: list[Problem] = []
     for group in places.values():
-        first = next((row for row in group if row.writes), None) if len(group) > 1 else None
+        if len(group) == 1:
+            continue
+        # the entry that decides: the first that is loaded, else the first that is reset
+        first = min(group, key=lambda row: (not row.writes, row.action != "reset"))
         for row in group:
-            if first is None or row.model == first.model:
-                continue
-            if row.writes and not (row.steps or first.steps):
-                across.append((first.model, first.sources[0], row.model, row.sources[0]))
-                continue
+            is_same_model = row.model == first.model
+            one, other = (f"{each.key}{'' if is_same_model else f' of {each.model}'}" for each in (row, first))
+            message = ""
             if row.writes:
-                message = (
-                    f"{row.target} of {row.model} and {first.target} of {first.model} are one tensor, and transforms "
-                    "make it twice. Next: a rule that makes it once"
-                )
-            else:
-                message = (
-                    f"{row.model}: {row.target} is {_DONE[row.action]}, but it is the same tensor as {first.target} "
-                    f"of {first.model}, which is loaded"
-                )
-            problems.append(Problem("tied", message, row.model, (row.key,)))
-    return tuple(dict.fromkeys(across)), problems
+                is_same = (row.sources, row.steps, row.part) == (first.sources, first.steps, first.part)
+                if is_same_model and is_same:
+                    continue
+                if row.steps or first.steps:
+                    message = f"{other} and {one} are one tensor, and transforms make it twice. Next: drop one"
+                elif is_same_model:
+                    equal[row.model, first.sources[0], row.sources[0]] = None
+                else:
+                    across[first.model, first.sources[0], row.model, row.sources[0]] = None
+            elif row.action != first.action and ((row.model, row.key) in kept if is_same_model else first.writes):
+                done = "loaded" if first.writes else "reset"
+                message = f"{one} is {_DONE[row.action]}, but it is the same tensor as {other}, which is {done}"
+            if message:
+                problems.append(Problem("tied", message, row.model, (row.key,)))
+    return tuple(equal), tuple(across), problems

@@ -145,12 +145,17 @@ class Problem:
     keys: tuple[str, ...] = ()
 
 
+def memory_of(row: PlanRow) -> Hashable:
+    """Equal for rows of targets that are the same memory, as far as that is known."""
+    return row.identity if row.identity is not None else (row.model, row.tied_to or row.target)
+
+
 def counted_rows(rows: Iterable[PlanRow]) -> list[PlanRow]:
     """The rows of parameters, one for each piece of memory: the first row that writes it, else the first row."""
     found: dict[Hashable, PlanRow] = {}
     for row in rows:
         if row.is_parameter and row.target is not None:
-            memory = row.identity if row.identity is not None else (row.model, row.tied_to or row.target)
+            memory = memory_of(row)
             if memory not in found or (row.writes and not found[memory].writes):
                 found[memory] = row
     return list(found.values())

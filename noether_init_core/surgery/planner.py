@@ -21,8 +21,7 @@ from noether_init_core.surgery.fit import (
     can_cast,
     can_follow,
     names_of_ties,
-    ties_across,
-    ties_within,
+    ties,
 )
 from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken
 from noether_init_core.surgery.patterns import PatternSet, parse_glob
@@ -79,7 +78,6 @@ def plan_load(
     rows: list[PlanRow] = []
     problems: list[Problem] = []
     warnings: list[Problem] = []
-    equal: list[tuple[str, str, str]] = []
     matches: list[NameMatch] = []
     written: set[Hashable] = set()
     for number, part in enumerate(parts):
@@ -90,7 +88,7 @@ def plan_load(
         match = rules.match(tuple(part.sources), tuple(part.targets))
         matches.append(match)
         planner = _PartPlanner(part, match, policies, fresh_hint, number)
-        equal += planner.run()
+        planner.run()
         rows += planner.rows
         if len(parts) > 1:
             written |= {row.identity for row in planner.rows if row.writes} - {None}
@@ -101,13 +99,14 @@ def plan_load(
     targets = [name for part in parts for name in part.targets]
     for message, is_error in rules.unmatched(matches, sources, targets):
         (problems if is_error else warnings).append(Problem("unmatched-rule", message, names))
+    kept = {(part.model, name) for part, match in zip(parts, matches, strict=True) for name in match.kept}
+    equal, across, tied = ties(rows, kept)
+    problems += tied
     if parts and not problems and not any(row.writes for row in rows):
         problems.append(Problem("nothing-loaded", "no tensor of the model would be loaded", names))
-    across, shared = ties_across(rows)
-    problems += shared
     problems += _too_little(rows, policies.min_coverage, names)
     origins = tuple(Origin(kind, part.model, description=part.description, files=part.files) for part in parts)
-    return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, tuple(equal), across)
+    return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, equal, across)
 
 
 def _too_little(rows: Sequence[PlanRow], least: Mapping[str, float], names: str) -> list[Problem]:
@@ -148,8 +147,8 @@ class _PartPlanner:
         self._resolved: dict[tuple[int, tuple[str, ...], int], tuple[tuple[Step, ...], list[Shape]]] = {}
         self._tied = names_of_ties(part.targets)
 
-    def run(self) -> list[tuple[str, str, str]]:
-        """Fill ``rows`` and ``found``; returns the entries of the file that must be equal, as in ``LoadPlan.equal``."""
+    def run(self) -> None:
+        """Fill ``rows`` and ``found``."""
         for name, spec in self.part.targets.items():
             self._plan_target(name, spec)
         unexpected = self._plan_unused()
@@ -166,10 +165,7 @@ class _PartPlanner:
             reason = self.part.targets[row.key].unwritable
             found.add("unwritable", f"{row.key} {reason}, so it cannot be loaded", [row.key])
         found.unexpected(unexpected)
-        equal, problems = ties_within(self.part.model, self._tied.values(), self.rows, self.match.kept)
-        found.problems += problems
         found.squares(self.rows)
-        return equal
 
     def _plan_target(self, name: str, spec: TargetSpec) -> None:
         """Add the row of one entry of the model."""
