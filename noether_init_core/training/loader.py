@@ -34,6 +34,22 @@ class Layout:
     shuffle: bool
     drop_last: bool
 
+    @classmethod
+    def of(cls, dataset: Any, batch_size: int, *, shuffle: bool, drop_last: bool) -> Layout:
+        """The layout of a dataset. Raises ``ConfigError`` for one without samples by number, or without a batch."""
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise ConfigError(
+                f"{type_of(dataset)} has no samples by number, so that its order cannot be resumed. "
+                "Next: a dataset with __len__ and __getitem__"
+            )
+        check_whole("batch_size", batch_size, least=1)
+        layout = cls(len(cast(Sized, dataset)), batch_size, bool(shuffle), bool(drop_last))
+        if layout.batches == 0:
+            raise ConfigError(
+                f"{layout.length} samples in batches of {batch_size} with drop_last={drop_last} are no batch"
+            )
+        return layout
+
     @property
     def batches(self) -> int:
         """Batches of a full epoch."""
@@ -166,40 +182,21 @@ class TrainingLoader:
     """
 
     def __init__(
-        self,
-        position: Position,
-        dataset: Any,
-        *,
-        batch_size: int,
-        shuffle: bool,
-        drop_last: bool,
-        accumulate: int,
-        collate_fn: Callable[[list[Any]], Any] | None,
-        **options: Any,
+        self, position: Position, dataset: Any, layout: Layout, *, accumulate: int, collate_fn: Any, **options: Any
     ) -> None:
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-            raise ConfigError(
-                f"{type_of(dataset)} has no samples by number, so that its order cannot be resumed. "
-                "Next: a dataset with __len__ and __getitem__"
-            )
-        check_whole("batch_size", batch_size, least=1)
         check_whole("accumulate", accumulate, least=1)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
             raise ConfigError("loader() serves a single process; several ranks would all read the same samples")
         self.dataset = dataset
-        self.layout = Layout(len(cast(Sized, dataset)), batch_size, bool(shuffle), bool(drop_last))
-        if self.layout.batches == 0:
-            raise ConfigError(
-                f"{self.layout.length} samples in batches of {batch_size} with drop_last={drop_last} are no batch"
-            )
+        self.layout = layout
         self._position = position
         self._accumulate = accumulate
         self._generator = torch.Generator()
         self._batches: DataLoader[Any] = DataLoader(
             _Fetcher(dataset, default_collate if collate_fn is None else collate_fn),
             batch_size=None,
-            sampler=_Batches(self.layout, position),
+            sampler=_Batches(layout, position),
             collate_fn=_as_it_is,
             generator=self._generator,
             **options,

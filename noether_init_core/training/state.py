@@ -13,7 +13,7 @@ import torch
 from noether_init_core.errors import ConfigError, InitError, StateMismatchError, type_of
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
-from noether_init_core.training.loader import Position, TrainingLoader, check_whole
+from noether_init_core.training.loader import Layout, Position, TrainingLoader, check_whole
 from noether_init_core.training.plain_state import plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
@@ -212,18 +212,12 @@ class TrainerState:
                 "this TrainerState has its training loader already, and keeps one position only. "
                 "Next: a plain torch.utils.data.DataLoader for validation, or another TrainerState for another loop"
             )
+        layout = Layout.of(dataset, batch_size, shuffle=shuffle, drop_last=drop_last)
         loader = TrainingLoader(
-            self._position,
-            dataset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            accumulate=accumulate,
-            collate_fn=collate_fn,
-            **options,
+            self._position, dataset, layout, accumulate=accumulate, collate_fn=collate_fn, **options
         )
         if self._stored_layout is not None:
-            _raise_for(loader.layout.differences(self._stored_layout, self._position.batch))
+            _raise_for(layout.differences(self._stored_layout, self._position.batch))
         self._loader = loader
         return loader
 
