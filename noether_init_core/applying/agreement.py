@@ -75,12 +75,11 @@ def _made_values(row: PlanRow, reader: Checkpoint, dtypes: list[str]) -> list[st
     """Values that steps make rather than move: fillings, and what lies between points of a grid."""
     problems = []
     have = [reader.tensors()[source].dtype for source in row.sources]
-    for step in row.steps:
-        if isinstance(step, Pad) and step.value is not None:
-            value = torch.tensor([step.value], dtype=torch.float64)
-            narrow = [dtype for dtype in (*have, *dtypes) if not _fits(value, getattr(torch, dtype))]
-            if narrow:
-                problems.append(f"{row.key}: the filling {step.value:g} does not fit {narrow[0]}")
+    for filling in (step.value for step in row.steps if isinstance(step, Pad) and step.value is not None):
+        value = torch.tensor([filling], dtype=torch.float64)
+        narrow = [dtype for dtype in (*have, *dtypes) if not _fits(value, getattr(torch, dtype))]
+        if narrow:
+            problems.append(f"{row.key}: the filling {filling:g} does not fit {narrow[0]}")
     if any(isinstance(step, Interpolate) for step in row.steps):
         sources = [reader.read(source) for source in row.sources]
         if all(bool(torch.isfinite(source.float()).all()) for source in sources):
@@ -101,12 +100,10 @@ def _can_overflow(source: torch.dtype, target: torch.dtype) -> bool:
     if target.is_floating_point and source.is_floating_point:
         # formats without sign or zero are odd enough to be looked at always
         return torch.finfo(source).max > torch.finfo(target).max or torch.finfo(target).min >= 0
-    return not (
-        not source.is_floating_point
-        and not target.is_floating_point
-        and torch.iinfo(source).max <= torch.iinfo(target).max
-        and torch.iinfo(source).min >= torch.iinfo(target).min
-    )
+    if source.is_floating_point or target.is_floating_point:
+        return True
+    have, can = torch.iinfo(source), torch.iinfo(target)
+    return have.max > can.max or have.min < can.min
 
 
 def _part_of(dtype: torch.dtype) -> torch.dtype:

@@ -143,11 +143,9 @@ def _copy_plain(
     usable: list[str] = []
     for row, tensor in plain:
         source = row.sources[0]
-        if source in copies:
+        if copies.setdefault(source, tensor) is not tensor:
             repeated.append((source, tensor))
-            continue
-        copies[source] = tensor
-        if may_map and row.source_dtype and fresh.can_be_mapped(tensor, row.source_dtype):
+        elif may_map and row.source_dtype and fresh.can_be_mapped(tensor, row.source_dtype):
             usable.append(source)
     for source, tensor in reader.mapped(usable).items() if usable else ():
         fresh.put(copies.pop(source), tensor)
