@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
@@ -52,20 +51,6 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = ".noether-init.lock"
 LOCK_TIMEOUT_S = 600.0
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
-@attrs.frozen
-class _Described:
-    """What the manifest says besides the files."""
-
-    iteration: TrainingIteration
-    tags: tuple[str, ...]
-    lineage: tuple[dict[str, Any], ...]
-    metrics: dict[str, float | None]
-    frozen: tuple[str, ...]
-    descent: Descent
-    provenance: bytes | None
-    probe: Probe | None
 
 
 class CheckpointWriter:
@@ -173,17 +158,30 @@ class CheckpointWriter:
                 snapshot = self._cleaned()
                 descent = self._descents.of_save(snapshot, full, Start.of(self.report, trainer))
                 self._tell_of_another_training(checkpoints, full, descent)
-                described = _Described(
-                    full, all_tags, lineage, values, frozen, descent, self._provenance(trainer), taken
+                describe = functools.partial(
+                    Manifest,
+                    iteration=full.to_mapping(),
+                    tags=all_tags,
+                    run_id=self.paths.run_id,
+                    stage_name=self.paths.stage_name,
+                    created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                    metrics=values,
+                    frozen=frozen,
+                    training=descent.training,
+                    started_from=descent.started_from,
+                    passed_over=descent.passed_over,
+                    lineage=lineage,
+                    versions=_versions(),
                 )
+                commit = functools.partial(self._commit, full, contents, describe, self._provenance(trainer), taken)
                 try:
-                    committed = self._commit(snapshot, contents, described)
+                    committed = commit(snapshot)
                 except OSError as error:
                     if error.errno not in _NO_ROOM or not give_room(checkpoints, self.storage):
                         raise
                     logger.warning("the disk is full: flat names for Noether were removed, to have room for the set")
                     snapshot = self._cleaned()
-                    committed = self._commit(snapshot, contents, described)
+                    committed = commit(snapshot)
                 self._tell_of_refused_values(committed)
                 self._follow_up(snapshot, committed)
         return committed
@@ -247,8 +245,17 @@ class CheckpointWriter:
                     raise
             self.storage.fsync_folder(folder.parent)
 
-    def _commit(self, snapshot: Snapshot, contents: Sequence[FileContent], described: _Described) -> CheckpointSet:
-        storage, iteration = self.storage, described.iteration
+    def _commit(
+        self,
+        iteration: TrainingIteration,
+        contents: Sequence[FileContent],
+        describe: Callable[..., Manifest],
+        provenance: bytes | None,
+        probe: Probe | None,
+        snapshot: Snapshot,
+    ) -> CheckpointSet:
+        """Write the files, then the manifest that ``describe`` makes of them; renaming that into place commits."""
+        storage = self.storage
         sequence = snapshot.folders[-1].sequence + 1 if snapshot.folders else 1
         folder = snapshot.folder / SETS_FOLDER / f"{sequence:08d}_{iteration}"
         storage.make_folder(folder)
@@ -268,30 +275,14 @@ class CheckpointWriter:
         digests = digests_to_bytes({head.name: found for head, found in written})
         seen = {(content.name.model, content.name.part) for content in contents if content.name.info is None}
         before = next((one.manifest.seen for one in snapshot.readable() if one.manifest is not None), ())
-        manifest = Manifest(
+        manifest = describe(
             sequence=sequence,
-            iteration=iteration.to_mapping(),
-            tags=described.tags,
-            run_id=self.paths.run_id,
-            stage_name=self.paths.stage_name,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            metrics=described.metrics,
-            frozen=described.frozen,
-            training=described.descent.training,
-            started_from=described.descent.started_from,
-            passed_over=described.descent.passed_over,
             seen=tuple(sorted(seen.union(before))),
             files=files,
             digests=write_bytes(folder / DIGESTS_NAME, digests, storage),
             digests_size=len(digests),
-            lineage=described.lineage,
-            provenance=(
-                None
-                if described.provenance is None
-                else write_bytes(folder / PROVENANCE_NAME, described.provenance, storage)
-            ),
-            probe=None if described.probe is None else write_probe(folder, described.probe, iteration, storage),
-            versions=_versions(),
+            provenance=None if provenance is None else write_bytes(folder / PROVENANCE_NAME, provenance, storage),
+            probe=None if probe is None else write_probe(folder, probe, iteration, storage),
         )
         temporary = folder / f"{MANIFEST_NAME}.tmp"
         with naming(temporary), storage.open_write(temporary) as file:
