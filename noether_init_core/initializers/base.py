@@ -160,14 +160,8 @@ class InitializerBase:
 
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration at which training starts: zero, or that of a delegate. May be called more than once."""
-        starts = {one.config.kind: found for one, found in self._delegated("start_checkpoint") if found}
-        others = {kind: start for kind, start in starts.items() if not start.is_zero}
-        if len(others) > 1:
-            raise StartConflictError(
-                f"{self.config.kind}: more than one delegate continues a run: {', '.join(others)}",
-                starts={kind: str(start) for kind, start in others.items()},
-            )
-        return next(iter(others.values()), TrainingIteration.zero())
+        starts = [(one.config.kind, start) for one, start in self._delegated("start_checkpoint")]
+        return only_start(starts, "delegate", of=f" of {self.config.kind}")
 
     def init_trainer(self, trainer: Any) -> None:
         """Restore the state of the trainer; by default that of the delegates."""
@@ -195,6 +189,19 @@ class InitializerBase:
                 taken = inspect.signature(method).parameters.keys() & given.keys()
                 found.append((one, method(**{name: given[name] for name in taken})))
         return found
+
+
+def only_start(starts: Iterable[tuple[str, TrainingIteration | None]], noun: str, of: str = "") -> TrainingIteration:
+    """The start that is other than zero, of (kind, start) of each. Raises ``StartConflictError`` for several."""
+    named = {f"{number}: {kind}": start for number, (kind, start) in enumerate(starts)}
+    others = {name: start for name, start in named.items() if start is not None and not start.is_zero}
+    if len(others) > 1:
+        listed = ", ".join(f"{noun}s.{name} at {start}" for name, start in others.items())
+        raise StartConflictError(
+            f"more than one {noun}{of} continues a run: {listed}. Keep one; the others can be previous_run",
+            starts={name: str(start) for name, start in others.items()},
+        )
+    return next(iter(others.values()), TrainingIteration.zero())
 
 
 def with_delegates(initializer: InitializerBase, above: tuple[InitializerBase, ...] = ()) -> Iterator[InitializerBase]:

@@ -1,21 +1,25 @@
-"""The members of a stack: what each is for, what it will do, planned and checked in order, and how it is called."""
+"""The members of a stack: what each is for, what it will do, planned and checked in order, and what came of it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import pluggy
 
+from noether_init_core import kinds
 from noether_init_core.applying.targets import model_targets
 from noether_init_core.errors import ConfigError, type_of
-from noether_init_core.initializers.base import InitializerBase, dotted, with_delegates
+from noether_init_core.initializers.base import InitializerBase, LoadedFile, Outcome, Session, dotted, with_delegates
+from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds import hookspec
 from noether_init_core.kinds.hookspec import HOOK_NAMES, PROJECT_NAME, hookimpl
 from noether_init_core.models import leaf_models, submodel_of
-from noether_init_core.surgery.plan import LoadPlan
+from noether_init_core.sets.provenance import InitializerReport, InitReport, SourceRecord, TensorRecord
+from noether_init_core.surgery.plan import LoadPlan, PlanRow
+from noether_init_core.surgery.steps import described
 
 
 @attrs.frozen(eq=False)
@@ -40,23 +44,36 @@ class Member:
         """The kind, as the config names it."""
         return self.initializer.config.kind
 
-    def takes_part_in(self, hook: str) -> bool:
-        """Whether the stack calls ``hook`` for it."""
-        return hook in self.hooks - self.initializer.skipped_hooks
+    @property
+    def called(self) -> frozenset[str]:
+        """The hooks that the stack calls for it."""
+        return self.hooks - self.initializer.skipped_hooks
 
-    def model(self, model: Any) -> Any:
+    def new_sessions(self) -> Iterator[tuple[InitializerBase, Session]]:
+        """A session for each unit."""
+        for one in self.units:
+            session = one.new_session()
+            session.where = self.where
+            yield one, session
+
+    def part(self, model: Any) -> Any:
         """The part of the model that it is for. Raises ``ConfigError`` where there is none."""
         return submodel_of(model, self.submodel)
 
 
 @attrs.frozen(eq=False)
 class Prepared:
-    """The plans of one member, each with the initializer that states it; none where nothing is said beforehand.
+    """What one member will do.
 
-    ``hooks`` are those that the stack calls for it.
+    Attributes:
+        member: The member.
+        part: The part of the model that it is for.
+        hooks: The hooks that the stack calls for it.
+        plans: Each with the initializer that states it; none where nothing is said beforehand.
     """
 
     member: Member
+    part: Any
     hooks: frozenset[str]
     plans: tuple[tuple[InitializerBase, LoadPlan], ...]
 
@@ -70,15 +87,11 @@ def prepare(
     """
     loaded: frozenset[int] = frozenset()
     for member in members:
-        hooks = _hooks_of(member.initializer, member.hooks)
+        hooks, part = member.called, member.part(model)
         # nobody asks what the last one writes
         is_last = member is members[-1]
-        plans, loaded = _prepare(member.initializer, hooks, member.model(model), loaded, check, is_last=is_last)
-        yield Prepared(member, hooks, tuple(plans))
-
-
-def _hooks_of(initializer: InitializerBase, hooks: frozenset[str]) -> frozenset[str]:
-    return hooks - initializer.skipped_hooks
+        plans, loaded = _prepare(member.initializer, hooks, part, loaded, check, is_last=is_last)
+        yield Prepared(member, part, hooks, tuple(plans))
 
 
 def _prepare(
@@ -95,7 +108,7 @@ def _prepare(
     initializer.session.loaded_before = within = loaded
     found: list[tuple[InitializerBase, LoadPlan]] = []
     for one in initializer.delegates:
-        plans, within = _prepare(one, _hooks_of(one, hooks), part, within, check)
+        plans, within = _prepare(one, hooks - one.skipped_hooks, part, within, check)
         found += plans
     if check is not None:
         trainer, callbacks = check
@@ -220,3 +233,194 @@ class HookCaller:
             raise ConfigError(f"{type(plugin).__name__} is in the stack twice; make another instance") from error
         except pluggy.PluginValidationError as error:
             raise ConfigError(f"{type(plugin).__name__} cannot be called: {error}") from error
+
+
+@attrs.frozen
+class Carried:
+    """A plan that was carried out for the part of the model that is called ``name``, and is found by ``path``."""
+
+    kind: str
+    plan: LoadPlan
+    outcome: Outcome
+    path: str
+    name: str
+
+    def source_of(self, row: PlanRow) -> tuple[SourceRecord, LoadedFile]:
+        """The file that a row is loaded from; as far as the plan knows it where the outcome does not record it."""
+        file = self.outcome.files.get(row.model)
+        if file is None:
+            files = self.plan.origins[row.origin].files
+            file = LoadedFile(files[0] if files else self.kind)
+        record = SourceRecord(
+            self.kind,
+            self.full(row.model),
+            file.path.name,
+            # a path below the folder that it was started in is of no use to those who read it later
+            str(file.path.absolute()),
+            file.digest,
+            tuple(sorted(file.origin.items())),
+            self.outcome.continues,
+        )
+        return record, file
+
+    def full(self, model: str) -> str:
+        """The path of a single model in the whole, which the plan of a part knows by the name of the part."""
+        return self.path + model.removeprefix(self.name)
+
+
+@attrs.frozen
+class Written:
+    """An initializer without a plan, and the entries that it gave other values: (path of a single model, name)."""
+
+    kind: str
+    entries: frozenset[tuple[str, str]]
+
+
+def values_of(model: Any) -> dict[tuple[str, str], str]:
+    """(path of a single model, name) -> digest of the bytes, for every parameter and buffer that has memory."""
+    import torch
+    import xxhash
+
+    found = {}
+    for place, tensor, _is_parameter in _entries(model):
+        if not tensor.is_meta:
+            plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+            found[place] = xxhash.xxh3_128_hexdigest(plain.view(torch.uint8).numpy().data)
+    return found
+
+
+def _entries(model: Any) -> Iterator[tuple[tuple[str, str], Any, bool]]:
+    """Place, tensor, and whether it is a parameter, of every parameter and buffer."""
+    for path, leaf in leaf_models(model):
+        for named, is_parameter in ((leaf.named_parameters, True), (getattr(leaf, "named_buffers", dict), False)):
+            for name, tensor in dict(named()).items():
+                yield (path, name), tensor, is_parameter
+
+
+def trace(
+    model: Any, carried: Iterable[Carried | Written]
+) -> tuple[tuple[SourceRecord, ...], tuple[TensorRecord, ...]]:
+    """The files that values came from, and one record for every parameter and buffer of ``model``.
+
+    Of several initializers that wrote a tensor the last one counts.
+    """
+    sources: dict[SourceRecord, int] = {}
+    found: dict[tuple[str, str], TensorRecord] = {}
+    for one in carried:
+        if isinstance(one, Written):
+            _forget(found, one)
+            continue
+        files: dict[tuple[int, str], tuple[int, LoadedFile]] = {}
+        paths = {model: one.full(model) for model in dict.fromkeys(row.model for row in one.plan.rows)}
+        for row in one.plan.rows:
+            if row.target is None:
+                continue
+            path = paths[row.model]
+            place = path, row.target
+            if not row.writes:
+                if place not in found or row.action == "reset":
+                    found[place] = TensorRecord(path, row.target, row.is_parameter, rule=row.rule, tied_to=row.tied_to)
+                continue
+            if (row.origin, row.model) not in files:
+                record, file = one.source_of(row)
+                files[row.origin, row.model] = sources.setdefault(record, len(sources)), file
+            number, file = files[row.origin, row.model]
+            found[place] = TensorRecord(
+                path,
+                row.target,
+                row.is_parameter,
+                number,
+                row.sources,
+                tuple([file.tensors.get(key) for key in row.sources]),
+                row.rule,
+                tuple(map(described, row.steps)) if row.steps else (),
+                _ancestors(file.history, row.sources, sources) if file.history else (),
+                bool(row.steps) and row.is_partial,
+                row.tied_to,
+            )
+    firsts: dict[int, tuple[str, str]] = {}
+    for place, tensor, is_parameter in _entries(model):
+        # one tensor of several submodels: what one of them loaded, all have
+        first = firsts.setdefault(id(tensor), place)
+        if first != place and {first, place} <= found.keys():
+            _share(found, first, place)
+        found.setdefault(place, TensorRecord(*place, is_parameter))
+    return tuple(sources), tuple(found.values())
+
+
+def _forget(found: dict[tuple[str, str], TensorRecord], written: Written) -> None:
+    """What has other values now did not come from a file, whatever was loaded before."""
+    rule = f"{written.kind} gave it its value"
+    for place in written.entries & found.keys():
+        old = found[place]
+        found[place] = TensorRecord(old.model, old.name, old.is_parameter, rule=rule, tied_to=old.tied_to)
+
+
+def _share(found: dict[tuple[str, str], TensorRecord], first: tuple[str, str], other: tuple[str, str]) -> None:
+    loaded, fresh = (first, other) if found[first].source is not None else (other, first)
+    if found[loaded].source is not None and found[fresh].source is None:
+        rule = f"the same tensor as {loaded[1]} of {loaded[0]}"
+        found[fresh] = attrs.evolve(found[loaded], model=fresh[0], name=fresh[1], rule=rule)
+
+
+def _ancestors(
+    history: Mapping[str, tuple[tuple[SourceRecord, tuple[str, ...]], ...]],
+    keys: Iterable[str],
+    sources: dict[SourceRecord, int],
+) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """Where the values under ``keys`` of a file came from before; what several have in common stands once."""
+    chain = dict.fromkeys(step for key in keys for step in history.get(key, ()))
+    return tuple((sources.setdefault(record, len(sources)), names) for record, names in chain)
+
+
+def reported(
+    model: Any,
+    prepared: Sequence[Prepared],
+    start: TrainingIteration,
+    starts: Sequence[TrainingIteration | None],
+    called: Sequence[str],
+    written: Mapping[int, Written],
+    decision: str,
+) -> InitReport:
+    """The report.
+
+    Args:
+        model: The whole model, initialized.
+        prepared: The plans that were carried out, one for each member; its initializer is asked for its outcome.
+        start: The iteration at which training starts.
+        starts: What each member returned as its start.
+        called: The hooks that were called.
+        written: Number of a member without a plan -> the entries that it gave other values.
+        decision: What ``auto_resume`` decided.
+    """
+    offers = {info.name: f"{info.distribution} {info.version}" for info in kinds.installed()}
+    reports = []
+    carried: list[Carried | Written] = []
+    for number, (one, own_start) in enumerate(zip(prepared, starts, strict=True)):
+        member = one.member
+        planned = LoadPlan.merged([plan for _unit, plan in one.plans])
+        outcome = member.initializer.outcome()
+        reports.append(
+            InitializerReport(
+                kind=member.kind,
+                distribution=offers.get(member.kind, ""),
+                hooks=tuple(hook for hook in called if hook in one.hooks),
+                origins=tuple((one.model, one.description, ", ".join(one.files)) for one in planned.origins),
+                counts=planned.counts(),
+                coverage=planned.coverage() if one.plans else None,
+                start=str(own_start) if own_start is not None and not own_start.is_zero else None,
+                restored=outcome.restored,
+                passed_over=outcome.passed_over,
+                not_restored=outcome.not_restored,
+                resumed_set=outcome.resumed_set,
+                timings=outcome.timings,
+            )
+        )
+        path, name = ".".join((str(model.name), *member.submodel)), str(one.part.name)
+        for unit, plan in one.plans:
+            own = outcome if unit is member.initializer else unit.outcome()
+            carried.append(Carried(unit.config.kind, plan, own, path, name))
+        if number in written:
+            carried.append(written[number])
+    sources, tensors = trace(model, carried)
+    return InitReport(start, tuple(reports), decision, sources, tensors)

@@ -21,7 +21,7 @@ from noether_init_core.errors import (
     StartConflictError,
     type_of,
 )
-from noether_init_core.initializers.base import InitializerBase, Session, Source
+from noether_init_core.initializers.base import InitializerBase, Session, Source, only_start
 from noether_init_core.initializers.callbacks import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds.hookspec import HOOK_NAMES
@@ -37,8 +37,7 @@ from noether_init_core.stack.config_files import (
     load_config_mapping,
     validate_entry,
 )
-from noether_init_core.stack.members import HookCaller, Member, Prepared, prepare
-from noether_init_core.stack.provenance import Written, reported, values_of
+from noether_init_core.stack.members import HookCaller, Member, Prepared, Written, prepare, reported, values_of
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
 
@@ -60,11 +59,8 @@ class InitializerStack:
     """
 
     def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
-        self._begin([Member(initializer) for initializer in initializers], observers)
-
-    def _begin(self, members: Sequence[Member], observers: Iterable[Any], decision: str = "") -> None:
-        self._members = tuple(members)
-        self._auto_resume = decision
+        self._members = tuple([Member(initializer) for initializer in initializers])
+        self._auto_resume = ""
         #: What ``start_checkpoint`` returned, and the folders of the sets that it is of.
         self._told: tuple[TrainingIteration, tuple[str | None, ...]] | None = None
         self._sessions: tuple[tuple[InitializerBase, Session], ...] = ()
@@ -104,8 +100,9 @@ class InitializerStack:
             resumed, decision = _resumed(path_provider, loaded.resume)
             if resumed is not None:
                 entries = [resumed]
-        stack = cls.__new__(cls)
-        stack._begin([_member(entry, path_provider) for entry in entries], observers, decision)
+        members = tuple([_member(entry, path_provider) for entry in entries])
+        stack = cls([member.initializer for member in members], observers=observers)
+        stack._members, stack._auto_resume = members, decision
         return stack
 
     @property
@@ -136,10 +133,9 @@ class InitializerStack:
         with self._in_sessions():
             for position, prepared in enumerate(prepare(self._members, model)):
                 plans += [(position, plan) for _unit, plan in prepared.plans]
-                member = prepared.member
                 if plans and not prepared.plans and "init_weights" in prepared.hooks:
-                    said = f"{member.kind} comes later and states no plan: what it writes is not in this plan"
-                    warning = Problem("unplanned", said, str(member.model(model).name), ())
+                    said = f"{prepared.member.kind} comes later and states no plan: what it writes is not in this plan"
+                    warning = Problem("unplanned", said, str(prepared.part.name), ())
                     number, last = plans[-1]
                     plans[-1] = number, attrs.evolve(last, warnings=(*last.warnings, warning))
         return LoadPlan.merged([plan for _number, plan in plans], [number for number, _plan in plans])
@@ -153,11 +149,10 @@ class InitializerStack:
                 if member.initializer.states_plan:
                     continue
                 try:
-                    member.initializer.check(member.model(model), None, None)
+                    member.initializer.check(member.part(model), None, None)
+                    found.append((member.kind, None))
                 except Exception as error:  # code of others; the caller gets it
                     found.append((member.kind, error))
-                else:
-                    found.append((member.kind, None))
         return tuple(found)
 
     def suggest(self, model: Any) -> tuple[tuple[int, str, Suggestion], ...]:
@@ -183,8 +178,8 @@ class InitializerStack:
             return tuple(
                 (number, path, answer)
                 for number, member in enumerate(self._members)
-                if member.takes_part_in("init_weights")
-                for path, answer in ask(member.initializer, member.model(model)).items()
+                if "init_weights" in member.called
+                for path, answer in ask(member.initializer, member.part(model)).items()
             )
 
     def initialize(
@@ -248,11 +243,7 @@ class InitializerStack:
                 "before or after initialize(); for delegates, call their hooks"
             )
         if not self._sessions:
-            self._sessions = tuple((one, one.new_session()) for one in units)
-            for member in self._members:
-                for one, session in self._sessions:
-                    if one in member.units:
-                        session.where = member.where
+            self._sessions = tuple([pair for member in self._members for pair in member.new_sessions()])
         for one, session in self._sessions:
             one.session, session.trains = session, trains
         try:
@@ -270,24 +261,13 @@ class InitializerStack:
     def _starts(self) -> tuple[TrainingIteration, list[TrainingIteration | None]]:
         starts: list[TrainingIteration | None] = []
         for member in self._members:
-            is_asked = member.takes_part_in("start_checkpoint")
+            is_asked = "start_checkpoint" in member.called
             start = self._hooks.call("start_checkpoint", member.initializer) if is_asked else None
             if start is not None and not isinstance(start, TrainingIteration):
                 raise ConfigError(f"{member.kind}: start_checkpoint returned {type_of(start)}, not a TrainingIteration")
             starts.append(start)
-        others = {
-            f"{number}: {member.kind}": str(start)
-            for number, (member, start) in enumerate(zip(self._members, starts, strict=True))
-            if start is not None and not start.is_zero
-        }
-        if len(others) > 1:
-            listed = ", ".join(f"initializers.{name} at {start}" for name, start in others.items())
-            raise StartConflictError(
-                f"more than one initializer continues a run: {listed}. Keep one; the others can be previous_run",
-                starts=others,
-            )
-        chosen = next((start for start in starts if start is not None and not start.is_zero), None)
-        return chosen or TrainingIteration.zero(), starts
+        named = zip((member.kind for member in self._members), starts, strict=True)
+        return only_start(named, "initializer"), starts
 
     def _check_start(self, start: TrainingIteration) -> None:
         """After a failed initialization, everything is selected anew."""
@@ -321,7 +301,7 @@ class InitializerStack:
                 member = one.member
                 if hook not in one.hooks:
                     continue
-                given = {"model": member.model(model), "trainer": trainer, "callbacks": callbacks}
+                given = {"model": one.part, "trainer": trainer, "callbacks": callbacks}
                 call: Callable[[], Any] = functools.partial(self._hooks.call, hook, member.initializer, **given)
                 if hook == "init_weights" and has_loaded and not one.plans:
                     call = functools.partial(_watched, model, member.kind, call, written, number)
