@@ -9,151 +9,84 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from noether_init_core import kinds
-    from noether_init_core.config.base import InitializerConfig, KindConfig
-    from noether_init_core.diff.compare import compare_checkpoints
-    from noether_init_core.diff.values import CheckpointDiff
+    from noether_init_core import kinds as kinds
+    from noether_init_core.config.base import InitializerConfig as InitializerConfig, KindConfig as KindConfig
+    from noether_init_core.diff.compare import compare_checkpoints as compare_checkpoints
+    from noether_init_core.diff.values import CheckpointDiff as CheckpointDiff
     from noether_init_core.errors import (
-        AmbiguousCheckpointError,
-        CheckpointCorruptError,
-        CheckpointError,
-        CheckpointFormatError,
-        CheckpointNotFoundError,
-        CheckpointWriteError,
-        ConfigError,
-        ConfigFileError,
-        IncompleteSetError,
-        InitError,
-        InvalidNameError,
-        KindBlockedError,
-        KindConflictError,
-        KindContractError,
-        KindError,
-        KindImportError,
-        NoGoodSetError,
-        PartlyInitializedError,
-        PlanError,
-        ProbeMismatchError,
-        StartConflictError,
-        StateMismatchError,
-        TornSetError,
-        UnknownKindError,
-        UnsafeGlobalError,
+        AmbiguousCheckpointError as AmbiguousCheckpointError,
+        CheckpointCorruptError as CheckpointCorruptError,
+        CheckpointError as CheckpointError,
+        CheckpointFormatError as CheckpointFormatError,
+        CheckpointNotFoundError as CheckpointNotFoundError,
+        CheckpointWriteError as CheckpointWriteError,
+        ConfigError as ConfigError,
+        ConfigFileError as ConfigFileError,
+        IncompleteSetError as IncompleteSetError,
+        InitError as InitError,
+        InvalidNameError as InvalidNameError,
+        KindBlockedError as KindBlockedError,
+        KindConflictError as KindConflictError,
+        KindContractError as KindContractError,
+        KindError as KindError,
+        KindImportError as KindImportError,
+        NoGoodSetError as NoGoodSetError,
+        PartlyInitializedError as PartlyInitializedError,
+        PlanError as PlanError,
+        ProbeMismatchError as ProbeMismatchError,
+        StartConflictError as StartConflictError,
+        StateMismatchError as StateMismatchError,
+        TornSetError as TornSetError,
+        UnknownKindError as UnknownKindError,
+        UnsafeGlobalError as UnsafeGlobalError,
     )
-    from noether_init_core.files.checkpoint import BaseCheckpoint, Checkpoint
-    from noether_init_core.files.opening import open_checkpoint
-    from noether_init_core.files.storage.artifact_cache import ArtifactCache
-    from noether_init_core.files.storage.handle import Storage
+    from noether_init_core.files.checkpoint import BaseCheckpoint as BaseCheckpoint, Checkpoint as Checkpoint
+    from noether_init_core.files.opening import open_checkpoint as open_checkpoint
+    from noether_init_core.files.storage.artifact_cache import ArtifactCache as ArtifactCache
+    from noether_init_core.files.storage.handle import Storage as Storage
     from noether_init_core.initializers.base import (
-        InitializerBase,
-        LoadedFile,
-        LocateQuery,
-        OptimizerStateConfig,
-        Outcome,
-        Source,
-        SourceInitializerConfig,
+        InitializerBase as InitializerBase,
+        LoadedFile as LoadedFile,
+        LocateQuery as LocateQuery,
+        OptimizerStateConfig as OptimizerStateConfig,
+        Outcome as Outcome,
+        Source as Source,
+        SourceInitializerConfig as SourceInitializerConfig,
     )
-    from noether_init_core.initializers.parameters import NameGlobs, named_parameters
+    from noether_init_core.initializers.parameters import NameGlobs as NameGlobs, named_parameters as named_parameters
     from noether_init_core.initializers.source import (
-        CheckpointInitializer,
-        CheckpointInitializerConfig,
-        SourceInitializer,
+        CheckpointInitializer as CheckpointInitializer,
+        CheckpointInitializerConfig as CheckpointInitializerConfig,
+        SourceInitializer as SourceInitializer,
     )
-    from noether_init_core.iteration import TrainingIteration
-    from noether_init_core.kinds.any_initializer import AnyInitializer
-    from noether_init_core.kinds.hookspec import CONTRACT_VERSION, hookimpl, hookspec
-    from noether_init_core.lineage.graph import Lineage
-    from noether_init_core.lineage.reading import lineage_of
-    from noether_init_core.models import bind, compose, leaf_models
-    from noether_init_core.paths import PathProvider
-    from noether_init_core.saving.retention import Retention
-    from noether_init_core.saving.writer import CheckpointWriter
-    from noether_init_core.sets.file_names import Part
-    from noether_init_core.sets.provenance import InitReport
-    from noether_init_core.sets.selection import find_set, newest_set
-    from noether_init_core.sets.snapshot import Snapshot
-    from noether_init_core.stack.stack import InitializerStack
-    from noether_init_core.stopwatch import Timing
-    from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow, Problem
-    from noether_init_core.training import TrainerState
+    from noether_init_core.iteration import TrainingIteration as TrainingIteration
+    from noether_init_core.kinds.any_initializer import AnyInitializer as AnyInitializer
+    from noether_init_core.kinds.hookspec import (
+        CONTRACT_VERSION as CONTRACT_VERSION,
+        hookimpl as hookimpl,
+        hookspec as hookspec,
+    )
+    from noether_init_core.lineage.graph import Lineage as Lineage
+    from noether_init_core.lineage.reading import lineage_of as lineage_of
+    from noether_init_core.models import bind as bind, compose as compose, leaf_models as leaf_models
+    from noether_init_core.paths import PathProvider as PathProvider
+    from noether_init_core.saving.retention import Retention as Retention
+    from noether_init_core.saving.writer import CheckpointWriter as CheckpointWriter
+    from noether_init_core.sets.file_names import Part as Part
+    from noether_init_core.sets.provenance import InitReport as InitReport
+    from noether_init_core.sets.selection import find_set as find_set, newest_set as newest_set
+    from noether_init_core.sets.snapshot import Snapshot as Snapshot
+    from noether_init_core.stack.stack import InitializerStack as InitializerStack
+    from noether_init_core.stopwatch import Timing as Timing
+    from noether_init_core.surgery.plan import (
+        LoadPlan as LoadPlan,
+        Origin as Origin,
+        PlanRow as PlanRow,
+        Problem as Problem,
+    )
+    from noether_init_core.training import TrainerState as TrainerState
 
     __version__: str
-
-__all__ = [
-    "CONTRACT_VERSION",
-    "AmbiguousCheckpointError",
-    "AnyInitializer",
-    "ArtifactCache",
-    "BaseCheckpoint",
-    "Checkpoint",
-    "CheckpointCorruptError",
-    "CheckpointDiff",
-    "CheckpointError",
-    "CheckpointFormatError",
-    "CheckpointInitializer",
-    "CheckpointInitializerConfig",
-    "CheckpointNotFoundError",
-    "CheckpointWriteError",
-    "CheckpointWriter",
-    "ConfigError",
-    "ConfigFileError",
-    "IncompleteSetError",
-    "InitError",
-    "InitReport",
-    "InitializerBase",
-    "InitializerConfig",
-    "InitializerStack",
-    "InvalidNameError",
-    "KindBlockedError",
-    "KindConfig",
-    "KindConflictError",
-    "KindContractError",
-    "KindError",
-    "KindImportError",
-    "Lineage",
-    "LoadPlan",
-    "LoadedFile",
-    "LocateQuery",
-    "NameGlobs",
-    "NoGoodSetError",
-    "OptimizerStateConfig",
-    "Origin",
-    "Outcome",
-    "Part",
-    "PartlyInitializedError",
-    "PathProvider",
-    "PlanError",
-    "PlanRow",
-    "ProbeMismatchError",
-    "Problem",
-    "Retention",
-    "Snapshot",
-    "Source",
-    "SourceInitializer",
-    "SourceInitializerConfig",
-    "StartConflictError",
-    "StateMismatchError",
-    "Storage",
-    "Timing",
-    "TornSetError",
-    "TrainerState",
-    "TrainingIteration",
-    "UnknownKindError",
-    "UnsafeGlobalError",
-    "__version__",
-    "bind",
-    "compare_checkpoints",
-    "compose",
-    "find_set",
-    "hookimpl",
-    "hookspec",
-    "kinds",
-    "leaf_models",
-    "lineage_of",
-    "named_parameters",
-    "newest_set",
-    "open_checkpoint",
-]
 
 # Module -> the public names that it defines.
 _HOMES = {
@@ -221,6 +154,7 @@ _HOMES = {
     "training": ("TrainerState",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted((*_HOME_OF, "__version__", "kinds"))
 
 # Hidden from type checkers, which would take it to mean that any name exists.
 if not TYPE_CHECKING:

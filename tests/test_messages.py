@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from noether_init_core.messages import counted, listed, near, one_line, printable, quoted, yaml_line
 from noether_init_core.nested import equal, leaves, mapped

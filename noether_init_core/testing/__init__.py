@@ -8,8 +8,8 @@ a ``make_config`` fixture. Every check of the kit then runs on it. Nothing here 
 from noether_init_core.testing.cases import Answer, Case, SavedRun, Wrong, closed, open_, saved_run
 from noether_init_core.testing.conformance import InitializerConformance
 from noether_init_core.testing.models import SHAPES, Counter, NumberedTrainer, new_model
-from noether_init_core.testing.plugin import _saved_once as _saved_once
 from noether_init_core.testing.plugin import (
+    _saved_once as _saved_once,
     broken_runs,
     case_folder,
     isolated_kinds,

@@ -13,8 +13,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, StateMismatchError

@@ -13,8 +13,7 @@ import jsonschema
 import pytest
 import torch
 import xxhash
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support.pages import ROOT
 
 from noether_init_core import (

@@ -8,8 +8,7 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.counting import LineCounter
 
 from noether_init_core.render.folding import Fold, KeyPattern, fold_alike, fold_rows

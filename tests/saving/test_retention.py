@@ -15,8 +15,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from support.damage import rewrite
 
 from noether_init_core import (

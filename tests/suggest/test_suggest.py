@@ -11,8 +11,7 @@ import attrs
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.counting import LineCounter
 
 from noether_init_core.config.transforms import TransformConfig, rule_of

@@ -10,8 +10,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from noether_init_core import InitializerStack, PlanError, bind
 from noether_init_core.surgery.plan import LoadPlan, PlanRow

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.surgery.name_rules import NameMatch

@@ -14,8 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.utils.data import Dataset, IterableDataset
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, bind
