@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from noether_init_core.surgery.plan import PlanRow
 Identity = Hashable
 
 _EXTRA_STATE = "_extra_state"
-# Elements up to which views are compared one by one; of larger ones an interval in common is enough.
+# Elements up to which those of a view are looked at one by one; a larger one takes all from its first to its last.
 _FEW = 1 << 16
 
 
@@ -133,46 +134,34 @@ def reset_method(module: torch.nn.Module) -> Callable[[], object] | None:
 
 
 def _overlapping(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TargetSpec]) -> dict[str, str]:
-    """Names of tensors that share memory without being one tensor -> the other: writing one would change both."""
-    storages: dict[Any, list[str]] = {}
+    """Names of tensors that share memory without being one tensor -> another: writing one would change both."""
+    storages: defaultdict[Any, dict[Identity, str]] = defaultdict(dict)
     for name in tensors:
         identity: Any = specs[name].identity
         if identity[0] != "object":
-            storages.setdefault(identity[:2], []).append(name)
-    places: dict[Any, list[tuple[int, int, str, Any]]] = {}
-    for storage, names in storages.items():
-        for name in names if len(names) > 1 else ():
-            tensor = tensors[name]
-            span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            begin = int(tensor.storage_offset()) * tensor.element_size()
-            end = begin + int(span) * tensor.element_size()
-            places.setdefault(storage, []).append((begin, end, name, specs[name].identity))
+            storages[identity[:2]].setdefault(identity, name)
     found: dict[str, str] = {}
-    for together in places.values():
-        together.sort(key=lambda place: place[:2])
-        reach = together[0]
-        for place in together[1:]:
-            if place[0] < reach[1] and place[3] != reach[3] and _share(tensors[place[2]], tensors[reach[2]]):
+    for views in storages.values():
+        names = views.values() if len(views) > 1 else ()
+        reach = 0, 0, ""
+        for place in sorted((begin, end, name) for name in names for begin, end in _bytes_of(tensors[name])):
+            if place[0] < reach[1] and place[2] != reach[2]:
                 found.setdefault(reach[2], place[2])
                 found.setdefault(place[2], reach[2])
             reach = max(reach, place, key=lambda one: one[1])
     return found
 
 
-def _share(first: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two views of one storage have an element in common; columns of one matrix have not."""
-    if first.dtype == other.dtype and first.numel() + other.numel() <= _FEW:
-        return not set(_elements(first)).isdisjoint(_elements(other))
-    return True
-
-
-def _elements(tensor: torch.Tensor) -> list[int]:
-    """Positions in the storage."""
-    positions = torch.full(tensor.shape, int(tensor.storage_offset()), dtype=torch.int64)
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        positions += (torch.arange(size) * stride).reshape([-1 if one == dim else 1 for one in range(tensor.dim())])
-    found: list[int] = positions.flatten().tolist()
-    return found
+def _bytes_of(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """The bytes of its storage that a tensor takes, from and to; columns of one matrix take turns."""
+    size, begin = tensor.element_size(), int(tensor.storage_offset())
+    if tensor.is_contiguous() or tensor.numel() > _FEW:
+        span = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return [(begin * size, (begin + int(span)) * size)]
+    positions = torch.full(tensor.shape, begin, dtype=torch.int64)
+    for dim, (length, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        positions += (torch.arange(length) * stride).reshape([-1 if one == dim else 1 for one in range(tensor.dim())])
+    return [(position * size, (position + 1) * size) for position in positions.flatten().tolist()]
 
 
 def _own_loading(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
