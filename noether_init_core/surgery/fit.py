@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import Literal, Protocol
 
 import attrs
@@ -139,9 +139,7 @@ class Problems:
 
     def __init__(self, part: PlanPart, match: NameMatch, fresh_hint: str) -> None:
         self._part, self._match, self._hint = part, match, fresh_hint
-        # as rules say them: below roots, without the prefixes of wrappers
-        self._said = match.said
-        self._targets = [self._said.get(name, name) for name in part.targets]
+        self._has_rules = fresh_hint.startswith(KEEP_MODEL_HINT)
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
 
@@ -235,9 +233,9 @@ class Problems:
             message = f"{listed(names)} {verb}, while others beside are transposed: shapes cannot tell whether to"
             self.warn("square", message, names)
 
-    @property
-    def _has_rules(self) -> bool:
-        return self._hint.startswith(KEEP_MODEL_HINT)
+    def _said(self, names: Iterable[str]) -> list[str]:
+        """Names as rules say them: below roots, without the prefixes of wrappers."""
+        return [self._match.said.get(name, name) for name in names]
 
     def _near(self, name: str, others: Sequence[str], words: str) -> str:
         """Names that look like ``name``; empty for none."""
@@ -250,7 +248,7 @@ class Problems:
         if step is None:
             return ""
         kind = "Transposed" if isinstance(step, Transpose) else "Another grid"
-        rule = f"- {yaml_line({'from': self._said.get(row.sources[0], row.sources[0]), 'do': [written(step)]})}"
+        rule = f"- {yaml_line({'from': self._said(row.sources)[0], 'do': [written(step)]})}"
         if isinstance(step, Transpose) and row.rule is not None and "(" in row.rule:
             rule = f"add do: [transpose] to {row.rule}"
         return f" {kind}. Next: {rule}"
@@ -260,11 +258,11 @@ class Problems:
         if not self._hint:
             return ""
         wanted = set(names)
-        names = [self._said.get(name, name) for name in names]
+        others = self._said(target for target in self._part.targets if target not in wanted)
+        names = self._said(names)
         if len(names) > _MOST_ENTRIES and len({name.rpartition(".")[0] for name in names}) > _MOST_ENTRIES:
             return _OTHER_NAMES
         modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
-        others = [target for target in self._targets if target not in wanted]
         field, entries = "patterns_to_instantiate", modules
         if self._has_rules:
             whole = tuple(one for one in modules if not any(f"{other}.".startswith(one) for other in others))
@@ -285,9 +283,8 @@ class Problems:
         """The config line of one rename that would resolve every missing name, where there is one."""
         if not self._hint or not unexpected or len(missing) > 10_000:
             return ""
-        missing = [self._said.get(name, name) for name in missing]
-        unexpected = [self._said.get(name, name) for name in unexpected]
-        found = single_rename(missing, unexpected)
+        unexpected = self._said(unexpected)
+        found = single_rename(self._said(missing), unexpected)
         if found is None:
             return ""
         src, dst = found

@@ -150,8 +150,7 @@ class _Matching:
         self._rules = transforms
         self._targets = _below(transforms.target_root, bare_names(targets))
         self._sources = _below(transforms.source_root, bare_names(sources))
-        exact = {_cut(name, transforms.target_root): name for name in targets}
-        self._exact_targets = {cut: name for cut, name in exact.items() if cut is not None}
+        self._exact_targets = _below(transforms.target_root, dict(zip(targets, targets, strict=True)))
         reached = set(self._targets.values())
         self._untouched = [name for name in targets if name not in reached]
         self._match = NameMatch(
@@ -228,11 +227,8 @@ class _Matching:
         rule, names = group.rule, group.names
         if len(names) < len(rule.sources):
             have = ", ".join(names[index] for index in sorted(names))
-            lacks = ", ".join(
-                pattern.fill(group.captures) if pattern.segments else pattern.text
-                for index, pattern in enumerate(rule.sources)
-                if index not in names
-            )
+            lacking = (pattern for index, pattern in enumerate(rule.sources) if index not in names)
+            lacks = ", ".join(pattern.fill(group.captures) for pattern in lacking)
             message = f"{rule.label}: the file has {have} without {lacks}"
             self._match.problems += (Problem("incomplete-group", message, "", tuple(names.values())),)
             return
@@ -287,11 +283,7 @@ def _texts(patterns: Sequence[NamePattern]) -> str | list[str]:
 
 
 def _said(taken: Taken) -> str:
-    return (
-        f"{', '.join(taken.sources)} by {taken.rule}"
-        if taken.steps or taken.rule
-        else f"{taken.sources[0]} by its name"
-    )
+    return f"{', '.join(taken.sources)} by {taken.rule or 'its name'}"
 
 
 def _prefix(root: str) -> str:
@@ -302,13 +294,10 @@ def _prefix(root: str) -> str:
 
 def _cut(name: str, root: str) -> str | None:
     """The name below ``root`` as it stands, with all that wrappers put into it; None outside."""
-    if not root:
-        return name
-    return name[len(root) :] if name.startswith(root) and name != root else None
+    return name[len(root) :] if not root or (name.startswith(root) and name != root) else None
 
 
 def _below(root: str, names: Mapping[str, str]) -> dict[str, str]:
     """Names below ``root``, without it."""
-    if not root:
-        return dict(names)
-    return {bare[len(root) :]: name for bare, name in names.items() if bare.startswith(root) and bare != root}
+    cuts = ((_cut(bare, root), name) for bare, name in names.items())
+    return {cut: name for cut, name in cuts if cut is not None}
