@@ -15,6 +15,7 @@ import attrs
 import pydantic
 
 from noether_init_core.config.base import KindConfig
+from noether_init_core.errors import KindContractError
 from noether_init_core.initializers.base import InitializerBase, SourceInitializerConfig
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import CONTRACT_VERSION, HOOK_NAMES, HookSpecs
@@ -47,6 +48,26 @@ class Finding:
 def hook_arguments() -> dict[str, tuple[str, ...]]:
     """Hook -> the arguments that its specification offers."""
     return {name: _arguments_of(getattr(HookSpecs, name)) for name in HOOK_NAMES}
+
+
+def check(loaded: object, kind: str, who: str, mend: str) -> type[InitializerBase]:
+    """``loaded`` if it is a class that keeps the contract of this core, else ``KindContractError``.
+
+    ``who`` says what it is, ``mend`` what to do about a class that breaks the contract.
+    """
+    if not (isinstance(loaded, type) and issubclass(loaded, InitializerBase)):
+        what = (
+            f"the class {loaded.__qualname__}" if isinstance(loaded, type) else f"of type {type(loaded).__qualname__}"
+        )
+        problem = f"is {what}, not a subclass of InitializerBase"
+        findings: tuple[str, ...] = (problem,)
+    elif too_new := newer(loaded):
+        findings, problem, mend = (too_new.message,), too_new.message, too_new.fix
+    elif findings := tuple(finding.message for finding in examine(loaded)):
+        problem = f"breaks the contract of initializers: {'; '.join(findings)}"
+    else:
+        return loaded
+    raise KindContractError(f"{who} {problem}. Next: {mend}", kind=kind, findings=findings)
 
 
 def newer(cls: type[InitializerBase]) -> Finding | None:

@@ -1,9 +1,8 @@
-"""One name in one entry-point group: the distributions that offer it, its import, and the errors of both.
+"""From the name of a kind, or of an observer, to what a distribution registered for it.
 
-Kinds and observers are looked up alike. Entry points are found in the metadata of installed distributions. A
-distribution is known by the name of its metadata folder, which the installer made. So a scan reads no file but
-``entry_points.txt``, and no distribution can pass for another one by what its metadata says. Nothing is imported before
-it is certain which distribution is meant.
+A distribution is known by the name of its metadata folder, which the installer made. So a scan reads no file but
+``entry_points.txt``, and no distribution can pass for another one by what its metadata says. The steps that docstrings
+count are those of the docstring of ``kinds``.
 """
 
 from __future__ import annotations
@@ -11,18 +10,32 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import inspect
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from noether_init_core.errors import KindBlockedError, KindConflictError, KindImportError, UnknownKindError
+from noether_init_core.errors import (
+    ConfigError,
+    KindBlockedError,
+    KindConflictError,
+    KindImportError,
+    UnknownKindError,
+    type_of,
+)
 from noether_init_core.messages import listed, near, quoted
 
+if TYPE_CHECKING:
+    from noether_init_core.config.base import KindConfig
+    from noether_init_core.initializers.base import InitializerBase
+
+GROUP = "noether_init.initializers"
 ALLOW_VARIABLE = "NOETHER_INIT_ALLOW"
 DENY_VARIABLE = "NOETHER_INIT_DENY"
 _CORE = "noether-init-core"
@@ -56,35 +69,6 @@ class KindInfo:
         return f"{self.distribution} {self.version or 'of unknown version'}"
 
 
-def offers(group: str) -> Mapping[str, tuple[KindInfo, ...]]:
-    """Name -> its entry points in ``group``; scanned once per process, see ``clear_cache``.
-
-    Of a distribution that is found twice on the import path, the first one counts, as in an import. One whose metadata
-    cannot be read is left out with a warning in the log. Safe to call from several threads, and from a plugin while it
-    is imported.
-    """
-    if group in _hidden:
-        return {}
-    if group not in _scanned:
-        unreadable: list[Exception] = []
-        with _lock:
-            if group not in _scanned:
-                named: dict[str, tuple[KindInfo, ...]] = {}
-                for info in _scan(group, unreadable):
-                    named[info.name] = (*named.get(info.name, ()), info)
-                _scanned[group] = named
-        # after the lock is released: a log handler may ask for kinds
-        for error in unreadable:
-            _logger.warning("left out a distribution whose metadata cannot be read: %s", error)
-    return _scanned[group]
-
-
-def found_under(group: str, name: str) -> list[KindInfo]:
-    """The entry points called ``name`` in ``group``, each with what the allow and deny lists say now."""
-    found = offers(group).get(name, ())
-    return [attrs.evolve(info, blocked_by=variable) if (variable := _blocking(info)) else info for info in found]
-
-
 def clear_cache() -> None:
     """Forget every scan: the next use sees distributions that were installed or removed since."""
     _scanned.clear()
@@ -92,13 +76,13 @@ def clear_cache() -> None:
 
 
 @contextlib.contextmanager
-def without_installed(group: str) -> Iterator[None]:
-    """Within the block, ``group`` has no entry points, whatever is installed. For tests."""
-    _hidden.append(group)
+def without_installed() -> Iterator[None]:
+    """Within the block only kinds of ``register`` are known, whatever is installed. For tests."""
+    _hidden.append(GROUP)
     try:
         yield
     finally:
-        _hidden.remove(group)
+        _hidden.remove(GROUP)
 
 
 def normalized(distribution: str) -> str:
@@ -168,115 +152,276 @@ class Group:
         listing: The command that lists them.
         homes: Entry -> the distribution that it comes with. Install hints are taken from here, so that the text of a
             config can never name a package to install.
+        registered: Entry -> class, for this process only.
     """
 
     name: str
     noun: str
     listing: str
     homes: Mapping[str, str] = attrs.field(factory=dict)
+    registered: dict[str, type[InitializerBase]] = attrs.field(factory=dict)
 
+    def scanned(self) -> Mapping[str, tuple[KindInfo, ...]]:
+        """Name -> its entry points; scanned once per process, see ``clear_cache``.
 
-def all_of(group: Group, registered: Iterable[KindInfo] = ()) -> tuple[KindInfo, ...]:
-    """Every entry of ``group``, by name. A name may occur more than once (a conflict)."""
-    installed = [info for name in offers(group.name) for info in found_under(group.name, name)]
-    return tuple(sorted([*installed, *registered], key=lambda info: (info.name, info.distribution or "")))
+        Of a distribution that is found twice on the import path, the first one counts, as in an import. One whose
+        metadata cannot be read is left out with a warning in the log. Safe to call from several threads, and from a
+        plugin while it is imported.
+        """
+        if self.name in _hidden:
+            return {}
+        if self.name not in _scanned:
+            unreadable: list[Exception] = []
+            with _lock:
+                if self.name not in _scanned:
+                    named: dict[str, tuple[KindInfo, ...]] = {}
+                    for info in _scan(self.name, unreadable):
+                        named[info.name] = (*named.get(info.name, ()), info)
+                    _scanned[self.name] = named
+            # after the lock is released: a log handler may ask for kinds
+            for error in unreadable:
+                _logger.warning("left out a distribution whose metadata cannot be read: %s", error)
+        return _scanned[self.name]
 
+    def installed_as(self, name: str) -> list[KindInfo]:
+        """The entry points called ``name``, each with what the allow and deny lists say now."""
+        found = self.scanned().get(name, ())
+        return [attrs.evolve(info, blocked_by=variable) if (variable := _blocking(info)) else info for info in found]
 
-def choose(group: Group, name: str, registered: Iterable[KindInfo] = ()) -> KindInfo:
-    """The one entry called ``name``. Imports nothing. The group is scanned again before a name counts as unknown.
+    def all(self) -> tuple[KindInfo, ...]:
+        """Every entry, by name. A name may occur more than once (a conflict)."""
+        found = [info for name in self.scanned() for info in self.installed_as(name)]
+        found += [KindInfo(name, None, None, _target_of(cls)) for name, cls in self.registered.items()]
+        return tuple(sorted(found, key=lambda info: (info.name, info.distribution or "")))
 
-    Raises ``KindConflictError``, ``KindBlockedError`` or ``UnknownKindError``.
-    """
-    mine = [info for info in registered if info.name == name]
-    if not mine and not found_under(group.name, name):
-        clear_cache()  # it may have been installed since, beside a notebook that runs
-    # in an order that does not depend on the import path
-    named = sorted([*found_under(group.name, name), *mine], key=lambda info: (info.distribution or "~", info.target))
-    allowed = [info for info in named if info.blocked_by is None]
-    if len(allowed) == 1:
-        return allowed[0]
-    if allowed:
-        raise conflict(group, name, allowed)
-    if named:
-        raise _blocked(group, named[0])
-    raise _unknown(group, name, [info for info in all_of(group, registered) if info.blocked_by is None])
+    def choose(self, name: str) -> KindInfo:
+        """The one entry called ``name``. Imports nothing. The group is scanned again before a name counts as unknown.
 
+        Raises ``KindConflictError``, ``KindBlockedError`` or ``UnknownKindError``.
+        """
+        own = [KindInfo(name, None, None, _target_of(self.registered[name]))] if name in self.registered else []
+        if not own and not self.installed_as(name):
+            clear_cache()  # it may have been installed since, beside a notebook that runs
+        # in an order that does not depend on the import path
+        named = sorted([*self.installed_as(name), *own], key=lambda info: (info.distribution or "~", info.target))
+        allowed = [info for info in named if info.blocked_by is None]
+        if len(allowed) == 1:
+            return allowed[0]
+        if allowed:
+            raise self.conflict(name, allowed)
+        raise self._blocked(named[0]) if named else self._unknown(name)
 
-def load(group: Group, info: KindInfo) -> object:
-    """Import what the entry point refers to. Raises ``KindImportError`` for whatever that raises."""
-    with importing(group, info):
-        return importlib.metadata.EntryPoint(info.name, info.target, group.name).load()
+    def load(self, info: KindInfo) -> object:
+        """Import what the entry point refers to. Raises ``KindImportError`` for whatever that raises."""
+        if info.distribution is None:
+            return self.registered[info.name]
+        with self.importing(info):
+            return importlib.metadata.EntryPoint(info.name, info.target, self.name).load()
 
+    @contextlib.contextmanager
+    def importing(self, info: KindInfo) -> Iterator[None]:
+        """Turn what a plugin raises within the block, also ``SystemExit``, into ``KindImportError``."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            # the target is foreign text, and the command is meant to be pasted into a shell
+            parts = re.fullmatch(r"([\w.]+)\s*:\s*(\w+)[\w.]*\s*(\[.*\])?", info.target, re.ASCII)
+            again = f'python -c "from {parts[1]} import {parts[2]}"' if parts else f"noether-init check {info.name}"
+            raise KindImportError(
+                f"{self.noun} {quoted(info.name)} ({info.source}): importing {info.target} raised "
+                f"{type(error).__name__}: {error}. Other {self.noun}s are not affected. Next: {again}",
+                kind=info.name,
+            ) from error
 
-@contextlib.contextmanager
-def importing(group: Group, info: KindInfo) -> Iterator[None]:
-    """Turn what a plugin raises within the block, also ``SystemExit``, into ``KindImportError``."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        # the target is foreign text, and the command is meant to be pasted into a shell
-        parts = re.fullmatch(r"([\w.]+)\s*:\s*(\w+)[\w.]*\s*(\[.*\])?", info.target, re.ASCII)
-        again = f'python -c "from {parts[1]} import {parts[2]}"' if parts else f"noether-init check {info.name}"
-        raise KindImportError(
-            f"{group.noun} {quoted(info.name)} ({info.source}): importing {info.target} raised "
-            f"{type(error).__name__}: {error}. Other {group.noun}s are not affected. Next: {again}",
-            kind=info.name,
-        ) from error
+    def summary(self) -> str:
+        """What is installed, for messages: ``Installed: file, resume (noether-init-core 0.1.0)``."""
+        by_source: dict[str, list[str]] = {}
+        for info in self._usable():
+            # dotted names are second names of kinds, for configs of Noether
+            if "." not in info.name:
+                by_source.setdefault(info.source, []).append(info.name)
+        shown = [f"{listed(names, _LISTED)} ({source})" for source, names in sorted(by_source.items())]
+        return f"Installed: {listed(shown, _LISTED, separator='; ')}" if shown else f"No {self.noun} is installed"
 
-
-def summary(group: Group, usable: Iterable[KindInfo]) -> str:
-    """What is installed, for messages: ``Installed: file, resume (noether-init-core 0.1.0)``."""
-    by_source: dict[str, list[str]] = {}
-    for info in usable:
-        # dotted names are second names of kinds, for configs of Noether
-        if "." not in info.name:
-            by_source.setdefault(info.source, []).append(info.name)
-    shown = [f"{listed(names, _LISTED)} ({source})" for source, names in sorted(by_source.items())]
-    return f"Installed: {listed(shown, _LISTED, separator='; ')}" if shown else f"No {group.noun} is installed"
-
-
-def conflict(group: Group, name: str, claims: list[KindInfo]) -> KindConflictError:
-    described = [f"{claim.source} -> {claim.target}" for claim in claims]
-    installed = [claim.distribution for claim in claims if claim.distribution is not None]
-    # never the core itself, which the other claim would then replace
-    removable = [one for one in installed if one != _CORE] or installed
-    return KindConflictError(
-        f"{group.noun} {quoted(name)} is offered more than once: {' and '.join(described)}. None of them was "
-        f"imported. Next: pip uninstall {removable[-1]}, or set {DENY_VARIABLE}={removable[-1]}",
-        kind=name,
-        offers=described,
-    )
-
-
-def _blocked(group: Group, info: KindInfo) -> KindBlockedError:
-    distribution = info.distribution or ""
-    if info.blocked_by == ALLOW_VARIABLE:
-        reason, remedy = f"is not listed in {ALLOW_VARIABLE}", f"add {distribution} to {ALLOW_VARIABLE}"
-    else:
-        reason, remedy = f"is listed in {DENY_VARIABLE}", f"take {distribution} out of {DENY_VARIABLE}"
-    return KindBlockedError(
-        f"{group.noun} {quoted(info.name)} is offered by {info.source}, which {reason}. Next: {remedy}",
-        kind=info.name,
-        distribution=distribution,
-    )
-
-
-def _unknown(group: Group, name: str, usable: list[KindInfo]) -> UnknownKindError:
-    sources = {info.name: info.source for info in usable}
-    similar = near(name, sources, cutoff=0.75)
-    absent = group.homes.keys() - {info.name for info in all_of(group)}
-    hints = near(name, absent, cutoff=0.8)
-    parts = [f"no {group.noun} {quoted(name)}"]
-    if similar:
-        parts.append("Near: " + ", ".join(f"{one} ({sources[one]})" for one in similar))
-    elif not hints:
-        parts.append(summary(group, usable))
-    parts += [f"{one} comes with {group.homes[one]}, which is not installed" for one in hints]
-    if not similar and len(name) <= 200 and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
-        module, _, attribute = name.rpartition(".")
-        parts.append(
-            f"A dotted {group.noun} is a registered name, never an import path; no installed distribution has the line "
-            f'"{name}" = "{module}:{attribute}" under [project.entry-points."{group.name}"]'
+    def conflict(self, name: str, claims: list[KindInfo]) -> KindConflictError:
+        """The error for an entry that is offered more than once; the caller raises it."""
+        described = [f"{claim.source} -> {claim.target}" for claim in claims]
+        installed = [claim.distribution for claim in claims if claim.distribution is not None]
+        # never the core itself, which the other claim would then replace
+        removable = [one for one in installed if one != _CORE] or installed
+        return KindConflictError(
+            f"{self.noun} {quoted(name)} is offered more than once: {' and '.join(described)}. None of them was "
+            f"imported. Next: pip uninstall {removable[-1]}, or set {DENY_VARIABLE}={removable[-1]}",
+            kind=name,
+            offers=described,
         )
-    parts.append(f"Next: {f'pip install {group.homes[hints[0]]}' if hints and not similar else group.listing}")
-    return UnknownKindError(". ".join(parts), kind=name, candidates=similar)
+
+    def _blocked(self, info: KindInfo) -> KindBlockedError:
+        distribution = info.distribution or ""
+        if info.blocked_by == ALLOW_VARIABLE:
+            reason, remedy = f"is not listed in {ALLOW_VARIABLE}", f"add {distribution} to {ALLOW_VARIABLE}"
+        else:
+            reason, remedy = f"is listed in {DENY_VARIABLE}", f"take {distribution} out of {DENY_VARIABLE}"
+        return KindBlockedError(
+            f"{self.noun} {quoted(info.name)} is offered by {info.source}, which {reason}. Next: {remedy}",
+            kind=info.name,
+            distribution=distribution,
+        )
+
+    def _unknown(self, name: str) -> UnknownKindError:
+        sources = {info.name: info.source for info in self._usable()}
+        similar = near(name, sources, cutoff=0.75)
+        absent = self.homes.keys() - {info.name for info in self.all()}
+        hints = near(name, absent, cutoff=0.8)
+        parts = [f"no {self.noun} {quoted(name)}"]
+        if similar:
+            parts.append("Near: " + ", ".join(f"{one} ({sources[one]})" for one in similar))
+        elif not hints:
+            parts.append(self.summary())
+        parts += [f"{one} comes with {self.homes[one]}, which is not installed" for one in hints]
+        if not similar and len(name) <= 200 and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
+            module, _, attribute = name.rpartition(".")
+            parts.append(
+                f"A dotted {self.noun} is a registered name, never an import path; no installed distribution has the "
+                f'line "{name}" = "{module}:{attribute}" under [project.entry-points."{self.name}"]'
+            )
+        parts.append(f"Next: {f'pip install {self.homes[hints[0]]}' if hints and not similar else self.listing}")
+        return UnknownKindError(". ".join(parts), kind=name, candidates=similar)
+
+    def _usable(self) -> list[KindInfo]:
+        return [info for info in self.all() if info.blocked_by is None]
+
+
+# homes: published distributions only, since anyone may publish under a name that is free
+_KINDS = Group(GROUP, "kind", "noether-init kinds", {"random": "noether-init-random"})
+
+
+def installed() -> tuple[KindInfo, ...]:
+    """Every kind that an installed distribution or ``register`` offers, by name. Imports no plugin.
+
+    Excluded kinds are listed too, with ``blocked_by``; a name may occur more than once (a conflict).
+    """
+    return _KINDS.all()
+
+
+def describe(kind: str) -> KindInfo:
+    """The one distribution that offers ``kind`` (steps 1 to 5). Imports no plugin.
+
+    Raises ``UnknownKindError``, ``KindBlockedError`` or ``KindConflictError``.
+    """
+    return _KINDS.choose(kind)
+
+
+def home_of(kind: str) -> str | None:
+    """The distribution that ``kind`` is known to come with, installed or not; None for an unknown kind."""
+    return _KINDS.homes.get(kind)
+
+
+def resolve(kind: str) -> type[InitializerBase]:
+    """The class behind ``kind`` (steps 1 to 7). Imports the one plugin that offers it.
+
+    Raises ``KindError``: unknown, blocked, in conflict, failing on import, or breaking the contract.
+    """
+    return _checked(*load(kind))
+
+
+def load(kind: str) -> tuple[KindInfo, object]:
+    """The object that the entry point of ``kind`` refers to, whatever it is (steps 1 to 6). Imports the plugin.
+
+    Raises ``KindError``: unknown, blocked, in conflict, or failing on import.
+    """
+    info = describe(kind)
+    return info, _KINDS.load(info)
+
+
+def validate(config: Mapping[str, Any] | KindConfig, *, context: Any = None) -> KindConfig:
+    """``config`` as an instance of its kind's ``config_class`` (steps 1 to 8); ``context`` is pydantic's.
+
+    An instance is taken as it is. Raises ``ConfigError`` where the config names no kind, ``KindError``, or the
+    ``pydantic.ValidationError`` of the config.
+    """
+    return _validated(config, context)[1]
+
+
+def create(config: Mapping[str, Any] | KindConfig, *, path_provider: Any = None) -> InitializerBase:
+    """The initializer that ``config`` asks for (steps 1 to 9).
+
+    Raises what ``validate`` raises, ``ConfigError`` for ``kwargs`` that the constructor does not take, and whatever
+    the constructor raises.
+    """
+    cls, validated = _validated(config)
+    keywords = dict(getattr(validated, "kwargs", None) or {})
+    try:
+        if {"config", "path_provider"} & keywords.keys():
+            raise TypeError("config and path_provider are given already")
+        inspect.signature(cls).bind(validated, path_provider=path_provider, **keywords)
+    except TypeError as error:
+        raise ConfigError(
+            f"kwargs of kind {quoted(validated.kind)} do not fit the constructor of {_target_of(cls)}: {error}. "
+            f"Next: noether-init schema {validated.kind}"
+        ) from None
+    return cls(validated, path_provider=path_provider, **keywords)
+
+
+def register(name: str, cls: type[InitializerBase]) -> None:
+    """Offer ``cls`` as the kind ``name`` in this process, for notebooks and tests. A second call replaces the class.
+
+    The contract is checked here. Allow and deny lists do not apply. Raises ``KindConflictError`` where an installed
+    distribution offers the name, ``KindContractError`` where the class breaks the contract.
+    """
+    info = KindInfo(name, None, None, _target_of(cls))
+    taken = _KINDS.installed_as(name)
+    if taken:
+        raise _KINDS.conflict(name, [*taken, info])
+    _KINDS.registered[name] = _checked(info, cls)
+
+
+def unregister(name: str) -> None:
+    """Take back ``register``. Raises ``UnknownKindError`` for a name that was not registered."""
+    if name not in _KINDS.registered:
+        known = listed(sorted(_KINDS.registered), none="nothing")
+        message = f"kind {quoted(name)} was not registered in this process; registered: {known}"
+        raise UnknownKindError(f"{message}. Next: noether-init kinds", kind=name, candidates=tuple(_KINDS.registered))
+    del _KINDS.registered[name]
+
+
+def _target_of(cls: object) -> str:
+    named = cls if isinstance(cls, type) else type(cls)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _checked(info: KindInfo, loaded: object) -> type[InitializerBase]:
+    # Imported here: a scan must need neither torch nor pydantic.
+    from noether_init_core.kinds import contract
+
+    if info.distribution is None:
+        mend = f"correct the class, and kinds.register({quoted(info.name)}, ...) again"
+    else:
+        upgrade = f"pip install --upgrade {info.distribution}"
+        mend = f"noether-init check {info.name}; if the package is not yours: {upgrade}"
+    return contract.check(loaded, info.name, f"kind {quoted(info.name)} ({info.source}): {info.target}", mend)
+
+
+def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> tuple[type[InitializerBase], KindConfig]:
+    from noether_init_core.config.base import KindConfig
+
+    if isinstance(config, KindConfig):
+        cls = resolve(config.kind)
+        if not isinstance(config, cls.config_class):
+            raise ConfigError(
+                f"kind {quoted(config.kind)} takes a {cls.config_class.__qualname__}, not {type_of(config)}. "
+                f"Next: noether-init schema {config.kind}"
+            )
+        return cls, config
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"the config of an initializer is a mapping or a KindConfig, not {type_of(config)}. "
+            "Next: noether-init kinds"
+        )
+    kind = config.get("kind")
+    if not isinstance(kind, str):
+        named = "no kind" if kind is None else f"a kind that is not a text ({kind!r})"
+        message = f"the config of an initializer names {named}. {_KINDS.summary()}. Next: noether-init kinds"
+        raise ConfigError(message)
+    cls = resolve(kind)
+    return cls, cls.config_class.model_validate(config, context=context)

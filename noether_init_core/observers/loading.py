@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from noether_init_core.kinds import KindInfo, lookup
+from noether_init_core.kinds.lookup import Group, KindInfo
 
 OBSERVER_GROUP = "noether_init.observers"
-_OBSERVERS = lookup.Group(OBSERVER_GROUP, "observer", "noether-init kinds --observers")
+_OBSERVERS = Group(OBSERVER_GROUP, "observer", "noether-init kinds --observers")
 
 
 def installed_observers() -> tuple[KindInfo, ...]:
     """Every observer that an installed distribution offers, by name. Imports none."""
-    return lookup.all_of(_OBSERVERS)
+    return _OBSERVERS.all()
 
 
 def describe_observer(name: str) -> KindInfo:
@@ -20,7 +20,7 @@ def describe_observer(name: str) -> KindInfo:
 
     Raises ``UnknownKindError``, ``KindBlockedError`` or ``KindConflictError``.
     """
-    return lookup.choose(_OBSERVERS, name)
+    return _OBSERVERS.choose(name)
 
 
 def load_observer(name: str) -> Any:
@@ -30,6 +30,6 @@ def load_observer(name: str) -> Any:
     raises.
     """
     info = describe_observer(name)
-    observer = lookup.load(_OBSERVERS, info)
-    with lookup.importing(_OBSERVERS, info):
+    observer = _OBSERVERS.load(info)
+    with _OBSERVERS.importing(info):
         return observer() if isinstance(observer, type) else observer
