@@ -150,24 +150,23 @@ _NEXT = (
 
 
 def _mismatch(model: Any, pending: _Pending, found: Sequence[Output], worst: Compared) -> ProbeMismatchError:
-    then = next((one for one in pending.probe.outputs if one.path == worst.path), None)
-    now = next((one for one in found if one.path == worst.path), None)
+    then, now = (
+        next((one for one in outputs if one.path == worst.path), None) for outputs in (pending.probe.outputs, found)
+    )
     norms = "" if then is None or now is None else f" (norm {then.norm:.6g} then, {now.norm:.6g} now)"
+    expected, described = (
+        None if one is None else {"shape": one.shape, "dtype": one.dtype, "norm": one.norm, "digest": one.digest}
+        for one in (then, now)
+    )
     return ProbeMismatchError(
         f"{model.name} is not what it was when {_words(pending.source)} was saved: on its probe {_differs(worst)}"
         f"{norms}. {_NEXT}",
         path=pending.source.folder,
         output=worst.path,
-        expected=_described(then),
-        found=_described(now),
+        expected=expected,
+        found=described,
         difference=worst.difference,
     )
-
-
-def _described(output: Output | None) -> dict[str, Any] | None:
-    if output is None:
-        return None
-    return {"shape": output.shape, "dtype": output.dtype, "norm": output.norm, "digest": output.digest}
 
 
 def _words(source: CheckpointSet) -> str:

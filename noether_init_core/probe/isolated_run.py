@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
-import attrs
 import numpy
 import torch
 import xxhash
@@ -17,89 +16,73 @@ from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.models import BoundModel, leaf_models
 from noether_init_core.nested import equal, mapped
 
-_MAX_DEPTH = 8
 _Generator: TypeAlias = torch.Generator | random.Random | numpy.random.Generator | numpy.random.RandomState
+_Container: TypeAlias = dict[Any, Any] | list[Any] | set[Any]
 
 
 class Kept:
     """The state of modules as it is now.
 
-    Kept are the attributes of modules (so also their children, hooks and flags), and what containers in them hold:
-    tensors, generators, and other containers. Other objects are not searched. Of parameters only what is written into
-    their memory cannot be put back, which ``put_back`` reports.
+    Kept are the attributes of modules (flags, counters), what they hold if they are tensors or generators, and which
+    entries they have if they are lists, sets or dicts (so also buffers, children and hooks). Nothing deeper is kept.
+    Of parameters only what is written into their memory cannot be put back, which ``put_back`` reports.
     """
 
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
         self.generators: list[_Generator] = []
-        self._undo: list[Callable[[], None]] = []
-        self._parameters: list[_Parameter] = []
-        self._seen: set[int] = set()
+        self._containers: list[tuple[_Container, _Container, list[Any]]] = []
+        self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._parameters: dict[int, _Parameter] = {}
         for module in modules:
+            held = vars(module)
+            for value in (held, *held.values()):
+                if isinstance(value, dict | list | set):
+                    self._containers.append((value, copy.copy(value), _entries(value)))
+            for value in (*held.values(), *module._buffers.values()):
+                if isinstance(value, torch.Tensor) and _is_plain(value):
+                    self._tensors.setdefault(id(value), (value, value.detach().clone()))
+                # that of the system has no state
+                elif isinstance(value, _Generator) and not isinstance(value, random.SystemRandom):
+                    self.generators.append(value)
             for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in self._seen:
-                    self._seen.add(id(parameter))
-                    self._parameters.append(_Parameter.of(parameter, f"{name} of a {type(module).__name__}"))
-        for module in modules:
-            self._keep(vars(module), 0)
+                if parameter is not None and id(parameter) not in self._parameters:
+                    self._parameters[id(parameter)] = _Parameter(parameter, f"{name} of a {type(module).__name__}")
 
     @torch.no_grad()
     def put_back(self) -> str:
         """Put everything back. Returns what could not be put back, in words."""
-        for undo in self._undo:
-            undo()
-        return next(filter(None, [kept.put_back() for kept in self._parameters]), "")
-
-    def _keep(self, value: Any, depth: int) -> None:
-        if id(value) in self._seen or depth > _MAX_DEPTH:
-            return
-        if isinstance(value, torch.Tensor):
-            if _is_plain(value):
-                before = value.detach().clone()
-                self._undo.append(lambda: _write(value, before))
-        elif isinstance(value, _Generator) and not isinstance(value, random.SystemRandom):  # that one has no state
-            self.generators.append(value)
-        elif isinstance(value, dict):
-            content = dict(value)
-            self._undo.append(lambda: _refill(value, content, value.update))
-        elif isinstance(value, list | collections.deque | set):
-            items = list(value)
-            self._undo.append(lambda: _refill(value, items, value.update if isinstance(value, set) else value.extend))
-        elif not isinstance(value, tuple):
-            return
-        self._seen.add(id(value))
-        if isinstance(value, dict | list | collections.deque | set | tuple):
-            for item in value.values() if isinstance(value, dict) else value:
-                self._keep(item, depth + 1)
+        for container, content, entries in self._containers:
+            if _entries(container) != entries:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        for tensor, before in self._tensors.values():
+            _write(tensor, before)
+        return next(filter(None, [kept.put_back() for kept in self._parameters.values()]), "")
 
 
-@attrs.frozen(eq=False)
 class _Parameter:
     """A parameter, what tells whether it was written to, and what can be put back of it."""
 
-    parameter: torch.nn.Parameter
-    place: str
-    alias: torch.Tensor
-    grad: torch.Tensor | None
-    requires_grad: bool
-    written: tuple[int, ...]
-    grad_written: int
-
-    @classmethod
-    def of(cls, parameter: torch.nn.Parameter, place: str) -> _Parameter:
-        alias, grad = parameter.detach(), parameter.grad
-        return cls(parameter, place, alias, grad, parameter.requires_grad, _written(alias), _writes(grad))
+    def __init__(self, parameter: torch.nn.Parameter, place: str) -> None:
+        self._parameter = parameter
+        self._place = place
+        self._alias = parameter.detach()
+        self._grad = parameter.grad
+        self._requires_grad = parameter.requires_grad
+        self._written = _checksum(self._alias), _writes(self._grad)
 
     def put_back(self) -> str:
-        parameter = self.parameter
-        if parameter.grad is not self.grad:
-            parameter.grad = self.grad
-        if _is_plain(parameter) and parameter.data_ptr() != self.alias.data_ptr():
-            parameter.data = self.alias
-        if parameter.is_leaf and parameter.requires_grad is not self.requires_grad:
-            parameter.requires_grad_(self.requires_grad)
-        if _writes(self.grad) != self.grad_written:
-            return f"its forward changes the gradient of the parameter {self.place}"
-        return "" if _written(self.alias) == self.written else f"its forward changes the parameter {self.place}"
+        parameter = self._parameter
+        if parameter.grad is not self._grad:
+            parameter.grad = self._grad
+        if _is_plain(parameter) and parameter.data_ptr() != self._alias.data_ptr():
+            parameter.data = self._alias
+        if parameter.is_leaf and parameter.requires_grad is not self._requires_grad:
+            parameter.requires_grad_(self._requires_grad)
+        checksum, writes = self._written
+        if _writes(self._grad) != writes:
+            return f"its forward changes the gradient of the parameter {self._place}"
+        return "" if _checksum(self._alias) == checksum else f"its forward changes the parameter {self._place}"
 
 
 class Generators:
@@ -138,11 +121,11 @@ def _write(tensor: torch.Tensor, before: torch.Tensor) -> None:
             tensor.detach().copy_(before)
 
 
-def _refill(container: Any, content: Any, refill: Callable[[Any], Any]) -> None:
-    now, then = (list(map(id, one.values() if isinstance(one, dict) else one)) for one in (container, content))
-    if now != then or list(container) != list(content):
-        container.clear()
-        refill(content)
+def _entries(container: _Container) -> list[Any]:
+    """Keys of a dict, and which objects it has."""
+    if isinstance(container, dict):
+        return [(key, id(value)) for key, value in container.items()]
+    return list(map(id, container))
 
 
 def _writes(tensor: torch.Tensor | None) -> int:
@@ -150,15 +133,15 @@ def _writes(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _written(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Number of writes and a checksum of the bytes: the counter does not see what is written through ``.data``."""
+def _checksum(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Of its bytes: the counter of writes does not see what is written through ``.data``."""
     if not _is_plain(tensor) or not tensor.numel():
         return (_writes(tensor),)
     content = tensor.contiguous().reshape(-1).view(torch.uint8)
     if content.device.type == "cpu":
-        return _writes(tensor), xxhash.xxh3_64_intdigest(content.numpy().data)
+        return (xxhash.xxh3_64_intdigest(content.numpy().data),)
     whole = content.numel() // 8 * 8
-    return _writes(tensor), int(content[:whole].view(torch.int64).sum()), int(content[whole:].sum())
+    return int(content[:whole].view(torch.int64).sum()), int(content[whole:].sum())
 
 
 def _state_of(generator: _Generator) -> Any:
@@ -278,15 +261,8 @@ def device_of(model: Any) -> torch.device:
     return next((tensor.device for _name, tensor in tensors_of(model)), torch.device("cpu"))
 
 
-@attrs.define(eq=False)
-class Quiet:
-    """What ``quietly`` finds out about the block."""
-
-    has_drawn: bool = False
-
-
 @contextlib.contextmanager
-def quietly(model: Any) -> Iterator[Quiet]:
+def quietly(model: Any) -> Iterator[Callable[[], bool]]:
     """Run ``model`` in the block: evaluating, without gradient and autocast, with random generators seeded alike.
 
     Afterwards the attributes of all modules (flags, buffers, children, hooks; see ``Kept``) and the random generators
@@ -294,17 +270,19 @@ def quietly(model: Any) -> Iterator[Quiet]:
 
     Raises ``ConfigError`` after the block if the model wrote into a parameter or a gradient, which cannot be put back.
 
-    Yields: an object whose ``has_drawn`` says at the end of the block whether random numbers were drawn in it.
+    Yields: a function that says whether random numbers have been drawn in the block so far.
     """
     modules = modules_of(model)
     kept = Kept(modules)
     generators = Generators(kept.generators)
-    quiet = Quiet()
-    problems: list[str] = []
+
+    def put_back() -> str:
+        generators.put_back()
+        problem = kept.put_back()
+        return f"{model.name}: {problem}" if problem else ""
+
     try:
         with contextlib.ExitStack() as stack:
-            stack.callback(generators.put_back)
-            stack.callback(lambda: problems.append(kept.put_back()))
             stack.enter_context(torch.no_grad())
             for kind in {"cpu", device_of(model).type}:
                 if torch.amp.is_autocast_available(kind):
@@ -313,15 +291,15 @@ def quietly(model: Any) -> Iterator[Quiet]:
                 # eval() may be overridden, and change weights (adapters that are merged then)
                 module.training = False
             generators.seed(_SEED)
-            seeded = Generators(kept.generators)
-            yield quiet
-            quiet.has_drawn = seeded.have_moved()
+            yield Generators(kept.generators).have_moved
     except BaseException as error:
-        for problem in filter(None, problems):
-            error.add_note(f"{model.name}: {problem}")
+        problem = put_back()
+        if problem:
+            error.add_note(problem)
         raise
-    for problem in filter(None, problems):
+    problem = put_back()
+    if problem:
         raise ConfigError(
-            f"{model.name}: {problem}. It is changed now: build or load it again. A model that changes while it "
-            "evaluates cannot have a probe"
+            f"{problem}. It is changed now: build or load it again. A model that changes while it evaluates cannot "
+            "have a probe"
         )

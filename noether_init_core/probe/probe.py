@@ -132,7 +132,7 @@ def _run(model: Any, batch: Any) -> tuple[tuple[Output, ...], tuple[str, ...], b
     function, device = called(model), device_of(model)
     # a copy: the model may write into it
     ready = _changed(batch, lambda tensor: tensor.to(device, copy=True))
-    with quietly(model) as quiet:
+    with quietly(model) as has_drawn:
         if isinstance(ready, Mapping):
             returned = function(**ready)
         elif isinstance(ready, list | tuple):
@@ -140,9 +140,7 @@ def _run(model: Any, batch: Any) -> tuple[tuple[Output, ...], tuple[str, ...], b
         else:
             returned = function(ready)
         # in here: an output may be a buffer, which gets its former value
-        outputs, others = outputs_of(returned), uncompared(returned)
-        del returned
-    return outputs, others, quiet.has_drawn
+        return outputs_of(returned), uncompared(returned), has_drawn()
 
 
 def _changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
