@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import attrs
@@ -51,8 +52,8 @@ class Stopwatch:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._seconds: dict[str, float] = {}
-        self._nbytes: dict[str, int] = {}
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._nbytes: defaultdict[str, int] = defaultdict(int)
         self._running: list[str] = []
         self._since = 0.0
 
@@ -63,8 +64,7 @@ class Stopwatch:
         self._running.append(name)
         try:
             yield
-            if nbytes:
-                self.count(name, nbytes)
+            self.count(name, nbytes or 0)
         finally:
             self._switch()
             self._running.pop()
@@ -72,7 +72,7 @@ class Stopwatch:
     def count(self, name: str, nbytes: int) -> None:
         """Add bytes to a phase whose number is known only afterwards."""
         if nbytes:
-            self._nbytes[name] = self._nbytes.get(name, 0) + nbytes
+            self._nbytes[name] += nbytes
 
     @property
     def timings(self) -> tuple[Timing, ...]:
@@ -85,7 +85,7 @@ class Stopwatch:
         found = []
         for one in self.timings:
             old = before.get(one.phase, Timing(one.phase, 0.0))
-            if (one.seconds, one.nbytes) != (old.seconds, old.nbytes):
+            if one != old:
                 nbytes = (one.nbytes or 0) - (old.nbytes or 0)
                 found.append(Timing(one.phase, one.seconds - old.seconds, nbytes or None))
         return tuple(found)
@@ -94,22 +94,21 @@ class Stopwatch:
         """Give the time since the last switch to the phase that ran."""
         now = self._clock()
         if self._running:
-            name = self._running[-1]
-            self._seconds[name] = self._seconds.get(name, 0.0) + (now - self._since)
+            self._seconds[self._running[-1]] += now - self._since
         self._since = now
 
 
 def summed(timings: Iterable[Timing]) -> tuple[Timing, ...]:
     """One timing for each phase; bytes are None where none of them has any."""
-    seconds: dict[str, float] = {}
-    nbytes: dict[str, int] = {}
+    seconds: defaultdict[str, float] = defaultdict(float)
+    nbytes: defaultdict[str, int] = defaultdict(int)
     for one in timings:
-        seconds[one.phase] = seconds.get(one.phase, 0.0) + one.seconds
+        seconds[one.phase] += one.seconds
         if one.nbytes is not None:
-            nbytes[one.phase] = nbytes.get(one.phase, 0) + one.nbytes
+            nbytes[one.phase] += one.nbytes
     return _ordered(seconds, nbytes)
 
 
-def _ordered(seconds: dict[str, float], nbytes: dict[str, int]) -> tuple[Timing, ...]:
+def _ordered(seconds: Mapping[str, float], nbytes: Mapping[str, int]) -> tuple[Timing, ...]:
     names = [*(name for name in PHASES if name in seconds), *(name for name in seconds if name not in PHASES)]
     return tuple(Timing(name, seconds[name], nbytes.get(name)) for name in names)

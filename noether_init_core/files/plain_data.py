@@ -43,10 +43,6 @@ class _Plain:
             raise _refuse(place, f"nested more than {MAX_DEPTH} deep, or holding itself")
         if isinstance(value, torch.Tensor):
             return self._tensor(value, place)
-        if isinstance(value, Counter):  # milestones of torch's MultiStepLR
-            return Counter(
-                {self._key(key, place): self.of(item, f"{place}.{key}", depth + 1) for key, item in value.items()}
-            )
         if isinstance(value, Mapping):
             return self._mapping(value, place, depth)
         if type(value) is list:
@@ -59,6 +55,8 @@ class _Plain:
 
     def _mapping(self, value: Mapping[Any, Any], place: str, depth: int) -> dict[Any, Any]:
         items = ((self._key(key, place), self.of(item, f"{place}.{key}", depth + 1)) for key, item in value.items())
+        if isinstance(value, Counter):  # milestones of torch's MultiStepLR
+            return Counter(dict(items))
         if not isinstance(value, OrderedDict):
             return dict(items)
         ordered = OrderedDict(items)

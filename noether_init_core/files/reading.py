@@ -36,6 +36,9 @@ from noether_init_core.stopwatch import Stopwatch
 if TYPE_CHECKING:
     import torch
 
+    # key for messages, what is read, the tensor of the same shape that it goes into
+    _Source = tuple[str, TensorInfo, torch.Tensor]
+
 # Bytes of a temporary tensor, where one is needed.
 _SLICE = 1 << 20
 
@@ -111,11 +114,7 @@ def check_targets(path: Path, sources: Iterable[tuple[str, tuple[int, ...], torc
         )
 
 
-def copy_tensors(
-    handle: Handle,
-    sources: Sequence[tuple[str, TensorInfo, torch.Tensor]],
-    stopwatch: Stopwatch,
-) -> None:
+def copy_tensors(handle: Handle, sources: Sequence[_Source], stopwatch: Stopwatch) -> None:
     """Copy into existing tensors of the same shape: straight into their memory, or in chunks through small buffers.
 
     Everything that can be known is checked first, so ``StateMismatchError`` means that nothing was changed.
@@ -124,8 +123,8 @@ def copy_tensors(
 
     check_targets(handle.path, ((key, info.shape, target) for key, info, target in sources))
     direct: list[Transfer] = []
-    rest: list[tuple[str, TensorInfo, torch.Tensor]] = []
-    staged: dict[torch.device, list[tuple[str, TensorInfo, torch.Tensor]]] = {}
+    rest: list[_Source] = []
+    staged: dict[torch.device, list[_Source]] = {}
     for key, info, target in sources:
         if not target.numel():
             continue
@@ -155,11 +154,7 @@ def copy_tensors(
                         target[tuple(slice(*ends) for ends in box)].copy_(part)
 
 
-def copy_staged(
-    handle: Handle,
-    sources: Sequence[tuple[str, TensorInfo, torch.Tensor]],
-    device: torch.device,
-) -> None:
+def copy_staged(handle: Handle, sources: Sequence[_Source], device: torch.device) -> None:
     """Copy contiguous tensors to contiguous ones on ``device`` through two buffers, one filled while one is sent.
 
     The buffers are pinned for a CUDA device, so that it fetches them by itself. When this returns, all has arrived.

@@ -7,7 +7,7 @@ inert ones; none allocates more than bytes of the file account for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from noether_init_core.files.content import (
@@ -16,13 +16,14 @@ from noether_init_core.files.content import (
     GlobalName,
     OpcodeError,
     Piece,
+    Record,
     RefusedTensor,
     StorageRef,
     TensorInfo,
 )
 
 #: No dimension, stride or offset of a tensor is larger, so that products with an itemsize fit into 64 bits.
-LARGEST = 1 << 58
+_LARGEST = 1 << 58
 _MOST_DIMENSIONS = 64
 #: Tuples as keys are hashed again at every use; their elements, nested ones included, are counted.
 _KEY_DEPTH = 8
@@ -50,7 +51,7 @@ class Scope:
 
 Builder = Callable[[Scope, tuple[Any, ...]], Any]
 
-STORAGES: dict[str, str | None] = {
+_STORAGES: dict[str, str | None] = {
     "torch.BFloat16Storage": "bfloat16",
     "torch.BoolStorage": "bool",
     "torch.ByteStorage": "uint8",
@@ -68,7 +69,7 @@ STORAGES: dict[str, str | None] = {
     "torch.storage._UntypedStorage": None,
 }
 # Their tensors are refused with the key; the storages' sizes are not looked at.
-QUANTIZED_STORAGES = frozenset(f"torch.Q{kind}Storage" for kind in ("Int8", "Int32", "UInt8", "UInt4x2", "UInt2x4"))
+_QUANTIZED_STORAGES = frozenset(f"torch.Q{kind}Storage" for kind in ("Int8", "Int32", "UInt8", "UInt4x2", "UInt2x4"))
 _QUANTIZED_SCHEMES = frozenset(
     f"torch.per_{what}" for what in ("tensor_affine", "channel_affine", "tensor_symmetric", "channel_symmetric")
 )
@@ -130,6 +131,30 @@ _SECRET_HASHES = frozenset({str, bytes, GlobalName, ForeignObject})
 _HASHABLE = _SECRET_HASHES | {int, float, bool, complex, type(None), range}
 
 
+def storage_of(records: Mapping[str, Record], reference: object) -> StorageRef | RefusedTensor:
+    """A persistent id; torch.save writes ``('storage', type, key, location, number of elements)`` and no other."""
+    if type(reference) is not tuple or len(reference) != 5:
+        raise OpcodeError("a persistent id is not that of a storage")
+    tag, kind, key, location, numel = reference
+    if not (type(tag) is str and tag == "storage" and type(kind) is GlobalName):
+        raise OpcodeError("a persistent id is not that of a storage")
+    if not (type(key) is str and type(location) is str and type(numel) is int and 0 <= numel < _LARGEST):
+        raise OpcodeError("the persistent id of a storage has arguments of a wrong type or size")
+    if kind.name not in _STORAGES:
+        what = "quantized" if kind.name in _QUANTIZED_STORAGES else "of the unknown kind " + kind.name
+        return RefusedTensor(f"its storage is {what}")
+    if location == "meta":
+        return RefusedTensor("it is a meta tensor: it has a shape and no values")
+    dtype = _STORAGES[kind.name]
+    nbytes = numel * (ITEMSIZES[dtype] if dtype else 1)
+    record = records.get("data/" + key)
+    if record is None:
+        return RefusedTensor(f"its record data/{key[:80]} is missing")
+    if record.size != nbytes:
+        return RefusedTensor(f"its storage should have {nbytes} bytes, the record data/{key} has {record.size}")
+    return StorageRef(record.name, record.offset, nbytes, dtype)
+
+
 def _tensor(storage: object, offset: object, shape: object, stride: object, dtype: str | None, extra: object) -> Any:
     if type(storage) is RefusedTensor:
         return storage
@@ -141,7 +166,7 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
         return RefusedTensor(f"its dtype {dtype} cannot be read")
     if len(shape) != len(stride) or len(shape) > _MOST_DIMENSIONS:
         return RefusedTensor(f"it has {len(shape)} dimensions and {len(stride)} strides")
-    if not (0 <= offset < LARGEST):
+    if not (0 <= offset < _LARGEST):
         return RefusedTensor("its offset is negative or absurd")
     numel, product, last, is_row_major = 1, 1, 0, True
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
@@ -151,7 +176,7 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
         numel *= size
         product *= size or 1
         last += (size - 1) * step
-        if product >= LARGEST or step >= LARGEST:
+        if product >= _LARGEST or step >= _LARGEST:
             return RefusedTensor("its shape or stride is absurd")
     itemsize = ITEMSIZES[dtype]
     if numel and ((offset + last + 1) * itemsize > storage.nbytes or numel * itemsize > storage.nbytes):
@@ -337,7 +362,7 @@ _TENSOR_FUNCTIONS = frozenset(name for name in BUILDERS if name.startswith("torc
 
 #: Names that may stand in a file; those without a builder stand as values or arguments only.
 KNOWN_NAMES = frozenset(
-    {*BUILDERS, *STORAGES, *QUANTIZED_STORAGES, *_QUANTIZED_SCHEMES, *_PLAIN_TENSORS, *_PARAMETERS, *_FACTORIES}
+    {*BUILDERS, *_STORAGES, *_QUANTIZED_STORAGES, *_QUANTIZED_SCHEMES, *_PLAIN_TENSORS, *_PARAMETERS, *_FACTORIES}
     | _DTYPES
     | _QUANTIZED_DTYPES
     | _SUB_BYTE_DTYPES

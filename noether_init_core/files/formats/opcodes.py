@@ -14,23 +14,18 @@ from typing import Any
 
 from noether_init_core.errors import type_of
 from noether_init_core.files.content import (
-    ITEMSIZES,
     ForeignObject,
     GlobalName,
     OpcodeError,
     Record,
-    RefusedTensor,
-    StorageRef,
 )
 from noether_init_core.files.formats.builders import (
     BUILDERS,
     KNOWN_NAMES,
-    LARGEST,
-    QUANTIZED_STORAGES,
-    STORAGES,
     Scope,
     add_members,
     set_items,
+    storage_of,
 )
 
 #: Open marks at one time: a nested container needs one or two.
@@ -54,30 +49,6 @@ _INTEGER_4 = struct.Struct("<i").unpack_from
 _FLOAT_8 = struct.Struct(">d").unpack_from
 
 
-def _storage(records: Mapping[str, Record], reference: object) -> StorageRef | RefusedTensor:
-    """A persistent id; torch.save writes ``('storage', type, key, location, number of elements)`` and no other."""
-    if type(reference) is not tuple or len(reference) != 5:
-        raise OpcodeError("a persistent id is not that of a storage")
-    tag, kind, key, location, numel = reference
-    if not (type(tag) is str and tag == "storage" and type(kind) is GlobalName):
-        raise OpcodeError("a persistent id is not that of a storage")
-    if not (type(key) is str and type(location) is str and type(numel) is int and 0 <= numel < LARGEST):
-        raise OpcodeError("the persistent id of a storage has arguments of a wrong type or size")
-    if kind.name not in STORAGES:
-        what = "quantized" if kind.name in QUANTIZED_STORAGES else "of the unknown kind " + kind.name
-        return RefusedTensor(f"its storage is {what}")
-    if location == "meta":
-        return RefusedTensor("it is a meta tensor: it has a shape and no values")
-    dtype = STORAGES[kind.name]
-    nbytes = numel * (ITEMSIZES[dtype] if dtype else 1)
-    record = records.get("data/" + key)
-    if record is None:
-        return RefusedTensor(f"its record data/{key[:80]} is missing")
-    if record.size != nbytes:
-        return RefusedTensor(f"its storage should have {nbytes} bytes, the record data/{key} has {record.size}")
-    return StorageRef(record.name, record.offset, nbytes, dtype)
-
-
 class Interpreter:
     """One run over the content of ``data.pkl``.
 
@@ -96,9 +67,6 @@ class Interpreter:
         self._scope = Scope(len(data))
         # Every container that pickle writes takes three bytes at least; empty ones of a single byte are costly.
         self._containers = 1024 + len(data) // 2
-        # All that is noted by itself takes a byte more than the object, a tuple its content; a few are always fine.
-        self._memo_entries = _ALWAYS + len(data) // 3
-        self._tuples = _ALWAYS + len(data) // 3
         self._most_names = _ALWAYS // 8 + len(data) // 64
         self._position = 0
         self._stack: list[Any] = []
@@ -120,7 +88,8 @@ class Interpreter:
         # The opcodes that make up nearly all of a state dict are carried out here, the others in a method each.
         data, memo, scope, names = self._data, self._memo, self._scope, BUILDERS
         cold = _COLD
-        most_entries, tuples_left = self._memo_entries, self._tuples
+        # All that is noted by itself takes a byte more than the object, a tuple its content; a few are always fine.
+        most_entries = tuples_left = _ALWAYS + len(data) // 3
         stack = self._stack
         position = 0
         end = len(data)
@@ -186,7 +155,7 @@ class Interpreter:
                     raise IndexError
                 stack.append(data[start:position].decode("utf-8", "surrogatepass"))
             elif opcode == 0x51:  # BINPERSID
-                stack[-1] = _storage(self._records, stack[-1])
+                stack[-1] = storage_of(self._records, stack[-1])
             elif opcode == 0x29:  # EMPTY_TUPLE
                 stack.append(())
             elif opcode == 0x4D:  # BININT2
@@ -257,14 +226,8 @@ class Interpreter:
         self._count_container()
         return ForeignObject(name, args)
 
-    def _new_object(self) -> None:
+    def _new_object(self, keywords: object) -> None:
         args, kind = self._stack.pop(), self._stack.pop()
-        if type(kind) is not GlobalName or type(args) is not tuple:
-            raise OpcodeError("data.pkl builds an object of something that is not a name")
-        self._stack.append(self._foreign(kind.name, args))
-
-    def _new_object_ex(self) -> None:
-        keywords, args, kind = self._stack.pop(), self._stack.pop(), self._stack.pop()
         if type(kind) is not GlobalName or type(args) is not tuple or type(keywords) is not dict:
             raise OpcodeError("data.pkl builds an object of something that is not a name")
         self._stack.append(self._foreign(kind.name, (*args, keywords) if keywords else args))
@@ -309,31 +272,30 @@ class Interpreter:
         add_members(self._scope, members, self._pop_mark())
         self._stack.append(frozenset(members))
 
-    def _extend(self, items: list[Any]) -> None:
+    def _target(self, kind: type, what: str) -> Any:
+        """The container on the stack that is filled; that of an inert object is made when it is needed."""
         target = self._stack[-1]
         if type(target) is ForeignObject:
             if target.items is None:
-                target.items = []
+                target.items = kind()
             target = target.items
-        if type(target) is not list:
-            raise OpcodeError(f"data.pkl appends to {type_of(target)}")
-        target.extend(items)
+        if type(target) is not kind:
+            raise OpcodeError(f"data.pkl {what} {type_of(target)}")
+        return target
+
+    def _extend(self, items: list[Any]) -> None:
+        self._target(list, "appends to").extend(items)
 
     def _add_items(self) -> None:
         items = self._pop_mark()
-        target = self._stack[-1]
-        if type(target) is not set:
-            raise OpcodeError(f"data.pkl adds members to {type_of(target)}")
-        add_members(self._scope, target, items)
+        if type(self._stack[-1]) is not set:
+            raise OpcodeError(f"data.pkl adds members to {type_of(self._stack[-1])}")
+        add_members(self._scope, self._stack[-1], items)
 
     def _update(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if type(target) is ForeignObject:
-            if target.items is None:
-                target.items = {}
-            target = target.items
-        if type(target) is not dict or len(items) % 2:
-            raise OpcodeError(f"data.pkl sets an item of {type_of(target)}")
+        target = self._target(dict, "sets an item of")
+        if len(items) % 2:
+            raise OpcodeError("data.pkl sets an item of a dict without a value")
         expected = len(target) + len(items) // 2
         set_items(self._scope, target, items)
         if len(target) != expected:
@@ -398,7 +360,7 @@ _COLD: dict[int, Callable[[Interpreter], object]] = {
     0x75: lambda run: run._update(run._pop_mark()),
     0x7D: lambda run: run._empty({}),
     0x80: Interpreter._protocol,
-    0x81: Interpreter._new_object,
+    0x81: lambda run: run._new_object({}),
     0x87: lambda run: run._stack.append(tuple(run._pop_last(3))),
     0x88: lambda run: run._stack.append(True),
     0x8A: lambda run: run._integer(1),
@@ -408,7 +370,7 @@ _COLD: dict[int, Callable[[Interpreter], object]] = {
     0x8F: lambda run: run._empty(set(), _SET),
     0x90: Interpreter._add_items,
     0x91: Interpreter._frozen_set,
-    0x92: Interpreter._new_object_ex,
+    0x92: lambda run: run._new_object(run._stack.pop()),
     0x93: Interpreter._stack_global,
     0x95: Interpreter._frame,
     0x96: lambda run: run._stack.append(bytearray(run._take(8))),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -88,12 +89,12 @@ def _parse(handle: Handle, raw: bytes) -> dict[str, Any]:
     if raw.count(b"[") + raw.count(b"{") > _MOST_BRACKETS:
         _refuse(handle, "its header holds far more lists than tensors have")
 
+    twice: list[str] = []
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            _refuse(handle, f"its header has the key {quoted(twice)} twice")
+            twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return result
 
     try:
@@ -102,11 +103,11 @@ def _parse(handle: Handle, raw: bytes) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
         _refuse(handle, "its header is not written in UTF-8", _NEXT_COPY)
-    except CheckpointFormatError:
-        raise
     except (ValueError, RecursionError) as error:
         # ValueError: no JSON, or an integer of thousands of digits; RecursionError: lists nested thousands deep
         _refuse(handle, f"its header cannot be read ({str(error)[:80]})", _NEXT_COPY)
+    if twice:
+        _refuse(handle, f"its header has the key {quoted(twice[0])} twice")
     if type(value) is not dict:
         _refuse(handle, "its header is not one JSON object")
     return value

@@ -166,42 +166,41 @@ class ArtifactCache:
         return text
 
     def _check_folder(self) -> None:
-        try:
-            status = os.stat(self.folder)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise self._unusable(error) from error
+        with self._saying():
+            try:
+                status = os.stat(self.folder)
+            except FileNotFoundError:
+                return
         if not stat.S_ISDIR(status.st_mode):
             raise CheckpointError(
                 f"the cache {self.folder} is no folder. Next: {CACHE_VARIABLE}=<a folder>", path=self.folder
             )
-        if os.name == "posix":
-            is_foreign = status.st_uid not in (0, os.geteuid())
-            if is_foreign or stat.S_IMODE(status.st_mode) & 0o022:
-                whose = f"belongs to the user {status.st_uid}" if is_foreign else "can be written to by others"
-                raise CheckpointError(
-                    f"the cache {self.folder} {whose}, who could change what was checked. Next: "
-                    + ("" if is_foreign else f"remove {self.folder}, of which anything may be planted, or ")
-                    + f"{CACHE_VARIABLE}=<a folder of your own, maybe below it>",
-                    path=self.folder,
-                )
+        if os.name != "posix":
+            return
+        is_foreign = status.st_uid not in (0, os.geteuid())
+        if is_foreign or stat.S_IMODE(status.st_mode) & 0o022:
+            whose = f"belongs to the user {status.st_uid}" if is_foreign else "can be written to by others"
+            raise CheckpointError(
+                f"the cache {self.folder} {whose}, who could change what was checked. Next: "
+                + ("" if is_foreign else f"remove {self.folder}, of which anything may be planted, or ")
+                + f"{CACHE_VARIABLE}=<a folder of your own, maybe below it>",
+                path=self.folder,
+            )
 
     def _refusal(
         self, key: str, entry: Path, digest: str | None, check: Callable[[Path], object] | None
     ) -> Exception | None:
         """Why the entry cannot be used as it is; None where it can."""
-        try:
-            status = os.lstat(entry)
-        except FileNotFoundError:
-            return CheckpointNotFoundError(
-                f"{self.shown(key)} is not in the cache {self.folder}, and offline nothing is fetched. "
-                f"{self._way_out(entry)}",
-                path=entry,
-                asked=self.shown(key),
-            )
-        except OSError as error:
-            raise self._unusable(error) from error
+        with self._saying():
+            try:
+                status = os.lstat(entry)
+            except FileNotFoundError:
+                return CheckpointNotFoundError(
+                    f"{self.shown(key)} is not in the cache {self.folder}, and offline nothing is fetched. "
+                    f"{self._way_out(entry)}",
+                    path=entry,
+                    asked=self.shown(key),
+                )
         if not stat.S_ISREG(status.st_mode):
             # a link would lead out of the folder; it is no work of ours, so it is not ours to remove
             raise CheckpointFormatError(
@@ -219,11 +218,11 @@ class ArtifactCache:
                     f"changed, or another file is asked for.{way_out}",
                     path=entry,
                 )
-        try:
-            if check is not None:
+        if check is not None:
+            try:
                 check(entry)
-        except Exception as error:
-            return error
+            except Exception as error:
+                return error
         return None
 
     def _digest_of_entry(self, key: str, handle: LocalHandle, digest: str) -> str:
@@ -243,11 +242,8 @@ class ArtifactCache:
         # always the same name: what a killed process left is overwritten; a torn note only means to read again
         written = self.folder / f"{_name_of(key)}.verified.partial"
         with contextlib.suppress(OSError):
-            try:
-                written.write_text(_note(handle, digest))
-                LOCAL.rename(written, self.folder / f"{_name_of(key)}.verified")
-            finally:
-                LOCAL.unlink(written)
+            written.write_text(_note(handle, digest))
+            LOCAL.rename(written, self.folder / f"{_name_of(key)}.verified")
 
     def _fetch(
         self,
@@ -304,21 +300,21 @@ class ArtifactCache:
         import filelock
 
         path = self.folder / f"{_name_of(key)}.lock"
+        guard = filelock.FileLock(path)
         with self._saying():
             os.makedirs(self.folder, mode=_FOLDER_MODE, exist_ok=True)
-            guard = filelock.FileLock(path)
             try:
+                guard.acquire(timeout=0)
+            except filelock.Timeout:
+                _logger.info("%s: waiting for another process or thread that fetches it", self.shown(key))
                 try:
-                    guard.acquire(timeout=0)
-                except filelock.Timeout:
-                    _logger.info("%s: waiting for another process or thread that fetches it", self.shown(key))
                     guard.acquire(timeout=self.timeout)
-            except filelock.Timeout as error:
-                raise CheckpointError(
-                    f"{self.shown(key)}: another process or thread has held the lock {path} for {self.timeout:g} s. "
-                    "Next: see whether it still fetches (fuser names its process); end it, or wait longer",
-                    path=path,
-                ) from error
+                except filelock.Timeout as error:
+                    raise CheckpointError(
+                        f"{self.shown(key)}: another process or thread has held the lock {path} for {self.timeout:g} "
+                        "s. Next: see whether it still fetches (fuser names its process); end it, or wait longer",
+                        path=path,
+                    ) from error
         try:
             yield
         finally:
@@ -343,13 +339,10 @@ class ArtifactCache:
         except InitError:
             raise
         except OSError as error:
-            raise self._unusable(error) from error
-
-    def _unusable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(
-            f"the cache {self.folder} cannot be used: {error}. Next: {CACHE_VARIABLE}=<a folder of your own>",
-            path=self.folder,
-        )
+            raise CheckpointError(
+                f"the cache {self.folder} cannot be used: {error}. Next: {CACHE_VARIABLE}=<a folder of your own>",
+                path=self.folder,
+            ) from error
 
     @staticmethod
     def _way_out(entry: Path) -> str:
