@@ -209,7 +209,7 @@ class ResumeInitializer(CheckpointInitializer):
         file = selected.file(root, "trainer")
         if file is None:
             raise CheckpointNotFoundError(f"{selected.name} has no trainer file of {root}", path=selected.folder)
-        with open_checkpoint(file.path, digests=selected.digest_of(file), stopwatch=self.stopwatch) as reader:
+        with open_checkpoint(file.path, digests=selected.file_digest(file), stopwatch=self.stopwatch) as reader:
             iteration, run_id = said_by(reader.metadata, file.path)
             if iteration is None or not iteration.is_fully_specified:
                 raise CheckpointFormatError(

@@ -319,7 +319,7 @@ class CheckpointInitializer(SourceInitializer):
             iteration = self.selection.selected.snapshot.iteration_of(chosen)
             if iteration is not None:
                 origin["iteration"] = str(iteration)
-            digests = chosen.digests_of(found) or chosen.digest_of(found)
+            digests = chosen.digests_of(found)
             return Source(found.path, digests, origin=origin)
 
     def file_root(self, name: str, below: str) -> str:

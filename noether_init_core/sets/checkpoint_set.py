@@ -151,7 +151,7 @@ class CheckpointSet:
             sorted(file.info for file in self.files if file.model == model and file.info and file.part == "model")
         )
 
-    def digest_of(self, file: CheckpointFile) -> str | None:
+    def file_digest(self, file: CheckpointFile) -> str | None:
         """The digest of the whole file that the manifest vouches for, as ``xxh3_128:...``; None in a legacy set."""
         head = self.head_of(file)
         return None if head is None else head.digest

@@ -398,7 +398,7 @@ def _verify_flat(snapshot: Snapshot, progress: Progress, *, compare: bool) -> Fl
             continue
         try:
             with contextlib.closing(open_file(path)) as handle:
-                handle.check_digest(str(found.digest_of(file)))
+                handle.check_digest(str(found.file_digest(file)))
         except (CheckpointError, OSError):
             problems.append(
                 f"{path} is damaged: it is a copy of {file.name} of {found.folder.name} for Noether, and has "

@@ -78,7 +78,7 @@ def select(
 
     Newest is the highest sequence of the committed sets; where there is none, the latest iteration of flat files. A
     text means the newest set saved under it that has any of the models needed: others can be saved into the run by
-    themselves. A full iteration means its newest set that has all of them; one field of it (``E10``) the newest match
+    themselves; ``best`` stands for the only ``best_model.*`` there is, ``best.loss`` for ``best_model.loss``. A full iteration means its newest set that has all of them; one field of it (``E10``) the newest match
     that has everything needed. Beside committed sets, flat files are not read; where they are later, no set is chosen
     automatically.
 
@@ -152,7 +152,7 @@ class _Question:
 
     def _meant(self) -> Selected | Refusal:
         """The one set that is meant, or why there is none; a set that cannot be read is never passed over."""
-        text = self._text()
+        text = self._meant_tag()
         if isinstance(text, SeveralBest):
             return text
         needs = self._everything if self.query.is_minimal and not self.policy.any_tag else self.needs
@@ -183,7 +183,7 @@ class _Question:
         return Selected(chosen, (), self.snapshot)
 
     def _readable(self, errors: list[tuple[int, CheckpointError]]) -> Iterator[CheckpointSet]:
-        """Sets that the iteration of the query allows, best first; those that cannot be read go to ``errors``."""
+        """Sets that the iteration of the query allows, newest first; those that cannot be read go to ``errors``."""
         iteration = None if self.policy.any_tag else self.query.iteration
         if self.snapshot.newest_folder is None:
             yield from (one for one in self.snapshot.flat if self._may_mean(one.iteration))
@@ -209,7 +209,7 @@ class _Question:
             return Broken(error, self.snapshot.newest_flat(self._models, []), may_walk_back=True)
         return NothingHere() if found is None else Selected(found, (), self.snapshot)
 
-    def _text(self) -> str | SeveralBest:
+    def _meant_tag(self) -> str | SeveralBest:
         """The tag to look for, ``best`` resolved; empty where no tag decides."""
         text = self.query.text
         if self.policy.any_tag or self.query.iteration is not None:

@@ -69,7 +69,7 @@ def value_of(found: CheckpointSet) -> float:
     check_files(found)
     values: set[float] = set()
     for file in found.files:
-        with open_checkpoint(file.path, digests=found.digest_of(file)) as reader:
+        with open_checkpoint(file.path, digests=found.file_digest(file)) as reader:
             reader.verify()
             for key in reader.tensors() if file.part == "model" else ():
                 values |= set(reader.read(key).flatten().tolist())

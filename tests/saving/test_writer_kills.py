@@ -139,7 +139,7 @@ def _main(root: Path, kills: int) -> None:
             for part in PARTS:
                 file = found.file("mlp", part)
                 assert file is not None
-                with open_checkpoint(file.path, digests=found.digest_of(file)) as reader:
+                with open_checkpoint(file.path, digests=found.file_digest(file)) as reader:
                     reader.verify()
                     parts.append(reader.load())
             values = _values(*parts)
