@@ -78,9 +78,9 @@ def select(
 
     Newest is the highest sequence of the committed sets; where there is none, the latest iteration of flat files. A
     text means the newest set saved under it that has any of the models needed: others can be saved into the run by
-    themselves; ``best`` stands for the only ``best_model.*`` there is, ``best.loss`` for ``best_model.loss``. A full iteration means its newest set that has all of them; one field of it (``E10``) the newest match
-    that has everything needed. Beside committed sets, flat files are not read; where they are later, no set is chosen
-    automatically.
+    themselves; ``best`` stands for the only ``best_model.*`` there is, ``best.loss`` for ``best_model.loss``. A full
+    iteration means its newest set that has all of them; one field of it (``E10``) the newest match that has everything
+    needed. Beside committed sets, flat files are not read; where they are later, no set is chosen automatically.
 
     With ``policy.walk_back``, an open tag means what it means, and then every older set, of the models needed, in turn.
     What a set with an unreadable manifest was tagged cannot be known: newer ones are passed over, and do not make the
