@@ -185,6 +185,10 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return 0 in shape or expected == span(shape, stride)
 
 
+class UnreadableError(Exception):
+    """A file is damaged or cannot be read; the message says why and what to do. The path is put before it."""
+
+
 class OpcodeError(Exception):
     """The pickle of a file is damaged or does what torch.save does not do; the message says what."""
 
@@ -386,36 +390,6 @@ METADATA = "_metadata"
 
 #: Path of a module, without a dot at its end -> what it says of its state, such as ``{"version": 2}``.
 Versions = Mapping[str, Mapping[str, Any]]
-
-_SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None)})
-
-
-def not_plain(metadata: Any, known: set[int]) -> str | None:
-    """The first module of which it is not a dict of plain values that is said; None where all is well.
-
-    ``known``: ids of containers that were found plain before.
-    """
-    if not isinstance(metadata, dict):
-        return "all modules"
-    for path, said in metadata.items():
-        if type(path) is not str or not isinstance(said, dict) or not _is_plain(said, known):
-            return repr(path)
-    return None
-
-
-def _is_plain(value: Any, known: set[int]) -> bool:
-    """Whether it is made of dicts, lists, tuples and scalars; ``known`` are the containers that were looked at."""
-    if type(value) in _SCALARS:
-        return True
-    if not isinstance(value, dict | list | tuple):
-        return False
-    if id(value) not in known:
-        if isinstance(value, dict) and not all(type(key) in _SCALARS for key in value):
-            return False
-        if not all(_is_plain(child, known) for _key, child in children(value)):
-            return False
-        known.add(id(value))
-    return True
 
 
 @attrs.frozen(eq=False)

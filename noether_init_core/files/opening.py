@@ -10,20 +10,20 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from noether_init_core.errors import CheckpointError, CheckpointFormatError
+from noether_init_core.files import reading
 from noether_init_core.files.checkpoint import AnyKey, BaseCheckpoint, Copy, Key
-from noether_init_core.files.content import Box, Content, TensorInfo, children, is_state_dict, state_dict_of
+from noether_init_core.files.content import (
+    Box,
+    Content,
+    TensorInfo,
+    UnreadableError,
+    children,
+    is_state_dict,
+    state_dict_of,
+)
 from noether_init_core.files.examining import Finding
 from noether_init_core.files.formats.safetensors import is_safetensors, read_safetensors
 from noether_init_core.files.formats.torch_zip import read_torch_zip
-from noether_init_core.files.reading import (
-    Materializer,
-    allocated,
-    are_equal,
-    copy_tensors,
-    map_tensors,
-    read_tensor,
-    slices_of,
-)
 from noether_init_core.files.storage.handle import Handle, Storage, open_file
 from noether_init_core.files.verification import Digests, Verification, Verified, digest_of_records
 from noether_init_core.memory import no_garbage_collection
@@ -68,8 +68,10 @@ def open_checkpoint(
                 content = read_safetensors(handle) if is_safetensors(handle) else read_torch_zip(handle, allow_globals)
                 known = Digests(digests) if isinstance(digests, str) else digests or Digests()
                 return FileCheckpoint(handle, content, entry, known, stopwatch)
-        except BaseException:
+        except BaseException as error:
             handle.close()
+            if isinstance(error, UnreadableError):
+                raise CheckpointFormatError(f"{handle.path} {error}", path=handle.path) from error
             raise
 
 
@@ -98,9 +100,10 @@ class FileCheckpoint(BaseCheckpoint):
         usual = "state_dict" if is_below else ""
         self._entry = usual if entry is None else entry
         self._tensors, self.extra_state = self._select(self._entry)
-        beside = self._parts
-        if self._entry or self._is_state_dict(self._entry):
-            beside = {key: child for key, child in beside.items() if self._entry and key != self._entry}
+        beside: Mapping[Any, Any] = {} if self._is_state_dict("") else self._parts
+        if self._entry:
+            beside = {key: child for key, child in self._parts.items() if key != self._entry}
+        if self._is_state_dict(self._entry):
             self.versions = content.versions.get(id(self._trees[self._entry]), {})
         self.metadata = beside if content.metadata is None else content.metadata
         # digests speak of the keys that a file has where no tree is named
@@ -145,18 +148,18 @@ class FileCheckpoint(BaseCheckpoint):
         """The tensor, or a box of it, on the CPU, in memory of its own, without gradient."""
         info = self._info(key) if box is None else self._info(key).part(box)
         with self._stopwatch.phase("read", info.nbytes):
-            return read_tensor(self._handle, info, key if isinstance(key, str) else "")
+            return reading.read_tensor(self._handle, info, key if isinstance(key, str) else "")
 
     def slices(self, key: Key) -> Iterator[torch.Tensor]:
         """The tensor in slices along one dimension, each of about a megabyte."""
-        return (part for _box, part in slices_of(self._handle, self._info(key)))
+        return (part for _box, part in reading.slices_of(self._handle, self._info(key)))
 
     def read_all(
         self, leaves: Iterable[TensorInfo], *, verify: bool = True, look: bool = True
     ) -> dict[TensorInfo, torch.Tensor]:
         """Read into memory of their own in the pass that verifies."""
         wanted = list(self._infos(leaves))
-        found, targets = allocated(self._handle, self._verification.whole_records(wanted))
+        found, targets = reading.allocated(self._handle, self._verification.whole_records(wanted))
         if verify:
             with self._examining("verify"):
                 self._verification.verify(look=wanted if look else (), targets=targets)
@@ -166,7 +169,7 @@ class FileCheckpoint(BaseCheckpoint):
         left = [info for info in wanted if info not in found]
         with self._stopwatch.phase("read", sum(info.nbytes for info in left)):
             for info in left:
-                found[info] = read_tensor(self._handle, info)
+                found[info] = reading.read_tensor(self._handle, info)
         return found
 
     def copy_into(self, copies: Iterable[Copy]) -> None:
@@ -182,17 +185,17 @@ class FileCheckpoint(BaseCheckpoint):
             for key, box, target in copies
         ]
         self._handle.check_unchanged()
-        copy_tensors(self._handle, sources, self._stopwatch)
+        reading.copy_tensors(self._handle, sources, self._stopwatch)
         self._handle.check_unchanged()
 
     def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors that are the file itself, mapped privately."""
         with self._stopwatch.phase("read"):
-            return map_tensors(self._handle, self._infos(keys))
+            return reading.map_tensors(self._handle, self._infos(keys))
 
     def materialize(self, value: Any) -> Any:
         """``value``, taken from ``metadata``, ``extra_state`` or ``values()``, with real tensors."""
-        materializer = Materializer(self._read_own, self._content.versions, self.path, self._handle.size)
+        materializer = reading.Materializer(self._read_own, self._content.versions, self.path, self._handle.size)
         with self._stopwatch.phase("read"):
             converted = materializer.convert(value)
         self._stopwatch.count("read", materializer.nbytes)
@@ -221,7 +224,7 @@ class FileCheckpoint(BaseCheckpoint):
     def is_same(self, first: Key, other: Key) -> bool:
         """Whether two tensors have the same dtype, shape and bytes; they are not in memory as a whole."""
         with self._stopwatch.phase("verify"):
-            return are_equal(self._handle, self._info(first), self._info(other))
+            return reading.are_equal(self._handle, self._info(first), self._info(other))
 
     def close(self) -> None:
         """Close the file."""
@@ -278,7 +281,7 @@ class FileCheckpoint(BaseCheckpoint):
         return found
 
     def _read_own(self, info: TensorInfo) -> torch.Tensor:
-        return read_tensor(self._handle, self._info(info))
+        return reading.read_tensor(self._handle, self._info(info))
 
     @contextmanager
     def _examining(self, phase: str) -> Iterator[None]:

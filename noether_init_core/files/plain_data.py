@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.files.content import METADATA, is_dense, not_plain
+from noether_init_core.files.content import METADATA, is_dense
+from noether_init_core.files.formats.torch_zip import not_plain
 from noether_init_core.files.reading import memory_of_tensor
 
 MAX_DEPTH = 60

@@ -27,7 +27,7 @@ from noether_init_core.files.content import (
     span,
 )
 from noether_init_core.files.examining import Finding
-from noether_init_core.files.storage.handle import CHUNK, Handle, LocalHandle, Transfer
+from noether_init_core.files.storage.handle import CHUNK, Handle, LocalFile, Transfer
 from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
 from noether_init_core.nested import equal
@@ -216,9 +216,10 @@ def map_tensors(handle: Handle, infos: Mapping[str, TensorInfo]) -> dict[str, to
 
     import torch
 
-    if not isinstance(handle, LocalHandle):
+    storage = handle.storage
+    if not isinstance(storage, LocalFile):
         return {}
-    content = mmap.mmap(handle.fileno(), handle.size, access=mmap.ACCESS_COPY)
+    content = mmap.mmap(storage.descriptor, handle.size, access=mmap.ACCESS_COPY)
     end = 0
     found = {}
     places = ((key, info, info.contiguous) for key, info in infos.items())

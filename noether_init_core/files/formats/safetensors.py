@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.files.content import ITEMSIZES, Content, ObjectGraph, Piece, Record, TensorInfo
+from noether_init_core.files.content import ITEMSIZES, Content, ObjectGraph, Piece, Record, TensorInfo, UnreadableError
 from noether_init_core.files.storage.handle import Handle
 from noether_init_core.messages import quoted
 
@@ -67,27 +66,27 @@ def read_safetensors(handle: Handle) -> Content:
     """Names, shapes, dtypes and places. Raises ``CheckpointFormatError``; reads no bytes of tensors."""
     (length,) = struct.unpack("<Q", handle.read(_LENGTH, 0))
     if length > _MAX_HEADER:
-        _refuse(handle, f"its header would be {length} bytes long, more than {_MAX_HEADER}")
+        _refuse(f"its header would be {length} bytes long, more than {_MAX_HEADER}")
     start = _LENGTH + length
     if start > handle.size:
-        _refuse(handle, f"it is cut off: its header of {length} bytes does not fit into {handle.size}", _NEXT_COPY)
-    entries = _parse(handle, handle.read(length, _LENGTH))
-    metadata = _metadata(handle, entries.pop(_METADATA, {}))
+        _refuse(f"it is cut off: its header of {length} bytes does not fit into {handle.size}", _NEXT_COPY)
+    entries = _parse(handle.read(length, _LENGTH))
+    metadata = _metadata(entries.pop(_METADATA, {}))
     if len(entries) > _MOST_TENSORS:
-        _refuse(handle, f"it has {len(entries)} tensors, more than {_MOST_TENSORS}")
-    tensors = {key: _tensor(handle, key, entry, start) for key, entry in entries.items()}
+        _refuse(f"it has {len(entries)} tensors, more than {_MOST_TENSORS}")
+    tensors = {key: _tensor(key, entry, start) for key, entry in entries.items()}
     records = [Record(key, piece.offset, piece.nbytes, None) for key, info in tensors.items() for piece in info.pieces]
     records.sort(key=lambda record: (record.offset, record.size))
-    _check_places(handle, records, start)
+    _check_places(handle.size, records, start)
     graph = ObjectGraph(tensors, length)
     return Content("safetensors", tensors, graph, {one.name: one for one in records}, metadata=metadata)
 
 
-def _parse(handle: Handle, raw: bytes) -> dict[str, Any]:
+def _parse(raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
-        _refuse(handle, f"its header begins with {raw[:8]!r} instead of a brace")
+        _refuse(f"its header begins with {raw[:8]!r} instead of a brace")
     if raw.count(b"[") + raw.count(b"{") > _MOST_BRACKETS:
-        _refuse(handle, "its header holds far more lists than tensors have")
+        _refuse("its header holds far more lists than tensors have")
 
     twice: list[str] = []
 
@@ -102,52 +101,50 @@ def _parse(handle: Handle, raw: bytes) -> dict[str, Any]:
         if b"\\u" in raw:  # half a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
-        _refuse(handle, "its header is not written in UTF-8", _NEXT_COPY)
+        _refuse("its header is not written in UTF-8", _NEXT_COPY)
     except (ValueError, RecursionError) as error:
         # ValueError: no JSON, or an integer of thousands of digits; RecursionError: lists nested thousands deep
-        _refuse(handle, f"its header cannot be read ({str(error)[:80]})", _NEXT_COPY)
+        _refuse(f"its header cannot be read ({str(error)[:80]})", _NEXT_COPY)
     if twice:
-        _refuse(handle, f"its header has the key {quoted(twice[0])} twice")
+        _refuse(f"its header has the key {quoted(twice[0])} twice")
     if type(value) is not dict:
-        _refuse(handle, "its header is not one JSON object")
+        _refuse("its header is not one JSON object")
     return value
 
 
-def _metadata(handle: Handle, value: Any) -> dict[str, str]:
+def _metadata(value: Any) -> dict[str, str]:
     if type(value) is not dict or any(type(text) is not str for text in value.values()):
-        _refuse(handle, f"its {_METADATA} is not a mapping from text to text")
+        _refuse(f"its {_METADATA} is not a mapping from text to text")
     return value
 
 
-def _tensor(handle: Handle, key: str, entry: Any, start: int) -> TensorInfo:
+def _tensor(key: str, entry: Any, start: int) -> TensorInfo:
     if len(key) > _LONGEST_KEY:
-        _refuse(handle, f"the key {quoted(key)} is {len(key)} characters long, more than {_LONGEST_KEY}")
+        _refuse(f"the key {quoted(key)} is {len(key)} characters long, more than {_LONGEST_KEY}")
     if type(entry) is not dict or entry.keys() != _FIELDS:
         there = ", ".join(map(quoted, itertools.islice(entry, 8))) if type(entry) is dict else type(entry).__name__
-        _refuse(handle, f"{quoted(key)} should have dtype, shape and data_offsets; it has {there}")
+        _refuse(f"{quoted(key)} should have dtype, shape and data_offsets; it has {there}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
     if dtype is None:
-        _refuse(handle, f"{quoted(key)} has the dtype {quoted(str(entry['dtype']))}, which torch does not have")
+        _refuse(f"{quoted(key)} has the dtype {quoted(str(entry['dtype']))}, which torch does not have")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
-        _refuse(handle, f"the shape of {quoted(key)} is no list of at most {_MOST_DIMENSIONS} whole numbers from 0 on")
+        _refuse(f"the shape of {quoted(key)} is no list of at most {_MOST_DIMENSIONS} whole numbers from 0 on")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        _refuse(handle, f"the data_offsets of {quoted(key)} are not two whole numbers from 0 on")
+        _refuse(f"the data_offsets of {quoted(key)} are not two whole numbers from 0 on")
     if entry["dtype"] == "F4":
         if not shape or shape[-1] % 2:
-            _refuse(handle, f"{quoted(key)} has an odd number of elements of four bits in a row")
+            _refuse(f"{quoted(key)} has an odd number of elements of four bits in a row")
         shape = [*shape[:-1], shape[-1] // 2]
     count = 1
     for size in shape:
         count *= size or 1
         if count >= _LARGEST:
-            _refuse(handle, f"the shape of {quoted(key)} is absurd")
+            _refuse(f"the shape of {quoted(key)} is absurd")
     begin, end = offsets
     nbytes = 0 if 0 in shape else count * ITEMSIZES[dtype]
     if end - begin != nbytes:
-        _refuse(
-            handle, f"{quoted(key)} takes {nbytes} bytes as {entry['dtype']} {shape}, its offsets say {end - begin}"
-        )
+        _refuse(f"{quoted(key)} takes {nbytes} bytes as {entry['dtype']} {shape}, its offsets say {end - begin}")
     return TensorInfo(tuple(shape), dtype, (Piece(start + begin, nbytes),))
 
 
@@ -155,22 +152,20 @@ def _are_sizes(value: Any) -> bool:
     return type(value) is list and all(type(size) is int and 0 <= size < _LARGEST for size in value)
 
 
-def _check_places(handle: Handle, in_order: Iterable[Record], start: int) -> None:
+def _check_places(size: int, in_order: Iterable[Record], start: int) -> None:
     """The tensors' bytes fill the rest of the file, one behind the other."""
     position = start
     for record in in_order:
         if record.offset > position:
-            _refuse(handle, f"it has {record.offset - position} bytes before {quoted(record.name)} of no tensor")
+            _refuse(f"it has {record.offset - position} bytes before {quoted(record.name)} of no tensor")
         if record.offset < position:
-            _refuse(handle, f"the bytes of {quoted(record.name)} overlap those of another tensor")
+            _refuse(f"the bytes of {quoted(record.name)} overlap those of another tensor")
         position += record.size
-    if position > handle.size:
-        _refuse(handle, f"it is cut off: {position - handle.size} bytes of its tensors are missing", _NEXT_COPY)
-    if position < handle.size:
-        _refuse(handle, f"it has {handle.size - position} bytes behind its last tensor", _NEXT_COPY)
+    if position > size:
+        _refuse(f"it is cut off: {position - size} bytes of its tensors are missing", _NEXT_COPY)
+    if position < size:
+        _refuse(f"it has {size - position} bytes behind its last tensor", _NEXT_COPY)
 
 
-def _refuse(handle: Handle, reason: str, following: str = _NEXT_SAVE) -> NoReturn:
-    raise CheckpointFormatError(
-        f"{handle.path} cannot be read as a safetensors file: {reason}. {following}", path=handle.path
-    )
+def _refuse(reason: str, following: str = _NEXT_SAVE) -> NoReturn:
+    raise UnreadableError(f"cannot be read as a safetensors file: {reason}. {following}")

@@ -10,7 +10,6 @@ import itertools
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -24,8 +23,9 @@ from noether_init_core.files.content import (
     ObjectGraph,
     OpcodeError,
     Record,
+    UnreadableError,
     Versions,
-    not_plain,
+    children,
 )
 from noether_init_core.files.examining import check_record
 from noether_init_core.files.formats.opcodes import Interpreter
@@ -53,6 +53,8 @@ _NEXT_PLAIN = f"{_NEXT_SAVE}, with tensors and plain values only"
 # torch.save without the zip format; the number is torch.serialization.MAGIC_NUMBER
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
+_SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None)})
+
 
 def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Content:
     """The content of an archive; its structure, its header and the place of every tensor are checked.
@@ -76,10 +78,10 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
     except OpcodeError as error:
         if interpreter.unknown:
             _refuse_globals(handle, interpreter.unknown)
-        raise _bad(handle.path, str(error), _NEXT_PLAIN) from error
+        raise _bad(str(error), _NEXT_PLAIN) from error
     if graph.problems:
         problems = (f"{one_line(path)}: {reason}" for path, reason in graph.problems.items())
-        raise _bad(handle.path, listed(problems, 10, separator="; "), _NEXT_PLAIN)
+        raise _bad(listed(problems, 10, separator="; "), _NEXT_PLAIN)
     return Content("torch", value, graph, records, versions)
 
 
@@ -102,17 +104,45 @@ def _versions_in(attached: Iterable[tuple[dict[Any, Any], Any]], size: int) -> d
     return {id(owner): screened[id(metadata)] for owner, metadata in versioned}
 
 
+def not_plain(metadata: Any, known: set[int]) -> str | None:
+    """The first module of which it is not a dict of plain values that is said; None where all is well.
+
+    ``known``: ids of containers that were found plain before.
+    """
+    if not isinstance(metadata, dict):
+        return "all modules"
+    for path, said in metadata.items():
+        if type(path) is not str or not isinstance(said, dict) or not _is_plain(said, known):
+            return repr(path)
+    return None
+
+
+def _is_plain(value: Any, known: set[int]) -> bool:
+    """Whether it is made of dicts, lists, tuples and scalars; ``known`` are the containers that were looked at."""
+    if type(value) in _SCALARS:
+        return True
+    if not isinstance(value, dict | list | tuple):
+        return False
+    if id(value) not in known:
+        if isinstance(value, dict) and not all(type(key) in _SCALARS for key in value):
+            return False
+        if not all(_is_plain(child, known) for _key, child in children(value)):
+            return False
+        known.add(id(value))
+    return True
+
+
 def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
     record, order = records[_HEADER], records.get("byteorder")
     if record.size > _MAX_HEADER:
-        raise _bad(handle.path, f"its header is {record.size} bytes long, more than {_MAX_HEADER}", _NEXT_PLAIN)
+        raise _bad(f"its header is {record.size} bytes long, more than {_MAX_HEADER}", _NEXT_PLAIN)
     places = [(record.offset, record.size)]
     data, *said = handle.read_many(places if order is None else [*places, (order.offset, min(order.size, 16))])
     if said == [b"big"]:
         reason = "it was written on a big-endian machine; save it again on a little-endian one"
-        raise _bad(handle.path, reason, _NEXT_PLAIN)
+        raise _bad(reason, _NEXT_PLAIN)
     if said and said != [b"little"]:
-        raise _bad(handle.path, f"its byte order is {said[0]!r}, neither little nor big", _NEXT_PLAIN)
+        raise _bad(f"its byte order is {said[0]!r}, neither little nor big", _NEXT_PLAIN)
     check_record(handle, record, data)
     return data
 
@@ -172,19 +202,17 @@ def read_records(handle: Handle) -> dict[str, Record]:
     limits = [*(entry.position for entry in entries[1:]), start]
     for entry, limit, header in zip(entries, limits, _headers(handle, entries), strict=True):
         if not entry.name.startswith(folder):
-            raise _bad(handle.path, f"its records lie in more than one folder ({folder}, {quoted(entry.name)})")
+            raise _bad(f"its records lie in more than one folder ({folder}, {quoted(entry.name)})")
         name = entry.name[len(folder) :]
         if name in records:
-            raise _bad(handle.path, f"it has two records named {quoted(name)}")
+            raise _bad(f"it has two records named {quoted(name)}")
         records[name] = Record(name, _data_offset(handle, entry, header, limit), entry.size, entry.crc)
     if entries[0].position != 0:
-        raise _bad(handle.path, f"its first record begins at byte {entries[0].position} instead of 0")
-    _check_torchscript(handle.path, records)
+        raise _bad(f"its first record begins at byte {entries[0].position} instead of 0")
+    _check_torchscript(records)
     if _HEADER not in records:
         known = ", ".join(quoted(name) for name in itertools.islice(records, 5))
-        raise _bad(
-            handle.path, f"it is a zip archive without {_HEADER} (it has {known}), so torch.save did not write it"
-        )
+        raise _bad(f"it is a zip archive without {_HEADER} (it has {known}), so torch.save did not write it")
     return records
 
 
@@ -206,48 +234,47 @@ def _read_end(handle: Handle) -> tuple[int, int, int]:
     head, tail = handle.read_many([(0, min(handle.size, 64)), (max(0, handle.size - most), min(handle.size, most))])
     _check_kind(handle, head)
     if handle.size < _END.size:
-        raise _bad(handle.path, "it is cut off: a zip archive has at least 22 bytes", _NEXT_COPY)
+        raise _bad("it is cut off: a zip archive has at least 22 bytes", _NEXT_COPY)
     end = handle.size - _END.size
     signature, disk, first_disk, here, count, length, start, comment = _END.unpack(tail[-_END.size :])
     if signature != b"PK\x05\x06" or comment != 0:
-        raise _bad(handle.path, "no end of a zip archive at its end, so it is cut off or was appended to", _NEXT_COPY)
-    large = _read_end_64(handle.path, tail, end - _END_64_LOCATOR.size) if len(tail) == most else None
+        raise _bad("no end of a zip archive at its end, so it is cut off or was appended to", _NEXT_COPY)
+    large = _read_end_64(tail, end - _END_64_LOCATOR.size) if len(tail) == most else None
     if large is not None:
         stated = (disk, first_disk, here, count, length, start)
         small_limits = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
         values, end = large
         if any(a not in (b, limit) for a, b, limit in zip(stated, values, small_limits, strict=True)):
-            raise _bad(handle.path, "its two end records disagree", _NEXT_COPY)
+            raise _bad("its two end records disagree", _NEXT_COPY)
         disk, first_disk, here, count, length, start = values
     if disk or first_disk or here != count:
-        raise _bad(handle.path, "it is one part of a zip archive in several files")
+        raise _bad("it is one part of a zip archive in several files")
     if count == 0 or start + length != end or count * _CENTRAL.size > length or length > _MAX_CENTRAL:
-        raise _bad(handle.path, "its list of records does not lie where its end says", _NEXT_COPY)
+        raise _bad("its list of records does not lie where its end says", _NEXT_COPY)
     return start, count, end
 
 
-def _read_end_64(path: Path, tail: bytes, position: int) -> tuple[tuple[int, int, int, int, int, int], int] | None:
+def _read_end_64(tail: bytes, position: int) -> tuple[tuple[int, int, int, int, int, int], int] | None:
     """What the end record for large archives says, which ``tail`` begins with, and its place; None for none."""
     signature, disk, where, disks = _END_64_LOCATOR.unpack_from(tail, _END_64.size)
     if signature != b"PK\x06\x07":
         return None
     if disk or disks != 1 or where + _END_64.size != position:
-        raise _bad(path, "its end record for large archives does not lie where it should", _NEXT_COPY)
+        raise _bad("its end record for large archives does not lie where it should", _NEXT_COPY)
     signature, size, _, _, disk, first_disk, here, count, length, start = _END_64.unpack_from(tail)
     if signature != b"PK\x06\x06" or size != _END_64.size - 12:
-        raise _bad(path, "its end record for large archives is damaged", _NEXT_COPY)
+        raise _bad("its end record for large archives is damaged", _NEXT_COPY)
     return (disk, first_disk, here, count, length, start), where
 
 
 def _read_central(handle: Handle, start: int, count: int, end: int) -> list[_Entry]:
-    path = handle.path
     data = handle.read(end - start, start)
     unpack, fixed = _CENTRAL.unpack_from, _CENTRAL.size
     entries = []
     at, stop = 0, len(data)
     for _ in range(count):
         if at + fixed > stop:
-            raise _bad(path, "its list of records is cut off", _NEXT_COPY)
+            raise _bad("its list of records is cut off", _NEXT_COPY)
         fields = unpack(data, at)
         signature, _, _, flags, method, _, _, crc, stored, size = fields[:10]
         name_length, extra_length, comment_length, disk, _, _, position = fields[10:]
@@ -255,27 +282,25 @@ def _read_central(handle: Handle, start: int, count: int, end: int) -> list[_Ent
         extra_at = name_at + name_length
         at = extra_at + extra_length + comment_length
         if signature != b"PK\x01\x02" or at > stop:
-            raise _bad(path, "its list of records is damaged", _NEXT_COPY)
+            raise _bad("its list of records is damaged", _NEXT_COPY)
         raw_name = data[name_at:extra_at]
-        name = _check_name(path, raw_name)
+        name = _check_name(raw_name)
         if extra_length and 0xFFFFFFFF in (size, stored, position):
-            size, stored, position = _large(
-                path, name, data[extra_at : extra_at + extra_length], size, stored, position
-            )
+            size, stored, position = _large(name, data[extra_at : extra_at + extra_length], size, stored, position)
         if flags & _ENCRYPTED:
-            raise _bad(path, f"its record {quoted(name)} is encrypted", _NEXT_SAVE)
+            raise _bad(f"its record {quoted(name)} is encrypted", _NEXT_SAVE)
         if method != 0 or stored != size:
-            _check_torchscript(path, [name.partition("/")[2]])
-            raise _bad(path, f"its record {quoted(name)} is compressed; torch.save stores as is", _NEXT_SAVE)
+            _check_torchscript([name.partition("/")[2]])
+            raise _bad(f"its record {quoted(name)} is compressed; torch.save stores as is", _NEXT_SAVE)
         if disk or position + _LOCAL.size + name_length + size > start:
-            raise _bad(path, f"its record {quoted(name)} of {size} bytes does not fit into the file", _NEXT_COPY)
+            raise _bad(f"its record {quoted(name)} of {size} bytes does not fit into the file", _NEXT_COPY)
         entries.append(_Entry(name, raw_name, flags, crc, size, position))
     if at != stop:
-        raise _bad(path, "its list of records is longer than the number of records says", _NEXT_COPY)
+        raise _bad("its list of records is longer than the number of records says", _NEXT_COPY)
     return entries
 
 
-def _large(path: Path, name: str, extra: bytes, size: int, stored: int, position: int) -> tuple[int, int, int]:
+def _large(name: str, extra: bytes, size: int, stored: int, position: int) -> tuple[int, int, int]:
     """The 64-bit values that stand in the extra field, in this order, for each that does not fit into 32 bits."""
     at = 0
     while at + 4 <= len(extra):
@@ -294,17 +319,17 @@ def _large(path: Path, name: str, extra: bytes, size: int, stored: int, position
             for value, is_wanted in zip((size, stored, position), wanted, strict=True)
         )
         return size, stored, position
-    raise _bad(path, f"the sizes of its record {quoted(name)} are missing", _NEXT_COPY)
+    raise _bad(f"the sizes of its record {quoted(name)} are missing", _NEXT_COPY)
 
 
-def _check_name(path: Path, raw_name: bytes) -> str:
+def _check_name(raw_name: bytes) -> str:
     try:
         name = raw_name.decode("utf-8")
     except UnicodeDecodeError:
-        raise _bad(path, f"a record's name is no text: {raw_name[:40]!r}") from None
+        raise _bad(f"a record's name is no text: {raw_name[:40]!r}") from None
     parts = name.split("/")
     if len(parts) < 2 or "" in parts or ".." in parts or "." in parts or "\\" in name or "\0" in name:
-        raise _bad(path, f"a record is named {quoted(name)}, which torch.save never writes")
+        raise _bad(f"a record is named {quoted(name)}, which torch.save never writes")
     return name
 
 
@@ -323,23 +348,20 @@ def _data_offset(handle: Handle, entry: _Entry, header: bytes, limit: int) -> in
         name = handle.read(min(name_length, limit - entry.position), entry.position + _LOCAL.size)
     offset = int(entry.position + _LOCAL.size + name_length + extra_length)
     if signature != b"PK\x03\x04" or name != entry.raw_name or method != 0 or flags != entry.flags:
-        raise _bad(handle.path, f"the header of its record {quoted(entry.name)} is not what the list says", _NEXT_COPY)
+        raise _bad(f"the header of its record {quoted(entry.name)} is not what the list says", _NEXT_COPY)
     deferred = bool(flags & _DESCRIPTOR_FOLLOWS)
     for value, expected in ((stored, entry.size), (size, entry.size), (crc, entry.crc)):
         # torch writes sizes and checksum after the bytes, then they are zero here; large sizes stand in an extra field
         if value != expected and not (deferred and value == 0) and not (expected >= 0xFFFFFFFF and value == 0xFFFFFFFF):
-            raise _bad(
-                handle.path, f"the header of its record {quoted(entry.name)} has another size or sum", _NEXT_COPY
-            )
+            raise _bad(f"the header of its record {quoted(entry.name)} has another size or sum", _NEXT_COPY)
     if offset + entry.size > limit:
-        raise _bad(handle.path, f"its record {quoted(entry.name)} of {entry.size} bytes overlaps the next one")
+        raise _bad(f"its record {quoted(entry.name)} of {entry.size} bytes overlaps the next one")
     return offset
 
 
-def _check_torchscript(path: Path, names: Iterable[str]) -> None:
+def _check_torchscript(names: Iterable[str]) -> None:
     if any(name == "constants.pkl" or name.startswith("code/") for name in names):
         raise _bad(
-            path,
             "it is a TorchScript archive, which holds code",
             "Next, where it is trusted: torch.save(torch.jit.load(path).state_dict(), path)",
         )
@@ -351,28 +373,27 @@ def _check_kind(handle: Handle, head: bytes) -> None:
         return
     trusted = "Next, where it is trusted: torch.save(torch.load(path, weights_only=True), path) with torch >= 1.6"
     if head[:1] == b"\x80" and _LEGACY in head[:24]:
-        raise _bad(handle.path, "torch.save wrote it in the format before torch 1.6, which is no zip archive", trusted)
+        raise _bad("torch.save wrote it in the format before torch 1.6, which is no zip archive", trusted)
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":
-        raise _bad(handle.path, "it is a plain pickle", _NEXT_SAVE)
+        raise _bad("it is a plain pickle", _NEXT_SAVE)
     if head.startswith(b"version https://git-lfs"):
-        raise _bad(handle.path, "it is a pointer of Git LFS, not the file itself", "Next: git lfs pull")
+        raise _bad("it is a pointer of Git LFS, not the file itself", "Next: git lfs pull")
     if head.lstrip()[:1] == b"{" and b'"weight_map"' in handle.read(min(handle.size, _INDEX_GUESS), 0):
         raise _bad(
-            handle.path,
             "it is the index of a checkpoint in several files (shards), which cannot be read yet",
             "Next: name one of the shards, or put all of them into one file",
         )
     if head.startswith(b"\x1f\x8b"):
-        raise _bad(handle.path, "it is compressed by gzip", "Next: gunzip it")
+        raise _bad("it is compressed by gzip", "Next: gunzip it")
     if not any(head):
-        raise _bad(handle.path, "it begins with zeros: its content never reached the disk", _NEXT_COPY)
+        raise _bad("it begins with zeros: its content never reached the disk", _NEXT_COPY)
     what = (
         "a text"
         if head.isascii() and head.decode("ascii").strip("\r\n\t").isprintable()
         else "neither a zip archive nor safetensors"
     )
-    raise _bad(handle.path, f"it is {what} (it begins with {head[:16]!r})", _NEXT_SAVE)
+    raise _bad(f"it is {what} (it begins with {head[:16]!r})", _NEXT_SAVE)
 
 
-def _bad(path: Path, reason: str, following: str = _NEXT_SAVE) -> CheckpointFormatError:
-    return CheckpointFormatError(f"{path} cannot be read as a checkpoint: {reason}. {following}", path=path)
+def _bad(reason: str, following: str = _NEXT_SAVE) -> UnreadableError:
+    return UnreadableError(f"cannot be read as a checkpoint: {reason}. {following}")

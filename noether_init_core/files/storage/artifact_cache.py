@@ -34,7 +34,7 @@ from noether_init_core.errors import (
     InitError,
 )
 from noether_init_core.files.storage.disk import LOCAL
-from noether_init_core.files.storage.handle import LocalHandle, digest_problem, open_file
+from noether_init_core.files.storage.handle import Handle, LocalFile, digest_problem, open_file
 from noether_init_core.messages import printable
 
 CACHE_VARIABLE = "NOETHER_INIT_CACHE"
@@ -225,7 +225,7 @@ class ArtifactCache:
                 return error
         return None
 
-    def _digest_of_entry(self, key: str, handle: LocalHandle, digest: str) -> str:
+    def _digest_of_entry(self, key: str, handle: Handle, digest: str) -> str:
         """The digest of the entry; it is not read if it had this one and was not changed since."""
         noted = self.folder / f"{_name_of(key)}.verified"
         with contextlib.suppress(OSError, ValueError, InitError), contextlib.closing(open_file(noted)) as note:
@@ -237,7 +237,7 @@ class ArtifactCache:
             self._note_digest(key, handle, digest)
         return found
 
-    def _note_digest(self, key: str, handle: LocalHandle, digest: str) -> None:
+    def _note_digest(self, key: str, handle: Handle, digest: str) -> None:
         """Spare the next one the reading. A hint: it holds for this very state of the file, and may be lost."""
         # always the same name: what a killed process left is overwritten; a torn note only means to read again
         written = self.folder / f"{_name_of(key)}.verified.partial"
@@ -277,7 +277,7 @@ class ArtifactCache:
         finally:
             self._remove_partial(partial.name)  # and what a client may have left beside it
 
-    def _brought_onto_disk(self, key: str, partial: Path) -> LocalHandle:
+    def _brought_onto_disk(self, key: str, partial: Path) -> Handle:
         with self._saying():
             try:
                 status = os.lstat(partial)
@@ -354,9 +354,11 @@ def _name_of(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
-def _note(handle: LocalHandle, digest: str) -> str:
+def _note(handle: Handle, digest: str) -> str:
     """What a change of the file changes: no program can put back the time of change (ctime)."""
-    status = os.fstat(handle.fileno())
+    storage = handle.storage
+    assert isinstance(storage, LocalFile)  # entries are files
+    status = os.fstat(storage.descriptor)
     return f"{digest} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
 
 

@@ -256,17 +256,7 @@ class LocalFile:
         os.close(self.descriptor)
 
 
-class LocalHandle(Handle):
-    """The handle of a local file."""
-
-    def fileno(self) -> int:
-        """The open descriptor. Raises ``CheckpointError`` once the file is closed."""
-        storage = self.storage
-        assert isinstance(storage, LocalFile)  # it is made by open_file only
-        return storage.descriptor
-
-
-def open_file(path: Path) -> LocalHandle:
+def open_file(path: Path) -> Handle:
     """Open a regular file, symbolic links followed; anything else is refused without blocking."""
     try:
         descriptor = os.open(path, _FLAGS)
@@ -283,7 +273,7 @@ def open_file(path: Path) -> LocalHandle:
         if not stat.S_ISREG(mode):
             what = "folder" if stat.S_ISDIR(mode) else "FIFO" if stat.S_ISFIFO(mode) else "device"
             raise _not_regular(path, what)
-        return LocalHandle(LocalFile(descriptor), path)
+        return Handle(LocalFile(descriptor), path)
     except BaseException:
         os.close(descriptor)
         raise
