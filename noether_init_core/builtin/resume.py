@@ -38,13 +38,11 @@ from noether_init_core.initializers.source import (
     CheckpointInitializer,
     CheckpointInitializerConfig,
     RunSelection,
-    other_run,
 )
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.sets import refusals
 from noether_init_core.sets.checkpoint_set import (
-    CheckpointFile,
     CheckpointSet,
     Need,
     check_consistency,
@@ -123,14 +121,13 @@ class ResumeInitializer(CheckpointInitializer):
 
     def _trainer_state(self) -> Mapping[str, Any]:
         """The content of the trainer file of the selected set."""
-        with self.stopwatch.phase("find"):
-            self.select()
-            selection = self.session.selection
-            if selection.trainer is None:
-                selection = attrs.evolve(selection, trainer=self._read_trainer(selection.chosen, selection.root))
-                self.session.selection = selection
-        trainer: Mapping[str, Any] = selection.trainer
-        return trainer
+        selection = self.selection
+        if selection is None or selection.trainer is None:
+            with self.stopwatch.phase("find"):
+                selection = self.select()
+                if selection.trainer is None:
+                    selection.trainer = self._read_trainer(selection.chosen, selection.root)
+        return selection.trainer
 
     def _snapshot(self) -> Snapshot:
         seen, self._seen = self._seen, None
@@ -183,10 +180,10 @@ class ResumeInitializer(CheckpointInitializer):
             is_below = root is None or file.model == root or file.model.startswith(f"{root}.")
             if not is_below or not (found.committed or file.info in (None, self.config.model_info)):
                 continue
-            refuses = self._refuses_values_of(file)
-            checked = check_file(
-                found, file, verify=self.config.verify == "full", look=refuses, stopwatch=self.stopwatch
-            )
+            # as far as that is known without a model
+            is_loaded = self.config.load_optim if file.part == "optim" else file.info == self.config.model_info
+            look = self.config.nonfinite == "error" and file.part != "trainer" and is_loaded
+            checked = check_file(found, file, verify=self.config.verify == "full", look=look, stopwatch=self.stopwatch)
             if checked.said is not None:
                 said[file.path.name] = checked.said
             if checked.refused:
@@ -196,14 +193,6 @@ class ResumeInitializer(CheckpointInitializer):
                 )
         check_consistency(said, found)
         return self._read_trainer(found, root)
-
-    def _refuses_values_of(self, file: CheckpointFile) -> bool:
-        """Whether NaN in the file would be an error: if it is loaded, as far as that is known without a model."""
-        if self.config.nonfinite != "error":
-            return False
-        if file.part == "model":
-            return file.info == self.config.model_info
-        return file.part == "optim" and self.config.load_optim
 
     def _read_trainer(self, selected: CheckpointSet, root: str | None) -> dict[str, Any]:
         file = selected.file(root, "trainer")
@@ -223,8 +212,9 @@ class ResumeInitializer(CheckpointInitializer):
     def file_root(self, name: str, below: str) -> str:
         """The whole model's name in the files, then the names of submodels."""
         with self.in_session() as session:
-            self._trainer_state()
-            root: str = session.selection.root or self._only_root(session.selection.selected.snapshot)
+            self._trainer_state()  # the files must belong to it, see check_together
+            selection = session.selection
+            root: str = selection.root or self._only_root(selection.selected.snapshot)
             if name != root and self.config.model_name is None:
                 self.logger.warning(
                     "%s: the model is called %s, the only trainer file is of %s, which is taken. "
@@ -313,16 +303,15 @@ class ResumeInitializer(CheckpointInitializer):
             if plan.states:
                 session.restored.append(f"{len(plan.states)} callback{'s' if len(plan.states) > 1 else ''}")
 
-    def _check_run(self, selected: CheckpointSet) -> None:
+    def _of_other_run(self, selected: CheckpointSet, message: str) -> None:
         """A run that names no other one goes on from its own sets only. Naming the run makes it a choice."""
-        message = other_run(selected, self.source_paths)
-        if message and self.config.run_id is None:
+        if self.config.run_id is None:
             raise CheckpointError(
                 f"{message}. Nothing was changed. Next: if it is meant, say so: kind: resume with "
                 f"run_id: {self.source_paths.run_id}; otherwise a run_id of its own for each run",
                 path=selected.folder,
             )
-        super()._check_run(selected)
+        super()._of_other_run(selected, message)
 
     def outcome(self) -> Outcome:
         """As in ``CheckpointInitializer``, and the set that is resumed."""
@@ -336,14 +325,13 @@ class ResumeInitializer(CheckpointInitializer):
     def _left_callbacks(self) -> list[str]:
         """That there are states of callbacks, for a start to which no callbacks are given."""
         saved = self._trainer_state().get("callback_state_dicts")
-        named = saved if isinstance(saved, Mapping) else dict(enumerate(saved)) if isinstance(saved, list) else {}
-        names = [str(name) for name, state in named.items() if state]
-        if not names:
-            return []
-        return [
-            f"the trainer file of {self._tag_words()} has states of callbacks {', '.join(names)}; none were given. "
+        named = saved.items() if isinstance(saved, Mapping) else enumerate(saved) if isinstance(saved, list) else ()
+        names = ", ".join([str(name) for name, state in named if state])
+        message = (
+            f"the trainer file of {self._tag_words()} has states of callbacks {names}; none were given. "
             "Next: stack.initialize(..., callbacks=[...]), unless the trainer restores them itself"
-        ]
+        )
+        return [message] if names else []
 
     def _tag_words(self) -> str:
         if self.selection is not None and (self.selection.selected.passed_over or self._any_tag):

@@ -152,7 +152,7 @@ class SourceInitializer(InitializerBase, abc.ABC):
 
     # What kinds that select among several files override.
 
-    def select(self, leaves: Sequence[Leaf] = (), part: Part = "model") -> None:
+    def select(self, leaves: Sequence[Leaf] = (), part: Part = "model") -> object:
         """Select, once for a session, what all files come from; called before the first ``locate`` of a part.
 
         Args:
@@ -202,7 +202,7 @@ class CheckpointInitializerConfig(InitializerConfig, OptimizerStateConfig):
     )
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class RunSelection:
     """What an initializer selected among the checkpoints of a run; everything comes from it.
 
@@ -262,20 +262,23 @@ class CheckpointInitializer(SourceInitializer):
         found: RunSelection | None = None if self.session is None else self.session.selection
         return found
 
-    def select(self, leaves: Sequence[Leaf] = (), part: Part = "model") -> None:
+    def select(self, leaves: Sequence[Leaf] = (), part: Part = "model") -> RunSelection:
         """Select the set that the tag means, once for a session; afterwards make sure that it has further files.
 
-        Raises ``CheckpointNotFoundError``, ``IncompleteSetError`` or ``AmbiguousCheckpointError``.
+        Returns what is selected. Raises ``CheckpointNotFoundError``, ``IncompleteSetError`` or
+        ``AmbiguousCheckpointError``.
         """
         session, selection = self.session, self.selection
         snapshot = self._snapshot() if selection is None else selection.selected.snapshot
         needs = [self._need(leaf, part, snapshot) for leaf in leaves]
         if selection is None:
-            with_state = by_optimizer(leaves)[0] if part == "model" and self.config.load_optim else []
-            state = [self._need(leaf, "optim", snapshot) for leaf in with_state]
+            asks_for_state = part == "model" and self.config.load_optim
+            known = [leaf for leaf in leaves if leaf.model is not None] if asks_for_state else []
+            state = [self._need(leaf, "optim", snapshot) for leaf in by_optimizer(known)[0]]
             selection = session.selection = self._selected(snapshot, needs, state)
         if needs:
             require(selection.selected.snapshot, selection.chosen, needs, asked_by=self.asked_by)
+        return selection
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.source_paths)
@@ -294,7 +297,9 @@ class CheckpointInitializer(SourceInitializer):
     def _checked(self, selected: Selected, root: str | None = None) -> RunSelection:
         """The selection, unless the set must not be taken; the log says what was selected."""
         kind, chosen = self.config.kind, selected.found
-        self._check_run(chosen)
+        message = _other_run(chosen, self.source_paths)
+        if message:
+            self._of_other_run(chosen, message)
         for name, reason in selected.passed_over:
             self.logger.warning("%s: passed over %s: %s", kind, name, reason)
         if selected.passed_over:
@@ -306,17 +311,16 @@ class CheckpointInitializer(SourceInitializer):
     def locate(self, query: LocateQuery) -> Source | None:
         """The file of the selected set. Optimizer state belongs to the plain weights, whatever ``model_info`` says."""
         with self.in_session():
-            if self.selection is None:
-                self.select([Leaf(query.path, (query.model_name,), query.model)], query.part)
-            assert self.selection is not None
-            chosen = self.selection.chosen
+            asked = [] if self.selection else [Leaf(query.path, (query.model_name,), query.model)]
+            selection = self.select(asked, query.part)
+            chosen = selection.chosen
             found = chosen.file(query.model_name, query.part, self._info(query.part))
             if found is None:
                 return None
             origin = {"run_id": self.source_paths.run_id, "tag": self._tag_words()}
             if self.source_paths.stage_name is not None:
                 origin["stage_name"] = self.source_paths.stage_name
-            iteration = self.selection.selected.snapshot.iteration_of(chosen)
+            iteration = selection.selected.snapshot.iteration_of(chosen)
             if iteration is not None:
                 origin["iteration"] = str(iteration)
             digests = chosen.digests_of(found)
@@ -381,18 +385,16 @@ class CheckpointInitializer(SourceInitializer):
             name = next((one for one in leaf.file_names if (one, part) in snapshot.parts()), name)
         return Need(name, part, self._info(part))
 
-    def _check_run(self, selected: CheckpointSet) -> None:
+    def _of_other_run(self, selected: CheckpointSet, message: str) -> None:
         """Warn of a committed set that another run or stage wrote: its folder was copied, or has another name now."""
-        message = other_run(selected, self.source_paths)
-        if message:
-            self.logger.warning("%s: %s", self.config.kind, message)
+        self.logger.warning("%s: %s", self.config.kind, message)
 
     def _tag_words(self) -> str:
         tag = self.checkpoint_tag
         return str(TrainingIteration.from_mapping(tag)) if isinstance(tag, Mapping) else tag
 
 
-def other_run(selected: CheckpointSet, asked: PathProvider) -> str:
+def _other_run(selected: CheckpointSet, asked: PathProvider) -> str:
     """A warning of a committed set that is not of the run and stage that were asked for; else empty."""
     if not selected.committed or (selected.run_id, selected.stage_name) == (asked.run_id, asked.stage_name):
         return ""

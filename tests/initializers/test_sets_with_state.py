@@ -12,7 +12,9 @@ from noether_init_core import (
     CheckpointWriter,
     IncompleteSetError,
     InitializerStack,
+    LocateQuery,
     PathProvider,
+    SourceInitializer,
     TrainingIteration,
     bind,
 )
@@ -89,3 +91,12 @@ def test_advice_does_not_name_the_set_that_failed(tmp_path: Path) -> None:
     started = model_of(0)
     stack_for(paths, checkpoint_tag="E10").initialize(started)
     assert started.weight.unique().tolist() == [1]
+
+
+def test_files_of_a_model_that_is_not_known_yet_are_found(paths: PathProvider) -> None:
+    """Whether it has an optimizer cannot be told; its weights are located all the same."""
+    initializer = stack_for(paths, checkpoint_tag="E10").initializers[0]
+    assert isinstance(initializer, SourceInitializer)
+    found = initializer.locate(LocateQuery("net"))
+    assert found is not None
+    assert found.origin["iteration"] == "E10_U2_S2"

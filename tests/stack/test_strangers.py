@@ -24,6 +24,7 @@ from noether_init_core import (
     PlanError,
     PlanRow,
     Problem,
+    StartConflictError,
     TrainingIteration,
     bind,
     kinds,
@@ -219,3 +220,13 @@ def test_a_hook_called_alone_calls_that_of_the_delegates(run: PathProvider) -> N
     wrapped.init_weights(model)
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
     assert wrapped.session is wrapped.delegates[0].session is None
+
+
+def test_two_delegates_cannot_both_continue_a_run(run: PathProvider) -> None:
+    """Also where they are of one kind; which starts there are is on the exception."""
+    resume = {"kind": "resume", "run_id": run.run_id, "model_name": "net"}
+    both = [kinds.create(resume, path_provider=run.with_run("new")) for _ in range(2)]
+    starts = {"0: resume": str(ITERATION), "1: resume": str(ITERATION)}
+    with pytest.raises(StartConflictError, match="more than one delegate of delegating continues a run") as caught:
+        InitializerStack([Delegating(*both)]).start_checkpoint()
+    assert caught.value.starts == starts
