@@ -13,7 +13,6 @@ import torch
 from noether_init_core.errors import CheckpointFormatError
 from noether_init_core.files.content import METADATA, is_dense
 from noether_init_core.files.formats.torch_zip import not_plain
-from noether_init_core.files.reading import memory_of_tensor
 
 MAX_DEPTH = 60
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray)
@@ -148,8 +147,3 @@ def _refuse(place: str, what: str, advice: str = "") -> CheckpointFormatError:
 
 def _name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def bytes_of_tensor(tensor: torch.Tensor) -> memoryview:
-    """The contiguous little-endian bytes of a CPU tensor; those of another order are copied."""
-    return memory_of_tensor(tensor.contiguous())

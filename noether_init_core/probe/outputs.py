@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from noether_init_core.errors import ConfigError, type_of
-from noether_init_core.files.plain_data import bytes_of_tensor
+from noether_init_core.files.reading import memory_of_tensor
 
 #: How many values are kept of one output; of a larger one as many random places, always the same ones.
 MOST_VALUES = 1 << 18
@@ -243,7 +243,7 @@ def _output(path: str, value: Any) -> Output:
     else:
         kept = flat.clone()
     name = str(plain.dtype).removeprefix("torch.")
-    digest = xxhash.xxh3_128_hexdigest(bytes_of_tensor(plain))
+    digest = xxhash.xxh3_128_hexdigest(memory_of_tensor(plain))
     return Output(path, tuple(plain.shape), name, f"xxh3_128:{digest}", kept)
 
 

@@ -22,7 +22,6 @@ from isal import isal_zlib
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError
 from noether_init_core.files.content import named, state_dict_of
 from noether_init_core.files.examining import Examined, examine_memory
-from noether_init_core.files.plain_data import bytes_of_tensor
 from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.saving.content import FileContent
@@ -253,7 +252,7 @@ class Watch:
             dtype = str(tensor.dtype).removeprefix("torch.")
             # before the look: what changes between both is found by the second one
             crc = None if tensor.is_contiguous() else _checksum(tensor)
-            examined = examine_memory(bytes_of_tensor(tensor), dtype)
+            examined = examine_memory(memory_of_tensor(tensor.contiguous()), dtype)
             if crc is not None:
                 examined = attrs.evolve(examined, crc=crc)
             self._seen[id(tensor)] = Seen(dtype, tuple(tensor.shape), examined)

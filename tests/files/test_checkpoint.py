@@ -308,3 +308,22 @@ def test_digests_of_a_manifest_hold_whichever_tree_is_meant(tmp_path: Path) -> N
         pytest.raises(CheckpointCorruptError, match="a, b differ from the manifest"),
     ):
         checkpoint.verify([])
+
+
+def test_a_tree_that_is_not_selected_lists_its_tensors_only(tmp_path: Path) -> None:
+    """Extra state of modules is no tensor, whichever tree it lies in."""
+    average = {"weight": torch.ones(2), "head._extra_state": {"count": 1}}
+    torch.save({"state_dict": {"weight": torch.zeros(2)}, "average": average}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as reader:
+        assert list(reader.tensors("average")) == ["weight"]
+    with open_checkpoint(tmp_path / "a.pt", entry="average") as reader:
+        assert (list(reader.tensors()), reader.extra_state) == (["weight"], {"head._extra_state": {"count": 1}})
+
+
+def test_a_file_with_another_digest_is_refused_each_time(tmp_path: Path) -> None:
+    """The search for damaged keys, which finds none in another file, does not count as a comparison."""
+    torch.save({"weight": torch.ones(2)}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt", digests=f"sha256:{'0' * 64}") as reader:
+        for _ in range(2):
+            with pytest.raises(CheckpointCorruptError, match="expected was sha256:000"):
+                reader.verify()
