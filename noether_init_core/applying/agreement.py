@@ -62,9 +62,9 @@ def check_casts(plan: LoadPlan, model: str, reader: Checkpoint) -> None:
             have = reader.tensors()[source].dtype
             for dtype in dict.fromkeys(dtypes):
                 to: torch.dtype = getattr(torch, dtype)
-                if not _can_overflow(getattr(torch, have), to):
-                    continue
-                if not all(_fits(piece, to) for piece in reader.slices(source)):
+                if _can_overflow(getattr(torch, have), to) and not all(
+                    _fits(piece, to) for piece in reader.slices(source)
+                ):
                     problems.append(f"{row.key}: values of {have} in {source} of the file do not fit {dtype}")
                     break
     if problems:

@@ -271,7 +271,7 @@ class TrainerState:
         Raises ``StateMismatchError``: names of stateful objects that are missing or unknown, another seed, other
         data, or an object that refuses its state (its own error is the cause; the others are put back).
         """
-        iteration, ours = self._parse(state_dict)
+        iteration, ours, stored = self._parse(state_dict)
         if ours is None:
             _logger.warning(
                 "the trainer state holds no state of this loop besides the iteration %s: the data begins with epoch "
@@ -282,7 +282,7 @@ class TrainerState:
             )
             self._move_to(iteration, self.seed, 0, None)
             return
-        self._load_members(ours)
+        self._load_members(stored)
         if ours["loader"]["layout"] is None and self._loader is not None and not iteration.is_zero:
             _logger.warning("the checkpoint holds no position of a loader; the data begins with its epoch")
         self._move_to(iteration, ours["seed"], ours["loader"]["batch"], ours["loader"]["layout"])
@@ -305,8 +305,10 @@ class TrainerState:
         self._position.move_to(seed, epoch, batch)
         self._stored_layout = layout
 
-    def _parse(self, state_dict: Mapping[str, Any]) -> tuple[TrainingIteration, Mapping[str, Any] | None]:
-        """The iteration, and what is ours of a state that was looked at and fits; None where Noether wrote it."""
+    def _parse(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[TrainingIteration, Mapping[str, Any] | None, dict[str, Any]]:
+        """The iteration, what is ours of a state that fits (None where Noether wrote it), and that of each object."""
         if not isinstance(state_dict, Mapping) or "training_iteration" not in state_dict:
             raise StateMismatchError("this is not the state of a trainer: it has no training_iteration")
         found = state_dict["training_iteration"]
@@ -318,7 +320,7 @@ class TrainerState:
             raise StateMismatchError(f"training_iteration says {iteration}; epoch, update and sample are needed")
         ours = state_dict.get(_OUR_KEY)
         if ours is None:
-            return iteration, None
+            return iteration, None, {}
         if not isinstance(ours, Mapping) or ours.get("version") != _VERSION:
             version = ours.get("version") if isinstance(ours, Mapping) else ours
             raise StateMismatchError(
@@ -338,8 +340,15 @@ class TrainerState:
             problems += self._loader.layout.differences(stored["layout"], stored["batch"])
         _raise_for(problems)
         check_rng(ours["rng"])
-        self._restored(ours, {name: member.state_dict() for name, member in self._stateful.items()})
-        return iteration, ours
+        states, types = ours["stateful"], ours.get("types", {})
+        if not isinstance(types, Mapping) or not all(isinstance(types.get(name), list) for name in self._stateful):
+            _raise_for(["the types of its values are missing"])
+        members = self._stateful.items()
+        return (
+            iteration,
+            ours,
+            {name: restored(states[name], types[name], member.state_dict(), name) for name, member in members},
+        )
 
     def _member_problems(self, stored: Mapping[str, Any]) -> list[str]:
         missing = [name for name in self._stateful if name not in stored]
@@ -357,17 +366,8 @@ class TrainerState:
             )
         return problems
 
-    @staticmethod
-    def _restored(ours: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of each object, of the types that were saved."""
-        stored, types = ours["stateful"], ours.get("types", {})
-        if not isinstance(types, Mapping) or not all(isinstance(types.get(name), list) for name in before):
-            _raise_for(["the types of its values are missing"])
-        return {name: restored(stored[name], types[name], template, name) for name, template in before.items()}
-
-    def _load_members(self, ours: Mapping[str, Any]) -> None:
+    def _load_members(self, stored: Mapping[str, Any]) -> None:
         before = {name: copy.deepcopy(member.state_dict()) for name, member in self._stateful.items()}
-        stored = self._restored(ours, before)
         touched: list[str] = []
         for name, member in self._stateful.items():
             touched.append(name)
