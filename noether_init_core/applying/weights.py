@@ -101,7 +101,7 @@ def apply_rows(
             _load_itself(prefix, module, rows, reader, targets)
     written = [row for row in rows if row.writes]
     prefixes = tuple(targets.own_loading)
-    seen: set[int] = set()
+    seen = set(by_code)
     plain: list[tuple[PlanRow, torch.Tensor]] = []
     made: dict[tuple[tuple[str, ...], tuple[Step, ...]], list[tuple[PlanRow, torch.Tensor]]] = {}
     for row in written:
@@ -111,10 +111,10 @@ def apply_rows(
             targets.extra_state[row.key].set_extra_state(_extra_state(reader, row.sources[0]))
             continue
         tensor = targets.tensors[row.key]
-        # the value in the file may be in the form of an earlier version, which the module has translated
-        if id(tensor) in seen or targets.specs[row.key].identity in by_code:
+        # the value in the file may be in the form of an earlier version, which the module of ``by_code`` has translated
+        if targets.specs[row.key].identity in seen:
             continue
-        seen.add(id(tensor))
+        seen.add(targets.specs[row.key].identity)
         if row.steps:
             made.setdefault((row.sources, row.steps), []).append((row, tensor))
         else:
@@ -135,23 +135,24 @@ def apply_rows(
 
 
 def _copy_plain(
-    plain: Iterable[tuple[PlanRow, torch.Tensor]], reader: Checkpoint, fresh: _FreshMemory, may_map: bool
+    plain: Sequence[tuple[PlanRow, torch.Tensor]], reader: Checkpoint, fresh: _FreshMemory, may_map: bool
 ) -> None:
     """Entries that are taken as they are, but for their dtype: mapped where that may be, else read into place."""
-    copies: dict[str, torch.Tensor] = {}
-    repeated: list[tuple[str, torch.Tensor]] = []
-    usable: list[str] = []
-    for row, tensor in plain:
-        source = row.sources[0]
-        if copies.setdefault(source, tensor) is not tensor:
-            repeated.append((source, tensor))
-        elif may_map and row.source_dtype and fresh.can_be_mapped(tensor, row.source_dtype):
-            usable.append(source)
-    for source, tensor in reader.mapped(usable).items() if usable else ():
-        fresh.put(copies.pop(source), tensor)
-    reader.copy_into([(source, None, fresh.of(tensor)) for source, tensor in copies.items()])
-    for source, tensor in repeated:
-        reader.copy_into([(source, None, fresh.of(tensor))])
+    mappable = {
+        row.sources[0]: tensor
+        for row, tensor in plain
+        if may_map and row.source_dtype and fresh.can_be_mapped(tensor, row.source_dtype)
+    }
+    mapped = reader.mapped(mappable) if mappable else {}
+    for source, new in mapped.items():
+        fresh.put(mappable[source], new)
+    reader.copy_into(
+        [
+            (row.sources[0], None, fresh.of(tensor))
+            for row, tensor in plain
+            if row.sources[0] not in mapped or mappable[row.sources[0]] is not tensor
+        ]
+    )
 
 
 def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> None:
