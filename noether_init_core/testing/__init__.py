@@ -5,9 +5,20 @@ derives from ``InitializerConformance``: it names the kind and the distribution,
 a ``make_config`` fixture. Every check of the kit then runs on it. Nothing here is imported by the rest of the core.
 """
 
-from noether_init_core.testing.cases import Answer, Case, SavedRun, Wrong, closed, open_, saved_run
+from noether_init_core.testing.cases import (
+    SHAPES,
+    Answer,
+    Case,
+    Counter,
+    NumberedTrainer,
+    SavedRun,
+    Wrong,
+    closed,
+    new_model,
+    open_,
+    saved_run,
+)
 from noether_init_core.testing.conformance import InitializerConformance
-from noether_init_core.testing.models import SHAPES, Counter, NumberedTrainer, new_model
 from noether_init_core.testing.plugin import (
     _saved_once as _saved_once,
     broken_runs,

@@ -1,17 +1,291 @@
-"""InitializerConformance: every check of the kit, for one kind."""
+"""InitializerConformance: every check of the kit, for one kind. No check knows a kind."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import importlib.metadata
+import json
+import logging
+import pickle
+import random
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
-from noether_init_core.testing.checks.config import ConfigChecks
-from noether_init_core.testing.checks.registration import RegistrationChecks
-from noether_init_core.testing.checks.safety import SafetyChecks
-from noether_init_core.testing.checks.state import StateChecks
-from noether_init_core.testing.checks.weights import WeightChecks
+import numpy as np
+import pydantic
+import pytest
+import torch
+
+from noether_init_core import kinds
+from noether_init_core.config.base import KindConfig
+from noether_init_core.errors import ConfigError, InitError, PartlyInitializedError
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.kinds import contract
+from noether_init_core.kinds.hookspec import CONTRACT_VERSION
+from noether_init_core.kinds.lookup import normalized
+from noether_init_core.stack.stack import InitializerStack
+from noether_init_core.testing.cases import Case, Wrong, leaf_state
+from noether_init_core.testing.checks import Checks, Config, NewCase, WeightChecks
+from noether_init_core.testing.processes import work_at_import
+from noether_init_core.testing.snapshots import (
+    differences,
+    open_files,
+    state_of_files,
+    state_of_optimizer,
+    state_of_process,
+    unchanged,
+)
+
+_STRANGE = "no_such_key_of_any_config"
 
 
-class InitializerConformance(RegistrationChecks, ConfigChecks, WeightChecks, SafetyChecks, StateChecks):
+class ConfigChecks(Checks):
+    """Registered by a distribution, at no cost for others; config: round trips, schema, unknown keys, pickling."""
+
+    def test_is_registered_by_its_distribution(self) -> None:
+        """One installed distribution offers the kind by an entry point: the one that the author says."""
+        info = kinds.describe(self.kind)
+        if self.distribution is None:
+            assert info.distribution is None, f"{self.kind} is offered by {info.source}; say distribution = ..."
+            return
+        assert info.distribution is not None, (
+            f"{self.kind} is registered in this process only, so that users will not have it. Add to pyproject.toml:\n"
+            f'[project.entry-points."{kinds.GROUP}"]\n{self.kind} = "{info.target}"'
+        )
+        assert normalized(info.distribution) == normalized(self.distribution), f"offered by {info.source}"
+        assert info.version == importlib.metadata.version(self.distribution)
+
+    def test_says_the_contract_it_was_written_for(self) -> None:
+        """The class itself says ``contract``, which the next release of the core can rely on."""
+        cls = kinds.resolve(self.kind)
+        assert "contract" in vars(cls), (
+            f"{cls.__qualname__} does not say the contract that it was written for. Add: contract: ClassVar[int] = "
+            f"{CONTRACT_VERSION}"
+        )
+        assert not contract.examine(cls)
+
+    def test_import_does_no_work(self) -> None:
+        """Importing the module opens no file for writing, no connection and no process, prints and changes nothing."""
+        info = kinds.describe(self.kind)
+        if info.distribution is None:
+            pytest.skip("registered in this process only: another process cannot import it")
+        assert work_at_import(info.target.partition(":")[0].strip(), info.distribution) == []
+
+    def test_config_survives_a_round_trip(self, single_config: Config) -> None:
+        """What was dumped, as data and as JSON, validates to the same config again, and dumps to the same.
+
+        Secrets are left out of JSON, as they should be.
+        """
+        config = kinds.validate({"kind": self.kind, **single_config})
+        hidden = list(secret_fields(type(config)))
+        dumps = [("python", config.model_dump())]
+        if not any("." in name for name in hidden):
+            secrets = {name: getattr(config, name) for name in hidden}
+            dumps.append(("json", json.loads(config.model_dump_json()) | secrets))
+        for mode, dumped in dumps:
+            again = kinds.validate(dumped)
+            assert again == config, f"validated again from {mode}: {again!r}, not {config!r}"
+            assert again.model_dump() == config.model_dump()
+
+    def test_config_has_a_json_schema(self, single_config: Config) -> None:
+        """Editors can complete it: a schema can be made, and it knows every key of the config, and no other."""
+        schema = kinds.resolve(self.kind).config_class.model_json_schema()
+        said = {"kind", *single_config}
+        assert said <= set(schema["properties"]), f"the schema lacks {sorted(said - set(schema['properties']))}"
+        assert schema.get("additionalProperties") is False, "the schema lets other keys pass"
+
+    def test_every_key_is_described(self) -> None:
+        """``noether-init schema`` is where users look what a key means."""
+        cls = kinds.resolve(self.kind).config_class
+        bare = [path for path, field in contract.config_fields(cls) if not field.description]
+        assert not bare, f"pydantic.Field(description=...) is missing for {', '.join(bare)}"
+
+    def test_unknown_keys_are_refused(self, single_config: Config) -> None:
+        """A misspelt key is an error at every depth, never ignored."""
+        config = {"kind": self.kind, **single_config}
+        kinds.validate(config)
+        for path in _models_in(kinds.resolve(self.kind).config_class, config):
+            with pytest.raises(ValueError):
+                kinds.validate(_with_strange_key(config, path))
+                pytest.fail(f"an unknown key under {'.'.join(map(str, path)) or 'the config'} was ignored")
+
+    def test_config_and_initializer_can_be_pickled(
+        self, single: Case, single_config: Config, new_case: NewCase
+    ) -> None:
+        """Launchers send them to other processes; what arrives is equal, and initializes the same."""
+        config = kinds.validate({"kind": self.kind, **single_config})
+        assert pickle.loads(pickle.dumps(config)) == config
+        initializer = kinds.create(config, path_provider=single.paths)
+        again = pickle.loads(pickle.dumps(initializer))
+        other = new_case("single")
+        for one, of in ((initializer, single), (again, other)):
+            one.check(of.model, of.trainer, of.callbacks)
+            one.init_weights(of.model)
+        self.assert_weights(other, {"net": leaf_state(single.model)})
+
+
+class StateChecks(Checks):
+    """All or nothing, start, and what a kind restores besides weights or must leave alone.
+
+    Everything that can be known is found out beforehand, and looking changes nothing.
+    """
+
+    def test_check_finds_wrong_configs(self, new_case: NewCase, wrong_configs: Sequence[Wrong]) -> None:
+        """Each wrong config raises in ``check``, or before it, and nothing has changed by then."""
+        if not self.can_be_wrong.is_open:
+            assert not wrong_configs, f"can_be_wrong is closed ({self.can_be_wrong.reason}), but wrong_configs has some"
+            return
+        assert wrong_configs, (
+            "wrong_configs is empty. Give the kit configs that are wrong in a way that only a look at files or at the "
+            'model shows, or answer can_be_wrong = closed("why")'
+        )
+        for wrong in wrong_configs:
+            case = new_case("single")
+            before = self.everything(case)
+            with pytest.raises(Exception):  # noqa: B017 - of which class it is, another check says
+                self.one(case, wrong.config).check(case.model, case.trainer, case.callbacks)
+                pytest.fail(f"{wrong.what}: check() has not found it")
+            changed = differences(before, self.everything(case))
+            assert not changed, f"{wrong.what}: check() raised, after it had changed {', '.join(changed[:5])}"
+
+    def test_errors_are_of_the_right_classes(self, new_case: NewCase, wrong_configs: Sequence[Wrong]) -> None:
+        """What a user did wrong is an ``InitError`` of the class that the author says, with a message."""
+        for wrong in wrong_configs:
+            with pytest.raises(Exception) as caught:
+                self.initialize(new_case("single"), wrong.config)
+                pytest.fail(f"{wrong.what}: nothing was raised")
+            error: BaseException = caught.value
+            if isinstance(error, PartlyInitializedError) and error.__cause__ is not None:
+                error = error.__cause__  # that it comes too late, another check says
+            assert isinstance(error, InitError), (
+                f"{wrong.what}: {type(error).__name__}: {error}: derive it from InitError (ConfigError, "
+                "CheckpointNotFoundError, ...), so that callers can tell it from a bug"
+            )
+            assert isinstance(error, wrong.error), f"{wrong.what}: {error!r} is no {wrong.error.__name__}"
+            assert wrong.message in str(error), f"{wrong.what}: the message lacks {wrong.message!r}: {error}"
+
+    def test_check_changes_nothing(self, single: Case, single_config: Config) -> None:
+        """``check`` is a look, and may be made twice."""
+        initializer = self.one(single, single_config)
+        with unchanged(lambda: self.everything(single), "check()"):
+            for _time in range(2):
+                initializer.check(single.model, single.trainer, single.callbacks)
+
+    def test_start_iteration(self, single: Case, single_config: Config) -> None:
+        """Zero, or where the source ended, as the author says."""
+        start = self.initialize(single, single_config).start
+        right = single.source.iteration if self.continues.is_open else TrainingIteration.zero()
+        assert start == right, f"training starts at {start}, not at {right}"
+
+    def test_start_is_the_same_when_asked_again(self, single: Case, single_config: Config) -> None:
+        """``start_checkpoint`` may be called before ``initialize``, and more than once."""
+        initializer = self.one(single, single_config)
+        first, again = initializer.start_checkpoint(), initializer.start_checkpoint()
+        assert first == again, f"first {first}, then {again}"
+
+    def test_path_provider(self, single: Case, single_config: Config) -> None:
+        """Without one, a kind that needs it says so, and another one works."""
+        config = {"kind": self.kind, **single_config}
+        if not self.needs_path_provider.is_open:
+            InitializerStack.from_config([config]).initialize(single.model)
+            return
+        with pytest.raises(ConfigError, match="path_provider"):
+            InitializerStack.from_config([config]).initialize(single.model)
+            pytest.fail("without a path_provider nothing was raised")
+
+    def test_optimizer(self, single: Case, single_config: Config) -> None:
+        """The state of the source's optimizer, if the kind restores it; else the optimizer is not touched."""
+        optimizer = single.model.optimizer
+        if not self.restores_optimizer.is_open:
+            with unchanged(lambda: state_of_optimizer("net", optimizer), "restores_optimizer is closed, but the kind"):
+                self.initialize(single, single_config)
+            return
+        self.initialize(single, single_config)
+        rates = [group["lr"] for group in single.source.optimizer["net"]["param_groups"]]
+        assert [group["lr"] for group in optimizer.param_groups] == rates, "the learning rates are not the source's"
+        wanted = {
+            f"optimizer of net: {index} {name}": value
+            for index, values in single.source.optimizer["net"]["state"].items()
+            for name, value in values.items()
+        }
+        assert wanted
+        after = state_of_optimizer("net", optimizer)
+        wrong = differences(wanted, {name: value for name, value in after.items() if name in wanted})
+        assert not wrong, f"not the source's: {', '.join(wrong[:5])}"
+
+    def test_trainer(self, single: Case, single_config: Config) -> None:
+        """The source's number, if the kind restores trainers; else the trainer's own."""
+        own = single.trainer.number
+        self.initialize(single, single_config)
+        assert single.trainer.number == (single.source.number if self.restores_trainer.is_open else own)
+
+    def test_callbacks(self, single: Case, single_config: Config) -> None:
+        """The source's number, if the kind restores callbacks; else the callback's own."""
+        own = single.callbacks[0].number
+        self.initialize(single, single_config)
+        assert single.callbacks[0].number == (single.source.number if self.restores_callbacks.is_open else own)
+
+    def test_process_is_left_as_it_was(self, single: Case, single_config: Config) -> None:
+        """Generators, default dtype, threads, working folder, environment, import path, logging: others use them."""
+        kinds.resolve(self.kind)  # what the import does, another check looks at
+        # not where a seed leads to: an earlier test may have been left there
+        torch.rand(()), np.random.random(), random.random()
+        with unchanged(state_of_process, "the kind", "Use a torch.Generator of your own, and context managers"):
+            self.initialize(single, single_config)
+
+    def test_disk_is_left_as_it_was(
+        self, single: Case, single_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No checkpoint changes or disappears, and reading creates nothing: in the runs, and in the working folder."""
+        here = tmp_path / "working folder of this check"
+        here.mkdir()
+        monkeypatch.chdir(here)
+        folders = single.source.paths.output_root, single.source.file.parent, here
+        with unchanged(lambda: state_of_files(*folders), "the kind"):
+            self.initialize(single, single_config)
+
+    def test_files_are_closed(self, single: Case, single_config: Config) -> None:
+        """After the initialization no file of the source is held open, of which long trainings run out."""
+        folders = single.source.paths.output_root, single.source.file.parent
+        if open_files(*folders) is None:
+            pytest.skip("this system does not tell which files are open")
+        stack = self.make(single, single_config)
+        stack.initialize(single.model, trainer=single.trainer, callbacks=single.callbacks)
+        left = open_files(*folders)
+        assert not left, f"still open: {', '.join(left or ())}. Close them in release()"
+
+    def test_secrets_are_not_told(
+        self,
+        single: Case,
+        single_config: Config,
+        secrets: Sequence[str],
+        caplog: pytest.LogCaptureFixture,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        """No secret stands in a report, a representation, a dump, the log or on the terminal."""
+        hidden = list(secret_fields(kinds.resolve(self.kind).config_class))
+        assert secrets or not hidden, (
+            f"{', '.join(hidden)} is secret. Give the kit a fixture secrets: the texts that nobody may read"
+        )
+        with caplog.at_level(logging.DEBUG):
+            stack = self.make(single, single_config)
+            report = stack.initialize(single.model, trainer=single.trainer, callbacks=single.callbacks)
+        config = stack.initializers[0].config
+        printed = capfd.readouterr()
+        told = {
+            "the report": f"{report}{report.to_json()}{report.provenance()}",
+            "the config": f"{config!r}{config}{config.model_dump_json()}",
+            "the initializer": repr(stack.initializers[0]),
+            "the log": caplog.text,
+            "the terminal": printed.out + printed.err,
+        }
+        for secret in secrets:
+            places = [place for place, text in told.items() if secret in text]
+            assert not places, f"a secret stands in {' and '.join(places)}. Use pydantic.SecretStr, and leave it out"
+
+
+class InitializerConformance(ConfigChecks, WeightChecks, StateChecks):
     """Derive a test class from this, and pytest runs every check on your kind.
 
     ::
@@ -55,3 +329,50 @@ class InitializerConformance(RegistrationChecks, ConfigChecks, WeightChecks, Saf
                 raise TypeError(f"{cls.__name__}.expected_failures names {name}, which is no check of the kit")
             if not reason.strip():
                 raise TypeError(f"{cls.__name__}.expected_failures[{name!r}] needs the reason")
+
+
+def secret_fields(cls: type[pydantic.BaseModel]) -> Iterator[str]:
+    """The fields that pydantic keeps secret, those of models below as ``store.token``."""
+    for name, field in contract.config_fields(cls):
+        if any(one in (pydantic.SecretStr, pydantic.SecretBytes) for one in _types_in(field.annotation)):
+            yield name
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _types_in(argument)
+
+
+def _models_in(cls: type[pydantic.BaseModel], said: Mapping[str, Any]) -> Iterator[tuple[str | int, ...]]:
+    """The places in ``said`` that a pydantic model validates: the config itself, and mappings below it."""
+    yield ()
+    for name, field in cls.model_fields.items():
+        for path in dict.fromkeys(_places(field.annotation, said.get(name))):
+            yield (name, *path)
+
+
+def _places(annotation: Any, value: Any) -> Iterator[tuple[str | int, ...]]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        # the config of another kind has a kit of its own
+        if isinstance(value, Mapping) and not issubclass(annotation, KindConfig):
+            yield from _models_in(annotation, value)
+    elif isinstance(value, Mapping) and isinstance(origin, type) and issubclass(origin, Mapping):
+        for key, item in value.items():
+            yield from ((key, *path) for path in _places(arguments[1], item))
+    elif isinstance(value, list | tuple) and isinstance(origin, type) and issubclass(origin, Iterable):
+        for number, item in enumerate(value):
+            yield from ((number, *path) for path in _places(arguments[0], item))
+    else:  # a union, or an annotated type
+        for argument in arguments:
+            yield from _places(argument, value)
+
+
+def _with_strange_key(config: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+    copied: Any = json.loads(json.dumps(config, default=str))
+    place = copied
+    for key in path:
+        place = place[key]
+    place[_STRANGE] = 1
+    return dict(copied)

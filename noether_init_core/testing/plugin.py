@@ -14,9 +14,8 @@ import torch
 from noether_init_core import kinds
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.paths import PathProvider
-from noether_init_core.testing.cases import Case, SavedRun, saved_run
-from noether_init_core.testing.checks.base import Checks
-from noether_init_core.testing.models import SHAPES, Counter, NumberedTrainer, new_model
+from noether_init_core.testing.cases import SHAPES, Case, Counter, NumberedTrainer, SavedRun, new_model, saved_run
+from noether_init_core.testing.checks import Checks
 
 _MODEL_SEED = 2
 _OWN_NUMBER = 3

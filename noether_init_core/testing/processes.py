@@ -59,7 +59,7 @@ def _initialize_as_rank(
 
     from noether_init_core.models import leaf_models
     from noether_init_core.stack.stack import InitializerStack
-    from noether_init_core.testing.models import Counter, NumberedTrainer, new_model
+    from noether_init_core.testing.cases import Counter, NumberedTrainer, new_model
 
     torch.set_num_threads(1)
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(_RANKS))
