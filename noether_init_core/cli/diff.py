@@ -52,8 +52,7 @@ def run(
     check_page(html)
     for path in (a, b):
         _check(path)
-    from noether_init_core.diff.compare import bytes_to_read, compare_sides
-    from noether_init_core.diff.sides import side_at
+    from noether_init_core.diff.compare import bytes_to_read, compare_sides, side_at
 
     sides = side_at(a), side_at(b)
     with progress("comparing", sum(map(bytes_to_read, sides))) as advance:

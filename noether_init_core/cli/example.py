@@ -13,7 +13,7 @@ from noether_init_core import kinds
 from noether_init_core.cli.options import Kind
 from noether_init_core.cli.output import AsJson, show_commands, show_json, show_text
 from noether_init_core.errors import ConfigError
-from noether_init_core.scaffold.example import BUILT_IN, example_of
+from noether_init_core.scaffold.files import BUILT_IN, example_of
 
 
 def run(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from noether_init_core.cli.output import AsJson, show_commands, show_json
-from noether_init_core.scaffold.render import Base
+from noether_init_core.scaffold.files import Base
 
 if TYPE_CHECKING:
     from noether_init_core.scaffold.naming import Names
@@ -43,9 +43,8 @@ def run(
 
     A folder that exists is refused. So are names that cannot work, and a kind that an installed distribution offers.
     """
+    from noether_init_core.scaffold.files import check_absent, render, write_folder
     from noether_init_core.scaffold.naming import check_free, names_of
-    from noether_init_core.scaffold.render import render
-    from noether_init_core.scaffold.writing import check_absent, write_folder
 
     names = names_of(name, kind=kind, distribution=distribution)
     check_free(names)

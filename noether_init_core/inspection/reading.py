@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,16 +87,12 @@ def look_at_file(path: Path) -> FoundFile:
 
 def content_of(tensors: Mapping[str, TensorInfo], buffers: Collection[str] | None = None) -> Content:
     """The tensors in numbers; ``buffers`` are those that are no parameters, None where that is not known."""
-    once = {(info.shape, info.pieces): (key, info) for key, info in reversed(list(tensors.items()))}
-    elements = sum(prod(info.shape) for _key, info in once.values())
-    parameters = None
-    if buffers is not None:
-        parameters = sum(prod(info.shape) for key, info in once.values() if key not in buffers)
+    once = {(info.shape, info.pieces): (key, info) for key, info in reversed(list(tensors.items()))}.values()
     return Content(
         len(tensors),
-        elements,
-        parameters,
-        sum(info.nbytes for _key, info in once.values()),
+        sum(prod(info.shape) for _key, info in once),
+        None if buffers is None else sum(prod(info.shape) for key, info in once if key not in buffers),
+        sum(info.nbytes for _key, info in once),
         dict(Counter(info.dtype for info in tensors.values()).most_common()),
     )
 
@@ -130,14 +127,10 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, TensorInfo):
         return {"dtype": value.dtype, "shape": list(value.shape)}
     if depth < _DEEPEST and isinstance(value, Mapping):
-        return {_cut(str(key)): _plain(one, depth + 1) for key, one in _first(value.items(), value)}
+        return {_cut(str(key)): _plain(one, depth + 1) for key, one in islice(value.items(), _MOST_ITEMS)}
     if depth < _DEEPEST and isinstance(value, list | tuple):
-        return [_plain(one, depth + 1) for one in _first(value, value)]
+        return [_plain(one, depth + 1) for one in islice(value, _MOST_ITEMS)]
     return f"<{type(value).__name__}>"
-
-
-def _first(items: Iterable[Any], sized: Collection[Any]) -> Iterable[Any]:
-    return items if len(sized) <= _MOST_ITEMS else [one for one, _ in zip(items, range(_MOST_ITEMS), strict=False)]
 
 
 def _cut(text: str) -> str:
@@ -151,7 +144,7 @@ def _facts(reader: Checkpoint) -> Iterator[tuple[str, str]]:
     """
     metadata = reader.metadata
     if reader.format == "safetensors":
-        for key, text in _first(metadata.items(), metadata):
+        for key, text in islice(metadata.items(), _MOST_ITEMS):
             yield f"metadata {key}", one_line(text, _LONGEST_FACT)
         return
     state = _mapping(metadata, "trainer_state")
@@ -166,7 +159,7 @@ def _facts(reader: Checkpoint) -> Iterator[tuple[str, str]]:
     }
     known = {"run_id", "training_iteration", "checkpoint_tag", "trainer_state", "callback_state_dicts"}
     others = [str(key) for key in metadata if key not in known]
-    said["also in it"] = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if others[8:] else "")
+    said["also in it"] = listed(others, 8)
     for name, value in said.items():
         if value not in (None, ""):
             yield name, one_line(str(value), _LONGEST_FACT)

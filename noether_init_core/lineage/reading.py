@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -181,7 +182,7 @@ class _Reader:
         self._named = {(run.root, run.name): run for run in runs}
         self._root_of = {self.id_of[run.folder]: run.root for run in runs}
         self._digests: dict[str, dict[str, dict[str, str]]] = {}
-        self._known: dict[tuple[SourceRecord, Path | None], str] = {}
+        self._looked_up = functools.cache(self._look_up)
         self._others: dict[tuple[str, str, str], str] = {}
         #: entries of the model that were read, by their names there
         self._entries: dict[tuple[SourceRecord, str, str, bool], set[str]] = {}
@@ -260,45 +261,42 @@ class _Reader:
 
     def _node_of(self, source: SourceRecord, target: str) -> str:
         """Id of the node of a source; a node of its own is made for what is no run that was read."""
-        place = source, self._root_of.get(target)
-        if place not in self._known:
-            self._known[place] = self._look_up(source, place[1])
-        return self._known[place]
+        return self._looked_up(source, self._root_of.get(target))
 
     def _look_up(self, source: SourceRecord, root: Path | None) -> str:
         origin = dict(source.origin)
         run_id, stage = origin.get("run_id"), origin.get("stage_name")
-        folder = run_folder(source.path)
+        folder, from_set = run_folder(source.path), set_in(source.path)
         if folder is not None and folder in self.id_of:
             name = self.id_of[folder]
-            files = self._digests[name].get(set_in(source.path) or "")
-            if files is None or _is_same(files.get(source.file), source.digest):
+            files = self._digests[name].get(from_set or "", {})
+            if _is_same(files.get(source.file), source.digest):
                 return name
             # sets are numbered, so another one under the same number is of a run that was made anew
             note = "it was deleted, and a run of that name was made anew"
             return self._other(f"{name} (before)", str(folder), run_id, stage, note, is_there=False)
-        if run_id is None and set_in(source.path) is None:
-            is_there = _is_there(source.path, is_folder=False) and Path(source.path).is_absolute()
-            note = "" if is_there else "it is not where it was recorded"
-            if source.path and not Path(source.path).is_absolute():
+        is_file = _is_there(Path.is_file, source.path)
+        if run_id is None and from_set is None:
+            is_absolute = Path(source.path).is_absolute()
+            note = "" if is_file and is_absolute else "it is not where it was recorded"
+            if source.path and not is_absolute:
                 note = "recorded by a relative path, so which file it was is not known"
-            elif is_there and source.digest is None:
+            elif is_file and is_absolute and source.digest is None:
                 note = "without a digest: whether the file is still the same is not known"
-            path = source.path or source.file
-            key = source.digest or ""
-            return self._other(f"file:{path}", path, None, None, note, is_there=is_there, key=key)
+            path, key = source.path or source.file, source.digest or ""
+            return self._other(f"file:{path}", path, None, None, note, is_there=is_file and is_absolute, key=key)
+        run_id = folder.name if run_id is None and folder is not None else run_id
+        said = str(run_id) if stage is None else f"{run_id}/{stage}"
         if folder is None:  # of a run, in the way of another kind
-            is_there = _is_there(source.path, is_folder=False)
-            note = "" if is_there else "it is not there any more"
-            said = str(run_id) if stage is None else f"{run_id}/{stage}"
-            return self._other(said, source.path, run_id, stage, note, is_there=is_there)
-        run_id = folder.name if run_id is None else run_id
-        said = run_id if stage is None else f"{run_id}/{stage}"
-        is_there = _is_there(str(folder), is_folder=True)
-        if not is_there:
-            moved = self._moved(source, said, root)
-            if moved is not None:
-                return moved
+            note = "" if is_file else "it is not there any more"
+            return self._other(said, source.path, run_id, stage, note, is_there=is_file)
+        is_there = _is_there(Path.is_dir, folder)
+        # output roots are moved as a whole; a set of that name with other bytes shows that it is another run
+        moved = None if root is None or is_there else self._named.get((root, said))
+        if moved is not None:
+            files = self._digests[self.id_of[moved.folder]].get(from_set or "", {})
+            if _is_same(files.get(source.file), source.digest):
+                return self.id_of[moved.folder]
         note = "it lies in another output root; --root shows more" if is_there else "it is not there any more"
         return self._other(said, str(folder), run_id, stage, note, is_there=is_there)
 
@@ -314,18 +312,6 @@ class _Reader:
             self.nodes[free] = node if is_there else attrs.evolve(node, type="missing")
         return self._others[name, path, key]
 
-    def _moved(self, source: SourceRecord, said: str, root: Path | None) -> str | None:
-        """The run of that name beside the run that recorded it: output roots are moved as a whole.
-
-        A set of that name with other bytes shows that it is another run.
-        """
-        run = None if root is None else self._named.get((root, said))
-        if run is None:
-            return None
-        name = self.id_of[run.folder]
-        files = self._digests[name].get(set_in(source.path) or "", {})
-        return name if _is_same(files.get(source.file), source.digest) else None
-
 
 def _is_same(digest: str | None, recorded: str | None) -> bool:
     """Whether two digests of a file can be of the same bytes; what is not known, or of another sort, says nothing."""
@@ -334,9 +320,9 @@ def _is_same(digest: str | None, recorded: str | None) -> bool:
     return digest == recorded
 
 
-def _is_there(path: str, *, is_folder: bool) -> bool:
+def _is_there(look: Callable[[Path], bool], path: Path | str) -> bool:
     try:
-        return Path(path).is_dir() if is_folder else Path(path).is_file()
+        return look(Path(path))
     except (OSError, ValueError):  # too long, or a null byte: recorded paths are texts of others
         return False
 

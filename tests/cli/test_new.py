@@ -21,8 +21,8 @@ from support.command import Result, run_command
 from support.foreign import ForeignPackages
 
 from noether_init_core import ConfigError, InvalidNameError, KindConflictError, kinds
+from noether_init_core.scaffold.files import Base, render
 from noether_init_core.scaffold.naming import MAX_LENGTH, Names, check_free, names_of
-from noether_init_core.scaffold.render import Base, render
 
 ROOT = Path(__file__).resolve().parents[2]
 WORD = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -432,7 +432,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_ours(new: New, tmp_pa
 
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     """The last file has a name that no disk takes; what was written before it is gone."""
-    from noether_init_core.scaffold.writing import write_folder
+    from noether_init_core.scaffold.files import write_folder
 
     with pytest.raises(ConfigError, match="could not be written, and nothing is left behind"):
         write_folder(tmp_path / "demo", {"first": "1", "sub/second": "2", "x" * 300: "3"})
@@ -443,8 +443,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from noether_init_core.scaffold.naming import names_of
-from noether_init_core.scaffold.render import Base, render
-from noether_init_core.scaffold.writing import write_folder
+from noether_init_core.scaffold.files import Base, render, write_folder
 
 files = render(names_of("demo"), Base.SOURCE, author=None, year=2026, core="0.1")
 count, limit = 0, None
