@@ -234,7 +234,7 @@ def fused(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
             pair = Pair(mine, its, tuple(one.shapes), way, flip, dim)
             if near := [listed_paths(fit[1]) for fit in rest if fit[0] > score - MARGIN]:
                 pair = pair.doubted("several projections fit equally well", *near[:4])
-            if reason := _by_head(one, kind, parts):
+            if kind == "qkv" and (reason := _may_be_in_turns(one, parts)):
                 pair = pair.doubted(reason, _regrouped(pair, one, parts))
             if taken.isdisjoint(pair.layers):
                 pairs.append(pair)
@@ -242,21 +242,16 @@ def fused(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
     return pairs
 
 
-def _by_head(one: Layer, kind: str, parts: Sequence[Layer]) -> str:
-    """Why the parts may stand in turns within the fused layer; empty where they hardly do."""
-    if kind != "qkv":
-        return ""
+def _may_be_in_turns(one: Layer, parts: Sequence[Layer]) -> str:
+    """Why q, k and v may stand in turns within the fused layer; empty where they hardly do."""
     for index in one.shapes:
-        sizes = [sum(math.prod(shape) for shape in part.shapes[index].values()) for part in parts]
-        if len(set(sizes)) > 1:
+        if len({sum(map(math.prod, part.shapes[index].values())) for part in parts}) > 1:
             return (
                 "q, k and v have different sizes (grouped queries), and some models store them group by group, "
                 "q, q, .., k, v, which shapes cannot tell"
             )
-    for name in ("query_key_value", "wqkv"):
-        if name in one.template:
-            return f"{name} often holds q, k and v head by head, which shapes cannot tell"
-    return ""
+    name = next((name for name in ("query_key_value", "wqkv") if name in one.template), "")
+    return name and f"{name} often holds q, k and v head by head, which shapes cannot tell"
 
 
 def _regrouped(pair: Pair, one: Layer, parts: Sequence[Layer]) -> str:
@@ -266,10 +261,9 @@ def _regrouped(pair: Pair, one: Layer, parts: Sequence[Layer]) -> str:
     sizes = {part.shapes[index].get("weight", ()) for part in parts}
     if len(whole) != 2 or len(sizes) > 1 or pair.flip == "yes" or pair.dim != 0:
         return "in turns: order the rows in Python, torch.save them under the model's names, and load that file"
-    if pair.way == "concat":
-        steps = f"{{reshape: [h, -1, {whole[1]}]}}, {{concat: 1}}, {{reshape: [{whole[0]}, {whole[1]}]}}"
-    else:
-        steps = f"{{reshape: [h, -1, {whole[1]}]}}, {{split: 1}}, {{reshape: [-1, {whole[1]}]}}"
+    rows, columns = whole
+    step, rows = ("concat", rows) if pair.way == "concat" else ("split", -1)
+    steps = f"{{reshape: [h, -1, {columns}]}}, {{{step}: 1}}, {{reshape: [{rows}, {columns}]}}"
     return f"head by head, of h heads, for the weight: do: [{steps}]"
 
 

@@ -282,20 +282,16 @@ def _special(pair: Pair) -> Iterator[SuggestedRule]:
     leaves = pair.leaves
     if pair.way in ("split", "concat"):
         # all leaves at once where every layer writes them alike and has no others
-        if len(leaves) > 1 and len({frozenset(layer.leaves.items()) for layer in pair.layers}) == 1:
-            sources, targets = ([f"{one.template}<leaf>" for one in layers] for layers in (pair.sources, pair.targets))
-            yield _rule(sources, targets, _fused_steps(pair), pair)
-            return
-        for leaf in leaves:
+        is_alike = len(leaves) > 1 and len({frozenset(layer.leaves.items()) for layer in pair.layers}) == 1
+        for leaf in ("<leaf>",) if is_alike else leaves:
             yield _rule(*_templates(pair, leaf), _fused_steps(pair), pair)
-    elif pair.way in ("stack", "unstack"):
-        for leaf in leaves:
+        return
+    for leaf in leaves:
+        if pair.way in ("stack", "unstack"):
             yield _rule(*pair.names(leaf)[0], [Stack() if pair.way == "stack" else Unstack()], pair)
-    elif pair.grid is not None:
-        for leaf in leaves:
+        elif pair.grid is not None:
             yield _rule(*_templates(pair, leaf), [pair.grid], pair)
-    else:
-        for leaf in leaves:
+        else:
             mine, its = ([layer.shapes[index][leaf] for index in pair.indices] for layer in pair.layers)
             if len(set(its)) == 1:
                 yield _rule(*_templates(pair, leaf), [Reshape(its[0])] if set(mine) != set(its) else [], pair)
@@ -305,7 +301,9 @@ def _special(pair: Pair) -> Iterator[SuggestedRule]:
 
 
 def _templates(pair: Pair, leaf: str) -> tuple[list[str], list[str]]:
-    return [one.name(leaf) for one in pair.sources], [one.name(leaf) for one in pair.targets]
+    """Names of the file and the model with captures, for one leaf or with one for it."""
+    mine, its = ([one.template + one.leaves.get(leaf, leaf) for one in side] for side in (pair.sources, pair.targets))
+    return mine, its
 
 
 def _fused_steps(pair: Pair) -> tuple[Step, ...]:

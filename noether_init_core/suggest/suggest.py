@@ -187,18 +187,12 @@ class _Suggesting:
 
     def _of_embedding(self, glob: str, fresh: Sequence[Layer]) -> tuple[str, ...]:
         """Why a head may be the embedding of the file, which models often use for both."""
-        for layer in fresh:
+        tables = [pair for pair in self._pairing.pairs if pair.way == "rename" and "token" in pair.sources[0].concepts]
+        for layer in (one for one in fresh if f"{one.path}.".startswith(glob)):
             shape = layer.shapes[()].get("weight")
-            if shape is None or not f"{layer.path}.".startswith(glob):
-                continue
-            for pair in self._pairing.pairs:
-                source = pair.sources[0]
-                if (
-                    pair.way == "rename"
-                    and "token" in source.concepts
-                    and source.shapes.get((), {}).get("weight") == shape
-                ):
-                    other = pair.targets[0].path
+            for source, target in ((pair.sources[0], pair.targets[0]) for pair in tables):
+                if shape is not None and source.shapes.get((), {}).get("weight") == shape:
+                    other = target.path
                     reason = f"the file has {source.path} {list(shape)} once, and an entry goes to one place: {other}"
                     alternatives = f"tie {layer.path} to {other} in the model", f"{source.path} -> {layer.path}"
                     names = tuple(self._target_names[bare] for bare in layer.names())
@@ -247,12 +241,12 @@ class _Suggesting:
     ) -> tuple[list[SuggestedRule], str, str]:
         """The moves and both roots: one moved prefix of everything is said by a root alone."""
         if len(moves) == 1 and not drops and moves[0].config.keys() == {"from", "to"}:
-            source, target = moves[0].config["from"], moves[0].config["to"]
-            source_root, target_root = source.removesuffix("<rest..>"), target.removesuffix("<rest..>")
-            if target == "<rest..>" and all(name.startswith(source_root) for name in self._source_names):
-                return [], source_root, ""
-            if source == "<rest..>" and all(name.startswith(target_root) for name in self._target_names):
-                return [], "", target_root
+            source, target = (str(moves[0].config[side]).removesuffix("<rest..>") for side in ("from", "to"))
+            # either is empty where everything stands for the rest of the names
+            if not target and all(name.startswith(source) for name in self._source_names):
+                return [], source, ""
+            if not source and all(name.startswith(target) for name in self._target_names):
+                return [], "", target
         return moves, "", ""
 
 
