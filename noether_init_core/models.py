@@ -251,6 +251,11 @@ def leaf_models(model: Any, path: str | None = None) -> Iterator[tuple[str, Any]
             yield from leaf_models(submodel, f"{path}.{name}")
 
 
+def modules_of(model: Any) -> tuple[int, ...]:
+    """Ids of the modules of the single models; a composite may make views of them anew whenever it is asked."""
+    return tuple([id(getattr(leaf, "module", leaf)) for _path, leaf in leaf_models(model)])
+
+
 def leaves_of(model: Any, path: str, file_name: str) -> tuple[Leaf, ...]:
     """The single models below ``model`` in declared order.
 

@@ -121,7 +121,7 @@ class ResumeInitializer(CheckpointInitializer):
 
     def _trainer_state(self) -> Mapping[str, Any]:
         """The content of the trainer file of the selected set."""
-        selection = self.selection
+        selection: RunSelection | None = self.session.selection
         if selection is None or selection.trainer is None:
             with self.stopwatch.phase("find"):
                 selection = self.select()

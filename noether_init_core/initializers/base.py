@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -92,12 +92,12 @@ class InitializerBase:
         """A session for one initialization."""
         return Session()
 
-    @contextmanager
-    def in_session(self) -> Iterator[Any]:
+    def in_session(self) -> AbstractContextManager[Any]:
         """The session of the initialization that is going on, else one of the block's own."""
-        if self.session is not None:
-            yield self.session
-            return
+        return self._in_own_session() if self.session is None else nullcontext(self.session)
+
+    @contextmanager
+    def _in_own_session(self) -> Iterator[Any]:
         self.session = self.new_session()
         try:
             yield self.session

@@ -43,7 +43,7 @@ from noether_init_core.initializers.base import (
     SourceInitializerConfig,
 )
 from noether_init_core.messages import listed
-from noether_init_core.models import Leaf, leaf_models
+from noether_init_core.models import BoundModel, Leaf, modules_of
 from noether_init_core.sets.file_names import Part
 from noether_init_core.sets.provenance import History
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, TensorSpec
@@ -157,8 +157,7 @@ class WeightsSession(Session):
 
     def open(self, model: Any) -> Opened:
         """The open files of this model; nothing but their headers is read."""
-        # a composite may make views of its submodels anew whenever it is asked
-        modules = tuple(id(getattr(leaf, "module", leaf)) for _path, leaf in leaf_models(model))
+        modules = modules_of(model)
         if self.opened is not None:
             # user code may have replaced a submodel since
             if self.opened.model is model and self.opened.modules == modules:
@@ -236,7 +235,7 @@ class WeightsSession(Session):
         return Planned(opened, plan, {part.model: own for part, own in found}, _signature(opened.leaves))
 
     def _verify(self, planned: Planned) -> None:
-        config, plan, opened = self.config, planned.plan, planned.opened
+        config, plan, opened, nonfinite = self.config, planned.plan, planned.opened, self.config.nonfinite
         plan.raise_for_problems()
         check_loading_code(plan, planned.targets)
         for leaf in opened.leaves:
@@ -245,9 +244,9 @@ class WeightsSession(Session):
             check_versions(leaf.path, rows, file.reader.versions, planned.targets[leaf.path])
             examined = [source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
             if config.verify == "full":
-                file.reader.verify(look=examined if config.nonfinite != "ignore" else ())
+                file.reader.verify(look=examined if nonfinite != "ignore" else ())
             with self.stopwatch.phase("verify"):
-                for finding in check_values(plan, leaf.path, file.reader, config.nonfinite):
+                for finding in check_values(plan, leaf.path, file.reader, nonfinite):
                     self.warn(f"{leaf.path}: {finding}")
                 check_casts(plan, leaf.path, file.reader)
         with self.stopwatch.phase("verify"):
@@ -317,13 +316,14 @@ def close_all(readers: Iterable[Checkpoint]) -> None:
 
 def _signature(leaves: Sequence[Leaf]) -> tuple[Any, ...]:
     """What a plan depends on, on the side of the models: which modules and tensors they have, and of what form."""
-    modules = tuple(id(module) for leaf in leaves for module in getattr(leaf.model, "modules", tuple)())
-    return modules + tuple(
-        (leaf.path, name, id(tensor), tensor.shape, tensor.dtype, tensor.device)
-        for leaf in leaves
-        for named in (leaf.model.named_parameters, leaf.model.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
-    )
+    found: list[Any] = []
+    for leaf in leaves:
+        module = leaf.model.module if isinstance(leaf.model, BoundModel) else leaf.model
+        found += map(id, getattr(module, "modules", tuple)())
+        for named in (module.named_parameters, module.named_buffers):
+            for name, tensor in named(remove_duplicate=False):
+                found.append((leaf.path, name, id(tensor), tensor.shape, tensor.dtype, tensor.device))
+    return tuple(found)
 
 
 def _check_memory(leaf: Leaf, planned: Planned) -> None:
