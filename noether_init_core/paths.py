@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import attrs
 
@@ -66,18 +66,6 @@ def check_run_id(value: str) -> str:
     return value
 
 
-@runtime_checkable
-class PathProviderLike(Protocol):
-    """What is needed of a path provider: Noether's own and ``PathProvider`` have it."""
-
-    @property
-    def output_root(self) -> Path: ...
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def stage_name(self) -> str | None: ...
-
-
 @attrs.frozen
 class PathProvider:
     """The folders of one run: ``<output_root>/[debug/]<run_id>/[<stage_name>/]checkpoints``.
@@ -117,7 +105,7 @@ class PathProvider:
         """
         if isinstance(provider, cls):
             return provider
-        if not isinstance(provider, PathProviderLike):
+        if not all(hasattr(provider, name) for name in ("output_root", "run_id", "stage_name")):
             raise ConfigError(
                 f"path_provider must have output_root, run_id and stage_name; {type_of(provider)} does not. "
                 "Next: PathProvider(output_root, run_id, stage_name)"

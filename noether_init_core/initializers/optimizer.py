@@ -110,10 +110,6 @@ class OptimizerStep:
                 "Next: init_weights first, as InitializerStack.initialize does"
             )
 
-    def apply(self) -> None:
-        """Hand the state over. If the optimizer refuses it, it is put back and the error goes on."""
-        apply_optimizer(self.plan, self.optimizer, keep_fields=self.keep_fields)
-
     def restored(self, *, continues: bool) -> str:
         """What is restored, in words for the report; empty for nothing. To be asked before it is done."""
         states = [state for group in self.plan.state for state in group]
@@ -147,11 +143,7 @@ class OptimizerStep:
     def _nonfinite(self, states: Sequence[Mapping[str, Any]], fields: Sequence[Mapping[str, Any]]) -> list[str]:
         """What holds NaN or infinities in the state, or NaN in the fields."""
         file = self.source.location.name
-        stored: dict[str, list[Any]] = {}
-        for state in states:
-            for key, value in state.items():
-                stored.setdefault(key, []).append(value)
-        named = [(key, info) for key, values in stored.items() for info in _infos(values)]
+        named = [(key, info) for state in states for key, value in state.items() for info in _infos(value)]
         found = self.reader.nonfinite([info for _key, info in named])
         keys = dict.fromkeys(key for key, info in named if info in found)
         return [f"{file}: {key} of the optimizer holds NaN or infinities" for key in keys] + [
@@ -225,10 +217,13 @@ class LoadSession(WeightsSession):
         # all are decided before the first one is read
         steps = [self._step(leaf, planned) for leaf in chosen]
         for number, step in enumerate(steps):
-            if not step.is_read:
-                steps[number], warnings = step.read(config)
-                for warning in (*(f"{step.leaf.path}: {one}" for one in step.plan.warnings), *warnings):
-                    self.warn(warning)
+            if step.is_read:
+                continue
+            for warning in step.plan.warnings:
+                self.warn(f"{step.leaf.path}: {warning}")
+            steps[number], warnings = step.read(config)
+            for warning in warnings:
+                self.warn(warning)
         self._steps.update((step.leaf.path, step) for step in steps)
         return steps
 
@@ -246,7 +241,8 @@ class LoadSession(WeightsSession):
                 self.writing(f"the optimizer of {path} failed while it took its state", leaves, done),
                 self.stopwatch.phase("copy"),
             ):
-                step.apply()
+                # if it refuses the state, its own is put back and the error goes on
+                apply_optimizer(step.plan, step.optimizer, keep_fields=step.keep_fields)
             done.append(path)
             if restored:
                 self.restored.append(restored)
