@@ -70,15 +70,14 @@ def moved_value(moved: Moved, values: list[Any], where: str) -> Any:
     Raises ``StateMismatchError`` where values that have to be equal differ, or do not fit the dtype, as complex ones do
     not fit a real one.
     """
+    made = values[0]
     if not moved.steps:
-        first = values[0]
-        if any(not nested.equal(first, other) for other in values[1:]):
+        if any(not nested.equal(made, other) for other in values[1:]):
             raise StateMismatchError(
                 f"{where}: parameters that become one have counters that differ ({', '.join(map(str, values[:3]))}). "
                 "Nothing was changed. Next: load_optim: false",
                 problems=[where],
             )
-        made = first
     else:
         made = carry_out(moved.steps, values)[moved.part].contiguous()
         if made.untyped_storage().nbytes() != made.numel() * made.element_size() or made.data_ptr() in {

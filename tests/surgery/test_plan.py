@@ -8,10 +8,11 @@ import attrs
 import pytest
 
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.fit import PlanPart, TargetSpec
+from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import NoetherSurgery, Rename
 from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow
 from noether_init_core.surgery.planner import Policies, plan_load
+from noether_init_core.surgery.transforms import Transforms
 
 
 def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:
@@ -238,3 +239,12 @@ def test_ties_across_submodels_must_agree() -> None:
     found = plan_load("previous_run", parts, NoetherSurgery())
     assert found.is_fine
     assert found.equal_across == (("pair.a", "w", "pair.b", "w"),)
+
+
+def test_the_line_that_keeps_a_module_is_said_below_the_target_root() -> None:
+    """One module, not its entries: others of the same module are none of those that are kept."""
+    targets = {"net.stem.w": spec(2), "net.head.w": spec(2), "net.head.b": spec(2)}
+    part = PlanPart("net", "file", ("a.pt",), {"stem.w": spec(2)}, targets)
+    found = plan_load("file", [part], Transforms(target_root="net."), fresh_hint=KEEP_MODEL_HINT)
+    (problem,) = found.problems
+    assert problem.message.endswith("To keep the model's own values there add: - keep_model: head.")
