@@ -16,23 +16,7 @@ from typing import Annotated
 
 import typer
 
-from noether_init_core.cli import (
-    apply,
-    check,
-    diff,
-    example,
-    inspect,
-    kinds,
-    lineage,
-    new,
-    overview,
-    plan,
-    schema,
-    suggest,
-    usage,
-    validate,
-    verify,
-)
+from noether_init_core.cli import apply, config, diff, inspect, kinds, lineage, overview, publish, usage, verify
 from noether_init_core.cli.output import show_text
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -46,19 +30,19 @@ app = typer.Typer(
 )
 #: (panel, name, function, an example that can be typed), in the order in which they are listed.
 COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
-    ("Look", "kinds", kinds.run, "noether-init kinds --json"),
+    ("Look", "kinds", kinds.list_kinds, "noether-init kinds --json"),
     ("Look", "inspect", inspect.run, "noether-init inspect runs/pretrain"),
     ("Look", "diff", diff.run, "noether-init diff runs/pretrain runs/finetune --html diff.html"),
     ("Look", "lineage", lineage.run, "noether-init lineage runs/finetune --html lineage.html"),
-    ("Decide", "example", example.run, "noether-init example previous_run"),
-    ("Decide", "schema", schema.run, "noether-init schema previous_run"),
-    ("Decide", "validate", validate.run, "noether-init validate init.yaml"),
-    ("Decide", "suggest", suggest.run, "noether-init suggest init.yaml --model models:build"),
-    ("Decide", "plan", plan.run, "noether-init plan init.yaml --model models:build"),
+    ("Decide", "example", kinds.write_example, "noether-init example previous_run"),
+    ("Decide", "schema", kinds.show_schema, "noether-init schema previous_run"),
+    ("Decide", "validate", config.validate, "noether-init validate init.yaml"),
+    ("Decide", "suggest", config.suggest, "noether-init suggest init.yaml --model models:build"),
+    ("Decide", "plan", config.plan, "noether-init plan init.yaml --model models:build"),
     ("Do", "verify", verify.run, "noether-init verify runs/pretrain"),
     ("Do", "apply", apply.run, "noether-init apply init.yaml --model models:build --out start.safetensors"),
-    ("Publish", "new", new.run, "noether-init new demo"),
-    ("Publish", "check", check.run, "noether-init check previous_run"),
+    ("Publish", "new", publish.new, "noether-init new demo"),
+    ("Publish", "check", publish.check, "noether-init check previous_run"),
 )
 
 
@@ -84,11 +68,19 @@ def _start(
     elif context.invoked_subcommand is None:
         overview.run(as_json=as_json)
     elif as_json:
-        behind = usage.behind("--json", context.invoked_subcommand)
-        raise typer.BadParameter(f"it belongs behind the command. Next: {behind}", param_hint="--json")
+        raise typer.BadParameter(
+            f"it belongs behind the command. Next: {_with_json(context.invoked_subcommand)}", param_hint="--json"
+        )
     else:
         return
     raise typer.Exit
+
+
+def _with_json(command: str) -> str:
+    """The command line with the option where it belongs."""
+    if command == "schema":
+        return "noether-init schema KIND, which prints nothing else"
+    return f"noether-init {command} --json{' FILE' if command == 'plan' else ''}"
 
 
 def main() -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import attrs
 import typer
+from rich.console import Console
 
-from noether_init_core.cli.files import Html, check_page, write_html, write_text
-from noether_init_core.cli.options import Start, naming_options, with_start
-from noether_init_core.cli.output import AsJson, progress, show, show_json
+from noether_init_core.cli.files import check_page, write_html, write_text
+from noether_init_core.cli.options import AsJson, Html, Start, with_start
+from noether_init_core.cli.output import progress, show, show_json
 from noether_init_core.errors import CheckpointWriteError, ConfigError, InitError
 from noether_init_core.messages import counted, one_line, yaml_line
 
@@ -48,8 +50,6 @@ def run(
     problems; then nothing is written.
     """
     check_page(html)
-    from rich.console import Console
-
     from noether_init_core.render.terminal import PlanView
     from noether_init_core.saving.weights_file import check_place
 
@@ -61,12 +61,11 @@ def run(
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)
-    stack, built, paths = start.build(real=True)
-    states = _states(built, out)
-    for path in states:
-        check_place(path, replace=force)
-        _check_report(_report_of(path), replace=force)
-    with naming_options(paths):
+    with start.build(real=True) as (stack, built):
+        states = _states(built, out)
+        for path in states:
+            check_place(path, replace=force)
+            _check_report(_report_of(path), replace=force)
         plan = stack.plan(built)
         if not plan.is_fine:
             Console().print(PlanView(plan))
@@ -74,23 +73,16 @@ def run(
             raise typer.Exit(1)
         with progress("loading", None):
             report = stack.initialize(built, trains=False)
-    _refuse_sources(report, states)
-    written: list[WrittenFile] = []
-    for path, leaf in states.items():
-        try:
-            with progress(one_line(f"writing {path.name}"), None):
-                written.append(_write(path, leaf.state_dict(), report, replace=force))
-        except InitError:
-            if not force:  # what was there before is gone with it
-                for other in (one.path for one in written):
-                    other.unlink(missing_ok=True)
-                    _report_of(other).unlink(missing_ok=True)
-            raise
+    for source, path in itertools.product(report.sources, states):
+        if path.exists() and Path(source.path).exists() and path.samefile(source.path):
+            raise ConfigError(f"{path} is what the weights were read from. Nothing was written. Next: another --out")
+    written = _write(states, report, replace=force)
+    fresh = report.fresh_parameters()
     if as_json:
-        files, fresh = [attrs.asdict(one) for one in written], list(report.fresh_parameters())
-        show_json("apply", {"files": files, "fresh": fresh, "report": report.to_dict()})
+        files = [attrs.asdict(one) for one in written]
+        show_json("apply", {"files": files, "fresh": list(fresh), "report": report.to_dict()})
     else:
-        _show(written, report)
+        _show(written, report, len(fresh))
     write_html(html, report, f"What {start.config.name} made of the model")
 
 
@@ -107,22 +99,24 @@ def _states(model: Any, out: Path) -> dict[Path, Any]:
     return {Path(str(out).replace(_PLACE, path)): leaf for path, leaf in leaves}
 
 
-def _refuse_sources(report: InitReport, states: dict[Path, Any]) -> None:
-    for source, path in itertools.product(report.sources, states):
-        if path.exists() and Path(source.path).exists() and path.samefile(source.path):
-            raise ConfigError(f"{path} is what the weights were read from. Nothing was written. Next: another --out")
-
-
-def _write(path: Path, state: dict[str, Any], report: InitReport, *, replace: bool) -> WrittenFile:
+def _write(states: Mapping[Path, Any], report: InitReport, *, replace: bool) -> list[WrittenFile]:
+    """The weights of each model, and the report beside them. Where one cannot be written, none that is new is left."""
     from noether_init_core.saving.weights_file import write_weights
 
-    # one text alone, since the library writes several in any order
-    written = write_weights(path, state, metadata={"format": "pt"}, replace=replace)
+    written: list[WrittenFile] = []
+    new: list[Path] = []
     try:
-        write_text(_report_of(path), report.to_json() + "\n")
+        for path, leaf in states.items():
+            with progress(one_line(f"writing {path.name}"), None):
+                # one text alone, since the library writes several in any order
+                written.append(write_weights(path, leaf.state_dict(), metadata={"format": "pt"}, replace=replace))
+                new.append(path)
+                write_text(_report_of(path), report.to_json() + "\n")
+                new.append(_report_of(path))
     except InitError:
-        if not replace:  # both files, or none
-            path.unlink(missing_ok=True)
+        if not replace:  # what was there before is gone with it
+            for path in new:
+                path.unlink(missing_ok=True)
         raise
     return written
 
@@ -136,15 +130,12 @@ def _check_report(path: Path, *, replace: bool) -> None:
         raise CheckpointWriteError(f"{path} is there already, and was left as it is. Next: another --out", path=path)
 
 
-def _show(written: list[WrittenFile], report: InitReport) -> None:
-    from rich.console import Console
-
+def _show(written: list[WrittenFile], report: InitReport, fresh: int) -> None:
     from noether_init_core.render.terminal import ReportView
 
     Console().print(ReportView(report))
     for one in written:
         show(f"{one.path}: {counted(one.tensors, 'tensor')}, {one.bytes:,} bytes, {one.digest}")
-    fresh = len(report.fresh_parameters())
     if fresh:
         show(f"{counted(fresh, 'parameter')} fresh: not from a checkpoint, but drawn with --seed or by a kind")
     show("to start from it:")

@@ -8,25 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from noether_init_core.cli.files import Html, check_page, check_path, write_html
-from noether_init_core.cli.output import AsJson, from_here, progress
+from noether_init_core.cli.files import check_page, check_path, write_html
+from noether_init_core.cli.options import AsJson, Html, ShowAll
+from noether_init_core.cli.output import from_here, progress
 from noether_init_core.messages import counted, one_line
+from noether_init_core.render.folding import KeyPattern, fold_alike
+from noether_init_core.render.text import Mark, NameLine, amount, filled, in_columns
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
-    from noether_init_core.render.folding import KeyPattern
 
-_MARKS: dict[State, tuple[str, str, str]] = {
-    "equal": ("=", "equal", "green"),
-    "changed": ("~", "changed", "cyan"),
-    "dtype": ("c", "dtype", "cyan"),
-    "shape": ("x", "shape", "bold red"),
-    "nonfinite": ("!", "nonfinite", "bold red"),
-    "only_a": ("-", "only in A", "yellow"),
-    "only_b": ("+", "only in B", "yellow"),
+_MARKS: dict[State, Mark] = {
+    "equal": Mark("=", "equal", "green"),
+    "changed": Mark("~", "changed", "cyan"),
+    "dtype": Mark("c", "dtype", "cyan"),
+    "shape": Mark("x", "shape", "bold red"),
+    "nonfinite": Mark("!", "nonfinite", "bold red"),
+    "only_a": Mark("-", "only in A", "yellow"),
+    "only_b": Mark("+", "only in B", "yellow"),
 }
 _MOST_LARGEST, _MOST_LINES, _MOST_TEXTS = 10, 20, 12
 _SIDE = "A file, the folder of a set, a run folder (its newest set), or RUN@TAG."
@@ -40,7 +42,7 @@ def run(
         typer.Option(help="A prefix to take off names on both sides, such as module.; may be said again."),
     ] = None,
     html: Html = None,
-    show_all: Annotated[bool, typer.Option("--all", help="A line for every key.")] = False,
+    show_all: ShowAll = False,
     exact: Annotated[bool, typer.Option("--exact", help="Exit code 1 for other values, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,8 +75,6 @@ def _check(said: str) -> None:
 
 
 def _show(found: CheckpointDiff, show_all: bool) -> None:
-    from rich.console import Console
-
     console = Console()
     for name, side in (("A", found.a), ("B", found.b)):
         console.print(_side(name, side), soft_wrap=True)
@@ -83,8 +83,6 @@ def _show(found: CheckpointDiff, show_all: bool) -> None:
 
 
 def _side(name: str, side: DiffSide) -> Text:
-    from rich.text import Text
-
     words = side.origin or str(from_here(side.path))
     if side.origin is None and side.run_id is not None:
         words += f"   {side.run_id}" + (f" @ {side.iteration}" if side.iteration is not None else "")
@@ -93,19 +91,13 @@ def _side(name: str, side: DiffSide) -> Text:
 
 
 def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
-    from rich.text import Text
-
-    from noether_init_core.render.layout import filled
-    from noether_init_core.render.words import amount
-
     models = dict.fromkeys(row.model for row in found.rows)
     for model in models:
         rows = [row for row in found.rows if row.model == model]
         if len(models) > 1:
             yield Text(one_line(model) or "(no name)", "bold")
-        lines = list(_of_model(rows, show_all))
-        for line in lines if show_all else _in_columns(lines, width // 2):
-            yield from filled(line[0], line[1:], width, "      ", first="  ", between="  ")
+        for lines in in_columns(list(_of_model(rows, show_all)), width, width // 2):
+            yield from lines
     moved = [row for row in found.rows if row.relative_norm]
     # to as many digits as rounding leaves alone, so that equals stay in their order
     largest = sorted(moved, key=lambda row: -float(f"{row.relative_norm:.9g}"))[:_MOST_LARGEST]
@@ -136,52 +128,26 @@ def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
     yield from filled(Text(""), phrases, width)
 
 
-def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[list[Text]]:
-    """For each line its beginning and what follows."""
-    from rich.text import Text
-
-    from noether_init_core.render.folding import fold_alike
-    from noether_init_core.render.words import amount
-
+def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[NameLine]:
     by_key = {row.key: row for row in rows}
-    folds: dict[str, list[tuple[KeyPattern, list[DiffRow]]]] = {}
+    folds: dict[State, list[tuple[KeyPattern, list[DiffRow]]]] = {}
     for pattern, keys in () if show_all else fold_alike({row.key: (row.state, _way(row)) for row in rows}):
         folds.setdefault(by_key[keys[0]].state, []).append((pattern, [by_key[key] for key in keys]))
-    word = max(len(_MARKS[row.state][1]) for row in rows)
-    for state, (symbol, said, style) in _MARKS.items():
+    word = max(len(_MARKS[row.state].word) for row in rows)
+    for state, mark in _MARKS.items():
         chosen = [row for row in rows if row.state == state]
-        if not chosen:
-            continue
-        start = f" {symbol} {said:<{word}}"
+        start = Text(mark.text(word), mark.style)
         if show_all:
             for row in chosen:
-                yield [Text(start, style), Text(one_line(row.key)), *_details([row])]
+                yield NameLine(start, one_line(row.key), (), list(_details([row])))
             continue
-        listed = folds[state][:_MOST_LINES]
-        for pattern, members in listed:
-            yield [
-                Text(start, style),
-                Text(one_line(pattern.text(_MOST_TEXTS))),
-                Text(counted(len(members), "key"), "dim"),
-                Text(amount(sum(row.elements for row in members)), "dim"),
-                *_details(members),
-            ]
-        left = len(chosen) - sum(len(members) for _pattern, members in listed)
+        left = len(chosen)
+        for pattern, members in folds.get(state, [])[:_MOST_LINES]:
+            numbers = counted(len(members), "key"), amount(sum(row.elements for row in members))
+            yield NameLine(start, one_line(pattern.text(_MOST_TEXTS)), numbers, list(_details(members)))
+            left -= len(members)
         if left:
-            yield [Text(start, style), Text(f"{counted(left, 'more key')} (--all shows them)")]
-
-
-def _in_columns(lines: Sequence[list[Text]], most: int) -> Iterator[list[Text]]:
-    """The lines with names, counts and sizes below each other; names of more than ``most`` characters push them."""
-    table = [line for line in lines if len(line) > 2]
-    name, *numbers = (
-        max((len(line[column]) for line in table if len(line[column]) <= most), default=0) for column in (1, 2, 3)
-    )
-    for line in table:
-        line[1].pad_right(name - len(line[1]))
-        for column, width in zip((2, 3), numbers, strict=True):
-            line[column].pad_left(width - len(line[column]))
-    yield from lines
+            yield NameLine(start, f"{counted(left, 'more key')} (--all shows them)")
 
 
 def _way(row: DiffRow) -> tuple[Any, ...]:
@@ -192,8 +158,6 @@ def _way(row: DiffRow) -> tuple[Any, ...]:
 
 
 def _details(rows: Sequence[DiffRow]) -> Iterator[Text]:
-    from rich.text import Text
-
     first = rows[0]
     if first.state == "shape" and first.shape_a is not None and first.shape_b is not None:
         yield Text(f"A {list(first.shape_a)}  B {list(first.shape_b)}")

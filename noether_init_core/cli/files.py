@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -17,10 +16,6 @@ from noether_init_core.messages import listed, near
 if TYPE_CHECKING:
     from noether_init_pages import SaysItself
 
-Html = Annotated[
-    Path | None,
-    typer.Option("--html", help="Write a page to look at: one file, no network.", metavar="FILE", show_default=False),
-]
 _LOOKED_AT = 4096
 # what our own files begin with
 _PAGE, _PLAN = b'content="noether-init-core', b'"format": "noether-init-plan"'
@@ -28,9 +23,18 @@ _PAGE, _PLAN = b'content="noether-init-core', b'"format": "noether-init-plan"'
 
 def check_page(path: Path | None) -> None:
     """Raise ``typer.BadParameter`` where a page cannot be written, ``InitError`` where none can be made."""
-    if path is not None:
-        _check(path, "--html", (".html", ".htm"), _PAGE)
-        _html_page()
+    if path is None:
+        return
+    _check(path, "--html", (".html", ".htm"), _PAGE)
+    try:
+        import noether_init_pages  # noqa: F401 - found out before the work is done
+    except ModuleNotFoundError as error:
+        if error.name != "noether_init_pages":
+            raise
+        raise InitError(
+            "--html needs the distribution noether-init-pages, which is not installed. "
+            'Next: pip install "noether-init-core[pages]"'
+        ) from None
 
 
 def check_plan(path: Path | None) -> None:
@@ -44,25 +48,23 @@ def _check(path: Path, option: str, suffixes: tuple[str, ...], ours: bytes) -> N
 
     A file that is there is replaced only where it is of this kind and of ours; nothing is written among checkpoints.
     """
-    if path.is_dir():
-        raise typer.BadParameter(
-            f"{path} is a folder. Next: {option} {path / ('plan' + suffixes[0])}", param_hint=option
-        )
-    if path.suffix.lower() not in suffixes or not path.stem:
-        kept = " exists, is kept, and" if path.exists() else ""
-        named = path.with_suffix(suffixes[0]) if path.stem.strip("-. ") else Path("plan").with_suffix(suffixes[0])
-        raise typer.BadParameter(f"{path}{kept} is no {suffixes[0]} file. Next: {option} {named}", param_hint=option)
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}. Next: mkdir -p {path.parent}", param_hint=option)
     from noether_init_core.sets.checkpoint_set import lies_in_a_run
 
-    if lies_in_a_run(path):
-        said = f"{path} lies among checkpoints of a run. Next: {option} {path.name}, in this folder"
-        raise typer.BadParameter(said, param_hint=option)
-    if os.path.lexists(path) and not (path.is_file() and not path.is_symlink() and ours in _head(path)):
-        raise typer.BadParameter(
-            f"{path} exists and was not written by this option; it is kept. Next: another name", param_hint=option
-        )
+    problem = None
+    if path.is_dir():
+        problem = f"{path} is a folder. Next: {option} {path / ('plan' + suffixes[0])}"
+    elif path.suffix.lower() not in suffixes or not path.stem:
+        kept = " exists, is kept, and" if path.exists() else ""
+        named = path.with_suffix(suffixes[0]) if path.stem.strip("-. ") else Path("plan").with_suffix(suffixes[0])
+        problem = f"{path}{kept} is no {suffixes[0]} file. Next: {option} {named}"
+    elif not path.parent.is_dir():
+        problem = f"there is no folder {path.parent}. Next: mkdir -p {path.parent}"
+    elif lies_in_a_run(path):
+        problem = f"{path} lies among checkpoints of a run. Next: {option} {path.name}, in this folder"
+    elif os.path.lexists(path) and not (path.is_file() and not path.is_symlink() and ours in _head(path)):
+        problem = f"{path} exists and was not written by this option; it is kept. Next: another name"
+    if problem is not None:
+        raise typer.BadParameter(problem, param_hint=option)
 
 
 def _head(path: Path) -> bytes:
@@ -72,23 +74,11 @@ def _head(path: Path) -> bytes:
 
 def write_html(path: Path | None, value: SaysItself, title: str | None = None) -> None:
     """Write the page of a value, and say where it is on standard error; nothing for None."""
-    if path is None:
-        return
-    write_text(path, _html_page()(value, title=title))
-    typer.echo(f"page: {path}", err=True)
-
-
-def _html_page() -> Callable[..., str]:
-    try:
+    if path is not None:
         from noether_init_pages import html_page
-    except ModuleNotFoundError as error:
-        if error.name != "noether_init_pages":
-            raise
-        raise InitError(
-            "--html needs the distribution noether-init-pages, which is not installed. "
-            'Next: pip install "noether-init-core[pages]"'
-        ) from None
-    return html_page
+
+        write_text(path, html_page(value, title=title))
+        typer.echo(f"page: {path}", err=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -113,7 +103,7 @@ def check_path(path: Path) -> None:
         folder = next((parent for parent in path.parents if parent.is_dir()), Path())
         asked = path.relative_to(folder).parts[0] if path.is_relative_to(folder) and path != folder else path.name
         try:
-            there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+            there = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         except OSError:
             there = []
         found = near(asked, there, cutoff=0.5)
@@ -127,10 +117,7 @@ def check_path(path: Path) -> None:
             asked=str(path),
             candidates=found or there,
         )
-    if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
-        with path.open("rb") as file:
-            if b"\0" in file.read(_LOOKED_AT):
-                return
+    if path.suffix.lower() in (".yaml", ".yml") and path.is_file() and b"\0" not in _head(path):
         raise CheckpointFormatError(
             f"{path} is text, no checkpoint. If it is a config: noether-init validate {shlex.quote(str(path))}",
             path=path,

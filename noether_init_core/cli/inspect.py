@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from noether_init_core.cli.files import check_path
-from noether_init_core.cli.output import AsJson, from_here, show, show_json, show_table, show_text
+from noether_init_core.cli.options import AsJson
+from noether_init_core.cli.output import Cell, from_here, show, show_json, show_table, show_text
 from noether_init_core.messages import counted
+from noether_init_core.render.folding import fold_alike
+from noether_init_core.render.text import amount, shape_text
 
 if TYPE_CHECKING:
     from noether_init_core.inspection.findings import (
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
         FoundSetFolder,
     )
 
-# symbol, word and colour of what vouches for a set
-_MARKS = {"committed": ("=", "green"), "legacy": ("o", "yellow"), None: ("-", "dim")}
+#: What vouches for a set -> symbol and word, and their colour.
+_MARKS = {"committed": ("= committed", "green"), "legacy": ("o legacy", "yellow"), None: ("- empty", "dim")}
 _PARTS = {"model": "weights", "optim": "optimizer", "trainer": "trainer"}
 _MOST_TIED = 5
 _MOST_TEXTS = 4
@@ -56,8 +59,8 @@ def run(
     elif isinstance(found, FoundSetFolder):
         _show_set(found)
     elif isinstance(found, FoundRunFolder):
-        for number, stage in enumerate(found.stages):
-            if number:
+        for stage in found.stages:
+            if stage is not found.stages[0]:
                 show("")
             _show_stage(stage)
     else:
@@ -67,20 +70,17 @@ def run(
 
 
 def _show_file(found: FoundFile, *, unfolded: bool) -> None:
-    from noether_init_core.render.folding import fold_alike
-    from noether_init_core.render.words import amount
-
     looks = {one.key: (one.dtype, one.shape) for one in found.keys}
     lines = len(looks)
     if unfolded:
-        rows = [(key, dtype, _shape(shape), amount(prod(shape))) for key, (dtype, shape) in looks.items()]
+        rows = [(key, dtype, shape_text(shape), amount(prod(shape))) for key, (dtype, shape) in looks.items()]
         show_table(("key", "dtype", "shape", "elements"), rows)
     elif looks:
         table = []
         for pattern, keys in fold_alike(looks):
             dtype, shape = looks[keys[0]]
             elements = amount(len(keys) * prod(shape))
-            table.append((pattern.text(_MOST_TEXTS), str(len(keys)), dtype, _shape(shape), elements))
+            table.append((pattern.text(_MOST_TEXTS), str(len(keys)), dtype, shape_text(shape), elements))
         show_table(("key", "keys", "dtype", "shape", "elements"), table)
         lines = len(table)
     for keys in found.tied[:_MOST_TIED]:
@@ -99,8 +99,6 @@ def _show_file(found: FoundFile, *, unfolded: bool) -> None:
 
 
 def _show_set(found: FoundSetFolder) -> None:
-    from noether_init_core.render.words import amount
-
     one = found.set
     run = found.run_id if found.stage is None else f"{found.run_id}/{found.stage}"
     show(f"set {one.name} of run {run}, committed {one.created or ''}".rstrip())
@@ -129,14 +127,14 @@ def _show_stage(one: FoundRun) -> None:
     show(one.run_id if one.stage is None else f"{one.run_id}/{one.stage}")
     if one.sets:
         with_probes = any(found.has_probe for found in one.sets)
-        rows: list[tuple[str | tuple[str, str], ...]] = []
+        rows: list[tuple[Cell, ...]] = []
         for found in one.sets:
             # the tag of its own iteration stands in the column before
             tags = ", ".join(tag for tag in found.tags if tag != found.iteration)
             parts = [_models(found.files, part) for part in ("model", "optim", "trainer")]
             probe = ["yes" if found.has_probe else "no"] if with_probes else []
             iteration = found.iteration or "unknown"
-            rows.append((_marked(found.state), iteration, tags, *parts, *probe, f"{found.bytes:,}"))
+            rows.append((_MARKS[found.state], iteration, tags, *parts, *probe, f"{found.bytes:,}"))
         probe = ["probe"] if with_probes else []
         show_table(("", "iteration", "tags", "weights", "optimizer", "trainer", *probe, "bytes"), rows)
     for model in one.models:
@@ -153,7 +151,7 @@ def _show_root(found: FoundRoot) -> None:
         tags = ", ".join(tag for tag in one.tags if tag != one.newest)
         newest = one.newest or ("unknown" if one.sets else "")
         numbers = str(one.sets), f"{one.bytes:,}"
-        rows.append((_marked(one.state), one.name, newest, tags, ", ".join(one.models), *numbers))
+        rows.append((_MARKS[one.state], one.name, newest, tags, ", ".join(one.models), *numbers))
     show_table(("", "run", "newest", "tags", "models", "sets", "bytes"), rows)
     for one in found.runs:
         if one.uncommitted:
@@ -176,15 +174,8 @@ def _named(name: str, info: str | None) -> str:
     return f"{name} ({info})" if info else name
 
 
-def _marked(state: str | None) -> tuple[str, str]:
-    symbol, style = _MARKS[state]
-    return f"{symbol} {state or 'empty'}", style
-
-
 def _said(content: Content) -> str:
     """``40 tensors (float32), 57.1 k parameters, 228,312 bytes``."""
-    from noether_init_core.render.words import amount
-
     if content.parameters is None:
         numbers = f"{amount(content.elements)} elements"
     else:
@@ -195,7 +186,3 @@ def _said(content: Content) -> str:
     dtypes = ", ".join(f"{number} {dtype}" if many else dtype for dtype, number in content.dtypes.items())
     tensors = counted(content.tensors, "tensor") + (f" ({dtypes})" if dtypes else "")
     return f"{tensors}, {numbers}, {content.bytes:,} bytes"
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return f"[{','.join(map(str, shape))}]"

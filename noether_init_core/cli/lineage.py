@@ -5,18 +5,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
 
-from noether_init_core.cli.files import Html, check_page, check_path, write_html
-from noether_init_core.cli.output import AsJson, from_here, show
+from noether_init_core.cli.files import check_page, check_path, write_html
+from noether_init_core.cli.options import AsJson, Html
+from noether_init_core.cli.output import from_here, show
 from noether_init_core.errors import CheckpointFormatError
 from noether_init_core.messages import counted, one_line
+from noether_init_core.render.text import percent
 
 if TYPE_CHECKING:
-    from rich.tree import Tree
-
     from noether_init_core.lineage.graph import Lineage, LineageEdge, LineageNode
 
 _MARKS = {"run": ("o", "cyan"), "file": ("=", "green"), "missing": ("?", "red")}
@@ -60,9 +63,6 @@ def run(
 
 
 def _show(found: Lineage) -> None:
-    from rich.console import Console
-    from rich.tree import Tree
-
     console = Console()
     if found.focus is None:
         # those that came from nowhere, with all that came from them; then what stands in a circle
@@ -120,11 +120,7 @@ def _out_of(found: Lineage, name: str) -> Sequence[LineageEdge]:
     return [edge for edge in found.edges if edge.source == name and edge.target != name]
 
 
-def _line(node: LineageNode, edge: LineageEdge | None = None, *, is_repeated: bool = False) -> Any:
-    from rich.text import Text
-
-    from noether_init_core.render.words import percent
-
+def _line(node: LineageNode, edge: LineageEdge | None = None, *, is_repeated: bool = False) -> Text:
     symbol, style = _MARKS[node.type]
     name = Path(node.id).name if node.type == "file" else node.id
     line = Text(f"{symbol} ", style).append(one_line(name), "bold")

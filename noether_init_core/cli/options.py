@@ -3,52 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import itertools
+import pkgutil
 import re
-from collections.abc import Callable, Iterator
+import sys
+import traceback
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import attrs
 import typer
 
-from noether_init_core.cli.models import check_reference, load_model
+from noether_init_core import kinds
 from noether_init_core.cli.output import show, show_text
 from noether_init_core.errors import ConfigError, InitError
+from noether_init_core.messages import listed, near
+from noether_init_core.paths import PathProvider
 
 if TYPE_CHECKING:
-    from noether_init_core.paths import PathProvider
     from noether_init_core.stack.stack import InitializerStack
 
 # Shells evaluate parts of what they are offered; a name with anything else is typed by hand.
 _HARMLESS = re.compile(r"[\w./+@%,=-]+")
 
 
-def kind_names(incomplete: str) -> Iterator[tuple[str, str]]:
+def _kind_names(incomplete: str) -> Iterator[tuple[str, str]]:
     """Installed kinds that begin so, with the distribution that offers them."""
-    from noether_init_core import kinds
-
     for info in kinds.installed():
         is_meant = info.name.startswith(incomplete) and ("." not in info.name or "." in incomplete)
         if info.blocked_by is None and is_meant and _HARMLESS.fullmatch(info.name):
-            described = info.source if re.fullmatch(r"[\w. +-]+", info.source) else ""
-            yield info.name, described
+            yield info.name, info.source if re.fullmatch(r"[\w. +-]+", info.source) else ""
 
 
-def configs(incomplete: str) -> Iterator[str]:
+def _configs(incomplete: str) -> Iterator[str]:
     """YAML files and folders that begin so."""
     parent = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
-    try:
-        entries = sorted(parent.iterdir())
-    except OSError:
-        return
-    for entry in entries:
-        shown = f"{entry}/" if entry.is_dir() else str(entry)
-        is_meant = entry.is_dir() or entry.suffix in (".yaml", ".yml")
-        is_meant = is_meant and shown.startswith(incomplete) and not entry.name.startswith(".")
-        if is_meant and _HARMLESS.fullmatch(shown):
-            yield shown
+    with contextlib.suppress(OSError):
+        for entry in sorted(parent.iterdir()):
+            shown = f"{entry}/" if entry.is_dir() else str(entry)
+            is_meant = shown.startswith(incomplete) and not entry.name.startswith(".")
+            if is_meant and (entry.is_dir() or entry.suffix in (".yaml", ".yml")) and _HARMLESS.fullmatch(shown):
+                yield shown
 
 
 def _config(context: typer.Context, path: Path) -> Path:
@@ -70,15 +69,21 @@ Config = Annotated[
         metavar="CONFIG",
         help="A YAML file: ours, or Noether's hp_resolved.yaml.",
         show_default=False,
-        autocompletion=configs,
+        autocompletion=_configs,
         callback=_config,
     ),
 ]
 KIND = typer.Argument(
-    metavar="KIND", help="A kind; see: noether-init kinds.", show_default=False, autocompletion=kind_names
+    metavar="KIND", help="A kind; see: noether-init kinds.", show_default=False, autocompletion=_kind_names
 )
 Kind = Annotated[str, KIND]
 Real = Annotated[bool, typer.Option("--real", help="Build the model with values, not on the meta device.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: one object.")]
+ShowAll = Annotated[bool, typer.Option("--all", help="A line for every key.")]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", help="Write a page to look at: one file, no network.", metavar="FILE", show_default=False),
+]
 
 
 @attrs.frozen
@@ -100,26 +105,59 @@ class Start:
     run_id: Annotated[str | None, typer.Option(help="The run that the config starts.", show_default="a new one")] = None
     stage_name: Annotated[str | None, typer.Option(help="The stage that it starts.", show_default=False)] = None
 
-    def build(self, *, real: bool) -> tuple[InitializerStack, Any, PathProvider | None]:
-        """The stack of the config, the model, and the run. Raises ``typer.BadParameter`` and errors of ours."""
+    @contextlib.contextmanager
+    def build(self, *, real: bool) -> Iterator[tuple[InitializerStack, Any]]:
+        """The stack of the config and the model, to be asked within; errors about an option name the option.
+
+        Raises ``typer.BadParameter`` and errors of ours.
+        """
         if self.runs is None and (self.run_id is not None or self.stage_name is not None):
             raise typer.BadParameter("--run-id and --stage-name are names below --runs FOLDER", param_hint="--runs")
-        check_reference(self.model)
+        _reference(self.model)
         from noether_init_core.stack.config_files import load_config_file
         from noether_init_core.stack.stack import InitializerStack
 
-        paths = _paths(self.runs, self.run_id, self.stage_name)
+        paths = self._paths()
         if paths is not None and paths.run_id_is_generated and load_config_file(self.config).resume is not None:
             show("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID", err=True)
-        with naming_options(paths):
+        with _naming_options(paths):
             # nothing will be saved below it, so that it need not be found again
             known = None if paths is None else attrs.evolve(paths, run_id_is_generated=False)
             stack = InitializerStack.from_file(self.config, path_provider=known)
-        return stack, self.load_model(real=real), paths
+        model = self.load_model(real=real)
+        with _naming_options(paths):
+            yield stack, model
 
     def load_model(self, *, real: bool) -> Any:
-        """Build the model, with values or on the meta device."""
-        return load_model(self.model, app_dir=self.app_dir, name=self.model_name, real=real)
+        """Import the module and call the callable; what it gives, as a model or composite.
+
+        Args:
+            real: Build it with memory and values; else on torch's meta device, where it costs neither.
+
+        Something that is a model already is taken as it is. ``app_dir`` stays on the import path: models import when
+        they are built, too. What the user's code prints goes to standard error.
+
+        Raises ``typer.BadParameter`` for a text that leads to no model, ``ConfigError`` where the user's code fails;
+        its own traceback is printed and chained.
+        """
+        module, attribute = _reference(self.model)
+        if not self.app_dir.is_dir():
+            raise typer.BadParameter(f"{self.app_dir} is no folder", param_hint="--app-dir")
+        sys.path.insert(0, str(self.app_dir.resolve()))
+        importlib.invalidate_caches()
+        with contextlib.redirect_stdout(sys.stderr):
+            found = _attribute(_module(module, self.model, self.app_dir), attribute)
+            return _as_model(_built(found, self.model, real), self.model, self.model_name)
+
+    def _paths(self) -> PathProvider | None:
+        if self.runs is None:
+            return None
+        if self.run_id is not None:
+            return PathProvider(self.runs, self.run_id, self.stage_name)
+        # the same one each time, so that reports are the same
+        names = (f"new-{number}" for number in itertools.count(1))
+        unused = next(name for name in names if not (self.runs / name).exists())
+        return PathProvider(self.runs, unused, self.stage_name, run_id_is_generated=True)
 
 
 def with_start(command: Callable[..., None]) -> Callable[..., None]:
@@ -134,26 +172,12 @@ def with_start(command: Callable[..., None]) -> Callable[..., None]:
     options = [option.replace(kind=option.KEYWORD_ONLY, annotation=hints[option.name]) for option in options]
     options.sort(key=lambda option: option.default is not option.empty)  # what is required stands first
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
-    run.__annotations__ = {option.name: option.annotation for option in options}
     run.__doc__ = command.__doc__
     return run
 
 
-def _paths(runs: Path | None, run_id: str | None, stage_name: str | None) -> PathProvider | None:
-    from noether_init_core.paths import PathProvider
-
-    if runs is None:
-        return None
-    if run_id is not None:
-        return PathProvider(runs, run_id, stage_name)
-    # the same one each time, so that reports are the same
-    names = (f"new-{number}" for number in itertools.count(1))
-    unused = next(name for name in names if not (runs / name).exists())
-    return PathProvider(runs, unused, stage_name, run_id_is_generated=True)
-
-
 @contextlib.contextmanager
-def naming_options(paths: PathProvider | None) -> Iterator[None]:
+def _naming_options(paths: PathProvider | None) -> Iterator[None]:
     """Errors about what this command is told by an option name the option."""
     try:
         yield
@@ -168,3 +192,115 @@ def naming_options(paths: PathProvider | None) -> Iterator[None]:
         if not hint:
             raise
         raise ConfigError(f"{error}\n{hint}") from error
+
+
+def _reference(said: str) -> tuple[str, str]:
+    """Module and callable of ``module:callable``. Raises ``typer.BadParameter``; imports nothing."""
+    module, colon, attribute = said.partition(":")
+    if not colon or not module or not attribute:
+        example = f"{module}:build" if module and not colon and module.isidentifier() else "my_package.models:build"
+        raise _wrong(f"{said!r} is not module:callable. Next: --model {example}")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise _wrong(f"{module!r} is no module as Python imports it. Next: --model {Path(module).stem}:{attribute}")
+    return module, attribute
+
+
+def _module(name: str, said: str, app_dir: Path) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # a module that the user's module lacks is not a wrong --model
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise _failed(f"importing {name} for --model {said}", error) from error
+        parent, _, last = error.name.rpartition(".")
+        folder = app_dir.joinpath(*parent.split(".")) if parent else app_dir
+        there = [module.name for module in pkgutil.iter_modules([str(folder)])]
+        hint = _near(last, there) or f"; {folder} has {listed(sorted(there), 8, none='no module')}"
+        raise _wrong(f"no module {error.name!r}{hint}. Next: --app-dir FOLDER, if it is elsewhere") from error
+    except (Exception, SystemExit) as error:
+        raise _failed(f"importing {name} for --model {said}", error) from error
+
+
+def _attribute(module: ModuleType, path: str) -> Any:
+    found: Any = module
+    shown = module.__name__
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            hint = _near(name, [other for other in dir(found) if not other.startswith("_")])
+            raise _wrong(f"{shown} has no {name!r}{hint}") from error
+        shown = f"{shown}.{name}"
+    return found
+
+
+def _built(found: Any, said: str, real: bool) -> Any:
+    import torch
+
+    from noether_init_core.models import CompositeModelLike, ModelLike
+
+    if isinstance(found, torch.nn.Module) or (
+        not isinstance(found, type) and isinstance(found, ModelLike | CompositeModelLike)
+    ):
+        return found
+    if not callable(found):
+        raise _wrong(f"{said} is {_said(found)}, which cannot be called")
+    needs = _needed_arguments(found)
+    if needs:
+        raise _wrong(f"{said} needs {', '.join(needs)}. Next: write a function without arguments that calls it")
+    try:
+        with contextlib.nullcontext() if real else torch.device("meta"):
+            return found()
+    except (Exception, SystemExit) as error:
+        hint = "" if real else ". It was built on the meta device, where tensors have no values; with values: --real"
+        raise _failed(f"{said}()", error, hint) from error
+
+
+def _needed_arguments(call: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [one.name for one in parameters if one.default is one.empty and one.kind not in variadic]
+
+
+def _as_model(built: Any, said: str, name: str | None) -> Any:
+    import torch
+
+    from noether_init_core.models import BoundModel, CompositeModelLike, ModelLike, bind
+
+    if isinstance(built, BoundModel) and name is not None:
+        return bind(built, name)
+    if isinstance(built, ModelLike | CompositeModelLike) and (name is None or not isinstance(built, torch.nn.Module)):
+        return built
+    if not isinstance(built, torch.nn.Module):
+        raise _wrong(f"{said} gives {_said(built)}, not a module, a bound model or a composite")
+    own = getattr(built, "name", None)
+    return bind(built, name if name is not None else own if isinstance(own, str) else "model")
+
+
+def _failed(what: str, error: BaseException, hint: str = "") -> ConfigError:
+    """The error that says what failed, once the traceback of the user's code has been printed."""
+    ours = (__file__, importlib.__file__)
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if file not in ours and not file.startswith("<frozen importlib"):
+            break
+        frame = frame.tb_next
+    traceback.print_exception(type(error), error, frame, file=sys.stderr)
+    return ConfigError(f"--model: {what} failed: {type(error).__name__}: {error}{hint}")
+
+
+def _wrong(message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint="--model")
+
+
+def _near(name: str, others: Collection[str]) -> str:
+    found = near(name, others)
+    return f". Near: {', '.join(found)}" if found else ""
+
+
+def _said(value: Any) -> str:
+    return "None" if value is None else f"an object of class {type(value).__name__}"

@@ -12,13 +12,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from noether_init_core.messages import one_line, printable
 
-AsJson = Annotated[bool, typer.Option("--json", help="For programs: one object.")]
+#: A cell of a table: a text, or a text and its colour.
+Cell = str | tuple[str, str]
 
 _NUMBERS = ("bytes", "elements", "files", "keys", "sets", "tensors")
 _WHOLE = ("", "dtype", "iteration", "newest", "set")
@@ -37,10 +41,9 @@ def show_text(text: str, *, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
 
 
-def show_json(name: str, data: Mapping[str, Any], *, version: int | None = 1) -> None:
-    """Print ``data`` as the JSON of a command: its format and version come first."""
-    head = {"format": f"noether-init-{name}", **({} if version is None else {"version": version})}
-    typer.echo(json.dumps({**head, **data}, indent=1, default=os.fspath))
+def show_json(name: str, data: Mapping[str, Any]) -> None:
+    """Print ``data`` as the JSON of a command: its format comes first, and its version, unless ``data`` has one."""
+    typer.echo(json.dumps({"format": f"noether-init-{name}", "version": 1, **data}, indent=1, default=os.fspath))
 
 
 def show_commands(commands: Sequence[tuple[str, str]], narrow: int = 50) -> None:
@@ -53,18 +56,14 @@ def show_commands(commands: Sequence[tuple[str, str]], narrow: int = 50) -> None
             show(f"      {what}")
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[str | tuple[str, str]]]) -> None:
-    """Print a table without lines; a cell is a text, or a text and its colour.
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+    """Print a table without lines.
 
     A first column without a name holds marks, of which a narrow terminal shows the symbols; their words stand below.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     lines = [[(cell, "") if isinstance(cell, str) else cell for cell in row] for row in rows]
     if len(lines) > _MOST_IN_TABLE:
-        texts = [tuple(columns), *(tuple(one_line(text) for text, _style in line) for line in lines)]
+        texts = [list(columns), *([one_line(text) for text, _style in line] for line in lines)]
         widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
         typer.echo("\n".join("  ".join(map(str.ljust, text, widths)).rstrip() for text in texts))
         return
@@ -107,7 +106,6 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
     Without a terminal nothing is written. May be called from several threads.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.metadata
 import itertools
 import os
@@ -15,6 +16,7 @@ from noether_init_core.cli.output import show, show_commands, show_json
 from noether_init_core.cli.usage import configs_here, plain_kinds
 from noether_init_core.errors import InitError
 from noether_init_core.messages import listed
+from noether_init_core.paths import PathProvider
 
 _SHOWN = 8
 # A folder may hold anything; what is beyond is not looked at.
@@ -35,13 +37,9 @@ def run(*, as_json: bool) -> None:
     configs = configs_here()
     following = _next(runs, configs)
     if as_json:
-        said = {
-            "core": _version(),
-            "kinds": names,
-            "runs": [{"path": path, "newest": newest} for path, newest in runs.items()],
-            "configs": configs,
-            "next": [command for command, _what in following],
-        }
+        found = [{"path": path, "newest": newest} for path, newest in runs.items()]
+        commands = [command for command, _what in following]
+        said = {"core": _version(), "kinds": names, "runs": found, "configs": configs, "next": commands}
         show_json("overview", said)
         return
     show_version()
@@ -74,39 +72,22 @@ def _runs() -> Iterator[tuple[str, str | None]]:
 
     A folder of source code may be named checkpoints, too.
     """
-    level, left = [Path()], _MOST_FOLDERS
-    for depth in range(_DEPTH):
-        below: list[Path] = []
-        for folder in level:
-            for entry in sorted(_entries(folder), key=lambda entry: entry.name):
-                if left <= 0:
-                    return
-                if entry.name == "checkpoints" or not os.path.isdir(entry):  # no error where nobody may look
-                    continue
-                left -= 1
-                path = folder / entry.name
-                if os.path.isdir(path / "checkpoints"):
-                    yield from _run(path)
-                if depth + 1 < _DEPTH:
-                    below.append(path)
-        level = below
+    for path in itertools.islice(_folders(), _MOST_FOLDERS):
+        if os.path.isdir(path / "checkpoints"):
+            yield from _run(path)
 
 
-def _run(path: Path) -> Iterator[tuple[str, str | None]]:
-    """With the iteration of the newest manifest, or else as names of flat files tell it; nothing where neither is."""
-    from noether_init_core.paths import PathProvider
-    from noether_init_core.sets.snapshot import Snapshot
-
-    try:
-        snapshot = Snapshot(PathProvider(path.resolve().parent, path.resolve().name))
-        newest = snapshot.newest_folder
-        flat = snapshot.flat if newest is None else ()
-    except InitError:  # inspect tells it
-        yield str(path), None
-        return
-    if newest is not None or flat:
-        iteration = newest.iteration if newest is not None else flat[0].iteration
-        yield str(path), None if iteration is None else str(iteration)
+def _folders() -> Iterator[Path]:
+    """Folders below the current one, level by level."""
+    waiting = collections.deque([Path()])
+    while waiting:
+        above = waiting.popleft()
+        for entry in sorted(_entries(above), key=lambda entry: entry.name):
+            if entry.name != "checkpoints" and os.path.isdir(entry):  # no error where nobody may look
+                path = above / entry.name
+                yield path
+                if len(path.parts) < _DEPTH:
+                    waiting.append(path)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -116,6 +97,20 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(itertools.islice(shown, _MOST_ENTRIES))
     except OSError:
         return []
+
+
+def _run(path: Path) -> Iterator[tuple[str, str | None]]:
+    """With the iteration of the newest manifest, or else as names of flat files tell it; nothing where neither is."""
+    from noether_init_core.sets.snapshot import Snapshot
+
+    try:
+        snapshot = Snapshot(PathProvider(path.resolve().parent, path.resolve().name))
+        newest = snapshot.newest_folder or next(iter(snapshot.flat), None)
+    except InitError:  # inspect tells it
+        yield str(path), None
+        return
+    if newest is not None:
+        yield str(path), None if newest.iteration is None else str(newest.iteration)
 
 
 def _version() -> str:

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -16,75 +16,59 @@ from noether_init_core import kinds
 from noether_init_core.cli.output import show
 from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.messages import listed, one_line, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from noether_init_core.observers.loading import installed_observers
 
 #: Set to anything but 0, every error of a command comes with its traceback.
 TRACEBACK_VARIABLE = "NOETHER_INIT_TRACEBACK"
 
 # What is wrong with a path that was typed, or with the disk, and not with this program.
 _OF_PATHS = (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
-_OURS = "noether_init_core"
 
 #: The error of a command line that cannot be understood; typer shows it, and has no public name for it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _MOST_NAMES = 6
-_EXAMPLE = "Example: "
 
 
 def advice(error: Exception) -> str | None:
     """The next command for a usage error, in one line or two; None where its message says it already."""
-    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
-    if "Next: " in str(getattr(error, "message", "")):
+    context, message = getattr(error, "ctx", None), str(getattr(error, "message", ""))
+    if "Next: " in message:
         return None
     if context is None:
         # an option that lacks its value: typer does not say of which command
         option = getattr(error, "option_name", None)
         if option == "--json":
             return "Next: --json FILE; or --json -, which prints it, and nothing else"
-        said = f"{option} and its value, or --help behind the command"
-        return f"Next: {said if option is not None else 'noether-init --help'}"
+        said = "noether-init --help" if option is None else f"{option} and its value, or --help behind the command"
+        return f"Next: {said}"
     if hasattr(context.command, "commands"):
         # typer says which one was nearly typed
-        near = re.search(r"Did you mean '([\w-]+)'\?", str(getattr(error, "message", "")))
+        near = re.search(r"Did you mean '([\w-]+)'\?", message)
         return f"Next: noether-init {near[1]} --help" if near else "Next: noether-init --help"
-    example = _as_here(str(getattr(context.command, "epilog", None) or "").removeprefix(_EXAMPLE))
-    if parameter is not None and type(error).__name__ == "MissingParameter":
-        there = _THERE.get(str(parameter.name))
-        if there is not None:
-            return there(example)
-    return f"Next: {example}" if example else "Next: noether-init --help"
+    example = _as_here(context.command.epilog.removeprefix("Example: "))
+    missing = getattr(error, "param", None) if type(error).__name__ == "MissingParameter" else None
+    return _of_missing(missing and missing.name, example) or f"Next: {example}"
 
 
-def behind(option: str, command: str) -> str:
-    """The command line with the option where it belongs."""
-    if (command, option) == ("schema", "--json"):
-        return "noether-init schema KIND, which prints nothing else"
-    return f"noether-init {command} {option}{' FILE' if (command, option) == ('plan', '--json') else ''}"
-
-
-def _configs(example: str) -> str:
-    found = configs_here()
-    if found:
-        return f"Configs in this folder: {listed(found, _MOST_NAMES)}. Next: {example}"
-    return "No YAML file is in this folder. Next: noether-init example previous_run, which writes one and a loop"
-
-
-def _kinds(example: str) -> str:
-    return f"Installed kinds: {listed(plain_kinds(), _MOST_NAMES)}. Next: noether-init kinds"
-
-
-def _model(example: str) -> str:
-    # the command line is about this folder, or about --app-dir, which is not known yet
-    modules = _modules_here()
-    name = modules[0] if len(modules) == 1 else "module"
-    known = f" Modules in this folder: {listed(modules, _MOST_NAMES)}." if modules else ""
-    return (
-        f"--model module:callable names what gives the model: a function without arguments, a class, a module."
-        f"{known} Next: --model {name}:build"
-    )
+def _of_missing(parameter: str | None, example: str) -> str | None:
+    """What could stand for a parameter that was not given; None where nothing is known of it."""
+    if parameter == "config":
+        found = listed(configs_here(), _MOST_NAMES)
+        if found:
+            return f"Configs in this folder: {found}. Next: {example}"
+        return "No YAML file is in this folder. Next: noether-init example previous_run, which writes one and a loop"
+    if parameter == "kind":
+        return f"Installed kinds: {listed(plain_kinds(), _MOST_NAMES)}. Next: noether-init kinds"
+    if parameter == "model":
+        # the command line is about this folder, or about --app-dir, which is not known yet
+        modules = _modules_here()
+        known = f" Modules in this folder: {listed(modules, _MOST_NAMES)}." if modules else ""
+        return (
+            "--model module:callable names what gives the model: a function without arguments, a class, a module."
+            f"{known} Next: --model {modules[0] if len(modules) == 1 else 'module'}:build"
+        )
+    return None
 
 
 def _as_here(example: str) -> str:
@@ -115,9 +99,6 @@ def _here() -> list[str]:
         return os.listdir()
     except OSError:  # the folder is gone, or may not be looked into
         return []
-
-
-_THERE: dict[str, Callable[[str], str]] = {"config": _configs, "kind": _kinds, "model": _model}
 
 
 def show_usage(error: Any) -> int:
@@ -163,24 +144,14 @@ def _is_wanted() -> bool:
 
 def _of_a_plugin(error: Exception) -> str | None:
     """Who failed and where, if the deepest code that belongs to anybody is that of an installed kind or observer."""
-    offered_by = _packages()
+    infos = [*kinds.installed(), *installed_observers()]
+    offered_by = {info.target.partition(":")[0].partition(".")[0]: info.source for info in infos}
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package == _OURS:
+        if package == "noether_init_core":
             return None
         if package in offered_by:
             where = f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_qualname}"
             said = f"{offered_by[package]} failed: {type(error).__name__}: {error} ({where})."
             return printable(f"{said}{how_to_see()}")
     return None
-
-
-def _packages() -> dict[str, str]:
-    """Top-level package -> the distribution that offers kinds or observers from it; without those of the core."""
-    from noether_init_core import kinds
-    from noether_init_core.observers.loading import installed_observers
-
-    found = {info.target.partition(":")[0].partition(".")[0]: info.source for info in kinds.installed()}
-    found.update({info.target.partition(":")[0].partition(".")[0]: info.source for info in installed_observers()})
-    found.pop(_OURS, None)
-    return found

@@ -10,7 +10,8 @@ import attrs
 import typer
 
 from noether_init_core.cli.files import check_path
-from noether_init_core.cli.output import AsJson, from_here, progress, show, show_json, show_table, show_text
+from noether_init_core.cli.options import AsJson
+from noether_init_core.cli.output import Cell, from_here, progress, show, show_json, show_table, show_text
 from noether_init_core.errors import CheckpointError
 from noether_init_core.messages import listed, one_line
 
@@ -118,7 +119,7 @@ def _show_store(store: RunHealth) -> None:
     title += f"  {from_here(store.folder)}"
     # the folder of a committed set has its iteration in its name
     with_iterations = any(one.iteration is not None and one.iteration not in one.name for one in store.sets)
-    rows: list[tuple[str | tuple[str, str], ...]] = []
+    rows: list[tuple[Cell, ...]] = []
     for one in store.sets:
         numbers = (str(one.files), f"{one.bytes:,}") if one.files else ("", "")
         iteration = [one.iteration or "unknown"] if with_iterations else []

@@ -11,33 +11,22 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from noether_init_core.memory import no_garbage_collection
 from noether_init_core.messages import one_line
-from noether_init_core.surgery.plan import Action, PlanRow
-from noether_init_core.surgery.steps import Step
+from noether_init_core.render.text import MARKS
+
+if TYPE_CHECKING:
+    from noether_init_core.surgery.plan import Action, PlanRow
+    from noether_init_core.surgery.steps import Step
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>0|[1-9][0-9]*)", re.DOTALL)
 _SPECIAL = re.compile(r"[\\{},*]")
 # A hostile file may name a tensor by a hundred thousand dots; such a name is not taken apart.
 _MOST_SEGMENTS = 64
-#: Worst last: the order in which groups are listed.
-_ORDER: tuple[Action, ...] = (
-    "load",
-    "rename",
-    "cast",
-    "transform",
-    "reset",
-    "keep",
-    "outside",
-    "removed",
-    "unexpected",
-    "missing",
-    "mismatch",
-)
 
 
 @attrs.frozen
@@ -51,14 +40,6 @@ class KeyPattern:
 
     segments: tuple[tuple[str, ...], ...]
     below: bool = False
-
-    def matches(self, key: str) -> bool:
-        """Whether ``key`` is one of the names."""
-        segments = _segments_of(key)
-        known = len(self.segments)
-        if len(segments) <= known if self.below else len(segments) != known:
-            return False
-        return all(segment in texts for segment, texts in zip(segments, self.segments, strict=False))
 
     def text(self, most: int | None = None) -> str:
         """As it is shown. Braces, commas, stars and backslashes within names get a backslash.
@@ -111,6 +92,7 @@ def fold_rows(rows: Sequence[PlanRow]) -> tuple[Fold, ...]:
     for row in rows:
         groups.setdefault(_way(row), []).append(row)
     places = {id(row): number for number, row in enumerate(rows)}
+    order = list(MARKS)
     folds = []
     for way in groups.values():
         for group in _aligned(way):
@@ -118,7 +100,7 @@ def fold_rows(rows: Sequence[PlanRow]) -> tuple[Fold, ...]:
             for pattern, members in _patterns([(row.key, row) for row in group], known):
                 members.sort(key=lambda row: places[id(row)])
                 folds.append(_fold(pattern, members, sources))
-    folds.sort(key=lambda fold: (_ORDER.index(fold.action), places[id(fold.rows[0])]))
+    folds.sort(key=lambda fold: (order.index(fold.action), places[id(fold.rows[0])]))
     return tuple(folds)
 
 

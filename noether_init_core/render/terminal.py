@@ -12,10 +12,19 @@ from rich.text import Text
 
 from noether_init_core.messages import counted, listed, one_line
 from noether_init_core.render.folding import Fold, KeyPattern, fold_rows
-from noether_init_core.render.layout import broken, filled
-from noether_init_core.render.words import MARKS, Mark, amount, percent, place_of_rule
+from noether_init_core.render.text import (
+    MARKS,
+    Mark,
+    NameLine,
+    amount,
+    filled,
+    in_columns,
+    percent,
+    place_of_rule,
+    shape_text,
+)
 from noether_init_core.sets.provenance import InitReport, counts_in_words
-from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow, Problem, counted_rows
+from noether_init_core.surgery.plan import Action, LoadPlan, Origin, PlanRow, Problem, counted_rows
 from noether_init_core.surgery.steps import described
 
 _INDENT = "   "
@@ -129,23 +138,33 @@ class PlanView(_View):
     def _folds(
         self, part: _Part, folds: Sequence[Fold], beside: Mapping[int, Sequence[Problem]], width: int
     ) -> list[Text]:
-        table = _Table(folds, width, self.unfolded)
-        found: list[Text] = []
-        shown: Counter[str] = Counter()
-        left: dict[str, list[Fold]] = {}
+        shown: list[int] = []
+        left: dict[Action, list[Fold]] = {}
+        counts: Counter[Action] = Counter()
         for number, fold in enumerate(folds):
-            if not self.unfolded and shown[fold.action] >= _MOST_LINES and number not in beside:
+            if self.unfolded or counts[fold.action] < _MOST_LINES or number in beside:
+                counts[fold.action] += 1
+                shown.append(number)
+            else:
                 left.setdefault(fold.action, []).append(fold)
-                continue
-            shown[fold.action] += 1
-            found += table.line(fold, part.name_of(fold.rows[0].origin))
-            found += self._messages(beside.get(number, ()), None, width)
-        for more in left.values():
-            mark = MARKS[more[0].action]
+        word = max((len(MARKS[fold.action].word) for fold in folds), default=0)
+        table = [self._line(folds[number], word, part) for number in shown]
+        for action, more in left.items():
+            shown.append(-1)  # a line about no fold of its own
             keys = counted(sum(len(fold.rows) for fold in more), "more key")
-            said = Text(f"{keys} on {counted(len(more), 'line')} (--all shows them)")
-            found += filled(Text(mark.text(table.word), mark.style), [said], width, first="  ")
+            table.append(NameLine(_mark(action, word), f"{keys} on {counted(len(more), 'line')} (--all shows them)"))
+        found: list[Text] = []
+        for number, lines in zip(shown, in_columns(table, width), strict=True):
+            found += [*lines, *self._messages(beside.get(number, ()), None, width)]
         return found
+
+    def _line(self, fold: Fold, word: int, part: _Part) -> NameLine:
+        origin = part.name_of(fold.rows[0].origin)
+        details = [*_details(fold), *([Text(origin, "dim")] if origin else [])]
+        if self.unfolded:
+            return NameLine(_mark(fold.action, word), fold.pattern.text(), (amount(fold.elements),), details)
+        numbers = counted(len(fold.rows), "key"), amount(fold.elements)
+        return NameLine(_mark(fold.action, word), _short(fold.pattern.text(_MOST_TEXTS)), numbers, details)
 
     def _messages(self, problems: Sequence[Problem], mark: Mark | None, width: int) -> list[Text]:
         """The first of them, or all; without a mark they stand below the line that they are about."""
@@ -200,57 +219,27 @@ class ReportView(_View):
         return found
 
 
-class _Table:
-    """The columns that the lines of one part have in common."""
-
-    def __init__(self, folds: Sequence[Fold], width: int, unfolded: bool) -> None:
-        self.width, self.unfolded = width, unfolded
-        self.word = max((len(MARKS[fold.action].word) for fold in folds), default=0)
-        self.keys = max((len(counted(len(fold.rows), "key")) for fold in folds), default=0)
-        self.elements = max((len(amount(fold.elements)) for fold in folds), default=0)
-        texts = [len(fold.pattern.text(None if unfolded else _MOST_TEXTS)) for fold in folds]
-        room = width - (self.word + 5) - (self.elements + 2) - (0 if unfolded else self.keys + 2)
-        self.pattern = max((length for length in texts if length <= room), default=0)
-
-    def line(self, fold: Fold, origin: str) -> list[Text]:
-        """One line, and more where it is too long."""
-        mark = MARKS[fold.action]
-        line = Text(mark.text(self.word) + "  ", mark.style)
-        indent = " " * len(line)
-        pattern = fold.pattern.text() if self.unfolded else _short(fold.pattern.text(_MOST_TEXTS))
-        numbers = f"{amount(fold.elements):>{self.elements}}"
-        if not self.unfolded:
-            numbers = f"{counted(len(fold.rows), 'key'):>{self.keys}}  {numbers}"
-        details = [*self._details(fold), *([Text(origin, "dim")] if origin else [])]
-        if len(pattern) <= self.pattern:
-            line.append(f"{pattern:<{self.pattern}}", "not dim").append(f"  {numbers}", "dim")
-            return filled(line, details, self.width, indent, first="  ", between="  ")
-        details = [Text(numbers.strip(), "dim"), *details]
-        return broken(line, Text(pattern), self.width, indent) + filled(
-            Text(indent), details, self.width, indent, between="  "
-        )
-
-    def _details(self, fold: Fold) -> list[Text]:
-        first, is_mismatch = fold.rows[0], fold.action == "mismatch"
-        found = []
-        if is_mismatch and all(row.source_shapes for row in fold.rows):
-            shapes = ", ".join(_shape(shape) for shape in first.source_shapes)
-            found.append(Text(f"file {shapes}  model {_shape(first.shape)}"))
-        is_cast = (is_mismatch or first.writes) and first.source_dtype not in (None, first.dtype)
-        if fold.action == "cast" or is_cast:
-            found.append(Text(f"{first.source_dtype or 'several dtypes'} -> {first.dtype}"))
-        if fold.sources:
-            names = [_short(pattern.text(_MOST_TEXTS)) for pattern in fold.sources]
-            found.append(Text(f"<- {listed(names, _MOST_SOURCES)}"))
-        if fold.steps:
-            found.append(Text(", ".join(map(described, fold.steps)), "cyan"))
-        if fold.rule:
-            found.append(Text(place_of_rule(fold.rule), "dim"))
-        return found
+def _mark(action: Action, width: int) -> Text:
+    return Text(MARKS[action].text(width), MARKS[action].style)
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return f"[{','.join(map(str, shape))}]"
+def _details(fold: Fold) -> list[Text]:
+    first, is_mismatch = fold.rows[0], fold.action == "mismatch"
+    found = []
+    if is_mismatch and all(row.source_shapes for row in fold.rows):
+        shapes = ", ".join(shape_text(shape) for shape in first.source_shapes)
+        found.append(Text(f"file {shapes}  model {shape_text(first.shape)}"))
+    is_cast = (is_mismatch or first.writes) and first.source_dtype not in (None, first.dtype)
+    if fold.action == "cast" or is_cast:
+        found.append(Text(f"{first.source_dtype or 'several dtypes'} -> {first.dtype}"))
+    if fold.sources:
+        names = [_short(pattern.text(_MOST_TEXTS)) for pattern in fold.sources]
+        found.append(Text(f"<- {listed(names, _MOST_SOURCES)}"))
+    if fold.steps:
+        found.append(Text(", ".join(map(described, fold.steps)), "cyan"))
+    if fold.rule:
+        found.append(Text(place_of_rule(fold.rule), "dim"))
+    return found
 
 
 def _single(row: PlanRow) -> Fold:

@@ -293,8 +293,9 @@ def test_weights_without_their_report_are_taken_back(tmp_path: Path, monkeypatch
         raise InitError("No space left")
 
     monkeypatch.setattr(command, "write_text", full)
+    states, report = {tmp_path / "new.th": torch.nn.Linear(2, 2)}, InitReport(TrainingIteration(0, 0, 0))
     with pytest.raises(InitError, match="No space left"):
-        command._write(tmp_path / "new.th", {"w": torch.ones(2)}, InitReport(TrainingIteration(0, 0, 0)), replace=False)
+        command._write(states, report, replace=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -91,7 +91,7 @@ def test_names_that_fold_into_nothing_are_as_many_lines_as_can_be_read(state: St
         lines = list(_of_model(rows, False))
     assert work.count < 400 * len(rows)
     assert len(lines) == 21
-    assert lines[-1][1].plain.endswith(" more keys (--all shows them)")
+    assert lines[-1].name.endswith(" more keys (--all shows them)")
 
 
 def test_help_needs_no_torch() -> None:

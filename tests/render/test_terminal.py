@@ -13,7 +13,7 @@ from rich.console import Console
 
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.render.terminal import PlanView, ReportView
-from noether_init_core.render.words import MARKS, amount, percent, place_of_rule
+from noether_init_core.render.text import MARKS, amount, percent, place_of_rule
 from noether_init_core.sets.provenance import InitializerReport, InitReport, counts_in_words
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery

@@ -21,7 +21,7 @@ from noether_init_core import (
     bind,
     compose,
 )
-from noether_init_core.render.words import MARKS, amount, percent
+from noether_init_core.render.text import MARKS, amount, percent
 from noether_init_core.surgery.plan import Origin, PlanRow, Problem
 from noether_init_pages import html_page
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import attrs
 
-from noether_init_core.render.words import MARKS
+from noether_init_core.render.text import MARKS
 
 Page = Literal["plan", "report", "diff", "lineage"]
 
