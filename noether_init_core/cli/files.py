@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shlex
@@ -102,10 +103,7 @@ def check_path(path: Path) -> None:
     if not path.exists():
         folder = next((parent for parent in path.parents if parent.is_dir()), Path())
         asked = path.relative_to(folder).parts[0] if path.is_relative_to(folder) and path != folder else path.name
-        try:
-            there = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-        except OSError:
-            there = []
+        there = sorted(glob.glob("*", root_dir=folder))
         found = near(asked, there, cutoff=0.5)
         nearest = f"Near: {', '.join(str(folder / name) for name in found)}. " if found else ""
         where = "this folder" if folder == Path() else str(folder)

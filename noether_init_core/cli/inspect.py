@@ -71,18 +71,16 @@ def run(
 
 def _show_file(found: FoundFile, *, unfolded: bool) -> None:
     looks = {one.key: (one.dtype, one.shape) for one in found.keys}
-    lines = len(looks)
+    rows: list[tuple[str, ...]] = []
     if unfolded:
         rows = [(key, dtype, shape_text(shape), amount(prod(shape))) for key, (dtype, shape) in looks.items()]
         show_table(("key", "dtype", "shape", "elements"), rows)
     elif looks:
-        table = []
         for pattern, keys in fold_alike(looks):
             dtype, shape = looks[keys[0]]
             elements = amount(len(keys) * prod(shape))
-            table.append((pattern.text(_MOST_TEXTS), str(len(keys)), dtype, shape_text(shape), elements))
-        show_table(("key", "keys", "dtype", "shape", "elements"), table)
-        lines = len(table)
+            rows.append((pattern.text(_MOST_TEXTS), str(len(keys)), dtype, shape_text(shape), elements))
+        show_table(("key", "keys", "dtype", "shape", "elements"), rows)
     for keys in found.tied[:_MOST_TIED]:
         show(f"tied: {' = '.join(keys)}")
     if found.tied[_MOST_TIED:]:
@@ -94,7 +92,7 @@ def _show_file(found: FoundFile, *, unfolded: bool) -> None:
     if found.file_format == "torch" and not found.has_checksums and found.content.bytes:
         show("no checksums: its bytes can be verified by a digest only")
     _show_problems(found.problems)
-    unfolds = " (--all unfolds)" if lines < len(looks) else ""
+    unfolds = " (--all unfolds)" if len(rows) < len(looks) else ""
     show(f"{_said(found.content)}, {found.file_format} format{unfolds}")
 
 

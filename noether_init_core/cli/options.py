@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib
 import inspect
 import itertools
+import os
 import pkgutil
 import re
 import sys
@@ -41,13 +43,10 @@ def _kind_names(incomplete: str) -> Iterator[tuple[str, str]]:
 
 def _configs(incomplete: str) -> Iterator[str]:
     """YAML files and folders that begin so."""
-    parent = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
-    with contextlib.suppress(OSError):
-        for entry in sorted(parent.iterdir()):
-            shown = f"{entry}/" if entry.is_dir() else str(entry)
-            is_meant = shown.startswith(incomplete) and not entry.name.startswith(".")
-            if is_meant and (entry.is_dir() or entry.suffix in (".yaml", ".yml")) and _HARMLESS.fullmatch(shown):
-                yield shown
+    for entry in sorted(glob.glob(f"{glob.escape(incomplete)}*")):
+        shown = f"{entry}/" if os.path.isdir(entry) else entry
+        if shown.endswith(("/", ".yaml", ".yml")) and _HARMLESS.fullmatch(shown):
+            yield shown
 
 
 def _config(context: typer.Context, path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import shlex
@@ -86,19 +87,12 @@ def plain_kinds() -> list[str]:
 
 def configs_here() -> list[str]:
     """YAML files in the current folder, sorted."""
-    return sorted(name for name in _here() if name.endswith((".yaml", ".yml")) and not name.startswith("."))
+    return sorted([*glob.glob("*.yaml"), *glob.glob("*.yml")])
 
 
 def _modules_here() -> list[str]:
-    stems = (name.removesuffix(".py") for name in _here() if name.endswith(".py"))
+    stems = (name.removesuffix(".py") for name in glob.glob("*.py"))
     return sorted(stem for stem in stems if stem.isidentifier())
-
-
-def _here() -> list[str]:
-    try:
-        return os.listdir()
-    except OSError:  # the folder is gone, or may not be looked into
-        return []
 
 
 def show_usage(error: Any) -> int:
