@@ -105,13 +105,8 @@ def _lines(found: CheckpointDiff, show_all: bool, width: int) -> Iterator[Text]:
         yield Text("moved most", "bold")
         for row in largest:
             cosine = "" if row.cosine is None else f"  cosine {row.cosine:.6f}"
-            yield from filled(
-                Text(f"   {row.relative_norm:<7.3g}{cosine}"),
-                [Text(one_line(row.key))],
-                width,
-                "      ",
-                first="  ",
-            )
+            start = Text(f"   {row.relative_norm:<7.3g}{cosine}")
+            yield from filled(start, [Text(one_line(row.key))], width, "      ", first="  ")
     for note in found.notes:
         yield from filled(Text(" w  ", "yellow"), [Text(one_line(note))], width, "    ")
     phrases = []
@@ -136,7 +131,7 @@ def _of_model(rows: Sequence[DiffRow], show_all: bool) -> Iterator[NameLine]:
     word = max(len(_MARKS[row.state].word) for row in rows)
     for state, mark in _MARKS.items():
         chosen = [row for row in rows if row.state == state]
-        start = Text(mark.text(word), mark.style)
+        start = mark.start(word)
         if show_all:
             for row in chosen:
                 yield NameLine(start, one_line(row.key), (), list(_details([row])))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,7 +66,7 @@ def _show(found: Lineage) -> None:
     if found.focus is None:
         # those that came from nowhere, with all that came from them; then what stands in a circle
         shown: set[str] = set()
-        starts = [node for node in found.nodes if not _into(found, node.id)]
+        starts = [node for node in found.nodes if not _edges(found, node.id, down=False)]
         for node in [*starts, *(node for node in found.nodes if node not in starts)]:
             if node.id not in shown:
                 tree = Tree(_line(node))
@@ -76,15 +75,11 @@ def _show(found: Lineage) -> None:
     else:
         node = found.node(found.focus)
         tree = Tree(_line(node))
-        for title, edges, down in (
-            ("came from", _into(found, node.id), False),
-            ("went into", _out_of(found, node.id), True),
-        ):
-            if edges:
-                branch = tree.add(title)
-                _grow(branch, found, node.id, down=down, shown=set())
+        for title, down in (("came from", False), ("went into", True)):
+            if _edges(found, node.id, down=down):
+                _grow(tree.add(title), found, node.id, down=down, shown=set())
         console.print(tree)
-        if not _into(found, node.id) and not node.note:
+        if not _edges(found, node.id, down=False) and not node.note:
             show("no checkpoint is recorded that it came from")
     for problem in found.problems:
         show(f"x {problem}")
@@ -93,7 +88,7 @@ def _show(found: Lineage) -> None:
 def _grow(tree: Tree, found: Lineage, name: str, *, down: bool, shown: set[str], depth: int = 1) -> None:
     """What came from a node, or what it came from, below it; what is shown already is not unfolded again."""
     shown.add(name)
-    edges = _out_of(found, name) if down else _into(found, name)
+    edges = _edges(found, name, down=down)
     if edges and depth > _MOST_DEEP:
         tree.add(f"... {'later' if down else 'earlier'} ones: {_following(found.node(name))}")
         return
@@ -112,12 +107,9 @@ def _following(node: LineageNode) -> str:
     return f"noether-init lineage {one_line(shlex.quote(str(from_here(node.path))))}"
 
 
-def _into(found: Lineage, name: str) -> Sequence[LineageEdge]:
-    return [edge for edge in found.edges if edge.target == name and edge.source != name]
-
-
-def _out_of(found: Lineage, name: str) -> Sequence[LineageEdge]:
-    return [edge for edge in found.edges if edge.source == name and edge.target != name]
+def _edges(found: Lineage, name: str, *, down: bool) -> list[LineageEdge]:
+    """Those that lead away from a node, or to it; a run that went on from itself has none for that."""
+    return [one for one in found.edges if one.source != one.target and name == (one.source if down else one.target)]
 
 
 def _line(node: LineageNode, edge: LineageEdge | None = None, *, is_repeated: bool = False) -> Text:

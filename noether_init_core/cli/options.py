@@ -117,14 +117,12 @@ class Start:
         from noether_init_core.stack.stack import InitializerStack
 
         paths = self._paths()
-        if paths is not None and paths.run_id_is_generated and load_config_file(self.config).resume is not None:
+        if paths is not None and self.run_id is None and load_config_file(self.config).resume is not None:
             show("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID", err=True)
-        with _naming_options(paths):
-            # nothing will be saved below it, so that it need not be found again
-            known = None if paths is None else attrs.evolve(paths, run_id_is_generated=False)
-            stack = InitializerStack.from_file(self.config, path_provider=known)
+        with self._naming_options(paths):
+            stack = InitializerStack.from_file(self.config, path_provider=paths)
         model = self.load_model(real=real)
-        with _naming_options(paths):
+        with self._naming_options(paths):
             yield stack, model
 
     def load_model(self, *, real: bool) -> Any:
@@ -151,12 +149,28 @@ class Start:
     def _paths(self) -> PathProvider | None:
         if self.runs is None:
             return None
-        if self.run_id is not None:
-            return PathProvider(self.runs, self.run_id, self.stage_name)
-        # the same one each time, so that reports are the same
-        names = (f"new-{number}" for number in itertools.count(1))
-        unused = next(name for name in names if not (self.runs / name).exists())
-        return PathProvider(self.runs, unused, self.stage_name, run_id_is_generated=True)
+        run_id = self.run_id
+        if run_id is None:
+            # the same one each time, so that reports are the same; it need not be found again
+            names = (f"new-{number}" for number in itertools.count(1))
+            run_id = next(name for name in names if not (self.runs / name).exists())
+        return PathProvider(self.runs, run_id, self.stage_name)
+
+    @contextlib.contextmanager
+    def _naming_options(self, paths: PathProvider | None) -> Iterator[None]:
+        """Errors about what this command is told by an option name the option."""
+        try:
+            yield
+        except InitError as error:
+            if paths is None and "path_provider" in str(error):
+                hint = "Next: --runs FOLDER --run-id ID, with the output root and the run that the config starts"
+            elif paths is not None and self.run_id is None and paths.run_id in str(error):
+                hint = f"{paths.run_id} is a new run, made up since none was given. Next: --run-id ID"
+            elif paths is not None and not paths.output_root.is_dir():
+                hint = f"{paths.output_root} does not exist. Next: --runs FOLDER, with the output root"
+            else:
+                raise
+            raise ConfigError(f"{error}\n{hint}") from error
 
 
 def with_start(command: Callable[..., None]) -> Callable[..., None]:
@@ -173,24 +187,6 @@ def with_start(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
     run.__doc__ = command.__doc__
     return run
-
-
-@contextlib.contextmanager
-def _naming_options(paths: PathProvider | None) -> Iterator[None]:
-    """Errors about what this command is told by an option name the option."""
-    try:
-        yield
-    except InitError as error:
-        hint = ""
-        if paths is None and "path_provider" in str(error):
-            hint = "Next: --runs FOLDER --run-id ID, with the output root and the run that the config starts"
-        elif paths is not None and paths.run_id_is_generated and paths.run_id in str(error):
-            hint = f"{paths.run_id} is a new run, made up since none was given. Next: --run-id ID"
-        elif paths is not None and not paths.output_root.is_dir():
-            hint = f"{paths.output_root} does not exist. Next: --runs FOLDER, with the output root"
-        if not hint:
-            raise
-        raise ConfigError(f"{error}\n{hint}") from error
 
 
 def _reference(said: str) -> tuple[str, str]:

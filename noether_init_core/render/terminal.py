@@ -152,7 +152,8 @@ class PlanView(_View):
         for action, more in left.items():
             shown.append(-1)  # a line about no fold of its own
             keys = counted(sum(len(fold.rows) for fold in more), "more key")
-            table.append(NameLine(_mark(action, word), f"{keys} on {counted(len(more), 'line')} (--all shows them)"))
+            said = f"{keys} on {counted(len(more), 'line')} (--all shows them)"
+            table.append(NameLine(MARKS[action].start(word), said))
         found: list[Text] = []
         for number, lines in zip(shown, in_columns(table, width), strict=True):
             found += [*lines, *self._messages(beside.get(number, ()), None, width)]
@@ -162,14 +163,14 @@ class PlanView(_View):
         origin = part.name_of(fold.rows[0].origin)
         details = [*_details(fold), *([Text(origin, "dim")] if origin else [])]
         if self.unfolded:
-            return NameLine(_mark(fold.action, word), fold.pattern.text(), (amount(fold.elements),), details)
+            return NameLine(MARKS[fold.action].start(word), fold.pattern.text(), (amount(fold.elements),), details)
         numbers = counted(len(fold.rows), "key"), amount(fold.elements)
-        return NameLine(_mark(fold.action, word), _short(fold.pattern.text(_MOST_TEXTS)), numbers, details)
+        return NameLine(MARKS[fold.action].start(word), _short(fold.pattern.text(_MOST_TEXTS)), numbers, details)
 
     def _messages(self, problems: Sequence[Problem], mark: Mark | None, width: int) -> list[Text]:
         """The first of them, or all; without a mark they stand below the line that they are about."""
         shown = problems if self.unfolded else problems[:_MOST_PROBLEMS]
-        start = Text(_INDENT) if mark is None else Text(f"{mark.text(0)}  ", mark.style)
+        start = Text(_INDENT) if mark is None else mark.start(0).append("  ")
         # where a rule is misspelt, what it left missing is not to be kept
         is_consequence = not self.unfolded and any(one.code == "unmatched-rule" for one in self.plan.problems)
         found = []
@@ -217,10 +218,6 @@ class ReportView(_View):
             for name, reason in one.passed_over:
                 found += filled(Text(" - ", "yellow"), [Text(one_line(f"passed over {name}: {reason}"))], width)
         return found
-
-
-def _mark(action: Action, width: int) -> Text:
-    return Text(MARKS[action].text(width), MARKS[action].style)
 
 
 def _details(fold: Fold) -> list[Text]:

@@ -23,9 +23,9 @@ class Mark:
     word: str
     style: str
 
-    def text(self, width: int) -> str:
-        """Symbol and word, the word in ``width`` columns."""
-        return f" {self.symbol} {self.word:<{width}}"
+    def start(self, width: int) -> Text:
+        """What a line begins with: symbol and word, the word in ``width`` columns."""
+        return Text(f" {self.symbol} {self.word:<{width}}", self.style)
 
 
 #: Worst last: the order in which rows are listed.

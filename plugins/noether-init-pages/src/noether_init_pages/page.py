@@ -1,4 +1,4 @@
-"""``html_page``: what a value of noether-init says as one HTML file, which holds its JSON and the scripts that draw it."""
+"""``html_page``: what a value of noether-init says, as one HTML file: its JSON, and the scripts that draw it."""
 
 from __future__ import annotations
 
