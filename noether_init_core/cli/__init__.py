@@ -1,6 +1,6 @@
-"""The command ``noether-init``: one module per command, which imports what it needs when it runs.
+"""The command ``noether-init``: a module for the commands about one thing, which imports what it needs when it runs.
 
-``files``, ``models``, ``options``, ``output`` and ``usage`` are shared by them.
+``files``, ``options``, ``output`` and ``usage`` are shared by them.
 
 Exit codes: 0 fine, 1 a file or config has problems, 2 usage. Torch is imported only where a
 model, a tensor or a plugin needs it.

@@ -15,7 +15,7 @@ from noether_init_core.cli.options import AsJson
 from noether_init_core.cli.output import Cell, from_here, show, show_json, show_table, show_text
 from noether_init_core.messages import counted
 from noether_init_core.render.folding import fold_alike
-from noether_init_core.render.text import amount, shape_text
+from noether_init_core.render.text import amount, sizes
 
 if TYPE_CHECKING:
     from noether_init_core.inspection.findings import (
@@ -73,13 +73,13 @@ def _show_file(found: FoundFile, *, unfolded: bool) -> None:
     looks = {one.key: (one.dtype, one.shape) for one in found.keys}
     rows: list[tuple[str, ...]] = []
     if unfolded:
-        rows = [(key, dtype, shape_text(shape), amount(prod(shape))) for key, (dtype, shape) in looks.items()]
+        rows = [(key, dtype, sizes(shape), amount(prod(shape))) for key, (dtype, shape) in looks.items()]
         show_table(("key", "dtype", "shape", "elements"), rows)
     elif looks:
         for pattern, keys in fold_alike(looks):
             dtype, shape = looks[keys[0]]
             elements = amount(len(keys) * prod(shape))
-            rows.append((pattern.text(_MOST_TEXTS), str(len(keys)), dtype, shape_text(shape), elements))
+            rows.append((pattern.text(_MOST_TEXTS), str(len(keys)), dtype, sizes(shape), elements))
         show_table(("key", "keys", "dtype", "shape", "elements"), rows)
     for keys in found.tied[:_MOST_TIED]:
         show(f"tied: {' = '.join(keys)}")

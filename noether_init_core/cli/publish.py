@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import attrs
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -68,10 +69,8 @@ def new(
     following = _following(names, folder)
     if as_json:
         said = {
+            **attrs.asdict(names),
             "folder": folder,
-            "distribution": names.distribution,
-            "package": names.package,
-            "kind": names.kind,
             "base": base.value,
             "written": not dry_run,
             "files": list(files),
@@ -120,17 +119,14 @@ def check(kind: Kind, as_json: AsJson = False) -> None:
     began = time.perf_counter()
     info, loaded = _load(kind, as_json=as_json)
     seconds = time.perf_counter() - began
-    advice, problems = [*_of_distribution(info)], []
-    if not (isinstance(loaded, type) and issubclass(loaded, InitializerBase)):
-        what = "a class" if isinstance(loaded, type) else f"of type {type(loaded).__qualname__}"
-        finding = contract.Finding(
-            f"{info.target} is {what}, and no subclass of InitializerBase",
-            "let the entry point name the class: package.module:ClassName",
-        )
-        problems.append(finding)
-    else:
-        problems += [*filter(None, [contract.newer(loaded)]), *contract.examine(loaded)]
+    advice = [*_of_distribution(info)]
+    if isinstance(loaded, type) and issubclass(loaded, InitializerBase):
+        problems = [*filter(None, [contract.newer(loaded)]), *contract.examine(loaded)]
         advice += contract.advice(loaded) if not problems else ()
+    else:
+        what = "a class" if isinstance(loaded, type) else f"of type {type(loaded).__qualname__}"
+        said = f"{info.target} is {what}, and no subclass of InitializerBase"
+        problems = [contract.Finding(said, "let the entry point name the class: package.module:ClassName")]
     if as_json:
         _show_json(info, problems, advice)
     else:

@@ -8,6 +8,7 @@ siblings, in the model or in what happens to it, stays a line of its own.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -168,10 +169,7 @@ def _aligned(rows: list[PlanRow]) -> Iterator[list[PlanRow]]:
         if _in_order_of_parts(group):
             yield group
         else:
-            parts: dict[int, list[PlanRow]] = {}
-            for row in group:
-                parts.setdefault(row.part, []).append(row)
-            yield from parts.values()
+            yield from (list(members) for _part, members in itertools.groupby(group, key=lambda row: row.part))
 
 
 def _in_order_of_parts(rows: Sequence[PlanRow]) -> bool:
@@ -253,19 +251,13 @@ def _patterns(pairs: Sequence[tuple[str, Any]], known: Counter[str]) -> list[tup
 
 def _measure(node: _Node, prefix: str, known: Counter[str], shapes: dict[Hashable, int]) -> bool:
     """Fill in what is known of ``node`` from those below it; whether every list of layers below is of one kind."""
-    if not node.children:
-        node.shape = shapes.setdefault((True, False, ()), len(shapes))
-        return True
     is_uniform = True
-    below = 0
     for segment, child in node.children.items():
         is_uniform = _measure(child, f"{prefix}{segment}.", known, shapes) and is_uniform
-        below += child.count + bool(child.values)
-    node.count = below
-    is_full = below > 0 and below == known[prefix]
+        node.count += child.count + bool(child.values)
+    is_full = bool(node.children) and node.count == known[prefix]
     names = tuple(sorted([(segment, child.shape) for segment, child in node.children.items()]))
-    shape = bool(node.values), is_full, names
-    node.shape = shapes.setdefault(shape, len(shapes))
+    node.shape = shapes.setdefault((bool(node.values), is_full, names), len(shapes))
     is_uniform = is_uniform and _is_of_one_kind(node.children)
     node.is_whole = is_full and is_uniform and len(node.children) > 1 and not all(map(str.isdecimal, node.children))
     return is_uniform

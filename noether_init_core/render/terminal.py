@@ -21,7 +21,7 @@ from noether_init_core.render.text import (
     in_columns,
     percent,
     place_of_rule,
-    shape_text,
+    sizes,
 )
 from noether_init_core.sets.provenance import InitReport, counts_in_words
 from noether_init_core.surgery.plan import Action, LoadPlan, Origin, PlanRow, Problem, counted_rows
@@ -224,8 +224,8 @@ def _details(fold: Fold) -> list[Text]:
     first, is_mismatch = fold.rows[0], fold.action == "mismatch"
     found = []
     if is_mismatch and all(row.source_shapes for row in fold.rows):
-        shapes = ", ".join(shape_text(shape) for shape in first.source_shapes)
-        found.append(Text(f"file {shapes}  model {shape_text(first.shape)}"))
+        shapes = ", ".join(sizes(shape) for shape in first.source_shapes)
+        found.append(Text(f"file {shapes}  model {sizes(first.shape)}"))
     is_cast = (is_mismatch or first.writes) and first.source_dtype not in (None, first.dtype)
     if fold.action == "cast" or is_cast:
         found.append(Text(f"{first.source_dtype or 'several dtypes'} -> {first.dtype}"))

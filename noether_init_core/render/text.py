@@ -65,7 +65,7 @@ def percent(share: float) -> str:
     return "< 0.1 %" if share < 0.001 else f"{min(100 * share, 99.9):.1f} %"
 
 
-def shape_text(shape: Sequence[int]) -> str:
+def sizes(shape: Sequence[int]) -> str:
     """The sizes of a tensor: ``[768,3,16,16]``."""
     return f"[{','.join(map(str, shape))}]"
 
