@@ -107,13 +107,14 @@ def test_keys_that_collide_are_refused(tmp_path: Path, title: str) -> None:
 
 
 def test_honest_keys_of_other_kinds_are_read(tmp_path: Path) -> None:
-    """A hundred thousand whole numbers from zero on and bytes, five thousand of any others, and many small dicts."""
+    """A hundred thousand whole numbers in any order and bytes, five thousand of any others, and many small dicts."""
     numbers = range(100_000)
     content = {
         "dense": dict.fromkeys(numbers, 0.5),
         "set": {*numbers},
         "bytes": dict.fromkeys(map(str.encode, map(str, numbers))),
-        "sparse": {7919 * n: n for n in torch.randperm(5000).tolist()},
+        "sparse": {(7919 * n - 2**40) << (n % 8): n for n in torch.randperm(100_000).tolist()},
+        "floats": {n / 7: n for n in range(5000)},
         "tuples": {(n % 70, str(n)) for n in range(5000)},
         "small": [{float(n): n, -n - 1: n, (n, 1): n} for n in range(20_000)],
     }

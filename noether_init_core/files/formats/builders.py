@@ -7,6 +7,7 @@ inert ones; none allocates more than bytes of the file account for.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,8 +28,6 @@ _LARGEST = 1 << 58
 _MOST_DIMENSIONS = 64
 #: Tuples as keys are hashed again at every use; their elements, nested ones included, are counted.
 _KEY_DEPTH = 8
-#: Numbers as keys may be so much larger than the number of entries before them.
-_KEY_GAP = 1024
 
 
 class Scope:
@@ -98,12 +97,13 @@ def _check_keys(scope: Scope, keys: Sequence[Any], present: int) -> None:
     """Check keys before they come to ``present`` others.
 
     Hashes of numbers, and of tuples, are no secret, so that keys can be chosen to collide: each is then compared with
-    all before it. Those of texts are drawn anew by every process, and whole numbers from zero on without large gaps lie
-    side by side. All others are counted as if they did collide: 5,000 of them are read, 70,000 would take minutes.
+    all before it. Those of texts are drawn anew by every process, and whole numbers below the modulus of Python's
+    hashes have hashes of their own. All others are counted as if they did collide: 5,000 of them are read, 70,000
+    would take minutes.
     """
     for place, key in enumerate(keys, present):
         kind = type(key)
-        if kind is str or (kind is int and 0 <= key <= place + _KEY_GAP):
+        if kind is str or (kind is int and -sys.hash_info.modulus < key < sys.hash_info.modulus):
             continue
         _check_parts(scope, key, 0)
         if kind not in _SECRET_HASHES:
