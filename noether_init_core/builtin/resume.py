@@ -153,7 +153,7 @@ class ResumeInitializer(CheckpointInitializer):
         selected, trainer = walk_back(
             snapshot, tag, lambda found: self._prove(found, root), trainer_file, policy, asked_by=asked_by
         )
-        return attrs.evolve(self._checked(selected, root), trainer=trainer)
+        return self._checked(selected, root, trainer)
 
     def _only_root(self, snapshot: Snapshot) -> str:
         """The name of the whole model in the files: that of the only trainer file.
@@ -214,7 +214,7 @@ class ResumeInitializer(CheckpointInitializer):
         with self.in_session() as session:
             self._trainer_state()  # the files must belong to it, see check_together
             selection = session.selection
-            root: str = selection.root or self._only_root(selection.selected.snapshot)
+            root: str = selection.root or self._only_root(selection.snapshot)
             if name != root and self.config.model_name is None:
                 self.logger.warning(
                     "%s: the model is called %s, the only trainer file is of %s, which is taken. "
@@ -334,7 +334,7 @@ class ResumeInitializer(CheckpointInitializer):
         return [message] if names else []
 
     def _tag_words(self) -> str:
-        if self.selection is not None and (self.selection.selected.passed_over or self._any_tag):
+        if self.selection is not None and (self.selection.passed_over or self._any_tag):
             return self.selection.chosen.name
         return super()._tag_words()
 

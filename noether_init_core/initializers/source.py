@@ -207,19 +207,18 @@ class RunSelection:
     """What an initializer selected among the checkpoints of a run; everything comes from it.
 
     Attributes:
-        selected: The set, what was passed over on the way back to it, and the snapshot that it was selected from.
+        chosen: The set.
+        passed_over: (set, reason) of each that was passed over on the way back to it, newest first.
+        snapshot: What it was selected from.
         root: The whole model's name in the files, where the trainer file decides it.
         trainer: The content of the trainer file, where it is taken.
     """
 
-    selected: Selected
+    chosen: CheckpointSet
+    passed_over: tuple[tuple[str, str], ...]
+    snapshot: Snapshot
     root: str | None = None
     trainer: Mapping[str, Any] | None = None
-
-    @property
-    def chosen(self) -> CheckpointSet:
-        """The set."""
-        return self.selected.found
 
 
 class CheckpointInitializer(SourceInitializer):
@@ -269,7 +268,7 @@ class CheckpointInitializer(SourceInitializer):
         ``AmbiguousCheckpointError``.
         """
         session, selection = self.session, self.selection
-        snapshot = self._snapshot() if selection is None else selection.selected.snapshot
+        snapshot = self._snapshot() if selection is None else selection.snapshot
         needs = [self._need(leaf, part, snapshot) for leaf in leaves]
         if selection is None:
             asks_for_state = part == "model" and self.config.load_optim
@@ -277,7 +276,7 @@ class CheckpointInitializer(SourceInitializer):
             state = [self._need(leaf, "optim", snapshot) for leaf in by_optimizer(known)[0]]
             selection = session.selection = self._selected(snapshot, needs, state)
         if needs:
-            require(selection.selected.snapshot, selection.chosen, needs, asked_by=self.asked_by)
+            require(selection.snapshot, selection.chosen, needs, asked_by=self.asked_by)
         return selection
 
     def _snapshot(self) -> Snapshot:
@@ -294,7 +293,9 @@ class CheckpointInitializer(SourceInitializer):
             found = find_set(snapshot, self.checkpoint_tag, needs, asked_by=self.asked_by)
         return self._checked(found)
 
-    def _checked(self, selected: Selected, root: str | None = None) -> RunSelection:
+    def _checked(
+        self, selected: Selected, root: str | None = None, trainer: Mapping[str, Any] | None = None
+    ) -> RunSelection:
         """The selection, unless the set must not be taken; the log says what was selected."""
         kind, chosen = self.config.kind, selected.found
         message = _other_run(chosen, self.source_paths)
@@ -306,7 +307,7 @@ class CheckpointInitializer(SourceInitializer):
             self.logger.warning("%s: walked back to %s, %s", kind, chosen.name, chosen.folder)
         else:
             self.logger.info("%s: %s is %s", kind, self.checkpoint_tag, chosen.folder)
-        return RunSelection(selected, root)
+        return RunSelection(chosen, selected.passed_over, selected.snapshot, root, trainer)
 
     def locate(self, query: LocateQuery) -> Source | None:
         """The file of the selected set. Optimizer state belongs to the plain weights, whatever ``model_info`` says."""
@@ -320,7 +321,7 @@ class CheckpointInitializer(SourceInitializer):
             origin = {"run_id": self.source_paths.run_id, "tag": self._tag_words()}
             if self.source_paths.stage_name is not None:
                 origin["stage_name"] = self.source_paths.stage_name
-            iteration = selection.selected.snapshot.iteration_of(chosen)
+            iteration = selection.snapshot.iteration_of(chosen)
             if iteration is not None:
                 origin["iteration"] = str(iteration)
             digests = chosen.digests_of(found)
@@ -350,7 +351,7 @@ class CheckpointInitializer(SourceInitializer):
         """As in ``SourceInitializer``, and the sets that were passed over."""
         if self.selection is None:
             return super().outcome()
-        return attrs.evolve(super().outcome(), passed_over=self.selection.selected.passed_over)
+        return attrs.evolve(super().outcome(), passed_over=self.selection.passed_over)
 
     def stored_model_config(self, model_name: str) -> dict[str, Any]:
         """The ``model_config`` stored with the weights, without ``pop_ckpt_kwargs_keys``.
