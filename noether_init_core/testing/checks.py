@@ -249,22 +249,29 @@ class WeightChecks(Checks):
         stack.initialize(again.model)
         self.assert_weights(again, {"net": leaf_state(case.model)})
 
+    def misfits(self, new_case: NewCase, make_config: MakeConfig) -> Iterator[tuple[str, Case, InitializerBase]]:
+        """Models whose last tensor does not fit, so that everything before it does: what is wrong, and the case."""
+        models: dict[str, Any] = {"extra is in the model and not in the source": with_extra_parameter(_SEED)}
+        for shape in ((7,), (1,), (3, 1)):  # the second one would be broadcast, the third one has as many elements
+            model = new_model("single", _SEED)
+            model.module.norm.weight = torch.nn.Parameter(torch.ones(shape))
+            models[f"norm.weight has the shape {shape} in the model, and (3,) in the source"] = model
+        model = new_model("single", _SEED)
+        del model.module.coarse
+        models["coarse is in the source and not in the model"] = model
+        for what, model in models.items():
+            case = new_case("single", model=model)
+            yield what, case, self.one(case, make_config(case))
+
     def test_a_model_that_does_not_fit_is_left_as_it_was(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """``init_weights`` alone, called without ``check``: another shape is an error of ours, and nothing changes."""
-        for what, model in _misfits().items():
-            case = new_case("single", model=model)
-            initializer = self.one(case, make_config(case))
-            if not self.compares_models.is_open:
-                initializer.init_weights(case.model)
-                continue
-            with self.refused(case, what):
+        for what, case, initializer in self.misfits(new_case, make_config):
+            with self.refused(case, what) if self.compares_models.is_open else contextlib.nullcontext():
                 initializer.init_weights(case.model)
 
     def test_check_finds_a_model_that_does_not_fit(self, new_case: NewCase, make_config: MakeConfig) -> None:
         """``check`` raises for another shape, so that nothing of the whole stack has changed by then."""
-        for what, model in _misfits().items():
-            case = new_case("single", model=model)
-            initializer = self.one(case, make_config(case))
+        for what, case, initializer in self.misfits(new_case, make_config):
             if not self.compares_models.is_open:
                 initializer.check(case.model, case.trainer, case.callbacks)
                 continue
@@ -283,16 +290,3 @@ class WeightChecks(Checks):
         assert start == other_start
         different = [name for name, digest in digests.items() if others[name] != digest]
         assert not different, f"the ranks differ in {', '.join(different)}: a rank or a global generator was used"
-
-
-def _misfits() -> dict[str, Any]:
-    """Models whose last tensor does not fit, so that everything before it does; what is wrong -> the model."""
-    found: dict[str, Any] = {"extra is in the model and not in the source": with_extra_parameter(_SEED)}
-    for shape in ((7,), (1,), (3, 1)):  # the second one would be broadcast, the third one has as many elements
-        model = new_model("single", _SEED)
-        model.module.norm.weight = torch.nn.Parameter(torch.ones(shape))
-        found[f"norm.weight has the shape {shape} in the model, and (3,) in the source"] = model
-    model = new_model("single", _SEED)
-    del model.module.coarse
-    found["coarse is in the source and not in the model"] = model
-    return found
