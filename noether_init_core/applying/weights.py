@@ -99,22 +99,22 @@ def apply_rows(
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(prefix))
         with stopwatch.phase("copy"):
             _load_itself(prefix, module, rows, reader, targets)
-    written = [row for row in rows if row.writes]
+    written = {row.key: row for row in rows if row.writes}
     prefixes = tuple(targets.own_loading)
     seen = set(by_code)
     plain: list[tuple[PlanRow, torch.Tensor]] = []
     made: dict[tuple[tuple[str, ...], tuple[Step, ...]], list[tuple[PlanRow, torch.Tensor]]] = {}
-    for row in written:
-        if row.key.startswith(prefixes):
+    for key, row in written.items():
+        if key.startswith(prefixes):
             continue
         if row.dtype == "object":
-            targets.extra_state[row.key].set_extra_state(_extra_state(reader, row.sources[0]))
+            targets.extra_state[key].set_extra_state(_extra_state(reader, row.sources[0]))
             continue
-        tensor = targets.tensors[row.key]
+        tensor = targets.tensors[key]
         # the value in the file may be in the form of an earlier version, which the module of ``by_code`` has translated
-        if targets.specs[row.key].identity in seen:
+        if targets.specs[key].identity in seen:
             continue
-        seen.add(targets.specs[row.key].identity)
+        seen.add(targets.specs[key].identity)
         if row.steps:
             made.setdefault((row.sources, row.steps), []).append((row, tensor))
         else:
@@ -131,7 +131,7 @@ def apply_rows(
     for module in targets.after_loading:
         for hook in tuple(module._load_state_dict_post_hooks.values()):
             hook(module, _IncompatibleKeys([], []))
-    return [row.key for row in written]
+    return list(written)
 
 
 def _copy_plain(
