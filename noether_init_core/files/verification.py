@@ -67,6 +67,9 @@ class Verified:
     nbytes: int = 0
     claimed_by: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.by}, claimed by {self.claimed_by}" if self.claimed_by else self.by
+
 
 def digest_of_records(records: Iterable[Record]) -> str:
     """``xxh3_128:...`` of the names, places, sizes and CRC-32 of all records; it stands for every byte in them."""

@@ -226,6 +226,9 @@ class LoadedFile:
         origin: Where the file came from: run_id, stage_name, tag, iteration.
         tensors: Name in the file -> digest of the tensor's bytes, where a manifest records it.
         history: Name in the file -> where its values came from before.
+        verified: By what its bytes were verified: ``xxh3_128``, ``sha256``, ``crc32``; ``unverifiable`` where nothing
+            is known to compare them with; empty where that was not asked for. A class that is none of this package
+            claims it: ``sha256, claimed by package.Class``.
     """
 
     path: Path = attrs.field(converter=Path)
@@ -233,6 +236,7 @@ class LoadedFile:
     origin: Mapping[str, str] = attrs.Factory(dict)
     tensors: Mapping[str, str] = attrs.Factory(dict)
     history: History = attrs.Factory(dict)
+    verified: str = ""
 
 
 @attrs.frozen(eq=False)

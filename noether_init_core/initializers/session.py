@@ -34,7 +34,8 @@ from noether_init_core.errors import (
     PlanError,
 )
 from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.files.verification import Digests
+from noether_init_core.files.opening import FileCheckpoint
+from noether_init_core.files.verification import Digests, Verified
 from noether_init_core.initializers.base import (
     LoadedFile,
     LocateQuery,
@@ -118,6 +119,7 @@ class WeightsSession(Session):
         opened: The open files with the weights; None before.
         planned: The plan that was made last; None before.
         is_verified: Whether everything that ``planned`` reads was verified.
+        verified: Path of a single model -> by what the bytes of its file were verified, where that was asked for.
         files: Path of a single model -> the file that its weights came from; None before they were written.
     """
 
@@ -129,12 +131,13 @@ class WeightsSession(Session):
         self.opened: Opened | None = None
         self.planned: Planned | None = None
         self.is_verified = False
+        self.verified: dict[str, str] = {}
         self.files: Mapping[str, LoadedFile] | None = None
 
     def close_files(self) -> None:
         files = () if self.opened is None else self.opened.weights.values()
         self.opened = self.planned = self.files = None
-        self.is_verified = False
+        self.is_verified, self.verified = False, {}
         close_all(file.reader for file in files)
 
     def warn(self, message: str) -> None:
@@ -244,7 +247,8 @@ class WeightsSession(Session):
             check_versions(leaf.path, rows, file.reader.versions, planned.targets[leaf.path])
             examined = [source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
             if config.verify == "full":
-                file.reader.verify(look=examined if nonfinite != "ignore" else ())
+                found = file.reader.verify(look=examined if nonfinite != "ignore" else ())
+                self.verified[leaf.path] = str(_claimed(file.reader, found))
             with self.stopwatch.phase("verify"):
                 for finding in check_values(plan, leaf.path, file.reader, nonfinite):
                     self.warn(f"{leaf.path}: {finding}")
@@ -287,6 +291,7 @@ class WeightsSession(Session):
                 source.origin,
                 {key: tensor.digest for key, tensor in tensors.items()},
                 self.kind.history_of(source),
+                self.verified.get(path, ""),
             )
             file.reader.close()
         self.files = files
@@ -305,6 +310,14 @@ class WeightsSession(Session):
                 failed=paths[len(done)],
                 pending=paths[len(done) + 1 :],
             ) from error
+
+
+def _claimed(reader: Checkpoint, found: Verified) -> Verified:
+    """What was verified; what a class that is none of this package says of it is its own claim."""
+    cls = type(reader)
+    if cls is FileCheckpoint:
+        return found
+    return attrs.evolve(found, claimed_by=found.claimed_by or f"{cls.__module__}.{cls.__qualname__}")
 
 
 def close_all(readers: Iterable[Checkpoint]) -> None:

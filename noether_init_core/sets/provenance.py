@@ -83,6 +83,8 @@ class SourceRecord:
         digest: Of the whole file, where it is known: ``xxh3_128:...`` or ``sha256:...``.
         origin: What the kind said of it: run_id, stage_name, tag, iteration.
         continues: Whether it belongs to the run itself, which went on from there; such a step is no ancestor.
+        verified: By what its bytes were verified before they were used, as ``LoadedFile`` says it; not known of files
+            that earlier runs read.
     """
 
     kind: str
@@ -92,6 +94,7 @@ class SourceRecord:
     digest: str | None = None
     origin: tuple[tuple[str, str], ...] = ()
     continues: bool = False
+    verified: str = ""
 
 
 @attrs.frozen

@@ -260,6 +260,7 @@ class Carried:
             file.digest,
             tuple(sorted(file.origin.items())),
             self.outcome.continues,
+            file.verified,
         )
         return record, file
 
