@@ -156,10 +156,18 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None
     return found
 
 
+@attrs.frozen
+class Decision:
+    """Which sets may go, newest first, and which must be as they were taken to be for that."""
+
+    superfluous: list[CheckpointSet] = attrs.Factory(list)
+    relied_on: list[CheckpointSet] = attrs.Factory(list)
+
+
 def superfluous_sets(
     sets: Sequence[tuple[CheckpointSet, bool]], rules: Retention, training: str | None = None
-) -> list[CheckpointSet]:
-    """The sets that may go, newest first.
+) -> Decision:
+    """The sets that may go.
 
     Args:
         sets: Every committed set whose manifest can be read, newest first, and whether its files are as written.
@@ -170,7 +178,7 @@ def superfluous_sets(
     for an iteration, such as ``E10``, is no tag: it means the newest set that matches and is there.
     """
     if rules.keeps_all:
-        return []
+        return Decision()
     ours = [one for one, _is_whole in sets if _training_of(one) == training]
     own = {_sequence(one) for one in ours}
     whole = {_sequence(one) for one, is_whole in sets if is_whole} & own
@@ -186,10 +194,13 @@ def superfluous_sets(
             # the metric of an iteration is most likely that of these models, but says something of the others as well
             recorded_by[models] = [*(one for one in recorded if one.weighed_models == models), *recorded]
     kept = {_sequence(one) for one, _is_whole in sets} - own
+    relied_on: set[int] = set()
+    firsts: dict[tuple[frozenset[str], int], int] = {}
     for models, group in groups.items():
         whole_group = [one for one in group if _sequence(one) in whole]
         good = _good(whole_group, passed_over)
         enough = max(rules.last or 0, LEAST)
+        relied_on.update(_sequence(one) for one in good[:LEAST])
         kept |= {_sequence(one) for one in good[:enough]} | _kept_for_now(group, good, passed_over, enough)
         # a damaged set is what its tags mean until the next save that is whole
         newest_whole = max(map(_sequence, whole_group), default=-1)
@@ -199,10 +210,11 @@ def superfluous_sets(
             meant: dict[str, CheckpointSet] = {}
             for one in good:
                 meant.setdefault(one.name, one)
-            kept |= _first_of_periods(meant.values(), rules.every)
+            for period, one in _first_of_periods(meant.values(), rules.every).items():
+                firsts[models, period] = _sequence(one)
             for rule in rules.best:
-                kept |= _best(meant.values(), recorded_by[models], rule)
-    kept |= _holders(sets)
+                relied_on |= _best(meant.values(), recorded_by[models], rule)
+    kept |= _holders(sets) | relied_on | set(firsts.values())
     before = -1
     while before != len(kept):
         before = len(kept)
@@ -210,7 +222,9 @@ def superfluous_sets(
         for models in groups:
             for rule in rules.best:
                 kept |= _said_last(recorded_by[models], kept, rule)
-    return [one for one in ours if _sequence(one) not in kept]
+    superfluous = [one for one in ours if _sequence(one) not in kept]
+    relied_on.update(firsts.get((one.weighed_models, _period(one, rules.every)), -1) for one in superfluous)
+    return Decision(superfluous, [one for one in ours if _sequence(one) in relied_on])
 
 
 def _meant_by_name(sets: Sequence[tuple[CheckpointSet, bool]], kept: Set[int]) -> set[int]:
@@ -284,17 +298,21 @@ def _kept_for_now(
     return kept
 
 
-def _first_of_periods(meant: Iterable[CheckpointSet], every: Mapping[str, int] | None) -> set[int]:
-    if every is None:
-        return set()
+def _period(one: CheckpointSet, every: Mapping[str, int] | None) -> int:
+    """The number of the period that the set is of; 0, the first one, where there are none."""
+    if every is None or one.iteration is None:
+        return 0
     ((field, step),) = every.items()
-    first: dict[int, tuple[TrainingIteration, int]] = {}
-    for one in meant:
-        if one.iteration is not None:
-            period = getattr(one.iteration, field) // step
-            if period and (period not in first or one.iteration < first[period][0]):
-                first[period] = one.iteration, _sequence(one)
-    return {sequence for _iteration, sequence in first.values()}
+    return int(getattr(one.iteration, field) // step)
+
+
+def _first_of_periods(meant: Iterable[CheckpointSet], every: Mapping[str, int] | None) -> dict[int, CheckpointSet]:
+    first: dict[int, CheckpointSet] = {}
+    for one in sorted(meant, key=lambda one: one.iteration or TrainingIteration.zero()):
+        period = _period(one, every)
+        if period:
+            first.setdefault(period, one)
+    return first
 
 
 def _best(meant: Iterable[CheckpointSet], recorded: Sequence[CheckpointSet], rule: Best) -> set[int]:
@@ -376,7 +394,8 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
     Sets that cannot be read or reached stay, since somebody will want to look at them; so do sets behind a link, since
     what it leads to is not ours, and sets of other trainings. Whether a set is good is told from the presence and the
     sizes of its files, and from what its manifest says of their values. A set that the snapshot remembers is taken as
-    it was while no name in its folder changes; those that go, and those to walk back to, are looked at again first.
+    it was while no name in its folder changes. Before others go, they are looked at again, and the two newest good ones
+    of each model, those that ``best`` keeps, and those that ``every`` keeps in their place.
 
     Of flat names those go with a set that we wrote for it and nobody has changed since, and those that are other names
     of its very files. Others may be the only copy of what another program saved.
@@ -399,17 +418,12 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
             logger.warning("no good set: %s", problem)
         found.append((candidate, is_asked and problem is None))
         folders[folder.name] = folder
-    superfluous = superfluous_sets(found, rules, training)
-    retired = [candidate for candidate in superfluous if not storage.is_link(candidate.folder)]
+    decision = superfluous_sets(found, rules, training)
+    retired = [candidate for candidate in decision.superfluous if not storage.is_link(candidate.folder)]
     if retired:
-        # sets to go, and those to walk back to, may have been damaged since an earlier save
-        ways_back: dict[frozenset[str], list[CheckpointSet]] = {}
-        for one, is_whole in found:
-            if is_whole and one not in superfluous:
-                ways_back.setdefault(one.weighed_models, []).append(one)
-        looked_at = [*retired, *(one for group in ways_back.values() for one in group[:LEAST])]
-        remembered = [one for one in looked_at if one.place in snapshot.recalled]
-        if not all(snapshot.confirm(folders[one.place]) for one in remembered):
+        # they may have been damaged or replaced since an earlier save
+        remembered = [one for one in (*retired, *decision.relied_on) if one.place in snapshot.recalled]
+        if not all([snapshot.confirm(folders[one.place]) for one in remembered]):  # noqa: C419 - each is looked at
             retire_sets(snapshot, rules, training)
             return
     failed: OSError | None = None

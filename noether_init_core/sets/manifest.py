@@ -25,8 +25,8 @@ DIGESTS_NAME = "digests.json"
 PROVENANCE_NAME = "provenance.json"
 #: Beside it: a batch, and what the model made of it. No name that a file of weights or state can have.
 PROBE_NAME = "probe.th"
-FORMAT = "noether-init-set"
-FORMAT_VERSION = 2
+FORMAT: Literal["noether-init-set"] = "noether-init-set"
+FORMAT_VERSION: Literal[2] = 2
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_DIGESTS_BYTES = 256 << 20
 MAX_PROVENANCE_BYTES = 256 << 20
@@ -40,7 +40,9 @@ _Count = Annotated[int, pydantic.Field(ge=0)]
 
 class _Model(pydantic.BaseModel):
     # Keys that a later release adds without a new format version are no error.
-    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False, strict=True
+    )
 
 
 class TensorDigest(_Model):
@@ -102,8 +104,8 @@ class Manifest(_Model):
         probe: Digest of ``probe.th`` beside it.
     """
 
-    format: str = FORMAT
-    format_version: int = FORMAT_VERSION
+    format: Literal["noether-init-set"] = FORMAT
+    format_version: Literal[2] = FORMAT_VERSION
     sequence: _Count
     iteration: dict[str, int]
     tags: tuple[str, ...]
@@ -184,7 +186,8 @@ def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error.strerror}", path=path) from error
     seal = _SEAL.fullmatch(text[-_SEAL_BYTES:])
     is_sealed = seal is not None and seal[1].decode() == digest_of(text[:-_SEAL_BYTES])
-    if is_sealed and text.startswith(_HEAD):
+    # NaN may stand there as a text, which the other way tells from a number
+    if is_sealed and text.startswith(_HEAD) and b"NaN" not in text and b"Infinity" not in text:
         return _validated(Manifest.model_validate_json, text, path)
     try:
         values = pydantic_core.from_json(text, allow_inf_nan=False)
@@ -207,7 +210,7 @@ def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
             "Next: take an older checkpoint",
             path=path,
         )
-    return _validated(Manifest.model_validate, values, path)
+    return _validated(Manifest.model_validate_json, text, path)
 
 
 class _Digests(_Model):

@@ -79,6 +79,15 @@ class Memory(dict[str, _Known]):
     were cut off or changed since is not noticed: what must not be wrong is confirmed (``Snapshot.confirm``).
     """
 
+    folder: Path | None = None
+
+    def of(self, folder: Path) -> Memory:
+        """Itself; empty if it was of another folder, as after a link was changed, or the working directory."""
+        if self.folder != folder:
+            self.clear()
+            self.folder = folder
+        return self
+
     def recall(self, folders: Iterable[SetFolder], storage: FileSystem) -> None:
         """Forget the sets that are gone, and those whose folders have changed."""
         there = {}
@@ -116,8 +125,8 @@ class Snapshot:
         check_reachable(self.paths.checkpoint_path, storage)
         #: The folder of the checkpoints, symbolic links resolved. It may not exist.
         self.folder: Path = storage.resolve(self.paths.checkpoint_path)
+        known = {} if memory is None else {name: one.folder for name, one in memory.of(self.folder).items()}
         #: By name, oldest first; those without a manifest are among them.
-        known = {name: one.folder for name, one in (memory or {}).items()}
         self.folders = tuple(set_folders(self.folder, storage, known))
         self._memory = memory
         if memory:
@@ -154,13 +163,16 @@ class Snapshot:
         return is_committed
 
     def confirm(self, folder: SetFolder) -> bool:
-        """Look again at a set that was remembered; False if it is not as it was written any more."""
+        """Look again at a set that was remembered; False if it is another one by now, or not as it was written."""
+        before = self._heads[folder.name]
         if folder.name in self.recalled and self._memory is not None:
             self.recalled.remove(folder.name)
             del self._memory[folder.name], self._heads[folder.name]
             self._problems.pop(folder.name, None)
         found = self.head(folder)
-        return isinstance(found, CheckpointSet) and self.problem_of(found) is None
+        if not isinstance(found, CheckpointSet) or not isinstance(before, CheckpointSet):
+            return False
+        return found.manifest == before.manifest and self.problem_of(found) is None
 
     def _known(self, folder: SetFolder) -> _Known | None:
         """What is remembered of a set, or can be once it was looked at; None where nothing is remembered."""

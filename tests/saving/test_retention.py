@@ -30,7 +30,7 @@ from noether_init_core import (
     compose,
 )
 from noether_init_core.files.storage.disk import FileSystem
-from noether_init_core.saving.retention import Best, checked_metrics, superfluous_sets
+from noether_init_core.saving.retention import Best, checked_metrics, superfluous_sets as decide
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
 from noether_init_core.sets.manifest import Manifest, ManifestFile
 from noether_init_core.sets.selection import find_set
@@ -271,6 +271,11 @@ def meanings(sets: list[CheckpointSet]) -> dict[str, int]:
     for one in sorted(sets, key=lambda one: one.sequence or 0):
         found |= dict.fromkeys(one.tags, one.sequence or 0)
     return found
+
+
+def superfluous_sets(*arguments: Any) -> list[CheckpointSet]:
+    """The sets that may go."""
+    return decide(*arguments).superfluous
 
 
 def test_damaged_set_stays_only_while_it_is_newer_than_every_good_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from noether_init_core.saving.retention import Retention
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
 from noether_init_core.sets.health import check_file, verify_run
+from noether_init_core.sets.manifest import sealed
 from noether_init_core.sets.selection import Policy, find_set, newest_set, walk_back
 from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.stack.stack import InitializerStack
@@ -213,6 +215,100 @@ def test_a_set_that_was_damaged_since_the_last_save_is_no_way_back(
     assert good == ["E8_U8_S8", "E6_U6_S6"]
 
 
+def _cut(found: CheckpointSet) -> None:
+    """Weights that are cut short in place: no name in the folder changes."""
+    path = next(file.path for file in found.files if file.part == "model")
+    path.chmod(0o644)
+    os.truncate(path, 100)
+
+
+class Run:
+    """Saves of one writer, all of which it remembers at the next."""
+
+    def __init__(self, folder: Path, **rules: Any) -> None:
+        self.paths = PathProvider(folder, "run")
+        self.writer = CheckpointWriter(self.paths, **rules)
+
+    def save(self, epoch: int, *, nan: bool = False, **options: Any) -> CheckpointSet:
+        module = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(module.weight, float("nan") if nan else 1.0)
+        found = self.writer.save(bind(module, name="mlp"), TrainingIteration(epoch, epoch, epoch), **options)
+        _made_long_ago(found)
+        return found
+
+    def left(self) -> list[int]:
+        return sorted(int(path.name[:8]) for path in (self.paths.checkpoint_path / "sets").iterdir())
+
+
+def test_sets_with_nan_are_no_way_back_for_which_a_good_one_goes(tmp_path: Path) -> None:
+    """A tag holds them, and their files are whole; what a resume takes is confirmed, not they."""
+    run = Run(tmp_path, keep_last=2)
+    run.save(1)
+    second = run.save(2)
+    run.save(3, nan=True, tags=("crash",))
+    _cut(second)
+    run.save(4)
+    assert run.left() == [1, 3, 4]
+
+
+def test_the_good_best_set_stays_when_the_better_one_was_damaged(tmp_path: Path) -> None:
+    """The best one is looked at again before another goes."""
+    run = Run(tmp_path, retention={"last": 1, "best": {"metric": "l", "count": 1}})
+    first = run.save(1, metrics={"l": 0.1})
+    run.save(2, metrics={"l": 0.2})
+    _cut(first)
+    for epoch in (3, 4, 5):
+        run.save(epoch, metrics={"l": epoch / 10})
+    assert run.left() == [2, 4, 5]
+
+
+def test_the_first_good_set_of_a_period_stays_when_the_one_before_was_damaged(tmp_path: Path) -> None:
+    """Likewise for the rule ``every``."""
+    run = Run(tmp_path, retention={"last": 1, "every": {"epoch": 4}})
+    sets = [run.save(epoch) for epoch in (4, 5)]
+    _cut(sets[0])
+    for epoch in (6, 7):
+        run.save(epoch)
+    assert run.left() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("what", ["training", "tag"])
+def test_a_set_that_was_replaced_in_place_by_another_one_stays(tmp_path: Path, what: str) -> None:
+    """Names and times of the folder are the same; the manifest is of another training, or has a tag of its own."""
+    run = Run(tmp_path / "a", keep_last=2)
+    first = run.save(1)
+    if what == "tag":
+        content = json.loads((first.folder / "manifest.json").read_bytes())
+        content["tags"].append("precious")
+        del content["digest"]
+        replacement = sealed(json.dumps(content, indent=1).encode())
+    else:
+        replacement = (Run(tmp_path / "b").save(1).folder / "manifest.json").read_bytes()
+    path = first.folder / "manifest.json"
+    path.chmod(0o644)
+    path.write_bytes(replacement)
+    for epoch in (2, 3, 4):
+        run.save(epoch)
+    assert 1 in run.left()
+
+
+def test_a_writer_whose_folder_leads_elsewhere_removes_nothing_there(tmp_path: Path) -> None:
+    """What it remembers is of the folder that the path led to before."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "one")
+    run = Run(tmp_path / "out", keep_last=2)
+    run.save(1), run.save(2)
+    shutil.copytree(tmp_path / "one", tmp_path / "other", copy_function=shutil.copy2)
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").symlink_to(tmp_path / "other")
+    run.save(3), run.save(4)
+    assert run.left() == [3, 4]
+    assert [path.name[:8] for path in sorted((tmp_path / "one" / "run" / "checkpoints" / "sets").iterdir())] == [
+        "00000001",
+        "00000002",
+    ]
+
+
 def _answers(paths: PathProvider) -> dict[str, Callable[[FileSystem], Any]]:
     def walked(storage: FileSystem) -> Any:
         snapshot = Snapshot(paths, storage=storage)
@@ -252,27 +348,38 @@ def test_a_look_that_fails_never_chooses_another_set(paths: PathProvider, questi
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE], ids=lambda code: errno.errorcode[code])
-def test_walking_back_passes_over_no_set_whose_files_cannot_be_opened(
-    paths: PathProvider, monkeypatch: pytest.MonkeyPatch, code: int
+@pytest.mark.parametrize("look", ["open", "fstat"])
+@pytest.mark.parametrize("name", ["mlp_cp=E6_U6_S6_model.th", "mlp_cp=E6_U6_S6_trainer.th", "digests.json"])
+def test_walking_back_passes_over_no_set_whose_files_cannot_be_reached(
+    paths: PathProvider, monkeypatch: pytest.MonkeyPatch, code: int, look: str, name: str
 ) -> None:
     """The files may be as they were written: another set would be chosen for a disk that fails for a moment."""
-    newest = save(paths, 6)
-    weights = newest.file("mlp", "model")
-    assert weights is not None
-    real = os.open
+    path = save(paths, 6).folder / name
+    real_open, real_fstat = os.open, os.fstat
+    opened: set[int] = set()
 
-    def failing(path: Any, *arguments: Any, **options: Any) -> int:
-        if os.fspath(path) == str(weights.path):
-            raise OSError(code, os.strerror(code), str(path))
-        return real(path, *arguments, **options)
+    def failing_open(asked: Any, *arguments: Any, **options: Any) -> int:
+        is_it = os.fspath(asked) == str(path)
+        if is_it and look == "open":
+            raise OSError(code, os.strerror(code), str(asked))
+        descriptor = real_open(asked, *arguments, **options)
+        (opened.add if is_it else opened.discard)(descriptor)
+        return descriptor
 
-    monkeypatch.setattr(os, "open", failing)
+    def failing_fstat(descriptor: int) -> os.stat_result:
+        if descriptor in opened and look == "fstat":
+            raise OSError(code, os.strerror(code))
+        return real_fstat(descriptor)
+
+    monkeypatch.setattr(os, "open", failing_open)
+    monkeypatch.setattr(os, "fstat", failing_fstat)
     config = paths.output_root / "init.yaml"
     config.write_text("auto_resume: true\non_invalid: previous\n")
     model = bind(torch.nn.Linear(1, 1), name="mlp")
     stack = InitializerStack.from_file(config, path_provider=paths)
-    with pytest.raises(CheckpointError, match=re.escape(os.strerror(code))):
+    with pytest.raises((CheckpointError, OSError), match=re.escape(os.strerror(code))) as caught:
         stack.initialize(model, trainer=TrainerState(seed=1))
+    assert str(path) in str(caught.value)
 
 
 def _cannot_be_read(*_arguments: Any) -> int:

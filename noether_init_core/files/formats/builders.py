@@ -28,6 +28,8 @@ _LARGEST = 1 << 58
 _MOST_DIMENSIONS = 64
 #: Tuples as keys are hashed again at every use; their elements, nested ones included, are counted.
 _KEY_DEPTH = 8
+#: So many bytes are compared in about the time of one part of a tuple.
+_BYTES_OF_A_PART = 64
 
 
 class Scope:
@@ -39,7 +41,7 @@ class Scope:
         #: elements of compound keys that may still be hashed
         self.key_elements = 1024 + 16 * size
         #: entries that keys whose hash anybody can choose may still be compared with
-        self.key_comparisons = (16 << 20) + 4 * size
+        self.key_comparisons = (32 << 20) + 4 * size
 
     def charge(self, amount: int) -> None:
         """Account for a copy. A file cannot ask for more memory than its own size accounts for."""
@@ -98,21 +100,22 @@ def _check_keys(scope: Scope, keys: Sequence[Any], present: int) -> None:
 
     Hashes of numbers, and of tuples, are no secret, so that keys can be chosen to collide: each is then compared with
     all before it. Those of texts are drawn anew by every process, and whole numbers below the modulus of Python's
-    hashes have hashes of their own. All others are counted as if they did collide: 5,000 of them are read, 70,000
-    would take minutes.
+    hashes have hashes of their own. All others are counted as if they did collide, with all that a comparison goes
+    through: 5,000 of them are read, 70,000 would take minutes.
     """
     for place, key in enumerate(keys, present):
         kind = type(key)
         if kind is str or (kind is int and -sys.hash_info.modulus < key < sys.hash_info.modulus):
             continue
-        _check_parts(scope, key, 0)
+        weight = _weight(scope, key, 0)
         if kind not in _SECRET_HASHES:
-            scope.key_comparisons -= place
+            scope.key_comparisons -= place * weight
             if scope.key_comparisons < 0:
                 raise OpcodeError("it has so many numbers or tuples as keys that they may collide with each other")
 
 
-def _check_parts(scope: Scope, key: Any, depth: int) -> None:
+def _weight(scope: Scope, key: Any, depth: int) -> int:
+    """How much a comparison with an equal key looks at: parts, longer ones counted several times; they are checked."""
     scope.key_elements -= 1
     if scope.key_elements < 0:
         raise OpcodeError("its keys are tuples with far more elements than the file holds")
@@ -120,10 +123,11 @@ def _check_parts(scope: Scope, key: Any, depth: int) -> None:
     if kind is tuple or kind is frozenset:
         if depth == _KEY_DEPTH:
             raise OpcodeError(f"a key is a tuple nested deeper than {_KEY_DEPTH}")
-        for part in key:
-            _check_parts(scope, part, depth + 1)
-    elif kind not in _HASHABLE:
+        return sum(_weight(scope, part, depth + 1) for part in key) or 1
+    if kind not in _HASHABLE:
         raise OpcodeError(f"a key is a {kind.__name__}")
+    nbytes = len(key) if kind is str or kind is bytes else key.bit_length() // 8 if kind is int else 0
+    return 1 + nbytes // _BYTES_OF_A_PART
 
 
 # of an inert object it is the address

@@ -35,11 +35,15 @@ def is_out_of_reach(error: BaseException | None, *, unless_read: bool = False) -
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            if unless_read and error.errno == errno.EIO and error.filename is None:  # looks name a file, reads do not
+            if unless_read and isinstance(error, UnreadableBytesError) and error.errno == errno.EIO:
                 return False
             return error.errno not in _UNFIT and not isinstance(error, FileNotFoundError | NotADirectoryError)
         error = error.__cause__
     return False
+
+
+class UnreadableBytesError(OSError):
+    """Bytes of a file that was opened, and that the disk cannot give."""
 
 
 class FileSystem:
@@ -99,7 +103,10 @@ class FileSystem:
                 raise OSError(errno.EINVAL, "not a regular file", str(path))
             if found.st_size > limit:
                 raise OSError(errno.EFBIG, f"{found.st_size} bytes, more than {limit}", str(path))
-            return file.read(limit)
+            try:
+                return file.read(limit)
+            except OSError as error:
+                raise UnreadableBytesError(error.errno, error.strerror, str(path)) from error
 
     # Changing: one step each.
 

@@ -21,6 +21,7 @@ from noether_init_core.errors import (
     CheckpointFormatError,
     CheckpointNotFoundError,
 )
+from noether_init_core.files.storage.disk import UnreadableBytesError
 from noether_init_core.messages import listed
 
 Item = TypeVar("Item")
@@ -90,7 +91,11 @@ class Handle:
         One open file serves from check to load, so a file that is *replaced* meanwhile does no harm. One that is
         rewritten in place, as Noether rewrites ``latest``, would be verified in one state and loaded in another.
         """
-        if self._storage is not None and (self._storage.size, self._storage.version) != (self.size, self._version):
+        try:
+            is_same = self._storage is None or (self._storage.size, self._storage.version) == (self.size, self._version)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be reached any more: {error}", path=self.path) from error
+        if not is_same:
             raise CheckpointCorruptError(
                 f"{self.path} was written to while it was in use. Next: start again when the run that writes it is "
                 "done, or take a checkpoint that is not written over (E.._U.._S..)",
@@ -246,7 +251,10 @@ class LocalFile:
         for offset, target in ranges:
             done, length = 0, len(target)
             while done < length:
-                count = os.preadv(self.descriptor, [target[done : done + CHUNK]], offset + done)
+                try:
+                    count = os.preadv(self.descriptor, [target[done : done + CHUNK]], offset + done)
+                except OSError as error:
+                    raise UnreadableBytesError(error.errno, error.strerror) from error
                 if count == 0:
                     raise EOFError(f"ends at byte {offset + done}")
                 done += count
@@ -274,8 +282,10 @@ def open_file(path: Path) -> Handle:
             what = "folder" if stat.S_ISDIR(mode) else "FIFO" if stat.S_ISFIFO(mode) else "device"
             raise _not_regular(path, what)
         return Handle(LocalFile(descriptor), path)
-    except BaseException:
+    except BaseException as error:
         os.close(descriptor)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{path} cannot be reached: {error}", path=path) from error
         raise
 
 
