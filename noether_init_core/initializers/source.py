@@ -12,9 +12,10 @@ import pydantic
 
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.config.transforms import rule_of
-from noether_init_core.errors import CheckpointNotFoundError, ConfigError
+from noether_init_core.errors import CheckpointNotFoundError, ConfigError, TornSetError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.opening import open_checkpoint
+from noether_init_core.files.storage.disk import LOCAL
 from noether_init_core.initializers.base import (
     InitializerBase,
     LocateQuery,
@@ -326,6 +327,25 @@ class CheckpointInitializer(SourceInitializer):
                 origin["iteration"] = str(iteration)
             digests = chosen.digests_of(found)
             return Source(found.path, digests, origin=origin)
+
+    def open(self, source: Source) -> Checkpoint:
+        """As ``SourceInitializer`` does.
+
+        Raises ``TornSetError`` for a flat optimizer file that was written again since it was selected: it says no
+        iteration, so that ``check_together`` cannot tell.
+        """
+        reader = super().open(source)
+        files = [] if self.selection is None else self.selection.chosen.files
+        for file in files:
+            is_asked = file.path == source.location and file.part == "optim" and file.identity is not None
+            if is_asked and file.identity != LOCAL.identity_of(file.path, True):
+                reader.close()
+                raise TornSetError(
+                    f"{file.path} was written again since it was selected, by the run that it is of: it may not be of "
+                    "one iteration with the other files. Next: start again",
+                    path=file.path,
+                )
+        return reader
 
     def file_root(self, name: str, below: str) -> str:
         """``model_name`` where the config says it, also for a composite."""

@@ -41,13 +41,17 @@ _SET_NAME = re.compile(r"(\d{8,18})_E(0|[1-9]\d{0,17})_U(0|[1-9]\d{0,17})_S(0|[1
 
 @attrs.frozen
 class CheckpointFile:
-    """One file; ``model`` is the name (for a submodel the path of names) that stands in the file's name."""
+    """One file; ``model`` is the name (for a submodel the path of names) that stands in the file's name.
+
+    ``identity`` is that of a flat file when it was listed: no manifest says what was written.
+    """
 
     folder: Path
     name: str
     model: str
     info: str | None
     part: Part
+    identity: tuple[int, int] | None = attrs.field(default=None, eq=False)
 
     @cached_property
     def path(self) -> Path:

@@ -48,9 +48,9 @@ def legacy_sets(folder: Path, storage: FileSystem) -> list[CheckpointSet]:
     for name in list_names(folder, storage):
         parsed = parse(name)
         with reaching(folder / name):
-            is_file = parsed is not None and storage.size_of(folder / name) is not None
-        if parsed is not None and is_file:
-            file = CheckpointFile(folder, name, parsed.model, parsed.info, parsed.part)
+            identity = None if parsed is None else storage.identity_of(folder / name, True)
+        if parsed is not None and identity is not None:
+            file = CheckpointFile(folder, name, parsed.model, parsed.info, parsed.part, identity)
             by_tag.setdefault(parsed.tag, []).append(file)
     found = [
         CheckpointSet(folder, tag, (tag,), iteration_of_tag(tag), None, False, sorted_files(files))

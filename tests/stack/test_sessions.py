@@ -122,6 +122,51 @@ def test_a_set_that_is_committed_after_the_start_was_told_is_left(paths: PathPro
     assert (model.module.weight[0, 0].item(), trainer.update) == (7, 7)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("parts", [("optim",), ("optim", "trainer"), ("trainer",)])
+def test_optimizer_state_of_flat_files_that_is_written_again_is_refused(
+    tmp_path: Path, parts: tuple[str, ...], in_place: bool
+) -> None:
+    """Noether's optimizer files say no iteration, so that only their times tell that they are of another one."""
+    paths = PathProvider(tmp_path, "flat")
+    paths.checkpoint_path.mkdir(parents=True)
+
+    def model_at(update: int) -> tuple[Any, torch.optim.Optimizer]:
+        module = net(update)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        module(torch.full((1, 3), float(update))).sum().backward()
+        optimizer.step()
+        return bind(module, name="net", optimizer=optimizer), optimizer
+
+    def write(update: int, parts: tuple[str, ...]) -> None:
+        said = {"training_iteration": {"epoch": 1, "update": update, "sample": 10 * update}}
+        model, optimizer = model_at(update)
+        contents: dict[str, Any] = {
+            "trainer": {**said, "callback_state_dicts": {}, "update": update},
+            "model": {**said, "state_dict": model.module.state_dict()},
+            "optim": optimizer.state_dict(),
+        }
+        for part in parts:
+            path = paths.checkpoint_path / f"net_cp=latest_{part}.th"
+            target = path if in_place else path.with_suffix(".partial")
+            torch.save(contents[part], target)
+            target.rename(path)
+
+    write(7, ("model", "optim", "trainer"))
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    assert stack.start_checkpoint() == TrainingIteration(1, 7, 70)
+    write(9, parts)
+    model, optimizer = model_at(0)
+    trainer = Trainer()
+    if parts == ("trainer",):  # it was read before, whole
+        stack.initialize(model, trainer=trainer)
+        assert trainer.update == 7
+        return
+    with pytest.raises(TornSetError, match="was written again since it was selected"):
+        stack.initialize(model, trainer=trainer)
+    assert (trainer.update, optimizer.state[model.module.weight]["momentum_buffer"].abs().sum().item()) == (0, 0)
+
+
 def test_flat_files_that_are_written_again_after_the_start_was_told_are_refused(tmp_path: Path) -> None:
     """Noether rewrites ``latest`` in place; the trainer's state was read before."""
     paths = PathProvider(tmp_path, "flat")

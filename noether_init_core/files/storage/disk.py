@@ -75,9 +75,9 @@ class FileSystem:
         found = _stat(path, follow=False)
         return found is not None and stat.S_ISLNK(found.st_mode)
 
-    def identity_of(self, path: Path) -> tuple[int, int] | None:
-        """Bytes and time of change (ns) of a regular file, links not followed; None for anything else, or nothing."""
-        found = _stat(path, follow=False)
+    def identity_of(self, path: Path, follow: bool = False) -> tuple[int, int] | None:
+        """Bytes and time of change (ns) of a regular file; None for anything else, or nothing."""
+        found = _stat(path, follow=follow)
         return (found.st_size, found.st_mtime_ns) if found is not None and stat.S_ISREG(found.st_mode) else None
 
     def changed_at(self, folder: Path) -> int | None:
