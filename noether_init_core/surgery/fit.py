@@ -174,11 +174,22 @@ class Problems:
         self.add(
             "missing",
             f"{self._part.model} needs {listed(names)}, not found in the file"
-            + (self._near(names[0], unexpected or list(self._part.sources), "the file has") or ".")
-            + (self._rename(names, unexpected) or self._other_names(names, unexpected) or self._fresh(names))
+            + (self._taken_away(names) or self._in_its_place(names, unexpected))
             + (f" (on_missing: reset cannot reset {listed(lost)}: no reset_parameters in their modules)" * bool(lost)),
             names,
         )
+
+    def _taken_away(self, names: Sequence[str]) -> str:
+        """Which rule gives an entry of the file that is needed another name."""
+        for name in names:
+            if name in self._match.astray:
+                target, rule = self._match.astray[name]
+                return f" after renaming: {rule} makes {name} of the file {target}.{self._fresh(names)}"
+        return ""
+
+    def _in_its_place(self, names: Sequence[str], unexpected: Sequence[str]) -> str:
+        near = self._near(names[0], unexpected or list(self._part.sources), "the file has") or "."
+        return near + (self._rename(names, unexpected) or self._other_names(names, unexpected) or self._fresh(names))
 
     def mismatched(self, rows: Sequence[PlanRow]) -> None:
         """Entries of another shape: a step that makes the shape, where there is one; else a fresh start of these."""
@@ -220,6 +231,9 @@ class Problems:
             has = f"{rule} makes" if rule else "the file has"
             message = f"{has} {listed(made)}, not found in {self._part.model}"
             close = self._near(made[0], list(self._part.targets), "the model has")
+            said = self._match.said.get(made[0], made[0])
+            if said != made[0] and made[0] in self._part.targets:
+                close = f". Rules name it without the prefix of a wrapper: {said}"
             self.add("unexpected", message + close.rstrip("."), sources)
 
     def squares(self, rows: Sequence[PlanRow]) -> None:

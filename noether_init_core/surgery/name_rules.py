@@ -161,6 +161,11 @@ class NoetherSurgery:
         for bare in missing.keys() & left.keys():
             if len(missing[bare]) == len(left[bare]) == 1:
                 match.moves[missing[bare][0]] = Taken((left[bare][0],), "prefix of a wrapper")
+        match.astray = {
+            source: (name, last_rule[source])
+            for name, source in current.items()
+            if source in last_rule and name not in known
+        }
         return match
 
     def unmatched(

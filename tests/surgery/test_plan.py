@@ -7,6 +7,7 @@ import json
 import attrs
 import pytest
 
+from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import NoetherSurgery, Rename
@@ -67,6 +68,28 @@ def test_the_error_names_file_model_neighbour_and_the_line_to_add() -> None:
         "Nothing was changed."
     )
     assert caught.value.plan is found
+
+
+def test_a_name_that_a_rule_took_away_is_said_to_be_so() -> None:
+    """The file has it, under that very name; that it was not found would send a reader to the file."""
+    rules = NoetherSurgery(patterns_to_rename=(Rename("module.", ""),))
+    found = plan({"b.module.weight": spec(2)}, {"b.module.weight": spec(2)}, rules, fresh_hint="keep: {line}")
+    assert [problem.message for problem in found.problems] == [
+        "net needs b.module.weight, not found in the file after renaming: patterns_to_rename: module. ->  makes "
+        "b.module.weight of the file b.weight. keep: [b.module.]",
+        "patterns_to_rename: module. ->  makes b.weight, not found in net. Near b.weight, the model has: "
+        "b.module.weight",
+    ]
+
+
+def test_a_rule_that_names_an_entry_with_the_prefix_of_a_wrapper_is_told_how_rules_name_it() -> None:
+    """Near the name that it makes would be that very name."""
+    config = TransformConfig.model_validate({"from": "q.enc.bias", "to": "q.module.bias"})
+    rules = Transforms([rule_of(config, "rule 0")])
+    found = plan({"q.enc.bias": spec(2)}, {"q.module.bias": spec(2)}, rules)
+    assert found.problems[-1].message.endswith(
+        "makes q.module.bias, not found in net. Rules name it without the prefix of a wrapper: q.bias"
+    )
 
 
 def test_misshaped_entries_are_told_with_both_shapes() -> None:
