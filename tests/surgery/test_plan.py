@@ -76,7 +76,7 @@ def test_a_name_that_a_rule_took_away_is_said_to_be_so() -> None:
     found = plan({"b.module.weight": spec(2)}, {"b.module.weight": spec(2)}, rules, fresh_hint="keep: {line}")
     assert [problem.message for problem in found.problems] == [
         "net needs b.module.weight, not found in the file after renaming: patterns_to_rename: module. ->  makes "
-        "b.module.weight of the file b.weight. keep: [b.module.]",
+        "b.module.weight of the file b.weight. keep: patterns_to_instantiate: [b.module.]",
         "patterns_to_rename: module. ->  makes b.weight, not found in net. Near b.weight, the model has: "
         "b.module.weight",
     ]
