@@ -1,8 +1,10 @@
 """Runs with many sets: a save with retention, and questions: ``python benchmarks/sets.py``; writes benchmarks/sets.md.
 
 A save beside 300 kept sets and one beside 3 alternate in the same process, each with retention that keeps as many, so
-that each removes one. Questions are asked beside 10,000 sets that the writer itself wrote, with a warm cache, each by a
-stack or a command's function made anew. Only while these 10,000 are written, nothing waits for the disk.
+that each removes one. Questions are asked beside 10,000 sets, with a warm cache, each by a stack or a command made
+anew.
+The writer wrote the newest of them and the one in the middle; the others are copies under other iterations and
+numbers, with manifests of their own. Nothing waits for the disk while sets are made.
 """
 
 from __future__ import annotations
@@ -63,6 +65,38 @@ def fill(paths: PathProvider, count: int) -> None:
             writer.save(saved, at(number), trainer=trainer)
 
 
+def fill_with_copies(paths: PathProvider, count: int) -> None:
+    """``count`` sets, of which the writer writes the middle one and the newest, in a run of the same name elsewhere."""
+    target = paths.checkpoint_path / "sets"
+    target.mkdir(parents=True)
+    scratch = PathProvider(paths.output_root / "scratch", paths.run_id)
+    trainer = TrainerState(seed=1)
+    written = {}
+    for number in range(1, count + 1):
+        trainer.advance(1, end_of_epoch=True)
+        if number in (count // 2, count):
+            with patch.object(os, "fsync", lambda _file: None):
+                written[number] = CheckpointWriter(scratch).save(model(), at(number), trainer=trainer)
+    for number in range(1, count + 1):
+        found = written.get(number, written[count // 2])
+        folder, manifest = target / f"{number:08d}_{at(number)}", found.manifest
+        assert manifest is not None
+        folder.mkdir()
+        files = []
+        for file in manifest.files:
+            name = file.name.replace(found.name, str(at(number)))
+            os.link(found.folder / file.name, folder / name)
+            files.append(file.model_copy(update={"name": name}))
+        os.link(found.folder / "digests.json", folder / "digests.json")
+        update = {
+            "sequence": number,
+            "iteration": at(number).to_mapping(),
+            "tags": (str(at(number)), "latest"),
+            "files": tuple(files),
+        }
+        (folder / "manifest.json").write_bytes(manifest.model_copy(update=update).to_bytes())
+
+
 def saves(folder: Path, rounds: int) -> str:
     """The table of saves with retention."""
     writers = {}
@@ -83,7 +117,7 @@ def saves(folder: Path, rounds: int) -> str:
 def questions(folder: Path, count: int, rounds: int) -> str:
     """The table of questions beside ``count`` sets."""
     old, new = PathProvider(folder, "old"), PathProvider(folder, "new")
-    fill(old, count)
+    fill_with_copies(old, count)
     middle = count // 2
 
     def start(**config: Any) -> object:

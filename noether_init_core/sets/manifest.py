@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,7 +16,7 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatErr
 from noether_init_core.files.examining import Finding
 from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.sets.file_names import Part, check_tag, parse
+from noether_init_core.sets.file_names import Part, check_tag, parse, stem_of
 
 MANIFEST_NAME = "manifest.json"
 #: Beside it: the digests of all tensors, read when files are verified.
@@ -82,12 +82,13 @@ class ManifestFile(_Model):
     records: Digest
     refused: dict[str, Finding] = {}
 
-    @pydantic.model_validator(mode="after")
-    def _check_name(self) -> ManifestFile:
-        parsed = parse(self.name)
-        if parsed is None or (parsed.model, parsed.info, parsed.part) != (self.model, self.info, self.part):
-            raise ConfigError(f"file name {self.name!r} is not that of {self.model}, {self.info}, {self.part}")
-        return self
+
+@functools.lru_cache(1024)  # the same files come with every set
+def _stem(model: str, info: str | None, part: Part) -> str | None:
+    """What stands before the tag in the name of a file; None for a model or an info that no file can be of."""
+    stem = stem_of(model, info)
+    parsed = parse(f"{stem}_cp=E0_{part}.th")
+    return stem if parsed is not None and (parsed.model, parsed.info) == (model, info) else None
 
 
 class Manifest(_Model):
@@ -128,15 +129,21 @@ class Manifest(_Model):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Manifest:
-        own = str(self.training_iteration)
-        if not self.training_iteration.is_fully_specified:
-            raise ConfigError("iteration must say epoch, update and sample")
+        if self.iteration.keys() != {"epoch", "update", "sample"} or min(self.iteration.values()) < 0:
+            raise ConfigError("iteration must say epoch, update and sample, none below zero")
+        own = f"E{self.iteration['epoch']}_U{self.iteration['update']}_S{self.iteration['sample']}"
         for tag in self.tags:
             if tag != own:
                 check_tag(tag)
         if own not in self.tags:
             raise ConfigError(f"tags must hold {own}")
         names = [file.name for file in self.files]
+        for number, file in enumerate(self.files):
+            stem = _stem(file.model, file.info, file.part)
+            if stem is None or file.name != f"{stem}_cp={own}_{file.part}.th":
+                raise ConfigError(
+                    f"files.{number}: {file.name!r} is not the name of {file.model}, {file.info}, {file.part} at {own}"
+                )
         if len(set(names)) != len(names):
             raise ConfigError("a file is listed twice")
         parts = {file.part for file in self.files}
@@ -144,7 +151,7 @@ class Manifest(_Model):
             raise ConfigError("files must list weights and a trainer file, which every set has")
         return self
 
-    @cached_property
+    @functools.cached_property
     def training_iteration(self) -> TrainingIteration:
         """The iteration of the set, all three fields said."""
         return TrainingIteration.from_mapping(self.iteration)
