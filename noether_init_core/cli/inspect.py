@@ -86,7 +86,7 @@ def _show_file(found: FoundFile, *, unfolded: bool) -> None:
     if found.tied[_MOST_TIED:]:
         show(f"tied: and {len(found.tied) - _MOST_TIED} more (--json has them)")
     if found.committed:
-        show(f"committed set: {found.path.resolve().parent.name} ({', '.join(found.tags)})")
+        show(f"committed set: {found.path.resolve().parent.name} (saved as {', '.join(found.tags)})")
     for what, said in found.facts:
         show(f"{what}: {said}")
     if found.file_format == "torch" and not found.has_checksums and found.content.bytes:

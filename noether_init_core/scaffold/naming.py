@@ -83,11 +83,11 @@ def check_free(names: Names) -> None:
     if offers:
         raise KindConflictError(
             f'kind "{names.kind}" is offered by {" and ".join(offers)}; a kind that two installed distributions offer '
-            f"cannot be used. Next: noether-init new {names.folder} --kind my_{names.kind}",
+            f"cannot be used. Next: {_with_another(names, f'--kind my_{names.kind}')}",
             kind=names.kind,
             offers=offers,
         )
-    other = f"noether-init new {names.folder} --distribution {_PREFIX}my-{names.distribution.removeprefix(_PREFIX)}"
+    other = _with_another(names, f"--distribution {_PREFIX}my-{names.distribution.removeprefix(_PREFIX)}")
     for installed in importlib.metadata.distributions(name=names.distribution):
         raise ConfigError(
             f"distribution {names.distribution} is installed already ({installed.version}), and installing the new one "
@@ -99,6 +99,17 @@ def check_free(names: Names) -> None:
             f"package {names.package} is there already ({found.origin}); the new one would hide it or be hidden. "
             f"Next: {other}"
         )
+
+
+def _with_another(names: Names, option: str) -> str:
+    """The command with another name for all; where names were given one by one, with ``option`` in the place of one."""
+    kind, distribution = _derived(names.folder)
+    if (names.kind, names.distribution) == (kind, distribution):
+        return f"noether-init new my-{names.folder}"
+    given = f" --kind {names.kind}" if names.kind != kind and not option.startswith("--kind") else ""
+    if names.distribution != distribution and not option.startswith("--distribution"):
+        given += f" --distribution {names.distribution}"
+    return f"noether-init new {names.folder} {option}{given}"
 
 
 def _derived(name: str) -> tuple[str, str]:

@@ -253,7 +253,7 @@ def test_tied_keys_and_buffers_are_told(inspect: Inspect, tmp_path: Path) -> Non
     assert result.lines[-1].startswith(
         "7 tensors (6 float32, 1 int64), 15 parameters and 7 elements of buffers, 92 bytes, torch format"
     )
-    assert f"committed set: {path.parent.name} (E1_U2_S3, latest)" in result.lines
+    assert f"committed set: {path.parent.name} (saved as E1_U2_S3, latest)" in result.lines
     data = json.loads(inspect(path, "--json").out)
     assert data["tied"] == [["a.weight", "b.weight"]]
     assert (data["content"]["elements"], data["content"]["parameters"], data["committed"]) == (22, 15, True)

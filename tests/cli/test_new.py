@@ -203,8 +203,10 @@ def test_a_kind_that_somebody_offers_is_refused(foreign: ForeignPackages) -> Non
         check_free(names_of("acme"))
     assert caught.value.kind == "acme"
     assert caught.value.offers == ("acme-init 2.3 -> acme_cli:K",)
-    assert str(caught.value).endswith("noether-init new acme --kind my_acme")
-    check_free(names_of("acme", kind="my_acme"))
+    assert str(caught.value).endswith("noether-init new my-acme")
+    check_free(names_of("my-acme"))
+    with pytest.raises(KindConflictError, match=r"new demo --kind my_acme --distribution d-d$"):
+        check_free(names_of("demo", kind="acme", distribution="d-d"))
 
 
 def test_a_kind_of_a_shut_out_distribution_is_refused_too(
@@ -221,7 +223,7 @@ def test_a_kind_that_is_known_to_come_with_another_distribution_is_refused() -> 
     """Installed or not: where both are installed, neither could be used."""
     with (
         kinds.without_installed(),
-        pytest.raises(KindConflictError, match=r"noether-init-random.*--kind my_random"),
+        pytest.raises(KindConflictError, match=r"noether-init-random.*noether-init new my-random"),
     ):
         check_free(names_of("random"))
 

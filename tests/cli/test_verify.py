@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from support.command import run_command
 from support.damage import flip_tensor_bit
 
-from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
+from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, Snapshot, TrainingIteration, bind
+from noether_init_core.sets.health import verify_run
 
 ONE, TWO, THREE = (TrainingIteration(n, 10 * n, 100 * n) for n in (1, 2, 3))
 
@@ -464,3 +465,20 @@ def test_runs_of_several_roots_are_told_apart(verify: Verify, tmp_path: Path, mo
         assert stack.start_checkpoint() == ONE
     for path in ("one", "one/run"):
         assert "output_path" not in verify(path).out
+
+
+def test_a_byte_between_records_that_changed_is_a_note_and_no_damage(tmp_path: Path) -> None:
+    """Nothing that is loaded is of it; that the file is as it was written would be wrong all the same."""
+    paths = PathProvider(tmp_path, "run")
+    saved = CheckpointWriter(paths).save(bind(torch.nn.Linear(2, 1), name="net"), TrainingIteration(1, 1, 1))
+    path = next(file.path for file in saved.files if file.part == "model")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"ZZZZZZZZ")] ^= 1  # torch pads records with these
+    path.chmod(0o644)
+    path.write_bytes(content)
+    (found,) = verify_run(Snapshot(paths)).sets
+    assert (found.state, found.problems) == ("good", ())
+    assert found.notes == (
+        f"{path} has other bytes than were written, all of them outside of its tensors and records: it loads as it was "
+        "saved. Next: copy the file again if there is a copy",
+    )
