@@ -28,7 +28,8 @@ from noether_init_core.saving.content import FileContent, contents_of, iteration
 from noether_init_core.saving.file_writing import Watch, naming, write_bytes, write_file
 from noether_init_core.saving.flat_names import give_room, refresh_flat_names, remove_orphans
 from noether_init_core.saving.probe_file import write_probe
-from noether_init_core.saving.retention import Retention, checked_metrics, collect_leftovers, retire_sets
+from noether_init_core.saving.removal import collect_leftovers, retire_sets
+from noether_init_core.saving.retention import Retention, checked_metrics
 from noether_init_core.saving.training_id import Descent, Descents, Start
 from noether_init_core.sets.checkpoint_set import (
     SETS_FOLDER,
