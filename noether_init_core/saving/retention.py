@@ -84,6 +84,10 @@ class Retention:
     and the training has not passed over it in going back to an older one. Where a training has no good set at all,
     those that are as written count.
 
+    Before sets go, a writer looks again at those whose goodness that relies on, of the ones that it knows from earlier
+    saves: the two newest good ones of each model, and those that ``best`` and ``every`` keep. The others count as they
+    were when it last looked, while no file is added to their folders or removed.
+
     Whatever the rules say, these stay: the newest good set and one good set before it, to walk back to; the newest set;
     for each model the set that a tag other than that of an iteration means; sets that cannot be read; sets of another
     training. Until there are ``last`` newer good sets (at least two), so do the set that the training last started
