@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
@@ -59,8 +61,9 @@ def test_any_bytes_are_read_or_refused(target: str) -> None:
     try_one()
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is asked of Linux")
 def test_a_misbehaving_reader_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another exception and much memory are told from an error of ours."""
+    """Another exception and much memory are told from an error of ours, whatever the process took before."""
 
     def reader(data: bytes) -> None:
         if data == b"ours":
@@ -68,9 +71,10 @@ def test_a_misbehaving_reader_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
         if data == b"other":
             raise KeyError("x")
         if data == b"much":
-            bytearray(400 << 20)[::4096] = b"x" * (100 << 10)
+            bytearray(b"x") * (400 << 20)
 
     monkeypatch.setattr("faults.campaign.headers.TARGETS", {"reader": reader})
+    bytearray(b"x") * (600 << 20)  # an earlier test may have taken more
     assert check("reader", b"")
     assert not check("reader", b"ours")
     with pytest.raises(MisbehaviourError, match="KeyError"):
