@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.diff.drift import Drift, Room, drift_of, finite, is_comparable, total_of
+from noether_init_core.diff.drift import Drift, Room, are_comparable, drift_of, finite, total_of
 from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, InitError
 from noether_init_core.files.checkpoint import Checkpoint
@@ -283,7 +283,7 @@ def _measured(model: str, key: str, a: TensorInfo, b: TensorInfo, drift: Drift) 
     row = DiffRow(model, key, state, a.shape, b.shape, a.dtype, b.dtype, elements)
     if state == "equal":
         row = attrs.evolve(row, relative_norm=0.0, max_abs=0.0)
-    if not (is_comparable(a.dtype) and is_comparable(b.dtype)):
+    if not are_comparable(a, b):
         return attrs.evolve(row, note="numbers of this dtype are not compared")
     if drift.nonfinite_a or drift.nonfinite_b:
         row = attrs.evolve(row, nonfinite_a=drift.nonfinite_a, nonfinite_b=drift.nonfinite_b)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -19,22 +19,20 @@ _Item = TypeVar("_Item")
 _PIECE = 1 << 18
 # What no arithmetic is defined for; such tensors are equal or not.
 _WITHOUT_NUMBERS = ("bits", "float4", "float8_e8m0fnu")
-# Squares of numbers of other dtypes are far from the ends of float64.
-_WIDE = ("float64", "complex128")
+# Squares beyond these may have overflown or vanished.
 _LARGEST, _SMALLEST = 1e300, 1e-280
 
 
 @attrs.frozen
 class Drift:
-    """What was found of two tensors, or of all of them together.
+    """What was found of two pieces, of two tensors, or of all of them together.
 
     Attributes:
         is_equal: The same bits, so dtypes have to be the same.
         norm_a: Euclidean norm of A; infinite where no float can hold it.
         norm_b: Euclidean norm of B.
         norm_difference: Euclidean norm of B - A.
-        relative_norm: Norm of B - A over that of A; 0 where both are zero, None where A alone is.
-        cosine: Of the angle between both; None where one of them is zero.
+        cosine: Of the angle between both; None where one of them is zero, or infinite.
         max_abs: The largest absolute difference of two elements.
         nonfinite_a: Elements of A that are NaN or infinite; then, and of dtypes without numbers, norms are None.
         nonfinite_b: Elements of B.
@@ -44,30 +42,41 @@ class Drift:
     norm_a: float | None = None
     norm_b: float | None = None
     norm_difference: float | None = None
-    relative_norm: float | None = None
     cosine: float | None = None
-    max_abs: float | None = None
+    max_abs: float = 0.0
     nonfinite_a: int = 0
     nonfinite_b: int = 0
 
+    @property
+    def relative_norm(self) -> float | None:
+        """Norm of B - A over that of A; 0 where both are zero, None where A alone is, or no float can hold it."""
+        if self.norm_a is None or self.norm_difference is None:
+            return None
+        if self.norm_difference == 0:
+            return 0.0
+        return finite(self.norm_difference / self.norm_a) if self.norm_a > 0 else None
 
-def is_comparable(dtype: str) -> bool:
-    """Whether tensors of a dtype have numbers."""
-    return not dtype.startswith(_WITHOUT_NUMBERS)
+
+def are_comparable(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether both have numbers, and of one sort."""
+    has_numbers = not (a.dtype.startswith(_WITHOUT_NUMBERS) or b.dtype.startswith(_WITHOUT_NUMBERS))
+    return has_numbers and a.dtype.startswith("complex") == b.dtype.startswith("complex")
 
 
-def total_of(drifts: list[Drift]) -> Drift:
-    """Of all that have norms, as one vector."""
-    known = [one for one in drifts if one.norm_a is not None and one.norm_b is not None]
-    a = math.hypot(*(one.norm_a or 0.0 for one in known))
-    b = math.hypot(*(one.norm_b or 0.0 for one in known))
-    difference = math.hypot(*(one.norm_difference or 0.0 for one in known))
+def total_of(drifts: Sequence[Drift]) -> Drift:
+    """Of all of them, as one vector."""
+    is_equal = all(one.is_equal for one in drifts)
+    if any(one.norm_a is None for one in drifts):
+        lost_a, lost_b = sum(one.nonfinite_a for one in drifts), sum(one.nonfinite_b for one in drifts)
+        return Drift(is_equal, nonfinite_a=lost_a, nonfinite_b=lost_b)
+    a = math.hypot(*(one.norm_a or 0.0 for one in drifts))
+    b = math.hypot(*(one.norm_b or 0.0 for one in drifts))
+    difference = math.hypot(*(one.norm_difference or 0.0 for one in drifts))
     cosine = None
     if 0 < a < math.inf and 0 < b < math.inf:
-        shares = ((one.cosine or 0.0) * ((one.norm_a or 0.0) / a) * ((one.norm_b or 0.0) / b) for one in known)
+        shares = ((one.cosine or 0.0) * ((one.norm_a or 0.0) / a) * ((one.norm_b or 0.0) / b) for one in drifts)
         cosine = 1.0 if difference == 0 else _cosine(math.fsum(shares))
-    relative = 0.0 if difference == 0 else finite(difference / a) if a > 0 else None
-    return Drift(all(one.is_equal for one in drifts), a, b, difference, relative, cosine)
+    return Drift(is_equal, a, b, difference, cosine, max((one.max_abs for one in drifts), default=0.0))
 
 
 def drift_of(
@@ -88,30 +97,35 @@ def drift_of(
         room: Memory for the arithmetic, to be given again for the next tensors.
         advance: Told the bytes of both as they are read.
 
-    Reads each tensor once; again to count NaN, and where squares are too large or too small for a float.
+    Reads each tensor once.
     """
-    has_numbers = is_comparable(first.dtype) and is_comparable(second.dtype)
-    sums = _Sums(room)
+    has_numbers = are_comparable(first, second)
     pieces = _pieces(a, first, b, second, advance)
-    for one, two in room.ahead(pieces) if first.nbytes > _PIECE else pieces:
-        sums.compare(one, two, has_numbers)
+    ahead = room.ahead(pieces) if first.nbytes > _PIECE else pieces
+    return total_of([_of_pieces(one, two, room, has_numbers) for one, two in ahead])
+
+
+def _of_pieces(one: torch.Tensor, two: torch.Tensor, room: Room, has_numbers: bool) -> Drift:
+    is_equal = one.dtype == two.dtype and torch.equal(_bits(one), _bits(two))
     if not has_numbers:
-        return Drift(sums.is_equal)
-    if not sums.is_sure(first.dtype in _WIDE or second.dtype in _WIDE):
-        # rare, so that another look costs less than always looking for it
-        nonfinite_a = nonfinite_b = 0
-        largest = [0.0, 0.0, 0.0]
-        for one, two in _pieces(a, first, b, second):
-            numbers = room.numbers(one, two)
-            nonfinite_a += _nonfinite(numbers[0], one.is_complex())
-            nonfinite_b += _nonfinite(numbers[1], two.is_complex())
-            largest = list(map(max, largest, map(_largest, (*numbers, room.difference(*numbers)))))
-        if nonfinite_a or nonfinite_b:
-            return Drift(sums.is_equal, nonfinite_a=nonfinite_a, nonfinite_b=nonfinite_b)
-        sums = _Sums(room, _power(largest[0]), _power(largest[1]), _power(largest[2]), sums.is_equal)
-        for one, two in _pieces(a, first, b, second):
-            sums.add(one, two)
-    return sums.drift()
+        return Drift(is_equal)
+    # float8 knows no way to float64 on every build
+    one, two = (piece.float() if piece.dtype.itemsize == 1 else piece for piece in (one, two))
+    a = room.numbers(0, one)
+    difference, max_abs = 0.0, 0.0
+    if not is_equal:
+        b = room.numbers(1, two)
+        apart = room.difference(a, b)
+        max_abs = _largest(apart)
+        difference = math.prod(_norm(apart))
+    scale_a, norm_a = _norm(a)
+    scale_b, norm_b = (scale_a, norm_a) if is_equal else _norm(b)
+    if not (math.isfinite(scale_a) and math.isfinite(scale_b)):
+        return Drift(is_equal, nonfinite_a=_nonfinite(one), nonfinite_b=_nonfinite(two))
+    cosine = None
+    if scale_a > 0 and scale_b > 0:
+        cosine = 1.0 if is_equal else float(torch.dot(a, b)) / norm_a / norm_b
+    return Drift(is_equal, scale_a * norm_a, scale_b * norm_b, difference, cosine, max_abs)
 
 
 class Room:
@@ -143,20 +157,11 @@ class Room:
             coming = self._reading.submit(next, items, None)
             yield item
 
-    def numbers(self, *pieces: torch.Tensor) -> list[torch.Tensor]:
-        """The pieces in float64, until the next call; of complex numbers both parts."""
-        found = []
-        for place, piece in enumerate(pieces):
-            if piece.is_complex():
-                piece = torch.view_as_real(piece).reshape(-1)
-            # float8 knows no way to float64 on every build
-            found.append(self._at(place, piece.numel()).copy_(piece.float() if piece.dtype.itemsize == 1 else piece))
-        if len({one.numel() for one in found}) > 1:  # numbers with imaginary parts on one side only
-            found = [
-                torch.stack((one, torch.zeros_like(one)), -1).view(-1) if not piece.is_complex() else one
-                for one, piece in zip(found, pieces, strict=True)
-            ]
-        return found
+    def numbers(self, place: int, piece: torch.Tensor) -> torch.Tensor:
+        """The piece in float64, until the next call for this place; of complex numbers both parts."""
+        if piece.is_complex():
+            piece = torch.view_as_real(piece).reshape(-1)
+        return self._at(place, piece.numel()).copy_(piece)
 
     def difference(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """B - A, until the next call."""
@@ -169,80 +174,12 @@ class Room:
         return memory[:size]
 
 
-@attrs.define
-class _Sums:
-    """Sums of products over the elements; numbers are divided by their scale before."""
-
-    room: Room
-    scale_a: float = 1.0
-    scale_b: float = 1.0
-    scale_difference: float = 1.0
-    is_equal: bool = True
-    a: float = 0.0
-    b: float = 0.0
-    both: float = 0.0
-    difference: float = 0.0
-    max_abs: float = 0.0
-
-    def compare(self, one: torch.Tensor, two: torch.Tensor, has_numbers: bool) -> None:
-        """The first look at a piece: bits, then sums without scales."""
-        is_same = one.dtype == two.dtype and torch.equal(_bits(one), _bits(two))
-        self.is_equal = self.is_equal and is_same
-        if has_numbers and is_same:
-            (numbers,) = self.room.numbers(one)
-            squares = float(torch.dot(numbers, numbers))
-            self.a, self.b, self.both = self.a + squares, self.b + squares, self.both + squares
-        elif has_numbers:
-            self.add(one, two)
-
-    def add(self, one: torch.Tensor, two: torch.Tensor) -> None:
-        """Add a piece."""
-        a, b = self.room.numbers(one, two)
-        difference = self.room.difference(a, b)
-        self.max_abs = max(self.max_abs, _largest(difference))
-        if (self.scale_a, self.scale_b, self.scale_difference) != (1.0, 1.0, 1.0):
-            if math.isinf(self.max_abs):  # two numbers at the opposite ends
-                difference = b / self.scale_difference - a / self.scale_difference
-            else:
-                difference /= self.scale_difference
-            a /= self.scale_a
-            b /= self.scale_b
-        self.a += float(torch.dot(a, a))
-        self.b += float(torch.dot(b, b))
-        self.both += float(torch.dot(a, b))
-        self.difference += float(torch.dot(difference, difference))
-
-    def is_sure(self, is_wide: bool) -> bool:
-        """Whether these are the sums, neither overflown nor vanished."""
-        sums = (self.a, self.b, self.difference)
-        if not is_wide:
-            return all(map(math.isfinite, sums))
-        checked = sums[:2] if self.is_equal else sums
-        return all(_SMALLEST <= one <= _LARGEST for one in checked)
-
-    def drift(self) -> Drift:
-        """What the sums say."""
-        a, b, difference = math.sqrt(self.a), math.sqrt(self.b), math.sqrt(self.difference)
-        relative: float | None = 0.0
-        if difference > 0:
-            relative = finite(difference / a * (self.scale_difference / self.scale_a)) if a > 0 else None
-        return Drift(
-            self.is_equal,
-            a * self.scale_a,
-            b * self.scale_b,
-            difference * self.scale_difference,
-            relative,
-            None if not (a > 0 and b > 0) else 1.0 if difference == 0 else _cosine(self.both / a / b),
-            self.max_abs,
-        )
-
-
 def _pieces(
     a: Checkpoint,
     first: TensorInfo,
     b: Checkpoint,
     second: TensorInfo,
-    advance: Callable[[int], None] = lambda _bytes: None,
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same elements of both, flat, piece by piece."""
     if first.nbytes == 0:
@@ -291,21 +228,28 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(carriers.get(tensor.dtype.itemsize, torch.int64))
 
 
-def _nonfinite(numbers: torch.Tensor, is_complex: bool) -> int:
-    lost = ~torch.isfinite(numbers)
-    return int((lost.view(-1, 2).any(-1) if is_complex else lost).sum())
+def _nonfinite(piece: torch.Tensor) -> int:
+    return int((~torch.isfinite(piece)).sum())
+
+
+def _norm(numbers: torch.Tensor) -> tuple[float, float]:
+    """The Euclidean norm as two factors: a scale by which ``numbers`` are divided in place, and their norm then.
+
+    The scale is 0 where all are zero, and not finite where one of them is not.
+    """
+    squares = float(torch.dot(numbers, numbers))
+    if _SMALLEST <= squares <= _LARGEST:
+        return 1.0, math.sqrt(squares)
+    scale = _largest(numbers)
+    if not 0 < scale < math.inf:
+        return scale, 1.0
+    numbers /= scale
+    return scale, math.sqrt(float(torch.dot(numbers, numbers)))
 
 
 def _largest(numbers: torch.Tensor) -> float:
     least, most = torch.aminmax(numbers)
     return max(-float(least), float(most))
-
-
-def _power(value: float) -> float:
-    """A power of two near it, which divides without rounding."""
-    if value == 0:
-        return 1.0
-    return math.ldexp(1.0, 1022) if math.isinf(value) else math.ldexp(1.0, max(-1021, math.frexp(value)[1] - 1))
 
 
 def _cosine(value: float) -> float:
