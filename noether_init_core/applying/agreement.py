@@ -1,63 +1,121 @@
-"""Values that must agree or fit, where names, shapes and dtypes cannot tell. Reads; changes nothing."""
+"""What could not be known from names, shapes and dtypes: values that must agree or fit, modules, memory. Reads only.
+
+Each function returns problems in words; a load with any of them is refused before anything is changed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from noether_init_core.applying.targets import Identity, ModelTargets, loaded_by_code
+from noether_init_core.applying.targets import (
+    Identity,
+    ModelTargets,
+    left_without_memory,
+    loaded_by_code,
+    modules_of_sources,
+    on_meta,
+    translates,
+)
 from noether_init_core.files.checkpoint import Checkpoint
+from noether_init_core.files.content import Versions
+from noether_init_core.messages import listed
 from noether_init_core.nested import equal
 from noether_init_core.surgery.plan import LoadPlan, PlanRow
 from noether_init_core.surgery.steps import Cast, Interpolate, Pad, carry_out
 
 
-def check_across(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> None:
-    """Tensors that submodels share must be the same in the files of all of them. Raises ``PlanError``."""
-    problems = []
-    for model, name, other_model, other in plan.equal_across:
-        first, second = readers[model].read(name), readers[other_model].read(other)
-        if not equal(first, second):
-            problems.append(f"{name} of {model} and {other} of {other_model} differ in the files but are one tensor")
-    if problems:
-        raise plan.refusal(problems)
+def differing_ties(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Entries of files that end up in one tensor, and are not the same."""
+    for model, name, other_model, other in plan.equal:
+        if model == other_model:
+            if not readers[model].is_same(name, other):
+                yield f"{name} and {other} differ in the file but are one tensor in {model}"
+        elif not equal(readers[model].read(name), readers[other_model].read(other)):
+            yield f"{name} of {model} and {other} of {other_model} differ in the files but are one tensor"
 
 
-def check_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> None:
-    """A tensor must not be loaded by the code of modules of two classes: the last one would win.
+def tied_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> Iterator[str]:
+    """Tensors that are loaded by the code of modules of two classes: the last one would win.
 
-    Raises ``PlanError``. Modules of one class do the same to it.
+    Modules of one class do the same to it.
     """
-    problems = []
     first: dict[Identity, tuple[str, type]] = {}
     for model, found in targets.items():
         for identity, names in loaded_by_code(plan.rows_of(model), found).items():
             for name, module in names.items():
                 other, kind = first.setdefault(identity, (f"{name} of {model}", type(module)))
                 if kind is not type(module):
-                    problems.append(
+                    yield (
                         f"{other} and {name} of {model} are one tensor, and {kind.__name__} and "
                         f"{type(module).__name__} have loading code of their own for it. Next: untie it, or let one "
                         "module hold both"
                     )
-    if problems:
-        raise plan.refusal(problems)
 
 
-def check_casts(plan: LoadPlan, model: str, reader: Checkpoint) -> None:
-    """Values that are converted must fit their dtype: no finite number becomes infinite, no integer another one.
+def mixed_versions(rows: Sequence[PlanRow], versions: Versions, targets: ModelTargets) -> Iterator[str]:
+    """Modules that get entries of several modules of the file, of different versions.
 
-    Raises ``PlanError``. Rounding of floating point numbers is what a cast is asked for.
+    Their loading code can be told one version only, and would translate some of them wrongly.
     """
-    problems = []
-    for row in plan.rows_of(model):
+    for prefix, own in targets.own_loading.items():
+        for path, module, sources in modules_of_sources(prefix, own, rows):
+            said = {source: versions[source] for source in sources if source in versions}
+            if all(other == next(iter(said.values())) for other in said.values()) or not translates(module):
+                continue
+            name = f"{prefix}{path}".removesuffix(".") or "the whole model"
+            versions_said = listed(f"{source or 'its root'} {dict(version)}" for source, version in said.items())
+            yield (
+                f"{name} has loading code of its own, and gets entries of modules of the file that are of different "
+                f"versions: {versions_said}. It cannot translate both. Next: keep its own values there (keep_model), "
+                "or load the file into the model that saved it and save that anew"
+            )
+
+
+def lacking_memory(model: Any, rows: Sequence[PlanRow], targets: ModelTargets) -> Iterator[str]:
+    """What stays on the meta device, since the file does not have it, or cannot be given memory."""
+    next_step = "Next: module.to_empty(device='cpu')"
+    without = left_without_memory(model, rows, targets)
+    if without:
+        yield (
+            f"{model.name} is on the meta device, and {listed(without)} would stay there: the file does not have them, "
+            f"or they are kept. {next_step}, then fill these, or build the module on the CPU"
+        )
+    held = [name for name, tensor in on_meta(targets).items() if weakref.getweakrefs(tensor)]
+    if held:
+        yield (
+            f"{model.name} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "
+            f"reference to it. {next_step}"
+        )
+
+
+def nonfinite_values(rows: Sequence[PlanRow], reader: Checkpoint) -> list[str]:
+    """Which entries that are loaded hold NaN or infinities; the latter in parameters only: buffers hold masks."""
+    rows = [row for row in rows if row.writes and row.dtype != "object"]
+    found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
+    said = {
+        f"{source} holds {found[source]}": None
+        for row in rows
+        for source in row.sources
+        if source in found and (found[source] == "NaN" or row.is_parameter)
+    }
+    return list(said)
+
+
+def unfit_casts(rows: Sequence[PlanRow], reader: Checkpoint) -> Iterator[str]:
+    """Values that do not fit the dtype they are converted to: a finite number becomes infinite, an integer another.
+
+    Rounding of floating point numbers is what a cast is asked for.
+    """
+    for row in rows:
         if row.action not in ("cast", "transform") or row.dtype == "object":
             continue
         dtypes = [*(step.dtype for step in row.steps if isinstance(step, Cast)), row.dtype]
-        problems += _made_values(row, reader, dtypes)
+        yield from _made_values(row, reader, dtypes)
         for source in row.sources:
             have = reader.tensors()[source].dtype
             for dtype in dict.fromkeys(dtypes):
@@ -65,28 +123,24 @@ def check_casts(plan: LoadPlan, model: str, reader: Checkpoint) -> None:
                 if _can_overflow(getattr(torch, have), to) and not all(
                     _fits(piece, to) for piece in reader.slices(source)
                 ):
-                    problems.append(f"{row.key}: values of {have} in {source} of the file do not fit {dtype}")
+                    yield f"{row.key}: values of {have} in {source} of the file do not fit {dtype}"
                     break
-    if problems:
-        raise plan.refusal(problems, model=model)
 
 
-def _made_values(row: PlanRow, reader: Checkpoint, dtypes: list[str]) -> list[str]:
+def _made_values(row: PlanRow, reader: Checkpoint, dtypes: list[str]) -> Iterator[str]:
     """Values that steps make rather than move: fillings, and what lies between points of a grid."""
-    problems = []
     have = [reader.tensors()[source].dtype for source in row.sources]
     for filling in (step.value for step in row.steps if isinstance(step, Pad) and step.value is not None):
         value = torch.tensor([filling], dtype=torch.float64)
         narrow = [dtype for dtype in (*have, *dtypes) if not _fits(value, getattr(torch, dtype))]
         if narrow:
-            problems.append(f"{row.key}: the filling {filling:g} does not fit {narrow[0]}")
+            yield f"{row.key}: the filling {filling:g} does not fit {narrow[0]}"
     if any(isinstance(step, Interpolate) for step in row.steps):
         sources = [reader.read(source) for source in row.sources]
         if all(bool(torch.isfinite(source.float()).all()) for source in sources):
             made = carry_out(row.steps, sources)[row.part].to(getattr(torch, row.dtype))
             if not bool(torch.isfinite(made.float()).all()):
-                problems.append(f"{row.key}: interpolated values do not fit {row.dtype}")
-    return problems
+                yield f"{row.key}: interpolated values do not fit {row.dtype}"
 
 
 def _can_overflow(source: torch.dtype, target: torch.dtype) -> bool:
@@ -121,19 +175,14 @@ def _fits(values: torch.Tensor, target: torch.dtype) -> bool:
         return _floats_fit(values, target)
     # NumPy compares integers of all widths and signs; torch does not
     numbers = _numbers(values)
-    if target.is_floating_point:
-        back = _numbers(values.to(torch.float64).to(target)).astype(np.float64)
-        if not np.isfinite(back).all() or not (np.abs(back) < 2.0**63).all():
-            return False
-        return bool((back.astype(np.int64) == numbers).all())
     if target == torch.bool:
         return bool(((numbers == 0) | (numbers == 1)).all())
-    limits = torch.iinfo(target)
-    if numbers.dtype.kind == "f":
-        # the largest integer of 64 bits is no float: its rounded neighbour is out of range
-        inside = (numbers >= float(limits.min)) & (numbers < float(limits.max) + 1)
-        return bool((inside & (numbers == np.floor(numbers))).all())
-    return limits.min <= int(numbers.min()) and int(numbers.max()) <= limits.max
+    if target.is_floating_point:
+        back = _numbers(values.to(torch.float64).to(target)).astype(np.float64)
+        return bool((np.abs(back) < 2.0**63).all()) and bool((back.astype(np.int64) == numbers).all())
+    # Python compares integers with floats exactly; NaN is in no range
+    limits, low, high = torch.iinfo(target), numbers.min().item(), numbers.max().item()
+    return bool(limits.min <= low <= high <= limits.max and (numbers == np.floor(numbers)).all())
 
 
 def _floats_fit(values: torch.Tensor, target: torch.dtype) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -240,3 +240,25 @@ def device_for(model: Any) -> torch.device:
     """Where the memory is to be: the device that was given for the model, else the CPU."""
     device = getattr(model, "device", None)
     return device if isinstance(device, torch.device) and device.type != "meta" else torch.device("cpu")
+
+
+def modules_of_sources(
+    prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow]
+) -> Iterator[tuple[str, torch.nn.Module, tuple[str, ...]]]:
+    """Each module from ``module``, at ``prefix``, on: its path, and the modules of the file that its entries are of."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    same: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    renamed: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        segments = row.key.removeprefix(prefix).split(".") if row.writes and row.key.startswith(prefix) else []
+        for above in range(len(segments)):
+            path, below = ".".join(segments[:above]), segments[above:]
+            for source in row.sources if path in modules else ():
+                names = source.split(".")
+                outer, inner = names[: -len(below)], names[-len(below) :]
+                if len(inner) == len(below):
+                    chosen = same if inner == below else renamed
+                    chosen[path][".".join(outer)] = None
+    for path, inside in modules.items():
+        # an entry that was renamed inside the module tells less surely which module it was in
+        yield path, inside, tuple(same[path] or renamed[path])

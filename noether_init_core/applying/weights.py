@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, Literal
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
@@ -12,20 +12,18 @@ from torch.nn.modules.module import _IncompatibleKeys
 from noether_init_core.applying.targets import (
     Identity,
     ModelTargets,
+    modules_of_sources,
     on_meta,
     reset_method,
-    translates,
 )
-from noether_init_core.errors import PlanError, StateMismatchError
+from noether_init_core.errors import StateMismatchError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.content import Versions
 from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
 from noether_init_core.stopwatch import Stopwatch
-from noether_init_core.surgery.plan import LoadPlan, PlanRow
+from noether_init_core.surgery.plan import PlanRow
 from noether_init_core.surgery.steps import Step, carry_out
-
-OnNonfinite = Literal["error", "warn", "ignore"]
 
 
 class _FreshMemory:
@@ -232,36 +230,6 @@ def _extra_state(reader: Checkpoint, key: str) -> Any:
     return reader.materialize(reader.extra_state[key]) if key in reader.extra_state else reader.read(key)
 
 
-def check_values(plan: LoadPlan, model: str, reader: Checkpoint, on_nonfinite: OnNonfinite) -> list[str]:
-    """Look at the values that the plan will load into ``model``: NaN and infinities, and tied entries that differ.
-
-    NaN is a problem everywhere, infinities are one in parameters only (buffers hold masks). With ``on_nonfinite``
-    ``warn`` or ``ignore`` only differing tied entries raise.
-
-    Returns: which entries of the file hold NaN and infinities, in words, where ``on_nonfinite`` is ``warn``.
-    Raises: ``PlanError``; the model is untouched.
-    """
-    problems = [
-        f"{first} and {other} differ in the file but are one tensor in {model}"
-        for of_model, first, other in plan.equal
-        if of_model == model and not reader.is_same(first, other)
-    ]
-    nonfinite: dict[str, None] = {}
-    if on_nonfinite != "ignore":
-        rows = [row for row in plan.rows_of(model) if row.writes and row.dtype != "object"]
-        found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
-        for row in rows if found else ():
-            for source in row.sources:
-                what = found.get(source)
-                if what == "NaN" or (what and row.is_parameter):
-                    nonfinite[f"{source} holds {what}"] = None
-    is_refused = on_nonfinite == "error" and bool(nonfinite)
-    if problems or is_refused:
-        hint = "To load it all the same: on_nonfinite: warn" if is_refused else ""
-        raise plan.refusal([*problems, *(nonfinite if is_refused else ())], model=model, hint=hint)
-    return list(nonfinite)
-
-
 def _metadata_below(
     prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow], versions: Versions
 ) -> dict[str, dict[str, Any]]:
@@ -276,55 +244,10 @@ def _metadata_below(
     nothing is said, as in torch.
     """
     found = {}
-    for path, below, sources in _sources(prefix, module, rows):
+    for path, below, sources in modules_of_sources(prefix, module, rows):
         said = [versions[source] for source in sources if source in versions]
         if not sources:
             found[path] = {"version": getattr(below, "_version", None)}
         elif said and all(other == said[0] for other in said):
             found[path] = dict(said[0])
     return found
-
-
-def check_versions(model: str, rows: Sequence[PlanRow], versions: Versions, targets: ModelTargets) -> None:
-    """Raise ``PlanError`` for a module that gets entries of several modules of the file, of different versions.
-
-    Its loading code can be told one version only, and would translate some of them wrongly.
-    """
-    for prefix, own in targets.own_loading.items():
-        for path, module, sources in _sources(prefix, own, rows):
-            said = {source: versions[source] for source in sources if source in versions}
-            if all(other == next(iter(said.values())) for other in said.values()) or not translates(module):
-                continue
-            name = f"{prefix}{path}".removesuffix(".") or "the whole model"
-            versions_said = listed(f"{source or 'its root'} {dict(version)}" for source, version in said.items())
-            message = (
-                f"{name} has loading code of its own, and gets entries of modules of the file that are of different "
-                f"versions: {versions_said}. It cannot translate both"
-            )
-            raise PlanError(
-                f"{model}: {message}. Nothing was changed. Next: keep its own values there (keep_model), or load the "
-                "file into the model that saved it and save that anew",
-                problems=(message,),
-            )
-
-
-def _sources(
-    prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow]
-) -> Iterator[tuple[str, torch.nn.Module, tuple[str, ...]]]:
-    """Each module from ``module``, at ``prefix``, on: its path, and the modules of the file that its entries are of."""
-    modules = dict(module.named_modules(remove_duplicate=False))
-    same: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    renamed: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    for row in rows:
-        segments = row.key.removeprefix(prefix).split(".") if row.writes and row.key.startswith(prefix) else []
-        for above in range(len(segments)):
-            path, below = ".".join(segments[:above]), segments[above:]
-            for source in row.sources if path in modules else ():
-                names = source.split(".")
-                outer, inner = names[: -len(below)], names[-len(below) :]
-                if len(inner) == len(below):
-                    chosen = same if inner == below else renamed
-                    chosen[path][".".join(outer)] = None
-    for path, inside in modules.items():
-        # an entry that was renamed inside the module tells less surely which module it was in
-        yield path, inside, tuple(same[path] or renamed[path])

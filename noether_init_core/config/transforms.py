@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema, core_schema
 from noether_init_core.files.content import ITEMSIZES
 from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pattern, parse_regex
 from noether_init_core.surgery.steps import STEPS, Step, described, written
-from noether_init_core.surgery.transforms import Drop, KeepModel, Move, Only, Rule
+from noether_init_core.surgery.transforms import Rule
 
 
 class _Strict(pydantic.BaseModel):
@@ -203,12 +203,12 @@ class TransformConfig(_Strict):
 
 def rule_of(config: TransformConfig, label: str) -> Rule:
     """The rule as ``surgery`` has it; ``label`` says where it stands."""
-    for kind in (Drop, KeepModel, Only):
-        globs = getattr(config, kind.field)
+    for field in ("drop", "keep_model", "only"):
+        globs = getattr(config, field)
         if globs is not None:
-            return kind(tuple(map(parse_glob, globs)), f"{label} ({kind.field} {', '.join(globs)})")
+            return Rule(field, tuple(map(parse_glob, globs)), f"{label} ({field} {', '.join(globs)})")
     sources, targets = config._patterns()
     shown = ", ".join(pattern.text for pattern in sources)
     if config.to is not None:
         shown += f" -> {', '.join(config.to)}"
-    return Move(sources, targets, tuple(config.do), config.optional, f"{label} ({shown})")
+    return Rule("from", sources, f"{label} ({shown})", targets, tuple(config.do), config.optional)

@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import attrs
 import pydantic
 
-from noether_init_core.applying.weights import OnNonfinite
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.transforms import Glob, TransformConfig
 from noether_init_core.errors import ConfigError, StartConflictError
@@ -389,7 +388,7 @@ class SourceInitializerConfig(KindConfig):
         return Policies(self.on_missing, self.on_unexpected, self.on_mismatch, self.cast, dict(self.min_coverage))
 
     @property
-    def nonfinite(self) -> OnNonfinite:
+    def nonfinite(self) -> Literal["error", "warn", "ignore"]:
         """What NaN and infinities lead to; with ``verify: none`` values are looked at only if the config says so."""
         return self.on_nonfinite or ("ignore" if self.verify == "none" else "error")
 

@@ -22,7 +22,7 @@ from noether_init_core.errors import CheckpointNotFoundError, ConfigError, State
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.content import TensorInfo
 from noether_init_core.initializers.base import OptimizerStateConfig, Source
-from noether_init_core.initializers.session import Loading, OpenFile, Planned, WeightsSession, close_all
+from noether_init_core.initializers.session import OpenFile, Planned, WeightsSession, close_all
 from noether_init_core.models import Leaf
 from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
 from noether_init_core.surgery.optimizer_plan import Moved, OptimizerPlan, ParameterOrigin, Stays, plan_optimizer
@@ -157,7 +157,7 @@ class OptimizerStep:
 class LoadSession(WeightsSession):
     """A session of a kind that reads weights, and optimizer state, from files that it locates."""
 
-    def __init__(self, kind: Loading) -> None:
+    def __init__(self, kind: Any) -> None:
         super().__init__(kind)
         has_state = isinstance(self.config, OptimizerStateConfig) and self.config.load_optim
         self._state_config: OptimizerStateConfig | None = kind.config if has_state else None

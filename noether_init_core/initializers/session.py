@@ -9,30 +9,24 @@ A session of a kind that reads files goes through stages::
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 
-from noether_init_core.applying.agreement import check_across, check_casts, check_loading_code
-from noether_init_core.applying.targets import (
-    ModelTargets,
-    device_for,
-    left_without_memory,
-    loaded_by_code,
-    model_targets,
-    on_meta,
+from noether_init_core.applying.agreement import (
+    differing_ties,
+    lacking_memory,
+    mixed_versions,
+    nonfinite_values,
+    tied_loading_code,
+    unfit_casts,
 )
-from noether_init_core.applying.weights import apply_rows, check_values, check_versions
-from noether_init_core.errors import (
-    CheckpointNotFoundError,
-    PartlyInitializedError,
-    PlanError,
-)
+from noether_init_core.applying.targets import ModelTargets, device_for, loaded_by_code, model_targets
+from noether_init_core.applying.weights import apply_rows
+from noether_init_core.errors import CheckpointNotFoundError, PartlyInitializedError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.opening import FileCheckpoint
 from noether_init_core.files.verification import Digests, Verified
@@ -46,34 +40,12 @@ from noether_init_core.initializers.base import (
 from noether_init_core.messages import listed
 from noether_init_core.models import BoundModel, Leaf, modules_of
 from noether_init_core.sets.file_names import Part
-from noether_init_core.sets.provenance import History
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, TensorSpec
-from noether_init_core.surgery.name_rules import NameRules
 from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import plan_load
 
 #: Extra state of a module in a file.
 _EXTRA = TargetSpec((), "object", 0)
-
-
-class Loading(Protocol):
-    """What a session asks of its initializer, a ``SourceInitializer``."""
-
-    config: Any
-    logger: logging.Logger
-
-    @property
-    def fresh_hint(self) -> str: ...
-    @property
-    def continues(self) -> bool: ...
-    @property
-    def rules(self) -> NameRules: ...
-    def leaves(self, model: Any) -> tuple[Leaf, ...]: ...
-    def select(self, leaves: Sequence[Leaf] = (), part: Part = "model") -> object: ...
-    def locate(self, query: LocateQuery) -> Source | None: ...
-    def open(self, source: Source) -> Checkpoint: ...
-    def check_together(self, metadata: Mapping[Path, Mapping[str, Any]]) -> None: ...
-    def history_of(self, source: Source) -> History: ...
 
 
 @attrs.frozen(eq=False)
@@ -113,7 +85,7 @@ class WeightsSession(Session):
     """A session of a kind that reads weights from files that it locates.
 
     Attributes:
-        kind: The initializer.
+        kind: The initializer, a ``SourceInitializer``.
         config: Its config.
         selection: What the kind selected, in its own terms; the first question decides it.
         opened: The open files with the weights; None before.
@@ -123,7 +95,7 @@ class WeightsSession(Session):
         files: Path of a single model -> the file that its weights came from; None before they were written.
     """
 
-    def __init__(self, kind: Loading) -> None:
+    def __init__(self, kind: Any) -> None:
         super().__init__()
         self.kind = kind
         self.config: SourceInitializerConfig = kind.config
@@ -240,21 +212,25 @@ class WeightsSession(Session):
     def _verify(self, planned: Planned) -> None:
         config, plan, opened, nonfinite = self.config, planned.plan, planned.opened, self.config.nonfinite
         plan.raise_for_problems()
-        check_loading_code(plan, planned.targets)
+        plan.refuse(tied_loading_code(plan, planned.targets))
         for leaf in opened.leaves:
-            rows, file = plan.rows_of(leaf.path), opened.weights[leaf.path]
-            _check_memory(leaf, planned)
-            check_versions(leaf.path, rows, file.reader.versions, planned.targets[leaf.path])
+            path, rows, targets = leaf.path, plan.rows_of(leaf.path), planned.targets[leaf.path]
+            reader = opened.weights[path].reader
+            plan.refuse(lacking_memory(leaf.model, rows, targets), model=path)
+            plan.refuse(mixed_versions(rows, reader.versions, targets), model=path)
             examined = [source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
             if config.verify == "full":
-                found = file.reader.verify(look=examined if nonfinite != "ignore" else ())
-                self.verified[leaf.path] = str(_claimed(file.reader, found))
+                found = reader.verify(look=examined if nonfinite != "ignore" else ())
+                self.verified[path] = str(_claimed(reader, found))
             with self.stopwatch.phase("verify"):
-                for finding in check_values(plan, leaf.path, file.reader, nonfinite):
-                    self.warn(f"{leaf.path}: {finding}")
-                check_casts(plan, leaf.path, file.reader)
+                findings = nonfinite_values(rows, reader) if nonfinite != "ignore" else []
+                if nonfinite == "error":
+                    plan.refuse(findings, model=path, hint="To load it all the same: on_nonfinite: warn")
+                for finding in findings:
+                    self.warn(f"{path}: {finding}")
+                plan.refuse(unfit_casts(rows, reader), model=path)
         with self.stopwatch.phase("verify"):
-            check_across(plan, {path: file.reader for path, file in opened.weights.items()})
+            plan.refuse(differing_ties(plan, {path: file.reader for path, file in opened.weights.items()}))
 
     def apply(self, model: Any) -> None:
         """Write the weights in place and close their files; they are checked before, unless they were."""
@@ -337,24 +313,3 @@ def _signature(leaves: Sequence[Leaf]) -> tuple[Any, ...]:
             for name, tensor in named(remove_duplicate=False):
                 found.append((leaf.path, name, id(tensor), tensor.shape, tensor.dtype, tensor.device))
     return tuple(found)
-
-
-def _check_memory(leaf: Leaf, planned: Planned) -> None:
-    """A model on the meta device gets memory, but only for what the file holds."""
-    plan, targets = planned.plan, planned.targets[leaf.path]
-    without = left_without_memory(leaf.model, plan.rows_of(leaf.path), targets)
-    if without:
-        raise PlanError(
-            f"{leaf.path} is on the meta device, and {listed(without)} would stay there: the file does not have them, "
-            "or they are kept. Next: module.to_empty(device='cpu'), then fill these, or build the module on the CPU",
-            plan=plan,
-            problems=[f"{key} is on the meta device" for key in without],
-        )
-    held = [name for name, tensor in on_meta(targets).items() if weakref.getweakrefs(tensor)]
-    if held:
-        raise PlanError(
-            f"{leaf.path} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "
-            "reference to it. Next: module.to_empty(device='cpu')",
-            plan=plan,
-            problems=[f"{key} is held by a weak reference" for key in held],
-        )

@@ -356,8 +356,8 @@ def names_of_ties(targets: Mapping[str, TargetSpec]) -> dict[str, list[str]]:
 
 def ties(
     rows: Sequence[PlanRow], kept: Set[tuple[str, str]]
-) -> tuple[tuple[tuple[str, str, str], ...], tuple[tuple[str, str, str, str], ...], list[Problem]]:
-    """For entries that are one tensor: ``equal`` and ``equal_across`` of a ``LoadPlan``, and problems.
+) -> tuple[tuple[tuple[str, str, str, str], ...], list[Problem]]:
+    """For entries that are one tensor: ``equal`` of a ``LoadPlan``, and problems.
 
     ``kept``: (model, name) of the entries that rules of the config keep.
     """
@@ -365,8 +365,7 @@ def ties(
     for row in rows:
         if row.target is not None and row.action in _SETTLED and row.rule != LOADED_BEFORE:
             places[memory_of(row)].append(row)
-    equal: dict[tuple[str, str, str], None] = {}
-    across: dict[tuple[str, str, str, str], None] = {}
+    equal: dict[tuple[str, str, str, str], None] = {}
     problems: list[Problem] = []
     for group in places.values():
         if len(group) == 1:
@@ -383,13 +382,11 @@ def ties(
                     continue
                 if row.steps or first.steps:
                     message = f"{other} and {one} are one tensor, and transforms make it twice. Next: drop one"
-                elif is_same_model:
-                    equal[row.model, first.sources[0], row.sources[0]] = None
                 else:
-                    across[first.model, first.sources[0], row.model, row.sources[0]] = None
+                    equal[first.model, first.sources[0], row.model, row.sources[0]] = None
             elif row.action != first.action and ((row.model, row.key) in kept if is_same_model else first.writes):
                 done = "loaded" if first.writes else "reset"
                 message = f"{one} is {_DONE[row.action]}, but it is the same tensor as {other}, which is {done}"
             if message:
                 problems.append(Problem("tied", message, row.model, (row.key,)))
-    return tuple(equal), tuple(across), problems
+    return tuple(equal), problems

@@ -46,22 +46,23 @@ class _Segment:
 
 @attrs.frozen
 class NamePattern:
-    """A name with captures: ``blocks.<i>.norm<n>.``.
+    """Names: with captures (``blocks.<i>.norm<n>.``), by a regular expression, or by a glob.
 
     Attributes:
         text: As it was written.
-        segments: Its segments; none for a regular expression.
-        below: Whether it ends in a dot, and so means everything below.
         expression: The same for RE2.
+        segments: Its segments; none for a regular expression and a glob.
+        below: Whether it ends in a dot, and so means everything below.
+        captures: Names of what it captures; a glob captures nothing.
     """
 
     text: str
-    segments: tuple[_Segment, ...]
-    below: bool
     expression: str
-    captures: frozenset[str]
+    segments: tuple[_Segment, ...] = ()
+    below: bool = False
+    captures: frozenset[str] = frozenset()
     # either of Python, where a segment has at most one capture and so one way to match, or of RE2
-    _matcher: Any = attrs.field(eq=False, repr=False)
+    _matcher: Any = attrs.field(default=None, eq=False, repr=False)
     # for the operator %, which fills a hundred thousand names in a few hundredths of a second
     _template: str = attrs.field(default="", eq=False, repr=False)
 
@@ -74,14 +75,6 @@ class NamePattern:
     def fill(self, captures: Mapping[str, str]) -> str:
         """The name with what the captures stand for."""
         return self._template % captures
-
-
-@attrs.frozen
-class NameGlob:
-    """Names by ``*`` (within a segment), ``**.`` (any number of segments) and a trailing dot (everything below)."""
-
-    text: str
-    expression: str
 
 
 @lru_cache(maxsize=4096)
@@ -111,7 +104,7 @@ def parse_pattern(text: str) -> NamePattern:
     expression = _FLAGS + r"\.".join(expressions)
     is_plain = all(not segment.many and len(segment.captures) < 2 for segment in segments)
     matcher = re.compile(expression) if is_plain else re2.compile(expression)
-    return NamePattern(text, segments, below, expression, frozenset(captures), matcher, ".".join(templates))
+    return NamePattern(text, expression, segments, below, frozenset(captures), matcher, ".".join(templates))
 
 
 def _segment(segment: str, text: str) -> _Segment:
@@ -171,21 +164,24 @@ def parse_regex(text: str) -> NamePattern:
         raise ValueError(
             f"{text!r} holds a control character: in double quotes, YAML takes \\b and \\t for one. Use single quotes"
         )
-    options = re2.Options()
+    expression, options = _FLAGS + f"(?:{text})", re2.Options()
     options.log_errors = False
     try:
-        compiled = re2.compile(_FLAGS + f"(?:{text})", options=options)
+        compiled = re2.compile(expression, options=options)
     except re2.error as error:
         said = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
         raise ValueError(
             f"{text!r} is no regular expression of RE2: {said}. It has no backreferences and no look-around"
         ) from error
-    return NamePattern(text, (), False, _FLAGS + f"(?:{text})", frozenset(compiled.groupindex), compiled)
+    return NamePattern(text, expression, captures=frozenset(compiled.groupindex), matcher=compiled)
 
 
 @lru_cache(maxsize=4096)
-def parse_glob(text: str) -> NameGlob:
-    """Read a glob. Raises ``ValueError``."""
+def parse_glob(text: str) -> NamePattern:
+    """Read a glob: ``*`` is within a segment, ``**.`` any number of segments, a trailing dot everything below.
+
+    Raises ``ValueError``.
+    """
     if not text or text == ".":
         raise ValueError("is empty; a name or a glob was expected")
     if "<" in text or ">" in text:
@@ -207,7 +203,7 @@ def parse_glob(text: str) -> NameGlob:
             shown += "" if is_last and not below else r"\."
     if below:
         shown += _SEGMENTS
-    return NameGlob(text, _FLAGS + shown)
+    return NamePattern(text, _FLAGS + shown)
 
 
 class PatternSet:

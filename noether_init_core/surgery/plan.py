@@ -193,9 +193,8 @@ class LoadPlan:
         warnings: These do not stop it.
         origins: The initializer, model and files of the rows, which refer to them by ``PlanRow.origin``. Without any
             there is one without files, for the model of the first row. A row without its origin raises ``ValueError``.
-        equal: ``(model, name, name)`` of entries of the file that end up in one tied tensor and must hold the same
-            bytes.
-        equal_across: ``(model, name, model, name)`` of those that are tied across submodels.
+        equal: ``(model, name, model, name)`` of entries of files that end up in one tied tensor, which submodels may
+            share, and must hold the same bytes.
     """
 
     kind: str
@@ -203,8 +202,7 @@ class LoadPlan:
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
     origins: tuple[Origin, ...] = ()
-    equal: tuple[tuple[str, str, str], ...] = ()
-    equal_across: tuple[tuple[str, str, str, str], ...] = ()
+    equal: tuple[tuple[str, str, str, str], ...] = ()
 
     def __attrs_post_init__(self) -> None:
         if self.rows and not self.origins:
@@ -251,12 +249,10 @@ class LoadPlan:
 
     def raise_for_problems(self) -> None:
         """Raise ``PlanError`` with every problem, where there is one."""
-        if self.problems:
-            messages = [problem.message for problem in self.problems]
-            raise self.refusal(messages, most=len(messages))
+        self.refuse([problem.message for problem in self.problems], most=len(self.problems))
 
-    def refusal(self, problems: Sequence[str], *, model: str | None = None, hint: str = "", most: int = 5) -> PlanError:
-        """The error that says why the plan is not carried out.
+    def refuse(self, problems: Iterable[str], *, model: str | None = None, hint: str = "", most: int = 5) -> None:
+        """Raise ``PlanError``, which says why the plan is not carried out, where there are problems.
 
         Args:
             problems: For people; all of them are on the error.
@@ -264,11 +260,12 @@ class LoadPlan:
             hint: What to do next.
             most: How many of them the message lists.
         """
-        sources = "; ".join(str(origin) for origin in self.origins if model in (None, origin.model))
-        message = listed([f"{self.kind}: {sources}", *problems], most + 1, separator="\n  ")
-        return PlanError(
-            message + (f"\n{hint}" if hint else "") + "\nNothing was changed.", plan=self, problems=tuple(problems)
-        )
+        problems = tuple(problems)
+        if problems:
+            sources = "; ".join(str(origin) for origin in self.origins if model in (None, origin.model))
+            message = listed([f"{self.kind}: {sources}", *problems], most + 1, separator="\n  ")
+            message += (f"\n{hint}" if hint else "") + "\nNothing was changed."
+            raise PlanError(message, plan=self, problems=problems)
 
     def inverted(self) -> LoadPlan:
         """The plan from the model's entries to the file's: the direction of an export; dtypes are those of the model.
@@ -339,7 +336,6 @@ class LoadPlan:
             tuple(warning for plan in plans for warning in plan.warnings),
             tuple(origins),
             tuple(names for plan in plans for names in plan.equal),
-            tuple(names for plan in plans for names in plan.equal_across),
         )
 
     def to_dict(self) -> dict[str, Any]:

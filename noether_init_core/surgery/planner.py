@@ -100,13 +100,13 @@ def plan_load(
     for message, is_error in rules.unmatched(matches, sources, targets):
         (problems if is_error else warnings).append(Problem("unmatched-rule", message, names))
     kept = {(part.model, name) for part, match in zip(parts, matches, strict=True) for name in match.kept}
-    equal, across, tied = ties(rows, kept)
+    equal, tied = ties(rows, kept)
     problems += tied
     if parts and not problems and not any(row.writes for row in rows):
         problems.append(Problem("nothing-loaded", "no tensor of the model would be loaded", names))
     problems += _too_little(rows, policies.min_coverage, names)
     origins = tuple(Origin(kind, part.model, description=part.description, files=part.files) for part in parts)
-    return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, equal, across)
+    return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, equal)
 
 
 def _too_little(rows: Sequence[PlanRow], least: Mapping[str, float], names: str) -> list[Problem]:

@@ -7,66 +7,41 @@ work, and two sources for one target are an error. Pure: names in, decisions out
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import attrs
 
 from noether_init_core.messages import yaml_line
 from noether_init_core.surgery.name_rules import WRAPPERS, NameMatch, Taken, bare_names, near
-from noether_init_core.surgery.patterns import NameGlob, NamePattern, PatternSet, parse_glob, parse_pattern, repaired
+from noether_init_core.surgery.patterns import NamePattern, PatternSet, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.plan import Problem
 from noether_init_core.surgery.steps import Step
 
 
 @attrs.frozen
-class Move:
-    """``sources`` of the file become ``targets`` of the model; ``label`` names the rule in messages."""
+class Rule:
+    """One rule; ``label`` names it in messages.
 
-    sources: tuple[NamePattern, ...]
-    targets: tuple[NamePattern, ...]
+    Attributes:
+        field: ``from``: names of the file that ``patterns`` match become ``targets`` of the model, by ``steps``;
+            ``drop``: they are ignored; ``only``: no others are considered; ``keep_model``: names of the model keep
+            their present value.
+        optional: Whether a ``from`` may match nothing.
+    """
+
+    field: Literal["from", "drop", "keep_model", "only"]
+    patterns: tuple[NamePattern, ...]
+    label: str = ""
+    targets: tuple[NamePattern, ...] = ()
     steps: tuple[Step, ...] = ()
     optional: bool = False
-    label: str = ""
-    field: ClassVar[str] = "from"
-
-    @property
-    def patterns(self) -> tuple[NamePattern, ...]:
-        """What decides whether the rule matches a name."""
-        return self.sources
-
-
-@attrs.frozen
-class _Globs:
-    patterns: tuple[NameGlob, ...]
-    label: str = ""
-
-
-class Drop(_Globs):
-    """Names of the file that are ignored."""
-
-    field: ClassVar[str] = "drop"
-
-
-class KeepModel(_Globs):
-    """Names of the model that keep their present value."""
-
-    field: ClassVar[str] = "keep_model"
-
-
-class Only(_Globs):
-    """The names of the file that are considered at all."""
-
-    field: ClassVar[str] = "only"
-
-
-Rule = Move | Drop | KeepModel | Only
 
 
 @attrs.frozen
 class _Group:
     """Names of the file that one rule takes together: number of the source in the rule -> name."""
 
-    rule: Move
+    rule: Rule
     captures: Mapping[str, str]
     names: dict[int, str] = attrs.Factory(dict)
 
@@ -88,9 +63,9 @@ class Transforms:
         self.source_root = _prefix(source_root)
         self.target_root = _prefix(target_root)
         self._warns = warns
-        self._takers, self._taking = _asked(self.rules, Move, Drop)
-        self._only_rules, self._only = _asked(self.rules, Only)
-        self._keep_rules, self._keep = _asked(self.rules, KeepModel)
+        self._takers, self._taking = _asked(self.rules, "from", "drop")
+        self._only_rules, self._only = _asked(self.rules, "only")
+        self._keep_rules, self._keep = _asked(self.rules, "keep_model")
 
     def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
         """Decide for one file and one model."""
@@ -103,7 +78,7 @@ class Transforms:
         matched = set[str]().union(*(match.matched for match in matches))
         messages = []
         for rule in self.rules:
-            if rule.label in matched or (isinstance(rule, Move) and rule.optional):
+            if rule.label in matched or rule.optional:
                 continue
             taken = sorted({label for match in matches for label in match.shadowed.get(rule.label, ())})
             hint = f": what it would match is taken by {', '.join(taken)} before it. Next: move it up, or remove it"
@@ -117,7 +92,7 @@ class Transforms:
     def _hint(rule: Rule, file: Sequence[str], model: Sequence[str]) -> str:
         """What a rule that matched nothing may have missed, among names below the roots; empty where nothing tells."""
         texts = [pattern.text for pattern in rule.patterns]
-        if isinstance(rule, KeepModel):
+        if rule.field == "keep_model":
             dotted = next((text for text in texts if lacks_dot(text, model)), None)
             if dotted is not None:
                 return f". Next: keep_model: {dotted}. (a trailing dot means everything below)"
@@ -127,19 +102,19 @@ class Transforms:
             return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
         if lacks_dot(texts[0], file):
             return f". Next: {rule.field}: {texts[0]}. (a trailing dot means everything below)"
-        if isinstance(rule, Move) and _is_swapped(rule, file, model):
-            swapped = {"from": _texts(rule.targets), "to": _texts(rule.sources)}
+        if _is_swapped(rule, file, model):
+            swapped = {"from": _texts(rule.targets), "to": _texts(rule.patterns)}
             return f"; from is a name in the file, to one in the model. Next: {yaml_line(swapped)}"
         similar = near(texts[0], file, most=1)
         if not similar:
             return ""
-        better = repaired(rule.sources[0], similar[0]) if isinstance(rule, Move) else None
+        better = repaired(rule.patterns[0], similar[0])
         return f"; the file says {similar[0]}" + (f". Next: from: {better}" if better else "")
 
 
-def _asked(rules: Sequence[Rule], *kinds: type[Rule]) -> tuple[list[tuple[Rule, int]], PatternSet]:
-    """The patterns of the rules of some kinds: for each its rule, and its number there; and all of them at once."""
-    asked = [(rule, index) for rule in rules if isinstance(rule, kinds) for index in range(len(rule.patterns))]
+def _asked(rules: Sequence[Rule], *fields: str) -> tuple[list[tuple[Rule, int]], PatternSet]:
+    """The patterns of the rules of some fields: for each its rule, and its number there; and all of them at once."""
+    asked = [(rule, index) for rule in rules if rule.field in fields for index in range(len(rule.patterns))]
     return asked, PatternSet(rule.patterns[index].expression for rule, index in asked)
 
 
@@ -213,26 +188,26 @@ class _Matching:
                 if later is not rule:
                     match.shadowed[later.label].add(rule.label)
             match.matched.add(rule.label)
-            if not isinstance(rule, Move):
+            if rule.field == "drop":
                 match.removed[name] = rule.label
                 continue
-            captures = rule.sources[index].match(bare)
+            captures = rule.patterns[index].match(bare)
             if captures is None:
-                raise AssertionError(f"{rule.sources[index].text} matches {bare}, and does not")
-            key = (bare,) if len(rule.sources) == 1 else (id(rule), *sorted(captures.items()))
+                raise AssertionError(f"{rule.patterns[index].text} matches {bare}, and does not")
+            key = (bare,) if len(rule.patterns) == 1 else (id(rule), *sorted(captures.items()))
             groups.setdefault(key, _Group(rule, captures)).names[index] = bare
         return groups.values(), plain
 
     def _move(self, group: _Group) -> None:
         rule, names = group.rule, group.names
-        if len(names) < len(rule.sources):
+        if len(names) < len(rule.patterns):
             have = ", ".join(names[index] for index in sorted(names))
-            lacking = (pattern for index, pattern in enumerate(rule.sources) if index not in names)
+            lacking = (pattern for index, pattern in enumerate(rule.patterns) if index not in names)
             lacks = ", ".join(pattern.fill(group.captures) for pattern in lacking)
             message = f"{rule.label}: the file has {have} without {lacks}"
             self._match.problems += (Problem("incomplete-group", message, "", tuple(names.values())),)
             return
-        taken = tuple([self._sources[names[index]] for index in range(len(rule.sources))])
+        taken = tuple([self._sources[names[index]] for index in range(len(rule.patterns))])
         for part, target in enumerate(rule.targets):
             bare = target.fill(group.captures) if target.segments else names[0]
             self._put(bare, Taken(taken, rule.label, rule.steps, part, len(rule.targets)), rule.label)
@@ -263,17 +238,17 @@ def lacks_dot(text: str, names: Iterable[str]) -> bool:
     if text.endswith("."):
         return False
     try:
-        parsed: NamePattern | NameGlob = parse_pattern(f"{text}.") if "<" in text else parse_glob(f"{text}.")
+        parsed = parse_pattern(f"{text}.") if "<" in text else parse_glob(f"{text}.")
     except ValueError:
         return False
     return any(map(PatternSet([parsed.expression]).matching, names))
 
 
-def _is_swapped(rule: Move, sources: Iterable[str], targets: Iterable[str]) -> bool:
+def _is_swapped(rule: Rule, sources: Iterable[str], targets: Iterable[str]) -> bool:
     """Whether the file has what ``to`` says, and the model what ``from`` says."""
-    if any(not pattern.segments for pattern in (*rule.sources, *rule.targets)):
+    if not all(pattern.segments for pattern in (*rule.patterns, *rule.targets)):
         return False
-    file, model = (PatternSet(one.expression for one in those) for those in (rule.targets, rule.sources))
+    file, model = (PatternSet(one.expression for one in those) for those in (rule.targets, rule.patterns))
     return any(map(file.matching, sources)) and any(map(model.matching, targets))
 
 

@@ -11,7 +11,7 @@ import pytest
 from noether_init_core import ConfigError, InitializerStack
 from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.stack.config_files import load_config_file
-from noether_init_core.surgery.transforms import Move
+from noether_init_core.surgery.transforms import Rule
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "exactly one of from, from_regex, drop, keep_model, only; this has none"),
@@ -94,7 +94,7 @@ def test_yaml_scalars_become_numbers_where_numbers_are_meant(tmp_path: Path) -> 
     config: Any = initializer.config
     assert config.min_coverage == {"**": 0.9}
     first = rule_of(config.transforms[0], "here")
-    assert isinstance(first, Move)
+    assert isinstance(first, Rule)
     assert [repr(step) for step in first.steps] == ["Transpose()", "Split(dim=1, sizes=(2, 4))"]
     assert first.label == "here (a.<l> -> b.<l>, c.<l>)"
     assert load_config_file(tmp_path / "init.yaml").entries[0].where("transforms", 2) == "init.yaml:8 transforms.2"

@@ -29,7 +29,7 @@ from noether_init_core.surgery.steps import (
     Transpose,
     Unstack,
 )
-from noether_init_core.surgery.transforms import Drop, KeepModel, Move, Transforms
+from noether_init_core.surgery.transforms import Rule, Transforms
 
 SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "plan.schema.json").read_text())
 
@@ -44,11 +44,11 @@ def spec(*shape: int, dtype: str = "float32", **more: Any) -> TargetSpec:
     return TargetSpec(shape, dtype, 4, **more)
 
 
-def move(source: str | list[str], target: str | list[str], *steps: Step) -> Move:
+def move(source: str | list[str], target: str | list[str], *steps: Step) -> Rule:
     def patterns(texts: str | list[str]) -> Any:
         return tuple(map(parse_pattern, [texts] if isinstance(texts, str) else texts))
 
-    return Move(patterns(source), patterns(target), steps, label=f"rule {source}")
+    return Rule("from", patterns(source), f"rule {source}", patterns(target), steps)
 
 
 RULES = [
@@ -61,8 +61,8 @@ RULES = [
     move("g", "g", Interpolate((2, 2), (3, 3), 1)),
     move("h", "h", Cast("float16")),
     move("odd", ["odd.0", "odd.1"], Split(0)),
-    KeepModel((parse_glob("head"),), "keep"),
-    Drop((parse_glob("old"),), "drop"),
+    Rule("keep_model", (parse_glob("head"),), "keep"),
+    Rule("drop", (parse_glob("old"),), "drop"),
     move("moved", "new"),
     move("astray", "nowhere"),
     move("nothing", "there"),

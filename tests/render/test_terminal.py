@@ -21,7 +21,7 @@ from noether_init_core.surgery.patterns import parse_glob, parse_pattern
 from noether_init_core.surgery.plan import Action, LoadPlan, Origin, PlanRow, Problem
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.steps import Split, Step, Transpose
-from noether_init_core.surgery.transforms import KeepModel, Move, Rule, Transforms
+from noether_init_core.surgery.transforms import Rule, Transforms
 
 ORIGIN = "pretrain @ latest = E4_U16_S128"
 
@@ -68,16 +68,16 @@ def vit(layers: int = 12, width: int = 768) -> dict[str, TargetSpec]:
     return {**found, "head.weight": spec(10, width), "head.bias": spec(10)}
 
 
-def rule(number: int, source: str, target: str | Sequence[str], *steps: Step) -> Move:
+def rule(number: int, source: str, target: str | Sequence[str], *steps: Step) -> Rule:
     targets = [target] if isinstance(target, str) else target
     label = f"init.yaml:{number + 4} transforms.{number} ({source} -> {', '.join(targets)})"
-    return Move((parse_pattern(source),), tuple(map(parse_pattern, targets)), steps, label=label)
+    return Rule("from", (parse_pattern(source),), label, tuple(map(parse_pattern, targets)), steps)
 
 
 RULES: list[Rule] = [
     rule(0, "h.<i>.mlp.", "blocks.<i>.mlp."),
     rule(1, "h.<i>.c_attn.<leaf>", [f"blocks.<i>.{name}.<leaf>" for name in "qkv"], Split(0)),
-    KeepModel((parse_glob("head."),), "init.yaml:9 transforms.2 (keep_model head.)"),
+    Rule("keep_model", (parse_glob("head."),), "init.yaml:9 transforms.2 (keep_model head.)"),
 ]
 
 
@@ -238,7 +238,7 @@ def test_a_model_that_several_initializers_load_is_shown_once() -> None:
         for origin, keep, other in (("one", "a", "b"), ("two", "b", "a"))
     ]
     plans = [
-        plan_load(kind, [part], Transforms([KeepModel((parse_glob(name),), f"keep {name}")]))
+        plan_load(kind, [part], Transforms([Rule("keep_model", (parse_glob(name),), f"keep {name}")]))
         for kind, part, name in (("first", parts[0], "a"), ("second", parts[1], "b"))
     ]
     notes = {(0, "net"): "committed", (1, "net"): "not committed"}
