@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from noether_init_core import kinds as kinds
+    from noether_init_core.applying.targets import named_parameters as named_parameters
     from noether_init_core.config.base import InitializerConfig as InitializerConfig, KindConfig as KindConfig
     from noether_init_core.diff.compare import compare_checkpoints as compare_checkpoints
     from noether_init_core.diff.values import CheckpointDiff as CheckpointDiff
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
         Source as Source,
         SourceInitializerConfig as SourceInitializerConfig,
     )
-    from noether_init_core.initializers.parameters import NameGlobs as NameGlobs, named_parameters as named_parameters
     from noether_init_core.initializers.source import (
         CheckpointInitializer as CheckpointInitializer,
         CheckpointInitializerConfig as CheckpointInitializerConfig,
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from noether_init_core.sets.snapshot import Snapshot as Snapshot
     from noether_init_core.stack.stack import InitializerStack as InitializerStack
     from noether_init_core.stopwatch import Timing as Timing
+    from noether_init_core.surgery.patterns import NameGlobs as NameGlobs
     from noether_init_core.surgery.plan import (
         LoadPlan as LoadPlan,
         Origin as Origin,
@@ -91,7 +92,8 @@ if TYPE_CHECKING:
 # Module -> the public names that it defines.
 _HOMES = {
     "files.storage.artifact_cache": ("ArtifactCache",),
-    "initializers.parameters": ("NameGlobs", "named_parameters"),
+    "applying.targets": ("named_parameters",),
+    "surgery.patterns": ("NameGlobs",),
     "files.checkpoint": ("BaseCheckpoint", "Checkpoint"),
     "files.opening": ("open_checkpoint",),
     "files.storage.handle": ("Storage",),

@@ -102,12 +102,7 @@ def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(tensor if tensor.is_complex() else tensor.float())
 
 
-def apply_optimizer(
-    plan: OptimizerPlan,
-    optimizer: torch.optim.Optimizer,
-    *,
-    keep_fields: bool = False,
-) -> None:
+def apply_optimizer(plan: OptimizerPlan, optimizer: torch.optim.Optimizer, *, keep_fields: bool = False) -> None:
     """Give ``optimizer`` the planned state, with tensors in place of their descriptions.
 
     Args:
@@ -181,11 +176,7 @@ def _placed(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[st
     }
 
 
-def _positional(
-    optimizer: torch.optim.Optimizer,
-    prepared: list[_Row],
-    fields: list[dict[str, Any]],
-) -> dict[str, Any]:
+def _positional(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: list[dict[str, Any]]) -> dict[str, Any]:
     layout = optimizer.state_dict()
     indices = [group["params"] for group in layout["param_groups"]]
     state = {

@@ -10,7 +10,9 @@ import attrs
 import torch
 
 from noether_init_core.errors import ConfigError
+from noether_init_core.models import check_model, leaf_models
 from noether_init_core.surgery.fit import TargetSpec
+from noether_init_core.surgery.name_rules import bare_names
 from noether_init_core.surgery.plan import PlanRow
 
 #: Equal for two tensors that are one; see ``tensor_identity``.
@@ -125,6 +127,23 @@ def model_targets(model: Any) -> ModelTargets:
     owners = {name: every.get(name.rpartition(".")[0]) for name in tensors}
     resettable = {name: module for name, module in owners.items() if module is not None and reset_method(module)}
     return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), resettable)
+
+
+def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter of a model or composite, in declared order.
+
+    Names begin below the model: ``norm.weight``, in a composite ``encoder.norm.weight``. A tied parameter has its
+    first name only. Segments that wrappers add (``module``, ``_orig_mod``) are left out, as rules leave them out.
+
+    Raises ``ConfigError`` for an object that is no model, with the next step.
+    """
+    check_model(model)
+    found: dict[torch.nn.Parameter, str] = {}
+    for path, leaf in leaf_models(model):
+        for name, parameter in leaf.named_parameters():
+            found.setdefault(parameter, f"{path}.{name}".removeprefix(f"{model.name}."))
+    named = {name: parameter for parameter, name in found.items()}
+    return {bare: named[name] for bare, name in bare_names(named).items()}
 
 
 def reset_method(module: torch.nn.Module) -> Callable[[], object] | None:

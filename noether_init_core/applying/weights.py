@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from noether_init_core.applying.targets import (
-    Identity,
-    ModelTargets,
-    modules_of_sources,
-    on_meta,
-    reset_method,
-)
+from noether_init_core.applying.targets import Identity, ModelTargets, modules_of_sources, on_meta, reset_method
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.content import Versions
@@ -176,17 +171,14 @@ def _reset(rows: Sequence[PlanRow], targets: ModelTargets, fresh: _FreshMemory) 
         below = [*module.parameters(), *module.buffers()]
         without = {id(tensor) for tensor in below if tensor.is_meta}
         fresh.hand_over(below)
-        before = [(one, one.detach().clone()) for one in below if id(one) in kept - without]
         with torch.no_grad():
             for tensor in below:
                 if id(tensor) in without and (tensor.is_floating_point() or tensor.is_complex()):
                     tensor.fill_(float("nan"))
         reset = reset_method(module)
-        if reset is not None:
-            reset()
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
+        with _unchanged(one for one in below if id(one) in kept - without):
+            if reset is not None:
+                reset()
     empty = [name for name in names if bool(torch.isnan(targets.tensors[name].detach()).any())]
     if empty:
         raise StateMismatchError(
@@ -205,11 +197,18 @@ def _load_itself(
     metadata = _metadata_below(prefix, module, rows, reader.versions)
     if metadata:
         state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # as torch.nn.Module.state_dict does
-    kept = [targets.tensors[row.key] for row in rows if row.action in ("keep", "reset") and row.dtype != "object"]
-    before = [tensor.detach().clone() for tensor in kept]
-    module.load_state_dict(state)
+    kept = (targets.tensors[row.key] for row in rows if row.action in ("keep", "reset") and row.dtype != "object")
+    with _unchanged(kept):
+        module.load_state_dict(state)
+
+
+@contextmanager
+def _unchanged(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Give the tensors the values again that they had before the block."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    yield
     with torch.no_grad():
-        for tensor, value in zip(kept, before, strict=True):
+        for tensor, value in before:
             tensor.copy_(value)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import ClassVar
 
 import pydantic
 
 from noether_init_core.config.base import KindConfig
-from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.files.storage.handle import digest_problem
 from noether_init_core.initializers.base import LocateQuery, Source, SourceInitializerConfig
 from noether_init_core.initializers.source import SourceInitializer
-from noether_init_core.messages import listed
 
 
 class FileInitializerConfig(SourceInitializerConfig):
@@ -57,25 +56,7 @@ class FileInitializer(SourceInitializer):
     config: FileInitializerConfig
 
     def locate(self, query: LocateQuery) -> Source | None:
-        """The file, for weights only. Raises ``CheckpointNotFoundError`` with what is in its folder."""
+        """The file, for weights only; whether it is there is found out by ``open``."""
         if query.part != "model":
             return None
-        try:
-            path = self.config.path.expanduser()
-        except RuntimeError as error:  # of an unknown user
-            path = self.config.path
-            raise CheckpointNotFoundError(
-                f"path: {path} cannot be found: {error}. Next: the path in full", path=path, asked=str(path)
-            ) from error
-        if not path.exists():
-            folder = path.parent
-            if folder.is_dir():
-                there = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-                raise CheckpointNotFoundError(
-                    f"there is no file {path.name} in {folder}; there are: {listed(there, 8, none='no files')}",
-                    path=path,
-                    asked=path.name,
-                    candidates=there,
-                )
-            raise CheckpointNotFoundError(f"there is no folder {folder}", path=path, asked=str(path))
-        return Source(path, digests=self.config.digest)
+        return Source(os.path.expanduser(self.config.path), digests=self.config.digest)

@@ -34,21 +34,11 @@ from noether_init_core.initializers.callbacks import (
     plan_callbacks,
     resume_callbacks,
 )
-from noether_init_core.initializers.source import (
-    CheckpointInitializer,
-    CheckpointInitializerConfig,
-    RunSelection,
-)
+from noether_init_core.initializers.source import CheckpointInitializer, CheckpointInitializerConfig, RunSelection
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.sets import refusals
-from noether_init_core.sets.checkpoint_set import (
-    CheckpointSet,
-    Need,
-    check_consistency,
-    check_files,
-    said_by,
-)
+from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, check_files, said_by
 from noether_init_core.sets.file_names import Part, Query
 from noether_init_core.sets.health import check_file
 from noether_init_core.sets.selection import Policy, find_set, walk_back

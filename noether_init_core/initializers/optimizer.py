@@ -177,7 +177,7 @@ class LoadSession(WeightsSession):
         """What is known beforehand of the optimizers: problems, and warnings. Only headers are read."""
         if self._state_config is None:
             return [], []
-        chosen, without, _frozen = by_optimizer(planned.opened.leaves)
+        chosen, without = by_optimizer(planned.opened.leaves)
         problems: list[Problem] = []
         warnings: list[Problem] = []
         if not chosen and self._is_asked_for:
@@ -204,9 +204,7 @@ class LoadSession(WeightsSession):
         if config is None:
             return []
         planned = self.plan(model)
-        chosen, without, frozen = by_optimizer(planned.opened.leaves)
-        for path in frozen:
-            self.kind.logger.info("%s: %s is frozen, its optimizer is left", config.kind, path)
+        chosen, without = by_optimizer(planned.opened.leaves)
         for path in without:
             self.kind.logger.info("%s: %s has no optimizer", config.kind, path)
         if without and not chosen and self._is_asked_for:
@@ -252,7 +250,10 @@ class LoadSession(WeightsSession):
         self._steps.clear()
 
     def _step(self, leaf: Leaf, planned: Planned) -> OptimizerStep:
-        """What an optimizer will get, by the header of its file, which goes with the weights."""
+        """What an optimizer will get, by the header of its file and the plan of the weights; nothing else is read.
+
+        Raises ``StateMismatchError`` with everything that does not fit.
+        """
         known, config = self._steps.get(leaf.path), self._state_config
         assert config is not None
         if known is not None and known.fits():
@@ -268,61 +269,37 @@ class LoadSession(WeightsSession):
             file = OpenFile(source, self.kind.open(source))
         try:
             self.kind.check_together({**planned.opened.metadata, file.source.location: file.reader.metadata})
-            step = decided(leaf, file.source, file.reader, planned.plan, config, self.loaded_before)
+            optimizer = torch_optimizer(leaf.model.optimizer)
+            keeps_fields, fields = optimizer is not leaf.model.optimizer, config.param_groups
+            plan = plan_optimizer(
+                file.reader.metadata,
+                optimizer_names(optimizer, leaf.model),
+                {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
+                origins=_origins(leaf, planned.plan, self.loaded_before),
+                aliases=parameter_aliases(leaf.model),
+                current=optimizer.param_groups,
+                optimizer_class=class_name(optimizer),
+                policies=OptimizerPolicies(
+                    config.on_missing_state,
+                    config.on_unexpected_state,
+                    dict.fromkeys([*fields, "*"], "config") if keeps_fields else fields,
+                ),
+                where=file.source.location.name,
+            )
         except BaseException:
             self._steps.pop(leaf.path, None)
             file.reader.close()
             raise
+        step = OptimizerStep(leaf, optimizer, keeps_fields, file.source, file.reader, plan)
         self._steps[leaf.path] = step
         return step
 
 
-def by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str], list[str]]:
-    """Models with an optimizer to load, paths of those that have none, and of those that are frozen."""
-    chosen: list[Leaf] = []
-    without: list[str] = []
-    frozen: list[str] = []
-    for leaf in leaves:
-        if leaf.model.is_frozen:
-            frozen.append(leaf.path)
-        elif leaf.model.optimizer is None:
-            without.append(leaf.path)
-        else:
-            chosen.append(leaf)
-    return chosen, without, frozen
-
-
-def decided(
-    leaf: Leaf,
-    source: Source,
-    reader: Checkpoint,
-    plan: LoadPlan,
-    config: OptimizerStateConfig,
-    loaded_before: frozenset[int],
-) -> OptimizerStep:
-    """What an optimizer will get, by the header of its file and the plan of the weights; nothing else is read.
-
-    Raises ``StateMismatchError`` with everything that does not fit.
-    """
-    optimizer = torch_optimizer(leaf.model.optimizer)
-    keeps_fields = optimizer is not leaf.model.optimizer
-    fields = config.param_groups
-    found = plan_optimizer(
-        reader.metadata,
-        optimizer_names(optimizer, leaf.model),
-        {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
-        origins=_origins(leaf, plan, loaded_before),
-        aliases=parameter_aliases(leaf.model),
-        current=optimizer.param_groups,
-        optimizer_class=class_name(optimizer),
-        policies=OptimizerPolicies(
-            config.on_missing_state,
-            config.on_unexpected_state,
-            dict.fromkeys([*fields, "*"], "config") if keeps_fields else fields,
-        ),
-        where=source.location.name,
-    )
-    return OptimizerStep(leaf, optimizer, keeps_fields, source, reader, found)
+def by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str]]:
+    """Models with an optimizer to load, and paths of those that have none; frozen ones keep what they have."""
+    trained = [leaf for leaf in leaves if not leaf.model.is_frozen]
+    chosen = [leaf for leaf in trained if leaf.model.optimizer is not None]
+    return chosen, [leaf.path for leaf in trained if leaf.model.optimizer is None]
 
 
 def _origins(leaf: Leaf, plan: LoadPlan, loaded_before: frozenset[int]) -> dict[str, ParameterOrigin] | None:

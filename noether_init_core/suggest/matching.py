@@ -34,10 +34,7 @@ class Pairing:
     """Pairs up all layers of a file and a model. ``pairs`` is the result, ``sources`` and ``targets`` what is left."""
 
     def __init__(
-        self,
-        sources: Mapping[str, TensorSpec],
-        targets: Mapping[str, TensorSpec],
-        tied: Mapping[str, Iterable[str]],
+        self, sources: Mapping[str, TensorSpec], targets: Mapping[str, TensorSpec], tied: Mapping[str, Iterable[str]]
     ) -> None:
         """``tied``: name in the model -> all names of the same tensor; when one gets it, all have it."""
         self._all = sources, targets

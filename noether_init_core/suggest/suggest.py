@@ -6,7 +6,6 @@ a plan; what names and shapes cannot tell is said, with the reason and what else
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import accumulate
 
@@ -26,7 +25,7 @@ from noether_init_core.suggest.rules import (
     rules_of,
     transforms_of,
 )
-from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec
+from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec, names_of_ties
 from noether_init_core.surgery.name_rules import bare_names
 from noether_init_core.surgery.planner import Policies, plan_load
 
@@ -83,10 +82,12 @@ class _Suggesting:
         self._policies = policies
         self._source_names = {bare: name for bare, name in bare_names(sources).items() if _can_say(bare)}
         self._target_names = {bare: name for bare, name in bare_names(targets).items() if _can_say(bare)}
+        bare_of = {name: bare for bare, name in self._target_names.items()}
+        ties = [[bare_of[name] for name in names if name in bare_of] for names in names_of_ties(targets).values()]
         self._pairing = Pairing(
             {bare: sources[name] for bare, name in self._source_names.items() if name not in hidden},
             {bare: targets[name] for bare, name in self._target_names.items()},
-            _tied(targets, self._target_names),
+            {bare: names for names in ties for bare in names},
         )
         self._unsure: list[Unsure] = []
 
@@ -264,14 +265,6 @@ def _modules(layers: Sequence[Layer], names: Iterable[str], left: Container[str]
 def _paths(name: str) -> list[str]:
     """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
     return list(accumulate(name.split("."), "{}.{}".format))
-
-
-def _tied(targets: Mapping[str, TargetSpec], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Bare name -> the bare names of the same tensor, where there are several."""
-    groups: defaultdict[str, list[str]] = defaultdict(list)
-    for bare, name in names.items():
-        groups[targets[name].tied_to or name].append(bare)
-    return {bare: tuple(group) for group in groups.values() if len(group) > 1 for bare in group}
 
 
 def _done(found: Suggestion) -> list[tuple[object, ...]]:

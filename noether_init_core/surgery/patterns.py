@@ -15,6 +15,7 @@ import attrs
 import re2
 
 from noether_init_core.errors import ConfigError
+from noether_init_core.surgery import name_rules
 
 #: Under this name everything below a trailing dot is captured.
 BELOW = "_below"
@@ -231,6 +232,23 @@ class PatternSet:
         if not found or found.pop() != self._count:
             raise MemoryError(f"RE2 needs more memory for {self._count} patterns at once")
         return found or ()
+
+
+class NameGlobs(PatternSet):
+    """Globs as in ``transforms``: ``*`` is part of a segment, ``**`` any segments, a trailing dot everything below.
+
+    ``matching(name)`` gives the numbers of the globs that match, from 0; it takes the same time for many globs.
+
+    Raises ``ValueError`` for a text that is no glob, so that pydantic shows it at its place in the config.
+    """
+
+    def __init__(self, globs: Iterable[str]) -> None:
+        super().__init__(parse_glob(glob).expression for glob in globs)
+
+    @staticmethod
+    def near(name: str, others: Iterable[str]) -> list[str]:
+        """Up to three of ``others`` that look like ``name``, for messages."""
+        return name_rules.near(name, list(others))
 
 
 def _is_encodable(name: str) -> bool:

@@ -57,12 +57,7 @@ class Policies:
 
 @no_garbage_collection()
 def plan_load(
-    kind: str,
-    parts: Sequence[PlanPart],
-    rules: NameRules,
-    *,
-    policies: Policies | None = None,
-    fresh_hint: str = "",
+    kind: str, parts: Sequence[PlanPart], rules: NameRules, *, policies: Policies | None = None, fresh_hint: str = ""
 ) -> LoadPlan:
     """Decide what happens to every entry of every part. Pure: nothing is read, nothing is changed.
 

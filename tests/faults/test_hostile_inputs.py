@@ -459,7 +459,7 @@ def missing_output_root(world: World) -> Action:
     return lambda: world.previous_run(output_path=str(world.folder / "nowhere"))
 
 
-@refused(19, CheckpointNotFoundError, r"no file b\.th.*there are: a\.th")
+@refused(19, CheckpointNotFoundError, r"b\.th does not exist\. The folder .* has: a\.th")
 def missing_file(world: World) -> Action:
     shutil.copyfile(world.file_of("model"), world.folder / "a.th")
     return lambda: world.file(world.folder / "b.th")

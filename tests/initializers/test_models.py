@@ -254,7 +254,7 @@ def test_file_reads_a_bare_state_dict_and_checks_its_digest(paths: PathProvider,
     with pytest.raises(CheckpointCorruptError, match="has the digest"):
         start({"kind": "file", "path": str(path), "digest": "sha256:" + "0" * 64}, paths, bind(target, name="net"))
     assert torch.equal(target.weight, before)
-    with pytest.raises(CheckpointNotFoundError, match=r"there are: weights\.pt"):
+    with pytest.raises(CheckpointNotFoundError, match=r"weight\.pt does not exist\. The folder .* has: weights\.pt"):
         start({"kind": "file", "path": str(tmp_path / "weight.pt")}, paths, bind(target, name="net"))
     two = compose("pair", {"a": bind(linear(0), name="a"), "b": bind(linear(1), name="b")})
     with pytest.raises(ConfigError, match="Add: submodel:"):
@@ -442,7 +442,7 @@ def test_a_file_that_is_rewritten_between_check_and_load_is_refused(paths: PathP
 def test_a_path_of_an_unknown_user_is_not_found() -> None:
     """Not a bare error of pathlib."""
     stack = InitializerStack.from_config([{"kind": "file", "path": "~nosuchuser/x.pt"}])
-    with pytest.raises(CheckpointNotFoundError, match=r"~nosuchuser/x\.pt cannot be found"):
+    with pytest.raises(CheckpointNotFoundError, match=r"~nosuchuser/x\.pt does not exist"):
         stack.initialize(bind(torch.nn.Linear(2, 2), "net"))
 
 
