@@ -14,9 +14,8 @@ from noether_init_core.errors import ProbeMismatchError
 from noether_init_core.initializers.source import CheckpointInitializer, SourceInitializer
 from noether_init_core.kinds.hookspec import hookimpl
 from noether_init_core.models import Leaf, submodel_of
-from noether_init_core.probe.isolated_run import device_of, hindrance
 from noether_init_core.probe.outputs import Compared, Output, compare
-from noether_init_core.probe.probe import Probe, computed_by, dtype_of, repeat
+from noether_init_core.probe.probe import Probe, computed_by, device_of, dtype_of, hindrance, repeat
 from noether_init_core.saving.probe_file import read_probe
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.file_names import parse
@@ -59,7 +58,6 @@ class ProbeObserver:
     def __init__(self, tolerance: float | None = None) -> None:
         self._tolerance = tolerance
         self._pending: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
-        self._said: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
     @hookimpl(wrapper=True)
     def init_weights(self, model: Any, initializer: Any) -> Around:
@@ -92,18 +90,13 @@ class ProbeObserver:
         selection = initializer.selection if isinstance(initializer, CheckpointInitializer) else None
         selected = None if selection is None else selection.chosen
         if selected is None:
-            self._say(initializer, logging.INFO, f"{kind}: no set, and so no probe")
+            logger.info("%s: no set, and so no probe", kind)
             return None
         probe = read_probe(selected)
         if probe is None:
-            self._say(initializer, logging.WARNING, f"{kind}: {selected.folder} was saved without a probe")
+            logger.warning("%s: %s was saved without a probe", kind, selected.folder)
             return None
         return _Pending(selected, probe)
-
-    def _say(self, initializer: Any, level: int, text: str) -> None:
-        if self._said.get(initializer) != text:
-            self._said[initializer] = text
-            logger.log(level, "%s", text)
 
     def _held(self, model: Any, initializer: CheckpointInitializer, pending: _Pending) -> str:
         """Repeat the probe; returns what is to be said. Raises ``ProbeMismatchError``."""

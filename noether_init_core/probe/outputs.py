@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import attrs
 import numpy as np
+import pydantic
 import torch
 import xxhash
 
 from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.files.reading import memory_of_tensor
+from noether_init_core.sets.manifest import Digest
+
+_Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 #: How many values are kept of one output; of a larger one as many random places, always the same ones.
 MOST_VALUES = 1 << 18
 _SEED = 0x6E6F6574686572
 _MAX_DEPTH = 60
-_MOST_OUTPUTS = 10_000
-#: A value this many times larger than the typical one of its output is compared apart: it would hide the others.
+#: A constant this many times larger than the typical value of its output is compared apart: it would hide the others.
 _HUGE = 100.0
-_MOST_LEVELS = 8
+#: Part of the values that have to be the same, or nearly so, to count as a constant, such as that of a mask.
+_OFTEN = 0.05
 #: Part of the whole numbers that may differ where scores were rounded otherwise.
 _CHOICES = 0.05
 
@@ -37,36 +41,46 @@ _ALIKE = {"float16": 5e-4, "bfloat16": 2e-3}
 _ACCELERATED = 5e-3
 #: Narrower formats.
 _NARROW = 0.2
+_COMPARED = (torch.Tensor, bool, int, float, str)
 _COMPLEX = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
 
 
-@attrs.frozen
-class Output:
-    """What is kept of one output tensor, or of one number or text.
+class Output(pydantic.BaseModel):
+    """What is kept of one output tensor, or of one number or text. Outputs of one digest are equal.
 
     Attributes:
         path: Its place in what the model returned: ``output``, ``output.logits``, ``output.1``.
         shape: Its shape.
         dtype: Its dtype without ``torch.``; ``str`` for a text.
         digest: ``xxh3_128:...`` of its contiguous little-endian bytes.
-        values: Its values, at most ``MOST_VALUES`` of them, in one dimension; none of a text. Not compared by ``==``,
-            which the digest is for.
+        values: Its values, at most ``MOST_VALUES`` of them, in one dimension; none of a text.
     """
 
+    model_config = pydantic.ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
     path: str
-    shape: tuple[int, ...]
+    shape: tuple[pydantic.NonNegativeInt, ...]
     dtype: str
-    digest: str
-    values: torch.Tensor = attrs.field(eq=False, repr=False)
+    digest: Digest
+    values: torch.Tensor = pydantic.Field(repr=False)
+
+    @pydantic.model_validator(mode="after")
+    def _has_its_values(self) -> Self:
+        count = 0 if self.dtype == "str" else min(math.prod(self.shape), MOST_VALUES)
+        if self.values.shape != (count,) or self.dtype not in ("str", _name_of(self.values.dtype)):
+            raise ValueError(f"values is no {self.dtype} tensor of shape [{count}]")
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Output) and all(
+            getattr(self, name) == getattr(other, name) for name in ("path", "shape", "dtype", "digest")
+        )
 
     @property
     def norm(self) -> float:
         """Euclidean norm of the finite values that are kept."""
         numbers = _numbers(self.values)
-        numbers = numbers[np.isfinite(numbers)]
-        # squares may leave the range of float64
-        largest = float(np.abs(numbers).max(initial=0.0))
-        return largest * float(np.linalg.norm(numbers / largest)) if largest else 0.0
+        return _norm(numbers[np.isfinite(numbers)])
 
 
 @attrs.frozen
@@ -103,20 +117,12 @@ def outputs_of(returned: Any) -> tuple[Output, ...]:
 
     Raises ``ConfigError`` where there is nothing of that, and for tensors that have no plain memory.
     """
-    found: dict[str, Output] = {}
-    for place, value in _leaves(returned, "output", 0):
-        if not isinstance(value, torch.Tensor | bool | int | float | str):
-            continue
-        path, number = place, 1
-        while path in found:
-            number += 1
-            path = f"{place}#{number}"
-        found[path] = _output(path, value)
-        if len(found) > _MOST_OUTPUTS:
-            raise ConfigError(f"the model returns more than {_MOST_OUTPUTS:,} tensors")
+    found = tuple(
+        _output(path, value) for path, value in _leaves(returned, "output", 0) if isinstance(value, _COMPARED)
+    )
     if not found:
         raise ConfigError(f"the model returns {type_of(returned)} without a tensor in it")
-    return tuple(found.values())
+    return found
 
 
 def uncompared(returned: Any) -> tuple[str, ...]:
@@ -124,7 +130,7 @@ def uncompared(returned: Any) -> tuple[str, ...]:
     return tuple(
         f"{path} ({type_of(value)})"
         for path, value in _leaves(returned, "output", 0)
-        if value is not None and not isinstance(value, torch.Tensor | bool | int | float | str)
+        if value is not None and not isinstance(value, _COMPARED)
     )
 
 
@@ -189,7 +195,7 @@ def compare(
         all_dtypes = (then.dtype, other.dtype, *dtypes)
         is_same_dtype = is_alike and then.dtype == other.dtype and len(set(dtypes)) < 2
         allowed = tolerance_for(all_dtypes, devices, is_alike=is_same_dtype) if tolerance is None else tolerance
-        compared.append(_compared(then, other, allowed, max(map(_rounding, all_dtypes))))
+        compared.append(_compared(then, other, allowed))
     compared += [Compared(path, False, None, 0.0, "was not returned then") for path in now]
     if not any(not one.is_same and not one.problem and one.changed is None for one in compared):
         return tuple(compared)
@@ -228,7 +234,7 @@ def _output(path: str, value: Any) -> Output:
         value = str(value)
     if isinstance(value, str):
         digest = xxhash.xxh3_128_hexdigest(value.encode("utf-8", "surrogatepass"))
-        return Output(path, (), "str", f"xxh3_128:{digest}", torch.empty(0))
+        return Output(path=path, shape=(), dtype="str", digest=f"xxh3_128:{digest}", values=torch.empty(0))
     if isinstance(value, float):
         value = torch.tensor(value, dtype=torch.float64)
     tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
@@ -242,12 +248,11 @@ def _output(path: str, value: Any) -> Output:
         kept = flat[torch.from_numpy(places.astype(np.int64))]
     else:
         kept = flat.clone()
-    name = str(plain.dtype).removeprefix("torch.")
-    digest = xxhash.xxh3_128_hexdigest(memory_of_tensor(plain))
-    return Output(path, tuple(plain.shape), name, f"xxh3_128:{digest}", kept)
+    digest = f"xxh3_128:{xxhash.xxh3_128_hexdigest(memory_of_tensor(plain))}"
+    return Output(path=path, shape=tuple(plain.shape), dtype=_name_of(plain.dtype), digest=digest, values=kept)
 
 
-def _compared(then: Output, now: Output, tolerance: float, rounding: float) -> Compared:
+def _compared(then: Output, now: Output, tolerance: float) -> Compared:
     if (then.shape, then.dtype, then.digest) == (now.shape, now.dtype, now.digest):
         return Compared(then.path, True, 0.0, tolerance)
     if then.shape != now.shape:
@@ -269,57 +274,42 @@ def _compared(then: Output, now: Output, tolerance: float, rounding: float) -> C
         return Compared(then.path, False, None, tolerance, problem)
     first, other = first[places[0] == 0], other[places[0] == 0]
     sizes = np.abs(first)
-    levels = [math.inf, *_limits(sizes, rounding)]
-    difference = max(_apart(first[sizes <= limit], other[sizes <= limit]) for limit in levels)
+    shown = [sizes < limit for limit in (math.inf, *_constants(sizes))]
+    difference = max(_apart(first[one], other[one]) for one in shown)
     return Compared(then.path, False, difference, tolerance, "" if difference <= tolerance else "differs")
 
 
-def _numbers(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _numbers(values: torch.Tensor) -> _Numbers:
     flat = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
     return flat.to(torch.float64).numpy()
 
 
-def _apart(first: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    """Norm of the difference in parts of the larger norm, also where squares leave the range of float64."""
-    largest = max(float(np.abs(one).max(initial=0.0)) for one in (first, other))
-    if not largest:
-        return 0.0
-    first, other = first / largest, other / largest
-    return float(np.linalg.norm(first - other) / max(np.linalg.norm(first), np.linalg.norm(other)))
+def _norm(numbers: _Numbers) -> float:
+    """Also where squares leave the range of float64."""
+    largest = float(np.abs(numbers).max(initial=0.0))
+    return largest * float(np.linalg.norm(numbers / largest)) if largest else 0.0
+
+
+def _apart(first: _Numbers, other: _Numbers) -> float:
+    """Norm of the difference in parts of the larger norm."""
+    norm = max(_norm(first), _norm(other))
+    return _norm(first / norm - other / norm) if norm else 0.0
+
+
+def _constants(sizes: _Numbers) -> _Numbers:
+    """Magnitudes from which on constants hide the other values: a mask is one value many times, or nearly one."""
+    groups, counts = np.unique(np.rint(np.log2(sizes[sizes > 0]) * 16), return_counts=True)
+    if not len(groups):
+        return sizes[:0]
+    is_constant = counts > max(1.0, counts.sum() * _OFTEN)
+    is_huge = groups > np.median(groups) + np.log2(_HUGE) * 16
+    limits: _Numbers = np.exp2((groups[is_constant & is_huge] - 0.5) / 16)
+    return limits
 
 
 def _is_floating(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat", "complex"))
 
 
-def _rounding(dtype: str) -> float:
-    """A unit in the last place of 1, in parts of what counts as rounding."""
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not _is_floating(dtype):
-        return 0.0
-    return torch.finfo(found).eps / _TOLERANCES.get(_COMPLEX.get(dtype, dtype), _NARROW)
-
-
-def _limits(values: np.ndarray[Any, Any], rounding: float) -> list[float]:
-    """The magnitudes beyond which values hide the others; none for an output whose values are of one kind."""
-    values = values[values > 0]
-    if not len(values):
-        return []
-    sizes, counts = np.unique(values, return_counts=True)
-    begin = float(np.median(sizes))
-    if sizes[-1] <= _HUGE * begin:
-        return []
-    # A mask is one value many times, or nearly one. Beside other large values, small ones may be their rounding.
-    mantissas, exponents = np.frexp(sizes)
-    _near, group = np.unique(exponents * 64 + np.rint(mantissas * 32), return_inverse=True)
-    is_varied = np.bincount(group, weights=counts)[group] <= max(1.0, len(values) / 20)
-    if rounding < 0.01:
-        is_varied &= counts == 1
-    if is_varied.any():
-        largest = float(sizes[is_varied][-1])
-        begin = begin if begin > 4 * rounding * largest else max(begin, largest)
-    limits: list[float] = []
-    while len(limits) < _MOST_LEVELS and math.isfinite(_HUGE * begin) and sizes[-1] > _HUGE * begin:
-        limits.append(_HUGE * begin)
-        begin = float(sizes[sizes > limits[-1]][0])
-    return limits
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

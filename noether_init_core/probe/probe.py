@@ -1,23 +1,26 @@
-"""The probe of a set: taken when the set is saved, repeated with the model that was loaded from it."""
+"""The probe of a set: a model is run on a batch in passing, when the set is saved and again when it was loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 
-import attrs
+import pydantic
 import torch
 
-from noether_init_core.errors import CheckpointFormatError, ConfigError
+from noether_init_core.errors import CheckpointFormatError, ConfigError, type_of
 from noether_init_core.files.plain_data import plain
-from noether_init_core.models import leaf_models
-from noether_init_core.nested import mapped
-from noether_init_core.probe.isolated_run import called, device_of, hindrance, quietly, tensors_of
+from noether_init_core.models import BoundModel, leaf_models
+from noether_init_core.nested import equal, mapped
 from noether_init_core.probe.outputs import Output, has_values, outputs_of, uncompared
+from noether_init_core.training.randomness import seeded
+
+#: What models draw from that draw random numbers in evaluation, too.
+_SEED = 0x50524F4245
 
 
-@attrs.frozen(eq=False)
-class Probe:
+class Probe(pydantic.BaseModel):
     """A batch, and what a model made of it.
 
     Attributes:
@@ -34,8 +37,10 @@ class Probe:
         computed_by: Release of torch, threads and processor.
     """
 
+    model_config = pydantic.ConfigDict(frozen=True, protected_namespaces=())
+
     batch: Any
-    outputs: tuple[Output, ...]
+    outputs: Annotated[tuple[Output, ...], pydantic.Field(min_length=1)]
     model: str
     models: tuple[str, ...]
     device: str
@@ -46,7 +51,7 @@ class Probe:
 
 
 def take(model: Any, batch: Any) -> Probe:
-    """Run ``model`` on a batch and keep both; the model and the process are as before.
+    """Run ``model`` on a batch and keep both; the model and the process are as before, see ``quietly``.
 
     Raises ``ConfigError`` for a batch that cannot be kept, and for a model that cannot be run on it.
     """
@@ -77,15 +82,15 @@ def take(model: Any, batch: Any) -> Probe:
             "are. Next: another probe, or save without"
         ) from error
     return Probe(
-        kept,
-        outputs,
-        str(model.name),
-        tuple(path for path, _leaf in leaf_models(model)),
-        device_of(model).type,
-        dtype_of(model),
-        has_drawn,
-        others,
-        computed_by(model),
+        batch=kept,
+        outputs=outputs,
+        model=str(model.name),
+        models=tuple(path for path, _leaf in leaf_models(model)),
+        device=device_of(model).type,
+        dtype=dtype_of(model),
+        has_drawn=has_drawn,
+        uncompared=others,
+        computed_by=computed_by(model),
     )
 
 
@@ -97,7 +102,7 @@ def computed_by(model: Any) -> str:
 
 
 def repeat(model: Any, probe: Probe) -> tuple[Output, ...]:
-    """What ``model`` makes of the batch of ``probe`` now; the model and the process are as before.
+    """What ``model`` makes of the batch of ``probe`` now; the model and the process are as before, see ``quietly``.
 
     If the model's dtype is another one than then, the batch follows it. Raises what the model raises.
     """
@@ -108,12 +113,6 @@ def repeat(model: Any, probe: Probe) -> tuple[Output, ...]:
         return tensor.to(getattr(torch, now)) if now is not None and tensor.dtype is then else tensor
 
     return _run(model, _changed(probe.batch, follow))[0]
-
-
-def dtype_of(model: Any) -> str | None:
-    """Dtype of the first floating-point parameter, else buffer, of ``model``."""
-    floating = (one.dtype for _name, one in tensors_of(model) if one.is_floating_point() or one.is_complex())
-    return next((str(dtype).removeprefix("torch.") for dtype in floating), None)
 
 
 def check_batch(batch: Any) -> str:
@@ -145,3 +144,124 @@ def _run(model: Any, batch: Any) -> tuple[tuple[Output, ...], tuple[str, ...], b
 
 def _changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return mapped(batch, lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf)
+
+
+@contextlib.contextmanager
+def quietly(model: Any) -> Iterator[Callable[[], bool]]:
+    """Run ``model`` in the block: evaluating, without gradient and autocast, with random generators seeded alike.
+
+    Afterwards the attributes of all modules are what they were (flags, counters, buffers, children), with the entries
+    of dicts and the values of tensors among them, and so are the random generators of the process and those of torch
+    among the attributes, also if the block raises. What a model writes into its parameters stays.
+
+    Yields: a function that says whether random numbers of torch have been drawn in the block so far.
+    """
+    modules = _modules_of(model)
+    dicts = [held for one in modules for held in (vars(one), *vars(one).values()) if isinstance(held, dict)]
+    attributes = [(held, dict(held)) for held in dicts]
+    values = [value for held in dicts for value in held.values()]
+    plain_tensors = [one for one in values if type(one) is torch.Tensor and one.layout is torch.strided]
+    tensors = [(one, one.detach().clone()) for one in plain_tensors if not one.is_meta]
+    held_generators = [one for one in values if isinstance(one, torch.Generator)]
+    generators = [torch.default_generator, *_accelerators(), *held_generators]
+    states = [one.get_state() for one in generators]
+    try:
+        with torch.no_grad(), seeded(_SEED), contextlib.ExitStack() as stack:
+            for kind in {"cpu", device_of(model).type}:
+                if torch.amp.is_autocast_available(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            for module in modules:
+                # eval() may be overridden, and change weights (adapters that are merged then)
+                module.training = False
+            begun = [one.manual_seed(_SEED).get_state() for one in generators]
+            yield lambda: not equal([one.get_state() for one in generators], begun)
+    finally:
+        for held, before in attributes:
+            for name in held.keys() - before.keys():
+                del held[name]
+            held.update(before)
+        for tensor, content in tensors:
+            # a needless write would disturb a graph that waits for its backward
+            if not equal(tensor, content):
+                tensor.detach().copy_(content)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _accelerators() -> list[torch.Generator]:
+    """Generators of accelerators that were used; one that was not has drawn nothing, and asking would start it."""
+    found: list[torch.Generator] = []
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch lacks it
+        found += torch.cuda.default_generators
+    if torch.backends.mps.is_available():
+        found.append(torch.mps._get_default_mps_generator())
+    return found
+
+
+def called(model: Any) -> Any:
+    """What is called: the module behind a view, behind ``DistributedDataParallel`` and ``torch.compile``.
+
+    These wrappers would wait for other ranks, or compile anew. Raises ``ConfigError`` for what cannot be called.
+    """
+    found = model.module if isinstance(model, BoundModel) else model
+    while isinstance(found, torch.nn.Module):
+        if isinstance(found, torch.nn.parallel.DistributedDataParallel):
+            found = found.module
+        elif isinstance(getattr(found, "_orig_mod", None), torch.nn.Module):
+            found = found._orig_mod
+        else:
+            break
+    if not callable(found):
+        raise ConfigError(
+            f"{model.name} is {type_of(found)}, which cannot be called with a probe. Next: give it __call__, which "
+            "says what becomes of a batch, or save without probe"
+        )
+    return found
+
+
+def hindrance(model: Any) -> str:
+    """Why this process cannot run the model by itself, in words; empty where it can."""
+    for name, tensor in _tensors_of(model):
+        if torch.nn.parameter.is_lazy(tensor):
+            return f"its {name} has no shape yet (a lazy module)"
+        if tensor.is_meta:
+            return f"its {name} is on the meta device"
+        if hasattr(tensor, "device_mesh"):
+            return f"its {name} is sharded over processes"
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in _modules_of(model)):
+        return "it is sharded over processes"
+    return ""
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a batch goes: the device that the model says, else that of its first parameter or buffer, else the CPU."""
+    own = getattr(model, "device", None)
+    if isinstance(own, torch.device):
+        return own
+    return next((tensor.device for _name, tensor in _tensors_of(model)), torch.device("cpu"))
+
+
+def dtype_of(model: Any) -> str | None:
+    """Dtype of the first floating-point parameter, else buffer, of ``model``."""
+    floating = (one.dtype for _name, one in _tensors_of(model) if one.is_floating_point() or one.is_complex())
+    return next((str(dtype).removeprefix("torch.") for dtype in floating), None)
+
+
+def _modules_of(model: Any) -> tuple[torch.nn.Module, ...]:
+    """Every module of ``model``; of a composite, also those of its submodels."""
+    found: dict[int, torch.nn.Module] = {}
+    for root in (model, *(leaf for _path, leaf in leaf_models(model))):
+        list_modules = getattr(root, "modules", None)
+        for module in list_modules() if callable(list_modules) else ():
+            found.setdefault(id(module), module)
+    return tuple(found.values())
+
+
+def _tensors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of every parameter of all modules, then of every buffer."""
+    modules = _modules_of(model)
+    for held in ("_parameters", "_buffers"):
+        for module in modules:
+            for name, tensor in getattr(module, held).items():
+                if tensor is not None:
+                    yield name, tensor

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from noether_init_core import ConfigError, bind, compose
-from noether_init_core.probe.isolated_run import called, quietly
 from noether_init_core.probe.outputs import Compared, compare, outputs_of, tolerance_for, uncompared
-from noether_init_core.probe.probe import repeat, take
+from noether_init_core.probe.probe import called, repeat, take
 
 
 def model(module: torch.nn.Module) -> Any:
@@ -194,108 +193,57 @@ def add_saved(self: Any, inputs: torch.Tensor) -> torch.Tensor:
     return inputs
 
 
-def train_itself(self: Any, inputs: torch.Tensor) -> torch.Tensor:
-    self.weight.add_(1)
-    return inputs
-
-
-def go_backward(self: Any, inputs: torch.Tensor) -> torch.Tensor:
-    with torch.enable_grad():
-        (inputs * self.weight).sum().backward()
-    return inputs
-
-
-def test_a_gradient_that_the_forward_adds_to_is_found() -> None:
-    """What was there cannot be put back."""
-    module = Calling(go_backward)
-    module.weight.grad = torch.ones(2)
-    with pytest.raises(ConfigError, match="its forward changes the gradient of the parameter weight of a Calling"):
-        take(model(module), BATCH)
-
-
-@pytest.mark.parametrize("grad", [None, torch.ones(2)])
-def test_a_parameter_that_the_forward_changes_is_found(grad: torch.Tensor | None) -> None:
-    """The model is refused, since the old values are gone."""
-    module = Calling(train_itself)
-    module.weight.grad = grad
-    with pytest.raises(ConfigError, match=r"its forward changes the parameter weight of a Calling\. It is changed now"):
-        take(model(module), BATCH)
-
-
 class Keeping(torch.nn.Module):
-    """A module that counts, draws from its own generators, and keeps tensors and containers as attributes."""
+    """A module that counts, draws from its own generator, and keeps tensors and a dict as attributes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(2, 2)
         self.generator = torch.Generator().manual_seed(3)
-        self.numpy = np.random.default_rng(4)
-        self.older = np.random.RandomState(5)
-        self.python = random.Random(6)
         self.count = 0
         self.mode: tuple[str, int] | None = None
         self.mean = torch.zeros(2)
         self.written = torch.zeros(2)
-        self.history: list[Any] = []
         self.cache: dict[str, Any] = {"gone": 1}
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         found = self.linear(inputs) + torch.randn(2, generator=self.generator) + self.count
-        found = found + self.numpy.random() + self.older.rand() + self.python.random()
         self.count += 1
         self.mode = ("x", self.count)
         self.mean = self.mean * 0.9 + found.mean(0)
         self.written += 1
-        self.history.append(self.count)
         self.cache["new"] = self.cache.pop("gone")
         self.made = True
-        self.linear.weight.requires_grad_(False)
         self.linear.register_forward_hook(lambda *_arguments: None)
         return found
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a set keeps of it."""
-        return {"count": self.count, "generator": self.generator.get_state(), "history": list(self.history)}
+        return {"count": self.count, "generator": self.generator.get_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.count, self.history = state["count"], state["history"]
+        self.count = state["count"]
         self.generator.set_state(state["generator"])
 
 
 def kept_by(module: Keeping) -> Any:
     return (
         module.generator.get_state().tolist(),
-        str(module.numpy.bit_generator.state),
-        str(module.older.get_state()),
-        module.python.getstate(),
         (module.count, module.mode, id(module.mean), module.mean.tolist(), module.written.tolist()),
-        (id(module.history), list(module.history), str(module.cache)),
-        (hasattr(module, "made"), module.linear.weight.requires_grad, len(module.linear._forward_hooks)),
+        (str(module.cache), hasattr(module, "made"), len(module.linear._forward_hooks)),
         str(module.get_extra_state()),
     )
 
 
 def test_attributes_and_generators_of_modules_are_put_back() -> None:
-    """Counters, tensors, entries of lists and dicts, hooks; what it draws is the same each time."""
+    """Counters, tensors, entries of dicts, hooks; what it draws is the same each time."""
     module = Keeping()
     before = kept_by(module)
     probe = take(model(module), BATCH)
     assert kept_by(module) == before
     assert probe.has_drawn
-    module.python.random()
     module.generator.manual_seed(99)
     assert repeat(model(module), probe) == probe.outputs
-
-
-def test_generators_that_cannot_be_seeded_are_no_hindrance() -> None:
-    """One of the system has no state; an older one over another algorithm takes no seed, and is put back, too."""
-    module = torch.nn.Linear(2, 2)
-    module.system = random.SystemRandom()
-    module.odd = np.random.RandomState(np.random.PCG64(1))
-    module.register_forward_hook(lambda self, *arguments: arguments[-1] + self.system.random() + self.odd.rand())
-    before = str(module.odd.get_state(legacy=False))
-    take(model(module), BATCH)
-    assert str(module.odd.get_state(legacy=False)) == before
 
 
 def build_child(self: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -308,21 +256,14 @@ def replace_child(self: Any, inputs: torch.Tensor) -> torch.Tensor:
     return inputs
 
 
-def replace_data(self: Any, inputs: torch.Tensor) -> torch.Tensor:
-    self.weight.data = self.weight.data * 2
-    return inputs
-
-
 def rebind(self: Any, inputs: torch.Tensor) -> torch.Tensor:
     self.weight = torch.nn.Parameter(self.weight * 2)
     return inputs
 
 
-@pytest.mark.parametrize(
-    "change", [build_child, replace_child, replace_data, rebind, go_backward, grow_saved, add_saved]
-)
+@pytest.mark.parametrize("change", [build_child, replace_child, rebind, grow_saved, add_saved])
 def test_a_model_that_changes_its_parts_is_as_before(change: Any) -> None:
-    """Children, parameters, gradients and buffers are the same objects with the same values."""
+    """Children, parameters and buffers are the same objects with the same values."""
     module = Calling(change)
     before = list(module.named_modules()), [(one, id(one), one.data_ptr()) for one in module.parameters()]
     values = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -335,26 +276,6 @@ def test_a_model_that_changes_its_parts_is_as_before(change: Any) -> None:
     assert values.keys() == module.state_dict().keys()
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in values.items())
     assert module.weight.grad is None
-
-
-def test_a_write_that_no_version_tells_is_found() -> None:
-    """Through ``.data``; the error says that the model is another one now."""
-
-    def write_data(self: Any, inputs: torch.Tensor) -> torch.Tensor:
-        self.weight.data.mul_(0.5)
-        return inputs
-
-    with pytest.raises(ConfigError, match=r"changes the parameter weight of a Calling\. It is changed now"):
-        take(model(Calling(write_data)), BATCH)
-
-
-def test_an_error_inside_is_not_hidden_by_a_change() -> None:
-    """It goes on, with a note of what was changed."""
-    module = Calling(train_itself)
-    with pytest.raises(KeyError) as caught, quietly(model(module)):  # noqa: PT012 - the block is what is tested
-        module(BATCH)
-        raise KeyError("x")
-    assert caught.value.__notes__ == ["net: its forward changes the parameter weight of a Calling"]
 
 
 @dataclasses.dataclass
@@ -389,12 +310,6 @@ def test_tensors_are_found_in_every_usual_structure() -> None:
     ]
     assert uncompared(nested) == ()
     assert [one.path for one in outputs_of(x)] == ["output"]
-
-
-def test_two_outputs_under_one_path_are_told_apart() -> None:
-    """A key with a dot may look like a way."""
-    x = torch.zeros(1)
-    assert [one.path for one in outputs_of({"a.b": x, "a": {"b": x}})] == ["output.a.b", "output.a.b#2"]
 
 
 @pytest.mark.parametrize("output", [None, {"a": object()}, torch.distributions.Normal(0.0, 1.0)])

@@ -186,19 +186,21 @@ def test_a_hostile_probe_runs_nothing(paths: PathProvider, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: content.update(format_version=2), "has format version 2, this release reads up to 1"),
-        (lambda content: content.update(format="other"), "is no probe: format: "),
-        (lambda content: content["outputs"][0].update(values=[1.0]), r"is no probe: outputs\.0: .*no float32 tensor"),
+        (lambda content: content.update(format_version=2), "no probe of this release: .*'format_version': 2}.* is not"),
+        (lambda content: content.update(format="other"), "no probe of this release: .*'format': 'other'.* is not"),
+        (lambda content: content["outputs"][0].update(values=[1.0]), r"is no probe: outputs\.0\.values: .*of Tensor"),
         (lambda content: content["outputs"][0].update(values=torch.zeros(5)), r"no float32 tensor of shape \[4\]"),
         (lambda content: content["outputs"][0].update(dtype="int64"), r"no int64 tensor of shape \[4\]"),
         (lambda content: content["outputs"][0].pop("values"), r"is no probe: outputs\.0\.values"),
         (lambda content: content["outputs"][0].pop("digest"), r"is no probe: outputs\.0\.digest"),
         (lambda content: content["outputs"][0].update(shape=[-1]), r"is no probe: outputs\.0\.shape"),
         (lambda content: content.update(outputs=[]), "is no probe: outputs: "),
-        (lambda content: content["outputs"].append(content["outputs"][0]), "two have one path"),
         (lambda content: content.update(batch={"self": torch.zeros(1)}), "'self' is the model itself"),
         (lambda content: content.update(batch={"a b": torch.zeros(1)}), "passed as keywords, and 'a b' is none"),
-        (lambda content: content.update(batch=[torch.float32]), r"is no probe: batch\.0 is a dtype"),
+        (
+            lambda content: content.update(batch=[torch.float32]),
+            r"is no probe .*: batch\.0: a torch\.dtype",
+        ),
     ],
 )
 def test_a_probe_of_another_form_is_refused(paths: PathProvider, change: Any, said: str) -> None:
