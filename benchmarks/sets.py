@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import torch
 
 from noether_init_core import (
@@ -86,7 +87,7 @@ def fill_with_copies(paths: PathProvider, count: int) -> None:
         for file in manifest.files:
             name = file.name.replace(found.name, str(at(number)))
             os.link(found.folder / file.name, folder / name)
-            files.append(file.model_copy(update={"name": name}))
+            files.append(msgspec.structs.replace(file, name=name))
         os.link(found.folder / "digests.json", folder / "digests.json")
         update = {
             "sequence": number,
@@ -94,7 +95,7 @@ def fill_with_copies(paths: PathProvider, count: int) -> None:
             "tags": (str(at(number)), "latest"),
             "files": tuple(files),
         }
-        (folder / "manifest.json").write_bytes(manifest.model_copy(update=update).to_bytes())
+        (folder / "manifest.json").write_bytes(msgspec.structs.replace(manifest, **update).to_bytes())
 
 
 def saves(folder: Path, rounds: int) -> str:

@@ -45,7 +45,7 @@ def _advise() -> Callable[[int, int, int], int] | None:
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """A header or plan of many keys is many objects and no garbage: looking for some would double the time."""
+    """A header, plan or run of many parts is many objects and no garbage: looking for some would double the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

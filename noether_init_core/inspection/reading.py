@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import stat
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -235,7 +235,9 @@ class _Run:
             unfinished = len(self.snapshot.folders) - len(committed)
             if committed:
                 state, number, iteration = "committed", len(committed), committed[-1].iteration
-                nbytes = sum(map(self._bytes_in, (one.path for one in committed)))
+                nbytes = sum(
+                    size for one in committed for size in (self._tried(partial(_sizes_in, one.path)) or {}).values()
+                )
                 head = self.snapshot.head(committed[-1])
                 newest = head if isinstance(head, CheckpointSet) else None
                 problem = head if newest is None else self.snapshot.problem_of(newest)
@@ -245,7 +247,7 @@ class _Run:
                 state, number = "legacy", len(flat)
                 newest = self.snapshot.newest_flat((), unreadable) or flat[0]
                 self.problems += [str(error) for _name, error in unreadable]
-                nbytes = sum(size or 0 for one in flat for size in self._sizes(one))
+                nbytes = sum(size for one in flat for size in self._sizes(one).values())
                 iteration = self._iteration_of(newest)
         return RunSummary(
             f"{DEBUG_FOLDER}/{self.paths.run_id}" if self.paths.debug else self.paths.run_id,
@@ -292,19 +294,16 @@ class _Run:
 
     def _set(self, one: CheckpointSet) -> FoundSet:
         iteration = self._iteration_of(one)
-        sizes = self._sizes(one)
         manifest = one.manifest
+        there = self._sizes(one)
         return FoundSet(
             one.place,
             one.folder,
             "committed" if one.committed else "legacy",
             None if iteration is None else str(iteration),
             one.tags,
-            self._bytes_in(one.folder) if one.committed else sum(size or 0 for size in sizes),
-            tuple(
-                FoundPart(file.path.name, file.model, file.info, file.part, size)
-                for file, size in zip(one.files, sizes, strict=True)
-            ),
+            sum(there.values()),
+            tuple(FoundPart(file.name, file.model, file.info, file.part, there.get(file.name)) for file in one.files),
             None if manifest is None else manifest.created,
             manifest is not None and manifest.probe is not None,
             manifest is not None and manifest.provenance is not None,
@@ -332,15 +331,12 @@ class _Run:
     def _iteration_of(self, one: CheckpointSet) -> TrainingIteration | None:
         return self._tried(lambda: self.snapshot.iteration_of(one) if self.snapshot else None)
 
-    def _sizes(self, one: CheckpointSet) -> list[int | None]:
-        return [self._tried(partial(LOCAL.size_of, file.path)) for file in one.files]
-
-    def _bytes_in(self, folder: Path) -> int:
-        def look() -> int:
-            found = (entry.stat() for entry in folder.iterdir())
-            return sum(one.st_size for one in found if stat.S_ISREG(one.st_mode))
-
-        return self._tried(look) or 0
+    def _sizes(self, one: CheckpointSet) -> Mapping[str, int]:
+        """Bytes of the regular files of a set; those of a committed one are all that its folder has."""
+        if one.committed:
+            return self._tried(partial(_sizes_in, one.folder)) or {}
+        sizes = {file.name: self._tried(partial(LOCAL.size_of, file.path)) for file in one.files}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def _tried(self, look: Callable[[], T]) -> T | None:
         """What ``look`` gives; None where it fails, which is a problem of this run."""
@@ -349,6 +345,11 @@ class _Run:
         except (CheckpointError, OSError) as error:
             self.problems.append(str(error))
             return None
+
+
+def _sizes_in(folder: Path) -> Mapping[str, int]:
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
 
 def _probe(path: Path) -> FoundProbe:

@@ -84,7 +84,7 @@ class CheckpointSet:
         iteration: None where only the files know it (a legacy tag such as ``latest``); ``Snapshot.iteration_of`` looks.
         sequence: The place in the order of commits, from 1; None for a legacy set.
         committed: Whether a manifest vouches for it.
-        files: Sorted by model, info, part.
+        flat_files: Those of a legacy set, in the order of ``files``; a manifest names those of a committed one.
         run_id: The run that wrote it; None where only the files know.
         stage_name: Its stage.
         manifest: None for a legacy set.
@@ -97,11 +97,19 @@ class CheckpointSet:
     iteration: TrainingIteration | None
     sequence: int | None
     committed: bool
-    files: tuple[CheckpointFile, ...]
+    flat_files: tuple[CheckpointFile, ...] = ()
     run_id: str | None = None
     stage_name: str | None = None
     manifest: Manifest | None = attrs.field(default=None, repr=False, eq=False)
     storage: FileSystem = attrs.field(default=LOCAL, repr=False, eq=False)
+
+    @cached_property
+    def files(self) -> tuple[CheckpointFile, ...]:
+        """Its files, by model, info, part."""
+        if self.manifest is None:
+            return self.flat_files
+        entries = self.manifest.files
+        return sorted_files([CheckpointFile(self.folder, one.name, one.model, one.info, one.part) for one in entries])
 
     def file(self, model: str | None, part: Part, info: str | None = None) -> CheckpointFile | None:
         """The file of ``part`` of ``model``; None where there is none.
@@ -213,14 +221,19 @@ class SetFolder:
         return self.parent / self.name
 
     @cached_property
+    def manifest_path(self) -> Path:
+        """Where its manifest is, if it has one."""
+        return self.path / MANIFEST_NAME
+
+    @cached_property
     def iteration(self) -> TrainingIteration:
         """The iteration of the set, all three fields said."""
         return TrainingIteration(*self.numbers)
 
     def is_committed(self, storage: FileSystem = LOCAL) -> bool:
         """Whether it has a manifest, be it a damaged one. Raises ``CheckpointNotFoundError`` if that cannot be told."""
-        with reaching(self.path / MANIFEST_NAME):
-            return storage.exists(self.path / MANIFEST_NAME)
+        with reaching(self.manifest_path):
+            return storage.exists(self.manifest_path)
 
 
 def set_folders(
@@ -248,23 +261,20 @@ def load_set(folder: SetFolder, storage: FileSystem = LOCAL) -> CheckpointSet:
     Raises ``CheckpointCorruptError`` if the manifest is not that of this folder, ``CheckpointFormatError`` if another
     release wrote it. The files are not looked at.
     """
-    manifest = read_manifest(folder.path / MANIFEST_NAME, storage)
-    iteration = manifest.training_iteration
-    if (manifest.sequence, iteration) != (folder.sequence, folder.iteration):
+    manifest = read_manifest(folder.manifest_path, storage)
+    if manifest.folder_name != folder.name:
         raise CheckpointCorruptError(
-            f"{folder.path / MANIFEST_NAME} is the manifest of set {manifest.sequence}, {iteration}; "
+            f"{folder.manifest_path} is the manifest of set {manifest.sequence}, {manifest.training_iteration}; "
             "the folder has another name",
             path=folder.path,
         )
-    files = [CheckpointFile(folder.path, one.name, one.model, one.info, one.part) for one in manifest.files]
     return CheckpointSet(
         folder=folder.path,
         name=folder.name.partition("_")[2],
         tags=manifest.tags,
-        iteration=iteration,
+        iteration=folder.iteration,
         sequence=folder.sequence,
         committed=True,
-        files=sorted_files(files),
         run_id=manifest.run_id,
         stage_name=manifest.stage_name,
         manifest=manifest,
@@ -283,8 +293,10 @@ def check_files(checkpoint_set: CheckpointSet, storage: FileSystem = LOCAL) -> N
     for name, expected in [*((one.name, one.size) for one in manifest.files), (DIGESTS_NAME, manifest.digests_size)]:
         path = folder / name
         with reaching(path):
-            size = storage.size_of(path)
-            leads_out = storage.is_link(path) and storage.resolve(path).parent != storage.resolve(folder)
+            itself = storage.identity_of(path)
+            size = storage.size_of(path) if itself is None else itself[0]
+            is_link = itself is None and storage.is_link(path)
+            leads_out = is_link and storage.resolve(path).parent != storage.resolve(folder)
         if leads_out:
             raise CheckpointCorruptError(f"{path} leads out of its folder, to {storage.resolve(path)}", path=path)
         if size != expected:

@@ -107,6 +107,7 @@ def parse(name: str) -> CheckpointFileName | None:
     return CheckpointFileName(model, info, tag, part)
 
 
+@functools.lru_cache(1024)  # the same tags come with every set
 def check_tag(tag: str) -> str:
     """Return ``tag`` if it can be written; raises ``InvalidNameError``."""
     check_name(tag, "checkpoint_tag")

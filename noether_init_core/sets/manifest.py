@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import pydantic
-import pydantic_core
+import msgspec
 import xxhash
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, ConfigError
@@ -34,18 +33,14 @@ _SEAL = re.compile(rb',\n "digest": "(xxh3_128:[0-9a-f]{32})"\n}\n')
 _HEAD = f'{{\n "format": "{FORMAT}",\n "format_version": {FORMAT_VERSION},\n'.encode()
 _SEAL_BYTES = len(',\n "digest": "xxh3_128:"\n}\n') + 32
 
-Digest = Annotated[str, pydantic.Field(pattern=r"\Axxh3_128:[0-9a-f]{32}\z")]
-_Count = Annotated[int, pydantic.Field(ge=0)]
+Digest = Annotated[str, msgspec.Meta(pattern=r"\Axxh3_128:[0-9a-f]{32}\Z")]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class _Model(pydantic.BaseModel):
-    # Keys that a later release adds without a new format version are no error.
-    model_config = pydantic.ConfigDict(
-        frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False, strict=True
-    )
+# Keys that a later release adds without a new format version are no error.
 
 
-class TensorDigest(_Model):
+class TensorDigest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One tensor of a file; the digest is that of its contiguous little-endian bytes.
 
     ``values`` is what was found among them when they were saved: bytes with this digest need no second look.
@@ -57,14 +52,14 @@ class TensorDigest(_Model):
     values: Literal["finite", "infinities", "NaN"]
 
 
-class FileDigests(_Model):
+class FileDigests(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """The tensors of one file; ``buffers`` names those of weights that are no parameters, None in other files."""
 
     tensors: dict[str, TensorDigest]
     buffers: tuple[str, ...] | None = None
 
 
-class ManifestFile(_Model):
+class ManifestFile(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One file of the set.
 
     Attributes:
@@ -91,7 +86,7 @@ def _stem(model: str, info: str | None, part: Part) -> str | None:
     return stem if parsed is not None and (parsed.model, parsed.info) == (model, info) else None
 
 
-class Manifest(_Model):
+class Manifest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """The content of ``manifest.json``: small, and sealed.
 
     Attributes:
@@ -127,11 +122,10 @@ class Manifest(_Model):
     probe: Digest | None = None
     versions: dict[str, str] = {}
 
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> Manifest:
+    def __post_init__(self) -> None:
         if self.iteration.keys() != {"epoch", "update", "sample"} or min(self.iteration.values()) < 0:
             raise ConfigError("iteration must say epoch, update and sample, none below zero")
-        own = f"E{self.iteration['epoch']}_U{self.iteration['update']}_S{self.iteration['sample']}"
+        own = self.own_tag
         for tag in self.tags:
             if tag != own:
                 check_tag(tag)
@@ -149,21 +143,25 @@ class Manifest(_Model):
         parts = {file.part for file in self.files}
         if not parts >= {"model", "trainer"}:
             raise ConfigError("files must list weights and a trainer file, which every set has")
-        return self
 
-    @functools.cached_property
+    @property
     def training_iteration(self) -> TrainingIteration:
         """The iteration of the set, all three fields said."""
         return TrainingIteration.from_mapping(self.iteration)
 
     @property
+    def own_tag(self) -> str:
+        """The tag of its iteration, which stands in the names of its files."""
+        return f"E{self.iteration['epoch']}_U{self.iteration['update']}_S{self.iteration['sample']}"
+
+    @property
     def folder_name(self) -> str:
         """The name of the set's folder."""
-        return f"{self.sequence:08d}_{self.training_iteration}"
+        return f"{self.sequence:08d}_{self.own_tag}"
 
     def to_bytes(self) -> bytes:
         """The JSON text, readable by people; its last key is the digest of everything before it."""
-        return sealed(self.model_dump_json(indent=1).encode())
+        return sealed(msgspec.json.format(_encoded(self), indent=1))
 
 
 def sealed(text: bytes) -> bytes:
@@ -193,12 +191,19 @@ def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error.strerror}", path=path) from error
     seal = _SEAL.fullmatch(text[-_SEAL_BYTES:])
     is_sealed = seal is not None and seal[1].decode() == digest_of(text[:-_SEAL_BYTES])
-    # NaN may stand there as a text, which the other way tells from a number
-    if is_sealed and text.startswith(_HEAD) and b"NaN" not in text and b"Infinity" not in text:
-        return _validated(Manifest.model_validate_json, text, path)
+    if not (is_sealed and text.startswith(_HEAD)):
+        _check_form(text, path, is_sealed)
     try:
-        values = pydantic_core.from_json(text, allow_inf_nan=False)
-    except ValueError as error:
+        return _MANIFEST.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{path} is no valid manifest: {error}", path=path) from error
+
+
+def _check_form(text: bytes, path: Path, is_sealed: bool) -> None:
+    """Raise what ``read_manifest`` raises for a file that is no manifest of this release, as it was written."""
+    try:
+        values = msgspec.json.decode(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error}", path=path) from error
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise CheckpointCorruptError(f"{path} is no manifest of a checkpoint set", path=path)
@@ -217,17 +222,16 @@ def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
             "Next: take an older checkpoint",
             path=path,
         )
-    return _validated(Manifest.model_validate_json, text, path)
 
 
-class _Digests(_Model):
+class _Digests(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     format: Literal["noether-init-digests"] = "noether-init-digests"
     files: dict[str, FileDigests]
 
 
 def digests_to_bytes(files: Mapping[str, FileDigests]) -> bytes:
     """The content of ``digests.json``: name of a file -> its tensors."""
-    return _Digests(files=dict(files)).model_dump_json().encode()
+    return _encoded(_Digests(files=dict(files)))
 
 
 def read_digests(folder: Path, manifest: Manifest, storage: FileSystem = LOCAL) -> dict[str, FileDigests]:
@@ -246,20 +250,25 @@ def read_digests(folder: Path, manifest: Manifest, storage: FileSystem = LOCAL) 
             "checkpoint",
             path=path,
         )
-    return _validated(_Digests.model_validate_json, text, path).files
-
-
-_M = TypeVar("_M", bound=_Model)
-
-
-def _validated(validate: Callable[[Any], _M], content: Any, path: Path) -> _M:
     try:
-        return validate(content)
-    except pydantic.ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'manifest'}: {problem['msg']}" for problem in error.errors()[:5]
-        )
-        raise CheckpointCorruptError(f"{path} is no valid manifest: {problems}", path=path) from error
+        return _DIGESTS.decode(text).files
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{path} is no valid list of digests: {error}", path=path) from error
+
+
+_MANIFEST = msgspec.json.Decoder(Manifest)
+_DIGESTS = msgspec.json.Decoder(_Digests)
+_S = TypeVar("_S", Manifest, _Digests)
+
+
+def _encoded(value: _S) -> bytes:
+    """The JSON text. Raises ``ConfigError`` for what could not be read again."""
+    try:
+        text = msgspec.json.encode(value)
+        (_MANIFEST if isinstance(value, Manifest) else _DIGESTS).decode(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"the manifest of a set cannot say that: {error}. Nothing was committed") from error
+    return text
 
 
 # Which values that are not finite a resume refuses: NaN in weights, buffers and optimizer state, infinities in

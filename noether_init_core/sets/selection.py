@@ -12,6 +12,7 @@ import attrs
 from noether_init_core.errors import CheckpointError, CheckpointFormatError
 from noether_init_core.files.storage.disk import is_out_of_reach
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.memory import no_garbage_collection
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
 from noether_init_core.sets.file_names import FOLLOWING, PART_NAMES, Part, Query
 from noether_init_core.sets.refusals import (
@@ -312,6 +313,7 @@ class _Question:
 # The same on the disk, which changes meanwhile; an error where no set can be told.
 
 
+@no_garbage_collection()
 def find_set(
     snapshot: Snapshot,
     tag: str | Mapping[str, Any] | TrainingIteration | None = None,
@@ -365,6 +367,7 @@ def _selected(answer: Selected | Refusal, snapshot: Snapshot, asked_by: AskedBy)
     raise worded(answer, snapshot, asked_by) from getattr(answer, "error", None)
 
 
+@no_garbage_collection()
 def newest_set(snapshot: Snapshot, model: str | None = None, *, asked_by: AskedBy = "tag") -> CheckpointSet | None:
     """The newest set with a trainer file (of ``model``), whatever its tags; None where there is none.
 

@@ -53,8 +53,8 @@ class _Known:
         looked_ns = time.time_ns()
         with reaching(folder.path):
             changed_ns = storage.changed_at(folder.path)
-        with reaching(folder.path / MANIFEST_NAME):
-            identity = storage.identity_of(folder.path / MANIFEST_NAME)
+        with reaching(folder.manifest_path):
+            identity = storage.identity_of(folder.manifest_path)
         return None if changed_ns is None else cls(folder, changed_ns, looked_ns, identity)
 
     def holds(self, storage: FileSystem) -> bool:
@@ -259,10 +259,10 @@ class Snapshot:
 
     def is_current(self) -> bool:
         """Whether sets are still there as they were seen: none committed or retired meanwhile."""
-        now = {folder.name: folder for folder in set_folders(self.folder, self.storage)}
-        if now.keys() != {folder.name for folder in self.folders}:
+        seen = {folder.name: folder for folder in self.folders}
+        if {folder.name for folder in set_folders(self.folder, self.storage, seen)} != seen.keys():
             return False
-        return all((head is not None) == now[name].is_committed(self.storage) for name, head in self._heads.items())
+        return all((head is not None) == seen[name].is_committed(self.storage) for name, head in self._heads.items())
 
     @property
     def saw_unfinished(self) -> bool:

@@ -251,15 +251,30 @@ def a_set(
     iteration = at(epoch)
     own = (str(iteration), *tags)
     refused = {} if holds in (None, "finite") else {"weight": holds}
-    file = ManifestFile.model_construct(name="m", model=model, part="model", size=0, digest="", refused=refused)
-    manifest = Manifest.model_construct(
+    digest = f"xxh3_128:{0:032x}"
+    files = tuple(
+        ManifestFile(
+            name=f"{model}_cp={iteration}_{part}.th",
+            model=model,
+            part=part,
+            size=0,
+            digest=digest,
+            records=digest,
+            refused=refused if part == "model" else {},
+        )
+        for part in ("model", "trainer")
+    )
+    manifest = Manifest(
         sequence=sequence,
         iteration=iteration.to_mapping(),
         tags=own,
         run_id="run",
         created="",
-        files=(file,),
+        seen=(),
+        files=files,
         metrics=dict(metrics),
+        digests=digest,
+        digests_size=0,
         **descent,
     )
     return CheckpointSet(Path(f"{sequence:08d}"), str(iteration), own, iteration, sequence, True, (), manifest=manifest)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import msgspec
 import pytest
 import torch
 from support.damage import flip_tensor_bit, rewrite
@@ -213,7 +214,7 @@ def test_sets_of_earlier_releases_are_one_training_that_can_go_on(paths: PathPro
     writer = CheckpointWriter(paths)
     save(writer, 1, 2)
     for one in Snapshot(paths).sets():
-        older = manifest_of(one).model_copy(update={"training": None})
+        older = msgspec.structs.replace(manifest_of(one), training=None)
         rewrite(one.folder / "manifest.json", older.to_bytes())
     save(CheckpointWriter(paths, keep_last=2, report=resume(paths)), 3)
     save(CheckpointWriter(paths, keep_last=2), 4)

@@ -1,0 +1,86 @@
+"""Manifests: what is written can be read again, and a small file is read in little memory."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from noether_init_core.errors import CheckpointCorruptError, ConfigError
+from noether_init_core.sets.manifest import Manifest, ManifestFile, read_manifest, sealed
+
+DIGEST = f"xxh3_128:{0:032x}"
+
+
+def manifest(**fields: Any) -> Manifest:
+    """Of a set of one model at E1_U2_S3; ``fields`` replace or complete it."""
+    files = tuple(
+        ManifestFile(name=f"mlp_cp=E1_U2_S3_{part}.th", model="mlp", part=part, size=1, digest=DIGEST, records=DIGEST)
+        for part in ("model", "trainer")
+    )
+    known = {
+        "sequence": 1,
+        "iteration": {"epoch": 1, "update": 2, "sample": 3},
+        "tags": ("E1_U2_S3", "latest"),
+        "run_id": "run",
+        "created": "now",
+        "seen": (("mlp", "model"),),
+        "files": files,
+        "digests": DIGEST,
+        "digests_size": 7,
+    }
+    return Manifest(**{**known, **fields})
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    metrics=st.dictionaries(st.text(max_size=5), st.none() | st.floats(allow_nan=False, allow_infinity=False)),
+    lineage=st.lists(st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.text() | st.booleans())),
+    run_id=st.text(max_size=9),
+)
+def test_what_was_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, metrics: Any, lineage: Any, run_id: str
+) -> None:
+    """Whatever names, numbers and texts are in it."""
+    written = manifest(metrics=metrics, lineage=tuple(lineage), run_id=run_id)
+    path = tmp_path_factory.mktemp("set") / "manifest.json"
+    path.write_bytes(written.to_bytes())
+    assert read_manifest(path) == written
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"digests": "sha256:0"}, {"sequence": -1}, {"run_id": 7}, {"lineage": ("text",)}, {"lineage": ({"a": object()},)}],
+)
+def test_what_could_not_be_read_is_not_written(fields: Any) -> None:
+    """A manifest is the commit: one that no start can read would hide the set."""
+    with pytest.raises(ConfigError, match="Nothing was committed"):
+        manifest(**fields).to_bytes()
+
+
+def test_nan_in_the_lineage_is_no_number(tmp_path: Path) -> None:
+    """It is written as null, as JSON has no NaN; where it stands in a manifest, the manifest was not ours."""
+    path = tmp_path / "manifest.json"
+    text = manifest(lineage=({"value": math.nan},)).to_bytes()
+    path.write_bytes(text)
+    assert read_manifest(path).lineage == ({"value": None},)
+    content = text.rpartition(b',\n "digest"')[0]
+    path.write_bytes(sealed(content.replace(b"null\n  }", b"NaN\n  }") + b"}"))
+    with pytest.raises(CheckpointCorruptError, match="is no valid manifest"):
+        read_manifest(path)
+
+
+def test_a_small_manifest_takes_little_memory(tmp_path: Path) -> None:
+    """A run may have thousands: room for the largest that is allowed would be made for each."""
+    path = tmp_path / "manifest.json"
+    path.write_bytes(manifest().to_bytes())
+    read_manifest(path)
+    tracemalloc.start()
+    read_manifest(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
