@@ -66,6 +66,11 @@ def check_run_id(value: str) -> str:
     return value
 
 
+def name_of_run(run_id: str | None, stage_name: str | None) -> str:
+    """Run and stage as they are written: ``pretrain``, ``pretrain/stage``."""
+    return f"{run_id}/{stage_name}" if stage_name is not None else str(run_id)
+
+
 @attrs.frozen
 class PathProvider:
     """The folders of one run: ``<output_root>/[debug/]<run_id>/[<stage_name>/]checkpoints``.

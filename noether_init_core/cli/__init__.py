@@ -1,6 +1,6 @@
 """The command ``noether-init``: a module for the commands about one thing, which imports what it needs when it runs.
 
-``files``, ``options``, ``output`` and ``usage`` are shared by them.
+``options``, ``output`` and ``usage`` are shared by them.
 
 Exit codes: 0 fine, 1 a file or config has problems, 2 usage. Torch is imported only where a
 model, a tensor or a plugin needs it.
@@ -8,7 +8,7 @@ model, a tensor or a plugin needs it.
 
 from __future__ import annotations
 
-import inspect as inspect_module
+import inspect
 import io
 import sys
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from typing import Annotated
 
 import typer
 
-from noether_init_core.cli import apply, config, diff, inspect, kinds, lineage, overview, publish, usage, verify
-from noether_init_core.cli.output import show_text
+from noether_init_core.cli import config, contents, kinds, relations, usage
+from noether_init_core.cli.output import show, show_text
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -31,24 +31,24 @@ app = typer.Typer(
 #: (panel, name, function, an example that can be typed), in the order in which they are listed.
 COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Look", "kinds", kinds.list_kinds, "noether-init kinds --json"),
-    ("Look", "inspect", inspect.run, "noether-init inspect runs/pretrain"),
-    ("Look", "diff", diff.run, "noether-init diff runs/pretrain runs/finetune --html diff.html"),
-    ("Look", "lineage", lineage.run, "noether-init lineage runs/finetune --html lineage.html"),
+    ("Look", "inspect", contents.inspect, "noether-init inspect runs/pretrain"),
+    ("Look", "diff", relations.diff, "noether-init diff runs/pretrain runs/finetune --html diff.html"),
+    ("Look", "lineage", relations.lineage, "noether-init lineage runs/finetune --html lineage.html"),
     ("Decide", "example", kinds.write_example, "noether-init example previous_run"),
     ("Decide", "schema", kinds.show_schema, "noether-init schema previous_run"),
     ("Decide", "validate", config.validate, "noether-init validate init.yaml"),
     ("Decide", "suggest", config.suggest, "noether-init suggest init.yaml --model models:build"),
     ("Decide", "plan", config.plan, "noether-init plan init.yaml --model models:build"),
-    ("Do", "verify", verify.run, "noether-init verify runs/pretrain"),
-    ("Do", "apply", apply.run, "noether-init apply init.yaml --model models:build --out start.safetensors"),
-    ("Publish", "new", publish.new, "noether-init new demo"),
-    ("Publish", "check", publish.check, "noether-init check previous_run"),
+    ("Do", "verify", contents.verify, "noether-init verify runs/pretrain"),
+    ("Do", "apply", config.apply, "noether-init apply init.yaml --model models:build --out start.safetensors"),
+    ("Publish", "new", kinds.new, "noether-init new demo"),
+    ("Publish", "check", kinds.check, "noether-init check previous_run"),
 )
 
 
 def _help_of(function: Callable[..., None]) -> str:
     """The docstring, a line for each paragraph: terminals have widths of their own."""
-    paragraphs = (inspect_module.getdoc(function) or "").split("\n\n")
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
@@ -64,9 +64,9 @@ def _start(
 ) -> None:
     """Start any PyTorch training run from any checkpoint, declared in the config."""
     if version:
-        overview.show_version()
+        show(f"noether-init-core {usage.version()}")
     elif context.invoked_subcommand is None:
-        overview.run(as_json=as_json)
+        usage.overview(as_json=as_json)
     elif as_json:
         raise typer.BadParameter(
             f"it belongs behind the command. Next: {_with_json(context.invoked_subcommand)}", param_hint="--json"

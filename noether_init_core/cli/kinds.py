@@ -1,27 +1,42 @@
-"""``noether-init kinds``, ``schema`` and ``example``: which kinds there are, and what a config of one looks like."""
+"""The commands about kinds: which there are, what a config of one looks like, how to write one, and what is wrong."""
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import inspect
 import json
+import re
 import shlex
+import sys
+import time
+import traceback
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
 from rich.console import Console
 from rich.text import Text
+from rich.tree import Tree
 
 from noether_init_core import kinds
 from noether_init_core.cli.options import KIND, AsJson, Kind
 from noether_init_core.cli.output import show, show_commands, show_json, show_table, show_text
 from noether_init_core.cli.usage import plain_kinds
-from noether_init_core.errors import ConfigError, KindError
+from noether_init_core.errors import ConfigError, KindError, KindImportError
 from noether_init_core.messages import one_line
 from noether_init_core.observers.loading import installed_observers
-from noether_init_core.scaffold.files import BUILT_IN, example_of
+from noether_init_core.scaffold.files import BUILT_IN, Base, check_absent, example_of, render, write_folder
+from noether_init_core.scaffold.naming import Names, check_free, names_of
+
+if TYPE_CHECKING:
+    from noether_init_core.kinds.contract import Finding
+
+
+_CORE = "noether-init-core"
 
 
 def list_kinds(
@@ -44,7 +59,7 @@ def list_kinds(
     if not found:
         show(f"no {what} is installed. Next: pip install noether-init-core")
         return
-    _show(what, [(_mark(info, conflicts), one_line(info.name), one_line(info.source)) for info in found])
+    _show_kinds(what, [(_mark(info, conflicts), one_line(info.name), one_line(info.source)) for info in found])
     if conflicts:
         show(f"x what is offered more than once cannot be used; see {kinds.DENY_VARIABLE}")
 
@@ -55,7 +70,7 @@ def _mark(info: kinds.KindInfo, conflicts: Collection[str]) -> tuple[str, str]:
     return ("x conflict", "red") if info.name in conflicts else ("ok", "green")
 
 
-def _show(what: str, rows: Sequence[tuple[tuple[str, str], str, str]]) -> None:
+def _show_kinds(what: str, rows: Sequence[tuple[tuple[str, str], str, str]]) -> None:
     """A table; where it does not fit, who offers a kind stands below it, so that no name is broken."""
     console = Console()
     widths = [max(map(len, column)) for column in zip(*((mark[0], *rest) for mark, *rest in rows), strict=True)]
@@ -114,7 +129,7 @@ def write_example(
     schema = None if name in BUILT_IN else kinds.resolve(kind).config_class.model_json_schema()
     files, following = example_of(name, schema)
     if not only_print:
-        _write(folder, files)
+        _write_files(folder, files)
     if as_json:
         commands = [command for command, _what in following]
         said = {"kind": name, "folder": folder, "written": not only_print, "files": files, "next": commands}
@@ -126,7 +141,7 @@ def write_example(
     show_commands([*into, *following], narrow=0)
 
 
-def _write(folder: Path, files: Mapping[str, str]) -> None:
+def _write_files(folder: Path, files: Mapping[str, str]) -> None:
     """Write all of them, or nothing. Raises ``ConfigError`` where one of them is there."""
     there = [str(folder / name) for name in files if (folder / name).exists()]
     if there:
@@ -146,3 +161,166 @@ def _write(folder: Path, files: Mapping[str, str]) -> None:
         for path in written:
             path.unlink(missing_ok=True)
         raise ConfigError(f"{folder} cannot be written: {error.strerror}. Nothing was left there") from error
+
+
+def new(
+    name: Annotated[str, typer.Argument(help="Of the new package, such as demo: a folder demo.", show_default=False)],
+    kind: Annotated[
+        str | None, typer.Option(help="What configs call it.", show_default="the name, with _ for -")
+    ] = None,
+    distribution: Annotated[
+        str | None, typer.Option(help="What pip calls it.", show_default="noether-init-NAME")
+    ] = None,
+    base: Annotated[
+        Base, typer.Option(help="source: weights of a file that the kind locates; plain: everything by hand.")
+    ] = Base.SOURCE,
+    into: Annotated[Path, typer.Option(help="The folder that the new one is made in.")] = Path(),
+    author: Annotated[
+        str | None,
+        typer.Option(
+            help="For pyproject.toml and LICENSE: 'Jane Doe' or 'Jane Doe <jane@example.org>'.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a package with a new kind: class, config, tests, conformance kit, CI. It is complete, or not there at all.
+
+    A folder that exists is refused. So are names that cannot work, and a kind that an installed distribution offers.
+    """
+    names = names_of(name, kind=kind, distribution=distribution)
+    check_free(names)
+    folder = into / names.folder
+    check_absent(folder)
+    core = importlib.metadata.version(_CORE)
+    files = render(names, base, author=author, year=datetime.date.today().year, core=core)
+    if not dry_run:
+        write_folder(folder, files)
+    following = _following(names, folder)
+    if as_json:
+        said = {
+            **attrs.asdict(names),
+            "folder": folder,
+            "base": base.value,
+            "written": not dry_run,
+            "files": list(files),
+            "next": [command for command, _what in following],
+        }
+        show_json("new", said)
+        return
+    _show_tree(folder, files)
+    if dry_run:
+        typer.echo(f"\n{len(files)} files; nothing was written (--dry-run)")
+    else:
+        show_commands(following)
+
+
+def _following(names: Names, folder: Path) -> list[tuple[str, str]]:
+    """The next commands, each with what it is for."""
+    return [
+        (f"cd {shlex.quote(str(folder))}", f"the kind itself is src/{names.package}/kind.py"),
+        ("python -m pip install '.[test]'", f"registers {names.kind}, and installs pytest"),
+        ("python -m pytest", "all of it passes as it is"),
+        ("noether-init kinds", f"{names.kind}, offered by {names.distribution} 0.1.0"),
+        (f"noether-init check {names.kind}", "what can be seen without running it"),
+    ]
+
+
+def _show_tree(folder: Path, files: Iterable[str]) -> None:
+    branches = {Path(): Tree(Text(f"{folder}/"))}
+    for file in map(Path, files):
+        for above in reversed(file.parents[:-1]):
+            if above not in branches:
+                branches[above] = branches[above.parent].add(Text(f"{above.name}/"))
+        branches[file.parent].add(Text(file.name))
+    Console(soft_wrap=True).print(branches[Path()])
+
+
+def check(kind: Kind, as_json: AsJson = False) -> None:
+    """Look at an installed kind without running it: nothing of it is called, it is only imported.
+
+    What is marked x breaks the contract: the kind cannot be used. What is marked ! will trouble users or the author.
+    """
+    import torch  # noqa: F401 - so that the import of the kind is timed without it
+
+    from noether_init_core.initializers.base import InitializerBase
+    from noether_init_core.kinds import contract
+
+    began = time.perf_counter()
+    try:
+        info, loaded = kinds.load(kind)
+    except KindImportError as error:
+        info = kinds.describe(kind)
+        if ":" not in info.target:
+            error.add(f"\nThe entry point has no colon. Write: {kind} = package.module:ClassName")
+        if as_json:
+            fix = "mend what was raised, or the entry point: package.module:ClassName"
+            _show_json(info, [contract.Finding(error.message, fix)], [])
+        if error.__cause__ is not None:  # the plugin's own traceback is what its author needs
+            traceback.print_exception(error.__cause__, file=sys.stderr)
+        raise
+    seconds = time.perf_counter() - began
+    advice = [*_of_distribution(info)]
+    if isinstance(loaded, type) and issubclass(loaded, InitializerBase):
+        problems = [*filter(None, [contract.newer(loaded)]), *contract.examine(loaded)]
+        advice += contract.advice(loaded) if not problems else ()
+    else:
+        what = "a class" if isinstance(loaded, type) else f"of type {type(loaded).__qualname__}"
+        said = f"{info.target} is {what}, and no subclass of InitializerBase"
+        problems = [contract.Finding(said, "let the entry point name the class: package.module:ClassName")]
+    if as_json:
+        _show_json(info, problems, advice)
+    else:
+        try:
+            file = inspect.getsourcefile(loaded)  # type: ignore[arg-type]  # anything may be behind an entry point
+        except TypeError:
+            file = None
+        show(f"{info.name}  {info.source}  {info.target}")
+        show(f"   imported in {seconds * 1000:.0f} ms, torch apart" + (f", from {file}" if file else ""))
+        _show_findings(problems, advice)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:
+    """What the metadata should say."""
+    from noether_init_core.kinds.contract import Finding
+
+    if info.distribution in (None, _CORE):
+        return
+    distribution = importlib.metadata.distribution(str(info.distribution))
+    requirements = [re.split(r"[ ;\[<>=!~(]", line)[0] for line in distribution.requires or ()]
+    if _CORE not in [name.lower().replace("_", "-") for name in requirements]:
+        ours = importlib.metadata.version(_CORE).rsplit(".", 1)[0]
+        yield Finding(
+            f"{info.distribution} does not require {_CORE}, so that pip may leave it out, or keep one that is too old",
+            f'dependencies = ["{_CORE}>={ours}"] in pyproject.toml',
+        )
+    if "Requires-Python" not in distribution.metadata:
+        yield Finding(
+            f"{info.distribution} does not say which versions of Python it runs on",
+            'requires-python = ">=3.11" in pyproject.toml',
+        )
+
+
+def _show_json(info: kinds.KindInfo, problems: Sequence[Finding], advice: Sequence[Finding]) -> None:
+    found = [*(("problem", one) for one in problems), *(("advice", one) for one in advice)]
+    data = {
+        "kind": info.name,
+        "distribution": info.distribution,
+        "version": info.version,
+        "target": info.target,
+        "findings": [{"severity": how, "message": one.message, "fix": one.fix} for how, one in found],
+    }
+    show_json("check", data)
+
+
+def _show_findings(problems: Sequence[Finding], advice: Sequence[Finding]) -> None:
+    for number, finding in enumerate([*problems, *advice]):
+        show(f" {'x' if number < len(problems) else '!'} {finding.message}")
+        show(f"   fix: {finding.fix}")
+    if not problems and not advice:
+        show(" = nothing to mend that can be seen without running it")
+    show(f"problems: {len(problems)}, advice: {len(advice)}")
+    if not problems:
+        show("Next: the rest shows when it runs: python -m pytest, with noether_init_core.testing")

@@ -1,23 +1,28 @@
-"""What is said when a command fails or is typed wrongly: one message, and what to type next."""
+"""What is here, and what to type next: by itself, after a wrong command line, and after a command that failed."""
 
 from __future__ import annotations
 
 import errno
 import glob
+import importlib.metadata
+import itertools
 import os
 import re
 import shlex
 import sys
 import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from noether_init_core import kinds
-from noether_init_core.cli.output import show
+from noether_init_core.cli.output import show, show_commands, show_json
 from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.messages import listed, one_line, printable
 from noether_init_core.observers.loading import installed_observers
+from noether_init_core.paths import PathProvider
 
 #: Set to anything but 0, every error of a command comes with its traceback.
 TRACEBACK_VARIABLE = "NOETHER_INIT_TRACEBACK"
@@ -29,6 +34,11 @@ _OF_PATHS = (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _MOST_NAMES = 6
+_SHOWN = 8
+# A folder may hold anything; what is beyond is not looked at.
+_MOST_ENTRIES = 500
+_MOST_FOLDERS = 2_000
+_DEPTH = 3
 
 
 def advice(error: Exception) -> str | None:
@@ -149,3 +159,84 @@ def _of_a_plugin(error: Exception) -> str | None:
             said = f"{offered_by[package]} failed: {type(error).__name__}: {error} ({where})."
             return printable(f"{said}{how_to_see()}")
     return None
+
+
+def overview(*, as_json: bool) -> None:
+    """Version, kinds, runs and configs below the current folder, and the next commands that fit to them."""
+    names = plain_kinds()
+    runs = dict(sorted(_runs()))
+    configs = configs_here()
+    following = _next(runs, configs)
+    if as_json:
+        found = [{"path": path, "newest": newest} for path, newest in runs.items()]
+        commands = [command for command, _what in following]
+        said = {"core": version(), "kinds": names, "runs": found, "configs": configs, "next": commands}
+        show_json("overview", said)
+        return
+    show(f"noether-init-core {version()}")
+    shown = [f"{path} @ {newest}" if newest else path for path, newest in runs.items()]
+    for what, some in (("kinds", names), ("runs", shown), ("configs", configs)):
+        if some or what == "kinds":
+            show(f"{what:<7}  {listed(some, _SHOWN, none='none')}")
+    show_commands(following)
+
+
+def _next(runs: Mapping[str, str | None], configs: list[str]) -> list[tuple[str, str]]:
+    found = []
+    if runs:
+        common = os.path.commonpath(list(runs))
+        root = Path(common) if len(runs) > 1 else Path(common).parent
+        found.append((f"noether-init inspect {shlex.quote(str(root))}", "what was saved"))
+    if configs:
+        chosen = shlex.quote("init.yaml" if "init.yaml" in configs else configs[0])
+        found.append((f"noether-init validate {chosen}", "what it asks for, and what is wrong with it"))
+        found.append((f"noether-init plan {chosen} --model module:callable", "what it will do to a model"))
+    if not runs and not configs:
+        found.append(("noether-init example previous_run", "a loop that runs, and its config, to begin with"))
+    found.append(("noether-init kinds", "every kind, and who offers it"))
+    found.append(("noether-init --help", "all commands"))
+    return found[:3]
+
+
+def _runs() -> Iterator[tuple[str, str | None]]:
+    """Folders with checkpoints some levels below, near ones first, each with the iteration of its newest set.
+
+    That is the iteration of the newest manifest, or else what names of flat files tell. A folder without either is
+    none: one of source code may be named checkpoints, too.
+    """
+    for path in itertools.islice(_folders(), _MOST_FOLDERS):
+        if os.path.isdir(path / "checkpoints"):
+            from noether_init_core.sets.snapshot import Snapshot
+
+            try:
+                snapshot = Snapshot(PathProvider(path.resolve().parent, path.resolve().name))
+                newest = snapshot.newest_folder or next(iter(snapshot.flat), None)
+            except InitError:  # inspect tells it
+                yield str(path), None
+                continue
+            if newest is not None:
+                yield str(path), None if newest.iteration is None else str(newest.iteration)
+
+
+def _folders() -> Iterator[Path]:
+    """Folders below the current one, level by level."""
+    level = [Path()]
+    for _ in range(_DEPTH):
+        below = (path for above in level for path in _folders_in(above))
+        level = list(itertools.islice(below, _MOST_FOLDERS))
+        yield from level
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in itertools.islice(entries, _MOST_ENTRIES)]
+    except OSError:
+        return []
+    shown = (folder / name for name in sorted(names) if not name.startswith(".") and name != "checkpoints")
+    return [path for path in shown if os.path.isdir(path)]  # no error where nobody may look
+
+
+def version() -> str:
+    """That of the core."""
+    return importlib.metadata.version("noether-init-core")

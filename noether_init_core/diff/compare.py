@@ -23,7 +23,7 @@ from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.nested import equal, mapped
-from noether_init_core.paths import PathProvider
+from noether_init_core.paths import PathProvider, name_of_run
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.places import runs_at
@@ -120,7 +120,7 @@ def _run_at(path: Path) -> PathProvider:
 def _of_set(snapshot: Snapshot, found: CheckpointSet, tag: str | None) -> Side:
     iteration = snapshot.iteration_of(found)
     run_id, stage = found.run_id or snapshot.paths.run_id, found.stage_name
-    name = run_id if stage is None else f"{run_id}/{stage}"
+    name = name_of_run(run_id, stage)
     asked = tag or ("latest" if "latest" in found.tags else found.name)
     said = DiffSide(
         str(found.folder),

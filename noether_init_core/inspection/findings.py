@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import attrs
 
+from noether_init_core.paths import name_of_run
+
 State = Literal["committed", "legacy"]
 
 
@@ -164,7 +166,7 @@ class RunSummary:
     @property
     def name(self) -> str:
         """Run and stage as they are written."""
-        return self.run_id if self.stage is None else f"{self.run_id}/{self.stage}"
+        return name_of_run(self.run_id, self.stage)
 
 
 @attrs.frozen

@@ -12,7 +12,7 @@ import attrs
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from noether_init_core.lineage.graph import Lineage, LineageEdge, LineageNode, LineageSet, related
-from noether_init_core.paths import DEBUG_FOLDER, PathProvider
+from noether_init_core.paths import DEBUG_FOLDER, PathProvider, name_of_run
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
 from noether_init_core.sets.provenance import History, SourceRecord, load_histories
@@ -66,7 +66,7 @@ def run_at(paths: PathProvider) -> Run:
         folder, paths = snapshot.folder.parent, as_recorded(snapshot)
     except (CheckpointError, OSError) as error:
         problem = f"{folder}: {error}"
-    name = paths.run_id if paths.stage_name is None else f"{paths.run_id}/{paths.stage_name}"
+    name = name_of_run(paths.run_id, paths.stage_name)
     name = f"{DEBUG_FOLDER}/{name}" if paths.debug else name
     return Run(folder, paths.output_root.resolve(), name, paths.run_id, paths.stage_name, snapshot, problem)
 
@@ -286,7 +286,7 @@ class _Reader:
             path, key = source.path or source.file, source.digest or ""
             return self._other(f"file:{path}", path, None, None, note, is_there=is_file and is_absolute, key=key)
         run_id = folder.name if run_id is None and folder is not None else run_id
-        said = str(run_id) if stage is None else f"{run_id}/{stage}"
+        said = name_of_run(run_id, stage)
         if folder is None:  # of a run, in the way of another kind
             note = "" if is_file else "it is not there any more"
             return self._other(said, source.path, run_id, stage, note, is_there=is_file)

@@ -23,7 +23,7 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
-from noether_init_core.cli import apply as command
+from noether_init_core.cli import config as command
 from noether_init_core.errors import InitError
 from noether_init_core.saving import weights_file
 from noether_init_core.saving.weights_file import write_weights

@@ -15,7 +15,7 @@ from support.command import Result, run_command
 from support.foreign import INITIALIZER, ForeignPackages
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind, cli, kinds
-from noether_init_core.cli import overview
+from noether_init_core.cli import usage
 
 Invoke = Callable[..., Result]
 
@@ -88,13 +88,13 @@ def test_a_folder_of_very_many_things_is_not_walked_to_its_end(
     looked_at: list[Path] = []
     for number in range(600):
         (tmp_path / f"{number:04}").mkdir()
-    whole = overview._entries
+    whole = usage._folders_in
 
     def counting(folder: Path) -> Any:
         looked_at.append(folder)
         return whole(folder)
 
-    monkeypatch.setattr(overview, "_entries", counting)
+    monkeypatch.setattr(usage, "_folders_in", counting)
     assert invoke().code == 0
     assert 400 < len(looked_at) < 520
     for number in range(600):

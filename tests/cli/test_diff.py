@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.counting import LineCounter
 
-from noether_init_core.cli.diff import _of_model
+from noether_init_core.cli.relations import _of_model
 from noether_init_core.diff.values import DiffRow, State
 
 PROGRAM = Path(sys.executable).with_name("noether-init")

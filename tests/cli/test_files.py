@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from noether_init_core import InitReport, TrainingIteration
-from noether_init_core.cli.files import check_page, check_plan, write_html, write_text
+from noether_init_core.cli.output import check_page, check_plan, write_html, write_text
 from noether_init_core.errors import InitError
 
 REPORT = InitReport(TrainingIteration(0, 0, 0))
