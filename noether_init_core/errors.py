@@ -35,11 +35,16 @@ nobody has to parse text. Kind errors are ``ValueError`` so that pydantic keeps 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import attrs
+
 from noether_init_core.messages import one_line, printable
+
+#: Attributes that hold names which somebody else chose: line breaks in them do not end a line of the message.
+_FOREIGN = ("kind", "value", "path", "key_path", "asked", "candidates", "key")
 
 
 def type_of(value: object) -> str:
@@ -48,32 +53,38 @@ def type_of(value: object) -> str:
     return f"an {name}" if name.lstrip("_")[:1].lower() in ("a", "e", "i", "o") else f"a {name}"
 
 
+def _tuple(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(names)
+
+
+@attrs.define(slots=False, repr=False)
 class InitError(Exception):
-    """Root of every error that noether-init raises on purpose.
+    """Root of every error that noether-init raises on purpose."""
 
-    ``names`` are those in the message that somebody else chose: line breaks in them do not end a line of it.
-    """
+    message: str
 
-    def __init__(self, message: str, *names: str) -> None:
-        for name in names:
-            if "\n" in name:
-                message = message.replace(name, one_line(name))
+    def __attrs_post_init__(self) -> None:
+        for attribute in _FOREIGN:
+            found: Any = getattr(self, attribute, None) or ()
+            for name in found.parts if isinstance(found, Path) else [found] if isinstance(found, str) else found:
+                if "\n" in name:
+                    self.message = self.message.replace(name, one_line(name))
         # names out of a hostile file must not reach a terminal as commands to it
-        message = printable(message)
-        super().__init__(message)
-        self.message = message
+        self.message = printable(self.message)
 
     def __str__(self) -> str:
         return self.message
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.message!r})"
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # the constructors of children take keywords, which the one of BaseException does not keep
+        # constructors of children may take keywords, which the one of BaseException does not keep
         return _unpickled, (type(self), self.args, self.__dict__)
 
     def add(self, text: str) -> None:
         """Add to the message what a caller knows besides; class and data stay."""
         self.message += text
-        self.args = (self.message,)
 
 
 def _unpickled(kind: type[InitError], arguments: tuple[Any, ...], data: dict[str, Any]) -> InitError:
@@ -88,185 +99,161 @@ class ConfigError(InitError, ValueError):
     """A config that cannot be used."""
 
 
+@attrs.define(slots=False, repr=False)
 class ConfigFileError(ConfigError):
     """A config file that cannot be used; ``path``, ``line`` (from 1) and ``key_path`` say where."""
 
-    def __init__(self, message: str, *, path: Path, line: int | None = None, key_path: str = "") -> None:
-        place = f"{path.name}:{line}" if line is not None else path.name
-        message = f"{place} {key_path}: {message}" if key_path else f"{place}: {message}"
-        super().__init__(message, path.name, *key_path.split("."))
-        self.path = path
-        self.line = line
-        self.key_path = key_path
+    path: Path
+    line: int | None = None
+    key_path: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        place = self.path.name if self.line is None else f"{self.path.name}:{self.line}"
+        self.message = f"{place} {self.key_path}: {self.message}" if self.key_path else f"{place}: {self.message}"
+        super().__attrs_post_init__()
 
 
+@attrs.define(slots=False, repr=False)
 class InvalidNameError(ConfigError):
     """``value`` cannot be used as ``what`` (a run id, stage name, tag, model name or model info)."""
 
-    def __init__(self, message: str, *, what: str, value: str) -> None:
-        super().__init__(message, value)
-        self.what = what
-        self.value = value
+    what: str
+    value: str
 
 
+@attrs.define(slots=False, repr=False)
 class KindError(ConfigError):
     """The kind named ``kind`` cannot be used.
 
     ``config_file``, ``line`` and ``key_path`` say where a config file asks for it.
     """
 
-    def __init__(self, message: str, *, kind: str) -> None:
-        super().__init__(message, kind)
-        self.kind = kind
-        self.config_file: Path | None = None
-        self.line: int | None = None
-        self.key_path = ""
+    kind: str
+    config_file: Path | None = attrs.field(default=None, init=False)
+    line: int | None = attrs.field(default=None, init=False)
+    key_path: str = attrs.field(default="", init=False)
 
     def found_at(self, located: ConfigError) -> Self:
         """This error with the place and the message of ``located``; its class and its cause stay."""
         self.message = located.message
-        self.args = (located.message,)
         if isinstance(located, ConfigFileError):
             self.config_file, self.line, self.key_path = located.path, located.line, located.key_path
         return self
 
 
+@attrs.define(slots=False, repr=False)
 class UnknownKindError(KindError, LookupError):
     """No installed distribution offers the kind; ``candidates`` are near names."""
 
-    def __init__(self, message: str, *, kind: str, candidates: Sequence[str] = ()) -> None:
-        super().__init__(message, kind=kind)
-        self.candidates = tuple(candidates)
+    candidates: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
+@attrs.define(slots=False, repr=False)
 class KindConflictError(KindError):
     """Several distributions offer the kind; ``offers`` are their descriptions. None of them was imported."""
 
-    def __init__(self, message: str, *, kind: str, offers: Sequence[str] = ()) -> None:
-        super().__init__(message, kind=kind)
-        self.offers = tuple(offers)
+    offers: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
+@attrs.define(slots=False, repr=False)
 class KindBlockedError(KindError, PermissionError):
     """The distribution that offers the kind is not allowed by ``NOETHER_INIT_ALLOW`` or ``NOETHER_INIT_DENY``."""
 
-    def __init__(self, message: str, *, kind: str, distribution: str) -> None:
-        super().__init__(message, kind=kind)
-        self.distribution = distribution
+    distribution: str = ""
 
 
 class KindImportError(KindError, ImportError):
     """The plugin raised while it was imported; its own exception is the ``__cause__``."""
 
 
+@attrs.define(slots=False, repr=False)
 class KindContractError(KindError, TypeError):
     """The object behind the entry point breaks the contract of initializers; ``findings`` say how."""
 
-    def __init__(self, message: str, *, kind: str, findings: Sequence[str] = ()) -> None:
-        super().__init__(message, kind=kind)
-        self.findings = tuple(findings)
+    findings: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
+@attrs.define(slots=False, repr=False)
 class CheckpointError(InitError):
     """Something is wrong with files; ``path`` is the file or folder, where there is one."""
 
-    def __init__(self, message: str, *, path: Path | None = None, names: Sequence[str] = ()) -> None:
-        super().__init__(message, *(path.parts if path is not None else ()), *names)
-        self.path = path
+    path: Path | None = None
 
 
+@attrs.define(slots=False, repr=False)
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """Nothing matches ``asked``; ``candidates`` exist."""
 
-    def __init__(
-        self, message: str, *, path: Path | None = None, asked: str = "", candidates: Sequence[str] = ()
-    ) -> None:
-        super().__init__(message, path=path, names=(asked, *candidates))
-        self.asked = asked
-        self.candidates = tuple(candidates)
+    asked: str = ""
+    candidates: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
+@attrs.define(slots=False, repr=False)
 class IncompleteSetError(CheckpointNotFoundError):
     """The set exists but lacks ``missing`` parts; ``candidates`` are tags that have them."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        path: Path | None = None,
-        asked: str = "",
-        missing: Sequence[str] = (),
-        candidates: Sequence[str] = (),
-    ) -> None:
-        super().__init__(message, path=path, asked=asked, candidates=candidates)
-        self.missing = tuple(missing)
+    missing: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
+@attrs.define(slots=False, repr=False)
 class AmbiguousCheckpointError(CheckpointError):
     """Several checkpoints could be meant (``candidates``) and none may be picked automatically."""
 
-    def __init__(self, message: str, *, path: Path | None = None, candidates: Sequence[str] = ()) -> None:
-        super().__init__(message, path=path)
-        self.candidates = tuple(candidates)
+    candidates: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
+@attrs.define(slots=False, repr=False)
 class TornSetError(CheckpointError):
     """Files that should belong together come from different iterations or runs; ``found``: file -> what it says."""
 
-    def __init__(self, message: str, *, path: Path | None = None, found: dict[str, str] | None = None) -> None:
-        super().__init__(message, path=path)
-        self.found = dict(found or {})
+    found: Mapping[str, str] = attrs.Factory(dict)
 
 
 class CheckpointFormatError(CheckpointError, ValueError):
     """The reader refuses the file: not a checkpoint, an unsafe construct, or sizes that do not add up."""
 
 
+@attrs.define(slots=False, repr=False)
 class UnsafeGlobalError(CheckpointFormatError):
     """The file refers to ``names`` that are not allowed. Nothing of them was imported or called."""
 
-    def __init__(self, message: str, *, path: Path | None = None, names: Sequence[str] = ()) -> None:
-        super().__init__(message, path=path)
-        self.names = tuple(names)
+    names: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
+@attrs.define(slots=False, repr=False)
 class CheckpointCorruptError(CheckpointError):
     """The bytes under ``key`` differ from those that were written (checksum or digest)."""
 
-    def __init__(self, message: str, *, path: Path | None = None, key: str = "") -> None:
-        super().__init__(message, path=path, names=(key,))
-        self.key = key
+    key: str = ""
 
 
+@attrs.define(slots=False, repr=False)
 class NoGoodSetError(CheckpointCorruptError):
     """Every set that could be resumed from is broken. ``tried``: set -> what is wrong with it, newest first."""
 
-    def __init__(self, message: str, *, path: Path | None = None, tried: dict[str, str] | None = None) -> None:
-        super().__init__(message, path=path)
-        self.tried = dict(tried or {})
+    tried: Mapping[str, str] = attrs.Factory(dict)
 
 
 class CheckpointWriteError(CheckpointError, OSError):
     """A set could not be written; the sets that were committed before are untouched."""
 
 
+@attrs.define(slots=False, repr=False)
 class PlanError(InitError, ValueError):
     """The plan has ``problems``. Nothing was changed. ``plan`` is the whole plan."""
 
-    def __init__(self, message: str, *, plan: Any = None, problems: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.plan = plan
-        self.problems = tuple(problems)
+    plan: Any = None
+    problems: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
+@attrs.define(slots=False, repr=False)
 class StateMismatchError(InitError, ValueError):
     """State of an optimizer, trainer or callback does not fit; ``problems`` list every place."""
 
-    def __init__(self, message: str, *, problems: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.problems = tuple(problems)
+    problems: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
+@attrs.define(slots=False, repr=False)
 class ProbeMismatchError(InitError, ValueError):
     """With the weights of a set the model computes something else on its probe than when the set was saved.
 
@@ -275,45 +262,30 @@ class ProbeMismatchError(InitError, ValueError):
     ``difference`` the norm of the difference in parts of the norm, None where that makes no sense.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        path: Path | None = None,
-        output: str = "",
-        expected: Any = None,
-        found: Any = None,
-        difference: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.path = path
-        self.output = output
-        self.expected = expected
-        self.found = found
-        self.difference = difference
+    path: Path | None = None
+    output: str = ""
+    expected: Any = None
+    found: Any = None
+    difference: float | None = None
 
 
+@attrs.define(slots=False, repr=False)
 class StartConflictError(InitError, ValueError):
     """More than one initializer starts at other than iteration zero, or not where the stack said that it would.
 
     ``starts``: initializer -> iteration; ``told`` and ``now`` -> iteration.
     """
 
-    def __init__(self, message: str, *, starts: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.starts = dict(starts or {})
+    starts: Mapping[str, str] = attrs.Factory(dict)
 
 
+@attrs.define(slots=False, repr=False)
 class PartlyInitializedError(InitError, RuntimeError):
     """User code, a kind without ``check`` or a device failed after the first change.
 
     States of the trainer and of callbacks have been put back. ``done``, ``failed`` and ``pending`` name the steps.
     """
 
-    def __init__(
-        self, message: str, *, done: Sequence[str] = (), failed: str = "", pending: Sequence[str] = ()
-    ) -> None:
-        super().__init__(message)
-        self.done = tuple(done)
-        self.failed = failed
-        self.pending = tuple(pending)
+    done: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
+    failed: str = ""
+    pending: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
