@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import subprocess
@@ -31,19 +30,6 @@ def test_every_public_name_is_there_and_is_what_its_module_defines() -> None:
     assert set(noether_init_core.__all__) <= set(dir(noether_init_core))
     assert noether_init_core.kinds.__name__ == "noether_init_core.kinds"
     assert noether_init_core.InitializerStack.__module__ == "noether_init_core.stack.stack"
-
-
-def test_type_checkers_and_the_runtime_see_the_same_names() -> None:
-    """The imports under TYPE_CHECKING, the table of homes and __all__ agree, module by module."""
-    tree = ast.parse(FRONT.read_text())
-    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    seen = {(node.module, alias.name) for node in imports for alias in node.names}
-    homes = {
-        (f"noether_init_core.{module}", name) for module, names in noether_init_core._HOMES.items() for name in names
-    }
-    assert seen == homes | {("noether_init_core", "kinds")}
-    assert {name for _module, name in seen} | {"__version__"} == set(noether_init_core.__all__)
 
 
 def test_every_error_is_public() -> None:
