@@ -15,7 +15,6 @@ import xxhash
 
 from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.files.reading import memory_of_tensor
-from noether_init_core.sets.manifest import Digest
 
 _Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -61,7 +60,7 @@ class Output(pydantic.BaseModel):
     path: str
     shape: tuple[pydantic.NonNegativeInt, ...]
     dtype: str
-    digest: Digest
+    digest: str = pydantic.Field(pattern=r"^xxh3_128:[0-9a-f]{32}$")
     values: torch.Tensor = pydantic.Field(repr=False)
 
     @pydantic.model_validator(mode="after")
