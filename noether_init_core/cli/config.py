@@ -26,8 +26,8 @@ from noether_init_core.cli.output import (
 )
 from noether_init_core.cli.usage import how_to_see, show_traceback
 from noether_init_core.errors import CheckpointWriteError, ConfigError, InitError
+from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import counted, one_line, yaml_line
-from noether_init_core.observers.loading import describe_observer
 
 if TYPE_CHECKING:
     from noether_init_core.saving.weights_file import WrittenFile
@@ -99,7 +99,7 @@ def _findings(loaded: LoadedConfig) -> list[_Finding]:
     for number, name in enumerate(loaded.observers):
         place, line = f"observers.{number}", loaded.document.line(("observers", number))
         try:
-            found.append(_Finding(place, line, f"{place}: {name} ({describe_observer(name).source})"))
+            found.append(_Finding(place, line, f"{place}: {name} ({OBSERVERS.choose(name).source})"))
         except ConfigError as error:
             found.append(_wrong(place, loaded.document.error(str(error), ("observers", number))))
     return found

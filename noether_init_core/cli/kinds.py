@@ -27,8 +27,8 @@ from noether_init_core.cli.options import KIND, AsJson, Kind
 from noether_init_core.cli.output import show, show_commands, show_json, show_table, show_text
 from noether_init_core.cli.usage import plain_kinds
 from noether_init_core.errors import ConfigError, KindError, KindImportError
+from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import one_line
-from noether_init_core.observers.loading import installed_observers
 from noether_init_core.scaffold.files import BUILT_IN, Base, check_absent, example_of, render, write_folder
 from noether_init_core.scaffold.naming import Names, check_free, names_of
 
@@ -46,7 +46,7 @@ def list_kinds(
     ] = False,
 ) -> None:
     """List the kinds that installed distributions offer. No plugin is imported."""
-    found = installed_observers() if observers else kinds.installed()
+    found = OBSERVERS.all() if observers else kinds.installed()
     what = "observer" if observers else "kind"
     counts = Counter(info.name for info in found if info.blocked_by is None)
     conflicts = {name for name, count in counts.items() if count > 1}
@@ -98,7 +98,7 @@ def show_schema(
         names = ", ".join(plain_kinds())
         what = "KIND and --all exclude each other" if of_all else f"no KIND was given. Installed kinds: {names}"
         raise typer.BadParameter(f"{what}. Next: noether-init schema --all, or noether-init schema previous_run")
-    from noether_init_core.config.json_schema import kind_schema, schema_of_files
+    from noether_init_core.config.base import kind_schema, schema_of_files
 
     if kind is not None:
         schema = kind_schema(kind, kinds.resolve(kind).config_class.model_json_schema())
@@ -109,7 +109,7 @@ def show_schema(
                 found[name] = kinds.resolve(name).config_class.model_json_schema()
             except KindError as error:
                 show(f"- {name} is left out: {error}", err=True)
-        observers = sorted({info.name for info in installed_observers() if info.blocked_by is None})
+        observers = sorted({info.name for info in OBSERVERS.all() if info.blocked_by is None})
         schema = schema_of_files(found, observers)
     typer.echo(json.dumps(schema, indent=2))
 

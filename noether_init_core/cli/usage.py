@@ -20,8 +20,8 @@ import typer
 from noether_init_core import kinds
 from noether_init_core.cli.output import show, show_commands, show_json
 from noether_init_core.errors import InitError, PartlyInitializedError
+from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import listed, one_line, printable
-from noether_init_core.observers.loading import installed_observers
 from noether_init_core.paths import PathProvider
 
 #: Set to anything but 0, every error of a command comes with its traceback.
@@ -148,7 +148,7 @@ def _is_wanted() -> bool:
 
 def _of_a_plugin(error: Exception) -> str | None:
     """Who failed and where, if the deepest code that belongs to anybody is that of an installed kind or observer."""
-    infos = [*kinds.installed(), *installed_observers()]
+    infos = [*kinds.installed(), *OBSERVERS.all()]
     offered_by = {info.target.partition(":")[0].partition(".")[0]: info.source for info in infos}
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -10,8 +10,7 @@ import pydantic
 from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
 
 from noether_init_core import kinds
-from noether_init_core.config.base import KindConfig
-from noether_init_core.config.json_schema import kind_schema
+from noether_init_core.config.base import KindConfig, kind_schema
 from noether_init_core.errors import ConfigError, KindError
 from noether_init_core.messages import near
 

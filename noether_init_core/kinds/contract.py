@@ -6,6 +6,7 @@ Nothing is called and nothing is created. Names and arguments of hooks are read 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
 from inspect import Parameter
 from types import FunctionType, UnionType
@@ -37,6 +38,10 @@ _MISNOMERS = {
 _INIT = "def __init__(self, config, *, path_provider=None, ...): super().__init__(config, path_provider=path_provider)"
 
 
+# Classes that were examined already, of which none broke the contract.
+_good: weakref.WeakSet[type] = weakref.WeakSet()
+
+
 @attrs.frozen
 class Finding:
     """What is wrong with a class, and what to write instead."""
@@ -51,7 +56,7 @@ def hook_arguments() -> dict[str, tuple[str, ...]]:
 
 
 def check(loaded: object, kind: str, who: str, mend: str) -> type[InitializerBase]:
-    """``loaded`` if it is a class that keeps the contract of this core, else ``KindContractError``.
+    """``loaded`` if it is a class that keeps the contract of this core, else ``KindContractError``; examined once.
 
     ``who`` says what it is, ``mend`` what to do about a class that breaks the contract.
     """
@@ -63,9 +68,10 @@ def check(loaded: object, kind: str, who: str, mend: str) -> type[InitializerBas
         findings: tuple[str, ...] = (problem,)
     elif too_new := newer(loaded):
         findings, problem, mend = (too_new.message,), too_new.message, too_new.fix
-    elif findings := tuple(finding.message for finding in examine(loaded)):
+    elif loaded not in _good and (findings := tuple(finding.message for finding in examine(loaded))):
         problem = f"breaks the contract of initializers: {'; '.join(findings)}"
     else:
+        _good.add(loaded)
         return loaded
     raise KindContractError(f"{who} {problem}. Next: {mend}", kind=kind, findings=findings)
 
@@ -228,18 +234,12 @@ def _of_hook(cls: type[InitializerBase], name: str, arguments: Sequence[str]) ->
     if not parameters or parameters[0].kind not in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
         yield Finding(f"{name} does not take self", plain)
         return
-    offered = ", ".join(arguments)
     for one in parameters[1:]:
-        if one.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
-            shown = one.replace(annotation=Parameter.empty)
-            yield Finding(f"{name} takes {shown}, which would stay empty; name what it needs of: {offered}", plain)
-        elif one.name not in arguments:
-            yield Finding(f"{name} takes {one.name}, which would never be filled; it may take: {offered}", plain)
-        elif one.default is not Parameter.empty or one.kind is Parameter.KEYWORD_ONLY:
-            how = "keyword-only" if one.kind is Parameter.KEYWORD_ONLY else "with a default"
-            yield Finding(
-                f"{name} takes {one.name} {how}, so it would never be filled; make it a plain argument", plain
-            )
+        is_plain = one.kind is Parameter.POSITIONAL_OR_KEYWORD and one.default is Parameter.empty
+        if not is_plain or one.name not in arguments:
+            shown = f"{'*, ' if one.kind is Parameter.KEYWORD_ONLY else ''}{one.replace(annotation=Parameter.empty)}"
+            offered = ", ".join(arguments)
+            yield Finding(f"{name} takes {shown}, which would never be filled; it may take: {offered}", plain)
 
 
 def _of_source(cls: type[SourceInitializer]) -> Iterator[Finding]:

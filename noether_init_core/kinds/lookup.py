@@ -294,6 +294,7 @@ class Group:
 
 # homes: published distributions only, since anyone may publish under a name that is free
 _KINDS = Group(GROUP, "kind", "noether-init kinds", {"random": "noether-init-random"})
+OBSERVERS = Group("noether_init.observers", "observer", "noether-init kinds --observers")
 
 
 def installed() -> tuple[KindInfo, ...]:
@@ -361,6 +362,18 @@ def create(config: Mapping[str, Any] | KindConfig, *, path_provider: Any = None)
             f"Next: noether-init schema {validated.kind}"
         ) from None
     return cls(validated, path_provider=path_provider, **keywords)
+
+
+def load_observer(name: str) -> Any:
+    """The observer registered as ``name``: the entry point's object, called without arguments where it is a class.
+
+    Only that one plugin is imported. Raises ``UnknownKindError``, ``KindBlockedError`` or ``KindConflictError``, and
+    ``KindImportError`` where the plugin raises.
+    """
+    info = OBSERVERS.choose(name)
+    observer = OBSERVERS.load(info)
+    with OBSERVERS.importing(info):
+        return observer() if isinstance(observer, type) else observer
 
 
 def register(name: str, cls: type[InitializerBase]) -> None:

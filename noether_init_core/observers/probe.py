@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import attrs
 
-from noether_init_core.applying.targets import model_targets
 from noether_init_core.errors import ProbeMismatchError
 from noether_init_core.initializers.source import CheckpointInitializer, SourceInitializer
 from noether_init_core.kinds.hookspec import hookimpl
@@ -29,14 +28,10 @@ Around = Generator[None, Any, Any]
 
 @attrs.define(eq=False)
 class _Pending:
-    """A probe to be repeated once all weights of the stack are there.
-
-    ``written`` are ids of the tensors that came whole from the set; ``others`` says who may have changed some since.
-    """
+    """A probe to be repeated once all weights of the stack are there; ``others`` may have changed some since."""
 
     source: CheckpointSet
     probe: Probe
-    written: set[int] = attrs.Factory(set)
     others: list[str] = attrs.Factory(list)
 
 
@@ -65,12 +60,10 @@ class ProbeObserver:
         pending = self._begun(initializer)
         result = yield
         for earlier in tuple(self._pending.values()):
-            if isinstance(initializer, SourceInitializer):
-                earlier.written -= set(_written(initializer, model))
-            else:  # nobody but itself knows what it wrote
+            # nobody but itself knows what a kind without a plan wrote
+            if not isinstance(initializer, SourceInitializer) or any(row.writes for row in _rows(initializer, model)):
                 earlier.others.append(initializer.config.kind)
         if pending is not None:
-            pending.written |= set(_written(initializer, model, whole=True))
             self._pending[initializer] = pending
         return result
 
@@ -106,7 +99,7 @@ class ProbeObserver:
         reason = _another_model(initializer, leaves, model, probe) or hindrance(chosen)
         if reason:
             return f"not repeated, {reason}"
-        excuse = _excuse(_rows(initializer, model), leaves, pending)
+        excuse = _excuse(_rows(initializer, model), pending)
         if probe.has_drawn and device_of(chosen).type != probe.device:
             excuse = excuse or f"random numbers of {device_of(chosen).type} are others than those of {probe.device}"
         try:
@@ -210,14 +203,12 @@ def _rows(initializer: SourceInitializer, model: Any) -> Sequence[PlanRow]:
     return () if plan is None else plan.rows
 
 
-def _excuse(rows: Sequence[PlanRow], leaves: Sequence[Leaf], pending: _Pending) -> str:
+def _excuse(rows: Sequence[PlanRow], pending: _Pending) -> str:
     """Why another output is no surprise, in words; empty where it is one."""
     if pending.others:
         return f"{', '.join(pending.others)} may have changed weights since"
-    entries = {id(tensor) for row, tensor in _with_tensors(rows, leaves)}
-    missing = len(entries - pending.written)
-    # extra state has no tensor
-    missing += sum(row.target is not None and row.dtype == "object" and not row.writes for row in rows)
+    entries = [row for row in rows if row.target is not None and row.tied_to is None]
+    missing = sum(not row.writes or row.action == "reset" or _loses(row) for row in entries)
     unused = sum(row.target is None for row in rows)
     said = []
     if missing:
@@ -227,21 +218,5 @@ def _excuse(rows: Sequence[PlanRow], leaves: Sequence[Leaf], pending: _Pending) 
     return ", ".join(said)
 
 
-def _written(initializer: SourceInitializer, model: Any, *, whole: bool = False) -> Iterator[int]:
-    """Ids of the tensors that the initializer wrote; with ``whole`` of those that are what the file has."""
-    for row, tensor in _with_tensors(_rows(initializer, model), initializer.leaves(model)):
-        is_reset = row.action == "reset" and not whole
-        if is_reset or (row.writes and not (whole and _loses(row))):
-            yield id(tensor)
-
-
 def _loses(row: PlanRow) -> bool:
     return row.is_partial or any(isinstance(step, Slice | Pad | Interpolate) for step in row.steps)
-
-
-def _with_tensors(rows: Iterable[PlanRow], leaves: Iterable[Leaf]) -> Iterator[tuple[PlanRow, Any]]:
-    tensors = {leaf.path: model_targets(leaf.model).tensors for leaf in leaves}
-    for row in rows:
-        tensor = tensors.get(row.model, {}).get(row.target or "")
-        if tensor is not None:
-            yield row, tensor

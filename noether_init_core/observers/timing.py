@@ -5,14 +5,22 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
-from noether_init_core.kinds.hookspec import hookimpl
+from noether_init_core.kinds.hookspec import HOOK_NAMES, hookimpl
 from noether_init_core.stopwatch import Stopwatch, Timing
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 Around = Generator[None, Any, Any]
+
+
+def _wrapper(hook: str) -> Callable[[TimingObserver, Any], Around]:
+    @hookimpl(wrapper=True)
+    def around(self: TimingObserver, initializer: Any) -> Around:
+        return (yield from self._around(hook, initializer))
+
+    return around
 
 
 class TimingObserver:
@@ -25,25 +33,7 @@ class TimingObserver:
     def __init__(self) -> None:
         self._told: weakref.WeakKeyDictionary[Stopwatch, tuple[Timing, ...]] = weakref.WeakKeyDictionary()
 
-    @hookimpl(wrapper=True)
-    def start_checkpoint(self, initializer: Any) -> Around:
-        return (yield from self._around("start_checkpoint", initializer))
-
-    @hookimpl(wrapper=True)
-    def init_trainer(self, initializer: Any) -> Around:
-        return (yield from self._around("init_trainer", initializer))
-
-    @hookimpl(wrapper=True)
-    def init_weights(self, initializer: Any) -> Around:
-        return (yield from self._around("init_weights", initializer))
-
-    @hookimpl(wrapper=True)
-    def init_optimizer(self, initializer: Any) -> Around:
-        return (yield from self._around("init_optimizer", initializer))
-
-    @hookimpl(wrapper=True)
-    def init_callbacks(self, initializer: Any) -> Around:
-        return (yield from self._around("init_callbacks", initializer))
+    start_checkpoint, init_trainer, init_weights, init_optimizer, init_callbacks = map(_wrapper, HOOK_NAMES)
 
     def _around(self, hook: str, initializer: Any) -> Around:
         before = self._new_of(initializer)

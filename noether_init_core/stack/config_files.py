@@ -16,15 +16,13 @@ import attrs
 import pydantic
 
 from noether_init_core import kinds
-from noether_init_core.config.base import KindConfig
+from noether_init_core.config.base import DECIDED, KindConfig
 from noether_init_core.config.document import Document, Entry, KeyPath, is_resolved, read_yaml, resolved_entries
-from noether_init_core.config.json_schema import DECIDED
 from noether_init_core.errors import ConfigError, KindError, type_of
 from noether_init_core.kinds.any_initializer import explain
 from noether_init_core.messages import near
 
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
-_ON_INVALID = ("error", "previous")
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _DEEPEST = 100
 _RESOLVED = "use the resolved config that Noether writes into the folder of a run, hp_resolved.yaml"
@@ -74,7 +72,10 @@ def load_config_mapping(config: Any) -> LoadedConfig:
     if isinstance(config, Sequence) and not isinstance(config, str | bytes):
         config = {"initializers": config}
     if not isinstance(config, Mapping | argparse.Namespace):
-        raise ConfigError(_no_config(config))
+        raise ConfigError(
+            f"a config is a list of configs, one config or a mapping, not {type_of(config)}. Next: a list, [] for a "
+            "start from nothing; InitializerStack.from_file(path, ...) for a file"
+        )
     return _Frame(Document(_plain(config, ()))).read_or_raise()
 
 
@@ -88,12 +89,10 @@ def examine_entry(entry: Entry) -> tuple[KindConfig | None, tuple[ConfigError, .
         return kinds.validate(entry.config), ()
     except pydantic.ValidationError as error:
         return None, tuple(_explained(entry, error))
-    except KindError as error:
-        return None, (error.found_at(entry.document.error(error.message, entry.place_of(("kind",)))),)
     except ConfigError as error:
         located = entry.document.error(error.message, entry.place_of(("kind",)))
         located.__cause__ = error
-        return None, (located,)
+        return None, (error.found_at(located) if isinstance(error, KindError) else located,)
 
 
 def validate_entry(entry: Entry) -> KindConfig:
@@ -194,8 +193,9 @@ class _Frame:
         said = value.get("auto_resume", False)
         config: dict[str, Any] = {"kind": "resume"}
         places: dict[str, KeyPath] = {}
-        if "on_invalid" in value and self._is_on_invalid(value["on_invalid"], value):
+        if "on_invalid" in value:
             config["on_invalid"], places["on_invalid"] = value["on_invalid"], ("on_invalid",)
+            self._check_on_invalid(value)
         if isinstance(said, Mapping):
             for key in DECIDED:
                 if key in said:
@@ -216,11 +216,9 @@ class _Frame:
                 return None
         return Entry(config, place=("auto_resume",), places=places, document=self.document)
 
-    def _is_on_invalid(self, said: Any, value: Mapping[str, Any]) -> bool:
+    def _check_on_invalid(self, value: Mapping[str, Any]) -> None:
         beside = value.get("auto_resume")
-        if said not in _ON_INVALID:
-            self._refuse(f"must be {' or '.join(_ON_INVALID)}, not {said!r}", "on_invalid")
-        elif "auto_resume" not in value:
+        if "auto_resume" not in value:
             self._refuse(
                 "says what auto_resume does with a broken set, and there is no auto_resume. Write it into the "
                 "initializer of kind resume, or add: auto_resume: true",
@@ -228,7 +226,6 @@ class _Frame:
             )
         elif isinstance(beside, Mapping) and "on_invalid" in beside:
             self._refuse("is said twice: beside auto_resume and in it. Leave out one of the two", "on_invalid")
-        return said in _ON_INVALID
 
     def _observers(self, value: Mapping[str, Any]) -> list[str]:
         said = value.get("observers", [])
@@ -253,19 +250,6 @@ def _unfilled(value: Any, place: KeyPath) -> Iterator[KeyPath]:
     items: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield from _unfilled(item, (*place, key))
-
-
-def _no_config(config: Any) -> str:
-    if config is None:
-        return "the config is None. Next: [] for a start from nothing, or a list of configs"
-    if isinstance(config, str | bytes | os.PathLike):
-        shown = repr(config)[:60]
-        return f"a config is a list or a mapping, not the text {shown}. Next: InitializerStack.from_file({shown}, ...)"
-    fields = config.__dict__ if isinstance(config, pydantic.BaseModel) else {}
-    for name, value in fields.items():
-        if isinstance(value, KindConfig) or (isinstance(value, list) and value and isinstance(value[0], KindConfig)):
-            return f"{type_of(config)} is no config of initializers. Next: its field {name}"
-    return f"a config is a list of configs, one config or a mapping, not {type_of(config)}. Next: put it into a list"
 
 
 def _plain(value: Any, place: KeyPath) -> Any:

@@ -25,8 +25,8 @@ from noether_init_core.initializers.base import InitializerBase, Session, Source
 from noether_init_core.initializers.callbacks import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds.hookspec import HOOK_NAMES
+from noether_init_core.kinds.lookup import load_observer
 from noether_init_core.models import check_model
-from noether_init_core.observers.loading import load_observer
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.provenance import InitReport
 from noether_init_core.sets.selection import newest_set

@@ -14,7 +14,7 @@ import yaml
 from support.foreign import ForeignPackages
 from support.pages import Block, blocks_of, pages
 
-from noether_init_core.config.json_schema import schema_of_files
+from noether_init_core.config.base import schema_of_files
 from noether_init_core.stack.config_files import examine_config_file, examine_entry
 
 PROGRAM = Path(sys.executable).with_name("noether-init")

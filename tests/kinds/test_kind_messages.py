@@ -150,7 +150,7 @@ def test_a_kind_that_cannot_be_imported(target: str, source: str | None, reason:
         (
             f"{HEAD}    def init_weights(self, module): pass\n    def init_optimizer(self, *rest): pass\n",
             "breaks the contract of initializers: init_weights takes module, which would never be filled; it may take: "
-            "model, initializer; init_optimizer takes *rest, which would stay empty; name what it needs of: model, "
+            "model, initializer; init_optimizer takes *rest, which would never be filled; it may take: model, "
             "initializer",
         ),
     ],

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from noether_init_core import ConfigError, InitializerBase, InitializerStack, KindConfig, bind, kinds
 from noether_init_core.cli import app
-from noether_init_core.observers.loading import OBSERVER_GROUP, describe_observer, installed_observers, load_observer
+from noether_init_core.kinds.lookup import OBSERVERS, load_observer
 
 WATCH = """
 from noether_init_core import hookimpl
@@ -45,7 +45,7 @@ def install(foreign: ForeignPackages, distribution: str, offers: dict[str, str],
     """A distribution that offers observers."""
     info = foreign.install(distribution, modules=modules)
     lines = [f"{name} = {target}" for name, target in offers.items()]
-    (info / "entry_points.txt").write_text("\n".join([f"[{OBSERVER_GROUP}]", *lines, ""]))
+    (info / "entry_points.txt").write_text("\n".join([f"[{OBSERVERS.name}]", *lines, ""]))
     kinds.clear_cache()
 
 
@@ -67,7 +67,7 @@ def test_an_observer_is_switched_on_by_name_and_not_by_being_installed(target: s
 def test_observers_are_listed_without_being_imported(foreign: ForeignPackages) -> None:
     """Name, distribution, version and target, as for kinds."""
     install(foreign, "acme-watch", {"acme": "no_such_module:Watch"}, {})
-    (info,) = [info for info in installed_observers() if info.name == "acme"]
+    (info,) = [info for info in OBSERVERS.all() if info.name == "acme"]
     assert (info.source, info.target, info.blocked_by) == ("acme-watch 1.0", "no_such_module:Watch", None)
     shown = CliRunner().invoke(app, ["kinds", "--observers"]).stdout
     assert "acme-watch 1.0" in shown
@@ -92,7 +92,7 @@ def test_a_conflict_names_both_and_imports_neither(foreign: ForeignPackages, mon
     for name in ("one", "two"):
         install(foreign, f"{name}-watch", {"claimed": f"claimed_{name}:Watch"}, {f"claimed_{name}": WATCH})
     with pytest.raises(ConfigError, match=r"one-watch 1\.0 -> .*two-watch 1\.0|two-watch 1\.0 -> .*one-watch 1\.0"):
-        describe_observer("claimed")
+        OBSERVERS.choose("claimed")
     assert not {"claimed_one", "claimed_two"} & set(sys.modules)
     monkeypatch.setenv("NOETHER_INIT_DENY", "one-watch")
     assert type(load_observer("claimed")).__module__ == "claimed_two"

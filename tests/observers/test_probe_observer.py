@@ -224,7 +224,7 @@ def test_what_a_later_initializer_loads_is_a_reason(run: PathProvider, tmp_path:
     config = {"observers": ["probe"], "initializers": [{**WARM, "run_id": "source"}, file]}
     report = InitializerStack.from_config(config, path_provider=run).initialize(net(1))
     assert "output.logits differs by" in said(report)
-    assert said(report).endswith("2 of 11 entries of the model came not, or not whole, from the set")
+    assert said(report).endswith("as may be expected: file may have changed weights since")
 
 
 def test_a_later_initializer_that_loads_the_same_does_no_harm(run: PathProvider) -> None:
