@@ -57,8 +57,7 @@ from noether_init_core.kinds.hookspec import (
     hookimpl as hookimpl,
     hookspec as hookspec,
 )
-from noether_init_core.lineage.graph import Lineage as Lineage
-from noether_init_core.lineage.reading import lineage_of as lineage_of
+from noether_init_core.lineage import Lineage as Lineage, lineage_of as lineage_of
 from noether_init_core.models import bind as bind, compose as compose, leaf_models as leaf_models
 from noether_init_core.paths import PathProvider as PathProvider
 from noether_init_core.saving.retention import Retention as Retention

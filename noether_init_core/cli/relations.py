@@ -22,7 +22,7 @@ from noether_init_core.render.text import Mark, NameLine, amount, filled, in_col
 
 if TYPE_CHECKING:
     from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
-    from noether_init_core.lineage.graph import Lineage, LineageEdge, LineageNode
+    from noether_init_core.lineage import Lineage, LineageEdge, LineageNode
 
 _STATES: dict[State, Mark] = {
     "equal": Mark("=", "equal", "green"),
@@ -195,7 +195,7 @@ def lineage(
             raise CheckpointFormatError(
                 f"{one} is a file; records lie beside the sets of runs. Next: noether-init lineage RUN_FOLDER", path=one
             )
-    from noether_init_core.lineage.reading import lineage_of
+    from noether_init_core.lineage import lineage_of
 
     found = lineage_of(path, roots or ())
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shlex
@@ -16,15 +17,14 @@ import attrs
 
 from noether_init_core.diff.drift import Drift, Room, are_comparable, drift_of, finite, total_of
 from noether_init_core.diff.values import CheckpointDiff, DiffRow, DiffSide, State
-from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, InitError
+from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.content import ForeignObject, TensorInfo
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.nested import equal, mapped
 from noether_init_core.paths import PathProvider, name_of_run
-from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, said_by
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.places import runs_at
 from noether_init_core.sets.selection import find_set
@@ -32,7 +32,8 @@ from noether_init_core.sets.snapshot import Snapshot
 
 _OBJECT = "object"
 _LEAST_SHARE = 0.5
-_SAMPLES, _CANDIDATES = 8, 4
+# Segments of a prefix.
+_DEEPEST = 3
 
 
 @attrs.frozen
@@ -80,16 +81,15 @@ def side_at(path: Path | str) -> Side:
     return _of_set(snapshot, found, tag)
 
 
-def known_from(metadata: Mapping[str, Any], said: DiffSide) -> DiffSide:
+def _known_from(reader: Checkpoint, said: DiffSide) -> DiffSide:
     """What a file says of itself, where nothing better is known."""
-    run_id, iteration = metadata.get("run_id"), metadata.get("training_iteration")
-    if said.run_id is not None or not isinstance(run_id, str):
+    iteration, run_id = None, None
+    if said.run_id is None:
+        with suppress(CheckpointError):
+            iteration, run_id = said_by(reader.metadata, Path(reader.path))
+    if run_id is None:
         return said
-    words = None
-    if isinstance(iteration, Mapping):
-        with suppress(InitError, TypeError, ValueError):
-            words = str(TrainingIteration.from_mapping(iteration))
-    return attrs.evolve(said, run_id=run_id, iteration=words)
+    return attrs.evolve(said, run_id=run_id, iteration=None if iteration is None else str(iteration))
 
 
 def _name(model: str, info: str | None) -> str:
@@ -173,15 +173,15 @@ def compare_sides(
             work.notes.append(f"no model is in both: A has {names[0]}; B has {names[1]}. Next: name two files")
     rows = tuple(work.rows)
     both = [row for row in rows if row.state not in ("only_a", "only_b")]
-    total = total_of(work.drifts)
+    total, compared = total_of(work.drifts), sum(row.elements for row in rows if row.norm_a is not None)
     return CheckpointDiff(
         work.said[0],
         work.said[1],
         rows,
         elements=sum(row.elements for row in both),
-        elements_compared=work.elements_compared,
-        relative_norm=total.relative_norm if work.elements_compared else None,
-        cosine=total.cosine if work.elements_compared else None,
+        elements_compared=compared,
+        relative_norm=total.relative_norm if compared else None,
+        cosine=total.cosine if compared else None,
         notes=tuple(work.notes),
     )
 
@@ -206,27 +206,25 @@ class _Work:
         self.notes: list[str] = []
         self.said = said
         self.drifts: list[Drift] = []
-        self.elements_compared = 0
-        self._strip = tuple(strip)
+        self._strip = strip
         self._advance = advance
         self._room = room
 
-    def add(self, model: str, first: Path | None, second: Path | None) -> None:
+    def add(self, model: str, *paths: Path | None) -> None:
         """Compare two files of one model; None for one that is on one side only."""
         with ExitStack() as opened:
-            paths = [first, second]
             stamps = [None if path is None else _stamp(path) for path in paths]
             readers = [None if path is None else opened.enter_context(open_checkpoint(path)) for path in paths]
-            sides = [{} if reader is None else self._entries(reader) for reader in readers]
+            a, b = sides = [{} if reader is None else self._entries(reader) for reader in readers]
             for number, (reader, entries) in enumerate(zip(readers, sides, strict=True)):
                 if reader is not None:
-                    said = known_from(reader.metadata, self.said[number])
+                    said = _known_from(reader, self.said[number])
                     nbytes = sum(one.nbytes for one in entries.values() if isinstance(one, TensorInfo))
                     tensors, nbytes = said.tensors + len(entries), said.bytes + nbytes
                     self.said[number] = attrs.evolve(said, tensors=tensors, bytes=nbytes)
-            note = "" if None in paths else prefix_note(*sides)
+            note = "" if None in paths else prefix_note(a, b)
             self.notes += [note] if note else []
-            self.rows += self._compare(model, sides[0], sides[1], readers)
+            self.rows += [self._compare(model, key, sides, readers) for key in {**a, **b}]
             for path, stamp in zip(paths, stamps, strict=True):
                 if path is not None and _stamp(path) != stamp:
                     raise CheckpointCorruptError(f"{path} changed while it was compared. Next: again", path=path)
@@ -244,46 +242,34 @@ class _Work:
         return found
 
     def _compare(
-        self, model: str, a: Mapping[str, Any], b: Mapping[str, Any], readers: Sequence[Checkpoint | None]
-    ) -> Iterator[DiffRow]:
-        first, second = readers
-        for key in {**a, **b}:
-            one, two = a.get(key), b.get(key)
-            if not (isinstance(one, TensorInfo) and isinstance(two, TensorInfo) and one.shape == two.shape):
-                yield self._unmeasured(model, key, a, b, readers)
-            elif first is not None and second is not None:
-                drift = drift_of(first, one, second, two, self._room, self._advance)
-                row = _measured(model, key, one, two, drift)
-                if drift.norm_a is not None:
-                    self.drifts.append(drift)
-                    self.elements_compared += row.elements
-                yield row
-
-    def _unmeasured(
-        self, model: str, key: str, a: Mapping[str, Any], b: Mapping[str, Any], readers: Sequence[Checkpoint | None]
+        self, model: str, key: str, sides: Sequence[Mapping[str, Any]], readers: Sequence[Checkpoint | None]
     ) -> DiffRow:
-        """What is on one side only, of another shape, or no tensor."""
-        (shape_a, dtype_a), (shape_b, dtype_b) = (_form(side[key]) if key in side else (None, None) for side in (a, b))
+        """One name: by its form, and by its values where both sides have it in one form."""
+        (shape_a, dtype_a), (shape_b, dtype_b) = (_form(side[key]) if key in side else (None, None) for side in sides)
         known = shape_b if shape_a is None else shape_a
         elements = 0 if known is None else math.prod(known)
         row = DiffRow(model, key, "shape", shape_a, shape_b, dtype_a, dtype_b, elements)
-        if key not in a or key not in b:
-            return attrs.evolve(row, state="only_a" if key in a else "only_b")
-        tensors = sum(isinstance(side[key], TensorInfo) for side in (a, b))
-        if tensors:
-            return row if tensors == 2 else attrs.evolve(row, note="a tensor on one side only")
-        one, two = (reader.materialize(side[key]) for reader, side in zip(readers, (a, b), strict=True) if reader)
-        is_same = equal(mapped(one, _bits), mapped(two, _bits))
+        if dtype_a is None or dtype_b is None:
+            return attrs.evolve(row, state="only_a" if dtype_b is None else "only_b")
+        if shape_a != shape_b:
+            is_one_sided = shape_a is None or shape_b is None
+            return attrs.evolve(row, note="a tensor on one side only" if is_one_sided else "")
+        first, second = filter(None, readers)
+        one, two = (side[key] for side in sides)
+        if shape_a is not None:
+            drift = drift_of(first, one, second, two, self._room, self._advance)
+            self.drifts += [drift] if drift.norm_a is not None else []
+            return _measured(row, drift, are_comparable(one, two))
+        is_same = equal(mapped(first.materialize(one), _bits), mapped(second.materialize(two), _bits))
         return attrs.evolve(row, state="equal" if is_same else "changed", note="" if is_same else "no tensor")
 
 
-def _measured(model: str, key: str, a: TensorInfo, b: TensorInfo, drift: Drift) -> DiffRow:
-    elements = a.nbytes // a.itemsize
-    state: State = "dtype" if a.dtype != b.dtype else "equal" if drift.is_equal else "changed"
-    row = DiffRow(model, key, state, a.shape, b.shape, a.dtype, b.dtype, elements)
+def _measured(row: DiffRow, drift: Drift, is_comparable: bool) -> DiffRow:
+    state: State = "dtype" if row.dtype_a != row.dtype_b else "equal" if drift.is_equal else "changed"
+    row = attrs.evolve(row, state=state)
     if state == "equal":
         row = attrs.evolve(row, relative_norm=0.0, max_abs=0.0)
-    if not are_comparable(a, b):
+    if not is_comparable:
         return attrs.evolve(row, note="numbers of this dtype are not compared")
     if drift.nonfinite_a or drift.nonfinite_b:
         row = attrs.evolve(row, nonfinite_a=drift.nonfinite_a, nonfinite_b=drift.nonfinite_b)
@@ -335,34 +321,20 @@ def prefix_note(a: Collection[str], b: Collection[str]) -> str:
     common = len(set(a) & set(b))
     if common >= enough:
         return ""
-    of_a, of_b = _in_front(a, b, enough), _in_front(b, a, enough)
-    if of_a or of_b:
-        found = [("A", of_a)] if of_a else [("B", of_b)]
-    else:
-        found = [("A", _first_segment(a)), ("B", _first_segment(b))]
-        (_, of_a), (_, of_b) = found
-        stripped = {name.removeprefix(of_a) for name in a} & {name.removeprefix(of_b) for name in b}
-        if len(stripped) < enough:
-            return ""
-    said = " and ".join(f"{side} has {prefix!r}" for side, prefix in found)
-    options = " ".join(f"--strip {shlex.quote(prefix)}" for _side, prefix in found)
-    return f"{common} of {min(len(a), len(b))} names are in both; {said} in front of them. Next: {options}"
-
-
-def _in_front(longer: Collection[str], shorter: Collection[str], enough: float) -> str:
-    """What stands in front of ``longer`` and not of ``shorter``."""
-    wanted = set(shorter)
-    samples = tuple(f".{name}" for name in list(shorter)[:_SAMPLES])
-    seen: Counter[str] = Counter()
-    for name in longer:
-        if name.endswith(samples):
-            seen.update(name[: 1 - len(sample)] for sample in samples if name.endswith(sample))
-    for prefix, _count in seen.most_common(_CANDIDATES):
-        if sum(name.startswith(prefix) and name.removeprefix(prefix) in wanted for name in longer) >= enough:
-            return prefix
+    for of_a, of_b in itertools.product(_fronts(a), _fronts(b)):
+        if len({name.removeprefix(of_a) for name in a} & {name.removeprefix(of_b) for name in b}) >= enough:
+            found = [(side, prefix) for side, prefix in (("A", of_a), ("B", of_b)) if prefix]
+            said = " and ".join(f"{side} has {prefix!r}" for side, prefix in found)
+            options = " ".join(f"--strip {shlex.quote(prefix)}" for _side, prefix in found)
+            return f"{common} of {min(len(a), len(b))} names are in both; {said} in front of them. Next: {options}"
     return ""
 
 
-def _first_segment(names: Collection[str]) -> str:
-    seen = Counter(name.partition(".")[0] + "." for name in names if "." in name)
-    return seen.most_common(1)[0][0] if seen else ""
+def _fronts(names: Collection[str]) -> list[str]:
+    """Nothing, and what most names begin with: one segment, two, three."""
+    found = [""]
+    for depth in range(1, _DEEPEST + 1):
+        pieces = (name.split(".", depth) for name in names)
+        seen = Counter(".".join(one[:-1]) + "." for one in pieces if len(one) > depth)
+        found += [prefix for prefix, _count in seen.most_common(1)]
+    return found

@@ -13,7 +13,7 @@ import torch
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
 from noether_init_core.cli.relations import _show_lineage
-from noether_init_core.lineage.graph import LineageEdge, LineageNode, related
+from noether_init_core.lineage import LineageEdge, LineageNode, related
 
 PROGRAM = Path(sys.executable).with_name("noether-init")
 
@@ -150,7 +150,7 @@ def test_names_out_of_records_cannot_look_like_lines_of_ours(capsys: pytest.Capt
         LineageNode("b", "run", "b", None, "b"),
     ]
     edges = [LineageEdge(nodes[0].id, "b", "file\nx", "m", "f", "t", None, None, 1, 0.5)]
-    _show_lineage(related("b", nodes, edges, ["a\nx b"]))
+    _show_lineage(related(["b"], nodes, edges, ["a\nx b"]))
     shown = capsys.readouterr().out
     assert "odd\\nx broken\\x1b[31m" in shown
     assert [line for line in shown.splitlines() if line.startswith("x ")] == ["x a\\nx b"]

@@ -26,7 +26,7 @@ from noether_init_core import (
     bind,
     lineage_of,
 )
-from noether_init_core.lineage.graph import LineageEdge, LineageNode, related
+from noether_init_core.lineage import LineageEdge, LineageNode, related
 from noether_init_core.sets.manifest import sealed
 
 HEAD_FRESH = {"transforms": [{"keep_model": "1."}]}
@@ -405,7 +405,7 @@ def test_only_those_on_a_way_are_related(pairs: list[tuple[str, str]], focus: st
     """Ancestors reach the focus, descendants are reached from it, whatever the graph."""
     nodes = [LineageNode(name, "run", name, None, name) for name in "abcdef"]
     edges = [LineageEdge(a, b, "file", "m", "f", None, None, None, None, None) for a, b in pairs]
-    found = related(focus, nodes, edges)
+    found = related([focus], nodes, edges)
 
     def reaches(start: str, end: str) -> bool:
         seen, waiting = {start}, [start]

@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from support.browser import opened
 
 from noether_init_core import CheckpointDiff, Lineage, compare_checkpoints
-from noether_init_core.lineage.graph import LineageEdge, LineageNode, LineageSet, related
+from noether_init_core.lineage import LineageEdge, LineageNode, LineageSet, related
 from noether_init_pages import html_page
 
 SCREENS = Path(__file__).resolve().parents[3] / "build" / "screens"
@@ -61,7 +61,7 @@ def lineage() -> Lineage:
         way("fork", "distill"),
         way("tune", "distill"),
     ]
-    return related("tune", nodes, edges)
+    return related(["tune"], nodes, edges)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_circle_of_runs_is_drawn(chromium: Any, tmp_path: Path) -> None:
         for source, target in (("a", "b"), ("b", "a"), ("a", "a"))
     ]
     file = tmp_path / "circle.html"
-    file.write_text(html_page(related("a", nodes, edges)), "utf-8")
+    file.write_text(html_page(related(["a"], nodes, edges)), "utf-8")
     with opened(chromium, file) as page:
         assert page.locator("[data-edge]").count() == 3
         assert page.locator(".chart svg").count() == 1
