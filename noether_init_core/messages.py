@@ -71,15 +71,12 @@ def yaml_line(value: Any) -> str:
     """
     import yaml
 
-    def is_printable(one: Any) -> bool:
-        if isinstance(one, dict):
-            return all(is_printable(key) and is_printable(item) for key, item in one.items())
-        if isinstance(one, list | tuple):
-            return all(map(is_printable, one))
-        return not isinstance(one, str) or one.isprintable()
+    def dumped(*, allow_unicode: bool) -> str:
+        text: str = yaml.safe_dump(
+            value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=allow_unicode
+        )
+        # a scalar alone ends with a document marker
+        return text.removesuffix("\n").removesuffix("\n...")
 
-    text: str = yaml.safe_dump(
-        value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=is_printable(value)
-    )
-    # a scalar alone ends with a document marker
-    return text.removesuffix("\n").removesuffix("\n...")
+    text = dumped(allow_unicode=True)
+    return text if text.isprintable() else dumped(allow_unicode=False)

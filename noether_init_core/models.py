@@ -238,17 +238,13 @@ class Leaf:
     model: Any
 
 
-def leaf_models(model: Any, path: str | None = None) -> Iterator[tuple[str, Any]]:
+def leaf_models(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield ``(path of names, single model)`` in declared order; submodels that are None are left out.
 
-    ``path`` starts as the name of ``model``: a composite ``autoenc`` with ``encoder`` yields ``autoenc.encoder``.
+    A path begins with the name of ``model``: a composite ``autoenc`` with ``encoder`` yields ``autoenc.encoder``.
     """
-    path, submodels = model.name if path is None else path, _submodels(model)
-    if submodels is None:
-        yield path, model
-    else:
-        for name, submodel in submodels.items():
-            yield from leaf_models(submodel, f"{path}.{name}")
+    for leaf in _leaves(model, model.name, model.name):
+        yield leaf.path, leaf.model
 
 
 def modules_of(model: Any) -> tuple[int, ...]:

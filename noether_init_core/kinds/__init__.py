@@ -31,5 +31,4 @@ from noether_init_core.kinds.lookup import (
     resolve as resolve,
     unregister as unregister,
     validate as validate,
-    without_installed as without_installed,
 )

@@ -56,14 +56,11 @@ config again. The JSON schema is built from the kinds that are installed when it
 def _validate(value: Any, info: core_schema.ValidationInfo) -> KindConfig:
     if isinstance(value, KindConfig):
         return value
-    if not isinstance(value, Mapping):
-        raise PydanticCustomError(
-            "initializer_type", "Input should be a mapping with the key kind, or the config of an initializer"
-        )
     try:
         return kinds.validate(value, context=info.context)
     except ConfigError as error:
-        details = InitErrorDetails(type="value_error", loc=("kind",), input=value.get("kind"), ctx={"error": error})
+        place = ("kind",) if isinstance(value, Mapping) else ()
+        details = InitErrorDetails(type="value_error", loc=place, input=value, ctx={"error": error})
         raise ValidationError.from_exception_data("AnyInitializer", [details]) from error
     except ValidationError as error:
         found = [_worded(str(value["kind"]), problem) for problem in error.errors(include_url=False)]
@@ -111,9 +108,9 @@ def explain(kind: str, problem: str, message: str, path: Sequence[str | int], va
         known = fields or (_rule_keys() if path and path[0] == "transforms" else ())
         similar = near(str(path[-1]), known, 1) if path else []
         hint = "".join(f" Near: {one}." for one in similar)
-        owners = _owners(str(path[0]), kind) if fields else []
+        owners = _owners(str(path[0]), kind) if fields else ""
         if owners:
-            hint += f" {path[0]} belongs to {' and to '.join(owners)}."
+            hint += f" {path[0]} belongs to the kind{'s' if ',' in owners else ''} {owners}."
         elif fields and not similar:
             hint = f" {kind} has: {', '.join(fields)}."
         return f"unknown key.{hint} Next: noether-init schema {kind}"
@@ -125,17 +122,11 @@ def explain(kind: str, problem: str, message: str, path: Sequence[str | int], va
     return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
-def _owners(key: str, kind: str) -> list[str]:
-    """Where a key can be written that ``kind`` has not: other kinds of this distribution, and ``auto_resume``.
-
-    Other distributions are not imported for a hint.
-    """
+def _owners(key: str, kind: str) -> str:
+    """The other kinds of this distribution that have a key; other distributions are not imported for a hint."""
     names = {info.name for info in kinds.installed() if info.distribution == _OURS and info.blocked_by is None}
     # Noether's names for the same kinds hold dots
-    found = sorted(name for name in names - {kind} if "." not in name and key in _fields(name))
-    if key == "on_invalid":
-        return [*(f"the kind {name}" for name in found), "the top of a config file, beside auto_resume"]
-    return [f"the kind{'s' if found[1:] else ''} {', '.join(found)}"] if found else []
+    return ", ".join(sorted(name for name in names - {kind} if "." not in name and key in _fields(name)))
 
 
 def _rule_keys() -> list[str]:

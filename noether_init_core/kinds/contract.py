@@ -50,11 +50,6 @@ class Finding:
     fix: str
 
 
-def hook_arguments() -> dict[str, tuple[str, ...]]:
-    """Hook -> the arguments that its specification offers."""
-    return {name: _arguments_of(getattr(HookSpecs, name)) for name in HOOK_NAMES}
-
-
 def check(loaded: object, kind: str, who: str, mend: str) -> type[InitializerBase]:
     """``loaded`` if it is a class that keeps the contract of this core, else ``KindContractError``; examined once.
 
@@ -90,8 +85,8 @@ def newer(cls: type[InitializerBase]) -> Finding | None:
 def examine(cls: type[InitializerBase]) -> tuple[Finding, ...]:
     """Every way in which ``cls`` breaks the contract; empty where it keeps it. A class with one cannot be used."""
     found = [*_of_class(cls), *_of_names(cls)]
-    for name, arguments in hook_arguments().items():
-        found += _of_hook(cls, name, arguments)
+    for name in HOOK_NAMES:
+        found += _of_hook(cls, name, _arguments_of(getattr(HookSpecs, name)))
     found += _of_method(cls, "check", "(self, model, trainer=None, callbacks=None)", trainer=None, callbacks=None)
     if issubclass(cls, SourceInitializer):
         found += _of_source(cls)

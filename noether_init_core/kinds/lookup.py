@@ -44,7 +44,6 @@ _LISTED = 12
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 _scanned: dict[str, Mapping[str, tuple[KindInfo, ...]]] = {}
-_hidden: list[str] = []
 
 
 @attrs.frozen
@@ -73,16 +72,6 @@ def clear_cache() -> None:
     """Forget every scan: the next use sees distributions that were installed or removed since."""
     _scanned.clear()
     importlib.invalidate_caches()
-
-
-@contextlib.contextmanager
-def without_installed() -> Iterator[None]:
-    """Within the block only kinds of ``register`` are known, whatever is installed. For tests."""
-    _hidden.append(GROUP)
-    try:
-        yield
-    finally:
-        _hidden.remove(GROUP)
 
 
 def normalized(distribution: str) -> str:
@@ -168,8 +157,6 @@ class Group:
         metadata cannot be read is left out with a warning in the log. Safe to call from several threads, and from a
         plugin while it is imported.
         """
-        if self.name in _hidden:
-            return {}
         if self.name not in _scanned:
             unreadable: list[Exception] = []
             with _lock:
@@ -390,12 +377,8 @@ def register(name: str, cls: type[InitializerBase]) -> None:
 
 
 def unregister(name: str) -> None:
-    """Take back ``register``. Raises ``UnknownKindError`` for a name that was not registered."""
-    if name not in _KINDS.registered:
-        known = listed(sorted(_KINDS.registered), none="nothing")
-        message = f"kind {quoted(name)} was not registered in this process; registered: {known}"
-        raise UnknownKindError(f"{message}. Next: noether-init kinds", kind=name, candidates=tuple(_KINDS.registered))
-    del _KINDS.registered[name]
+    """Take back ``register``, where ``name`` was registered."""
+    _KINDS.registered.pop(name, None)
 
 
 def _target_of(cls: object) -> str:

@@ -166,15 +166,10 @@ def _differs(one: Compared) -> str:
 
 
 def _all_well(compared: Sequence[Compared]) -> str:
-    other = [one for one in compared if not one.is_same]
-    if not other:
+    if all(one.is_same for one in compared):
         return "same bits"
-    worst = max((one for one in other if not one.is_exact), key=lambda one: one.difference or 0.0)
-    if not worst.difference:
-        return f"same values, other bits in {worst.path}"
-    exact = [one.path for one in other if one.is_exact]
-    more = f"; {', '.join(exact)} with it" if exact else ""
-    return f"differs by {worst.difference:.1g} of the norm, within {worst.tolerance:g}{more}"
+    worst = max((one for one in compared if not one.is_exact), key=lambda one: one.difference or 0.0)
+    return f"differs by {worst.difference:.1g} of the norm, within {worst.tolerance:g}"
 
 
 def _not_compared(probe: Probe) -> str:

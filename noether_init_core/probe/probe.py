@@ -62,9 +62,8 @@ def take(model: Any, batch: Any) -> Probe:
             f"{error}. A probe holds tensors, plain values, and dicts, lists and tuples of them. Nothing was written"
         ) from error
     reason = hindrance(model)
-    problem = check_batch(kept) or (f"{model.name} cannot be run here: {reason}" if reason else "")
-    if problem:
-        raise ConfigError(f"probe: {problem}. Nothing was written. Next: another probe, or save without")
+    if reason:
+        raise ConfigError(f"probe: {model.name} cannot be run here: {reason}. Nothing was written. Next: save without")
     try:
         outputs, others, has_drawn = _run(model, kept)
         if not has_values(outputs):
@@ -113,17 +112,6 @@ def repeat(model: Any, probe: Probe) -> tuple[Output, ...]:
         return tensor.to(getattr(torch, now)) if now is not None and tensor.dtype is then else tensor
 
     return _run(model, _changed(probe.batch, follow))[0]
-
-
-def check_batch(batch: Any) -> str:
-    """What is wrong with a batch, in words: keywords that are none. Empty where it can be passed."""
-    if isinstance(batch, Mapping):
-        wrong = [key for key in batch if not (isinstance(key, str) and key.isidentifier())]
-        if wrong:
-            return f"a dict is passed as keywords, and {wrong[0]!r} is none"
-        if "self" in batch:
-            return "a dict is passed as keywords, and 'self' is the model itself"
-    return ""
 
 
 def _run(model: Any, batch: Any) -> tuple[tuple[Output, ...], tuple[str, ...], bool]:

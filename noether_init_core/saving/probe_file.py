@@ -12,7 +12,7 @@ from noether_init_core.files.plain_data import plain
 from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.nested import equal
-from noether_init_core.probe.probe import Probe, check_batch
+from noether_init_core.probe.probe import Probe
 from noether_init_core.saving.file_writing import write_content
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.manifest import PROBE_NAME
@@ -55,8 +55,6 @@ def _read(path: Path, digest: str) -> Probe:
             raise ValueError(f"{found} is not {_FORMAT}. Next: pip install --upgrade noether-init-core")
         probe = Probe.model_validate(content)
         plain(probe.batch, "batch")
-        if problem := check_batch(probe.batch):
-            raise ValueError(problem)
     except pydantic.ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])
         raise CheckpointFormatError(f"{path} is no probe: {problems}", path=path) from error

@@ -7,8 +7,7 @@ import json
 import logging
 import pickle
 import random
-import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -105,8 +104,7 @@ class ConfigChecks(Checks):
     def test_unknown_keys_are_refused(self, single_config: Config) -> None:
         """A misspelt key is an error at every depth, never ignored."""
         config = {"kind": self.kind, **single_config}
-        kinds.validate(config)
-        for path in _models_in(kinds.resolve(self.kind).config_class, config):
+        for path in _models_in(kinds.validate(config), config):
             with pytest.raises(ValueError):
                 kinds.validate(_with_strange_key(config, path))
                 pytest.fail(f"an unknown key under {'.'.join(map(str, path)) or 'the config'} was ignored")
@@ -345,29 +343,22 @@ def _types_in(annotation: Any) -> Iterator[Any]:
         yield from _types_in(argument)
 
 
-def _models_in(cls: type[pydantic.BaseModel], said: Mapping[str, Any]) -> Iterator[tuple[str | int, ...]]:
-    """The places in ``said`` that a pydantic model validates: the config itself, and mappings below it."""
-    yield ()
-    for name, field in cls.model_fields.items():
-        for path in dict.fromkeys(_places(field.annotation, said.get(name))):
-            yield (name, *path)
-
-
-def _places(annotation: Any, value: Any) -> Iterator[tuple[str | int, ...]]:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+def _models_in(value: Any, said: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The places in ``said`` that became a pydantic model in ``value``, what it was validated to."""
+    if isinstance(value, pydantic.BaseModel) and isinstance(said, Mapping):
         # the config of another kind has a kit of its own
-        if isinstance(value, Mapping) and not issubclass(annotation, KindConfig):
-            yield from _models_in(annotation, value)
-    elif isinstance(value, Mapping) and isinstance(origin, type) and issubclass(origin, Mapping):
-        for key, item in value.items():
-            yield from ((key, *path) for path in _places(arguments[1], item))
-    elif isinstance(value, list | tuple) and isinstance(origin, type) and issubclass(origin, Iterable):
-        for number, item in enumerate(value):
-            yield from ((number, *path) for path in _places(arguments[0], item))
-    else:  # a union, or an annotated type
-        for argument in arguments:
-            yield from _places(argument, value)
+        if path and isinstance(value, KindConfig):
+            return
+        yield path
+        inner = {key: getattr(value, key) for key in said.keys() & type(value).model_fields.keys()}
+    elif isinstance(value, Mapping) and isinstance(said, Mapping):
+        inner = {key: value[key] for key in said.keys() & value.keys()}
+    elif isinstance(value, list | tuple) and isinstance(said, list | tuple):
+        inner = dict(enumerate(value[: len(said)]))
+    else:
+        return
+    for key, item in inner.items():
+        yield from _models_in(item, said[key], (*path, key))
 
 
 def _with_strange_key(config: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -144,10 +145,12 @@ def _rewrite(path: Path, content: bytes) -> None:
 
 
 @pytest.fixture
-def isolated_kinds() -> Iterator[None]:
+def isolated_kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A registry with discovery switched off: no installed kind is known, only what the test registers."""
-    with kinds.without_installed():
-        yield
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda **_where: ())
+    kinds.clear_cache()
+    yield
+    kinds.clear_cache()
 
 
 @pytest.fixture

@@ -12,9 +12,7 @@ import os
 import random
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ def work_at_import(module: str, distribution: str = "") -> list[str]:
     """What importing ``module`` does beside defining names, in words; seen in new processes.
 
     What its dependencies do when they are imported is not its own: they are imported before it is watched. All modules
-    of ``distribution`` are its own. Raises ``RuntimeError`` with the traceback where it cannot be imported.
+    of ``distribution`` are its own. Raises what the import raises, with the traceback of the process.
     """
     (dependencies,) = _in_new_processes(_modules_beside, [(module, distribution)])
     (found,) = _in_new_processes(_watch_import, [(module, dependencies)])
@@ -42,7 +40,7 @@ def work_at_import(module: str, distribution: str = "") -> list[str]:
 def initialized_by_ranks(
     config: Mapping[str, Any], paths: PathProvider, meeting_point: Path
 ) -> list[tuple[str, dict[str, str]]]:
-    """Initialize a single model in two processes at once, which are the ranks of one group. Raises ``RuntimeError``.
+    """Initialize a single model in two processes at once, which are the ranks of one group. Raises what they raise.
 
     Returns for each rank the iteration that it starts at, and model path and name -> digest of the values.
     """
@@ -131,44 +129,10 @@ def _watch_import(module: str, dependencies: Sequence[str]) -> list[str]:
 
 def _in_new_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Call ``function`` once for each entry of ``arguments``, each in a new process, all at once."""
-    context = _context()
-    started = []
-    for one in arguments:
-        mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(theirs, function, one), daemon=True)
-        process.start()
-        theirs.close()
-        started.append((process, mine))
-    results: list[Any] = []
-    failures: list[Any] = []
-    for _process, connection in started:
-        try:
-            if not connection.poll(_TIMEOUT_S):
-                raise RuntimeError(f"no answer for {_TIMEOUT_S:.0f} s: a rank waits for one that does not come")
-            is_good, result = connection.recv()
-        except (EOFError, RuntimeError) as error:
-            why = error or "it was killed, or left by os._exit"
-            is_good, result = False, f"the process ended without an answer: {why}"
-        finally:
-            connection.close()
-        (results if is_good else failures).append(result)
-    for process, _connection in started:
-        process.join(1 if failures else _TIMEOUT_S)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    if failures:
-        raise RuntimeError("\n".join(map(str, failures)))
-    return results
-
-
-def _answer(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    try:
-        result = True, function(*arguments)
-    except BaseException:  # whatever a plugin raises is told to the test that waits
-        result = False, traceback.format_exc()
-    connection.send(result)
-    connection.close()
+    with _context().Pool(len(arguments), maxtasksperchild=1) as pool:
+        jobs = [pool.apply_async(function, one) for one in arguments]
+        # longer than that, a rank waits for one that does not come, or the process left without an answer
+        return [job.get(_TIMEOUT_S) for job in jobs]
 
 
 def _context() -> Any:

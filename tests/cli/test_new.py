@@ -20,7 +20,7 @@ from hypothesis import example, given, settings, strategies as st
 from support.command import Result, run_command
 from support.foreign import ForeignPackages
 
-from noether_init_core import ConfigError, InvalidNameError, KindConflictError, kinds
+from noether_init_core import ConfigError, InvalidNameError, KindConflictError
 from noether_init_core.scaffold.files import Base, render
 from noether_init_core.scaffold.naming import MAX_LENGTH, Names, check_free, names_of
 
@@ -219,12 +219,10 @@ def test_a_kind_of_a_shut_out_distribution_is_refused_too(
         check_free(names_of("acme"))
 
 
+@pytest.mark.usefixtures("isolated_kinds")
 def test_a_kind_that_is_known_to_come_with_another_distribution_is_refused() -> None:
     """Installed or not: where both are installed, neither could be used."""
-    with (
-        kinds.without_installed(),
-        pytest.raises(KindConflictError, match=r"noether-init-random.*noether-init new my-random"),
-    ):
+    with pytest.raises(KindConflictError, match=r"noether-init-random.*noether-init new my-random"):
         check_free(names_of("random"))
 
 

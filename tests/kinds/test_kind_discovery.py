@@ -14,7 +14,7 @@ import pytest
 from support.foreign import INITIALIZER, ForeignPackages
 
 from noether_init_core import kinds
-from noether_init_core.errors import KindBlockedError, KindConflictError, KindImportError, UnknownKindError
+from noether_init_core.errors import KindBlockedError, KindConflictError, KindImportError
 from noether_init_core.kinds import lookup
 
 
@@ -244,16 +244,6 @@ def test_what_is_meant_for_a_shell_holds_no_command_of_a_stranger(foreign: Forei
     foreign.install("evil-init", offers={"evil": 'os";touch PWNED;":x'})
     with pytest.raises(KindImportError, match=r"Next: noether-init check evil\Z"):
         kinds.resolve("evil")
-
-
-def test_without_installed_hides_everything_and_brings_it_back() -> None:
-    """A registry of its own for tests: only what is registered in the process."""
-    with kinds.without_installed():
-        kinds.clear_cache()
-        assert kinds.installed() == ()
-        with pytest.raises(UnknownKindError, match="No kind is installed"):
-            kinds.resolve("file")
-    assert kinds.resolve("file").__name__ == "FileInitializer"
 
 
 def test_every_rank_of_a_torchrun_resolves_the_same_class(foreign: ForeignPackages, tmp_path: Path) -> None:

@@ -65,16 +65,16 @@ def test_unknown_kinds(kind: str, expected: str, only: ForeignPackages) -> None:
     assert message_of(kind, UnknownKindError) == expected
 
 
+@pytest.mark.usefixtures("isolated_kinds")
 def test_a_kind_that_is_not_installed() -> None:
     """The distribution that has it, and nothing that the config made up."""
-    with kinds.without_installed():
-        assert message_of("random", UnknownKindError) == (
-            'no kind "random". random comes with noether-init-random, which is not installed. '
-            "Next: pip install noether-init-random"
-        )
-        assert message_of("evil-package", UnknownKindError) == (
-            'no kind "evil-package". No kind is installed. Next: noether-init kinds'
-        )
+    assert message_of("random", UnknownKindError) == (
+        'no kind "random". random comes with noether-init-random, which is not installed. '
+        "Next: pip install noether-init-random"
+    )
+    assert message_of("evil-package", UnknownKindError) == (
+        'no kind "evil-package". No kind is installed. Next: noether-init kinds'
+    )
 
 
 def test_a_conflict(only: ForeignPackages) -> None:

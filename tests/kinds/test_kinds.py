@@ -171,14 +171,12 @@ def test_an_unknown_kind_without_near_names_lists_what_is_installed() -> None:
         kinds.resolve("zzzzzz")
 
 
+@pytest.mark.usefixtures("isolated_kinds")
 @pytest.mark.parametrize("kind", ["random", "Random", "randm"])
 def test_a_kind_of_a_known_distribution_is_told_how_to_install_it(kind: str) -> None:
     """The hint comes from the core's own table."""
-    with (
-        kinds.without_installed(),
-        pytest.raises(
-            UnknownKindError, match=r"random comes with noether-init-random.*Next: pip install noether-init-"
-        ),
+    with pytest.raises(
+        UnknownKindError, match=r"random comes with noether-init-random.*Next: pip install noether-init-"
     ):
         kinds.resolve(kind)
 
@@ -497,8 +495,7 @@ def test_a_registered_kind_can_be_replaced_and_taken_back() -> None:
         kinds.unregister("mine")
     with pytest.raises(UnknownKindError):
         kinds.resolve("mine")
-    with pytest.raises(UnknownKindError, match="was not registered"):
-        kinds.unregister("mine")
+    kinds.unregister("mine")
 
 
 def test_register_checks_the_contract_and_takes_no_installed_name() -> None:

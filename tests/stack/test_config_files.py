@@ -339,11 +339,7 @@ def test_a_mapping_that_holds_itself_is_refused() -> None:
 @pytest.mark.parametrize(
     ("kind", "key", "words"),
     [
-        (
-            "previous_run",
-            "on_invalid",
-            "on_invalid belongs to the kind resume and to the top of a config file, beside auto_resume. Next: ",
-        ),
+        ("previous_run", "on_invalid", "on_invalid belongs to the kind resume. Next: "),
         ("resume", "keys_to_remove", "keys_to_remove belongs to the kind previous_run. Next: "),
         ("file", "checkpoint_tag", "checkpoint_tag belongs to the kinds previous_run, resume. Next: "),
         ("file", "patterns_to_renam", "file has: kind, verify,"),
