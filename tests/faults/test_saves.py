@@ -11,7 +11,7 @@ from typing import BinaryIO
 import pytest
 
 from faults.campaign.crashes import ERRORS, SCENARIOS, Failing, failures, replay
-from faults.campaign.disk import CHANGING, LOOKING, Disk, Operation, Recorder, crashes
+from faults.campaign.disk import CHANGING, LOOKING, Disk, Operation, Recorder, crashes, volatile, waiting
 from noether_init_core.files.storage.disk import FileSystem
 
 #: Each n-th disk or call: coprime to the number of data variants, so that all of them come up.
@@ -49,6 +49,44 @@ def test_the_replay_notices_a_missing_fsync(storage: type[Recorder], problem: st
         replay(SCENARIOS["third save"], tmp_path, storage=storage, acknowledged_only=True, every=5), Counter[str]()
     )
     assert found[problem] > 0
+
+
+class ForgetsNamesOfTheSet(Recorder):
+    """Brings the names of a set onto the disk with that of its manifest, and not before."""
+
+    def fsync_folder(self, folder: Path) -> None:
+        if folder.parent.name != "sets" or self.exists(folder / "manifest.json"):
+            super().fsync_folder(folder)
+
+
+def recorded_save(root: Path, storage: type[Recorder]) -> tuple[Recorder, int]:
+    """What a save changed, and the number of the change that commits."""
+    scenario = SCENARIOS["third save"]
+    numbered = scenario.prepare(root)
+    recorder = storage(root)
+    scenario.save(numbered, root, 3, recorder)
+    (commit,) = [
+        number
+        for number, operation in enumerate(recorder.operations)
+        if operation.kind == "names" and any(name == "manifest.json" for _folder, name, _node in operation.names)
+    ]
+    return recorder, commit
+
+
+def test_every_name_of_a_set_is_on_the_disk_before_its_manifest_commits(tmp_path: Path) -> None:
+    """Else a crash could leave the manifest and not what it vouches for."""
+    recorder, commit = recorded_save(tmp_path / "runs", Recorder)
+    assert not waiting(recorder.operations[:commit])
+    assert not volatile(recorder.before, recorder.operations[:commit])
+
+
+def test_the_model_of_the_disk_knows_a_manifest_whose_files_have_no_names(tmp_path: Path) -> None:
+    """A writer that forgets the names of the set leaves it so, in some crash after the commit."""
+    recorder, commit = recorded_save(tmp_path / "runs", ForgetsNamesOfTheSet)
+    after = (set(one.disk.tree()) for one in crashes(recorder, random.Random(0)) if one.done == commit + 1)
+    newest = "run/checkpoints/sets/00000003_"
+    names = [{name.rpartition("/")[2] for name in tree if name.startswith(newest)} for tree in after]
+    assert any("manifest.json" in tree and not any(name.endswith(".th") for name in tree) for tree in names)
 
 
 @pytest.mark.parametrize("error", list(ERRORS))

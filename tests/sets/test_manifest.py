@@ -62,6 +62,28 @@ def test_what_could_not_be_read_is_not_written(fields: Any) -> None:
         manifest(**fields).to_bytes()
 
 
+def file(name: str, **fields: Any) -> ManifestFile:
+    known = {"model": "mlp", "part": "model", "size": 1, "digest": DIGEST, "records": DIGEST}
+    return ManifestFile(name=name, **{**known, **fields})
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ((file("mlp_cp=E1_U2_S3_optim.th"),), "is not the name of mlp, None, model at E1_U2_S3"),
+        ((file("other_cp=E1_U2_S3_model.th"),), "is not the name of mlp, None, model at E1_U2_S3"),
+        ((file("mlp_cp=E1_U2_S4_model.th"),), "is not the name of mlp, None, model at E1_U2_S3"),
+        ((file("mlp_cp=E1_U2_S3_model.th", info="ema=0.9"),), "is not the name of mlp, ema=0.9, model"),
+        ((file("mlp_cp=E1_U2_S3_model.th"),) * 2, "a file is listed twice"),
+        ((file("mlp_cp=E1_U2_S3_model.th"),), "must list weights and a trainer file"),
+    ],
+)
+def test_a_file_is_listed_once_and_under_its_own_name(files: Any, said: str) -> None:
+    """The name says model, info, part and iteration, and so do the fields: which of them is true nobody could tell."""
+    with pytest.raises(ConfigError, match=said):
+        manifest(files=files)
+
+
 def test_nan_in_the_lineage_is_no_number(tmp_path: Path) -> None:
     """It is written as null, as JSON has no NaN; where it stands in a manifest, the manifest was not ours."""
     path = tmp_path / "manifest.json"

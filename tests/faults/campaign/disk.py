@@ -297,9 +297,9 @@ def crashes(recorder: Recorder, chance: random.Random, *, most: int = 8) -> Iter
     seen = set[tuple[bool, str]]()
     for done in range(len(recorder.operations) + 1):
         operations = recorder.operations[:done]
-        waiting, volatile = _waiting(operations), _volatile(recorder.before, operations)
-        everything = frozenset(waiting)
-        for kept, how in _combinations(waiting, volatile, chance, most):
+        names, files = waiting(operations), volatile(recorder.before, operations)
+        everything = frozenset(names)
+        for kept, how in _combinations(names, files, chance, most):
             disk = _after(recorder, operations, everything - kept, how)
             killed = kept == everything and not how
             # whether the save was acknowledged is another question, though the disk is the same
@@ -339,7 +339,7 @@ def _combinations(
     yield from ((names, by_chance()) for names in some)
 
 
-def _waiting(operations: Sequence[Operation]) -> list[int]:
+def waiting(operations: Sequence[Operation]) -> list[int]:
     """The changes of names whose folders were not fsynced afterwards."""
     safe = set[int]()
     found = []
@@ -352,7 +352,7 @@ def _waiting(operations: Sequence[Operation]) -> list[int]:
     return found[::-1]
 
 
-def _volatile(before: Disk, operations: Sequence[Operation]) -> list[int]:
+def volatile(before: Disk, operations: Sequence[Operation]) -> list[int]:
     """The files that were written after their last fsync."""
     found = dict[int, None]()
     for operation in operations:
