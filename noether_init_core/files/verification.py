@@ -290,10 +290,7 @@ class Verification:
         ]
 
     def examine(
-        self,
-        chosen: Collection[str],
-        look: Iterable[TensorInfo] = (),
-        targets: Mapping[str, memoryview] | None = None,
+        self, chosen: Collection[str], look: Iterable[TensorInfo] = (), targets: Mapping[str, memoryview] | None = None
     ) -> None:
         """Read records once: compare the ``chosen`` ones, look at values, fill memory (record -> all of its bytes).
 

@@ -41,13 +41,7 @@ def iteration_for(iteration: Any, trainer: Any) -> TrainingIteration:
 
 
 def contents_of(
-    model: Any,
-    iteration: TrainingIteration,
-    run_id: str,
-    *,
-    optimizer: bool,
-    trainer: Any,
-    averages: Averages | None,
+    model: Any, iteration: TrainingIteration, run_id: str, *, optimizer: bool, trainer: Any, averages: Averages | None
 ) -> list[FileContent]:
     """The files of a set: of each single model weights, averages and optimizer state, then the trainer's state.
 

@@ -56,10 +56,7 @@ def write_file(
     )
     tensors = {
         key: TensorDigest(
-            dtype=seen.dtype,
-            shape=seen.shape,
-            digest=seen.examined.digest,
-            values=seen.examined.nonfinite or "finite",
+            dtype=seen.dtype, shape=seen.shape, digest=seen.examined.digest, values=seen.examined.nonfinite or "finite"
         )
         for key, seen in listed.items()
     }

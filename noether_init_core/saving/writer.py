@@ -31,11 +31,7 @@ from noether_init_core.saving.probe_file import write_probe
 from noether_init_core.saving.removal import collect_leftovers, retire_sets
 from noether_init_core.saving.retention import Retention, checked_metrics
 from noether_init_core.saving.training_id import Descent, Descents, Start
-from noether_init_core.sets.checkpoint_set import (
-    SETS_FOLDER,
-    CheckpointSet,
-    check_reachable,
-)
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, check_reachable
 from noether_init_core.sets.file_names import CheckpointFileName, Query, check_tag, iteration_of_tag
 from noether_init_core.sets.manifest import (
     DIGESTS_NAME,

@@ -13,20 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from noether_init_core.errors import type_of
-from noether_init_core.files.content import (
-    ForeignObject,
-    GlobalName,
-    OpcodeError,
-    Record,
-)
-from noether_init_core.files.formats.builders import (
-    BUILDERS,
-    KNOWN_NAMES,
-    Scope,
-    add_members,
-    set_items,
-    storage_of,
-)
+from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record
+from noether_init_core.files.formats.builders import BUILDERS, KNOWN_NAMES, Scope, add_members, set_items, storage_of
 
 #: Open marks at one time: a nested container needs one or two.
 _MARKS = 400

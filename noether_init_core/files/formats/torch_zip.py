@@ -148,10 +148,7 @@ def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
 
 
 def _refuse_globals(
-    handle: Handle,
-    unknown: Iterable[str],
-    places: Mapping[str, str] | None = None,
-    whole_module: str | None = None,
+    handle: Handle, unknown: Iterable[str], places: Mapping[str, str] | None = None, whole_module: str | None = None
 ) -> NoReturn:
     """``whole_module``: the expression that leads from the object to a pickled module in it, where there is one."""
     names = [one_line(name) for name in unknown]
