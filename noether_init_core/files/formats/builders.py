@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from noether_init_core.files.content import (
@@ -229,12 +229,7 @@ def _parameter(scope: Scope, args: tuple[Any, ...]) -> Any:
 
 def _of_type(scope: Scope, args: tuple[Any, ...]) -> Any:
     """A tensor whose class is written with it: a subclass, or a plain one to which attributes were given."""
-    if (
-        len(args) != 4
-        or type(args[0]) is not GlobalName
-        or type(args[1]) is not GlobalName
-        or type(args[2]) is not tuple
-    ):
+    if len(args) != 4 or (type(args[0]), type(args[1]), type(args[2])) != (GlobalName, GlobalName, tuple):
         raise OpcodeError("a tensor of a class has arguments of a wrong type")
     function, kind = args[0].name, args[1].name
     if function not in _TENSOR_FUNCTIONS:
@@ -252,101 +247,84 @@ def _refuse(what: str) -> Builder:
 
 def _plain_dict(scope: Scope, args: tuple[Any, ...]) -> Any:
     """``OrderedDict()``, ``OrderedDict([[key, value], ...])``, ``Counter({...})``."""
-    if not args:
-        return {}
-    content = args[0]
-    if len(args) != 1 or type(content) not in (dict, list):
-        raise OpcodeError("a dict is built from arguments of a wrong type")
+    content = args[0] if args else {}
     scope.charge(len(content))
     if type(content) is dict:
         return dict(content)
-    result: dict[Any, Any] = {}
     if any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in content):
         raise OpcodeError("a dict is built from something that is no pair")
+    result: dict[Any, Any] = {}
     set_items(scope, result, list(itertools.chain.from_iterable(content)))
     return result
 
 
-def _default_dict(scope: Scope, args: tuple[Any, ...]) -> Any:
-    if len(args) > 1 or (args and args[0] is not None and type(args[0]) is not GlobalName):
-        raise OpcodeError("a defaultdict is built from arguments of a wrong type")
-    return {}
-
-
 def _set(scope: Scope, args: tuple[Any, ...]) -> Any:
     result: set[Any] = set()
-    if args:
-        if len(args) != 1 or type(args[0]) not in (list, tuple):
-            raise OpcodeError("a set is built from arguments of a wrong type")
-        scope.charge(len(args[0]))
-        add_members(scope, result, args[0])
+    scope.charge(sum(map(len, args)))
+    add_members(scope, result, args[0] if args else ())
     return result
-
-
-def _frozen_set(scope: Scope, args: tuple[Any, ...]) -> Any:
-    return frozenset(_set(scope, args))
 
 
 def _encode(scope: Scope, args: tuple[Any, ...]) -> Any:
     """How bytes are written in protocol 2: as text that is encoded again."""
-    if len(args) != 2 or type(args[0]) is not str or args[1] not in ("latin1", "latin-1"):
+    if args[1] not in ("latin1", "latin-1"):
         raise OpcodeError("_codecs.encode is used otherwise than for bytes")
     scope.charge(len(args[0]))
     return args[0].encode("latin-1")
 
 
 def _byte_array(scope: Scope, args: tuple[Any, ...]) -> Any:
-    if len(args) == 2:
-        args = (_encode(scope, args),)
-    if len(args) > 1 or (args and type(args[0]) is not bytes):
-        # bytearray(n) would be n bytes of memory for three bytes of file
-        raise OpcodeError("a bytearray is built from something else than bytes")
-    scope.charge(len(args[0]) if args else 0)
-    return bytearray(*args)
+    content = _encode(scope, args) if len(args) == 2 else b"".join(args)
+    scope.charge(len(content))
+    return bytearray(content)
 
 
 def _size(scope: Scope, args: tuple[Any, ...]) -> Any:
-    values = args[0] if len(args) == 1 else ()
-    if len(args) > 1 or type(values) not in (tuple, list) or any(type(value) is not int for value in values):
+    values = args[0] if args else ()
+    if any(type(value) is not int for value in values):
         raise OpcodeError("a torch.Size is built from something else than whole numbers")
     scope.charge(len(values))
     return tuple(values)
 
 
-def _device(scope: Scope, args: tuple[Any, ...]) -> Any:
-    if not 1 <= len(args) <= 2 or type(args[0]) is not str or (len(args) == 2 and type(args[1]) is not int):
-        raise OpcodeError("a torch.device is built from arguments of a wrong type")
-    return ForeignObject("torch.device", args)
+def _range(scope: Scope, args: tuple[Any, ...]) -> Any:
+    if args[2:] == (0,):
+        raise OpcodeError("a range has the step 0")
+    return range(*args)
 
 
-def _value(make: Callable[..., Any], counts: Collection[int], *kinds: type) -> Builder:
-    """A builder of plain values: ``make`` for one of these numbers of arguments, all of these types."""
+def _checked(name: str, build: Builder, *signatures: tuple[type, ...]) -> Builder:
+    """``build`` for arguments of the types of one of ``signatures``."""
 
-    def build(scope: Scope, args: tuple[Any, ...]) -> Any:
-        try:
-            if len(args) in counts and all(type(one) in kinds for one in args):
-                return make(*args)
-        except ValueError:  # a range without step
-            pass
-        raise OpcodeError(f"a {make.__name__} is built from {len(args)} arguments of a wrong number, type or value")
+    def checked(scope: Scope, args: tuple[Any, ...]) -> Any:
+        # many arguments are not looked at: a file may say the same ones again and again
+        if len(args) <= 3 and tuple(map(type, args)) in signatures:
+            return build(scope, args)
+        raise OpcodeError(f"{name} is called with {len(args)} arguments of a wrong number or type")
 
-    return build
+    return checked
 
 
+_SEQUENCES: tuple[tuple[type, ...], ...] = ((), (list,), (tuple,))
+_UP_TO_3 = [bounds for count in (1, 2, 3) for bounds in itertools.product((int, type(None)), repeat=count)]
+#: What builds plain values: the types of its arguments. ``bytearray(n)`` would be n bytes for three bytes of file.
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "_codecs.encode": (_encode, (str, str)),
+    "builtins.bytearray": (_byte_array, (), (bytes,), (str, str)),
+    "builtins.bytes": (lambda scope, args: b"", ()),
+    "builtins.complex": (lambda scope, args: complex(*args), (float, float)),
+    "builtins.frozenset": (lambda scope, args: frozenset(_set(scope, args)), *_SEQUENCES),
+    "builtins.range": (_range, (int,), (int, int), (int, int, int)),
+    "builtins.set": (_set, *_SEQUENCES),
+    "builtins.slice": (lambda scope, args: slice(*args), *_UP_TO_3),
+    "collections.Counter": (_plain_dict, (), (dict,), (list,)),
+    "collections.OrderedDict": (_plain_dict, (), (dict,), (list,)),
+    "collections.defaultdict": (lambda scope, args: {}, (), (type(None),), (GlobalName,)),
+    "torch.Size": (_size, *_SEQUENCES),
+    "torch.device": (lambda scope, args: ForeignObject("torch.device", args), (str,), (str, int)),
+}
 BUILDERS: dict[str, Builder] = {
-    "_codecs.encode": _encode,
-    "builtins.bytearray": _byte_array,
-    "builtins.bytes": _value(bytes, (0,)),
-    "builtins.complex": _value(complex, (2,), float),
-    "builtins.frozenset": _frozen_set,
-    "builtins.range": _value(range, (1, 2, 3), int),
-    "builtins.set": _set,
-    "builtins.slice": _value(slice, (1, 2, 3), int, type(None)),
-    "collections.Counter": _plain_dict,
-    "collections.OrderedDict": _plain_dict,
-    "collections.defaultdict": _default_dict,
-    "torch.Size": _size,
-    "torch.device": _device,
+    **{name: _checked(name, *spec) for name, spec in _VALUES.items()},
     "torch._tensor._rebuild_from_type": _of_type,
     "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _refuse("a tensor of a device that needs its own software"),
