@@ -1,4 +1,4 @@
-"""Which committed sets stay: the rules as values, and the decision as a pure function; ``removal`` carries it out."""
+"""Which committed sets stay: rules as values, the decision as a pure function; ``housekeeping`` carries it out."""
 
 from __future__ import annotations
 

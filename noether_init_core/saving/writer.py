@@ -26,9 +26,14 @@ from noether_init_core.paths import PathProvider
 from noether_init_core.probe.probe import Probe, take
 from noether_init_core.saving.content import FileContent, contents_of, iteration_for
 from noether_init_core.saving.file_writing import Watch, naming, write_bytes, write_file
-from noether_init_core.saving.flat_names import give_room, refresh_flat_names, remove_orphans
+from noether_init_core.saving.housekeeping import (
+    collect_leftovers,
+    give_room,
+    refresh_flat_names,
+    remove_orphans,
+    retire_sets,
+)
 from noether_init_core.saving.probe_file import write_probe
-from noether_init_core.saving.removal import collect_leftovers, retire_sets
 from noether_init_core.saving.retention import Retention, checked_metrics
 from noether_init_core.saving.training_id import Descent, Descents, Start
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, check_reachable
@@ -174,7 +179,7 @@ class CheckpointWriter:
                 try:
                     committed = commit(snapshot)
                 except OSError as error:
-                    if error.errno not in _NO_ROOM or not give_room(checkpoints, self.storage):
+                    if error.errno not in _NO_ROOM or not give_room(snapshot):
                         raise
                     logger.warning("the disk is full: flat names for Noether were removed, to have room for the set")
                     snapshot = self._cleaned()
@@ -305,24 +310,21 @@ class CheckpointWriter:
 
     def _follow_up(self, snapshot: Snapshot, committed: CheckpointSet) -> None:
         """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""
-        checkpoints, storage = snapshot.folder, self.storage
-        steps: list[tuple[str, Callable[[], None]]] = [
-            ("the removal of flat names of removed sets", lambda: remove_orphans(snapshot))
-        ]
-        if self.flat_names:
-            steps.append(
-                (
-                    "the flat names for Noether",
-                    lambda: refresh_flat_names(checkpoints, committed, snapshot.readable, storage),
-                )
-            )
-        if not self.retention.keeps_all:
-            training = committed.manifest.training if committed.manifest is not None else None
-            steps.append(("the removal of old sets", lambda: retire_sets(snapshot, self.retention, training)))
-        for what, step in steps:
+        training = committed.manifest.training if committed.manifest is not None else None
+        steps: tuple[tuple[bool, str, Callable[[], None]], ...] = (
+            (True, "the removal of flat names of removed sets", lambda: remove_orphans(snapshot)),
+            (self.flat_names, "the flat names for Noether", lambda: refresh_flat_names(snapshot, committed)),
+            (
+                not self.retention.keeps_all,
+                "the removal of old sets",
+                lambda: retire_sets(snapshot, self.retention, training),
+            ),
+        )
+        for is_wanted, what, step in steps:
             # each on its own: on a full disk, the removal of old sets is what makes room again
             try:
-                step()
+                if is_wanted:
+                    step()
             except (CheckpointError, OSError) as error:
                 logger.warning(
                     "%s is committed, but %s failed: %s. The next save tries again", committed.folder, what, error

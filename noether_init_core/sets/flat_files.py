@@ -1,6 +1,6 @@
 """Flat files of a folder: the sets that they are where there is no manifest, and copies of committed sets for Noether.
 
-A record says which names are copies that ``saving.flat_names`` wrote.
+A record says which names are copies that ``saving.housekeeping`` wrote.
 """
 
 from __future__ import annotations
