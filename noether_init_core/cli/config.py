@@ -30,7 +30,7 @@ from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import counted, one_line, yaml_line
 
 if TYPE_CHECKING:
-    from noether_init_core.saving.weights_file import WrittenFile
+    from noether_init_core.saving.file_writing import WrittenFile
     from noether_init_core.sets.provenance import InitReport
     from noether_init_core.stack.config_files import LoadedConfig
     from noether_init_core.stack.stack import InitializerStack
@@ -235,7 +235,7 @@ def apply(
     """
     check_page(html)
     from noether_init_core.render.terminal import PlanView
-    from noether_init_core.saving.weights_file import check_place
+    from noether_init_core.saving.file_writing import check_place
 
     check_place(Path(str(out).replace(_PLACE, "model")), replace=force)
     import numpy
@@ -290,7 +290,7 @@ def _states(model: Any, out: Path) -> dict[Path, Any]:
 
 def _write(states: Mapping[Path, Any], report: InitReport, *, replace: bool) -> list[WrittenFile]:
     """The weights of each model, and the report beside them. Where one cannot be written, none that is new is left."""
-    from noether_init_core.saving.weights_file import write_weights
+    from noether_init_core.saving.file_writing import write_weights
 
     written: list[WrittenFile] = []
     new: list[Path] = []

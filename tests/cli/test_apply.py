@@ -25,8 +25,8 @@ from noether_init_core import (
 )
 from noether_init_core.cli import config as command
 from noether_init_core.errors import InitError
-from noether_init_core.saving import weights_file
-from noether_init_core.saving.weights_file import write_weights
+from noether_init_core.saving import file_writing
+from noether_init_core.saving.file_writing import write_weights
 
 PROGRAM = Path(sys.executable).with_name("noether-init")
 MODELS = """
@@ -264,7 +264,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     def full(*_arguments: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights_file, "_put", full)
+    monkeypatch.setattr(file_writing, "_put", full)
     for name, replace in (("new.th", False), ("new.safetensors", False), ("old.th", True)):
         with pytest.raises(CheckpointWriteError, match="No space left"):
             write_weights(tmp_path / name, {"w": torch.ones(2)}, replace=replace)
@@ -274,13 +274,13 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 
 def test_a_file_that_comes_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes with one name: the second one says so."""
-    whole = weights_file.open_checkpoint
+    whole = file_writing.open_checkpoint
 
     def meanwhile(path: Path) -> object:
         (tmp_path / "new.th").write_text("theirs")
         return whole(path)
 
-    monkeypatch.setattr(weights_file, "open_checkpoint", meanwhile)
+    monkeypatch.setattr(file_writing, "open_checkpoint", meanwhile)
     with pytest.raises(CheckpointWriteError, match="came to be meanwhile"):
         write_weights(tmp_path / "new.th", {"w": torch.ones(2)})
     assert (tmp_path / "new.th").read_text() == "theirs"
