@@ -15,6 +15,12 @@ _FIELDS = ("epoch", "update", "sample")
 _PATTERN = re.compile(r"(?:E(?P<epoch>\d{1,18}))?(?:_?U(?P<update>\d{1,18}))?(?:_?S(?P<sample>\d{1,18}))?", re.ASCII)
 
 
+def check_whole(name: str, value: object, *, least: int) -> None:
+    """Raise ``ConfigError`` for what is no whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
 @functools.total_ordering
 @attrs.frozen(order=False)
 class TrainingIteration:
@@ -31,8 +37,8 @@ class TrainingIteration:
 
     def __attrs_post_init__(self) -> None:
         for name, value in zip(_FIELDS, (self.epoch, self.update, self.sample), strict=True):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ConfigError(f"{name} must be a whole number of at least 0, not {value!r}")
+            if value is not None:
+                check_whole(name, value, least=0)
 
     @classmethod
     def zero(cls) -> Self:

@@ -81,14 +81,9 @@ class Stopwatch:
 
     def since(self, earlier: Iterable[Timing]) -> tuple[Timing, ...]:
         """What has been counted since ``timings`` was ``earlier``."""
-        before = {one.phase: one for one in earlier}
-        found = []
-        for one in self.timings:
-            old = before.get(one.phase, Timing(one.phase, 0.0))
-            if one != old:
-                nbytes = (one.nbytes or 0) - (old.nbytes or 0)
-                found.append(Timing(one.phase, one.seconds - old.seconds, nbytes or None))
-        return tuple(found)
+        taken = [Timing(one.phase, -one.seconds, -(one.nbytes or 0)) for one in earlier]
+        counted = [Timing(one.phase, one.seconds, one.nbytes or None) for one in summed([*self.timings, *taken])]
+        return tuple(one for one in counted if one.seconds or one.nbytes)
 
     def _switch(self) -> None:
         """Give the time since the last switch to the phase that ran."""

@@ -78,7 +78,8 @@ def digest_of_records(records: Iterable[Record]) -> str:
 
 
 _logger = logging.getLogger(__name__)
-_REPLACED = "It was written over. Next: take an older checkpoint"
+_REPLACED = "is not the file that was committed"
+_NEXT = "It was written over. Next: take an older checkpoint"
 
 
 class Verification:
@@ -112,16 +113,13 @@ class Verification:
         self._left = {record.name for record in filled}
         self._known: dict[TensorInfo, Finding | None] = {}
         self._has_checksums = any(record.crc is not None for record in filled)
+        #: Whether there is anything to compare the bytes with.
+        self.is_possible = self._has_checksums or digests.file is not None
         # not every manifest knows of records
         self._is_by_file = digests.file is not None and (digests.records is None or not self._has_checksums)
         self._agrees = False
         #: Bytes that have been read to be compared, or looked at.
         self.examined = 0
-
-    @property
-    def is_possible(self) -> bool:
-        """Whether there is anything to compare the bytes with."""
-        return self._has_checksums or self._digests.file is not None
 
     def verify(
         self,
@@ -232,37 +230,25 @@ class Verification:
             self._left.clear()
 
     def _compare_header(self) -> None:
+        """Compare all that the header says with what was written."""
         if self._agrees:
             return
-        try:
-            self._check_header()
-        except CheckpointCorruptError:  # names the keys, where it is damage and not another file
-            self.examine(self._records)
-            raise
-        self._agrees = True
-
-    def _check_header(self) -> None:
-        """Compare all that the header says with what was written. Raises ``CheckpointCorruptError``."""
-        path, digests = self._handle.path, self._digests
-        if digests.size is not None and self._handle.size != digests.size:
-            raise CheckpointCorruptError(
-                f"{path} has {self._handle.size} bytes; {digests.size} were written", path=path
-            )
+        digests, size = self._digests, self._handle.size
         expected = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in digests.tensors.items()}
         found = {key: (info.dtype, info.shape) for key, info in self._tensors.items()}
         different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-        if different:
-            raise CheckpointCorruptError(
-                f"{path} is not the file that was committed: {listed(different)} differ from the manifest. {_REPLACED}",
-                path=path,
-                key=", ".join(different),
-            )
-        if digest_of_records(self._records.values()) != digests.records:
-            raise CheckpointCorruptError(
-                f"{path} is not the file that was committed: its records have other checksums than the manifest says. "
-                f"{_REPLACED}",
-                path=path,
-            )
+        if digests.size is not None and size != digests.size:
+            problem = f"has {size} bytes; {digests.size} were written"
+        elif different:
+            problem = f"{_REPLACED}: {listed(different)} differ from the manifest. {_NEXT}"
+        elif digest_of_records(self._records.values()) != digests.records:
+            problem = f"{_REPLACED}: its records have other checksums than the manifest says. {_NEXT}"
+        else:
+            self._agrees = True
+            return
+        self.examine(self._records)  # names the keys, where it is damage and not another file
+        path = self._handle.path
+        raise CheckpointCorruptError(f"{path} {problem}", path=path, key=", ".join(different))
 
     @functools.cached_property
     def _whole_tensors(self) -> Mapping[str, tuple[TensorInfo, TensorDigest]]:

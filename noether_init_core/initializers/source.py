@@ -66,7 +66,7 @@ class SourceInitializer(InitializerBase, abc.ABC):
         """
 
     def open(self, source: Source) -> Checkpoint:
-        """The open checkpoint of a source. Whatever satisfies ``Checkpoint`` is planned, verified, loaded and traced.
+        """The open checkpoint of a source. What derives from ``Checkpoint`` is planned, verified, loaded and traced.
 
         Nothing but the header is read. The session closes it.
         """

@@ -5,28 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import attrs
 
 from noether_init_core.errors import ConfigError, type_of
-from noether_init_core.iteration import TrainingIteration
+from noether_init_core.iteration import TrainingIteration, check_whole
 from noether_init_core.sets.checkpoint_set import CheckpointSet
+from noether_init_core.sets.manifest import Manifest
 
 #: The newest good set, and one superseded good set to walk back to, stay whatever the rules say.
 LEAST = 2
 _FIELDS = ("epoch", "update", "sample")
-_Mode = Literal["min", "max"]
-
-
-def _at_least_one(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{_shown(attribute.name)} must be a whole number of at least 1, not {value!r}")
-
-
-def _mode(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value not in get_args(_Mode):
-        raise ConfigError(f"mode of the best sets must be min or max, not {value!r}")
 
 
 @attrs.frozen
@@ -34,11 +24,14 @@ class Best:
     """Keep the ``count`` sets with the lowest (``mode="max"``: highest) value of ``metric``."""
 
     metric: str
-    count: int = attrs.field(default=1, validator=_at_least_one)
-    mode: _Mode = attrs.field(default="min", validator=_mode)
+    count: int = 1
+    mode: Literal["min", "max"] = "min"
 
     def __attrs_post_init__(self) -> None:
         _check_metric_name(self.metric)
+        check_whole("count of the best sets", self.count, least=1)
+        if self.mode not in ("min", "max"):
+            raise ConfigError(f"mode of the best sets must be min or max, not {self.mode!r}")
 
 
 def _to_best(value: Any) -> tuple[Best, ...]:
@@ -67,11 +60,6 @@ def _to_every(value: Any) -> Mapping[str, int] | None:
     if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in _FIELDS:
         raise ConfigError(f'every must say one of epoch, update, sample, like {{"epoch": 5}}, not {value!r}')
     return dict(value)
-
-
-def _every(instance: object, attribute: attrs.Attribute[Any], value: Mapping[str, int] | None) -> None:
-    for step in value.values() if value else ():
-        _at_least_one(instance, attribute, step)
 
 
 @attrs.frozen
@@ -103,9 +91,15 @@ class Retention:
             so does the one that the iteration means now. Sets of other models of the iteration may have recorded it.
     """
 
-    last: int | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least_one))
-    every: Mapping[str, int] | None = attrs.field(default=None, converter=_to_every, validator=_every)
+    last: int | None = None
+    every: Mapping[str, int] | None = attrs.field(default=None, converter=_to_every)
     best: tuple[Best, ...] = attrs.field(default=(), converter=_to_best)
+
+    def __attrs_post_init__(self) -> None:
+        if self.last is not None:
+            check_whole("keep_last", self.last, least=1)
+        for step in (self.every or {}).values():
+            check_whole("every", step, least=1)
 
     @classmethod
     def of(cls, value: Any) -> Self:
@@ -170,11 +164,10 @@ def superfluous_sets(
     """
     if rules.keeps_all:
         return Decision()
-    ours = [one for one, _is_whole in sets if _training_of(one) == training]
+    ours = [one for one, _is_whole in sets if _manifest(one).training == training]
     own = {_sequence(one) for one in ours}
     whole = {_sequence(one) for one, is_whole in sets if is_whole} & own
-    newest = ours[0].manifest if ours else None
-    passed_over = frozenset(newest.passed_over if newest is not None else ())
+    passed_over = frozenset(_manifest(ours[0]).passed_over if ours else ())
     groups: dict[frozenset[str], list[CheckpointSet]] = {}
     for one in ours:
         groups.setdefault(one.weighed_models, []).append(one)
@@ -242,7 +235,7 @@ def _said_last(recorded: Sequence[CheckpointSet], kept: Set[int], rule: Best) ->
     """
     said: dict[str, list[int]] = {}
     for one in recorded:
-        if rule.metric in _metrics_of(one):
+        if rule.metric in _manifest(one).metrics:
             said.setdefault(one.name, []).append(_sequence(one))
     return {sequences[0] for sequences in said.values() if not kept.isdisjoint(sequences)}
 
@@ -274,12 +267,12 @@ def _kept_for_now(
     Of newer sets than the one started from only those count that were saved since: the others were left behind.
     """
     kept: set[int] = set()
-    start = _start_of(group[0])
+    start = _manifest(group[0]).started_from
     if start is None and not passed_over:
         return kept
     for one in group:
         if one.place == start:
-            newer = [other for other in good if _start_of(other) == start]
+            newer = [other for other in good if _manifest(other).started_from == start]
         elif one.place in passed_over:
             newer = [other for other in good if _sequence(other) > _sequence(one)]
         else:
@@ -314,8 +307,8 @@ def _best(meant: Iterable[CheckpointSet], recorded: Sequence[CheckpointSet], rul
     """
     values: dict[str, tuple[float | None, CheckpointSet]] = {}
     for one in recorded:
-        if rule.metric in _metrics_of(one):
-            values.setdefault(one.name, (_metrics_of(one)[rule.metric], one))
+        if rule.metric in _manifest(one).metrics:
+            values.setdefault(one.name, (_manifest(one).metrics[rule.metric], one))
     valued = []
     for one in meant:
         value, said_by = values.get(one.name, (None, one))
@@ -329,22 +322,11 @@ def _sequence(one: CheckpointSet) -> int:
     return one.sequence or 0
 
 
-def _training_of(one: CheckpointSet) -> str | None:
-    return one.manifest.training if one.manifest is not None else None
-
-
-def _start_of(one: CheckpointSet) -> str | None:
-    return one.manifest.started_from if one.manifest is not None else None
-
-
-def _metrics_of(one: CheckpointSet) -> Mapping[str, float | None]:
-    return one.manifest.metrics if one.manifest is not None else {}
+def _manifest(one: CheckpointSet) -> Manifest:
+    assert one.manifest is not None  # the sets that are judged are committed
+    return one.manifest
 
 
 def _check_metric_name(name: Any) -> None:
     if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable():
         raise ConfigError(f"the name of a metric must be a printable text of 1 to 200 characters, not {name!r}")
-
-
-def _shown(attribute: str) -> str:
-    return {"last": "keep_last", "count": "count of the best sets"}.get(attribute, attribute)

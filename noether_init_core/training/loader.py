@@ -16,13 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.data.dataloader import default_collate
 
 from noether_init_core.errors import ConfigError, StateMismatchError, type_of
+from noether_init_core.iteration import check_whole
 from noether_init_core.training.randomness import derive_seed, seeded
-
-
-def check_whole(name: str, value: object, *, least: int) -> None:
-    """Raise ``ConfigError`` for what is no whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 @attrs.frozen

@@ -78,9 +78,10 @@ def take_rng() -> dict[str, Any]:
 def check_rng(state: Mapping[str, Any]) -> None:
     """Raise ``StateMismatchError`` unless ``put_rng(state)`` will succeed. Changes nothing."""
     try:
-        torch.Generator().set_state(_torch_state(state))
-        random.Random().setstate(_python_state(state))
-        numpy.random.RandomState().set_state(_numpy_state(state))
+        cpu, python, legacy = _parsed(state)
+        torch.Generator().set_state(cpu)
+        random.Random().setstate(python)
+        numpy.random.RandomState().set_state(legacy)
         for device_state in state.get("cuda", ()):
             if device_state.dtype != torch.uint8:
                 raise TypeError(f"the state of a CUDA device is {device_state.dtype}, not uint8")
@@ -98,9 +99,10 @@ def same_rng(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 def put_rng(state: Mapping[str, Any]) -> None:
     """Put every generator into the state that ``take_rng`` found."""
-    torch.set_rng_state(_torch_state(state))
-    random.setstate(_python_state(state))
-    numpy.random.set_state(_numpy_state(state))
+    cpu, python, legacy = _parsed(state)
+    torch.set_rng_state(cpu)
+    random.setstate(python)
+    numpy.random.set_state(legacy)
     stored = state.get("cuda", ())
     available = torch.cuda.device_count() if stored and torch.cuda.is_available() else 0
     for device in range(min(len(stored), available)):
@@ -113,26 +115,21 @@ def put_rng(state: Mapping[str, Any]) -> None:
         )
 
 
-def _torch_state(state: Mapping[str, Any]) -> torch.Tensor:
-    found = state["torch"]
-    if not isinstance(found, torch.Tensor):
-        raise TypeError(f"torch: {type_of(found)}, not a tensor")
-    return found.cpu().clone()
-
-
-def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
-    found = state["python"]
-    return (found["version"], tuple(found["state"].tolist()), found["gauss"])
-
-
-def _numpy_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    found = state["numpy"]
-    key = found["state"].cpu().numpy().astype(numpy.uint32)
+def _parsed(state: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The states of torch, Python and NumPy as their generators take them."""
+    cpu, python, legacy = state["torch"], state["python"], state["numpy"]
+    if not isinstance(cpu, torch.Tensor):
+        raise TypeError(f"torch: {type_of(cpu)}, not a tensor")
+    key = legacy["state"].cpu().numpy().astype(numpy.uint32)
     if key.shape != (624,):
         raise ValueError(f"numpy: {key.size} words, not 624")
-    return {
-        "bit_generator": "MT19937",
-        "state": {"key": key, "pos": found["position"]},
-        "has_gauss": found["has_gauss"],
-        "gauss": found["gauss"],
-    }
+    return (
+        cpu.cpu().clone(),
+        (python["version"], tuple(python["state"].tolist()), python["gauss"]),
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": key, "pos": legacy["position"]},
+            "has_gauss": legacy["has_gauss"],
+            "gauss": legacy["gauss"],
+        },
+    )

@@ -10,10 +10,10 @@ from typing import Any
 import attrs
 import torch
 
-from noether_init_core.errors import ConfigError, InitError, StateMismatchError, type_of
-from noether_init_core.iteration import TrainingIteration
+from noether_init_core.errors import ConfigError, StateMismatchError, type_of
+from noether_init_core.iteration import TrainingIteration, check_whole
 from noether_init_core.messages import listed
-from noether_init_core.training.loader import Layout, Position, TrainingLoader, check_whole
+from noether_init_core.training.loader import Layout, Position, TrainingLoader
 from noether_init_core.training.plain_state import plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
@@ -369,25 +369,21 @@ class TrainerState:
     def _load_members(self, stored: Mapping[str, Any]) -> None:
         before = {name: copy.deepcopy(member.state_dict()) for name, member in self._stateful.items()}
         touched: list[str] = []
-        for name, member in self._stateful.items():
-            touched.append(name)
-            try:
+        try:
+            for name, member in self._stateful.items():
+                touched.append(name)
                 member.load_state_dict(stored[name])
-            except Exception as error:
-                raise self._put_back(touched, before, error) from error
-
-    def _put_back(self, touched: list[str], before: Mapping[str, Any], error: Exception) -> InitError:
-        """Undo ``touched``, the last of which failed; returns the error to raise."""
-        name, stuck = touched[-1], []
-        for other in touched:
-            try:
-                self._stateful[other].load_state_dict(before[other])
-            except Exception:  # the one that refused a state may refuse its own: it is named below
-                _logger.exception("%s could not be put back into the state that it had", other)
-                stuck.append(other)
-        outcome = f"{', '.join(stuck)} could not be put back" if stuck else "everything was put back"
-        problem = f"{name} refuses its state: {type(error).__name__}: {error}"
-        return StateMismatchError(f"{problem}. {outcome[0].upper()}{outcome[1:]}", problems=[problem])
+        except Exception as error:
+            stuck = []
+            for other in touched:
+                try:
+                    self._stateful[other].load_state_dict(before[other])
+                except Exception:  # the one that refused a state may refuse its own: it is named below
+                    _logger.exception("%s could not be put back into the state that it had", other)
+                    stuck.append(other)
+            outcome = f"{', '.join(stuck)} could not be put back" if stuck else "everything was put back"
+            problem = f"{touched[-1]} refuses its state: {type(error).__name__}: {error}"
+            raise StateMismatchError(f"{problem}. {outcome[0].upper()}{outcome[1:]}", problems=[problem]) from error
 
 
 def _check_member(name: str, member: Any) -> None:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import stat
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,22 +202,14 @@ def by_threads(items: Iterable[tuple[int, Item]], work: Callable[[list[Item]], N
             sizes.append(0)
         groups[-1].append(item)
         sizes[-1] += nbytes
-    left = deque(groups[number] for number in sorted(range(len(groups)), key=lambda number: -sizes[number]))
-
-    def run() -> None:
-        while True:
-            try:
-                group = left.popleft()
-            except IndexError:
-                return
+    largest_first = [groups[number] for number in sorted(range(len(groups)), key=lambda number: -sizes[number])]
+    if len(groups) < 2:
+        for group in groups:
             work(group)
-
-    if len(left) < 2:
-        run()
         return
     with ThreadPoolExecutor(THREADS) as pool:
-        for result in [pool.submit(run) for _ in range(THREADS)]:
-            result.result()
+        for _done in pool.map(work, largest_first):
+            pass
 
 
 # A FIFO must not block, and a terminal must not become ours.
