@@ -119,17 +119,8 @@ def examine(handle: Handle, stretches: Sequence[Stretch]) -> Findings:
     return Findings(tuple(damaged), nonfinite, sum(part.nbytes for part in parts))
 
 
-@attrs.frozen
-class Examined:
-    """Bytes in memory: ``xxh3_128:<hex>``, CRC-32, and what of NaN and infinities is among their values."""
-
-    digest: str
-    crc: int
-    nonfinite: Finding | None
-
-
-def examine_memory(data: memoryview, dtype: str) -> Examined:
-    """One look at whole elements of ``dtype``, by pieces that stay in the cache."""
+def examine_memory(data: memoryview, dtype: str) -> tuple[str, int, Finding | None]:
+    """``xxh3_128:<hex>``, CRC-32, and what is not finite among whole elements, looked at once while in the cache."""
     state, crc, found = xxhash.xxh3_128(), 0, set[Finding]()
     is_looked_at = can_be_nonfinite(dtype)
     for begin in range(0, len(data), _BUFFER):
@@ -138,7 +129,7 @@ def examine_memory(data: memoryview, dtype: str) -> Examined:
         crc = isal_zlib.crc32(piece, crc)
         if is_looked_at and (finding := nonfinite(piece, dtype)) is not None:
             found.add(finding)
-    return Examined(f"xxh3_128:{state.hexdigest()}", crc, "NaN" if "NaN" in found else next(iter(found), None))
+    return f"xxh3_128:{state.hexdigest()}", crc, "NaN" if "NaN" in found else next(iter(found), None)
 
 
 @attrs.frozen

@@ -53,7 +53,7 @@ def read_tensor(handle: Handle, info: TensorInfo, key: str = "") -> torch.Tensor
     if piece is None:
         return _joined(handle, info, key)
     memory = in_large_pages(torch.empty(piece.nbytes, dtype=torch.uint8))
-    handle.read_all([Transfer(memory_of_tensor(memory), piece.offset, key)] if piece.nbytes else [])
+    handle.read_all([(memory_of_tensor(memory), piece.offset, key)] if piece.nbytes else [])
     if contiguous is not None or not piece.nbytes:
         return memory.view(dtype).view(info.shape)
     carrier = memory.view(_carrier(info.itemsize)).as_strided(info.shape, info.stride)
@@ -134,12 +134,12 @@ def copy_tensors(handle: Handle, sources: Sequence[_Source], stopwatch: Stopwatc
             memory = memory_of_tensor(target)
             if memory.nbytes != piece.nbytes:  # never write beyond a tensor, whatever else is wrong
                 raise StateMismatchError(f"{key}: {piece.nbytes} bytes do not fit into {memory.nbytes}", problems=[key])
-            direct.append(Transfer(memory, piece.offset, key))
+            direct.append((memory, piece.offset, key))
         elif piece is not None and target.device.type == "cuda" and isinstance(dtype, torch.dtype):
             staged.setdefault(target.device, []).append((key, info, target))
         else:
             rest.append((key, info, target))
-    with stopwatch.phase("read", sum(transfer.target.nbytes for transfer in direct)):
+    with stopwatch.phase("read", sum(memory.nbytes for memory, _offset, _key in direct)):
         handle.read_all(direct)
     with torch.no_grad():
         for device, of_device in staged.items():

@@ -24,7 +24,7 @@ from isal import isal_zlib
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError
 from noether_init_core.files.content import named, state_dict_of
-from noether_init_core.files.examining import Examined, examine_memory
+from noether_init_core.files.examining import examine_memory
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.files.storage.disk import LOCAL, FileSystem
@@ -49,7 +49,8 @@ def write_file(
     path = folder / str(name)
     size, digest = write_content(path, content.content, storage)
     listed, records = _prove(path, watch, content)
-    found = {key: seen.examined.nonfinite for key, seen in listed.items() if seen.examined.nonfinite is not None}
+    tensors = {key: seen.stated for key, seen in listed.items()}
+    found = {key: one.values for key, one in tensors.items() if one.values != "finite"}
     head = ManifestFile(
         name=str(name),
         model=name.model,
@@ -60,12 +61,6 @@ def write_file(
         records=records,
         refused=refused(name.part, found, content.buffers),
     )
-    tensors = {
-        key: TensorDigest(
-            dtype=seen.dtype, shape=seen.shape, digest=seen.examined.digest, values=seen.examined.nonfinite or "finite"
-        )
-        for key, seen in listed.items()
-    }
     return head, FileDigests(tensors=tensors, buffers=content.buffers)
 
 
@@ -139,7 +134,7 @@ def _prove(path: Path, watch: Watch, content: FileContent) -> tuple[dict[str, Se
         checksums = reader.checksums()
         records = reader.digest_of_records
     listed, written = watch.listed(content), watch.all(content)
-    expected = {key: (seen.dtype, seen.shape) for key, seen in listed.items()}
+    expected = {key: (seen.stated.dtype, seen.stated.shape) for key, seen in listed.items()}
     different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
     different += sorted(written.keys() ^ checksums.keys())
     if different:
@@ -152,7 +147,7 @@ def _prove(path: Path, watch: Watch, content: FileContent) -> tuple[dict[str, Se
             "written, by another thread",
             path=path,
         )
-    changed = [key.removeprefix("state_dict.") for key, seen in written.items() if checksums[key] != seen.examined.crc]
+    changed = [key.removeprefix("state_dict.") for key, seen in written.items() if checksums[key] != seen.crc]
     if changed:
         raise CheckpointCorruptError(
             f"{', '.join(changed[:5])} changed while {path} was written, by another thread or process. "
@@ -319,9 +314,8 @@ def _put(temporary: Path, path: Path, *, replace: bool) -> None:
 class Seen:
     """A tensor when it was looked at. The CRC-32 is that of its bytes as they lie in memory and in a file."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    examined: Examined
+    stated: TensorDigest
+    crc: int
 
 
 class Watch:
@@ -373,13 +367,12 @@ class Watch:
                 return
             if id(tensor) in self._seen:
                 continue
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
             # before the look: what changes between both is found by the second one
-            crc = None if tensor.is_contiguous() else _checksum(tensor)
-            examined = examine_memory(memory_of_tensor(tensor.contiguous()), dtype)
-            if crc is not None:
-                examined = attrs.evolve(examined, crc=crc)
-            self._seen[id(tensor)] = Seen(dtype, tuple(tensor.shape), examined)
+            as_it_lies = None if tensor.is_contiguous() else _checksum(tensor)
+            digest, crc, found = examine_memory(memory_of_tensor(tensor.contiguous()), dtype)
+            stated = TensorDigest(dtype=dtype, shape=shape, digest=digest, values=found or "finite")
+            self._seen[id(tensor)] = Seen(stated, crc if as_it_lies is None else as_it_lies)
 
     def _look_again(self) -> list[str]:
         changed: dict[int, str] = {}
@@ -390,7 +383,7 @@ class Watch:
                     return []
                 if id(tensor) in self._seen and id(tensor) not in compared:
                     compared.add(id(tensor))
-                    if _checksum(tensor) != self._seen[id(tensor)].examined.crc:
+                    if _checksum(tensor) != self._seen[id(tensor)].crc:
                         changed[id(tensor)] = f"{path.removeprefix('state_dict.')} of {content.name}"
         return list(changed.values())
 

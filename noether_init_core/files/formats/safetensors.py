@@ -71,7 +71,9 @@ def read_safetensors(handle: Handle) -> Content:
     if start > handle.size:
         _refuse(f"it is cut off: its header of {length} bytes does not fit into {handle.size}", _NEXT_COPY)
     entries = _parse(handle.read(length, _LENGTH))
-    metadata = _metadata(entries.pop(_METADATA, {}))
+    metadata = entries.pop(_METADATA, {})
+    if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
+        _refuse(f"its {_METADATA} is not a mapping from text to text")
     if len(entries) > _MOST_TENSORS:
         _refuse(f"it has {len(entries)} tensors, more than {_MOST_TENSORS}")
     tensors = {key: _tensor(key, entry, start) for key, entry in entries.items()}
@@ -109,12 +111,6 @@ def _parse(raw: bytes) -> dict[str, Any]:
         _refuse(f"its header has the key {quoted(twice[0])} twice")
     if type(value) is not dict:
         _refuse("its header is not one JSON object")
-    return value
-
-
-def _metadata(value: Any) -> dict[str, str]:
-    if type(value) is not dict or any(type(text) is not str for text in value.values()):
-        _refuse(f"its {_METADATA} is not a mapping from text to text")
     return value
 
 

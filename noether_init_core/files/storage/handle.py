@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
-import attrs
 import xxhash
 
 from noether_init_core.errors import (
@@ -59,13 +58,8 @@ class Storage(Protocol):
         ...
 
 
-@attrs.frozen
-class Transfer:
-    """Bytes from ``offset`` on that are to fill ``target``; ``key`` is named if that fails."""
-
-    target: memoryview
-    offset: int
-    key: str = ""
+#: Memory that is to be filled, the offset of its first byte, and the key that is named if that fails.
+Transfer = tuple[memoryview, int, str]
 
 
 class Handle:
@@ -143,15 +137,15 @@ class Handle:
 
         def read(group: Sequence[Transfer]) -> None:
             for piece in group:
-                self.read_into(piece.target, piece.offset, piece.key)
+                self.read_into(*piece)
 
         pieces = [
-            Transfer(one.target[start : start + GROUP], one.offset + start, one.key)
-            for one in transfers
-            for start in range(0, one.target.nbytes, GROUP)
+            (target[start : start + GROUP], offset + start, key)
+            for target, offset, key in transfers
+            for start in range(0, target.nbytes, GROUP)
         ]
-        pieces.sort(key=lambda piece: piece.offset)
-        by_threads([(piece.target.nbytes, piece) for piece in pieces], read)
+        pieces.sort(key=lambda piece: piece[1])
+        by_threads([(piece[0].nbytes, piece) for piece in pieces], read)
 
     def check_digest(self, digest: str) -> None:
         """Compare the whole object with ``xxh3_128:<hex>`` or ``sha256:<hex>``."""
