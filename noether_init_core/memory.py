@@ -7,7 +7,6 @@ import ctypes
 import functools
 import gc
 import mmap
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _advise() -> Callable[[int, int, int], int] | None:
-    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # of Linux
         return None
     function = ctypes.CDLL(None).madvise
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

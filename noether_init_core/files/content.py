@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import attrs
@@ -29,6 +29,10 @@ ITEMSIZES = {
     }.items()
     for name in names.split()
 }
+
+
+# Bytes of a temporary tensor, where one is needed.
+_BOX = 1 << 20
 
 
 @attrs.frozen
@@ -129,6 +133,21 @@ class TensorInfo:
         shape = tuple(end - begin for begin, end in box)
         found = (self._within(piece, box) for piece in self.pieces)
         return TensorInfo(shape, self.dtype, tuple(piece for piece in found if piece is not None))
+
+    def boxes(self) -> Iterator[Box]:
+        """Boxes of about a megabyte that make it up: along the slowest dimension in the file, so each is one stretch.
+
+        A tensor without elements has none, one without dimensions is its only one.
+        """
+        if self.nbytes == 0:
+            return
+        shape, stride = self.shape, self.stride
+        slowest = max(range(len(shape)), key=lambda number: (shape[number] > 1, stride[number]), default=0)
+        size = shape[slowest] if shape else 1
+        step = max(1, _BOX // (self.nbytes // size))
+        for begin in range(0, size, step):
+            ends = (begin, min(begin + step, size))
+            yield tuple(ends if number == slowest else (0, whole) for number, whole in enumerate(shape))
 
     def flat(self) -> TensorInfo:
         """The description of the same bytes in one dimension, of a tensor that is ``contiguous``."""

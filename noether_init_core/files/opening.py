@@ -112,16 +112,12 @@ class FileCheckpoint(Checkpoint):
         self._verification = Verification(
             handle, content, digests, written, lambda: {**content.graph.tensors(others), **self._tensors}
         )
+        self.is_verifiable = self._verification.is_possible
 
     @property
     def format(self) -> Literal["torch", "safetensors"]:
         """``torch`` or ``safetensors``."""
         return self._content.format
-
-    @property
-    def is_verifiable(self) -> bool:
-        """Whether the file has checksums, or a digest of it was given."""
-        return self._verification.is_possible
 
     @property
     def entries(self) -> Mapping[str, int]:
@@ -152,7 +148,8 @@ class FileCheckpoint(Checkpoint):
 
     def slices(self, key: Key) -> Iterator[torch.Tensor]:
         """The tensor in slices along one dimension, each of about a megabyte."""
-        return (part for _box, part in reading.slices_of(self._handle, self._info(key)))
+        info = self._info(key)
+        return (reading.read_tensor(self._handle, info.part(box)) for box in info.boxes())
 
     def read_all(
         self, leaves: Iterable[TensorInfo], *, verify: bool = True, look: bool = True
@@ -221,11 +218,6 @@ class FileCheckpoint(Checkpoint):
             found = self._verification.nonfinite(infos.values())
         return {key: found[info] for key, info in infos.items() if info in found}
 
-    def is_same(self, first: Key, other: Key) -> bool:
-        """Whether two tensors have the same dtype, shape and bytes; they are not in memory as a whole."""
-        with self._stopwatch.phase("verify"):
-            return reading.are_equal(self._handle, self._info(first), self._info(other))
-
     def close(self) -> None:
         """Close the file."""
         self._handle.close()
@@ -255,10 +247,9 @@ class FileCheckpoint(Checkpoint):
             return MappingProxyType(self._by_paths(name)), {}
         wrong = next((key for key in tree if type(key) is not str), None)
         if wrong is not None:
-            raise CheckpointFormatError(
-                f"{self.path} cannot be read as a checkpoint: its state dict has the key {one_line(repr(wrong))}, "
-                "which is no text. Next: write it again with torch.save(state_dict, path)",
-                path=self.path,
+            raise UnreadableError(
+                f"cannot be read as a checkpoint: its state dict has the key {one_line(repr(wrong))}, which is no "
+                "text. Next: write it again with torch.save(state_dict, path)"
             )
         tensors = _tensors_in(tree)
         return MappingProxyType(tensors), {key: child for key, child in tree.items() if key not in tensors}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatErr
 from noether_init_core.files.content import (
     ITEMSIZES,
     METADATA,
-    Box,
     ForeignObject,
     GlobalName,
     Record,
@@ -30,7 +29,6 @@ from noether_init_core.files.examining import Finding
 from noether_init_core.files.storage.handle import CHUNK, Handle, LocalFile, Transfer
 from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
-from noether_init_core.nested import equal
 from noether_init_core.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -38,9 +36,6 @@ if TYPE_CHECKING:
 
     # key for messages, what is read, the tensor of the same shape that it goes into
     _Source = tuple[str, TensorInfo, torch.Tensor]
-
-# Bytes of a temporary tensor, where one is needed.
-_SLICE = 1 << 20
 
 
 def read_tensor(handle: Handle, info: TensorInfo, key: str = "") -> torch.Tensor:
@@ -150,7 +145,8 @@ def copy_tensors(handle: Handle, sources: Sequence[_Source], stopwatch: Stopwatc
                 for key, info, target in rest:
                     if target.is_contiguous() and info.contiguous is not None:
                         info, target = info.flat(), target.view(-1)
-                    for box, part in slices_of(handle, info, key):
+                    for box in info.boxes():
+                        part = read_tensor(handle, info.part(box), key)
                         target[tuple(slice(*ends) for ends in box)].copy_(part)
 
 
@@ -235,19 +231,6 @@ def map_tensors(handle: Handle, infos: Mapping[str, TensorInfo]) -> dict[str, to
     return found
 
 
-def are_equal(handle: Handle, first: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes; they are read in chunks."""
-    if (first.dtype, first.shape) != (other.dtype, other.shape):
-        return False
-    if first == other or first.nbytes == 0:
-        return True
-    one, two = first.contiguous, other.contiguous
-    if one is not None and two is not None:
-        lengths = ((at, min(_SLICE, one.nbytes - at)) for at in range(0, one.nbytes, _SLICE))
-        return all(handle.read(n, one.offset + at) == handle.read(n, two.offset + at) for at, n in lengths)
-    return equal(read_tensor(handle, first), read_tensor(handle, other))
-
-
 def _dtype_of(handle: Handle, info: TensorInfo, key: str) -> torch.dtype:
     import torch
 
@@ -287,25 +270,6 @@ def _has_memory(target: torch.Tensor) -> bool:
         return True
     end = target.storage_offset() + span(target.shape, target.stride())
     return end * target.element_size() <= target.untyped_storage().nbytes()
-
-
-def slices_of(handle: Handle, info: TensorInfo, key: str = "") -> Iterator[tuple[Box, torch.Tensor]]:
-    """The tensor in boxes of about a megabyte: along the slowest dimension in the file, so that each is one stretch.
-
-    A tensor without elements has none, one without dimensions is its only one.
-    """
-    nbytes, stride = info.nbytes, info.stride
-    if nbytes == 0:
-        return
-    dimension = max(range(len(info.shape)), key=lambda number: (info.shape[number] > 1, stride[number]), default=0)
-    size = info.shape[dimension] if info.shape else 1
-    step = max(1, _SLICE // (nbytes // size))
-    for begin in range(0, size, step):
-        box = tuple(
-            (begin, min(begin + step, size)) if number == dimension else (0, whole)
-            for number, whole in enumerate(info.shape)
-        )
-        yield box, read_tensor(handle, info.part(box), key)
 
 
 def memory_of_tensor(tensor: torch.Tensor) -> memoryview:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, StateMismatchError
-from noether_init_core.files import examining, reading
+from noether_init_core.files import content as contents, examining, reading
 from noether_init_core.files.examining import can_be_nonfinite, nonfinite
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage import handle as handles
@@ -275,7 +276,7 @@ def test_what_the_writer_found_in_values_is_what_a_look_would_find(
         "mask": "infinities",
         "count": "finite",
     }
-    silent = {key: tensor.model_copy(update={"values": None}) for key, tensor in entry.tensors.items()}
+    silent = {key: msgspec.structs.replace(tensor, values=None) for key, tensor in entry.tensors.items()}
     for told, looks in ((entry, 1), (attrs.evolve(entry, tensors=silent), 5)):
         look = unittest.mock.Mock(wraps=examining.nonfinite)
         with open_checkpoint(file.path, digests=told) as reader, monkeypatch.context() as patch:
@@ -321,7 +322,7 @@ def test_read_all_reads_verifies_and_looks_in_one_pass(tmp_path: Path, monkeypat
 
 def test_tensors_are_compared_without_being_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal bytes are equal, NaN included; shape and dtype count; a difference in the last piece is seen."""
-    monkeypatch.setattr(reading, "_SLICE", 1000)
+    monkeypatch.setattr(contents, "_BOX", 1000)
     base = torch.randn(30, 40)
     base[3, 4] = NAN
     other = base.clone()
@@ -343,7 +344,7 @@ def test_tensors_are_compared_without_being_read_as_a_whole(tmp_path: Path, monk
 @pytest.mark.parametrize("target", ["plain", "turned", "gaps", "half"])
 def test_copies_in_chunks_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: str) -> None:
     """Every layout in the file into every layout in memory, many chunks each."""
-    monkeypatch.setattr(reading, "_SLICE", 64)
+    monkeypatch.setattr(contents, "_BOX", 64)
     base = torch.arange(7 * 11 * 5.0).reshape(7, 11, 5)
     sources = {
         "plain": base,

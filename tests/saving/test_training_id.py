@@ -20,7 +20,7 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
-from noether_init_core.saving.training_id import Start
+from noether_init_core.saving.content import Start
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.manifest import Manifest, read_manifest
 from noether_init_core.sets.snapshot import Snapshot

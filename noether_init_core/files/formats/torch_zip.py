@@ -384,11 +384,8 @@ def _check_kind(handle: Handle, head: bytes) -> None:
         raise _bad("it is compressed by gzip", "Next: gunzip it")
     if not any(head):
         raise _bad("it begins with zeros: its content never reached the disk", _NEXT_COPY)
-    what = (
-        "a text"
-        if head.isascii() and head.decode("ascii").strip("\r\n\t").isprintable()
-        else "neither a zip archive nor safetensors"
-    )
+    is_text = head.isascii() and head.decode("ascii").strip("\r\n\t").isprintable()
+    what = "a text" if is_text else "neither a zip archive nor safetensors"
     raise _bad(f"it is {what} (it begins with {head[:16]!r})", _NEXT_SAVE)
 
 

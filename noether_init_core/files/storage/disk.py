@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,13 +59,12 @@ class FileSystem:
 
     def is_folder(self, path: Path) -> bool:
         """Whether the path leads to a folder, symbolic links followed."""
-        found = _stat(path)
-        return found is not None and stat.S_ISDIR(found.st_mode)
+        return _stat(path, stat.S_ISDIR) is not None
 
     def size_of(self, path: Path) -> int | None:
         """Bytes of a regular file, symbolic links followed; None for anything else, or nothing."""
-        found = _stat(path)
-        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
+        found = _stat(path, stat.S_ISREG)
+        return None if found is None else found.st_size
 
     def exists(self, path: Path) -> bool:
         """Whether there is anything under this name, a dangling link included."""
@@ -72,18 +72,17 @@ class FileSystem:
 
     def is_link(self, path: Path) -> bool:
         """Whether the name is a symbolic link, wherever it leads."""
-        found = _stat(path, follow=False)
-        return found is not None and stat.S_ISLNK(found.st_mode)
+        return _stat(path, stat.S_ISLNK, follow=False) is not None
 
     def identity_of(self, path: Path, follow: bool = False) -> tuple[int, int] | None:
         """Bytes and time of change (ns) of a regular file; None for anything else, or nothing."""
-        found = _stat(path, follow=follow)
-        return (found.st_size, found.st_mtime_ns) if found is not None and stat.S_ISREG(found.st_mode) else None
+        found = _stat(path, stat.S_ISREG, follow=follow)
+        return None if found is None else (found.st_size, found.st_mtime_ns)
 
     def changed_at(self, folder: Path) -> int | None:
         """When names in the folder last changed (ns), links not followed; None for anything else, or nothing."""
-        found = _stat(folder, follow=False)
-        return found.st_mtime_ns if found is not None and stat.S_ISDIR(found.st_mode) else None
+        found = _stat(folder, stat.S_ISDIR, follow=False)
+        return None if found is None else found.st_mtime_ns
 
     def resolve(self, path: Path) -> Path:
         """The path without symbolic links; it need not exist."""
@@ -191,8 +190,6 @@ class FileSystem:
 
     def copy(self, source: Path, target: Path) -> None:
         """Create ``target`` as a copy of its own, writable by its owner."""
-        import shutil
-
         shutil.copyfile(source, target)
 
     @contextlib.contextmanager
@@ -240,16 +237,18 @@ def _read_all(descriptor: int, size: int) -> bytes:
     return content
 
 
-def _stat(path: Path, *, follow: bool = True) -> os.stat_result | None:
-    """What is under a name; None for nothing, and for a circle of links. Raises ``OSError`` where it cannot be told."""
+def _stat(path: Path, kind: Callable[[int], bool] | None = None, *, follow: bool = True) -> os.stat_result | None:
+    """What is under a name, if it is of that ``kind``; None for nothing, and for a circle of links.
+
+    Raises ``OSError`` where it cannot be told.
+    """
     try:
-        return os.stat(path, follow_symlinks=follow)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        found = os.stat(path, follow_symlinks=follow)
     except OSError as error:
-        if error.errno == errno.ELOOP:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return None
         raise
+    return found if kind is None or kind(found.st_mode) else None
 
 
 #: The disk.
