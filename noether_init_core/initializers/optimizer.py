@@ -32,7 +32,7 @@ from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow, Pro
 _MOST_PROBLEMS = 5
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class OptimizerStep:
     """What one optimizer will get.
 
@@ -64,8 +64,8 @@ class OptimizerStep:
             len(states) for states in self.plan.state
         ]
 
-    def read(self, config: OptimizerStateConfig) -> tuple[OptimizerStep, list[str]]:
-        """The step with tensors in place of descriptions, and warnings.
+    def read(self, config: OptimizerStateConfig) -> list[str]:
+        """Put tensors in the place of descriptions; returns warnings.
 
         They are read into the memory that they stay in, verified and examined in one pass, and follow their
         parameters. Raises ``StateMismatchError`` for NaN and infinities, unless the config takes them.
@@ -95,12 +95,13 @@ class OptimizerStep:
             values = [tensors[one] if has_own_memory and one in tensors else made(one) for one in value.values]
             return moved_value(value, values, self.source.location.name)
 
-        plan = attrs.evolve(
+        self.plan = attrs.evolve(
             self.plan,
             state=nested.mapped(self.plan.state, made),
             fields=nested.mapped(self.plan.fields, made) if fields else self.plan.fields,
         )
-        return attrs.evolve(self, plan=plan, is_read=True), warnings
+        self.is_read = True
+        return warnings
 
     def check_memory(self) -> None:
         """Raise ``StateMismatchError`` on the meta device: state lies where its parameter does, and would be lost."""
@@ -188,10 +189,9 @@ class LoadSession(WeightsSession):
                 step = self._step(leaf, planned)
             except (StateMismatchError, CheckpointNotFoundError, TornSetError) as error:
                 messages = list(getattr(error, "problems", ())) or [str(error)]
-                shown = messages[:_MOST_PROBLEMS]
-                if len(messages) > len(shown):
-                    shown.append(f"and {len(messages) - len(shown)} more")
-                problems += [Problem("optimizer", f"optimizer state: {message}", leaf.path) for message in shown]
+                if len(messages) > _MOST_PROBLEMS:
+                    messages[_MOST_PROBLEMS:] = [f"and {len(messages) - _MOST_PROBLEMS} more"]
+                problems += [Problem("optimizer", f"optimizer state: {message}", leaf.path) for message in messages]
             else:
                 # state follows the weights: what a plan with problems makes of it helps nobody
                 if planned.plan.is_fine:
@@ -214,15 +214,12 @@ class LoadSession(WeightsSession):
             )
         # all are decided before the first one is read
         steps = [self._step(leaf, planned) for leaf in chosen]
-        for number, step in enumerate(steps):
-            if step.is_read:
-                continue
-            for warning in step.plan.warnings:
-                self.warn(f"{step.leaf.path}: {warning}")
-            steps[number], warnings = step.read(config)
-            for warning in warnings:
-                self.warn(warning)
-        self._steps.update((step.leaf.path, step) for step in steps)
+        for step in steps:
+            if not step.is_read:
+                for warning in step.plan.warnings:
+                    self.warn(f"{step.leaf.path}: {warning}")
+                for warning in step.read(config):
+                    self.warn(warning)
         return steps
 
     def apply_optimizers(self, model: Any) -> None:
@@ -256,9 +253,9 @@ class LoadSession(WeightsSession):
         """
         known, config = self._steps.get(leaf.path), self._state_config
         assert config is not None
-        if known is not None and known.fits():
-            return known
         if known is not None:
+            if known.fits():
+                return known
             file = OpenFile(known.source, known.reader)
         else:
             with self.stopwatch.phase("find"):

@@ -174,7 +174,7 @@ class Problems:
         self.add(
             "missing",
             f"{self._part.model} needs {listed(names)}, not found in the file"
-            + (self._taken_away(names) or self._in_its_place(names, unexpected))
+            + (self._taken_away(names) or self._in_their_place(names, unexpected))
             + (f" (on_missing: reset cannot reset {listed(lost)}: no reset_parameters in their modules)" * bool(lost)),
             names,
         )
@@ -187,9 +187,11 @@ class Problems:
                 return f" after renaming: {rule} makes {name} of the file {target}.{self._fresh(names)}"
         return ""
 
-    def _in_its_place(self, names: Sequence[str], unexpected: Sequence[str]) -> str:
+    def _in_their_place(self, names: Sequence[str], unexpected: Sequence[str]) -> str:
+        """What the file has instead; where names differ all over, keeping the model's values would leave it random."""
         near = self._near(names[0], unexpected or list(self._part.sources), "the file has") or "."
-        return near + (self._rename(names, unexpected) or self._other_names(names, unexpected) or self._fresh(names))
+        differ = unexpected and len({name.rpartition(".")[0] for name in names}) > _FEW_MODULES
+        return near + (self._rename(names, unexpected) or (_OTHER_NAMES if differ else self._fresh(names)))
 
     def mismatched(self, rows: Sequence[PlanRow]) -> None:
         """Entries of another shape: a step that makes the shape, where there is one; else a fresh start of these."""
@@ -197,8 +199,7 @@ class Problems:
         for row in rows:
             groups.setdefault(self._step_for(row), []).append(row)
         for mend, together in groups.items():
-            first, names = together[0], [row.key for row in together]
-            more = f"; {listed(names[1:])} too" if names[1:] else ""
+            first, names, more = _told(together)
             made = ""
             if first.steps:
                 shape = shapes_after(first.steps, first.source_shapes, first.parts)[1][first.part]
@@ -211,8 +212,7 @@ class Problems:
     def dtypes(self, rows: Sequence[PlanRow], policy: str) -> None:
         """Entries whose dtype may not be converted."""
         if rows:
-            first, names = rows[0], [row.key for row in rows]
-            more = f"; {listed(names[1:])} too" if names[1:] else ""
+            first, names, more = _told(rows)
             have = " and ".join(dict.fromkeys(self._part.sources[source].dtype for source in first.sources))
             self.add(
                 "dtype",
@@ -288,11 +288,6 @@ class Problems:
         value = entries[0] if self._has_rules and len(entries) == 1 else list(entries)
         return " " + self._hint.format(line=f"{field}: {yaml_line(value)}")
 
-    def _other_names(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
-        """Where names differ on both sides all over, keeping the model's own values would leave it random."""
-        modules = {name.rpartition(".")[0] for name in missing}
-        return _OTHER_NAMES if unexpected and len(modules) > _FEW_MODULES else ""
-
     def _rename(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
         """The config line of one rename that would resolve every missing name, where there is one."""
         if not self._hint or not unexpected or len(missing) > 10_000:
@@ -308,6 +303,12 @@ class Problems:
             return ""
         rule = {"from": src, "to": dst} if dst else {"from": f"{src}<rest..>", "to": "<rest..>"}
         return f" One rename fits all: - {yaml_line(rule)}"
+
+
+def _told(rows: Sequence[PlanRow]) -> tuple[PlanRow, list[str], str]:
+    """The first row, the names of all, and that the others have the problem, too."""
+    names = [row.key for row in rows]
+    return rows[0], names, f"; {listed(names[1:])} too" if names[1:] else ""
 
 
 def _mending_step(row: PlanRow) -> Step | None:

@@ -87,13 +87,11 @@ class OptimizerPlan:
             tensors in the file, what goes the way of a transform is ``Moved``), None where it starts afresh, ``STAYS``
             where the optimizer keeps what it has.
         fields: For each target group the stored fields (``lr``, ``betas``, ...) that are taken, without ``params``.
-        fresh: Names of parameters that start afresh by a rule of the config, or because nothing can follow.
         warnings: What a person should know.
     """
 
     state: tuple[tuple[Mapping[str, Any] | Stays | None, ...], ...]
     fields: tuple[Mapping[str, Any], ...]
-    fresh: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -155,7 +153,6 @@ class _Planner:
     stored: Mapping[str, tuple[Any, int]]
     warnings: list[str]
     problems: list[str] = attrs.Factory(list)
-    fresh: list[str] = attrs.Factory(list)
     #: Why state starts afresh that a rule did not ask for -> the parameters.
     reset: defaultdict[str, list[str]] = attrs.field(factory=lambda: defaultdict(list))
 
@@ -190,7 +187,7 @@ class _Planner:
                 "To start with a fresh optimizer: load_optim: false",
                 problems=self.problems,
             )
-        return OptimizerPlan(tuple(states), tuple(fields), tuple(self.fresh), tuple(self.warnings))
+        return OptimizerPlan(tuple(states), tuple(fields), tuple(self.warnings))
 
     def _lacking(
         self, states: Mapping[str, State | Stays | None], ways: Mapping[str, ParameterOrigin], fields: Group
@@ -227,12 +224,11 @@ class _Planner:
         if origin.stays:
             return STAYS
         if not origin.sources:
-            self.fresh.append(name)
             return None
         lacking = [source for source in origin.sources if source not in self.stored]
         if lacking:
             if self.policies.on_missing == "fresh":
-                self._start_afresh(name, "the file has none")
+                self.reset["the file has none"].append(name)
                 return None
             candidates = near(lacking[0], left)
             hint = f"; near: {', '.join(candidates)}" if candidates else ""
@@ -258,7 +254,7 @@ class _Planner:
         )
         reason = self._cannot_follow(name, steps, origin, present)
         if reason:
-            self._start_afresh(name, reason)
+            self.reset[reason].append(name)
             return None
         before = origin.source_shapes or (self.shapes[name],)
         if not steps:
@@ -271,10 +267,6 @@ class _Planner:
             key: _value(key, tuple(state.get(key) for state in present), before, attrs.evolve(origin, steps=steps))
             for key in present[0]
         }
-
-    def _start_afresh(self, name: str, reason: str) -> None:
-        self.fresh.append(name)
-        self.reset[reason].append(name)
 
     def _cannot_follow(self, name: str, steps: Sequence[Step], origin: ParameterOrigin, states: Sequence[State]) -> str:
         """Why state cannot go the way of its parameter, in words; empty where it can."""

@@ -215,11 +215,6 @@ class LoadPlan:
         """No problem stands in the way."""
         return not self.problems
 
-    @property
-    def loaded_bytes(self) -> int:
-        """Bytes of the model that will be written."""
-        return sum(row.nbytes for row in self.rows if row.writes)
-
     def counts(self) -> dict[str, int]:
         """Number of rows of each action that occurs."""
         return dict(sorted(Counter(row.action for row in self.rows).items()))
@@ -361,7 +356,7 @@ class LoadPlan:
                 "parameters": sum(row.numel for row in counted),
                 "parameters_loaded": sum(row.taken for row in counted),
                 "bytes": sum(row.nbytes for row in self.rows if row.target is not None),
-                "bytes_loaded": self.loaded_bytes,
+                "bytes_loaded": sum(row.nbytes for row in self.rows if row.writes),
             },
             "coverage": self.coverage(),
             "coverage_by_module": self.coverage_by_module(),

@@ -135,8 +135,8 @@ class _PartPlanner:
         self.part, self.match, self.policies, self.origin = part, match, policies, origin
         self.rows: list[PlanRow] = []
         self.found = Problems(part, match, fresh_hint)
-        #: Code of a problem -> the rows that have it.
-        self._wrong: dict[str, list[PlanRow]] = {"missing": [], "mismatch": [], "dtype": [], "unwritable": []}
+        self._misshaped: list[PlanRow] = []
+        self._inconvertible: list[PlanRow] = []
         self._casts: dict[tuple[str, str], list[PlanRow]] = {}
         self._step_errors: dict[tuple[str, str], list[str]] = {}
         self._resolved: dict[tuple[int, tuple[str, ...], int], tuple[tuple[Step, ...], list[Shape]]] = {}
@@ -147,18 +147,19 @@ class _PartPlanner:
         for name, spec in self.part.targets.items():
             self._plan_target(name, spec)
         unexpected = self._plan_unused()
-        found, wrong = self.found, self._wrong
+        found = self.found
         found.names()
         for (before, _dtype), rows in self._casts.items():
             found.casts(rows, before)
-        found.missing(wrong["missing"], unexpected, was_to_reset=self.policies.on_missing == "reset")
-        found.mismatched(wrong["mismatch"])
+        missing = [row for row in self.rows if row.action == "missing"]
+        found.missing(missing, unexpected, was_to_reset=self.policies.on_missing == "reset")
+        found.mismatched(self._misshaped)
         for (rule, reason), names in self._step_errors.items():
             found.add("step", f"{rule or names[0]}: {reason} ({listed(names)})", names)
-        found.dtypes(wrong["dtype"], self.policies.cast)
-        for row in wrong["unwritable"]:
-            reason = self.part.targets[row.key].unwritable
-            found.add("unwritable", f"{row.key} {reason}, so it cannot be loaded", [row.key])
+        found.dtypes(self._inconvertible, self.policies.cast)
+        for row in self.rows:
+            if row.writes and (reason := self.part.targets[row.key].unwritable):
+                found.add("unwritable", f"{row.key} {reason}, so it cannot be loaded", [row.key])
         found.unexpected(unexpected)
         found.squares(self.rows)
 
@@ -190,7 +191,7 @@ class _PartPlanner:
         elif self.policies.on_mismatch == "keep":
             self._row(name, "keep", spec, Taken((), "on_mismatch: keep"))
         else:
-            self._wrong["mismatch"].append(self._row(name, "mismatch", spec, taken))
+            self._misshaped.append(self._row(name, "mismatch", spec, taken))
 
     def _plan_dtype(self, name: str, spec: TargetSpec, taken: Taken, sources: list[TensorSpec]) -> None:
         is_same = taken.sources == (name,) or name not in self.match.moves
@@ -201,15 +202,13 @@ class _PartPlanner:
             before = explicit[-1] if explicit else dtypes[0]
             can = can_cast(before, spec.dtype, self.policies.cast) and can_follow(dtypes, taken.steps)
             if not can or (taken.steps and spec.dtype == "object"):
-                self._wrong["dtype"].append(self._row(name, "mismatch", spec, taken))
+                self._inconvertible.append(self._row(name, "mismatch", spec, taken))
                 return
             if not taken.steps:
                 action = "cast"
         row = self._row(name, action, spec, taken)
         if action == "cast" or (taken.steps and not explicit and dtypes != [spec.dtype]):
             self._casts.setdefault((before, spec.dtype), []).append(row)
-        if spec.unwritable:
-            self._wrong["unwritable"].append(row)
 
     def _steps(self, taken: Taken, sources: list[TensorSpec], spec: TargetSpec) -> tuple[tuple[Step, ...], Shape, bool]:
         """The steps with every argument, the shape that they give, and whether ``on_mismatch`` has added some."""
@@ -237,7 +236,7 @@ class _PartPlanner:
         if name in self.part.loaded:
             self._row(name, "keep", spec, Taken((), LOADED_BEFORE))
         elif policy == "error" or (policy == "reset" and name not in self.part.resettable):
-            self._wrong["missing"].append(self._row(name, "missing", spec, Taken(())))
+            self._row(name, "missing", spec, Taken(()))
         else:
             self._row(name, policy, spec, Taken((), f"on_missing: {policy}"))
 

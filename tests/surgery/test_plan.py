@@ -248,7 +248,7 @@ def test_a_plan_that_a_kind_builds_itself_has_an_origin() -> None:
     """Rows alone are enough: they are of that kind, for their model, and of no file."""
     found = LoadPlan("average", (PlanRow("net", "w", ("w",), "load", (2,), "float32", 8),))
     assert found.origins == (Origin("average", "net"),)
-    assert (found.is_fine, found.coverage(), found.loaded_bytes) == (True, 1.0, 8)
+    assert (found.is_fine, found.coverage(), found.to_dict()["totals"]["bytes_loaded"]) == (True, 1.0, 8)
     with pytest.raises(ValueError, match="a row has an origin that is none of the 1 of the plan"):
         LoadPlan("average", (attrs.evolve(found.rows[0], origin=1),), origins=found.origins)
 
