@@ -17,8 +17,6 @@ from noether_init_core.surgery.steps import Concat, Reshape, Split, Stack, Step,
 from noether_init_core.surgery.transforms import Transforms
 
 _MOST_SHOWN = 20
-# no model has longer or deeper names, and what looks at names takes them apart
-LONGEST, DEEPEST = 256, 32
 
 
 @attrs.frozen
@@ -71,8 +69,6 @@ class Suggestion:
 
     Attributes:
         rules: In the order in which they have to stand.
-        source_root: What to write for ``source_root``; empty for nothing.
-        target_root: The same for ``target_root``.
         plan: What these rules give, by ``plan_load``.
         unsure: What names and shapes do not tell. Entries of the model that are in none of them are certain.
         unmatched_sources: Names of the file that nothing would use.
@@ -80,8 +76,6 @@ class Suggestion:
     """
 
     rules: tuple[SuggestedRule, ...]
-    source_root: str
-    target_root: str
     plan: LoadPlan
     unsure: tuple[Unsure, ...] = ()
     unmatched_sources: tuple[str, ...] = ()
@@ -94,30 +88,21 @@ class Suggestion:
 
     @property
     def is_fine(self) -> bool:
-        """Whether the plan with these rules has no problem, and no name was too long for it."""
-        return self.plan.is_fine and not any(map(is_too_long, (*self.unmatched_sources, *self.unmatched_targets)))
+        """Whether the plan with these rules has no problem."""
+        return self.plan.is_fine
 
     @property
     def is_sure(self) -> bool:
         """Whether names and shapes tell everything."""
         return not self.unsure
 
-    @property
-    def transforms(self) -> Transforms:
-        """The rules, ready for ``plan_load``."""
-        return transforms_of(self.rules, self.source_root, self.target_root)
-
     def config(self) -> dict[str, Any]:
-        """The fields for the config of an initializer: ``transforms``, and the roots where they are needed."""
-        roots = {"source_root": self.source_root, "target_root": self.target_root}
-        fields: dict[str, Any] = {key: root for key, root in roots.items() if root}
-        return {**fields, "transforms": [dict(one.config) for one in self.rules]} if self.rules else fields
+        """The field for the config of an initializer: ``transforms``, where rules are needed."""
+        return {"transforms": [dict(one.config) for one in self.rules]} if self.rules else {}
 
     def to_yaml(self) -> str:
         """``config`` as text to paste, each rule on a line, with reasons and doubts as comments."""
-        lines = [f"{key}: {yaml_line(root)}" for key, root in self.config().items() if key != "transforms"]
-        if self.rules:
-            lines.append("transforms:")
+        lines = ["transforms:"] if self.rules else []
         for one in self.rules:
             lines += [f"  # unsure: {one_line(doubt)}" for doubt in one.doubts]
             lines += [f"  # {one_line(one.reason)}"] if one.reason else []
@@ -127,7 +112,7 @@ class Suggestion:
     def __str__(self) -> str:
         said = [self.to_yaml() or "# no rule is needed\n"]
         said.append(f"coverage {100 * self.coverage:.1f} %, {'no problem' if self.is_fine else 'not yet fine:'}\n")
-        said += [f"  {one_line(problem.message)}\n" for problem in self.plan.problems]
+        said += [f"  {one_line(problem.message, 1000)}\n" for problem in self.plan.problems]
         for one in self.unsure[:_MOST_SHOWN]:
             said.append(one_line(f"unsure: {one.what}: {one.reason}") + "\n")
             said += [f"  or: {other}\n" for other in one.alternatives]
@@ -139,19 +124,10 @@ class Suggestion:
         return "".join(said).rstrip("\n")
 
 
-def transforms_of(rules: Sequence[SuggestedRule], source_root: str, target_root: str) -> Transforms:
+def transforms_of(rules: Sequence[SuggestedRule]) -> Transforms:
     """The rules as ``plan_load`` takes them."""
     configs = [TransformConfig.model_validate(one.config) for one in rules]
-    return Transforms(
-        [rule_of(config, f"transforms.{number}") for number, config in enumerate(configs)],
-        source_root=source_root,
-        target_root=target_root,
-    )
-
-
-def is_too_long(name: str) -> bool:
-    """Whether a name is longer or deeper than rules are sought for."""
-    return len(name) > LONGEST or name.count(".") >= DEEPEST
+    return Transforms([rule_of(config, f"transforms.{number}") for number, config in enumerate(configs)])
 
 
 # a number that is a part of a segment, behind letters, and not beside a capture
@@ -292,11 +268,13 @@ def _special(pair: Pair) -> Iterator[SuggestedRule]:
         elif pair.grid is not None:
             yield _rule(*_templates(pair, leaf), [pair.grid], pair)
         else:
-            mine, its = ([layer.shapes[index][leaf] for index in pair.indices] for layer in pair.layers)
+            # some blocks may lack it
+            having = [index for index in pair.indices if all(leaf in layer.shapes[index] for layer in pair.layers)]
+            mine, its = ([layer.shapes[index][leaf] for index in having] for layer in pair.layers)
             if len(set(its)) == 1:
                 yield _rule(*_templates(pair, leaf), [Reshape(its[0])] if set(mine) != set(its) else [], pair)
             else:
-                for names, shape in zip(pair.names(leaf), its, strict=True):
+                for names, shape in zip(attrs.evolve(pair, indices=tuple(having)).names(leaf), its, strict=True):
                     yield _rule(*names, [Reshape(shape)], pair)
 
 

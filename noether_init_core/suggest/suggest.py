@@ -15,12 +15,9 @@ from noether_init_core.suggest.layer_names import Layer, concepts
 from noether_init_core.suggest.matching import Pairing
 from noether_init_core.suggest.pairs import MOST_COMPARISONS, Pair, has_conflict, is_head, likeness
 from noether_init_core.suggest.rules import (
-    DEEPEST,
-    LONGEST,
     SuggestedRule,
     Suggestion,
     Unsure,
-    is_too_long,
     merged,
     rules_of,
     transforms_of,
@@ -35,6 +32,8 @@ _COMPUTED = frozenset(
 )
 # nobody would read more, and RE2 cannot take many thousands at once
 _MOST_RULES = 500
+# no model has longer or deeper names, and what looks at names takes them apart
+_LONGEST, _DEEPEST = 256, 32
 
 
 def suggest(
@@ -58,8 +57,8 @@ def suggest(
         policies: What the plan does where file and model do not fit.
         hidden: Names of the model's non-persistent buffers, which a file may have.
 
-    Never raises for names that rules cannot say (with ``<``, ``*`` or empty segments); they stay unmatched. So do names
-    of more than 256 characters or 32 segments, which the plan leaves out, too.
+    Never raises for names that rules cannot say (with ``<``, ``*`` or empty segments, of more than 256 characters or 32
+    segments); they stay unmatched.
     """
     return _Suggesting(sources, targets, model or "model", policies, hidden).run()
 
@@ -75,9 +74,6 @@ class _Suggesting:
         policies: Policies | None,
         hidden: frozenset[str],
     ) -> None:
-        self._too_long = tuple(tuple(filter(is_too_long, specs)) for specs in (sources, targets))
-        sources = {name: spec for name, spec in sources.items() if not is_too_long(name)}
-        targets = {name: spec for name, spec in targets.items() if not is_too_long(name)}
         self._part = PlanPart(model, "", (), sources, targets, hidden=hidden)
         self._policies = policies
         self._source_names = {bare: name for bare, name in bare_names(sources).items() if _can_say(bare)}
@@ -101,24 +97,16 @@ class _Suggesting:
         self._misfits(lone_sources, lone_targets)
         drops += [SuggestedRule({"drop": glob}, "computed anew by the model") for glob in self._computed()]
         wanted = {name: mine for pair in self._pairing.pairs for mine, its in self._names(pair) for name in its}
-        moves, source_root, target_root = self._rooted(rules_of(self._pairing.pairs), drops)
+        moves = rules_of(self._pairing.pairs)
         surplus = moves[_MOST_RULES:]
-        keeps = [
-            attrs.evolve(one, config={"keep_model": one.config["keep_model"].removeprefix(target_root)})
-            for one in keeps
-        ]
-        found = self._planned([*drops, *moves[:_MOST_RULES], *keeps], source_root, target_root)
+        found = self._planned([*drops, *moves[:_MOST_RULES], *keeps])
         # one rule for those that differ in a number, if it does exactly what they do
         fewer = merged(found.rules)
         if len(fewer) < len(found.rules):
-            other = self._planned(fewer, source_root, target_root)
+            other = self._planned(fewer)
             found = other if _done(other) == _done(found) else found
         got = {row.target: row.sources for row in found.plan.rows if row.writes}
         wrong = [name for name, names in wanted.items() if got.get(name) != names]
-        if any(self._too_long):
-            mine, its = self._too_long
-            what, size = f"{len(mine) + len(its)} names", f"{LONGEST} characters or {DEEPEST} segments"
-            self._unsure.append(Unsure(what, f"longer than {size}", (), mine, its, is_suggested=False))
         if surplus:
             reason = f"more than {_MOST_RULES} are needed; the names have no pattern"
             self._unsure.append(Unsure(f"{len(surplus)} more rules", reason, is_suggested=False))
@@ -132,14 +120,13 @@ class _Suggesting:
         return attrs.evolve(
             found,
             unsure=tuple(self._unsure),
-            unmatched_sources=(*left["unexpected"], *self._too_long[0]),
-            unmatched_targets=(*left["missing"], *left["mismatch"], *self._too_long[1]),
+            unmatched_sources=tuple(left["unexpected"]),
+            unmatched_targets=(*left["missing"], *left["mismatch"]),
         )
 
-    def _planned(self, rules: Sequence[SuggestedRule], source_root: str, target_root: str) -> Suggestion:
-        transforms = transforms_of(rules, source_root, target_root)
-        plan = plan_load("suggest", [self._part], transforms, policies=self._policies)
-        return Suggestion(tuple(rules), source_root, target_root, plan)
+    def _planned(self, rules: Sequence[SuggestedRule]) -> Suggestion:
+        plan = plan_load("suggest", [self._part], transforms_of(rules), policies=self._policies)
+        return Suggestion(tuple(rules), plan)
 
     def _names(self, pair: Pair) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
         """Names in the file and in the model that go together, as far as they exist: some blocks may have no bias."""
@@ -237,19 +224,6 @@ class _Suggesting:
                 found.append(".".join("*" if part.isdigit() else part for part in (*parents, last)))
         return list(dict.fromkeys(found))
 
-    def _rooted(
-        self, moves: list[SuggestedRule], drops: Sequence[SuggestedRule]
-    ) -> tuple[list[SuggestedRule], str, str]:
-        """The moves and both roots: one moved prefix of everything is said by a root alone."""
-        if len(moves) == 1 and not drops and moves[0].config.keys() == {"from", "to"}:
-            source, target = (str(moves[0].config[side]).removesuffix("<rest..>") for side in ("from", "to"))
-            # either is empty where everything stands for the rest of the names
-            if not target and all(name.startswith(source) for name in self._source_names):
-                return [], source, ""
-            if not source and all(name.startswith(target) for name in self._target_names):
-                return [], "", target
-        return moves, "", ""
-
 
 def _modules(layers: Sequence[Layer], names: Iterable[str], left: Container[str]) -> list[str]:
     """The modules of heads, as a config says them: whole ones where nothing of them is used."""
@@ -273,5 +247,7 @@ def _done(found: Suggestion) -> list[tuple[object, ...]]:
 
 
 def _can_say(name: str) -> bool:
-    """Whether rules can say the name: no signs of patterns, no empty segments, no line breaks."""
-    return name.isprintable() and not any(sign in name for sign in "<>*") and all(name.split("."))
+    """Whether rules can say the name: no signs of patterns, no empty segments, no line breaks, no absurd length."""
+    segments = name.split(".")
+    is_short = len(name) <= _LONGEST and len(segments) <= _DEEPEST
+    return is_short and name.isprintable() and not any(sign in name for sign in "<>*") and all(segments)

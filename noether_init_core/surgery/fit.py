@@ -292,14 +292,18 @@ class Problems:
         """The config line of one rename that would resolve every missing name, where there is one."""
         if not self._hint or not unexpected or len(missing) > 10_000:
             return ""
-        unexpected = self._said(unexpected)
-        found = single_rename(self._said(missing), unexpected)
+        sides = (missing, self._part.targets), (unexpected, self._part.sources)
+        wanted, theirs = (
+            dict(zip(self._said(names), (tuple(specs[name].shape) for name in names), strict=True))
+            for names, specs in sides
+        )
+        found = single_rename(wanted, theirs)
         if found is None:
             return ""
         src, dst = found
         if not self._has_rules:
             return f" One rename fits all: patterns_to_rename: {yaml_line([{'src': src, 'dst': dst}])}"
-        if not src.endswith(".") or not all(name.startswith(src) for name in unexpected):
+        if not src.endswith(".") or not all(name.startswith(src) for name in theirs):
             return ""
         rule = {"from": src, "to": dst} if dst else {"from": f"{src}<rest..>", "to": "<rest..>"}
         return f" One rename fits all: - {yaml_line(rule)}"

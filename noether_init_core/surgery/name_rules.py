@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import attrs
 
 from noether_init_core import messages
 from noether_init_core.surgery.plan import Problem
-from noether_init_core.surgery.steps import Step
+from noether_init_core.surgery.steps import Shape, Step
 
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
@@ -212,9 +212,9 @@ def _by_bare_name(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def single_rename(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[str, str] | None:
-    """The one replacement ``(src, dst)`` in names of the file that yields every missing name, if there is one."""
-    first = unexpected[0].split(".")
+def single_rename(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape]) -> tuple[str, str] | None:
+    """The one replacement ``(src, dst)`` in names of the file that yields every missing name, with its shape."""
+    first = next(iter(unexpected)).split(".")
     for wanted in [name for name in missing if name.rpartition(".")[2] == first[-1]][:20]:
         other = wanted.split(".")
         shared = 0
@@ -224,7 +224,7 @@ def single_rename(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[st
             ".".join(segments[: len(segments) - shared]) + ("." if len(segments) > shared else "")
             for segments in (first, other)
         )
-        if src and {name.replace(src, dst) for name in unexpected} >= set(missing):
+        if src and {name.replace(src, dst): shape for name, shape in unexpected.items()}.items() >= missing.items():
             return src, dst
     return None
 
