@@ -17,7 +17,6 @@ _AS_TRANSFORM = {
     "patterns_to_remove": "patterns_to_remove: [head.] is {drop: head.} for what begins with it",
     "patterns_to_rename": "patterns_to_rename: [{src: stem., dst: patch.}] is {from: stem., to: patch.}",
     "patterns_to_instantiate": "patterns_to_instantiate: [head.] is {keep_model: head.}",
-    "keys_to_instantiate": "keys_to_instantiate: [head.w] is {keep_model: head.w}",
 }
 Pattern = Annotated[str, pydantic.Field(min_length=1)]
 
@@ -56,9 +55,6 @@ class PreviousRunInitializerConfig(CheckpointInitializerConfig):
     patterns_to_instantiate: list[Pattern] | None = pydantic.Field(
         default=None, description="Keys of the model that contain one of these keep their present value."
     )
-    keys_to_instantiate: list[Pattern] | None = pydantic.Field(
-        default=None, description="Keys of the model, whole names, that keep their present value."
-    )
 
     @pydantic.model_validator(mode="after")
     def _check_surgery(self) -> Self:
@@ -94,7 +90,6 @@ class PreviousRunInitializer(CheckpointInitializer):
             tuple(config.patterns_to_remove or ()),
             tuple(Rename(rename.src, rename.dst) for rename in config.patterns_to_rename or ()),
             tuple(config.patterns_to_instantiate or ()),
-            tuple(dict.fromkeys(config.keys_to_instantiate or ())),
             unmatched_is_error=config.on_unmatched_rule == "error",
         )
 

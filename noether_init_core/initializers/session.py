@@ -16,7 +16,9 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.applying.agreement import (
+from noether_init_core.applying.targets import ModelTargets, device_for, loaded_by_code, model_targets
+from noether_init_core.applying.weights import (
+    apply_rows,
     differing_ties,
     lacking_memory,
     mixed_versions,
@@ -24,8 +26,6 @@ from noether_init_core.applying.agreement import (
     tied_loading_code,
     unfit_casts,
 )
-from noether_init_core.applying.targets import ModelTargets, device_for, loaded_by_code, model_targets
-from noether_init_core.applying.weights import apply_rows
 from noether_init_core.errors import CheckpointNotFoundError, PartlyInitializedError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.opening import FileCheckpoint

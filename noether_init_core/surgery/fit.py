@@ -277,16 +277,18 @@ class Problems:
         if len(names) > _MOST_ENTRIES and len({name.rpartition(".")[0] for name in names}) > _MOST_ENTRIES:
             return _OTHER_NAMES
         modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
-        field, entries = "patterns_to_instantiate", modules
-        if self._has_rules:
+        if self._has_rules or any(module in other for module in modules for other in others):
+            # no text within 5.weight tells it from 15.weight, so that a pattern of Noether would hit both
             whole = tuple(one for one in modules if not any(f"{other}.".startswith(one) for other in others))
-            field, entries = "- keep_model", [*whole, *(name for name in names if not f"{name}.".startswith(whole))]
-        elif any(module in other for module in modules for other in others):
-            field, entries = "keys_to_instantiate", names
-        if len(entries) > _MOST_ENTRIES:
-            return _OTHER_NAMES
-        value = entries[0] if self._has_rules and len(entries) == 1 else list(entries)
-        return " " + self._hint.format(line=f"{field}: {yaml_line(value)}")
+            entries = [*whole, *(name for name in names if not f"{name}.".startswith(whole))]
+            value = entries[0] if len(entries) == 1 else entries
+            if self._has_rules:
+                line = f"- keep_model: {yaml_line(value)}"
+            else:
+                line = f"transforms: {yaml_line([{'keep_model': value}])}"
+        else:
+            entries, line = modules, f"patterns_to_instantiate: {yaml_line(modules)}"
+        return _OTHER_NAMES if len(entries) > _MOST_ENTRIES else " " + self._hint.format(line=line)
 
     def _rename(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
         """The config line of one rename that would resolve every missing name, where there is one."""

@@ -98,15 +98,13 @@ class NoetherSurgery:
 
     ``keys_to_remove`` (whole names), ``patterns_to_remove``, ``patterns_to_rename`` (each sees the result of the one
     before; a name that becomes another's takes its place), ``patterns_to_instantiate`` (names of the model that keep
-    their present value). ``keys_to_instantiate`` is ours: the same for whole names, since no text within ``5.weight``
-    tells it from ``15.weight``.
+    their present value).
     """
 
     keys_to_remove: tuple[str, ...] = ()
     patterns_to_remove: tuple[str, ...] = ()
     patterns_to_rename: tuple[Rename, ...] = ()
     patterns_to_instantiate: tuple[str, ...] = ()
-    keys_to_instantiate: tuple[str, ...] = ()
     unmatched_is_error: bool = False
 
     def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
@@ -140,10 +138,6 @@ class NoetherSurgery:
                     last_rule.pop(current[target], None)
                 current[target] = source
                 last_rule[source] = rule
-        for key in self.keys_to_instantiate:
-            if key in targets:
-                match.kept[key] = rule = f"keys_to_instantiate: {key}"
-                match.matched.add(rule)
         for pattern in self.patterns_to_instantiate:
             rule = f"patterns_to_instantiate: {pattern}"
             for name in targets:
@@ -180,11 +174,6 @@ class NoetherSurgery:
                 messages.append(
                     (f"keys_to_remove: the file has no {key}" + (f"; near: {close}" if close else ""), True)
                 )
-        messages += [
-            (f"keys_to_instantiate: the model has no {key}", True)
-            for key in self.keys_to_instantiate
-            if f"keys_to_instantiate: {key}" not in matched
-        ]
         patterns = [
             *((f"patterns_to_remove: {pattern}", "") for pattern in self.patterns_to_remove),
             *((f"patterns_to_instantiate: {pattern}", "") for pattern in self.patterns_to_instantiate),

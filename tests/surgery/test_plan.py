@@ -10,7 +10,7 @@ import pytest
 from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
-from noether_init_core.surgery.name_rules import NoetherSurgery, Rename
+from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename
 from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow
 from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.transforms import Transforms
@@ -24,7 +24,7 @@ def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:
 
 
 def plan(
-    sources: dict[str, TargetSpec], targets: dict[str, TargetSpec], rules: NoetherSurgery | None = None, **more: object
+    sources: dict[str, TargetSpec], targets: dict[str, TargetSpec], rules: NameRules | None = None, **more: object
 ) -> LoadPlan:
     part = PlanPart("net", "pretrain @ latest", ("net_cp=latest_model.th",), sources, targets)
     return plan_load("previous_run", [part], rules or NoetherSurgery(), **more)  # type: ignore[arg-type]
@@ -164,11 +164,19 @@ def test_the_json_holds_every_row_and_a_version() -> None:
     assert data["counts"] == {"load": 1}
 
 
+def test_a_rename_is_proposed_where_the_shapes_fit_too() -> None:
+    """A weight of [in, out] under another name would not fit after the rename."""
+    targets = {"inp.w": spec(4, 2), "inp.b": spec(4)}
+    for shape, is_proposed in (((4, 2), True), ((2, 4), False)):
+        found = plan({"stem.w": spec(*shape), "stem.b": spec(4)}, targets, fresh_hint="{line}")
+        assert ("One rename fits all" in found.problems[0].message) is is_proposed
+
+
 def test_the_line_to_keep_entries_keeps_no_others() -> None:
     """Where a part of a name would hit other entries as well, whole names are proposed."""
     targets = {"5.w": spec(4), "15.w": spec(2), "head.w": spec(2)}
     found = plan({"5.w": spec(2), "15.w": spec(2), "head.w": spec(2)}, targets, fresh_hint="keep: {line}")
-    assert found.problems[0].message == "5.w: file [2], model [4]. keep: keys_to_instantiate: [5.w]"
+    assert found.problems[0].message == "5.w: file [2], model [4]. keep: transforms: [{keep_model: '5.'}]"
     found = plan({"5.w": spec(2), "15.w": spec(2), "head.w": spec(7)}, targets | {"5.w": spec(2)}, fresh_hint="{line}")
     assert found.problems[0].message == "head.w: file [7], model [2]. patterns_to_instantiate: [head.]"
 
@@ -176,7 +184,7 @@ def test_the_line_to_keep_entries_keeps_no_others() -> None:
 def test_following_that_line_gives_a_plan_without_problems() -> None:
     """The proposed field keeps the one entry and loads its neighbour."""
     targets = {"5.w": spec(4), "15.w": spec(2)}
-    rules = NoetherSurgery(keys_to_instantiate=("5.w",))
+    rules = Transforms([rule_of(TransformConfig(keep_model=["5.w"]), "keep")])
     found = plan({"5.w": spec(2), "15.w": spec(2)}, targets, rules)
     assert found.is_fine
     assert [(row.key, row.action) for row in found.rows] == [("5.w", "keep"), ("15.w", "load"), ("5.w", "removed")]
