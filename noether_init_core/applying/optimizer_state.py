@@ -102,15 +102,13 @@ def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(tensor if tensor.is_complex() else tensor.float())
 
 
-def apply_optimizer(plan: OptimizerPlan, optimizer: torch.optim.Optimizer, *, keep_fields: bool = False) -> None:
+def apply_optimizer(plan: OptimizerPlan, optimizer: torch.optim.Optimizer) -> None:
     """Give ``optimizer`` the planned state, with tensors in place of their descriptions.
 
     Args:
         plan: Made for the groups of this optimizer. State that ``STAYS`` is left as it is.
         optimizer: Changed in place; parameters and groups keep their identity. An optimizer with a
             ``load_state_dict`` of its own, or with hooks on it, gets the state through that.
-        keep_fields: Keep the fields of the groups (``lr``, ``weight_decay``) as they are configured now, as Noether's
-            wrapper does; otherwise the stored ones are taken, as torch does.
 
     Should the optimizer refuse its state, it is put back as it was and the error goes on. Raises ``StateMismatchError``
     where fields would be taken that the state which stays does not go with.
@@ -122,7 +120,7 @@ def apply_optimizer(plan: OptimizerPlan, optimizer: torch.optim.Optimizer, *, ke
         ]
         for group, states in zip(optimizer.param_groups, plan.state, strict=True)
     ]
-    fields = [{} if keep_fields else dict(stored) for stored in plan.fields]
+    fields = [dict(stored) for stored in plan.fields]
     _check_staying(optimizer, prepared, fields)
     before = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
     try:

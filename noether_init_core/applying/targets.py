@@ -236,15 +236,6 @@ def _unwritable(tensor: torch.Tensor) -> str:
     return ""
 
 
-def on_meta(targets: ModelTargets) -> dict[str, torch.Tensor]:
-    """The targets that have no memory; a tied tensor under its first name only."""
-    found: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in targets.tensors.items():
-        if tensor.is_meta:
-            found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
-
-
 def left_without_memory(model: Any, rows: Iterable[PlanRow], targets: ModelTargets) -> list[str]:
     """Parameters and buffers on the meta device that ``rows`` do not load, and so would have no values.
 

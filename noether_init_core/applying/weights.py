@@ -22,7 +22,6 @@ from noether_init_core.applying.targets import (
     left_without_memory,
     loaded_by_code,
     modules_of_sources,
-    on_meta,
     reset_method,
     translates,
 )
@@ -93,7 +92,7 @@ def lacking_memory(model: Any, rows: Sequence[PlanRow], targets: ModelTargets) -
             f"{model.name} is on the meta device, and {listed(without)} would stay there: the file does not have them, "
             f"or they are kept. {next_step}, then fill these, or build the module on the CPU"
         )
-    held = [name for name, tensor in on_meta(targets).items() if weakref.getweakrefs(tensor)]
+    held = [name for name, tensor in targets.tensors.items() if tensor.is_meta and weakref.getweakrefs(tensor)]
     if held:
         yield (
             f"{model.name} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "
@@ -219,9 +218,9 @@ class _FreshMemory:
     The objects of parameters stay the same, so ties, optimizers and ``requires_grad`` stay as they are.
     """
 
-    def __init__(self, targets: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
         self._device = device
-        self._meta = {id(tensor): tensor for tensor in targets.values()}
+        self._meta = {id(tensor): tensor for tensor in tensors if tensor.is_meta}
         self._new: dict[int, torch.Tensor] = {}
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -278,7 +277,7 @@ def apply_rows(
     what is copied in memory; that of reading the reader counts itself. Returns the names that were written.
     """
     rows = tuple(rows)
-    fresh = _FreshMemory(on_meta(targets), device)
+    fresh = _FreshMemory(targets.tensors.values(), device)
     _reset(rows, targets, fresh)
     for prefix, module in targets.own_loading.items():
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(prefix))

@@ -124,8 +124,8 @@ def suggest(start: Start, as_json: AsJson = False, real: Real = False) -> None:
                 "initializer": number,
                 "model": path,
                 "config": one.config(),
-                "coverage": one.coverage,
-                "is_fine": one.is_fine,
+                "coverage": one.plan.coverage(),
+                "is_fine": one.plan.is_fine,
                 "is_sure": one.is_sure,
                 "unsure": [{"what": doubt.what, "reason": doubt.reason} for doubt in one.unsure],
                 "unmatched_sources": one.unmatched_sources,
@@ -140,7 +140,7 @@ def suggest(start: Start, as_json: AsJson = False, real: Real = False) -> None:
             show_text(str(one))
         if not found:
             show("nothing to suggest: the config has no initializers that load weights")
-    if not all(one.is_fine and one.is_sure for _number, _path, one in found):
+    if not all(one.plan.is_fine and one.is_sure for _number, _path, one in found):
         raise typer.Exit(1)
 
 

@@ -39,7 +39,6 @@ class OptimizerStep:
     Attributes:
         leaf: Its model.
         optimizer: The optimizer, without a wrapper around it.
-        keep_fields: It is inside a wrapper that keeps its own fields of groups.
         source: The file of the state.
         reader: The open file.
         plan: What is done; the tensors are descriptions until ``read``.
@@ -48,7 +47,6 @@ class OptimizerStep:
 
     leaf: Leaf
     optimizer: torch.optim.Optimizer
-    keep_fields: bool
     source: Source
     reader: Checkpoint
     plan: OptimizerPlan
@@ -71,7 +69,7 @@ class OptimizerStep:
         parameters. Raises ``StateMismatchError`` for NaN and infinities, unless the config takes them.
         """
         states = [state for states in self.plan.state for state in states if isinstance(state, Mapping)]
-        fields = [] if self.keep_fields else list(self.plan.fields)
+        fields = list(self.plan.fields)
         examines = config.nonfinite != "ignore"
         tensors = self.reader.read_all(list(_infos([states, fields])), verify=config.verify == "full", look=examines)
         warnings = self._nonfinite(states, fields) if examines else []
@@ -98,7 +96,7 @@ class OptimizerStep:
         self.plan = attrs.evolve(
             self.plan,
             state=nested.mapped(self.plan.state, made),
-            fields=nested.mapped(self.plan.fields, made) if fields else self.plan.fields,
+            fields=nested.mapped(self.plan.fields, made),
         )
         self.is_read = True
         return warnings
@@ -118,12 +116,12 @@ class OptimizerStep:
         notes = []
         if any(isinstance(state, Stays) for state in states):
             notes.append(f"{taken} of {len(states)} parameters, the others as loaded before")
-        if not continues and not self.keep_fields:
+        if not continues:
             notes.append(self._changes())
         said = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
         if taken:
             return f"optimizer of {self.leaf.path}{said}"
-        if any(self.plan.fields) and not self.keep_fields:
+        if any(self.plan.fields):
             return f"settings of the optimizer of {self.leaf.path}, which has no state{said}"
         return ""
 
@@ -237,7 +235,7 @@ class LoadSession(WeightsSession):
                 self.stopwatch.phase("copy"),
             ):
                 # if it refuses the state, its own is put back and the error goes on
-                apply_optimizer(step.plan, step.optimizer, keep_fields=step.keep_fields)
+                apply_optimizer(step.plan, step.optimizer)
             done.append(path)
             if restored:
                 self.restored.append(restored)
@@ -266,28 +264,25 @@ class LoadSession(WeightsSession):
             file = OpenFile(source, self.kind.open(source))
         try:
             self.kind.check_together({**planned.opened.metadata, file.source.location: file.reader.metadata})
-            optimizer = torch_optimizer(leaf.model.optimizer)
-            keeps_fields, fields = optimizer is not leaf.model.optimizer, config.param_groups
+            optimizer, fields = torch_optimizer(leaf.model.optimizer), config.param_groups
+            if optimizer is not leaf.model.optimizer:  # a wrapper keeps its own fields of groups, as that of Noether
+                fields = dict.fromkeys([*fields, "*"], "config")
             plan = plan_optimizer(
                 file.reader.metadata,
                 optimizer_names(optimizer, leaf.model),
                 {name: tuple(parameter.shape) for name, parameter in leaf.model.named_parameters()},
+                optimizer.param_groups,
                 origins=_origins(leaf, planned.plan, self.loaded_before),
                 aliases=parameter_aliases(leaf.model),
-                current=optimizer.param_groups,
                 optimizer_class=class_name(optimizer),
-                policies=OptimizerPolicies(
-                    config.on_missing_state,
-                    config.on_unexpected_state,
-                    dict.fromkeys([*fields, "*"], "config") if keeps_fields else fields,
-                ),
+                policies=OptimizerPolicies(config.on_missing_state, config.on_unexpected_state, fields),
                 where=file.source.location.name,
             )
         except BaseException:
             self._steps.pop(leaf.path, None)
             file.reader.close()
             raise
-        step = OptimizerStep(leaf, optimizer, keeps_fields, file.source, file.reader, plan)
+        step = OptimizerStep(leaf, optimizer, file.source, file.reader, plan)
         self._steps[leaf.path] = step
         return step
 

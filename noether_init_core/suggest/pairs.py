@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
 import attrs
@@ -128,11 +128,6 @@ def is_head(layer: Layer) -> bool:
     return "head" in layer.concepts and "<" not in layer.template
 
 
-def listed_paths(layers: Iterable[Layer]) -> str:
-    """Their paths, not too many."""
-    return listed((layer.path for layer in layers), 4)
-
-
 def relation(source: Shape, target: Shape) -> Relation | None:
     """How the shape of a tensor of the file goes together with that of the model; None where it does not."""
     if source == target:
@@ -232,7 +227,7 @@ def fused(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
             (score, parts, dim, flip), *rest = sorted(fits, key=lambda fit: -fit[0])
             mine, its = ((one,), parts) if way == "split" else (parts, (one,))
             pair = Pair(mine, its, tuple(one.shapes), way, flip, dim)
-            if near := [listed_paths(fit[1]) for fit in rest if fit[0] > score - MARGIN]:
+            if near := [listed(part.path for part in fit[1]) for fit in rest if fit[0] > score - MARGIN]:
                 pair = pair.doubted("several projections fit equally well", *near[:4])
             if kind == "qkv" and (reason := _may_be_in_turns(one, parts)):
                 pair = pair.doubted(reason, _regrouped(pair, one, parts))
@@ -328,8 +323,8 @@ def stacked(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
             (score, other), *rest = fits
             mine, its = ((one,), (other,)) if way == "unstack" else ((other,), (one,))
             pair = Pair(mine, its, tuple(sorted(other.shapes, key=lambda index: int(index[0]))), way)
-            near = [fit[1] for fit in rest if fit[0] > score - MARGIN]
-            pairs.append(pair.doubted("several layers fit equally well", listed_paths(near)) if near else pair)
+            near = [fit[1].path for fit in rest if fit[0] > score - MARGIN]
+            pairs.append(pair.doubted("several layers fit equally well", listed(near, 4)) if near else pair)
     return pairs
 
 

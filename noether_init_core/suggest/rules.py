@@ -33,10 +33,6 @@ class SuggestedRule:
     reason: str = ""
     doubts: tuple[str, ...] = ()
 
-    @property
-    def is_sure(self) -> bool:
-        return not self.doubts
-
     def to_yaml(self) -> str:
         """The rule on one line, without the dash."""
         return yaml_line(dict(self.config))
@@ -52,7 +48,6 @@ class Unsure:
         alternatives: What else may be meant, in words or as rules.
         sources: Names of the file.
         targets: Names of the model; what a rule does for them may be wrong.
-        is_suggested: Whether a rule does it; otherwise it is left to the reader.
     """
 
     what: str
@@ -60,7 +55,6 @@ class Unsure:
     alternatives: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
-    is_suggested: bool = True
 
 
 @attrs.frozen
@@ -82,16 +76,6 @@ class Suggestion:
     unmatched_targets: tuple[str, ...] = ()
 
     @property
-    def coverage(self) -> float:
-        """Share of the elements of the model's parameters that would come from the file, from 0 to 1."""
-        return self.plan.coverage()
-
-    @property
-    def is_fine(self) -> bool:
-        """Whether the plan with these rules has no problem."""
-        return self.plan.is_fine
-
-    @property
     def is_sure(self) -> bool:
         """Whether names and shapes tell everything."""
         return not self.unsure
@@ -111,7 +95,8 @@ class Suggestion:
 
     def __str__(self) -> str:
         said = [self.to_yaml() or "# no rule is needed\n"]
-        said.append(f"coverage {100 * self.coverage:.1f} %, {'no problem' if self.is_fine else 'not yet fine:'}\n")
+        state = "no problem" if self.plan.is_fine else "not yet fine:"
+        said.append(f"coverage {100 * self.plan.coverage():.1f} %, {state}\n")
         said += [f"  {one_line(problem.message, 1000)}\n" for problem in self.plan.problems]
         for one in self.unsure[:_MOST_SHOWN]:
             said.append(one_line(f"unsure: {one.what}: {one.reason}") + "\n")

@@ -60,28 +60,20 @@ def suggest(
     Never raises for names that rules cannot say (with ``<``, ``*`` or empty segments, of more than 256 characters or 32
     segments); they stay unmatched.
     """
-    return _Suggesting(sources, targets, model or "model", policies, hidden).run()
+    return _Suggesting(PlanPart(model or "model", "", (), sources, targets, hidden=hidden), policies).run()
 
 
 class _Suggesting:
     """One suggestion in the making. Names are bare here: without the prefixes of wrappers."""
 
-    def __init__(
-        self,
-        sources: Mapping[str, TensorSpec],
-        targets: Mapping[str, TargetSpec],
-        model: str,
-        policies: Policies | None,
-        hidden: frozenset[str],
-    ) -> None:
-        self._part = PlanPart(model, "", (), sources, targets, hidden=hidden)
-        self._policies = policies
+    def __init__(self, part: PlanPart, policies: Policies | None) -> None:
+        self._part, self._policies, sources, targets = part, policies, part.sources, part.targets
         self._source_names = {bare: name for bare, name in bare_names(sources).items() if _can_say(bare)}
         self._target_names = {bare: name for bare, name in bare_names(targets).items() if _can_say(bare)}
         bare_of = {name: bare for bare, name in self._target_names.items()}
         ties = [[bare_of[name] for name in names if name in bare_of] for names in names_of_ties(targets).values()]
         self._pairing = Pairing(
-            {bare: sources[name] for bare, name in self._source_names.items() if name not in hidden},
+            {bare: sources[name] for bare, name in self._source_names.items() if name not in part.hidden},
             {bare: targets[name] for bare, name in self._target_names.items()},
             {bare: names for names in ties for bare in names},
         )
@@ -109,7 +101,7 @@ class _Suggesting:
         wrong = [name for name, names in wanted.items() if got.get(name) != names]
         if surplus:
             reason = f"more than {_MOST_RULES} are needed; the names have no pattern"
-            self._unsure.append(Unsure(f"{len(surplus)} more rules", reason, is_suggested=False))
+            self._unsure.append(Unsure(f"{len(surplus)} more rules", reason))
         elif wrong:
             reason = "the rules do not give what was meant"
             self._unsure.append(Unsure(", ".join(wrong[:5]), reason, targets=tuple(wrong)))
@@ -147,7 +139,6 @@ class _Suggesting:
             pair.alternatives,
             tuple(name for mine, _ in names for name in mine),
             tuple(name for _, its in names for name in its),
-            is_suggested=all(pair is not other for other in self._pairing.unfit),
         )
 
     def _heads(
@@ -210,7 +201,6 @@ class _Suggesting:
                     (f"keep_model: {target.name(leaf)}", "on_mismatch: slice, pad or keep, where the first rows agree"),
                     tuple(self._source_names[bare] for bare in source.names()),
                     (self._target_names[target.name(leaf)],),
-                    is_suggested=False,
                 )
             )
 

@@ -60,7 +60,7 @@ def lacking_state(before: Group, fields: Group, state: Mapping[str, Any]) -> tup
     return None
 
 
-def other_class(saved: Mapping[str, Any], current: Sequence[Group] | None, optimizer_class: str) -> list[str]:
+def other_class(saved: Mapping[str, Any], current: Sequence[Group], optimizer_class: str) -> list[str]:
     """Whether the state is that of another class: by its record, else by the fields that tell algorithms apart."""
     recorded = saved.get("optimizer_class")
     if isinstance(recorded, str) and optimizer_class:
@@ -107,16 +107,12 @@ def several_groups(
     ]
 
 
-def ambiguous_fields(
-    chosen: Sequence[int | None], current: Sequence[Group] | None, policies: OptimizerPolicies
-) -> list[str]:
+def ambiguous_fields(chosen: Sequence[int | None], current: Sequence[Group], policies: OptimizerPolicies) -> list[str]:
     """Groups that differ now and would all get the fields of one stored group.
 
     ``chosen``: for each group of the optimizer, the number of the stored group that its fields are taken from.
     """
     problems: list[str] = []
-    if current is None:
-        return problems
     for stored in sorted({number for number in chosen if number is not None}):
         first, *others = (number for number, source in enumerate(chosen) if source == stored)
         for number in others:

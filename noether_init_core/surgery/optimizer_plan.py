@@ -99,10 +99,10 @@ def plan_optimizer(
     saved: Mapping[str, Any],
     groups: Sequence[Sequence[str]],
     shapes: Mapping[str, Shape],
+    current: Sequence[Group],
     *,
     origins: Mapping[str, ParameterOrigin] | None = None,
     aliases: Mapping[str, tuple[str, ...]] | None = None,
-    current: Sequence[Mapping[str, Any]] | None = None,
     optimizer_class: str = "",
     policies: OptimizerPolicies | None = None,
     where: str = "",
@@ -117,9 +117,9 @@ def plan_optimizer(
         saved: ``state``, ``param_groups`` and ``param_idx_to_name`` as stored; tensors are descriptions.
         groups: Names of the target's parameters, group by group.
         shapes: Shape of each of them.
+        current: The groups as they are.
         origins: Name in the model -> where its value comes from; names that are absent are the same on both sides.
         aliases: First name of a parameter -> all of its names; state is found under any of them.
-        current: The groups as they are, where their fields will be replaced by stored ones.
         optimizer_class: The class that the state is for; compared with the one that is recorded, where one is.
         policies: What is done where optimizer and file do not fit.
         where: The file, for messages.
@@ -156,10 +156,10 @@ class _Planner:
     #: Why state starts afresh that a rule did not ask for -> the parameters.
     reset: defaultdict[str, list[str]] = attrs.field(factory=lambda: defaultdict(list))
 
-    def plan(self, current: Sequence[Group] | None, optimizer_class: str) -> OptimizerPlan:
+    def plan(self, current: Sequence[Group], optimizer_class: str) -> OptimizerPlan:
         stored_groups: Sequence[Group] = self.saved["param_groups"]
         self.problems += other_class(self.saved, current, optimizer_class)
-        self.problems += unknown_fields((*stored_groups, *(current or ())), self.policies)
+        self.problems += unknown_fields((*stored_groups, *current), self.policies)
         ways = {name: self._origin(name) for names in self.groups for name in names}
         wanted = {source for origin in ways.values() for source in origin.sources}
         left = [name for name in self.stored if name not in wanted]
@@ -173,8 +173,9 @@ class _Planner:
             chosen.append(next(iter(from_groups), None))
             fields.append({} if chosen[-1] is None else fields_of(stored_groups[chosen[-1]], self.policies))
             differing = several_groups(number, from_groups, stored_groups, self.policies)
-            in_force = {**(current[number] if current else {}), **fields[-1]}
-            self.problems += differing or self._lacking(dict(zip(names, states[-1], strict=True)), ways, in_force)
+            self.problems += differing or self._lacking(
+                dict(zip(names, states[-1], strict=True)), ways, {**current[number], **fields[-1]}
+            )
         self.problems += ambiguous_fields(chosen, current, self.policies)
         self._report_unused(left)
         self.warnings += (

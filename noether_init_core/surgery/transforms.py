@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import attrs
 
-from noether_init_core.messages import yaml_line
 from noether_init_core.surgery.name_rules import WRAPPERS, NameMatch, Taken, bare_names, near
 from noether_init_core.surgery.patterns import NamePattern, PatternSet, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.plan import Problem
@@ -102,9 +101,6 @@ class Transforms:
             return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
         if lacks_dot(texts[0], file):
             return f". Next: {rule.field}: {texts[0]}. (a trailing dot means everything below)"
-        if _is_swapped(rule, file, model):
-            swapped = {"from": _texts(rule.targets), "to": _texts(rule.patterns)}
-            return f"; from is a name in the file, to one in the model. Next: {yaml_line(swapped)}"
         similar = near(texts[0], file, most=1)
         if not similar:
             return ""
@@ -242,19 +238,6 @@ def lacks_dot(text: str, names: Iterable[str]) -> bool:
     except ValueError:
         return False
     return any(map(PatternSet([parsed.expression]).matching, names))
-
-
-def _is_swapped(rule: Rule, sources: Iterable[str], targets: Iterable[str]) -> bool:
-    """Whether the file has what ``to`` says, and the model what ``from`` says."""
-    if not all(pattern.segments for pattern in (*rule.patterns, *rule.targets)):
-        return False
-    file, model = (PatternSet(one.expression for one in those) for those in (rule.targets, rule.patterns))
-    return any(map(file.matching, sources)) and any(map(model.matching, targets))
-
-
-def _texts(patterns: Sequence[NamePattern]) -> str | list[str]:
-    texts = [pattern.text for pattern in patterns]
-    return texts if texts[1:] else texts[0]
 
 
 def _said(taken: Taken) -> str:

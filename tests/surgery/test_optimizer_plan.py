@@ -44,7 +44,7 @@ def saved_state(net: Net, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def plan_for(saved: dict[str, Any], net: Net, optimizer: torch.optim.Optimizer, **more: Any) -> Any:
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-    return plan_optimizer(saved, optimizer_names(optimizer, net), shapes, **more)
+    return plan_optimizer(saved, optimizer_names(optimizer, net), shapes, optimizer.param_groups, **more)
 
 
 def test_state_follows_names_not_positions() -> None:
@@ -175,11 +175,11 @@ def test_every_field_that_differs_between_stored_groups_is_ambiguous() -> None:
     one = torch.optim.AdamW(net.parameters(), betas=(0.7, 0.8))
     for fields, listed in (({}, "amsgrad: config, betas: config"), ({"amsgrad": "config"}, "betas: config")):
         with pytest.raises(StateMismatchError) as caught:
-            plan_for(saved, net, one, current=one.param_groups, policies=OptimizerPolicies(fields=fields))
+            plan_for(saved, net, one, policies=OptimizerPolicies(fields=fields))
         (problem,) = caught.value.problems
         assert problem.endswith(f"param_groups: {{{listed}}}")
     own = OptimizerPolicies(fields={"amsgrad": "config", "betas": "config"})
-    apply_optimizer(plan_for(saved, net, one, current=one.param_groups, policies=own), one)
+    apply_optimizer(plan_for(saved, net, one, policies=own), one)
     assert (one.param_groups[0]["betas"], one.param_groups[0]["amsgrad"]) == ((0.7, 0.8), False)
     one.step()
     assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
@@ -189,7 +189,7 @@ def test_stored_groups_that_do_not_differ_become_one() -> None:
     """Nothing is ambiguous where all of them say the same."""
     net, two = stepped({"lr": 0.25}, {"lr": 0.25})
     one = torch.optim.AdamW(net.parameters())
-    plan = plan_for(copy.deepcopy(saved_state(net, two)), net, one, current=one.param_groups)
+    plan = plan_for(copy.deepcopy(saved_state(net, two)), net, one)
     assert plan.fields[0]["lr"] == 0.25
     assert all(state is not None for state in plan.state[0])
 
@@ -199,10 +199,10 @@ def test_a_field_that_needs_state_which_the_file_has_not_is_refused() -> None:
     net, optimizer = trained()
     saved = copy.deepcopy(saved_state(net, optimizer))
     other = torch.optim.AdamW(net.parameters(), amsgrad=True)
-    assert plan_for(saved, net, other, current=other.param_groups).fields[0]["amsgrad"] is False
+    assert plan_for(saved, net, other).fields[0]["amsgrad"] is False
     own = OptimizerPolicies(fields={"amsgrad": "config"})
     with pytest.raises(StateMismatchError) as caught:
-        plan_for(saved, net, other, current=other.param_groups, policies=own)
+        plan_for(saved, net, other, policies=own)
     assert caught.value.problems == (
         "amsgrad of the optimizer is True and needs max_exp_avg_sq, not found in the file for first.weight, "
         "first.bias, second.weight, second.bias. Next: build the optimizer without amsgrad, or load_optim: false",
@@ -246,7 +246,7 @@ def moved(values: dict[str, Any], before: tuple[int, ...], after: tuple[int, ...
         tuple(f"s{number}" for number in range(sources)), steps, source_shapes=(before,) * sources, **more
     )
     saved = state_of(values, before, sources=sources)
-    (row,) = plan_optimizer(saved, [["p"]], {"p": after}, origins={"p": origin}).state
+    (row,) = plan_optimizer(saved, [["p"]], {"p": after}, saved["param_groups"], origins={"p": origin}).state
     return row[0]
 
 
@@ -345,7 +345,8 @@ def test_fields_of_groups_can_stay_as_configured() -> None:
     net, optimizer = trained()
     saved = copy.deepcopy(saved_state(net, optimizer))
     other_optimizer = torch.optim.AdamW(net.parameters(), lr=0.5)
-    apply_optimizer(plan_for(saved, net, other_optimizer), other_optimizer, keep_fields=True)
+    policies = OptimizerPolicies(fields={"*": "config"})
+    apply_optimizer(plan_for(saved, net, other_optimizer, policies=policies), other_optimizer)
     assert other_optimizer.param_groups[0]["lr"] == 0.5
     assert net.first.weight in other_optimizer.state
 
@@ -362,17 +363,17 @@ def test_the_state_of_another_class_of_optimizer_is_refused() -> None:
     saved = copy.deepcopy(saved_state(net, optimizer))
     sgd = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
     with pytest.raises(StateMismatchError, match="another class of optimizer"):
-        plan_for(saved, net, sgd, current=sgd.param_groups)
+        plan_for(saved, net, sgd)
     adam = torch.optim.Adam(net.parameters())
     with pytest.raises(StateMismatchError, match="another class of optimizer"):
-        plan_for(saved, net, adam, current=adam.param_groups)
+        plan_for(saved, net, adam)
     recorded = {**saved, "optimizer_class": "torch.optim.adamw.AdamW"}
     with pytest.raises(
         StateMismatchError, match=r"of a torch\.optim\.adamw\.AdamW, the optimizer is a torch\.optim\.sgd"
     ):
-        plan_for(recorded, net, sgd, current=sgd.param_groups, optimizer_class="torch.optim.sgd.SGD")
+        plan_for(recorded, net, sgd, optimizer_class="torch.optim.sgd.SGD")
     again = torch.optim.AdamW(net.parameters())
-    plan_for(recorded, net, again, current=again.param_groups, optimizer_class="torch.optim.adamw.AdamW")
+    plan_for(recorded, net, again, optimizer_class="torch.optim.adamw.AdamW")
 
 
 def test_groups_that_differ_do_not_share_one_stored_group() -> None:
@@ -381,14 +382,14 @@ def test_groups_that_differ_do_not_share_one_stored_group() -> None:
     saved = copy.deepcopy(saved_state(net, optimizer))
     two = torch.optim.AdamW([{"params": net.first.parameters(), "lr": 1e-5}, {"params": net.second.parameters()}])
     with pytest.raises(StateMismatchError, match="groups 0 and 1 of the optimizer differ in lr"):
-        plan_for(saved, net, two, current=two.param_groups)
+        plan_for(saved, net, two)
     other = torch.optim.AdamW([{"params": net.first.parameters(), "eps": 1e-3}, {"params": net.second.parameters()}])
     with pytest.raises(StateMismatchError, match="groups 0 and 1 of the optimizer differ in eps"):
-        plan_for(saved, net, other, current=other.param_groups)
+        plan_for(saved, net, other)
     own = OptimizerPolicies(fields={"eps": "config"})
-    assert "eps" not in plan_for(saved, net, other, current=other.param_groups, policies=own).fields[0]
+    assert "eps" not in plan_for(saved, net, other, policies=own).fields[0]
     alike = torch.optim.AdamW([{"params": net.first.parameters()}, {"params": net.second.parameters()}])
-    assert plan_for(saved, net, alike, current=alike.param_groups).fields[1]["lr"] == 0.1
+    assert plan_for(saved, net, alike).fields[1]["lr"] == 0.1
 
 
 def test_state_is_found_under_another_name_of_a_shared_parameter() -> None:
