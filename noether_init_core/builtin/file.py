@@ -30,11 +30,8 @@ class FileInitializerConfig(SourceInitializerConfig):
     @pydantic.field_validator("digest")
     @classmethod
     def _check_digest(cls, value: str | None, info: pydantic.ValidationInfo) -> str | None:
-        if value is None:
-            return None
-        problem = digest_problem(value)
-        verify = info.data.get("verify", "full")
-        if not problem and verify != "full":
+        problem, verify = "" if value is None else digest_problem(value), info.data.get("verify", "full")
+        if value is not None and not problem and verify != "full":
             problem = (
                 f"a digest is compared by verify: full, the default; verify: {verify} would ignore it. "
                 "Leave out one of the two"

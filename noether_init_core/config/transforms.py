@@ -10,9 +10,9 @@ import pydantic
 from pydantic_core import CoreSchema, core_schema
 
 from noether_init_core.files.content import ITEMSIZES
+from noether_init_core.surgery.name_rules import Rule
 from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pattern, parse_regex
 from noether_init_core.surgery.steps import STEPS, Step, described, written
-from noether_init_core.surgery.transforms import Rule
 
 
 class _Strict(pydantic.BaseModel):

@@ -19,9 +19,8 @@ from noether_init_core.applying.optimizer_state import (
     torch_optimizer,
 )
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError, StateMismatchError, TornSetError
-from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.content import TensorInfo
-from noether_init_core.initializers.base import OptimizerStateConfig, Source
+from noether_init_core.initializers.base import OptimizerStateConfig
 from noether_init_core.initializers.session import OpenFile, Planned, WeightsSession, close_all
 from noether_init_core.models import Leaf
 from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
@@ -39,16 +38,14 @@ class OptimizerStep:
     Attributes:
         leaf: Its model.
         optimizer: The optimizer, without a wrapper around it.
-        source: The file of the state.
-        reader: The open file.
+        file: The open file of the state.
         plan: What is done; the tensors are descriptions until ``read``.
         is_read: Whether the tensors were read and verified.
     """
 
     leaf: Leaf
     optimizer: torch.optim.Optimizer
-    source: Source
-    reader: Checkpoint
+    file: OpenFile
     plan: OptimizerPlan
     is_read: bool = False
 
@@ -69,9 +66,9 @@ class OptimizerStep:
         parameters. Raises ``StateMismatchError`` for NaN and infinities, unless the config takes them.
         """
         states = [state for states in self.plan.state for state in states if isinstance(state, Mapping)]
-        fields = list(self.plan.fields)
+        fields, reader = list(self.plan.fields), self.file.reader
         examines = config.nonfinite != "ignore"
-        tensors = self.reader.read_all(list(_infos([states, fields])), verify=config.verify == "full", look=examines)
+        tensors = reader.read_all(list(_infos([states, fields])), verify=config.verify == "full", look=examines)
         warnings = self._nonfinite(states, fields) if examines else []
         if warnings and config.nonfinite == "error":
             raise StateMismatchError(
@@ -84,14 +81,14 @@ class OptimizerStep:
             if isinstance(value, TensorInfo):
                 # described twice, it gets memory twice, since each is updated by itself
                 if value not in tensors or value in given:
-                    return self.reader.read(value)
+                    return reader.read(value)
                 given.add(value)
                 return tensors[value]
             if not isinstance(value, Moved):
                 return value
             has_own_memory = bool(value.steps) or value.dtype is not None
             values = [tensors[one] if has_own_memory and one in tensors else made(one) for one in value.values]
-            return moved_value(value, values, self.source.location.name)
+            return moved_value(value, values, self.file.source.location.name)
 
         self.plan = attrs.evolve(
             self.plan,
@@ -141,9 +138,9 @@ class OptimizerStep:
 
     def _nonfinite(self, states: Sequence[Mapping[str, Any]], fields: Sequence[Mapping[str, Any]]) -> list[str]:
         """What holds NaN or infinities in the state, or NaN in the fields."""
-        file = self.source.location.name
+        file = self.file.source.location.name
         named = [(key, info) for state in states for key, value in state.items() for info in _infos(value)]
-        found = self.reader.nonfinite([info for _key, info in named])
+        found = self.file.reader.nonfinite([info for _key, info in named])
         keys = dict.fromkeys(key for key, info in named if info in found)
         return [f"{file}: {key} of the optimizer holds NaN or infinities" for key in keys] + [
             f"{file}: {key} of group {number} of the optimizer is NaN"
@@ -170,7 +167,7 @@ class LoadSession(WeightsSession):
         try:
             super().close_files()
         finally:
-            close_all(step.reader for step in steps)
+            close_all(step.file.reader for step in steps)
 
     def findings(self, planned: Planned) -> tuple[list[Problem], list[Problem]]:
         """What is known beforehand of the optimizers: problems, and warnings. Only headers are read."""
@@ -241,7 +238,7 @@ class LoadSession(WeightsSession):
                 self.restored.append(restored)
             self.kind.logger.info("%s: %s", self.config.kind, restored or f"no state for the optimizer of {path}")
         for step in steps:
-            step.reader.close()
+            step.file.reader.close()
         self._steps.clear()
 
     def _step(self, leaf: Leaf, planned: Planned) -> OptimizerStep:
@@ -254,7 +251,7 @@ class LoadSession(WeightsSession):
         if known is not None:
             if known.fits():
                 return known
-            file = OpenFile(known.source, known.reader)
+            file = known.file
         else:
             with self.stopwatch.phase("find"):
                 self.kind.select([leaf], "optim")
@@ -282,7 +279,7 @@ class LoadSession(WeightsSession):
             self._steps.pop(leaf.path, None)
             file.reader.close()
             raise
-        step = OptimizerStep(leaf, optimizer, file.source, file.reader, plan)
+        step = OptimizerStep(leaf, optimizer, file, plan)
         self._steps[leaf.path] = step
         return step
 

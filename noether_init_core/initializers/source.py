@@ -37,9 +37,8 @@ from noether_init_core.sets.selection import Selected, find_set, require
 from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.suggest.suggest import suggest
-from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
+from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Transforms
 from noether_init_core.surgery.plan import LoadPlan
-from noether_init_core.surgery.transforms import Transforms
 
 
 class SourceInitializer(InitializerBase, abc.ABC):

@@ -12,9 +12,9 @@ import attrs
 from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.messages import listed, one_line, yaml_line
 from noether_init_core.suggest.pairs import Pair
+from noether_init_core.surgery.name_rules import Transforms
 from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.steps import Concat, Reshape, Split, Stack, Step, Transpose, Unstack, written
-from noether_init_core.surgery.transforms import Transforms
 
 _MOST_SHOWN = 20
 

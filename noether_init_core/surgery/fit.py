@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 import attrs
 
 from noether_init_core.messages import listed, yaml_line
-from noether_init_core.surgery.name_rules import NameMatch, near, single_rename
+from noether_init_core.surgery.name_rules import NameMatch
+from noether_init_core.surgery.patterns import near
 from noether_init_core.surgery.plan import LOADED_BEFORE, WRITING, PlanRow, Problem, memory_of
 from noether_init_core.surgery.steps import (
     Cast,
@@ -299,7 +300,7 @@ class Problems:
             dict(zip(self._said(names), (tuple(specs[name].shape) for name in names), strict=True))
             for names, specs in sides
         )
-        found = single_rename(wanted, theirs)
+        found = _single_rename(wanted, theirs)
         if found is None:
             return ""
         src, dst = found
@@ -309,6 +310,23 @@ class Problems:
             return ""
         rule = {"from": src, "to": dst} if dst else {"from": f"{src}<rest..>", "to": "<rest..>"}
         return f" One rename fits all: - {yaml_line(rule)}"
+
+
+def _single_rename(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape]) -> tuple[str, str] | None:
+    """The one replacement ``(src, dst)`` in names of the file that yields every missing name, with its shape."""
+    first = next(iter(unexpected)).split(".")
+    for wanted in [name for name in missing if name.rpartition(".")[2] == first[-1]][:20]:
+        other = wanted.split(".")
+        shared = 0
+        while shared < min(len(first), len(other)) and first[-1 - shared] == other[-1 - shared]:
+            shared += 1
+        src, dst = (
+            ".".join(segments[: len(segments) - shared]) + ("." if len(segments) > shared else "")
+            for segments in (first, other)
+        )
+        if src and {name.replace(src, dst): shape for name, shape in unexpected.items()}.items() >= missing.items():
+            return src, dst
+    return None
 
 
 def _told(rows: Sequence[PlanRow]) -> tuple[PlanRow, list[str], str]:

@@ -1,23 +1,25 @@
-"""Rules on names: which entry of a file becomes which entry of a model. Pure."""
+"""Rules on names: which entry of a file becomes which entry of a model. Pure: names in, decisions out.
+
+``Transforms`` are the rules of a config. Every ``from`` is a name in the file and every ``to`` a name in the model; no
+rule sees what another has made. So swaps work, and two sources for one target are an error. ``NoetherSurgery`` are the
+fields of Noether, with its results. Either decides by ``match``, and says by ``unmatched`` what matched in no file.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Literal
 
 import attrs
 
-from noether_init_core import messages
+from noether_init_core.surgery.patterns import NamePattern, PatternSet, near, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.plan import Problem
-from noether_init_core.surgery.steps import Shape, Step
+from noether_init_core.surgery.steps import Step
 
 #: Segments that wrappers of modules put into names.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
-# The search for near names takes time by the product of their lengths.
-_LONGEST = 256
-_NUMBER = re.compile(r"\d+")
 _WRAPPER = re.compile("|".join(sorted(WRAPPERS)))
 
 
@@ -65,23 +67,6 @@ class NameMatch:
     astray: dict[str, tuple[str, str]] = attrs.Factory(dict)
     shadowed: defaultdict[str, set[str]] = attrs.field(factory=lambda: defaultdict(set))
     said: dict[str, str] = attrs.Factory(dict)
-
-
-class NameRules(Protocol):
-    """Surgery on names. Both methods are pure."""
-
-    def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
-        """Decide for one file and one model."""
-        ...
-
-    def unmatched(
-        self, matches: Sequence[NameMatch], sources: Sequence[str], targets: Sequence[str]
-    ) -> list[tuple[str, bool]]:
-        """Messages about rules that matched in none of the parts, each with whether it is an error.
-
-        ``sources`` and ``targets`` are the names of all files and models.
-        """
-        ...
 
 
 @attrs.frozen
@@ -183,6 +168,253 @@ class NoetherSurgery:
         return messages + [(f"{said} matches nothing", self.unmatched_is_error) for said in unmatched]
 
 
+@attrs.frozen
+class Rule:
+    """One rule; ``label`` names it in messages.
+
+    Attributes:
+        field: ``from``: names of the file that ``patterns`` match become ``targets`` of the model, by ``steps``;
+            ``drop``: they are ignored; ``only``: no others are considered; ``keep_model``: names of the model keep
+            their present value.
+        optional: Whether a ``from`` may match nothing.
+    """
+
+    field: Literal["from", "drop", "keep_model", "only"]
+    patterns: tuple[NamePattern, ...]
+    label: str = ""
+    targets: tuple[NamePattern, ...] = ()
+    steps: tuple[Step, ...] = ()
+    optional: bool = False
+
+
+@attrs.frozen
+class _Group:
+    """Names of the file that one rule takes together: number of the source in the rule -> name."""
+
+    rule: Rule
+    captures: Mapping[str, str]
+    names: dict[int, str] = attrs.Factory(dict)
+
+
+class Transforms:
+    """All rules of one initializer, with the roots that they are relative to. It can be used for any number of models.
+
+    Args:
+        rules: In the order of the config.
+        source_root: Names of the file outside it are reported as ``outside``; empty for all.
+        target_root: Names of the model outside it keep their value; empty for all.
+        warns: Whether a rule that matched nothing is a warning instead of an error.
+    """
+
+    def __init__(
+        self, rules: Sequence[Rule] = (), *, source_root: str = "", target_root: str = "", warns: bool = False
+    ) -> None:
+        self.rules = tuple(rules)
+        self.source_root = _prefix(source_root)
+        self.target_root = _prefix(target_root)
+        self._warns = warns
+        self._takers, self._taking = _asked(self.rules, "from", "drop")
+        self._only_rules, self._only = _asked(self.rules, "only")
+        self._keep_rules, self._keep = _asked(self.rules, "keep_model")
+
+    def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
+        """Decide for one file and one model."""
+        return _Matching(self, sources, targets).run()
+
+    def unmatched(
+        self, matches: Sequence[NameMatch], sources: Sequence[str], targets: Sequence[str]
+    ) -> list[tuple[str, bool]]:
+        """Rules that matched in none of the files, each with what they may have missed, and whether it is an error."""
+        matched = set[str]().union(*(match.matched for match in matches))
+        messages = []
+        for rule in self.rules:
+            if rule.label in matched or rule.optional:
+                continue
+            taken = sorted({label for match in matches for label in match.shadowed.get(rule.label, ())})
+            hint = f": what it would match is taken by {', '.join(taken)} before it. Next: move it up, or remove it"
+            if not taken:
+                file = [name.removeprefix(self.source_root) for name in sources]
+                hint = self._hint(rule, file, list(_below(self.target_root, bare_names(targets))))
+            messages.append((f"{rule.label} matches nothing{hint}", not self._warns))
+        return messages
+
+    @staticmethod
+    def _hint(rule: Rule, file: Sequence[str], model: Sequence[str]) -> str:
+        """What a rule that matched nothing may have missed, among names below the roots; empty where nothing tells."""
+        texts = [pattern.text for pattern in rule.patterns]
+        if rule.field == "keep_model":
+            dotted = next((text for text in texts if lacks_dot(text, model)), None)
+            if dotted is not None:
+                return f". Next: keep_model: {dotted}. (a trailing dot means everything below)"
+            similar = near(texts[0], model, most=1)
+            return f"; the model has {similar[0]}" if similar else "; it is about names of the model"
+        if not WRAPPERS.isdisjoint(texts[0].split(".")):
+            return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
+        if lacks_dot(texts[0], file):
+            return f". Next: {rule.field}: {texts[0]}. (a trailing dot means everything below)"
+        similar = near(texts[0], file, most=1)
+        if not similar:
+            return ""
+        better = repaired(rule.patterns[0], similar[0])
+        return f"; the file says {similar[0]}" + (f". Next: from: {better}" if better else "")
+
+
+def _asked(rules: Sequence[Rule], *fields: str) -> tuple[list[tuple[Rule, int]], PatternSet]:
+    """The patterns of the rules of some fields: for each its rule, and its number there; and all of them at once."""
+    asked = [(rule, index) for rule in rules if rule.field in fields for index in range(len(rule.patterns))]
+    return asked, PatternSet(rule.patterns[index].expression for rule, index in asked)
+
+
+class _Matching:
+    """The rules on one file and one model. Names are bare here: without roots and prefixes of wrappers."""
+
+    def __init__(self, transforms: Transforms, sources: tuple[str, ...], targets: tuple[str, ...]) -> None:
+        self._rules = transforms
+        self._targets = _below(transforms.target_root, bare_names(targets))
+        self._sources = _below(transforms.source_root, bare_names(sources))
+        self._exact_targets = _below(transforms.target_root, dict(zip(targets, targets, strict=True)))
+        reached = set(self._targets.values())
+        self._untouched = [name for name in targets if name not in reached]
+        self._match = NameMatch(
+            outside=frozenset(sources).difference(self._sources.values()),
+            said={name: bare for bare, name in (*self._targets.items(), *self._sources.items()) if name != bare},
+        )
+
+    def run(self) -> NameMatch:
+        match, keep = self._match, self._rules._keep_rules
+        for bare, name in self._targets.items() if keep else ():
+            for number in self._rules._keep.matching(bare):
+                label = keep[number][0].label
+                match.matched.add(label)
+                match.kept.setdefault(name, label)
+        groups, plain = self._choose()
+        for group in groups:
+            self._move(group)
+        self._take_by_name(plain)
+        for name in self._untouched:
+            match.kept.setdefault(name, f"outside target_root {self._rules.target_root}")
+        return match
+
+    def _take_by_name(self, plain: Mapping[str, str]) -> None:
+        """Names that no rule takes: exact ones first, since a module may really be called module."""
+        exact: set[str] = set()
+        left = {}
+        for bare, name in plain.items():
+            target = self._exact_targets.get(_cut(name, self._rules.source_root) or "")
+            if target is None:
+                left[bare] = name
+            else:
+                exact.add(target)
+                self._give(target, bare, Taken((name,), None if target == name else "the same name below the roots"))
+        for bare, name in left.items():
+            if self._targets.get(bare) in exact:
+                self._match.astray.setdefault(name, (self._rules.target_root + bare, ""))
+            else:
+                self._put(bare, Taken((name,), "prefix of a wrapper"), "")
+
+    def _choose(self) -> tuple[Iterable[_Group], dict[str, str]]:
+        """For each name the first rule that takes it: those of one rule and equal captures together, and the rest."""
+        groups: dict[tuple[Any, ...], _Group] = {}
+        plain: dict[str, str] = {}
+        match, takers, matching = self._match, self._rules._takers, self._rules._taking.matching
+        only = self._rules._only_rules
+        for bare, name in self._sources.items():
+            if only:
+                allowed = self._rules._only.matching(bare)
+                match.matched.update(only[number][0].label for number in allowed)
+                if not allowed:
+                    match.removed[name] = only[0][0].label
+                    continue
+            hits = matching(bare)
+            if not hits:
+                plain[bare] = name
+                continue
+            rule, index = takers[hits[0]]
+            for other in hits[1:] if len(hits) > 1 else ():
+                later = takers[other][0]
+                if later is not rule:
+                    match.shadowed[later.label].add(rule.label)
+            match.matched.add(rule.label)
+            if rule.field == "drop":
+                match.removed[name] = rule.label
+                continue
+            captures = rule.patterns[index].match(bare)
+            if captures is None:
+                raise AssertionError(f"{rule.patterns[index].text} matches {bare}, and does not")
+            key = (bare,) if len(rule.patterns) == 1 else (id(rule), *sorted(captures.items()))
+            groups.setdefault(key, _Group(rule, captures)).names[index] = bare
+        return groups.values(), plain
+
+    def _move(self, group: _Group) -> None:
+        rule, names = group.rule, group.names
+        if len(names) < len(rule.patterns):
+            have = ", ".join(names[index] for index in sorted(names))
+            lacking = (pattern for index, pattern in enumerate(rule.patterns) if index not in names)
+            lacks = ", ".join(pattern.fill(group.captures) for pattern in lacking)
+            message = f"{rule.label}: the file has {have} without {lacks}"
+            self._match.problems += (Problem("incomplete-group", message, "", tuple(names.values())),)
+            return
+        taken = tuple([self._sources[names[index]] for index in range(len(rule.patterns))])
+        for part, target in enumerate(rule.targets):
+            bare = target.fill(group.captures) if target.segments else names[0]
+            self._put(bare, Taken(taken, rule.label, rule.steps, part, len(rule.targets)), rule.label)
+
+    def _put(self, bare: str, taken: Taken, label: str) -> None:
+        name = self._targets.get(bare)
+        if name is not None:
+            self._give(name, bare, taken)
+            return
+        for source in taken.sources:
+            self._match.astray.setdefault(source, (self._rules.target_root + bare, label))
+
+    def _give(self, name: str, bare: str, taken: Taken) -> None:
+        match = self._match
+        if name in match.kept:
+            match.unused_kept.update(dict.fromkeys(taken.sources, name))
+            return
+        other = match.moves.setdefault(name, taken)
+        if other is not taken:
+            message = (
+                f"{bare} would be loaded twice: from {_said(other)} and from {_said(taken)}. Next: drop one of them"
+            )
+            match.problems += (Problem("two-sources", message, "", (*other.sources, *taken.sources)),)
+
+
+NameRules = NoetherSurgery | Transforms
+
+
+def lacks_dot(text: str, names: Iterable[str]) -> bool:
+    """Whether a trailing dot, for everything below, would make a rule with ``text`` match one of ``names``."""
+    if text.endswith("."):
+        return False
+    try:
+        parsed = parse_pattern(f"{text}.") if "<" in text else parse_glob(f"{text}.")
+    except ValueError:
+        return False
+    return any(map(PatternSet([parsed.expression]).matching, names))
+
+
+def _said(taken: Taken) -> str:
+    return f"{', '.join(taken.sources)} by {taken.rule or 'its name'}"
+
+
+def _prefix(root: str) -> str:
+    """With its dot, and without the prefixes of wrappers, which are gone from names before roots are looked at."""
+    segments = [segment for segment in root.split(".") if segment and segment not in WRAPPERS]
+    return ".".join((*segments, "")) if segments else ""
+
+
+def _cut(name: str, root: str) -> str | None:
+    """The name below ``root`` as it stands, with all that wrappers put into it; None outside."""
+    return name[len(root) :] if not root or (name.startswith(root) and name != root) else None
+
+
+def _below(root: str, names: Mapping[str, str]) -> dict[str, str]:
+    """Names below ``root``, without it."""
+    cuts = ((_cut(bare, root), name) for bare, name in names.items())
+    return {cut: name for cut, name in cuts if cut is not None}
+
+
 def bare_names(names: Iterable[str]) -> dict[str, str]:
     """Name without the segments of wrappers -> name. Where two would be one, both stay as they are."""
     names = tuple(names)
@@ -199,35 +431,3 @@ def _by_bare_name(names: Iterable[str]) -> dict[str, list[str]]:
             bare = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
         found.setdefault(bare, []).append(name)
     return found
-
-
-def single_rename(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape]) -> tuple[str, str] | None:
-    """The one replacement ``(src, dst)`` in names of the file that yields every missing name, with its shape."""
-    first = next(iter(unexpected)).split(".")
-    for wanted in [name for name in missing if name.rpartition(".")[2] == first[-1]][:20]:
-        other = wanted.split(".")
-        shared = 0
-        while shared < min(len(first), len(other)) and first[-1 - shared] == other[-1 - shared]:
-            shared += 1
-        src, dst = (
-            ".".join(segments[: len(segments) - shared]) + ("." if len(segments) > shared else "")
-            for segments in (first, other)
-        )
-        if src and {name.replace(src, dst): shape for name, shape in unexpected.items()}.items() >= missing.items():
-            return src, dst
-    return None
-
-
-def near(name: str, others: Sequence[str], most: int = 3) -> list[str]:
-    """Up to ``most`` of ``others`` that look like ``name``: those of the same leaf name before others.
-
-    Of names that differ in numbers only, such as those of layers, the first stands for all.
-    """
-    folded: dict[str, str] = {}
-    for other in others:
-        if len(other) <= _LONGEST:
-            folded.setdefault(_NUMBER.sub("#", other), other)
-    known = list(folded.values())
-    leaf = name.rpartition(".")[2]
-    same = [other for other in known if other.rpartition(".")[2] == leaf]
-    return messages.near(name, same, most, cutoff=0.5) or messages.near(name, known, most, cutoff=0.5)

@@ -10,7 +10,6 @@ import attrs
 
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.messages import listed
-from noether_init_core.surgery.name_rules import near
 from noether_init_core.surgery.optimizer_fields import (
     Group,
     OptimizerPolicies,
@@ -21,6 +20,7 @@ from noether_init_core.surgery.optimizer_fields import (
     several_groups,
     unknown_fields,
 )
+from noether_init_core.surgery.patterns import near
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Step
 
 #: State that has the shape of its parameter, whatever the optimizer.

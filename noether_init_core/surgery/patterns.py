@@ -14,8 +14,8 @@ from typing import Any
 import attrs
 import re2
 
+from noether_init_core import messages
 from noether_init_core.errors import ConfigError
-from noether_init_core.surgery import name_rules
 
 #: Under this name everything below a trailing dot is captured.
 BELOW = "_below"
@@ -27,6 +27,9 @@ _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _SEGMENTS = r"[^.]+(?:\.[^.]+)*"
 # A name may hold a line break, and no dot of ours may stop at one.
 _FLAGS = "(?s)"
+# The search for near names takes time by the product of their lengths.
+_LONGEST = 256
+_NUMBER = re.compile(r"\d+")
 
 
 @attrs.frozen
@@ -248,7 +251,7 @@ class NameGlobs(PatternSet):
     @staticmethod
     def near(name: str, others: Iterable[str]) -> list[str]:
         """Up to three of ``others`` that look like ``name``, for messages."""
-        return name_rules.near(name, list(others))
+        return near(name, list(others))
 
 
 def _is_encodable(name: str) -> bool:
@@ -260,3 +263,18 @@ def _is_encodable(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def near(name: str, others: Sequence[str], most: int = 3) -> list[str]:
+    """Up to ``most`` of ``others`` that look like ``name``: those of the same leaf name before others.
+
+    Of names that differ in numbers only, such as those of layers, the first stands for all.
+    """
+    folded: dict[str, str] = {}
+    for other in others:
+        if len(other) <= _LONGEST:
+            folded.setdefault(_NUMBER.sub("#", other), other)
+    known = list(folded.values())
+    leaf = name.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    return messages.near(name, same, most, cutoff=0.5) or messages.near(name, known, most, cutoff=0.5)

@@ -23,11 +23,10 @@ from noether_init_core.surgery.fit import (
     names_of_ties,
     ties,
 )
-from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken
+from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, lacks_dot
 from noether_init_core.surgery.patterns import PatternSet, parse_glob
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow, Problem, share_loaded
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Slice, Step, StepError, shapes_after
-from noether_init_core.surgery.transforms import lacks_dot
 
 # Elements that any step may make.
 _SMALL = 1 << 20

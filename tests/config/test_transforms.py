@@ -11,7 +11,7 @@ import pytest
 from noether_init_core import ConfigError, InitializerStack
 from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.stack.config_files import load_config_file
-from noether_init_core.surgery.transforms import Rule
+from noether_init_core.surgery.name_rules import Rule
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "exactly one of from, from_regex, drop, keep_model, only; this has none"),

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from noether_init_core.surgery.fit import PlanPart, TargetSpec
-from noether_init_core.surgery.name_rules import NoetherSurgery, Rename
+from noether_init_core.surgery.name_rules import NoetherSurgery, Rename, Rule, Transforms
 from noether_init_core.surgery.patterns import parse_glob, parse_pattern
 from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import Policies, plan_load
@@ -29,7 +29,6 @@ from noether_init_core.surgery.steps import (
     Transpose,
     Unstack,
 )
-from noether_init_core.surgery.transforms import Rule, Transforms
 
 SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "plan.schema.json").read_text())
 

@@ -16,12 +16,11 @@ from noether_init_core.render.terminal import PlanView, ReportView
 from noether_init_core.render.text import MARKS, amount, percent, place_of_rule
 from noether_init_core.sets.provenance import InitializerReport, InitReport, counts_in_words
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
-from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery
+from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rule, Transforms
 from noether_init_core.surgery.patterns import parse_glob, parse_pattern
 from noether_init_core.surgery.plan import Action, LoadPlan, Origin, PlanRow, Problem
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.steps import Split, Step, Transpose
-from noether_init_core.surgery.transforms import Rule, Transforms
 
 ORIGIN = "pretrain @ latest = E4_U16_S128"
 

@@ -18,10 +18,10 @@ from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.suggest.suggest import suggest
 from noether_init_core.surgery.fit import PlanPart, TargetSpec
+from noether_init_core.surgery.name_rules import Transforms
 from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import plan_load
 from noether_init_core.surgery.steps import Transpose
-from noether_init_core.surgery.transforms import Transforms
 
 Specs = dict[str, TargetSpec]
 BLOCKS = 2

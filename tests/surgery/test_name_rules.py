@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from hypothesis import given, strategies as st
 
-from noether_init_core.surgery.name_rules import NoetherSurgery, Rename, Taken, near
+from noether_init_core.surgery.name_rules import NoetherSurgery, Rename, Taken
+from noether_init_core.surgery.patterns import near
 
 SEGMENTS = st.sampled_from(["a", "aa", "b", "ab", "head", "norm", "0", "1"])
 KEYS = st.lists(SEGMENTS, min_size=1, max_size=3).map(".".join)

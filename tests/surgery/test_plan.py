@@ -10,10 +10,9 @@ import pytest
 from noether_init_core.config.transforms import TransformConfig, rule_of
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
-from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename
+from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename, Transforms
 from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow
 from noether_init_core.surgery.planner import Policies, plan_load
-from noether_init_core.surgery.transforms import Transforms
 
 
 def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:

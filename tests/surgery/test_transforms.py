@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from noether_init_core.config.transforms import TransformConfig, rule_of
-from noether_init_core.surgery.name_rules import NameMatch
+from noether_init_core.surgery.name_rules import NameMatch, Transforms
 from noether_init_core.surgery.patterns import PatternSet, parse_glob, parse_pattern, parse_regex
-from noether_init_core.surgery.transforms import Transforms
 
 
 def transforms(*rules: dict[str, Any], **more: Any) -> Transforms:
