@@ -12,7 +12,7 @@ import attrs
 from noether_init_core.messages import listed
 from noether_init_core.suggest.layer_names import Index, Layer, parent
 from noether_init_core.surgery.fit import square_grids
-from noether_init_core.surgery.steps import Interpolate, Shape
+from noether_init_core.surgery.steps import Concat, Interpolate, Shape, StepError, Transpose, shapes_after
 
 # names that are this much alike are about the same layer
 ALIKE = 0.6
@@ -300,12 +300,10 @@ def _fit_fused(one: Layer, parts: Sequence[Layer]) -> tuple[int, Flip] | None:
 
 def _joined(shapes: Sequence[Shape], dim: int, flip: Flip) -> Shape | None:
     """The shape of the fused layer: flipped, its parts are transposed where it is not."""
-    turned = [shape[::-1] if flip == "yes" else shape for shape in shapes]
-    rests = {shape[1:] if dim == 0 else shape[:-1] for shape in turned}
-    if len(rests) != 1:
+    try:
+        return shapes_after([Transpose(), Concat(dim)] if flip == "yes" else [Concat(dim)], shapes, 1)[1][0]
+    except StepError:
         return None
-    total, rest = sum(shape[dim] for shape in turned), rests.pop()
-    return (total, *rest) if dim == 0 else (*rest, total)
 
 
 def stacked(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:

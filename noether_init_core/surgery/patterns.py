@@ -114,12 +114,8 @@ def parse_pattern(text: str) -> NamePattern:
 def _segment(segment: str, text: str) -> _Segment:
     if not segment:
         raise ValueError(f"{text!r} has an empty segment")
-    literals, captures, at = [], [], 0
-    for found in _CAPTURE.finditer(segment):
-        literals.append(segment[at : found.start()])
-        captures.append(found[1])
-        at = found.end()
-    literals.append(segment[at:])
+    parts = _CAPTURE.split(segment)
+    literals, captures = parts[::2], parts[1::2]
     if any("<" in literal or ">" in literal for literal in literals):
         raise ValueError(f"{text!r} has a < or > without its counterpart in one segment")
     many = [capture for capture in captures if capture.endswith("..")]
@@ -145,14 +141,8 @@ def repaired(pattern: NamePattern, name: str) -> str | None:
     if not mine or any(segment.many for segment in mine) or len(theirs) < len(mine):
         return None
     wholes = [segment.written(str, "<{}>") for segment in mine]
-    candidates = [[*theirs[: max(surplus, 0)], *wholes]]
-    candidates.append(
-        [
-            whole if segment.captures or whole == their else their
-            for segment, whole, their in zip(mine, wholes, theirs, strict=False)
-        ]
-    )
-    for segments in candidates:
+    fitted = [their if not one.captures else whole for one, whole, their in zip(mine, wholes, theirs, strict=False)]
+    for segments in ([*theirs[: max(surplus, 0)], *wholes], fitted):
         text = ".".join(segments) + ("." if pattern.below else "")
         if text != pattern.text and parse_pattern(text).match(name) is not None:
             return text
