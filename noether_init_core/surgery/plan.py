@@ -219,14 +219,12 @@ class LoadPlan:
         """Number of rows of each action that occurs."""
         return dict(sorted(Counter(row.action for row in self.rows).items()))
 
-    def coverage(self, module: str = "") -> float:
+    def coverage(self) -> float:
         """Share of the elements of parameters that come from the checkpoint, from 0 to 1 (1 for no parameters).
 
-        Args:
-            module: Only those below this module, such as ``encoder.blocks``; empty for all. Tied parameters count once.
+        Tied parameters count once.
         """
-        below = f"{module}." if module else ""
-        return share_loaded(row for row in self.rows if (row.target or "").startswith(below) or row.target == module)
+        return share_loaded(self.rows)
 
     def coverage_by_module(self) -> dict[str, float]:
         """The coverage of every module with parameters below it, by path, parents first; the model's own is ``""``."""
