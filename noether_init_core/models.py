@@ -14,7 +14,7 @@ import attrs
 import torch
 
 from noether_init_core.errors import ConfigError, InvalidNameError, type_of
-from noether_init_core.paths import check_name
+from noether_init_core.paths import check_model_name
 
 
 @runtime_checkable
@@ -221,12 +221,7 @@ def _check_optimizer(name: str, module: torch.nn.Module, optimizer: Any) -> None
 def _model_name(name: str, what: str) -> str:
     if not isinstance(name, str):
         raise ConfigError(f"{what} must be a text, not {name!r}")
-    check_name(name, what)
-    if "=" in name:
-        raise InvalidNameError(
-            f"{what} {name!r} holds '=', which separates the parts of a checkpoint's file name", what=what, value=name
-        )
-    return name
+    return check_model_name(name, what)
 
 
 @attrs.frozen(eq=False)

@@ -71,6 +71,15 @@ def name_of_run(run_id: str | None, stage_name: str | None) -> str:
     return f"{run_id}/{stage_name}" if stage_name is not None else str(run_id)
 
 
+def check_model_name(value: str, what: str = "model_name") -> str:
+    """Return ``value`` if it can be the name of a model: a name without ``=``. Raises ``InvalidNameError``."""
+    if "=" in check_name(value, what):
+        raise InvalidNameError(
+            f"{what} {value!r} holds '=', which only a model_info may hold, such as ema=0.9", what=what, value=value
+        )
+    return value
+
+
 @attrs.frozen
 class PathProvider:
     """The folders of one run: ``<output_root>/[debug/]<run_id>/[<stage_name>/]checkpoints``.
@@ -121,11 +130,6 @@ class PathProvider:
             provider.stage_name,
             debug=bool(getattr(provider, "debug", False)),
         )
-
-    @property
-    def output_root_path(self) -> Path:
-        """Noether's name of ``output_root``."""
-        return self.output_root
 
     @property
     def run_output_path(self) -> Path:

@@ -12,7 +12,7 @@ import pydantic
 from noether_init_core.errors import ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.nested import mapped
-from noether_init_core.paths import check_name, check_run_id
+from noether_init_core.paths import check_model_name, check_name, check_run_id
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
@@ -71,15 +71,6 @@ def _named(what: str) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(lambda value: check_name(value, what))
 
 
-def _check_model_name(value: str) -> str:
-    check_name(value, "model_name")
-    if "=" in value:
-        model, _, info = value.partition("_") if value.index("=") > value.find("_") >= 0 else (value, "", "")
-        hint = f" Did you mean model_name: {model}, model_info: {info}?" if info else ""
-        raise ConfigError(f"model_name {value!r} holds '=', which only a model_info may hold.{hint}")
-    return value
-
-
 def _check_tag(value: Any) -> Any:
     """A tag is None, a text as it stands in file names, or an iteration: one field or all three."""
     if value is None:
@@ -111,7 +102,7 @@ def _is_count(value: Any) -> bool:
 
 RunId = Annotated[str, pydantic.AfterValidator(check_run_id)]
 StageName = Annotated[str, _named("stage_name")]
-ModelName = Annotated[str, pydantic.AfterValidator(_check_model_name)]
+ModelName = Annotated[str, pydantic.AfterValidator(check_model_name)]
 ModelInfo = Annotated[str, _named("model_info")]
 CheckpointTag = Annotated[str | dict[str, int] | None, pydantic.BeforeValidator(_check_tag)]
 

@@ -1,18 +1,17 @@
-"""AnyInitializer, the type of a config field for every registered kind, and the messages of its validation."""
+"""AnyInitializer, the type of a config field for every registered kind."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any, TypeAlias
 
 import pydantic
-from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
+from pydantic_core import CoreSchema, InitErrorDetails, ValidationError, core_schema
 
 from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig, kind_schema
 from noether_init_core.errors import ConfigError, KindError
-from noether_init_core.messages import near
 
 # True while the JSON schema of the kinds is being built: the config of a kind may itself have such a field.
 _inside_schema: ContextVar[bool] = ContextVar("_inside_schema", default=False)
@@ -62,18 +61,6 @@ def _validate(value: Any, info: core_schema.ValidationInfo) -> KindConfig:
         place = ("kind",) if isinstance(value, Mapping) else ()
         details = InitErrorDetails(type="value_error", loc=place, input=value, ctx={"error": error})
         raise ValidationError.from_exception_data("AnyInitializer", [details]) from error
-    except ValidationError as error:
-        found = [_worded(str(value["kind"]), problem) for problem in error.errors(include_url=False)]
-        raise ValidationError.from_exception_data("AnyInitializer", found) from error
-
-
-def _worded(kind: str, problem: ErrorDetails) -> InitErrorDetails:
-    """The same error with the message that a config file would get; its type and place stay."""
-    message = problem["msg"]
-    if problem["type"] in ("extra_forbidden", "missing", "list_type"):
-        message = explain(kind, problem["type"], message, problem["loc"], problem["input"])
-    worded = PydanticCustomError(problem["type"], message, problem.get("ctx"))
-    return InitErrorDetails(type=worded, loc=problem["loc"], input=problem["input"])
 
 
 def _config_classes() -> dict[str, type[KindConfig]]:
@@ -93,52 +80,3 @@ def _kind_schema(name: str, config_class: type[KindConfig], handler: pydantic.Ge
     except pydantic.errors.PydanticInvalidForJsonSchema:  # a field for Python only, such as a callable
         schema = {"type": "object", "properties": {"kind": {"type": "string"}}}
     return {**kind_schema(name, schema), "title": name}
-
-
-_OURS = "noether-init-core"
-
-
-def explain(kind: str, problem: str, message: str, path: Sequence[str | int], value: Any) -> str:
-    """The message for what is wrong with ``value`` at ``path`` in a config of ``kind``.
-
-    ``problem`` and ``message`` are pydantic's. A message that a nested config has explained already stays as it is.
-    """
-    fields = kinds.resolve(kind).config_class.model_fields if len(path) == 1 else {}
-    if (problem, message) == ("extra_forbidden", "Extra inputs are not permitted"):
-        known = fields or (_rule_keys() if path and path[0] == "transforms" else ())
-        similar = near(str(path[-1]), known, 1) if path else []
-        hint = "".join(f" Near: {one}." for one in similar)
-        owners = _owners(str(path[0]), kind) if fields else ""
-        if owners:
-            hint += f" {path[0]} belongs to the kind{'s' if ',' in owners else ''} {owners}."
-        elif fields and not similar:
-            hint = f" {kind} has: {', '.join(fields)}."
-        return f"unknown key.{hint} Next: noether-init schema {kind}"
-    if (problem, message) == ("missing", "Field required"):
-        description = fields[str(path[0])].description if path and path[0] in fields else None
-        return f"is missing{': ' + description if description else ''}"
-    if (problem, message) == ("list_type", "Input should be a valid list") and isinstance(value, str | int | float):
-        return f"{message}: [{value}]"
-    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
-
-
-def _owners(key: str, kind: str) -> str:
-    """The other kinds of this distribution that have a key; other distributions are not imported for a hint."""
-    names = {info.name for info in kinds.installed() if info.distribution == _OURS and info.blocked_by is None}
-    # Noether's names for the same kinds hold dots
-    return ", ".join(sorted(name for name in names - {kind} if "." not in name and key in _fields(name)))
-
-
-def _rule_keys() -> list[str]:
-    """Keys of rules and steps of ``transforms``."""
-    from noether_init_core.config.transforms import TransformConfig
-    from noether_init_core.surgery.steps import STEPS
-
-    return [*(field.alias or name for name, field in TransformConfig.model_fields.items()), *STEPS]
-
-
-def _fields(kind: str) -> Collection[str]:
-    try:
-        return kinds.resolve(kind).config_class.model_fields
-    except KindError:  # advice only
-        return ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from noether_init_core import kinds
 from noether_init_core.config.base import DECIDED, KindConfig
 from noether_init_core.config.document import Document, Entry, KeyPath, is_resolved, read_yaml, resolved_entries
 from noether_init_core.errors import ConfigError, KindError, type_of
-from noether_init_core.kinds.any_initializer import explain
 from noether_init_core.messages import near
 
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
@@ -282,7 +281,7 @@ def _explained(entry: Entry, error: pydantic.ValidationError) -> Iterator[Config
     messages: dict[KeyPath, dict[str, None]] = {}
     for problem in error.errors(include_url=False):
         path = _known_part(entry.config, problem["loc"], is_missing=problem["type"] == "missing")
-        message = explain(kind, problem["type"], problem["msg"], path, problem["input"])
+        message = _explain(kind, problem["type"], problem["msg"], path, problem["input"])
         messages.setdefault(path, {})[message] = None
     for path in sorted(messages, key=lambda path: entry.document.line(entry.place_of(path)) or 0):
         found = entry.document.error("; ".join(messages[path]), entry.place_of(path))
@@ -300,3 +299,52 @@ def _known_part(config: Any, location: Sequence[str | int], *, is_missing: bool)
         path.append(part)
         config = config[part]
     return tuple(path)
+
+
+_OURS = "noether-init-core"
+
+
+def _explain(kind: str, problem: str, message: str, path: Sequence[str | int], value: Any) -> str:
+    """The message for what is wrong with ``value`` at ``path`` in a config of ``kind``.
+
+    ``problem`` and ``message`` are pydantic's.
+    """
+    fields = kinds.resolve(kind).config_class.model_fields if len(path) == 1 else {}
+    if problem == "extra_forbidden":
+        known = fields or (_rule_keys() if path and path[0] == "transforms" else ())
+        similar = near(str(path[-1]), known, 1) if path else []
+        hint = "".join(f" Near: {one}." for one in similar)
+        owners = _owners(str(path[0]), kind) if fields else ""
+        if owners:
+            hint += f" {path[0]} belongs to the kind{'s' if ',' in owners else ''} {owners}."
+        elif fields and not similar:
+            hint = f" {kind} has: {', '.join(fields)}."
+        return f"unknown key.{hint} Next: noether-init schema {kind}"
+    if problem == "missing":
+        description = fields[str(path[0])].description if path and path[0] in fields else None
+        return f"is missing{': ' + description if description else ''}"
+    if problem == "list_type" and isinstance(value, str | int | float):
+        return f"{message}: [{value}]"
+    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+
+
+def _owners(key: str, kind: str) -> str:
+    """The other kinds of this distribution that have a key; other distributions are not imported for a hint."""
+    names = {info.name for info in kinds.installed() if info.distribution == _OURS and info.blocked_by is None}
+    # Noether's names for the same kinds hold dots
+    return ", ".join(sorted(name for name in names - {kind} if "." not in name and key in _fields(name)))
+
+
+def _rule_keys() -> list[str]:
+    """Keys of rules and steps of ``transforms``."""
+    from noether_init_core.config.transforms import TransformConfig
+    from noether_init_core.surgery.steps import STEPS
+
+    return [*(field.alias or name for name, field in TransformConfig.model_fields.items()), *STEPS]
+
+
+def _fields(kind: str) -> Collection[str]:
+    try:
+        return kinds.resolve(kind).config_class.model_fields
+    except KindError:  # advice only
+        return ()

@@ -8,10 +8,12 @@ from typing import Any
 
 import attrs
 import pluggy
+import xxhash
 
 from noether_init_core import kinds
 from noether_init_core.applying.targets import model_targets
 from noether_init_core.errors import ConfigError, type_of
+from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.initializers.base import InitializerBase, LoadedFile, Outcome, Session, dotted, with_delegates
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds import hookspec
@@ -279,14 +281,11 @@ class Written:
 
 def values_of(model: Any) -> dict[tuple[str, str], str]:
     """(path of a single model, name) -> digest of the bytes, for every parameter and buffer that has memory."""
-    import torch
-    import xxhash
-
     found = {}
     for place, tensor, _is_parameter in _entries(model):
         if not tensor.is_meta:
-            plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-            found[place] = xxhash.xxh3_128_hexdigest(plain.view(torch.uint8).numpy().data)
+            plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+            found[place] = xxhash.xxh3_128_hexdigest(memory_of_tensor(plain))
     return found
 
 
