@@ -122,7 +122,7 @@ class ComposedModel:
 
 
 def bind(
-    module: torch.nn.Module | BoundModel,
+    module: torch.nn.Module,
     name: str | None = None,
     optimizer: Any = None,
     is_frozen: bool | None = None,
@@ -131,7 +131,7 @@ def bind(
     """A view on ``module`` that can be initialized, resumed and saved; the module itself is left as it is.
 
     Args:
-        module: Any module, also on the meta device. A view is bound anew, keeping what is not given.
+        module: Any module, also on the meta device.
         name: Name of the model in checkpoint files. Needed where the module has no ``name`` of its own.
         optimizer: The optimizer of its parameters; None means the module's own ``optimizer``, or no optimizer.
         is_frozen: A frozen model's optimizer is neither saved nor resumed. None: no parameter requires a gradient.
@@ -140,14 +140,6 @@ def bind(
     Raises ``ConfigError`` where there is no module or no name, and for an optimizer that is none or holds parameters of
     another module; ``InvalidNameError`` for a name that no file can have.
     """
-    if isinstance(module, BoundModel):
-        return bind(
-            module.module,
-            module.name if name is None else name,
-            module.optimizer if optimizer is None else optimizer,
-            module._is_frozen if is_frozen is None else is_frozen,
-            module._device if device is None else device,
-        )
     if not isinstance(module, torch.nn.Module):
         raise ConfigError(f"bind() takes a torch.nn.Module, not {type_of(module)}")
     if name is None:

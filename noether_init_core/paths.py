@@ -107,8 +107,7 @@ class PathProvider:
         import datetime
         import secrets
 
-        alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
-        run_id = f"{datetime.date.today():%Y-%m-%d}_" + "".join(secrets.choice(alphabet) for _ in range(5))
+        run_id = f"{datetime.date.today():%Y-%m-%d}_{secrets.token_hex(3)[:5]}"
         return cls(Path(output_root), run_id, stage_name, debug=debug, run_id_is_generated=True)
 
     @classmethod

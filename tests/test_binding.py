@@ -67,14 +67,12 @@ def test_attributes_of_the_module_are_taken() -> None:
 
 
 def test_arguments_beat_attributes() -> None:
-    """What is given to bind wins over the module's own, also over a view's."""
+    """What is given to bind wins over the module's own."""
     module = Named()
     optimizer = torch.optim.SGD([module.weight], lr=1.0)
     model = bind(module, name="other", optimizer=optimizer, is_frozen=False, device="cpu")
     assert (model.name, model.is_frozen, model.device) == ("other", False, torch.device("cpu"))
     assert model.optimizer is optimizer
-    again = bind(model, name="third")
-    assert (again.name, again.module, again.optimizer, again.is_frozen) == ("third", module, optimizer, False)
 
 
 def test_submodules_called_name_or_device_are_no_attributes() -> None:

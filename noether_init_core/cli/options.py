@@ -51,11 +51,11 @@ def _configs(incomplete: str) -> Iterator[str]:
 
 def _config(context: typer.Context, path: Path) -> Path:
     """The path, if it can be that of a config; else the command line is wrong, and not the config."""
-    from noether_init_core.config.document import check_is_text
+    from noether_init_core.config.document import content_of
 
     if not context.resilient_parsing:
         try:
-            check_is_text(path)
+            content_of(path)
         except InitError as error:
             show_text(str(error), err=True)
             raise typer.Exit(2) from error
@@ -266,7 +266,7 @@ def _as_model(built: Any, said: str, name: str | None) -> Any:
     from noether_init_core.models import BoundModel, CompositeModelLike, ModelLike, bind
 
     if isinstance(built, BoundModel) and name is not None:
-        return bind(built, name)
+        return bind(built.module, name, built.optimizer, built.is_frozen, built.device)
     if isinstance(built, ModelLike | CompositeModelLike) and (name is None or not isinstance(built, torch.nn.Module)):
         return built
     if not isinstance(built, torch.nn.Module):

@@ -68,7 +68,7 @@ class Entry:
 
     Attributes:
         config: A mapping, or a config that was built in Python.
-        submodel: Path of names of the part of a composite that it is for; None: the whole model.
+        submodel: Path of names of the part of a composite that it is for; empty: the whole model.
         hooks: The hooks that it takes part in; None: all five.
         place: Its path in the document.
         places: Where single keys stand that are not below ``place``: the root keys of a resolved config that make a
@@ -77,7 +77,7 @@ class Entry:
     """
 
     config: Mapping[str, Any] | KindConfig
-    submodel: tuple[str, ...] | None = None
+    submodel: tuple[str, ...] = ()
     hooks: frozenset[str] | None = None
     place: KeyPath = ()
     places: Mapping[str, KeyPath] = attrs.field(factory=dict, repr=False)
@@ -118,7 +118,7 @@ _MAP, _SEQUENCE, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq",
 
 def read_yaml(path: Path) -> Document:
     """Read one YAML document. Raises ``ConfigFileError`` with line and key, also for a file that cannot be read."""
-    content = _content(path)
+    content = content_of(path)
     try:
         # BaseLoader resolves no scalar, and it keeps explicit tags, by which they can be told and refused.
         node = yaml.compose(content, Loader=yaml.BaseLoader)
@@ -137,12 +137,8 @@ def read_yaml(path: Path) -> Document:
     return Document(value, path, reader.lines, reader.refusals)
 
 
-def check_is_text(path: Path) -> None:
-    """Raise ``ConfigFileError`` for what cannot be a config, whatever is in it: no file, a folder, a checkpoint."""
-    _content(path)
-
-
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """Raises ``ConfigFileError`` for what cannot be a config, whatever is in it: no file, a folder, a checkpoint."""
     if not path.exists():
         raise ConfigFileError(f"does not exist{_instead(path.parent, path.name)}", path=path)
     if path.is_dir():
@@ -306,7 +302,7 @@ def _of_model(model: Mapping[str, Any], place: KeyPath, names: tuple[str, ...], 
         raise document.error("must be a list of mappings, each with a kind", place)
     for number, item in enumerate(items or ()):
         here = (*place, number)
-        yield Entry(_mapping(item, here, document), names or None, MODEL_HOOKS, here, document=document)
+        yield Entry(_mapping(item, here, document), names, MODEL_HOOKS, here, document=document)
 
 
 def _of_part(value: Any, place: KeyPath, names: tuple[str, ...], document: Document) -> Iterator[Entry]:

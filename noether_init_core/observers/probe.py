@@ -160,7 +160,7 @@ def _words(source: CheckpointSet) -> str:
 
 
 def _differs(one: Compared) -> str:
-    if one.difference is None or one.is_exact:
+    if one.difference is None or one.changed is not None:
         return f"{one.path} {one.problem}"
     return f"{one.path} differs by {one.difference:.2g} of the norm, more than {one.tolerance:g}"
 
@@ -168,7 +168,7 @@ def _differs(one: Compared) -> str:
 def _all_well(compared: Sequence[Compared]) -> str:
     if all(one.is_same for one in compared):
         return "same bits"
-    worst = max((one for one in compared if not one.is_exact), key=lambda one: one.difference or 0.0)
+    worst = max((one for one in compared if one.changed is None), key=lambda one: one.difference or 0.0)
     return f"differs by {worst.difference:.1g} of the norm, within {worst.tolerance:g}"
 
 

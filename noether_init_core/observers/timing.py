@@ -56,12 +56,8 @@ class TimingObserver:
         return found
 
 
-def in_words(timings: Iterable[Timing]) -> str:
-    """``read 52.1 ms, 1.21 GB at 23.2 GB/s``, and so on for each phase."""
-    return "; ".join(map(_said, timings))
-
-
-def _said(one: Timing) -> str:
+def in_words(one: Timing) -> str:
+    """``read 52.1 ms, 1.21 GB at 23.2 GB/s``."""
     words = f"{one.phase} {_seconds(one.seconds)}"
     if not one.nbytes:
         return words
@@ -70,7 +66,7 @@ def _said(one: Timing) -> str:
 
 
 def _tell(initializer: Any, what: str, seconds: str, timings: Iterable[Timing], word: str = "") -> None:
-    said = "  ".join(filter(None, (word, in_words(timings))))
+    said = "  ".join(filter(None, (word, "; ".join(map(in_words, timings)))))
     print(f"timing  {initializer.config.kind:<14} {what:<16} {seconds:>9}  {said}".rstrip(), file=sys.stderr)
 
 

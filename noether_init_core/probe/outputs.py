@@ -103,11 +103,6 @@ class Compared:
     problem: str = ""
     changed: float | None = None
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether it holds what is not rounded."""
-        return self.changed is not None
-
 
 def outputs_of(returned: Any) -> tuple[Output, ...]:
     """Every tensor, number and text in what a model returned.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,9 +12,10 @@ import xxhash
 
 from noether_init_core import kinds
 from noether_init_core.applying.targets import model_targets
+from noether_init_core.config.document import Entry
 from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.files.reading import memory_of_tensor
-from noether_init_core.initializers.base import InitializerBase, LoadedFile, Outcome, Session, dotted, with_delegates
+from noether_init_core.initializers.base import InitializerBase, LoadedFile, Outcome, Session, with_delegates
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds import hookspec
 from noether_init_core.kinds.hookspec import HOOK_NAMES, PROJECT_NAME, hookimpl
@@ -26,15 +27,13 @@ from noether_init_core.surgery.steps import described
 
 @attrs.frozen(eq=False)
 class Member:
-    """An initializer, the part of the model that it is for, the hooks that it is called for, its place in the config.
+    """An initializer, and the entry of the config that asked for it.
 
     ``units`` are its delegates, depth first, and itself.
     """
 
     initializer: InitializerBase
-    submodel: tuple[str, ...] = ()
-    hooks: frozenset[str] = frozenset(HOOK_NAMES)
-    where: Callable[..., str] = dotted
+    entry: Entry = attrs.Factory(lambda: Entry({}))
     units: tuple[InitializerBase, ...] = attrs.field(init=False)
 
     @units.default
@@ -49,18 +48,18 @@ class Member:
     @property
     def called(self) -> frozenset[str]:
         """The hooks that the stack calls for it."""
-        return self.hooks - self.initializer.skipped_hooks
+        return frozenset(HOOK_NAMES if self.entry.hooks is None else self.entry.hooks) - self.initializer.skipped_hooks
 
     def new_sessions(self) -> Iterator[tuple[InitializerBase, Session]]:
         """A session for each unit."""
         for one in self.units:
             session = one.new_session()
-            session.where = self.where
+            session.where = self.entry.where
             yield one, session
 
     def part(self, model: Any) -> Any:
         """The part of the model that it is for. Raises ``ConfigError`` where there is none."""
-        return submodel_of(model, self.submodel)
+        return submodel_of(model, self.entry.submodel)
 
 
 @attrs.frozen(eq=False)
@@ -416,7 +415,7 @@ def reported(
                 timings=outcome.timings,
             )
         )
-        path, name = ".".join((str(model.name), *member.submodel)), str(one.part.name)
+        path, name = ".".join((str(model.name), *member.entry.submodel)), str(one.part.name)
         for unit, plan in one.plans:
             own = outcome if unit is member.initializer else unit.outcome()
             carried.append(Carried(unit.config.kind, plan, own, path, name))

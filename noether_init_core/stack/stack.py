@@ -100,7 +100,9 @@ class InitializerStack:
             resumed, decision = _resumed(path_provider, loaded.resume)
             if resumed is not None:
                 entries = [resumed]
-        members = tuple([_member(entry, path_provider) for entry in entries])
+        members = tuple(
+            [Member(kinds.create(validate_entry(entry), path_provider=path_provider), entry) for entry in entries]
+        )
         stack = cls([member.initializer for member in members], observers=observers)
         stack._members, stack._auto_resume = members, decision
         return stack
@@ -341,12 +343,6 @@ def _watched(model: Any, kind: str, call: Callable[[], Any], written: dict[int, 
     after = values_of(model)
     changed = frozenset(place for place, digest in after.items() if before.get(place) != digest)
     written[number] = Written(kind, changed)
-
-
-def _member(entry: Entry, path_provider: Any) -> Member:
-    initializer = kinds.create(validate_entry(entry), path_provider=path_provider)
-    hooks = frozenset(HOOK_NAMES) if entry.hooks is None else entry.hooks
-    return Member(initializer, entry.submodel or (), hooks, entry.where)
 
 
 def _resumed(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:

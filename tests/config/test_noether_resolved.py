@@ -74,8 +74,8 @@ def test_entries_come_in_the_order_in_which_noether_applies_them(tmp_path: Path)
         (("encoder",), WEIGHTS, "model.encoder.initializers.0"),
         (("encoder",), WEIGHTS, "model.encoder.initializers.1"),
         (("decoder", "inner"), WEIGHTS, "model.decoder.submodels.inner.initializers.0"),
-        (None, WEIGHTS, "model.initializers.0"),
-        (None, None, "trainer.initializer"),
+        ((), WEIGHTS, "model.initializers.0"),
+        ((), None, "trainer.initializer"),
     ]
     assert [entry.line for entry in loaded.entries] == [21, 25, 32, 12, 38]
     assert loaded.resume is None
@@ -108,7 +108,7 @@ def test_a_root_resume_is_the_last_entry_with_the_tag_as_written(tmp_path: Path,
         "checkpoint_tag": tag,
         "model_name": "autoenc",
     }
-    assert (entries[-1].submodel, entries[-1].hooks, entries[-1].key_path) == (None, None, "resume_run_id")
+    assert (entries[-1].submodel, entries[-1].hooks, entries[-1].key_path) == ((), None, "resume_run_id")
 
 
 def test_a_root_resume_alone_needs_no_other_key() -> None:

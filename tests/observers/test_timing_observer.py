@@ -123,4 +123,4 @@ def test_a_hook_that_fails_has_its_line_and_its_error(capsys: pytest.CaptureFixt
 )
 def test_phases_in_words(timing: Timing, words: str) -> None:
     """Seconds, bytes and rate, three digits each; no rate of no time."""
-    assert in_words([timing]) == words
+    assert in_words(timing) == words

@@ -86,7 +86,7 @@ def test_a_file_gives_its_entries_in_order(tmp_path: Path) -> None:
     )
     assert [dict(entry.config) for entry in loaded.entries] == [{"kind": "sample", "run_id": "a"}, {"kind": "strict"}]
     assert [(entry.line, entry.key_path) for entry in loaded.entries] == [(4, "initializers.0"), (7, "initializers.1")]
-    assert all(entry.submodel is None and entry.hooks is None for entry in loaded.entries)
+    assert all(entry.submodel == () and entry.hooks is None for entry in loaded.entries)
     assert (loaded.resume is not None, loaded.observers) == (True, ("timing",))
     assert loaded.document.path == tmp_path / "init.yaml"
 
