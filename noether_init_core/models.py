@@ -21,14 +21,11 @@ from noether_init_core.paths import check_model_name
 class ModelLike(Protocol):
     """A single model: a module with a name and at most one optimizer."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def optimizer(self) -> Any: ...
-    @property
-    def is_frozen(self) -> bool: ...
-    @property
-    def device(self) -> torch.device: ...
+    name: Any
+    optimizer: Any
+    is_frozen: Any
+    device: Any
+
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -37,10 +34,8 @@ class ModelLike(Protocol):
 class CompositeModelLike(Protocol):
     """A model made of named submodels, each a model, a composite, or None."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def submodels(self) -> Mapping[str, Any]: ...
+    name: Any
+    submodels: Any
 
 
 def check_model(model: Any) -> None:

@@ -21,7 +21,6 @@ _Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 #: How many values are kept of one output; of a larger one as many random places, always the same ones.
 MOST_VALUES = 1 << 18
 _SEED = 0x6E6F6574686572
-_MAX_DEPTH = 60
 #: A constant this many times larger than the typical value of its output is compared apart: it would hide the others.
 _HUGE = 100.0
 #: Part of the values that have to be the same, or nearly so, to count as a constant, such as that of a mask.
@@ -107,13 +106,11 @@ class Compared:
 def outputs_of(returned: Any) -> tuple[Output, ...]:
     """Every tensor, number and text in what a model returned.
 
-    Mappings, tuples, lists, dataclasses and attrs classes are searched; ``uncompared`` names what else there is.
+    Mappings, tuples, lists and dataclasses are searched; ``uncompared`` names what else there is.
 
     Raises ``ConfigError`` where there is nothing of that, and for tensors that have no plain memory.
     """
-    found = tuple(
-        _output(path, value) for path, value in _leaves(returned, "output", 0) if isinstance(value, _COMPARED)
-    )
+    found = tuple(_output(path, value) for path, value in _leaves(returned, "output") if isinstance(value, _COMPARED))
     if not found:
         raise ConfigError(f"the model returns {type_of(returned)} without a tensor in it")
     return found
@@ -123,7 +120,7 @@ def uncompared(returned: Any) -> tuple[str, ...]:
     """Objects in what a model returned that cannot be compared, in words; None is none of them."""
     return tuple(
         f"{path} ({type_of(value)})"
-        for path, value in _leaves(returned, "output", 0)
+        for path, value in _leaves(returned, "output")
         if value is not None and not isinstance(value, _COMPARED)
     )
 
@@ -199,15 +196,13 @@ def compare(
     )
 
 
-def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
-    if depth > _MAX_DEPTH:
-        raise ConfigError(f"{path[:200]}: what the model returns is nested more than {_MAX_DEPTH} deep")
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     children = None if isinstance(value, torch.Tensor) else _children(value)
     if children is None:
         yield path, value
         return
     for key, child in children:
-        yield from _leaves(child, f"{path}.{key}", depth + 1)
+        yield from _leaves(child, f"{path}.{key}")
 
 
 def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
@@ -215,17 +210,12 @@ def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
         return list(value.items())
     if isinstance(value, tuple | list):
         return enumerate(value)
-    fields: Any = ()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-    elif attrs.has(type(value)):
-        fields = attrs.fields(type(value))
-    return [(field.name, getattr(value, field.name, None)) for field in fields] or None
+        return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+    return None
 
 
 def _output(path: str, value: Any) -> Output:
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        value = str(value)
     if isinstance(value, str):
         digest = xxhash.xxh3_128_hexdigest(value.encode("utf-8", "surrogatepass"))
         return Output(path=path, shape=(), dtype="str", digest=f"xxh3_128:{digest}", values=torch.empty(0))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pydantic
 import torch
 
-from noether_init_core.errors import CheckpointFormatError, ConfigError, type_of
+from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.files.plain_data import plain
 from noether_init_core.models import BoundModel, leaf_models
 from noether_init_core.nested import equal, mapped
@@ -53,14 +53,10 @@ class Probe(pydantic.BaseModel):
 def take(model: Any, batch: Any) -> Probe:
     """Run ``model`` on a batch and keep both; the model and the process are as before, see ``quietly``.
 
-    Raises ``ConfigError`` for a batch that cannot be kept, and for a model that cannot be run on it.
+    Raises ``CheckpointFormatError`` for a batch that cannot be kept, ``ConfigError`` for a model that cannot be run on
+    it.
     """
-    try:
-        kept = _changed(plain(batch, "probe"), torch.Tensor.clone)
-    except CheckpointFormatError as error:
-        raise ConfigError(
-            f"{error}. A probe holds tensors, plain values, and dicts, lists and tuples of them. Nothing was written"
-        ) from error
+    kept = _changed(plain(batch, "probe"), torch.Tensor.clone)
     reason = hindrance(model)
     if reason:
         raise ConfigError(f"probe: {model.name} cannot be run here: {reason}. Nothing was written. Next: save without")

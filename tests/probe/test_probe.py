@@ -9,12 +9,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import attrs
 import numpy as np
 import pytest
 import torch
 
-from noether_init_core import ConfigError, bind, compose
+from noether_init_core import CheckpointFormatError, ConfigError, bind, compose
 from noether_init_core.probe.outputs import Compared, compare, outputs_of, tolerance_for, uncompared
 from noether_init_core.probe.probe import called, repeat, take
 
@@ -285,18 +284,13 @@ class Data:
     name: str = "data"
 
 
-@attrs.frozen
-class Values:
-    hidden: Any
-
-
 Pair = collections.namedtuple("Pair", ["first", "second"])
 
 
 def test_tensors_are_found_in_every_usual_structure() -> None:
-    """Mappings, tuples, lists, dataclasses, attrs classes; numbers and texts count, None does not."""
+    """Mappings, tuples, lists, dataclasses; numbers and texts count, None does not."""
     x = torch.zeros(1)
-    nested = {"a": x, "b": [x, Pair(x, (x,))], "c": Data(x), "d": Values({"e": x}), "f": None, 3: x, "g": "text"}
+    nested = {"a": x, "b": [x, Pair(x, (x,))], "c": Data(x), "f": None, 3: x, "g": "text"}
     assert [one.path for one in outputs_of(collections.OrderedDict(nested))] == [
         "output.a",
         "output.b.0",
@@ -304,7 +298,6 @@ def test_tensors_are_found_in_every_usual_structure() -> None:
         "output.b.1.1.0",
         "output.c.logits",
         "output.c.name",
-        "output.d.hidden.e",
         "output.3",
         "output.g",
     ]
@@ -323,8 +316,8 @@ def test_an_output_that_holds_itself_is_refused() -> None:
     """Instead of a recursion without end."""
     endless: list[Any] = []
     endless.append(endless)
-    with pytest.raises(ConfigError, match="nested more than 60 deep"):
-        outputs_of(endless)
+    with pytest.raises(ConfigError, match="net cannot be run on it: RecursionError"):
+        take(model(Calling(lambda _self, _inputs: endless)), BATCH)
 
 
 def test_a_sparse_output_is_refused() -> None:
@@ -511,7 +504,6 @@ def test_many_other_whole_numbers_are_no_rounding() -> None:
         (0.5, 0.6, "differs"),
         (0.5, 0.5 + 1e-7, ""),
         (3, 4, "has other values"),
-        (10**30, 10**30 + 1, "has other values"),
         (True, False, "has other values"),
         ("yes", "no", "has other values"),
         (True, 1.0, "has the dtype float64, it had bool"),
@@ -618,21 +610,33 @@ def test_the_batch_is_kept_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("batch", "said"),
     [
-        (np.zeros(3), "a NumPy array cannot be saved"),
-        (object(), "a object cannot be saved"),
         ({"x y": BATCH}, "net cannot be run on it: TypeError"),
         ({0: BATCH}, "net cannot be run on it: TypeError"),
         (BATCH.double(), "net cannot be run on it: RuntimeError"),
         ((BATCH, BATCH), "net cannot be run on it: TypeError"),
-        (BATCH.to("meta"), "on the meta device"),
     ],
-    ids=["array", "object", "words", "number", "dtype", "too many", "meta"],
+    ids=["words", "number", "dtype", "too many"],
 )
-def test_a_batch_that_cannot_be_kept_or_run_is_refused(batch: Any, said: str) -> None:
+def test_a_batch_that_the_model_cannot_be_run_on_is_refused(batch: Any, said: str) -> None:
     """With what is wrong with it."""
     with pytest.raises(ConfigError, match=said) as caught:
         take(model(torch.nn.Linear(2, 2)), batch)
     assert "Nothing was written" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (np.zeros(3), "a NumPy array cannot be saved"),
+        (object(), "a object cannot be saved"),
+        (BATCH.to("meta"), "on the meta device"),
+    ],
+    ids=["array", "object", "meta"],
+)
+def test_a_batch_that_cannot_be_kept_is_refused(batch: Any, said: str) -> None:
+    """As any value that could not be read again."""
+    with pytest.raises(CheckpointFormatError, match=said):
+        take(model(torch.nn.Linear(2, 2)), batch)
 
 
 def test_a_batch_follows_the_dtype_of_the_model() -> None:
