@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
@@ -104,10 +105,7 @@ class PathProvider:
     @classmethod
     def generate(cls, output_root: Path | str, stage_name: str | None = None, *, debug: bool = False) -> Self:
         """A provider with a new run id: the date and five random characters. For runs that never resume."""
-        import datetime
-        import secrets
-
-        run_id = f"{datetime.date.today():%Y-%m-%d}_{secrets.token_hex(3)[:5]}"
+        run_id = f"{date.today():%Y-%m-%d}_{os.urandom(3).hex()[:5]}"
         return cls(Path(output_root), run_id, stage_name, debug=debug, run_id_is_generated=True)
 
     @classmethod

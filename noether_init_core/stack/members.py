@@ -69,13 +69,11 @@ class Prepared:
     Attributes:
         member: The member.
         part: The part of the model that it is for.
-        hooks: The hooks that the stack calls for it.
         plans: Each with the initializer that states it; none where nothing is said beforehand.
     """
 
     member: Member
     part: Any
-    hooks: frozenset[str]
     plans: tuple[tuple[InitializerBase, LoadPlan], ...]
 
 
@@ -88,11 +86,11 @@ def prepare(
     """
     loaded: frozenset[int] = frozenset()
     for member in members:
-        hooks, part = member.called, member.part(model)
+        part = member.part(model)
         # nobody asks what the last one writes
         is_last = member is members[-1]
-        plans, loaded = _prepare(member.initializer, hooks, part, loaded, check, is_last=is_last)
-        yield Prepared(member, part, hooks, tuple(plans))
+        plans, loaded = _prepare(member.initializer, member.called, part, loaded, check, is_last=is_last)
+        yield Prepared(member, part, tuple(plans))
 
 
 def _prepare(
@@ -198,13 +196,7 @@ class HookCaller:
                     )
         # registered last, so that it is called innermost
         self._recorder = _Recorder()
-        self._manager.register(self._recorder)
-        try:
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            raise ConfigError(
-                f"{type(error.plugin).__name__} cannot be called: {error}. The hooks are {', '.join(HOOK_NAMES)}"
-            ) from error
+        self._register(self._recorder, None)
 
     def call(self, hook: str, initializer: InitializerBase, **arguments: Any) -> Any:
         """What ``hook`` of ``initializer`` returned.
@@ -230,10 +222,12 @@ class HookCaller:
     def _register(self, plugin: Any, name: str | None) -> None:
         try:
             self._manager.register(plugin, name=name)
+            self._manager.check_pending()
         except ValueError as error:
             raise ConfigError(f"{type(plugin).__name__} is in the stack twice; make another instance") from error
         except pluggy.PluginValidationError as error:
-            raise ConfigError(f"{type(plugin).__name__} cannot be called: {error}") from error
+            hooks = ", ".join(HOOK_NAMES)
+            raise ConfigError(f"{type(plugin).__name__} cannot be called: {error}. The hooks are {hooks}") from error
 
 
 @attrs.frozen
@@ -403,7 +397,7 @@ def reported(
             InitializerReport(
                 kind=member.kind,
                 distribution=offers.get(member.kind, ""),
-                hooks=tuple(hook for hook in called if hook in one.hooks),
+                hooks=tuple(hook for hook in called if hook in member.called),
                 origins=tuple((one.model, one.description, ", ".join(one.files)) for one in planned.origins),
                 counts=planned.counts(),
                 coverage=planned.coverage() if one.plans else None,

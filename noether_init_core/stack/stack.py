@@ -135,7 +135,7 @@ class InitializerStack:
         with self._in_sessions():
             for position, prepared in enumerate(prepare(self._members, model)):
                 plans += [(position, plan) for _unit, plan in prepared.plans]
-                if plans and not prepared.plans and "init_weights" in prepared.hooks:
+                if plans and not prepared.plans and "init_weights" in prepared.member.called:
                     said = f"{prepared.member.kind} comes later and states no plan: what it writes is not in this plan"
                     warning = Problem("unplanned", said, str(prepared.part.name), ())
                     number, last = plans[-1]
@@ -301,7 +301,7 @@ class InitializerStack:
         for hook in hooks:
             for number, one in enumerate(prepared):
                 member = one.member
-                if hook not in one.hooks:
+                if hook not in member.called:
                     continue
                 given = {"model": one.part, "trainer": trainer, "callbacks": callbacks}
                 call: Callable[[], Any] = functools.partial(self._hooks.call, hook, member.initializer, **given)

@@ -28,5 +28,4 @@ from noether_init_core.testing.plugin import (
     pytest_collection_modifyitems as pytest_collection_modifyitems,
     source_run as source_run,
     temporary_kind as temporary_kind,
-    tiny_models as tiny_models,
 )

@@ -323,11 +323,8 @@ class InitializerConformance(ConfigChecks, WeightChecks, StateChecks):
             if not hasattr(cls, name):
                 raise TypeError(f'{cls.__name__} does not say {name} = "..."')
         checks = {name for name in dir(cls) if name.startswith("test_")}
-        for name, reason in cls.expected_failures.items():
-            if name not in checks:
-                raise TypeError(f"{cls.__name__}.expected_failures names {name}, which is no check of the kit")
-            if not reason.strip():
-                raise TypeError(f"{cls.__name__}.expected_failures[{name!r}] needs the reason")
+        for name in cls.expected_failures.keys() - checks:
+            raise TypeError(f"{cls.__name__}.expected_failures names {name}, which is no check of the kit")
 
 
 def secret_fields(cls: type[pydantic.BaseModel]) -> Iterator[str]:

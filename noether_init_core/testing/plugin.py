@@ -15,7 +15,7 @@ import torch
 from noether_init_core import kinds
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.paths import PathProvider
-from noether_init_core.testing.cases import SHAPES, Case, Counter, NumberedTrainer, SavedRun, new_model, saved_run
+from noether_init_core.testing.cases import Case, Counter, NumberedTrainer, SavedRun, new_model, saved_run
 from noether_init_core.testing.checks import Checks
 
 _MODEL_SEED = 2
@@ -72,12 +72,6 @@ def _another_folder(parent: Path) -> Path:
     folder = parent / f"{len(list(parent.iterdir()))}"
     folder.mkdir()
     return folder
-
-
-@pytest.fixture
-def tiny_models() -> Mapping[str, Any]:
-    """One model of every shape of ``SHAPES``."""
-    return {shape: new_model(shape, _MODEL_SEED) for shape in SHAPES}
 
 
 @pytest.fixture
