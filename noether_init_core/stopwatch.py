@@ -64,15 +64,15 @@ class Stopwatch:
         self._running.append(name)
         try:
             yield
-            self.count(name, nbytes or 0)
+            self.count(nbytes or 0)
         finally:
             self._switch()
             self._running.pop()
 
-    def count(self, name: str, nbytes: int) -> None:
-        """Add bytes to a phase whose number is known only afterwards."""
+    def count(self, nbytes: int) -> None:
+        """Add bytes to the phase that runs, where their number is known only afterwards."""
         if nbytes:
-            self._nbytes[name] += nbytes
+            self._nbytes[self._running[-1]] += nbytes
 
     @property
     def timings(self) -> tuple[Timing, ...]:

@@ -198,7 +198,7 @@ def _show_plan(stack: InitializerStack, model: Any, planned: LoadPlan, show_all:
 
 def _notes(stack: InitializerStack, model: Any) -> dict[tuple[int, str], str]:
     """Whether a manifest vouches for each file; none where it cannot be located again, since the plan is valid."""
-    from noether_init_core.files.verification import Digests
+    from noether_init_core.files.checkpoint import Digests
 
     try:
         return {

@@ -10,15 +10,14 @@ import abc
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
 import attrs
 
 from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.files.content import Box, TensorInfo, Versions
-from noether_init_core.files.examining import Finding
 from noether_init_core.files.reading import Materializer, check_targets, nonfinite_in
-from noether_init_core.files.verification import Verified
+from noether_init_core.memory import Finding
 from noether_init_core.messages import listed, near
 from noether_init_core.nested import equal
 
@@ -30,6 +29,55 @@ Key = str | TensorInfo
 AnyKey = TypeVar("AnyKey", bound=str | TensorInfo)
 #: What is read, the box of it (None: all), and the tensor of the same shape that it goes into.
 Copy = tuple[Key, Box | None, "torch.Tensor"]
+
+
+class TensorDigest(Protocol):
+    """One tensor as its writer describes it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def values(self) -> Literal["finite", "infinities", "NaN"] | None: ...
+
+
+@attrs.frozen
+class Digests:
+    """What a manifest, a signature or a person says of one file.
+
+    Attributes:
+        file: Digest of all bytes: ``xxh3_128:<hex>`` or ``sha256:<hex>``.
+        size: Number of bytes.
+        records: ``digest_of_records`` of a file of torch.save. With it, the header is compared with ``tensors`` and
+            each tensor with its own digest, which is faster than to compare ``file``.
+        tensors: Key -> what was written, and whether its values were finite.
+    """
+
+    file: str | None = None
+    size: int | None = None
+    records: str | None = None
+    tensors: Mapping[str, TensorDigest] = attrs.field(factory=dict, repr=False)
+
+
+@attrs.frozen
+class Verified:
+    """What ``verify`` has compared.
+
+    Attributes:
+        by: ``crc32``, ``xxh3_128`` or ``sha256``; ``unverifiable`` where there is nothing to compare the bytes with.
+        nbytes: Bytes that were read for it; 0 where an earlier call had compared them.
+        claimed_by: Name of the class that says so, where it is none of this package.
+    """
+
+    by: str
+    nbytes: int = 0
+    claimed_by: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.by}, claimed by {self.claimed_by}" if self.claimed_by else self.by
 
 
 class Checkpoint(abc.ABC):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from noether_init_core.errors import CheckpointError, CheckpointFormatError
 from noether_init_core.files import reading
-from noether_init_core.files.checkpoint import AnyKey, Checkpoint, Copy, Key
+from noether_init_core.files.checkpoint import AnyKey, Checkpoint, Copy, Digests, Key, Verified
 from noether_init_core.files.content import (
     Box,
     Content,
@@ -21,12 +20,11 @@ from noether_init_core.files.content import (
     is_state_dict,
     state_dict_of,
 )
-from noether_init_core.files.examining import Finding
 from noether_init_core.files.formats.safetensors import is_safetensors, read_safetensors
 from noether_init_core.files.formats.torch_zip import read_torch_zip
 from noether_init_core.files.storage.handle import Handle, Storage, open_file
-from noether_init_core.files.verification import Digests, Verification, Verified, digest_of_records
-from noether_init_core.memory import no_garbage_collection
+from noether_init_core.files.verification import Verification, digest_of_records
+from noether_init_core.memory import Finding, no_garbage_collection
 from noether_init_core.messages import one_line
 from noether_init_core.stopwatch import Stopwatch
 
@@ -109,9 +107,11 @@ class FileCheckpoint(Checkpoint):
         # digests speak of the keys that a file has where no tree is named
         written = self._tensors if entry is None else self._select(usual)[0]
         others = {**beside, **self.extra_state}
-        self._verification = Verification(
-            handle, content, digests, written, lambda: {**content.graph.tensors(others), **self._tensors}
-        )
+
+        def named() -> Mapping[str, TensorInfo]:
+            return {**content.graph.tensors(others), **self._tensors}
+
+        self._verification = Verification(handle, content, digests, written, named, stopwatch.count)
         self.is_verifiable = self._verification.is_possible
 
     @property
@@ -158,10 +158,10 @@ class FileCheckpoint(Checkpoint):
         wanted = list(self._infos(leaves))
         found, targets = reading.allocated(self._handle, self._verification.whole_records(wanted))
         if verify:
-            with self._examining("verify"):
+            with self._stopwatch.phase("verify"):
                 self._verification.verify(look=wanted if look else (), targets=targets)
         elif targets:
-            with self._examining("read"):
+            with self._stopwatch.phase("read"):
                 self._verification.examine((), wanted if look else (), targets)
         left = [info for info in wanted if info not in found]
         with self._stopwatch.phase("read", sum(info.nbytes for info in left)):
@@ -195,7 +195,7 @@ class FileCheckpoint(Checkpoint):
         materializer = reading.Materializer(self._read_own, self._content.versions, self.path, self._handle.size)
         with self._stopwatch.phase("read"):
             converted = materializer.convert(value)
-        self._stopwatch.count("read", materializer.nbytes)
+            self._stopwatch.count(materializer.nbytes)
         self._handle.check_unchanged()
         return converted
 
@@ -208,13 +208,13 @@ class FileCheckpoint(Checkpoint):
         its bytes. A safetensors file carries no checksums, ever: without a digest, a line in the log says so.
         """
         infos = None if keys is None else self._infos(keys).values()
-        with self._examining("verify"):
+        with self._stopwatch.phase("verify"):
             return self._verification.verify(infos, part, look=self._infos(look).values())
 
     def nonfinite(self, keys: Iterable[AnyKey]) -> dict[AnyKey, Finding]:
         """Those of the tensors that hold ``NaN`` or ``infinities``; none is read into memory as a whole."""
         infos = self._infos(keys)
-        with self._examining("verify"):
+        with self._stopwatch.phase("verify"):
             found = self._verification.nonfinite(infos.values())
         return {key: found[info] for key, info in infos.items() if info in found}
 
@@ -273,15 +273,6 @@ class FileCheckpoint(Checkpoint):
 
     def _read_own(self, info: TensorInfo) -> torch.Tensor:
         return reading.read_tensor(self._handle, self._info(info))
-
-    @contextmanager
-    def _examining(self, phase: str) -> Iterator[None]:
-        before = self._verification.examined
-        try:
-            with self._stopwatch.phase(phase):
-                yield
-        finally:  # damage is told when all was read
-            self._stopwatch.count(phase, self._verification.examined - before)
 
 
 def _tensors_in(tree: Any) -> dict[str, TensorInfo]:

@@ -25,9 +25,8 @@ from noether_init_core.files.content import (
     children,
     span,
 )
-from noether_init_core.files.examining import Finding
 from noether_init_core.files.storage.handle import CHUNK, Handle, LocalFile, Transfer
-from noether_init_core.memory import in_large_pages
+from noether_init_core.memory import Finding, in_large_pages
 from noether_init_core.messages import listed
 from noether_init_core.stopwatch import Stopwatch
 

@@ -1,5 +1,8 @@
 """What is known of an open file: digests from elsewhere, which of its bytes are those that were written, which values
-are not finite.
+are not finite; and the one pass over the file that tells.
+
+Several threads read into a small buffer each, or straight into memory of the caller where that is given; nothing else
+is allocated, however large the file is.
 """
 
 from __future__ import annotations
@@ -8,78 +11,31 @@ import bisect
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Literal, NoReturn, Protocol
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NoReturn
 
 import attrs
 import xxhash
+from isal import isal_zlib
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError
+from noether_init_core.files.checkpoint import Digests, TensorDigest, Verified
 from noether_init_core.files.content import Content, Piece, Record, TensorInfo
-from noether_init_core.files.examining import Finding, Stretch, Values, can_be_nonfinite, damage, examine
 from noether_init_core.files.reading import nonfinite_in, read_tensor
-from noether_init_core.files.storage.handle import Handle
+from noether_init_core.files.storage.handle import GROUP, Handle, by_threads
+from noether_init_core.memory import BUFFER, Finding, can_be_nonfinite, nonfinite
 from noether_init_core.messages import listed
 
-
-class TensorDigest(Protocol):
-    """One tensor as its writer describes it."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def values(self) -> Literal["finite", "infinities", "NaN"] | None: ...
-
-
-@attrs.frozen
-class Digests:
-    """What a manifest, a signature or a person says of one file.
-
-    Attributes:
-        file: Digest of all bytes: ``xxh3_128:<hex>`` or ``sha256:<hex>``.
-        size: Number of bytes.
-        records: ``digest_of_records`` of a file of torch.save. With it, the header is compared with ``tensors`` and
-            each tensor with its own digest, which is faster than to compare ``file``.
-        tensors: Key -> what was written, and whether its values were finite.
-    """
-
-    file: str | None = None
-    size: int | None = None
-    records: str | None = None
-    tensors: Mapping[str, TensorDigest] = attrs.field(factory=dict, repr=False)
-
-
-@attrs.frozen
-class Verified:
-    """What ``verify`` has compared.
-
-    Attributes:
-        by: ``crc32``, ``xxh3_128`` or ``sha256``; ``unverifiable`` where there is nothing to compare the bytes with.
-        nbytes: Bytes that were read for it; 0 where an earlier call had compared them.
-        claimed_by: Name of the class that says so, where it is none of this package.
-    """
-
-    by: str
-    nbytes: int = 0
-    claimed_by: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.by}, claimed by {self.claimed_by}" if self.claimed_by else self.by
+_logger = logging.getLogger(__name__)
+_REPLACED = "is not the file that was committed"
+_NEXT = "It was written over. Next: take an older checkpoint"
 
 
 def digest_of_records(records: Iterable[Record]) -> str:
     """``xxh3_128:...`` of the names, places, sizes and CRC-32 of all records; it stands for every byte in them."""
     lines = [f"{record.name}\0{record.offset}\0{record.size}\0{record.crc}\n" for record in records]
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(''.join(lines).encode())}"
-
-
-_logger = logging.getLogger(__name__)
-_REPLACED = "is not the file that was committed"
-_NEXT = "It was written over. Next: take an older checkpoint"
 
 
 class Verification:
@@ -91,6 +47,7 @@ class Verification:
         digests: What is known of it from elsewhere.
         tensors: The tensors that ``digests`` speaks of, by key.
         named: Gives all tensors by name, for messages.
+        count: Is told how many bytes were read, as soon as they were.
     """
 
     def __init__(
@@ -100,6 +57,7 @@ class Verification:
         digests: Digests,
         tensors: Mapping[str, TensorInfo],
         named: Callable[[], Mapping[str, TensorInfo]],
+        count: Callable[[int], None],
     ) -> None:
         self._handle = handle
         self._content = content
@@ -107,6 +65,7 @@ class Verification:
         self._digests = digests
         self._tensors = tensors
         self._named = named
+        self._count = count
         filled = [record for record in self._records.values() if record.size]
         self._offsets = [record.offset for record in filled]
         self._filled = filled
@@ -118,8 +77,7 @@ class Verification:
         # not every manifest knows of records
         self._is_by_file = digests.file is not None and (digests.records is None or not self._has_checksums)
         self._agrees = False
-        #: Bytes that have been read to be compared, or looked at.
-        self.examined = 0
+        self._examined = 0
 
     def verify(
         self,
@@ -137,7 +95,7 @@ class Verification:
             look: Tensors whose values are looked at.
             targets: Record -> memory for all of its bytes.
         """
-        before = self.examined
+        before = self._examined
         chosen: set[str] = set()
         if self._is_by_file:
             self._compare_file()
@@ -157,7 +115,7 @@ class Verification:
         if chosen:
             self._handle.check_unchanged()
             self._left -= chosen
-        return Verified(by, self.examined - before)
+        return Verified(by, self._examined - before)
 
     def nonfinite(self, infos: Iterable[TensorInfo]) -> dict[TensorInfo, Finding]:
         """Those tensors that hold NaN or infinities, and which. What a pass has looked at is not read again."""
@@ -209,7 +167,8 @@ class Verification:
             if self._has_checksums:  # names the keys, where it is damage and not another file
                 self.examine(self._records)
             raise
-        self.examined += self._handle.size
+        self._examined += self._handle.size
+        self._count(self._handle.size)
         self._handle.check_unchanged()
         self._left.clear()
 
@@ -299,13 +258,14 @@ class Verification:
         ]
         if not stretches:
             return
-        findings = examine(self._handle, stretches)
-        self.examined += findings.nbytes
-        if findings.damaged:
-            self._refuse_damage(stretch.name for stretch in findings.damaged)
+        damaged, found, nbytes = examine(self._handle, stretches)
+        self._examined += nbytes
+        self._count(nbytes)
+        if damaged:
+            self._refuse_damage(stretch.name for stretch in damaged)
         for name, ranges in looked_at.items():
             for values, infos in ranges.items():
-                finding = findings.nonfinite.get((name, values))
+                finding = found.get((name, values))
                 for info in infos:
                     is_sure = finding is None or info.dense is not None
                     # a view has gaps, and what was found may lie in one of them
@@ -330,4 +290,161 @@ class Verification:
                 record = self.record_of(piece)
                 if record is not None and record.name in keys:
                     keys[record.name].append(key)
-        raise damage(self._handle.path, keys)
+        raise self._handle.damage(keys)
+
+
+# The pass over a file.
+
+
+@attrs.frozen
+class Values:
+    """Floating-point elements from byte ``begin`` to ``end`` of a stretch, to be looked at for NaN and infinities."""
+
+    begin: int
+    end: int
+    dtype: str
+
+
+@attrs.frozen(eq=False)
+class Stretch:
+    """Neighbouring bytes of the file that have one checksum.
+
+    Attributes:
+        name: For the caller.
+        offset: Place of the first byte.
+        size: Number of bytes.
+        crc: Expected CRC-32; None: not compared.
+        digest: Expected ``xxh3_128:<hex>``, compared instead of ``crc``.
+        values: What to look at; whole elements, counted from the first byte of the stretch.
+        target: Memory of ``size`` bytes that the bytes are read into; None: they are only looked at.
+    """
+
+    name: str
+    offset: int
+    size: int
+    crc: int | None = None
+    digest: str | None = None
+    values: tuple[Values, ...] = ()
+    target: memoryview | None = None
+
+
+def examine(
+    handle: Handle, stretches: Sequence[Stretch]
+) -> tuple[list[Stretch], dict[tuple[str, Values], Finding], int]:
+    """Read every stretch once, compare it and look at its values. Raises ``CheckpointCorruptError`` if the file ends.
+
+    Returns the stretches whose bytes are not those that were written; what is not finite, by the name of the stretch
+    and the place in it; and how many bytes were read. A stretch with neither checksum, values nor target is not read.
+    """
+    for stretch in stretches:
+        if stretch.target is not None and stretch.target.nbytes != stretch.size:
+            raise ValueError(f"{stretch.name}: {stretch.target.nbytes} bytes of memory for {stretch.size} bytes")
+    parts = _parts(stretches)
+    work = _Work(handle)
+    by_threads([(part.nbytes, part) for part in parts], work.read_group)
+    crcs: dict[Stretch, int] = {}
+    for part, crc in sorted(work.crcs.items(), key=lambda item: item[0].position):
+        crcs[part.stretch] = isal_zlib.crc32_combine(crcs.get(part.stretch, 0), crc, part.nbytes)
+    damaged = [
+        one
+        for one in stretches
+        if (crcs.get(one) != one.crc if one.digest is None else work.digests[one] != one.digest)
+    ]
+    # of one place, NaN comes after infinities, and so it counts
+    found = sorted(work.found, key=lambda item: item[2], reverse=True)
+    nonfinite = {(name, values): finding for name, values, finding in found}
+    return damaged, nonfinite, sum(part.nbytes for part in parts)
+
+
+@attrs.frozen
+class _Part:
+    """What one thread takes at a time; ``begin`` counts in the stretch, ``position`` in the file."""
+
+    stretch: Stretch
+    begin: int
+    nbytes: int
+
+    @property
+    def position(self) -> int:
+        return self.stretch.offset + self.begin
+
+
+def _parts(stretches: Sequence[Stretch]) -> list[_Part]:
+    """In the order of the file; large stretches are split where their checksum can be combined of parts."""
+    parts = []
+    for one in sorted(stretches, key=lambda stretch: stretch.offset):
+        if one.crc is not None or one.digest is not None or one.values or one.target is not None:
+            step = max(one.size, 1) if one.digest is not None else GROUP
+            parts += [_Part(one, at, min(step, one.size - at)) for at in range(0, max(one.size, 1), step)]
+    return parts
+
+
+class _Work:
+    """What the threads share; every operation on the containers is a single step."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._own = threading.local()
+        self.crcs: dict[_Part, int] = {}
+        self.digests: dict[Stretch, str] = {}
+        self.found: set[tuple[str, Values, Finding]] = set()
+
+    def read_group(self, group: list[_Part]) -> None:
+        """One pass over neighbouring parts; one read serves as many small ones as it holds."""
+        together: list[_Part] = []
+        for part in group:
+            is_alone = part.stretch.target is not None or part.nbytes > BUFFER
+            if together and (is_alone or part.position + part.nbytes > together[0].position + BUFFER):
+                self._read_together(together)
+                together = []
+            if is_alone:
+                self._look(part, self._pieces(part))
+            else:
+                together.append(part)
+        if together:
+            self._read_together(together)
+
+    def _buffer(self) -> memoryview:
+        """One for each thread, made once: its pages are touched for the first time only once."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(bytearray(BUFFER))
+        return self._own.buffer  # type: ignore[no-any-return]  # what is kept for a thread has no type
+
+    def _read_together(self, parts: Sequence[_Part]) -> None:
+        begin = parts[0].position
+        data = self._buffer()[: max(part.position + part.nbytes for part in parts) - begin]
+        self._handle.read_into(data, begin, parts[0].stretch.name)
+        for part in parts:
+            at = part.position - begin
+            self._look(part, (data[at : at + part.nbytes],))
+
+    def _pieces(self, part: _Part) -> Iterable[memoryview]:
+        """What is read of a part, one after the other: into its target, or into the buffer again and again."""
+        target = part.stretch.target
+        for begin in range(part.begin, part.begin + part.nbytes, BUFFER):
+            length = min(BUFFER, part.begin + part.nbytes - begin)
+            piece = self._buffer()[:length] if target is None else target[begin : begin + length]
+            self._handle.read_into(piece, part.stretch.offset + begin, part.stretch.name)
+            yield piece
+
+    def _look(self, part: _Part, pieces: Iterable[memoryview]) -> None:
+        """Sum up and look at the pieces of one part, each while it is in the cache."""
+        stretch = part.stretch
+        state = xxhash.xxh3_128() if stretch.digest is not None else None
+        crc, at = 0, part.begin
+        for piece in pieces:
+            if state is not None:
+                state.update(piece)
+            elif stretch.crc is not None:
+                crc = isal_zlib.crc32(piece, crc)
+            for values in stretch.values:
+                first, behind = max(values.begin, at), min(values.end, at + len(piece))
+                if first < behind:
+                    found = nonfinite(piece[first - at : behind - at], values.dtype)
+                    if found is not None:
+                        self.found.add((stretch.name, values, found))
+            at += len(piece)
+        if state is not None:
+            self.digests[stretch] = f"xxh3_128:{state.hexdigest()}"
+        elif stretch.crc is not None:
+            self.crcs[part] = crc

@@ -15,7 +15,7 @@ import pydantic
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.transforms import Glob, TransformConfig
 from noether_init_core.errors import ConfigError, StartConflictError
-from noether_init_core.files.verification import Digests
+from noether_init_core.files.checkpoint import Digests
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.file_names import Part

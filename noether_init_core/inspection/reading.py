@@ -353,7 +353,7 @@ def _sizes_in(folder: Path) -> Mapping[str, int]:
 
 
 def _probe(path: Path) -> FoundProbe:
-    """From the header. ``noether_init_core.saving.probe_file`` reads it in full, with torch."""
+    """From the header. ``noether_init_core.saving.file_writing`` reads it in full, with torch."""
     with open_checkpoint(path) as reader:
         said = reader.metadata
         outputs = said.get("outputs")

@@ -15,7 +15,7 @@ from noether_init_core.kinds.hookspec import hookimpl
 from noether_init_core.models import Leaf, submodel_of
 from noether_init_core.probe.outputs import Compared, Output, compare
 from noether_init_core.probe.probe import Probe, computed_by, device_of, dtype_of, hindrance, repeat
-from noether_init_core.saving.probe_file import read_probe
+from noether_init_core.saving.file_writing import read_probe
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.file_names import parse
 from noether_init_core.surgery.plan import PlanRow

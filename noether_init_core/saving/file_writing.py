@@ -1,4 +1,4 @@
-"""One file, written, brought onto the disk and read back: of a set, watched meanwhile, or of weights by themselves.
+"""One file, written, brought onto the disk and read back: of a set, watched meanwhile, of a probe, or of weights alone.
 
 Files of a set are written one after the other. Were the weights taken from one iteration and the moments from the next,
 every file would be sound and the set would be torn. So the tensors in memory are looked at before and after.
@@ -18,23 +18,34 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self, cast
 
 import attrs
+import pydantic
 import torch
 import xxhash
 from isal import isal_zlib
 
-from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError
+from noether_init_core.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointWriteError,
+)
 from noether_init_core.files.content import named, state_dict_of
-from noether_init_core.files.examining import examine_memory
 from noether_init_core.files.opening import open_checkpoint
+from noether_init_core.files.plain_data import plain
 from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.files.storage.handle import open_file
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.memory import examine_memory
+from noether_init_core.nested import equal
+from noether_init_core.probe.probe import Probe
 from noether_init_core.saving.content import FileContent
-from noether_init_core.sets.checkpoint_set import lies_in_a_run
-from noether_init_core.sets.manifest import FileDigests, ManifestFile, TensorDigest, digest_of, refused
+from noether_init_core.sets.checkpoint_set import CheckpointSet, lies_in_a_run
+from noether_init_core.sets.manifest import PROBE_NAME, FileDigests, ManifestFile, TensorDigest, digest_of, refused
 
 # a handler of signals may save to another folder in the midst of a save
 _CHECKSUMS = threading.RLock()
+_PROBE_FORMAT = {"format": "noether-init-probe", "format_version": 1}
 
 
 def write_file(
@@ -182,6 +193,52 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+# The file of a probe: bound by a digest in the manifest of its set, read by our own reader.
+
+
+def write_probe(folder: Path, probe: Probe, iteration: TrainingIteration, storage: FileSystem) -> str:
+    """Write the file of a set, bring it onto the disk, and read it back; returns its digest, for the manifest.
+
+    Raises ``OSError``, and ``CheckpointError`` if it cannot be written, or reads back otherwise.
+    """
+    path = folder / PROBE_NAME
+    content = {**_PROBE_FORMAT, "training_iteration": iteration.to_mapping(), **probe.model_dump()}
+    content["outputs"] = list(content["outputs"])
+    _size, digest = write_content(path, content, storage)
+    found = _read_probe(path, digest)
+    if (found.outputs, found.models) != (probe.outputs, probe.models) or not equal(found.batch, probe.batch):
+        raise CheckpointCorruptError(f"{path} reads back otherwise than it was written", path=path)
+    return digest
+
+
+def read_probe(found: CheckpointSet) -> Probe | None:
+    """The probe of a set; None where it was saved without.
+
+    Raises ``CheckpointCorruptError`` if the file is not the one that the manifest vouches for, other errors of the
+    reader if it is gone, ``CheckpointFormatError`` for one of another release.
+    """
+    expected = None if found.manifest is None else found.manifest.probe
+    return None if expected is None else _read_probe(found.folder / PROBE_NAME, expected)
+
+
+def _read_probe(path: Path, digest: str) -> Probe:
+    with open_checkpoint(path, digests=digest) as reader:
+        reader.verify()
+        content = reader.load()
+    found = {key: content.get(key) for key in _PROBE_FORMAT} if isinstance(content, dict) else {}
+    try:
+        if found != _PROBE_FORMAT:
+            raise ValueError(f"{found} is not {_PROBE_FORMAT}. Next: pip install --upgrade noether-init-core")
+        probe = Probe.model_validate(content)
+        plain(probe.batch, "batch")
+    except pydantic.ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])
+        raise CheckpointFormatError(f"{path} is no probe: {problems}", path=path) from error
+    except ValueError as error:
+        raise CheckpointFormatError(f"{path} is no probe of this release: {error}", path=path) from error
+    return probe
+
+
 # Weights by themselves: in a format that everybody reads; there as a whole, or not at all.
 
 #: Suffix -> format.
@@ -305,9 +362,6 @@ def _put(temporary: Path, path: Path, *, replace: bool) -> None:
             raise
         check_place(path)  # a file system without links
         os.rename(temporary, path)
-
-
-# The watch.
 
 
 @attrs.frozen

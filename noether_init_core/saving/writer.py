@@ -25,7 +25,7 @@ from noether_init_core.models import leaf_models
 from noether_init_core.paths import PathProvider
 from noether_init_core.probe.probe import Probe, take
 from noether_init_core.saving.content import Descent, Descents, FileContent, Start, contents_of, iteration_for
-from noether_init_core.saving.file_writing import Watch, naming, write_bytes, write_file
+from noether_init_core.saving.file_writing import Watch, naming, write_bytes, write_file, write_probe
 from noether_init_core.saving.housekeeping import (
     collect_leftovers,
     give_room,
@@ -33,7 +33,6 @@ from noether_init_core.saving.housekeeping import (
     remove_orphans,
     retire_sets,
 )
-from noether_init_core.saving.probe_file import write_probe
 from noether_init_core.saving.retention import Retention, checked_metrics
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, check_reachable
 from noether_init_core.sets.file_names import CheckpointFileName, Query, check_tag, iteration_of_tag

@@ -19,8 +19,8 @@ from noether_init_core.errors import (
     ConfigError,
     TornSetError,
 )
+from noether_init_core.files.checkpoint import Digests
 from noether_init_core.files.storage.disk import LOCAL, FileSystem
-from noether_init_core.files.verification import Digests
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.file_names import Part, stem_of
 from noether_init_core.sets.manifest import (

@@ -12,9 +12,9 @@ import msgspec
 import xxhash
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, ConfigError
-from noether_init_core.files.examining import Finding
 from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.memory import Finding
 from noether_init_core.sets.file_names import Part, check_tag, parse, stem_of
 
 MANIFEST_NAME = "manifest.json"

@@ -15,10 +15,10 @@ from support.average import Average
 
 from noether_init_core import Checkpoint, Storage, open_checkpoint
 from noether_init_core.errors import CheckpointCorruptError, CheckpointNotFoundError, StateMismatchError
+from noether_init_core.files.checkpoint import Digests, Verified
 from noether_init_core.files.content import Box
 from noether_init_core.files.reading import read_tensor
 from noether_init_core.files.storage.handle import open_file
-from noether_init_core.files.verification import Digests, Verified
 
 
 @attrs.frozen

@@ -24,10 +24,10 @@ from noether_init_core.errors import (
     CheckpointNotFoundError,
     StateMismatchError,
 )
-from noether_init_core.files import examining, verification
+from noether_init_core.files import verification
+from noether_init_core.files.checkpoint import Verified
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage import handle as handles
-from noether_init_core.files.verification import Verified
 
 
 def save(path: Path, **tensors: torch.Tensor) -> Path:
@@ -95,8 +95,8 @@ def test_records_larger_than_the_pieces_of_verification_are_summed_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums of pieces, taken by two threads and combined, are the sum of the record; a flip in any is found."""
-    monkeypatch.setattr(examining, "_BUFFER", 1000)
-    monkeypatch.setattr(examining, "GROUP", 3001)
+    monkeypatch.setattr(verification, "BUFFER", 1000)
+    monkeypatch.setattr(verification, "GROUP", 3001)
     monkeypatch.setattr(handles, "GROUP", 3001)
     generator = torch.Generator().manual_seed(0)
     path = save(tmp_path / "a.th", **{str(n): torch.rand(n, generator=generator) for n in (0, 1, 7, 900, 2500, 5000)})

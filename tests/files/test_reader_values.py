@@ -18,11 +18,11 @@ from hypothesis import given, settings, strategies as st
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, bind
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, StateMismatchError
-from noether_init_core.files import content as contents, examining, reading
-from noether_init_core.files.examining import can_be_nonfinite, nonfinite
+from noether_init_core.files import content as contents, reading, verification
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage import handle as handles
 from noether_init_core.files.storage.handle import open_file
+from noether_init_core.memory import can_be_nonfinite, nonfinite
 
 FLOATS = [
     torch.float32,
@@ -108,8 +108,8 @@ def test_huge_finite_values_are_finite() -> None:
 @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=name_of)
 def test_a_nan_is_found_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """First, last, on either side of the border of two pieces and of two groups; in its own tensor only."""
-    monkeypatch.setattr(examining, "_BUFFER", 1 << 10)
-    monkeypatch.setattr(examining, "GROUP", 4 << 10)
+    monkeypatch.setattr(verification, "BUFFER", 1 << 10)
+    monkeypatch.setattr(verification, "GROUP", 4 << 10)
     monkeypatch.setattr(handles, "GROUP", 4 << 10)
     count = (10 << 10) // dtype.itemsize + 3
     edge = (1 << 10) // dtype.itemsize
@@ -122,11 +122,11 @@ def test_a_nan_is_found_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.M
         torch.save({"before": torch.ones(7), "a": spoiled.to(dtype), "good": tensor}, path)
         with open_checkpoint(path) as reader:
             reader.verify(look=["before", "a", "good"])
-            monkeypatch.setattr(examining, "nonfinite", _never)  # everything is known already
+            monkeypatch.setattr(verification, "nonfinite", _never)  # everything is known already
             assert reader.nonfinite(["before", "a", "good"]) == {"a": "NaN"}
             monkeypatch.undo()
-            monkeypatch.setattr(examining, "_BUFFER", 1 << 10)
-            monkeypatch.setattr(examining, "GROUP", 4 << 10)
+            monkeypatch.setattr(verification, "BUFFER", 1 << 10)
+            monkeypatch.setattr(verification, "GROUP", 4 << 10)
             monkeypatch.setattr(handles, "GROUP", 4 << 10)
         with open_checkpoint(path) as reader:  # without a verification before
             assert reader.nonfinite(["good", "a"]) == {"a": "NaN"}
@@ -278,9 +278,9 @@ def test_what_the_writer_found_in_values_is_what_a_look_would_find(
     }
     silent = {key: msgspec.structs.replace(tensor, values=None) for key, tensor in entry.tensors.items()}
     for told, looks in ((entry, 1), (attrs.evolve(entry, tensors=silent), 5)):
-        look = unittest.mock.Mock(wraps=examining.nonfinite)
+        look = unittest.mock.Mock(wraps=verification.nonfinite)
         with open_checkpoint(file.path, digests=told) as reader, monkeypatch.context() as patch:
-            patch.setattr(examining, "nonfinite", look)
+            patch.setattr(verification, "nonfinite", look)
             reader.verify(look=list(reader.tensors()))
             found = reader.nonfinite(list(reader.tensors()))
         assert found == {key: what for key, what in said.items() if what != "finite"}
@@ -399,9 +399,9 @@ def test_memory_that_was_taken_away_is_never_written_to(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "a.pt") as reader:
         with pytest.raises(StateMismatchError, match="taken away"):
             reader.copy_into([("b", None, there), ("a", None, gone)])
-        short = examining.Stretch("x", 0, 10, target=memoryview(bytearray(9)))
+        short = verification.Stretch("x", 0, 10, target=memoryview(bytearray(9)))
         with pytest.raises(ValueError, match="9 bytes of memory for 10 bytes"):
-            examining.examine(reader._handle, [short])
+            verification.examine(reader._handle, [short])
     assert there.tolist() == [0, 0]
 
 
@@ -422,8 +422,8 @@ def test_mapped_tensors_never_change_the_file(tmp_path: Path) -> None:
 
 def test_parts_of_all_sizes_are_read_as_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches smaller and larger than the buffer, with and without memory of the caller, in any order."""
-    monkeypatch.setattr(examining, "_BUFFER", 128)
-    monkeypatch.setattr(examining, "GROUP", 1024)
+    monkeypatch.setattr(verification, "BUFFER", 128)
+    monkeypatch.setattr(verification, "GROUP", 1024)
     monkeypatch.setattr(handles, "GROUP", 1024)
     generator = np.random.default_rng(0)
     content = generator.integers(0, 256, 20_000, dtype=np.uint8).tobytes()
@@ -438,7 +438,7 @@ def test_parts_of_all_sizes_are_read_as_they_lie(tmp_path: Path, monkeypatch: py
         data = content[offset : offset + size]
         kind = int(generator.integers(4))
         target = memoryview(bytearray(len(data))) if kind in (2, 3) else None
-        stretch = examining.Stretch(
+        stretch = verification.Stretch(
             str(offset),
             offset,
             len(data),
@@ -451,7 +451,7 @@ def test_parts_of_all_sizes_are_read_as_they_lie(tmp_path: Path, monkeypatch: py
         offset += size + int(generator.integers(40))
     generator.shuffle(stretches)  # type: ignore[arg-type]
     assert len(stretches) > 20
-    assert examining.examine(handle, stretches).damaged == ()
+    assert verification.examine(handle, stretches)[0] == []
     assert all(target is None or bytes(target) == data for target, data in memory.values())
     handle.close()
 

@@ -24,8 +24,7 @@ from noether_init_core import (
     open_checkpoint,
 )
 from noether_init_core.errors import PlanError
-from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.files.verification import Verified
+from noether_init_core.files.checkpoint import Checkpoint, Verified
 from noether_init_core.initializers.base import LocateQuery
 
 

@@ -27,7 +27,7 @@ from noether_init_core import (
 )
 from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.probe.probe import repeat
-from noether_init_core.saving.probe_file import read_probe
+from noether_init_core.saving.file_writing import read_probe
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.health import verify_run
 from noether_init_core.sets.manifest import PROBE_NAME, read_manifest, sealed

@@ -28,9 +28,9 @@ from noether_init_core import (
     TrainingIteration,
     bind,
 )
-from noether_init_core.files.examining import examine_memory
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import FileSystem
+from noether_init_core.memory import examine_memory
 from noether_init_core.saving import file_writing as watch_module
 from noether_init_core.sets.checkpoint_set import CheckpointSet, check_files
 from noether_init_core.sets.selection import find_set, newest_set

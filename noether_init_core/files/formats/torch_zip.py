@@ -27,7 +27,6 @@ from noether_init_core.files.content import (
     Versions,
     children,
 )
-from noether_init_core.files.examining import check_record
 from noether_init_core.files.formats.opcodes import Interpreter
 from noether_init_core.files.storage.handle import Handle
 from noether_init_core.messages import listed, one_line, quoted
@@ -143,7 +142,7 @@ def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
         raise _bad(reason, _NEXT_PLAIN)
     if said and said != [b"little"]:
         raise _bad(f"its byte order is {said[0]!r}, neither little nor big", _NEXT_PLAIN)
-    check_record(handle, record, data)
+    handle.check_record(record, data)
     return data
 
 

@@ -6,12 +6,13 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import xxhash
+from isal import isal_zlib
 
 from noether_init_core.errors import (
     CheckpointCorruptError,
@@ -19,6 +20,7 @@ from noether_init_core.errors import (
     CheckpointFormatError,
     CheckpointNotFoundError,
 )
+from noether_init_core.files.content import Record
 from noether_init_core.files.storage.disk import UnreadableBytesError
 from noether_init_core.messages import listed
 
@@ -94,6 +96,21 @@ class Handle:
                 "done, or take a checkpoint that is not written over (E.._U.._S..)",
                 path=self.path,
             )
+
+    def check_record(self, record: Record, data: bytes) -> None:
+        """Raise ``CheckpointCorruptError`` if ``data`` does not have the checksum of the record."""
+        if record.crc is not None and isal_zlib.crc32(data) != record.crc:
+            raise self.damage({record.name: []})
+
+    def damage(self, keys: Mapping[str, Sequence[str]]) -> CheckpointCorruptError:
+        """The error for damaged records; ``keys``: name of a record -> the keys whose bytes are in it."""
+        parts = (f"{listed(names, 10)} ({record})" if names else record for record, names in keys.items())
+        return CheckpointCorruptError(
+            f"{self.path} is damaged: the bytes of {listed(parts, 20, separator='; ')} are not those that were "
+            "written. Next: copy the file again from where it was written, or take an older checkpoint",
+            path=self.path,
+            key=", ".join(name for names in keys.values() for name in names),
+        )
 
     def close(self) -> None:
         """Close it; repeating it does nothing."""
