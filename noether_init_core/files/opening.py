@@ -20,7 +20,7 @@ from noether_init_core.files.content import (
     is_state_dict,
     state_dict_of,
 )
-from noether_init_core.files.formats.safetensors import is_safetensors, read_safetensors
+from noether_init_core.files.formats.safetensors import read_safetensors
 from noether_init_core.files.formats.torch_zip import read_torch_zip
 from noether_init_core.files.storage.handle import Handle, Storage, open_file
 from noether_init_core.files.verification import Verification, digest_of_records
@@ -63,7 +63,9 @@ def open_checkpoint(
         handle = open_file(Path(location)) if isinstance(location, str | os.PathLike) else Handle(location)
         try:
             with no_garbage_collection():
-                content = read_safetensors(handle) if is_safetensors(handle) else read_torch_zip(handle, allow_globals)
+                # a zip archive of stored records has zero where the header of a safetensors file has its first brace
+                is_safetensors = handle.size > 8 and handle.read(1, 8) == b"{"
+                content = read_safetensors(handle) if is_safetensors else read_torch_zip(handle, allow_globals)
                 known = Digests(digests) if isinstance(digests, str) else digests or Digests()
                 return FileCheckpoint(handle, content, entry, known, stopwatch)
         except BaseException as error:

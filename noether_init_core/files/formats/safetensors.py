@@ -54,14 +54,6 @@ _NEXT_COPY = "Next: copy the file again from where it was written, or take an ol
 _NEXT_SAVE = "Next: write it again with safetensors.torch.save_file(tensors, path)"
 
 
-def is_safetensors(handle: Handle) -> bool:
-    """Whether the first bytes are those of a safetensors file, whatever its name.
-
-    A zip archive of stored records has zero where the header of a safetensors file has its first brace.
-    """
-    return handle.size > _LENGTH and handle.read(1, _LENGTH) == b"{"
-
-
 def read_safetensors(handle: Handle) -> Content:
     """Names, shapes, dtypes and places. Raises ``CheckpointFormatError``; reads no bytes of tensors."""
     (length,) = struct.unpack("<Q", handle.read(_LENGTH, 0))
