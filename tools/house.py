@@ -64,8 +64,9 @@ def room_of(path: Path) -> str:
 
 
 def sources(root: Path) -> list[Path]:
-    """Source files of package and plugins, relative to ``root``."""
-    found = [*root.glob(f"{PACKAGE}/**/*.py"), *root.glob("plugins/*/src/**/*.py")]
+    """Source files of package (the stub of its front included) and plugins, relative to ``root``."""
+    found = [path for kind in ("py", "pyi") for path in root.glob(f"{PACKAGE}/**/*.{kind}")]
+    found += root.glob("plugins/*/src/**/*.py")
     return sorted(path.relative_to(root) for path in found)
 
 
