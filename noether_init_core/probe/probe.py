@@ -136,7 +136,9 @@ def quietly(model: Any) -> Iterator[Callable[[], bool]]:
 
     Afterwards the attributes of all modules are what they were (flags, counters, buffers, children), with the entries
     of dicts and the values of tensors among them, and so are the random generators of the process and those of torch
-    among the attributes, also if the block raises. What a model writes into its parameters stays.
+    among the attributes, also if the block raises. What a model writes into its parameters stays: they are not copied.
+
+    Raises ``ConfigError`` after the block if a parameter was written to in place; writes through ``.data`` do not show.
 
     Yields: a function that says whether random numbers of torch have been drawn in the block so far.
     """
@@ -149,6 +151,11 @@ def quietly(model: Any) -> Iterator[Callable[[], bool]]:
     held_generators = [one for one in values if isinstance(one, torch.Generator)]
     generators = [torch.default_generator, *_accelerators(), *held_generators]
     states = [one.get_state() for one in generators]
+    parameters = [
+        (name, one, one._version)
+        for name, one in _tensors_of(model)
+        if isinstance(one, torch.nn.Parameter) and not one.is_inference()
+    ]
     try:
         with torch.no_grad(), seeded(_SEED), contextlib.ExitStack() as stack:
             for kind in {"cpu", device_of(model).type}:
@@ -170,6 +177,12 @@ def quietly(model: Any) -> Iterator[Callable[[], bool]]:
                 tensor.detach().copy_(content)
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+    for name, one, before in parameters:
+        if one._version != before:
+            raise ConfigError(
+                f"{model.name}: its forward changes the parameter {name}, which is changed now: build or load it again. "
+                "A model that changes while it evaluates cannot have a probe"
+            )
 
 
 def _accelerators() -> list[torch.Generator]:

@@ -192,6 +192,17 @@ def add_saved(self: Any, inputs: torch.Tensor) -> torch.Tensor:
     return inputs
 
 
+def test_a_parameter_that_the_forward_writes_to_is_reported() -> None:
+    """The old values are gone: training must not go on with others without a word."""
+
+    def train_itself(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+        self.weight.mul_(0.5)
+        return inputs * self.weight
+
+    with pytest.raises(ConfigError, match=r"its forward changes the parameter weight, which is changed now"):
+        take(model(Calling(train_itself)), BATCH)
+
+
 class Keeping(torch.nn.Module):
     """A module that counts, draws from its own generator, and keeps tensors and a dict as attributes."""
 
