@@ -32,7 +32,7 @@ from noether_init_core.errors import (
     UnknownKindError as UnknownKindError,
     UnsafeGlobalError as UnsafeGlobalError,
 )
-from noether_init_core.files.checkpoint import Checkpoint as Checkpoint
+from noether_init_core.files.checkpoint import BaseCheckpoint as BaseCheckpoint, Checkpoint as Checkpoint
 from noether_init_core.files.opening import open_checkpoint as open_checkpoint
 from noether_init_core.files.storage.artifact_cache import ArtifactCache as ArtifactCache
 from noether_init_core.files.storage.handle import Storage as Storage

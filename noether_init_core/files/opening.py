@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from noether_init_core.errors import CheckpointError, CheckpointFormatError
 from noether_init_core.files import reading
-from noether_init_core.files.checkpoint import AnyKey, Checkpoint, Copy, Digests, Key, Verified
+from noether_init_core.files.checkpoint import AnyKey, BaseCheckpoint, Copy, Digests, Key, Verified
 from noether_init_core.files.content import (
     Box,
     Content,
@@ -75,7 +75,7 @@ def open_checkpoint(
             raise
 
 
-class FileCheckpoint(Checkpoint):
+class FileCheckpoint(BaseCheckpoint):
     """An open file; ``open_checkpoint`` makes it. ``format`` is ``torch`` or ``safetensors``.
 
     A safetensors file has nothing but tensors and texts: ``metadata`` is its ``__metadata__``.

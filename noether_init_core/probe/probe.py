@@ -177,11 +177,11 @@ def quietly(model: Any) -> Iterator[Callable[[], bool]]:
                 tensor.detach().copy_(content)
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-    for name, one, before in parameters:
-        if one._version != before:
+    for name, one, version in parameters:
+        if one._version != version:
             raise ConfigError(
-                f"{model.name}: its forward changes the parameter {name}, which is changed now: build or load it again. "
-                "A model that changes while it evaluates cannot have a probe"
+                f"{model.name}: its forward changes the parameter {name}, which is changed now: build or load the "
+                "model again. A model that changes while it evaluates cannot have a probe"
             )
 
 

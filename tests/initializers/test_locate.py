@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from noether_init_core import (
-    Checkpoint,
+    BaseCheckpoint,
     CheckpointWriter,
     InitializerStack,
     KindConfig,
@@ -72,7 +72,7 @@ def test_locate_is_asked_once_for_each_model_and_part(tmp_path: Path) -> None:
     ]
 
 
-class Average(Checkpoint):
+class Average(BaseCheckpoint):
     """The mean of two files, computed when it is read."""
 
     def __init__(self, path: Path, files: tuple[Path, ...]) -> None:

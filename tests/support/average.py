@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from noether_init_core import Checkpoint
+from noether_init_core import BaseCheckpoint, Checkpoint
 from noether_init_core.files.checkpoint import Key
 from noether_init_core.files.content import Box, TensorInfo
 
 
-class Average(Checkpoint):
+class Average(BaseCheckpoint):
     """The mean of checkpoints with equal keys, computed when it is read."""
 
     def __init__(self, *parts: Checkpoint) -> None:
