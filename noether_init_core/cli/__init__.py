@@ -69,18 +69,12 @@ def _start(
         usage.overview(as_json=as_json)
     elif as_json:
         raise typer.BadParameter(
-            f"it belongs behind the command. Next: {_with_json(context.invoked_subcommand)}", param_hint="--json"
+            f"it belongs behind the command. Next: noether-init {context.invoked_subcommand} --help",
+            param_hint="--json",
         )
     else:
         return
     raise typer.Exit
-
-
-def _with_json(command: str) -> str:
-    """The command line with the option where it belongs."""
-    if command == "schema":
-        return "noether-init schema KIND, which prints nothing else"
-    return f"noether-init {command} --json{' FILE' if command == 'plan' else ''}"
 
 
 def main() -> None:

@@ -315,9 +315,7 @@ def _report_of(path: Path) -> Path:
 
 
 def _show_written(written: list[WrittenFile], report: InitReport, fresh: int) -> None:
-    from noether_init_core.render.terminal import ReportView
-
-    Console().print(ReportView(report))
+    show_text(str(report))
     for one in written:
         show(f"{one.path}: {counted(one.tensors, 'tensor')}, {one.bytes:,} bytes, {one.digest}")
     if fresh:

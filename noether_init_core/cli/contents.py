@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import attrs
 import typer
@@ -53,6 +53,7 @@ _MARKS = {
 _PARTS = {"model": "weights", "optim": "optimizer", "trainer": "trainer"}
 _MOST_TIED = 5
 _MOST_TEXTS = 4
+_LONGEST_FACT = 200
 
 
 def inspect(
@@ -108,13 +109,40 @@ def _show_file(found: FoundFile, *, unfolded: bool) -> None:
         show(f"tied: and {len(found.tied) - _MOST_TIED} more (--json has them)")
     if found.committed:
         show(f"committed set: {found.path.resolve().parent.name} (saved as {', '.join(found.tags)})")
-    for what, said in found.facts:
-        show(f"{what}: {said}")
+    for what, said in _facts(found):
+        if said not in (None, ""):
+            show(f"{what}: {one_line(str(said), _LONGEST_FACT)}")
     if found.file_format == "torch" and not found.has_checksums and found.content.bytes:
         show("no checksums: its bytes can be verified by a digest only")
     _show_problems(found.problems)
     unfolds = " (--all unfolds)" if len(rows) < len(looks) else ""
     show(f"{_said(found.content)}, {found.file_format} format{unfolds}")
+
+
+def _facts(found: FoundFile) -> Iterator[tuple[str, Any]]:
+    """What a file says besides tensors: run, iteration, and of a loop seed, names, place in the data.
+
+    The file may be anybody's, so nothing is taken for granted.
+    """
+    metadata = found.metadata
+    if found.file_format == "safetensors":
+        yield from ((f"metadata {key}", text) for key, text in metadata.items())
+        return
+    state = _mapping(metadata, "trainer_state")
+    loader = _mapping(state, "loader")
+    yield "run", metadata.get("run_id")
+    yield "iteration", ", ".join(f"{name} {count}" for name, count in _mapping(metadata, "training_iteration").items())
+    yield "seed", state.get("seed")
+    yield "with state", ", ".join(_mapping(state, "stateful"))
+    yield "callbacks", ", ".join(_mapping(metadata, "callback_state_dicts"))
+    yield "data", f"{loader['batch']} batches of this epoch are consumed" if "batch" in loader else None
+    known = {"run_id", "training_iteration", "checkpoint_tag", "trainer_state", "callback_state_dicts"}
+    yield "also in it", listed([key for key in metadata if key not in known], 8)
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _show_set(found: FoundSetFolder) -> None:

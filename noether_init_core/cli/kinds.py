@@ -12,15 +12,12 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
-from rich.console import Console
-from rich.text import Text
-from rich.tree import Tree
 
 from noether_init_core import kinds
 from noether_init_core.cli.options import KIND, AsJson, Kind
@@ -28,9 +25,17 @@ from noether_init_core.cli.output import show, show_commands, show_json, show_ta
 from noether_init_core.cli.usage import plain_kinds
 from noether_init_core.errors import ConfigError, KindError, KindImportError
 from noether_init_core.kinds.lookup import OBSERVERS
-from noether_init_core.messages import one_line
-from noether_init_core.scaffold.files import BUILT_IN, Base, check_absent, example_of, render, write_folder
-from noether_init_core.scaffold.naming import Names, check_free, names_of
+from noether_init_core.scaffold.package import (
+    BUILT_IN,
+    Base,
+    Names,
+    check_absent,
+    check_free,
+    example_of,
+    names_of,
+    render,
+    write_folder,
+)
 
 if TYPE_CHECKING:
     from noether_init_core.kinds.contract import Finding
@@ -59,7 +64,7 @@ def list_kinds(
     if not found:
         show(f"no {what} is installed. Next: pip install noether-init-core")
         return
-    _show_kinds(what, [(_mark(info, conflicts), one_line(info.name), one_line(info.source)) for info in found])
+    show_table(("", what, "offered by"), [(_mark(info, conflicts), info.name, info.source) for info in found])
     if conflicts:
         show(f"x what is offered more than once cannot be used; see {kinds.DENY_VARIABLE}")
 
@@ -68,19 +73,6 @@ def _mark(info: kinds.KindInfo, conflicts: Collection[str]) -> tuple[str, str]:
     if info.blocked_by is not None:
         return f"- {info.blocked_by}", "dim"
     return ("x conflict", "red") if info.name in conflicts else ("ok", "green")
-
-
-def _show_kinds(what: str, rows: Sequence[tuple[tuple[str, str], str, str]]) -> None:
-    """A table; where it does not fit, who offers a kind stands below it, so that no name is broken."""
-    console = Console()
-    widths = [max(map(len, column)) for column in zip(*((mark[0], *rest) for mark, *rest in rows), strict=True)]
-    if sum(widths) + 4 <= console.width:
-        show_table(("", what, "offered by"), rows)
-        return
-    for (mark, style), name, source in rows:
-        # a line that is too long all the same is broken by the terminal, and copied as one
-        console.print(Text(mark, style).append(f"  {name}", "not dim"), soft_wrap=True)
-        console.print(Text(f"      {source}", "dim"), soft_wrap=True)
 
 
 def show_schema(
@@ -138,7 +130,7 @@ def write_example(
     for file, text in files.items():
         show_text(f"# ---- {file}\n{text}" if only_print else str(folder / file))
     into = [(f"cd {shlex.quote(str(folder))}", "")] if folder != Path() else []
-    show_commands([*into, *following], narrow=0)
+    show_commands([*into, *following])
 
 
 def _write_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -208,9 +200,10 @@ def new(
         }
         show_json("new", said)
         return
-    _show_tree(folder, files)
+    for file in files:
+        show(str(folder / file))
     if dry_run:
-        typer.echo(f"\n{len(files)} files; nothing was written (--dry-run)")
+        show(f"{len(files)} files; nothing was written (--dry-run)")
     else:
         show_commands(following)
 
@@ -224,16 +217,6 @@ def _following(names: Names, folder: Path) -> list[tuple[str, str]]:
         ("noether-init kinds", f"{names.kind}, offered by {names.distribution} 0.1.0"),
         (f"noether-init check {names.kind}", "what can be seen without running it"),
     ]
-
-
-def _show_tree(folder: Path, files: Iterable[str]) -> None:
-    branches = {Path(): Tree(Text(f"{folder}/"))}
-    for file in map(Path, files):
-        for above in reversed(file.parents[:-1]):
-            if above not in branches:
-                branches[above] = branches[above.parent].add(Text(f"{above.name}/"))
-        branches[file.parent].add(Text(file.name))
-    Console(soft_wrap=True).print(branches[Path()])
 
 
 def check(kind: Kind, as_json: AsJson = False) -> None:

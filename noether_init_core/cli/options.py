@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import attrs
@@ -22,8 +21,8 @@ import typer
 
 from noether_init_core import kinds
 from noether_init_core.cli.output import show, show_text
-from noether_init_core.errors import ConfigError, InitError
-from noether_init_core.messages import listed, near
+from noether_init_core.errors import ConfigError, InitError, type_of
+from noether_init_core.messages import near
 from noether_init_core.paths import PathProvider
 
 if TYPE_CHECKING:
@@ -137,13 +136,12 @@ class Start:
         Raises ``typer.BadParameter`` for a text that leads to no model, ``ConfigError`` where the user's code fails;
         its own traceback is printed and chained.
         """
-        module, attribute = _reference(self.model)
         if not self.app_dir.is_dir():
             raise typer.BadParameter(f"{self.app_dir} is no folder", param_hint="--app-dir")
         sys.path.insert(0, str(self.app_dir.resolve()))
         importlib.invalidate_caches()
         with contextlib.redirect_stdout(sys.stderr):
-            found = _attribute(_module(module, self.model, self.app_dir), attribute)
+            found = _imported(self.model, self.app_dir)
             return _as_model(_built(found, self.model, real), self.model, self.model_name)
 
     def _paths(self) -> PathProvider | None:
@@ -200,32 +198,27 @@ def _reference(said: str) -> tuple[str, str]:
     return module, attribute
 
 
-def _module(name: str, said: str, app_dir: Path) -> ModuleType:
+def _imported(said: str, app_dir: Path) -> Any:
+    """What ``module:callable`` names. A module that the user's module lacks is not a wrong --model."""
+    name, path = _reference(said)
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        # a module that the user's module lacks is not a wrong --model
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise _failed(f"importing {name} for --model {said}", error) from error
-        parent, _, last = error.name.rpartition(".")
-        folder = app_dir.joinpath(*parent.split(".")) if parent else app_dir
-        there = [module.name for module in pkgutil.iter_modules([str(folder)])]
-        hint = _near(last, there) or f"; {folder} has {listed(sorted(there), 8, none='no module')}"
-        raise _wrong(f"no module {error.name!r}{hint}. Next: --app-dir FOLDER, if it is elsewhere") from error
+        found: Any = importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise _failed(f"importing {name} for --model {said}", error) from error
-
-
-def _attribute(module: ModuleType, path: str) -> Any:
-    found: Any = module
-    shown = module.__name__
-    for name in path.split("."):
+        lacks = error.name if isinstance(error, ModuleNotFoundError) else None
+        if lacks is None or not f"{name}.".startswith(f"{lacks}."):
+            raise _failed(f"importing {name} for --model {said}", error) from error
+        parent, _, last = lacks.rpartition(".")
+        there = pkgutil.iter_modules([str(app_dir.joinpath(*parent.split(".")) if parent else app_dir)])
+        hint = _near(last, [module.name for module in there])
+        raise _wrong(f"no module {lacks!r}{hint}. Next: --app-dir FOLDER, if it is elsewhere") from error
+    shown = name
+    for attribute in path.split("."):
         try:
-            found = getattr(found, name)
+            found = getattr(found, attribute)
         except AttributeError as error:
-            hint = _near(name, [other for other in dir(found) if not other.startswith("_")])
-            raise _wrong(f"{shown} has no {name!r}{hint}") from error
-        shown = f"{shown}.{name}"
+            hint = _near(attribute, [other for other in dir(found) if not other.startswith("_")])
+            raise _wrong(f"{shown} has no {attribute!r}{hint}") from error
+        shown = f"{shown}.{attribute}"
     return found
 
 
@@ -239,25 +232,18 @@ def _built(found: Any, said: str, real: bool) -> Any:
     ):
         return found
     if not callable(found):
-        raise _wrong(f"{said} is {_said(found)}, which cannot be called")
-    needs = _needed_arguments(found)
-    if needs:
-        raise _wrong(f"{said} needs {', '.join(needs)}. Next: write a function without arguments that calls it")
+        raise _wrong(f"{said} is {type_of(found)}, which cannot be called")
+    try:
+        with contextlib.suppress(ValueError):  # callables of C may have no signature
+            inspect.signature(found).bind()
+    except TypeError as error:
+        raise _wrong(f"{said}: {error}. Next: write a function without arguments that calls it") from error
     try:
         with contextlib.nullcontext() if real else torch.device("meta"):
             return found()
     except (Exception, SystemExit) as error:
         hint = "" if real else ". It was built on the meta device, where tensors have no values; with values: --real"
         raise _failed(f"{said}()", error, hint) from error
-
-
-def _needed_arguments(call: Callable[..., Any]) -> list[str]:
-    try:
-        parameters = inspect.signature(call).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    return [one.name for one in parameters if one.default is one.empty and one.kind not in variadic]
 
 
 def _as_model(built: Any, said: str, name: str | None) -> Any:
@@ -270,21 +256,16 @@ def _as_model(built: Any, said: str, name: str | None) -> Any:
     if isinstance(built, ModelLike | CompositeModelLike) and (name is None or not isinstance(built, torch.nn.Module)):
         return built
     if not isinstance(built, torch.nn.Module):
-        raise _wrong(f"{said} gives {_said(built)}, not a module, a bound model or a composite")
+        raise _wrong(f"{said} gives {type_of(built)}, not a module, a bound model or a composite")
     own = getattr(built, "name", None)
     return bind(built, name if name is not None else own if isinstance(own, str) else "model")
 
 
 def _failed(what: str, error: BaseException, hint: str = "") -> ConfigError:
     """The error that says what failed, once the traceback of the user's code has been printed."""
-    ours = (__file__, importlib.__file__)
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        file = frame.tb_frame.f_code.co_filename
-        if file not in ours and not file.startswith("<frozen importlib"):
-            break
-        frame = frame.tb_next
-    traceback.print_exception(type(error), error, frame, file=sys.stderr)
+    # without the frame of this module
+    outer = error.__traceback__ and error.__traceback__.tb_next
+    traceback.print_exception(type(error), error, outer, file=sys.stderr)
     return ConfigError(f"--model: {what} failed: {type(error).__name__}: {error}{hint}")
 
 
@@ -295,7 +276,3 @@ def _wrong(message: str) -> typer.BadParameter:
 def _near(name: str, others: Collection[str]) -> str:
     found = near(name, others)
     return f". Near: {', '.join(found)}" if found else ""
-
-
-def _said(value: Any) -> str:
-    return "None" if value is None else f"an object of class {type(value).__name__}"

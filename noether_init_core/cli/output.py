@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Cell = str | tuple[str, str]
 
 _NUMBERS = ("bytes", "elements", "files", "keys", "sets", "tensors")
-_WHOLE = ("", "dtype", "iteration", "newest", "set")
+_WHOLE = ("", "dtype", "iteration", "kind", "newest", "observer", "set")
 _NARROW = 80
 # rich takes a quarter of a millisecond for each
 _MOST_IN_TABLE = 2_000
@@ -53,13 +53,12 @@ def show_json(name: str, data: Mapping[str, Any]) -> None:
     typer.echo(json.dumps({"format": f"noether-init-{name}", "version": 1, **data}, indent=1, default=os.fspath))
 
 
-def show_commands(commands: Sequence[tuple[str, str]], narrow: int = 50) -> None:
-    """Print commands to type next, each with what it does: beside it, or below it where a command is long."""
-    width = max(len(command) for command, _what in commands)
+def show_commands(commands: Iterable[tuple[str, str]]) -> None:
+    """Print commands to type next, each with what it does below it."""
     typer.echo("\nnext:")
     for command, what in commands:
-        show(f"  {command:<{width}}   {what}".rstrip() if width < narrow else f"  {command}")
-        if what and width >= narrow:
+        show(f"  {command}")
+        if what:
             show(f"      {what}")
 
 

@@ -69,7 +69,6 @@ class FoundFile:
         committed: Whether it lies in a set with a manifest that lists it.
         tags: Those of that set.
         metadata: What it says besides tensors; long values are cut, a tensor is its dtype and shape.
-        facts: The same for people, in a few lines: (what, said).
         problems: What is wrong around it, such as an unreadable manifest.
     """
 
@@ -85,7 +84,6 @@ class FoundFile:
     committed: bool
     tags: tuple[str, ...]
     metadata: Mapping[str, Any]
-    facts: tuple[tuple[str, str], ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -220,7 +218,6 @@ def to_json_data(found: Found) -> dict[str, Any]:
     """What ``inspect --json`` prints, by ``docs/schemas/inspect.schema.json``, without format and version."""
     values = attrs.asdict(
         found,
-        filter=lambda attribute, _value: attribute.name != "facts",
         value_serializer=lambda _instance, _attribute, value: str(value) if isinstance(value, Path) else value,
     )
     return {

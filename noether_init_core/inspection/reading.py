@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import attrs
 
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
-from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.content import TensorInfo
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL
@@ -34,17 +33,23 @@ from noether_init_core.inspection.findings import (
     State,
 )
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.messages import listed, one_line
+from noether_init_core.messages import listed
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider
-from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointFile, CheckpointSet, load_set, said_by
-from noether_init_core.sets.manifest import MANIFEST_NAME, PROBE_NAME, Manifest, read_digests, read_manifest
+from noether_init_core.sets.checkpoint_set import (
+    SETS_FOLDER,
+    CheckpointFile,
+    CheckpointSet,
+    SetFolder,
+    load_set,
+    said_by,
+)
+from noether_init_core.sets.manifest import MANIFEST_NAME, PROBE_NAME
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
 from noether_init_core.sets.snapshot import Snapshot
 
 _LONGEST = 2_000
 _MOST_ITEMS = 100
 _DEEPEST = 6
-_LONGEST_FACT = 200
 
 
 def look_at_file(path: Path) -> FoundFile:
@@ -52,14 +57,17 @@ def look_at_file(path: Path) -> FoundFile:
 
     Raises errors of ``open_checkpoint``.
     """
-    manifest, problems = _manifest_beside(path)
-    entry = None if manifest is None else next((one for one in manifest.files if one.name == path.name), None)
-    buffers = None
-    if manifest is not None and entry is not None:
-        try:
-            buffers = read_digests(path.resolve().parent, manifest)[path.name].buffers
-        except (CheckpointError, KeyError) as error:
-            problems.append(str(error))
+    problems: list[str] = []
+    around, file, buffers = None, None, None
+    folder = path.resolve().parent
+    found = SetFolder.of(folder.parent, folder.name) if folder.parent.name == SETS_FOLDER else None
+    try:
+        if found is not None and found.is_committed():
+            around = load_set(found)
+            file = next((one for one in around.files if one.name == path.name), None)
+            buffers = None if file is None else around.buffers_of(file)
+    except CheckpointError as error:
+        problems.append(str(error))
     with open_checkpoint(path) as reader:
         metadata, tensors = reader.metadata, reader.tensors()
         run_id, iteration = None, None
@@ -77,10 +85,9 @@ def look_at_file(path: Path) -> FoundFile:
             reader.is_verifiable,
             run_id,
             None if iteration is None else str(iteration),
-            entry is not None,
-            () if manifest is None or entry is None else manifest.tags,
+            file is not None,
+            () if around is None or file is None else around.tags,
             {str(key): _plain(value) for key, value in metadata.items()},
-            tuple(_facts(reader)),
             tuple(problems),
         )
 
@@ -105,16 +112,6 @@ def _tied(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, ...]]:
     return (tuple(keys) for keys in groups.values() if len(keys) > 1)
 
 
-def _manifest_beside(path: Path) -> tuple[Manifest | None, list[str]]:
-    folder = path.resolve().parent
-    if folder.parent.name != SETS_FOLDER or not (folder / MANIFEST_NAME).is_file():
-        return None, []
-    try:
-        return read_manifest(folder / MANIFEST_NAME), []
-    except CheckpointError as error:
-        return None, [str(error)]
-
-
 def _plain(value: Any, depth: int = 0) -> Any:
     """As JSON can have it. Files may be anybody's: what is long or deep is cut."""
     if value is None or isinstance(value, bool | int):
@@ -135,39 +132,6 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
-
-
-def _facts(reader: Checkpoint) -> Iterator[tuple[str, str]]:
-    """What a file says besides tensors: run, iteration, and of a loop seed, names, place in the data.
-
-    The file may be anybody's, so nothing is taken for granted.
-    """
-    metadata = reader.metadata
-    if reader.format == "safetensors":
-        for key, text in islice(metadata.items(), _MOST_ITEMS):
-            yield f"metadata {key}", one_line(text, _LONGEST_FACT)
-        return
-    state = _mapping(metadata, "trainer_state")
-    loader = _mapping(state, "loader")
-    said = {
-        "run": metadata.get("run_id"),
-        "iteration": ", ".join(f"{name} {count}" for name, count in _mapping(metadata, "training_iteration").items()),
-        "seed": state.get("seed"),
-        "with state": ", ".join(map(str, _mapping(state, "stateful"))),
-        "callbacks": ", ".join(map(str, _mapping(metadata, "callback_state_dicts"))),
-        "data": f"{loader['batch']} batches of this epoch are consumed" if "batch" in loader else None,
-    }
-    known = {"run_id", "training_iteration", "checkpoint_tag", "trainer_state", "callback_state_dicts"}
-    others = [str(key) for key in metadata if key not in known]
-    said["also in it"] = listed(others, 8)
-    for name, value in said.items():
-        if value not in (None, ""):
-            yield name, one_line(str(value), _LONGEST_FACT)
-
-
-def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = values.get(key)
-    return found if isinstance(found, Mapping) else {}
 
 
 T = TypeVar("T")

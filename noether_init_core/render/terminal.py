@@ -1,4 +1,4 @@
-"""Plans and reports on a terminal, and as plain text: a line for each fold, what is wrong with its fix, a summary."""
+"""Plans on a terminal: a line for each fold, what is wrong with its fix, a summary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from noether_init_core.render.text import (
     place_of_rule,
     sizes,
 )
-from noether_init_core.sets.provenance import InitReport, counts_in_words
 from noether_init_core.surgery.plan import Action, LoadPlan, Origin, PlanRow, Problem, counted_rows
 from noether_init_core.surgery.steps import described
 
@@ -70,23 +69,8 @@ class _Part:
         return f"({list(self.origins).index(origin) + 1})" if len(self.origins) > 1 else ""
 
 
-class _View:
-    """What text and rich make of lines."""
-
-    def text(self, width: int = 100) -> str:
-        """Without colour; no line is longer than ``width`` (at least 20)."""
-        return "\n".join(line.plain for line in self.lines(width))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self.lines(options.max_width)
-
-    def lines(self, width: int) -> list[Text]:
-        """The lines, each at most ``width`` long."""
-        raise NotImplementedError
-
-
 @attrs.frozen(eq=False)
-class PlanView(_View):
+class PlanView:
     """A plan as rich shows it: ``Console().print(PlanView(plan))``.
 
     Attributes:
@@ -100,8 +84,11 @@ class PlanView(_View):
     unfolded: bool = False
     notes: Mapping[tuple[int, str], str] = attrs.Factory(dict)
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.lines(options.max_width)
+
     def lines(self, width: int) -> list[Text]:
-        """The lines, each at most ``width`` long."""
+        """The lines, each at most ``width`` (at least 20) long."""
         width = max(width, _NARROWEST)
         problems = list(self.plan.problems)
         # a line with both dtypes is shown for every cast
@@ -190,34 +177,6 @@ class PlanView(_View):
             Text("nothing was changed"),
         ]
         return filled(Text(""), [*phrases, *([Text("(--all unfolds)", "dim")] if is_folded else [])], width)
-
-
-@attrs.frozen(eq=False)
-class ReportView(_View):
-    """What an initialization did, as rich shows it."""
-
-    report: InitReport
-
-    def lines(self, width: int) -> list[Text]:
-        """The lines, each at most ``width`` long."""
-        width = max(width, _NARROWEST)
-        start = [Text(f"start {self.report.start}", "bold")]
-        if self.report.auto_resume:
-            start.append(Text(one_line(self.report.auto_resume), "dim"))
-        found = filled(Text(""), start, width)
-        for one in self.report.initializers:
-            sources = "; ".join(f"{model} <- {origin}" for model, origin, _file in one.origins) or "no files"
-            said = "; ".join(filter(None, (counts_in_words(one.counts), *one.restored)))
-            phrases = [Text(one_line(one.kind), "bold").append(f"  {one_line(sources)}", "not bold")]
-            phrases += [Text(f"({one_line(said)})")] if said else []
-            if one.coverage is not None:
-                phrases.append(Text(f"coverage {percent(one.coverage)}", "green" if one.coverage == 1 else "yellow"))
-            found += filled(Text(""), phrases, width)
-            for what in one.not_restored:
-                found += filled(Text(" - ", "yellow"), [Text(one_line(f"not restored: {what}"))], width)
-            for name, reason in one.passed_over:
-                found += filled(Text(" - ", "yellow"), [Text(one_line(f"passed over {name}: {reason}"))], width)
-        return found
 
 
 def _details(fold: Fold) -> list[Text]:

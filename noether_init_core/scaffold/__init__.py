@@ -1,6 +1,5 @@
 """What ``noether-init new`` and ``example`` write: names, templates, and the one place that puts a package on disk.
 
-Here live the rules for names (``naming``), and the files: the template and its rendering (``template/``), example
-configs and loops (``loop/``) and the writing (``files``). Neither torch nor a kind is imported here; what is printed is
-the command's.
+Here live the rules for names and the writing (``package``), the template of a package (``template/``), example configs
+and loops (``loop/``). Neither torch nor a kind is imported here; what is printed is the command's.
 """

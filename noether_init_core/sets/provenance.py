@@ -12,6 +12,7 @@ import attrs
 
 from noether_init_core.errors import CheckpointCorruptError
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.messages import one_line
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME, digest_of
 from noether_init_core.stopwatch import Timing, summed
@@ -242,7 +243,7 @@ class InitReport:
             lines.append(f"{report.kind}: {sources or 'no files'}" + (f" ({said})" if said else ""))
             lines.extend(f"  passed over {name}: {reason}" for name, reason in report.passed_over)
             lines.extend(f"  not restored: {what}" for what in report.not_restored)
-        return "\n".join(lines)
+        return "\n".join(map(one_line, lines))
 
 
 def _resumed(report: InitializerReport) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from noether_init_core import kinds
-from noether_init_core.scaffold.files import BUILT_IN, example_of
+from noether_init_core.scaffold.package import BUILT_IN, example_of
 
 PROGRAM = Path(sys.executable).with_name("noether-init")
 

@@ -21,8 +21,7 @@ from support.command import Result, run_command
 from support.foreign import ForeignPackages
 
 from noether_init_core import ConfigError, InvalidNameError, KindConflictError
-from noether_init_core.scaffold.files import Base, render
-from noether_init_core.scaffold.naming import MAX_LENGTH, Names, check_free, names_of
+from noether_init_core.scaffold.package import MAX_LENGTH, Base, Names, check_free, names_of, render
 
 ROOT = Path(__file__).resolve().parents[2]
 WORD = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -90,29 +89,28 @@ def test_kind_and_distribution_can_be_said() -> None:
 @pytest.mark.parametrize(
     ("arguments", "what", "problem", "following"),
     [
-        ({"name": ""}, "name", "is empty", "noether-init new demo"),
-        ({"name": "Demo"}, "name", "holds 'D'", "noether-init new demo"),
-        ({"name": "MyKind"}, "name", "holds 'M'", "noether-init new my-kind"),
-        ({"name": ".."}, "name", "holds '.'", "noether-init new demo"),
-        ({"name": "../demo"}, "name", "holds '.'", "noether-init new demo"),
-        ({"name": "a.b"}, "name", "holds '.'", "noether-init new a-b"),
-        ({"name": "démo"}, "name", "holds 'é'", "noether-init new demo"),
-        ({"name": "2nd"}, "name", "begins with a digit", "noether-init new nd"),
-        ({"name": "a--b"}, "name", "has _ or - first, last or twice in a row", "noether-init new a-b"),
+        ({"name": ""}, "name", "cannot be one", "noether-init new demo"),
+        ({"name": "Demo"}, "name", "cannot be one", "noether-init new demo"),
+        ({"name": "MyKind"}, "name", "cannot be one", "noether-init new my-kind"),
+        ({"name": ".."}, "name", "cannot be one", "noether-init new demo"),
+        ({"name": "../demo"}, "name", "cannot be one", "noether-init new demo"),
+        ({"name": "a.b"}, "name", "cannot be one", "noether-init new a-b"),
+        ({"name": "démo"}, "name", "cannot be one", "noether-init new demo"),
+        ({"name": "2nd"}, "name", "cannot be one", "noether-init new nd"),
+        ({"name": "a--b"}, "name", "single _ or - between", "noether-init new a-b"),
         ({"name": "class"}, "name", "is a keyword of Python", "noether-init new my-class"),
-        ({"name": "noether-init"}, "name", "is the beginning of a name", "noether-init new demo"),
-        ({"name": "x" * 101}, "name", "has 101 characters", f"noether-init new {'x' * 40}"),
-        ({"name": "x" * 90}, "distribution", "has 103 characters", f"--distribution noether-init-{'x' * 27}"),
+        ({"name": "x" * 101}, "name", "at most 100 in all", f"noether-init new {'x' * 40}"),
+        ({"name": "x" * 90}, "distribution", "at most 100 in all", f"--distribution noether-init-{'x' * 27}"),
         ({"name": "core"}, "distribution", "is the core's own", "--distribution noether-init-my-core"),
         ({"name": "source"}, "kind", "would give a class the name SourceInitializer", "--kind my_source"),
         ({"name": "kind"}, "kind", "would give a class the name KindConfig", "--kind my_kind"),
         ({"name": "null"}, "kind", "is a word of YAML", "--kind my_null"),
-        ({"name": "noether-init-2nd"}, "kind", "begins with a digit", "--kind nd"),
-        ({"name": "demo", "kind": "my.Kind"}, "kind", "holds a dot", "--kind my_kind"),
-        ({"name": "demo", "kind": "my-kind"}, "kind", "holds '-'", "--kind my_kind"),
+        ({"name": "noether-init-2nd"}, "kind", "cannot be one", "--kind nd"),
+        ({"name": "demo", "kind": "my.Kind"}, "kind", "cannot be one", "--kind my_kind"),
+        ({"name": "demo", "kind": "my-kind"}, "kind", "single _ between", "--kind my_kind"),
         ({"name": "demo", "kind": "import"}, "kind", "is a keyword of Python", "--kind my_import"),
         ({"name": "demo", "distribution": "json"}, "distribution", "package json, which Python", "noether-init-json"),
-        ({"name": "demo", "distribution": "Acme.Init"}, "distribution", "holds 'A'", "--distribution acme-init"),
+        ({"name": "demo", "distribution": "Acme.Init"}, "distribution", "cannot be one", "--distribution acme-init"),
         ({"name": "demo", "distribution": "lambda"}, "distribution", "is a keyword", "noether-init-lambda"),
     ],
 )
@@ -205,7 +203,7 @@ def test_a_kind_that_somebody_offers_is_refused(foreign: ForeignPackages) -> Non
     assert caught.value.offers == ("acme-init 2.3 -> acme_cli:K",)
     assert str(caught.value).endswith("noether-init new my-acme")
     check_free(names_of("my-acme"))
-    with pytest.raises(KindConflictError, match=r"new demo --kind my_acme --distribution d-d$"):
+    with pytest.raises(KindConflictError, match=r"Next: --kind my_acme$"):
         check_free(names_of("demo", kind="acme", distribution="d-d"))
 
 
@@ -288,15 +286,14 @@ def test_the_files_of_a_package(new: New, tmp_path: Path, base: Base) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def test_it_prints_the_tree_and_the_next_commands(new: New, tmp_path: Path) -> None:
-    """In the order in which they are typed; what each does stands beside it, since all are short."""
+def test_it_prints_the_files_and_the_next_commands(new: New, tmp_path: Path) -> None:
+    """In the order in which they are typed; what each does stands below it."""
     (tmp_path / "there").mkdir()
     result = new("demo", "--into", "there")
     assert (result.code, result.err) == (0, "")
-    tree, _, following = result.out.partition("\nnext:\n")
-    assert tree.splitlines()[0] == "there/demo/"
-    assert "kind.py" in tree
-    commands = [re.split(r" {3,}", line.strip())[0] for line in following.splitlines()]
+    files, _, following = result.out.partition("\nnext:\n")
+    assert "there/demo/src/noether_init_demo/kind.py" in files.splitlines()
+    commands = [line.strip() for line in following.splitlines() if not line.startswith("   ")]
     assert commands == [
         "cd there/demo",
         "python -m pip install '.[test]'",
@@ -432,7 +429,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_ours(new: New, tmp_pa
 
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     """The last file has a name that no disk takes; what was written before it is gone."""
-    from noether_init_core.scaffold.files import write_folder
+    from noether_init_core.scaffold.package import write_folder
 
     with pytest.raises(ConfigError, match="could not be written, and nothing is left behind"):
         write_folder(tmp_path / "demo", {"first": "1", "sub/second": "2", "x" * 300: "3"})
@@ -442,8 +439,8 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from noether_init_core.scaffold.naming import names_of
-from noether_init_core.scaffold.files import Base, render, write_folder
+from noether_init_core.scaffold.package import names_of
+from noether_init_core.scaffold.package import Base, render, write_folder
 
 files = render(names_of("demo"), Base.SOURCE, author=None, year=2026, core="0.1")
 count, limit = 0, None

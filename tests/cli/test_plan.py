@@ -215,12 +215,15 @@ def test_json_is_for_programs(plan: Plan, where: str) -> None:
         (":network", "':network' is not module:callable"),
         ("plan_modles:network", "no module 'plan_modles'. Near: plan_models"),
         ("plan_models.deep:network", "no module 'plan_models.deep'"),
-        ("zzz:network", "no module 'zzz'; . has plan_models"),
+        ("zzz:network", "no module 'zzz'. Next: --app-dir FOLDER"),
         ("plan_models:netwrk", "plan_models has no 'netwrk'. Near: network"),
         ("plan_models:Wide.mak", "plan_models.Wide has no 'mak'. Near: make"),
-        ("plan_models:sized", "plan_models:sized needs classes. Next: write a function without arguments"),
-        ("plan_models:nothing", "plan_models:nothing gives None, not a module, a bound model or a composite"),
-        ("plan_models:number", "plan_models:number is an object of class int, which cannot be called"),
+        (
+            "plan_models:sized",
+            "plan_models:sized: missing a required argument: 'classes'. Next: write a function without",
+        ),
+        ("plan_models:nothing", "plan_models:nothing gives a NoneType, not a module, a bound model or a composite"),
+        ("plan_models:number", "plan_models:number is an int, which cannot be called"),
     ],
 )
 def test_a_wrong_model_is_wrong_usage(plan: Plan, monkeypatch: pytest.MonkeyPatch, said: str, message: str) -> None:

@@ -23,9 +23,7 @@ WRONG_TURNS = [
     # the command itself
     ("noether-init run", 2, ["No such command 'run'", "Next: noether-init --help"]),
     ("noether-init exmaple previous_run", 2, ["Did you mean 'example'?", "Next: noether-init example --help"]),
-    ("noether-init --json kinds", 2, ["belongs behind the command", "Next: noether-init kinds --json"]),
-    ("noether-init --json plan init.yaml", 2, ["belongs behind the command", "Next: noether-init plan --json FILE"]),
-    ("noether-init --json schema file", 2, ["belongs behind the command", "Next: noether-init schema KIND"]),
+    ("noether-init --json kinds", 2, ["belongs behind the command", "Next: noether-init kinds --help"]),
     (
         "noether-init plan init.yaml --model train:build --json",
         2,

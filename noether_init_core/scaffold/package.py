@@ -1,14 +1,19 @@
-"""The files that ``noether-init new`` and ``example`` write, as text, and the one place that puts a package on disk."""
+"""What ``noether-init new`` and ``example`` write: names that work and are free, the files as text, one new folder."""
 
 from __future__ import annotations
 
 import enum
+import importlib.metadata
 import importlib.resources
+import importlib.util
 import json
+import keyword
 import os
 import re
 import secrets
 import shutil
+import sys
+import unicodedata
 from collections.abc import Iterator, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -16,8 +21,152 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.errors import ConfigError
-from noether_init_core.scaffold.naming import Names
+import noether_init_core
+from noether_init_core import kinds
+from noether_init_core.errors import ConfigError, InvalidNameError, KindConflictError
+from noether_init_core.messages import quoted
+
+MAX_LENGTH = 100
+_PREFIX = "noether-init-"
+_OWN = ("noether_init", "noether_init_core")
+# YAML 1.1, which other readers of configs still follow, takes these for a value that is no text.
+_YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+#: What pytest imports under these names.
+_TEST_FILES = ("conftest", "test_conformance", "test_kind")
+_COMMANDS = {"name": "noether-init new", "kind": "--kind", "distribution": "--distribution"}
+_SHOWN = 60
+_SUGGESTED = 40
+
+
+@attrs.frozen
+class Names:
+    """What a new package is called.
+
+    Attributes:
+        folder: The name of its folder, as it was asked for.
+        distribution: What pip calls it, such as ``noether-init-my-demo``.
+        package: What Python calls it: ``noether_init_my_demo``.
+        kind: What a config calls it: ``my_demo``.
+        class_prefix: What its classes begin with: ``MyDemo``.
+    """
+
+    folder: str
+    distribution: str
+    package: str
+    kind: str
+
+    @property
+    def class_prefix(self) -> str:
+        return _class_prefix(self.kind)
+
+
+def names_of(name: str, *, kind: str | None = None, distribution: str | None = None) -> Names:
+    """The names of the package ``name``; ``noether-init-demo`` and ``demo`` are one package in two folders.
+
+    Raises ``InvalidNameError`` with what is allowed and a name that is.
+    """
+    own_kind, own_distribution = _derived(name)
+    asked = {
+        "name": name,
+        "kind": own_kind if kind is None else kind,
+        "distribution": own_distribution if distribution is None else distribution,
+    }
+    for what, value in asked.items():
+        problem = _problem_of(what, value)
+        if problem:
+            message = f"{what} {quoted(value, _SHOWN)} {problem}. Next: {_COMMANDS[what]} {_suggestion(what, value)}"
+            raise InvalidNameError(message, what=what, value=value)
+    dashed = asked["distribution"].replace("_", "-")
+    return Names(name, dashed, dashed.replace("-", "_"), asked["kind"])
+
+
+def check_free(names: Names) -> None:
+    """Raise where an installed distribution has the kind, the distribution or the package. Imports no plugin.
+
+    Raises ``KindConflictError`` for the kind, which could not be used where two distributions offer it; ``ConfigError``
+    for the others, since installing the new package would replace what is there, or hide it.
+    """
+    # another name for all, unless names were given one by one
+    whole = f"noether-init new my-{names.folder}" if _derived(names.folder) == (names.kind, names.distribution) else ""
+    offers = [f"{info.source} -> {info.target}" for info in kinds.installed() if info.name == names.kind]
+    home = kinds.home_of(names.kind)
+    if home is not None and not offers:
+        offers = [f"{home}, which is not installed"]
+    if offers:
+        raise KindConflictError(
+            f'kind "{names.kind}" is offered by {" and ".join(offers)}; a kind that two installed distributions offer '
+            f"cannot be used. Next: {whole or f'--kind my_{names.kind}'}",
+            kind=names.kind,
+            offers=offers,
+        )
+    other = whole or f"--distribution {_PREFIX}my-{names.distribution.removeprefix(_PREFIX)}"
+    for installed in importlib.metadata.distributions(name=names.distribution):
+        raise ConfigError(
+            f"distribution {names.distribution} is installed already ({installed.version}), and installing the new one "
+            f"would replace it. Next: {other}"
+        )
+    found = importlib.util.find_spec(names.package)
+    if found is not None and found.origin is not None:  # a folder of that name below the current one has no origin
+        raise ConfigError(
+            f"package {names.package} is there already ({found.origin}); the new one would hide it or be hidden. "
+            f"Next: {other}"
+        )
+
+
+def _derived(name: str) -> tuple[str, str]:
+    """Kind and distribution of the package ``name``."""
+    short = name.replace("_", "-").removeprefix(_PREFIX)
+    return short.replace("-", "_"), f"{_PREFIX}{short}"
+
+
+def _class_prefix(kind: str) -> str:
+    return "".join(word.capitalize() for word in kind.split("_"))
+
+
+def _problem_of(what: str, value: str) -> str:
+    """What is wrong with a name, in words; empty where it is allowed."""
+    between = "_" if what == "kind" else "_-"
+    if len(value) > MAX_LENGTH or not re.fullmatch(rf"[a-z][a-z0-9]*(?:[{between}][a-z0-9]+)*", value):
+        return (
+            f"cannot be one; allowed are a to z, 0 to 9 but not first, and single {' or '.join(between)} between them, "
+            f"at most {MAX_LENGTH} in all"
+        )
+    if keyword.iskeyword(value):
+        return "is a keyword of Python"
+    classes = [f"{_class_prefix(value)}{ending}" for ending in ("Initializer", "Config", "InitializerConfig")]
+    taken = "".join([name for name in classes if name in noether_init_core.__all__][:1])
+    module = value.replace("-", "_")
+    problems = {
+        "name": {},
+        "kind": {
+            "is a word of YAML, so that a config would not hold it as text": value in _YAML_WORDS,
+            f"would give a class the name {taken}, which noether_init_core has": bool(taken),
+        },
+        "distribution": {
+            "is the core's own": module in _OWN,
+            f"would install a package {module}, which Python itself has": module in sys.stdlib_module_names,
+            f"would install a package {module}, and the new package has tests/{module}.py": module in _TEST_FILES,
+        },
+    }
+    return next((problem for problem, is_so in problems[what].items() if is_so), "")
+
+
+def _suggestion(what: str, value: str) -> str:
+    """A name that is allowed, as near as can be; of a package, also the names that are derived from it."""
+    dash = "_" if what == "kind" else "-"
+    # é becomes e, MyKind becomes my-kind
+    text = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
+    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", dash, text).lower()
+    text = re.sub(r"^[^a-z]+|[^a-z0-9]+$", "", re.sub(r"[^a-z0-9]+", dash, text))[:_SUGGESTED].rstrip(dash)
+    base = text.removeprefix(f"noether{dash}init").lstrip(dash)
+    prefix = _PREFIX if what == "distribution" else ""
+
+    def is_allowed(one: str) -> bool:
+        derived = zip(("kind", "distribution"), _derived(one), strict=True) if what == "name" else ()
+        return not any(_problem_of(*each) for each in ((what, one), *derived))
+
+    return next(filter(is_allowed, (text, f"{prefix}{base}", f"{prefix}my{dash}{base}", f"{prefix}demo")))
+
 
 _HERE = importlib.resources.files("noether_init_core.scaffold")
 _SUFFIX = ".jinja"
