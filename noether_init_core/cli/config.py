@@ -15,8 +15,7 @@ from rich.console import Console
 
 from noether_init_core.cli.options import AsJson, Config, Html, Real, ShowAll, Start, with_start
 from noether_init_core.cli.output import (
-    check_page,
-    check_plan,
+    check_target,
     progress,
     show,
     show_json,
@@ -159,8 +158,8 @@ def plan(
 
     Exit code 0: it can be done. 1: the plan or a file has problems. The model is built without memory unless --real.
     """
-    check_plan(json_file)
-    check_page(html)
+    check_target(json_file, "--json")
+    check_target(html, "--html")
     with start.build(real=real) as (stack, built):
         planned = stack.plan(built)
     to_stdout = str(json_file) == "-"
@@ -170,8 +169,7 @@ def plan(
         if json_file is not None:
             write_text(json_file, planned.to_json() + "\n")
         _show_plan(stack, built, planned, show_all)
-    models = ", ".join(dict.fromkeys(row.model for row in planned.rows)) or "the model"
-    write_html(html, planned, f"What {start.config.name} will do to {models}")
+    write_html(html, planned)
     unplanned = stack.check_unplanned(built)
     if not real and any(error is not None for _kind, error in unplanned):
         # a kind may need values; whether something is wrong shows with them
@@ -233,7 +231,7 @@ def apply(
     beside it says where each tensor came from. The kind file reads the file again. Exit code 1: the plan or a file has
     problems; then nothing is written.
     """
-    check_page(html)
+    check_target(html, "--html")
     from noether_init_core.render.terminal import PlanView
     from noether_init_core.saving.file_writing import check_place
 
@@ -272,7 +270,7 @@ def apply(
         show_json("apply", {"files": files, "fresh": list(fresh), "report": report.to_dict()})
     else:
         _show_written(written, report, len(fresh))
-    write_html(html, report, f"What {start.config.name} made of the model")
+    write_html(html, report)
 
 
 def _states(model: Any, out: Path) -> dict[Path, Any]:

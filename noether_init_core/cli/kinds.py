@@ -9,7 +9,6 @@ import json
 import re
 import shlex
 import sys
-import time
 import traceback
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -224,12 +223,9 @@ def check(kind: Kind, as_json: AsJson = False) -> None:
 
     What is marked x breaks the contract: the kind cannot be used. What is marked ! will trouble users or the author.
     """
-    import torch  # noqa: F401 - so that the import of the kind is timed without it
-
     from noether_init_core.initializers.base import InitializerBase
     from noether_init_core.kinds import contract
 
-    began = time.perf_counter()
     try:
         info, loaded = kinds.load(kind)
     except KindImportError as error:
@@ -242,7 +238,6 @@ def check(kind: Kind, as_json: AsJson = False) -> None:
         if error.__cause__ is not None:  # the plugin's own traceback is what its author needs
             traceback.print_exception(error.__cause__, file=sys.stderr)
         raise
-    seconds = time.perf_counter() - began
     advice = [*_of_distribution(info)]
     if isinstance(loaded, type) and issubclass(loaded, InitializerBase):
         problems = [*filter(None, [contract.newer(loaded)]), *contract.examine(loaded)]
@@ -259,7 +254,8 @@ def check(kind: Kind, as_json: AsJson = False) -> None:
         except TypeError:
             file = None
         show(f"{info.name}  {info.source}  {info.target}")
-        show(f"   imported in {seconds * 1000:.0f} ms, torch apart" + (f", from {file}" if file else ""))
+        if file is not None:
+            show(f"   imported from {file}")
         _show_findings(problems, advice)
     if problems:
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ terminal would act on. Files are written as a whole, or not at all.
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import os
 import secrets
@@ -133,39 +134,25 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 _LOOKED_AT = 4096
-# what our own files begin with
-_PAGE, _PLAN = b'content="noether-init-core', b'"format": "noether-init-plan"'
+#: Option -> suffixes of its files, and what those that it wrote begin with.
+_WRITTEN = {
+    "--html": ((".html", ".htm"), b'content="noether-init-core'),
+    "--json": ((".json",), b'"format": "noether-init-plan"'),
+}
 
 
-def check_page(path: Path | None) -> None:
-    """Raise ``typer.BadParameter`` where a page cannot be written, ``InitError`` where none can be made."""
-    if path is None:
-        return
-    _check(path, "--html", (".html", ".htm"), _PAGE)
-    try:
-        import noether_init_pages  # noqa: F401 - found out before the work is done
-    except ModuleNotFoundError as error:
-        if error.name != "noether_init_pages":
-            raise
-        raise InitError(
-            "--html needs the distribution noether-init-pages, which is not installed. "
-            'Next: pip install "noether-init-core[pages]"'
-        ) from None
+def check_target(path: Path | None, option: str) -> None:
+    """Raise ``typer.BadParameter`` where ``option`` cannot write its file, ``InitError`` where none can be made.
 
-
-def check_plan(path: Path | None) -> None:
-    """Raise ``typer.BadParameter`` where the JSON of a plan cannot be written; ``-`` is standard output."""
-    if path is not None and str(path) != "-":
-        _check(path, "--json", (".json",), _PLAN)
-
-
-def _check(path: Path, option: str, suffixes: tuple[str, ...], ours: bytes) -> None:
-    """To be called before the work is done: a slip of the hand must not cost a config, a manifest or a report.
-
-    A file that is there is replaced only where it is of this kind and of ours; nothing is written among checkpoints.
+    To be called before the work is done: a slip of the hand must not cost a config, a manifest or a report. A file that
+    is there is replaced only where it is of this kind and of ours; nothing is written among checkpoints. For
+    ``--json``, ``-`` is standard output.
     """
+    if path is None or (option == "--json" and str(path) == "-"):
+        return
     from noether_init_core.sets.checkpoint_set import lies_in_a_run
 
+    suffixes, ours = _WRITTEN[option]
     problem = None
     if path.is_dir():
         problem = f"{path} is a folder. Next: {option} {path / ('plan' + suffixes[0])}"
@@ -181,6 +168,11 @@ def _check(path: Path, option: str, suffixes: tuple[str, ...], ours: bytes) -> N
         problem = f"{path} exists and was not written by this option; it is kept. Next: another name"
     if problem is not None:
         raise typer.BadParameter(problem, param_hint=option)
+    if option == "--html" and importlib.util.find_spec("noether_init_pages") is None:
+        raise InitError(
+            "--html needs the distribution noether-init-pages, which is not installed. "
+            'Next: pip install "noether-init-core[pages]"'
+        )
 
 
 def _head(path: Path) -> bytes:
@@ -188,12 +180,12 @@ def _head(path: Path) -> bytes:
         return file.read(_LOOKED_AT)
 
 
-def write_html(path: Path | None, value: SaysItself, title: str | None = None) -> None:
+def write_html(path: Path | None, value: SaysItself) -> None:
     """Write the page of a value, and say where it is on standard error; nothing for None."""
     if path is not None:
         from noether_init_pages import html_page
 
-        write_text(path, html_page(value, title=title))
+        write_text(path, html_page(value))
         typer.echo(f"page: {path}", err=True)
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from noether_init_core.cli.options import AsJson, Html, ShowAll
-from noether_init_core.cli.output import check_page, check_path, from_here, progress, show, write_html
+from noether_init_core.cli.output import check_path, check_target, from_here, progress, show, write_html
 from noether_init_core.errors import CheckpointFormatError
 from noether_init_core.messages import counted, one_line
 from noether_init_core.render.folding import fold_alike
@@ -54,15 +54,16 @@ def diff(
     Tensors are read in pieces, so that memory does not grow with the model. Exit code 0: the same names and shapes;
     values may differ. 1: names or shapes differ, or there is NaN on one side.
     """
-    check_page(html)
+    check_target(html, "--html")
     for one in (a, b):
         # RUN@TAG, unless there is a path of that name
         path = Path(one)
         check_path(Path(one.rpartition("@")[0]) if "@" in path.name and not path.exists() else path)
-    from noether_init_core.diff.compare import bytes_to_read, compare_sides, side_at
+    from noether_init_core.diff.compare import compare_sides, side_at
 
     sides = side_at(a), side_at(b)
-    with progress("comparing", sum(map(bytes_to_read, sides))) as advance:
+    nbytes = sum(path.stat().st_size for side in sides for path in side.files.values())
+    with progress("comparing", nbytes) as advance:
         found = compare_sides(*sides, strip=strip or (), advance=advance)
     if as_json:
         typer.echo(found.to_json())
@@ -188,7 +189,7 @@ def lineage(
     Descendants are looked for in the output root that the run lies in, and in those of --root. Exit code 1: a record
     could not be read; what could be is shown.
     """
-    check_page(html)
+    check_target(html, "--html")
     for one in (path, *(roots or ())):
         check_path(one)
         if not one.is_dir():

@@ -72,13 +72,8 @@ def _of_missing(parameter: str | None, example: str) -> str | None:
     if parameter == "kind":
         return f"Installed kinds: {listed(plain_kinds(), _MOST_NAMES)}. Next: noether-init kinds"
     if parameter == "model":
-        # the command line is about this folder, or about --app-dir, which is not known yet
-        modules = _modules_here()
-        known = f" Modules in this folder: {listed(modules, _MOST_NAMES)}." if modules else ""
-        return (
-            "--model module:callable names what gives the model: a function without arguments, a class, a module."
-            f"{known} Next: --model {modules[0] if len(modules) == 1 else 'module'}:build"
-        )
+        said = "names what gives the model: a function without arguments, a class, a module"
+        return f"--model module:callable {said}. Next: {example}"
     return None
 
 

@@ -59,13 +59,10 @@ def side_at(path: Path | str) -> Side:
         name, _, tag = path.name.rpartition("@")
         path = path.with_name(name) if name else path
     if not path.exists():
-        raise CheckpointNotFoundError(f"{path} does not exist", path=path, asked=str(path))
+        raise _not_found(path, "does not exist")
     if path.is_file() and tag is not None:
-        raise CheckpointNotFoundError(
-            f"{path} is a file, and @{tag} means a set of a run. Next: RUN@{tag}, or {path} alone",
-            path=path,
-            asked=f"{path}@{tag}",
-        )
+        message = f"is a file, and @{tag} means a set of a run. Next: RUN@{tag}, or {path} alone"
+        raise _not_found(path, message, f"{path}@{tag}")
     if path.is_file():
         parsed = parse(path.name)
         return Side(DiffSide(str(path)), {"" if parsed is None else _name(parsed.model, parsed.info): path})
@@ -96,24 +93,15 @@ def _name(model: str, info: str | None) -> str:
     return model if info is None else f"{model} ({info})"
 
 
+def _not_found(path: Path, message: str, asked: str = "", candidates: Sequence[str] = ()) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(f"{path} {message}", path=path, asked=asked or str(path), candidates=candidates)
+
+
 def _run_at(path: Path) -> PathProvider:
-    try:
-        runs = runs_at(path)
-    except CheckpointNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{path} holds no checkpoints: it is no file, and neither a run folder nor one of a set. "
-            f"Next: noether-init inspect {shlex.quote(str(path))}",
-            path=path,
-            asked=str(path),
-        ) from error
+    runs = runs_at(path)
     if len(runs) > 1:
         names = [str(path / one.checkpoint_path.parent.relative_to(path.resolve())) for one in runs]
-        raise CheckpointNotFoundError(
-            f"{path} holds {len(runs)} runs or stages. Next: one of {listed(names, 8)}",
-            path=path,
-            asked=str(path),
-            candidates=names,
-        )
+        raise _not_found(path, f"holds {len(runs)} runs or stages. Next: one of {listed(names, 8)}", candidates=names)
     return runs[0]
 
 
@@ -132,7 +120,7 @@ def _of_set(snapshot: Snapshot, found: CheckpointSet, tag: str | None) -> Side:
     )
     files = {_name(file.model, file.info): file.path for file in found.files if file.part == "model"}
     if not files:
-        raise CheckpointNotFoundError(f"{name} @ {asked} has no weights", path=found.folder, asked=str(found.folder))
+        raise _not_found(found.folder, f"is {name} @ {asked}, and has no weights")
     return Side(said, files)
 
 
@@ -152,11 +140,6 @@ def compare_checkpoints(a: Path | str, b: Path | str, *, strip: Sequence[str] = 
     ``CheckpointCorruptError`` where a file changes meanwhile.
     """
     return compare_sides(side_at(a), side_at(b), strip=strip)
-
-
-def bytes_to_read(side: Side) -> int:
-    """At most how many bytes of this side will be read, for a progress bar."""
-    return sum(path.stat().st_size for path in side.files.values())
 
 
 def compare_sides(
@@ -257,7 +240,7 @@ class _Work:
         first, second = filter(None, readers)
         one, two = (side[key] for side in sides)
         if shape_a is not None:
-            drift = drift_of(first, one, second, two, self._room, self._advance)
+            drift = drift_of((first, one), (second, two), self._room, self._advance)
             self.drifts += [drift] if drift.norm_a is not None else []
             return _measured(row, drift, are_comparable(one, two))
         is_same = equal(mapped(first.materialize(one), _bits), mapped(second.materialize(two), _bits))

@@ -122,21 +122,10 @@ class CheckpointDiff:
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain data, by ``docs/schemas/diff.schema.json``. Numbers are finite, or null."""
-        return {
-            "format": "noether-init-diff",
-            "version": DIFF_VERSION,
-            "a": attrs.asdict(self.a),
-            "b": attrs.asdict(self.b),
-            "rows": [attrs.asdict(row) for row in self.rows],
-            "counts": self.counts(),
-            "totals": {
-                "elements": self.elements,
-                "elements_compared": self.elements_compared,
-                "relative_norm": self.relative_norm,
-                "cosine": self.cosine,
-            },
-            "notes": list(self.notes),
-        }
+        data = attrs.asdict(self)
+        totals = {name: data.pop(name) for name in ("elements", "elements_compared", "relative_norm", "cosine")}
+        last = {"counts": self.counts(), "totals": totals, "notes": data.pop("notes")}
+        return {"format": "noether-init-diff", "version": DIFF_VERSION, **data, **last}
 
     def to_json(self) -> str:
         """``to_dict`` as text."""

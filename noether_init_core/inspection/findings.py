@@ -72,6 +72,7 @@ class FoundFile:
         problems: What is wrong around it, such as an unreadable manifest.
     """
 
+    type: str = attrs.field(default="file", init=False)
     path: Path
     bytes: int
     file_format: Literal["torch", "safetensors"]
@@ -171,6 +172,7 @@ class RunSummary:
 class FoundSetFolder:
     """A set by itself, with the content of each file."""
 
+    type: str = attrs.field(default="set", init=False)
     path: Path
     run_id: str | None
     stage: str | None
@@ -183,6 +185,7 @@ class FoundSetFolder:
 class FoundRunFolder:
     """A run: itself and its stages, as many as have checkpoints."""
 
+    type: str = attrs.field(default="run", init=False)
     path: Path
     stages: tuple[FoundRun, ...]
 
@@ -196,6 +199,7 @@ class FoundRunFolder:
 class FoundRoot:
     """An output root, its runs by name."""
 
+    type: str = attrs.field(default="root", init=False)
     path: Path
     runs: tuple[RunSummary, ...]
 
@@ -206,12 +210,6 @@ class FoundRoot:
 
 
 Found = FoundFile | FoundSetFolder | FoundRunFolder | FoundRoot
-_TYPES: Mapping[type[Found], str] = {
-    FoundFile: "file",
-    FoundSetFolder: "set",
-    FoundRunFolder: "run",
-    FoundRoot: "root",
-}
 
 
 def to_json_data(found: Found) -> dict[str, Any]:
@@ -220,8 +218,4 @@ def to_json_data(found: Found) -> dict[str, Any]:
         found,
         value_serializer=lambda _instance, _attribute, value: str(value) if isinstance(value, Path) else value,
     )
-    return {
-        "type": _TYPES[type(found)],
-        **values,
-        "problems": [*found.problems],
-    }
+    return {**values, "problems": [*found.problems]}

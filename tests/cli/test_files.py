@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import typer
 
 from noether_init_core import InitReport, TrainingIteration
-from noether_init_core.cli.output import check_page, check_plan, write_html, write_text
+from noether_init_core.cli.output import check_target, write_html, write_text
 from noether_init_core.errors import InitError
 
 REPORT = InitReport(TrainingIteration(0, 0, 0))
@@ -22,7 +23,7 @@ def test_a_page_has_a_name_of_a_page(tmp_path: Path, name: str, monkeypatch: pyt
     """Whatever else is behind the option is a slip of the hand."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(typer.BadParameter, match=r"is no \.html file\. Next: --html "):
-        check_page(Path(name))
+        check_target(Path(name), "--html")
 
 
 def test_what_was_not_written_by_the_option_is_kept(tmp_path: Path) -> None:
@@ -31,24 +32,24 @@ def test_what_was_not_written_by_the_option_is_kept(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text('{"name": "theirs"}')
     (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere.html")
     os.mkfifo(tmp_path / "pipe.html")
-    for check, name in (
-        (check_page, "theirs.html"),
-        (check_plan, "package.json"),
-        (check_page, "link.html"),
-        (check_page, "pipe.html"),
+    for option, name in (
+        ("--html", "theirs.html"),
+        ("--json", "package.json"),
+        ("--html", "link.html"),
+        ("--html", "pipe.html"),
     ):
         with pytest.raises(typer.BadParameter, match="was not written by this option; it is kept"):
-            check(tmp_path / name)
+            check_target(tmp_path / name, option)
 
 
 def test_ours_is_replaced(tmp_path: Path) -> None:
     """Writing a page again is what people do."""
     write_html(tmp_path / "report.html", REPORT)
     first = (tmp_path / "report.html").read_text()
-    check_page(tmp_path / "report.html")
-    write_html(tmp_path / "report.html", REPORT, "Another title")
+    check_target(tmp_path / "report.html", "--html")
+    write_html(tmp_path / "report.html", attrs.evolve(REPORT, auto_resume="another"))
     assert first != (tmp_path / "report.html").read_text()
-    check_plan(Path("-"))
+    check_target(Path("-"), "--json")
 
 
 def test_nothing_is_written_among_checkpoints(tmp_path: Path) -> None:
@@ -56,9 +57,9 @@ def test_nothing_is_written_among_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "sets" / "00000001_E1_U1_S1"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"format": "noether-init-plan"}')
-    for check, name in ((check_plan, "manifest.json"), (check_plan, "new.json"), (check_page, "new.html")):
+    for option, name in (("--json", "manifest.json"), ("--json", "new.json"), ("--html", "new.html")):
         with pytest.raises(typer.BadParameter, match="lies among checkpoints"):
-            check(folder / name)
+            check_target(folder / name, option)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
