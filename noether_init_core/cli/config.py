@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import attrs
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from noether_init_core.cli.options import AsJson, Config, Html, Real, ShowAll, Start, with_start
 from noether_init_core.cli.output import (
@@ -313,7 +314,7 @@ def _report_of(path: Path) -> Path:
 
 
 def _show_written(written: list[WrittenFile], report: InitReport, fresh: int) -> None:
-    show_text(str(report))
+    Console().print(Text(str(report)))
     for one in written:
         show(f"{one.path}: {counted(one.tensors, 'tensor')}, {one.bytes:,} bytes, {one.digest}")
     if fresh:

@@ -216,7 +216,7 @@ def test_a_config_that_goes_on_by_itself_is_applied_as_at_its_first_start(folder
     (folder / "init.yaml").write_text(f"auto_resume: true\n{text}")
     done = apply(folder, "init.yaml", "--out", "start.th", "--html", "report.html")
     assert done.returncode == 0, done.stderr
-    assert "previous_run  net <- pretrain" in done.stdout
+    assert "previous_run: net <- pretrain" in done.stdout
     assert "What init.yaml made of the model" in (folder / "report.html").read_text()
 
 

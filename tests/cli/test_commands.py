@@ -50,13 +50,13 @@ def test_alone_it_shows_what_is_here_and_the_next_commands(
     # plugins of this repository are installed, too
     assert {"file", "previous_run", "resume"} <= set(lines[1].removeprefix("kinds    ").split(", "))
     following = [line.split()[1:3] for line in lines if line.startswith("  noether-init")]
-    assert following == [["example", "previous_run"], ["kinds", "every"], ["--help", "all"]]
+    assert following == [["example", "previous_run"], ["kinds"], ["--help"]]
     assert "\nruns " not in result.out
     monkeypatch.chdir(noether_runs)
     shown = invoke().out
     runs = "composite/pretrain @ E3_U12_S72, early_stop/train @ E1_U7_S28, mlp_train/train @ E4_U16_S128"
     assert f"runs     {runs}\n" in shown
-    assert "noether-init inspect . " in shown
+    assert "noether-init inspect .\n" in shown
 
 
 def test_what_is_next_fits_to_what_is_here(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,16 @@ WRONG_TURNS = [
     ),
     ("noether-init validate tab.yaml", 1, ["tab.yaml:2", "indented by spaces, never by tabs"]),
     # a model
-    ("noether-init plan init.yaml", 2, ["Missing option '--model'", "Next: --model train:build"]),
-    ("noether-init plan init.yaml --model train {run}", 2, ["is not module:callable", "Next: --model train:build"]),
+    (
+        "noether-init plan init.yaml",
+        2,
+        ["Missing option '--model'", "noether-init plan init.yaml --model train:build"],
+    ),
+    (
+        "noether-init plan init.yaml --model train {run}",
+        2,
+        ["is not module:callable", "Next: --model train:build"],
+    ),
     ("noether-init plan init.yaml --model trian:build {run}", 2, ["no module 'trian'", "train"]),
     ("noether-init plan init.yaml --model train:bild {run}", 2, ["train has no 'bild'", "build"]),
     # runs
