@@ -3,8 +3,7 @@
 from noether_init_core import kinds as kinds
 from noether_init_core.applying.targets import named_parameters as named_parameters
 from noether_init_core.config.base import InitializerConfig as InitializerConfig, KindConfig as KindConfig
-from noether_init_core.diff.compare import compare_checkpoints as compare_checkpoints
-from noether_init_core.diff.values import CheckpointDiff as CheckpointDiff
+from noether_init_core.diff.compare import CheckpointDiff as CheckpointDiff, compare_checkpoints as compare_checkpoints
 from noether_init_core.errors import (
     AmbiguousCheckpointError as AmbiguousCheckpointError,
     CheckpointCorruptError as CheckpointCorruptError,

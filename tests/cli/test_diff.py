@@ -12,7 +12,7 @@ import torch
 from support.counting import LineCounter
 
 from noether_init_core.cli.relations import _of_model
-from noether_init_core.diff.values import DiffRow, State
+from noether_init_core.diff.compare import DiffRow, State
 
 PROGRAM = Path(sys.executable).with_name("noether-init")
 

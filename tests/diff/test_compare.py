@@ -29,8 +29,7 @@ from noether_init_core import (
     compare_checkpoints,
     compose,
 )
-from noether_init_core.diff.compare import compare_sides, prefix_note, side_at
-from noether_init_core.diff.values import DiffRow
+from noether_init_core.diff.compare import DiffRow, compare_sides, prefix_note, side_at
 
 State = dict[str, Any]
 
