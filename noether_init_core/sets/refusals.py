@@ -222,7 +222,8 @@ def _no_such_tag(snapshot: Snapshot, tag: str) -> CheckpointNotFoundError:
     elif any(one.name == tag for one in snapshot.flat):
         found = "There are flat files of it, which are not read beside committed sets (kind: file reads one). "
     elif tag == "best":
-        found = "No set was saved under a best_model.* tag. "
+        whose = "of these models " if any(one.startswith("best_model.") for one in tags) else ""
+        found = f"No set {whose}was saved under a best_model.* tag. "
     elif tag.isascii() and tag.isdigit():
         found = f"An iteration is written E{tag}, U{tag} or {{epoch: {tag}}}. "
     # nothing is near to best: latest only looks alike
@@ -379,10 +380,10 @@ class _Lack:
         elsewhere = sorted({name for one in self.snapshot.sets() for name in one.models("model")})
         alike = [name for name in near(asked, named, 1, cutoff=0.5) or near(asked, elsewhere, 1) if name != asked]
         tags = self._tags_with()
-        if alike:
-            return f"Add: {model_line(alike[0], self.asked_by)}{self._others_with()}"
         if tags:
             return f"Add: checkpoint_tag: {tags[0]}{self._others_with()}"
+        if alike:
+            return f"Add: {model_line(alike[0], self.asked_by)}"
         return f"If that is the same model under another name, add: {model_line(named[0], self.asked_by)}"
 
     def _others_with(self) -> str:

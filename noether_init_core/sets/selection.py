@@ -79,9 +79,10 @@ def select(
 
     Newest is the highest sequence of the committed sets; where there is none, the latest iteration of flat files. A
     text means the newest set saved under it that has any of the models needed: others can be saved into the run by
-    themselves; ``best`` stands for the only ``best_model.*`` there is, ``best.loss`` for ``best_model.loss``. A full
-    iteration means its newest set that has all of them; one field of it (``E10``) the newest match that has everything
-    needed. Beside committed sets, flat files are not read; where they are later, no set is chosen automatically.
+    themselves. Unless such a set was saved under just that text, ``best`` stands for the only ``best_model.*`` that
+    they have, ``best.loss`` for ``best_model.loss``. A full iteration means its newest set that has all of the models;
+    one field of it (``E10``) the newest match that has everything needed. Beside committed sets, flat files are not
+    read; where they are later, no set is chosen automatically.
 
     With ``policy.walk_back``, an open tag means what it means, and then every older set, of the models needed, in turn.
     What a set with an unreadable manifest was tagged cannot be known: newer ones are passed over, and do not make the
@@ -211,18 +212,24 @@ class _Question:
         return NothingHere() if found is None else Selected(found, (), self.snapshot)
 
     def _meant_tag(self) -> str | SeveralBest:
-        """The tag to look for, ``best`` resolved; empty where no tag decides."""
+        """The tag to look for; empty where none decides. ``best`` is that of the models and their parts."""
         text = self.query.text
         if self.policy.any_tag or self.query.iteration is not None:
             return ""
         if text != "best" and not text.startswith(_BEST[1]):
             return text
-        tags = self.snapshot.tags()
+        wholes = tuple(f"{name}." for name in self._models)
+        tags = {
+            tag
+            for one in self.snapshot.sets()
+            if one.is_of(self._models) or any(name.startswith(wholes) for name in one.models())
+            for tag in one.tags
+        }
         if text in tags:
             return text
         if text != "best":
             return _BEST[0] + text.removeprefix(_BEST[1])
-        found = tuple(tag for tag in tags if tag.startswith(_BEST))
+        found = tuple(sorted(tag for tag in tags if tag.startswith(_BEST)))
         return SeveralBest(found) if len(found) > 1 else next(iter(found), text)
 
     def _broken(self, sequence: int, error: CheckpointError, chosen: CheckpointSet | None) -> Broken:

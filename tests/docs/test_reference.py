@@ -37,7 +37,7 @@ def test_the_reference_has_every_public_name_and_no_other() -> None:
 def test_no_file_has_marks_of_an_unfinished_merge() -> None:
     """They hide in tables and texts that no program reads."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    files = [ROOT / name for name in tracked] or [path for path in ROOT.glob("docs/**/*.md")]
+    files = [ROOT / name for name in tracked] or list(ROOT.glob("docs/**/*.md"))
     marks = re.compile(rb"^(<{7}|>{7}) ", re.MULTILINE)
     assert [str(path) for path in files if path.is_file() and marks.search(path.read_bytes())] == []
 

@@ -284,6 +284,28 @@ def test_missing_tag_names_near_tags(noether_runs: Path) -> None:
         find(paths, {"epoch": 9}, MLP)
 
 
+def test_best_is_that_of_the_models_that_are_asked_for(paths: PathProvider) -> None:
+    """Another model in the run may have a best tag of its own."""
+    write_set(paths, 1, "latest", "best_model.loss", model="enc")
+    write_set(paths, 2, "latest", "best_model.accuracy", model="dec")
+    write_set(paths, 3, "latest", model="third")
+    assert find(paths, "best", [Need("enc", "model")]).sequence == 1
+    assert find(paths, "best", [Need("dec", "model")]).sequence == 2
+    assert find(paths, "best.loss", [Need("enc", "model")]).sequence == 1
+    with pytest.raises(CheckpointNotFoundError, match="No set of these models was saved under a best_model"):
+        find(paths, "best", [Need("third", "model")])
+    with pytest.raises(AmbiguousCheckpointError):
+        find(paths, "best")
+
+
+def test_another_set_of_the_model_is_advised_before_a_model_of_a_near_name(paths: PathProvider) -> None:
+    """The weights of the model itself exist; those of the other one would not fit."""
+    write_set(paths, 1, "latest", model="dec")
+    write_set(paths, 2, "latest", model="enc")
+    with pytest.raises(CheckpointNotFoundError, match=r"Add: checkpoint_tag: E1_U10_S100"):
+        find(paths, "E2_U20_S200", [Need("dec", "model")])
+
+
 def test_a_missing_best_and_a_number_say_what_they_would_mean(paths: PathProvider, folder: Path) -> None:
     """Best is no misspelling of latest, and a bare number is no iteration."""
     write_flat(folder, "mlp_cp=E1_U1_S1_model.th")
