@@ -139,7 +139,7 @@ def suggest(start: Start, as_json: AsJson = False, real: Real = False) -> None:
             show(f"# for initializers.{number}, {path}")
             show_text(str(one))
         if not found:
-            show("nothing to suggest: the config has no initializers that load weights")
+            show("# nothing to suggest: the config has no initializers that load weights")
     if not all(one.plan.is_fine and one.is_sure for _number, _path, one in found):
         raise typer.Exit(1)
 

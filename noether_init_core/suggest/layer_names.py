@@ -200,6 +200,11 @@ class Layer:
         """The template without what joins it to its leaves."""
         return self.template.rstrip("._")
 
+    @property
+    def label(self) -> str:
+        """The path for messages; a layer that is the whole model has none."""
+        return self.path or "(root)"
+
     def name(self, leaf: str, index: Index = ()) -> str:
         """The name of a tensor in a block; without ``index`` with captures."""
         name = self.template + self.leaves[leaf]

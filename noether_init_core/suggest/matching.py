@@ -200,7 +200,7 @@ def _most_alike(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair
     pairs = []
     for i, j in target_of.items():
         others = [*((i, m) for m in range(len(targets))), *((k, j) for k in range(len(sources)))]
-        rivals = [f"{sources[k].path} -> {targets[m].path}" for k, m in others if is_rival((i, j), (k, m))]
+        rivals = [f"{sources[k].label} -> {targets[m].label}" for k, m in others if is_rival((i, j), (k, m))]
         pairs.append(_paired(sources[i], targets[j], fits[i, j], scores[i, j], rivals))
     return pairs
 

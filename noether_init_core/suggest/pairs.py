@@ -185,7 +185,7 @@ def _flipped(pair: Pair, seen: Sequence[Pair]) -> Pair:
     # without others, [d, 3 d] beside squares is how Conv1D has it
     flip = flips.most_common(1)[0][0] if flips else "yes" if pair.dim == -1 else "no"
     pair = attrs.evolve(pair, flip=flip)
-    shown = f"{pair.sources[0].path} {list(next(iter(pair.sources[0].shapes.values())).get('weight', ()))}"
+    shown = f"{pair.sources[0].label} {list(next(iter(pair.sources[0].shapes.values())).get('weight', ()))}"
     cannot_tell = f"shapes cannot tell whether {shown} is transposed"
     other = f"the same rule {'without' if flip == 'yes' else 'with'} transpose"
     if len(flips) > 1:
@@ -194,7 +194,7 @@ def _flipped(pair: Pair, seen: Sequence[Pair]) -> Pair:
         return pair if _is_moved(pair) else pair.doubted(cannot_tell, other)
     if flip == "no":
         return pair
-    witness = min(one.sources[0].path for one in seen)
+    witness = min(one.sources[0].label for one in seen)
     return attrs.evolve(pair, why=f"transposed as {witness} is: the shape of {shown} cannot tell")
 
 
@@ -227,7 +227,7 @@ def fused(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
             (score, parts, dim, flip), *rest = sorted(fits, key=lambda fit: -fit[0])
             mine, its = ((one,), parts) if way == "split" else (parts, (one,))
             pair = Pair(mine, its, tuple(one.shapes), way, flip, dim)
-            if near := [listed(part.path for part in fit[1]) for fit in rest if fit[0] > score - MARGIN]:
+            if near := [listed(part.label for part in fit[1]) for fit in rest if fit[0] > score - MARGIN]:
                 pair = pair.doubted("several projections fit equally well", *near[:4])
             if kind == "qkv" and (reason := _may_be_in_turns(one, parts)):
                 pair = pair.doubted(reason, _regrouped(pair, one, parts))
@@ -321,7 +321,7 @@ def stacked(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
             (score, other), *rest = fits
             mine, its = ((one,), (other,)) if way == "unstack" else ((other,), (one,))
             pair = Pair(mine, its, tuple(sorted(other.shapes, key=lambda index: int(index[0]))), way)
-            near = [fit[1].path for fit in rest if fit[0] > score - MARGIN]
+            near = [fit[1].label for fit in rest if fit[0] > score - MARGIN]
             pairs.append(pair.doubted("several layers fit equally well", listed(near, 4)) if near else pair)
     return pairs
 
@@ -343,7 +343,7 @@ def resampled(source: Layer, target: Layer) -> Pair:
     """A position embedding for another number of tokens; without a grid where none fits."""
     have, want = source.shapes[()]["weight"], target.shapes[()]["weight"]
     pair = Pair((source,), (target,), ((),), "interpolate")
-    shown = f"{source.path} is {list(have)}, {target.path} {list(want)}"
+    shown = f"{source.label} is {list(have)}, {target.label} {list(want)}"
     if len(have) < 2 or len(have) != len(want) or (*have[:-2], have[-1]) != (*want[:-2], want[-1]):
         return pair.doubted(f"{shown}: they differ in more than the tokens", f"keep_model: {target.name('weight')}")
     grids = square_grids(have, want)

@@ -94,19 +94,34 @@ class Suggestion:
         return "".join(f"{line}\n" for line in lines)
 
     def __str__(self) -> str:
-        said = [self.to_yaml() or "# no rule is needed\n"]
+        """The rules, and all that is to be known of them as comments: the whole is YAML that can be pasted."""
         state = "no problem" if self.plan.is_fine else "not yet fine:"
-        said.append(f"coverage {100 * self.plan.coverage():.1f} %, {state}\n")
-        said += [f"  {one_line(problem.message, 1000)}\n" for problem in self.plan.problems]
+        said = [] if any("from" in one.config for one in self.rules) else self._without_moves()
+        said.append(f"coverage {100 * self.plan.coverage():.1f} %, {state}")
+        said += [f"  {one_line(problem.message, 1000)}" for problem in self.plan.problems]
         for one in self.unsure[:_MOST_SHOWN]:
-            said.append(one_line(f"unsure: {one.what}: {one.reason}") + "\n")
-            said += [f"  or: {other}\n" for other in one.alternatives]
+            said.append(f"unsure: {one.what}: {one.reason}")
+            said += [f"  or: {other}" for other in one.alternatives]
         if len(self.unsure) > _MOST_SHOWN:
-            said.append(f"unsure: and {len(self.unsure) - _MOST_SHOWN} more\n")
+            said.append(f"unsure: and {len(self.unsure) - _MOST_SHOWN} more")
         for side, names in (("file", self.unmatched_sources), ("model", self.unmatched_targets)):
             if names:
-                said.append(f"unmatched in the {side}: {listed(one_line(name, 200) for name in names)}\n")
-        return "".join(said).rstrip("\n")
+                said.append(f"unmatched in the {side}: {listed(one_line(name, 200) for name in names)}")
+        return self.to_yaml() + "\n".join(f"# {one_line(line)}" for line in said)
+
+    def _without_moves(self) -> list[str]:
+        """Why no rule gives an entry another name: everything fits without, or names and shapes tell none."""
+        if self.plan.is_fine and (self.rules or self.plan.coverage() == 1):
+            return [] if self.rules else ["no rule is needed"]
+        said = ["no rule was found: names and shapes do not tell which entry becomes which"]
+        if self.unmatched_targets:
+            target = one_line(self.unmatched_targets[0], 200)
+            rules: list[dict[str, str]] = [{"keep_model": target}]
+            if self.unmatched_sources:
+                rules.insert(0, {"from": one_line(self.unmatched_sources[0], 200), "to": target})
+            said.append("Next: write rules by hand, a line for each, such as")
+            said += ["transforms:", *(f"  - {yaml_line(rule)}" for rule in rules)]
+        return said
 
 
 def transforms_of(rules: Sequence[SuggestedRule]) -> Transforms:

@@ -134,7 +134,7 @@ class _Suggesting:
     def _unsure_of(self, pair: Pair) -> Unsure:
         names = self._names(pair)
         return Unsure(
-            " -> ".join(", ".join(layer.path for layer in layers) for layers in (pair.sources, pair.targets)),
+            " -> ".join(", ".join(layer.label for layer in layers) for layers in (pair.sources, pair.targets)),
             "; ".join(pair.doubts),
             pair.alternatives,
             tuple(name for mine, _ in names for name in mine),
@@ -171,11 +171,11 @@ class _Suggesting:
             shape = layer.shapes[()].get("weight")
             for source, target in ((pair.sources[0], pair.targets[0]) for pair in tables):
                 if shape is not None and source.shapes.get((), {}).get("weight") == shape:
-                    other = target.path
-                    reason = f"the file has {source.path} {list(shape)} once, and an entry goes to one place: {other}"
-                    alternatives = f"tie {layer.path} to {other} in the model", f"{source.path} -> {layer.path}"
+                    other = target.label
+                    reason = f"the file has {source.label} {list(shape)} once, and an entry goes to one place: {other}"
+                    alternatives = f"tie {layer.label} to {other} in the model", f"{source.label} -> {layer.label}"
                     names = tuple(self._target_names[bare] for bare in layer.names())
-                    self._unsure.append(Unsure(layer.path, reason, alternatives, (), names))
+                    self._unsure.append(Unsure(layer.label, reason, alternatives, (), names))
                     return (reason,)
         return ()
 
@@ -196,7 +196,7 @@ class _Suggesting:
             have, want = (list(layer.shapes[()][leaf]) for layer in (source, target))
             self._unsure.append(
                 Unsure(
-                    f"{source.path} -> {target.path}",
+                    f"{source.label} -> {target.label}",
                     f"the shapes differ: the file has {have}, the model {want}",
                     (f"keep_model: {target.name(leaf)}", "on_mismatch: slice, pad or keep, where the first rows agree"),
                     tuple(self._source_names[bare] for bare in source.names()),

@@ -192,7 +192,9 @@ class Problems:
         """What the file has instead; where names differ all over, keeping the model's values would leave it random."""
         near = self._near(names[0], unexpected or list(self._part.sources), "the file has") or "."
         differ = unexpected and len({name.rpartition(".")[0] for name in names}) > _FEW_MODULES
-        return near + (self._rename(names, unexpected) or (_OTHER_NAMES if differ else self._fresh(names)))
+        # without a hint nobody is to be advised: suggest itself plans so
+        other = _OTHER_NAMES if differ and self._hint else self._fresh(names)
+        return near + (self._rename(names, unexpected) or other)
 
     def mismatched(self, rows: Sequence[PlanRow]) -> None:
         """Entries of another shape: a step that makes the shape, where there is one; else a fresh start of these."""

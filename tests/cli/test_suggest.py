@@ -68,13 +68,34 @@ def test_what_is_suggested_can_be_pasted_as_it_is(call: Call, tmp_path: Path) ->
     assert "noether-init suggest" in out
     code, out = call("suggest", *arguments)
     assert out.startswith("# for initializers.0, model\n")
-    pasted = "\n".join(f"    {line}" for line in out.splitlines() if not line.startswith(("#", "coverage")))
+    pasted = "\n".join(f"    {line}" for line in out.splitlines())
     config = (tmp_path / "init.yaml").read_text() + pasted + "\n"
     assert yaml.safe_load(config)["initializers"][0]["transforms"]
     (tmp_path / "init.yaml").write_text(config)
     code, out = call("plan", *arguments)
     assert code == 0
     assert "coverage 90.1 %" in out
+
+
+def test_where_no_rule_is_found_it_says_what_to_write_by_hand(call: Call, tmp_path: Path) -> None:
+    """Names and shapes that say nothing: the output is no advice to run the same command, and is YAML as it stands."""
+    torch.save({f"zz{n}.weight": torch.zeros(n + 20) for n in range(4)}, tmp_path / "a.pt")
+    arguments = ("init.yaml", "--model", "suggest_models:Net")
+    code, out = call("suggest", *arguments)
+    assert code == 1
+    assert "no rule was found" in out
+    assert "#   - {from: zz0.weight, to: blocks.0.norm.weight}\n" in out
+    assert "no rule is needed" not in out
+    assert "noether-init suggest" not in out
+    assert yaml.safe_load(out) == {"transforms": [{"keep_model": "head."}]}
+
+
+def test_a_config_that_fits_needs_no_rule(call: Call, tmp_path: Path) -> None:
+    """That is said only where every element is loaded."""
+    torch.save({"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}, tmp_path / "a.pt")
+    (tmp_path / "suggest_models.py").write_text("import torch\n\n\ndef Net():\n    return torch.nn.Linear(4, 3)\n")
+    code, out = call("suggest", "init.yaml", "--model", "suggest_models:Net")
+    assert (code, out) == (0, "# for initializers.0, model\n# no rule is needed\n# coverage 100.0 %, no problem\n")
 
 
 def test_json_is_for_programs(call: Call) -> None:
@@ -91,5 +112,5 @@ def test_a_config_without_files_has_nothing_to_suggest(call: Call, tmp_path: Pat
     (tmp_path / "init.yaml").write_text("initializers: []\n")
     assert call("suggest", "init.yaml", "--model", "suggest_models:Net") == (
         0,
-        "nothing to suggest: the config has no initializers that load weights\n",
+        "# nothing to suggest: the config has no initializers that load weights\n",
     )

@@ -20,7 +20,7 @@ from noether_init_core.suggest.suggest import suggest
 from noether_init_core.surgery.fit import PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import Transforms
 from noether_init_core.surgery.plan import LoadPlan
-from noether_init_core.surgery.planner import plan_load
+from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.steps import Transpose
 
 Specs = dict[str, TargetSpec]
@@ -649,6 +649,33 @@ def test_names_of_absurd_length_stay_unmatched(prefix: str) -> None:
     assert found.unmatched_targets == tuple(targets)
     assert not found.plan.is_fine
     assert len(str(found)) < 5000
+
+
+def test_a_layer_that_is_the_whole_model_has_a_label() -> None:
+    """A doubt about it names both sides."""
+    found = suggest(specs(affine("model", 4, 4)), specs({"weight": (4, 4), "bias": (4,)}))
+    assert all(one.what.strip(" ->:") and not one.what.endswith("-> ") for one in found.unsure)
+    unfit = suggest(specs({"weight": (4, 4)}), specs({"weight": (5, 4)}))
+    assert [one.what for one in unfit.unsure] == ["(root) -> (root)"]
+
+
+def test_what_is_printed_is_yaml() -> None:
+    """Doubts, what is unmatched and problems are comments."""
+    found = suggest(
+        specs({"a.w": (6, 5), "b.w": (6, 5), "x.y": (9,)}), specs({"c.w": (6, 5), "d.w": (6, 5), "z.v": (8,)})
+    )
+    assert found.unsure
+    assert yaml.safe_load(str(found)) == (found.config() or None)
+
+
+def test_no_rule_was_found_where_the_policy_lets_everything_be() -> None:
+    """The plan is fine, nothing is loaded, and it is not said that no rule is needed."""
+    same = specs({"same.weight": (4, 4)})
+    policies = Policies(on_missing="keep", on_unexpected="ignore")
+    found = suggest(same | specs({"zzz.foo": (7,)}), same | specs({"qqq.bar": (3, 2)}), policies=policies)
+    assert found.plan.is_fine
+    assert "no rule was found" in str(found)
+    assert "no rule is needed" not in str(found)
 
 
 def library(kind: str, config: str, **fields: Any) -> Specs:
