@@ -133,7 +133,8 @@ def iteration_of_tag(tag: str) -> TrainingIteration | None:
 class Query:
     """What a tag asks for: a tag as it is written, an iteration, or any iteration that has some of its fields.
 
-    ``automatic``: the answer changes as the run goes on (``latest``, ``last``, ``E10``).
+    ``automatic``: a newer set may be meant at any time, and walking back is allowed (``latest``, ``last``, ``E10``).
+    ``best`` and other tags name one set.
     """
 
     text: str

@@ -181,7 +181,7 @@ def digest_of(content: bytes) -> str:
 def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
     """Read and check a manifest.
 
-    Raises ``CheckpointFormatError`` for a newer format, ``CheckpointCorruptError`` for a file that cannot be read as
+    Raises ``CheckpointFormatError`` for another version, ``CheckpointCorruptError`` for a file that cannot be read as
     a manifest at all: too large, no regular file, no JSON, bytes that differ from what was written, a wrong field, or
     an entry that is not a plain file name.
     """
