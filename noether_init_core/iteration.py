@@ -48,13 +48,19 @@ class TrainingIteration:
     @classmethod
     def from_string(cls, text: str) -> Self:
         """Parse ``E10_U100_S200`` or a part of it (``E10``, ``U100_S200``). Raises ``ConfigError``."""
-        found = _PATTERN.fullmatch(text)
-        if not text or found is None or text.startswith("_"):
+        parsed = cls.in_text(text)
+        if parsed is None:
             raise ConfigError(f"{text!r} is no training iteration; it is written E10_U100_S200, or E10, U100, S200")
-        parsed = cls(**{name: int(value) for name, value in found.groupdict().items() if value is not None})
-        if str(parsed) != text:
-            raise ConfigError(f"{text!r} is no training iteration; written out it would be {parsed}")
         return parsed
+
+    @classmethod
+    def in_text(cls, text: str) -> Self | None:
+        """The iteration that ``text`` is, as it is written out; None for any other text (``latest``, ``E010``)."""
+        found = _PATTERN.fullmatch(text)
+        if not text or found is None:
+            return None
+        parsed = cls(**{name: int(value) for name, value in found.groupdict().items() if value is not None})
+        return parsed if str(parsed) == text else None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Self:

@@ -122,11 +122,8 @@ def check_tag(tag: str) -> str:
 
 def iteration_of_tag(tag: str) -> TrainingIteration | None:
     """The iteration that a tag says: of ``E1_U7_S28`` and of ``E1_U7_S28.early_exit``; None for any other tag."""
-    try:
-        iteration = TrainingIteration.from_string(tag.partition(".")[0])
-    except ConfigError:
-        return None
-    return iteration if iteration.is_fully_specified else None
+    iteration = TrainingIteration.in_text(tag.partition(".")[0])
+    return iteration if iteration is not None and iteration.is_fully_specified else None
 
 
 @attrs.frozen
@@ -155,11 +152,9 @@ class Query:
                 )
             return cls(str(tag), tag, automatic=not tag.is_fully_specified)
         check_name(tag, "checkpoint_tag")
-        try:
-            iteration = TrainingIteration.from_string(tag)
-        except ConfigError:
-            return cls(tag, None, automatic=tag in FOLLOWING)
-        return cls(tag, iteration, automatic=not iteration.is_fully_specified)
+        iteration = TrainingIteration.in_text(tag)
+        is_open = tag in FOLLOWING if iteration is None else not iteration.is_fully_specified
+        return cls(tag, iteration, automatic=is_open)
 
     @property
     def is_minimal(self) -> bool:
