@@ -53,7 +53,9 @@ def _help_of(function: Callable[..., None]) -> str:
 
 
 for _panel, _name, _function, _example in COMMANDS:
-    app.command(_name, rich_help_panel=_panel, help=_help_of(_function), epilog=f"Example: {_example}")(_function)
+    app.command(
+        _name, cls=usage.Command, rich_help_panel=_panel, help=_help_of(_function), epilog=f"Example: {_example}"
+    )(_function)
 
 
 @app.callback(invoke_without_command=True)

@@ -22,11 +22,13 @@ import typer
 from noether_init_core import kinds
 from noether_init_core.cli.output import show, show_text
 from noether_init_core.errors import ConfigError, InitError, type_of
-from noether_init_core.messages import near
+from noether_init_core.messages import listed, near
 from noether_init_core.paths import PathProvider
 
 if TYPE_CHECKING:
     from noether_init_core.stack.stack import InitializerStack
+
+_NEXT_RUNS = "Next: --runs FOLDER --run-id ID, with the output root and the run that the config starts"
 
 # Shells evaluate parts of what they are offered; a name with anything else is typed by hand.
 _HARMLESS = re.compile(r"[\w./+@%,=-]+")
@@ -98,7 +100,8 @@ class Start:
         str | None, typer.Option(help="Name of a plain module in checkpoint files.", show_default="model")
     ] = None
     runs: Annotated[
-        Path | None, typer.Option(help="Output root, for kinds that read from runs.", show_default=False)
+        Path | None,
+        typer.Option(help="Output root, for kinds that read from runs.", show_default=False, metavar="FOLDER"),
     ] = None
     run_id: Annotated[str | None, typer.Option(help="The run that the config starts.", show_default="a new one")] = None
     stage_name: Annotated[str | None, typer.Option(help="The stage that it starts.", show_default=False)] = None
@@ -116,13 +119,28 @@ class Start:
         from noether_init_core.stack.stack import InitializerStack
 
         paths = self._paths()
-        if paths is not None and self.run_id is None and load_config_file(self.config).resume is not None:
-            show("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID", err=True)
+        resumes = load_config_file(self.config).resume is not None
+        if paths is None and resumes:
+            raise ConfigError(f"auto_resume resumes this very run from its own checkpoints. {_NEXT_RUNS}")
         with self._naming_options(paths):
             stack = InitializerStack.from_file(self.config, path_provider=paths)
+        if paths is not None and resumes:
+            show(self._decided(paths, stack.auto_resume), err=True)
         model = self.load_model(real=real)
         with self._naming_options(paths):
             yield stack, model
+
+    def _decided(self, paths: PathProvider, decision: str) -> str:
+        """What auto_resume decided; where the run has no checkpoints, which other run or stage may have been meant."""
+        if self.run_id is None:
+            return "auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID"
+        from noether_init_core.sets.places import runs, stages
+
+        if "no checkpoints" not in decision:
+            return decision
+        if paths.stage_name is None and (found := stages(paths)):
+            return f"{decision}. Stages of it that have some: {listed(found)}. Next: --stage-name {found[0]}"
+        return decision + _near(self.run_id, runs(paths))
 
     def load_model(self, *, real: bool) -> Any:
         """Import the module and call the callable; what it gives, as a model or composite.
@@ -161,8 +179,9 @@ class Start:
             yield
         except InitError as error:
             if paths is None and "path_provider" in str(error):
-                hint = "Next: --runs FOLDER --run-id ID, with the output root and the run that the config starts"
-            elif paths is not None and self.run_id is None and paths.run_id in str(error):
+                said = re.sub(r"path_provider=PathProvider\([^)]*\)", "--runs FOLDER --run-id ID", str(error))
+                raise ConfigError(f"{said}\n{_NEXT_RUNS}") from error
+            if paths is not None and self.run_id is None and paths.run_id in str(error):
                 hint = f"{paths.run_id} is a new run, made up since none was given. Next: --run-id ID"
             elif paths is not None and not paths.output_root.is_dir():
                 hint = f"{paths.output_root} does not exist. Next: --runs FOLDER, with the output root"
@@ -216,7 +235,10 @@ def _imported(said: str, app_dir: Path) -> Any:
         try:
             found = getattr(found, attribute)
         except AttributeError as error:
-            hint = _near(attribute, [other for other in dir(found) if not other.startswith("_")])
+            others = [other for other in dir(found) if not other.startswith("_")]
+            hint = _near(attribute, others)
+            if hint:
+                hint += f". Next: --model {f'{shown}.'.replace(f'{name}.', f'{name}:', 1)}{near(attribute, others)[0]}"
             raise _wrong(f"{shown} has no {attribute!r}{hint}") from error
         shown = f"{shown}.{attribute}"
     return found

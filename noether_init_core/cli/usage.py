@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import typer.core
 
 from noether_init_core import kinds
 from noether_init_core.cli.output import show, show_commands, show_json
 from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.kinds.lookup import OBSERVERS
-from noether_init_core.messages import listed, one_line, printable
+from noether_init_core.messages import listed, near, one_line, printable
 from noether_init_core.paths import PathProvider
 
 #: Set to anything but 0, every error of a command comes with its traceback.
@@ -33,12 +34,43 @@ _OF_PATHS = (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.
 #: The error of a command line that cannot be understood; typer shows it, and has no public name for it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+# Where a context keeps the words behind the name of the command.
+_TYPED = "noether_init_core.typed"
+
 _MOST_NAMES = 6
 _SHOWN = 8
 # A folder may hold anything; what is beyond is not looked at.
 _MOST_ENTRIES = 500
 _MOST_FOLDERS = 2_000
 _DEPTH = 3
+# Of a module, in bytes.
+_LOOKED_AT = 100_000
+
+
+class Command(typer.core.TyperCommand):
+    """A command that remembers what was typed, for advice, and takes an option with one value only once."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        typed = list(args)
+        ctx.meta[_TYPED] = typed
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            order = self.make_parser(ctx).parse_args(list(typed))[2]
+            for param in order:
+                if order.count(param) > 1 and _takes_one(param):
+                    message = f"{param.opts[0]} takes one value, and was given {order.count(param)} times"
+                    raise typer.BadParameter(
+                        f"{message}. Next: leave out all but one", ctx=ctx, param_hint=param.opts[0]
+                    )
+        return rest
+
+
+def _takes_one(param: Any) -> bool:
+    return param.param_type_name == "option" and not (param.multiple or param.count or _is_flag(param))
+
+
+def _is_flag(param: Any) -> bool:
+    return getattr(param, "is_flag", False) is True
 
 
 def advice(error: Exception) -> str | None:
@@ -55,11 +87,46 @@ def advice(error: Exception) -> str | None:
         return f"Next: {said}"
     if hasattr(context.command, "commands"):
         # typer says which one was nearly typed
-        near = re.search(r"Did you mean '([\w-]+)'\?", message)
-        return f"Next: noether-init {near[1]} --help" if near else "Next: noether-init --help"
-    example = _as_here(context.command.epilog.removeprefix("Example: "))
+        meant = re.search(r"Did you mean '([\w-]+)'\?", message)
+        return f"Next: noether-init {meant[1]} --help" if meant else "Next: noether-init --help"
+    example = _with_typed(error, context, _as_here(context.command.epilog.removeprefix("Example: ")))
     missing = getattr(error, "param", None) if type(error).__name__ == "MissingParameter" else None
     return _of_missing(missing and missing.name, example) or f"Next: {example}"
+
+
+def _with_typed(error: Any, context: Any, example: str) -> str:
+    """The line that was typed, with what the example has in the place of what is missing or wrong."""
+    typed: list[str] = list(context.meta.get(_TYPED, ()))
+    wrong_name, meant = getattr(error, "option_name", None), getattr(error, "possibilities", None)
+    if wrong_name and meant:
+        option = next(iter(near(wrong_name, meant, 1)), meant[0])
+        typed = [option + word.removeprefix(wrong_name) if word.split("=")[0] == wrong_name else word for word in typed]
+    try:
+        given, shown = (_values(context, words) for words in (typed, shlex.split(example)[2:]))
+    except UsageError:
+        return example
+    if not given:
+        return example
+    words = ["noether-init", context.command.name]
+    for param in sorted(context.command.params, key=lambda one: one.param_type_name != "argument"):
+        is_wrong = param is getattr(error, "param", None) or getattr(error, "param_hint", None) in param.opts
+        value = None if is_wrong else given.get(param.name)
+        if value is None and (param.required or is_wrong):
+            absent = param.metavar or "VALUE" if param.name not in given and not _is_flag(param) else None
+            value = shown.get(param.name, absent)
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is True:
+                words.append(param.opts[0])
+            elif isinstance(one, str):
+                words += [*(param.opts[:1] if param.param_type_name == "option" else ()), shlex.quote(one)]
+    return " ".join(words)
+
+
+def _values(context: Any, words: list[str]) -> dict[str, Any]:
+    """What words behind the name of a command say, by the name of the parameter; nothing is converted or checked."""
+    values, _rest, order = context.command.make_parser(context).parse_args(list(words))
+    said = {param.name: values.get(param.name) for param in order}
+    return {name: value for name, value in said.items() if isinstance(value, str | bool | list | tuple) and value}
 
 
 def _of_missing(parameter: str | None, example: str) -> str | None:
@@ -82,7 +149,17 @@ def _as_here(example: str) -> str:
     configs, modules = configs_here(), _modules_here()
     if configs and "init.yaml" not in configs:
         example = example.replace("init.yaml", shlex.quote(configs[0]))
-    return example.replace("models:build", f"{modules[0]}:build") if len(modules) == 1 else example
+    having = modules if len(modules) == 1 else [name for name in modules if _defines_build(name)]
+    model = f"{having[0]}:build" if having else "module:callable" if modules else "models:build"
+    return example.replace("models:build", model)
+
+
+def _defines_build(module: str) -> bool:
+    try:
+        with open(f"{module}.py", "rb") as file:
+            return re.search(rb"^(def|class) build\b", file.read(_LOOKED_AT), re.MULTILINE) is not None
+    except OSError:
+        return False
 
 
 def plain_kinds() -> list[str]:

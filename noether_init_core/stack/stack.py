@@ -112,6 +112,11 @@ class InitializerStack:
         """The initializers, in order."""
         return tuple(member.initializer for member in self._members)
 
+    @property
+    def auto_resume(self) -> str:
+        """What ``auto_resume`` of the config decided, in words; empty without it."""
+        return self._auto_resume
+
     def start_checkpoint(self) -> TrainingIteration:
         """The iteration at which training starts. May be called before ``initialize`` and more than once.
 

@@ -229,10 +229,11 @@ def test_a_run_that_is_resumed_gives_its_weights_alone(folder: Path) -> None:
     (folder / "models.py").write_text("import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2)\n")
     (folder / "fork.yaml").write_text("initializers:\n  - {kind: resume, run_id: first}\n")
     (folder / "auto.yaml").write_text("auto_resume: true\ninitializers: []\n")
-    for config, more in (("fork.yaml", ()), ("auto.yaml", ("--run-id", "first"))):
+    resumed = "auto_resume: resumed from E0_U1_S4\n"
+    for config, more, said in (("fork.yaml", (), ""), ("auto.yaml", ("--run-id", "first"), resumed)):
         out = folder / f"{config}.pt"
         done = apply(folder, config, "--out", out.name, "--model-name", "net", *more)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, done.stderr) == (0, said)
         assert done.stdout.startswith("start E0_U1_S4")
         assert "not restored: everything but weights, since nothing is trained here" in done.stdout
         state_dict = torch.load(out, weights_only=True)

@@ -40,7 +40,9 @@ def test_everything_that_it_says_to_type_works(kind: str, tmp_path: Path) -> Non
         "auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID\n"
     )
     planned = typed(plan, tmp_path)
-    assert planned.stderr.splitlines() == ["page: plan.html"]
+    decided, page = planned.stderr.splitlines()
+    assert re.fullmatch(r"auto_resume: \w+ has no checkpoints, the initializers of the config apply", decided)
+    assert page == "page: plan.html"
     assert planned.stdout == without_run.stdout
     assert planned.returncode == 0, planned.stderr
     assert kind in planned.stdout

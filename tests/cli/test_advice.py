@@ -1,0 +1,128 @@
+"""Advice keeps what was typed, and what is decided without a question is said."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.command import Result, run_command
+
+from noether_init_core import CheckpointWriter, PathProvider, TrainerState, bind
+
+TRAIN = "import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2)\n"
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
+    """The console script in a folder with a config, two modules and a run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "advice_train.py").write_text(TRAIN)
+    (tmp_path / "advice_other.py").write_text("")
+    (tmp_path / "init.yaml").write_text("auto_resume: true\ninitializers: []\n")
+    model = bind(torch.nn.Linear(3, 2), name="model")
+    state = TrainerState(seed=0)
+    CheckpointWriter(PathProvider("runs", "finetune")).save(model, trainer=state)
+    CheckpointWriter(PathProvider("runs", "staged", "train")).save(model, trainer=state)
+
+    def call(*arguments: Any) -> Result:
+        return run_command(monkeypatch, capsys, *arguments)
+
+    yield call
+    sys.modules.pop("advice_train", None)
+
+
+@pytest.mark.parametrize(
+    ("typed", "following"),
+    [
+        ("plan init.yaml --run-id a", "plan init.yaml --model advice_train:build --run-id a"),
+        ("plan --model advice_other:make", "plan init.yaml --model advice_other:make"),
+        ("plan init.yaml --modle x:y --all", "plan init.yaml --model x:y --all"),
+        ("plan init.yaml --model=x:y --run-id a", "plan init.yaml --model x:y --runs FOLDER --run-id a"),
+        (
+            "apply init.yaml --seed 3 --force --model x:y --runs 'a b'",
+            "apply init.yaml --model x:y --out start.safetensors --runs 'a b' --seed 3 --force",
+        ),
+        ("apply init.yaml --seed x --model x:y --out a.pt", "apply init.yaml --model x:y --out a.pt"),
+        ("diff a b --html", None),
+    ],
+)
+def test_advice_after_a_wrong_line_is_that_line_mended(invoke: Invoke, typed: str, following: str | None) -> None:
+    """What was typed stays; what is missing or wrong is as in the example, or the kind of value that is expected."""
+    result = invoke(*shlex.split(typed))
+    assert result.code == 2
+    said = result.err.splitlines()[-1].split("Next: ")[1]
+    assert said == (f"noether-init {following}" if following else "--html and its value, or --help behind the command")
+
+
+def test_a_name_that_is_nearly_right_is_advised(invoke: Invoke) -> None:
+    """Of the module that was typed."""
+    result = invoke("plan", "init.yaml", "--model", "advice_train:biuld", "--runs", "runs")
+    assert result.code == 2
+    assert "advice_train has no 'biuld'. Near: build. Next: --model advice_train:build" in result.err
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ("plan", "init.yaml", "--model", "advice_train:build", "--model=advice_train:build"),
+        ("plan", "init.yaml", "--model", "advice_train:build", "--runs", "runs", "--runs", "others"),
+        ("apply", "init.yaml", "--model", "advice_train:build", "--out", "a.pt", "--seed", "1", "--seed", "2"),
+    ],
+)
+def test_an_option_with_one_value_is_given_once(invoke: Invoke, typed: tuple[str, ...]) -> None:
+    """Neither of two wins without a word."""
+    result = invoke(*typed)
+    assert (result.code, result.out) == (2, "")
+    assert "takes one value, and was given 2 times. Next: leave out all but one" in result.err
+
+
+def test_an_option_with_several_values_and_a_flag_may_be_repeated(invoke: Invoke) -> None:
+    """They say the same twice, or more."""
+    result = invoke("lineage", "runs/finetune", "--root", "runs", "--root", "runs", "--json", "--json")
+    assert result.code == 0, result.err
+
+
+def plan(invoke: Invoke, run_id: str, *more: str) -> Result:
+    return invoke("plan", "init.yaml", "--model", "advice_train:build", "--runs", "runs", "--run-id", run_id, *more)
+
+
+def test_plan_says_what_auto_resume_decided(invoke: Invoke) -> None:
+    """A run id that is misspelt is no first start without a word; near ones, and stages, are named."""
+    fresh = "has no checkpoints, the initializers of the config apply"
+    misspelt = plan(invoke, "fintune")
+    assert misspelt.code == 0
+    assert misspelt.err == f"auto_resume: fintune {fresh}. Near: finetune\n"
+    assert plan(invoke, "another-one").err == f"auto_resume: another-one {fresh}\n"
+    assert plan(invoke, "staged").err == (
+        f"auto_resume: staged {fresh}. Stages of it that have some: train. Next: --stage-name train\n"
+    )
+    assert plan(invoke, "staged", "--stage-name", "train").err == "auto_resume: resumed from E0_U0_S0\n"
+    resumed = plan(invoke, "finetune", "--json", "-")
+    assert resumed.err == "auto_resume: resumed from E0_U0_S0\n"
+    assert resumed.out.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("auto_resume: true\n", "auto_resume resumes this very run from its own checkpoints"),
+        ("initializers: [{kind: resume}]\n", "resume needs --runs FOLDER --run-id ID, or output_path and run_id"),
+    ],
+)
+def test_a_missing_output_root_is_said_in_options(invoke: Invoke, tmp_path: Path, text: str, message: str) -> None:
+    """Nobody at a shell can give a path_provider."""
+    (tmp_path / "init.yaml").write_text(text)
+    result = invoke("plan", "init.yaml", "--model", "advice_train:build")
+    assert result.code == 1
+    assert message in result.err
+    assert "PathProvider" not in result.err
+    assert "Next: --runs FOLDER --run-id ID" in result.err
