@@ -5,18 +5,18 @@ importing the package imports neither torch nor pydantic nor a plugin.
 """
 
 from importlib import import_module
+from pkgutil import get_data
 from typing import Any
 
 
 def _homes() -> dict[str, str]:
     """Public name -> the module that defines it, from the lines ``from MODULE import NAME as NAME`` of the stub."""
     found, module = {}, ""
-    with open(f"{__path__[0]}/__init__.pyi", encoding="utf-8") as stub:
-        for line in stub:
-            words = line.replace(",", "").split()
-            if words[:1] == ["from"]:
-                module = words[1]
-            found.update({words[at + 1]: module for at, word in enumerate(words) if word == "as"})
+    for line in (get_data(__name__, "__init__.pyi") or b"").decode().splitlines():
+        words = line.replace(",", "").split()
+        if words[:1] == ["from"]:
+            module = words[1]
+        found.update({words[at + 1]: module for at, word in enumerate(words) if word == "as"})
     return found
 
 

@@ -104,8 +104,8 @@ class PathProvider:
 
     @classmethod
     def generate(cls, output_root: Path | str, stage_name: str | None = None, *, debug: bool = False) -> Self:
-        """A provider with a new run id: the date and five random characters. For runs that never resume."""
-        run_id = f"{date.today():%Y-%m-%d}_{os.urandom(3).hex()[:5]}"
+        """A provider with a new run id: the date and ten random hexadecimal digits. For runs that never resume."""
+        run_id = f"{date.today():%Y-%m-%d}_{os.urandom(5).hex()}"
         return cls(Path(output_root), run_id, stage_name, debug=debug, run_id_is_generated=True)
 
     @classmethod

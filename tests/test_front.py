@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -58,6 +60,20 @@ def test_importing_the_package_imports_neither_torch_nor_pydantic_nor_a_plugin()
     loaded = json.loads(_run(program).stdout)
     assert not {"torch", "pydantic", "pydantic_core", "numpy", "attrs", "pluggy"} & set(loaded)
     assert [name for name in loaded if name.startswith("noether_init_core")] == ["noether_init_core"]
+
+
+def test_the_front_is_there_in_a_zip_archive(tmp_path: Path) -> None:
+    """As in a zipapp: the names are data of the package."""
+    package = Path(noether_init_core.__file__).parent
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path in [*package.glob("*.py"), *package.glob("*.pyi")]:
+            archive.write(path, f"noether_init_core/{path.name}")
+    program = "import noether_init_core as front; print(front.__file__, front.PathProvider.__name__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "all.zip")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(tmp_path / "all.zip" / "noether_init_core" / "__init__.py"), "PathProvider"]
 
 
 def test_importing_the_package_imports_few_modules_of_python() -> None:

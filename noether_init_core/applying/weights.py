@@ -83,19 +83,19 @@ def mixed_versions(rows: Sequence[PlanRow], versions: Versions, targets: ModelTa
             )
 
 
-def lacking_memory(model: Any, rows: Sequence[PlanRow], targets: ModelTargets) -> Iterator[str]:
+def lacking_memory(path: str, model: Any, rows: Sequence[PlanRow], targets: ModelTargets) -> Iterator[str]:
     """What stays on the meta device, since the file does not have it, or cannot be given memory."""
     next_step = "Next: module.to_empty(device='cpu')"
     without = left_without_memory(model, rows, targets)
     if without:
         yield (
-            f"{model.name} is on the meta device, and {listed(without)} would stay there: the file does not have them, "
+            f"{path} is on the meta device, and {listed(without)} would stay there: the file does not have them, "
             f"or they are kept. {next_step}, then fill these, or build the module on the CPU"
         )
     held = [name for name, tensor in targets.tensors.items() if tensor.is_meta and weakref.getweakrefs(tensor)]
     if held:
         yield (
-            f"{model.name} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "
+            f"{path} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "
             f"reference to it. {next_step}"
         )
 

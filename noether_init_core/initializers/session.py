@@ -206,10 +206,11 @@ class WeightsSession(Session):
         config, plan, opened, nonfinite = self.config, planned.plan, planned.opened, self.config.nonfinite
         plan.raise_for_problems()
         plan.refuse(tied_loading_code(plan, planned.targets))
+        readers = {path: file.reader for path, file in opened.weights.items()}
         for leaf in opened.leaves:
             path, rows, targets = leaf.path, plan.rows_of(leaf.path), planned.targets[leaf.path]
-            reader = opened.weights[path].reader
-            plan.refuse(lacking_memory(leaf.model, rows, targets), model=path)
+            reader = readers[path]
+            plan.refuse(lacking_memory(path, leaf.model, rows, targets), model=path)
             plan.refuse(mixed_versions(rows, reader.versions, targets), model=path)
             examined = [source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
             if config.verify == "full":
@@ -217,13 +218,14 @@ class WeightsSession(Session):
                 self.verified[path] = str(_claimed(reader, found))
             with self.stopwatch.phase("verify"):
                 findings = nonfinite_values(rows, reader) if nonfinite != "ignore" else []
-                if nonfinite == "error":
-                    plan.refuse(findings, model=path, hint="To load it all the same: on_nonfinite: warn")
+                if nonfinite == "error" and findings:
+                    hint = "To load it all the same: on_nonfinite: warn"
+                    plan.refuse([*findings, *differing_ties(plan, readers)], model=path, hint=hint)
                 for finding in findings:
                     self.warn(f"{path}: {finding}")
                 plan.refuse(unfit_casts(rows, reader), model=path)
         with self.stopwatch.phase("verify"):
-            plan.refuse(differing_ties(plan, {path: file.reader for path, file in opened.weights.items()}))
+            plan.refuse(differing_ties(plan, readers))
 
     def apply(self, model: Any) -> None:
         """Write the weights in place and close their files; they are checked before, unless they were."""

@@ -42,6 +42,11 @@ _INIT = "def __init__(self, config, *, path_provider=None, ...): super().__init_
 _good: weakref.WeakSet[type] = weakref.WeakSet()
 
 
+def forget(cls: type) -> None:
+    """Examine a class anew when it is used next: in a notebook it may have been changed."""
+    _good.discard(cls)
+
+
 @attrs.frozen
 class Finding:
     """What is wrong with a class, and what to write instead."""
@@ -231,10 +236,12 @@ def _of_hook(cls: type[InitializerBase], name: str, arguments: Sequence[str]) ->
         return
     for one in parameters[1:]:
         is_plain = one.kind is Parameter.POSITIONAL_OR_KEYWORD and one.default is Parameter.empty
-        if not is_plain or one.name not in arguments:
-            shown = f"{'*, ' if one.kind is Parameter.KEYWORD_ONLY else ''}{one.replace(annotation=Parameter.empty)}"
+        shown = f"{'*, ' if one.kind is Parameter.KEYWORD_ONLY else ''}{one.replace(annotation=Parameter.empty)}"
+        if one.name not in arguments:
             offered = ", ".join(arguments)
             yield Finding(f"{name} takes {shown}, which would never be filled; it may take: {offered}", plain)
+        elif not is_plain:
+            yield Finding(f"{name} takes {shown}; {one.name} must be a plain argument, without a default", plain)
 
 
 def _of_source(cls: type[SourceInitializer]) -> Iterator[Finding]:

@@ -373,6 +373,9 @@ def register(name: str, cls: type[InitializerBase]) -> None:
     taken = _KINDS.installed_as(name)
     if taken:
         raise _KINDS.conflict(name, [*taken, info])
+    from noether_init_core.kinds.contract import forget
+
+    forget(cls)
     _KINDS.registered[name] = _checked(info, cls)
 
 

@@ -184,9 +184,15 @@ class Snapshot:
         try:
             return load_set(folder, self.storage)
         except CheckpointError as error:
-            is_absent = isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
-            # a manifest that is a link to nowhere was committed
-            return None if is_absent and not folder.is_committed(self.storage) else error
+            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                return error
+        if not folder.is_committed(self.storage):
+            return None
+        # committed between both looks; or a link to nowhere, which is a damaged manifest
+        try:
+            return load_set(folder, self.storage)
+        except CheckpointError as error:
+            return error
 
     def add(self, name: str) -> CheckpointSet:
         """Take up a set that was committed just now, as the newest; raises what is wrong with its manifest."""

@@ -225,6 +225,9 @@ class _Frame:
             )
         elif isinstance(beside, Mapping) and "on_invalid" in beside:
             self._refuse("is said twice: beside auto_resume and in it. Leave out one of the two", "on_invalid")
+        elif value["on_invalid"] not in ("error", "previous"):
+            # pydantic does not see it where auto_resume is off
+            self._refuse("Input should be 'error' or 'previous'", "on_invalid")
 
     def _observers(self, value: Mapping[str, Any]) -> list[str]:
         said = value.get("observers", [])

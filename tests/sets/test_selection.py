@@ -721,6 +721,31 @@ def test_set_that_vanished_between_two_looks_is_no_error(paths: PathProvider, fo
     assert newest_set(Snapshot(paths, storage=Meanwhile(folder / "sets", lambda: None))) == new[0]
 
 
+class CommittedMeanwhile(FileSystem):
+    """A writer renames the manifest into place right after a reader looked for it."""
+
+    def read_bytes(self, path: Path, limit: int) -> bytes:
+        try:
+            return super().read_bytes(path, limit)
+        except FileNotFoundError:
+            path.with_name("hidden").rename(path)
+            raise
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(walk_back=True)], ids=["error", "previous"])
+@pytest.mark.parametrize("tag", [None, {"epoch": 2}, "E2_U20_S200"])
+def test_set_that_is_committed_between_two_looks_is_no_broken_one(
+    paths: PathProvider, policy: Policy, tag: Any
+) -> None:
+    """It is the newest from then on: neither an error nor passed over."""
+    write_set(paths, 1)
+    manifest = write_set(paths, 2).folder / "manifest.json"
+    manifest.rename(manifest.with_name("hidden"))
+    selected = find_set(Snapshot(paths, storage=CommittedMeanwhile()), tag, MLP, policy)
+    assert selected.found.sequence == 2
+    assert selected.passed_over == ()
+
+
 def test_uncommitted_set_is_named_and_never_picked(paths: PathProvider, folder: Path) -> None:
     """A newer folder without a manifest is as if it were not there, until it is asked for."""
     committed = write_set(paths, 1)

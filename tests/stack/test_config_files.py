@@ -381,6 +381,7 @@ def test_a_digest_that_could_not_be_compared_is_an_error_of_the_config(fields: d
         ),
         ("auto_resume:\n  on_invalid: older", 2, "auto_resume.on_invalid: Input should be 'error' or 'previous'"),
         ("auto_resume: true\non_invalid: newest", 2, "on_invalid: Input should be 'error' or 'previous'"),
+        ("auto_resume: false\non_invalid: prevoius", 2, "on_invalid: Input should be 'error' or 'previous'"),
         ("auto_resume: {load_optim: maybe}", 1, "auto_resume.load_optim: Input should be a valid boolean"),
     ],
 )
