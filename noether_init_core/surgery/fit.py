@@ -289,6 +289,8 @@ class Problems:
                 line = f"- keep_model: {yaml_line(value)}"
             else:
                 line = f"transforms: {yaml_line([{'keep_model': value}])}"
+                if self._match.matched:
+                    line += ", with the rules of the other fields written as transforms, too"
         else:
             entries, line = modules, f"patterns_to_instantiate: {yaml_line(modules)}"
         return _OTHER_NAMES if len(entries) > _MOST_ENTRIES else " " + self._hint.format(line=line)

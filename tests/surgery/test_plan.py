@@ -178,6 +178,10 @@ def test_the_line_to_keep_entries_keeps_no_others() -> None:
     assert found.problems[0].message == "5.w: file [2], model [4]. keep: transforms: [{keep_model: '5.'}]"
     found = plan({"5.w": spec(2), "15.w": spec(2), "head.w": spec(7)}, targets | {"5.w": spec(2)}, fresh_hint="{line}")
     assert found.problems[0].message == "head.w: file [7], model [2]. patterns_to_instantiate: [head.]"
+    # transforms and the fields of Noether do not go together, so that the others have to be written anew
+    rules = NoetherSurgery(patterns_to_rename=(Rename("top.", "head."),))
+    found = plan({"5.w": spec(2), "15.w": spec(2), "top.w": spec(2)}, targets, rules, fresh_hint="{line}")
+    assert found.problems[0].message.endswith("with the rules of the other fields written as transforms, too")
 
 
 def test_following_that_line_gives_a_plan_without_problems() -> None:
