@@ -32,8 +32,8 @@ app = typer.Typer(
 COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Look", "kinds", kinds.list_kinds, "noether-init kinds --json"),
     ("Look", "inspect", contents.inspect, "noether-init inspect runs/pretrain"),
-    ("Look", "diff", relations.diff, "noether-init diff runs/pretrain runs/finetune --html diff.html"),
-    ("Look", "lineage", relations.lineage, "noether-init lineage runs/finetune --html lineage.html"),
+    ("Look", "diff", relations.diff, "noether-init diff runs/pretrain runs/finetune"),
+    ("Look", "lineage", relations.lineage, "noether-init lineage runs/finetune"),
     ("Decide", "example", kinds.write_example, "noether-init example previous_run"),
     ("Decide", "schema", kinds.show_schema, "noether-init schema previous_run"),
     ("Decide", "validate", config.validate, "noether-init validate init.yaml"),

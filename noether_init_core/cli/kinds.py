@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import inspect
@@ -9,6 +10,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 import traceback
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from noether_init_core import kinds
 from noether_init_core.cli.options import KIND, AsJson, Kind
 from noether_init_core.cli.output import show, show_commands, show_json, show_table, show_text
 from noether_init_core.cli.usage import plain_kinds
-from noether_init_core.errors import ConfigError, KindError, KindImportError
+from noether_init_core.errors import ConfigError, KindError, KindImportError, UnknownKindError
 from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.scaffold.package import (
     BUILT_IN,
@@ -92,7 +94,8 @@ def show_schema(
     from noether_init_core.config.base import kind_schema, schema_of_files
 
     if kind is not None:
-        schema = kind_schema(kind, kinds.resolve(kind).config_class.model_json_schema())
+        with _naming_folders(kind):
+            schema = kind_schema(kind, kinds.resolve(kind).config_class.model_json_schema())
     else:
         found = {}
         for name in sorted({info.name for info in kinds.installed() if info.blocked_by is None}):
@@ -116,8 +119,9 @@ def write_example(
     For the kinds of the core everything runs as it is, in seconds and without data. For others init.yaml leaves open
     what they require.
     """
-    name = kinds.describe(kind).name
-    schema = None if name in BUILT_IN else kinds.resolve(kind).config_class.model_json_schema()
+    with _naming_folders(kind):
+        name = kinds.describe(kind).name
+        schema = None if name in BUILT_IN else kinds.resolve(kind).config_class.model_json_schema()
     files, following = example_of(name, schema)
     if not only_print:
         _write_files(folder, files)
@@ -227,7 +231,8 @@ def check(kind: Kind, as_json: AsJson = False) -> None:
     from noether_init_core.kinds import contract
 
     try:
-        info, loaded = kinds.load(kind)
+        with _naming_folders(kind):
+            info, loaded = kinds.load(kind)
     except KindImportError as error:
         info = kinds.describe(kind)
         if ":" not in info.target:
@@ -259,6 +264,29 @@ def check(kind: Kind, as_json: AsJson = False) -> None:
         _show_findings(problems, advice)
     if problems:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _naming_folders(kind: str) -> Iterator[None]:
+    """Where a kind is unknown, and a project in this folder or one below has it, the error says how to install that."""
+    try:
+        yield
+    except UnknownKindError as error:
+        for file in (Path("pyproject.toml"), *sorted(Path().glob("*/pyproject.toml"))):
+            try:
+                project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+                has_kind = kind in project["entry-points"][kinds.GROUP]
+                has_tests = "test" in project.get("optional-dependencies", ())
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue
+            if has_kind:
+                place = f"./{file.parent}" if file.parent != Path() else "."
+                target = shlex.quote(f"{place}{'[test]' if has_tests else ''}")
+                error.add(
+                    f"\n{file} declares it, and that project is not installed. Next: python -m pip install {target}"
+                )
+                break
+        raise
 
 
 def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:

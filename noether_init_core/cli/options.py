@@ -12,7 +12,7 @@ import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -254,7 +254,7 @@ def _built(found: Any, said: str, real: bool) -> Any:
     ):
         return found
     if not callable(found):
-        raise _wrong(f"{said} is {type_of(found)}, which cannot be called")
+        raise _wrong(f"{said} is {type_of(found)}, which cannot be called{_several(found)}")
     try:
         with contextlib.suppress(ValueError):  # callables of C may have no signature
             inspect.signature(found).bind()
@@ -278,9 +278,27 @@ def _as_model(built: Any, said: str, name: str | None) -> Any:
     if isinstance(built, ModelLike | CompositeModelLike) and (name is None or not isinstance(built, torch.nn.Module)):
         return built
     if not isinstance(built, torch.nn.Module):
-        raise _wrong(f"{said} gives {type_of(built)}, not a module, a bound model or a composite")
+        raise _wrong(f"{said} gives {type_of(built)}, not a module, a bound model or a composite{_several(built)}")
     own = getattr(built, "name", None)
     return bind(built, name if name is not None else own if isinstance(own, str) else "model")
+
+
+def _several(found: Any) -> str:
+    """What makes one model of several; empty for what holds none."""
+    import torch
+
+    from noether_init_core.models import CompositeModelLike, ModelLike
+
+    named = found if isinstance(found, Mapping) else dict(enumerate(found)) if isinstance(found, tuple | list) else {}
+    models = {
+        name: one for name, one in named.items() if isinstance(one, torch.nn.Module | ModelLike | CompositeModelLike)
+    }
+    if not models:
+        return ""
+    first, value = next(iter(models.items()))
+    key = first if isinstance(first, str) else "first"
+    part = "bind(...)" if isinstance(value, torch.nn.Module) and not isinstance(value, ModelLike) else "..."
+    return f'. Several models are one composite. Next: return compose("name", {{"{key}": {part}, ...}})'
 
 
 def _failed(what: str, error: BaseException, hint: str = "") -> ConfigError:

@@ -36,6 +36,7 @@ class Session:
 
     Attributes:
         where: Says where a key of the config stands: file and line where there is a file.
+        key: The key of the config that its fields stand below, where that is no entry of the list: ``auto_resume``.
         loaded_before: Ids of the tensors that initializers before this one will have loaded.
         trains: Whether training follows; otherwise the state of a trainer is not missed.
         stopwatch: Takes the time of phases.
@@ -45,6 +46,7 @@ class Session:
 
     def __init__(self) -> None:
         self.where: Callable[..., str] = dotted
+        self.key = ""
         self.trains = True
         self.loaded_before: frozenset[int] = frozenset()
         self.stopwatch = Stopwatch()

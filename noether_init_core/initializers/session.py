@@ -197,6 +197,8 @@ class WeightsSession(Session):
         config, hint = self.config, self.kind.fresh_hint
         if not hint or config.transforms:
             hint = KEEP_MODEL_HINT if config.transforms else f"{KEEP_MODEL_HINT} (under transforms:)"
+            if self.key and not config.transforms:
+                hint = KEEP_MODEL_HINT.replace("{line}", f"{self.key}: {{{{transforms: [{{rule}}]}}}}")
         found = tuple(self.parts(opened))
         parts = [part for part, _targets in found]
         plan = plan_load(config.kind, parts, self.kind.rules, policies=config.policies, fresh_hint=hint)

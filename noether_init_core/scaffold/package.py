@@ -172,7 +172,7 @@ _HERE = importlib.resources.files("noether_init_core.scaffold")
 _SUFFIX = ".jinja"
 _MAX_AUTHOR = 200
 _WITH_MAIL = re.compile(r"(?P<name>[^<>]*[^<>\s])\s*<(?P<mail>[^<>\s@]+@[^<>\s@]+)>")
-_PLAN = "noether-init plan init.yaml --model train:build --runs runs --run-id {run} --html plan.html"
+_PLAN = "noether-init plan init.yaml --model train:build --runs runs --run-id {run}"
 _AGAIN = "train; press Ctrl-C or kill it, and type it again: it goes on"
 _TRAIN = "python train.py --run-id {run}{more}"
 
@@ -299,16 +299,19 @@ def example_of(
         return (_HERE / "loop" / name).read_text(encoding="utf-8")
 
     loop = {"train.py": text("train.py.txt")}
+    # pages are a distribution of their own
+    page = "" if importlib.util.find_spec("noether_init_pages") is None else " --html plan.html"
     if kind not in BUILT_IN:
         return {**loop, "init.yaml": _skeleton(kind, schema or {})}, (
             ("noether-init validate init.yaml", "names what is still to be filled in"),
-            (_PLAN.format(run="first"), "what it will do, as a page to look at"),
+            (f"{_PLAN.format(run='first')}{page}", f"what it will do{', as a page to look at' * bool(page)}"),
             (_TRAIN.format(run="first", more=""), _AGAIN),
         )
     earlier, later, options = BUILT_IN[kind]
+    plan = (f"{_PLAN.format(run=later)}{page}", f"what init.yaml will do{', as a page to look at' * bool(page)}")
     return {**loop, "scratch.yaml": text("scratch.yaml"), "init.yaml": text(f"{kind}.yaml")}, (
         (_TRAIN.format(run=earlier, more=f" --config scratch.yaml{options}"), "the run to start from, once"),
-        (_PLAN.format(run=later), "what init.yaml will do, as a page to look at"),
+        plan,
         (_TRAIN.format(run=later, more=" --epochs 100"), _AGAIN),
         ("noether-init inspect runs", "what was saved"),
     )

@@ -169,6 +169,11 @@ class _Frame:
         for key in value:
             if key not in _KEYS:
                 hint = "".join(f"Near: {one}. " for one in near(key, _KEYS, 1))
+                if key in _fields("resume"):
+                    entry = f"initializers: [{{kind: ..., {key}: ...}}]"
+                    hint = f"It is a field of an initializer, and goes into its entry: {entry}. "
+                    if key not in DECIDED and "auto_resume" in value:
+                        hint += f"For what auto_resume resumes: auto_resume: {{{key}: ...}}. "
                 if key == "kind":
                     hint = f"One initializer goes into the list, too: initializers: [{{kind: {value[key]}, ...}}]. "
                 self._refuse(f"unknown key. {hint}A config has {', '.join(_KEYS)}", key)

@@ -55,6 +55,7 @@ class Member:
         for one in self.units:
             session = one.new_session()
             session.where = self.entry.where
+            session.key = "auto_resume" if self.entry.place == ("auto_resume",) else ""
             yield one, session
 
     def part(self, model: Any) -> Any:

@@ -140,7 +140,10 @@ class Problems:
 
     def __init__(self, part: PlanPart, match: NameMatch, fresh_hint: str) -> None:
         self._part, self._match, self._hint = part, match, fresh_hint
-        self._has_rules = fresh_hint.startswith(KEEP_MODEL_HINT)
+        before = KEEP_MODEL_HINT.partition("{")[0]
+        self._has_rules = fresh_hint.startswith(before)
+        #: A rule as the config says it: a line of a list, or within what the hint puts around it.
+        self._line = fresh_hint.removeprefix(before) if "{rule}" in fresh_hint else "- {rule}"
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
 
@@ -265,7 +268,7 @@ class Problems:
         if step is None:
             return ""
         kind = "Transposed" if isinstance(step, Transpose) else "Another grid"
-        rule = f"- {yaml_line({'from': self._said(row.sources)[0], 'do': [written(step)]})}"
+        rule = self._line.format(rule=yaml_line({"from": self._said(row.sources)[0], "do": [written(step)]}))
         if isinstance(step, Transpose) and row.rule is not None and "(" in row.rule:
             rule = f"add do: [transpose] to {row.rule}"
         return f" {kind}. Next: {rule}"
@@ -279,12 +282,14 @@ class Problems:
         names = self._said(names)
         if len(names) > _MOST_ENTRIES and len({name.rpartition(".")[0] for name in names}) > _MOST_ENTRIES:
             return _OTHER_NAMES
+        rule = ""
         modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
         if self._has_rules or any(module in other for module in modules for other in others):
             # no text within 5.weight tells it from 15.weight, so that a pattern of Noether would hit both
             whole = tuple(one for one in modules if not any(f"{other}.".startswith(one) for other in others))
             entries = [*whole, *(name for name in names if not f"{name}.".startswith(whole))]
             value = entries[0] if len(entries) == 1 else entries
+            rule = yaml_line({"keep_model": value})
             if self._has_rules:
                 line = f"- keep_model: {yaml_line(value)}"
             else:
@@ -293,7 +298,7 @@ class Problems:
                     line += ", with the rules of the other fields written as transforms, too"
         else:
             entries, line = modules, f"patterns_to_instantiate: {yaml_line(modules)}"
-        return _OTHER_NAMES if len(entries) > _MOST_ENTRIES else " " + self._hint.format(line=line)
+        return _OTHER_NAMES if len(entries) > _MOST_ENTRIES else " " + self._hint.format(line=line, rule=rule)
 
     def _rename(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
         """The config line of one rename that would resolve every missing name, where there is one."""
@@ -313,7 +318,7 @@ class Problems:
         if not src.endswith(".") or not all(name.startswith(src) for name in theirs):
             return ""
         rule = {"from": src, "to": dst} if dst else {"from": f"{src}<rest..>", "to": "<rest..>"}
-        return f" One rename fits all: - {yaml_line(rule)}"
+        return f" One rename fits all: {self._line.format(rule=yaml_line(rule))}"
 
 
 def _single_rename(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape]) -> tuple[str, str] | None:

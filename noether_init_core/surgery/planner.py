@@ -66,7 +66,7 @@ def plan_load(
         rules: The surgery on names; the same rules for every part.
         policies: What is done where file and model do not fit.
         fresh_hint: What is said beside missing and misshaped entries, with ``{line}`` for the config line that keeps
-            them. Empty where the kind has no such line.
+            them, or ``{rule}`` for the rule alone. Empty where the kind has no such line.
     """
     policies = Policies() if policies is None else policies
     rows: list[PlanRow] = []

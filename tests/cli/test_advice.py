@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -109,6 +110,71 @@ def test_plan_says_what_auto_resume_decided(invoke: Invoke) -> None:
     resumed = plan(invoke, "finetune", "--json", "-")
     assert resumed.err == "auto_resume: resumed from E0_U0_S0\n"
     assert resumed.out.startswith("{")
+
+
+WIDER = "import torch\n\n\ndef build():\n    return torch.nn.ModuleDict(CONTENT)\n"
+
+
+def test_a_fix_below_auto_resume_is_a_line_that_works_there(invoke: Invoke, tmp_path: Path) -> None:
+    """The fix is the whole line, since there is no list to put a rule into."""
+    Path("advice_train.py").write_text(
+        WIDER.replace("CONTENT", '{"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(2, 3)}')
+    )
+    state, model = (
+        TrainerState(seed=0),
+        bind(torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(2, 2)}), "model"),
+    )
+    CheckpointWriter(PathProvider("runs", "wider")).save(model, trainer=state)
+    refused = plan(invoke, "wider")
+    assert refused.code == 1
+    fix = next(line.split("fix: ")[1] for line in refused.out.splitlines() if "fix: " in line)
+    assert fix == "auto_resume: {transforms: [{keep_model: b.}]}"
+    (tmp_path / "init.yaml").write_text(f"{fix}\ninitializers: []\n")
+    mended = plan(invoke, "wider")
+    assert mended.code == 0, mended.out
+
+
+@pytest.mark.parametrize("built", ["{'left': LINEAR, 'right': LINEAR}", "(LINEAR, LINEAR)", "[LINEAR]"])
+def test_several_models_are_a_composite(invoke: Invoke, tmp_path: Path, built: str) -> None:
+    """How to make one is said; for other things it is not."""
+    text = TRAIN.replace("torch.nn.Linear(3, 2)", built.replace("LINEAR", "torch.nn.Linear(3, 2)"))
+    (tmp_path / "advice_train.py").write_text(text)
+    (tmp_path / "init.yaml").write_text("initializers: []\n")
+    refused = invoke("plan", "init.yaml", "--model", "advice_train:build")
+    assert refused.code == 2
+    key = "left" if "left" in built else "first"
+    assert f'Next: return compose("name", {{"{key}": bind(...), ...}})' in refused.err
+
+
+def test_a_kind_that_is_written_and_not_installed_is_found_beside(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right after it was made, from both folders; a kind of nobody is as before."""
+    assert invoke("new", "advised").code == 0
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "pyproject.toml").write_text("[project\n")
+    for arguments in (("check", "advised"), ("schema", "advised"), ("example", "advised")):
+        refused = invoke(*arguments)
+        assert refused.code == 1
+        assert "advised/pyproject.toml declares it, and that project is not installed." in refused.err
+        assert "Next: python -m pip install './advised[test]'\n" in refused.err
+    assert "pyproject.toml" not in invoke("check", "another").err
+    monkeypatch.chdir(tmp_path / "advised")
+    assert "Next: python -m pip install '.[test]'\n" in invoke("check", "advised").err
+
+
+def test_a_page_is_advised_only_where_it_can_be_written(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the distribution of pages the command that example says to type works, too."""
+    assert "--html plan.html" in invoke("example", "previous_run", "--print").out
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "noether_init_pages" else find_spec(name, *more),
+    )
+    shown = invoke("example", "previous_run", "--print").out
+    assert "--run-id finetune\n" in shown
+    assert "--html" not in shown
 
 
 @pytest.mark.parametrize(
