@@ -236,7 +236,7 @@ def _norm(numbers: torch.Tensor) -> tuple[float, float]:
 
 def _largest(numbers: torch.Tensor) -> float:
     least, most = torch.aminmax(numbers)
-    return max(-float(least), float(most))
+    return abs(max(-float(least), float(most)))  # no -0.0
 
 
 def finite(value: float | None) -> float | None:

@@ -42,7 +42,10 @@ def iteration_for(iteration: Any, trainer: Any) -> TrainingIteration:
     if None in fields:
         said = "no iteration was given, and the trainer has none" if given is None else f"iteration {given} is not full"
         raise ConfigError(f"{said}: save(model, TrainingIteration(epoch, update, sample)) or save(model, trainer=...)")
-    return TrainingIteration(*fields)
+    full = TrainingIteration(*fields)
+    if TrainingIteration.in_text(str(full)) is None:
+        raise ConfigError(f"iteration {full} has a number of more than 18 digits, which no name of a set can hold")
+    return full
 
 
 def contents_of(

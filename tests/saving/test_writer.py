@@ -323,6 +323,14 @@ def test_iteration_must_come_from_somewhere(writer: CheckpointWriter) -> None:
         writer.save(trained(), TrainingIteration(epoch=1))
 
 
+def test_iteration_that_no_name_can_hold_is_refused(writer: CheckpointWriter, folder: Path) -> None:
+    """No reader would recognise the folder as a set."""
+    writer.save(trained(), TrainingIteration(0, 0, 10**18 - 1))
+    with pytest.raises(ConfigError, match="a number of more than 18 digits"):
+        writer.save(trained(), TrainingIteration(0, 0, 10**18))
+    assert len(list((folder / "sets").iterdir())) == 1
+
+
 def test_model_config_is_stored(writer: CheckpointWriter) -> None:
     """A pydantic config as a dict with the name of its class; what has no plain form is as pydantic writes it."""
 
