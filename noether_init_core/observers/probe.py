@@ -14,7 +14,7 @@ from noether_init_core.initializers.source import CheckpointInitializer, SourceI
 from noether_init_core.kinds.hookspec import hookimpl
 from noether_init_core.models import Leaf, submodel_of
 from noether_init_core.probe.outputs import Compared, Output, compare
-from noether_init_core.probe.probe import Probe, computed_by, device_of, dtype_of, hindrance, repeat
+from noether_init_core.probe.probe import Probe, computed_by, described, device_of, dtype_of, hindrance, repeat
 from noether_init_core.saving.file_writing import read_probe
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.file_names import parse
@@ -28,10 +28,14 @@ Around = Generator[None, Any, Any]
 
 @attrs.define(eq=False)
 class _Pending:
-    """A probe to be repeated once all weights of the stack are there; ``others`` may have changed some since."""
+    """A probe to be repeated once all weights of the stack are there.
+
+    ``places`` are the models, and the memory, that it is about; ``others`` says who may have changed some since.
+    """
 
     source: CheckpointSet
     probe: Probe
+    places: frozenset[Any] = frozenset()
     others: list[str] = attrs.Factory(list)
 
 
@@ -61,9 +65,11 @@ class ProbeObserver:
         result = yield
         for earlier in tuple(self._pending.values()):
             # nobody but itself knows what a kind without a plan wrote
-            if not isinstance(initializer, SourceInitializer) or any(row.writes for row in _rows(initializer, model)):
+            rows = _rows(initializer, model) if isinstance(initializer, SourceInitializer) else ()
+            if not rows or earlier.places & _places(row for row in rows if row.writes or row.action == "reset"):
                 earlier.others.append(initializer.config.kind)
         if pending is not None:
+            pending.places = _places(_rows(initializer, model))
             self._pending[initializer] = pending
         return result
 
@@ -105,7 +111,7 @@ class ProbeObserver:
         try:
             found = repeat(chosen, probe)
         except Exception as error:
-            said = f"{chosen.name} cannot be run on the probe: {type(error).__name__}: {error}"
+            said = f"{chosen.name} cannot be run on the probe: {described(error)}"
             if excuse:
                 return f"not repeated, {said}; {excuse}"
             raise ProbeMismatchError(
@@ -196,6 +202,17 @@ def _rows(initializer: SourceInitializer, model: Any) -> Sequence[PlanRow]:
     planned = initializer.session.planned
     plan = initializer.plan(model) if planned is None else planned.plan
     return () if plan is None else plan.rows
+
+
+def _places(rows: Iterable[PlanRow]) -> frozenset[Any]:
+    """Models of rows, and the memory of their targets: device and address, since views of it may overlap."""
+    found: set[Any] = set()
+    for row in rows:
+        if row.target is not None:
+            found.add(row.model)
+            if isinstance(row.identity, tuple):
+                found.add(row.identity[:2])
+    return frozenset(found)
 
 
 def _excuse(rows: Sequence[PlanRow], pending: _Pending) -> str:

@@ -21,9 +21,9 @@ _Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 #: How many values are kept of one output; of a larger one as many random places, always the same ones.
 MOST_VALUES = 1 << 18
 _SEED = 0x6E6F6574686572
-#: A constant this many times larger than the typical value of its output is compared apart: it would hide the others.
+#: A value this many times larger than the typical one of its output is compared apart: it would hide the others.
 _HUGE = 100.0
-#: Part of the values that have to be the same, or nearly so, to count as a constant, such as that of a mask.
+#: Part of the values that have to be nearly the same to count as a constant, such as that of a mask.
 _OFTEN = 0.05
 #: Part of the whole numbers that may differ where scores were rounded otherwise.
 _CHOICES = 0.05
@@ -78,7 +78,10 @@ class Output(pydantic.BaseModel):
     def norm(self) -> float:
         """Euclidean norm of the finite values that are kept."""
         numbers = _numbers(self.values)
-        return _norm(numbers[np.isfinite(numbers)])
+        numbers = numbers[np.isfinite(numbers)]
+        # squares may leave the range of float64
+        largest = float(np.abs(numbers).max(initial=0.0))
+        return largest * float(np.linalg.norm(numbers / largest)) if largest else 0.0
 
 
 @attrs.frozen
@@ -106,14 +109,22 @@ class Compared:
 def outputs_of(returned: Any) -> tuple[Output, ...]:
     """Every tensor, number and text in what a model returned.
 
-    Mappings, tuples, lists and dataclasses are searched; ``uncompared`` names what else there is.
+    Mappings, tuples, lists, dataclasses and attrs classes are searched; ``uncompared`` names what else there is. Of
+    several with one path, such as those of the keys 0 and "0", the second gets the path ``output.0#2``.
 
     Raises ``ConfigError`` where there is nothing of that, and for tensors that have no plain memory.
     """
-    found = tuple(_output(path, value) for path, value in _leaves(returned, "output") if isinstance(value, _COMPARED))
+    found: dict[str, Output] = {}
+    for place, value in _leaves(returned, "output"):
+        if isinstance(value, _COMPARED):
+            path, number = place, 1
+            while path in found:
+                number += 1
+                path = f"{place}#{number}"
+            found[path] = _output(path, value)
     if not found:
         raise ConfigError(f"the model returns {type_of(returned)} without a tensor in it")
-    return found
+    return tuple(found.values())
 
 
 def uncompared(returned: Any) -> tuple[str, ...]:
@@ -186,7 +197,9 @@ def compare(
         all_dtypes = (then.dtype, other.dtype, *dtypes)
         is_same_dtype = is_alike and then.dtype == other.dtype and len(set(dtypes)) < 2
         allowed = tolerance_for(all_dtypes, devices, is_alike=is_same_dtype) if tolerance is None else tolerance
-        compared.append(_compared(then, other, allowed))
+        # values of few bits are the same by chance
+        is_fine = tolerance_for(all_dtypes, ()) <= _TOLERANCES["float32"]
+        compared.append(_compared(then, other, allowed, is_fine))
     compared += [Compared(path, False, None, 0.0, "was not returned then") for path in now]
     if not any(not one.is_same and not one.problem and one.changed is None for one in compared):
         return tuple(compared)
@@ -210,12 +223,17 @@ def _children(value: Any) -> Iterable[tuple[Any, Any]] | None:
         return list(value.items())
     if isinstance(value, tuple | list):
         return enumerate(value)
+    fields: Any = ()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
-    return None
+        fields = dataclasses.fields(value)
+    elif attrs.has(type(value)):
+        fields = attrs.fields(type(value))
+    return [(field.name, getattr(value, field.name, None)) for field in fields] or None
 
 
 def _output(path: str, value: Any) -> Output:
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        value = str(value)
     if isinstance(value, str):
         digest = xxhash.xxh3_128_hexdigest(value.encode("utf-8", "surrogatepass"))
         return Output(path=path, shape=(), dtype="str", digest=f"xxh3_128:{digest}", values=torch.empty(0))
@@ -236,7 +254,7 @@ def _output(path: str, value: Any) -> Output:
     return Output(path=path, shape=tuple(plain.shape), dtype=_name_of(plain.dtype), digest=digest, values=kept)
 
 
-def _compared(then: Output, now: Output, tolerance: float) -> Compared:
+def _compared(then: Output, now: Output, tolerance: float, is_fine: bool) -> Compared:
     if (then.shape, then.dtype, then.digest) == (now.shape, now.dtype, now.digest):
         return Compared(then.path, True, 0.0, tolerance)
     if then.shape != now.shape:
@@ -257,8 +275,8 @@ def _compared(then: Output, now: Output, tolerance: float) -> Compared:
         problem = "has NaN or infinities in other places" if places[1].any() else "has no NaN or infinities as it had"
         return Compared(then.path, False, None, tolerance, problem)
     first, other = first[places[0] == 0], other[places[0] == 0]
-    sizes = np.abs(first)
-    shown = [sizes < limit for limit in (math.inf, *_constants(sizes))]
+    sizes = np.maximum(np.abs(first), np.abs(other))
+    shown = [sizes < limit for limit in (math.inf, *_limits(sizes, is_fine))]
     difference = max(_apart(first[one], other[one]) for one in shown)
     return Compared(then.path, False, difference, tolerance, "" if difference <= tolerance else "differs")
 
@@ -268,26 +286,37 @@ def _numbers(values: torch.Tensor) -> _Numbers:
     return flat.to(torch.float64).numpy()
 
 
-def _norm(numbers: _Numbers) -> float:
-    """Also where squares leave the range of float64."""
-    largest = float(np.abs(numbers).max(initial=0.0))
-    return largest * float(np.linalg.norm(numbers / largest)) if largest else 0.0
-
-
 def _apart(first: _Numbers, other: _Numbers) -> float:
-    """Norm of the difference in parts of the larger norm."""
-    norm = max(_norm(first), _norm(other))
-    return _norm(first / norm - other / norm) if norm else 0.0
+    """Norm of the difference in parts of the larger norm, also where squares leave the range of float64."""
+    largest = max(float(np.abs(one).max(initial=0.0)) for one in (first, other))
+    if not largest:
+        return 0.0
+    first, other = first / largest, other / largest
+    return float(np.linalg.norm(first - other) / max(np.linalg.norm(first), np.linalg.norm(other)))
 
 
-def _constants(sizes: _Numbers) -> _Numbers:
-    """Magnitudes from which on constants hide the other values: a mask is one value many times, or nearly one."""
-    groups, counts = np.unique(np.rint(np.log2(sizes[sizes > 0]) * 16), return_counts=True)
-    if not len(groups):
-        return sizes[:0]
+def _limits(sizes: _Numbers, is_fine: bool) -> list[float]:
+    """Magnitudes from which on constants, and lone values, hide the others.
+
+    A mask is one value, or nearly one. Other large values stay among the small ones, which may be their rounding.
+    """
+    values, repeats = np.unique(sizes[sizes > 0], return_counts=True)
+    if not len(values):
+        return []
+    exponents = np.log2(values)
+    groups, group = np.unique(np.rint(exponents * 16), return_inverse=True)
+    counts = np.bincount(group, weights=repeats)
     is_constant = counts > max(1.0, counts.sum() * _OFTEN)
-    is_huge = groups > np.median(groups) + np.log2(_HUGE) * 16
-    limits: _Numbers = np.exp2((groups[is_constant & is_huge] - 0.5) / 16)
+    if is_fine:
+        is_constant |= np.bincount(group, weights=repeats > np.median(repeats)) > 0
+    # two, since one value and its rounding may be in both
+    is_constant[-2:] = True
+    limits: list[float] = []
+    last = float(np.median(exponents))
+    for limit in (groups[is_constant] - 0.5) / 16:
+        if limit > last + math.log2(_HUGE):
+            last = float(limit)
+            limits.append(2.0**last)
     return limits
 
 

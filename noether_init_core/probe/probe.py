@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+import functools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeAlias
 
+import numpy
 import pydantic
 import torch
+import xxhash
 
 from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.files.plain_data import plain
+from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.models import BoundModel, leaf_models
 from noether_init_core.nested import equal, mapped
 from noether_init_core.probe.outputs import Output, has_values, outputs_of, uncompared
-from noether_init_core.training.randomness import seeded
+
+_Generator: TypeAlias = torch.Generator | random.Random | numpy.random.Generator | numpy.random.RandomState
 
 #: What models draw from that draw random numbers in evaluation, too.
 _SEED = 0x50524F4245
@@ -49,6 +55,13 @@ class Probe(pydantic.BaseModel):
     uncompared: tuple[str, ...]
     computed_by: str
 
+    @pydantic.field_validator("outputs")
+    @classmethod
+    def _have_one_path_each(cls, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+        if len({one.path for one in outputs}) < len(outputs):
+            raise ValueError("two have one path")
+        return outputs
+
 
 def take(model: Any, batch: Any) -> Probe:
     """Run ``model`` on a batch and keep both; the model and the process are as before, see ``quietly``.
@@ -72,9 +85,9 @@ def take(model: Any, batch: Any) -> Probe:
         raise
     except Exception as error:
         raise ConfigError(
-            f"probe: {model.name} cannot be run on it: {type(error).__name__}: {error}. Nothing was written. A dict "
-            "is passed as keywords, a list or tuple as arguments, a tensor as the only argument; dtypes stay as they "
-            "are. Next: another probe, or save without"
+            f"probe: {model.name} cannot be run on it: {described(error)}. Nothing was written. A dict is passed as "
+            "keywords, a list or tuple as arguments, a tensor as the only argument; dtypes stay as they are. "
+            "Next: another probe, or save without"
         ) from error
     return Probe(
         batch=kept,
@@ -87,6 +100,11 @@ def take(model: Any, batch: Any) -> Probe:
         uncompared=others,
         computed_by=computed_by(model),
     )
+
+
+def described(error: Exception) -> str:
+    """An error of a run in words, with its notes: what could not be put back, see ``quietly``."""
+    return "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
 def computed_by(model: Any) -> str:
@@ -134,55 +152,185 @@ def _changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 def quietly(model: Any) -> Iterator[Callable[[], bool]]:
     """Run ``model`` in the block: evaluating, without gradient and autocast, with random generators seeded alike.
 
-    Afterwards the attributes of all modules are what they were (flags, counters, buffers, children), with the entries
-    of dicts and the values of tensors among them, and so are the random generators of the process and those of torch
-    among the attributes, also if the block raises. What a model writes into its parameters stays: they are not copied.
+    Afterwards, also if the block raises, these are as they were: the random generators of the process; the attributes
+    of all modules (flags, counters, buffers, children, hooks); the tensors and generators among these attributes; the
+    entries of lists, sets and dicts among them, and the tensors and generators in these. Nothing deeper is kept.
+    Parameters are not copied: their memory, gradient and ``requires_grad`` are put back, and a checksum tells whether
+    something was written into them.
 
-    Raises ``ConfigError`` after the block if a parameter was written to in place; writes through ``.data`` do not show.
+    Raises ``ConfigError`` after the block for what cannot be put back. An error of the block goes on instead, with a
+    note.
 
     Yields: a function that says whether random numbers of torch have been drawn in the block so far.
     """
     modules = _modules_of(model)
-    dicts = [held for one in modules for held in (vars(one), *vars(one).values()) if isinstance(held, dict)]
-    attributes = [(held, dict(held)) for held in dicts]
-    values = [value for held in dicts for value in held.values()]
-    plain_tensors = [one for one in values if type(one) is torch.Tensor and one.layout is torch.strided]
-    tensors = [(one, one.detach().clone()) for one in plain_tensors if not one.is_meta]
-    held_generators = [one for one in values if isinstance(one, torch.Generator)]
-    generators = [torch.default_generator, *_accelerators(), *held_generators]
-    states = [one.get_state() for one in generators]
-    parameters = [
-        (name, one, one._version)
-        for name, one in _tensors_of(model)
-        if isinstance(one, torch.nn.Parameter) and not one.is_inference()
-    ]
+    generators, steps = _kept(modules)
     try:
-        with torch.no_grad(), seeded(_SEED), contextlib.ExitStack() as stack:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
             for kind in {"cpu", device_of(model).type}:
                 if torch.amp.is_autocast_available(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             for module in modules:
                 # eval() may be overridden, and change weights (adapters that are merged then)
                 module.training = False
-            begun = [one.manual_seed(_SEED).get_state() for one in generators]
-            yield lambda: not equal([one.get_state() for one in generators], begun)
-    finally:
-        for held, before in attributes:
-            for name in held.keys() - before.keys():
-                del held[name]
-            held.update(before)
-        for tensor, content in tensors:
-            # a needless write would disturb a graph that waits for its backward
-            if not equal(tensor, content):
-                tensor.detach().copy_(content)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-    for name, one, version in parameters:
-        if one._version != version:
-            raise ConfigError(
-                f"{model.name}: its forward changes the parameter {name}, which is changed now: build or load the "
-                "model again. A model that changes while it evaluates cannot have a probe"
-            )
+            for one in generators:
+                _seed(one)
+            begun = [(one, one.get_state()) for one in generators if isinstance(one, torch.Generator)]
+            yield lambda: not all(equal(one.get_state(), state) for one, state in begun)
+    except BaseException as error:
+        problem = _put_back(steps)
+        if problem:
+            error.add_note(f"{model.name}: {problem}. It is changed now: build or load it again")
+        raise
+    problem = _put_back(steps)
+    if problem:
+        raise ConfigError(
+            f"{model.name}: {problem}. It is changed now: build or load it again. A model that changes while it "
+            "evaluates cannot have a probe"
+        )
+
+
+@torch.no_grad()
+def _put_back(steps: Iterable[Callable[[], object]]) -> str:
+    """Take all steps, whichever of them fail; returns what the first failure is, in words."""
+    problems = []
+    for step in steps:
+        try:
+            step()
+        except ConfigError as error:
+            problems.append(str(error))
+        except Exception as error:
+            problems.append(f"what its forward changes cannot be put back: {type(error).__name__}: {error}")
+    return problems[0] if problems else ""
+
+
+def _kept(modules: Sequence[torch.nn.Module]) -> tuple[list[_Generator], list[Callable[[], object]]]:
+    """Generators that the modules may draw from, and the steps that put everything back: generators come first."""
+    tensors: dict[int, _KeptTensor] = {}
+    # the generators behind the functions of both modules
+    own = [getattr(function, "__self__") for function in (random.getstate, numpy.random.get_state)]  # noqa: B009 - the types of these functions lack it
+    generators: list[_Generator] = [*own, torch.default_generator, *_accelerators()]
+    steps: list[Callable[[], object]] = []
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                place = f"the parameter {name} of a {type(module).__name__}"
+                tensors.setdefault(id(parameter), _KeptTensor(parameter, place, is_copied=False))
+    for module in modules:
+        attributes = vars(module)
+        containers = [one for one in (attributes, *attributes.values()) if isinstance(one, dict | list | set)]
+        steps += [functools.partial(_refill, one, one.copy()) for one in containers]
+        # scripted modules keep buffers and flags elsewhere
+        buffers = dict(module._buffers.items())
+        steps.append(functools.partial(_reset, module, {"training": module.training, **buffers}))
+        for container in (*containers, buffers):
+            for value in container.values() if isinstance(container, dict) else container:
+                # that of the system has no state
+                if isinstance(value, _Generator) and not isinstance(value, random.SystemRandom):
+                    generators.append(value)
+                elif isinstance(value, torch.Tensor) and _is_plain(value) and id(value) not in tensors:
+                    tensors[id(value)] = _KeptTensor(value, "a tensor", is_copied=True)
+    steps += [one.put_back for one in tensors.values()]
+    return generators, [*(functools.partial(_set_state, one, _state_of(one)) for one in generators), *steps]
+
+
+class _KeptTensor:
+    """A tensor, and what it was: a copy of its values, or a checksum where it is too large to be copied."""
+
+    def __init__(self, tensor: torch.Tensor, place: str, *, is_copied: bool) -> None:
+        self._tensor = tensor
+        self._place = place
+        self._memory = tensor.detach()
+        self._content = self._memory.clone() if is_copied else _checksum(self._memory)
+        self._is_leaf, self._requires_grad = tensor.is_leaf, tensor.requires_grad
+        self._grad = tensor.grad if tensor.is_leaf else None
+        self._grad_writes = _writes(self._grad)
+
+    def put_back(self) -> None:
+        """Raises ``ConfigError`` for a parameter, or a gradient, that was written to."""
+        tensor, memory, content = self._tensor, self._memory, self._content
+        if self._is_leaf and tensor.grad is not self._grad:
+            tensor.grad = self._grad
+        if _is_plain(tensor) and _place_of(tensor) != _place_of(memory):
+            tensor.data = memory
+        if self._is_leaf and tensor.requires_grad is not self._requires_grad:
+            tensor.requires_grad_(self._requires_grad)
+        if not isinstance(content, torch.Tensor):
+            if _checksum(memory) != content:
+                raise ConfigError(f"its forward changes {self._place}")
+        # a needless write would disturb a graph that waits for its backward
+        elif not equal(memory, content):
+            with torch.inference_mode(memory.is_inference()):
+                memory.copy_(content)
+        if _writes(self._grad) != self._grad_writes:
+            raise ConfigError(f"its forward changes the gradient of {self._place}")
+
+
+def _refill(container: Any, content: Any) -> None:
+    before, now = (
+        [(key, id(value)) for key, value in (one.items() if isinstance(one, dict) else enumerate(one))]
+        for one in (content, container)
+    )
+    if now != before:
+        container.clear()
+        container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _reset(module: torch.nn.Module, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if getattr(module, name) is not value:
+            setattr(module, name, value)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    is_strided = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and is_strided
+
+
+def _place_of(tensor: torch.Tensor) -> Any:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _writes(tensor: torch.Tensor | None) -> int:
+    """How often it was written to in place; tensors made in inference mode do not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Of its bytes: the counter of writes does not see what is written through ``.data``."""
+    if not _is_plain(tensor):
+        return _writes(tensor)
+    return xxhash.xxh3_64_intdigest(memory_of_tensor(tensor.cpu().resolve_conj().resolve_neg().contiguous()))
+
+
+def _seed(generator: _Generator) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(_SEED)
+    elif isinstance(generator, numpy.random.Generator):
+        kind: Any = type(generator.bit_generator)
+        generator.bit_generator.state = kind(_SEED).state
+    elif isinstance(generator, random.Random):
+        generator.seed(_SEED)
+    # seed() is for Mersenne twisters alone
+    elif generator.get_state(legacy=False)["bit_generator"] == "MT19937":
+        generator.seed(_SEED % 2**32)
+
+
+def _state_of(generator: _Generator) -> Any:
+    if isinstance(generator, numpy.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, numpy.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: _Generator, state: Any) -> None:
+    if isinstance(generator, numpy.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 def _accelerators() -> list[torch.Generator]:

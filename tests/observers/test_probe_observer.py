@@ -227,6 +227,48 @@ def test_what_a_later_initializer_loads_is_a_reason(run: PathProvider, tmp_path:
     assert said(report).endswith("as may be expected: file may have changed weights since")
 
 
+class Part(torch.nn.Module):
+    """Two square layers that can be taken for each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(inputs).relu())
+
+
+TWO_PARTS = [
+    {**WARM, "run_id": "first", "submodel": "enc", "model_name": "m"},
+    {**WARM, "run_id": "second", "submodel": "dec", "model_name": "m"},
+]
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("are_tied", [False, True])
+def test_another_model_that_is_loaded_later_is_no_reason(tmp_path: Path, wrong: int, are_tied: bool) -> None:
+    """Unless it shares memory with the first one: a composite of parts of two runs."""
+    paths = PathProvider(tmp_path, "new")
+    torch.manual_seed(0)
+    for run_id in ("first", "second"):
+        CheckpointWriter(paths.with_run(run_id)).save(bind(Part(), "m"), at(1), probe=torch.randn(3, 4))
+    enc, dec = Part(), Part()
+    if are_tied:
+        dec.a.weight = enc.a.weight
+    configs = [dict(one) for one in TWO_PARTS]
+    configs[wrong]["transforms"] = [{"from": "a.", "to": "b."}, {"from": "b.", "to": "a."}]
+    stack = InitializerStack.from_config({"observers": ["probe"], "initializers": configs}, path_provider=paths)
+    model = compose("c", {"enc": bind(enc, "enc"), "dec": bind(dec, "dec")})
+    if are_tied and wrong == 0:
+        text = said(stack.initialize(model))
+        assert text.endswith("as may be expected: previous_run may have changed weights since")
+        return
+    with pytest.raises(PartlyInitializedError) as caught:
+        stack.initialize(model)
+    assert isinstance(caught.value.__cause__, ProbeMismatchError)
+    assert f"of {('first', 'second')[wrong]} was saved" in str(caught.value.__cause__)
+
+
 def test_a_later_initializer_that_loads_the_same_does_no_harm(run: PathProvider) -> None:
     """Both are the same bits."""
     report = start(run, net(1), WARM, WARM)

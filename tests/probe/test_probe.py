@@ -9,13 +9,14 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
 
 from noether_init_core import CheckpointFormatError, ConfigError, bind, compose
 from noether_init_core.probe.outputs import Compared, compare, outputs_of, tolerance_for, uncompared
-from noether_init_core.probe.probe import called, repeat, take
+from noether_init_core.probe.probe import called, quietly, repeat, take
 
 
 def model(module: torch.nn.Module) -> Any:
@@ -192,68 +193,108 @@ def add_saved(self: Any, inputs: torch.Tensor) -> torch.Tensor:
     return inputs
 
 
-def test_a_parameter_that_the_forward_writes_to_is_reported() -> None:
-    """The old values are gone: training must not go on with others without a word."""
+def train_itself(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.weight.add_(1)
+    return inputs
 
-    def train_itself(self: Any, inputs: torch.Tensor) -> torch.Tensor:
-        self.weight.mul_(0.5)
-        return inputs * self.weight
 
-    with pytest.raises(ConfigError, match=r"its forward changes the parameter weight, which is changed now"):
-        take(model(Calling(train_itself)), BATCH)
+def go_backward(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        (inputs * self.weight).sum().backward()
+    return inputs
+
+
+def test_a_gradient_that_the_forward_adds_to_is_found() -> None:
+    """What was there cannot be put back."""
+    module = Calling(go_backward)
+    module.weight.grad = torch.ones(2)
+    with pytest.raises(ConfigError, match="its forward changes the gradient of the parameter weight of a Calling"):
+        take(model(module), BATCH)
+
+
+@pytest.mark.parametrize("grad", [None, torch.ones(2)])
+def test_a_parameter_that_the_forward_changes_is_found(grad: torch.Tensor | None) -> None:
+    """The model is refused, since the old values are gone."""
+    module = Calling(train_itself)
+    module.weight.grad = grad
+    with pytest.raises(ConfigError, match=r"its forward changes the parameter weight of a Calling\. It is changed now"):
+        take(model(module), BATCH)
 
 
 class Keeping(torch.nn.Module):
-    """A module that counts, draws from its own generator, and keeps tensors and a dict as attributes."""
+    """A module that counts, draws from its own generators, and keeps tensors and containers as attributes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(2, 2)
         self.generator = torch.Generator().manual_seed(3)
+        self.numpy = np.random.default_rng(4)
+        self.older = np.random.RandomState(5)
+        self.python = random.Random(6)
         self.count = 0
         self.mode: tuple[str, int] | None = None
         self.mean = torch.zeros(2)
         self.written = torch.zeros(2)
+        self.history: list[Any] = []
         self.cache: dict[str, Any] = {"gone": 1}
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         found = self.linear(inputs) + torch.randn(2, generator=self.generator) + self.count
+        found = found + self.numpy.random() + self.older.rand() + self.python.random()
         self.count += 1
         self.mode = ("x", self.count)
         self.mean = self.mean * 0.9 + found.mean(0)
         self.written += 1
+        self.history.append(self.count)
         self.cache["new"] = self.cache.pop("gone")
         self.made = True
+        self.linear.weight.requires_grad_(False)
         self.linear.register_forward_hook(lambda *_arguments: None)
         return found
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a set keeps of it."""
-        return {"count": self.count, "generator": self.generator.get_state()}
+        return {"count": self.count, "generator": self.generator.get_state(), "history": list(self.history)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
+        self.count, self.history = state["count"], state["history"]
         self.generator.set_state(state["generator"])
 
 
 def kept_by(module: Keeping) -> Any:
     return (
         module.generator.get_state().tolist(),
+        str(module.numpy.bit_generator.state),
+        str(module.older.get_state()),
+        module.python.getstate(),
         (module.count, module.mode, id(module.mean), module.mean.tolist(), module.written.tolist()),
-        (str(module.cache), hasattr(module, "made"), len(module.linear._forward_hooks)),
+        (id(module.history), list(module.history), str(module.cache)),
+        (hasattr(module, "made"), module.linear.weight.requires_grad, len(module.linear._forward_hooks)),
         str(module.get_extra_state()),
     )
 
 
 def test_attributes_and_generators_of_modules_are_put_back() -> None:
-    """Counters, tensors, entries of dicts, hooks; what it draws is the same each time."""
+    """Counters, tensors, entries of lists and dicts, hooks; what it draws is the same each time."""
     module = Keeping()
     before = kept_by(module)
     probe = take(model(module), BATCH)
     assert kept_by(module) == before
     assert probe.has_drawn
+    module.python.random()
     module.generator.manual_seed(99)
     assert repeat(model(module), probe) == probe.outputs
+
+
+def test_generators_that_cannot_be_seeded_are_no_hindrance() -> None:
+    """One of the system has no state; an older one over another algorithm takes no seed, and is put back, too."""
+    module = torch.nn.Linear(2, 2)
+    module.system = random.SystemRandom()
+    module.odd = np.random.RandomState(np.random.PCG64(1))
+    module.register_forward_hook(lambda self, *arguments: arguments[-1] + self.system.random() + self.odd.rand())
+    before = str(module.odd.get_state(legacy=False))
+    take(model(module), BATCH)
+    assert str(module.odd.get_state(legacy=False)) == before
 
 
 def build_child(self: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -266,14 +307,55 @@ def replace_child(self: Any, inputs: torch.Tensor) -> torch.Tensor:
     return inputs
 
 
+def replace_data(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.weight.data = self.weight.data * 2
+    return inputs
+
+
 def rebind(self: Any, inputs: torch.Tensor) -> torch.Tensor:
     self.weight = torch.nn.Parameter(self.weight * 2)
     return inputs
 
 
-@pytest.mark.parametrize("change", [build_child, replace_child, rebind, grow_saved, add_saved])
+def drop_gradient(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.weight.requires_grad_(False)
+    self.weight.grad = None
+    return inputs
+
+
+def replace_data_of_a_buffer(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.seen.data = torch.ones(2, 3, dtype=torch.float64)
+    return inputs
+
+
+def resize(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.seen.resize_(2, 5).fill_(1)
+    return inputs
+
+
+def transpose(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.weight.data = self.weight.data.flip(0)
+    self.seen.t_()
+    return inputs
+
+
+def make_hidden_and_saved(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    table = self.table
+    del self.table
+    self.table = table * 1
+    self.register_buffer("other", table, persistent=False)
+    return inputs
+
+
+CHANGES = [
+    *(build_child, replace_child, replace_data, rebind, go_backward, drop_gradient, grow_saved, add_saved),
+    *(replace_data_of_a_buffer, resize, transpose, make_hidden_and_saved),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_changes_its_parts_is_as_before(change: Any) -> None:
-    """Children, parameters and buffers are the same objects with the same values."""
+    """Children, parameters, gradients and buffers are the same objects with the same values."""
     module = Calling(change)
     before = list(module.named_modules()), [(one, id(one), one.data_ptr()) for one in module.parameters()]
     values = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -288,6 +370,90 @@ def test_a_model_that_changes_its_parts_is_as_before(change: Any) -> None:
     assert module.weight.grad is None
 
 
+def test_a_write_that_no_version_tells_is_found() -> None:
+    """Through ``.data``; the error says that the model is another one now."""
+
+    def write_data(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+        self.weight.data.mul_(0.5)
+        return inputs
+
+    with pytest.raises(ConfigError, match=r"changes the parameter weight of a Calling\. It is changed now"):
+        take(model(Calling(write_data)), BATCH)
+
+
+def test_an_error_inside_is_not_hidden_by_a_change() -> None:
+    """It goes on, with a note of what was changed."""
+    module = Calling(train_itself)
+    with pytest.raises(KeyError) as caught, quietly(model(module)):  # noqa: PT012 - the block is what is tested
+        module(BATCH)
+        raise KeyError("x")
+    assert caught.value.__notes__ == [
+        "net: its forward changes the parameter weight of a Calling. It is changed now: build or load it again"
+    ]
+
+
+def test_a_change_and_an_error_are_both_told_at_a_save() -> None:
+    """The error of the model is the cause."""
+
+    def fail(self: Any, inputs: torch.Tensor) -> None:
+        train_itself(self, inputs)
+        raise RuntimeError("no")
+
+    with pytest.raises(ConfigError, match=r"RuntimeError: no; net: its forward changes the parameter weight of a"):
+        take(model(Calling(fail)), BATCH)
+
+
+def test_what_cannot_be_put_back_leaves_the_rest_to_be_put_back() -> None:
+    """Each step may fail by itself; random generators come first."""
+
+    class Odd(list[int]):
+        def clear(self) -> None:
+            raise TypeError("frozen by now")
+
+    def change(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+        torch.randn(1)
+        self.odd.append(1)
+        self.seen += 1
+        return inputs
+
+    module = Calling(change)
+    module.odd = Odd()
+    before = states()
+    with pytest.raises(ConfigError, match="what its forward changes cannot be put back: TypeError: frozen by now"):
+        take(model(module), BATCH)
+    assert states() == before
+    assert module.training
+    assert module.seen.tolist() == [0, 0, 0]
+
+
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(2))
+        self.register_buffer("sums", torch.zeros(2))
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.seen = self.seen + 1
+        self.sums += 1
+        return self.drop(inputs) + self.seen + self.sums
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module.eval(), BATCH)])
+def test_a_scripted_module_is_as_before(make: Any) -> None:
+    """Its buffers and flags are no attributes of Python."""
+    module = make(Counting())
+    module.train()
+    before = {name: (id(tensor), tensor.tolist()) for name, tensor in module.named_buffers()}
+    kept = dict(module.named_buffers())
+    probe = take(model(module), BATCH)
+    assert [one.training for one in module.modules()] == [True, True]
+    assert {name: (id(tensor), tensor.tolist()) for name, tensor in module.named_buffers()} == before
+    assert all(tensor is kept[name] for name, tensor in module.named_buffers())
+    assert repeat(model(module), probe) == probe.outputs
+
+
 @dataclasses.dataclass
 class Data:
     logits: torch.Tensor
@@ -295,13 +461,18 @@ class Data:
     name: str = "data"
 
 
+@attrs.frozen
+class Values:
+    hidden: Any
+
+
 Pair = collections.namedtuple("Pair", ["first", "second"])
 
 
 def test_tensors_are_found_in_every_usual_structure() -> None:
-    """Mappings, tuples, lists, dataclasses; numbers and texts count, None does not."""
+    """Mappings, tuples, lists, dataclasses, attrs classes; numbers and texts count, None does not."""
     x = torch.zeros(1)
-    nested = {"a": x, "b": [x, Pair(x, (x,))], "c": Data(x), "f": None, 3: x, "g": "text"}
+    nested = {"a": x, "b": [x, Pair(x, (x,))], "c": Data(x), "d": Values({"e": x}), "f": None, 3: x, "g": "text"}
     assert [one.path for one in outputs_of(collections.OrderedDict(nested))] == [
         "output.a",
         "output.b.0",
@@ -309,11 +480,19 @@ def test_tensors_are_found_in_every_usual_structure() -> None:
         "output.b.1.1.0",
         "output.c.logits",
         "output.c.name",
+        "output.d.hidden.e",
         "output.3",
         "output.g",
     ]
     assert uncompared(nested) == ()
     assert [one.path for one in outputs_of(x)] == ["output"]
+
+
+def test_two_outputs_under_one_path_are_told_apart() -> None:
+    """A key with a dot may look like a way."""
+    x = torch.zeros(1)
+    assert [one.path for one in outputs_of({"a.b": x, "a": {"b": x}})] == ["output.a.b", "output.a.b#2"]
+    assert [one.path for one in outputs_of({0: x, "0": x, "0#2": x})] == ["output.0", "output.0#2", "output.0#2#2"]
 
 
 @pytest.mark.parametrize("output", [None, {"a": object()}, torch.distributions.Normal(0.0, 1.0)])
@@ -469,6 +648,39 @@ def test_huge_constants_hide_no_other_values(fill: float, dtype: torch.dtype) ->
     assert held(masked, wrong.to(torch.float32).masked_fill(HIDDEN, 0.0).to(dtype), name) == ["differs"]
 
 
+@pytest.mark.parametrize("fill", [-1e4, -1e9, torch.finfo(torch.float32).min, 300.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_rare_huge_value_hides_no_other_values(fill: float, dtype: torch.dtype, rows: int) -> None:
+    """One masked logit of 64, in one row or in each; also where it is added to what it hides."""
+    generator = torch.Generator().manual_seed(2)
+    scores, others = torch.randn(2, rows, 64, generator=generator, dtype=torch.float64)
+    name, eps = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
+    hidden = torch.zeros(64).index_fill(0, torch.tensor([5]), fill)
+    for masked, wrong, rounded in (
+        [one.index_fill(-1, torch.tensor([5]), fill).to(dtype) for one in (scores, others, scores * (1 + eps))],
+        [(one + hidden).to(dtype) for one in (scores, others, scores * (1 + eps))],
+    ):
+        assert held(masked, wrong, name) == ["differs"]
+        assert held(masked, rounded, name) == [""]
+        # of a head that starts with zeros
+        assert held(masked.where(masked.abs() > 200, 0.0), wrong, name) == ["differs"]
+
+
+def test_rare_constants_hide_no_other_values() -> None:
+    """Several, each repeated to the bit, with values of every magnitude between them."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(4, 64, generator=generator)
+    values[:, 0], values[:, 1], values[:, 2], values[0, 3] = -1e4, -1e9, -1e30, 3e6
+    wrong = values.clone()
+    wrong[0, 3] = 2e6
+    assert held(values, wrong) == ["differs"]
+    assert held(values, values * (1 + 1e-7)) == [""]
+    wrong = values.clone()
+    wrong[:, 4:] = wrong[:, 4:].flip(0)
+    assert held(values, wrong) == ["differs"]
+
+
 def test_values_of_every_magnitude_are_compared() -> None:
     """Also the middle one of three; and a value moves over a limit by rounding without a difference."""
     values = torch.cat([torch.linspace(1, 2, 50), torch.full((10,), 1e6), torch.full((10,), 1e30)])
@@ -485,7 +697,10 @@ def test_noise_beside_values_is_not_taken_for_values() -> None:
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(100, generator=generator)
     noise = torch.randn(2, 300, generator=generator) * 1e-7
-    assert held(torch.cat([values, noise[0]]), torch.cat([values, noise[1]])) == [""]
+    first, second = torch.cat([values, noise[0]]), torch.cat([values, noise[1]])
+    assert held(first, second) == [""]
+    # in each of two rows
+    assert held(torch.stack([first, first]), torch.stack([second, second])) == [""]
 
 
 def test_values_near_the_end_of_float64_are_compared() -> None:
@@ -493,6 +708,7 @@ def test_values_near_the_end_of_float64_are_compared() -> None:
     values = torch.tensor([1e300, -1e300, 5e299], dtype=torch.float64)
     assert held(values, values.flip(0)) == ["differs"]
     assert held(values, values * (1 + 1e-15)) == [""]
+    assert held(values * 1.7e8, (values * 1.7e8).flip(0)) == ["differs"]
     assert outputs_of(values * 1e8)[0].norm == pytest.approx(1.5e308)
 
 
@@ -515,6 +731,8 @@ def test_many_other_whole_numbers_are_no_rounding() -> None:
         (0.5, 0.6, "differs"),
         (0.5, 0.5 + 1e-7, ""),
         (3, 4, "has other values"),
+        (10**30, 10**30 + 1, "has other values"),
+        (-(2**63), 2**63, "has the dtype str, it had int64"),
         (True, False, "has other values"),
         ("yes", "no", "has other values"),
         (True, 1.0, "has the dtype float64, it had bool"),

@@ -195,6 +195,7 @@ def test_a_hostile_probe_runs_nothing(paths: PathProvider, tmp_path: Path) -> No
         (lambda content: content["outputs"][0].pop("digest"), r"is no probe: outputs\.0\.digest"),
         (lambda content: content["outputs"][0].update(shape=[-1]), r"is no probe: outputs\.0\.shape"),
         (lambda content: content.update(outputs=[]), "is no probe: outputs: "),
+        (lambda content: content["outputs"].append(content["outputs"][0]), "two have one path"),
         (
             lambda content: content.update(batch=[torch.float32]),
             r"is no probe .*: batch\.0: a torch\.dtype",
