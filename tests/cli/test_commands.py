@@ -270,6 +270,31 @@ def test_help_ends_with_one_example_of_that_command(invoke: Invoke, command: lis
     assert examples[0].startswith("Example: " + " ".join(["noether-init", *(command or ["example"])]))
 
 
+def test_commands_that_only_read_import_no_torch(tmp_path: Path) -> None:
+    """Those that the page of the command line lists, in one fresh process."""
+    CheckpointWriter(PathProvider(tmp_path, "run")).save(
+        bind(torch.nn.Linear(2, 2), name="net"), TrainingIteration(1, 1, 1)
+    )
+    lines = (
+        "kinds",
+        "inspect run",
+        "lineage run",
+        "verify run",
+        "new demo --dry-run",
+        "example previous_run --print",
+        "",
+    )
+    program = (
+        "import sys\nfrom noether_init_core import cli\n"
+        f"for line in {lines!r}:\n"
+        "    sys.argv = ['noether-init', *line.split()]\n"
+        "    try:\n        cli.main()\n    except SystemExit as ended:\n        assert not ended.code, line\n"
+        "    assert 'torch' not in sys.modules, line\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_listing_kinds_imports_no_torch() -> None:
     """A fresh process: neither torch nor numpy nor a built-in is loaded (typer itself may load pydantic)."""
     program = (
