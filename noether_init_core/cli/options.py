@@ -178,6 +178,7 @@ class Start:
         try:
             yield
         except InitError as error:
+            error.message = error.message.replace("or in PathProvider", "or with --runs FOLDER")
             if paths is None and "path_provider" in str(error):
                 said = re.sub(r"path_provider=PathProvider\([^)]*\)", "--runs FOLDER --run-id ID", str(error))
                 raise ConfigError(f"{said}\n{_NEXT_RUNS}") from error

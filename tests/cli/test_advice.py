@@ -192,3 +192,12 @@ def test_a_missing_output_root_is_said_in_options(invoke: Invoke, tmp_path: Path
     assert message in result.err
     assert "PathProvider" not in result.err
     assert "Next: --runs FOLDER --run-id ID" in result.err
+
+
+def test_an_output_root_that_is_not_there_is_said_in_options(invoke: Invoke, tmp_path: Path) -> None:
+    """The message of the kind speaks to programs, too."""
+    (tmp_path / "init.yaml").write_text("initializers: [{kind: previous_run, run_id: finetune}]\n")
+    result = invoke("plan", "init.yaml", "--model", "advice_train:build", "--runs", "rnus")
+    assert result.code == 1
+    assert "say the folder of the runs with output_path:, or with --runs FOLDER\n" in result.err
+    assert "PathProvider" not in result.err

@@ -177,7 +177,8 @@ def test_the_way_from_an_empty_folder_to_a_resumed_run_and_a_page(tmp_path: Path
     assert typed(first, tmp_path).returncode == 0
     planned = typed(plan, tmp_path)
     assert planned.returncode == 0, planned.stderr
-    assert planned.stderr == "page: plan.html\n"
+    decided = "auto_resume: finetune has no checkpoints, the initializers of the config apply\n"
+    assert planned.stderr == f"{decided}page: plan.html\n"
     assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
     words = [sys.executable, *shlex.split(train)[1:]]
     with subprocess.Popen(
