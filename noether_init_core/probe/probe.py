@@ -241,6 +241,7 @@ class _KeptTensor:
         self._tensor = tensor
         self._place = place
         self._memory = tensor.detach()
+        self._nbytes = self._memory.untyped_storage().nbytes() if _is_plain(self._memory) else 0
         self._content = self._memory.clone() if is_copied else _checksum(self._memory)
         self._is_leaf, self._requires_grad = tensor.is_leaf, tensor.requires_grad
         self._grad = tensor.grad if tensor.is_leaf else None
@@ -251,6 +252,8 @@ class _KeptTensor:
         tensor, memory, content = self._tensor, self._memory, self._content
         if self._is_leaf and tensor.grad is not self._grad:
             tensor.grad = self._grad
+        if self._nbytes and memory.untyped_storage().nbytes() < self._nbytes:
+            memory.untyped_storage().resize_(self._nbytes)  # reading what was freed would end the process
         if _is_plain(tensor) and _place_of(tensor) != _place_of(memory):
             tensor.data = memory
         if self._is_leaf and tensor.requires_grad is not self._requires_grad:

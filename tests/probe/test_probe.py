@@ -333,6 +333,11 @@ def resize(self: Any, inputs: torch.Tensor) -> torch.Tensor:
     return inputs
 
 
+def free(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    self.seen.untyped_storage().resize_(0)
+    return inputs
+
+
 def transpose(self: Any, inputs: torch.Tensor) -> torch.Tensor:
     self.weight.data = self.weight.data.flip(0)
     self.seen.t_()
@@ -349,7 +354,7 @@ def make_hidden_and_saved(self: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 CHANGES = [
     *(build_child, replace_child, replace_data, rebind, go_backward, drop_gradient, grow_saved, add_saved),
-    *(replace_data_of_a_buffer, resize, transpose, make_hidden_and_saved),
+    *(replace_data_of_a_buffer, resize, free, transpose, make_hidden_and_saved),
 ]
 
 
