@@ -127,4 +127,4 @@ def test_wrong_sides_name_the_next_command(folder: Path) -> None:
     assert "noether-init validate init.yaml" in diff(folder, "a.pt", "init.yaml").stderr
     missing = diff(folder, "a.pt")
     assert missing.returncode == 2
-    assert "Next: noether-init diff runs/pretrain runs/finetune" in missing.stderr
+    assert "Next: noether-init diff a.pt runs/finetune" in missing.stderr
