@@ -54,8 +54,8 @@ def write_files(folder: Path) -> list[Path]:
     state = {}
     for layer in range(LAYERS):
         for name, shape in shapes.items():
-            state[f"blocks.{layer}.{name}.weight"] = torch.zeros(shape)
-            state[f"blocks.{layer}.{name}.bias"] = torch.zeros(shape[0])
+            state[f"blocks.{layer}.{name}.weight"] = torch.randn(shape)
+            state[f"blocks.{layer}.{name}.bias"] = torch.randn(shape[0])
     torch.save(state, folder / "model.th")
     save_file(state, folder / "model.safetensors")
     return [folder / "model.th", folder / "model.safetensors"]

@@ -172,6 +172,12 @@ def _pieces(
         return
     if first.contiguous and second.contiguous:
         first, second = first.flat(), second.flat()
+        (size,) = first.shape
+        for begin in range(0, size, _PIECE):
+            one, other = (_part(info, 0, begin, min(begin + _PIECE, size)) for info in (first, second))
+            yield a.read(one), b.read(other)
+            advance(one.nbytes + other.nbytes)
+        return
     left = [(first, second, True)]
     while left:
         part, other, is_turn_of_a = left.pop()
@@ -182,7 +188,7 @@ def _pieces(
         # By turns along what lies farthest apart in either, so that pieces are few stretches of both files.
         dimension = _outermost(part if is_turn_of_a else other)
         size = part.shape[dimension]
-        middle = size // 2 if len(part.shape) > 1 else max(1, size // 2 // _PIECE) * _PIECE
+        middle = size // 2
         for begin, end in ((middle, size), (0, middle)):
             halves = _part(part, dimension, begin, end), _part(other, dimension, begin, end)
             left.append((*halves, not is_turn_of_a))

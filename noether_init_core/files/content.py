@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import attrs
+import msgspec
 
 #: First and one past the last index in each dimension.
 Box = tuple[tuple[int, int], ...]
@@ -35,9 +36,10 @@ ITEMSIZES = {
 _BOX = 1 << 20
 
 
-@attrs.frozen
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """Bytes of one file that hold a box of a tensor.
+
+    A header has one for every tensor: as a ``Struct`` it is no work for the garbage collector.
 
     Attributes:
         offset: Place of the first element in the file.
@@ -152,7 +154,7 @@ class TensorInfo:
     def flat(self) -> TensorInfo:
         """The description of the same bytes in one dimension, of a tensor that is ``contiguous``."""
         (piece,) = self.pieces
-        return TensorInfo((math.prod(self.shape),), self.dtype, (attrs.evolve(piece, stride=None),))
+        return TensorInfo((math.prod(self.shape),), self.dtype, (msgspec.structs.replace(piece, stride=None),))
 
     def _within(self, piece: Piece, box: Box) -> Piece | None:
         """The part of a piece that lies in ``box``, which is where its own box counts from; None for none."""
@@ -165,7 +167,7 @@ class TensorInfo:
         stride = piece.stride or row_major(tuple(end - begin for begin, end in own))
         skipped = sum((begin - first) * step for (begin, _), (first, _), step in zip(common, own, stride, strict=True))
         shape = tuple(end - begin for begin, end in common)
-        return attrs.evolve(
+        return msgspec.structs.replace(
             piece,
             offset=piece.offset + skipped * self.itemsize,
             nbytes=span(shape, stride) * self.itemsize,
@@ -212,8 +214,7 @@ class OpcodeError(Exception):
     """The pickle of a file is damaged or does what torch.save does not do; the message says what."""
 
 
-@attrs.frozen
-class Record:
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One stretch of bytes: its name in the file, its place, and its CRC-32 if it has one."""
 
     name: str

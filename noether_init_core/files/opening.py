@@ -108,10 +108,11 @@ class FileCheckpoint(BaseCheckpoint):
         self.metadata = beside if content.metadata is None else content.metadata
         # digests speak of the keys that a file has where no tree is named
         written = self._tensors if entry is None else self._select(usual)[0]
-        others = {**beside, **self.extra_state}
+        others, own = {**beside, **self.extra_state}, self._tensors
 
+        # not a method: a reference back to this object would keep a large header until the garbage is collected
         def named() -> Mapping[str, TensorInfo]:
-            return {**content.graph.tensors(others), **self._tensors}
+            return {**content.graph.tensors(others), **own}
 
         self._verification = Verification(handle, content, digests, written, named, stopwatch.count)
         self.is_verifiable = self._verification.is_possible

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
+import msgspec
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, StateMismatchError
 from noether_init_core.files.content import (
@@ -68,7 +68,7 @@ def _joined(handle: Handle, info: TensorInfo, key: str) -> torch.Tensor:
     for piece in info.pieces:
         box = piece.box or tuple((0, size) for size in info.shape)
         shape = tuple(end - begin for begin, end in box)
-        part = TensorInfo(shape, info.dtype, (attrs.evolve(piece, box=None),))
+        part = TensorInfo(shape, info.dtype, (msgspec.structs.replace(piece, box=None),))
         joined[tuple(slice(*ends) for ends in box)] = read_tensor(handle, part, key).view(joined.dtype)
         missing -= math.prod(shape)
     if missing:

@@ -32,6 +32,9 @@ from noether_init_core.sets.manifest import MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
 
+#: So many of the newest sets, and of the others, a writer looks at again before it saves.
+_LOOKS = 16
+
 #: A committed set, or why its manifest cannot be used.
 Head = CheckpointSet | CheckpointError
 
@@ -52,14 +55,14 @@ class _Known:
         """To be called before the set is looked at; None for what is not remembered."""
         looked_ns = time.time_ns()
         with reaching(folder.path):
-            changed_ns = storage.changed_at(folder.path)
+            (changed_ns,) = storage.changed_in(folder.parent, [folder.name])
         with reaching(folder.manifest_path):
             identity = storage.identity_of(folder.manifest_path)
         return None if changed_ns is None else cls(folder, changed_ns, looked_ns, identity)
 
-    def holds(self, storage: FileSystem) -> bool:
+    def holds(self, changed_ns: int | None, storage: FileSystem) -> bool:
         """Whether the set is as it was, as far as the time at which names in its folder last changed tells."""
-        if storage.changed_at(self.folder.path) != self.changed_ns:
+        if changed_ns != self.changed_ns:
             return False
         # clocks of file systems tick in milliseconds, old ones in seconds: a further change may not show
         tick_ns = 2_000_000_000 if self.changed_ns % 1_000_000_000 == 0 else 20_000_000
@@ -75,11 +78,13 @@ class _Known:
 class Memory(dict[str, _Known]):
     """What is known of the committed sets of one folder: for a writer, which looks at them at every save.
 
-    A set is remembered while nothing is added to its folder, removed from it or renamed in it. That bytes of a file
-    were cut off or changed since is not noticed: what must not be wrong is confirmed (``Snapshot.confirm``).
+    A set is remembered while nothing is added to its folder, removed from it or renamed in it. A save looks at the
+    newest sets and, in turn, at some of the others, so a change is noticed some saves later. That bytes of a file were
+    cut off or changed is not noticed. What must not be wrong is confirmed (``Snapshot.confirm``).
     """
 
     folder: Path | None = None
+    _turn = 0
 
     def of(self, folder: Path) -> Memory:
         """Itself; empty if it was of another folder, as after a link was changed, or the working directory."""
@@ -89,19 +94,19 @@ class Memory(dict[str, _Known]):
         return self
 
     def recall(self, folders: Iterable[SetFolder], storage: FileSystem) -> None:
-        """Forget the sets that are gone, and those whose folders have changed."""
-        there = {}
-        for folder in folders:
-            known = self.get(folder.name)
-            if known is not None:
-                try:
-                    if known.holds(storage):
-                        there[folder.name] = known
-                except OSError as error:
-                    with reaching(folder.path):
-                        raise error
+        """Forget the sets that are gone, and those that are looked at and whose folders have changed."""
+        known = [self[folder.name] for folder in folders if folder.name in self]
+        self._turn += _LOOKS
+        turn = self._turn % max(1, len(known))
+        looked = known[-_LOOKS:] + known[turn : turn + _LOOKS]
+        if looked:
+            parent = looked[0].folder.parent
+            with reaching(parent):
+                changed = storage.changed_in(parent, [one.folder.name for one in looked])
+            gone = {one.folder.name for one, now in zip(looked, changed, strict=True) if not one.holds(now, storage)}
+            known = [one for one in known if one.folder.name not in gone]
         self.clear()
-        self.update(there)
+        self.update((one.folder.name, one) for one in known)
 
 
 class Snapshot:
@@ -133,8 +138,11 @@ class Snapshot:
             memory.recall(self.folders, storage)
         #: Names of sets of which what is remembered has not been confirmed.
         self.recalled = set(memory or ())
-        self._heads: dict[str, Head | None] = {}
-        self._problems: dict[str, CheckpointError | None] = {}
+        remembered: Mapping[str, _Known] = memory or {}
+        self._heads: dict[str, Head | None] = {name: known.head for name, known in remembered.items() if known.head}
+        self._problems: dict[str, CheckpointError | None] = {
+            name: None for name, known in remembered.items() if known.is_whole
+        }
         self._flat_before: dict[str, tuple[CheckpointSet, ...]] = {}
         self._iterations: dict[str, TrainingIteration | CheckpointError | None] = {}
 
@@ -239,15 +247,13 @@ class Snapshot:
     def problem_of(self, found: CheckpointSet) -> CheckpointError | None:
         """What is wrong with the files of a committed set, as their sizes tell; None where nothing is."""
         place = found.place
-        known = None if self._memory is None else self._memory.get(place)
-        if known is not None and known.is_whole:
-            return None
         if place not in self._problems:
             try:
                 check_files(found, self.storage)
                 self._problems[place] = None
             except CheckpointError as error:
                 self._problems[place] = error
+            known = None if self._memory is None else self._memory.get(place)
             if known is not None:
                 known.is_whole = self._problems[place] is None
         return self._problems[place]

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-import attrs
+import msgspec
 
 from noether_init_core.errors import CheckpointFormatError, UnsafeGlobalError
 from noether_init_core.files.content import (
@@ -64,7 +64,7 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
     records = read_records(handle)
     if not any(record.crc for record in records.values()):
         # torch.serialization.set_crc32_options(False) writes zero for all of them
-        records = {name: attrs.evolve(record, crc=None) for name, record in records.items()}
+        records = {name: msgspec.structs.replace(record, crc=None) for name, record in records.items()}
     header = _read_header(handle, records)
     from_environment = os.environ.get(ALLOW_GLOBALS_VARIABLE, "").split(",")
     interpreter = Interpreter(header, records, {*allow_globals, *(name.strip() for name in from_environment)})
@@ -212,8 +212,7 @@ def read_records(handle: Handle) -> dict[str, Record]:
     return records
 
 
-@attrs.frozen
-class _Entry:
+class _Entry(msgspec.Struct, frozen=True, gc=False):
     name: str
     raw_name: bytes
     flags: int
