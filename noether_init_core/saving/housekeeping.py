@@ -64,8 +64,9 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
     Sets that cannot be read or reached stay, since somebody will want to look at them; so do sets behind a link, since
     what it leads to is not ours, and sets of other trainings. Whether a set is good is told from the presence and the
     sizes of its files, and from what its manifest says of their values. A set that the snapshot remembers is taken as
-    it was. Before others go, they are looked at again, and the two newest good ones of each model, those that ``best``
-    keeps, and those that ``every`` keeps in their place.
+    it was while no name in its folder changes. Before others go, they are looked at again, and the two newest good ones
+    of each model, those that ``best`` keeps, and those that ``every`` keeps in their place; if one of these is not as
+    it was, all are.
 
     Of flat names those go with a set that we wrote for it and nobody has changed since, and those that are other names
     of its very files. Others may be the only copy of what another program saved.
@@ -94,6 +95,8 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
         # they may have been damaged or replaced since an earlier save
         remembered = [one for one in (*retired, *decision.relied_on) if one.place in snapshot.recalled]
         if not all([snapshot.confirm(folders[one.place]) for one in remembered]):  # noqa: C419 - each is looked at
+            # where one was not as it was remembered, others may not be either
+            snapshot.forget()
             retire_sets(snapshot, rules, training)
             return
     failed: OSError | None = None

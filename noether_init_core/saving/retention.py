@@ -74,7 +74,7 @@ class Retention:
 
     Before sets go, a writer looks again at those whose goodness that relies on, of the ones that it knows from earlier
     saves: the two newest good ones of each model, and those that ``best`` and ``every`` keep. The others count as they
-    were when it last looked; each save looks at some of them.
+    were when it last looked, while no file is added to their folders or removed.
 
     Whatever the rules say, these stay: the newest good set and one good set before it, to walk back to; the newest set;
     for each model the set that a tag other than that of an iteration means; sets that cannot be read; sets of another

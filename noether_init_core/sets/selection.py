@@ -79,10 +79,10 @@ def select(
 
     Newest is the highest sequence of the committed sets; where there is none, the latest iteration of flat files. A
     text means the newest set saved under it that has any of the models needed: others can be saved into the run by
-    themselves. Unless such a set was saved under just that text, ``best`` stands for the only ``best_model.*`` that
-    they have, ``best.loss`` for ``best_model.loss``. A full iteration means its newest set that has all of the models;
-    one field of it (``E10``) the newest match that has everything needed. Beside committed sets, flat files are not
-    read; where they are later, no set is chosen automatically.
+    themselves. Unless such a set was saved under just that text, ``best`` stands for the only ``best_model.*`` (or
+    ``best.*``) that they have, ``best.loss`` for ``best_model.loss``. A full iteration means its newest set that has
+    all of the models; one field of it (``E10``) the newest match that has everything needed. Beside committed sets,
+    flat files are not read; where they are later, no set is chosen automatically.
 
     With ``policy.walk_back``, an open tag means what it means, and then every older set, of the models needed, in turn.
     What a set with an unreadable manifest was tagged cannot be known: newer ones are passed over, and do not make the

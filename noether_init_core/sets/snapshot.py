@@ -32,9 +32,6 @@ from noether_init_core.sets.manifest import MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
 
-#: So many of the newest sets, and of the others, a writer looks at again before it saves.
-_LOOKS = 16
-
 #: A committed set, or why its manifest cannot be used.
 Head = CheckpointSet | CheckpointError
 
@@ -78,13 +75,11 @@ class _Known:
 class Memory(dict[str, _Known]):
     """What is known of the committed sets of one folder: for a writer, which looks at them at every save.
 
-    A set is remembered while nothing is added to its folder, removed from it or renamed in it. A save looks at the
-    newest sets and, in turn, at some of the others, so a change is noticed some saves later. That bytes of a file were
-    cut off or changed is not noticed. What must not be wrong is confirmed (``Snapshot.confirm``).
+    A set is remembered while nothing is added to its folder, removed from it or renamed in it. That bytes of a file
+    were cut off or changed since is not noticed: what must not be wrong is confirmed (``Snapshot.confirm``).
     """
 
     folder: Path | None = None
-    _turn = 0
 
     def of(self, folder: Path) -> Memory:
         """Itself; empty if it was of another folder, as after a link was changed, or the working directory."""
@@ -94,17 +89,13 @@ class Memory(dict[str, _Known]):
         return self
 
     def recall(self, folders: Iterable[SetFolder], storage: FileSystem) -> None:
-        """Forget the sets that are gone, and those that are looked at and whose folders have changed."""
+        """Forget the sets that are gone, and those whose folders have changed."""
         known = [self[folder.name] for folder in folders if folder.name in self]
-        self._turn += _LOOKS
-        turn = self._turn % max(1, len(known))
-        looked = known[-_LOOKS:] + known[turn : turn + _LOOKS]
-        if looked:
-            parent = looked[0].folder.parent
+        if known:
+            parent = known[0].folder.parent
             with reaching(parent):
-                changed = storage.changed_in(parent, [one.folder.name for one in looked])
-            gone = {one.folder.name for one, now in zip(looked, changed, strict=True) if not one.holds(now, storage)}
-            known = [one for one in known if one.folder.name not in gone]
+                changed = storage.changed_in(parent, [one.folder.name for one in known])
+            known = [one for one, now in zip(known, changed, strict=True) if one.holds(now, storage)]
         self.clear()
         self.update((one.folder.name, one) for one in known)
 
@@ -181,6 +172,15 @@ class Snapshot:
         if not isinstance(found, CheckpointSet) or not isinstance(before, CheckpointSet):
             return False
         return found.manifest == before.manifest and self.problem_of(found) is None
+
+    def forget(self) -> None:
+        """Take nothing as it is remembered: the sets are looked at again as they are asked for."""
+        for name in self.recalled:
+            self._heads.pop(name, None)
+            self._problems.pop(name, None)
+            if self._memory is not None:
+                self._memory.pop(name, None)
+        self.recalled.clear()
 
     def _known(self, folder: SetFolder) -> _Known | None:
         """What is remembered of a set, or can be once it was looked at; None where nothing is remembered."""

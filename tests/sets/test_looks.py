@@ -20,7 +20,7 @@ from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.models import bind
 from noether_init_core.paths import PathProvider
-from noether_init_core.saving.retention import Retention
+from noether_init_core.saving.retention import Retention, superfluous_sets
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
 from noether_init_core.sets.health import check_file, verify_run
@@ -461,3 +461,34 @@ def test_a_look_that_fails_in_verify_is_a_problem(paths: PathProvider, code: int
             assert "uncommitted" not in [one.state for one in health.sets]
             said = "".join(text for one in health.sets for text in (*one.problems, *one.notes))
         assert str(storage.failed_at) in said
+
+
+def test_a_tag_stays_with_the_older_set_when_the_newer_one_was_removed_by_hand(tmp_path: Path) -> None:
+    """However many sets lie between: what a writer remembers of a holder is looked at before another one goes."""
+    run = Run(tmp_path, keep_last=50)
+    run.save(1, tags=("best",))
+    newer = [run.save(epoch, tags=("best",) if epoch == 25 else ()) for epoch in range(2, 51)][23]
+    (newer.folder / "manifest.json").unlink()
+    for epoch in range(51, 55):
+        run.save(epoch, tags=())
+    assert [found.sequence for found in Snapshot(run.paths).readable() if "best" in found.tags] == [1]
+
+
+def test_one_set_that_is_not_as_remembered_lets_all_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of every set were cut: which may go is decided twice, not once for each of them."""
+    run = Run(tmp_path, keep_last=30)
+    for found in [run.save(epoch) for epoch in range(1, 31)]:
+        _cut(found)
+    decided = []
+
+    def counted(*arguments: Any) -> Any:
+        decided.append(superfluous_sets(*arguments))
+        return decided[-1]
+
+    monkeypatch.setattr("noether_init_core.saving.housekeeping.superfluous_sets", counted)
+    run.save(31)
+    assert len(decided) <= 2
+    run.save(32)
+    assert {31, 32} <= set(run.left())
