@@ -77,17 +77,21 @@ class OptimizerStep:
             )
         given: set[TensorInfo] = set()
 
-        def made(value: Any) -> Any:
-            if isinstance(value, TensorInfo):
-                # described twice, it gets memory twice, since each is updated by itself
-                if value not in tensors or value in given:
-                    return reader.read(value)
-                given.add(value)
-                return tensors[value]
-            if not isinstance(value, Moved):
+        # neither calls itself: such a closure, and with it every tensor, lives until the garbage is collected
+        def taken(value: Any) -> Any:
+            if not isinstance(value, TensorInfo):
                 return value
+            # described twice, it gets memory twice, since each is updated by itself
+            if value not in tensors or value in given:
+                return reader.read(value)
+            given.add(value)
+            return tensors[value]
+
+        def made(value: Any) -> Any:
+            if not isinstance(value, Moved):
+                return taken(value)
             has_own_memory = bool(value.steps) or value.dtype is not None
-            values = [tensors[one] if has_own_memory and one in tensors else made(one) for one in value.values]
+            values = [tensors[one] if has_own_memory and one in tensors else taken(one) for one in value.values]
             return moved_value(value, values, self.file.source.location.name)
 
         self.plan = attrs.evolve(
