@@ -1,4 +1,4 @@
-# Development of noether-init. `make env` needs Python 3.11 or newer and pip, nothing else.
+# Development of noether-init-core. `make env` needs Python 3.11 or newer and pip, nothing else.
 
 .DEFAULT_GOAL := help
 .PHONY: help env browser demo test lint docs bench house faults charts pictures transcripts clean

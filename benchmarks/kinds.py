@@ -91,7 +91,7 @@ def main() -> None:
         ("kinds.resolve, first use", *_shown(first, scan), "at most 1.3"),
         ("kinds.resolve, again", *_shown(again, scan), ""),
         ("kinds.installed, first use", *_shown(listed, scan), ""),
-        ("noether-init kinds, the whole command", *_shown(run, scan)[:2], "", "under 400 ms"),
+        ("ninit kinds, the whole command", *_shown(run, scan)[:2], "", "under 400 ms"),
     ]
     beyond = [f"{taken - alone:.2f} ms" for taken, alone in zip(front, started, strict=True)]
     rows.append(("import noether_init_core, beyond the interpreter", *beyond, "", "under 150 ms"))

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LAYERS, WIDTH = 24, 1024
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 #: Looks into a file and prints how many bytes of that file were asked for by name of its descriptor.
 COUNTING = """
 import os, sys
@@ -36,7 +36,7 @@ def counted(name):
 for name in ('read', 'pread', 'preadv', 'readv'):
     counted(name)
 from noether_init_core import cli
-sys.argv = ['noether-init', 'inspect', path]
+sys.argv = ['ninit', 'inspect', path]
 try:
     cli.main()
 finally:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 
-project = "noether-init"
-author = "The noether-init developers"
-project_copyright = "The noether-init developers"
+project = "noether-init-core"
+author = "The noether-init-core developers"
+project_copyright = "The noether-init-core developers"
 try:
     release = importlib.metadata.version("noether-init-core")
 except importlib.metadata.PackageNotFoundError:  # built from a source tree that is not installed
@@ -22,5 +22,5 @@ myst_heading_anchors = 3
 highlight_language = "none"
 
 html_theme = "furo"
-html_title = f"noether-init {release}"
+html_title = f"noether-init-core {release}"
 html_static_path = ["_static"]

@@ -1,4 +1,4 @@
-"""noether-init: start any PyTorch training run from any checkpoint, declared in the config.
+"""noether-init-core: start any PyTorch training run from any checkpoint, declared in the config.
 
 This is the public front; ``__init__.pyi`` lists its names. Every name is imported from its module on first use, so that
 importing the package imports neither torch nor pydantic nor a plugin.

@@ -1,4 +1,4 @@
-"""The errors of noether-init.
+"""The errors of noether-init-core.
 
 ::
 
@@ -59,7 +59,7 @@ def _tuple(names: Iterable[str]) -> tuple[str, ...]:
 
 @attrs.define(slots=False, repr=False)
 class InitError(Exception):
-    """Root of every error that noether-init raises on purpose."""
+    """Root of every error that noether-init-core raises on purpose."""
 
     message: str
 

@@ -60,7 +60,7 @@ def draw(path: Path, whole: list[dict[str, float]], attempts: list[Attempt], equ
             "axes.spines.right": False,
             "xtick.color": "#4a525c",
             "ytick.color": "#4a525c",
-            "svg.hashsalt": "noether-init",
+            "svg.hashsalt": "noether-init-core",
         }
     ):
         figure, (losses, processes) = plt.subplots(

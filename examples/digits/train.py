@@ -13,7 +13,7 @@ from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, 
 
 
 def train(paths: PathProvider, config: Path, task: str, epochs: int, images: int) -> None:
-    """The plain loop. All that noether-init needs are the lines with ``state``, ``model``, ``writer`` and the stack."""
+    """The plain loop. What noether-init-core needs: the lines with ``state``, ``model``, ``writer`` and the stack."""
     torch.manual_seed(0)
     data = training_data(task, images)
     network = Network(classes=TASKS[task])

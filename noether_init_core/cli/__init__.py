@@ -1,4 +1,4 @@
-"""The command ``noether-init``: a module for the commands about one thing, which imports what it needs when it runs.
+"""The command ``ninit``: a module for the commands about one thing, which imports what it needs when it runs.
 
 ``options``, ``output`` and ``usage`` are shared by them.
 
@@ -22,27 +22,27 @@ from noether_init_core.cli.output import show, show_text
 __all__ = ["COMMANDS", "app", "main"]
 
 app = typer.Typer(
-    name="noether-init",
+    name="ninit",
     help="Start any PyTorch training run from any checkpoint, declared in the config.",
-    epilog="Example: noether-init example previous_run",
+    epilog="Example: ninit example previous_run",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 #: (panel, name, function, an example that can be typed), in the order in which they are listed.
 COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
-    ("Look", "kinds", kinds.list_kinds, "noether-init kinds --json"),
-    ("Look", "inspect", contents.inspect, "noether-init inspect runs/pretrain"),
-    ("Look", "diff", relations.diff, "noether-init diff runs/pretrain runs/finetune"),
-    ("Look", "lineage", relations.lineage, "noether-init lineage runs/finetune"),
-    ("Decide", "example", kinds.write_example, "noether-init example previous_run"),
-    ("Decide", "schema", kinds.show_schema, "noether-init schema previous_run"),
-    ("Decide", "validate", config.validate, "noether-init validate init.yaml"),
-    ("Decide", "suggest", config.suggest, "noether-init suggest init.yaml --model models:build"),
-    ("Decide", "plan", config.plan, "noether-init plan init.yaml --model models:build"),
-    ("Do", "verify", contents.verify, "noether-init verify runs/pretrain"),
-    ("Do", "apply", config.apply, "noether-init apply init.yaml --model models:build --out start.safetensors"),
-    ("Publish", "new", kinds.new, "noether-init new demo"),
-    ("Publish", "check", kinds.check, "noether-init check previous_run"),
+    ("Look", "kinds", kinds.list_kinds, "ninit kinds --json"),
+    ("Look", "inspect", contents.inspect, "ninit inspect runs/pretrain"),
+    ("Look", "diff", relations.diff, "ninit diff runs/pretrain runs/finetune"),
+    ("Look", "lineage", relations.lineage, "ninit lineage runs/finetune"),
+    ("Decide", "example", kinds.write_example, "ninit example previous_run"),
+    ("Decide", "schema", kinds.show_schema, "ninit schema previous_run"),
+    ("Decide", "validate", config.validate, "ninit validate init.yaml"),
+    ("Decide", "suggest", config.suggest, "ninit suggest init.yaml --model models:build"),
+    ("Decide", "plan", config.plan, "ninit plan init.yaml --model models:build"),
+    ("Do", "verify", contents.verify, "ninit verify runs/pretrain"),
+    ("Do", "apply", config.apply, "ninit apply init.yaml --model models:build --out start.safetensors"),
+    ("Publish", "new", kinds.new, "ninit new demo"),
+    ("Publish", "check", kinds.check, "ninit check previous_run"),
 )
 
 
@@ -71,7 +71,7 @@ def _start(
         usage.overview(as_json=as_json)
     elif as_json:
         raise typer.BadParameter(
-            f"it belongs behind the command. Next: noether-init {context.invoked_subcommand} --help",
+            f"it belongs behind the command. Next: ninit {context.invoked_subcommand} --help",
             param_hint="--json",
         )
     else:
@@ -89,7 +89,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(prog_name="noether-init", standalone_mode=False)
+        code = app(prog_name="ninit", standalone_mode=False)
     except usage.UsageError as error:
         code = usage.show_usage(error)
     except typer.Abort:

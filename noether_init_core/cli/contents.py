@@ -1,4 +1,4 @@
-"""``noether-init inspect`` and ``verify``: what a file, a set, a run or an output root holds, and its health."""
+"""``ninit inspect`` and ``verify``: what a file, a set, a run or an output root holds, and its health."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _show_root(found: FoundRoot) -> None:
             show(f"- {one.name}: {counted(one.uncommitted, 'save')} never finished, never picked")
     _show_problems(found.problems)
     first = shlex.quote(str(from_here(found.runs[0].path)))
-    show(f"{counted(len(found.runs), 'run')}. Next: noether-init inspect {first}")
+    show(f"{counted(len(found.runs), 'run')}. Next: ninit inspect {first}")
 
 
 def _show_problems(problems: Iterable[str]) -> None:

@@ -84,13 +84,13 @@ def show_schema(
 ) -> None:
     """Print the JSON schema of the config of a kind. Imports that kind's plugin.
 
-    With --all, of config files: noether-init schema --all > init.schema.json, and as the first line of a YAML file
+    With --all, of config files: ninit schema --all > init.schema.json, and as the first line of a YAML file
     # yaml-language-server: $schema=init.schema.json. A kind that cannot be used is left out; standard error says why.
     """
     if of_all == (kind is not None):
         names = ", ".join(plain_kinds())
         what = "KIND and --all exclude each other" if of_all else f"no KIND was given. Installed kinds: {names}"
-        raise typer.BadParameter(f"{what}. Next: noether-init schema --all, or noether-init schema previous_run")
+        raise typer.BadParameter(f"{what}. Next: ninit schema --all, or ninit schema previous_run")
     from noether_init_core.config.base import kind_schema, schema_of_files
 
     if kind is not None:
@@ -142,7 +142,7 @@ def _write_files(folder: Path, files: Mapping[str, str]) -> None:
     if there:
         raise ConfigError(
             f"{', '.join(there)}: there already, and nothing was written. "
-            f"Next: another folder, as in noether-init example KIND {shlex.quote(str(folder / 'example'))}; "
+            f"Next: another folder, as in ninit example KIND {shlex.quote(str(folder / 'example'))}; "
             "or --print, to look"
         )
     written: list[Path] = []
@@ -217,8 +217,8 @@ def _following(names: Names, folder: Path) -> list[tuple[str, str]]:
         (f"cd {shlex.quote(str(folder))}", f"the kind itself is src/{names.package}/kind.py"),
         ("python -m pip install '.[test]'", f"registers {names.kind}, and installs pytest"),
         ("python -m pytest", "all of it passes as it is"),
-        ("noether-init kinds", f"{names.kind}, offered by {names.distribution} 0.1.0"),
-        (f"noether-init check {names.kind}", "what can be seen without running it"),
+        ("ninit kinds", f"{names.kind}, offered by {names.distribution} 0.1.0"),
+        (f"ninit check {names.kind}", "what can be seen without running it"),
     ]
 
 

@@ -73,9 +73,7 @@ Config = Annotated[
         callback=_config,
     ),
 ]
-KIND = typer.Argument(
-    metavar="KIND", help="A kind; see: noether-init kinds.", show_default=False, autocompletion=_kind_names
-)
+KIND = typer.Argument(metavar="KIND", help="A kind; see: ninit kinds.", show_default=False, autocompletion=_kind_names)
 Kind = Annotated[str, KIND]
 Real = Annotated[bool, typer.Option("--real", help="Build the model with values, not on the meta device.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: one object.")]

@@ -217,13 +217,13 @@ def check_path(path: Path) -> None:
         following = shlex.quote(str(folder / (found[0] if found else "")))
         raise CheckpointNotFoundError(
             f"{path} does not exist. {nearest}In {where} there are: {listed(there, 8, none='no files')}. "
-            f"Next: noether-init inspect {following}",
+            f"Next: ninit inspect {following}",
             path=path,
             asked=str(path),
             candidates=found or there,
         )
     if path.suffix.lower() in (".yaml", ".yml") and path.is_file() and b"\0" not in _head(path):
         raise CheckpointFormatError(
-            f"{path} is text, no checkpoint. If it is a config: noether-init validate {shlex.quote(str(path))}",
+            f"{path} is text, no checkpoint. If it is a config: ninit validate {shlex.quote(str(path))}",
             path=path,
         )

@@ -1,4 +1,4 @@
-"""``noether-init diff`` and ``lineage``: how checkpoints stand to each other, by their weights and by their origin."""
+"""``ninit diff`` and ``lineage``: how checkpoints stand to each other, by their weights and by their origin."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def lineage(
         check_path(one)
         if not one.is_dir():
             raise CheckpointFormatError(
-                f"{one} is a file; records lie beside the sets of runs. Next: noether-init lineage RUN_FOLDER", path=one
+                f"{one} is a file; records lie beside the sets of runs. Next: ninit lineage RUN_FOLDER", path=one
             )
     from noether_init_core.lineage import lineage_of
 
@@ -251,7 +251,7 @@ def _following(node: LineageNode) -> str:
     """How to see what is beyond a node: from there, typed from here, or in the JSON."""
     if node.type == "missing":
         return "--json has them all"
-    return f"noether-init lineage {one_line(shlex.quote(str(from_here(node.path))))}"
+    return f"ninit lineage {one_line(shlex.quote(str(from_here(node.path))))}"
 
 
 def _edges(found: Lineage, name: str, *, down: bool) -> list[LineageEdge]:

@@ -83,12 +83,12 @@ def advice(error: Exception) -> str | None:
         option = getattr(error, "option_name", None)
         if option == "--json":
             return "Next: --json FILE; or --json -, which prints it, and nothing else"
-        said = "noether-init --help" if option is None else f"{option} and its value, or --help behind the command"
+        said = "ninit --help" if option is None else f"{option} and its value, or --help behind the command"
         return f"Next: {said}"
     if hasattr(context.command, "commands"):
         # typer says which one was nearly typed
         meant = re.search(r"Did you mean '([\w-]+)'\?", message)
-        return f"Next: noether-init {meant[1]} --help" if meant else "Next: noether-init --help"
+        return f"Next: ninit {meant[1]} --help" if meant else "Next: ninit --help"
     example = _with_typed(error, context, _as_here(context.command.epilog.removeprefix("Example: ")))
     missing = getattr(error, "param", None) if type(error).__name__ == "MissingParameter" else None
     return _of_missing(missing and missing.name, example) or f"Next: {example}"
@@ -107,7 +107,7 @@ def _with_typed(error: Any, context: Any, example: str) -> str:
         return example
     if not given:
         return example
-    words = ["noether-init", context.command.name]
+    words = ["ninit", context.command.name]
     for param in sorted(context.command.params, key=lambda one: one.param_type_name != "argument"):
         is_wrong = param is getattr(error, "param", None) or getattr(error, "param_hint", None) in param.opts
         value = None if is_wrong else given.get(param.name)
@@ -135,9 +135,9 @@ def _of_missing(parameter: str | None, example: str) -> str | None:
         found = listed(configs_here(), _MOST_NAMES)
         if found:
             return f"Configs in this folder: {found}. Next: {example}"
-        return "No YAML file is in this folder. Next: noether-init example previous_run, which writes one and a loop"
+        return "No YAML file is in this folder. Next: ninit example previous_run, which writes one and a loop"
     if parameter == "kind":
-        return f"Installed kinds: {listed(plain_kinds(), _MOST_NAMES)}. Next: noether-init kinds"
+        return f"Installed kinds: {listed(plain_kinds(), _MOST_NAMES)}. Next: ninit kinds"
     if parameter == "model":
         said = "names what gives the model: a function without arguments, a class, a module"
         return f"--model module:callable {said}. Next: {example}"
@@ -258,15 +258,15 @@ def _next(runs: Mapping[str, str | None], configs: list[str]) -> list[tuple[str,
     if runs:
         common = os.path.commonpath(list(runs))
         root = Path(common) if len(runs) > 1 else Path(common).parent
-        found.append((f"noether-init inspect {shlex.quote(str(root))}", "what was saved"))
+        found.append((f"ninit inspect {shlex.quote(str(root))}", "what was saved"))
     if configs:
         chosen = shlex.quote("init.yaml" if "init.yaml" in configs else configs[0])
-        found.append((f"noether-init validate {chosen}", "what it asks for, and what is wrong with it"))
-        found.append((f"noether-init plan {chosen} --model module:callable", "what it will do to a model"))
+        found.append((f"ninit validate {chosen}", "what it asks for, and what is wrong with it"))
+        found.append((f"ninit plan {chosen} --model module:callable", "what it will do to a model"))
     if not runs and not configs:
-        found.append(("noether-init example previous_run", "a loop that runs, and its config, to begin with"))
-    found.append(("noether-init kinds", "every kind, and who offers it"))
-    found.append(("noether-init --help", "all commands"))
+        found.append(("ninit example previous_run", "a loop that runs, and its config, to begin with"))
+    found.append(("ninit kinds", "every kind, and who offers it"))
+    found.append(("ninit --help", "all commands"))
     return found[:3]
 
 

@@ -51,7 +51,7 @@ class KindConfig(pydantic.BaseModel):
     #: The kind of a config of this class that names none; None: naming a kind is required.
     default_kind: ClassVar[str | None] = None
 
-    kind: str = pydantic.Field(description="Name of a registered kind (see: noether-init kinds).")
+    kind: str = pydantic.Field(description="Name of a registered kind (see: ninit kinds).")
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -156,7 +156,7 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
     entry = {
         "type": "object",
         "required": ["kind"],
-        "properties": {"kind": {"enum": list(schemas), "description": "What initializes; see: noether-init kinds."}},
+        "properties": {"kind": {"enum": list(schemas), "description": "What initializes; see: ninit kinds."}},
         "allOf": [
             {
                 "if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]},
@@ -175,7 +175,7 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
         auto_resume["anyOf"].append({"type": "object", "properties": fields, "additionalProperties": False})
     return {
         "$schema": _DIALECT,
-        "title": "Config of noether-init",
+        "title": "Config of noether-init-core",
         "type": "object",
         "additionalProperties": False,
         "anyOf": [{"required": ["initializers"]}, {"required": ["auto_resume"]}],
@@ -194,7 +194,7 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
             "observers": {
                 "type": "array",
                 "items": {"enum": list(observers)},
-                "description": "Installed observers to switch on; see: noether-init kinds --observers.",
+                "description": "Installed observers to switch on; see: ninit kinds --observers.",
             },
         },
         "$defs": definitions,

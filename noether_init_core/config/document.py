@@ -153,7 +153,7 @@ def content_of(path: Path) -> bytes:
         raise ConfigFileError(f"cannot be read: {error.strerror}", path=path) from error
     # bytes of UTF-16 are text, too
     if b"\0" in content[:_LOOKED_AT] and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        inspect = f"noether-init inspect {shlex.quote(str(path))}"
+        inspect = f"ninit inspect {shlex.quote(str(path))}"
         raise ConfigFileError(f"is no text, and a config is a YAML file. If it is a checkpoint: {inspect}", path=path)
     if len(content) > MAX_BYTES:
         raise ConfigFileError(f"is larger than {MAX_BYTES} bytes; is it a config?", path=path)
@@ -165,10 +165,10 @@ def _instead(folder: Path, name: str) -> str:
     there = sorted(item.name for item in folder.glob("*.y*ml") if item.is_file()) if folder.is_dir() else []
     where = "this folder" if folder == Path() else str(folder)
     if not there:
-        return f"; no YAML file is in {where}. Next: noether-init example KIND, which writes one and a loop"
+        return f"; no YAML file is in {where}. Next: ninit example KIND, which writes one and a loop"
     chosen = folder / (near(name, there, 1, cutoff=0.7) or there)[0]
     said = f"; in {where} there are: {listed(there, _MOST_NAMES)}"
-    return f"{said}. Next: noether-init validate {shlex.quote(str(chosen))}"
+    return f"{said}. Next: ninit validate {shlex.quote(str(chosen))}"
 
 
 class _Reader:

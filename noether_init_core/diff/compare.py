@@ -193,7 +193,7 @@ def side_at(path: Path | str) -> Side:
     if resolved.parent.name == SETS_FOLDER:
         found = next((one for one in snapshot.sets() if one.folder.resolve() == resolved), None)
         if found is None:
-            raise CheckpointError(f"{path} is no committed set. Next: noether-init verify {path}", path=path)
+            raise CheckpointError(f"{path} is no committed set. Next: ninit verify {path}", path=path)
     else:
         selected = find_set(snapshot, tag)
         found, snapshot = selected.found, selected.snapshot
@@ -255,7 +255,7 @@ def compare_checkpoints(a: Path | str, b: Path | str, *, strip: Sequence[str] = 
         strip: Prefixes that are taken off names of both, such as ``module.``.
 
     Tensors are read in pieces of a few megabytes; memory does not grow with the model. Bytes are not compared with
-    checksums (``noether-init verify`` does that). Sums are in float64. Two models are compared with each other where
+    checksums (``ninit verify`` does that). Sums are in float64. Two models are compared with each other where
     they have one name, or are the only ones.
 
     Raises what ``open_checkpoint`` raises, ``CheckpointNotFoundError`` for paths that mean nothing, and

@@ -236,7 +236,7 @@ class _Run:
             why = f"has no {MANIFEST_NAME}: a save that was never finished" if folder else "is no set by its name"
             raise CheckpointNotFoundError(
                 f"{path} {why}; it is never picked. Sets: {listed(there[:-6:-1], none='none')}. "
-                f"Next: noether-init inspect {self.folder}",
+                f"Next: ninit inspect {self.folder}",
                 path=path,
                 asked=str(path),
                 candidates=there,

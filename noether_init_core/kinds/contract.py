@@ -125,7 +125,7 @@ def advice(cls: type[InitializerBase]) -> Iterator[Finding]:
         cls.config_class.model_json_schema()
     except Exception as error:  # the schema may run code of the author's fields
         yield Finding(
-            f"its config has no JSON schema, for editors and noether-init schema: {str(error).splitlines()[0]}",
+            f"its config has no JSON schema, for editors and ninit schema: {str(error).splitlines()[0]}",
             "keep what comes from Python only in kwargs, out of the fields",
         )
 

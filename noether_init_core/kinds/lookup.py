@@ -213,7 +213,7 @@ class Group:
         except (Exception, SystemExit) as error:
             # the target is foreign text, and the command is meant to be pasted into a shell
             parts = re.fullmatch(r"([\w.]+)\s*:\s*(\w+)[\w.]*\s*(\[.*\])?", info.target, re.ASCII)
-            again = f'python -c "from {parts[1]} import {parts[2]}"' if parts else f"noether-init check {info.name}"
+            again = f'python -c "from {parts[1]} import {parts[2]}"' if parts else f"ninit check {info.name}"
             raise KindImportError(
                 f"{self.noun} {quoted(info.name)} ({info.source}): importing {info.target} raised "
                 f"{type(error).__name__}: {error}. Other {self.noun}s are not affected. Next: {again}",
@@ -280,8 +280,8 @@ class Group:
 
 
 # homes: published distributions only, since anyone may publish under a name that is free
-_KINDS = Group(GROUP, "kind", "noether-init kinds", {"random": "noether-init-random"})
-OBSERVERS = Group("noether_init.observers", "observer", "noether-init kinds --observers")
+_KINDS = Group(GROUP, "kind", "ninit kinds", {"random": "noether-init-random"})
+OBSERVERS = Group("noether_init.observers", "observer", "ninit kinds --observers")
 
 
 def installed() -> tuple[KindInfo, ...]:
@@ -346,7 +346,7 @@ def create(config: Mapping[str, Any] | KindConfig, *, path_provider: Any = None)
     except TypeError as error:
         raise ConfigError(
             f"kwargs of kind {quoted(validated.kind)} do not fit the constructor of {_target_of(cls)}: {error}. "
-            f"Next: noether-init schema {validated.kind}"
+            f"Next: ninit schema {validated.kind}"
         ) from None
     return cls(validated, path_provider=path_provider, **keywords)
 
@@ -397,7 +397,7 @@ def _checked(info: KindInfo, loaded: object) -> type[InitializerBase]:
         mend = f"correct the class, and kinds.register({quoted(info.name)}, ...) again"
     else:
         upgrade = f"pip install --upgrade {info.distribution}"
-        mend = f"noether-init check {info.name}; if the package is not yours: {upgrade}"
+        mend = f"ninit check {info.name}; if the package is not yours: {upgrade}"
     return contract.check(loaded, info.name, f"kind {quoted(info.name)} ({info.source}): {info.target}", mend)
 
 
@@ -409,18 +409,17 @@ def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> t
         if not isinstance(config, cls.config_class):
             raise ConfigError(
                 f"kind {quoted(config.kind)} takes a {cls.config_class.__qualname__}, not {type_of(config)}. "
-                f"Next: noether-init schema {config.kind}"
+                f"Next: ninit schema {config.kind}"
             )
         return cls, config
     if not isinstance(config, Mapping):
         raise ConfigError(
-            f"the config of an initializer is a mapping or a KindConfig, not {type_of(config)}. "
-            "Next: noether-init kinds"
+            f"the config of an initializer is a mapping or a KindConfig, not {type_of(config)}. Next: ninit kinds"
         )
     kind = config.get("kind")
     if not isinstance(kind, str):
         named = "no kind" if kind is None else f"a kind that is not a text ({kind!r})"
-        message = f"the config of an initializer names {named}. {_KINDS.summary()}. Next: noether-init kinds"
+        message = f"the config of an initializer names {named}. {_KINDS.summary()}. Next: ninit kinds"
         raise ConfigError(message)
     cls = resolve(kind)
     return cls, cls.config_class.model_validate(config, context=context)

@@ -136,7 +136,7 @@ class ProbeObserver:
 
 _NEXT = (
     "Every entry of the model came whole from that set, so values are in other places than they were, or the model "
-    "computes otherwise. Next: look where renames and transforms put things (noether-init plan), and what changed in "
+    "computes otherwise. Next: look where renames and transforms put things (ninit plan), and what changed in "
     "the model's code or settings; if that is meant, leave out the observer probe until the next save with probe="
 )
 

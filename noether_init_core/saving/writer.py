@@ -221,7 +221,7 @@ class CheckpointWriter:
             self._warn_once(
                 f"{committed.name} of run {committed.run_id} is saved, but a resume will refuse it: "
                 f"{listed(refused, 3)} (on_nonfinite: error). Retention does not count such sets, and keeps the newest "
-                "that are finite. Next: stop the run; noether-init verify names the newest finite set",
+                "that are finite. Next: stop the run; ninit verify names the newest finite set",
                 once="a resume will refuse it",
             )
 
@@ -291,7 +291,7 @@ class CheckpointWriter:
         storage.fsync_folder(folder)
         unconfirmed = (
             f"{folder} is written, and may or may not be committed: after a power failure it may be gone. "
-            "Next: save again, or look: noether-init inspect"
+            "Next: save again, or look: ninit inspect"
         )
         try:
             with naming(folder / MANIFEST_NAME):

@@ -1,4 +1,4 @@
-"""What ``noether-init new`` and ``example`` write: names that work and are free, the files as text, one new folder."""
+"""What ``ninit new`` and ``example`` write: names that work and are free, the files as text, one new folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OWN = ("noether_init", "noether_init_core")
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 #: What pytest imports under these names.
 _TEST_FILES = ("conftest", "test_conformance", "test_kind")
-_COMMANDS = {"name": "noether-init new", "kind": "--kind", "distribution": "--distribution"}
+_COMMANDS = {"name": "ninit new", "kind": "--kind", "distribution": "--distribution"}
 _SHOWN = 60
 _SUGGESTED = 40
 
@@ -87,7 +87,7 @@ def check_free(names: Names) -> None:
     for the others, since installing the new package would replace what is there, or hide it.
     """
     # another name for all, unless names were given one by one
-    whole = f"noether-init new my-{names.folder}" if _derived(names.folder) == (names.kind, names.distribution) else ""
+    whole = f"ninit new my-{names.folder}" if _derived(names.folder) == (names.kind, names.distribution) else ""
     offers = [f"{info.source} -> {info.target}" for info in kinds.installed() if info.name == names.kind]
     home = kinds.home_of(names.kind)
     if home is not None and not offers:
@@ -172,7 +172,7 @@ _HERE = importlib.resources.files("noether_init_core.scaffold")
 _SUFFIX = ".jinja"
 _MAX_AUTHOR = 200
 _WITH_MAIL = re.compile(r"(?P<name>[^<>]*[^<>\s])\s*<(?P<mail>[^<>\s@]+@[^<>\s@]+)>")
-_PLAN = "noether-init plan init.yaml --model train:build --runs runs --run-id {run}"
+_PLAN = "ninit plan init.yaml --model train:build --runs runs --run-id {run}"
 _AGAIN = "train; press Ctrl-C or kill it, and type it again: it goes on"
 _TRAIN = "python train.py --run-id {run}{more}"
 
@@ -303,7 +303,7 @@ def example_of(
     page = "" if importlib.util.find_spec("noether_init_pages") is None else " --html plan.html"
     if kind not in BUILT_IN:
         return {**loop, "init.yaml": _skeleton(kind, schema or {})}, (
-            ("noether-init validate init.yaml", "names what is still to be filled in"),
+            ("ninit validate init.yaml", "names what is still to be filled in"),
             (f"{_PLAN.format(run='first')}{page}", f"what it will do{', as a page to look at' * bool(page)}"),
             (_TRAIN.format(run="first", more=""), _AGAIN),
         )
@@ -313,7 +313,7 @@ def example_of(
         (_TRAIN.format(run=earlier, more=f" --config scratch.yaml{options}"), "the run to start from, once"),
         plan,
         (_TRAIN.format(run=later, more=" --epochs 100"), _AGAIN),
-        ("noether-init inspect runs", "what was saved"),
+        ("ninit inspect runs", "what was saved"),
     )
 
 

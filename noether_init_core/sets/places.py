@@ -57,7 +57,7 @@ def runs_at(path: Path) -> tuple[PathProvider, ...]:
     if not found:
         raise CheckpointNotFoundError(
             f"{path} holds no run: there is no folder named {CHECKPOINTS_FOLDER} in it, nor one or two levels below. "
-            "Next: noether-init verify PATH, with an output root, a run folder, a folder of checkpoints, or a file",
+            "Next: ninit verify PATH, with an output root, a run folder, a folder of checkpoints, or a file",
             path=path,
             asked=str(path),
         )

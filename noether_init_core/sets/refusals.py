@@ -117,7 +117,7 @@ def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> C
             reasons = "".join(f"\n- {name}: {reason}" for name, reason in tried.items())
             return NoGoodSetError(
                 f"{snapshot.folder} holds no set that can be resumed from; nothing was changed, and nothing was "
-                f"started anew. Tried, newest first:{reasons}\nNext: noether-init verify {snapshot.folder}",
+                f"started anew. Tried, newest first:{reasons}\nNext: ninit verify {snapshot.folder}",
                 path=snapshot.folder,
                 tried=dict(tried),
             )
@@ -154,7 +154,7 @@ def ways_on(
             ways.append("a new run_id starts anew")
     if asked_by != "tag" or (good is not None and not ways):
         path = shlex.quote(str(snapshot.paths.checkpoint_path))
-        ways.append(f"noether-init verify {path} shows the state of every set")
+        ways.append(f"ninit verify {path} shows the state of every set")
     return f"{said}. Next: {'; '.join(ways)}" if ways else said
 
 
@@ -180,7 +180,7 @@ def _nothing_here(snapshot: Snapshot) -> CheckpointNotFoundError:
         names = runs(paths, storage)
         return CheckpointNotFoundError(
             f'run "{run}" does not exist below {run_folder.parent}. {_near(run, names, "no run with checkpoints")}. '
-            f"Next: noether-init inspect {run_folder.parent}",
+            f"Next: ninit inspect {run_folder.parent}",
             path=run_folder,
             asked=run,
             candidates=_by_nearness(run, names),

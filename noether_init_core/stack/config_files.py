@@ -327,7 +327,7 @@ def _explain(kind: str, problem: str, message: str, path: Sequence[str | int], v
             hint += f" {path[0]} belongs to the kind{'s' if ',' in owners else ''} {owners}."
         elif fields and not similar:
             hint = f" {kind} has: {', '.join(fields)}."
-        return f"unknown key.{hint} Next: noether-init schema {kind}"
+        return f"unknown key.{hint} Next: ninit schema {kind}"
     if problem == "missing":
         description = fields[str(path[0])].description if path and path[0] in fields else None
         return f"is missing{': ' + description if description else ''}"

@@ -216,7 +216,7 @@ class HookCaller:
                 raise ConfigError(
                     f"{hook} of {initializer.config.kind} returned {type_of(result)}, so that nothing was done: it is "
                     "async, a generator or a context manager behind a decorator. "
-                    f"Next: noether-init check {initializer.config.kind}"
+                    f"Next: ninit check {initializer.config.kind}"
                 )
         return next(iter(self._recorder.results), None)
 

@@ -126,7 +126,7 @@ def can_follow(dtypes: Sequence[str], steps: Sequence[Step]) -> bool:
 
 #: What is said beside entries that could keep the model's value, where there is a rule for it.
 KEEP_MODEL_HINT = "To keep the model's own values there add: {line}"
-_OTHER_NAMES = " Names differ; for rules: noether-init suggest, or stack.suggest(model)"
+_OTHER_NAMES = " Names differ; for rules: ninit suggest, or stack.suggest(model)"
 # A head or two may begin anew; more of it would leave the model random.
 _FEW_MODULES = 2
 _MOST_ENTRIES = 8

@@ -96,7 +96,7 @@ class ConfigChecks(Checks):
         assert schema.get("additionalProperties") is False, "the schema lets other keys pass"
 
     def test_every_key_is_described(self) -> None:
-        """``noether-init schema`` is where users look what a key means."""
+        """``ninit schema`` is where users look what a key means."""
         cls = kinds.resolve(self.kind).config_class
         bare = [path for path, field in contract.config_fields(cls) if not field.description]
         assert not bare, f"pydantic.Field(description=...) is missing for {', '.join(bare)}"

@@ -61,7 +61,7 @@ def test_advice_after_a_wrong_line_is_that_line_mended(invoke: Invoke, typed: st
     result = invoke(*shlex.split(typed))
     assert result.code == 2
     said = result.err.splitlines()[-1].split("Next: ")[1]
-    assert said == (f"noether-init {following}" if following else "--html and its value, or --help behind the command")
+    assert said == (f"ninit {following}" if following else "--html and its value, or --help behind the command")
 
 
 def test_a_name_that_is_nearly_right_is_advised(invoke: Invoke) -> None:

@@ -1,4 +1,4 @@
-"""``noether-init apply``: the file holds what the plan said, and is there as a whole or not at all."""
+"""``ninit apply``: the file holds what the plan said, and is there as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from noether_init_core.errors import InitError
 from noether_init_core.saving import file_writing
 from noether_init_core.saving.file_writing import write_weights
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 MODELS = """
 import torch
 from noether_init_core import bind, compose

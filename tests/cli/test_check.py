@@ -1,4 +1,4 @@
-"""``noether-init check``: every finding with its fix, for a kind that is not run."""
+"""``ninit check``: every finding with its fix, for a kind that is not run."""
 
 from __future__ import annotations
 

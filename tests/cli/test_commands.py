@@ -49,14 +49,14 @@ def test_alone_it_shows_what_is_here_and_the_next_commands(
     assert lines[0] == f"noether-init-core {_version()}"
     # plugins of this repository are installed, too
     assert {"file", "previous_run", "resume"} <= set(lines[1].removeprefix("kinds    ").split(", "))
-    following = [line.split()[1:3] for line in lines if line.startswith("  noether-init")]
+    following = [line.split()[1:3] for line in lines if line.startswith("  ninit")]
     assert following == [["example", "previous_run"], ["kinds"], ["--help"]]
     assert "\nruns " not in result.out
     monkeypatch.chdir(noether_runs)
     shown = invoke().out
     runs = "composite/pretrain @ E3_U12_S72, early_stop/train @ E1_U7_S28, mlp_train/train @ E4_U16_S128"
     assert f"runs     {runs}\n" in shown
-    assert "noether-init inspect .\n" in shown
+    assert "ninit inspect .\n" in shown
 
 
 def test_what_is_next_fits_to_what_is_here(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +74,9 @@ def test_what_is_next_fits_to_what_is_here(invoke: Invoke, tmp_path: Path, monke
     assert (data["format"], data["version"]) == ("noether-init-overview", 1)
     assert data["runs"] == [{"path": f"runs/{name}", "newest": "E2_U2_S2"} for name in ("first", "second")]
     assert data["next"] == [
-        "noether-init inspect runs",
-        "noether-init validate init.yaml",
-        "noether-init plan init.yaml --model module:callable",
+        "ninit inspect runs",
+        "ninit validate init.yaml",
+        "ninit plan init.yaml --model module:callable",
     ]
 
 
@@ -169,7 +169,7 @@ def test_schema_prints_the_json_schema_of_a_kind(invoke: Invoke, foreign: Foreig
 def test_an_error_of_ours_is_its_message_and_exit_code_1(invoke: Invoke) -> None:
     """No traceback, on standard error."""
     result = invoke("schema", "previous-run")
-    message = f'no kind "previous-run". Near: previous_run (noether-init-core {_version()}). Next: noether-init kinds\n'
+    message = f'no kind "previous-run". Near: previous_run (noether-init-core {_version()}). Next: ninit kinds\n'
     assert result == Result(1, "", message)
 
 
@@ -258,7 +258,7 @@ def test_wrong_usage_is_exit_code_2(invoke: Invoke, arguments: list[str]) -> Non
     """A missing or surplus argument, an unknown command or option."""
     result = invoke(*arguments)
     assert (result.code, result.out) == (2, "")
-    assert "Usage: noether-init" in result.err
+    assert "Usage: ninit" in result.err
 
 
 @pytest.mark.parametrize("command", [[], *([name] for _panel, name, _function, _example in cli.COMMANDS)])
@@ -267,7 +267,7 @@ def test_help_ends_with_one_example_of_that_command(invoke: Invoke, command: lis
     lines = [line.strip() for line in invoke(*command, "--help").out.splitlines() if line.strip()]
     examples = [line for line in lines if line.startswith("Example: ")]
     assert examples == lines[-1:]
-    assert examples[0].startswith("Example: " + " ".join(["noether-init", *(command or ["example"])]))
+    assert examples[0].startswith("Example: " + " ".join(["ninit", *(command or ["example"])]))
 
 
 def test_commands_that_only_read_import_no_torch(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_commands_that_only_read_import_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom noether_init_core import cli\n"
         f"for line in {lines!r}:\n"
-        "    sys.argv = ['noether-init', *line.split()]\n"
+        "    sys.argv = ['ninit', *line.split()]\n"
         "    try:\n        cli.main()\n    except SystemExit as ended:\n        assert not ended.code, line\n"
         "    assert 'torch' not in sys.modules, line\n"
     )
@@ -298,7 +298,7 @@ def test_commands_that_only_read_import_no_torch(tmp_path: Path) -> None:
 def test_listing_kinds_imports_no_torch() -> None:
     """A fresh process: neither torch nor numpy nor a built-in is loaded (typer itself may load pydantic)."""
     program = (
-        "import sys\nfrom noether_init_core import cli\nsys.argv = ['noether-init', 'kinds']\n"
+        "import sys\nfrom noether_init_core import cli\nsys.argv = ['ninit', 'kinds']\n"
         "try:\n    cli.main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
         "print([name for name in sys.modules if name in ('torch', 'numpy') or '.builtin' in name])"
     )
@@ -310,7 +310,7 @@ def test_listing_kinds_imports_no_torch() -> None:
 def test_a_terminal_of_ascii_gets_all_of_it(arguments: list[str], tmp_path: Path) -> None:
     """What it cannot show is spelt out; nothing is lost, and nothing raised."""
     environment = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PATH": "/usr/bin:/bin"}
-    words = [Path(sys.executable).with_name("noether-init"), *arguments]
+    words = [Path(sys.executable).with_name("ninit"), *arguments]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.isascii()
@@ -320,7 +320,7 @@ def test_a_terminal_of_ascii_gets_all_of_it(arguments: list[str], tmp_path: Path
 @pytest.mark.parametrize("arguments", [["kinds"], ["kinds", "--json"], []])
 def test_a_full_disk_behind_the_output_is_told(arguments: list[str], tmp_path: Path) -> None:
     """In a line, not by a traceback."""
-    words = [Path(sys.executable).with_name("noether-init"), *arguments]
+    words = [Path(sys.executable).with_name("ninit"), *arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode != 0

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 
 
 def offered(folder: Path, words: str, *, shell: str = "bash") -> list[str]:
     """What is offered for the last of ``words``, which may be empty."""
     environment = {
         **os.environ,
-        "_NOETHER_INIT_COMPLETE": f"complete_{shell}",
+        "_NINIT_COMPLETE": f"complete_{shell}",
         "COMP_WORDS": words,
         "COMP_CWORD": str(words.count(" ")),
         "_TYPER_COMPLETE_ARGS": words,
@@ -28,17 +28,17 @@ def offered(folder: Path, words: str, *, shell: str = "bash") -> list[str]:
 
 def test_commands_and_options_are_offered(tmp_path: Path) -> None:
     """All of them, and those that begin as what is typed."""
-    assert {"kinds", "plan", "apply", "lineage"} <= set(offered(tmp_path, "noether-init "))
-    assert offered(tmp_path, "noether-init li") == ["lineage"]
-    assert "--html" in offered(tmp_path, "noether-init plan --h")
+    assert {"kinds", "plan", "apply", "lineage"} <= set(offered(tmp_path, "ninit "))
+    assert offered(tmp_path, "ninit li") == ["lineage"]
+    assert "--html" in offered(tmp_path, "ninit plan --h")
 
 
 @pytest.mark.parametrize("command", ["example", "check"])
 def test_installed_kinds_are_offered(tmp_path: Path, command: str) -> None:
     """By their short names; Noether's dotted ones once a dot is typed."""
-    assert offered(tmp_path, f"noether-init {command} re") == ["resume"]
-    assert {"file", "previous_run", "resume"} <= set(offered(tmp_path, f"noether-init {command} "))
-    dotted = offered(tmp_path, f"noether-init {command} noether.core")
+    assert offered(tmp_path, f"ninit {command} re") == ["resume"]
+    assert {"file", "previous_run", "resume"} <= set(offered(tmp_path, f"ninit {command} "))
+    dotted = offered(tmp_path, f"ninit {command} noether.core")
     assert "noether.core.initializers.ResumeInitializer" in dotted
 
 
@@ -47,17 +47,17 @@ def test_configs_are_offered_and_folders_on_the_way(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     for name in ("init.yaml", "other.yml", "train.py", ".hidden.yaml", "configs/tune.yaml"):
         (tmp_path / name).touch()
-    assert offered(tmp_path, "noether-init plan ") == ["configs/", "init.yaml", "other.yml"]
-    assert offered(tmp_path, "noether-init plan i") == ["init.yaml"]
-    assert offered(tmp_path, "noether-init suggest configs/") == ["configs/tune.yaml"]
-    assert offered(tmp_path, "noether-init plan nowhere/") == [""]
+    assert offered(tmp_path, "ninit plan ") == ["configs/", "init.yaml", "other.yml"]
+    assert offered(tmp_path, "ninit plan i") == ["init.yaml"]
+    assert offered(tmp_path, "ninit suggest configs/") == ["configs/tune.yaml"]
+    assert offered(tmp_path, "ninit plan nowhere/") == [""]
 
 
 def test_zsh_and_fish_are_served_too(tmp_path: Path) -> None:
     """With the distribution of each kind as its description."""
-    assert "resume" in "".join(offered(tmp_path, "noether-init example re", shell="zsh"))
-    fish = {**os.environ, "_NOETHER_INIT_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    fish["_TYPER_COMPLETE_ARGS"] = "noether-init example re"
+    assert "resume" in "".join(offered(tmp_path, "ninit example re", shell="zsh"))
+    fish = {**os.environ, "_NINIT_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    fish["_TYPER_COMPLETE_ARGS"] = "ninit example re"
     done = subprocess.run([PROGRAM], cwd=tmp_path, env=fish, capture_output=True, text=True, check=False)
     assert done.stdout.split()[0] == "resume"
 
@@ -74,4 +74,4 @@ def test_names_that_a_shell_would_evaluate_are_not_offered(tmp_path: Path) -> No
     ):
         (tmp_path / name).touch()
     for shell in ("bash", "zsh"):
-        assert "".join(offered(tmp_path, "noether-init validate ", shell=shell)).count("yaml") == 1
+        assert "".join(offered(tmp_path, "ninit validate ", shell=shell)).count("yaml") == 1

@@ -1,4 +1,4 @@
-"""``noether-init diff``: what it prints, writes and refuses."""
+"""``ninit diff``: what it prints, writes and refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.counting import LineCounter
 from noether_init_core.cli.relations import _of_model
 from noether_init_core.diff.compare import DiffRow, State
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_wrong_sides_name_the_next_command(folder: Path) -> None:
     absent = diff(folder, "a.pt", "e.pt")
     assert absent.returncode == 1
     assert "e.pt does not exist. Near: " in absent.stderr
-    assert "noether-init validate init.yaml" in diff(folder, "a.pt", "init.yaml").stderr
+    assert "ninit validate init.yaml" in diff(folder, "a.pt", "init.yaml").stderr
     missing = diff(folder, "a.pt")
     assert missing.returncode == 2
-    assert "Next: noether-init diff a.pt runs/finetune" in missing.stderr
+    assert "Next: ninit diff a.pt runs/finetune" in missing.stderr

@@ -1,4 +1,4 @@
-"""``noether-init example``: what it writes runs, survives being killed, and can be planned as it is."""
+"""``ninit example``: what it writes runs, survives being killed, and can be planned as it is."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import pytest
 from noether_init_core import kinds
 from noether_init_core.scaffold.package import BUILT_IN, example_of
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 
 
 def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """What a shell makes of a line."""
     words = shlex.split(line)
-    words[0] = {"python": sys.executable, "noether-init": str(PROGRAM)}[words[0]]
+    words[0] = {"python": sys.executable, "ninit": str(PROGRAM)}[words[0]]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_everything_that_it_says_to_type_works(kind: str, tmp_path: Path) -> None:
     """In the order in which it says so; the run is killed on the way and goes on where it was."""
-    written = typed(f"noether-init example {kind}", tmp_path)
+    written = typed(f"ninit example {kind}", tmp_path)
     assert (written.returncode, written.stderr) == (0, "")
     commands = [command for command, _what in example_of(kind)[1]]
     assert re.findall(r"^  (\S.*)$", written.stdout.split("next:")[1], re.MULTILINE) == commands
@@ -66,21 +66,21 @@ def test_everything_that_it_says_to_type_works(kind: str, tmp_path: Path) -> Non
 def test_nothing_that_exists_is_written_over(tmp_path: Path) -> None:
     """Not even in part."""
     (tmp_path / "init.yaml").write_text("mine")
-    refused = typed("noether-init example resume", tmp_path)
+    refused = typed("ninit example resume", tmp_path)
     assert refused.returncode == 1
     assert refused.stderr.startswith("init.yaml: there already, and nothing was written. Next: another folder")
     assert [path.name for path in tmp_path.iterdir()] == ["init.yaml"]
     assert (tmp_path / "init.yaml").read_text() == "mine"
-    elsewhere = typed("noether-init example resume 'a folder'", tmp_path)
+    elsewhere = typed("ninit example resume 'a folder'", tmp_path)
     assert elsewhere.returncode == 0
     assert "  cd 'a folder'\n" in elsewhere.stdout
 
 
 def test_it_can_be_looked_at_first(tmp_path: Path) -> None:
     """--print writes no file; --json is one object, and says the same."""
-    shown = typed("noether-init example file --print", tmp_path)
+    shown = typed("ninit example file --print", tmp_path)
     assert "# ---- init.yaml\n# Weights of one model from one file" in shown.stdout
-    said = json.loads(typed("noether-init example file --print --json", tmp_path).stdout)
+    said = json.loads(typed("ninit example file --print --json", tmp_path).stdout)
     assert (said["format"], said["version"], said["written"]) == ("noether-init-example", 1, False)
     assert said["files"] == example_of("file")[0]
     assert list(tmp_path.iterdir()) == []
@@ -88,12 +88,12 @@ def test_it_can_be_looked_at_first(tmp_path: Path) -> None:
 
 def test_a_kind_of_others_gets_a_config_with_what_it_requires_left_open(tmp_path: Path) -> None:
     """Validation names each key that is to be filled in; filled in, everything that is said to type works."""
-    written = typed("noether-init example random", tmp_path)
+    written = typed("ninit example random", tmp_path)
     assert written.returncode == 0, written.stderr
     text = (tmp_path / "init.yaml").read_text()
     required = kinds.resolve("random").config_class.model_json_schema()["required"]
     assert [name for name in required if name != "kind"] == ["rules"]
-    refused = typed("noether-init validate init.yaml", tmp_path)
+    refused = typed("ninit validate init.yaml", tmp_path)
     assert refused.returncode == 1
     assert "init.yaml:5 initializers.0.rules" in refused.stdout
     (tmp_path / "init.yaml").write_text(text.replace("rules:", "rules: [{match: '**', init: zeros_}]"))
@@ -107,10 +107,10 @@ def test_a_kind_of_others_gets_a_config_with_what_it_requires_left_open(tmp_path
 
 def test_an_unknown_kind_is_named_with_those_near_to_it(tmp_path: Path) -> None:
     """The next command is there."""
-    refused = typed("noether-init example resum", tmp_path)
+    refused = typed("ninit example resum", tmp_path)
     assert refused.returncode == 1
     assert 'no kind "resum". Near: resume (noether-init-core' in refused.stderr
-    missing = typed("noether-init example", tmp_path)
+    missing = typed("ninit example", tmp_path)
     assert missing.returncode == 2
     assert "Installed kinds: file, previous_run" in missing.stderr
 
@@ -121,7 +121,7 @@ def test_an_unknown_kind_is_named_with_those_near_to_it(tmp_path: Path) -> None:
 def test_torch_is_not_imported(arguments: str, tmp_path: Path) -> None:
     """What needs no tensors answers at once."""
     code = (
-        "import sys\nsys.argv = ['noether-init', *sys.argv[1:]]\nfrom noether_init_core import cli\n"
+        "import sys\nsys.argv = ['ninit', *sys.argv[1:]]\nfrom noether_init_core import cli\n"
         "try:\n    cli.main()\nfinally:\n    assert 'torch' not in sys.modules, 'torch was imported'"
     )
     done = subprocess.run(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.foreign import ForeignPackages
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 KINDS = """
 import pydantic
 from noether_init_core import InitializerBase, InitializerConfig, SourceInitializer, SourceInitializerConfig

@@ -76,7 +76,7 @@ def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     Path("init.yaml").write_text("initializers:\n  - {kind: file, path: same.pt}\n")
 
     def call(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["noether-init", *arguments])
+        monkeypatch.setattr(sys, "argv", ["ninit", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""``noether-init inspect``: what it prints of files, sets, runs and output roots, and what it refuses."""
+"""``ninit inspect``: what it prints of files, sets, runs and output roots, and what it refuses."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_run_is_the_table_of_its_sets_newest_first(inspect: Inspect, noether_r
         assert ["o", "legacy", "E3_U12_S96", "best_model.loss.val.total", "mlp"] in [row[:5] for row in result.rows]
         assert "weights of mlp: 29 tensors (27 float32, 2 int64), 3.9 k elements, 15,712 bytes" in result.lines
         assert result.lines[0] == "mlp_train/train"
-    assert inspect(run / "trian").err.endswith(f"Next: noether-init inspect {run / 'train'}\n")
+    assert inspect(run / "trian").err.endswith(f"Next: ninit inspect {run / 'train'}\n")
 
 
 def test_an_output_root_is_a_table_of_runs(
@@ -97,7 +97,7 @@ def test_an_output_root_is_a_table_of_runs(
     tags = "E1_U7_S28.early_exit"
     assert ["o", "legacy", "early_stop/train", "E1_U7_S28", tags, "mlp", "4", f"{size:,}"] in result.rows
     assert [row[2] for row in result.rows[1:4]] == ["composite/pretrain", "early_stop/train", "mlp_train/train"]
-    assert result.lines[-1] == "3 runs. Next: noether-init inspect composite/pretrain"
+    assert result.lines[-1] == "3 runs. Next: ninit inspect composite/pretrain"
 
 
 def test_committed_runs_in_a_root_are_runs_and_not_stages(inspect: Inspect, saved: Path) -> None:
@@ -301,7 +301,7 @@ def test_names_and_texts_of_a_file_cannot_act_on_the_terminal(inspect: Inspect, 
 def test_a_text_and_an_absent_path_name_the_next_command(inspect: Inspect, tmp_path: Path) -> None:
     """A config is told which command checks it; nothing is created."""
     (tmp_path / "init.yaml").write_text("initializers: []")
-    assert "noether-init validate" in inspect(tmp_path / "init.yaml").err
+    assert "ninit validate" in inspect(tmp_path / "init.yaml").err
     assert "does not exist" in inspect(tmp_path / "absent").err
     (tmp_path / "empty").mkdir()
     result = inspect(tmp_path / "empty")
@@ -340,7 +340,7 @@ def test_json_follows_the_schema_and_says_the_type(inspect: Inspect, saved: Path
 def test_it_imports_no_torch(saved: Path) -> None:
     """Of a file, a set, a run, a root: a fresh process that has shown it knows no torch and no numpy."""
     program = (
-        "import sys\nfrom noether_init_core import cli\nsys.argv = ['noether-init', 'inspect', sys.argv[1]]\n"
+        "import sys\nfrom noether_init_core import cli\nsys.argv = ['ninit', 'inspect', sys.argv[1]]\n"
         "try:\n    cli.main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
         "assert not {'torch', 'numpy'} & set(sys.modules)\n"
     )

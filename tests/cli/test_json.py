@@ -17,7 +17,7 @@ from support.pages import ROOT
 
 from noether_init_core import cli
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 MODEL = "--model models:build --runs runs"
 
 #: Name of a schema -> command lines whose output follows it, with their exit codes.

@@ -1,4 +1,4 @@
-"""``noether-init lineage``: what it prints, writes and refuses."""
+"""``ninit lineage``: what it prints, writes and refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, 
 from noether_init_core.cli.relations import _show_lineage
 from noether_init_core.lineage import LineageEdge, LineageNode, related
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_wrong_paths_name_the_next_command(folder: Path) -> None:
     assert (near.returncode, near.stdout) == (1, "")
     assert "rums does not exist. Near: runs." in near.stderr
     (file,) = (folder / "runs" / "first").rglob("net_cp=latest_model.th")
-    assert "Next: noether-init lineage RUN_FOLDER" in lineage(folder, str(file)).stderr
+    assert "Next: ninit lineage RUN_FOLDER" in lineage(folder, str(file)).stderr
     (folder / "init.yaml").write_text("mine")
     refused = lineage(folder, "runs", "--html", "init.yaml")
     assert refused.returncode == 2
@@ -108,7 +108,7 @@ def test_a_long_chain_ends_with_the_command_that_goes_on(tmp_path: Path) -> None
     assert max(map(len, done.stdout.splitlines())) <= 60
     assert "o r2 " in done.stdout
     assert "o r1 " not in done.stdout
-    assert " ".join(done.stdout.split()).endswith("... earlier ones: noether-init lineage runs/r2")
+    assert " ".join(done.stdout.split()).endswith("... earlier ones: ninit lineage runs/r2")
     assert "o r0 " in lineage(tmp_path, "runs/r2").stdout
 
 
@@ -136,7 +136,7 @@ def test_symbols_do_without_colour_and_without_unicode(folder: Path) -> None:
 def test_the_command_imports_no_torch(folder: Path) -> None:
     """Records are text."""
     code = (
-        "import sys; from noether_init_core import cli\nsys.argv = ['noether-init', 'lineage', 'runs/second']\n"
+        "import sys; from noether_init_core import cli\nsys.argv = ['ninit', 'lineage', 'runs/second']\n"
         "try: cli.main()\nexcept SystemExit: print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)

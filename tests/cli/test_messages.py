@@ -10,7 +10,7 @@ import pytest
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainingIteration, __version__
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 MODELS = """
 import torch
 from noether_init_core import bind
@@ -60,7 +60,7 @@ def test_a_kind_that_is_spelt_otherwise(folder: Path) -> None:
     done = typed(folder, "validate init.yaml")
     assert done.returncode == 1
     asked = 'init.yaml:3 initializers.0.kind: no kind "previous-run".'
-    there = f"Near: previous_run (noether-init-core {__version__}). Next: noether-init kinds"
+    there = f"Near: previous_run (noether-init-core {__version__}). Next: ninit kinds"
     assert f"{asked} {there}" in done.stdout
 
 

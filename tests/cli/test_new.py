@@ -1,4 +1,4 @@
-"""``noether-init new``: which names it takes, what it writes, and that it writes all of it or nothing."""
+"""``ninit new``: which names it takes, what it writes, and that it writes all of it or nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ New = Callable[..., Result]
 
 @pytest.fixture
 def new(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> New:
-    """Call ``noether-init new`` as the shell would, in an empty folder."""
+    """Call ``ninit new`` as the shell would, in an empty folder."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.chdir(tmp_path)
@@ -89,17 +89,17 @@ def test_kind_and_distribution_can_be_said() -> None:
 @pytest.mark.parametrize(
     ("arguments", "what", "problem", "following"),
     [
-        ({"name": ""}, "name", "cannot be one", "noether-init new demo"),
-        ({"name": "Demo"}, "name", "cannot be one", "noether-init new demo"),
-        ({"name": "MyKind"}, "name", "cannot be one", "noether-init new my-kind"),
-        ({"name": ".."}, "name", "cannot be one", "noether-init new demo"),
-        ({"name": "../demo"}, "name", "cannot be one", "noether-init new demo"),
-        ({"name": "a.b"}, "name", "cannot be one", "noether-init new a-b"),
-        ({"name": "démo"}, "name", "cannot be one", "noether-init new demo"),
-        ({"name": "2nd"}, "name", "cannot be one", "noether-init new nd"),
-        ({"name": "a--b"}, "name", "single _ or - between", "noether-init new a-b"),
-        ({"name": "class"}, "name", "is a keyword of Python", "noether-init new my-class"),
-        ({"name": "x" * 101}, "name", "at most 100 in all", f"noether-init new {'x' * 40}"),
+        ({"name": ""}, "name", "cannot be one", "ninit new demo"),
+        ({"name": "Demo"}, "name", "cannot be one", "ninit new demo"),
+        ({"name": "MyKind"}, "name", "cannot be one", "ninit new my-kind"),
+        ({"name": ".."}, "name", "cannot be one", "ninit new demo"),
+        ({"name": "../demo"}, "name", "cannot be one", "ninit new demo"),
+        ({"name": "a.b"}, "name", "cannot be one", "ninit new a-b"),
+        ({"name": "démo"}, "name", "cannot be one", "ninit new demo"),
+        ({"name": "2nd"}, "name", "cannot be one", "ninit new nd"),
+        ({"name": "a--b"}, "name", "single _ or - between", "ninit new a-b"),
+        ({"name": "class"}, "name", "is a keyword of Python", "ninit new my-class"),
+        ({"name": "x" * 101}, "name", "at most 100 in all", f"ninit new {'x' * 40}"),
         ({"name": "x" * 90}, "distribution", "at most 100 in all", f"--distribution noether-init-{'x' * 27}"),
         ({"name": "core"}, "distribution", "is the core's own", "--distribution noether-init-my-core"),
         ({"name": "source"}, "kind", "would give a class the name SourceInitializer", "--kind my_source"),
@@ -153,7 +153,7 @@ def test_names_are_safe_or_refused_with_one_that_is(name: str, kind: str | None,
             names = names_of(said["name"] or "", kind=said["kind"], distribution=said["distribution"])
         except InvalidNameError as error:
             advice = shlex.split(str(error).rpartition("Next: ")[2])
-            assert [*advice[:-1]] in (["noether-init", "new"], ["--kind"], ["--distribution"])
+            assert [*advice[:-1]] in (["ninit", "new"], ["--kind"], ["--distribution"])
             said[error.what] = advice[-1]
         else:
             break
@@ -190,7 +190,7 @@ def test_whatever_the_name_the_files_are_what_they_should_be(name: str, base: Ba
     assert project["name"] == names.distribution
     assert project["entry-points"]["noether_init.initializers"] == {names.kind: target}
     steps = yaml.safe_load(files[".github/workflows/ci.yml"])["jobs"]["wheel"]["steps"]
-    assert {"run": f"noether-init check {names.kind}"} in steps
+    assert {"run": f"ninit check {names.kind}"} in steps
     assert {"python-version": "${{ matrix.python }}"} in [step.get("with") for step in steps]
 
 
@@ -201,7 +201,7 @@ def test_a_kind_that_somebody_offers_is_refused(foreign: ForeignPackages) -> Non
         check_free(names_of("acme"))
     assert caught.value.kind == "acme"
     assert caught.value.offers == ("acme-init 2.3 -> acme_cli:K",)
-    assert str(caught.value).endswith("noether-init new my-acme")
+    assert str(caught.value).endswith("ninit new my-acme")
     check_free(names_of("my-acme"))
     with pytest.raises(KindConflictError, match=r"Next: --kind my_acme$"):
         check_free(names_of("demo", kind="acme", distribution="d-d"))
@@ -220,7 +220,7 @@ def test_a_kind_of_a_shut_out_distribution_is_refused_too(
 @pytest.mark.usefixtures("isolated_kinds")
 def test_a_kind_that_is_known_to_come_with_another_distribution_is_refused() -> None:
     """Installed or not: where both are installed, neither could be used."""
-    with pytest.raises(KindConflictError, match=r"noether-init-random.*noether-init new my-random"):
+    with pytest.raises(KindConflictError, match=r"noether-init-random.*ninit new my-random"):
         check_free(names_of("random"))
 
 
@@ -239,7 +239,7 @@ def test_no_plugin_and_no_torch_is_imported(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom noether_init_core import cli\n"
         "for arguments in (['new', 'demo'], ['new', 'file']):\n"
-        "    sys.argv = ['noether-init', *arguments]\n"
+        "    sys.argv = ['ninit', *arguments]\n"
         "    try:\n        cli.main()\n    except SystemExit as ended:\n        print(ended.code)\n"
         "print([name for name in sys.modules if name in ('torch', 'numpy') or '.builtin' in name])"
     )
@@ -298,8 +298,8 @@ def test_it_prints_the_files_and_the_next_commands(new: New, tmp_path: Path) -> 
         "cd there/demo",
         "python -m pip install '.[test]'",
         "python -m pytest",
-        "noether-init kinds",
-        "noether-init check demo",
+        "ninit kinds",
+        "ninit check demo",
     ]
 
 

@@ -1,4 +1,4 @@
-"""``noether-init plan``: the model that it builds, what it prints and writes, its exit codes and messages."""
+"""``ninit plan``: the model that it builds, what it prints and writes, its exit codes and messages."""
 
 from __future__ import annotations
 
@@ -329,13 +329,13 @@ def test_kinds_that_plan_nothing_are_asked_for_their_check(plan: Plan, foreign: 
 def test_help_ends_with_an_example(plan: Plan) -> None:
     """The last line can be copied."""
     lines = [line.strip() for line in plan("--help").out.splitlines() if line.strip()]
-    assert lines[-1] == "Example: noether-init plan init.yaml --model models:build"
+    assert lines[-1] == "Example: ninit plan init.yaml --model models:build"
 
 
 def test_torch_is_imported_only_when_a_plan_is_made() -> None:
     """The other commands and the help of this one do without."""
     program = (
-        "import sys\nfrom noether_init_core import cli\nsys.argv = ['noether-init', 'plan', '--help']\n"
+        "import sys\nfrom noether_init_core import cli\nsys.argv = ['ninit', 'plan', '--help']\n"
         "try:\n    cli.main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
         "print([name for name in sys.modules if name in ('torch', 'numpy')])"
     )

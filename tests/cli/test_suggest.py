@@ -1,4 +1,4 @@
-"""``noether-init suggest``: what it prints can be pasted, and then the plan has no problem."""
+"""``ninit suggest``: what it prints can be pasted, and then the plan has no problem."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     (tmp_path / "init.yaml").write_text("initializers:\n  - kind: file\n    path: a.pt\n")
 
     def run(*arguments: Any) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["noether-init", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["ninit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert isinstance(ended.value.code, int | None)
@@ -65,7 +65,7 @@ def test_what_is_suggested_can_be_pasted_as_it_is(call: Call, tmp_path: Path) ->
     arguments = ("init.yaml", "--model", "suggest_models:Net")
     code, out = call("plan", *arguments)
     assert code == 1
-    assert "noether-init suggest" in out
+    assert "ninit suggest" in out
     code, out = call("suggest", *arguments)
     assert out.startswith("# for initializers.0, model\n")
     pasted = "\n".join(f"    {line}" for line in out.splitlines())
@@ -86,7 +86,7 @@ def test_where_no_rule_is_found_it_says_what_to_write_by_hand(call: Call, tmp_pa
     assert "no rule was found" in out
     assert "#   - {from: zz0.weight, to: blocks.0.norm.weight}\n" in out
     assert "no rule is needed" not in out
-    assert "noether-init suggest" not in out
+    assert "ninit suggest" not in out
     assert yaml.safe_load(out) == {"transforms": [{"keep_model": "head."}]}
 
 

@@ -1,4 +1,4 @@
-"""``noether-init verify``: what it finds at every kind of path, what it says of it, and its exit codes."""
+"""``ninit verify``: what it finds at every kind of path, what it says of it, and its exit codes."""
 
 from __future__ import annotations
 
@@ -343,7 +343,7 @@ def test_verify_imports_no_torch_and_changes_nothing(paths: PathProvider) -> Non
     before = {path: path.stat().st_mtime_ns for path in paths.output_root.rglob("*")}
     program = (
         "import sys\nfrom noether_init_core import cli\n"
-        f"sys.argv = ['noether-init', 'verify', {str(paths.output_root)!r}]\n"
+        f"sys.argv = ['ninit', 'verify', {str(paths.output_root)!r}]\n"
         "try:\n    cli.main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
         "print([name for name in sys.modules if name in ('torch', 'numpy')])"
     )
@@ -425,7 +425,7 @@ def test_several_paths_are_verified_at_once(verify: Verify, paths: PathProvider,
         f"= good {file}",
         f"x broken {tmp_path / 'init.yaml'} is text, no checkpoint. If it is a config",
     ]
-    assert lines[-2].endswith(f": noether-init validate {tmp_path / 'init.yaml'}")
+    assert lines[-2].endswith(f": ninit validate {tmp_path / 'init.yaml'}")
     assert lines[-1] == "sets: 1, files: 3, problems: 2"
     assert json.loads(verify(file, folder, "--json").out)["paths"] == [str(file), str(folder)]
 
@@ -437,12 +437,12 @@ def test_a_path_that_cannot_be_meant_is_told_what_could(
     save(paths, ONE)
     monkeypatch.chdir(tmp_path)
     assert verify("runn").err == (
-        "runn does not exist. Near: run. In this folder there are: run. Next: noether-init inspect run\n"
+        "runn does not exist. Near: run. In this folder there are: run. Next: ninit inspect run\n"
     )
     assert "Near: run/train. In run there are: train" in verify("run/tarin/checkpoints").err
     Path("init.yaml").write_text("initializers: []")
     assert verify("init.yaml").err == (
-        "init.yaml is text, no checkpoint. If it is a config: noether-init validate init.yaml\n"
+        "init.yaml is text, no checkpoint. If it is a config: ninit validate init.yaml\n"
     )
     result = verify("")
     assert (result.code, "it is empty" in result.err) == (2, True)

@@ -131,7 +131,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> N
 
 def test_a_checkpoint_and_tabs_get_the_next_step(tmp_path: Path) -> None:
     """The likeliest slips: a file of weights behind the command, and an editor that indents by tabs."""
-    with pytest.raises(ConfigFileError, match=r"is no text.* If it is a checkpoint: noether-init inspect "):
+    with pytest.raises(ConfigFileError, match=r"is no text.* If it is a checkpoint: ninit inspect "):
         _read(tmp_path, b"PK\x03\x04\x00\x00")
     with pytest.raises(ConfigFileError, match=r"init\.yaml:2: .* indented by spaces, never by tabs"):
         _read(tmp_path, "initializers:\n\t- kind: resume\n")
@@ -153,12 +153,10 @@ def test_tags_construct_nothing_and_are_noted(tmp_path: Path) -> None:
 def test_a_file_that_is_absent_names_its_neighbours(tmp_path: Path) -> None:
     """The folder's YAML files are listed."""
     (tmp_path / "other.yml").touch()
-    with pytest.raises(
-        ConfigFileError, match=r"does not exist; in .* there are: other\.yml. Next: noether-init validate"
-    ):
+    with pytest.raises(ConfigFileError, match=r"does not exist; in .* there are: other\.yml. Next: ninit validate"):
         read_yaml(tmp_path / "init.yaml")
     (tmp_path / "init.yml").touch()
-    with pytest.raises(ConfigFileError, match=r"Next: noether-init validate \S*init\.yml$"):
+    with pytest.raises(ConfigFileError, match=r"Next: ninit validate \S*init\.yml$"):
         read_yaml(tmp_path / "init.yaml")
 
 

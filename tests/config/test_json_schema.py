@@ -17,12 +17,12 @@ from support.pages import Block, blocks_of, pages
 from noether_init_core.config.base import schema_of_files
 from noether_init_core.stack.config_files import examine_config_file, examine_entry
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 
 
 @pytest.fixture(scope="module")
 def validator() -> Any:
-    """What an editor makes of ``noether-init schema --all``."""
+    """What an editor makes of ``ninit schema --all``."""
     done = subprocess.run([PROGRAM, "schema", "--all"], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     schema = json.loads(done.stdout)
@@ -163,7 +163,7 @@ def test_a_kind_that_cannot_be_used_is_left_out_and_named(
     from noether_init_core import cli
 
     foreign.install("acme-broken", offers={"broken": "acme_broken:Kind"}, modules={"acme_broken": "1 / 0"})
-    monkeypatch.setattr(sys, "argv", ["noether-init", "schema", "--all"])
+    monkeypatch.setattr(sys, "argv", ["ninit", "schema", "--all"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     printed = capsys.readouterr()

@@ -381,7 +381,7 @@ def test_paths_that_mean_nothing_say_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"a.pt is a file, and @latest means a set of a run"):
         compare_checkpoints(f"{tmp_path / 'a.pt'}@latest", tmp_path / "one")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointNotFoundError, match=r"empty holds no run: .* Next: noether-init verify"):
+    with pytest.raises(CheckpointNotFoundError, match=r"empty holds no run: .* Next: ninit verify"):
         compare_checkpoints(tmp_path / "empty", tmp_path / "one")
     with pytest.raises(CheckpointNotFoundError, match="does not exist"):
         compare_checkpoints(tmp_path / "absent", tmp_path / "one")

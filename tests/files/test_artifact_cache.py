@@ -265,13 +265,13 @@ def test_the_folder_comes_from_the_argument_then_the_environment(
 ) -> None:
     """The argument, NOETHER_INIT_CACHE, XDG_CACHE_HOME where it is absolute, the home folder; empty is unset."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert ArtifactCache().folder == tmp_path / ".cache" / "noether-init"
+    assert ArtifactCache().folder == tmp_path / ".cache" / "noether-init-core"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert ArtifactCache().folder == tmp_path / ".cache" / "noether-init"
+    assert ArtifactCache().folder == tmp_path / ".cache" / "noether-init-core"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert ArtifactCache().folder == tmp_path / "xdg" / "noether-init"
+    assert ArtifactCache().folder == tmp_path / "xdg" / "noether-init-core"
     monkeypatch.setenv("NOETHER_INIT_CACHE", "")
-    assert ArtifactCache().folder == tmp_path / "xdg" / "noether-init"
+    assert ArtifactCache().folder == tmp_path / "xdg" / "noether-init-core"
     monkeypatch.setenv("NOETHER_INIT_CACHE", "~/mine")
     assert ArtifactCache().folder == tmp_path / "mine"
     monkeypatch.chdir(tmp_path)

@@ -586,7 +586,7 @@ def test_error_of_a_broken_set_names_the_newest_older_one_and_the_ways_on(
     said = str(caught.value)
     assert said.count(f"The newest older set whose files are there is E1_U15_S150 ({folders[1].name}). Next: ") == 1
     assert "checkpoint_tag: E1_U15_S150; " in said
-    assert said.endswith(f"noether-init verify {paths.checkpoint_path} shows the state of every set")
+    assert said.endswith(f"ninit verify {paths.checkpoint_path} shows the state of every set")
     assert ("on_invalid: previous in this resume" in said) == (tag in (None, "latest"))
     assert resume(paths, "E1_U15_S150")[0].start == ITERATIONS[1]
 
@@ -601,7 +601,7 @@ def test_error_of_auto_resume_advises_what_auto_resume_can_be_told(
         InitializerStack.from_config({"auto_resume": True}, path_provider=paths).initialize(bound(), trainer=Trainer())
     said = str(caught.value)
     assert said.count(f"The newest older set whose files are there is E1_U15_S150 ({folders[1].name}). Next: ") == 1
-    assert "on_invalid: previous beside auto_resume goes on from the newest good set; noether-init verify " in said
+    assert "on_invalid: previous beside auto_resume goes on from the newest good set; ninit verify " in said
     assert "checkpoint_tag" not in said
     assert "kind: file" not in said
     for config in ({"auto_resume": True, "on_invalid": "previous"}, {"auto_resume": {"on_invalid": "previous"}}):
@@ -624,8 +624,8 @@ def test_a_broken_only_set_leaves_nothing_but_to_look(paths: PathProvider) -> No
     """No tag is advised that does not exist."""
     flip_tensor_bit(file_of(save(paths, 0, ITERATIONS[0]), "model"))
     for config, words in (
-        ([{"kind": "resume"}], "No older set is left. Next: noether-init verify"),
-        ({"auto_resume": True}, "No older set is left. Next: a new run_id starts anew; noether-init verify"),
+        ([{"kind": "resume"}], "No older set is left. Next: ninit verify"),
+        ({"auto_resume": True}, "No older set is left. Next: a new run_id starts anew; ninit verify"),
     ):
         with pytest.raises(CheckpointCorruptError, match=words):
             InitializerStack.from_config(config, path_provider=paths).initialize(bound(), trainer=Trainer())
@@ -709,9 +709,7 @@ def test_broken_flat_files_name_the_older_ones_and_the_ways_on(paths: PathProvid
         InitializerStack.from_config({"auto_resume": True}, path_provider=paths)
     flip_tensor_bit(folder / "mlp_cp=E2_U20_S200_model.th")
     stack = InitializerStack.from_config([{"kind": "resume", "checkpoint_tag": "U20"}], path_provider=paths)
-    with pytest.raises(
-        CheckpointCorruptError, match=r"is E1_U15_S150. Next: checkpoint_tag: E1_U15_S150; noether-init"
-    ):
+    with pytest.raises(CheckpointCorruptError, match=r"is E1_U15_S150. Next: checkpoint_tag: E1_U15_S150; ninit"):
         stack.initialize(bound(), trainer=Trainer())
 
 

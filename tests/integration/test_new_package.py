@@ -1,4 +1,4 @@
-"""What ``noether-init new`` writes, installed beside the core's wheel in a clean environment, and used."""
+"""What ``ninit new`` writes, installed beside the core's wheel in a clean environment, and used."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_it_is_listed_and_told_apart(environment: Environment, demo: Path, tmp_p
 
 
 def test_a_look_at_it_finds_nothing_to_mend(environment: Environment, demo: Path, tmp_path: Path) -> None:
-    """``noether-init check`` has neither problems nor advice."""
+    """``ninit check`` has neither problems nor advice."""
     checked = environment.command("check", "demo", "--json", where=tmp_path)
     assert (checked.returncode, checked.stderr) == (0, "")
     assert json.loads(checked.stdout)["findings"] == []

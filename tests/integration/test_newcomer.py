@@ -15,123 +15,123 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(sys.executable).with_name("noether-init")
+PROGRAM = Path(sys.executable).with_name("ninit")
 ONE_SPACE = re.compile(r"[\s│╭╮╰╯─]+")
 
 #: (what is typed, exit code, what the answer must hold: the next command last)
 WRONG_TURNS = [
     # the command itself
-    ("noether-init run", 2, ["No such command 'run'", "Next: noether-init --help"]),
-    ("noether-init exmaple previous_run", 2, ["Did you mean 'example'?", "Next: noether-init example --help"]),
-    ("noether-init --json kinds", 2, ["belongs behind the command", "Next: noether-init kinds --help"]),
+    ("ninit run", 2, ["No such command 'run'", "Next: ninit --help"]),
+    ("ninit exmaple previous_run", 2, ["Did you mean 'example'?", "Next: ninit example --help"]),
+    ("ninit --json kinds", 2, ["belongs behind the command", "Next: ninit kinds --help"]),
     (
-        "noether-init plan init.yaml --model train:build --json",
+        "ninit plan init.yaml --model train:build --json",
         2,
         ["requires an argument", "Next: --json FILE; or --json -"],
     ),
     (
-        "noether-init plan init.yaml --model train:build --runs",
+        "ninit plan init.yaml --model train:build --runs",
         2,
         ["requires an argument", "Next: --runs and its value"],
     ),
-    ("noether-init --jsn", 2, ["No such option: --jsn", "Next: noether-init --help"]),
+    ("ninit --jsn", 2, ["No such option: --jsn", "Next: ninit --help"]),
     (
-        "noether-init plan init.yaml --modle train:build",
+        "ninit plan init.yaml --modle train:build",
         2,
-        ["No such option: --modle", "--model", "Next: noether-init plan init.yaml --model train:build"],
+        ["No such option: --modle", "--model", "Next: ninit plan init.yaml --model train:build"],
     ),
     # a kind
-    ("noether-init example", 2, ["Installed kinds: file, previous_run,", "Next: noether-init kinds"]),
-    ("noether-init example previous-run", 1, ["Near: previous_run (noether-init-core", "Next: noether-init kinds"]),
-    ("noether-init example previous_run", 1, ["there already, and nothing was written", "noether-init example KIND"]),
-    ("noether-init schema previus_run", 1, ["Near: previous_run (noether-init-core", "Next: noether-init kinds"]),
+    ("ninit example", 2, ["Installed kinds: file, previous_run,", "Next: ninit kinds"]),
+    ("ninit example previous-run", 1, ["Near: previous_run (noether-init-core", "Next: ninit kinds"]),
+    ("ninit example previous_run", 1, ["there already, and nothing was written", "ninit example KIND"]),
+    ("ninit schema previus_run", 1, ["Near: previous_run (noether-init-core", "Next: ninit kinds"]),
     # a config
     (
-        "noether-init plan",
+        "ninit plan",
         2,
-        ["Configs in this folder: init.yaml", "Next: noether-init plan init.yaml --model train:build"],
+        ["Configs in this folder: init.yaml", "Next: ninit plan init.yaml --model train:build"],
     ),
     (
-        "noether-init plan init.yml --model train:build",
+        "ninit plan init.yml --model train:build",
         2,
-        ["init.yml: does not exist", "Next: noether-init validate init.yaml"],
+        ["init.yml: does not exist", "Next: ninit validate init.yaml"],
     ),
-    ("noether-init plan runs --model train:build", 2, ["runs: is a folder; a config is a YAML file"]),
+    ("ninit plan runs --model train:build", 2, ["runs: is a folder; a config is a YAML file"]),
     (
-        "noether-init plan {weights} --model train:build",
+        "ninit plan {weights} --model train:build",
         2,
-        ["is no text, and a config is a YAML file", "noether-init inspect"],
+        ["is no text, and a config is a YAML file", "ninit inspect"],
     ),
-    ("noether-init validate kind.yaml", 1, ["kind.yaml:4 initializers.0.kind", "Next: noether-init kinds"]),
+    ("ninit validate kind.yaml", 1, ["kind.yaml:4 initializers.0.kind", "Next: ninit kinds"]),
     (
-        "noether-init validate key.yaml",
+        "ninit validate key.yaml",
         1,
-        ["key.yaml:6", "Near: checkpoint_tag", "Next: noether-init schema previous_run"],
+        ["key.yaml:6", "Near: checkpoint_tag", "Next: ninit schema previous_run"],
     ),
     (
-        "noether-init validate rule.yaml",
+        "ninit validate rule.yaml",
         1,
-        ["rule.yaml:8", "Near: keep_model", "Next: noether-init schema previous_run"],
+        ["rule.yaml:8", "Near: keep_model", "Next: ninit schema previous_run"],
     ),
-    ("noether-init validate tab.yaml", 1, ["tab.yaml:2", "indented by spaces, never by tabs"]),
+    ("ninit validate tab.yaml", 1, ["tab.yaml:2", "indented by spaces, never by tabs"]),
     # a model
     (
-        "noether-init plan init.yaml",
+        "ninit plan init.yaml",
         2,
-        ["Missing option '--model'", "noether-init plan init.yaml --model train:build"],
+        ["Missing option '--model'", "ninit plan init.yaml --model train:build"],
     ),
     (
-        "noether-init plan init.yaml --model train {run}",
+        "ninit plan init.yaml --model train {run}",
         2,
         ["is not module:callable", "Next: --model train:build"],
     ),
-    ("noether-init plan init.yaml --model trian:build {run}", 2, ["no module 'trian'", "train"]),
-    ("noether-init plan init.yaml --model train:bild {run}", 2, ["train has no 'bild'", "build"]),
+    ("ninit plan init.yaml --model trian:build {run}", 2, ["no module 'trian'", "train"]),
+    ("ninit plan init.yaml --model train:bild {run}", 2, ["train has no 'bild'", "build"]),
     # runs
-    ("noether-init plan init.yaml --model train:build", 1, ["Next: --runs FOLDER --run-id ID"]),
+    ("ninit plan init.yaml --model train:build", 1, ["Next: --runs FOLDER --run-id ID"]),
     (
-        "noether-init plan init.yaml --model train:build --runs rnus --run-id finetune",
+        "ninit plan init.yaml --model train:build --runs rnus --run-id finetune",
         1,
         ["rnus does not exist", "Next: --runs FOLDER"],
     ),
-    ("noether-init plan typo.yaml --model train:build {run}", 1, ['"pretrian"', "pretrain"]),
+    ("ninit plan typo.yaml --model train:build {run}", 1, ['"pretrian"', "pretrain"]),
     # files that would be lost
     (
-        "noether-init plan init.yaml --model train:build {run} --html init.yaml",
+        "ninit plan init.yaml --model train:build {run} --html init.yaml",
         2,
         ["init.yaml exists, is kept", "Next: --html init.html"],
     ),
     (
-        "noether-init apply init.yaml --model train:build {run} --out {weights}",
+        "ninit apply init.yaml --model train:build {run} --out {weights}",
         1,
         ["is there already, and was left as it is", "Next: another name"],
     ),
     # what to look at
-    ("noether-init inspect run", 1, ["Near: runs", "Next: noether-init inspect runs"]),
-    ("noether-init inspect init.yaml", 1, ["is text, no checkpoint", "noether-init validate init.yaml"]),
-    ("noether-init verify", 2, ["Missing argument", "Next: noether-init verify runs/pretrain"]),
-    ("noether-init diff runs/pretrain", 2, ["Missing argument", "Next: noether-init diff runs/pretrain runs/finetune"]),
-    ("noether-init lineage runs/finetun", 1, ["runs/finetun does not exist", "Next: noether-init inspect runs"]),
+    ("ninit inspect run", 1, ["Near: runs", "Next: ninit inspect runs"]),
+    ("ninit inspect init.yaml", 1, ["is text, no checkpoint", "ninit validate init.yaml"]),
+    ("ninit verify", 2, ["Missing argument", "Next: ninit verify runs/pretrain"]),
+    ("ninit diff runs/pretrain", 2, ["Missing argument", "Next: ninit diff runs/pretrain runs/finetune"]),
+    ("ninit lineage runs/finetun", 1, ["runs/finetun does not exist", "Next: ninit inspect runs"]),
 ]
 
 
 def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """What a shell makes of a line."""
     words = shlex.split(line)
-    words[0] = {"python": sys.executable, "noether-init": str(PROGRAM)}[words[0]]
+    words[0] = {"python": sys.executable, "ninit": str(PROGRAM)}[words[0]]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def commands_in(text: str) -> list[str]:
     """Lines that can be typed: those that are indented by two spaces below ``next:``."""
-    return re.findall(r"^  ((?:python|noether-init) \S.*)$", text.split("next:")[1], re.MULTILINE)
+    return re.findall(r"^  ((?:python|ninit) \S.*)$", text.split("next:")[1], re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a newcomer has after the first step and the first run, and configs with a slip each."""
     here = tmp_path_factory.mktemp("newcomer")
-    assert typed("noether-init example previous_run", here).returncode == 0
+    assert typed("ninit example previous_run", here).returncode == 0
     assert typed("python train.py --run-id pretrain --config scratch.yaml --classes 10", here).returncode == 0
     text = (here / "init.yaml").read_text()
     (here / "kind.yaml").write_text(text.replace("previous_run", "previous-run"))
@@ -166,12 +166,12 @@ def test_a_wrong_turn_is_answered_by_what_to_type_next(folder: Path, line: str, 
 
 def test_the_way_from_an_empty_folder_to_a_resumed_run_and_a_page(tmp_path: Path) -> None:
     """Every line that is typed was said by the command before it."""
-    start = typed("noether-init", tmp_path)
+    start = typed("ninit", tmp_path)
     assert start.returncode == 0
-    assert any(line.startswith("noether-init example ") for line in re.findall(r"noether-init \S.*", start.stdout))
-    helped = typed("noether-init --help", tmp_path)
+    assert any(line.startswith("ninit example ") for line in re.findall(r"ninit \S.*", start.stdout))
+    helped = typed("ninit --help", tmp_path)
     assert "example" in helped.stdout
-    example = re.findall(r"Example: (noether-init example \S+)", typed("noether-init example --help", tmp_path).stdout)
+    example = re.findall(r"Example: (ninit example \S+)", typed("ninit example --help", tmp_path).stdout)
     written = typed(example[0], tmp_path)
     first, plan, train, look = commands_in(written.stdout)
     assert typed(first, tmp_path).returncode == 0

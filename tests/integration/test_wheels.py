@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tarfile
 import textwrap
@@ -169,7 +170,7 @@ def test_after_uninstalling_it_the_error_names_what_is_missing(
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert output == (
         'init.yaml:2 initializers.0.kind: no kind "constant". '
-        f"Installed: file, previous_run, resume (noether-init-core {version}). Next: noether-init kinds\n"
+        f"Installed: file, previous_run, resume (noether-init-core {version}). Next: ninit kinds\n"
     )
     checked = environment.command("validate", "init.yaml", where=tmp_path)
     assert (checked.returncode, checked.stderr) == (1, "")
@@ -305,5 +306,53 @@ def test_without_its_entry_points_the_core_knows_no_kind(environment: Environmen
         listed = environment.command("kinds", where=tmp_path)
     finally:
         points.write_text(original)
-    assert output == 'no kind "previous_run". No kind is installed. Next: noether-init kinds\n'
+    assert output == 'no kind "previous_run". No kind is installed. Next: ninit kinds\n'
     assert (listed.returncode, listed.stdout) == (0, "no kind is installed. Next: pip install noether-init-core\n")
+
+
+NOETHER = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "emmiai-noether"
+version = "2026.4.0"
+[project.scripts]
+noether-init = "scaffold:main"
+noether-train = "scaffold:main"
+[tool.hatch.build.targets.wheel]
+only-include = ["scaffold.py"]
+"""
+
+
+def test_the_command_and_that_of_noether_live_side_by_side(
+    environment: Environment, built: Path, tmp_path: Path
+) -> None:
+    """Installed and removed in each order: Noether's scaffold is called ``noether-init``, and takes no file of ours."""
+    (tmp_path / "pyproject.toml").write_text(NOETHER)
+    (tmp_path / "scaffold.py").write_text("def main():\n    print('scaffold')\n")
+    noether = build_wheel(tmp_path, tmp_path)
+    folder = environment.folder / "bin"
+
+    def working() -> list[str]:
+        said = {"noether-init": "scaffold", "ninit": "previous_run", "noether-init-core": "previous_run"}
+        there = [name for name in said if (folder / name).exists()]
+        for name in there:
+            done = subprocess.run(
+                [folder / name, "kinds"], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""}, check=True
+            )
+            assert said[name] in done.stdout, done
+        return there
+
+    ours = ["ninit", "noether-init-core"]
+    assert working() == ours
+    environment.pip("install", "--no-index", noether)
+    assert working() == ["noether-init", *ours]
+    environment.pip("uninstall", "--yes", "noether-init-core")
+    try:
+        assert working() == ["noether-init"]
+    finally:
+        environment.pip("install", "--no-index", "--find-links", built, "noether-init-core")
+    assert working() == ["noether-init", *ours]
+    environment.pip("uninstall", "--yes", "emmiai-noether")
+    assert working() == ours

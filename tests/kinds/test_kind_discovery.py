@@ -242,7 +242,7 @@ def test_what_an_interrupted_uninstall_left_behind_hides_nobody(foreign: Foreign
 def test_what_is_meant_for_a_shell_holds_no_command_of_a_stranger(foreign: ForeignPackages) -> None:
     """The target of an entry point is a stranger's text."""
     foreign.install("evil-init", offers={"evil": 'os";touch PWNED;":x'})
-    with pytest.raises(KindImportError, match=r"Next: noether-init check evil\Z"):
+    with pytest.raises(KindImportError, match=r"Next: ninit check evil\Z"):
         kinds.resolve("evil")
 
 

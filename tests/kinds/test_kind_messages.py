@@ -23,7 +23,7 @@ HEAD = "from noether_init_core import InitializerBase\nclass K(InitializerBase):
 HOOKS = "    def init_weights(self, model): pass\n    def init_optimizer(self, model): pass\n"
 #: Where a message may end: a command to type, a variable to set, a call to make.
 NEXT = re.compile(
-    r"Next: (noether-init [a-z]+( [\w.-]+)?|pip (un)?install( --upgrade)? [\w.-]+|python -c \"[^\"]+\"|"
+    r"Next: (ninit [a-z]+( [\w.-]+)?|pip (un)?install( --upgrade)? [\w.-]+|python -c \"[^\"]+\"|"
     r"add [\w.-]+ to NOETHER_INIT_ALLOW|take [\w.-]+ out of NOETHER_INIT_DENY|"
     r"correct the class, and kinds\.register\(\"[\w.-]+\", \.\.\.\) again)"
     r"(, or set NOETHER_INIT_DENY=[\w.-]+|; if the package is not yours: pip install --upgrade [\w.-]+)?\Z"
@@ -49,14 +49,14 @@ def message_of(kind: str, error: type[KindError]) -> str:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("previous-run", f'no kind "previous-run". Near: previous_run ({CORE}). Next: noether-init kinds'),
-        ("Resume", f'no kind "Resume". Near: resume ({CORE}). Next: noether-init kinds'),
-        ("zzz", f'no kind "zzz". Installed: file, previous_run, resume ({CORE}). Next: noether-init kinds'),
+        ("previous-run", f'no kind "previous-run". Near: previous_run ({CORE}). Next: ninit kinds'),
+        ("Resume", f'no kind "Resume". Near: resume ({CORE}). Next: ninit kinds'),
+        ("zzz", f'no kind "zzz". Installed: file, previous_run, resume ({CORE}). Next: ninit kinds'),
         (
             "my.kinds.Special",
             f'no kind "my.kinds.Special". Installed: file, previous_run, resume ({CORE}). A dotted kind is a '
             'registered name, never an import path; no installed distribution has the line "my.kinds.Special" = '
-            '"my.kinds:Special" under [project.entry-points."noether_init.initializers"]. Next: noether-init kinds',
+            '"my.kinds:Special" under [project.entry-points."noether_init.initializers"]. Next: ninit kinds',
         ),
     ],
 )
@@ -73,7 +73,7 @@ def test_a_kind_that_is_not_installed() -> None:
         "Next: pip install noether-init-random"
     )
     assert message_of("evil-package", UnknownKindError) == (
-        'no kind "evil-package". No kind is installed. Next: noether-init kinds'
+        'no kind "evil-package". No kind is installed. Next: ninit kinds'
     )
 
 
@@ -159,7 +159,7 @@ def test_a_class_that_breaks_the_contract(source: str, finding: str, only: Forei
     """Every finding in one message; the command shows the fixes."""
     only.install("odd-init", offers={"odd": "odd_one:K"}, modules={"odd_one": source})
     assert message_of("odd", KindContractError) == (
-        f'kind "odd" (odd-init 1.0): odd_one:K {finding}. Next: noether-init check odd; '
+        f'kind "odd" (odd-init 1.0): odd_one:K {finding}. Next: ninit check odd; '
         "if the package is not yours: pip install --upgrade odd-init"
     )
 

@@ -149,7 +149,7 @@ def test_a_validated_config_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize("config", [{}, {"kind": None}, {"kind": 3}])
 def test_a_config_without_a_kind_is_told_what_there_is(config: dict[str, Any]) -> None:
     """A missing kind, null or a number is an error that lists the kinds."""
-    with pytest.raises(ConfigError, match=r"Installed: .*previous_run.*Next: noether-init kinds"):
+    with pytest.raises(ConfigError, match=r"Installed: .*previous_run.*Next: ninit kinds"):
         kinds.create(config)
 
 
@@ -159,7 +159,7 @@ def test_an_unknown_kind_names_near_ones_and_the_next_command() -> None:
     with pytest.raises(UnknownKindError) as caught:
         kinds.resolve("previous-run")
     assert str(caught.value) == (
-        f'no kind "previous-run". Near: previous_run (noether-init-core {version}). Next: noether-init kinds'
+        f'no kind "previous-run". Near: previous_run (noether-init-core {version}). Next: ninit kinds'
     )
     assert (caught.value.kind, caught.value.candidates) == ("previous-run", ("previous_run",))
     assert isinstance(caught.value, LookupError)
@@ -416,7 +416,7 @@ def test_a_method_that_is_missing_is_named_for_its_author(foreign: ForeignPackag
         kinds.resolve("odd")
     assert caught.value.findings == ("locate(query) is not implemented",)
     assert str(caught.value).endswith(
-        "Next: noether-init check odd; if the package is not yours: pip install --upgrade odd-init"
+        "Next: ninit check odd; if the package is not yours: pip install --upgrade odd-init"
     )
 
 

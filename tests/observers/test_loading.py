@@ -81,7 +81,7 @@ def test_an_unknown_observer_names_near_ones_and_the_next_command() -> None:
     with pytest.raises(ConfigError) as caught:
         load_observer("timings")
     assert str(caught.value) == (
-        f'no observer "timings". Near: timing (noether-init-core {version}). Next: noether-init kinds --observers'
+        f'no observer "timings". Near: timing (noether-init-core {version}). Next: ninit kinds --observers'
     )
     with pytest.raises(ConfigError, match=r'no observer "os.system". Installed: .*timing'):
         load_observer("os.system")

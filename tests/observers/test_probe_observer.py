@@ -129,7 +129,7 @@ def test_two_square_layers_that_are_exchanged_are_caught(run: PathProvider) -> N
     assert error.difference > 0.1
     assert (error.expected["shape"], error.expected["dtype"]) == (error.found["shape"], "float32")
     assert error.expected["digest"] != error.found["digest"]
-    assert "noether-init plan" in str(error)
+    assert "ninit plan" in str(error)
     assert "leave out the observer probe" in str(error)
 
 

@@ -918,7 +918,7 @@ def test_failure_after_the_rename_of_the_manifest_does_not_claim_that_nothing_wa
                 raise OSError(errno.EIO, "Input/output error", str(folder))
             super().fsync_folder(folder)
 
-    with pytest.raises(CheckpointWriteError, match=r"may or may not be committed.*noether-init inspect") as caught:
+    with pytest.raises(CheckpointWriteError, match=r"may or may not be committed.*ninit inspect") as caught:
         CheckpointWriter(paths, storage=LastStep(), flat_names=True).save(trained(), ONE)
     assert "was not committed" not in str(caught.value)
     newest = newest_set(Snapshot(paths))

@@ -329,7 +329,7 @@ def test_an_absent_run_and_an_absent_root_are_told_apart(tmp_path: Path, monkeyp
     with pytest.raises(CheckpointNotFoundError) as caught:
         find(PathProvider("out", "killed"), None, WEIGHTS)
     assert str(caught.value).startswith('run "killed" does not exist below out. It has')
-    assert str(caught.value).endswith(". Next: noether-init inspect out")
+    assert str(caught.value).endswith(". Next: ninit inspect out")
 
 
 def test_missing_model_and_info_name_what_there_is(noether_runs: Path) -> None:

@@ -114,7 +114,7 @@ def test_the_likeliest_mistake_is_told_word_for_word(tmp_path: Path) -> None:
     with pytest.raises(UnknownKindError) as caught:
         validate_entry(entry)
     version = kinds.describe("previous_run").version
-    text = f'no kind "previous-run". Near: previous_run (noether-init-core {version}). Next: noether-init kinds'
+    text = f'no kind "previous-run". Near: previous_run (noether-init-core {version}). Next: ninit kinds'
     assert str(caught.value) == f"init.yaml:3 initializers.0.kind: {text}"
     assert caught.value.candidates == ("previous_run",)
     assert (caught.value.line, caught.value.key_path) == (3, "initializers.0.kind")
@@ -128,7 +128,7 @@ def test_the_likeliest_mistake_is_told_word_for_word(tmp_path: Path) -> None:
         ("kind:", 2, "kind", "names no kind"),
         ("kind: sample\n  run_id: ../x", 3, "run_id", "holds a path separator"),
         ("kind: sample\n  stage_name: ''", 3, "stage_name", "is empty"),
-        ("kind: sample\n  runid: x", 3, "runid", r"unknown key. Near: run_id. Next: noether-init schema sample"),
+        ("kind: sample\n  runid: x", 3, "runid", r"unknown key. Near: run_id. Next: ninit schema sample"),
         ("kind: sample\n  load_optim: maybe", 3, "load_optim", "valid boolean"),
         ("kind: sample\n  rules:\n  - pattern: a\n  - pattern: b\n    times: x", 6, "rules.1.times", "valid integer"),
         ("kind: sample\n  rules:\n  - times: 3", 4, "rules.0.pattern", "is missing"),
@@ -380,7 +380,7 @@ def test_a_digest_that_could_not_be_compared_is_an_error_of_the_config(fields: d
         (
             "auto_resume:\n  verfy: header",
             2,
-            r"auto_resume.verfy: unknown key. Near: verify. Next: noether-init schema",
+            r"auto_resume.verfy: unknown key. Near: verify. Next: ninit schema",
         ),
         ("auto_resume:\n  on_invalid: older", 2, "auto_resume.on_invalid: Input should be 'error' or 'previous'"),
         ("auto_resume: true\non_invalid: newest", 2, "on_invalid: Input should be 'error' or 'previous'"),

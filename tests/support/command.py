@@ -24,7 +24,7 @@ class Result:
 
 def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: Any) -> Result:
     """Run the command with ``arguments``; it always ends with ``SystemExit``."""
-    monkeypatch.setattr(sys, "argv", ["noether-init", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["ninit", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     captured = capsys.readouterr()

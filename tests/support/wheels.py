@@ -40,7 +40,7 @@ class Environment:
 
     def command(self, *arguments: str, where: Path) -> subprocess.CompletedProcess[str]:
         """Run the installed console script."""
-        command = [self.folder / "bin" / "noether-init", *arguments]
+        command = [self.folder / "bin" / "ninit", *arguments]
         return subprocess.run(command, cwd=where, capture_output=True, text=True, env={"PATH": ""}, check=False)
 
     def pip(self, *arguments: str | Path) -> None:

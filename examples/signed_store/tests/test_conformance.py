@@ -1,4 +1,4 @@
-"""What every kind must do, by the conformance kit of noether-init."""
+"""What every kind must do, by the conformance kit of noether-init-core."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _folder(value: str | os.PathLike[str] | None) -> Path:
     if value is None:
         # the XDG specification has a relative one ignored
         below = os.environ.get("XDG_CACHE_HOME", "")
-        value = Path(below if os.path.isabs(below) else "~/.cache", "noether-init")
+        value = Path(below if os.path.isabs(below) else "~/.cache", "noether-init-core")
     try:
         return Path(os.path.abspath(Path(value).expanduser()))
     except RuntimeError as error:  # no home folder, or that of an unknown user
@@ -81,9 +81,9 @@ class ArtifactCache:
     """Files under keys in one folder, fetched at most once, however many processes and threads of a node ask.
 
     Attributes:
-        folder: Where they are; None: ``$NOETHER_INIT_CACHE``, else ``$XDG_CACHE_HOME/noether-init``, else
-            ``~/.cache/noether-init``. It is created for its owner alone when something is fetched. One that others may
-            write to is refused: they could change what was checked.
+        folder: Where they are; None: ``$NOETHER_INIT_CACHE``, else ``$XDG_CACHE_HOME/noether-init-core``, else
+            ``~/.cache/noether-init-core``. It is created for its owner alone when something is fetched. One that others
+            may write to is refused: they could change what was checked.
         offline: Fetch nothing; None: ``$NOETHER_INIT_OFFLINE`` (1, true, yes or on).
         timeout: Seconds to wait for another process that fetches the same key.
 

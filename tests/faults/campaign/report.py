@@ -219,7 +219,7 @@ def draw(path: Path, results: Results) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"font.family": "DejaVu Sans", "text.color": INK, "svg.hashsalt": "noether-init"}
+    style = {"font.family": "DejaVu Sans", "text.color": INK, "svg.hashsalt": "noether-init-core"}
     with plt.rc_context(style):
         figure, (grid, bars) = plt.subplots(2, 1, figsize=(13.5, 10.4), height_ratios=(8.1, 2), layout="constrained")
         figure.suptitle(

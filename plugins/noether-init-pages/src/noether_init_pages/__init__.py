@@ -1,4 +1,4 @@
-"""Pages: a plan, a report, a comparison or a lineage of noether-init as one HTML file that needs nothing else.
+"""Pages: a plan, a report, a comparison or a lineage of noether-init-core as one HTML file that needs nothing else.
 
 What stands on a page comes from the JSON of its value, which is embedded in it; scripts and styles are in ``assets``.
 """
@@ -63,7 +63,7 @@ def html_page(value: SaysItself | Mapping[str, Any], *, title: str | None = None
 def _of_plan(data: Mapping[str, Any]) -> tuple[str, str]:
     """What a page is about, and the command that says the same as text, for readers without JavaScript."""
     models = _some(one["model"] for one in data["origins"])
-    return f"What {data['kind'] or 'the config'} will do to {models or 'the model'}", "noether-init plan CONFIG"
+    return f"What {data['kind'] or 'the config'} will do to {models or 'the model'}", "ninit plan CONFIG"
 
 
 def _of_report(data: Mapping[str, Any]) -> tuple[str, str]:
@@ -73,11 +73,11 @@ def _of_report(data: Mapping[str, Any]) -> tuple[str, str]:
 
 def _of_diff(data: Mapping[str, Any]) -> tuple[str, str]:
     a, b = (data[side]["origin"] or PurePath(data[side]["path"]).name for side in ("a", "b"))
-    return f"{a} against {b}", "noether-init diff A B"
+    return f"{a} against {b}", "ninit diff A B"
 
 
 def _of_lineage(data: Mapping[str, Any]) -> tuple[str, str]:
-    return f"Where {data['focus'] or 'these runs'} came from", "noether-init lineage PATH"
+    return f"Where {data['focus'] or 'these runs'} came from", "ninit lineage PATH"
 
 
 _PAGES = {

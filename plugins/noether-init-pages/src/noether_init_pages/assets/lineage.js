@@ -52,7 +52,7 @@ page.start((data) => {
   const wordsOf = (edge) => linesOf(edge).join(" ");
   const mostDrawn = 300;
   const depth = depths();
-  if (data.nodes.length > mostDrawn) page.section("The graph").append(element("p", {}, `It has ${whole(data.nodes.length)} nodes, more than can be seen at once; ask for one run: noether-init lineage RUN. The list below has all of them.`));
+  if (data.nodes.length > mostDrawn) page.section("The graph").append(element("p", {}, `It has ${whole(data.nodes.length)} nodes, more than can be seen at once; ask for one run: ninit lineage RUN. The list below has all of them.`));
   else if (data.nodes.length) {
     const part = page.section("The graph", "From top to bottom: whose weights went into whom, with kind and tag. A dashed line is a resume, a dashed outline a run that is not there any more.");
     // a line that skips a generation has a place of its own there, so that it crosses no run
