@@ -68,6 +68,10 @@ class KindInfo:
         return f"{self.distribution} {self.version or 'of unknown version'}"
 
 
+_SEPARATORS = re.compile(r"[-_.]+")
+_METADATA_FOLDER = re.compile(r"(.+?)(?:-(\d[^-]*)(?:-py.*)?)?\.(?:dist-info|egg-info|egg)")
+
+
 def clear_cache() -> None:
     """Forget every scan: the next use sees distributions that were installed or removed since."""
     _scanned.clear()
@@ -76,7 +80,7 @@ def clear_cache() -> None:
 
 def normalized(distribution: str) -> str:
     """The name of a distribution as names are compared: ``Noether.Init_Core`` is ``noether-init-core``."""
-    return re.sub(r"[-_.]+", "-", distribution.strip()).lower()
+    return _SEPARATORS.sub("-", distribution.strip()).lower()
 
 
 def _blocking(info: KindInfo) -> str | None:
@@ -115,7 +119,7 @@ def _identity(distribution: importlib.metadata.Distribution) -> tuple[str, str |
     folder = getattr(path, "name", "")
     if path is not None and folder == "EGG-INFO":
         folder = path.parent.name
-    found = re.fullmatch(r"(.+?)(?:-(\d[^-]*)(?:-py.*)?)?\.(?:dist-info|egg-info|egg)", folder)
+    found = _METADATA_FOLDER.fullmatch(folder)
     # other finders, such as those of frozen applications, have no folder
     return (normalized(found[1]), found[2]) if found else (normalized(distribution.name), distribution.version)
 
@@ -125,10 +129,12 @@ def _is_left_over(distribution: importlib.metadata.Distribution) -> bool:
     path = getattr(distribution, "_path", None)
     if not isinstance(path, Path):  # in a zip file
         return False
-    # texts, since this is done for every distribution, and joining paths takes most of a scan
-    folder, points = str(path), f"{path}/entry_points.txt"
-    has_metadata = any(map(os.path.isfile, (f"{folder}/METADATA", f"{folder}/PKG-INFO", folder)))
-    return not has_metadata or (not os.path.isfile(points) and os.path.exists(points))
+    # texts, and no look more than is needed: this is done for every distribution, and takes a large part of a scan
+    folder, is_file = str(path), os.path.isfile
+    if not (is_file(folder + "/METADATA") or is_file(folder + "/PKG-INFO") or is_file(folder)):
+        return True
+    points = folder + "/entry_points.txt"
+    return not is_file(points) and os.path.exists(points)
 
 
 @attrs.frozen

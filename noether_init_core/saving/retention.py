@@ -165,8 +165,8 @@ def superfluous_sets(
     if rules.keeps_all:
         return Decision()
     ours = [one for one, _is_whole in sets if _manifest(one).training == training]
-    own = {one.sequence for one in ours}
-    whole = {one.sequence for one, is_whole in sets if is_whole} & own
+    own = {_sequence(one) for one in ours}
+    whole = {_sequence(one) for one, is_whole in sets if is_whole} & own
     passed_over = frozenset(_manifest(ours[0]).passed_over if ours else ())
     groups: dict[frozenset[str], list[CheckpointSet]] = {}
     for one in ours:
@@ -177,25 +177,25 @@ def superfluous_sets(
         for models in groups:
             # the metric of an iteration is most likely that of these models, but says something of the others as well
             recorded_by[models] = [*(one for one in recorded if one.weighed_models == models), *recorded]
-    kept = {one.sequence for one, _is_whole in sets} - own
-    relied_on: set[int | None] = set()
-    firsts: dict[tuple[frozenset[str], int], int | None] = {}
+    kept = {_sequence(one) for one, _is_whole in sets} - own
+    relied_on: set[int] = set()
+    firsts: dict[tuple[frozenset[str], int], int] = {}
     for models, group in groups.items():
-        whole_group = [one for one in group if one.sequence in whole]
+        whole_group = [one for one in group if _sequence(one) in whole]
         good = _good(whole_group, passed_over)
         enough = max(rules.last or 0, LEAST)
-        relied_on.update(one.sequence for one in good[:LEAST])
-        kept |= {one.sequence for one in good[:enough]} | _kept_for_now(group, good, passed_over, enough)
+        relied_on.update(_sequence(one) for one in good[:LEAST])
+        kept |= {_sequence(one) for one in good[:enough]} | _kept_for_now(group, good, passed_over, enough)
         # a damaged set is what its tags mean until the next save that is whole
         newest_whole = max(map(_sequence, whole_group), default=-1)
-        kept.update(one.sequence for one in group if _sequence(one) >= newest_whole)
+        kept.update(_sequence(one) for one in group if _sequence(one) >= newest_whole)
         if rules.every or rules.best:
             # Of an iteration that was saved more than once only the last is meant by its tag.
             meant: dict[str, CheckpointSet] = {}
             for one in good:
                 meant.setdefault(one.name, one)
             for period, one in _first_of_periods(meant.values(), rules.every).items():
-                firsts[models, period] = one.sequence
+                firsts[models, period] = _sequence(one)
             for rule in rules.best:
                 relied_on |= _best(meant.values(), recorded_by[models], rule)
     kept |= _holders(sets) | relied_on | set(firsts.values())
@@ -206,41 +206,41 @@ def superfluous_sets(
         for models in groups:
             for rule in rules.best:
                 kept |= _said_last(recorded_by[models], kept, rule)
-    superfluous = [one for one in ours if one.sequence not in kept]
+    superfluous = [one for one in ours if _sequence(one) not in kept]
     relied_on.update(firsts.get((one.weighed_models, _period(one, rules.every)), -1) for one in superfluous)
-    return Decision(superfluous, [one for one in ours if one.sequence in relied_on])
+    return Decision(superfluous, [one for one in ours if _sequence(one) in relied_on])
 
 
-def _meant_by_name(sets: Sequence[tuple[CheckpointSet, bool]], kept: Set[int | None]) -> set[int | None]:
+def _meant_by_name(sets: Sequence[tuple[CheckpointSet, bool]], kept: Set[int]) -> set[int]:
     """While an older set of an iteration stays, also one of another training, so must the one that the tag of the
     iteration means, of the same models and of any.
     """
     saved = Counter(one.name for one, _is_whole in sets)
     again = [one for one, _is_whole in sets if saved[one.name] > 1]
-    latest: dict[tuple[str, frozenset[str] | None], int | None] = {}
+    latest: dict[tuple[str, frozenset[str] | None], int] = {}
     for one in again:
         for models_or_any in (one.weighed_models, None):
-            latest.setdefault((one.name, models_or_any), one.sequence)
+            latest.setdefault((one.name, models_or_any), _sequence(one))
     return {
         latest[one.name, models_or_any]
         for one in again
-        if one.sequence in kept
+        if _sequence(one) in kept
         for models_or_any in (one.weighed_models, None)
     }
 
 
-def _said_last(recorded: Sequence[CheckpointSet], kept: Set[int | None], rule: Best) -> set[int | None]:
+def _said_last(recorded: Sequence[CheckpointSet], kept: Set[int], rule: Best) -> set[int]:
     """While a set stays that said the metric of an iteration before, so must the one that said it last: it may have
     said that there is none any more.
     """
-    said: dict[str, list[int | None]] = {}
+    said: dict[str, list[int]] = {}
     for one in recorded:
         if rule.metric in _manifest(one).metrics:
-            said.setdefault(one.name, []).append(one.sequence)
+            said.setdefault(one.name, []).append(_sequence(one))
     return {sequences[0] for sequences in said.values() if not kept.isdisjoint(sequences)}
 
 
-def _holders(sets: Sequence[tuple[CheckpointSet, bool]]) -> set[int | None]:
+def _holders(sets: Sequence[tuple[CheckpointSet, bool]]) -> set[int]:
     """The sets that a tag other than that of an iteration means, for each set of models."""
     kept = set()
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -248,7 +248,7 @@ def _holders(sets: Sequence[tuple[CheckpointSet, bool]]) -> set[int | None]:
         for tag in one.tags:
             if tag != one.name and (tag, one.weighed_models) not in seen:
                 seen.add((tag, one.weighed_models))
-                kept.add(one.sequence)
+                kept.add(_sequence(one))
     return kept
 
 
@@ -261,12 +261,12 @@ def _good(whole: Sequence[CheckpointSet], passed_over: Set[str]) -> Sequence[Che
 
 def _kept_for_now(
     group: Sequence[CheckpointSet], good: Sequence[CheckpointSet], passed_over: Set[str], enough: int
-) -> set[int | None]:
+) -> set[int]:
     """The set that the training last started from, and sets that it has passed over, until enough newer ones are good.
 
     Of newer sets than the one started from only those count that were saved since: the others were left behind.
     """
-    kept: set[int | None] = set()
+    kept: set[int] = set()
     start = _manifest(group[0]).started_from
     if start is None and not passed_over:
         return kept
@@ -278,7 +278,7 @@ def _kept_for_now(
         else:
             continue
         if len(newer) < enough:
-            kept.add(one.sequence)
+            kept.add(_sequence(one))
     return kept
 
 
@@ -299,7 +299,7 @@ def _first_of_periods(meant: Iterable[CheckpointSet], every: Mapping[str, int] |
     return first
 
 
-def _best(meant: Iterable[CheckpointSet], recorded: Sequence[CheckpointSet], rule: Best) -> set[int | None]:
+def _best(meant: Iterable[CheckpointSet], recorded: Sequence[CheckpointSet], rule: Best) -> set[int]:
     """The sets of the best iterations, and those that recorded their values: without these they would be forgotten.
 
     ``meant`` is newest first: of equal values the newer one is kept. Of ``recorded`` the first of an iteration counts
@@ -313,7 +313,7 @@ def _best(meant: Iterable[CheckpointSet], recorded: Sequence[CheckpointSet], rul
     for one in meant:
         value, said_by = values.get(one.name, (None, one))
         if value is not None:
-            valued.append((value if rule.mode == "min" else -value, {one.sequence, said_by.sequence}))
+            valued.append((value if rule.mode == "min" else -value, {_sequence(one), _sequence(said_by)}))
     valued.sort(key=lambda pair: pair[0])
     return set().union(*(sequences for _, sequences in valued[: rule.count]))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -227,11 +226,6 @@ class SetFolder:
         return self.path / MANIFEST_NAME
 
     @cached_property
-    def order(self) -> tuple[int, tuple[int, ...], str]:
-        """What folders are sorted by."""
-        return self.sequence, self.numbers, self.name
-
-    @cached_property
     def iteration(self) -> TrainingIteration:
         """The iteration of the set, all three fields said."""
         return TrainingIteration(*self.numbers)
@@ -258,7 +252,7 @@ def set_folders(
         check_reachable(parent, storage)
     found = (known.get(name) or SetFolder.of(parent, name) for name in names)
     # two of one sequence: writers that did not see each other, or a folder copied back; further training came later
-    return sorted(filter(None, found), key=operator.attrgetter("order"))
+    return sorted(filter(None, found), key=lambda folder: (folder.sequence, folder.numbers, folder.name))
 
 
 def load_set(folder: SetFolder, storage: FileSystem = LOCAL) -> CheckpointSet:

@@ -130,7 +130,9 @@ class Snapshot:
         #: Names of sets of which what is remembered has not been confirmed.
         self.recalled = set(memory or ())
         remembered: Mapping[str, _Known] = memory or {}
-        self._heads: dict[str, Head | None] = {name: known.head for name, known in remembered.items() if known.head}
+        self._heads: dict[str, Head | None] = {
+            name: known.head for name, known in remembered.items() if known.head is not None
+        }
         self._problems: dict[str, CheckpointError | None] = {
             name: None for name, known in remembered.items() if known.is_whole
         }
