@@ -2,7 +2,24 @@
 
 from noether_init_core import kinds as kinds
 from noether_init_core.applying.targets import named_parameters as named_parameters
+from noether_init_core.builtin.file import (
+    FileInitializer as FileInitializer,
+    FileInitializerConfig as FileInitializerConfig,
+)
+from noether_init_core.builtin.previous_run import (
+    PreviousRunInitializer as PreviousRunInitializer,
+    PreviousRunInitializerConfig as PreviousRunInitializerConfig,
+)
+from noether_init_core.builtin.resume import (
+    ResumeInitializer as ResumeInitializer,
+    ResumeInitializerConfig as ResumeInitializerConfig,
+)
 from noether_init_core.config.base import InitializerConfig as InitializerConfig, KindConfig as KindConfig
+from noether_init_core.config.source import (
+    CheckpointInitializerConfig as CheckpointInitializerConfig,
+    OptimizerStateConfig as OptimizerStateConfig,
+    SourceInitializerConfig as SourceInitializerConfig,
+)
 from noether_init_core.diff.compare import CheckpointDiff as CheckpointDiff, compare_checkpoints as compare_checkpoints
 from noether_init_core.errors import (
     AmbiguousCheckpointError as AmbiguousCheckpointError,
@@ -39,14 +56,11 @@ from noether_init_core.initializers.base import (
     InitializerBase as InitializerBase,
     LoadedFile as LoadedFile,
     LocateQuery as LocateQuery,
-    OptimizerStateConfig as OptimizerStateConfig,
     Outcome as Outcome,
     Source as Source,
-    SourceInitializerConfig as SourceInitializerConfig,
 )
 from noether_init_core.initializers.source import (
     CheckpointInitializer as CheckpointInitializer,
-    CheckpointInitializerConfig as CheckpointInitializerConfig,
     SourceInitializer as SourceInitializer,
 )
 from noether_init_core.iteration import TrainingIteration as TrainingIteration

@@ -108,6 +108,11 @@ class PathProvider:
         run_id = f"{date.today():%Y-%m-%d}_{os.urandom(5).hex()}"
         return cls(Path(output_root), run_id, stage_name, debug=debug, run_id_is_generated=True)
 
+    @staticmethod
+    def is_provider(value: object) -> bool:
+        """Whether ``of`` takes ``value``: it has ``output_root``, ``run_id`` and ``stage_name``."""
+        return all(hasattr(value, name) for name in ("output_root", "run_id", "stage_name"))
+
     @classmethod
     def of(cls, provider: Any) -> Self:
         """``provider`` as one of these; anything with ``output_root``, ``run_id`` and ``stage_name`` will do.
@@ -116,7 +121,7 @@ class PathProvider:
         """
         if isinstance(provider, cls):
             return provider
-        if not all(hasattr(provider, name) for name in ("output_root", "run_id", "stage_name")):
+        if not cls.is_provider(provider):
             raise ConfigError(
                 f"path_provider must have output_root, run_id and stage_name; {type_of(provider)} does not. "
                 "Next: PathProvider(output_root, run_id, stage_name)"

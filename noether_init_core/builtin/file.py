@@ -9,16 +9,16 @@ from typing import ClassVar
 import pydantic
 
 from noether_init_core.config.base import KindConfig
+from noether_init_core.config.source import SourceInitializerConfig
 from noether_init_core.files.storage.handle import digest_problem
-from noether_init_core.initializers.base import LocateQuery, Source, SourceInitializerConfig
+from noether_init_core.initializers.base import LocateQuery, Source
 from noether_init_core.initializers.source import SourceInitializer
 
 
 class FileInitializerConfig(SourceInitializerConfig):
     """The config of ``file``."""
 
-    default_kind: ClassVar[str | None] = "file"
-
+    kind: str = "file"
     path: Path = pydantic.Field(
         description="The file: .th, .pt, .pth, .ckpt or .bin as torch.save writes it, or .safetensors."
     )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 
 from noether_init_core.config.base import KindConfig, RunId
+from noether_init_core.config.source import CheckpointInitializerConfig
+from noether_init_core.errors import ConfigError
 from noether_init_core.initializers.callbacks import check_resumption, resume_callbacks
-from noether_init_core.initializers.source import CheckpointInitializer, CheckpointInitializerConfig
+from noether_init_core.initializers.source import (
+    CheckpointInitializer,
+    SourceInitializer,
+)
+from noether_init_core.paths import check_model_name
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename
 
 #: Fields of Noether -> how to write them as a transform.
@@ -36,8 +44,7 @@ class PreviousRunInitializerConfig(CheckpointInitializerConfig):
     The four surgery fields work on substrings of keys, one field after the other, as in Noether.
     """
 
-    default_kind: ClassVar[str | None] = "previous_run"
-
+    kind: str = "previous_run"
     run_id: RunId = pydantic.Field(description="The run to start from.")
     load_optim: bool = pydantic.Field(default=False, description="Whether the state of the optimizer is loaded too.")
     load_callbacks: bool = pydantic.Field(
@@ -72,6 +79,12 @@ class PreviousRunInitializer(CheckpointInitializer):
     """Warm start: weights of an earlier run, for single models and, recursively, for composites.
 
     Training starts at iteration zero. See ``PreviousRunInitializerConfig``.
+
+    Attributes:
+        keys_to_remove: A list of this instance, from the config; ``init_weights`` reads it when it plans.
+        patterns_to_remove: The same.
+        patterns_to_rename: The same, as mappings with ``src`` and ``dst``.
+        patterns_to_instantiate: The same.
     """
 
     config_class: ClassVar[type[KindConfig]] = PreviousRunInitializerConfig
@@ -79,24 +92,57 @@ class PreviousRunInitializer(CheckpointInitializer):
     fresh_hint: ClassVar[str] = "To keep the model's own values there: {line}"
     config: PreviousRunInitializerConfig
 
+    @cached_property
+    def keys_to_remove(self) -> list[str]:  # described above, as the others
+        return list(self.config.keys_to_remove or ())
+
+    @cached_property
+    def patterns_to_remove(self) -> list[str]:
+        return list(self.config.patterns_to_remove or ())
+
+    @cached_property
+    def patterns_to_rename(self) -> list[dict[str, str]]:
+        return [{"src": rename.src, "dst": rename.dst} for rename in self.config.patterns_to_rename or ()]
+
+    @cached_property
+    def patterns_to_instantiate(self) -> list[str]:
+        return list(self.config.patterns_to_instantiate or ())
+
     @property
     def rules(self) -> NameRules:
         """``transforms``, or the four surgery fields of Noether."""
-        config = self.config
-        if config.transforms or config.source_root or config.target_root:
+        fields = (self.keys_to_remove, self.patterns_to_remove, self.patterns_to_rename, self.patterns_to_instantiate)
+        if self.config.transforms or self.config.source_root or self.config.target_root:
+            # a subclass may have filled one of the lists, which the config cannot know
+            if any(fields):
+                raise ConfigError("transforms cannot be combined with the surgery fields of Noether")
             return super().rules
         return NoetherSurgery(
-            tuple(dict.fromkeys(config.keys_to_remove or ())),
-            tuple(config.patterns_to_remove or ()),
-            tuple(Rename(rename.src, rename.dst) for rename in config.patterns_to_rename or ()),
-            tuple(config.patterns_to_instantiate or ()),
-            unmatched_is_error=config.on_unmatched_rule == "error",
+            tuple(dict.fromkeys(self.keys_to_remove)),
+            tuple(self.patterns_to_remove),
+            tuple(Rename(rename["src"], rename["dst"]) for rename in self.patterns_to_rename),
+            tuple(self.patterns_to_instantiate),
+            unmatched_is_error=self.config.on_unmatched_rule == "error",
         )
 
     @property
     def skipped_hooks(self) -> frozenset[str]:
         """``init_callbacks``, unless ``load_callbacks``."""
         return frozenset(() if self.config.load_callbacks else ("init_callbacks",))
+
+    def init_weights(self, model: Any, model_name: str | None = None) -> None:
+        """Write the weights in place, after everything about them has been checked.
+
+        With ``model_name`` the files of that name are taken, whatever the config says. That is an initialization of its
+        own: a stack neither plans nor reports it. Raises what ``SourceInitializer.init_weights`` raises.
+        """
+        if model_name is None:
+            super().init_weights(model)
+            return
+        other = copy.copy(self)
+        other.config = self.config.model_copy(update={"model_name": check_model_name(model_name)})
+        other.session = None
+        SourceInitializer.init_weights(other, model)
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Weights and optimizer as in ``CheckpointInitializer``, then whether callbacks could be shown files."""
@@ -108,4 +154,4 @@ class PreviousRunInitializer(CheckpointInitializer):
         """Let every callback that can (``resume_from_checkpoint``) resume from the files of the source run."""
         with self.in_session() as session:
             self.select(self.leaves(model))
-            resume_callbacks(callbacks, model, self.source_paths, session.selection.chosen, self.logger)
+            resume_callbacks(callbacks, model, self.init_run_path_provider, session.selection.chosen, self.logger)

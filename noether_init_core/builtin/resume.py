@@ -11,6 +11,7 @@ import attrs
 import pydantic
 
 from noether_init_core.config.base import KindConfig
+from noether_init_core.config.source import CheckpointInitializerConfig
 from noether_init_core.errors import (
     AmbiguousCheckpointError,
     CheckpointCorruptError,
@@ -34,7 +35,7 @@ from noether_init_core.initializers.callbacks import (
     plan_callbacks,
     resume_callbacks,
 )
-from noether_init_core.initializers.source import CheckpointInitializer, CheckpointInitializerConfig, RunSelection
+from noether_init_core.initializers.source import CheckpointInitializer, RunSelection
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.sets import refusals
@@ -55,8 +56,7 @@ class ResumeInitializerConfig(CheckpointInitializerConfig):
     is taken, with a warning.
     """
 
-    default_kind: ClassVar[str | None] = "resume"
-
+    kind: str = "resume"
     load_optim: bool = pydantic.Field(default=True, description="Whether the state of the optimizer is loaded.")
     on_invalid: Literal["error", "previous"] = pydantic.Field(
         default="error",
@@ -86,8 +86,15 @@ class ResumeInitializer(CheckpointInitializer):
     contract: ClassVar[int] = 1
     config: ResumeInitializerConfig
 
-    def __init__(self, config: KindConfig, *, path_provider: Any = None, auto_resume: Snapshot | None = None) -> None:
-        super().__init__(config, path_provider=path_provider)
+    def __init__(
+        self,
+        config: KindConfig | None = None,
+        *,
+        path_provider: Any = None,
+        initializer_config: KindConfig | None = None,
+        auto_resume: Snapshot | None = None,
+    ) -> None:
+        super().__init__(config, path_provider=path_provider, initializer_config=initializer_config)
         self.asked_by = "resume" if auto_resume is None else "auto_resume"
         self._seen = auto_resume
         self._query = Query.of(self.checkpoint_tag)
@@ -97,7 +104,7 @@ class ResumeInitializer(CheckpointInitializer):
     @property
     def continues(self) -> bool:
         """Whether the run that is resumed is the one that is started, and not a copy under another run id."""
-        current, source = self.path_provider, self.source_paths
+        current, source = self.path_provider, self.init_run_path_provider
         return current is not None and (current.run_id, current.stage_name) == (source.run_id, source.stage_name)
 
     def start_checkpoint(self) -> TrainingIteration:
@@ -125,17 +132,17 @@ class ResumeInitializer(CheckpointInitializer):
         is_named = self.config.checkpoint_tag is not None
         if seen is not None and (is_named or (seen.newest_folder is not None and seen.is_current())):
             return seen
-        return Snapshot(self.source_paths)
+        return Snapshot(self.init_run_path_provider)
 
     def _selected(self, snapshot: Snapshot, needs: Sequence[Need], state: Sequence[Need]) -> RunSelection:
         """The set that has the trainer file and the weights of all models; the trainer file decides what they are."""
         walks_back = self.config.on_invalid == "previous" and self._query.automatic
-        root = self.config.model_name
+        root = self.model_name
         # without a readable manifest no model is known, and no set will be chosen either
         if root is None and (snapshot.trainer_names() or not walks_back):
             root = self._only_root(snapshot)
         trainer_file = [Need(root, "trainer")]
-        parts: tuple[Part, ...] = ("model", "optim") if self.config.load_optim else ("model",)
+        parts: tuple[Part, ...] = ("model", "optim") if self.load_optim else ("model",)
         policy = Policy(any_tag=self._any_tag, walk_back=walks_back, root=root, parts=parts)
         tag, asked_by = self.checkpoint_tag, self.asked_by
         if not walks_back:
@@ -168,10 +175,10 @@ class ResumeInitializer(CheckpointInitializer):
         said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
         for file in found.files:
             is_below = root is None or file.model == root or file.model.startswith(f"{root}.")
-            if not is_below or not (found.committed or file.info in (None, self.config.model_info)):
+            if not is_below or not (found.committed or file.info in (None, self.model_info)):
                 continue
             # as far as that is known without a model
-            is_loaded = self.config.load_optim if file.part == "optim" else file.info == self.config.model_info
+            is_loaded = self.load_optim if file.part == "optim" else file.info == self.model_info
             look = self.config.nonfinite == "error" and file.part != "trainer" and is_loaded
             checked = check_file(found, file, verify=self.config.verify == "full", look=look, stopwatch=self.stopwatch)
             if checked.said is not None:
@@ -205,7 +212,7 @@ class ResumeInitializer(CheckpointInitializer):
             self._trainer_state()  # the files must belong to it, see check_together
             selection = session.selection
             root: str = selection.root or self._only_root(selection.snapshot)
-            if name != root and self.config.model_name is None:
+            if name != root and self.model_name is None:
                 self.logger.warning(
                     "%s: the model is called %s, the only trainer file is of %s, which is taken. "
                     "If that is meant, say model_name: %s",
@@ -266,7 +273,7 @@ class ResumeInitializer(CheckpointInitializer):
             raise
 
     def _ways_on(self, broken: CheckpointSet) -> str:
-        snapshot = Snapshot(self.source_paths)  # sets may have come since
+        snapshot = Snapshot(self.init_run_path_provider)  # sets may have come since
         good = snapshot.older_good(broken)
         asked = TrainingIteration() if self.asked_by == "auto_resume" else self._query.iteration
         is_asked = good is not None and (asked is None or good.iteration is None or asked.matches(good.iteration))
@@ -289,16 +296,16 @@ class ResumeInitializer(CheckpointInitializer):
                 session.warn(warning)
             with StatesBefore.kept(None, callbacks):
                 apply_callbacks(plan)
-                resume_callbacks(callbacks, model, self.source_paths, session.selection.chosen, self.logger)
+                resume_callbacks(callbacks, model, self.init_run_path_provider, session.selection.chosen, self.logger)
             if plan.states:
                 session.restored.append(f"{len(plan.states)} callback{'s' if len(plan.states) > 1 else ''}")
 
     def _of_other_run(self, selected: CheckpointSet, message: str) -> None:
         """A run that names no other one goes on from its own sets only. Naming the run makes it a choice."""
-        if self.config.run_id is None:
+        if self.run_id is None:
             raise CheckpointError(
                 f"{message}. Nothing was changed. Next: if it is meant, say so: kind: resume with "
-                f"run_id: {self.source_paths.run_id}; otherwise a run_id of its own for each run",
+                f"run_id: {self.init_run_path_provider.run_id}; otherwise a run_id of its own for each run",
                 path=selected.folder,
             )
         super()._of_other_run(selected, message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import pydantic
 
@@ -48,10 +48,18 @@ class KindConfig(pydantic.BaseModel):
         extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants"
     )
 
-    #: The kind of a config of this class that names none; None: naming a kind is required.
-    default_kind: ClassVar[str | None] = None
+    #: Name of a registered kind; the config class of one kind gives it as the default.
+    kind: str
 
-    kind: str = pydantic.Field(description="Name of a registered kind (see: ninit kinds).")
+    # A return type would replace the JSON schema of what is dumped.
+    @pydantic.model_serializer(mode="wrap")
+    def _dump(  # type: ignore[no-untyped-def]
+        self, dump: pydantic.SerializerFunctionWrapHandler, info: pydantic.SerializationInfo
+    ):
+        # What was dumped must validate again, also without defaults; in a list of initializers that takes the kind.
+        values = dump(self)
+        is_asked = (info.include is None or "kind" in info.include) and "kind" not in (info.exclude or ())
+        return {"kind": self.kind, **values} if is_asked else values
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -59,8 +67,6 @@ class KindConfig(pydantic.BaseModel):
         if not isinstance(values, Mapping):
             return values
         values = {str(key): value for key, value in values.items()}
-        if cls.default_kind is not None:
-            values.setdefault("kind", cls.default_kind)
         for name, field in cls.model_fields.items():
             if name in values and _mentions_any(field.annotation):
                 values[name] = mapped(values[name], lambda leaf: leaf.resolve() if isinstance(leaf, YamlText) else leaf)
@@ -110,9 +116,11 @@ CheckpointTag = Annotated[str | dict[str, int] | None, pydantic.BeforeValidator(
 class InitializerConfig(KindConfig):
     """A config that names a run; the fields that every initializer of Noether has.
 
-    ``kwargs`` are handed to the initializer's constructor as keyword arguments.
+    ``kwargs`` are handed to the initializer's constructor as keyword arguments. A class for another kind than
+    ``previous_run``, Noether's default, gives ``kind`` a default of its own.
     """
 
+    kind: str = "previous_run"
     kwargs: dict[str, Any] | None = pydantic.Field(
         default=None, description="Additional keyword arguments for the constructor of the initializer."
     )
@@ -137,7 +145,8 @@ DECIDED = ("kind", "run_id", "stage_name", "checkpoint_tag", "output_path")
 
 def kind_schema(kind: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of the config of a kind; ``schema`` is that of its class, which may have several kinds."""
-    properties = {**schema["properties"], "kind": {**schema["properties"]["kind"], "const": kind}}
+    named = {"const": kind, "description": "Name of a registered kind (see: ninit kinds).", "type": "string"}
+    properties = {**schema["properties"], "kind": named}
     required = ["kind", *(name for name in schema.get("required", ()) if name != "kind")]
     return {**schema, "properties": properties, "required": required}
 

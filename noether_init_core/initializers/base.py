@@ -7,14 +7,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import attrs
-import pydantic
 
 from noether_init_core.config.base import KindConfig
-from noether_init_core.config.transforms import Glob, TransformConfig
-from noether_init_core.errors import ConfigError, StartConflictError
+from noether_init_core.errors import ConfigError, StartConflictError, type_of
 from noether_init_core.files.checkpoint import Digests
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
@@ -23,7 +21,6 @@ from noether_init_core.sets.provenance import History
 from noether_init_core.stopwatch import Stopwatch, Timing, summed
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan
-from noether_init_core.surgery.planner import Policies
 
 
 def dotted(*path: str | int) -> str:
@@ -64,8 +61,20 @@ class InitializerBase:
     initializers. Methods with the names of hooks are hooks, no decorator needed. It is created by
     ``cls(config, path_provider=..., **kwargs)``, with the ``kwargs`` of the config where it has them.
 
+    As in Noether, the config may be passed as ``initializer_config=...``. A subclass may pass only the path provider
+    to ``super().__init__``, by position or by name; ``config`` is then the config that the subclass was called with.
+
     What an initializer finds out during an initialization belongs to ``session``, which the stack sets for the time of
     its calls. A hook that is called alone opens a session of its own and closes it at its end.
+
+    Args:
+        config: An instance of ``config_class``, or the path provider. Without a config, ``config_class`` with its
+            defaults, and the name of the class as its kind.
+        path_provider: A ``PathProvider``, or an object with ``output_root``, ``run_id`` and ``stage_name``.
+        initializer_config: Noether's name for ``config``.
+
+    Raises ``TypeError`` for a first argument of another type, for a config of another class, for an argument that is
+    given twice, and without a config where ``config_class`` has required fields.
 
     Attributes:
         config: The validated config, an instance of ``config_class``.
@@ -84,10 +93,51 @@ class InitializerBase:
     delegates: tuple[InitializerBase, ...] = ()
     session: Any = None
 
-    def __init__(self, config: KindConfig, *, path_provider: Any = None) -> None:
-        self.config = config
+    config: KindConfig
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Self:
+        created = super().__new__(cls)
+        # A subclass may pass only the path provider to __init__; without its config, the fields that the user wrote
+        # (transforms, verify) would be replaced by their defaults without an error.
+        given = (one for one in (*arguments, *keywords.values()) if isinstance(one, cls.config_class))
+        vars(created)["config"] = next(given, None)
+        return created
+
+    def __init__(
+        self,
+        config: KindConfig | PathProvider | Any = None,
+        *,
+        path_provider: PathProvider | Any = None,
+        initializer_config: KindConfig | None = None,
+    ) -> None:
+        cls = type(self)
+        if not (config is None or isinstance(config, KindConfig)):
+            if not PathProvider.is_provider(config):
+                raise TypeError(
+                    f"the first argument of {cls.__qualname__} must be a {cls.config_class.__qualname__} or a path "
+                    f"provider, not {type_of(config)}. Next: kinds.create({{...}}) for a mapping"
+                )
+            if path_provider is not None:
+                raise TypeError(f"{cls.__qualname__} got two path providers, by position and by name")
+            config, path_provider = None, config
+        if config is not None and initializer_config is not None:
+            raise TypeError(f"{cls.__qualname__} got two configs: config and initializer_config")
+        self.config = self._checked_config(next((one for one in (config, initializer_config) if one is not None), None))
         self.path_provider: PathProvider | None = None if path_provider is None else PathProvider.of(path_provider)
-        self.logger = logging.getLogger(f"{type(self).__module__}.{type(self).__qualname__}")
+        self.logger = logging.getLogger(f"{cls.__module__}.{cls.__qualname__}")
+
+    def _checked_config(self, given: KindConfig | None) -> Any:
+        """``given``, else the config of the constructor, else the defaults of ``config_class``."""
+        cls = type(self)
+        found = vars(self).get("config") if given is None else given
+        if found is None:
+            required = [name for name, field in cls.config_class.model_fields.items() if field.is_required()]
+            if set(required) - {"kind"}:
+                raise TypeError(f"{cls.__qualname__} needs a {cls.config_class.__qualname__}: config=...")
+            return cls.config_class(**({"kind": cls.__qualname__} if required else {}))
+        if not isinstance(found, cls.config_class):
+            raise TypeError(f"{cls.__qualname__} takes a {cls.config_class.__qualname__}, not {type_of(found)}")
+        return found
 
     def new_session(self) -> Session:
         """A session for one initialization."""
@@ -190,6 +240,10 @@ class InitializerBase:
                 taken = inspect.signature(method).parameters.keys() & given.keys()
                 found.append((one, method(**{name: given[name] for name in taken})))
         return found
+
+
+# What inspect, help() and editors show; else they would show the arguments of __new__.
+InitializerBase.__new__.__signature__ = inspect.signature(InitializerBase.__init__)  # type: ignore[attr-defined]
 
 
 def only_start(starts: Iterable[tuple[str, TrainingIteration | None]], noun: str, of: str = "") -> TrainingIteration:
@@ -324,100 +378,3 @@ class Source:
         tag, iteration = self.origin.get("tag"), self.origin.get("iteration")
         words = [run, f"@ {tag}" if tag else "", f"= {iteration}" if iteration and iteration != tag else ""]
         return " ".join(word for word in words if word)
-
-
-def _for_all(value: Any) -> Any:
-    """A number alone is meant for all parameters."""
-    return value if isinstance(value, Mapping) else {"**": value}
-
-
-Share = Annotated[float, pydantic.Field(ge=0, le=1)]
-
-
-class SourceInitializerConfig(KindConfig):
-    """What every kind that reads weights from a file can be told."""
-
-    verify: Literal["full", "header", "none"] = pydantic.Field(
-        default="full",
-        description="full: every byte against its checksum; header: the structure only; none: nothing, nor are values "
-        "looked at unless on_nonfinite is given.",
-    )
-    on_nonfinite: Literal["error", "warn", "ignore"] | None = pydantic.Field(
-        default=None,
-        description="What NaN, or infinities in a parameter, lead to; when null an error, with verify: none nothing.",
-    )
-    cast: Literal["same_kind", "none", "any"] = pydantic.Field(
-        default="same_kind", description="Which dtypes may be converted: float to float, none, or any."
-    )
-    transforms: list[TransformConfig] = pydantic.Field(
-        default=[], description="Rules that say which keys of the file become which keys of the model."
-    )
-    source_root: str | None = pydantic.Field(
-        default=None, description="Prefix in the file that rules are relative to; keys outside it are left."
-    )
-    target_root: str | None = pydantic.Field(
-        default=None, description="Prefix in the model that rules are relative to; keys outside it keep their value."
-    )
-    on_missing: Literal["error", "keep", "reset"] = pydantic.Field(
-        default="error",
-        description="What a key of the model leads to that the file has not: an error, its present value, or a fresh "
-        "value by its module's reset_parameters.",
-    )
-    on_unexpected: Literal["error", "ignore"] = pydantic.Field(
-        default="error", description="What a key of the file leads to that the model has not."
-    )
-    on_mismatch: Literal["error", "keep", "slice", "pad"] = pydantic.Field(
-        default="error",
-        description="What different shapes lead to: an error, the model's own value, the leading part of the file's "
-        "tensor, or the file's tensor in the leading part of the model's.",
-    )
-    on_unmatched_rule: Literal["error", "warn"] | None = pydantic.Field(
-        default=None, description="What a rule that matches nothing leads to: an error; for Noether's fields a warning."
-    )
-    min_coverage: Annotated[
-        dict[Glob, Share], pydantic.BeforeValidator(_for_all, json_schema_input_type=Share | dict[Glob, Share])
-    ] = pydantic.Field(
-        default={},
-        description="Least share of the parameters that must come from checkpoints, from 0 to 1; or globs -> shares.",
-    )
-    submodel: str | None = pydantic.Field(
-        default=None, description="Initialize this submodel of a composite only, such as encoder or encoder.stem."
-    )
-
-    @property
-    def policies(self) -> Policies:
-        """What is done where file and model do not fit."""
-        return Policies(self.on_missing, self.on_unexpected, self.on_mismatch, self.cast, dict(self.min_coverage))
-
-    @property
-    def nonfinite(self) -> Literal["error", "warn", "ignore"]:
-        """What NaN and infinities lead to; with ``verify: none`` values are looked at only if the config says so."""
-        return self.on_nonfinite or ("ignore" if self.verify == "none" else "error")
-
-
-class OptimizerStateConfig(SourceInitializerConfig):
-    """The config of kinds that can bring optimizer state besides weights; ``locate`` is then asked for ``optim``."""
-
-    load_optim: bool = pydantic.Field(default=False, description="Whether the state of the optimizer is loaded too.")
-    param_groups: dict[str, Literal["checkpoint", "config"]] = pydantic.Field(
-        default={},
-        description="Field of the optimizer's groups (lr, weight_decay; * for all others) -> whose value stays: that "
-        "of the checkpoint (the default), or of the optimizer as it is configured now.",
-    )
-    on_missing_state: Literal["error", "fresh"] = pydantic.Field(
-        default="error",
-        description="What a parameter leads to whose weights are loaded and that has no optimizer state in the file.",
-    )
-    on_unexpected_state: Literal["error", "ignore"] | None = pydantic.Field(
-        default=None,
-        description="What optimizer state leads to of a parameter that is not there: an error; when null a warning "
-        "where weights were renamed or left out.",
-    )
-
-    @pydantic.model_validator(mode="after")
-    def _check_optimizer_fields(self) -> Self:
-        about_state: dict[str, Any] = {"param_groups": {}, "on_missing_state": "error", "on_unexpected_state": None}
-        given = [name for name, default in about_state.items() if getattr(self, name) != default]
-        if given and not self.load_optim:
-            raise ValueError(f"{given[0]} is about optimizer state, which is not loaded. Add: load_optim: true")
-        return self

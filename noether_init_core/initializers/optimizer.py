@@ -18,9 +18,9 @@ from noether_init_core.applying.optimizer_state import (
     parameter_aliases,
     torch_optimizer,
 )
+from noether_init_core.config.source import OptimizerStateConfig
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError, StateMismatchError, TornSetError
 from noether_init_core.files.content import TensorInfo
-from noether_init_core.initializers.base import OptimizerStateConfig
 from noether_init_core.initializers.session import OpenFile, Planned, WeightsSession, close_all
 from noether_init_core.models import Leaf
 from noether_init_core.surgery.optimizer_fields import OptimizerPolicies

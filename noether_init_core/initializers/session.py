@@ -26,10 +26,11 @@ from noether_init_core.applying.weights import (
     tied_loading_code,
     unfit_casts,
 )
+from noether_init_core.config.source import SourceInitializerConfig
 from noether_init_core.errors import CheckpointNotFoundError, PartlyInitializedError
 from noether_init_core.files.checkpoint import Checkpoint, Digests, Verified
 from noether_init_core.files.opening import FileCheckpoint
-from noether_init_core.initializers.base import LoadedFile, LocateQuery, Session, Source, SourceInitializerConfig
+from noether_init_core.initializers.base import LoadedFile, LocateQuery, Session, Source
 from noether_init_core.messages import listed
 from noether_init_core.models import BoundModel, Leaf, modules_of
 from noether_init_core.sets.file_names import Part

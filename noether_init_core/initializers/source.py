@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
-import pydantic
 
-from noether_init_core.config.base import InitializerConfig, KindConfig
-from noether_init_core.config.transforms import rule_of
+from noether_init_core.config.base import KindConfig
+from noether_init_core.config.source import (
+    CheckpointInitializerConfig,
+    SourceInitializerConfig,
+    rule_of,
+)
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError, TornSetError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.opening import open_checkpoint
@@ -19,16 +23,14 @@ from noether_init_core.files.storage.disk import LOCAL
 from noether_init_core.initializers.base import (
     InitializerBase,
     LocateQuery,
-    OptimizerStateConfig,
     Outcome,
     Source,
-    SourceInitializerConfig,
     dotted,
 )
 from noether_init_core.initializers.optimizer import LoadSession, by_optimizer
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.models import Leaf, check_model, leaves_of, submodel_of
-from noether_init_core.paths import PathProvider
+from noether_init_core.paths import PathProvider, name_of_run
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, said_by
 from noether_init_core.sets.file_names import Part, parse
 from noether_init_core.sets.provenance import History, read_histories
@@ -190,18 +192,6 @@ class SourceInitializer(InitializerBase, abc.ABC):
         return f"{name}.{below}" if below else name
 
 
-class CheckpointInitializerConfig(InitializerConfig, OptimizerStateConfig):
-    """The config of kinds that read from the checkpoints of a run."""
-
-    load_optim: bool = pydantic.Field(description="Whether the state of the optimizer is loaded too.")
-    pop_ckpt_kwargs_keys: list[str] | None = pydantic.Field(
-        default=None, description="Keys to drop from the stored model_config when a model is rebuilt from it."
-    )
-    output_path: Path | None = pydantic.Field(
-        default=None, description="Output root of the source run; the current run's when null."
-    )
-
-
 @attrs.define(eq=False)
 class RunSelection:
     """What an initializer selected among the checkpoints of a run; everything comes from it.
@@ -227,7 +217,8 @@ class CheckpointInitializer(SourceInitializer):
     Every file comes from one set: the same tag, the same training iteration. Base of ``previous_run`` and ``resume``;
     it can be derived from and is not a kind itself.
 
-    Raises ``ConfigError`` if no run can be told from the config and the path provider.
+    ``init_run_path_provider`` names the folders of the source run. Raises ``ConfigError`` if neither the config nor the
+    path provider names a run.
     """
 
     config_class: ClassVar[type[KindConfig]] = CheckpointInitializerConfig
@@ -236,24 +227,62 @@ class CheckpointInitializer(SourceInitializer):
     #: Who asks for a set; errors advise what its config can say.
     asked_by: AskedBy = "tag"
 
-    def __init__(self, config: KindConfig, *, path_provider: Any = None) -> None:
-        super().__init__(config, path_provider=path_provider)
-        paths, stage = self.path_provider, self.config.stage_name
+    def __init__(
+        self,
+        config: KindConfig | None = None,
+        *,
+        path_provider: Any = None,
+        initializer_config: KindConfig | None = None,
+    ) -> None:
+        super().__init__(config, path_provider=path_provider, initializer_config=initializer_config)
+        paths, stage = self.path_provider, self.stage_name
         if paths is None:
-            if self.config.output_path is None or self.config.run_id is None:
+            if self.config.output_path is None or self.run_id is None:
                 raise ConfigError(
-                    f"{config.kind} needs path_provider=PathProvider(output_root, run_id), or output_path and run_id "
-                    "in its config"
+                    f"{self.config.kind} needs path_provider=PathProvider(output_root, run_id), or output_path and "
+                    "run_id in its config"
                 )
-            paths = PathProvider(self.config.output_path, self.config.run_id)
-        if self.config.run_id is None and stage is None:
+            paths = PathProvider(self.config.output_path, self.run_id)
+        if self.run_id is None and stage is None:
             stage = paths.stage_name
-        self.source_paths = paths.with_run(self.config.run_id, stage, output_root=self.config.output_path)
+        self.init_run_path_provider = paths.with_run(self.run_id, stage, output_root=self.config.output_path)
+
+    # Properties, since a run_id that is assigned after __init__ would have no effect.
+    @cached_property
+    def pop_ckpt_kwargs_keys(self) -> list[str]:
+        """``pop_ckpt_kwargs_keys`` of the config, as a list of this instance."""
+        return list(self.config.pop_ckpt_kwargs_keys or ())
 
     @property
-    def checkpoint_tag(self) -> str | dict[str, int]:
-        """The tag that is asked for; ``latest`` where the config says none."""
-        return self.config.checkpoint_tag if self.config.checkpoint_tag is not None else "latest"
+    def run_id(self) -> str | None:
+        """``run_id`` of the config; None means the current run."""
+        return self.config.run_id
+
+    @property
+    def stage_name(self) -> str | None:
+        """``stage_name`` of the config."""
+        return self.config.stage_name
+
+    @property
+    def model_name(self) -> str | None:
+        """``model_name`` of the config."""
+        return self.config.model_name
+
+    @property
+    def model_info(self) -> str | None:
+        """``model_info`` of the config."""
+        return self.config.model_info
+
+    @property
+    def load_optim(self) -> bool:
+        """``load_optim`` of the config."""
+        return self.config.load_optim
+
+    @property
+    def checkpoint_tag(self) -> str | TrainingIteration:
+        """``checkpoint_tag`` of the config: a text, or an iteration with one field or all; ``latest`` for None."""
+        tag = self.config.checkpoint_tag
+        return TrainingIteration.from_mapping(tag) if isinstance(tag, Mapping) else tag or "latest"
 
     @property
     def selection(self) -> RunSelection | None:
@@ -271,7 +300,7 @@ class CheckpointInitializer(SourceInitializer):
         snapshot = self._snapshot() if selection is None else selection.snapshot
         needs = [self._need(leaf, part, snapshot) for leaf in leaves]
         if selection is None:
-            asks_for_state = part == "model" and self.config.load_optim
+            asks_for_state = part == "model" and self.load_optim
             known = [leaf for leaf in leaves if leaf.model is not None] if asks_for_state else []
             state = [self._need(leaf, "optim", snapshot) for leaf in by_optimizer(known)[0]]
             selection = session.selection = self._selected(snapshot, needs, state)
@@ -280,7 +309,7 @@ class CheckpointInitializer(SourceInitializer):
         return selection
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(self.source_paths)
+        return Snapshot(self.init_run_path_provider)
 
     def _selected(self, snapshot: Snapshot, needs: Sequence[Need], state: Sequence[Need]) -> RunSelection:
         """The set with the files that are needed; where no such set has the optimizer state besides, one without."""
@@ -298,7 +327,7 @@ class CheckpointInitializer(SourceInitializer):
     ) -> RunSelection:
         """The selection, unless the set must not be taken; the log says what was selected."""
         kind, chosen = self.config.kind, selected.found
-        message = _other_run(chosen, self.source_paths)
+        message = _other_run(chosen, self.init_run_path_provider)
         if message:
             self._of_other_run(chosen, message)
         for name, reason in selected.passed_over:
@@ -318,9 +347,9 @@ class CheckpointInitializer(SourceInitializer):
             found = chosen.file(query.model_name, query.part, self._info(query.part))
             if found is None:
                 return None
-            origin = {"run_id": self.source_paths.run_id, "tag": self._tag_words()}
-            if self.source_paths.stage_name is not None:
-                origin["stage_name"] = self.source_paths.stage_name
+            origin = {"run_id": self.init_run_path_provider.run_id, "tag": self._tag_words()}
+            if self.init_run_path_provider.stage_name is not None:
+                origin["stage_name"] = self.init_run_path_provider.stage_name
             iteration = selection.snapshot.iteration_of(chosen)
             if iteration is not None:
                 origin["iteration"] = str(iteration)
@@ -348,7 +377,7 @@ class CheckpointInitializer(SourceInitializer):
 
     def file_root(self, name: str, below: str) -> str:
         """``model_name`` where the config says it, also for a composite."""
-        return self.config.model_name or super().file_root(name, below)
+        return self.model_name or super().file_root(name, below)
 
     def check_together(self, metadata: Mapping[Path, Mapping[str, Any]]) -> None:
         """Make sure that the files of the set are of one iteration and one run."""
@@ -386,7 +415,7 @@ class CheckpointInitializer(SourceInitializer):
                 stored = reader.metadata.get("model_config")
         if not isinstance(stored, Mapping):
             raise ConfigError(f"the file of {model_name} at {tag} stores no model_config")
-        dropped = self.config.pop_ckpt_kwargs_keys or []
+        dropped = self.pop_ckpt_kwargs_keys
         absent = [key for key in dropped if key not in stored]
         if absent:
             raise ConfigError(
@@ -396,7 +425,7 @@ class CheckpointInitializer(SourceInitializer):
         return {key: value for key, value in stored.items() if key not in dropped}
 
     def _info(self, part: Part) -> str | None:
-        return self.config.model_info if part == "model" else None
+        return self.model_info if part == "model" else None
 
     def _need(self, leaf: Leaf, part: Part, snapshot: Snapshot) -> Need:
         """The first name of the model that some set has, else its full path."""
@@ -410,16 +439,12 @@ class CheckpointInitializer(SourceInitializer):
         self.logger.warning("%s: %s", self.config.kind, message)
 
     def _tag_words(self) -> str:
-        tag = self.checkpoint_tag
-        return str(TrainingIteration.from_mapping(tag)) if isinstance(tag, Mapping) else tag
+        return str(self.checkpoint_tag)
 
 
 def _other_run(selected: CheckpointSet, asked: PathProvider) -> str:
     """A warning of a committed set that is not of the run and stage that were asked for; else empty."""
     if not selected.committed or (selected.run_id, selected.stage_name) == (asked.run_id, asked.stage_name):
         return ""
-    written, here = (
-        f"run {run_id}" + (f", stage {stage_name}" if stage_name is not None else "")
-        for run_id, stage_name in ((selected.run_id, selected.stage_name), (asked.run_id, asked.stage_name))
-    )
-    return f"{selected.folder} was written by {written}, and is read as {here}: the folder was renamed or copied"
+    written, here = name_of_run(selected.run_id, selected.stage_name), name_of_run(asked.run_id, asked.stage_name)
+    return f"{selected.folder} was written by run {written} and is read as run {here}: the folder was renamed or copied"

@@ -16,8 +16,9 @@ import attrs
 import pydantic
 
 from noether_init_core.config.base import KindConfig
+from noether_init_core.config.source import SourceInitializerConfig
 from noether_init_core.errors import KindContractError
-from noether_init_core.initializers.base import InitializerBase, SourceInitializerConfig
+from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import CONTRACT_VERSION, HOOK_NAMES, HookSpecs
 from noether_init_core.messages import near
@@ -133,8 +134,10 @@ def advice(cls: type[InitializerBase]) -> Iterator[Finding]:
 def config_fields(
     cls: type[pydantic.BaseModel], path: str = "", above: tuple[type, ...] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """Every key of a config and of the models below it, as ``rules.match``, with its pydantic field."""
+    """Every key but ``kind`` of a config and of the models below it, as ``rules.match``, with its pydantic field."""
     for name, field in cls.model_fields.items():
+        if name == "kind" and not path:  # not described by the author of each kind
+            continue
         yield f"{path}{name}", field
         for inner in _models_in(field.annotation):
             if inner is not cls and inner not in above:
@@ -234,9 +237,15 @@ def _of_hook(cls: type[InitializerBase], name: str, arguments: Sequence[str]) ->
     if not parameters or parameters[0].kind not in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
         yield Finding(f"{name} does not take self", plain)
         return
+    every = {argument for hook in HOOK_NAMES for argument in _arguments_of(getattr(HookSpecs, hook))}
     for one in parameters[1:]:
         is_plain = one.kind is Parameter.POSITIONAL_OR_KEYWORD and one.default is Parameter.empty
         shown = f"{'*, ' if one.kind is Parameter.KEYWORD_ONLY else ''}{one.replace(annotation=Parameter.empty)}"
+        # An argument with a default is for direct calls, as in Noether; near the name of one that the stack fills, it
+        # is a typing error, and would keep its default.
+        is_optional = one.default is not Parameter.empty and not near(one.name, every, 1, cutoff=0.8)
+        if one.name not in arguments and is_optional:
+            continue
         if one.name not in arguments:
             offered = ", ".join(arguments)
             yield Finding(f"{name} takes {shown}, which would never be filled; it may take: {offered}", plain)

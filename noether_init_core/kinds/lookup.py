@@ -346,8 +346,8 @@ def create(config: Mapping[str, Any] | KindConfig, *, path_provider: Any = None)
     cls, validated = _validated(config)
     keywords = dict(getattr(validated, "kwargs", None) or {})
     try:
-        if {"config", "path_provider"} & keywords.keys():
-            raise TypeError("config and path_provider are given already")
+        if {"config", "initializer_config", "path_provider"} & keywords.keys():
+            raise TypeError("the config and path_provider are given already")
         inspect.signature(cls).bind(validated, path_provider=path_provider, **keywords)
     except TypeError as error:
         raise ConfigError(
@@ -416,6 +416,12 @@ def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> t
             raise ConfigError(
                 f"kind {quoted(config.kind)} takes a {cls.config_class.__qualname__}, not {type_of(config)}. "
                 f"Next: ninit schema {config.kind}"
+            )
+        if type(config) is not cls.config_class and "kind" not in config.model_fields_set:
+            # the kind is inherited: another class than the one that the config was written for would be created
+            raise ConfigError(
+                f"{type(config).__name__} inherits its kind, {quoted(config.kind)}, from "
+                f"{cls.config_class.__name__}. Next: {type(config).__name__}(kind=...), or a default in the class"
             )
         return cls, config
     if not isinstance(config, Mapping):

@@ -345,7 +345,7 @@ def _owners(key: str, kind: str) -> str:
 
 def _rule_keys() -> list[str]:
     """Keys of rules and steps of ``transforms``."""
-    from noether_init_core.config.transforms import TransformConfig
+    from noether_init_core.config.source import TransformConfig
     from noether_init_core.surgery.steps import STEPS
 
     return [*(field.alias or name for name, field in TransformConfig.model_fields.items()), *STEPS]

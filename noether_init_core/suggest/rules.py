@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.messages import listed, one_line, yaml_line
 from noether_init_core.suggest.pairs import Pair
 from noether_init_core.surgery.name_rules import Transforms

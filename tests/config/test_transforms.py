@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from noether_init_core import ConfigError, InitializerStack
-from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.stack.config_files import load_config_file
 from noether_init_core.surgery.name_rules import Rule
 

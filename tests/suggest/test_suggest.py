@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings, strategies as st
 from support.counting import LineCounter
 
-from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.suggest.suggest import suggest
 from noether_init_core.surgery.fit import PlanPart, TargetSpec

@@ -19,7 +19,7 @@ from noether_init_core import (
     bind,
     compose,
 )
-from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.surgery.fit import PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import Transforms
 from noether_init_core.surgery.planner import plan_load

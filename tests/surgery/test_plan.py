@@ -7,7 +7,7 @@ import json
 import attrs
 import pytest
 
-from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename, Transforms

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from noether_init_core.config.transforms import TransformConfig, rule_of
+from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.surgery.name_rules import NameMatch, Transforms
 from noether_init_core.surgery.patterns import PatternSet, parse_glob, parse_pattern, parse_regex
 

@@ -31,8 +31,8 @@ class SignedStoreConfig(SourceInitializerConfig):
 
     # an error must not repeat what somebody wrote into the wrong field
     model_config = pydantic.ConfigDict(hide_input_in_errors=True)
-    default_kind: ClassVar[str | None] = "signed_store"
 
+    kind: str = "signed_store"
     url: str = pydantic.Field(
         description="Where the files are: <url>/<name> and <url>/<name>.json; without user, password and query."
     )

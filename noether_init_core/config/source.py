@@ -1,17 +1,20 @@
-"""How configs write transforms: the rules of key surgery, validated, and turned into those of ``surgery``."""
+"""The configs of kinds that read files, and of the transforms in them, which become the rules of ``surgery``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
 import attrs
 import pydantic
 from pydantic_core import CoreSchema, core_schema
 
+from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.files.content import ITEMSIZES
 from noether_init_core.surgery.name_rules import Rule
 from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pattern, parse_regex
+from noether_init_core.surgery.planner import Policies
 from noether_init_core.surgery.steps import STEPS, Step, described, written
 
 
@@ -212,3 +215,112 @@ def rule_of(config: TransformConfig, label: str) -> Rule:
     if config.to is not None:
         shown += f" -> {', '.join(config.to)}"
     return Rule("from", sources, f"{label} ({shown})", targets, tuple(config.do), config.optional)
+
+
+def _for_all(value: Any) -> Any:
+    """A number alone is meant for all parameters."""
+    return value if isinstance(value, Mapping) else {"**": value}
+
+
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+class SourceInitializerConfig(KindConfig):
+    """What every kind that reads weights from a file can be told."""
+
+    verify: Literal["full", "header", "none"] = pydantic.Field(
+        default="full",
+        description="full: every byte against its checksum; header: the structure only; none: nothing, nor are values "
+        "looked at unless on_nonfinite is given.",
+    )
+    on_nonfinite: Literal["error", "warn", "ignore"] | None = pydantic.Field(
+        default=None,
+        description="What NaN, or infinities in a parameter, lead to; when null an error, with verify: none nothing.",
+    )
+    cast: Literal["same_kind", "none", "any"] = pydantic.Field(
+        default="same_kind", description="Which dtypes may be converted: float to float, none, or any."
+    )
+    transforms: list[TransformConfig] = pydantic.Field(
+        default=[], description="Rules that say which keys of the file become which keys of the model."
+    )
+    source_root: str | None = pydantic.Field(
+        default=None, description="Prefix in the file that rules are relative to; keys outside it are left."
+    )
+    target_root: str | None = pydantic.Field(
+        default=None, description="Prefix in the model that rules are relative to; keys outside it keep their value."
+    )
+    on_missing: Literal["error", "keep", "reset"] = pydantic.Field(
+        default="error",
+        description="What a key of the model leads to that the file has not: an error, its present value, or a fresh "
+        "value by its module's reset_parameters.",
+    )
+    on_unexpected: Literal["error", "ignore"] = pydantic.Field(
+        default="error", description="What a key of the file leads to that the model has not."
+    )
+    on_mismatch: Literal["error", "keep", "slice", "pad"] = pydantic.Field(
+        default="error",
+        description="What different shapes lead to: an error, the model's own value, the leading part of the file's "
+        "tensor, or the file's tensor in the leading part of the model's.",
+    )
+    on_unmatched_rule: Literal["error", "warn"] | None = pydantic.Field(
+        default=None, description="What a rule that matches nothing leads to: an error; for Noether's fields a warning."
+    )
+    min_coverage: Annotated[
+        dict[Glob, Share], pydantic.BeforeValidator(_for_all, json_schema_input_type=Share | dict[Glob, Share])
+    ] = pydantic.Field(
+        default={},
+        description="Least share of the parameters that must come from checkpoints, from 0 to 1; or globs -> shares.",
+    )
+    submodel: str | None = pydantic.Field(
+        default=None, description="Initialize this submodel of a composite only, such as encoder or encoder.stem."
+    )
+
+    @property
+    def policies(self) -> Policies:
+        """What is done where file and model do not fit."""
+        return Policies(self.on_missing, self.on_unexpected, self.on_mismatch, self.cast, dict(self.min_coverage))
+
+    @property
+    def nonfinite(self) -> Literal["error", "warn", "ignore"]:
+        """What NaN and infinities lead to; with ``verify: none`` values are looked at only if the config says so."""
+        return self.on_nonfinite or ("ignore" if self.verify == "none" else "error")
+
+
+class OptimizerStateConfig(SourceInitializerConfig):
+    """The config of kinds that can bring optimizer state besides weights; ``locate`` is then asked for ``optim``."""
+
+    load_optim: bool = pydantic.Field(default=False, description="Whether the state of the optimizer is loaded too.")
+    param_groups: dict[str, Literal["checkpoint", "config"]] = pydantic.Field(
+        default={},
+        description="Field of the optimizer's groups (lr, weight_decay; * for all others) -> whose value stays: that "
+        "of the checkpoint (the default), or of the optimizer as it is configured now.",
+    )
+    on_missing_state: Literal["error", "fresh"] = pydantic.Field(
+        default="error",
+        description="What a parameter leads to whose weights are loaded and that has no optimizer state in the file.",
+    )
+    on_unexpected_state: Literal["error", "ignore"] | None = pydantic.Field(
+        default=None,
+        description="What optimizer state leads to of a parameter that is not there: an error; when null a warning "
+        "where weights were renamed or left out.",
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check_optimizer_fields(self) -> Self:
+        about_state: dict[str, Any] = {"param_groups": {}, "on_missing_state": "error", "on_unexpected_state": None}
+        given = [name for name, default in about_state.items() if getattr(self, name) != default]
+        if given and not self.load_optim:
+            raise ValueError(f"{given[0]} is about optimizer state, which is not loaded. Add: load_optim: true")
+        return self
+
+
+class CheckpointInitializerConfig(InitializerConfig, OptimizerStateConfig):
+    """The config of kinds that read from the checkpoints of a run."""
+
+    load_optim: bool = pydantic.Field(description="Whether the state of the optimizer is loaded too.")
+    pop_ckpt_kwargs_keys: list[str] | None = pydantic.Field(
+        default=None, description="Keys to drop from the stored model_config when a model is rebuilt from it."
+    )
+    output_path: Path | None = pydantic.Field(
+        default=None, description="Output root of the source run; the current run's when null."
+    )
