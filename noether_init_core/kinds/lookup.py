@@ -417,7 +417,8 @@ def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> t
                 f"kind {quoted(config.kind)} takes a {cls.config_class.__qualname__}, not {type_of(config)}. "
                 f"Next: ninit schema {config.kind}"
             )
-        if type(config) is not cls.config_class and "kind" not in config.model_fields_set:
+        says_kind = "kind" in config.model_fields_set or "kind" in inspect.get_annotations(type(config))
+        if type(config) is not cls.config_class and not says_kind:
             # the kind is inherited: another class than the one that the config was written for would be created
             raise ConfigError(
                 f"{type(config).__name__} inherits its kind, {quoted(config.kind)}, from "
