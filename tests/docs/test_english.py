@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from support.pages import ROOT, pages
 
-PAGES = [*pages(), ROOT / "CHANGELOG.md"]
+PAGES = [*pages(), ROOT / "CHANGELOG.md", *sorted(ROOT.glob("examples/*/README.md"))]
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 MOST_WORDS = 25
 
