@@ -71,9 +71,22 @@ def yaml_line(value: Any) -> str:
     """
     import yaml
 
+    class OneLine(yaml.SafeDumper):
+        """Double quotes keep a line break as an escape; single ones would break the line."""
+
+    def text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+    OneLine.add_representer(str, text_node)
+
     def dumped(*, allow_unicode: bool) -> str:
-        text: str = yaml.safe_dump(
-            value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=allow_unicode
+        text: str = yaml.dump(
+            value,
+            Dumper=OneLine,
+            default_flow_style=True,
+            sort_keys=False,
+            width=float("inf"),
+            allow_unicode=allow_unicode,
         )
         # a scalar alone ends with a document marker
         return text.removesuffix("\n").removesuffix("\n...")

@@ -57,6 +57,13 @@ def test_yaml_to_paste_means_what_was_said(value: object) -> None:
     assert yaml.safe_load(text) == value
 
 
+def test_a_line_break_is_an_escape() -> None:
+    """In a value and in a key, alone and among other text."""
+    for value, text in (("\n", '"\\n"'), ("a\nb", '"a\\nb"'), ({"a\nb": ["c"]}, '{? "a\\nb" : [c]}')):
+        assert yaml_line(value) == text
+        assert yaml.safe_load(text) == value
+
+
 def test_a_comment_sign_is_quoted() -> None:
     """Unquoted, the rest of the line would be a comment."""
     assert yaml.safe_load(f"source_root: {yaml_line('a #c.')}") == {"source_root": "a #c."}
