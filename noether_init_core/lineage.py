@@ -14,7 +14,7 @@ from typing import Any, Literal
 import attrs
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
-from noether_init_core.paths import DEBUG_FOLDER, PathProvider, name_of_run
+from noether_init_core.paths import DEBUG_FOLDER, PathProvider, local_path, name_of_run
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
 from noether_init_core.sets.provenance import History, SourceRecord, load_histories
@@ -183,10 +183,10 @@ def lineage_of(path: Path | str, roots: Sequence[Path | str] = ()) -> Lineage:
 
     Raises ``CheckpointNotFoundError`` where there is no run.
     """
-    asked = [_run_at(paths) for paths in runs_at(Path(path))]
+    asked = [_run_at(paths) for paths in runs_at(local_path(path))]
     found = {one.folder: one for one in asked}
     own = dict.fromkeys(one.root for one in asked)
-    for root in [*own, *(Path(root).resolve() for root in roots)]:
+    for root in [*own, *(local_path(root).resolve() for root in roots)]:
         try:
             below = runs_at(root)
         except CheckpointNotFoundError:

@@ -15,6 +15,8 @@ from noether_init_core.errors import ConfigError, InvalidNameError, type_of
 MAX_NAME_BYTES = 200
 #: Below the output root, it holds the runs of debug mode.
 DEBUG_FOLDER = "debug"
+#: Two letters at least, since ``C:`` is a drive.
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 #: What no component of a path may hold, and how that is said.
 _REFUSED = (
     (re.compile(r"\A\Z"), "is empty"),
@@ -67,6 +69,22 @@ def check_run_id(value: str) -> str:
     return value
 
 
+def local_path(value: str | os.PathLike[str]) -> Path:
+    """``value`` as a path. Raises ``ConfigError`` for a URI, which as a path would be a folder of this machine."""
+    text = os.fspath(value)
+    uri = _URI.match(text)
+    if uri is None:
+        return Path(value)
+    rest = text[uri.end() :].lstrip("/")
+    if uri[1] == "file":
+        raise ConfigError(f"'file:///{rest}' is a URI; only paths are read. Next: /{rest}")
+    raise ConfigError(
+        # a Path has one slash of the two
+        f"'{uri[1]}://{rest}' is a URI of {uri[1]}; runs and files are read from folders of this machine only. "
+        "Next: mount the store, or copy the run, and give that folder"
+    )
+
+
 def name_of_run(run_id: str | None, stage_name: str | None) -> str:
     """Run and stage as they are written: ``pretrain``, ``pretrain/stage``."""
     return f"{run_id}/{stage_name}" if stage_name is not None else str(run_id)
@@ -88,10 +106,10 @@ class PathProvider:
     Only names are handled here: no property reads the disk, none creates a folder. ``run_id_is_generated`` is true
     where the run id is a new one at each start (``generate``); ``auto_resume`` refuses such a run.
 
-    Raises ``InvalidNameError`` for names that are not a single path component.
+    Raises ``InvalidNameError`` for names that are not a single path component, ``ConfigError`` for a URI as root.
     """
 
-    output_root: Path = attrs.field(converter=Path)
+    output_root: Path = attrs.field(converter=local_path)
     run_id: str
     stage_name: str | None = None
     debug: bool = attrs.field(default=False, kw_only=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import ClassVar
 
 import pydantic
 
 from noether_init_core.config.base import KindConfig
-from noether_init_core.config.source import SourceInitializerConfig
+from noether_init_core.config.source import LocalPath, SourceInitializerConfig
 from noether_init_core.files.storage.handle import digest_problem
 from noether_init_core.initializers.base import LocateQuery, Source
 from noether_init_core.initializers.source import SourceInitializer
@@ -19,7 +18,7 @@ class FileInitializerConfig(SourceInitializerConfig):
     """The config of ``file``."""
 
     kind: str = "file"
-    path: Path = pydantic.Field(
+    path: LocalPath = pydantic.Field(
         description="The file: .th, .pt, .pth, .ckpt or .bin as torch.save writes it, or .safetensors."
     )
     digest: str | None = pydantic.Field(

@@ -295,6 +295,11 @@ def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:
 
     if info.distribution in (None, _CORE):
         return
+    if other := kinds.imported_from(info):
+        yield Finding(
+            f"the class was imported from {other}, which is not a file of {info.distribution}",
+            "run the command in another folder, or rename the folder that has the name of the package",
+        )
     distribution = importlib.metadata.distribution(str(info.distribution))
     requirements = [re.split(r"[ ;\[<>=!~(]", line)[0] for line in distribution.requires or ()]
     if _CORE not in [name.lower().replace("_", "-") for name in requirements]:

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from noether_init_core.errors import CheckpointFormatError, CheckpointNotFoundError, InitError
 from noether_init_core.messages import listed, near, one_line, printable
+from noether_init_core.paths import local_path
 
 if TYPE_CHECKING:
     from noether_init_pages import SaysItself
@@ -205,8 +206,10 @@ def write_text(path: Path, text: str) -> None:
 def check_path(path: Path) -> None:
     """Raise where ``path`` cannot be what was meant, with what is near to it and the next command.
 
-    Raises ``CheckpointNotFoundError`` for an absent path, ``CheckpointFormatError`` for a config or another text.
+    Raises ``ConfigError`` for a URI, ``CheckpointNotFoundError`` for an absent path, ``CheckpointFormatError`` for a
+    config or another text.
     """
+    local_path(path)
     if not path.exists():
         folder = next((parent for parent in path.parents if parent.is_dir()), Path())
         asked = path.relative_to(folder).parts[0] if path.is_relative_to(folder) and path != folder else path.name

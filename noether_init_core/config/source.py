@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
@@ -12,6 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.files.content import ITEMSIZES
+from noether_init_core.paths import local_path
 from noether_init_core.surgery.name_rules import Rule
 from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pattern, parse_regex
 from noether_init_core.surgery.planner import Policies
@@ -217,11 +219,16 @@ def rule_of(config: TransformConfig, label: str) -> Rule:
     return Rule("from", sources, f"{label} ({shown})", targets, tuple(config.do), config.optional)
 
 
+def _local(value: Any) -> Any:
+    return local_path(value) if isinstance(value, str | os.PathLike) else value
+
+
 def _for_all(value: Any) -> Any:
     """A number alone is meant for all parameters."""
     return value if isinstance(value, Mapping) else {"**": value}
 
 
+LocalPath = Annotated[Path, pydantic.BeforeValidator(_local)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
@@ -321,6 +328,6 @@ class CheckpointInitializerConfig(InitializerConfig, OptimizerStateConfig):
     pop_ckpt_kwargs_keys: list[str] | None = pydantic.Field(
         default=None, description="Keys to drop from the stored model_config when a model is rebuilt from it."
     )
-    output_path: Path | None = pydantic.Field(
+    output_path: LocalPath | None = pydantic.Field(
         default=None, description="Output root of the source run; the current run's when null."
     )

@@ -23,7 +23,7 @@ from noether_init_core.files.content import ForeignObject, TensorInfo
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.messages import listed
 from noether_init_core.nested import equal, mapped
-from noether_init_core.paths import PathProvider, name_of_run
+from noether_init_core.paths import PathProvider, local_path, name_of_run
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, said_by
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.places import runs_at
@@ -175,7 +175,7 @@ def side_at(path: Path | str) -> Side:
 
     Raises ``CheckpointNotFoundError`` where nothing is there, or where it is several runs or stages.
     """
-    path = Path(path)
+    path = local_path(path)
     tag = None
     if not path.exists() and "@" in path.name:
         name, _, tag = path.name.rpartition("@")

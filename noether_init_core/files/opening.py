@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +25,7 @@ from noether_init_core.files.storage.handle import Handle, Storage, open_file
 from noether_init_core.files.verification import Verification, digest_of_records
 from noether_init_core.memory import Finding, no_garbage_collection
 from noether_init_core.messages import one_line
+from noether_init_core.paths import local_path
 from noether_init_core.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ def open_checkpoint(
             ``NOETHER_INIT_ALLOW_GLOBALS`` adds to them, separated by commas. A config never does.
         stopwatch: Takes the time of this call, and of everything that is done with the checkpoint later.
 
-    Raises ``CheckpointNotFoundError``, ``CheckpointFormatError`` (``UnsafeGlobalError`` for names that are not
-    allowed) or ``CheckpointCorruptError`` (checksum of the header).
+    Raises ``ConfigError`` for a URI, ``CheckpointNotFoundError``, ``CheckpointFormatError`` (``UnsafeGlobalError`` for
+    names that are not allowed) or ``CheckpointCorruptError`` (checksum of the header).
     """
     stopwatch = Stopwatch() if stopwatch is None else stopwatch
     with stopwatch.phase("screen"):
-        handle = open_file(Path(location)) if isinstance(location, str | os.PathLike) else Handle(location)
+        handle = open_file(local_path(location)) if isinstance(location, str | os.PathLike) else Handle(location)
         try:
             with no_garbage_collection():
                 # a zip archive of stored records has zero where the header of a safetensors file has its first brace

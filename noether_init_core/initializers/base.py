@@ -15,7 +15,7 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import ConfigError, StartConflictError, type_of
 from noether_init_core.files.checkpoint import Digests
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.paths import PathProvider
+from noether_init_core.paths import PathProvider, local_path
 from noether_init_core.sets.file_names import Part
 from noether_init_core.sets.provenance import History
 from noether_init_core.stopwatch import Stopwatch, Timing, summed
@@ -360,7 +360,7 @@ class Source:
         origin: Where it came from, for people and reports: run_id, stage_name, tag, iteration.
     """
 
-    location: Path = attrs.field(converter=Path)
+    location: Path = attrs.field(converter=local_path)
     digests: Digests | str | None = attrs.field(default=None, repr=lambda found: repr(found)[:80])
     entry: str | None = None
     origin: Mapping[str, str] = attrs.Factory(dict)
@@ -371,10 +371,10 @@ class Source:
         return self.digests.file if isinstance(self.digests, Digests) else self.digests
 
     def describe(self) -> str:
-        """The origin in words."""
-        if not self.origin:
-            return str(self.location)
-        run = "/".join(self.origin[key] for key in ("run_id", "stage_name") if key in self.origin)
-        tag, iteration = self.origin.get("tag"), self.origin.get("iteration")
+        """The origin in words, with every key of it."""
+        origin = dict(self.origin)
+        run = "/".join(origin.pop(key) for key in ("run_id", "stage_name") if key in origin) or str(self.location)
+        tag, iteration = origin.pop("tag", None), origin.pop("iteration", None)
         words = [run, f"@ {tag}" if tag else "", f"= {iteration}" if iteration and iteration != tag else ""]
+        words += [f"({', '.join(f'{key} {value}' for key, value in origin.items())})"] if origin else []
         return " ".join(word for word in words if word)

@@ -25,6 +25,7 @@ from noether_init_core.kinds.lookup import (
     create as create,
     describe as describe,
     home_of as home_of,
+    imported_from as imported_from,
     installed as installed,
     load as load,
     register as register,

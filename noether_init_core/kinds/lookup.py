@@ -25,10 +25,10 @@ from noether_init_core.errors import (
     ConfigError,
     KindBlockedError,
     KindConflictError,
-    KindImportError,
     UnknownKindError,
     type_of,
 )
+from noether_init_core.kinds.importing import importing, shadowed_by
 from noether_init_core.messages import listed, near, quoted
 
 if TYPE_CHECKING:
@@ -211,20 +211,10 @@ class Group:
         with self.importing(info):
             return importlib.metadata.EntryPoint(info.name, info.target, self.name).load()
 
-    @contextlib.contextmanager
-    def importing(self, info: KindInfo) -> Iterator[None]:
-        """Turn what a plugin raises within the block, also ``SystemExit``, into ``KindImportError``."""
-        try:
-            yield
-        except (Exception, SystemExit) as error:
-            # the target is foreign text, and the command is meant to be pasted into a shell
-            parts = re.fullmatch(r"([\w.]+)\s*:\s*(\w+)[\w.]*\s*(\[.*\])?", info.target, re.ASCII)
-            again = f'python -c "from {parts[1]} import {parts[2]}"' if parts else f"ninit check {info.name}"
-            raise KindImportError(
-                f"{self.noun} {quoted(info.name)} ({info.source}): importing {info.target} raised "
-                f"{type(error).__name__}: {error}. Other {self.noun}s are not affected. Next: {again}",
-                kind=info.name,
-            ) from error
+    def importing(self, info: KindInfo) -> contextlib.AbstractContextManager[None]:
+        """What a plugin's code runs in when it is imported; see ``importing.importing``."""
+        distribution = None if info.distribution == _CORE else info.distribution
+        return importing(f"{self.noun} {quoted(info.name)} ({info.source})", info.name, info.target, distribution)
 
     def summary(self) -> str:
         """What is installed, for messages: ``Installed: file, resume (noether-init-core 0.1.0)``."""
@@ -355,6 +345,13 @@ def create(config: Mapping[str, Any] | KindConfig, *, path_provider: Any = None)
             f"Next: ninit schema {validated.kind}"
         ) from None
     return cls(validated, path_provider=path_provider, **keywords)
+
+
+def imported_from(info: KindInfo) -> str | None:
+    """The file that an installed kind was imported from, where its distribution installed another one; else None."""
+    if info.distribution is None or info.distribution == _CORE:
+        return None
+    return shadowed_by(info.distribution, info.target)
 
 
 def load_observer(name: str) -> Any:

@@ -367,6 +367,14 @@ def _ancestors(
     return tuple((sources.setdefault(record, len(sources)), names) for record, names in chain)
 
 
+def _distribution(info: kinds.KindInfo | None) -> str:
+    """Distribution and version, and the imported file where that is not the distribution's; empty without one."""
+    if info is None or info.distribution is None:
+        return ""
+    other = kinds.imported_from(info)
+    return f"{info.source}{f', imported from {other}' if other else ''}"
+
+
 def reported(
     model: Any,
     prepared: Sequence[Prepared],
@@ -387,7 +395,7 @@ def reported(
         written: Number of a member without a plan -> the entries that it gave other values.
         decision: What ``auto_resume`` decided.
     """
-    offers = {info.name: f"{info.distribution} {info.version}" for info in kinds.installed()}
+    offers = {info.name: info for info in kinds.installed()}
     reports = []
     carried: list[Carried | Written] = []
     for number, (one, own_start) in enumerate(zip(prepared, starts, strict=True)):
@@ -397,7 +405,7 @@ def reported(
         reports.append(
             InitializerReport(
                 kind=member.kind,
-                distribution=offers.get(member.kind, ""),
+                distribution=_distribution(offers.get(member.kind)),
                 hooks=tuple(hook for hook in called if hook in member.called),
                 origins=tuple((one.model, one.description, ", ".join(one.files)) for one in planned.origins),
                 counts=planned.counts(),

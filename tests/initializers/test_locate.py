@@ -122,3 +122,17 @@ def test_a_checkpoint_of_a_kind_s_own_is_planned_loaded_and_reported(tmp_path: P
     assert torch.equal(module.weight, torch.full((2, 2), 2.0))
     assert report.loaded_parameters() == ("weight", "bias")
     assert [(one.path, dict(one.origin)) for one in report.sources] == [(str(tmp_path), {"run_id": "mean"})]
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        ({}, "model.pt"),
+        ({"run_id": "a", "stage_name": "s", "tag": "latest", "iteration": "E1"}, "a/s @ latest = E1"),
+        ({"run_id": "a", "revision": "9f8e", "commit": "42"}, "a (revision 9f8e, commit 42)"),
+        ({"revision": "9f8e"}, "model.pt (revision 9f8e)"),
+    ],
+)
+def test_every_key_of_an_origin_is_shown(origin: dict[str, str], words: str) -> None:
+    """Also one that this package does not know; without a run the file is named."""
+    assert Source("model.pt", origin=origin).describe() == words
