@@ -12,8 +12,8 @@ import torch
 from noether_init_core.errors import ConfigError
 from noether_init_core.models import check_model, leaf_models
 from noether_init_core.surgery.fit import TargetSpec
-from noether_init_core.surgery.name_rules import bare_names
 from noether_init_core.surgery.plan import PlanRow
+from noether_init_core.surgery.wrappers import bare_names
 
 #: Equal for two tensors that are one; see ``tensor_identity``.
 Identity = Hashable

@@ -23,8 +23,8 @@ from noether_init_core.suggest.rules import (
     transforms_of,
 )
 from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec, names_of_ties
-from noether_init_core.surgery.name_rules import bare_names
 from noether_init_core.surgery.planner import Policies, plan_load
+from noether_init_core.surgery.wrappers import bare_names
 
 # what models keep beside their parameters, and compute anew
 _COMPUTED = frozenset(

@@ -7,7 +7,6 @@ fields of Noether, with its results. Either decides by ``match``, and says by ``
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,10 +16,7 @@ import attrs
 from noether_init_core.surgery.patterns import NamePattern, PatternSet, near, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.plan import Problem
 from noether_init_core.surgery.steps import Step
-
-#: Segments that wrappers of modules put into names.
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
-_WRAPPER = re.compile("|".join(sorted(WRAPPERS)))
+from noether_init_core.surgery.wrappers import WRAPPERS, Forms, bare_names, cut, forms_of, paired
 
 
 @attrs.frozen
@@ -68,6 +64,36 @@ class NameMatch:
     shadowed: defaultdict[str, set[str]] = attrs.field(factory=lambda: defaultdict(set))
     said: dict[str, str] = attrs.Factory(dict)
 
+    def give(self, name: str, taken: Taken, shown: str = "") -> None:
+        """Let ``name``, ``shown`` in messages, come from ``taken``, unless it keeps its value or has one already."""
+        if name in self.kept:
+            self.unused_kept.update(dict.fromkeys(taken.sources, name))
+            return
+        other = self.moves.setdefault(name, taken)
+        if other is not taken:
+            message = (
+                f"{shown or name} would be loaded twice: from {_said(other)} and from {_said(taken)}. "
+                "Next: drop one of them"
+            )
+            self.problems += (Problem("two-sources", message, "", (*other.sources, *taken.sources)),)
+
+    def pair(self, sources: Mapping[str, Forms], targets: Mapping[str, Forms]) -> set[str]:
+        """Take the names that no rule took, despite the prefixes of wrappers. Returns those that were decided about."""
+        found = paired(sources, targets, self.moves)
+        for target, source in found.moves.items():
+            is_same = sources[source][1] == targets[target][1]
+            how = "the same name below the roots" if is_same else "prefix of a wrapper"
+            self.give(target, Taken((source,), None if target == source else how), targets[target][2] or target)
+        for source, choices in found.unclear:
+            rules = " or ".join(f"{{from: {source}, to: {target}}}" for target in choices)
+            readings = " or ".join(choices) if len(choices) > 1 else f"{choices[0]} or no entry of the model"
+            message = (
+                f"{source} may be {readings}: prefixes of wrappers (module. and the like) can be read in "
+                f"several ways. Next: say which, under transforms: {rules}"
+            )
+            self.problems += (Problem("unclear-prefix", message, "", (source, *choices)),)
+        return {*found.moves.values(), *(source for source, _choices in found.unclear)}
+
 
 @attrs.frozen
 class Rename:
@@ -95,9 +121,7 @@ class NoetherSurgery:
     def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
         """As Noether does it; see the class.
 
-        Names that differ only in the segments that wrappers of modules add, ``module.`` (DistributedDataParallel),
-        ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.``, are matched where nothing else decided about them
-        and exactly one name fits on each side.
+        Names that no rule changed are taken as they are, or despite the prefixes of wrappers: ``wrappers.paired``.
         """
         match = NameMatch()
         current: dict[str, str] = {name: name for name in sources}
@@ -129,21 +153,18 @@ class NoetherSurgery:
                 if pattern in name:
                     match.kept.setdefault(name, rule)
                     match.matched.add(rule)
-        match.unused_kept = {current[name]: name for name in match.kept if name in current}
-        wanted = [name for name in targets if name not in match.kept]
-        match.moves = {
-            name: Taken((current[name],), last_rule.get(current[name])) for name in wanted if name in current
-        }
-        known = set(targets)
-        left = _by_bare_name(name for name, source in current.items() if name == source and name not in known)
-        missing = _by_bare_name(name for name in wanted if name not in match.moves)
-        for bare in missing.keys() & left.keys():
-            if len(missing[bare]) == len(left[bare]) == 1:
-                match.moves[missing[bare][0]] = Taken((left[bare][0],), "prefix of a wrapper")
+        for name in targets:
+            if current.get(name) in last_rule:
+                match.give(name, Taken((current[name],), last_rule[current[name]]))
+        of_file, of_model = forms_of(sources), forms_of(targets)
+        match.pair(
+            {name: of_file[name] for name, source in current.items() if source not in last_rule},
+            {name: forms for name, forms in of_model.items() if name not in match.moves},
+        )
         match.astray = {
             source: (name, last_rule[source])
             for name, source in current.items()
-            if source in last_rule and name not in known
+            if source in last_rule and name not in of_model
         }
         return match
 
@@ -272,7 +293,7 @@ class _Matching:
         self._rules = transforms
         self._targets = _below(transforms.target_root, bare_names(targets))
         self._sources = _below(transforms.source_root, bare_names(sources))
-        self._exact_targets = _below(transforms.target_root, dict(zip(targets, targets, strict=True)))
+        self._forms = forms_of(sources, transforms.source_root), forms_of(targets, transforms.target_root)
         reached = set(self._targets.values())
         self._untouched = [name for name in targets if name not in reached]
         self._match = NameMatch(
@@ -296,21 +317,13 @@ class _Matching:
         return match
 
     def _take_by_name(self, plain: Mapping[str, str]) -> None:
-        """Names that no rule takes: exact ones first, since a module may really be called module."""
-        exact: set[str] = set()
-        left = {}
+        """Names that no rule takes."""
+        of_file, of_model = self._forms
+        reached = {name: of_model[name] for name in self._targets.values()}
+        decided = self._match.pair({name: of_file[name] for name in plain.values()}, reached)
         for bare, name in plain.items():
-            target = self._exact_targets.get(_cut(name, self._rules.source_root) or "")
-            if target is None:
-                left[bare] = name
-            else:
-                exact.add(target)
-                self._give(target, bare, Taken((name,), None if target == name else "the same name below the roots"))
-        for bare, name in left.items():
-            if self._targets.get(bare) in exact:
+            if name not in decided:
                 self._match.astray.setdefault(name, (self._rules.target_root + bare, ""))
-            else:
-                self._put(bare, Taken((name,), "prefix of a wrapper"), "")
 
     def _choose(self) -> tuple[Iterable[_Group], dict[str, str]]:
         """For each name the first rule that takes it: those of one rule and equal captures together, and the rest."""
@@ -362,22 +375,10 @@ class _Matching:
     def _put(self, bare: str, taken: Taken, label: str) -> None:
         name = self._targets.get(bare)
         if name is not None:
-            self._give(name, bare, taken)
+            self._match.give(name, taken, bare)
             return
         for source in taken.sources:
             self._match.astray.setdefault(source, (self._rules.target_root + bare, label))
-
-    def _give(self, name: str, bare: str, taken: Taken) -> None:
-        match = self._match
-        if name in match.kept:
-            match.unused_kept.update(dict.fromkeys(taken.sources, name))
-            return
-        other = match.moves.setdefault(name, taken)
-        if other is not taken:
-            message = (
-                f"{bare} would be loaded twice: from {_said(other)} and from {_said(taken)}. Next: drop one of them"
-            )
-            match.problems += (Problem("two-sources", message, "", (*other.sources, *taken.sources)),)
 
 
 NameRules = NoetherSurgery | Transforms
@@ -404,30 +405,7 @@ def _prefix(root: str) -> str:
     return ".".join((*segments, "")) if segments else ""
 
 
-def _cut(name: str, root: str) -> str | None:
-    """The name below ``root`` as it stands, with all that wrappers put into it; None outside."""
-    return name[len(root) :] if not root or (name.startswith(root) and name != root) else None
-
-
 def _below(root: str, names: Mapping[str, str]) -> dict[str, str]:
     """Names below ``root``, without it."""
-    cuts = ((_cut(bare, root), name) for bare, name in names.items())
+    cuts = ((cut(bare, root), name) for bare, name in names.items())
     return {cut: name for cut, name in cuts if cut is not None}
-
-
-def bare_names(names: Iterable[str]) -> dict[str, str]:
-    """Name without the segments of wrappers -> name. Where two would be one, both stay as they are."""
-    names = tuple(names)
-    if not any(map(_WRAPPER.search, names)):
-        return dict(zip(names, names, strict=True))
-    return {(bare if len(those) == 1 else name): name for bare, those in _by_bare_name(names).items() for name in those}
-
-
-def _by_bare_name(names: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        bare = name
-        if _WRAPPER.search(name):
-            bare = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
-        found.setdefault(bare, []).append(name)
-    return found
