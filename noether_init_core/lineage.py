@@ -14,11 +14,12 @@ from typing import Any, Literal
 import attrs
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
-from noether_init_core.paths import DEBUG_FOLDER, PathProvider, local_path, name_of_run
+from noether_init_core.paths import DEBUG_FOLDER, PathProvider, name_of_run
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
 from noether_init_core.sets.provenance import History, SourceRecord, load_histories
 from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.uris import local_path
 
 LINEAGE_VERSION = 1
 

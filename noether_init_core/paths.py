@@ -11,12 +11,11 @@ from typing import Any, Self
 import attrs
 
 from noether_init_core.errors import ConfigError, InvalidNameError, type_of
+from noether_init_core.uris import local_path
 
 MAX_NAME_BYTES = 200
 #: Below the output root, it holds the runs of debug mode.
 DEBUG_FOLDER = "debug"
-#: Two letters at least, since ``C:`` is a drive.
-_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 #: What no component of a path may hold, and how that is said.
 _REFUSED = (
     (re.compile(r"\A\Z"), "is empty"),
@@ -67,22 +66,6 @@ def check_run_id(value: str) -> str:
             value=value,
         )
     return value
-
-
-def local_path(value: str | os.PathLike[str]) -> Path:
-    """``value`` as a path. Raises ``ConfigError`` for a URI, which as a path would be a folder of this machine."""
-    text = os.fspath(value)
-    uri = _URI.match(text)
-    if uri is None:
-        return Path(value)
-    rest = text[uri.end() :].lstrip("/")
-    if uri[1] == "file":
-        raise ConfigError(f"'file:///{rest}' is a URI; only paths are read. Next: /{rest}")
-    raise ConfigError(
-        # a Path has one slash of the two
-        f"'{uri[1]}://{rest}' is a URI of {uri[1]}; runs and files are read from folders of this machine only. "
-        "Next: mount the store, or copy the run, and give that folder"
-    )
 
 
 def name_of_run(run_id: str | None, stage_name: str | None) -> str:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from noether_init_core.errors import CheckpointFormatError, CheckpointNotFoundError, InitError
 from noether_init_core.messages import listed, near, one_line, printable
-from noether_init_core.paths import local_path
+from noether_init_core.uris import local_path
 
 if TYPE_CHECKING:
     from noether_init_pages import SaysItself

@@ -13,11 +13,11 @@ from pydantic_core import CoreSchema, core_schema
 
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.files.content import ITEMSIZES
-from noether_init_core.paths import local_path
 from noether_init_core.surgery.name_rules import Rule
 from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pattern, parse_regex
 from noether_init_core.surgery.planner import Policies
 from noether_init_core.surgery.steps import STEPS, Step, described, written
+from noether_init_core.uris import local_path
 
 
 class _Strict(pydantic.BaseModel):

@@ -23,12 +23,13 @@ from noether_init_core.files.content import ForeignObject, TensorInfo
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.messages import listed
 from noether_init_core.nested import equal, mapped
-from noether_init_core.paths import PathProvider, local_path, name_of_run
+from noether_init_core.paths import PathProvider, name_of_run
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, said_by
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.places import runs_at
 from noether_init_core.sets.selection import find_set
 from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.uris import local_path
 
 DIFF_VERSION = 1
 _OBJECT = "object"

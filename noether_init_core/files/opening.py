@@ -25,8 +25,8 @@ from noether_init_core.files.storage.handle import Handle, Storage, open_file
 from noether_init_core.files.verification import Verification, digest_of_records
 from noether_init_core.memory import Finding, no_garbage_collection
 from noether_init_core.messages import one_line
-from noether_init_core.paths import local_path
 from noether_init_core.stopwatch import Stopwatch
+from noether_init_core.uris import local_path
 
 if TYPE_CHECKING:
     import torch

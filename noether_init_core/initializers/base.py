@@ -15,12 +15,13 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import ConfigError, StartConflictError, type_of
 from noether_init_core.files.checkpoint import Digests
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.paths import PathProvider, local_path
+from noether_init_core.paths import PathProvider
 from noether_init_core.sets.file_names import Part
 from noether_init_core.sets.provenance import History
 from noether_init_core.stopwatch import Stopwatch, Timing, summed
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan
+from noether_init_core.uris import local_path
 
 
 def dotted(*path: str | int) -> str:
