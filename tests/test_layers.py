@@ -42,6 +42,7 @@ LAYERS = {
     "render": 10,
     "testing": 10,
     "scaffold": 10,
+    "__pyinstaller": 10,
     "cli": 12,
     "__main__": 13,
 }

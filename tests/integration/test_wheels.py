@@ -123,6 +123,27 @@ def test_the_wheel_registers_what_the_project_file_says(environment: Environment
     assert version == project["version"]
 
 
+def test_pyinstaller_finds_the_hook_by_an_entry_point_of_the_wheel(environment: Environment, tmp_path: Path) -> None:
+    """It names the folder with the hook, whose result is of the environment that freezes."""
+    output = environment.run(
+        """
+        import json, runpy, sys
+        from importlib.metadata import entry_points
+        from pathlib import Path
+        points = entry_points(group="pyinstaller40", name="hook-dirs")
+        (point,) = [one for one in points if one.module.startswith("noether_init_core.")]
+        (folder,) = point.load()()
+        hook = runpy.run_path(str(Path(folder) / "hook-noether_init_core.py"))
+        metadata = [target for source, target in hook["datas"] if target.endswith(".dist-info")]
+        heavy = [name for name in sys.modules if name in ("torch", "pydantic")]
+        print(json.dumps([metadata, "noether_init_core.builtin.file" in hook["hiddenimports"], heavy]))
+        """,
+        where=tmp_path,
+    )
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert json.loads(output) == [[f"noether_init_core-{version}.dist-info"], True, []]
+
+
 def test_a_strangers_kind_is_selected_in_a_file_and_runs(constant: Environment, tmp_path: Path) -> None:
     """Its own distribution, kind and config class; the model holds the number of the YAML file."""
     (tmp_path / "init.yaml").write_text("initializers:\n- kind: constant\n  value: 2.5\n")
