@@ -49,6 +49,8 @@ _FOREIGN = ("kind", "value", "path", "key_path", "asked", "candidates", "key")
 
 def type_of(value: object) -> str:
     """The type of ``value`` as messages name it, with its article: ``an OrderedDict``, ``a Linear``."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     name = type(value).__name__
     return f"an {name}" if name.lstrip("_")[:1].lower() in ("a", "e", "i", "o") else f"a {name}"
 

@@ -29,12 +29,37 @@ _REFUSED = (
 )
 
 
-def check_name(value: str, what: str) -> str:
+#: Types that YAML reads from a text without quotes, each with an example. A bool is an int, so it comes first.
+_OF_YAML = (
+    (bool, "a boolean", "on"),
+    (int, "an integer", "2026_02_19"),
+    (float, "a number", "0.90"),
+    (date, "a date", "2026-02-19"),
+)
+
+
+def text_problem(value: object, what: str) -> str:
+    """The message for a ``value`` of ``what`` that is not a text.
+
+    The text cannot be restored: 20260219 may have been written 2026_02_19, and these may be two runs.
+    """
+    for cls, noun, example in _OF_YAML:
+        if isinstance(value, cls):
+            return (
+                f"{what} {value} is {noun}, not a text. YAML reads {example} without quotes as {noun}. "
+                f'Next: write the text in quotes, for example {what}: "{example}"'
+            )
+    return f"{what} must be a text, not {type_of(value)}"
+
+
+def check_name(value: object, what: str) -> str:
     """Return ``value`` if it can be one component of a path below the output root.
 
-    Raises ``InvalidNameError`` for an empty name, a path separator, ``..``, a leading dot, a drive letter, a control
-    character, surrounding white space, or more than 200 bytes of UTF-8.
+    Raises ``InvalidNameError`` for what is no text, an empty name, a path separator, ``..``, a leading dot, a drive
+    letter, a control character, surrounding white space, or more than 200 bytes of UTF-8.
     """
+    if not isinstance(value, str):  # a config may hold anything
+        raise InvalidNameError(text_problem(value, what), what=what, value=str(value))
     reason = _problem_of(value)
     if reason:
         shown = value if len(value) <= 60 else value[:57] + "..."
@@ -56,16 +81,17 @@ def _problem_of(name: str) -> str:
     return reason
 
 
-def check_run_id(value: str) -> str:
+def check_run_id(value: object) -> str:
     """Return ``value`` if it can be a run id; raises ``InvalidNameError`` as ``check_name`` does, and for ``debug``."""
-    if check_name(value, "run_id") == DEBUG_FOLDER:
+    run_id = check_name(value, "run_id")
+    if run_id == DEBUG_FOLDER:
         raise InvalidNameError(
-            f"run_id {value!r} is the name of the folder that holds the runs of debug mode, which would be taken for "
+            f"run_id {run_id!r} is the name of the folder that holds the runs of debug mode, which would be taken for "
             "its stages. Next: another run_id, or debug: true to be among them",
             what="run_id",
-            value=value,
+            value=run_id,
         )
-    return value
+    return run_id
 
 
 def name_of_run(run_id: str | None, stage_name: str | None) -> str:
@@ -73,13 +99,14 @@ def name_of_run(run_id: str | None, stage_name: str | None) -> str:
     return f"{run_id}/{stage_name}" if stage_name is not None else str(run_id)
 
 
-def check_model_name(value: str, what: str = "model_name") -> str:
+def check_model_name(value: object, what: str = "model_name") -> str:
     """Return ``value`` if it can be the name of a model: a name without ``=``. Raises ``InvalidNameError``."""
-    if "=" in check_name(value, what):
+    name = check_name(value, what)
+    if "=" in name:
         raise InvalidNameError(
-            f"{what} {value!r} holds '=', which only a model_info may hold, such as ema=0.9", what=what, value=value
+            f"{what} {name!r} holds '=', which only a model_info may hold, such as ema=0.9", what=what, value=name
         )
-    return value
+    return name
 
 
 @attrs.frozen

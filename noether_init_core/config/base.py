@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from typing import Annotated, Any
 
+import attrs
 import pydantic
 
 from noether_init_core.errors import ConfigError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.nested import mapped
-from noether_init_core.paths import check_model_name, check_name, check_run_id
+from noether_init_core.paths import check_model_name, check_name, check_run_id, text_problem
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
@@ -37,8 +40,42 @@ class YamlText(str):
         return str(self)
 
 
-def _mentions_any(annotation: Any) -> bool:
-    return annotation is Any or any(_mentions_any(argument) for argument in typing.get_args(annotation))
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _types_in(argument)
+
+
+def fields_of(value: Any) -> dict[str, Any] | None:
+    """The fields of an instance of a dataclass, an attrs class or a pydantic model, with their values as they are.
+
+    None for a ``KindConfig`` and for any other value. Fields that the constructor does not take are left out.
+    """
+    cls = type(value)
+    if isinstance(value, KindConfig):
+        return None
+    if isinstance(value, pydantic.BaseModel):
+        # those that were not set, too: the default of somebody's own class may name the run
+        return {name: getattr(value, name) for name in cls.model_fields} | (value.model_extra or {})
+    if dataclasses.is_dataclass(cls):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(cls) if field.init}
+    if attrs.has(cls):
+        return {field.name: getattr(value, field.name) for field in attrs.fields(cls) if field.init}
+    return None
+
+
+def _prepared(value: Any, annotation: Any) -> Any:
+    """``value`` for a field: text of a YAML file for a field of type Any, instances in the place of a mapping."""
+    types = tuple(_types_in(annotation))
+    if any(one is Any for one in types):
+        return mapped(value, lambda leaf: leaf.resolve() if isinstance(leaf, YamlText) else leaf)
+    models = tuple(one for one in types if isinstance(one, type) and issubclass(one, pydantic.BaseModel))
+
+    def as_mapping(leaf: Any) -> Any:
+        fields = None if isinstance(leaf, models) else fields_of(leaf)
+        return leaf if fields is None else mapped(fields, as_mapping)
+
+    return mapped(value, as_mapping) if models else value
 
 
 class KindConfig(pydantic.BaseModel):
@@ -68,13 +105,14 @@ class KindConfig(pydantic.BaseModel):
             return values
         values = {str(key): value for key, value in values.items()}
         for name, field in cls.model_fields.items():
-            if name in values and _mentions_any(field.annotation):
-                values[name] = mapped(values[name], lambda leaf: leaf.resolve() if isinstance(leaf, YamlText) else leaf)
+            if name in values:
+                values[name] = _prepared(values[name], field.annotation)
         return values
 
 
-def _named(what: str) -> pydantic.AfterValidator:
-    return pydantic.AfterValidator(lambda value: check_name(value, what))
+def _named(what: str) -> pydantic.BeforeValidator:
+    # before pydantic looks at the type, since the message for a number says more than pydantic's
+    return pydantic.BeforeValidator(lambda value: check_name(value, what))
 
 
 def _check_tag(value: Any) -> Any:
@@ -94,6 +132,8 @@ def _check_tag(value: Any) -> Any:
         return iteration.to_mapping()
     if isinstance(value, str):
         return check_name(str(value), "checkpoint_tag")
+    if isinstance(value, date):
+        raise ConfigError(text_problem(value, "checkpoint_tag"))
     raise ConfigError(
         f"checkpoint_tag must be a text or a mapping of epoch, update, sample, not {value!r}; "
         "for example E4 or {epoch: 4}"
@@ -106,9 +146,9 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
 
 
-RunId = Annotated[str, pydantic.AfterValidator(check_run_id)]
+RunId = Annotated[str, pydantic.BeforeValidator(check_run_id)]
 StageName = Annotated[str, _named("stage_name")]
-ModelName = Annotated[str, pydantic.AfterValidator(check_model_name)]
+ModelName = Annotated[str, pydantic.BeforeValidator(lambda value: check_model_name(value))]
 ModelInfo = Annotated[str, _named("model_info")]
 CheckpointTag = Annotated[str | dict[str, int] | None, pydantic.BeforeValidator(_check_tag)]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import pydantic
 from pydantic_core import CoreSchema, InitErrorDetails, ValidationError, core_schema
 
 from noether_init_core import kinds
 from noether_init_core.config.base import KindConfig, kind_schema
+from noether_init_core.config.plain import Place, plain
 from noether_init_core.errors import ConfigError, KindError
 
 # True while the JSON schema of the kinds is being built: the config of a kind may itself have such a field.
@@ -43,12 +44,20 @@ class _OpenKind:
             _inside_schema.reset(token)
 
 
-AnyInitializer: TypeAlias = Annotated[KindConfig, _OpenKind]
+if TYPE_CHECKING:
+    AnyInitializer: TypeAlias = Annotated[KindConfig, _OpenKind]
+else:
+    # jsonargparse takes the type apart without pydantic: from KindConfig it would make a parser for kind alone. As a
+    # dict it keeps every key, also of --init.kind and of dumps. Not dict[str, Any], whose texts it reads as YAML again.
+    AnyInitializer = Annotated[dict, _OpenKind]
 """The config of any registered kind, for a field of your own config: ``initializers: list[AnyInitializer] = []``.
 
 A mapping is validated by the config class of its ``kind``, and only that kind's plugin is imported; an instance of
 ``KindConfig`` passes as it is. Errors keep their place in the whole config. What was dumped validates to the same
 config again. The JSON schema is built from the kinds that are installed when it is asked for, which imports them.
+
+jsonargparse and LightningCLI hand over mappings that are not validated yet; ``InitializerStack.from_config`` takes
+them.
 """
 
 
@@ -56,11 +65,15 @@ def _validate(value: Any, info: core_schema.ValidationInfo) -> KindConfig:
     if isinstance(value, KindConfig):
         return value
     try:
-        return kinds.validate(value, context=info.context)
+        config = plain(value, error=lambda message, place: _refusal(ConfigError(message), place, None))
+        return kinds.validate(config if isinstance(config, Mapping) else value, context=info.context)
     except ConfigError as error:
-        place = ("kind",) if isinstance(value, Mapping) else ()
-        details = InitErrorDetails(type="value_error", loc=place, input=value, ctx={"error": error})
-        raise ValidationError.from_exception_data("AnyInitializer", [details]) from error
+        raise _refusal(error, ("kind",) if isinstance(value, Mapping) else (), value) from error
+
+
+def _refusal(error: ConfigError, place: Place, value: Any) -> ValidationError:
+    details = InitErrorDetails(type="value_error", loc=place, input=value, ctx={"error": error})
+    return ValidationError.from_exception_data("AnyInitializer", [details])
 
 
 def _config_classes() -> dict[str, type[KindConfig]]:

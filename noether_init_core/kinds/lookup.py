@@ -406,6 +406,7 @@ def _checked(info: KindInfo, loaded: object) -> type[InitializerBase]:
 
 def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> tuple[type[InitializerBase], KindConfig]:
     from noether_init_core.config.base import KindConfig
+    from noether_init_core.config.plain import plain
 
     if isinstance(config, KindConfig):
         cls = resolve(config.kind)
@@ -422,9 +423,13 @@ def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> t
                 f"{cls.config_class.__name__}. Next: {type(config).__name__}(kind=...), or a default in the class"
             )
         return cls, config
+    given = config
+    if type(config) is not dict:  # a dict is not copied: in kwargs a tuple stays a tuple
+        config = plain(config)
     if not isinstance(config, Mapping):
         raise ConfigError(
-            f"the config of an initializer is a mapping or a KindConfig, not {type_of(config)}. Next: ninit kinds"
+            f"the config of an initializer is a mapping, a KindConfig or a dataclass instance, not {type_of(given)}. "
+            "Next: ninit kinds"
         )
     kind = config.get("kind")
     if not isinstance(kind, str):

@@ -6,9 +6,9 @@ that Noether writes beside a run. Nothing is validated by a kind until ``examine
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ import attrs
 import pydantic
 
 from noether_init_core import kinds
-from noether_init_core.config.base import DECIDED, KindConfig
+from noether_init_core.config.base import DECIDED, KindConfig, fields_of
 from noether_init_core.config.document import Document, Entry, KeyPath, is_resolved, read_yaml, resolved_entries
+from noether_init_core.config.plain import plain
 from noether_init_core.errors import ConfigError, KindError, type_of
 from noether_init_core.messages import near
+from noether_init_core.paths import text_problem
 
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
+# How deep an entry lies: initializers.0. Up to there, an instance of a dataclass stands for a mapping.
+_ENTRY_DEPTH = 2
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_DEEPEST = 100
 _RESOLVED = "use the resolved config that Noether writes into the folder of a run, hp_resolved.yaml"
 
 
@@ -62,20 +65,23 @@ def examine_config_file(path: str | os.PathLike[str]) -> tuple[LoadedConfig, tup
 
 
 def load_config_mapping(config: Any) -> LoadedConfig:
-    """The same from Python: a mapping (a dict, OmegaConf's, a jsonargparse namespace), a list of configs, one config.
+    """The same from Python: a mapping, a list of configs, one config that is an instance.
 
-    Raises ``ConfigError`` with the key.
+    A mapping may be a dict, OmegaConf's, a jsonargparse namespace, or an instance of a dataclass, an attrs class or a
+    pydantic model. Raises ``ConfigError`` with the key.
     """
-    if isinstance(config, KindConfig):
+    given = config
+    if isinstance(config, KindConfig) or "kind" in (fields_of(config) or ()):
         config = [config]
     if isinstance(config, Sequence) and not isinstance(config, str | bytes):
         config = {"initializers": config}
-    if not isinstance(config, Mapping | argparse.Namespace):
+    config = plain(config, record_depth=_ENTRY_DEPTH)
+    if not isinstance(config, Mapping):
         raise ConfigError(
-            f"a config is a list of configs, one config or a mapping, not {type_of(config)}. Next: a list, [] for a "
+            f"a config is a list of configs, one config or a mapping, not {type_of(given)}. Next: a list, [] for a "
             "start from nothing; InitializerStack.from_file(path, ...) for a file"
         )
-    return _Frame(Document(_plain(config, ()))).read_or_raise()
+    return _Frame(Document(config)).read_or_raise()
 
 
 def examine_entry(entry: Entry) -> tuple[KindConfig | None, tuple[ConfigError, ...]]:
@@ -176,6 +182,8 @@ class _Frame:
                         hint += f"For what auto_resume resumes: auto_resume: {{{key}: ...}}. "
                 if key == "kind":
                     hint = f"One initializer goes into the list, too: initializers: [{{kind: {value[key]}, ...}}]. "
+                if self.document.path is None and "initializers" in value:
+                    hint += 'Of a config of your own, give the list: config["initializers"]. '
                 self._refuse(f"unknown key. {hint}A config has {', '.join(_KEYS)}", key)
         if "initializers" not in value and "auto_resume" not in value:
             self._refuse("has no initializers:; an empty list there means a start from nothing")
@@ -187,7 +195,7 @@ class _Frame:
             if isinstance(item, str):
                 self._refuse(f"is a text; write it as a mapping: kind: {item}", "initializers", number)
             elif not isinstance(item, Mapping | KindConfig):
-                self._refuse("must be a mapping with a kind", "initializers", number)
+                self._refuse(f"must be a mapping with a kind, not {type_of(item)}", "initializers", number)
         return [
             Entry(item, place=("initializers", number), document=self.document) for number, item in enumerate(items)
         ]
@@ -259,29 +267,6 @@ def _unfilled(value: Any, place: KeyPath) -> Iterator[KeyPath]:
         yield from _unfilled(item, (*place, key))
 
 
-def _plain(value: Any, place: KeyPath) -> Any:
-    """Mappings and sequences of any library as dict and list; everything else as it is."""
-    if len(place) > _DEEPEST:
-        raise Document().error(f"is nested deeper than {_DEEPEST}, or holds itself", place[:8])
-    if isinstance(value, argparse.Namespace):  # jsonargparse's is one
-        value = vars(value)
-    if isinstance(value, Mapping):
-        return {str(key): _item(value, key, (*place, str(key))) for key in value}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_item(value, number, (*place, number)) for number in range(len(value))]
-    return value
-
-
-def _item(container: Any, key: Any, place: KeyPath) -> Any:
-    try:
-        item = container[key]
-    # OmegaConf raises errors of its own for values that Hydra has not filled in; it is not imported for their names.
-    except Exception as error:
-        message = f"the value cannot be read: {error}. If Hydra fills it in: {_RESOLVED}"
-        raise Document().error(message, place) from error
-    return _plain(item, place)
-
-
 def _explained(entry: Entry, error: pydantic.ValidationError) -> Iterator[ConfigError]:
     """One error for each key that is wrong, in the order of lines."""
     kind = str(entry.config.get("kind")) if isinstance(entry.config, Mapping) else entry.config.kind
@@ -331,6 +316,8 @@ def _explain(kind: str, problem: str, message: str, path: Sequence[str | int], v
     if problem == "missing":
         description = fields[str(path[0])].description if path and path[0] in fields else None
         return f"is missing{': ' + description if description else ''}"
+    if problem in ("path_type", "string_type") and isinstance(value, int | float | date):
+        return text_problem(value, str(path[-1]) if path else kind)
     if problem == "list_type" and isinstance(value, str | int | float):
         return f"{message}: [{value}]"
     return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")

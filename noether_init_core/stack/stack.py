@@ -12,7 +12,6 @@ from typing import Any, Self, TypeVar
 import attrs
 
 from noether_init_core import kinds
-from noether_init_core.config.base import KindConfig
 from noether_init_core.config.document import Entry
 from noether_init_core.errors import (
     ConfigError,
@@ -59,6 +58,11 @@ class InitializerStack:
     """
 
     def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
+        if isinstance(initializers, Mapping | str):  # of which the keys or characters would be taken one by one
+            raise ConfigError(
+                f"InitializerStack takes initializers, not {type_of(initializers)}. "
+                "Next: InitializerStack.from_config(config)"
+            )
         self._members = tuple([Member(initializer) for initializer in initializers])
         self._auto_resume = ""
         #: What ``start_checkpoint`` returned, and the folders of the sets that it is of.
@@ -69,7 +73,7 @@ class InitializerStack:
     @classmethod
     def from_config(
         cls,
-        configs: Sequence[Mapping[str, Any] | KindConfig] | Mapping[str, Any] | KindConfig,
+        configs: Any,
         *,
         path_provider: Any = None,
         observers: Iterable[Any] = (),
@@ -77,7 +81,7 @@ class InitializerStack:
         """Build from a list of configs, one config, or a mapping with ``initializers``, ``auto_resume``, ``observers``.
 
         Args:
-            configs: Mappings (also OmegaConf's and the like) or validated configs.
+            configs: Mappings (also OmegaConf's), namespaces, dataclass instances and the like, or validated configs.
             path_provider: The folders of the run that is started; anything with ``output_root``, ``run_id`` and
                 ``stage_name``. None where no kind needs it.
             observers: Further observers, as objects.
