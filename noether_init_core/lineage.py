@@ -19,6 +19,7 @@ from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
 from noether_init_core.sets.provenance import History, SourceRecord, load_histories
 from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.shown import Shown
 from noether_init_core.uris import local_path
 
 LINEAGE_VERSION = 1
@@ -104,9 +105,11 @@ class LineageEdge:
     note: str = ""
 
 
-@attrs.frozen
-class Lineage:
+@attrs.frozen(repr=False)
+class Lineage(Shown):
     """Runs, files, and whose weights went into whom; pure data.
+
+    ``str(lineage)`` is what ``ninit lineage`` prints.
 
     Attributes:
         focus: Id of the run that was asked for; None where it was an output root, or a run with several stages.
@@ -122,10 +125,7 @@ class Lineage:
 
     def node(self, name: str) -> LineageNode:
         """The node of that id. Raises ``KeyError``."""
-        for node in self.nodes:
-            if node.id == name:
-                return node
-        raise KeyError(name)
+        return {node.id: node for node in self.nodes}[name]
 
     def to_dict(self) -> dict[str, Any]:
         """The lineage as plain data, by ``docs/schemas/lineage.schema.json``."""

@@ -15,6 +15,7 @@ PACKAGE = "noether_init_core"
 LAYERS = {
     "messages": 0,
     "nested": 0,
+    "shown": 0,
     "stopwatch": 0,
     "memory": 0,
     "errors": 1,
@@ -137,6 +138,19 @@ def test_neighbours_of_a_layer_that_must_not_know_each_other_do_not() -> None:
             assert "builtin" not in above, module
         if module != "" and room not in ("__main__", "cli", "render"):
             assert not above & {"cli", "render"}, module
+
+
+def test_only_shown_values_name_a_module_above_their_own() -> None:
+    """A module that is imported by a text is no way around the direction; ``shown`` finds ``render`` so."""
+    upward = {
+        (module, name)
+        for module in MODULES.keys() - EXEMPT
+        for node in ast.walk(ast.parse(MODULES[module].read_text()))
+        if isinstance(node, ast.Constant) and str(node.value).startswith(f"{PACKAGE}.")
+        for name in {str(node.value).removeprefix(f"{PACKAGE}.")} & MODULES.keys()
+        if _layer(name) > _layer(module)
+    }
+    assert upward == {("shown", "render.values")}
 
 
 def test_the_front_imports_nothing_by_itself() -> None:

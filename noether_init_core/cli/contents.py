@@ -15,7 +15,6 @@ from noether_init_core.cli.options import AsJson
 from noether_init_core.cli.output import (
     Cell,
     check_path,
-    from_here,
     progress,
     show,
     show_json,
@@ -26,7 +25,7 @@ from noether_init_core.errors import CheckpointError
 from noether_init_core.messages import counted, listed, one_line
 from noether_init_core.paths import name_of_run
 from noether_init_core.render.folding import fold_alike
-from noether_init_core.render.text import amount, sizes
+from noether_init_core.render.text import amount, from_here, sizes
 
 if TYPE_CHECKING:
     from noether_init_core.inspection.findings import (

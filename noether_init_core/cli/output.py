@@ -95,12 +95,6 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
         show(", ".join(dict.fromkeys(line[0][0] for line in lines)))
 
 
-def from_here(path: Path | str) -> Path:
-    """The path as seen from the current folder, where it lies below it."""
-    path, here = Path(path), Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) and path != here else path
-
-
 _PATIENCE_S = 1.0
 
 

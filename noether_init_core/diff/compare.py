@@ -29,6 +29,7 @@ from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.places import runs_at
 from noether_init_core.sets.selection import find_set
 from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.shown import Shown
 from noether_init_core.uris import local_path
 
 DIFF_VERSION = 1
@@ -109,9 +110,11 @@ class DiffRow:
     note: str = ""
 
 
-@attrs.frozen
-class CheckpointDiff:
+@attrs.frozen(repr=False)
+class CheckpointDiff(Shown):
     """What two checkpoints have in common, and how far each tensor moved from A to B; pure data.
+
+    ``str(diff)`` is what ``ninit diff`` prints.
 
     Attributes:
         a: The first checkpoint.

@@ -1,1 +1,1 @@
-"""How plans and reports are shown: folded lines, the terminal. Data in, text out; nothing here reads or decides."""
+"""How values are shown: folded lines, terminal, notebook. Data in, text out; nothing here reads or decides."""

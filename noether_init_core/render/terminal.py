@@ -30,7 +30,7 @@ _INDENT = "   "
 _NARROWEST = 20
 # What is folded is shown on one screen; all of it is a flag away.
 _MOST_LINES, _MOST_PROBLEMS, _MOST_TEXTS, _MOST_SOURCES = 20, 5, 12, 3
-_PROBLEM, _WARNING = Mark("x", "problem", "bold red"), Mark("w", "warning", "yellow")
+PROBLEM, WARNING = Mark("x", "problem", "bold red"), Mark("w", "warning", "yellow")
 #: Code of a problem -> actions of the rows that it is about; others are about any row.
 _ACTIONS = {"missing": ("missing",), "mismatch": ("mismatch",), "step": ("mismatch",), "dtype": ("mismatch",)}
 #: How the part of a message begins that says what to do.
@@ -54,19 +54,46 @@ class _Part:
     origins: dict[int, Origin]
     rows: list[PlanRow]
 
-    def header(self, has_siblings: bool) -> Text:
-        """Kinds and files; of several origins each has the number by which lines name it."""
+    def header(self, has_siblings: bool) -> tuple[str, str]:
+        """Kinds, and files; of several origins each has the number by which lines name it."""
         kinds = " + ".join(dict.fromkeys(origin.initializer for origin in self.origins.values()))
         words = "; ".join(
             f"({number}) {origin.description}" if len(self.origins) > 1 else origin.description
             for number, origin in enumerate(self.origins.values(), 1)
         )
-        words = one_line(f"{self.model} <- {words}" if has_siblings else words)
-        return Text(one_line(kinds), "bold").append(f"  {words}", "not bold")
+        return one_line(kinds), one_line(f"{self.model} <- {words}" if has_siblings else words)
 
     def name_of(self, origin: int) -> str:
         """How a line names an origin; empty where there is one only."""
         return f"({list(self.origins).index(origin) + 1})" if len(self.origins) > 1 else ""
+
+
+@attrs.frozen
+class Message:
+    """What is wrong, and the line of the config that puts it right; either may be empty."""
+
+    said: str
+    fix: str = ""
+
+
+@attrs.frozen
+class Section:
+    """One single model: kinds, files, what is known of these, and the lines, each with the messages below it."""
+
+    kinds: str
+    files: str
+    notes: Sequence[Text]
+    lines: Sequence[tuple[NameLine, Sequence[Message]]] = ()
+
+
+@attrs.frozen
+class Content:
+    """What there is to be shown of a plan, whatever shows it; without news, nothing but sections without lines."""
+
+    sections: Sequence[Section]
+    problems: Sequence[Message] = ()
+    warnings: Sequence[Message] = ()
+    summary: Sequence[Text] = ()
 
 
 @attrs.frozen(eq=False)
@@ -78,11 +105,13 @@ class PlanView:
         unfolded: A line for every row, and every warning.
         notes: What is known of a file besides the plan: (position of the initializer, path of the model) ->
             ``committed, digests present``.
+        option: The option that shows all rows, named where some are left out; empty outside of commands.
     """
 
     plan: LoadPlan
     unfolded: bool = False
     notes: Mapping[tuple[int, str], str] = attrs.Factory(dict)
+    option: str = "--all"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.lines(options.max_width)
@@ -90,29 +119,39 @@ class PlanView:
     def lines(self, width: int) -> list[Text]:
         """The lines, each at most ``width`` (at least 20) long."""
         width = max(width, _NARROWEST)
+        content = self.content()
+        found: list[Text] = []
+        for section in content.sections:
+            header = Text(section.kinds, "bold").append(f"  {section.files}", "not bold")
+            found += filled(Text(""), [header, *section.notes], width)
+            columns = in_columns([line for line, _messages in section.lines], width)
+            for lines, (_line, messages) in zip(columns, section.lines, strict=True):
+                found += [*lines, *_printed(messages, None, width)]
+        found += _printed(content.problems, PROBLEM, width)
+        found += _printed(content.warnings, WARNING, width)
+        return found + (filled(Text(""), content.summary, width) if content.summary else [])
+
+    def content(self) -> Content:
+        """What is shown, before it is brought to a width."""
         problems = list(self.plan.problems)
         # a line with both dtypes is shown for every cast
         warnings = [one for one in self.plan.warnings if one.code != "cast"]
         parts = _parts_of(self.plan)
         well = [self._is_well(part, [*problems, *warnings]) for part in parts]
-        found: list[Text] = []
+        sections = []
         is_folded = False
         for part, is_well in zip(parts, well, strict=True):
             header = part.header(len(parts) > 1)
             if is_well:
-                found += filled(Text(""), [header, _all_loaded(part)], width)
+                sections.append(Section(*header, [_all_loaded(part)]))
                 continue
             known = (self.notes.get((origin.position, origin.model)) for origin in part.origins.values())
-            notes = dict.fromkeys(filter(None, known))
+            notes = [Text(note, "dim") for note in dict.fromkeys(filter(None, known))]
             folds = tuple(map(_single, part.rows)) if self.unfolded else fold_rows(part.rows)
             is_folded = is_folded or any(len(fold.rows) > 1 for fold in folds)
-            found += filled(Text(""), [header, *(Text(note, "dim") for note in notes)], width)
-            found += self._folds(part, folds, _beside(part, folds, problems), width)
-        found += self._messages(problems, _PROBLEM, width)
-        found += self._messages(warnings, _WARNING, width)
-        if problems or warnings or not parts or not all(well):
-            found += self._summary(is_folded, width)
-        return found
+            sections.append(Section(*header, notes, self._folds(part, folds, _beside(part, folds, problems))))
+        summary = self._summary(is_folded) if problems or warnings or not parts or not all(well) else ()
+        return Content(sections, self._messages(problems), self._messages(warnings), summary)
 
     def _is_well(self, part: _Part, problems: Sequence[Problem]) -> bool:
         """Whether every entry of the model is loaded by its name, and the file has no other."""
@@ -123,60 +162,54 @@ class PlanView:
         )
 
     def _folds(
-        self, part: _Part, folds: Sequence[Fold], beside: Mapping[int, Sequence[Problem]], width: int
-    ) -> list[Text]:
-        shown: list[int] = []
+        self, part: _Part, folds: Sequence[Fold], beside: Mapping[int, Sequence[Problem]]
+    ) -> list[tuple[NameLine, Sequence[Message]]]:
+        found: list[tuple[NameLine, Sequence[Message]]] = []
         left: dict[Action, list[Fold]] = {}
         counts: Counter[Action] = Counter()
         for number, fold in enumerate(folds):
             if self.unfolded or counts[fold.action] < _MOST_LINES or number in beside:
                 counts[fold.action] += 1
-                shown.append(number)
+                found.append((self._line(fold, part), self._messages(beside.get(number, ()), is_beside=True)))
             else:
                 left.setdefault(fold.action, []).append(fold)
-        word = max((len(MARKS[fold.action].word) for fold in folds), default=0)
-        table = [self._line(folds[number], word, part) for number in shown]
         for action, more in left.items():
-            shown.append(-1)  # a line about no fold of its own
             keys = counted(sum(len(fold.rows) for fold in more), "more key")
-            said = f"{keys} on {counted(len(more), 'line')} (--all shows them)"
-            table.append(NameLine(MARKS[action].start(word), said))
-        found: list[Text] = []
-        for number, lines in zip(shown, in_columns(table, width), strict=True):
-            found += [*lines, *self._messages(beside.get(number, ()), None, width)]
+            found.append((NameLine(MARKS[action], f"{keys} on {counted(len(more), 'line')}{self._how()}"), ()))
         return found
 
-    def _line(self, fold: Fold, word: int, part: _Part) -> NameLine:
-        origin = part.name_of(fold.rows[0].origin)
+    def _line(self, fold: Fold, part: _Part) -> NameLine:
+        mark, origin = MARKS[fold.action], part.name_of(fold.rows[0].origin)
         details = [*_details(fold), *([Text(origin, "dim")] if origin else [])]
         if self.unfolded:
-            return NameLine(MARKS[fold.action].start(word), fold.pattern.text(), (amount(fold.elements),), details)
+            return NameLine(mark, fold.pattern.text(), (amount(fold.elements),), details)
         numbers = counted(len(fold.rows), "key"), amount(fold.elements)
-        return NameLine(MARKS[fold.action].start(word), _short(fold.pattern.text(_MOST_TEXTS)), numbers, details)
+        return NameLine(mark, _short(fold.pattern.text(_MOST_TEXTS)), numbers, details)
 
-    def _messages(self, problems: Sequence[Problem], mark: Mark | None, width: int) -> list[Text]:
-        """The first of them, or all; without a mark they stand below the line that they are about."""
+    def _messages(self, problems: Sequence[Problem], *, is_beside: bool = False) -> list[Message]:
+        """The first of them, or all; ``is_beside`` for those that stand below the line that they are about."""
         shown = problems if self.unfolded else problems[:_MOST_PROBLEMS]
-        start = Text(_INDENT) if mark is None else mark.start(0).append("  ")
         # where a rule is misspelt, what it left missing is not to be kept
         is_consequence = not self.unfolded and any(one.code == "unmatched-rule" for one in self.plan.problems)
         found = []
         for problem in shown:
             with_fix = not (is_consequence and problem.code == "missing")
-            found += _message(problem, start, width, is_beside=mark is None, with_fix=with_fix)
+            found.append(_message(problem, is_beside=is_beside, with_fix=with_fix))
         if len(problems) > len(shown):
-            more = counted(len(problems) - len(shown), "more message")
-            found += filled(start, [Text(f"{more} (--all shows them)")], width)
+            found.append(Message(f"{counted(len(problems) - len(shown), 'more message')}{self._how()}"))
         return found
 
-    def _summary(self, is_folded: bool, width: int) -> list[Text]:
+    def _how(self) -> str:
+        return f" ({self.option} shows them)" if self.option else ""
+
+    def _summary(self, is_folded: bool) -> list[Text]:
         problems = len(self.plan.problems)
         phrases = [
             Text(f"coverage {percent(self.plan.coverage())}", "bold"),
             Text(counted(problems, "problem") if problems else "no problem", "bold red" if problems else "green"),
             Text("nothing was changed"),
         ]
-        return filled(Text(""), [*phrases, *([Text("(--all unfolds)", "dim")] if is_folded else [])], width)
+        return [*phrases, *([Text(f"({self.option} unfolds)", "dim")] if is_folded and self.option else [])]
 
 
 def _details(fold: Fold) -> list[Text]:
@@ -187,7 +220,7 @@ def _details(fold: Fold) -> list[Text]:
         found.append(Text(f"file {shapes}  model {sizes(first.shape)}"))
     is_cast = (is_mismatch or first.writes) and first.source_dtype not in (None, first.dtype)
     if fold.action == "cast" or is_cast:
-        found.append(Text(f"{first.source_dtype or 'several dtypes'} -> {first.dtype}"))
+        found.append(Text(one_line(f"{first.source_dtype or 'several dtypes'} -> {first.dtype}")))
     if fold.sources:
         names = [_short(pattern.text(_MOST_TEXTS)) for pattern in fold.sources]
         found.append(Text(f"<- {listed(names, _MOST_SOURCES)}"))
@@ -243,8 +276,7 @@ def _beside(part: _Part, folds: Sequence[Fold], problems: list[Problem]) -> dict
     return found
 
 
-def _message(problem: Problem, start: Text, width: int, *, is_beside: bool, with_fix: bool = True) -> list[Text]:
-    """The message, and its fix on lines of its own that can be copied."""
+def _message(problem: Problem, *, is_beside: bool, with_fix: bool) -> Message:
     message = _short(one_line(problem.message), 2000)
     if is_beside and problem.code in _SAID:
         message = _SAID[problem.code].sub("", message, count=1)
@@ -252,14 +284,23 @@ def _message(problem: Problem, start: Text, width: int, *, is_beside: bool, with
     cut = _FIX.search(message)
     if cut is not None:
         said, fix = message[: cut.start()].strip(), message[cut.end() :].strip()
-    if is_beside and _NEAR.fullmatch(said):
-        # the first is the nearest
-        while ", " in said.partition(" has: ")[2] and len(start) + len(said) > width:
-            said = said.rpartition(", ")[0]
-    found = filled(start, [Text(said)], width, " " * len(start)) if said else []
-    if fix and with_fix:
-        line = Text(_INDENT).append("fix: ", "bold green")
-        found += filled(line, [Text(fix)], width, " " * len(line))
+    return Message(said, fix if with_fix else "")
+
+
+def _printed(messages: Sequence[Message], mark: Mark | None, width: int) -> list[Text]:
+    """Each message, and its fix on lines of its own that can be copied; without a mark, below what it is about."""
+    start = Text(_INDENT) if mark is None else mark.start(0).append("  ")
+    found: list[Text] = []
+    for message in messages:
+        said = message.said
+        if mark is None and _NEAR.fullmatch(said):
+            # the first is the nearest
+            while ", " in said.partition(" has: ")[2] and len(start) + len(said) > width:
+                said = said.rpartition(", ")[0]
+        found += filled(start, [Text(said)], width, " " * len(start)) if said else []
+        if message.fix:
+            line = Text(_INDENT).append("fix: ", "bold green")
+            found += filled(line, [Text(message.fix)], width, " " * len(line))
     return found
 
 

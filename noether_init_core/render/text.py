@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
@@ -76,6 +77,12 @@ def place_of_rule(rule: str) -> str:
     return one_line(rule if found is None else found["place"] or found["rule"])
 
 
+def from_here(path: Path | str) -> Path:
+    """The path as seen from the current folder, where it lies below it."""
+    path, here = Path(path), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) and path != here else path
+
+
 def filled(
     start: Text, phrases: Sequence[Text], width: int, indent: str = "    ", *, first: str = "", between: str = "   "
 ) -> list[Text]:
@@ -105,9 +112,9 @@ def filled(
 
 @attrs.frozen
 class NameLine:
-    """One line about names: what it begins with, a name or a pattern, numbers, and what else is to be said."""
+    """One line about names: its mark, a name or a pattern, numbers, and what else is to be said."""
 
-    start: Text
+    mark: Mark
     name: str
     numbers: tuple[str, ...] = ()
     details: Sequence[Text] = ()
@@ -120,7 +127,8 @@ def in_columns(table: Sequence[NameLine], width: int, most: int | None = None) -
     without numbers have no columns.
     """
     aligned = [line for line in table if line.numbers]
-    start = max((len(line.start) for line in table), default=0) + 2
+    word = max((len(line.mark.word) for line in table), default=0)
+    start = max((len(line.mark.start(word)) for line in table), default=0) + 2
     widths = [max(map(len, column)) for column in zip(*(line.numbers for line in aligned), strict=True)]
     room = width - start - sum(number + 2 for number in widths)
     room = room if most is None else min(room, most)
@@ -132,7 +140,7 @@ def in_columns(table: Sequence[NameLine], width: int, most: int | None = None) -
             name = name.ljust(names)
         else:
             numbers = numbers.strip()
-        lines = [line.start.copy().append("  ")]
+        lines = [line.mark.start(word).append("  ")]
         _add_pieces(lines, Text(name, "not dim"), width, indent)
         phrases = [*([Text(numbers, "dim")] if numbers else []), *line.details]
         yield _finished(lines[:-1]) + filled(lines[-1], phrases, width, indent, first="  ", between="  ")

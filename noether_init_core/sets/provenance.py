@@ -15,6 +15,7 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import one_line
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME, digest_of
+from noether_init_core.shown import Shown
 from noether_init_core.stopwatch import Timing, summed
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,8 @@ class TensorRecord:
         return self.source is not None and not self.is_partial
 
 
-@attrs.frozen
-class InitReport:
+@attrs.frozen(repr=False)
+class InitReport(Shown):
     """What ``InitializerStack.initialize`` did.
 
     Attributes:
@@ -152,7 +153,7 @@ class InitReport:
     initializers: tuple[InitializerReport, ...] = ()
     auto_resume: str = ""
     sources: tuple[SourceRecord, ...] = ()
-    tensors: tuple[TensorRecord, ...] = attrs.field(default=(), repr=False)
+    tensors: tuple[TensorRecord, ...] = ()
     training: str = attrs.field(factory=lambda: uuid.uuid4().hex, eq=False)
 
     @property

@@ -12,6 +12,7 @@ import attrs
 
 from noether_init_core.errors import PlanError
 from noether_init_core.messages import listed
+from noether_init_core.shown import Shown
 from noether_init_core.surgery.steps import Shape, Step, carry_out, shapes_after
 
 if TYPE_CHECKING:
@@ -180,11 +181,11 @@ def share_loaded(rows: Iterable[PlanRow], *, or_before: bool = False) -> float:
 SCHEMA_VERSION = 1
 
 
-@attrs.frozen
-class LoadPlan:
+@attrs.frozen(repr=False)
+class LoadPlan(Shown):
     """What ``init_weights`` will do, row by row; pure data.
 
-    A kind may build one from rows of its own.
+    A kind may build one from rows of its own. ``str(plan)`` is the folded table of ``ninit plan``.
 
     Attributes:
         kind: The kind that the plan is of, for messages.

@@ -11,8 +11,8 @@ import pytest
 import torch
 from support.counting import LineCounter
 
-from noether_init_core.cli.relations import _of_model
-from noether_init_core.diff.compare import DiffRow, State
+from noether_init_core.diff.compare import CheckpointDiff, DiffRow, DiffSide, State
+from noether_init_core.render.relations import DiffView
 
 PROGRAM = Path(sys.executable).with_name("ninit")
 
@@ -88,7 +88,7 @@ def test_names_that_fold_into_nothing_are_as_many_lines_as_can_be_read(state: St
         for number in range(10_000)
     ]
     with LineCounter() as work:
-        lines = list(_of_model(rows, False))
+        (lines,) = DiffView(CheckpointDiff(DiffSide("a"), DiffSide("b"), tuple(rows))).models().values()
     assert work.count < 400 * len(rows)
     assert len(lines) == 21
     assert lines[-1].name.endswith(" more keys (--all shows them)")
