@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import attrs
 
@@ -48,6 +48,10 @@ class Stopwatch:
             ...
 
     ``open_checkpoint(path, stopwatch=self.stopwatch)`` measures what the reader does.
+
+    Attributes:
+        bar: Shows a phase: its name and bytes -> a context that gives what is called with bytes as they are read. Set
+            it before files are opened.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -56,14 +60,20 @@ class Stopwatch:
         self._nbytes: defaultdict[str, int] = defaultdict(int)
         self._running: list[str] = []
         self._since = 0.0
+        self.bar: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] | None = None
+        self._advance: Callable[[int], None] | None = None
 
     @contextmanager
-    def phase(self, name: str, nbytes: int | None = None) -> Iterator[None]:
-        """Count the time of the block, less that of phases inside it; ``nbytes`` unless it raises."""
+    def phase(self, name: str, nbytes: int | None = None, *, expected: int | None = None) -> Iterator[None]:
+        """Count the time of the block, less that of phases inside it; ``nbytes`` unless it raises.
+
+        ``expected`` bytes are those that a bar ends with, where ``count`` tells the real number afterwards.
+        """
         self._switch()
         self._running.append(name)
         try:
-            yield
+            with self._shown(name, expected or nbytes or 0):
+                yield
             self.count(nbytes or 0)
         finally:
             self._switch()
@@ -73,6 +83,25 @@ class Stopwatch:
         """Add bytes to the phase that runs, where their number is known only afterwards."""
         if nbytes:
             self._nbytes[self._running[-1]] += nbytes
+
+    def advance(self, nbytes: int) -> None:
+        """Move the bar, if one is shown. May be called from any thread."""
+        if self._advance is not None:
+            self._advance(nbytes)
+
+    def _shown(self, name: str, nbytes: int) -> AbstractContextManager[None]:
+        # a phase inside another one moves the bar of that one
+        is_shown = self.bar is not None and nbytes and self._advance is None
+        return self._with_bar(name, nbytes) if is_shown else nullcontext()
+
+    @contextmanager
+    def _with_bar(self, name: str, nbytes: int) -> Iterator[None]:
+        assert self.bar is not None
+        with self.bar(name, nbytes) as self._advance:
+            try:
+                yield
+            finally:
+                self._advance = None
 
     @property
     def timings(self) -> tuple[Timing, ...]:

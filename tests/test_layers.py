@@ -15,6 +15,7 @@ PACKAGE = "noether_init_core"
 LAYERS = {
     "messages": 0,
     "nested": 0,
+    "progress": 0,
     "shown": 0,
     "stopwatch": 0,
     "memory": 0,

@@ -17,7 +17,6 @@ from rich.text import Text
 from noether_init_core.cli.options import AsJson, Config, Html, Real, ShowAll, Start, with_start
 from noether_init_core.cli.output import (
     check_target,
-    progress,
     show,
     show_json,
     show_text,
@@ -28,6 +27,7 @@ from noether_init_core.cli.usage import how_to_see, show_traceback
 from noether_init_core.errors import CheckpointWriteError, ConfigError, InitError
 from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import counted, one_line, yaml_line
+from noether_init_core.progress import progress
 
 if TYPE_CHECKING:
     from noether_init_core.saving.file_writing import WrittenFile

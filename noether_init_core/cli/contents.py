@@ -15,7 +15,6 @@ from noether_init_core.cli.options import AsJson
 from noether_init_core.cli.output import (
     Cell,
     check_path,
-    progress,
     show,
     show_json,
     show_table,
@@ -24,6 +23,7 @@ from noether_init_core.cli.output import (
 from noether_init_core.errors import CheckpointError
 from noether_init_core.messages import counted, listed, one_line
 from noether_init_core.paths import name_of_run
+from noether_init_core.progress import progress
 from noether_init_core.render.folding import fold_alike
 from noether_init_core.render.text import amount, from_here, sizes
 

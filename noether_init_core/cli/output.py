@@ -1,4 +1,4 @@
-"""Paths that were typed, and what commands print and write: lines, tables, JSON, files, a bar where it takes long.
+"""Paths that were typed, and what commands print and write: lines, tables, JSON, files.
 
 Names come from files, folders, configs and plugins. Everything is printed by these functions, which escape what a
 terminal would act on. Files are written as a whole, or not at all.
@@ -12,9 +12,7 @@ import json
 import os
 import secrets
 import shlex
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,39 +91,6 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
     console.print(table)
     if is_narrow:
         show(", ".join(dict.fromkeys(line[0][0] for line in lines)))
-
-
-_PATIENCE_S = 1.0
-
-
-@contextmanager
-def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Gives what is to be called with every number of bytes that are done.
-
-    Args:
-        label: What is done, as one word: ``verifying``.
-        total: Bytes in all; None for work that does not tell how far it is.
-
-    Without a terminal nothing is written. May be called from several threads.
-    """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done: None
-        return
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("", total=total)
-    timer = threading.Timer(_PATIENCE_S, bar.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield lambda done: bar.advance(task, done)
-    finally:
-        timer.cancel()
-        timer.join()
-        bar.stop()
 
 
 _LOOKED_AT = 4096

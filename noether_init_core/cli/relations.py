@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 
 from noether_init_core.cli.options import AsJson, Html, ShowAll
-from noether_init_core.cli.output import check_path, check_target, progress, write_html
+from noether_init_core.cli.output import check_path, check_target, write_html
 from noether_init_core.errors import CheckpointFormatError
+from noether_init_core.progress import progress
 from noether_init_core.render.relations import DiffView, LineageView
 
 _SIDE = "A file, the folder of a set, a run folder (its newest set), or RUN@TAG."

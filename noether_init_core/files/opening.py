@@ -88,6 +88,7 @@ class FileCheckpoint(BaseCheckpoint):
         self._handle = handle
         self._content = content
         self._stopwatch = stopwatch
+        handle.advance = None if stopwatch.bar is None else stopwatch.advance
         root = content.value
         self._parts: Mapping[Any, Any] = root if type(root) is dict else {"object": root}
         self._own = state_dict_of(root, TensorInfo)
@@ -161,7 +162,7 @@ class FileCheckpoint(BaseCheckpoint):
         wanted = list(self._infos(leaves))
         found, targets = reading.allocated(self._handle, self._verification.whole_records(wanted))
         if verify:
-            with self._stopwatch.phase("verify"):
+            with self._stopwatch.phase("verify", expected=self._handle.size):
                 self._verification.verify(look=wanted if look else (), targets=targets)
         elif targets:
             with self._stopwatch.phase("read"):
@@ -211,7 +212,7 @@ class FileCheckpoint(BaseCheckpoint):
         its bytes. A safetensors file carries no checksums, ever: without a digest, a line in the log says so.
         """
         infos = None if keys is None else self._infos(keys).values()
-        with self._stopwatch.phase("verify"):
+        with self._stopwatch.phase("verify", expected=self._handle.size):
             return self._verification.verify(infos, part, look=self._infos(look).values())
 
     def nonfinite(self, keys: Iterable[AnyKey]) -> dict[AnyKey, Finding]:

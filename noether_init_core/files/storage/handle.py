@@ -65,11 +65,16 @@ Transfer = tuple[memoryview, int, str]
 
 
 class Handle:
-    """An open object, so that what was verified is what is read. Not to be written to meanwhile."""
+    """An open object, so that what was verified is what is read. Not to be written to meanwhile.
+
+    Attributes:
+        advance: Called with every number of bytes that were read, by the thread that read them; None for nobody.
+    """
 
     def __init__(self, storage: Storage, path: Path | None = None) -> None:
         self.path = Path(str(storage)) if path is None else path
         self.size = storage.size
+        self.advance: Callable[[int], None] | None = None
         self._storage: Storage | None = storage
         self._version = storage.version
 
@@ -148,6 +153,8 @@ class Handle:
         except OSError as error:
             begin = ranges[0][0]
             raise CheckpointError(f"{self.path} cannot be read at byte {begin}: {error}", path=self.path) from error
+        if self.advance is not None:
+            self.advance(sum(target.nbytes for _offset, target in ranges))
 
     def read_all(self, transfers: Iterable[Transfer]) -> None:
         """Fill every target, large amounts with several threads."""
