@@ -5,7 +5,7 @@
     InitError
     |-- ConfigError (ValueError)                  the config is wrong
     |   |-- ConfigFileError                       ... at a line of a file
-    |   |-- InvalidNameError                      a run id, stage, tag or model name that is no name
+    |   |-- InvalidNameError                      a run id, stage, tag or model name that is not allowed
     |   `-- KindError                             a kind cannot be used
     |       |-- UnknownKindError (LookupError)
     |       |-- KindConflictError
@@ -15,21 +15,22 @@
     |-- CheckpointError                           something on disk is wrong
     |   |-- CheckpointNotFoundError (FileNotFoundError)
     |   |   `-- IncompleteSetError                the set exists, a part of it does not
-    |   |-- AmbiguousCheckpointError              several sets could be meant
+    |   |-- AmbiguousCheckpointError              several sets match
     |   |-- TornSetError                          files of different iterations or runs
     |   |-- CheckpointFormatError (ValueError)    the reader refuses the file
-    |   |   `-- UnsafeGlobalError                 ... for the globals that it names
+    |   |   `-- UnsafeGlobalError                 ... because of globals that it names
     |   |-- CheckpointCorruptError                bytes differ from what was written
-    |   |   `-- NoGoodSetError                    ... in every set that could be walked back to
+    |   |   `-- NoGoodSetError                    ... in every set that could be resumed from
     |   `-- CheckpointWriteError (OSError)
     |-- PlanError (ValueError)                    the plan has problems; nothing was changed
     |-- StateMismatchError (ValueError)           optimizer, trainer or callback state does not fit
-    |-- ProbeMismatchError (ValueError)           the model computes something else than when it was saved
-    |-- StartConflictError (ValueError)           two initializers start at other than zero, or the start has changed
+    |-- ProbeMismatchError (ValueError)           the model's outputs differ from those when it was saved
+    |-- StartConflictError (ValueError)           two initializers start after iteration zero, or the start has changed
     `-- PartlyInitializedError (RuntimeError)     user code failed after the first change
 
-Every message says what was asked, what exists, and what to do next. The same data is on the exception, so that
-nobody has to parse text. Kind errors are ``ValueError`` so that pydantic keeps their place in a config.
+Every message names what was asked, what was found, and what to do next. The exception has the same data as attributes,
+so that no caller parses text. Every error can be pickled. Kind errors are ``ValueError`` so that pydantic keeps their
+place in a config.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ import attrs
 
 from noether_init_core.messages import one_line, printable
 
-#: Attributes that hold names which somebody else chose: line breaks in them do not end a line of the message.
+#: Attributes that hold foreign names: a line break in one is escaped, so that it cannot start a line of the message.
 _FOREIGN = ("kind", "value", "path", "key_path", "asked", "candidates", "key")
 
 
 def type_of(value: object) -> str:
-    """The type of ``value`` as messages name it, with its article: ``an OrderedDict``, ``a Linear``."""
+    """The type of ``value`` with its article, for messages: ``an OrderedDict``, ``a Linear``."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     name = type(value).__name__
@@ -61,7 +62,7 @@ def _tuple(names: Iterable[str]) -> tuple[str, ...]:
 
 @attrs.define(slots=False, repr=False)
 class InitError(Exception):
-    """Root of every error that noether-init-core raises on purpose."""
+    """Root of every error that noether-init-core raises on purpose. ``message`` is its text."""
 
     message: str
 
@@ -71,7 +72,7 @@ class InitError(Exception):
             for name in found.parts if isinstance(found, Path) else [found] if isinstance(found, str) else found:
                 if "\n" in name:
                     self.message = self.message.replace(name, one_line(name))
-        # names out of a hostile file must not reach a terminal as commands to it
+        # a name from a hostile file may hold escape sequences, which a terminal would carry out
         self.message = printable(self.message)
 
     def __str__(self) -> str:
@@ -81,11 +82,11 @@ class InitError(Exception):
         return f"{type(self).__name__}({self.message!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # constructors of children may take keywords, which the one of BaseException does not keep
+        # BaseException pickles positional arguments only, and constructors of children take keywords
         return _unpickled, (type(self), self.args, self.__dict__)
 
     def add(self, text: str) -> None:
-        """Add to the message what a caller knows besides; class and data stay."""
+        """Append ``text`` to the message; class and data stay. A caller can so add facts without a new error."""
         self.message += text
 
 
@@ -98,12 +99,12 @@ def _unpickled(kind: type[InitError], arguments: tuple[Any, ...], data: dict[str
 
 
 class ConfigError(InitError, ValueError):
-    """A config that cannot be used."""
+    """A config cannot be used."""
 
 
 @attrs.define(slots=False, repr=False)
 class ConfigFileError(ConfigError):
-    """A config file that cannot be used; ``path``, ``line`` (from 1) and ``key_path`` say where."""
+    """A config file cannot be used; ``path``, ``line`` (from 1) and ``key_path`` are the place of the problem."""
 
     path: Path
     line: int | None = None
@@ -117,7 +118,7 @@ class ConfigFileError(ConfigError):
 
 @attrs.define(slots=False, repr=False)
 class InvalidNameError(ConfigError):
-    """``value`` cannot be used as ``what`` (a run id, stage name, tag, model name or model info)."""
+    """``value`` is not allowed as ``what``: a run id, stage name, tag, model name or model info."""
 
     what: str
     value: str
@@ -127,7 +128,7 @@ class InvalidNameError(ConfigError):
 class KindError(ConfigError):
     """The kind named ``kind`` cannot be used.
 
-    ``config_file``, ``line`` and ``key_path`` say where a config file asks for it.
+    ``config_file``, ``line`` (from 1) and ``key_path`` are the place in a config file that names it, if there is one.
     """
 
     kind: str
@@ -136,7 +137,7 @@ class KindError(ConfigError):
     key_path: str = attrs.field(default="", init=False)
 
     def found_at(self, located: ConfigError) -> Self:
-        """This error with the place and the message of ``located``; its class and its cause stay."""
+        """Set place and message to those of ``located``, and return this error; its class and cause stay."""
         self.message = located.message
         if isinstance(located, ConfigFileError):
             self.config_file, self.line, self.key_path = located.path, located.line, located.key_path
@@ -145,46 +146,46 @@ class KindError(ConfigError):
 
 @attrs.define(slots=False, repr=False)
 class UnknownKindError(KindError, LookupError):
-    """No installed distribution offers the kind; ``candidates`` are near names."""
+    """No installed distribution provides the kind; ``candidates`` are near names."""
 
     candidates: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
 @attrs.define(slots=False, repr=False)
 class KindConflictError(KindError):
-    """Several distributions offer the kind; ``offers`` are their descriptions. None of them was imported."""
+    """Several distributions provide the kind; ``offers`` describes each. None of them was imported."""
 
     offers: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
 @attrs.define(slots=False, repr=False)
 class KindBlockedError(KindError, PermissionError):
-    """The distribution that offers the kind is not allowed by ``NOETHER_INIT_ALLOW`` or ``NOETHER_INIT_DENY``."""
+    """``NOETHER_INIT_ALLOW`` or ``NOETHER_INIT_DENY`` excludes ``distribution``, which provides the kind."""
 
     distribution: str = ""
 
 
 class KindImportError(KindError, ImportError):
-    """The plugin raised while it was imported; its own exception is the ``__cause__``."""
+    """The plugin raised while it was imported; its exception is the ``__cause__``."""
 
 
 @attrs.define(slots=False, repr=False)
 class KindContractError(KindError, TypeError):
-    """The object behind the entry point breaks the contract of initializers; ``findings`` say how."""
+    """The object behind the entry point breaks the contract of initializers; ``findings`` lists each violation."""
 
     findings: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
 @attrs.define(slots=False, repr=False)
 class CheckpointError(InitError):
-    """Something is wrong with files; ``path`` is the file or folder, where there is one."""
+    """Something is wrong with files; ``path`` is the file or folder, or None."""
 
     path: Path | None = None
 
 
 @attrs.define(slots=False, repr=False)
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """Nothing matches ``asked``; ``candidates`` exist."""
+    """Nothing matches ``asked``; ``candidates`` are names that exist."""
 
     asked: str = ""
     candidates: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
@@ -192,39 +193,39 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 @attrs.define(slots=False, repr=False)
 class IncompleteSetError(CheckpointNotFoundError):
-    """The set exists but lacks ``missing`` parts; ``candidates`` are tags that have them."""
+    """The set exists, but its ``missing`` parts do not; ``candidates`` are tags of sets with these parts."""
 
     missing: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
 @attrs.define(slots=False, repr=False)
 class AmbiguousCheckpointError(CheckpointError):
-    """Several checkpoints could be meant (``candidates``) and none may be picked automatically."""
+    """Several checkpoints match (``candidates``), and none is selected automatically."""
 
     candidates: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
 @attrs.define(slots=False, repr=False)
 class TornSetError(CheckpointError):
-    """Files that should belong together come from different iterations or runs; ``found``: file -> what it says."""
+    """Files of one set come from different iterations or runs; ``found``: file -> what it records."""
 
     found: Mapping[str, str] = attrs.Factory(dict)
 
 
 class CheckpointFormatError(CheckpointError, ValueError):
-    """The reader refuses the file: not a checkpoint, an unsafe construct, or sizes that do not add up."""
+    """The reader refuses the file: not a checkpoint, an unsafe construct, or sizes that are inconsistent."""
 
 
 @attrs.define(slots=False, repr=False)
 class UnsafeGlobalError(CheckpointFormatError):
-    """The file refers to ``names`` that are not allowed. Nothing of them was imported or called."""
+    """The file refers to globals that are not allowed, ``names``. None of them was imported or called."""
 
     names: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
 @attrs.define(slots=False, repr=False)
 class CheckpointCorruptError(CheckpointError):
-    """The bytes under ``key`` differ from those that were written (checksum or digest)."""
+    """The bytes under ``key`` differ from those that were written, by checksum or digest."""
 
     key: str = ""
 
@@ -237,12 +238,12 @@ class NoGoodSetError(CheckpointCorruptError):
 
 
 class CheckpointWriteError(CheckpointError, OSError):
-    """A set could not be written; the sets that were committed before are untouched."""
+    """A file or a set could not be written; sets that were committed before are unchanged."""
 
 
 @attrs.define(slots=False, repr=False)
 class PlanError(InitError, ValueError):
-    """The plan has ``problems``. Nothing was changed. ``plan`` is the whole plan."""
+    """The plan has ``problems`` (messages), and nothing was changed. ``plan`` is the whole ``LoadPlan``."""
 
     plan: Any = None
     problems: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
@@ -250,18 +251,18 @@ class PlanError(InitError, ValueError):
 
 @attrs.define(slots=False, repr=False)
 class StateMismatchError(InitError, ValueError):
-    """State of an optimizer, trainer or callback does not fit; ``problems`` list every place."""
+    """State of an optimizer, trainer or callback does not fit; ``problems`` lists every place."""
 
     problems: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 
 @attrs.define(slots=False, repr=False)
 class ProbeMismatchError(InitError, ValueError):
-    """With the weights of a set the model computes something else on its probe than when the set was saved.
+    """With the weights of a set, the model's outputs for its probe differ from those when the set was saved.
 
-    ``path`` is the folder of the set, ``output`` the place of the worst output in what the model returns, ``expected``
-    and ``found`` what is known of it then and now (shape, dtype, norm, digest; None where it is not there), and
-    ``difference`` the norm of the difference in parts of the norm, None where that makes no sense.
+    ``path`` is the folder of the set, and ``output`` the place of the worst output in what the model returns.
+    ``expected`` and ``found`` describe that output then and now (shape, dtype, norm, digest), or are None if it is
+    absent. ``difference`` is the norm of the difference relative to the norm, or None if it cannot be computed.
     """
 
     path: Path | None = None
@@ -273,9 +274,9 @@ class ProbeMismatchError(InitError, ValueError):
 
 @attrs.define(slots=False, repr=False)
 class StartConflictError(InitError, ValueError):
-    """More than one initializer starts at other than iteration zero, or not where the stack said that it would.
+    """Two initializers start after iteration zero, or the start differs from what ``start_checkpoint()`` returned.
 
-    ``starts``: initializer -> iteration; ``told`` and ``now`` -> iteration.
+    ``starts``: initializer -> iteration; for a changed start, ``returned`` and ``now`` -> iteration.
     """
 
     starts: Mapping[str, str] = attrs.Factory(dict)
@@ -285,7 +286,8 @@ class StartConflictError(InitError, ValueError):
 class PartlyInitializedError(InitError, RuntimeError):
     """User code, a kind without ``check`` or a device failed after the first change.
 
-    States of the trainer and of callbacks have been put back. ``done``, ``failed`` and ``pending`` name the steps.
+    States of the trainer and of callbacks were restored; weights may be changed. ``done``, ``failed`` and ``pending``
+    name the steps.
     """
 
     done: tuple[str, ...] = attrs.field(default=(), converter=_tuple)

@@ -1,4 +1,4 @@
-"""TrainingIteration: how far a training run has come."""
+"""TrainingIteration: completed epochs, updates and samples of a training run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PATTERN = re.compile(r"(?:E(?P<epoch>\d{1,18}))?(?:_?U(?P<update>\d{1,18}))?(?:
 
 
 def check_whole(name: str, value: object, *, least: int) -> None:
-    """Raise ``ConfigError`` for what is no whole number of at least ``least``."""
+    """Raise ``ConfigError`` unless ``value`` is an integer of at least ``least``; booleans are refused."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
@@ -24,11 +24,13 @@ def check_whole(name: str, value: object, *, least: int) -> None:
 @functools.total_ordering
 @attrs.frozen(order=False)
 class TrainingIteration:
-    """Completed epochs, optimizer updates and samples of a run; a field that is None is not said.
+    """Completed epochs, optimizer updates and samples of a run; None for a field that is not specified.
 
-    *Fully specified*: all three fields. *Minimally specified*: exactly one (a query: 'the newest of epoch 10').
-    Iterations that say the same fields are ordered by epoch, then update, then sample; comparing others raises
-    ``ConfigError``, since neither would be the earlier one.
+    *Fully specified*: all three fields. *Minimally specified*: exactly one, which is a query such as 'the newest set of
+    epoch 10'. Iterations that specify the same fields are ordered by epoch, then update, then sample. Comparing others
+    with ``<`` raises ``ConfigError``, because their order is not defined. Text form: ``E10_U100_S200``.
+
+    Raises ``ConfigError`` for a field that is not a whole number of at least 0.
     """
 
     epoch: int | None = None
@@ -42,7 +44,7 @@ class TrainingIteration:
 
     @classmethod
     def zero(cls) -> Self:
-        """The start of a run that continues nothing."""
+        """Return the iteration at which a new run starts: all fields 0."""
         return cls(0, 0, 0)
 
     @classmethod
@@ -50,12 +52,14 @@ class TrainingIteration:
         """Parse ``E10_U100_S200`` or a part of it (``E10``, ``U100_S200``). Raises ``ConfigError``."""
         parsed = cls.in_text(text)
         if parsed is None:
-            raise ConfigError(f"{text!r} is no training iteration; it is written E10_U100_S200, or E10, U100, S200")
+            raise ConfigError(
+                f"{text!r} is not a training iteration. Next: write E10_U100_S200 or a part of it, such as E10 or U100"
+            )
         return parsed
 
     @classmethod
     def in_text(cls, text: str) -> Self | None:
-        """The iteration that ``text`` is, as it is written out; None for any other text (``latest``, ``E010``)."""
+        """Return the iteration whose text form is exactly ``text``; None for other text (``latest``, ``E010``)."""
         found = _PATTERN.fullmatch(text)
         if not text or found is None:
             return None
@@ -67,30 +71,32 @@ class TrainingIteration:
         """Build from ``{"epoch": 1, "update": 4, "sample": 32}`` or a part of it. Raises ``ConfigError``."""
         unknown = sorted(str(name) for name in values if name not in _FIELDS)
         if unknown:
-            raise ConfigError(f"unknown field {', '.join(unknown)} of an iteration; it has epoch, update, sample")
+            raise ConfigError(
+                f"unknown field {', '.join(unknown)} of an iteration; the fields are epoch, update and sample"
+            )
         return cls(**values)  # type: ignore[arg-type]  # each value is checked above
 
     @property
     def is_fully_specified(self) -> bool:
-        """All three fields are said."""
+        """Whether all three fields are specified."""
         return None not in (self.epoch, self.update, self.sample)
 
     @property
     def is_minimally_specified(self) -> bool:
-        """Exactly one field is said."""
+        """Whether exactly one field is specified."""
         return sum(value is not None for value in (self.epoch, self.update, self.sample)) == 1
 
     @property
     def is_zero(self) -> bool:
-        """Nothing has been trained: no field is other than 0."""
+        """Whether no field is greater than 0: nothing has been trained."""
         return not (self.epoch or self.update or self.sample)
 
     def matches(self, other: TrainingIteration) -> bool:
-        """Whether every field that this one says is the same in ``other``."""
+        """Whether ``other`` has the same value in every field that this iteration specifies."""
         return all(getattr(self, name) in (None, getattr(other, name)) for name in _FIELDS)
 
     def to_mapping(self) -> dict[str, int]:
-        """The fields that are said, as plain data."""
+        """Return the specified fields as plain data."""
         return {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
 
     def __lt__(self, other: object) -> bool:
@@ -98,7 +104,10 @@ class TrainingIteration:
             return NotImplemented
         mine, theirs = self.to_mapping(), other.to_mapping()
         if mine.keys() != theirs.keys():
-            raise ConfigError(f"{self or 'an empty iteration'} and {other or 'an empty iteration'} cannot be compared")
+            raise ConfigError(
+                f"{self or 'an empty iteration'} and {other or 'an empty iteration'} specify different fields and "
+                "cannot be compared"
+            )
         return tuple(mine.values()) < tuple(theirs.values())
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Lineage: runs and files, and whose weights went into whom, from the records beside sets. Nothing is changed."""
+"""Lineage: which runs and files gave weights to which runs, read from the records beside sets. Nothing is written."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LINEAGE_VERSION = 1
 
 Relation = Literal["focus", "ancestor", "descendant", "other"]
 
-#: The files that an entry's values came from, the latest first, and its names there.
+#: The files that an entry's values came from, the latest first, and the names of the entry in each file.
 _Chain = Sequence[tuple[SourceRecord, tuple[str, ...]]]
 
 
 @attrs.frozen
 class LineageSet:
-    """One set of checkpoints of a run; ``bytes`` are those of its files, None where a manifest does not say them."""
+    """One set of checkpoints of a run. ``bytes`` is the total size of its files, None if no manifest records it."""
 
     name: str
     tags: tuple[str, ...]
@@ -47,17 +47,16 @@ class LineageNode:
     """A run (and stage), or a file.
 
     Attributes:
-        id: Its name in edges: ``pretrain``, ``pretrain/stage``, the path below the output root; ``file:`` and the path
-            of a file; of what is not there any more what was recorded of it. Two runs of one name in two output roots
-            have the root in front.
-        type: ``missing`` for a run or file that was recorded and is not where it was.
+        id: The name that edges use. For a run, its path below the output root (``pretrain/stage``), or the path of its
+            folder if two output roots have runs of one name. For a file, ``file:`` and its path.
+        type: ``missing`` for a run or file that was recorded and is no longer at the recorded path.
         run_id: None for a file.
-        stage: Its stage, where it has one.
-        path: Where it is, or was when it was recorded.
-        sets: Its sets, newest first.
-        relation: How it stands to the run that was asked for.
-        resumed: How often the run was continued from a set of its own, as far as the sets that are there tell.
-        note: What there is to know besides, in words; empty for nothing.
+        stage: Name of the stage; None for a run without stages, and for a file.
+        path: The path of the run folder or file; for a missing one, the recorded path.
+        sets: The sets of the run, newest first.
+        relation: The relation to the requested run.
+        resumed: Number of times that the run was resumed from one of its own sets, counted in the sets on disk.
+        note: A remark for people; may be empty.
     """
 
     id: str
@@ -73,22 +72,22 @@ class LineageNode:
 
 @attrs.frozen
 class LineageEdge:
-    """Weights of ``source`` went into ``target``.
+    """A record that weights of ``source`` were loaded into ``target``.
 
     Attributes:
-        source: Id of the node that they came from.
-        target: Id of the run that took them.
-        kind: The kind of initializer.
-        model: Path of names of the single model.
+        source: Id of the node that the weights came from.
+        target: Id of the run that loaded them.
+        kind: The kind of the initializer that loaded them.
+        model: Path of names of the single model, such as ``autoenc.encoder``.
         file: Name of the file that was read.
-        tag: The tag that was asked for, where it was one.
-        iteration: The iteration of the set that it meant.
-        from_set: Name of that set's folder.
-        tensors: How many entries of the model came from there, and are not loaded over since. Where the target is not
-            there any more: how many of those that others took from it.
-        share: The same as a share of all entries of the model, from 0 to 1; None where the target is not there.
-        is_resume: Whether training was continued: optimizer and iteration came along.
-        note: What there is to know besides, in words; empty for nothing.
+        tag: The requested tag; None if the request was not a tag.
+        iteration: The iteration of the selected set; None if it was not recorded.
+        from_set: Name of the folder of the selected set.
+        tensors: Number of entries of the model that came from the source and were not overwritten since. For a missing
+            target, only the entries that other runs took from it are counted.
+        share: ``tensors`` divided by the number of entries of the model, from 0 to 1; None for a missing target.
+        is_resume: Whether training was resumed, that is with optimizer and iteration.
+        note: A remark for people; may be empty.
     """
 
     source: str
@@ -107,15 +106,15 @@ class LineageEdge:
 
 @attrs.frozen(repr=False)
 class Lineage(Shown):
-    """Runs, files, and whose weights went into whom; pure data.
+    """Runs and files, and which gave weights to which; pure data.
 
     ``str(lineage)`` is what ``ninit lineage`` prints.
 
     Attributes:
-        focus: Id of the run that was asked for; None where it was an output root, or a run with several stages.
-        nodes: Those that have to do with what was asked for, ancestors first; all of an output root.
-        edges: Between them.
-        problems: What could not be read, a sentence each; the rest is there all the same.
+        focus: Id of the requested run; None if an output root or a run with several stages was requested.
+        nodes: The requested run with its ancestors and descendants, ancestors first; all nodes of an output root.
+        edges: The edges between these nodes.
+        problems: One sentence for each run or record that could not be read. The other runs are complete.
     """
 
     focus: str | None
@@ -124,15 +123,15 @@ class Lineage(Shown):
     problems: tuple[str, ...] = ()
 
     def node(self, name: str) -> LineageNode:
-        """The node of that id. Raises ``KeyError``."""
+        """Return the node with the id ``name``. Raises ``KeyError``."""
         return {node.id: node for node in self.nodes}[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """The lineage as plain data, by ``docs/schemas/lineage.schema.json``."""
+        """Return the lineage as plain data that follows ``docs/schemas/lineage.schema.json``."""
         return {"format": "noether-init-lineage", "version": LINEAGE_VERSION, **attrs.asdict(self)}
 
     def to_json(self) -> str:
-        """``to_dict`` as text."""
+        """Return ``to_dict()`` as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
 
@@ -142,10 +141,7 @@ def related(
     edges: Sequence[LineageEdge],
     problems: Sequence[str] = (),
 ) -> Lineage:
-    """The lineage of nodes: ancestors and descendants, and the edges between those; of all for None.
-
-    What is both, in a circle, is an ancestor.
-    """
+    """Keep ``foci`` with ancestors (also those that a cycle makes descendants) and descendants; None keeps all."""
     if foci is None:
         return Lineage(None, tuple(nodes), tuple(edges), tuple(problems))
     ancestors = _reached(foci, [(edge.target, edge.source) for edge in edges])
@@ -172,17 +168,19 @@ def _reached(starts: Sequence[str], steps: Iterable[tuple[str, str]]) -> set[str
 
 
 def lineage_of(path: Path | str, roots: Sequence[Path | str] = ()) -> Lineage:
-    """Ancestors and descendants of the run at ``path``, from the records beside its sets and those of other runs.
+    """Return the ancestors and descendants of the run at ``path``, from the records beside the sets of all runs.
+
+    It only reads, so it may be called while runs save, and repeated.
 
     Args:
-        path: A run folder, a stage of it, its folder of checkpoints or one of its sets; or an output root, for all. Of
-            a run folder with several stages, what has to do with any of them.
-        roots: Further output roots in which descendants are looked for, beside the one that the run lies in.
+        path: A run folder, a stage, a folder of checkpoints or a set; or an output root, for all runs below it. For a
+            run folder with several stages, the relations of all stages are returned.
+        roots: Further output roots to search for descendants. The output root of ``path`` is always searched.
 
-    A run in which no record was kept (of Noether, of other writers) has no ancestors here, and a note says so. What
-    cannot be read is in ``problems``.
+    Sets of other writers, such as Noether, have no records, so their runs have no ancestors here and get a note. What
+    cannot be read is listed in ``problems``.
 
-    Raises ``CheckpointNotFoundError`` where there is no run.
+    Raises ``CheckpointNotFoundError`` if no run is found at ``path`` or below one of ``roots``.
     """
     asked = [_run_at(paths) for paths in runs_at(local_path(path))]
     found = {one.folder: one for one in asked}
@@ -191,26 +189,26 @@ def lineage_of(path: Path | str, roots: Sequence[Path | str] = ()) -> Lineage:
         try:
             below = runs_at(root)
         except CheckpointNotFoundError:
-            if root in own:  # the run itself was found by another way
+            # The path itself is a run, so only relatives are lost. A root that the caller named must have runs.
+            if root in own:
                 continue
             raise
         for one in map(_run_at, below):
-            # a link is a second name of a run
+            # A symbolic link is a second name of a run; the name without the link wins, in any order of listing.
             if one.folder not in found or one.folder == one.root / one.name:
                 found[one.folder] = one
     reader = _Reader(found.values())
     is_root = Path(path).resolve() in own
     foci = None if is_root else tuple(dict.fromkeys(reader.id_of[one.folder] for one in asked))
-    edges = tuple(reader.edges())  # which may make further nodes
+    edges = tuple(reader.edges())  # before reader.nodes is read: it adds nodes for missing runs and files
     return related(foci, tuple(reader.nodes.values()), edges, reader.problems)
 
 
 @attrs.frozen
 class _Run:
-    """A folder with checkpoints, symbolic links resolved, and the run that its sets record.
+    """A folder with checkpoints, links resolved, and the run that its sets record; ``name``: path below the root.
 
-    ``name`` is its path below the output root. ``snapshot`` is None where it cannot be looked at, for the reason in
-    ``problem``.
+    If the folder cannot be read, ``snapshot`` is None and ``problem`` gives the reason.
     """
 
     folder: Path
@@ -234,10 +232,7 @@ def _run_at(paths: PathProvider) -> _Run:
 
 
 def _run_folder(path: str) -> Path | None:
-    """The folder of the run (and stage) whose file lies at ``path``, links resolved; None for a file elsewhere.
-
-    A flat file in a folder ``checkpoints`` may belong to no run: whether it does, what was recorded of it says.
-    """
+    """Return the folder of the run that may have written the file at ``path``, links resolved; else None."""
     parts = Path(path).parts
     depth = 4 if _set_in(path) is not None else 2
     if len(parts) <= depth or parts[-depth] != CHECKPOINTS_FOLDER:
@@ -249,13 +244,13 @@ def _run_folder(path: str) -> Path | None:
 
 
 def _set_in(path: str) -> str | None:
-    """The folder of the set that a file lies in; None for a file elsewhere."""
+    """Return the name of the folder of the set that a file lies in; None for a file that lies in no set."""
     parts = Path(path).parts
     return parts[-2] if len(parts) > 4 and parts[-3] == SETS_FOLDER and parts[-4] == CHECKPOINTS_FOLDER else None
 
 
 class _Reader:
-    """Puts the records of runs together."""
+    """Joins the records of runs to nodes and edges."""
 
     def __init__(self, runs: Collection[_Run]) -> None:
         names = Counter(run.name for run in runs)
@@ -268,7 +263,7 @@ class _Reader:
         self._digests: dict[str, dict[str, dict[str, str]]] = {}
         self._node_of = functools.cache(self._look_up)
         self._others: dict[tuple[str, str, str], str] = {}
-        #: entries of the model that were read, by their names there
+        #: (source, id of the target, model, whether by its newest training) -> entries of the model that were read
         self._entries: dict[tuple[SourceRecord, str, str, bool], set[str]] = {}
         self._totals: dict[tuple[str, str, bool], set[str]] = {}
         for run, trainings in [(run, self._read(run)) for run in runs]:
@@ -280,7 +275,7 @@ class _Reader:
                         self._count(place, entry, chain)
 
     def edges(self) -> Iterator[LineageEdge]:
-        """Whose weights went into whom, in the order of the runs that took them."""
+        """Yield the edges in the order of the runs that loaded the weights."""
         for (source, target, model, is_newest), entries in self._entries.items():
             if not is_newest and (source, target, model, True) in self._entries:
                 continue
@@ -288,9 +283,9 @@ class _Reader:
             name = self._node_of(source, target)
             total = len(self._totals.get((target, model, is_newest), ()))
             from_set = _set_in(source.path)
-            # only a run that was read tells which of its sets are there
+            # Which sets exist is known only for runs that were read.
             is_gone = from_set is not None and name in self._ids and from_set not in self._digests[name]
-            notes = ["the set is not there any more"] if is_gone else []
+            notes = ["the set was deleted"] if is_gone else []
             notes += [] if is_newest else ["by an earlier training in the same folder"]
             yield LineageEdge(
                 name,
@@ -308,10 +303,10 @@ class _Reader:
             )
 
     def _read(self, run: _Run) -> list[tuple[dict[str, History], bool]]:
-        """Read the manifests of a run, which become a node, and the newest record of each training and model.
+        """Add the node of a run from its manifests; return the newest record of each training and model.
 
-        For each training with a record: path of a single model -> entry -> files, the latest first; and whether it is
-        the newest, since a run can be started anew in its folder.
+        Returns for each training with a record: path of a single model -> entry -> files, the latest first; and
+        whether it is the newest one. A folder has several trainings if its run was started again from zero.
         """
         sets: tuple[CheckpointSet, ...] = ()
         problems = [run.problem] if run.problem else []
@@ -336,15 +331,15 @@ class _Reader:
                 kept = load_histories(one)
             except CheckpointCorruptError as error:
                 problems.append(str(error))
-                said = [f"{one.get('kind')} {one.get('model')} <- {one.get('origin')}" for one in manifest.lineage]
-                failed = failed or "; ".join(said) or "no checkpoint"
+                recorded = [f"{one.get('kind')} {one.get('model')} <- {one.get('origin')}" for one in manifest.lineage]
+                failed = failed or "; ".join(recorded) or "no checkpoint"
                 continue
             found[manifest.training] = {**kept, **found.get(manifest.training, {})}
         if failed:
-            note = f"its record cannot be read; its manifest says {failed}"
+            note = f"its record cannot be read; its manifest lists {failed}"
         elif sets and newest not in found:
             of = "the weights of its newest training" if found else "its weights"
-            note = f"where {of} came from was not recorded"
+            note = f"the origin of {of} was not recorded"
         self.problems += problems
         name = self.id_of[run.folder]
         # folder of a committed set -> name of a file -> its digest
@@ -359,16 +354,16 @@ class _Reader:
             run.paths.run_id,
             run.paths.stage_name,
             str(run.folder),
-            tuple(map(_said, reversed(sets))),
+            tuple(map(_lineage_set, reversed(sets))),
             resumed=len({manifest.started_from for manifest in manifests if manifest.started_from}),
             note=note,
         )
         return [(models, training == newest) for training, models in found.items()]
 
     def _count(self, place: tuple[str, str, bool], entry: str, chain: _Chain) -> None:
-        """The first of a chain is what this run read; the others are told by the runs that read them, if they are."""
+        """Count the first file of a chain for this run, and later ones only for runs that cannot be read themselves."""
         target, model, is_newest = place
-        # several names in one file, as of parts that were put together, stand one after the other
+        # An entry that was joined from parts has several names in one file; these follow each other in the chain.
         steps = [
             (source, [names for _, names in group]) for source, group in itertools.groupby(chain, lambda one: one[0])
         ]
@@ -376,16 +371,16 @@ class _Reader:
             return
         self._entries.setdefault((steps[0][0], target, model, is_newest), set()).add(entry)
         for number, ((later, names), (earlier, _)) in enumerate(itertools.pairwise(steps)):
-            # behind what was put together the histories of its parts are mixed; only a single one has one meaning
+            # Beyond a joined entry, the histories of its parts are mixed, and nothing tells them apart.
             if sum(map(len, names)) > 1 and len(steps) > number + 2:
                 return
             node = self._node_of(later, target)
-            # a run that is read tells it itself
+            # A run that was read has its own record; counting it here too would count it twice.
             if node not in self._ids and self._node_of(earlier, target) != node:
                 self._entries.setdefault((earlier, node, later.model, True), set()).update(itertools.chain(*names))
 
     def _look_up(self, source: SourceRecord, target: str) -> str:
-        """Id of the node of a source; a node of its own is made for what is no run that was read."""
+        """Return the id of the node of a source; add a node if the source is not one of the runs that were read."""
         origin = dict(source.origin)
         run_id, stage = origin.get("run_id"), origin.get("stage_name")
         folder = _run_folder(source.path)
@@ -393,34 +388,35 @@ class _Reader:
             name = self.id_of[folder]
             if self._has(name, source):
                 return name
-            # sets are numbered, so another one under the same number is of a run that was made anew
-            note = "it was deleted, and a run of that name was made anew"
+            # Sets are numbered. Other bytes under the same number belong to a new run in the same folder.
+            note = "it was deleted, and a new run of that name was started"
             return self._other(f"{name} (before)", str(folder), run_id, stage, note, is_there=False)
-        is_file = os.path.isabs(source.path) and os.path.isfile(source.path)  # recorded paths are texts of others
+        # Recorded paths are foreign text; a relative one would be looked up in the current folder.
+        is_file = os.path.isabs(source.path) and os.path.isfile(source.path)
         if run_id is None and _set_in(source.path) is None:
-            note = "" if is_file else "it is not where it was recorded"
+            note = "" if is_file else "not found at the recorded path"
             if is_file and source.digest is None:
-                note = "without a digest: whether the file is still the same is not known"
+                note = "no digest was recorded, so the file may have changed"
             path, key = source.path or source.file, source.digest or ""
             return self._other(f"file:{path}", path, None, None, note, is_there=is_file, key=key)
         run_id = folder.name if run_id is None and folder is not None else run_id
-        said = name_of_run(run_id, stage)
-        if folder is None:  # of a run, in the way of another kind
-            note = "" if is_file else "it is not there any more"
-            return self._other(said, source.path, run_id, stage, note, is_there=is_file)
+        name = name_of_run(run_id, stage)
+        if folder is None:  # another kind recorded a run with files in a layout of its own
+            note = "" if is_file else "no longer at the recorded path"
+            return self._other(name, source.path, run_id, stage, note, is_there=is_file)
         is_there = os.path.isdir(folder)
-        # output roots are moved as a whole; a set of that name with other bytes shows that it is another run
-        moved = None if is_there else self._named.get((self._root_of.get(target), said))
+        # An output root may have been moved with all its runs. A set of that name with other bytes is another run.
+        moved = None if is_there else self._named.get((self._root_of.get(target), name))
         if moved is not None and self._has(self.id_of[moved.folder], source):
             return self.id_of[moved.folder]
-        note = "it lies in another output root; --root shows more" if is_there else "it is not there any more"
-        return self._other(said, str(folder), run_id, stage, note, is_there=is_there)
+        note = "in another output root; --root reads it too" if is_there else "no longer at the recorded path"
+        return self._other(name, str(folder), run_id, stage, note, is_there=is_there)
 
     def _has(self, name: str, source: SourceRecord) -> bool:
-        """Whether a run that was read can be that of the source: no digest of the file there is another one."""
+        """Whether a run that was read can be the run of the source: the digest of the file does not differ."""
         files = self._digests[name].get(_set_in(source.path) or "", {})
         digest, recorded = files.get(source.file), source.digest
-        # what is not known, or of another sort, says nothing
+        # A missing digest, or one of another algorithm, proves nothing.
         if digest is None or recorded is None:
             return True
         return digest.partition(":")[0] != recorded.partition(":")[0] or digest == recorded
@@ -438,7 +434,7 @@ class _Reader:
         return self._others[name, path, key]
 
 
-def _said(one: CheckpointSet) -> LineageSet:
+def _lineage_set(one: CheckpointSet) -> LineageSet:
     manifest = one.manifest
     return LineageSet(
         one.place,

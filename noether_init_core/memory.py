@@ -1,10 +1,10 @@
-"""Memory: large pages for tensors that are about to be filled, no search for garbage, and what the bytes in it are.
+"""Memory helpers: huge pages for new tensors, a pause of the garbage collector, NaN and infinities, digests.
 
-NaN and infinities are told from bit patterns: exact for every dtype, at memory speed, without torch. A float is NaN or
-infinite if all bits of its exponent are set. Of such elements the positive ones are the largest of all where the bits
-are read as signed integers, the negative ones where they are read as unsigned ones. Two maxima, then, say what is
-there; unlike a sum they cannot overflow. Where there is a faster sum, it goes first: the sum of all squares is finite
-only if every element is, and what is not finite gets the exact look.
+NaN and infinities are found from bit patterns. That is exact for every dtype, runs at memory speed and needs no torch.
+A float is NaN or infinite if all bits of its exponent are set. If the bits are read as signed integers, a positive NaN
+or infinity is larger than every finite number. If they are read as unsigned integers, a negative one is. So two maxima
+decide, and unlike a sum they cannot overflow. For dtypes with a fast dot product, the sum of squares is computed first.
+It is finite only if every element is; if it is not finite, the exact check follows.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from isal import isal_zlib
 if TYPE_CHECKING:
     import torch
 
-# Small enough for the processor's caches, large enough that system calls, and threads that wait for the interpreter, do
-# not count. A multiple of every size of an element, so that no element lies in two pieces.
+# Small enough for the processor's caches. Large enough that the cost of system calls, and of threads that wait for the
+# interpreter lock, is small. A multiple of every element size, so that no element lies in two pieces.
 BUFFER = 2 << 20
-# Below that, a large page would hardly be filled.
+# Huge pages have 2 MiB; a smaller tensor contains at most one that is complete, and the call costs more than it saves.
 _LEAST = 4 << 20
 
 
 def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """The same unfilled CPU tensor. Its memory is given out by large pages when it is touched for the first time.
+    """Advise the kernel to back an unfilled CPU tensor with huge pages; return the same tensor.
 
-    By pages of 4 KiB that takes two to three times as long as all reading and comparing. It is advice: where a system
-    does not take it, nothing else changes.
+    Page faults of 4 KiB take two to three times as long as reading and comparing the bytes. A system without huge pages
+    ignores the advice, and a tensor on another device is returned as is.
     """
     advise = _advise()
     if advise is not None and tensor.device.type == "cpu":
@@ -48,7 +48,7 @@ def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _advise() -> Callable[[int, int, int], int] | None:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # of Linux
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux defines it
         return None
     function = ctypes.CDLL(None).madvise
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -58,7 +58,11 @@ def _advise() -> Callable[[int, int, int], int] | None:
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """A header, plan or run of many parts is many objects and no garbage: looking for some would double the time."""
+    """Pause the cyclic garbage collector in the block.
+
+    Large headers, plans and runs create many objects and no cycles, so the collector would double the time for nothing.
+    The switch is global to the process: another thread's collections pause too.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -71,7 +75,8 @@ def no_garbage_collection() -> Iterator[None]:
 Finding = Literal["NaN", "infinities"]
 
 
-# Bytes of one number; the bits of infinity without sign, None where there is none; those of the first NaN.
+# dtype -> bytes of one number; bits of positive infinity, None for a format without infinity; bits of the smallest NaN.
+# A complex number counts as two floats.
 _PATTERNS: dict[str, tuple[int, int | None, int]] = {
     "bfloat16": (2, 0x7F80, 0x7F81),
     "complex128": (8, 0x7FF << 52, (0x7FF << 52) + 1),
@@ -83,19 +88,21 @@ _PATTERNS: dict[str, tuple[int, int | None, int]] = {
     "float8_e4m3fn": (1, None, 0x7F),
     "float8_e5m2": (1, 0x7C, 0x7D),
 }
-# Formats with a single NaN: the bits of minus zero, or, without a sign, all of them set.
+# Formats with a single NaN: the bits that minus zero has elsewhere, or, for the format without a sign, all bits set.
 _SINGLE_NAN = {"float8_e4m3fnuz": 0x80, "float8_e5m2fnuz": 0x80, "float8_e8m0fnu": 0xFF}
 
 
 def can_be_nonfinite(dtype: str) -> bool:
-    """Whether the dtype (torch's name without ``torch.``) has NaN at all."""
+    """Whether ``dtype`` (torch's name without ``torch.``) can represent NaN."""
     return dtype in _PATTERNS or dtype in _SINGLE_NAN
 
 
 def nonfinite(data: memoryview, dtype: str) -> Finding | None:
-    """``NaN`` if there is one among the elements, else ``infinities`` if there is one, else None.
+    """Return ``NaN`` if an element is NaN, else ``infinities`` if an element is infinite, else None.
 
-    ``data``: whole elements of ``dtype``, in the byte order of the machine, at any address.
+    Args:
+        data: Complete elements of ``dtype`` in the byte order of the machine; the address need not be aligned.
+        dtype: torch's name without ``torch.``; ``can_be_nonfinite(dtype)`` must be true.
     """
     import numpy as np
 
@@ -107,6 +114,8 @@ def nonfinite(data: memoryview, dtype: str) -> Finding | None:
         found = octets.view(np.int8).min() == -128 if single == 0x80 else octets.max() == single
         return "NaN" if found else None
     size, infinity, nan = _PATTERNS[dtype]
+    # numpy has a vectorized dot product for these only; a finite number may still overflow when it is squared, so a
+    # result that is not finite proves nothing.
     if size >= 4:
         numbers = np.frombuffer(data, f"f{size}")
         with np.errstate(over="ignore", invalid="ignore"):
@@ -121,7 +130,10 @@ def nonfinite(data: memoryview, dtype: str) -> Finding | None:
 
 
 def examine_memory(data: memoryview, dtype: str) -> tuple[str, int, Finding | None]:
-    """``xxh3_128:<hex>``, CRC-32, and what is not finite among whole elements, looked at once while in the cache."""
+    """Return ``xxh3_128:<hex>``, CRC-32, and the ``nonfinite`` finding of complete elements, in one pass over memory.
+
+    The pieces fit the cache, so the second and third computation of a piece do not read memory again.
+    """
     state, crc, found = xxhash.xxh3_128(), 0, set[Finding]()
     is_looked_at = can_be_nonfinite(dtype)
     for begin in range(0, len(data), BUFFER):

@@ -1,4 +1,4 @@
-"""Parts of messages, written once: lists that are cut, near names, counts, foreign text made safe, YAML to paste."""
+"""Parts of messages: shortened lists, near names, counts, escaped foreign text, and YAML to paste."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def listed(names: Iterable[object], most: int = 5, *, separator: str = ", ", none: str = "") -> str:
-    """The first ``most`` names, and how many more there are: ``a, b and 3 more``; ``none`` where there are none."""
+    """The first ``most`` names, and the number of the others: ``a, b and 3 more``; ``none`` for an empty list."""
     texts = list(map(str, names))
     more = len(texts) - most
     rest = f"{separator if separator.strip(' ') != ',' else ' '}and {more} more" if more > 0 else ""
@@ -16,26 +16,29 @@ def listed(names: Iterable[object], most: int = 5, *, separator: str = ", ", non
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """``1 set``, ``12 sets``; ``plural`` where an s is not enough."""
+    """A number and its noun: ``1 set``, ``12 sets``. ``plural`` is for nouns whose plural is not formed by an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def near(name: str, known: Collection[str], most: int = 3, *, cutoff: float = 0.6) -> list[str]:
-    """Those of ``known`` that ``name`` may be a misspelling of, nearest first; equally near ones in their order.
+    """Names in ``known`` of which ``name`` may be a misspelling, nearest first; equal distances keep their order.
 
-    Case, ``-`` and ``_`` do not count. Only the first 200 characters of ``name`` are compared, and nothing is sought
-    among more than 5,000 names, since that takes time by their product.
+    Args:
+        name: The name that was not found. Case is ignored, and ``-`` equals ``_``. Only 200 characters are compared.
+        known: The names that exist. Beyond 5,000 the result is empty, because the time grows with lengths and number.
+        most: How many names to return.
+        cutoff: The least ratio of ``difflib``, from 0 to 1.
     """
     if len(known) > 5_000:
         return []
     folded: dict[str, str] = {}
     for one in known:
         folded.setdefault(_folded(one), one)
-    sought, order = difflib.SequenceMatcher(b=_folded(name)), {one: number for number, one in enumerate(folded)}
+    matcher, order = difflib.SequenceMatcher(b=_folded(name)), {one: number for number, one in enumerate(folded)}
 
     def distance(one: str) -> tuple[float, int]:
-        sought.set_seq1(one)
-        return -sought.ratio(), order[one]
+        matcher.set_seq1(one)
+        return -matcher.ratio(), order[one]
 
     found = difflib.get_close_matches(_folded(name), list(folded), n=max(64, most), cutoff=cutoff)
     return [folded[one] for one in sorted(found, key=distance)[:most]]
@@ -46,14 +49,14 @@ def _folded(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with an escape in the place of each character that a terminal would act on; line breaks stay."""
+    """``text`` with each character that a terminal would act on replaced by its escape; line breaks stay."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
 
 
 def one_line(text: str, most: int | None = None) -> str:
-    """Foreign text for one line of output: line breaks are escaped, too, and text beyond ``most`` characters is cut."""
+    """Foreign text for one line of output: line breaks are escaped too, and text beyond ``most`` characters is cut."""
     if most is not None and len(text) > most:
         text = text[: most - 3] + "..."
     return printable(text).replace("\n", "\\n")
@@ -65,9 +68,9 @@ def quoted(text: object, most: int = 80) -> str:
 
 
 def yaml_line(value: Any) -> str:
-    """``value`` as YAML on one line, to be pasted into a config: ``{keep_model: "a #c"}``.
+    """``value`` as YAML on one line, to paste into a config: ``{keep_model: "a #c"}``.
 
-    Read back it is the same value. Characters that a terminal would act on are escaped.
+    Reading the line returns an equal value. Characters that a terminal would act on are escaped.
     """
     import yaml
 
@@ -88,7 +91,7 @@ def yaml_line(value: Any) -> str:
             width=float("inf"),
             allow_unicode=allow_unicode,
         )
-        # a scalar alone ends with a document marker
+        # PyYAML ends a single scalar with a document marker
         return text.removesuffix("\n").removesuffix("\n...")
 
     text = dumped(allow_unicode=True)

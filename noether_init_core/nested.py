@@ -1,4 +1,4 @@
-"""Nested values (mappings, lists, tuples): their leaves, the same shape with other leaves, equality to the bit."""
+"""Nested values (mappings, lists, tuples): list their leaves, replace their leaves, compare them bit by bit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def leaves(value: Any) -> list[Any]:
-    """Every value in ``value`` that is no mapping, list or tuple, in order; ``value`` itself if it is none of these."""
+    """Return every value in ``value`` that is not a mapping, list or tuple, in order; ``[value]`` for such a value."""
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
     return [value] if items is None else [leaf for item in items for leaf in leaves(item)]
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A new value of the same shape, with ``change(leaf)`` in the place of every leaf. Keys stay."""
+    """Return a new value of the same structure in which ``change(leaf)`` replaces every leaf. Keys stay."""
     if isinstance(value, Mapping):
         return {key: mapped(item, change) for key, item in value.items()}
     if isinstance(value, list):
@@ -24,9 +24,9 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def equal(first: Any, other: Any) -> bool:
-    """Whether two nested values are the same: types, keys, dtypes, shapes and every bit of their tensors.
+    """Whether two nested values have the same types, keys, dtypes, shapes and bits of tensors.
 
-    Tensors on different devices are compared on the CPU. NaN equals NaN, in tensors of the same bits.
+    Tensors on different devices are compared on the CPU. NaN equals NaN; in tensors, if the bits are the same.
     """
     if isinstance(first, Mapping) and isinstance(other, Mapping):
         return first.keys() == other.keys() and all(equal(first[key], other[key]) for key in first)
@@ -43,6 +43,7 @@ def equal(first: Any, other: Any) -> bool:
 
         if first.dtype != other.dtype or first.shape != other.shape:
             return False
+        # Conjugation and negation are lazy flags in torch: the bytes of a view with a flag are not its values.
         plain = (tensor.detach().resolve_conj().resolve_neg().cpu().contiguous() for tensor in (first, other))
         one, two = (tensor.reshape(-1).view(torch.uint8) for tensor in plain)
         return bool(torch.equal(one, two))

@@ -1,4 +1,4 @@
-"""Where runs live on disk, and which texts may become part of a path."""
+"""The folders of runs on disk, and the names that may become part of a path."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import attrs
 from noether_init_core.errors import ConfigError, InvalidNameError, type_of
 from noether_init_core.uris import local_path
 
+#: File systems allow 255 bytes for a name. A name of a file joins model, tag and part: ``mlp_cp=latest_model.th``.
 MAX_NAME_BYTES = 200
-#: Below the output root, it holds the runs of debug mode.
+#: Folder below the output root that holds the runs of debug mode.
 DEBUG_FOLDER = "debug"
-#: What no component of a path may hold, and how that is said.
+#: What no component of a path may hold, and the words for it in messages. Names come from configs and may be hostile;
+#: refused on every platform, so that a run folder can be copied to Windows.
 _REFUSED = (
     (re.compile(r"\A\Z"), "is empty"),
     (re.compile(r"[/\\]"), "holds a path separator"),
@@ -55,8 +57,8 @@ def text_problem(value: object, what: str) -> str:
 def check_name(value: object, what: str) -> str:
     """Return ``value`` if it can be one component of a path below the output root.
 
-    Raises ``InvalidNameError`` for what is no text, an empty name, a path separator, ``..``, a leading dot, a drive
-    letter, a control character, surrounding white space, or more than 200 bytes of UTF-8.
+    Raises ``InvalidNameError`` for a value that is not a string, an empty name, or more than 200 bytes of UTF-8. Raises
+    it also for a path separator, ``..``, a leading dot, a drive letter, a control character, surrounding white space.
     """
     if not isinstance(value, str):  # a config may hold anything
         raise InvalidNameError(text_problem(value, what), what=what, value=str(value))
@@ -70,7 +72,7 @@ def check_name(value: object, what: str) -> str:
 
 
 def is_name(value: str) -> bool:
-    """Whether ``check_name`` takes it."""
+    """Whether ``check_name`` accepts ``value``."""
     return not _problem_of(value)
 
 
@@ -86,8 +88,8 @@ def check_run_id(value: object) -> str:
     run_id = check_name(value, "run_id")
     if run_id == DEBUG_FOLDER:
         raise InvalidNameError(
-            f"run_id {run_id!r} is the name of the folder that holds the runs of debug mode, which would be taken for "
-            "its stages. Next: another run_id, or debug: true to be among them",
+            f"run_id {run_id!r} is the name of the folder that holds the runs of debug mode, which would be read as "
+            "its stages. Next: choose another run_id, or set debug: true to use that folder",
             what="run_id",
             value=run_id,
         )
@@ -95,16 +97,17 @@ def check_run_id(value: object) -> str:
 
 
 def name_of_run(run_id: str | None, stage_name: str | None) -> str:
-    """Run and stage as they are written: ``pretrain``, ``pretrain/stage``."""
+    """Return run and stage as one name: ``pretrain``, ``pretrain/stage``."""
     return f"{run_id}/{stage_name}" if stage_name is not None else str(run_id)
 
 
 def check_model_name(value: object, what: str = "model_name") -> str:
     """Return ``value`` if it can be the name of a model: a name without ``=``. Raises ``InvalidNameError``."""
+    # In names of files, '=' separates fields: mlp_ema=0.9_cp=latest_model.th.
     name = check_name(value, what)
     if "=" in name:
         raise InvalidNameError(
-            f"{what} {name!r} holds '=', which only a model_info may hold, such as ema=0.9", what=what, value=name
+            f"{what} {name!r} holds '=', which is allowed only in model_info, such as ema=0.9", what=what, value=name
         )
     return name
 
@@ -113,10 +116,17 @@ def check_model_name(value: object, what: str = "model_name") -> str:
 class PathProvider:
     """The folders of one run: ``<output_root>/[debug/]<run_id>/[<stage_name>/]checkpoints``.
 
-    Only names are handled here: no property reads the disk, none creates a folder. ``run_id_is_generated`` is true
-    where the run id is a new one at each start (``generate``); ``auto_resume`` refuses such a run.
+    The properties compute paths; they neither read the disk nor create folders.
 
-    Raises ``InvalidNameError`` for names that are not a single path component, ``ConfigError`` for a URI as root.
+    Args:
+        output_root: Folder that holds all runs.
+        run_id: Name of the run, one path component.
+        stage_name: Name of the stage, one path component; None for a run without stages.
+        debug: Whether the run lies in the folder ``debug`` below the output root.
+        run_id_is_generated: Whether each start generates a new run id, as ``generate`` does. ``auto_resume`` refuses
+            such a run, because it could never find its own checkpoints again.
+
+    Raises ``InvalidNameError`` for a name that is not a single path component, ``ConfigError`` for a URI as root.
     """
 
     output_root: Path = attrs.field(converter=local_path)
@@ -132,7 +142,10 @@ class PathProvider:
 
     @classmethod
     def generate(cls, output_root: Path | str, stage_name: str | None = None, *, debug: bool = False) -> Self:
-        """A provider with a new run id: the date and ten random hexadecimal digits. For runs that never resume."""
+        """Return a provider with a new run id: the date and ten random hexadecimal digits. For runs that never resume.
+
+        Each call gives another run id. With several ranks, call it on one rank and broadcast the run id.
+        """
         run_id = f"{date.today():%Y-%m-%d}_{os.urandom(5).hex()}"
         return cls(Path(output_root), run_id, stage_name, debug=debug, run_id_is_generated=True)
 
@@ -143,9 +156,11 @@ class PathProvider:
 
     @classmethod
     def of(cls, provider: Any) -> Self:
-        """``provider`` as one of these; anything with ``output_root``, ``run_id`` and ``stage_name`` will do.
+        """Convert any object with ``output_root``, ``run_id`` and ``stage_name``; a ``PathProvider`` is returned as is.
 
-        Noether's provider creates folders when its paths are asked for, hence only its names are read.
+        Only these names and ``debug`` are read, because the path properties of Noether's provider create folders.
+
+        Raises ``ConfigError`` if an attribute is missing, ``InvalidNameError`` for an invalid name.
         """
         if isinstance(provider, cls):
             return provider
@@ -163,21 +178,28 @@ class PathProvider:
 
     @property
     def run_output_path(self) -> Path:
-        """The folder of this run and stage. It may not exist."""
+        """The folder of this run and stage, which may not exist."""
         path = self.output_root / DEBUG_FOLDER / self.run_id if self.debug else self.output_root / self.run_id
         return path if self.stage_name is None else path / self.stage_name
 
     @property
     def checkpoint_path(self) -> Path:
-        """The folder of the checkpoints of this run and stage. It may not exist."""
+        """The folder of the checkpoints of this run and stage, which may not exist."""
         return self.run_output_path / "checkpoints"
 
     def with_run(
         self, run_id: str | None = None, stage_name: str | None = None, *, output_root: Path | str | None = None
     ) -> Self:
-        """The same provider for another run; ``run_id`` None keeps the run, ``stage_name`` None means no stage.
+        """Return a provider for another run. It reads the disk only in debug mode.
 
-        ``debug`` is kept. A run that does not exist below ``debug`` is sought outside it.
+        Args:
+            run_id: The other run; None keeps the run.
+            stage_name: The stage of that run; None means no stage.
+            output_root: The output root of that run; None keeps it.
+
+        ``debug`` is kept, unless the run exists only outside the folder ``debug``.
+
+        Raises ``InvalidNameError`` for an invalid name.
         """
         other = attrs.evolve(
             self,

@@ -1,4 +1,4 @@
-"""Where the time of an initialization went: phases, their seconds and their bytes."""
+"""Measure the phases of an initialization: their seconds and their bytes."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import attrs
 
-#: The phases of this package, in the order in which they are told; a kind may have others besides.
+#: The phases of this package, in the order in which reports list them. A kind may add its own.
 PHASES = ("find", "screen", "verify", "read", "cast", "copy")
 
 
 @attrs.frozen
 class Timing:
-    """Seconds of one phase, and the bytes that went through it; None where bytes make no sense.
+    """Seconds and bytes of one phase; ``nbytes`` is None for a phase that counts no bytes.
 
     ======== =============================================================================================
-    find     which set and which files are meant: folders listed, manifests read
-    screen   files opened: structure, header, places of all tensors. No bytes are counted
-    verify   bytes compared with checksums or digests, values looked at. Optimizer state is read into the
-             memory that it stays in by the same pass, so with ``verify: full`` its reading is in here
-    read     from the file into memory, for most weights straight into the parameter: no copy follows
-    cast     tensors of another dtype or order in memory than in the file, converted piece by piece; reading
-             the pieces is in here
-    copy     what steps of ``transforms`` make, loading code of modules, the way to an accelerator through
-             small buffers (reading included), optimizer state that is handed over
+    find     select the set and the files: list folders, read manifests
+    screen   open files: check the structure, read the header, locate all tensors. No bytes are counted
+    verify   compare bytes with checksums or digests, check values for NaN. Optimizer state is read into its
+             final memory by the same pass, so with ``verify: full`` this includes reading it
+    read     read from the file into memory; most weights go straight into the parameter without a copy
+    cast     convert tensors of another dtype or memory order than in the file, piece by piece; this includes
+             reading the pieces
+    copy     run steps of ``transforms`` and loading code of modules, copy to an accelerator through small
+             buffers (including reading), hand over optimizer state
     ======== =============================================================================================
 
-    A phase inside another one counts by itself, so no second counts twice. Between the phases is what is in none of
-    them: config, plan, code of trainers and callbacks, the report. With several threads it is the time that passed,
-    and not that of each thread.
+    A phase inside another one is counted separately, so no second counts twice. Work outside all phases is not counted:
+    config, plan, code of trainers and callbacks, the report. With several threads, seconds are elapsed time, not the
+    sum over threads.
     """
 
     phase: str
@@ -40,18 +40,18 @@ class Timing:
 
 
 class Stopwatch:
-    """Adds up the time of phases; for one thread at a time. A phase costs two looks at a clock.
+    """Adds up the time of phases. Not thread-safe; a phase costs two clock reads.
 
-    A kind that reads in its own way measures it so, under a name of ``PHASES`` or one of its own::
+    A kind with reading code of its own measures it under a name of ``PHASES`` or a new name::
 
         with self.stopwatch.phase("download", nbytes):
             ...
 
-    ``open_checkpoint(path, stopwatch=self.stopwatch)`` measures what the reader does.
+    ``open_checkpoint(path, stopwatch=self.stopwatch)`` measures the phases of the reader.
 
     Attributes:
-        bar: Shows a phase: its name and bytes -> a context that gives what is called with bytes as they are read. Set
-            it before files are opened.
+        bar: Shows a phase: from its name and bytes a context that gives a function to call with the bytes of each read.
+            Set it before files are opened.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -65,9 +65,9 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str, nbytes: int | None = None, *, expected: int | None = None) -> Iterator[None]:
-        """Count the time of the block, less that of phases inside it; ``nbytes`` unless it raises.
+        """Count the time of the block without the phases inside it, and ``nbytes`` unless the block raises.
 
-        ``expected`` bytes are those that a bar ends with, where ``count`` tells the real number afterwards.
+        ``expected`` is the number of bytes at which a bar ends, where ``count`` gives the real number afterwards.
         """
         self._switch()
         self._running.append(name)
@@ -80,7 +80,7 @@ class Stopwatch:
             self._running.pop()
 
     def count(self, nbytes: int) -> None:
-        """Add bytes to the phase that runs, where their number is known only afterwards."""
+        """Add bytes to the running phase, for a number that is known only afterwards."""
         if nbytes:
             self._nbytes[self._running[-1]] += nbytes
 
@@ -105,17 +105,17 @@ class Stopwatch:
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        """What has been counted so far: ``PHASES`` in their order, then others as they came."""
+        """The counts so far: ``PHASES`` in their order, then other phases in the order of their first use."""
         return _ordered(self._seconds, self._nbytes)
 
     def since(self, earlier: Iterable[Timing]) -> tuple[Timing, ...]:
-        """What has been counted since ``timings`` was ``earlier``."""
+        """Return the counts since ``timings`` had the value ``earlier``."""
         taken = [Timing(one.phase, -one.seconds, -(one.nbytes or 0)) for one in earlier]
         counted = [Timing(one.phase, one.seconds, one.nbytes or None) for one in summed([*self.timings, *taken])]
         return tuple(one for one in counted if one.seconds or one.nbytes)
 
     def _switch(self) -> None:
-        """Give the time since the last switch to the phase that ran."""
+        """Add the time since the last switch to the phase that was running."""
         now = self._clock()
         if self._running:
             self._seconds[self._running[-1]] += now - self._since
@@ -123,7 +123,7 @@ class Stopwatch:
 
 
 def summed(timings: Iterable[Timing]) -> tuple[Timing, ...]:
-    """One timing for each phase; bytes are None where none of them has any."""
+    """Return one timing for each phase; bytes are None for a phase without bytes."""
     seconds: defaultdict[str, float] = defaultdict(float)
     nbytes: defaultdict[str, int] = defaultdict(int)
     for one in timings:

@@ -1,1 +1,1 @@
-"""Effects on models: which entries they have, memory for them, weights and optimizer state written in place."""
+"""Effects on models: their entries, memory for them, and weights and optimizer state written in place."""

@@ -1,4 +1,4 @@
-"""What an optimizer has by names of parameters, and how it is given a planned state."""
+"""The state of an optimizer by parameter names, and the writing of a planned state."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from noether_init_core.surgery.steps import carry_out
 
 
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer itself: ``optimizer``, or the one inside Noether's wrapper (``torch_optim``).
+    """The torch optimizer: ``optimizer`` itself, or the one inside Noether's wrapper (``torch_optim``).
 
-    Raises ``StateMismatchError`` for anything else.
+    Raises ``StateMismatchError`` for any other object.
     """
     inner = getattr(optimizer, "torch_optim", optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
@@ -31,24 +31,24 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 def optimizer_names(optimizer: torch.optim.Optimizer, model: Any) -> list[list[str]]:
     """Names of the parameters of each group, found by identity among those of ``model``.
 
-    Raises ``StateMismatchError`` for a parameter that ``model`` has not.
+    Raises ``StateMismatchError`` for a parameter that is not in ``model``.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = []
     for number, group in enumerate(optimizer.param_groups):
-        strange = [index for index, parameter in enumerate(group["params"]) if id(parameter) not in names]
-        if strange:
+        foreign = [index for index, parameter in enumerate(group["params"]) if id(parameter) not in names]
+        if foreign:
             raise StateMismatchError(
-                f"group {number} of the optimizer of {model.name} holds {len(strange)} parameters that are not "
-                f"parameters of the model (the first is number {strange[0]} of the group). "
-                "Build the optimizer from the model's own parameters"
+                f"group {number} of the optimizer of {model.name} holds {len(foreign)} parameters that are not "
+                f"parameters of the model (the first is number {foreign[0]} of the group). "
+                "Next: build the optimizer from model.parameters()"
             )
         groups.append([names[id(parameter)] for parameter in group["params"]])
     return groups
 
 
 def parameter_aliases(model: Any) -> dict[str, tuple[str, ...]]:
-    """First name of a parameter -> all of its names; a file may know it by another one than the first."""
+    """First name of a parameter -> all of its names; a file may use any of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -56,19 +56,19 @@ def parameter_aliases(model: Any) -> dict[str, tuple[str, ...]]:
 
 
 def class_name(optimizer: torch.optim.Optimizer) -> str:
-    """The class of an optimizer, as it is recorded beside its state."""
+    """The class of an optimizer, as recorded beside its state."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-#: What each parameter of a group gets: state, none, or what it has.
+#: For each parameter of a group: its new state, None for fresh state, or ``STAYS`` to keep its own.
 _Row = list[dict[str, Any] | Stays | None]
 
 
 def moved_value(moved: Moved, values: list[Any], where: str) -> Any:
-    """What becomes of the values that ``moved`` is about, which have been read; a tensor has memory of its own.
+    """Apply the steps of ``moved`` to the values that were read; a tensor in the result has its own memory.
 
-    Raises ``StateMismatchError`` where values that have to be equal differ, or do not fit the dtype, as complex ones do
-    not fit a real one.
+    Raises ``StateMismatchError`` if values that must be equal differ, or do not fit the dtype, as complex ones do not
+    fit a real one.
     """
     made = values[0]
     if not moved.steps:
@@ -98,20 +98,20 @@ def moved_value(moved: Moved, values: list[Any], where: str) -> Any:
 
 
 def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
-    # the narrowest dtypes have no isfinite of their own
+    # torch has no isfinite for float8 dtypes
     return torch.isfinite(tensor if tensor.is_complex() else tensor.float())
 
 
 def apply_optimizer(plan: OptimizerPlan, optimizer: torch.optim.Optimizer) -> None:
-    """Give ``optimizer`` the planned state, with tensors in place of their descriptions.
+    """Write the planned state into ``optimizer``; tensors are in place of their descriptions.
 
     Args:
-        plan: Made for the groups of this optimizer. State that ``STAYS`` is left as it is.
-        optimizer: Changed in place; parameters and groups keep their identity. An optimizer with a
-            ``load_state_dict`` of its own, or with hooks on it, gets the state through that.
+        plan: Made for the groups of this optimizer. State that is ``STAYS`` is not changed.
+        optimizer: Changed in place; parameters and groups keep their identity. An optimizer with its own
+            ``load_state_dict``, or with hooks on it, gets the state through that method.
 
-    Should the optimizer refuse its state, it is put back as it was and the error goes on. Raises ``StateMismatchError``
-    where fields would be taken that the state which stays does not go with.
+    If the optimizer raises, its earlier state is restored and the error is raised again. Raises ``StateMismatchError``
+    if a field would be taken that contradicts state which stays.
     """
     prepared: list[_Row] = [
         [
@@ -125,7 +125,7 @@ def apply_optimizer(plan: OptimizerPlan, optimizer: torch.optim.Optimizer) -> No
     before = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
     try:
         _hand_over(optimizer, prepared, fields)
-    except BaseException:  # an interrupt must not leave it half changed either
+    except BaseException:  # also after KeyboardInterrupt, the optimizer must not be half changed
         optimizer.state.clear()
         optimizer.state.update(before[0])
         for group, values in zip(optimizer.param_groups, before[1], strict=True):
@@ -135,13 +135,13 @@ def apply_optimizer(plan: OptimizerPlan, optimizer: torch.optim.Optimizer) -> No
 
 
 def _check_staying(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: list[dict[str, Any]]) -> None:
-    """State that an earlier initializer loaded has to go with the fields that its group takes now."""
+    """Raise if a group takes a field that needs state which an earlier initializer did not load."""
     for number, (group, row, taken) in enumerate(zip(optimizer.param_groups, prepared, fields, strict=True)):
         for parameter, state in zip(group["params"], row, strict=True):
             found = state is STAYS and lacking_state(group, {**group, **taken}, optimizer.state.get(parameter, {}))
             if found:
                 field, key = found
-                problem = f"group {number} takes {field} from this checkpoint, and state that was loaded has no {key}"
+                problem = f"group {number} takes {field} from this checkpoint, but the state loaded before has no {key}"
                 raise StateMismatchError(f"{problem}. Next: param_groups: {{{field}: config}}", problems=[problem])
 
 
@@ -162,13 +162,13 @@ def _hand_over(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: l
 
 
 def _placed(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The state on the device where torch keeps it; dtypes stay as stored, unless the parameter's own was converted."""
+    """The state on the device where torch keeps it; dtypes stay as stored, unless the parameter was cast."""
     on_device = bool(group.get("capturable") or group.get("fused"))
 
     def placed(leaf: Any) -> Any:
         return leaf.to(parameter.device) if isinstance(leaf, torch.Tensor) else leaf
 
-    # some optimizers keep lists of tensors
+    # LBFGS and others keep lists of tensors
     return {
         key: value if key == "step" and not on_device else nested.mapped(value, placed) for key, value in state.items()
     }

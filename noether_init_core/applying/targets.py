@@ -1,4 +1,4 @@
-"""What a model has: its state dict's entries as specifications for the plan, and as tensors to write to."""
+"""The entries of a model: the specifications that a plan needs, and the tensors to write to."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from noether_init_core.surgery.fit import TargetSpec
 from noether_init_core.surgery.plan import PlanRow
 from noether_init_core.surgery.wrappers import bare_names
 
-#: Equal for two tensors that are one; see ``tensor_identity``.
+#: Equal for two tensors with the same elements in memory; see ``tensor_identity``.
 Identity = Hashable
 
 _EXTRA_STATE = "_extra_state"
-# Elements up to which those of a view are looked at one by one; a larger one takes all from its first to its last.
+# Up to this many elements, the overlap of views is exact; a larger view counts as the range from first to last byte.
 _FEW = 1 << 16
 
 
@@ -29,13 +29,14 @@ class ModelTargets:
 
     Attributes:
         specs: Name -> specification, in the order of the state dict.
-        tensors: Name -> the parameter or buffer itself, never a copy. Extra state is not in it.
+        tensors: Name -> the parameter or buffer itself, never a copy. Extra state is not included.
         hidden: Names of non-persistent buffers.
         extra_state: Name -> the module that has extra state.
-        own_loading: Prefix -> the outermost modules with loading code of their own (pre-hooks,
-            ``_load_from_state_dict``, at the root ``load_state_dict``), which has to run for everything below them.
-        after_loading: Other modules with hooks that run after a load, innermost first as torch has it.
-        resettable: Name -> module of those entries whose module can initialize itself anew.
+        own_loading: Prefix -> the outermost modules with their own loading code (pre-hooks, ``_load_from_state_dict``,
+            at the root ``load_state_dict``), which must run for everything below them.
+        after_loading: Other modules with hooks that run after a load, innermost first, as in torch.
+        resettable: Name -> module of the entries whose module has ``reset_parameters``.
+        unlisted: Name -> specification of parameters that the state dict leaves out; they keep their values.
     """
 
     specs: Mapping[str, TargetSpec]
@@ -45,10 +46,11 @@ class ModelTargets:
     own_loading: Mapping[str, torch.nn.Module] = attrs.Factory(dict)
     after_loading: tuple[torch.nn.Module, ...] = ()
     resettable: Mapping[str, torch.nn.Module] = attrs.Factory(dict)
+    unlisted: Mapping[str, TargetSpec] = attrs.Factory(dict)
 
 
 def loaded_by_code(rows: Iterable[PlanRow], targets: ModelTargets) -> dict[Identity, dict[str, torch.nn.Module]]:
-    """The tensors that the loading code of modules writes: for each, its names there and the module that has them."""
+    """The tensors that loading code of modules writes: for each, its names there and the module of each name."""
     found: dict[Identity, dict[str, torch.nn.Module]] = {}
     for row in rows if targets.own_loading else ():
         if row.writes and row.key in targets.tensors:
@@ -59,7 +61,7 @@ def loaded_by_code(rows: Iterable[PlanRow], targets: ModelTargets) -> dict[Ident
 
 
 def tensor_identity(tensor: torch.Tensor) -> Identity:
-    """Equal for two tensors that are the same elements of the same memory; on the meta device, for one object."""
+    """Equal for two tensors that are the same elements of the same memory; on the meta device, the same object."""
     if tensor.is_meta or tensor.numel() == 0 or type(tensor.data) is not torch.Tensor:
         return ("object", id(tensor))
     storage = tensor.untyped_storage()
@@ -76,11 +78,11 @@ def tensor_identity(tensor: torch.Tensor) -> Identity:
 def model_targets(model: Any) -> ModelTargets:
     """Read names, shapes and dtypes of ``model`` (a module, or a view on one). Nothing is changed or copied.
 
-    Every target is a registered parameter or buffer: where ``state_dict`` is overridden or hooked and hands out
-    copies, the tensor registered under that name is meant, as in torch's own loading.
+    Every target is a registered parameter or buffer. Where an override or hook of ``state_dict`` returns copies, the
+    registered tensor of that name is the target, as in torch's own loading.
 
-    Raises ``ConfigError`` for a module that has not seen its first input yet, and for an entry of the state dict that
-    no module has under that name.
+    Raises ``ConfigError`` for a lazy module before its first input, and for an entry of the state dict without a
+    parameter or buffer of that name.
     """
     owned = _registered(model)
     modules = dict(model.named_modules())
@@ -99,24 +101,16 @@ def model_targets(model: Any) -> ModelTargets:
         tensor = value if id(value) in by_object else owned.get(name)
         if tensor is None:
             raise ConfigError(
-                f"{model.name}: its state_dict() has {name}, but no module has a parameter or buffer of that name, so "
-                "it could not be loaded. Initialize the module without the hook or override that adds it"
+                f"{model.name}: its state_dict() has {name}, but no parameter or buffer has that name, so it cannot be "
+                "loaded. Next: initialize the module without the hook or override that adds it"
             )
         identity = tensor_identity(tensor)
         first = first_names.setdefault(identity, name)
         tensors[name] = tensor
-        specs[name] = TargetSpec(
-            shape=tuple(tensor.shape),
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            nbytes=tensor.numel() * tensor.element_size(),
-            is_parameter=isinstance(tensor, torch.nn.Parameter),
-            tied_to=None if first == name else first,
-            identity=identity,
-            unwritable=_unwritable(tensor),
-        )
+        specs[name] = _spec_of(tensor, identity, None if first == name else first)
     for name, other in _overlapping(tensors, specs).items():
-        said = specs[name].unwritable or f"shares memory with {other}, as another view of it"
-        specs[name] = attrs.evolve(specs[name], unwritable=said)
+        reason = specs[name].unwritable or f"shares memory with {other}, as another view of it"
+        specs[name] = attrs.evolve(specs[name], unwritable=reason)
     hidden = frozenset(name for name, _buffer in model.named_buffers(remove_duplicate=False)) - specs.keys()
     own = _own_loading(modules)
     after = [
@@ -126,16 +120,33 @@ def model_targets(model: Any) -> ModelTargets:
     ]
     owners = {name: every.get(name.rpartition(".")[0]) for name in tensors}
     resettable = {name: module for name, module in owners.items() if module is not None and reset_method(module)}
-    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), resettable)
+    unlisted = {
+        name: _spec_of(parameter, identity)
+        for name, parameter in model.named_parameters()
+        if name not in specs and (identity := tensor_identity(parameter)) not in first_names
+    }
+    return ModelTargets(specs, tensors, hidden, extra, own, tuple(after), resettable, unlisted)
+
+
+def _spec_of(tensor: torch.Tensor, identity: Identity, tied_to: str | None = None) -> TargetSpec:
+    return TargetSpec(
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        nbytes=tensor.numel() * tensor.element_size(),
+        is_parameter=isinstance(tensor, torch.nn.Parameter),
+        tied_to=tied_to,
+        identity=identity,
+        unwritable=_unwritable(tensor),
+    )
 
 
 def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Name -> parameter of a model or composite, in declared order.
+    """Name -> parameter of a model or composite, in declared order. May be called any number of times.
 
-    Names begin below the model: ``norm.weight``, in a composite ``encoder.norm.weight``. A tied parameter has its
-    first name only. Segments that wrappers add (``module``, ``_orig_mod``) are left out, as rules leave them out.
+    Names begin below the model: ``norm.weight``, in a composite ``encoder.norm.weight``. A tied parameter is listed
+    under its first name only. Segments of wrappers (``module``, ``_orig_mod``) are left out, as in rules.
 
-    Raises ``ConfigError`` for an object that is no model, with the next step.
+    Raises ``ConfigError`` for an object that is not a model.
     """
     check_model(model)
     found: dict[torch.nn.Parameter, str] = {}
@@ -147,13 +158,13 @@ def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def reset_method(module: torch.nn.Module) -> Callable[[], object] | None:
-    """The method by which a module initializes itself anew; None where it has none."""
+    """``reset_parameters`` of a module; None if it does not exist."""
     methods = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
     return next(filter(callable, methods), None)
 
 
 def _overlapping(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TargetSpec]) -> dict[str, str]:
-    """Names of tensors that share memory without being one tensor -> another: writing one would change both."""
+    """Name of a tensor that shares memory with another without being the same tensor -> that other name."""
     storages: defaultdict[Any, dict[Identity, str]] = defaultdict(dict)
     for name in tensors:
         identity: Any = specs[name].identity
@@ -172,7 +183,7 @@ def _overlapping(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, Target
 
 
 def _bytes_of(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """The bytes of its storage that a tensor takes, from and to; columns of one matrix take turns."""
+    """Ranges of bytes of its storage that a tensor takes; a column of a matrix takes one range per row."""
     size, begin = tensor.element_size(), int(tensor.storage_offset())
     if tensor.is_contiguous() or tensor.numel() > _FEW:
         span = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -214,21 +225,24 @@ def _state_dict(model: Any) -> Mapping[str, Any]:
 
 
 def _loads_itself(module: torch.nn.Module) -> bool:
-    """Modules of torch itself only translate older files there, and what they would add is reported as missing."""
+    """Whether a module has its own loading code. Modules of torch itself do not count.
+
+    Torch's modules only translate older files, and what they would add is reported as missing.
+    """
     if type(module).__module__.split(".")[0] == "torch":
         return bool(module._load_state_dict_pre_hooks)
     return translates(module)
 
 
 def translates(module: torch.nn.Module) -> bool:
-    """Whether code of the module or of its class sees what is loaded before it is copied."""
+    """Whether code of the module or its class sees the loaded entries before they are copied."""
     return bool(module._load_state_dict_pre_hooks) or (
         type(module)._load_from_state_dict is not torch.nn.Module._load_from_state_dict
     )
 
 
 def _unwritable(tensor: torch.Tensor) -> str:
-    """Why the tensor cannot be written in place, in words; empty where it can."""
+    """Why the tensor cannot be written in place, in words; empty if it can."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return "was made in inference mode"
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
@@ -237,7 +251,7 @@ def _unwritable(tensor: torch.Tensor) -> str:
 
 
 def left_without_memory(model: Any, rows: Iterable[PlanRow], targets: ModelTargets) -> list[str]:
-    """Parameters and buffers on the meta device that ``rows`` do not load, and so would have no values.
+    """Parameters and buffers on the meta device that ``rows`` do not load, so that they would have no values.
 
     Among them are non-persistent buffers, which no file has.
     """
@@ -247,7 +261,7 @@ def left_without_memory(model: Any, rows: Iterable[PlanRow], targets: ModelTarge
 
 
 def device_for(model: Any) -> torch.device:
-    """Where the memory is to be: the device that was given for the model, else the CPU."""
+    """The device for new memory: the one given for the model, else the CPU."""
     device = getattr(model, "device", None)
     return device if isinstance(device, torch.device) and device.type != "meta" else torch.device("cpu")
 
@@ -255,7 +269,7 @@ def device_for(model: Any) -> torch.device:
 def modules_of_sources(
     prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow]
 ) -> Iterator[tuple[str, torch.nn.Module, tuple[str, ...]]]:
-    """Each module from ``module``, at ``prefix``, on: its path, and the modules of the file that its entries are of."""
+    """Each module from ``module`` at ``prefix`` down: its path, and the modules of the file for its entries."""
     modules = dict(module.named_modules(remove_duplicate=False))
     same: defaultdict[str, dict[str, None]] = defaultdict(dict)
     renamed: defaultdict[str, dict[str, None]] = defaultdict(dict)
@@ -270,5 +284,5 @@ def modules_of_sources(
                     chosen = same if inner == below else renamed
                     chosen[path][".".join(outer)] = None
     for path, inside in modules.items():
-        # an entry that was renamed inside the module tells less surely which module it was in
+        # an entry whose name in the module is unchanged identifies its module in the file better than a renamed one
         yield path, inside, tuple(same[path] or renamed[path])

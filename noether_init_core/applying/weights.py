@@ -1,7 +1,7 @@
-"""Weights: what must hold of values, modules and memory before a LoadPlan, and how it is carried out.
+"""Weights: checks of values, modules and memory before a plan, and the writing of its rows.
 
-The checks read and change nothing; each gives problems in words, and a load with any of them is refused.
-``apply_rows`` is the only place that writes weights.
+The checks read and change nothing. Each yields problems in words, and a load with a problem is refused. ``apply_rows``
+is the only function that writes weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from noether_init_core.surgery.steps import Cast, Interpolate, Pad, Step, carry_
 
 
 def differing_ties(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> Iterator[str]:
-    """Entries of files that end up in one tensor, and are not the same."""
+    """Problems for entries of files that are loaded into one tensor, and differ."""
     for model, name, other_model, other in plan.equal:
         if model == other_model:
             if not readers[model].is_same(name, other):
@@ -47,9 +47,9 @@ def differing_ties(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> Iterato
 
 
 def tied_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> Iterator[str]:
-    """Tensors that are loaded by the code of modules of two classes: the last one would win.
+    """Problems for tensors that the loading code of two classes of modules writes: the last one would win.
 
-    Modules of one class do the same to it.
+    Two modules of one class write the same value, so that they are no problem.
     """
     first: dict[Identity, tuple[str, type]] = {}
     for model, found in targets.items():
@@ -65,58 +65,60 @@ def tied_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> It
 
 
 def mixed_versions(rows: Sequence[PlanRow], versions: Versions, targets: ModelTargets) -> Iterator[str]:
-    """Modules that get entries of several modules of the file, of different versions.
+    """Problems for modules that get entries of modules of the file with different versions.
 
-    Their loading code can be told one version only, and would translate some of them wrongly.
+    Their loading code receives one version only, and would translate some entries wrongly.
     """
     for prefix, own in targets.own_loading.items():
         for path, module, sources in modules_of_sources(prefix, own, rows):
-            said = {source: versions[source] for source in sources if source in versions}
-            if all(other == next(iter(said.values())) for other in said.values()) or not translates(module):
+            versions_of = {source: versions[source] for source in sources if source in versions}
+            if all(other == next(iter(versions_of.values())) for other in versions_of.values()) or not translates(
+                module
+            ):
                 continue
             name = f"{prefix}{path}".removesuffix(".") or "the whole model"
-            versions_said = listed(f"{source or 'its root'} {dict(version)}" for source, version in said.items())
+            shown = listed(f"{source or 'its root'} {dict(version)}" for source, version in versions_of.items())
             yield (
                 f"{name} has loading code of its own, and gets entries of modules of the file that are of different "
-                f"versions: {versions_said}. It cannot translate both. Next: keep its own values there (keep_model), "
-                "or load the file into the model that saved it and save that anew"
+                f"versions: {shown}. It cannot translate both. Next: keep its own values there (keep_model), "
+                "or load the file into the model that saved it, and save that model again"
             )
 
 
 def lacking_memory(path: str, model: Any, rows: Sequence[PlanRow], targets: ModelTargets) -> Iterator[str]:
-    """What stays on the meta device, since the file does not have it, or cannot be given memory."""
+    """Problems for tensors that stay on the meta device: they are not in the file, or cannot get memory."""
     next_step = "Next: module.to_empty(device='cpu')"
     without = left_without_memory(model, rows, targets)
     if without:
         yield (
-            f"{path} is on the meta device, and {listed(without)} would stay there: the file does not have them, "
-            f"or they are kept. {next_step}, then fill these, or build the module on the CPU"
+            f"{path} is on the meta device, and {listed(without)} would stay there: not found in the file, "
+            f"or kept. {next_step}, then fill these, or build the module on the CPU"
         )
     held = [name for name, tensor in targets.tensors.items() if tensor.is_meta and weakref.getweakrefs(tensor)]
     if held:
         yield (
-            f"{path} is on the meta device, and {held[0]} cannot be given memory: something holds a weak "
+            f"{path} is on the meta device, and {held[0]} cannot get memory: an object holds a weak "
             f"reference to it. {next_step}"
         )
 
 
 def nonfinite_values(rows: Sequence[PlanRow], reader: Checkpoint) -> list[str]:
-    """Which entries that are loaded hold NaN or infinities; the latter in parameters only: buffers hold masks."""
+    """Problems for loaded entries with NaN, and for parameters with infinities, which buffers may hold as masks."""
     rows = [row for row in rows if row.writes and row.dtype != "object"]
     found = reader.nonfinite(list(dict.fromkeys(source for row in rows for source in row.sources)))
-    said = {
+    problems = {
         f"{source} holds {found[source]}": None
         for row in rows
         for source in row.sources
         if source in found and (found[source] == "NaN" or row.is_parameter)
     }
-    return list(said)
+    return list(problems)
 
 
 def unfit_casts(rows: Sequence[PlanRow], reader: Checkpoint) -> Iterator[str]:
-    """Values that do not fit the dtype they are converted to: a finite number becomes infinite, an integer another.
+    """Problems for values that do not fit their new dtype: a finite number becomes infinite, or an integer changes.
 
-    Rounding of floating point numbers is what a cast is asked for.
+    Rounding of floating-point numbers is expected from a cast, and is no problem.
     """
     for row in rows:
         if row.action not in ("cast", "transform") or row.dtype == "object":
@@ -135,13 +137,13 @@ def unfit_casts(rows: Sequence[PlanRow], reader: Checkpoint) -> Iterator[str]:
 
 
 def _made_values(row: PlanRow, reader: Checkpoint, dtypes: list[str]) -> Iterator[str]:
-    """Values that steps make rather than move: fillings, and what lies between points of a grid."""
+    """Problems for values that steps compute: the value of a pad, and interpolated values."""
     have = [reader.tensors()[source].dtype for source in row.sources]
     for filling in (step.value for step in row.steps if isinstance(step, Pad) and step.value is not None):
         value = torch.tensor([filling], dtype=torch.float64)
         narrow = [dtype for dtype in (*have, *dtypes) if not _fits(value, getattr(torch, dtype))]
         if narrow:
-            yield f"{row.key}: the filling {filling:g} does not fit {narrow[0]}"
+            yield f"{row.key}: the pad value {filling:g} does not fit {narrow[0]}"
     if any(isinstance(step, Interpolate) for step in row.steps):
         sources = [reader.read(source) for source in row.sources]
         if all(bool(torch.isfinite(source.float()).all()) for source in sources):
@@ -151,7 +153,7 @@ def _made_values(row: PlanRow, reader: Checkpoint, dtypes: list[str]) -> Iterato
 
 
 def _can_overflow(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether some value of ``source`` has no counterpart in ``target``; rounding of fractions does not count."""
+    """Whether some value of ``source`` is out of the range of ``target``; rounding does not count."""
     if source == target or source == torch.bool:
         return False
     if target == torch.bool or source.is_complex:
@@ -159,7 +161,7 @@ def _can_overflow(source: torch.dtype, target: torch.dtype) -> bool:
     if target.is_complex:
         return _can_overflow(source, _part_of(target))
     if target.is_floating_point and source.is_floating_point:
-        # formats without sign or zero are odd enough to be looked at always
+        # formats without sign or zero, such as float8_e8m0fnu: always compare values
         return torch.finfo(source).max > torch.finfo(target).max or torch.finfo(target).min >= 0
     if source.is_floating_point or target.is_floating_point:
         return True
@@ -180,7 +182,7 @@ def _fits(values: torch.Tensor, target: torch.dtype) -> bool:
         target = _part_of(target)
     if values.is_floating_point() and target.is_floating_point:
         return _floats_fit(values, target)
-    # NumPy compares integers of all widths and signs; torch does not
+    # NumPy compares integers of all widths and signs exactly; torch does not
     numbers = _numbers(values)
     if target == torch.bool:
         return bool(((numbers == 0) | (numbers == 1)).all())
@@ -201,21 +203,21 @@ def _floats_fit(values: torch.Tensor, target: torch.dtype) -> bool:
     converted = _numbers(values.to(target))
     if not bool((np.isfinite(converted) == np.isfinite(numbers)).all()):
         return False
-    # some formats saturate instead of becoming infinite
+    # some float8 formats saturate instead of becoming infinite, so compare with the limit
     return finite.size == 0 or bool((np.abs(finite) <= limits.max * (1 + limits.eps / 2)).all())
 
 
 def _numbers(values: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The same numbers as NumPy has them; narrow floats are widened, which is exact."""
+    """The same numbers as a NumPy array; narrow floats are widened, which is exact."""
     if values.is_floating_point() and values.dtype not in (torch.float32, torch.float64):
         values = values.float()
     return values.contiguous().numpy()
 
 
 class _FreshMemory:
-    """New tensors that take the place of ones on the meta device, once they are filled.
+    """New tensors that replace those on the meta device once they are filled.
 
-    The objects of parameters stay the same, so ties, optimizers and ``requires_grad`` stay as they are.
+    The parameter objects stay the same, so that ties, optimizers and ``requires_grad`` stay.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
@@ -224,7 +226,7 @@ class _FreshMemory:
         self._new: dict[int, torch.Tensor] = {}
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What is to be filled: the tensor itself where it has memory, else the one that will take its place."""
+        """The tensor to fill: ``tensor`` itself if it has memory, else its replacement."""
         if id(tensor) not in self._meta:
             return tensor
         if id(tensor) not in self._new:
@@ -232,16 +234,16 @@ class _FreshMemory:
         return self._new[id(tensor)]
 
     def can_be_mapped(self, tensor: torch.Tensor, dtype: str) -> bool:
-        """Whether memory of the file can take the place of ``tensor``."""
+        """Whether mapped memory of the file can replace ``tensor``."""
         is_ours = id(tensor) in self._meta and self._device.type == "cpu" and tensor.is_contiguous()
         return is_ours and tensor.dtype is getattr(torch, dtype, None)
 
     def put(self, tensor: torch.Tensor, new: torch.Tensor) -> None:
-        """Let ``new`` take the place of ``tensor``."""
+        """Register ``new`` as the replacement of ``tensor``."""
         self._new[id(tensor)] = new
 
     def hand_over(self, tensors: Iterable[torch.Tensor] | None = None) -> None:
-        """Give the tensors (all that were asked for) their memory."""
+        """Give ``tensors`` their memory; by default all tensors with a replacement."""
         chosen = list(self._new) if tensors is None else [id(tensor) for tensor in tensors if id(tensor) in self._meta]
         for key in chosen:
             old = self._meta.pop(key)
@@ -266,15 +268,15 @@ def apply_rows(
 ) -> list[str]:
     """Write every tensor that ``rows`` (of one model) load, in place; parameters keep their identity.
 
-    Tensors on the meta device get memory on ``device``; with ``may_map`` that may be the file, mapped.
+    Tensors on the meta device get memory on ``device``; with ``may_map`` the memory may be the mapped file.
 
-    Each tensor is written once, also when it has several names. Modules of rows that reset are initialized anew first,
-    by their own ``reset_parameters``. Modules with loading code of their own get it run, with everything below them, on
-    tensors in memory, with the versions that the file says of them; hooks that follow a load are called. What such code
-    loads has its value from there, under every name: ``by_code`` are the tensors that modules of all models load so.
+    A tensor with several names is written once. Modules with rows that reset run ``reset_parameters`` first. Loading
+    code of modules runs for everything below them, on tensors in memory, with the versions recorded in the file; hooks
+    after a load are called. ``by_code`` are the tensors that such code loads in any of the models: they get their value
+    there, under every name.
 
-    The plan must be free of problems and the reader verified; nothing is decided here. ``stopwatch`` gets the time of
-    what is copied in memory; that of reading the reader counts itself. Returns the names that were written.
+    The plan must have no problems and the reader must be verified; this function decides nothing. ``stopwatch`` gets
+    the time of copies in memory; the reader counts its own. Returns the names that were written. Not thread-safe.
     """
     rows = tuple(rows)
     fresh = _FreshMemory(targets.tensors.values(), device)
@@ -295,7 +297,7 @@ def apply_rows(
             targets.extra_state[key].set_extra_state(_extra_state(reader, row.sources[0]))
             continue
         tensor = targets.tensors[key]
-        # the value in the file may be in the form of an earlier version, which the module of ``by_code`` has translated
+        # the file may hold the form of an earlier version, which the module of ``by_code`` has translated
         if targets.specs[key].identity in seen:
             continue
         seen.add(targets.specs[key].identity)
@@ -321,7 +323,7 @@ def apply_rows(
 def _copy_plain(
     plain: Sequence[tuple[PlanRow, torch.Tensor]], reader: Checkpoint, fresh: _FreshMemory, may_map: bool
 ) -> None:
-    """Entries that are taken as they are, but for their dtype: mapped where that may be, else read into place."""
+    """Load entries without steps, apart from a cast: mapped where allowed, else read into place."""
     mappable = {
         row.sources[0]: tensor
         for row, tensor in plain
@@ -340,7 +342,7 @@ def _copy_plain(
 
 
 def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> None:
-    """Carry out the steps of a row; behind a pad without value the target keeps what it has."""
+    """Carry out the steps of a row; after a pad without value, the target keeps its own elements there."""
     steps = list(row.steps)
     while steps and steps[-1].keeps_model:
         steps.pop()
@@ -352,9 +354,9 @@ def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> Non
 
 
 def _reset(rows: Sequence[PlanRow], targets: ModelTargets, fresh: _FreshMemory) -> None:
-    """Let the modules of rows that reset initialize themselves; what else they hold, and is kept, stays as it was.
+    """Call ``reset_parameters`` of modules with rows that reset; their other tensors keep their values.
 
-    Raises ``StateMismatchError`` for a tensor that ``reset_parameters`` leaves without values, having had no memory.
+    Raises ``StateMismatchError`` for a tensor without memory that ``reset_parameters`` does not fill.
     """
     names = [row.key for row in rows if row.action == "reset"]
     kept = {id(targets.tensors[row.key]) for row in rows if row.action == "keep" and row.key in targets.tensors}
@@ -373,7 +375,7 @@ def _reset(rows: Sequence[PlanRow], targets: ModelTargets, fresh: _FreshMemory) 
     empty = [name for name in names if bool(torch.isnan(targets.tensors[name].detach()).any())]
     if empty:
         raise StateMismatchError(
-            f"on_missing: reset: reset_parameters gives {listed(empty)} no values, or NaN. "
+            f"on_missing: reset: reset_parameters leaves {listed(empty)} without values, or with NaN. "
             "Next: fill them in reset_parameters, or build the module with values and on_missing: keep",
             problems=empty,
         )
@@ -382,7 +384,7 @@ def _reset(rows: Sequence[PlanRow], targets: ModelTargets, fresh: _FreshMemory) 
 def _load_itself(
     prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow], reader: Checkpoint, targets: ModelTargets
 ) -> None:
-    """Let a module load what is planned for it. What is kept stays, also where its code translates what it is given."""
+    """Let a module load its planned entries. Kept entries keep their values, also if its code translates them."""
     rows = [row for row in rows if row.target is not None and row.target.startswith(prefix)]
     state = OrderedDict((row.key.removeprefix(prefix), _value(row, reader, targets)) for row in rows)
     metadata = _metadata_below(prefix, module, rows, reader.versions)
@@ -395,7 +397,7 @@ def _load_itself(
 
 @contextmanager
 def _unchanged(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Give the tensors the values again that they had before the block."""
+    """Restore the values of the tensors at the end of the block."""
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     yield
     with torch.no_grad():
@@ -404,7 +406,7 @@ def _unchanged(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
 
 
 def _value(row: PlanRow, reader: Checkpoint, targets: ModelTargets) -> Any:
-    """The planned value of an entry, a tensor in memory of its own; what is kept is as it is."""
+    """The planned value of an entry, a tensor with its own memory; a kept entry is returned unchanged."""
     if row.dtype == "object" and not row.writes:
         return targets.extra_state[row.key].get_extra_state()
     if row.writes and not row.steps:
@@ -416,28 +418,27 @@ def _value(row: PlanRow, reader: Checkpoint, targets: ModelTargets) -> Any:
 
 
 def _extra_state(reader: Checkpoint, key: str) -> Any:
-    """Extra state as it was saved, or a tensor; some modules keep their extra state in one."""
+    """Extra state as saved, or a tensor, in which some modules keep it."""
     return reader.materialize(reader.extra_state[key]) if key in reader.extra_state else reader.read(key)
 
 
 def _metadata_below(
     prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow], versions: Versions
 ) -> dict[str, dict[str, Any]]:
-    """The ``_metadata`` for the state dict of one module: path from that module on -> such as ``{"version": 2}``.
+    """The ``_metadata`` for the state dict of one module: path below it -> such as ``{"version": 2}``.
 
-    A module with loading code of its own translates what an older version of it has saved, and tells it by this. With
-    surgery on names, what the file says of a module follows the module's entries: they are in the form of the module
-    that saved them, wherever they go.
+    Loading code translates entries of an older version, which it recognizes by this. With surgery on names, the version
+    in the file follows the entries of a module: they are in the form of the module that saved them.
 
-    A module whose entries all come from one module of the file has what the file says of that one. One of which nothing
-    is loaded has its own version, since its entries are those that it has. Where the file says nothing of a module,
-    nothing is said, as in torch.
+    A module whose entries all come from one module of the file gets the version of that one. A module without loaded
+    entries has its own version, because it keeps its own entries. If the file records no version, none is passed, as in
+    torch.
     """
     found = {}
     for path, below, sources in modules_of_sources(prefix, module, rows):
-        said = [versions[source] for source in sources if source in versions]
+        recorded = [versions[source] for source in sources if source in versions]
         if not sources:
             found[path] = {"version": getattr(below, "_version", None)}
-        elif said and all(other == said[0] for other in said):
-            found[path] = dict(said[0])
+        elif recorded and all(other == recorded[0] for other in recorded):
+            found[path] = dict(recorded[0])
     return found

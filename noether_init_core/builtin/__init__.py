@@ -1,1 +1,1 @@
-"""The kinds that the core's own distribution registers, and nothing else; nobody imports them but entry points."""
+"""The kinds that the core registers. They are imported through their entry points only."""

@@ -41,9 +41,9 @@ class FileInitializerConfig(SourceInitializerConfig):
 
 
 class FileInitializer(SourceInitializer):
-    """Weights of one single model from one file; a relative path is meant from the working folder.
+    """Weights of one single model from one file; a relative path starts at the working folder.
 
-    A composite needs ``submodel``, since one file holds one model.
+    A composite needs ``submodel``, because one file holds one model.
     """
 
     config_class: ClassVar[type[KindConfig]] = FileInitializerConfig
@@ -52,7 +52,7 @@ class FileInitializer(SourceInitializer):
     config: FileInitializerConfig
 
     def locate(self, query: LocateQuery) -> Source | None:
-        """The file, for weights only; whether it is there is found out by ``open``."""
+        """The file, for weights only; ``open`` checks whether it exists."""
         if query.part != "model":
             return None
         return Source(os.path.expanduser(self.config.path), digests=self.config.digest)

@@ -30,12 +30,12 @@ Pattern = Annotated[str, pydantic.Field(min_length=1)]
 
 
 class RenamePattern(pydantic.BaseModel):
-    """Every occurrence of ``src`` in a key becomes ``dst``, which must be said (``dst: ""`` deletes ``src``)."""
+    """Replaces each occurrence of ``src`` in a key by ``dst``, which is required (``dst: ""`` deletes ``src``)."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    src: Pattern = pydantic.Field(description="What is replaced, wherever it stands in a key of the file.")
-    dst: str = pydantic.Field(description="What stands there instead; empty: nothing.")
+    src: Pattern = pydantic.Field(description="The text to replace, anywhere in a key of the file.")
+    dst: str = pydantic.Field(description="The new text; empty deletes src.")
 
 
 class PreviousRunInitializerConfig(CheckpointInitializerConfig):
@@ -131,10 +131,10 @@ class PreviousRunInitializer(CheckpointInitializer):
         return frozenset(() if self.config.load_callbacks else ("init_callbacks",))
 
     def init_weights(self, model: Any, model_name: str | None = None) -> None:
-        """Write the weights in place, after everything about them has been checked.
+        """Write the weights in place, after all checks.
 
-        With ``model_name`` the files of that name are taken, whatever the config says. That is an initialization of its
-        own: a stack neither plans nor reports it. Raises what ``SourceInitializer.init_weights`` raises.
+        With ``model_name`` the files of that name are used instead of those of the config. A stack neither plans nor
+        reports such a call. Raises what ``SourceInitializer.init_weights`` raises.
         """
         if model_name is None:
             super().init_weights(model)
@@ -145,13 +145,13 @@ class PreviousRunInitializer(CheckpointInitializer):
         SourceInitializer.init_weights(other, model)
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
-        """Weights and optimizer as in ``CheckpointInitializer``, then whether callbacks could be shown files."""
+        """Check weights and optimizer as in ``CheckpointInitializer``, and whether callbacks can read their files."""
         super().check(model, trainer, callbacks)
         if callbacks and self.config.load_callbacks:
             check_resumption(callbacks)
 
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
-        """Let every callback that can (``resume_from_checkpoint``) resume from the files of the source run."""
+        """Let every callback with ``resume_from_checkpoint`` resume from the files of the source run."""
         with self.in_session() as session:
             self.select(self.leaves(model))
             resume_callbacks(callbacks, model, self.init_run_path_provider, session.selection.chosen, self.logger)

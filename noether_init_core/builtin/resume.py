@@ -39,47 +39,46 @@ from noether_init_core.initializers.source import CheckpointInitializer, RunSele
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.sets import refusals
-from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, check_files, said_by
+from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, check_files, recorded_in
 from noether_init_core.sets.file_names import Part, Query
 from noether_init_core.sets.health import check_file
 from noether_init_core.sets.selection import Policy, find_set, walk_back
 from noether_init_core.sets.snapshot import Snapshot
 
-#: Under this key a trainer file holds what ``TrainerState`` keeps.
+#: Key of the state of ``TrainerState`` in a trainer file.
 _TRAINER_STATE = "trainer_state"
 
 
 class ResumeInitializerConfig(CheckpointInitializerConfig):
-    """The config of ``resume``; ``run_id`` null is the current run, ``model_name`` null the only trainer file's.
+    """The config of ``resume``; ``run_id`` null is the current run, ``model_name`` null the only trainer file's model.
 
     With ``run_id`` null, a set that another run wrote is refused: its folder was copied or renamed. With ``run_id`` it
-    is taken, with a warning.
+    is used, with a warning.
     """
 
     kind: str = "resume"
     load_optim: bool = pydantic.Field(default=True, description="Whether the state of the optimizer is loaded.")
     on_invalid: Literal["error", "previous"] = pydantic.Field(
         default="error",
-        description="What a broken set, or one that on_nonfinite refuses, leads to, where the tag is an open one "
-        "(latest, last, E10): an error, or the newest good set before it.",
+        description="What to do if the set is broken, or refused by on_nonfinite, and the tag is an open one "
+        "(latest, last, E10): error, or previous for the newest good set before it.",
     )
 
 
 class ResumeInitializer(CheckpointInitializer):
-    """Continue a run: everything comes from one set, so that no two parts are of different iterations.
+    """Continue a run: everything comes from one set, so that all parts are of the same iteration.
 
-    Frozen submodels and submodels without optimizer keep their optimizer as it is. The trainer file is read once.
+    Frozen submodels and submodels without optimizer keep their optimizer. The trainer file is read once.
 
-    With ``on_invalid: previous`` every file of the set is verified before the start iteration is told, and a broken set
-    that an open tag means gives way to the newest good one before it. A tag that names one set never does. A set with
-    NaN is a broken one unless ``on_nonfinite`` says otherwise.
+    With ``on_invalid: previous`` every file of the set is verified before the start iteration is returned. A broken set
+    behind an open tag is replaced by the newest good one before it, but never a set that its tag names exactly. A set
+    with NaN is broken unless ``on_nonfinite`` allows it.
 
     Args:
         config: A ``ResumeInitializerConfig``.
         path_provider: The folders of the run.
-        auto_resume: The snapshot that the stack's ``auto_resume`` decided by, where that asks. With ``on_invalid:
-            previous`` and no ``checkpoint_tag`` it begins with the newest set, whatever its tags; errors advise what
-            can be said beside it.
+        auto_resume: The snapshot that the stack's ``auto_resume`` used for its decision, or None. With ``on_invalid:
+            previous`` and without ``checkpoint_tag``, it begins with the newest set, whatever its tags.
     """
 
     config_class: ClassVar[type[KindConfig]] = ResumeInitializerConfig
@@ -103,15 +102,15 @@ class ResumeInitializer(CheckpointInitializer):
 
     @property
     def continues(self) -> bool:
-        """Whether the run that is resumed is the one that is started, and not a copy under another run id."""
+        """Whether the resumed run is the run that is started, not a copy under another run id."""
         current, source = self.path_provider, self.init_run_path_provider
         return current is not None and (current.run_id, current.stage_name) == (source.run_id, source.stage_name)
 
     def start_checkpoint(self) -> TrainingIteration:
-        """The iteration that the trainer file records.
+        """The iteration that the trainer file records. May be called more than once.
 
         Raises ``CheckpointFormatError`` if it records no full iteration, ``NoGoodSetError`` if every set that could be
-        walked back to is broken.
+        resumed from is broken.
         """
         with self.in_session(), self._naming_ways_on():
             return TrainingIteration.from_mapping(self._trainer_state()["training_iteration"])
@@ -128,14 +127,14 @@ class ResumeInitializer(CheckpointInitializer):
 
     def _snapshot(self) -> Snapshot:
         seen, self._seen = self._seen, None
-        # auto_resume has named the set; else a newer one may have been committed since
+        # auto_resume has selected the set; without it, a newer one may have been committed since
         is_named = self.config.checkpoint_tag is not None
         if seen is not None and (is_named or (seen.newest_folder is not None and seen.is_current())):
             return seen
         return Snapshot(self.init_run_path_provider)
 
     def _selected(self, snapshot: Snapshot, needs: Sequence[Need], state: Sequence[Need]) -> RunSelection:
-        """The set that has the trainer file and the weights of all models; the trainer file decides what they are."""
+        """The set with the trainer file and the weights of all models, which the trainer file names."""
         walks_back = self.config.on_invalid == "previous" and self._query.automatic
         root = self.model_name
         # without a readable manifest no model is known, and no set will be chosen either
@@ -166,10 +165,10 @@ class ResumeInitializer(CheckpointInitializer):
         return names[0]
 
     def _prove(self, found: CheckpointSet, root: str | None) -> dict[str, Any]:
-        """Verify every file of the set as ``verify`` says; returns the state of the trainer.
+        """Verify every file of the set as ``verify`` declares; returns the state of the trainer.
 
-        Beside flat files there may be averages of another iteration, which Noether saves at times of their own.
-        Of values that the load would refuse an older set may be free.
+        Beside flat files there may be averages of another iteration, because Noether saves them at other times. If
+        values would be refused, an older set may be good.
         """
         check_files(found)
         said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
@@ -181,8 +180,8 @@ class ResumeInitializer(CheckpointInitializer):
             is_loaded = self.load_optim if file.part == "optim" else file.info == self.model_info
             look = self.config.nonfinite == "error" and file.part != "trainer" and is_loaded
             checked = check_file(found, file, verify=self.config.verify == "full", look=look, stopwatch=self.stopwatch)
-            if checked.said is not None:
-                said[file.path.name] = checked.said
+            if checked.recorded is not None:
+                said[file.path.name] = checked.recorded
             if checked.refused:
                 raise CheckpointError(
                     f"{file.path}: {listed(checked.refused, 3)}; it would be loaded with on_nonfinite: warn",
@@ -196,10 +195,10 @@ class ResumeInitializer(CheckpointInitializer):
         if file is None:
             raise CheckpointNotFoundError(f"{selected.name} has no trainer file of {root}", path=selected.folder)
         with open_checkpoint(file.path, digests=selected.file_digest(file), stopwatch=self.stopwatch) as reader:
-            iteration, run_id = said_by(reader.metadata, file.path)
+            iteration, run_id = recorded_in(reader.metadata, file.path)
             if iteration is None or not iteration.is_fully_specified:
                 raise CheckpointFormatError(
-                    f"{file.path.name} is no trainer file: it says no training_iteration", path=file.path
+                    f"{file.path.name} is not a trainer file: training_iteration not found", path=file.path
                 )
             check_consistency({file.path.name: (iteration, run_id)}, selected)
             if self.config.verify == "full":
@@ -214,8 +213,8 @@ class ResumeInitializer(CheckpointInitializer):
             root: str = selection.root or self._only_root(selection.snapshot)
             if name != root and self.model_name is None:
                 self.logger.warning(
-                    "%s: the model is called %s, the only trainer file is of %s, which is taken. "
-                    "If that is meant, say model_name: %s",
+                    "%s: the model is called %s, and the only trainer file, of %s, is used. "
+                    "Next: model_name: %s, if that is right",
                     self.config.kind,
                     name,
                     root,
@@ -259,17 +258,17 @@ class ResumeInitializer(CheckpointInitializer):
 
     @contextlib.contextmanager
     def _naming_ways_on(self) -> Iterator[None]:
-        """Add to the error of a broken set which older one there is, and what a config can say; its class stays."""
+        """Add to the error of a broken set the older good set, and the config that selects it; the class stays."""
         try:
             yield
         except (CheckpointCorruptError, CheckpointFormatError, TornSetError) as error:
-            # another set would hold the same names; and where none was selected, the refusal has said it all
+            # globals are the same in every set; and without a selection, the refusal has the advice already
             if self.selection is not None and not isinstance(error, UnsafeGlobalError):
                 error.add(f". {self._ways_on(self.selection.chosen)}")
             raise
         except (PlanError, IncompleteSetError, AmbiguousCheckpointError) as error:
             if self.asked_by == "auto_resume" and "auto_resume: {" not in str(error):
-                error.add("\nWhat resume can be told stands in auto_resume: auto_resume: {key: value}")
+                error.add("\nFields of resume go into auto_resume: auto_resume: {key: value}")
             raise
 
     def _ways_on(self, broken: CheckpointSet) -> str:
@@ -281,7 +280,7 @@ class ResumeInitializer(CheckpointInitializer):
         return refusals.ways_on(snapshot, good, self.asked_by, may_walk_back=may_walk_back)
 
     def init_trainer(self, trainer: Any) -> None:
-        """Hand the trainer file's content to ``trainer.load_state_dict``; if that raises, its state is put back."""
+        """Pass the content of the trainer file to ``trainer.load_state_dict``; if that raises, restore its state."""
         with self.in_session() as session:
             state = self._trainer_state()
             with StatesBefore.kept(trainer):
@@ -289,7 +288,7 @@ class ResumeInitializer(CheckpointInitializer):
             session.restored.append(": ".join(filter(None, ("trainer", ", ".join(_members(state))))))
 
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
-        """Hand each callback its state, unless the trainer has done so, then let those that can resume from files."""
+        """Give each callback its state, unless the trainer did so, then let callbacks resume from files."""
         with self.in_session() as session:
             plan = self._plan_callbacks(callbacks)
             for warning in plan.warnings:
@@ -301,17 +300,17 @@ class ResumeInitializer(CheckpointInitializer):
                 session.restored.append(f"{len(plan.states)} callback{'s' if len(plan.states) > 1 else ''}")
 
     def _of_other_run(self, selected: CheckpointSet, message: str) -> None:
-        """A run that names no other one goes on from its own sets only. Naming the run makes it a choice."""
+        """Refuse the set of another run, unless the config names a run: by default a run resumes its own sets only."""
         if self.run_id is None:
             raise CheckpointError(
-                f"{message}. Nothing was changed. Next: if it is meant, say so: kind: resume with "
+                f"{message}. Nothing was changed. Next: to resume it anyway, kind: resume with "
                 f"run_id: {self.init_run_path_provider.run_id}; otherwise a run_id of its own for each run",
                 path=selected.folder,
             )
         super()._of_other_run(selected, message)
 
     def outcome(self) -> Outcome:
-        """As in ``CheckpointInitializer``, and the set that is resumed."""
+        """As in ``CheckpointInitializer``, with the set that was resumed."""
         found = super().outcome()
         return found if self.selection is None else attrs.evolve(found, resumed_set=str(self.selection.chosen.folder))
 
@@ -320,7 +319,7 @@ class ResumeInitializer(CheckpointInitializer):
         return plan_callbacks(saved, callbacks, where=f"the trainer file of {self._tag_words()}")
 
     def _left_callbacks(self) -> list[str]:
-        """That there are states of callbacks, for a start to which no callbacks are given."""
+        """The message that states of callbacks exist although no callbacks were given."""
         saved = self._trainer_state().get("callback_state_dicts")
         named = saved.items() if isinstance(saved, Mapping) else enumerate(saved) if isinstance(saved, list) else ()
         names = ", ".join([str(name) for name, state in named if state])

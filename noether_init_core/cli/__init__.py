@@ -1,9 +1,9 @@
-"""The command ``ninit``: a module for the commands about one thing, which imports what it needs when it runs.
+"""The command ``ninit``: one module for each group of commands, which imports what it needs when a command runs.
 
-``options``, ``output`` and ``usage`` are shared by them.
+``options``, ``output`` and ``usage`` are shared by all commands.
 
-Exit codes: 0 fine, 1 a file or config has problems, 2 usage. Torch is imported only where a
-model, a tensor or a plugin needs it.
+Exit codes: 0 no problem, 1 a file or a config has problems, 2 wrong usage. Torch is imported only where a model, a
+tensor or a plugin needs it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-#: (panel, name, function, an example that can be typed), in the order in which they are listed.
+#: (panel, name, function, an example that can be typed), in the order in which ``ninit --help`` lists them.
 COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     ("Look", "kinds", kinds.list_kinds, "ninit kinds --json"),
     ("Look", "inspect", contents.inspect, "ninit inspect runs/pretrain"),
@@ -47,7 +47,7 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
 
 
 def _help_of(function: Callable[..., None]) -> str:
-    """The docstring, a line for each paragraph: terminals have widths of their own."""
+    """The docstring with each paragraph on one line, because each terminal wraps it at its own width."""
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -62,7 +62,7 @@ for _panel, _name, _function, _example in COMMANDS:
 def _start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Without a command: what is here, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Without a command: print the overview as JSON.")] = False,
 ) -> None:
     """Start any PyTorch training run from any checkpoint, declared in the config."""
     if version:
@@ -71,7 +71,7 @@ def _start(
         usage.overview(as_json=as_json)
     elif as_json:
         raise typer.BadParameter(
-            f"it belongs behind the command. Next: ninit {context.invoked_subcommand} --help",
+            f"the option comes after the command. Next: ninit {context.invoked_subcommand} --help",
             param_hint="--json",
         )
     else:
@@ -80,12 +80,13 @@ def _start(
 
 
 def main() -> None:
-    """Run the command; a wrong usage is exit code 2, an error of ours or of a plugin its message and exit code 1.
+    """Run the command line in ``sys.argv`` and exit with its code.
 
-    Messages go to standard error. A fault of this program is raised.
+    A usage error is exit code 2. An error of ours or of a plugin is printed on standard error, with exit code 1. Any
+    other exception is a bug in this program, and is raised.
     """
     for stream in (sys.stdout, sys.stderr):
-        # what a terminal cannot show is spelt out
+        # a terminal in ASCII or Latin-1 must not turn a message into a UnicodeEncodeError
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -95,10 +96,10 @@ def main() -> None:
     except typer.Abort:
         code = 1
     except Exception as error:
-        said = usage.explained(error)
-        if said is None:
+        message = usage.explained(error)
+        if message is None:
             raise
         usage.show_traceback(error)
-        show_text(said, err=True)
+        show_text(message, err=True)
         code = 1
     sys.exit(code or 0)

@@ -1,4 +1,4 @@
-"""The commands about a config: what it asks for, lacks, will do to a model, and what it makes of one."""
+"""The commands about a config: ``validate``, ``suggest``, ``plan`` and ``apply``."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from noether_init_core.stack.stack import InitializerStack
     from noether_init_core.surgery.plan import LoadPlan
 
-#: What stands in ``apply --out`` for the name of each model.
+#: ``apply --out`` replaces it by the path of each model.
 _PLACE = "{model}"
 
 
 @attrs.frozen
 class _Finding:
-    """One line of ``validate``: what a key asks for, or what is wrong with it."""
+    """One line of ``validate``: what a key declares, or what is wrong with it."""
 
     key: str
     line: int | None
@@ -52,9 +52,9 @@ class _Finding:
 
 
 def validate(config: Config, as_json: AsJson = False) -> None:
-    """Check every entry of a config file against its kind, and what stands around them. Reads no checkpoint.
+    """Check every entry of a config file against its kind, and the keys outside them. Reads no checkpoint.
 
-    Exit code 0: it is a config. 1: something is wrong with it; each line names file, line and key.
+    Exit code 0: the config is valid. 1: it has problems; each line names file, line and key.
     """
     from noether_init_core.stack.config_files import examine_config_file
 
@@ -89,13 +89,13 @@ def _findings(loaded: LoadedConfig) -> list[_Finding]:
         found += [_wrong(entry.key_path, error) for error in wrong]
         if validated is not None and entry is loaded.resume:
             which = "good set" if getattr(validated, "on_invalid", "") == "previous" else "set"
-            said = f"auto_resume: the newest {which} of this run comes before the list"
-            found.append(_Finding(entry.key_path, entry.line, said))
+            message = f"auto_resume: the newest {which} of this run comes before the list"
+            found.append(_Finding(entry.key_path, entry.line, message))
         elif validated is not None:
             part = f" for {'.'.join(entry.submodel)}" if entry.submodel else ""
             hooks = f", {', '.join(sorted(entry.hooks))} only" if entry.hooks is not None else ""
-            said = f"{entry.key_path}: {validated.kind}{part}{hooks}"
-            found.append(_Finding(entry.key_path, entry.line, said, kind=validated.kind))
+            message = f"{entry.key_path}: {validated.kind}{part}{hooks}"
+            found.append(_Finding(entry.key_path, entry.line, message, kind=validated.kind))
     for number, name in enumerate(loaded.observers):
         place, line = f"observers.{number}", loaded.document.line(("observers", number))
         try:
@@ -111,10 +111,10 @@ def _wrong(place: str, error: ConfigError) -> _Finding:
 
 @with_start
 def suggest(start: Start, as_json: AsJson = False, real: Real = False) -> None:
-    """Suggest transforms for each file and model of a config, from names and shapes. Nothing is applied.
+    """Suggest transforms for each file and model of a config, from names and shapes. Changes nothing.
 
-    Rules and surgery fields that the config has are not looked at: the suggestion is for a config without them. Exit
-    code 0: with the suggestion, the plan has no problem and nothing is unsure. 1: look at it before you paste it.
+    Transforms and other rules that the config already has are ignored: the suggestion replaces them. Exit code 0: with
+    the suggestion the plan has no problem, and nothing is marked unsure. 1: check the suggestion before you paste it.
     """
     with start.build(real=real) as (stack, built):
         found = stack.suggest(built)
@@ -139,7 +139,7 @@ def suggest(start: Start, as_json: AsJson = False, real: Real = False) -> None:
             show(f"# for initializers.{number}, {path}")
             show_text(str(one))
         if not found:
-            show("# nothing to suggest: the config has no initializers that load weights")
+            show("# nothing to suggest: no initializer of the config loads weights")
     if not all(one.plan.is_fine and one.is_sure for _number, _path, one in found):
         raise typer.Exit(1)
 
@@ -149,15 +149,16 @@ def plan(
     start: Start,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Write the plan to a file as JSON; - prints it, and nothing else.", metavar="FILE"),
+        typer.Option("--json", help="Write the plan to FILE as JSON; - prints only the JSON.", metavar="FILE"),
     ] = None,
     html: Html = None,
     show_all: ShowAll = False,
     real: Real = False,
 ) -> None:
-    """Show what a config will do to a model. Only headers of files are read, and nothing is changed.
+    """Show what a config will do to a model. Reads only headers of files, and changes nothing.
 
-    Exit code 0: it can be done. 1: the plan or a file has problems. The model is built without memory unless --real.
+    Exit code 0: the plan has no problem. 1: the plan or a file has problems. The model is built on the meta device,
+    without memory, unless --real is given.
     """
     check_target(json_file, "--json")
     check_target(html, "--html")
@@ -173,15 +174,15 @@ def plan(
     write_html(html, planned)
     unplanned = stack.check_unplanned(built)
     if not real and any(error is not None for _kind, error in unplanned):
-        # a kind may need values; whether something is wrong shows with them
+        # check() of a kind may read values, which a meta model does not hold: try a real model before failing
         unplanned = stack.check_unplanned(start.load_model(real=True))
     for kind, error in unplanned:
-        said = f"not planned: {kind} says nothing beforehand"
+        message = f"not planned: {kind} provides no plan"
         if error is not None:
             show_traceback(error)
             named = f"x {kind}: {type(error).__name__}: {error}.{how_to_see()}"
-            said = f"x {error}" if isinstance(error, InitError) else named
-        show_text(said, err=to_stdout)
+            message = f"x {error}" if isinstance(error, InitError) else named
+        show_text(message, err=to_stdout)
     if not planned.is_fine or any(error is not None for _kind, error in unplanned):
         raise typer.Exit(1)
 
@@ -192,11 +193,11 @@ def _show_plan(stack: InitializerStack, model: Any, planned: LoadPlan, show_all:
     if planned.origins:
         Console().print(PlanView(planned, unfolded=show_all, notes=_notes(stack, model)))
     elif not stack.initializers or any(one.states_plan for one in stack.initializers):
-        show("nothing to plan: the config has no initializers that load weights")
+        show("nothing to plan: no initializer of the config loads weights")
 
 
 def _notes(stack: InitializerStack, model: Any) -> dict[tuple[int, str], str]:
-    """Whether a manifest vouches for each file; none where it cannot be located again, since the plan is valid."""
+    """Whether each file belongs to a committed set; empty where a source cannot be located a second time."""
     from noether_init_core.files.checkpoint import Digests
 
     try:
@@ -215,22 +216,21 @@ def apply(
     out: Annotated[
         Path,
         typer.Option(
-            help="The file: .safetensors, or .th, .pt for torch. {model} in it: one for each.", metavar="FILE"
+            help="File to write: .safetensors, .th or .pt. With {model} in its name: one per model.", metavar="FILE"
         ),
     ],
     seed: Annotated[
         int,
-        typer.Option(min=0, max=2**32 - 1, metavar="INT", help="For what the model draws when it is built."),
+        typer.Option(min=0, max=2**32 - 1, metavar="INT", help="Seed for building the model."),
     ] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there, in one step.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists, atomically.")] = False,
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:
-    """Carry out what plan shows, on the CPU and without training, and write all weights of the model as one file.
+    """Carry out a plan on the CPU, without training, and write all weights of the model to one file.
 
-    The model is built with values, so that what the config leaves fresh has some: those of --seed. FILE.report.json
-    beside it says where each tensor came from. The kind file reads the file again. Exit code 1: the plan or a file has
-    problems; then nothing is written.
+    Weights that the config does not load are drawn with --seed. FILE.report.json records where each tensor came from.
+    To start from FILE, use the kind file. Exit code 1: the plan or a file has problems, and nothing was written.
     """
     check_target(html, "--html")
     from noether_init_core.render.terminal import PlanView
@@ -240,7 +240,7 @@ def apply(
     import numpy
     import torch
 
-    # whatever a model draws with
+    # a model may draw its first values with any of the three generators
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)
@@ -252,18 +252,20 @@ def apply(
             is_replaceable = force and report_path.is_file() and not report_path.is_symlink()
             if os.path.lexists(report_path) and not is_replaceable:
                 raise CheckpointWriteError(
-                    f"{report_path} is there already, and was left as it is. Next: another --out", path=report_path
+                    f"{report_path} exists and was not replaced. Next: another --out", path=report_path
                 )
         plan = stack.plan(built)
         if not plan.is_fine:
             Console().print(PlanView(plan))
-            show("nothing was written", err=True)
+            show("no file was written", err=True)
             raise typer.Exit(1)
         with progress("loading", None):
             report = stack.initialize(built, trains=False)
     for source, path in itertools.product(report.sources, states):
         if path.exists() and Path(source.path).exists() and path.samefile(source.path):
-            raise ConfigError(f"{path} is what the weights were read from. Nothing was written. Next: another --out")
+            raise ConfigError(
+                f"{path} is the file that the weights were read from; it was not replaced. Next: another --out"
+            )
     written = _write(states, report, replace=force)
     fresh = report.fresh_parameters()
     if as_json:
@@ -275,20 +277,21 @@ def apply(
 
 
 def _states(model: Any, out: Path) -> dict[Path, Any]:
-    """File -> single model, each with a name of its own."""
+    """File -> single model; raises ``typer.BadParameter`` for several models and one name."""
     from noether_init_core.models import leaf_models
 
     leaves = list(leaf_models(model))
     if len(leaves) > 1 and _PLACE not in str(out):
         names = ", ".join(path for path, _leaf in leaves)
         raise typer.BadParameter(
-            f"the model is several: {names}. Next: --out {out.with_stem(out.stem + '-' + _PLACE)}", param_hint="--out"
+            f"the composite has several models: {names}. Next: --out {out.with_stem(out.stem + '-' + _PLACE)}",
+            param_hint="--out",
         )
     return {Path(str(out).replace(_PLACE, path)): leaf for path, leaf in leaves}
 
 
 def _write(states: Mapping[Path, Any], report: InitReport, *, replace: bool) -> list[WrittenFile]:
-    """The weights of each model, and the report beside them. Where one cannot be written, none that is new is left."""
+    """Write the weights of each model, and a report beside each file. If one fails, remove the new files."""
     from noether_init_core.saving.file_writing import write_weights
 
     written: list[WrittenFile] = []
@@ -296,13 +299,13 @@ def _write(states: Mapping[Path, Any], report: InitReport, *, replace: bool) -> 
     try:
         for path, leaf in states.items():
             with progress(one_line(f"writing {path.name}"), None):
-                # one text alone, since the library writes several in any order
+                # one metadata entry alone: safetensors writes several in any order, which would change the digest
                 written.append(write_weights(path, leaf.state_dict(), metadata={"format": "pt"}, replace=replace))
                 new.append(path)
                 write_text(_report_of(path), report.to_json() + "\n")
                 new.append(_report_of(path))
     except InitError:
-        if not replace:  # what was there before is gone with it
+        if not replace:  # with --force an earlier file may already be replaced; removing the new one would lose both
             for path in new:
                 path.unlink(missing_ok=True)
         raise
@@ -318,7 +321,7 @@ def _show_written(written: list[WrittenFile], report: InitReport, fresh: int) ->
     for one in written:
         show(f"{one.path}: {counted(one.tensors, 'tensor')}, {one.bytes:,} bytes, {one.digest}")
     if fresh:
-        show(f"{counted(fresh, 'parameter')} fresh: not from a checkpoint, but drawn with --seed or by a kind")
+        show(f"{counted(fresh, 'parameter')} fresh: not from a checkpoint; drawn with --seed or by a kind")
     show("to start from it:")
     for one in written:
         show(f"  - {yaml_line({'kind': 'file', 'path': str(one.path), 'digest': one.digest})}")

@@ -1,4 +1,4 @@
-"""``ninit inspect`` and ``verify``: what a file, a set, a run or an output root holds, and its health."""
+"""``ninit inspect`` and ``ninit verify``: what a file, a set, a run or an output root holds, and its health."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     )
     from noether_init_core.sets.health import FileHealth, FlatHealth, RunHealth, SetHealth
 
-#: What vouches for a set, or what is wrong with it -> symbol and word, and their colour.
+#: State of a set or a file -> symbol and word, and their colour.
 _MARKS = {
     "committed": ("= committed", "green"),
     "legacy": ("o legacy", "yellow"),
@@ -58,15 +58,16 @@ _LONGEST_FACT = 200
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="A checkpoint file, a set, a run, or an output root.", show_default=False),
+        typer.Argument(
+            metavar="PATH", help="A checkpoint file, a set folder, a run folder, or an output root.", show_default=False
+        ),
     ],
-    unfolded: Annotated[bool, typer.Option("--all", help="A line for each key of a file.")] = False,
+    unfolded: Annotated[bool, typer.Option("--all", help="Show each key on its own line.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a file or a folder holds. Only headers and manifests are read, and nothing is created.
+    """Show what a file or a folder holds. Reads only headers and manifests, and creates nothing.
 
-    Exit code 1: something there cannot be read, or is not as it was written; the rest is shown. Whether every byte is
-    as it was written, verify says.
+    Exit code 1: a file cannot be read, or is inconsistent; the rest is shown. Bytes are not verified: use ninit verify.
     """
     check_path(path)
     from noether_init_core.inspection.findings import FoundFile, FoundRunFolder, FoundSetFolder, to_json_data
@@ -105,23 +106,23 @@ def _show_file(found: FoundFile, *, unfolded: bool) -> None:
     for keys in found.tied[:_MOST_TIED]:
         show(f"tied: {' = '.join(keys)}")
     if found.tied[_MOST_TIED:]:
-        show(f"tied: and {len(found.tied) - _MOST_TIED} more (--json has them)")
+        show(f"tied: and {len(found.tied) - _MOST_TIED} more (--json lists all)")
     if found.committed:
         show(f"committed set: {found.path.resolve().parent.name} (saved as {', '.join(found.tags)})")
-    for what, said in _facts(found):
-        if said not in (None, ""):
-            show(f"{what}: {one_line(str(said), _LONGEST_FACT)}")
+    for what, value in _facts(found):
+        if value not in (None, ""):
+            show(f"{what}: {one_line(str(value), _LONGEST_FACT)}")
     if found.file_format == "torch" and not found.has_checksums and found.content.bytes:
-        show("no checksums: its bytes can be verified by a digest only")
+        show("no checksums in the file: only a digest can verify its bytes")
     _show_problems(found.problems)
     unfolds = " (--all unfolds)" if len(rows) < len(looks) else ""
-    show(f"{_said(found.content)}, {found.file_format} format{unfolds}")
+    show(f"{_summary(found.content)}, {found.file_format} format{unfolds}")
 
 
 def _facts(found: FoundFile) -> Iterator[tuple[str, Any]]:
-    """What a file says besides tensors: run, iteration, and of a loop seed, names, place in the data.
+    """What the file records besides tensors: run, iteration, and of a loop seed, names, and place in the data.
 
-    The file may be anybody's, so nothing is taken for granted.
+    The file may come from any program, so that a value of any type is expected under each key.
     """
     metadata = found.metadata
     if found.file_format == "safetensors":
@@ -134,9 +135,9 @@ def _facts(found: FoundFile) -> Iterator[tuple[str, Any]]:
     yield "seed", state.get("seed")
     yield "with state", ", ".join(_mapping(state, "stateful"))
     yield "callbacks", ", ".join(_mapping(metadata, "callback_state_dicts"))
-    yield "data", f"{loader['batch']} batches of this epoch are consumed" if "batch" in loader else None
+    yield "data", f"{loader['batch']} batches of this epoch consumed" if "batch" in loader else None
     known = {"run_id", "training_iteration", "checkpoint_tag", "trainer_state", "callback_state_dicts"}
-    yield "also in it", listed([key for key in metadata if key not in known], 8)
+    yield "other keys", listed([key for key in metadata if key not in known], 8)
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -152,21 +153,21 @@ def _show_set(found: FoundSetFolder) -> None:
     for file in one.files:
         content = file.content
         numbers = ("?", "?") if content is None else (str(content.tensors), amount(content.elements))
-        size = "gone" if file.bytes is None else f"{file.bytes:,}"
+        size = "missing" if file.bytes is None else f"{file.bytes:,}"
         rows.append((file.model, _named(_PARTS[file.part], file.info), *numbers, size, file.name))
     show_table(("model", "part", "tensors", "elements", "bytes", "file"), rows)
     show(f"tags: {', '.join(one.tags)}")
     for file in one.files:
         if file.part == "model" and file.info is None and file.content is not None:
-            show(f"weights of {file.model}: {_said(file.content)}")
+            show(f"weights of {file.model}: {_summary(file.content)}")
     if found.probe is not None:
         outputs = ", ".join(found.probe.outputs[:_MOST_TIED])
-        show(f"probe: of {found.probe.model}: {outputs}, {found.probe.bytes:,} bytes")
+        show(f"probe of {found.probe.model}: {outputs}, {found.probe.bytes:,} bytes")
     else:
         show("probe: none")
-    show(f"where weights came from: {'recorded' if one.has_provenance else 'not recorded'}")
+    show(f"origin of the weights: {'recorded' if one.has_provenance else 'not recorded'}")
     _show_problems(found.problems)
-    show(f"{len(one.files)} files, {one.bytes:,} bytes in all")
+    show(f"{counted(len(one.files), 'file')}, {one.bytes:,} bytes in all")
 
 
 def _show_stage(one: FoundRun) -> None:
@@ -175,7 +176,7 @@ def _show_stage(one: FoundRun) -> None:
         with_probes = any(found.has_probe for found in one.sets)
         rows: list[tuple[Cell, ...]] = []
         for found in one.sets:
-            # the tag of its own iteration stands in the column before
+            # each set has its iteration as a tag, which the column before shows already
             tags = ", ".join(tag for tag in found.tags if tag != found.iteration)
             parts = [_models(found.files, part) for part in _PARTS]
             probe = ["yes" if found.has_probe else "no"] if with_probes else []
@@ -184,9 +185,9 @@ def _show_stage(one: FoundRun) -> None:
         probe = ["probe"] if with_probes else []
         show_table(("", "iteration", "tags", *_PARTS.values(), *probe, "bytes"), rows)
     for model in one.models:
-        show(f"weights of {model.model}: {_said(model.content)}")
+        show(f"weights of {model.model}: {_summary(model.content)}")
     for name in one.uncommitted:
-        show(f"- {name}: uncommitted, never picked")
+        show(f"- {name}: uncommitted; it is never selected")
     _show_problems(one.problems)
     show(f"{counted(len(one.sets), 'set')}, {one.bytes:,} bytes" if one.sets else "no sets")
 
@@ -201,7 +202,7 @@ def _show_root(found: FoundRoot) -> None:
     show_table(("", "run", "newest", "tags", "models", "sets", "bytes"), rows)
     for one in found.runs:
         if one.uncommitted:
-            show(f"- {one.name}: {counted(one.uncommitted, 'save')} never finished, never picked")
+            show(f"- {one.name}: {counted(one.uncommitted, 'unfinished save')}, never selected")
     _show_problems(found.problems)
     first = shlex.quote(str(from_here(found.runs[0].path)))
     show(f"{counted(len(found.runs), 'run')}. Next: ninit inspect {first}")
@@ -220,7 +221,7 @@ def _named(name: str, info: str | None) -> str:
     return f"{name} ({info})" if info else name
 
 
-def _said(content: Content) -> str:
+def _summary(content: Content) -> str:
     """``40 tensors (float32), 57.1 k parameters, 228,312 bytes``."""
     if content.parameters is None:
         numbers = f"{amount(content.elements)} elements"
@@ -239,27 +240,26 @@ def verify(
         list[str],
         typer.Argument(
             metavar="PATH",
-            help="Files, folders of checkpoints, run folders, or output roots.",
+            help="Checkpoint files, set folders, run folders, or output roots.",
             show_default=False,
         ),
     ],
     as_json: AsJson = False,
     flat: Annotated[
-        bool, typer.Option("--flat", help="Compare the flat files that our saves wrote for Noether with their sets.")
+        bool, typer.Option("--flat", help="Also compare flat files (copies for Noether) with their sets.")
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 1 also for what cannot be verified: files without checksums.")
+        bool, typer.Option("--strict", help="Exit code 1 also for files that have no checksums.")
     ] = False,
 ) -> None:
-    """Verify every set: digests, checksums, structure, iterations. Changes nothing.
+    """Verify files and sets: digests, checksums, structure, iterations. Changes nothing.
 
-    Exit code 0: all is as it was written, or cannot be verified for want of checksums (1 with --strict). 1: something
-    is broken, or cannot be chosen from. Sets with NaN are marked, and unfinished saves, which nobody ever picks, are
-    listed; neither is a problem. Flat files beside committed sets are copies for Noether; without --flat they are
-    counted and not read.
+    Exit code 0: no damage was found; a file without checksums is marked unverifiable (1 with --strict). 1: a file is
+    broken, or no set can be selected. Sets with NaN and unfinished saves are listed, and are not problems. Flat files
+    beside committed sets are copies for Noether; without --flat they are counted and not read.
     """
     if not all(paths):
-        raise typer.BadParameter("it is empty. For the working folder: .", param_hint="PATH")
+        raise typer.BadParameter("it is empty. Next: ninit verify .", param_hint="PATH")
     from noether_init_core.sets.health import FileHealth, bytes_to_verify, verify_file, verify_run
     from noether_init_core.sets.places import runs_at
     from noether_init_core.sets.snapshot import Snapshot
@@ -292,9 +292,9 @@ def verify(
         for file in files:
             _show_file_health(file)
         sets = sum(one.state != "uncommitted" for run in runs for one in run.sets)
-        said = ([f"sets: {sets}"] if runs else []) + ([f"files: {len(files)}"] if files else [])
-        said += [f"unverifiable: {counts['unverifiable']}"] if counts["unverifiable"] else []
-        show(", ".join([*said, f"problems: {problems}"]))
+        counted_parts = ([f"sets: {sets}"] if runs else []) + ([f"files: {len(files)}"] if files else [])
+        counted_parts += [f"unverifiable: {counts['unverifiable']}"] if counts["unverifiable"] else []
+        show(", ".join([*counted_parts, f"problems: {problems}"]))
     if problems or (strict and counts["unverifiable"]):
         raise typer.Exit(1)
 
@@ -324,14 +324,14 @@ def _show_run(run: RunHealth) -> None:
     _show_flat(run.flat)
     _show_problems(_short(problem, run.folder, "") for problem in run.flat.problems)
     if any(one.state in ("good", "nonfinite") and not one.is_committed for one in run.sets):
-        show("no manifests: every file was compared with the checksums inside it")
+        show("no manifests: each file was verified with the checksums inside it")
     _show_problems(run.problems)
     if run.newest_good is not None and run.newest_good.state == "nonfinite":
-        show_text(f"no finite set. To start from {run.newest_good.name} all the same:\n  {run.use}")
+        show_text(f"every good set holds NaN or infinity. To start from {run.newest_good.name} anyway:\n  {run.use}")
     elif run.newest_good is not None:
         show_text(f"newest good set: {run.newest_good.name}. To start from it:\n  {run.use}")
     elif run.use:
-        show_text(f"no set could be verified. To start from the newest all the same:\n  {run.use}")
+        show_text(f"no set could be verified. To start from the newest anyway:\n  {run.use}")
     elif run.sets:
         show("no good set")
     show("")
@@ -344,11 +344,11 @@ def _show_set_health(one: SetHealth, folder: Path) -> None:
     for note in one.notes:
         show(f"- {one.name}: {note}")
     if one.state == "uncommitted":
-        show(f"- {one.name}: a save that was never finished; never picked")
+        show(f"- {one.name}: an unfinished save; it is never selected")
 
 
 def _short(text: str, folder: Path, name: str) -> str:
-    """Without the folders that the line has named already."""
+    """The text without the folders that the line names already."""
     from noether_init_core.sets.checkpoint_set import SETS_FOLDER
 
     return text.replace(f"{folder / SETS_FOLDER / name}/", "").replace(f"{folder}/", "")
@@ -357,10 +357,10 @@ def _short(text: str, folder: Path, name: str) -> str:
 def _show_flat(flat: FlatHealth) -> None:
     good, rest = flat.compared - len(flat.problems), flat.files - flat.compared
     if flat.compared:
-        left = f"; {rest} were not read: no save of ours left them so" if rest else ""
+        left = f"; {rest} were not read: the last writer was another program" if rest else ""
         show(f"- of {flat.files} flat files, {good} are the same as in their sets{left}")
     elif flat.files:
-        meant = "they are copies for Noether (--flat compares those of our saves)"
-        show(f"- {flat.files} flat files were not read: {meant}")
+        reason = "they are copies for Noether (--flat compares those of our saves)"
+        show(f"- {flat.files} flat files were not read: {reason}")
     for name in flat.changed:
-        show(f"- {name} was written over since our save: by another program, or it is damaged")
+        show(f"- {name} was changed after our save: another program wrote it, or it is damaged")

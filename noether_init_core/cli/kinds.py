@@ -1,4 +1,4 @@
-"""The commands about kinds: which there are, what a config of one looks like, how to write one, and what is wrong."""
+"""The commands about kinds: ``kinds``, ``schema``, ``example``, ``new`` and ``check``."""
 
 from __future__ import annotations
 
@@ -46,12 +46,10 @@ _CORE = "noether-init-core"
 
 
 def list_kinds(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,
-    observers: Annotated[
-        bool, typer.Option("--observers", help="List observers instead, for observers: [...].")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list of objects.")] = False,
+    observers: Annotated[bool, typer.Option("--observers", help="List observers instead of kinds.")] = False,
 ) -> None:
-    """List the kinds that installed distributions offer. No plugin is imported."""
+    """List the kinds that installed distributions provide. Imports no plugin."""
     found = OBSERVERS.all() if observers else kinds.installed()
     what = "observer" if observers else "kind"
     counts = Counter(info.name for info in found if info.blocked_by is None)
@@ -65,9 +63,9 @@ def list_kinds(
     if not found:
         show(f"no {what} is installed. Next: pip install noether-init-core")
         return
-    show_table(("", what, "offered by"), [(_mark(info, conflicts), info.name, info.source) for info in found])
+    show_table(("", what, "provided by"), [(_mark(info, conflicts), info.name, info.source) for info in found])
     if conflicts:
-        show(f"x what is offered more than once cannot be used; see {kinds.DENY_VARIABLE}")
+        show(f"x a {what} that several distributions provide cannot be used. Next: {kinds.DENY_VARIABLE}=DISTRIBUTION")
 
 
 def _mark(info: kinds.KindInfo, conflicts: Collection[str]) -> tuple[str, str]:
@@ -78,18 +76,16 @@ def _mark(info: kinds.KindInfo, conflicts: Collection[str]) -> tuple[str, str]:
 
 def show_schema(
     kind: Annotated[str | None, KIND] = None,
-    of_all: Annotated[
-        bool, typer.Option("--all", help="Of whole config files instead, with all installed kinds, for editors.")
-    ] = False,
+    of_all: Annotated[bool, typer.Option("--all", help="Print the schema of whole config files, for editors.")] = False,
 ) -> None:
-    """Print the JSON schema of the config of a kind. Imports that kind's plugin.
+    """Print the JSON schema of the config of a kind. Imports the plugin of that kind.
 
-    With --all, of config files: ninit schema --all > init.schema.json, and as the first line of a YAML file
-    # yaml-language-server: $schema=init.schema.json. A kind that cannot be used is left out; standard error says why.
+    With --all: of whole config files. Write it with ninit schema --all > init.schema.json, and begin a YAML file with #
+    yaml-language-server: $schema=init.schema.json. Kinds that cannot be used are left out, and named on standard error.
     """
     if of_all == (kind is not None):
         names = ", ".join(plain_kinds())
-        what = "KIND and --all exclude each other" if of_all else f"no KIND was given. Installed kinds: {names}"
+        what = "KIND and --all were both given" if of_all else f"no KIND was given. Installed kinds: {names}"
         raise typer.BadParameter(f"{what}. Next: ninit schema --all, or ninit schema previous_run")
     from noether_init_core.config.base import kind_schema, schema_of_files
 
@@ -102,7 +98,7 @@ def show_schema(
             try:
                 found[name] = kinds.resolve(name).config_class.model_json_schema()
             except KindError as error:
-                show(f"- {name} is left out: {error}", err=True)
+                show(f"- {name} was left out: {error}", err=True)
         observers = sorted({info.name for info in OBSERVERS.all() if info.blocked_by is None})
         schema = schema_of_files(found, observers)
     typer.echo(json.dumps(schema, indent=2))
@@ -110,25 +106,27 @@ def show_schema(
 
 def write_example(
     kind: Kind,
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to; made if it is not there.")] = Path(),
-    only_print: Annotated[bool, typer.Option("--print", help="Print the files, and write nothing.")] = False,
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="Folder to write to; created if it does not exist.")
+    ] = Path(),
+    only_print: Annotated[bool, typer.Option("--print", help="Print the files instead of writing them.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a training loop that runs, and its init.yaml, for one kind. Nothing that exists is written over.
+    """Write a training loop that runs, and its init.yaml, for one kind. Replaces no file.
 
-    For the kinds of the core everything runs as it is, in seconds and without data. For others init.yaml leaves open
-    what they require.
+    For the kinds of the core the files run as they are, in seconds and without data. For other kinds, fill in the keys
+    that init.yaml marks as required.
     """
     with _naming_folders(kind):
         name = kinds.describe(kind).name
         schema = None if name in BUILT_IN else kinds.resolve(kind).config_class.model_json_schema()
     files, following = example_of(name, schema)
     if not only_print:
-        _write_files(folder, files)
+        _write_files(name, folder, files)
     if as_json:
         commands = [command for command, _what in following]
-        said = {"kind": name, "folder": folder, "written": not only_print, "files": files, "next": commands}
-        show_json("example", said)
+        data = {"kind": name, "folder": folder, "written": not only_print, "files": files, "next": commands}
+        show_json("example", data)
         return
     for file, text in files.items():
         show_text(f"# ---- {file}\n{text}" if only_print else str(folder / file))
@@ -136,14 +134,13 @@ def write_example(
     show_commands([*into, *following])
 
 
-def _write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write all of them, or nothing. Raises ``ConfigError`` where one of them is there."""
+def _write_files(kind: str, folder: Path, files: Mapping[str, str]) -> None:
+    """Write all of them, or none. Raises ``ConfigError`` where one exists, or the folder cannot be written."""
     there = [str(folder / name) for name in files if (folder / name).exists()]
     if there:
         raise ConfigError(
-            f"{', '.join(there)}: there already, and nothing was written. "
-            f"Next: another folder, as in ninit example KIND {shlex.quote(str(folder / 'example'))}; "
-            "or --print, to look"
+            f"{', '.join(there)} {'exists' if len(there) == 1 else 'exist'}; nothing was written. "
+            f"Next: ninit example {shlex.quote(kind)} {shlex.quote(str(folder / 'example'))}"
         )
     written: list[Path] = []
     try:
@@ -155,33 +152,33 @@ def _write_files(folder: Path, files: Mapping[str, str]) -> None:
     except OSError as error:
         for path in written:
             path.unlink(missing_ok=True)
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}. Nothing was left there") from error
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}. Nothing was written") from error
 
 
 def new(
-    name: Annotated[str, typer.Argument(help="Of the new package, such as demo: a folder demo.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="Name of the new package and its folder, such as demo.", show_default=False)
+    ],
     kind: Annotated[
-        str | None, typer.Option(help="What configs call it.", show_default="the name, with _ for -")
+        str | None, typer.Option(help="Name of the kind in configs.", show_default="the name, with _ for -")
     ] = None,
-    distribution: Annotated[
-        str | None, typer.Option(help="What pip calls it.", show_default="noether-init-NAME")
-    ] = None,
+    distribution: Annotated[str | None, typer.Option(help="Name for pip.", show_default="noether-init-NAME")] = None,
     base: Annotated[
-        Base, typer.Option(help="source: weights of a file that the kind locates; plain: everything by hand.")
+        Base, typer.Option(help="source: the kind locates a file of weights; plain: the kind sets weights itself.")
     ] = Base.SOURCE,
-    into: Annotated[Path, typer.Option(help="The folder that the new one is made in.")] = Path(),
+    into: Annotated[Path, typer.Option(help="Folder to create the package in.")] = Path(),
     author: Annotated[
         str | None,
         typer.Option(
             help="For pyproject.toml and LICENSE: 'Jane Doe' or 'Jane Doe <jane@example.org>'.", show_default=False
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without writing them.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a package with a new kind: class, config, tests, conformance kit, CI. It is complete, or not there at all.
+    """Write a package with a new kind: class, config, tests, conformance kit, CI. Writes all of it, or nothing.
 
-    A folder that exists is refused. So are names that cannot work, and a kind that an installed distribution offers.
+    Refused: a folder that exists, names that cannot work, and a kind that an installed distribution provides.
     """
     names = names_of(name, kind=kind, distribution=distribution)
     check_free(names)
@@ -193,7 +190,7 @@ def new(
         write_folder(folder, files)
     following = _following(names, folder)
     if as_json:
-        said = {
+        data = {
             **attrs.asdict(names),
             "folder": folder,
             "base": base.value,
@@ -201,31 +198,31 @@ def new(
             "files": list(files),
             "next": [command for command, _what in following],
         }
-        show_json("new", said)
+        show_json("new", data)
         return
     for file in files:
         show(str(folder / file))
     if dry_run:
-        show(f"{len(files)} files; nothing was written (--dry-run)")
+        show(f"{len(files)} files, not written (--dry-run)")
     else:
         show_commands(following)
 
 
 def _following(names: Names, folder: Path) -> list[tuple[str, str]]:
-    """The next commands, each with what it is for."""
+    """The next commands, each with its purpose."""
     return [
-        (f"cd {shlex.quote(str(folder))}", f"the kind itself is src/{names.package}/kind.py"),
-        ("python -m pip install '.[test]'", f"registers {names.kind}, and installs pytest"),
-        ("python -m pytest", "all of it passes as it is"),
-        ("ninit kinds", f"{names.kind}, offered by {names.distribution} 0.1.0"),
-        (f"ninit check {names.kind}", "what can be seen without running it"),
+        (f"cd {shlex.quote(str(folder))}", f"the code of the kind is src/{names.package}/kind.py"),
+        ("python -m pip install '.[test]'", f"registers {names.kind} and installs pytest"),
+        ("python -m pytest", "every test passes before you change anything"),
+        ("ninit kinds", f"{names.kind}, provided by {names.distribution} 0.1.0"),
+        (f"ninit check {names.kind}", "check the class without running it"),
     ]
 
 
 def check(kind: Kind, as_json: AsJson = False) -> None:
-    """Look at an installed kind without running it: nothing of it is called, it is only imported.
+    """Check an installed kind without running it: its module is imported, and none of its code is called.
 
-    What is marked x breaks the contract: the kind cannot be used. What is marked ! will trouble users or the author.
+    Lines marked x break the contract: the kind cannot be used. Lines marked ! are advice to the author.
     """
     from noether_init_core.initializers.base import InitializerBase
     from noether_init_core.kinds import contract
@@ -238,9 +235,9 @@ def check(kind: Kind, as_json: AsJson = False) -> None:
         if ":" not in info.target:
             error.add(f"\nThe entry point has no colon. Write: {kind} = package.module:ClassName")
         if as_json:
-            fix = "mend what was raised, or the entry point: package.module:ClassName"
+            fix = "correct the module, or the entry point: package.module:ClassName"
             _show_json(info, [contract.Finding(error.message, fix)], [])
-        if error.__cause__ is not None:  # the plugin's own traceback is what its author needs
+        if error.__cause__ is not None:  # the author needs the traceback of the plugin
             traceback.print_exception(error.__cause__, file=sys.stderr)
         raise
     advice = [*_of_distribution(info)]
@@ -249,13 +246,13 @@ def check(kind: Kind, as_json: AsJson = False) -> None:
         advice += contract.advice(loaded) if not problems else ()
     else:
         what = "a class" if isinstance(loaded, type) else f"of type {type(loaded).__qualname__}"
-        said = f"{info.target} is {what}, and no subclass of InitializerBase"
-        problems = [contract.Finding(said, "let the entry point name the class: package.module:ClassName")]
+        message = f"{info.target} is {what}, not a subclass of InitializerBase"
+        problems = [contract.Finding(message, "name the class in the entry point: package.module:ClassName")]
     if as_json:
         _show_json(info, problems, advice)
     else:
         try:
-            file = inspect.getsourcefile(loaded)  # type: ignore[arg-type]  # anything may be behind an entry point
+            file = inspect.getsourcefile(loaded)  # type: ignore[arg-type]  # an entry point may name any object
         except TypeError:
             file = None
         show(f"{info.name}  {info.source}  {info.target}")
@@ -268,7 +265,7 @@ def check(kind: Kind, as_json: AsJson = False) -> None:
 
 @contextlib.contextmanager
 def _naming_folders(kind: str) -> Iterator[None]:
-    """Where a kind is unknown, and a project in this folder or one below has it, the error says how to install that."""
+    """If a kind is unknown and a project here declares it, add the command that installs the project to the error."""
     try:
         yield
     except UnknownKindError as error:
@@ -290,7 +287,7 @@ def _naming_folders(kind: str) -> Iterator[None]:
 
 
 def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:
-    """What the metadata should say."""
+    """Advice on the metadata of the distribution that provides the kind."""
     from noether_init_core.kinds.contract import Finding
 
     if info.distribution in (None, _CORE):
@@ -305,12 +302,12 @@ def _of_distribution(info: kinds.KindInfo) -> Iterator[Finding]:
     if _CORE not in [name.lower().replace("_", "-") for name in requirements]:
         ours = importlib.metadata.version(_CORE).rsplit(".", 1)[0]
         yield Finding(
-            f"{info.distribution} does not require {_CORE}, so that pip may leave it out, or keep one that is too old",
+            f"{info.distribution} does not require {_CORE}, so that pip may not install it, or keep an old version",
             f'dependencies = ["{_CORE}>={ours}"] in pyproject.toml',
         )
     if "Requires-Python" not in distribution.metadata:
         yield Finding(
-            f"{info.distribution} does not say which versions of Python it runs on",
+            f"{info.distribution} does not declare the versions of Python that it supports",
             'requires-python = ">=3.11" in pyproject.toml',
         )
 
@@ -332,7 +329,7 @@ def _show_findings(problems: Sequence[Finding], advice: Sequence[Finding]) -> No
         show(f" {'x' if number < len(problems) else '!'} {finding.message}")
         show(f"   fix: {finding.fix}")
     if not problems and not advice:
-        show(" = nothing to mend that can be seen without running it")
+        show(" = no problem found without running it")
     show(f"problems: {len(problems)}, advice: {len(advice)}")
     if not problems:
-        show("Next: the rest shows when it runs: python -m pytest, with noether_init_core.testing")
+        show("Next: python -m pytest, with noether_init_core.testing, which runs the kind")

@@ -1,4 +1,4 @@
-"""The options that commands share, what a shell offers for them, and what they make: a stack and a model."""
+"""The options that commands share, shell completion for them, and the stack and model that they select."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 _NEXT_RUNS = "Next: --runs FOLDER --run-id ID, with the output root and the run that the config starts"
 
-# Shells evaluate parts of what they are offered; a name with anything else is typed by hand.
+# Some shells evaluate completions, so that a name with any other character is not completed.
 _HARMLESS = re.compile(r"[\w./+@%,=-]+")
 
 
 def _kind_names(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Installed kinds that begin so, with the distribution that offers them."""
+    """Installed kinds that begin with ``incomplete``, with the distribution that provides each."""
     for info in kinds.installed():
-        is_meant = info.name.startswith(incomplete) and ("." not in info.name or "." in incomplete)
-        if info.blocked_by is None and is_meant and _HARMLESS.fullmatch(info.name):
+        is_match = info.name.startswith(incomplete) and ("." not in info.name or "." in incomplete)
+        if info.blocked_by is None and is_match and _HARMLESS.fullmatch(info.name):
             yield info.name, info.source if re.fullmatch(r"[\w. +-]+", info.source) else ""
 
 
 def _configs(incomplete: str) -> Iterator[str]:
-    """YAML files and folders that begin so."""
+    """YAML files and folders whose names begin with ``incomplete``."""
     for entry in sorted(glob.glob(f"{glob.escape(incomplete)}*")):
         shown = f"{entry}/" if os.path.isdir(entry) else entry
         if shown.endswith(("/", ".yaml", ".yml")) and _HARMLESS.fullmatch(shown):
@@ -51,7 +51,7 @@ def _configs(incomplete: str) -> Iterator[str]:
 
 
 def _config(context: typer.Context, path: Path) -> Path:
-    """The path, if it can be that of a config; else the command line is wrong, and not the config."""
+    """The path, if a config can be read from it. Otherwise exits with code 2, because the command line is wrong."""
     from noether_init_core.config.document import content_of
 
     if not context.resilient_parsing:
@@ -67,51 +67,58 @@ Config = Annotated[
     Path,
     typer.Argument(
         metavar="CONFIG",
-        help="A YAML file: ours, or Noether's hp_resolved.yaml.",
+        help="A YAML config, or hp_resolved.yaml of Noether.",
         show_default=False,
         autocompletion=_configs,
         callback=_config,
     ),
 ]
-KIND = typer.Argument(metavar="KIND", help="A kind; see: ninit kinds.", show_default=False, autocompletion=_kind_names)
+KIND = typer.Argument(
+    metavar="KIND", help="A kind; ninit kinds lists them.", show_default=False, autocompletion=_kind_names
+)
 Kind = Annotated[str, KIND]
 Real = Annotated[bool, typer.Option("--real", help="Build the model with values, not on the meta device.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs: one object.")]
-ShowAll = Annotated[bool, typer.Option("--all", help="A line for every key.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ShowAll = Annotated[bool, typer.Option("--all", help="Show each key on its own line.")]
 Html = Annotated[
     Path | None,
-    typer.Option("--html", help="Write a page to look at: one file, no network.", metavar="FILE", show_default=False),
+    typer.Option(
+        "--html", help="Also write a page for a browser: one file, no network.", metavar="FILE", show_default=False
+    ),
 ]
 
 
 @attrs.frozen
 class Start:
-    """The config, the model, and the run that the config starts, as they were typed. Each field is an option."""
+    """The config, the model, and the run that the config starts, as typed. Each field is an option of the commands."""
 
     config: Config
     model: Annotated[
         str,
-        typer.Option(help="module:callable that gives a module, a bound model or a composite.", show_default=False),
+        typer.Option(help="module:callable that returns a module, a bound model or a composite.", show_default=False),
     ]
     app_dir: Annotated[Path, typer.Option(help="Folder to import the module from.")] = Path()
     model_name: Annotated[
-        str | None, typer.Option(help="Name of a plain module in checkpoint files.", show_default="model")
+        str | None, typer.Option(help="Name of the model in checkpoints, for a plain module.", show_default="model")
     ] = None
     runs: Annotated[
         Path | None,
-        typer.Option(help="Output root, for kinds that read from runs.", show_default=False, metavar="FOLDER"),
+        typer.Option(help="Output root, for kinds that read runs.", show_default=False, metavar="FOLDER"),
     ] = None
-    run_id: Annotated[str | None, typer.Option(help="The run that the config starts.", show_default="a new one")] = None
-    stage_name: Annotated[str | None, typer.Option(help="The stage that it starts.", show_default=False)] = None
+    run_id: Annotated[
+        str | None, typer.Option(help="Id of the run that the config starts.", show_default="a new one")
+    ] = None
+    stage_name: Annotated[str | None, typer.Option(help="Stage of that run.", show_default=False)] = None
 
     @contextlib.contextmanager
     def build(self, *, real: bool) -> Iterator[tuple[InitializerStack, Any]]:
-        """The stack of the config and the model, to be asked within; errors about an option name the option.
+        """Build the stack of the config and the model. Within the block, an error about an option names the option.
 
-        Raises ``typer.BadParameter`` and errors of ours.
+        Raises ``typer.BadParameter``, ``ConfigError`` where the user's code fails, and errors of the config and its
+        kinds.
         """
         if self.runs is None and (self.run_id is not None or self.stage_name is not None):
-            raise typer.BadParameter("--run-id and --stage-name are names below --runs FOLDER", param_hint="--runs")
+            raise typer.BadParameter("--run-id and --stage-name need --runs FOLDER", param_hint="--runs")
         _reference(self.model)
         from noether_init_core.stack.config_files import load_config_file
         from noether_init_core.stack.stack import InitializerStack
@@ -119,7 +126,7 @@ class Start:
         paths = self._paths()
         resumes = load_config_file(self.config).resume is not None
         if paths is None and resumes:
-            raise ConfigError(f"auto_resume resumes this very run from its own checkpoints. {_NEXT_RUNS}")
+            raise ConfigError(f"auto_resume resumes this run from its own checkpoints. {_NEXT_RUNS}")
         with self._naming_options(paths):
             stack = InitializerStack.from_file(self.config, path_provider=paths)
         if paths is not None and resumes:
@@ -129,31 +136,31 @@ class Start:
             yield stack, model
 
     def _decided(self, paths: PathProvider, decision: str) -> str:
-        """What auto_resume decided; where the run has no checkpoints, which other run or stage may have been meant."""
+        """What auto_resume decided; if the run has no checkpoints, also the stages or runs with a near name."""
         if self.run_id is None:
-            return "auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID"
+            return "auto_resume: planned as the first start of a new run; for a run with sets: --run-id ID"
         from noether_init_core.sets.places import runs, stages
 
         if "no checkpoints" not in decision:
             return decision
         if paths.stage_name is None and (found := stages(paths)):
-            return f"{decision}. Stages of it that have some: {listed(found)}. Next: --stage-name {found[0]}"
+            return f"{decision}. Stages with checkpoints: {listed(found)}. Next: --stage-name {found[0]}"
         return decision + _near(self.run_id, runs(paths))
 
     def load_model(self, *, real: bool) -> Any:
-        """Import the module and call the callable; what it gives, as a model or composite.
+        """Import the module, call the callable, and return its result as a model or a composite.
 
         Args:
-            real: Build it with memory and values; else on torch's meta device, where it costs neither.
+            real: Build it with memory and values; else on torch's meta device, without either.
 
-        Something that is a model already is taken as it is. ``app_dir`` stays on the import path: models import when
-        they are built, too. What the user's code prints goes to standard error.
+        An object that is a model already is not called. ``app_dir`` stays on the import path, because a model may
+        import modules while it is built. Output of the user's code goes to standard error.
 
-        Raises ``typer.BadParameter`` for a text that leads to no model, ``ConfigError`` where the user's code fails;
-        its own traceback is printed and chained.
+        Raises ``typer.BadParameter`` if the text names no model, ``ConfigError`` if the user's code fails; its
+        traceback is printed and chained.
         """
         if not self.app_dir.is_dir():
-            raise typer.BadParameter(f"{self.app_dir} is no folder", param_hint="--app-dir")
+            raise typer.BadParameter(f"{self.app_dir} is not a folder", param_hint="--app-dir")
         sys.path.insert(0, str(self.app_dir.resolve()))
         importlib.invalidate_caches()
         with contextlib.redirect_stdout(sys.stderr):
@@ -165,23 +172,23 @@ class Start:
             return None
         run_id = self.run_id
         if run_id is None:
-            # the same one each time, so that reports are the same; it need not be found again
+            # a fixed name keeps the output of a command equal each time; nothing is saved under it
             names = (f"new-{number}" for number in itertools.count(1))
             run_id = next(name for name in names if not (self.runs / name).exists())
         return PathProvider(self.runs, run_id, self.stage_name)
 
     @contextlib.contextmanager
     def _naming_options(self, paths: PathProvider | None) -> Iterator[None]:
-        """Errors about what this command is told by an option name the option."""
+        """Reword errors about a value that an option set, so that they name the option."""
         try:
             yield
         except InitError as error:
-            error.message = error.message.replace("or in PathProvider", "or with --runs FOLDER")
+            error.message = error.message.replace("or pass it to PathProvider", "or use --runs FOLDER")
             if paths is None and "path_provider" in str(error):
-                said = re.sub(r"path_provider=PathProvider\([^)]*\)", "--runs FOLDER --run-id ID", str(error))
-                raise ConfigError(f"{said}\n{_NEXT_RUNS}") from error
+                message = re.sub(r"path_provider=PathProvider\([^)]*\)", "--runs FOLDER --run-id ID", str(error))
+                raise ConfigError(f"{message}\n{_NEXT_RUNS}") from error
             if paths is not None and self.run_id is None and paths.run_id in str(error):
-                hint = f"{paths.run_id} is a new run, made up since none was given. Next: --run-id ID"
+                hint = f"{paths.run_id} is a placeholder, because --run-id was not given. Next: --run-id ID"
             elif paths is not None and not paths.output_root.is_dir():
                 hint = f"{paths.output_root} does not exist. Next: --runs FOLDER, with the output root"
             else:
@@ -190,7 +197,7 @@ class Start:
 
 
 def with_start(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with the options of a ``Start`` in the place of its first argument, beside its own options."""
+    """``command`` with the options of a ``Start`` in place of its first argument, beside its own options."""
     hints = {**get_type_hints(Start, include_extras=True), **get_type_hints(command, include_extras=True)}
     options = [*inspect.signature(Start).parameters.values(), *list(inspect.signature(command).parameters.values())[1:]]
 
@@ -199,36 +206,37 @@ def with_start(command: Callable[..., None]) -> Callable[..., None]:
         command(start, **given)
 
     options = [option.replace(kind=option.KEYWORD_ONLY, annotation=hints[option.name]) for option in options]
-    options.sort(key=lambda option: option.default is not option.empty)  # what is required stands first
+    # Python wants parameters without defaults first
+    options.sort(key=lambda option: option.default is not option.empty)
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
     run.__doc__ = command.__doc__
     return run
 
 
-def _reference(said: str) -> tuple[str, str]:
+def _reference(reference: str) -> tuple[str, str]:
     """Module and callable of ``module:callable``. Raises ``typer.BadParameter``; imports nothing."""
-    module, colon, attribute = said.partition(":")
+    module, colon, attribute = reference.partition(":")
     if not colon or not module or not attribute:
         example = f"{module}:build" if module and not colon and module.isidentifier() else "my_package.models:build"
-        raise _wrong(f"{said!r} is not module:callable. Next: --model {example}")
+        raise _wrong(f"{reference!r} is not module:callable. Next: --model {example}")
     if not all(part.isidentifier() for part in module.split(".")):
-        raise _wrong(f"{module!r} is no module as Python imports it. Next: --model {Path(module).stem}:{attribute}")
+        raise _wrong(f"{module!r} is not a module name. Next: --model {Path(module).stem}:{attribute}")
     return module, attribute
 
 
-def _imported(said: str, app_dir: Path) -> Any:
-    """What ``module:callable`` names. A module that the user's module lacks is not a wrong --model."""
-    name, path = _reference(said)
+def _imported(reference: str, app_dir: Path) -> Any:
+    """The object that ``module:callable`` names. A missing import inside the user's module is not a wrong --model."""
+    name, path = _reference(reference)
     try:
         found: Any = importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        lacks = error.name if isinstance(error, ModuleNotFoundError) else None
-        if lacks is None or not f"{name}.".startswith(f"{lacks}."):
-            raise _failed(f"importing {name} for --model {said}", error) from error
-        parent, _, last = lacks.rpartition(".")
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{name}.".startswith(f"{missing}."):
+            raise _failed(f"importing {name} for --model {reference}", error) from error
+        parent, _, last = missing.rpartition(".")
         there = pkgutil.iter_modules([str(app_dir.joinpath(*parent.split(".")) if parent else app_dir)])
         hint = _near(last, [module.name for module in there])
-        raise _wrong(f"no module {lacks!r}{hint}. Next: --app-dir FOLDER, if it is elsewhere") from error
+        raise _wrong(f"module {missing!r} not found{hint}. Next: --app-dir FOLDER") from error
     shown = name
     for attribute in path.split("."):
         try:
@@ -238,12 +246,12 @@ def _imported(said: str, app_dir: Path) -> Any:
             hint = _near(attribute, others)
             if hint:
                 hint += f". Next: --model {f'{shown}.'.replace(f'{name}.', f'{name}:', 1)}{near(attribute, others)[0]}"
-            raise _wrong(f"{shown} has no {attribute!r}{hint}") from error
+            raise _wrong(f"{attribute!r} not found in {shown}{hint}") from error
         shown = f"{shown}.{attribute}"
     return found
 
 
-def _built(found: Any, said: str, real: bool) -> Any:
+def _built(found: Any, reference: str, real: bool) -> Any:
     import torch
 
     from noether_init_core.models import CompositeModelLike, ModelLike
@@ -253,21 +261,21 @@ def _built(found: Any, said: str, real: bool) -> Any:
     ):
         return found
     if not callable(found):
-        raise _wrong(f"{said} is {type_of(found)}, which cannot be called{_several(found)}")
+        raise _wrong(f"{reference} is {type_of(found)}, which cannot be called{_several(found)}")
     try:
-        with contextlib.suppress(ValueError):  # callables of C may have no signature
+        with contextlib.suppress(ValueError):  # inspect finds no signature for some callables written in C
             inspect.signature(found).bind()
     except TypeError as error:
-        raise _wrong(f"{said}: {error}. Next: write a function without arguments that calls it") from error
+        raise _wrong(f"{reference}: {error}. Next: write a function without arguments that calls it") from error
     try:
         with contextlib.nullcontext() if real else torch.device("meta"):
             return found()
     except (Exception, SystemExit) as error:
-        hint = "" if real else ". It was built on the meta device, where tensors have no values; with values: --real"
-        raise _failed(f"{said}()", error, hint) from error
+        hint = "" if real else ". It was built on the meta device, where tensors have no values. Next: --real"
+        raise _failed(f"{reference}()", error, hint) from error
 
 
-def _as_model(built: Any, said: str, name: str | None) -> Any:
+def _as_model(built: Any, reference: str, name: str | None) -> Any:
     import torch
 
     from noether_init_core.models import BoundModel, CompositeModelLike, ModelLike, bind
@@ -277,13 +285,15 @@ def _as_model(built: Any, said: str, name: str | None) -> Any:
     if isinstance(built, ModelLike | CompositeModelLike) and (name is None or not isinstance(built, torch.nn.Module)):
         return built
     if not isinstance(built, torch.nn.Module):
-        raise _wrong(f"{said} gives {type_of(built)}, not a module, a bound model or a composite{_several(built)}")
+        raise _wrong(
+            f"{reference} returned {type_of(built)}, not a module, a bound model or a composite{_several(built)}"
+        )
     own = getattr(built, "name", None)
     return bind(built, name if name is not None else own if isinstance(own, str) else "model")
 
 
 def _several(found: Any) -> str:
-    """What makes one model of several; empty for what holds none."""
+    """How to return several models as one composite; empty for an object that holds no model."""
     import torch
 
     from noether_init_core.models import CompositeModelLike, ModelLike
@@ -297,12 +307,12 @@ def _several(found: Any) -> str:
     first, value = next(iter(models.items()))
     key = first if isinstance(first, str) else "first"
     part = "bind(...)" if isinstance(value, torch.nn.Module) and not isinstance(value, ModelLike) else "..."
-    return f'. Several models are one composite. Next: return compose("name", {{"{key}": {part}, ...}})'
+    return f'. Next: return compose("name", {{"{key}": {part}, ...}})'
 
 
 def _failed(what: str, error: BaseException, hint: str = "") -> ConfigError:
-    """The error that says what failed, once the traceback of the user's code has been printed."""
-    # without the frame of this module
+    """Print the traceback of the user's code; returns the error that names the step that failed."""
+    # the frame of this module is of no use to the user
     outer = error.__traceback__ and error.__traceback__.tb_next
     traceback.print_exception(type(error), error, outer, file=sys.stderr)
     return ConfigError(f"--model: {what} failed: {type(error).__name__}: {error}{hint}")

@@ -1,7 +1,7 @@
-"""Paths that were typed, and what commands print and write: lines, tables, JSON, files.
+"""Output of commands: lines, tables, JSON and files; and checks of paths that were typed.
 
-Names come from files, folders, configs and plugins. Everything is printed by these functions, which escape what a
-terminal would act on. Files are written as a whole, or not at all.
+Names come from files, folders, configs and plugins. These functions print everything, and escape each character that a
+terminal would act on. Files are written completely, or not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from noether_init_core.messages import listed, near, one_line, printable
 from noether_init_core.uris import local_path
 
 if TYPE_CHECKING:
-    from noether_init_pages import SaysItself
+    from noether_init_pages import HasToDict
 
 #: A cell of a table: a text, or a text and its colour.
 Cell = str | tuple[str, str]
@@ -34,7 +34,7 @@ Cell = str | tuple[str, str]
 _NUMBERS = ("bytes", "elements", "files", "keys", "sets", "tensors")
 _WHOLE = ("", "dtype", "iteration", "kind", "newest", "observer", "set")
 _NARROW = 80
-# rich takes a quarter of a millisecond for each
+# rich takes a quarter of a millisecond for each row; beyond this number, str.ljust does the same
 _MOST_IN_TABLE = 2_000
 
 
@@ -44,17 +44,17 @@ def show(line: str, *, err: bool = False) -> None:
 
 
 def show_text(text: str, *, err: bool = False) -> None:
-    """Print a text with line breaks of its own."""
+    """Print a text that may have several lines."""
     typer.echo(printable(text), err=err)
 
 
 def show_json(name: str, data: Mapping[str, Any]) -> None:
-    """Print ``data`` as the JSON of a command: its format comes first, and its version, unless ``data`` has one."""
+    """Print ``data`` as the JSON of a command, after its format and its version (1 unless ``data`` sets another)."""
     typer.echo(json.dumps({"format": f"noether-init-{name}", "version": 1, **data}, indent=1, default=os.fspath))
 
 
 def show_commands(commands: Iterable[tuple[str, str]]) -> None:
-    """Print commands to type next, each with what it does below it."""
+    """Print commands to type next, each with its purpose on the line below."""
     typer.echo("\nnext:")
     for command, what in commands:
         show(f"  {command}")
@@ -63,9 +63,9 @@ def show_commands(commands: Iterable[tuple[str, str]]) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
-    """Print a table without lines.
+    """Print a table without rules.
 
-    A first column without a name holds marks, of which a narrow terminal shows the symbols; their words stand below.
+    A first column without a name holds marks. A terminal below 80 columns shows their symbols only, and a legend below.
     """
     lines = [[(cell, "") if isinstance(cell, str) else cell for cell in row] for row in rows]
     if len(lines) > _MOST_IN_TABLE:
@@ -76,7 +76,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
     console = Console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        # a short name is not broken for the sake of tags
+        # rich would fold a short name to make room for long tags
         is_short = column == "run" and all(len(line[number][0]) <= console.width // 3 for line in lines)
         table.add_column(
             column,
@@ -94,7 +94,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
 
 
 _LOOKED_AT = 4096
-#: Option -> suffixes of its files, and what those that it wrote begin with.
+#: Option -> suffixes of its files, and bytes near the start of each file that it wrote.
 _WRITTEN = {
     "--html": ((".html", ".htm"), b'content="noether-init-core'),
     "--json": ((".json",), b'"format": "noether-init-plan"'),
@@ -102,11 +102,11 @@ _WRITTEN = {
 
 
 def check_target(path: Path | None, option: str) -> None:
-    """Raise ``typer.BadParameter`` where ``option`` cannot write its file, ``InitError`` where none can be made.
+    """Raise ``typer.BadParameter`` where ``option`` cannot write its file, ``InitError`` where a package is missing.
 
-    To be called before the work is done: a slip of the hand must not cost a config, a manifest or a report. A file that
-    is there is replaced only where it is of this kind and of ours; nothing is written among checkpoints. For
-    ``--json``, ``-`` is standard output.
+    Call it before the work, because a typing error must not replace a config, a manifest or a report. A file that
+    exists is replaced only if this option wrote it, and no file is written among checkpoints. For ``--json``, ``-`` is
+    standard output.
     """
     if path is None or (option == "--json" and str(path) == "-"):
         return
@@ -117,15 +117,15 @@ def check_target(path: Path | None, option: str) -> None:
     if path.is_dir():
         problem = f"{path} is a folder. Next: {option} {path / ('plan' + suffixes[0])}"
     elif path.suffix.lower() not in suffixes or not path.stem:
-        kept = " exists, is kept, and" if path.exists() else ""
+        kept = " exists, was not replaced, and" if path.exists() else ""
         named = path.with_suffix(suffixes[0]) if path.stem.strip("-. ") else Path("plan").with_suffix(suffixes[0])
-        problem = f"{path}{kept} is no {suffixes[0]} file. Next: {option} {named}"
+        problem = f"{path}{kept} is not a {suffixes[0]} file. Next: {option} {named}"
     elif not path.parent.is_dir():
-        problem = f"there is no folder {path.parent}. Next: mkdir -p {path.parent}"
+        problem = f"folder {path.parent} does not exist. Next: mkdir -p {path.parent}"
     elif lies_in_a_run(path):
-        problem = f"{path} lies among checkpoints of a run. Next: {option} {path.name}, in this folder"
+        problem = f"{path} is in the checkpoint folder of a run. Next: {option} {path.name}"
     elif os.path.lexists(path) and not (path.is_file() and not path.is_symlink() and ours in _head(path)):
-        problem = f"{path} exists and was not written by this option; it is kept. Next: another name"
+        problem = f"{path} exists and was not written by {option}; it was not replaced. Next: another name"
     if problem is not None:
         raise typer.BadParameter(problem, param_hint=option)
     if option == "--html" and importlib.util.find_spec("noether_init_pages") is None:
@@ -140,8 +140,8 @@ def _head(path: Path) -> bytes:
         return file.read(_LOOKED_AT)
 
 
-def write_html(path: Path | None, value: SaysItself) -> None:
-    """Write the page of a value, and say where it is on standard error; nothing for None."""
+def write_html(path: Path | None, value: HasToDict) -> None:
+    """Write the page of a value and print its path on standard error; do nothing if ``path`` is None."""
     if path is not None:
         from noether_init_pages import html_page
 
@@ -150,23 +150,23 @@ def write_html(path: Path | None, value: SaysItself) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8 and give it its name at the end. Raises ``InitError``; then nothing has changed."""
+    """Write text as UTF-8, atomically. Raises ``InitError``; then the file is unchanged."""
     temporary = path.with_name(f".{secrets.token_hex(6)}.partial")
     try:
-        # names that are no text come out of files, too
+        # a name in a file may hold a lone surrogate, which UTF-8 cannot encode
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
         os.replace(temporary, path)
     except OSError as error:
-        raise InitError(f"{path} cannot be written: {error.strerror}. Nothing was changed there") from error
+        raise InitError(f"{path} cannot be written: {error.strerror}. Nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_path(path: Path) -> None:
-    """Raise where ``path`` cannot be what was meant, with what is near to it and the next command.
+    """Raise where ``path`` is absent or is a config; the message names near paths and the next command.
 
     Raises ``ConfigError`` for a URI, ``CheckpointNotFoundError`` for an absent path, ``CheckpointFormatError`` for a
-    config or another text.
+    YAML file.
     """
     local_path(path)
     if not path.exists():
@@ -178,7 +178,7 @@ def check_path(path: Path) -> None:
         where = "this folder" if folder == Path() else str(folder)
         following = shlex.quote(str(folder / (found[0] if found else "")))
         raise CheckpointNotFoundError(
-            f"{path} does not exist. {nearest}In {where} there are: {listed(there, 8, none='no files')}. "
+            f"{path} does not exist. {nearest}Found in {where}: {listed(there, 8, none='no files')}. "
             f"Next: ninit inspect {following}",
             path=path,
             asked=str(path),
@@ -186,6 +186,6 @@ def check_path(path: Path) -> None:
         )
     if path.suffix.lower() in (".yaml", ".yml") and path.is_file() and b"\0" not in _head(path):
         raise CheckpointFormatError(
-            f"{path} is text, no checkpoint. If it is a config: ninit validate {shlex.quote(str(path))}",
+            f"{path} is a YAML file, not a checkpoint. Next: ninit validate {shlex.quote(str(path))}",
             path=path,
         )

@@ -1,4 +1,4 @@
-"""``ninit diff`` and ``lineage``: how checkpoints stand to each other, by their weights and by their origin."""
+"""``ninit diff`` and ``ninit lineage``: how checkpoints are related, by their weights and by their origin."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from noether_init_core.errors import CheckpointFormatError
 from noether_init_core.progress import progress
 from noether_init_core.render.relations import DiffView, LineageView
 
-_SIDE = "A file, the folder of a set, a run folder (its newest set), or RUN@TAG."
+_SIDE = "A file, a set folder, a run folder (its newest set), or RUN@TAG."
 
 
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help=_SIDE, show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help="The same, of the other checkpoint.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other checkpoint, in the same form.", show_default=False)],
     strip: Annotated[
         list[str] | None,
-        typer.Option(help="A prefix to take off names on both sides, such as module.; may be said again."),
+        typer.Option(help="Prefix to remove from names on both sides, such as module.; repeatable."),
     ] = None,
     html: Html = None,
     show_all: ShowAll = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Exit code 1 for other values, too.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Exit code 1 also if values differ.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the weights of two checkpoints: names, shapes, and the drift of every tensor, ‖B − A‖ / ‖A‖.
+    """Compare the weights of two checkpoints: names, shapes, and the drift of each tensor, ‖B − A‖ / ‖A‖.
 
-    Tensors are read in pieces, so that memory does not grow with the model. Exit code 0: the same names and shapes;
-    values may differ. 1: names or shapes differ, or there is NaN on one side.
+    Bytes are not verified against digests: use ninit verify. Tensors are read in pieces, so that memory does not grow
+    with the model. Exit code 0: the same names and shapes; values may differ. 1: names or shapes differ, or one side
+    has NaN.
     """
     check_target(html, "--html")
     for one in (a, b):
@@ -56,26 +57,26 @@ def diff(
 
 def lineage(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A run folder, a set, or an output root.", show_default=False)
+        Path, typer.Argument(metavar="PATH", help="A run folder, a set folder, or an output root.", show_default=False)
     ],
     roots: Annotated[
         list[Path] | None,
-        typer.Option("--root", help="A further output root to look in; may be said again.", show_default=False),
+        typer.Option("--root", help="Another output root to search; repeatable.", show_default=False),
     ] = None,
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where the weights of a run came from, and what came from it. Reads records only, never tensors.
+    """Show where the weights of a run came from, and which runs started from it. Reads records only, no tensors.
 
-    Descendants are looked for in the output root that the run lies in, and in those of --root. Exit code 1: a record
-    could not be read; what could be is shown.
+    Searches the output root of the run, and those of --root. Exit code 1: a record could not be read; the rest is
+    shown.
     """
     check_target(html, "--html")
     for one in (path, *(roots or ())):
         check_path(one)
         if not one.is_dir():
             raise CheckpointFormatError(
-                f"{one} is a file; records lie beside the sets of runs. Next: ninit lineage RUN_FOLDER", path=one
+                f"{one} is a file; lineage is recorded in run folders. Next: ninit lineage RUN_FOLDER", path=one
             )
     from noether_init_core.lineage import lineage_of
 

@@ -1,4 +1,4 @@
-"""What is here, and what to type next: by itself, after a wrong command line, and after a command that failed."""
+"""The overview that ``ninit`` alone prints, and the advice after a usage error or an error of a command."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import listed, near, one_line, printable
 from noether_init_core.paths import PathProvider
 
-#: Set to anything but 0, every error of a command comes with its traceback.
+#: If set to anything but 0, each error of a command is printed with its traceback.
 TRACEBACK_VARIABLE = "NOETHER_INIT_TRACEBACK"
 
-# What is wrong with a path that was typed, or with the disk, and not with this program.
+# Errors of a typed path or of the disk; any other OSError is a bug in this program.
 _OF_PATHS = (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
 
-#: The error of a command line that cannot be understood; typer shows it, and has no public name for it.
+#: The base of typer's usage errors, for which typer has no public name.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-# Where a context keeps the words behind the name of the command.
+# Key under which a context keeps the words after the name of the command.
 _TYPED = "noether_init_core.typed"
 
 _MOST_NAMES = 6
 _SHOWN = 8
-# A folder may hold anything; what is beyond is not looked at.
+# Limits of the search for runs: `ninit` may be typed in a home folder or on a network disk.
 _MOST_ENTRIES = 500
 _MOST_FOLDERS = 2_000
 _DEPTH = 3
-# Of a module, in bytes.
+# Bytes of a module that are searched for a function named build.
 _LOOKED_AT = 100_000
 
 
 class Command(typer.core.TyperCommand):
-    """A command that remembers what was typed, for advice, and takes an option with one value only once."""
+    """A command that keeps what was typed, for advice, and accepts an option with one value only once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         typed = list(args)
@@ -58,10 +58,8 @@ class Command(typer.core.TyperCommand):
             order = self.make_parser(ctx).parse_args(list(typed))[2]
             for param in order:
                 if order.count(param) > 1 and _takes_one(param):
-                    message = f"{param.opts[0]} takes one value, and was given {order.count(param)} times"
-                    raise typer.BadParameter(
-                        f"{message}. Next: leave out all but one", ctx=ctx, param_hint=param.opts[0]
-                    )
+                    message = f"{param.opts[0]} was given {order.count(param)} times, and takes one value"
+                    raise typer.BadParameter(f"{message}. Next: remove all but one", ctx=ctx, param_hint=param.opts[0])
         return rest
 
 
@@ -74,32 +72,32 @@ def _is_flag(param: Any) -> bool:
 
 
 def advice(error: Exception) -> str | None:
-    """The next command for a usage error, in one line or two; None where its message says it already."""
+    """The next command for a usage error, in one or two lines; None where the message names it already."""
     context, message = getattr(error, "ctx", None), str(getattr(error, "message", ""))
     if "Next: " in message:
         return None
     if context is None:
-        # an option that lacks its value: typer does not say of which command
+        # an option without its value: typer does not pass on the command that it belongs to
         option = getattr(error, "option_name", None)
         if option == "--json":
-            return "Next: --json FILE; or --json -, which prints it, and nothing else"
-        said = "ninit --help" if option is None else f"{option} and its value, or --help behind the command"
-        return f"Next: {said}"
+            return "Next: --json FILE, or --json - to print the JSON"
+        following = "ninit --help" if option is None else f"{option} VALUE, or --help after the command"
+        return f"Next: {following}"
     if hasattr(context.command, "commands"):
-        # typer says which one was nearly typed
-        meant = re.search(r"Did you mean '([\w-]+)'\?", message)
-        return f"Next: ninit {meant[1]} --help" if meant else "Next: ninit --help"
+        # typer's message names the nearest command
+        nearest = re.search(r"Did you mean '([\w-]+)'\?", message)
+        return f"Next: ninit {nearest[1]} --help" if nearest else "Next: ninit --help"
     example = _with_typed(error, context, _as_here(context.command.epilog.removeprefix("Example: ")))
     missing = getattr(error, "param", None) if type(error).__name__ == "MissingParameter" else None
     return _of_missing(missing and missing.name, example) or f"Next: {example}"
 
 
 def _with_typed(error: Any, context: Any, example: str) -> str:
-    """The line that was typed, with what the example has in the place of what is missing or wrong."""
+    """The typed line, with words of the example in place of what is missing or wrong."""
     typed: list[str] = list(context.meta.get(_TYPED, ()))
-    wrong_name, meant = getattr(error, "option_name", None), getattr(error, "possibilities", None)
-    if wrong_name and meant:
-        option = next(iter(near(wrong_name, meant, 1)), meant[0])
+    wrong_name, nearest = getattr(error, "option_name", None), getattr(error, "possibilities", None)
+    if wrong_name and nearest:
+        option = next(iter(near(wrong_name, nearest, 1)), nearest[0])
         typed = [option + word.removeprefix(wrong_name) if word.split("=")[0] == wrong_name else word for word in typed]
     try:
         given, shown = (_values(context, words) for words in (typed, shlex.split(example)[2:]))
@@ -123,29 +121,28 @@ def _with_typed(error: Any, context: Any, example: str) -> str:
 
 
 def _values(context: Any, words: list[str]) -> dict[str, Any]:
-    """What words behind the name of a command say, by the name of the parameter; nothing is converted or checked."""
+    """Parameter -> the value typed for it; nothing is converted or checked."""
     values, _rest, order = context.command.make_parser(context).parse_args(list(words))
-    said = {param.name: values.get(param.name) for param in order}
-    return {name: value for name, value in said.items() if isinstance(value, str | bool | list | tuple) and value}
+    typed = {param.name: values.get(param.name) for param in order}
+    return {name: value for name, value in typed.items() if isinstance(value, str | bool | list | tuple) and value}
 
 
 def _of_missing(parameter: str | None, example: str) -> str | None:
-    """What could stand for a parameter that was not given; None where nothing is known of it."""
+    """Values for a parameter that was not given; None where none is known."""
     if parameter == "config":
         found = listed(configs_here(), _MOST_NAMES)
         if found:
             return f"Configs in this folder: {found}. Next: {example}"
-        return "No YAML file is in this folder. Next: ninit example previous_run, which writes one and a loop"
+        return "No YAML file found in this folder. Next: ninit example previous_run"
     if parameter == "kind":
         return f"Installed kinds: {listed(plain_kinds(), _MOST_NAMES)}. Next: ninit kinds"
     if parameter == "model":
-        said = "names what gives the model: a function without arguments, a class, a module"
-        return f"--model module:callable {said}. Next: {example}"
+        return f"The callable takes no arguments and returns the model. Next: {example}"
     return None
 
 
 def _as_here(example: str) -> str:
-    """The example with a config and a module of this folder, where there is no doubt."""
+    """The example with a config and a module of this folder, if only one fits."""
     configs, modules = configs_here(), _modules_here()
     if configs and "init.yaml" not in configs:
         example = example.replace("init.yaml", shlex.quote(configs[0]))
@@ -163,7 +160,7 @@ def _defines_build(module: str) -> bool:
 
 
 def plain_kinds() -> list[str]:
-    """Names of the kinds that can be used, without dotted ones, sorted. No plugin is imported."""
+    """Names of the kinds that can be used, without dotted ones, sorted. Imports no plugin."""
     return sorted({info.name for info in kinds.installed() if info.blocked_by is None and "." not in info.name})
 
 
@@ -178,39 +175,39 @@ def _modules_here() -> list[str]:
 
 
 def show_usage(error: Any) -> int:
-    """Print a usage error as typer does, and what to type next, on standard error; returns the exit code."""
+    """Print a usage error and the next command on standard error; returns the exit code."""
     from typer import rich_utils
 
     rich_utils.rich_format_error(error)
-    said = advice(error)
-    if said is not None:
-        show(said, err=True)
+    following = advice(error)
+    if following is not None:
+        show(following, err=True)
     return int(error.exit_code)
 
 
 def explained(error: Exception) -> str | None:
-    """What went wrong, for people; None where only the traceback can say it."""
+    """The message for an expected error; None for a bug in this program, which needs its traceback."""
     if isinstance(error, PartlyInitializedError) and isinstance(error.__cause__, Exception):
         where = _of_a_plugin(error.__cause__)
         return str(error) if where is None else f"{error}\n{where}"
     if isinstance(error, InitError):
         return str(error)
-    told = _of_a_plugin(error)
-    if told is None and isinstance(error, OSError) and error.errno in _OF_PATHS:
-        # without a name it is about standard output
+    message = _of_a_plugin(error)
+    if message is None and isinstance(error, OSError) and error.errno in _OF_PATHS:
+        # an OSError without a file name comes from standard output, such as a full disk behind a pipe
         what = "the output cannot be written" if error.filename is None else one_line(str(error.filename)[:200])
         return f"{what}: {error.strerror}"
-    return told
+    return message
 
 
 def show_traceback(error: Exception) -> None:
-    """Print it on standard error, with all causes, where that was asked for."""
+    """Print the traceback and its causes on standard error, if ``NOETHER_INIT_TRACEBACK`` is set."""
     if _is_wanted():
         traceback.print_exception(error, file=sys.stderr)
 
 
 def how_to_see() -> str:
-    """Ends a message about code of others; empty where the traceback is shown anyway."""
+    """The end of a message about a plugin: how to see its traceback; empty if it is shown already."""
     return "" if _is_wanted() else f" Its traceback: {TRACEBACK_VARIABLE}=1 before the command"
 
 
@@ -219,22 +216,22 @@ def _is_wanted() -> bool:
 
 
 def _of_a_plugin(error: Exception) -> str | None:
-    """Who failed and where, if the deepest code that belongs to anybody is that of an installed kind or observer."""
+    """Which plugin failed and where, if the deepest frame of ours or of a plugin belongs to a plugin."""
     infos = [*kinds.installed(), *OBSERVERS.all()]
-    offered_by = {info.target.partition(":")[0].partition(".")[0]: info.source for info in infos}
+    provided_by = {info.target.partition(":")[0].partition(".")[0]: info.source for info in infos}
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package == "noether_init_core":
             return None
-        if package in offered_by:
+        if package in provided_by:
             where = f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_qualname}"
-            said = f"{offered_by[package]} failed: {type(error).__name__}: {error} ({where})."
-            return printable(f"{said}{how_to_see()}")
+            message = f"{provided_by[package]} failed: {type(error).__name__}: {error} ({where})."
+            return printable(f"{message}{how_to_see()}")
     return None
 
 
 def overview(*, as_json: bool) -> None:
-    """Version, kinds, runs and configs below the current folder, and the next commands that fit to them."""
+    """Print version, kinds, runs and configs at or below the current folder, and the next commands."""
     names = plain_kinds()
     runs = dict(sorted(_runs()))
     configs = configs_here()
@@ -242,8 +239,8 @@ def overview(*, as_json: bool) -> None:
     if as_json:
         found = [{"path": path, "newest": newest} for path, newest in runs.items()]
         commands = [command for command, _what in following]
-        said = {"core": version(), "kinds": names, "runs": found, "configs": configs, "next": commands}
-        show_json("overview", said)
+        data = {"core": version(), "kinds": names, "runs": found, "configs": configs, "next": commands}
+        show_json("overview", data)
         return
     show(f"noether-init-core {version()}")
     shown = [f"{path} @ {newest}" if newest else path for path, newest in runs.items()]
@@ -258,23 +255,23 @@ def _next(runs: Mapping[str, str | None], configs: list[str]) -> list[tuple[str,
     if runs:
         common = os.path.commonpath(list(runs))
         root = Path(common) if len(runs) > 1 else Path(common).parent
-        found.append((f"ninit inspect {shlex.quote(str(root))}", "what was saved"))
+        found.append((f"ninit inspect {shlex.quote(str(root))}", "list the saved sets"))
     if configs:
         chosen = shlex.quote("init.yaml" if "init.yaml" in configs else configs[0])
-        found.append((f"ninit validate {chosen}", "what it asks for, and what is wrong with it"))
-        found.append((f"ninit plan {chosen} --model module:callable", "what it will do to a model"))
+        found.append((f"ninit validate {chosen}", "check it without a model"))
+        found.append((f"ninit plan {chosen} --model module:callable", "show what it will do to a model"))
     if not runs and not configs:
-        found.append(("ninit example previous_run", "a loop that runs, and its config, to begin with"))
-    found.append(("ninit kinds", "every kind, and who offers it"))
-    found.append(("ninit --help", "all commands"))
+        found.append(("ninit example previous_run", "write a training loop and its config"))
+    found.append(("ninit kinds", "list every kind and its distribution"))
+    found.append(("ninit --help", "list all commands"))
     return found[:3]
 
 
 def _runs() -> Iterator[tuple[str, str | None]]:
-    """Folders with checkpoints some levels below, near ones first, each with the iteration of its newest set.
+    """Folders with checkpoints a few levels below, near ones first, each with the iteration of its newest set.
 
-    That is the iteration of the newest manifest, or else what names of flat files tell. A folder without either is
-    none: one of source code may be named checkpoints, too.
+    The iteration is that of the newest manifest, or else of the newest flat files. A folder without either is left out,
+    because a folder of source code may also be named checkpoints.
     """
     for path in itertools.islice(_folders(), _MOST_FOLDERS):
         if os.path.isdir(path / "checkpoints"):
@@ -283,7 +280,7 @@ def _runs() -> Iterator[tuple[str, str | None]]:
             try:
                 snapshot = Snapshot(PathProvider(path.resolve().parent, path.resolve().name))
                 newest = snapshot.newest_folder or next(iter(snapshot.flat), None)
-            except InitError:  # inspect tells it
+            except InitError:  # ninit inspect shows the error; the overview only lists the run
                 yield str(path), None
                 continue
             if newest is not None:
@@ -306,9 +303,9 @@ def _folders_in(folder: Path) -> list[Path]:
     except OSError:
         return []
     shown = (folder / name for name in sorted(names) if not name.startswith(".") and name != "checkpoints")
-    return [path for path in shown if os.path.isdir(path)]  # no error where nobody may look
+    return [path for path in shown if os.path.isdir(path)]  # unlike Path.is_dir(), it raises nothing without permission
 
 
 def version() -> str:
-    """That of the core."""
+    """The version of noether-init-core."""
     return importlib.metadata.version("noether-init-core")

@@ -1,4 +1,4 @@
-"""Configs: the pydantic models that kinds derive theirs from, config files as they were written, transforms, schema.
+"""Configs: pydantic base models for kinds, config files as written, transforms, and the JSON schema.
 
-``base`` is what initializers build on; ``document`` knows places and lines, and Noether's resolved config.
+``base`` is for initializers; ``document`` keeps places and lines, and knows Noether's resolved config.
 """

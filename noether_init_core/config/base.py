@@ -1,4 +1,4 @@
-"""The pydantic models at the root of every kind's config, and the JSON schema of whole config files, for editors."""
+"""The base pydantic models for configs of kinds, and the JSON schema of whole config files, for editors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _WORDS: dict[str, Any] = {"true": True, "True": True, "TRUE": True, "false": Fal
 
 
 class YamlText(str):
-    """An unquoted scalar of a YAML file, still as it was written.
+    """An unquoted scalar of a YAML file, exactly as written.
 
-    Typed fields decide what it means (``verify: off`` and ``run_id: 2026_02_19`` are texts). In a field of type Any
-    the core schema of YAML 1.2 decides: ``resolve``.
+    Typed fields decide its value (``verify: off`` and ``run_id: 2026_02_19`` are texts). In a field of type Any the
+    core schema of YAML 1.2 decides: see ``resolve``.
     """
 
     def resolve(self) -> Any:
@@ -79,7 +79,7 @@ def _prepared(value: Any, annotation: Any) -> Any:
 
 
 class KindConfig(pydantic.BaseModel):
-    """The least config of an initializer: its kind. Unknown keys are errors; instances cannot be changed."""
+    """The base of every config of an initializer: its kind. Unknown keys are errors; instances are frozen."""
 
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants"
@@ -116,7 +116,7 @@ def _named(what: str) -> pydantic.BeforeValidator:
 
 
 def _check_tag(value: Any) -> Any:
-    """A tag is None, a text as it stands in file names, or an iteration: one field or all three."""
+    """A tag is None, a text as in file names, or an iteration with one or all three counts."""
     if value is None:
         return None
     if isinstance(value, TrainingIteration):
@@ -154,10 +154,10 @@ CheckpointTag = Annotated[str | dict[str, int] | None, pydantic.BeforeValidator(
 
 
 class InitializerConfig(KindConfig):
-    """A config that names a run; the fields that every initializer of Noether has.
+    """A config that names a run, with the fields of every initializer of Noether.
 
-    ``kwargs`` are handed to the initializer's constructor as keyword arguments. A class for another kind than
-    ``previous_run``, Noether's default, gives ``kind`` a default of its own.
+    ``kwargs`` are passed to the constructor of the initializer as keyword arguments. A class for another kind than
+    ``previous_run``, the default of Noether, gives ``kind`` its own default.
     """
 
     kind: str = "previous_run"
@@ -165,9 +165,9 @@ class InitializerConfig(KindConfig):
         default=None, description="Additional keyword arguments for the constructor of the initializer."
     )
     run_id: RunId | None = pydantic.Field(default=None, description="The run to read from.")
-    stage_name: StageName | None = pydantic.Field(default=None, description="Its stage, where it has stages.")
+    stage_name: StageName | None = pydantic.Field(default=None, description="The stage of the run, if it has stages.")
     model_name: ModelName | None = pydantic.Field(
-        default=None, description="Name of the model in the files; the name of the model that is initialized when null."
+        default=None, description="Name of the model in the files; null: the name of the model to initialize."
     )
     checkpoint_tag: CheckpointTag = pydantic.Field(
         default=None,
@@ -179,13 +179,13 @@ class InitializerConfig(KindConfig):
 
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-#: What ``auto_resume`` decides by itself: this very run, and its newest set.
+#: Keys that ``auto_resume`` decides: it resumes this run from its newest set.
 DECIDED = ("kind", "run_id", "stage_name", "checkpoint_tag", "output_path")
 
 
 def kind_schema(kind: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of the config of a kind; ``schema`` is that of its class, which may have several kinds."""
-    named = {"const": kind, "description": "Name of a registered kind (see: ninit kinds).", "type": "string"}
+    """The schema of the config of a kind, from that of its class, which may serve several kinds."""
+    named = {"const": kind, "description": "Name of a registered kind; ninit kinds lists them.", "type": "string"}
     properties = {**schema["properties"], "kind": named}
     required = ["kind", *(name for name in schema.get("required", ()) if name != "kind")]
     return {**schema, "properties": properties, "required": required}
@@ -198,14 +198,16 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
         schemas: Kind -> the schema of its config class.
         observers: Names of installed observers.
 
-    Noether's own resolved configs have another form, and no schema here. Numbers and booleans pass for texts: what an
-    editor takes ``run_id: 20260219`` for is a text to the file's reader.
+    Noether's resolved configs have another form, and no schema. Numbers and booleans are allowed for texts: an editor
+    reads ``run_id: 20260219`` as a number, the reader of the file as a text.
     """
     definitions = {kind: _placed(kind_schema(kind, schema), _pointer(kind)) for kind, schema in schemas.items()}
     entry = {
         "type": "object",
         "required": ["kind"],
-        "properties": {"kind": {"enum": list(schemas), "description": "What initializes; see: ninit kinds."}},
+        "properties": {
+            "kind": {"enum": list(schemas), "description": "The kind of initializer; ninit kinds lists them."}
+        },
         "allOf": [
             {
                 "if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]},
@@ -233,7 +235,7 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
             "initializers": {
                 "type": "array",
                 "items": entry,
-                "description": "Carried out in this order; [] starts from nothing.",
+                "description": "Carried out in this order; [] starts from scratch.",
             },
             "auto_resume": auto_resume,
             "on_invalid": {
@@ -243,7 +245,7 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
             "observers": {
                 "type": "array",
                 "items": {"enum": list(observers)},
-                "description": "Installed observers to switch on; see: ninit kinds --observers.",
+                "description": "Observers to switch on; ninit kinds --observers lists them.",
             },
         },
         "$defs": definitions,
@@ -251,9 +253,9 @@ def schema_of_files(schemas: Mapping[str, Mapping[str, Any]], observers: Sequenc
 
 
 def _placed(value: Any, pointer: str) -> Any:
-    """A schema below ``$defs/pointer`` of another one, as files are written: any scalar passes for a free text.
+    """A schema moved below ``$defs/pointer`` of another one; any scalar is allowed for a text, as in files.
 
-    References to definitions of a kind lead into those of this kind: two kinds may use one name.
+    References to definitions of a kind lead to those of this kind: two kinds may use one name.
     """
     if isinstance(value, list):
         return [_placed(item, pointer) for item in value]

@@ -1,14 +1,13 @@
-"""Configs as they were written: read from YAML, with the line of every key and the initializers that they ask for.
+"""Configs as written: read from YAML, with the line of every key and the entries of initializers.
 
-Every scalar stays the text that was written. What it means is decided by the typed field that it is for, so that
-``verify: off`` and ``run_id: 2026_02_19`` are texts. Only an unquoted ``null``, ``~`` or nothing at all is None.
-Refused are: keys that occur twice, more than one document, aliases that contain themselves or that blow up the
-document, and deep nesting. Tags (``!!python/object``) construct nothing; where they stand is noted, for the caller to
-refuse.
+Every scalar keeps its text. The typed field decides its value, so that ``verify: off`` and ``run_id: 2026_02_19`` are
+texts. Only an unquoted ``null``, ``~`` or nothing at all is None. These are refused: keys that occur twice, more than
+one document, aliases that contain themselves or expand too far, and deep nesting. Tags (``!!python/object``) construct
+nothing; their places are recorded, for the caller to refuse.
 
-Of Noether's resolved config (``hp_resolved.yaml``), the initializers come in Noether's order: ``initializers`` of
-submodels, then those of the model, weights and optimizer only; then the initializer of the trainer with all hooks,
-which a root ``resume_run_id`` replaces.
+The initializers of Noether's resolved config (``hp_resolved.yaml``) come in Noether's order: ``initializers`` of
+submodels, then those of the model, for weights and optimizer only. Then comes the initializer of the trainer with all
+hooks, which a root ``resume_run_id`` replaces.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ KeyPath = tuple[str | int, ...]
 
 
 def shown_path(key_path: KeyPath) -> str:
-    """``initializers.0.kind``: how messages write a path."""
+    """A path as messages write it: ``initializers.0.kind``."""
     return ".".join(map(str, key_path))
 
 
@@ -40,9 +39,9 @@ class Document:
     Attributes:
         value: dict, list, ``YamlText`` (unquoted), str (quoted, block) and None; from Python any values.
         path: The file; None for a config from Python.
-        lines: The line (from 1) of every key and list item, by its path.
-        refusals: The errors of YAML tags and of keys that are no texts, with their places. Below such a place,
-            ``value`` is not what the author of the file meant.
+        lines: Path of every key and list item -> its line (from 1).
+        refusals: The errors of YAML tags and of keys that are not texts, with their places. Below such a place,
+            ``value`` may differ from what the author intended.
     """
 
     value: Any = None
@@ -51,11 +50,11 @@ class Document:
     refusals: Sequence[tuple[KeyPath, ConfigError]] = ()
 
     def line(self, place: KeyPath) -> int | None:
-        """The line of ``place``, or of the nearest key above it that has one; None where there is no file."""
+        """The line of ``place``, or of the nearest key above it that has one; None without a file."""
         return next((self.lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in self.lines), None)
 
     def error(self, message: str, place: KeyPath = ()) -> ConfigError:
-        """An error that names the place; without a file, the key alone."""
+        """An error with the place; without a file, with the key only."""
         shown = shown_path(place)
         if self.path is not None:
             return ConfigFileError(message, path=self.path, line=self.line(place), key_path=shown)
@@ -64,16 +63,16 @@ class Document:
 
 @attrs.frozen(eq=False)
 class Entry:
-    """One initializer that a config asks for, not validated yet.
+    """One initializer that a config declares, not validated yet.
 
     Attributes:
         config: A mapping, or a config that was built in Python.
-        submodel: Path of names of the part of a composite that it is for; empty: the whole model.
-        hooks: The hooks that it takes part in; None: all five.
+        submodel: Path of names of its part of a composite; empty for the whole model.
+        hooks: The hooks that it takes part in; None for all five.
         place: Its path in the document.
-        places: Where single keys stand that are not below ``place``: the root keys of a resolved config that make a
+        places: Paths of single keys that are not below ``place``: the root keys of a resolved config that make a
             resume.
-        document: The config that it stands in.
+        document: The config that holds it.
     """
 
     config: Mapping[str, Any] | KindConfig
@@ -85,12 +84,12 @@ class Entry:
 
     @property
     def key_path(self) -> str:
-        """Where it stands, as messages write it: ``initializers.0``."""
+        """Its path as messages write it: ``initializers.0``."""
         return shown_path(self.place)
 
     @property
     def line(self) -> int | None:
-        """The line where it starts, from 1; None where there is no file."""
+        """Its first line, from 1; None without a file."""
         return self.document.line(self.place)
 
     def place_of(self, path: KeyPath) -> KeyPath:
@@ -100,7 +99,7 @@ class Entry:
         return (*self.place, *path)
 
     def where(self, *path: str | int) -> str:
-        """Where a key of the config stands, for messages: ``init.yaml:12 transforms.1``, without a file the key."""
+        """The place of a key for messages: ``init.yaml:12 transforms.1``; without a file, the key alone."""
         shown = shown_path(path)
         if self.document.path is None:
             return shown
@@ -120,16 +119,16 @@ def read_yaml(path: Path) -> Document:
     """Read one YAML document. Raises ``ConfigFileError`` with line and key, also for a file that cannot be read."""
     content = content_of(path)
     try:
-        # BaseLoader resolves no scalar, and it keeps explicit tags, by which they can be told and refused.
+        # BaseLoader resolves no scalar, and keeps explicit tags, so that they can be refused.
         node = yaml.compose(content, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = None if mark is None else mark.line + 1
         reason = "; ".join(part for part in (error.context, error.problem) if part)
-        hint = ". YAML is indented by spaces, never by tabs" if "\\t" in str(error.problem) else ""
-        raise ConfigFileError(f"is no valid YAML: {reason}{hint}", path=path, line=line) from error
+        hint = ". Next: indent with spaces; YAML allows no tabs" if "\\t" in str(error.problem) else ""
+        raise ConfigFileError(f"is not valid YAML: {reason}{hint}", path=path, line=line) from error
     except yaml.YAMLError as error:
-        raise ConfigFileError(f"is no valid YAML: {error}", path=path) from error
+        raise ConfigFileError(f"is not valid YAML: {error}", path=path) from error
     except RecursionError as error:
         raise ConfigFileError(f"is nested more than {MAX_DEPTH} levels deep", path=path) from error
     reader = _Reader(path)
@@ -138,12 +137,12 @@ def read_yaml(path: Path) -> Document:
 
 
 def content_of(path: Path) -> bytes:
-    """Raises ``ConfigFileError`` for what cannot be a config, whatever is in it: no file, a folder, a checkpoint."""
+    """The bytes of a config file. Raises ``ConfigFileError`` for an absent path, a folder or a checkpoint."""
     if not path.exists():
         raise ConfigFileError(f"does not exist{_instead(path.parent, path.name)}", path=path)
     if path.is_dir():
         raise ConfigFileError(f"is a folder; a config is a YAML file{_instead(path, '')}", path=path)
-    # A FIFO would block, and a device never ends.
+    # Reading a FIFO would block, and reading a device may never end.
     if not path.is_file():
         raise ConfigFileError("is not a regular file; a config is a YAML file", path=path)
     try:
@@ -151,24 +150,24 @@ def content_of(path: Path) -> bytes:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigFileError(f"cannot be read: {error.strerror}", path=path) from error
-    # bytes of UTF-16 are text, too
+    # UTF-16 is text with zero bytes, and begins with a byte order mark
     if b"\0" in content[:_LOOKED_AT] and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
         inspect = f"ninit inspect {shlex.quote(str(path))}"
-        raise ConfigFileError(f"is no text, and a config is a YAML file. If it is a checkpoint: {inspect}", path=path)
+        raise ConfigFileError(f"is not text, and a config is a YAML file. Next: {inspect}", path=path)
     if len(content) > MAX_BYTES:
         raise ConfigFileError(f"is larger than {MAX_BYTES} bytes; is it a config?", path=path)
     return content
 
 
 def _instead(folder: Path, name: str) -> str:
-    """Which configs there are in the place of ``name``, and the next command."""
+    """The configs in the folder where ``name`` was not found, and the next command."""
     there = sorted(item.name for item in folder.glob("*.y*ml") if item.is_file()) if folder.is_dir() else []
     where = "this folder" if folder == Path() else str(folder)
     if not there:
-        return f"; no YAML file is in {where}. Next: ninit example KIND, which writes one and a loop"
+        return f"; no YAML file found in {where}. Next: ninit example previous_run"
     chosen = folder / (near(name, there, 1, cutoff=0.7) or there)[0]
-    said = f"; in {where} there are: {listed(there, _MOST_NAMES)}"
-    return f"{said}. Next: ninit validate {shlex.quote(str(chosen))}"
+    found = f"; found in {where}: {listed(there, _MOST_NAMES)}"
+    return f"{found}. Next: ninit validate {shlex.quote(str(chosen))}"
 
 
 class _Reader:
@@ -202,7 +201,7 @@ class _Reader:
         return None if text in _NULLS else YamlText(text)
 
     def _pairs(self, node: yaml.MappingNode, place: KeyPath, depth: int) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """Key -> nodes of key and value, with what merge keys (``<<``) bring; a mapping's own keys win over that."""
+        """Key -> nodes of key and value, with those of merge keys (``<<``); a mapping's own keys win."""
         if depth > MAX_DEPTH:
             raise self._error(node, (*place, "<<"), "a merge key contains itself")
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
@@ -227,10 +226,10 @@ class _Reader:
         return own | {key: pair for key, pair in brought.items() if key not in own}
 
     def _count_one(self, node: yaml.Node, place: KeyPath) -> None:
-        # Aliases are written out, so nine lines of aliases to aliases would fill the memory.
+        # Aliases are expanded, so that nine lines of aliases to aliases would fill the memory.
         self._count += 1
         if self._count > MAX_NODES:
-            raise self._error(node, place, f"more than {MAX_NODES} values once aliases are written out")
+            raise self._error(node, place, f"more than {MAX_NODES} values after aliases are expanded")
 
     def _key(self, node: yaml.Node, place: KeyPath) -> str | None:
         self._note_tag(node, place)
@@ -256,10 +255,10 @@ def _line(node: yaml.Node) -> int:
 
 MODEL_HOOKS = frozenset({"init_weights", "init_optimizer"})
 _MARKS = ("model", "trainer", "resume_run_id")
-# Keys that only hold submodels and are no names of any.
+# Keys that hold submodels, and are not names of submodels.
 _STRUCTURAL = frozenset({"submodels", "models"})
 _DEFAULT_KIND = "noether.core.initializers.PreviousRunInitializer"
-# Field of resume -> where the resolved config has it. The tag stays as it is written: resume understands every form.
+# Field of resume -> its place in the resolved config. The tag keeps its form, because resume accepts every form.
 _RESUME: Mapping[str, KeyPath] = {
     "run_id": ("resume_run_id",),
     "stage_name": ("resume_stage_name",),
@@ -281,13 +280,13 @@ def resolved_entries(document: Document) -> Iterator[Entry]:
     )
     yield from _of_model(model, ("model",), (), document)
     if root.get("resume_run_id") is not None:
-        # Noether puts this one in the place of trainer.initializer, and writes both into the resolved config.
-        said = {key: (model if len(place) > 1 else root).get(str(place[-1])) for key, place in _RESUME.items()}
-        config = {"kind": "resume"} | {key: value for key, value in said.items() if value is not None}
+        # Noether uses this one instead of trainer.initializer, but writes both into the resolved config.
+        found = {key: (model if len(place) > 1 else root).get(str(place[-1])) for key, place in _RESUME.items()}
+        config = {"kind": "resume"} | {key: value for key, value in found.items() if value is not None}
         yield Entry(config, place=_RESUME["run_id"], places=_RESUME, document=document)
     elif trainer.get("initializer") is not None:
         place: KeyPath = ("trainer", "initializer")
-        # Noether leaves out of the file what was not set, and this is the kind of a config that says none.
+        # Noether omits fields that were not set, and this is the default kind.
         config = {"kind": _DEFAULT_KIND, **_mapping(trainer["initializer"], place, document)}
         yield Entry(config, place=place, document=document)
 

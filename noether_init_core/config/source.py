@@ -1,4 +1,4 @@
-"""The configs of kinds that read files, and of the transforms in them, which become the rules of ``surgery``."""
+"""Configs of kinds that read files, and their transforms, which become rules of ``surgery``."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def _as_list(value: Any) -> Any:
 def _dtype(value: str) -> str:
     name = value.removeprefix("torch.")
     if name not in ITEMSIZES or name.startswith("bits"):
-        raise ValueError(f"{value!r} is no dtype; for example float32, bfloat16")
+        raise ValueError(f"{value!r} is not a dtype; write for example float32 or bfloat16")
     return name
 
 
-#: One name may be written without a list; the JSON schema knows it, too.
+#: One name may be written without a list, also by the JSON schema.
 _OneOrMore = pydantic.BeforeValidator(_as_list, json_schema_input_type=str | list[str])
 Patterns = Annotated[list[Annotated[str, _check(parse_pattern)]], _OneOrMore, pydantic.Field(min_length=1)]
 Glob = Annotated[str, _check(parse_glob)]
@@ -51,7 +51,7 @@ Globs = Annotated[list[Glob], _OneOrMore, pydantic.Field(min_length=1)]
 
 
 def _model_of(step: type[Step]) -> type[pydantic.BaseModel]:
-    """The arguments of a step as a config writes them, out of the annotations of its fields."""
+    """The pydantic model of the arguments of a step, from the annotations of its fields."""
     fields: dict[str, Any] = {}
     hints = get_type_hints(step, include_extras=True)
     for field in attrs.fields(step):
@@ -71,7 +71,7 @@ def _first_line(of: type) -> str:
 
 
 def _form_of(step: type[Step]) -> Any:
-    """What stands behind the name of a step: its arguments, or the one that may be written alone."""
+    """The type of the value of a step in a config: its arguments, or the one that may be written without its name."""
     model = _model_of(step)
     if not step.short:
         return model
@@ -83,14 +83,16 @@ def _prepared(value: Any) -> Any:
     if isinstance(value, str):
         if value != "transpose":
             known = ", ".join(STEPS)
-            raise ValueError(f"{str(value)!r} is no step; write transpose, or {{split: 0}} and the like: {known}")
+            raise ValueError(
+                f"{str(value)!r} is not a step; write transpose, or a mapping such as {{split: 0}}: {known}"
+            )
         return {"transpose": True}
     if isinstance(value, Mapping) and len(value) != 1:
-        raise ValueError(f"one step has one key, this has {len(value)}; begin each step with a dash of its own")
+        raise ValueError(f"one step has one key, this has {len(value)}; begin each step with its own dash")
     if isinstance(value, Mapping) and "transpose" in value:
         raise ValueError("transpose takes no arguments; write: do: [transpose]")
-    for name, said in value.items() if isinstance(value, Mapping) else ():
-        if said is None or isinstance(said, bool):
+    for name, argument in value.items() if isinstance(value, Mapping) else ():
+        if argument is None or isinstance(argument, bool):
             raise ValueError(f"{name} has no value; for example {described(STEPS.get(str(name), STEPS['split']))}")
     return value
 
@@ -104,7 +106,7 @@ def _step_of(model: pydantic.BaseModel) -> Step:
 
 
 class _StepSchema:
-    """How a config writes a step: a mapping with one key, or the text ``transpose``; derived from ``STEPS``."""
+    """The form of a step in a config: a mapping with one key, or the text ``transpose``; derived from ``STEPS``."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
@@ -136,7 +138,7 @@ class _StepSchema:
         return {"anyOf": [{"const": "transpose"}, mapping], "description": described}
 
 
-#: What a rule is; it has exactly one of them.
+#: Keys of which a rule has exactly one.
 _RULES = ("from", "from_regex", "drop", "keep_model", "only")
 
 
@@ -155,25 +157,27 @@ class TransformConfig(_Strict):
     from_regex: Annotated[str, _check(parse_regex)] | None = pydantic.Field(
         default=None, description="A regular expression (RE2) for whole names in the file; (?P<x>..) captures."
     )
-    to: Patterns | None = pydantic.Field(default=None, description="Names in the model; the same name when null.")
-    do: list[Annotated[Step, _StepSchema]] = pydantic.Field(default=[], description="Steps on the way, in order.")
+    to: Patterns | None = pydantic.Field(default=None, description="Names in the model; null: the same names.")
+    do: list[Annotated[Step, _StepSchema]] = pydantic.Field(default=[], description="Steps on the tensors, in order.")
     optional: bool = pydantic.Field(default=False, description="Whether the rule may match nothing.")
     drop: Globs | None = pydantic.Field(default=None, description="Names of the file to ignore.")
     keep_model: Globs | None = pydantic.Field(
         default=None, description="Names of the model that keep their present value."
     )
-    only: Globs | None = pydantic.Field(default=None, description="The names of the file that are considered at all.")
+    only: Globs | None = pydantic.Field(
+        default=None, description="Names of the file to consider; all others are ignored."
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_rule(self) -> Self:
-        said = [name for name in _RULES if getattr(self, "from_" if name == "from" else name) is not None]
-        if len(said) != 1:
-            has = " and ".join(said) or "none"
+        given = [name for name in _RULES if getattr(self, "from_" if name == "from" else name) is not None]
+        if len(given) != 1:
+            has = " and ".join(given) or "none"
             raise ValueError(f"a rule has exactly one of {', '.join(_RULES)}; this has {has}")
-        if said[0] not in ("from", "from_regex"):
+        if given[0] not in ("from", "from_regex"):
             surplus = [name for name in ("do", "optional", "to") if getattr(self, name)]
             if surplus:
-                raise ValueError(f"{surplus[0]} belongs to a rule with from; {said[0]} takes none")
+                raise ValueError(f"{surplus[0]} is for a rule with from, not with {given[0]}")
             return self
         sources, targets = self._patterns()
         first = sources[0]
@@ -183,9 +187,9 @@ class TransformConfig(_Strict):
                 shown = ", ".join(f"<{name}>" for name in sorted(first.captures)) or "none"
                 raise ValueError(f"{pattern.text!r} has <{unknown[0]}>, which {first.text!r} does not capture: {shown}")
             if lost:
-                raise ValueError(f"{pattern.text!r} lacks <{lost[0]}>, so several names would become one")
+                raise ValueError(f"{pattern.text!r} needs <{lost[0]}>, or several names would become one")
             if pattern.below != first.below:
-                raise ValueError(f"{first.text!r} and {pattern.text!r}: a trailing dot stands on both or on neither")
+                raise ValueError(f"{first.text!r} and {pattern.text!r}: both or neither need a trailing dot")
         names = {step.name for step in self.do}
         joins, cuts = {"concat", "stack"} & names, sorted({"split", "unstack"} & names)
         if len(sources) > 1 and not joins:
@@ -195,19 +199,17 @@ class TransformConfig(_Strict):
         if len(targets) == 1 and cuts and not joins:
             raise ValueError(f"{cuts[0]} needs several names in to")
         if first.below and (len(sources) > 1 or len(targets) > 1):
-            raise ValueError(
-                "a trailing dot stands for many names; several from or to need whole names, such as <leaf>"
-            )
+            raise ValueError("a trailing dot matches many names; several from or to need whole names, such as <leaf>")
         return self
 
     def _patterns(self) -> tuple[tuple[NamePattern, ...], tuple[NamePattern, ...]]:
-        """What the rule takes of the file, and the names in the model."""
+        """The patterns for names in the file, and those for names in the model."""
         sources = tuple(map(parse_pattern, self.from_ or ())) or (parse_regex(self.from_regex or ""),)
         return sources, sources[:1] if self.to is None else tuple(map(parse_pattern, self.to))
 
 
 def rule_of(config: TransformConfig, label: str) -> Rule:
-    """The rule as ``surgery`` has it; ``label`` says where it stands."""
+    """The rule for ``surgery``; ``label`` is its place, for messages."""
     for field in ("drop", "keep_model", "only"):
         globs = getattr(config, field)
         if globs is not None:

@@ -1,5 +1,4 @@
-"""Comparing: two checkpoints side by side, by keys, shapes and how far each tensor moved.
+"""Compare two checkpoints by keys, shapes and the difference of each tensor.
 
-``compare`` says which files a path means and puts things together, ``drift`` makes numbers of two tensors piece by
-piece.
+``compare`` finds the files and collects the results; ``drift`` compares two tensors piece by piece.
 """

@@ -1,4 +1,4 @@
-"""``compare_checkpoints``: names, shapes and drift of two checkpoints, which files a path means, what was found."""
+"""``compare_checkpoints``: find the files of two checkpoints, and compare names, shapes and values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.messages import listed
 from noether_init_core.nested import equal, mapped
 from noether_init_core.paths import PathProvider, name_of_run
-from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, said_by
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, recorded_in
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.places import runs_at
 from noether_init_core.sets.selection import find_set
@@ -35,7 +35,7 @@ from noether_init_core.uris import local_path
 DIFF_VERSION = 1
 _OBJECT = "object"
 _LEAST_SHARE = 0.5
-# Segments of a prefix.
+# Largest number of segments of a prefix that is suggested.
 _DEEPEST = 3
 
 State = Literal["equal", "changed", "dtype", "shape", "nonfinite", "only_a", "only_b"]
@@ -47,13 +47,13 @@ class DiffSide:
 
     Attributes:
         path: The file, or the folder of the set.
-        origin: Run, tag and iteration in words; None for a file of no run.
-        run_id: The run that wrote it, where that is known.
-        stage: Its stage.
-        tag: The tag that was asked for.
+        origin: Run, tag and iteration in words; None for a single file.
+        run_id: The run that wrote it; None if unknown.
+        stage: The stage that wrote it.
+        tag: The requested tag.
         iteration: The iteration of the set.
-        tensors: Number of entries that were looked at.
-        bytes: Of their elements.
+        tensors: Number of compared entries.
+        bytes: Size of their elements.
     """
 
     path: str
@@ -71,25 +71,25 @@ class DiffRow:
     """One name of one or both checkpoints.
 
     Attributes:
-        model: Name of the model, with the info of averages behind it; empty for a file without one.
+        model: Name of the model, for an average followed by its info, as in ``mlp (ema=0.99)``; may be empty.
         key: Its name in the state dict.
         state: ``equal``: the same dtype, shape and bits. ``changed``: other bits. ``dtype``: another dtype, compared by
-            value. ``shape``: another shape, not compared. ``nonfinite``: NaN or infinities in one of them, not
-            compared. ``only_a``, ``only_b``: in one of them alone.
-        shape_a: Its shape in A; None where it is not there.
-        shape_b: Its shape in B.
-        dtype_a: Its dtype in A, without ``torch.``; ``object`` for what is no tensor.
-        dtype_b: Its dtype in B.
-        elements: Number of elements, of A where both are there.
-        relative_norm: The Euclidean norm of B - A over that of A, in float64. None where it is not compared, or A is
+            value. ``shape``: another shape, not compared. ``nonfinite``: NaN or infinities on one side, not compared.
+            ``only_a``, ``only_b``: on one side only.
+        shape_a: Shape in A; None if it is not in A or not a tensor.
+        shape_b: Shape in B.
+        dtype_a: Dtype in A, without ``torch.``; ``object`` for an entry that is not a tensor; None if it is not in A.
+        dtype_b: Dtype in B.
+        elements: Number of elements in A, or in B if it is only there.
+        relative_norm: Euclidean norm of B - A divided by that of A, in float64. None if it is not compared, or if A is
             all zero and B is not.
-        cosine: Of the angle between A and B as vectors; None where it is not compared or one of them is all zero.
+        cosine: Cosine of the angle between A and B as vectors; None if not compared, or if one is all zero.
         norm_a: Euclidean norm of A.
         norm_b: Euclidean norm of B.
-        max_abs: The largest absolute difference of two elements.
-        nonfinite_a: How many elements of A are NaN or infinite.
-        nonfinite_b: How many elements of B are.
-        note: What there is to know besides, in words; empty for nothing.
+        max_abs: Largest absolute difference of two elements.
+        nonfinite_a: Number of NaN and infinite elements in A.
+        nonfinite_b: Number of NaN and infinite elements in B.
+        note: A remark for people; may be empty.
     """
 
     model: str
@@ -112,19 +112,19 @@ class DiffRow:
 
 @attrs.frozen(repr=False)
 class CheckpointDiff(Shown):
-    """What two checkpoints have in common, and how far each tensor moved from A to B; pure data.
+    """The result of comparing two checkpoints; pure data.
 
     ``str(diff)`` is what ``ninit diff`` prints.
 
     Attributes:
         a: The first checkpoint.
-        b: The second.
-        rows: Every name, in the order of A, then those of B alone.
-        elements: Number of elements of names that both have.
-        elements_compared: Of those that were compared by value.
-        relative_norm: Of all compared elements as one vector; see ``DiffRow``.
-        cosine: Of the same.
-        notes: What there is to know besides, a sentence each.
+        b: The second checkpoint.
+        rows: A row for every name, in the order of A, then names of B only.
+        elements: Number of elements of names that are on both sides.
+        elements_compared: Number of elements that were compared by value.
+        relative_norm: Relative norm of all compared elements as one vector; see ``DiffRow``.
+        cosine: Cosine of all compared elements as one vector.
+        notes: Remarks for people, one sentence each.
     """
 
     a: DiffSide
@@ -138,46 +138,46 @@ class CheckpointDiff(Shown):
 
     @property
     def is_same_form(self) -> bool:
-        """Whether both have the same names and shapes, and nothing but finite numbers."""
+        """Whether both have the same names and shapes, and only finite numbers."""
         return not any(row.state in ("shape", "nonfinite", "only_a", "only_b") for row in self.rows)
 
     @property
     def is_equal(self) -> bool:
-        """Whether both hold the same bits under the same names."""
+        """Whether both have the same names with the same bits."""
         return all(row.state == "equal" for row in self.rows)
 
     def counts(self) -> dict[str, int]:
-        """Number of rows of each state that occurs."""
+        """Return state -> number of rows, for the states that occur."""
         return dict(sorted(Counter(row.state for row in self.rows).items()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as plain data, by ``docs/schemas/diff.schema.json``. Numbers are finite, or null."""
+        """Return plain data that follows ``docs/schemas/diff.schema.json``. Numbers are finite or None."""
         data = attrs.asdict(self)
         totals = {name: data.pop(name) for name in ("elements", "elements_compared", "relative_norm", "cosine")}
         last = {"counts": self.counts(), "totals": totals, "notes": data.pop("notes")}
         return {"format": "noether-init-diff", "version": DIFF_VERSION, **data, **last}
 
     def to_json(self) -> str:
-        """``to_dict`` as text."""
+        """Return ``to_dict()`` as JSON text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
 
 @attrs.frozen
 class Side:
-    """One side: what is said of it, and its files by model (with the info of averages behind the name)."""
+    """One side: its description, and its files by model (for an average the name with its info)."""
 
-    said: DiffSide
+    description: DiffSide
     files: Mapping[str, Path]
 
 
 def side_at(path: Path | str) -> Side:
-    """The weights at ``path``.
+    """Find the files with weights at ``path``.
 
     Args:
-        path: A checkpoint file; the folder of a set; a run folder, for its newest set; a run folder, ``@`` and a tag or
-            iteration, as in ``runs/pretrain@best_model.loss``.
+        path: A checkpoint file; the folder of a set; a run folder, for its newest set; or a run folder, ``@`` and a tag
+            or iteration, as in ``runs/pretrain@best_model.loss``.
 
-    Raises ``CheckpointNotFoundError`` where nothing is there, or where it is several runs or stages.
+    Raises ``CheckpointNotFoundError`` if nothing is found, or several runs or stages are.
     """
     path = local_path(path)
     tag = None
@@ -187,7 +187,7 @@ def side_at(path: Path | str) -> Side:
     if not path.exists():
         raise _not_found(path, "does not exist")
     if path.is_file() and tag is not None:
-        message = f"is a file, and @{tag} means a set of a run. Next: RUN@{tag}, or {path} alone"
+        message = f"is a file, but @{tag} selects a set of a run. Next: RUN@{tag}, or {path} alone"
         raise _not_found(path, message, f"{path}@{tag}")
     if path.is_file():
         parsed = parse(path.name)
@@ -197,22 +197,22 @@ def side_at(path: Path | str) -> Side:
     if resolved.parent.name == SETS_FOLDER:
         found = next((one for one in snapshot.sets() if one.folder.resolve() == resolved), None)
         if found is None:
-            raise CheckpointError(f"{path} is no committed set. Next: ninit verify {path}", path=path)
+            raise CheckpointError(f"{path} is not a committed set. Next: ninit verify {path}", path=path)
     else:
         selected = find_set(snapshot, tag)
         found, snapshot = selected.found, selected.snapshot
     return _of_set(snapshot, found, tag)
 
 
-def _known_from(reader: Checkpoint, said: DiffSide) -> DiffSide:
-    """What a file says of itself, where nothing better is known."""
+def _known_from(reader: Checkpoint, side: DiffSide) -> DiffSide:
+    """Add run and iteration from the metadata of a file, if they are unknown."""
     iteration, run_id = None, None
-    if said.run_id is None:
+    if side.run_id is None:
         with suppress(CheckpointError):
-            iteration, run_id = said_by(reader.metadata, Path(reader.path))
+            iteration, run_id = recorded_in(reader.metadata, Path(reader.path))
     if run_id is None:
-        return said
-    return attrs.evolve(said, run_id=run_id, iteration=None if iteration is None else str(iteration))
+        return side
+    return attrs.evolve(side, run_id=run_id, iteration=None if iteration is None else str(iteration))
 
 
 def _name(model: str, info: str | None) -> str:
@@ -227,7 +227,9 @@ def _run_at(path: Path) -> PathProvider:
     runs = runs_at(path)
     if len(runs) > 1:
         names = [str(path / one.checkpoint_path.parent.relative_to(path.resolve())) for one in runs]
-        raise _not_found(path, f"holds {len(runs)} runs or stages. Next: one of {listed(names, 8)}", candidates=names)
+        raise _not_found(
+            path, f"has {len(runs)} runs or stages. Next: give one of {listed(names, 8)}", candidates=names
+        )
     return runs[0]
 
 
@@ -236,7 +238,7 @@ def _of_set(snapshot: Snapshot, found: CheckpointSet, tag: str | None) -> Side:
     run_id, stage = found.run_id or snapshot.paths.run_id, found.stage_name
     name = name_of_run(run_id, stage)
     asked = tag or ("latest" if "latest" in found.tags else found.name)
-    said = DiffSide(
+    description = DiffSide(
         str(found.folder),
         f"{name} @ {asked}" + (f" = {iteration}" if iteration is not None and str(iteration) != asked else ""),
         run_id,
@@ -246,24 +248,24 @@ def _of_set(snapshot: Snapshot, found: CheckpointSet, tag: str | None) -> Side:
     )
     files = {_name(file.model, file.info): file.path for file in found.files if file.part == "model"}
     if not files:
-        raise _not_found(found.folder, f"is {name} @ {asked}, and has no weights")
-    return Side(said, files)
+        raise _not_found(found.folder, f"is {name} @ {asked} and has no weights")
+    return Side(description, files)
 
 
 def compare_checkpoints(a: Path | str, b: Path | str, *, strip: Sequence[str] = ()) -> CheckpointDiff:
-    """Compare the weights of two checkpoints: keys, shapes, and how far every tensor moved from A to B.
+    """Compare the weights of two checkpoints: keys, shapes, and the difference of every tensor from A to B.
+
+    It only reads, and may be repeated. Tensors are read in pieces of a few megabytes, so memory does not grow with the
+    model. Bytes are not verified; ``ninit verify`` does that. Sums are in float64. Models with equal names are
+    compared, or the only models of both sides.
 
     Args:
         a: A checkpoint file, the folder of a set, a run folder (its newest set), or a run folder, ``@`` and a tag.
-        b: The other one.
-        strip: Prefixes that are taken off names of both, such as ``module.``.
+        b: The other checkpoint, in the same form.
+        strip: Prefixes to remove from the names of both, such as ``module.``.
 
-    Tensors are read in pieces of a few megabytes; memory does not grow with the model. Bytes are not compared with
-    checksums (``ninit verify`` does that). Sums are in float64. Two models are compared with each other where
-    they have one name, or are the only ones.
-
-    Raises what ``open_checkpoint`` raises, ``CheckpointNotFoundError`` for paths that mean nothing, and
-    ``CheckpointCorruptError`` where a file changes meanwhile.
+    Raises the errors of ``open_checkpoint``, ``CheckpointNotFoundError`` for a path without checkpoint, and
+    ``CheckpointCorruptError`` if a file changes meanwhile.
     """
     return compare_sides(side_at(a), side_at(b), strip=strip)
 
@@ -271,21 +273,21 @@ def compare_checkpoints(a: Path | str, b: Path | str, *, strip: Sequence[str] = 
 def compare_sides(
     a: Side, b: Side, *, strip: Sequence[str] = (), advance: Callable[[int], None] | None = None
 ) -> CheckpointDiff:
-    """What ``compare_checkpoints`` does, for files that were found; ``advance`` is told the bytes as they are read."""
+    """Compare two sides as ``compare_checkpoints`` does; ``advance`` is called with the bytes of each read."""
     with Room() as room:
-        work = _Work([a.said, b.said], strip, room, advance or (lambda _bytes: None))
+        work = _Work([a.description, b.description], strip, room, advance or (lambda _bytes: None))
         pairs = list(_paired(a.files, b.files))
         for model, first, second in pairs:
             work.add(model, first, second)
         if not any(first is not None and second is not None for _model, first, second in pairs):
             names = [", ".join(name or "no name" for name in side.files) for side in (a, b)]
-            work.notes.append(f"no model is in both: A has {names[0]}; B has {names[1]}. Next: name two files")
+            work.notes.append(f"no model is on both sides: A has {names[0]}; B has {names[1]}. Next: give two files")
     rows = tuple(work.rows)
     both = [row for row in rows if row.state not in ("only_a", "only_b")]
     total, compared = total_of(work.drifts), sum(row.elements for row in rows if row.norm_a is not None)
     return CheckpointDiff(
-        work.said[0],
-        work.said[1],
+        work.sides[0],
+        work.sides[1],
         rows,
         elements=sum(row.elements for row in both),
         elements_compared=compared,
@@ -296,8 +298,8 @@ def compare_sides(
 
 
 def _paired(a: Mapping[str, Path], b: Mapping[str, Path]) -> Iterator[tuple[str, Path | None, Path | None]]:
-    """Models of one name; the only one of a side goes with the only one of the other that is no average."""
-    # behind the name of an average stands its info: net (ema=0.99)
+    """Yield pairs of models with equal names; if each side has only one model, not counting averages, these two."""
+    # The name of an average ends with its info: net (ema=0.99).
     weights = [[name for name in files if not name.endswith(")")] or list(files) for files in (a, b)]
     if 1 in (len(a), len(b)) and [len(names) for names in weights] == [1, 1] and not (a.keys() & b.keys()):
         (first,), (second,) = weights
@@ -308,44 +310,44 @@ def _paired(a: Mapping[str, Path], b: Mapping[str, Path]) -> Iterator[tuple[str,
 
 
 class _Work:
-    """Compares pairs of files, and keeps what was found."""
+    """Compares pairs of files and collects the results."""
 
-    def __init__(self, said: list[DiffSide], strip: Sequence[str], room: Room, advance: Callable[[int], None]) -> None:
+    def __init__(self, sides: list[DiffSide], strip: Sequence[str], room: Room, advance: Callable[[int], None]) -> None:
         self.rows: list[DiffRow] = []
         self.notes: list[str] = []
-        self.said = said
+        self.sides = sides
         self.drifts: list[Drift] = []
         self._strip = strip
         self._advance = advance
         self._room = room
 
     def add(self, model: str, *paths: Path | None) -> None:
-        """Compare two files of one model; None for one that is on one side only."""
+        """Compare two files of one model; None for a model that is on one side only."""
         with ExitStack() as opened:
             stamps = [None if path is None else _stamp(path) for path in paths]
             readers = [None if path is None else opened.enter_context(open_checkpoint(path)) for path in paths]
             a, b = sides = [{} if reader is None else self._entries(reader) for reader in readers]
             for number, (reader, entries) in enumerate(zip(readers, sides, strict=True)):
                 if reader is not None:
-                    said = _known_from(reader, self.said[number])
+                    side = _known_from(reader, self.sides[number])
                     nbytes = sum(one.nbytes for one in entries.values() if isinstance(one, TensorInfo))
-                    tensors, nbytes = said.tensors + len(entries), said.bytes + nbytes
-                    self.said[number] = attrs.evolve(said, tensors=tensors, bytes=nbytes)
+                    tensors, nbytes = side.tensors + len(entries), side.bytes + nbytes
+                    self.sides[number] = attrs.evolve(side, tensors=tensors, bytes=nbytes)
             note = "" if None in paths else prefix_note(a, b)
             self.notes += [note] if note else []
             self.rows += [self._compare(model, key, sides, readers) for key in {**a, **b}]
             for path, stamp in zip(paths, stamps, strict=True):
                 if path is not None and _stamp(path) != stamp:
-                    raise CheckpointCorruptError(f"{path} changed while it was compared. Next: again", path=path)
+                    raise CheckpointCorruptError(
+                        f"{path} changed while it was compared. Next: repeat the comparison", path=path
+                    )
 
     def _entries(self, reader: Checkpoint) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in {**reader.tensors(), **reader.extra_state}.items():
             name = without_prefixes(str(key), self._strip)
             if name in found:
-                self.notes.append(
-                    f"{reader.path}: {name} is there twice when prefixes are taken off; {key} keeps its own"
-                )
+                self.notes.append(f"{reader.path}: without prefixes, {name} would occur twice; {key} keeps its prefix")
                 name = str(key)
             found[name] = value
         return found
@@ -353,7 +355,7 @@ class _Work:
     def _compare(
         self, model: str, key: str, sides: Sequence[Mapping[str, Any]], readers: Sequence[Checkpoint | None]
     ) -> DiffRow:
-        """One name: by its form, and by its values where both sides have it in one form."""
+        """Compare one name by shape and dtype, and by values if both sides have the same shape."""
         (shape_a, dtype_a), (shape_b, dtype_b) = (_form(side[key]) if key in side else (None, None) for side in sides)
         known = shape_b if shape_a is None else shape_a
         elements = 0 if known is None else math.prod(known)
@@ -370,7 +372,7 @@ class _Work:
             self.drifts += [drift] if drift.norm_a is not None else []
             return _measured(row, drift, are_comparable(one, two))
         is_same = equal(mapped(first.materialize(one), _bits), mapped(second.materialize(two), _bits))
-        return attrs.evolve(row, state="equal" if is_same else "changed", note="" if is_same else "no tensor")
+        return attrs.evolve(row, state="equal" if is_same else "changed", note="" if is_same else "not a tensor")
 
 
 def _measured(row: DiffRow, drift: Drift, is_comparable: bool) -> DiffRow:
@@ -382,12 +384,12 @@ def _measured(row: DiffRow, drift: Drift, is_comparable: bool) -> DiffRow:
         return attrs.evolve(row, note="numbers of this dtype are not compared")
     if drift.nonfinite_a or drift.nonfinite_b:
         row = attrs.evolve(row, nonfinite_a=drift.nonfinite_a, nonfinite_b=drift.nonfinite_b)
-        # a mask of infinities is no fault
+        # An equal tensor with infinities is probably a mask, which is intended.
         is_mask = state == "equal"
         return attrs.evolve(row, note="not all finite") if is_mask else attrs.evolve(row, state="nonfinite")
     note = "other bits; no difference in float64" if state == "changed" and drift.max_abs == 0 else ""
     if drift.relative_norm is None:
-        note = "A is all zero" if drift.norm_a == 0 else "beyond the range of numbers"
+        note = "A is all zero" if drift.norm_a == 0 else "beyond the range of float64"
     return attrs.evolve(
         row,
         relative_norm=drift.relative_norm,
@@ -404,19 +406,19 @@ def _form(value: Any) -> tuple[tuple[int, ...] | None, str]:
 
 
 def _bits(leaf: Any) -> Any:
-    """A value that equals another only where both are the same: NaN is itself, and 0.0 is not -0.0."""
+    """Convert a leaf so that ``==`` compares bits: NaN equals NaN, and 0.0 differs from -0.0."""
     if isinstance(leaf, ForeignObject):
         return [mapped(getattr(leaf, name), _bits) for name in ("name", "args", "state", "items")]
     return struct.pack("d", leaf) if isinstance(leaf, float) else leaf
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    found = os.stat(path)
+    found = os.stat(path)  # the inode, too: a replaced file may have the same size and time
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def without_prefixes(name: str, prefixes: Sequence[str]) -> str:
-    """The name without any of the prefixes, each taken off once, in whatever order they stand there."""
+    """Return the name without the prefixes; each is removed once, in any order."""
     left = [prefix for prefix in prefixes if prefix]
     while found := next((prefix for prefix in left if name.startswith(prefix)), None):
         left.remove(found)
@@ -425,7 +427,7 @@ def without_prefixes(name: str, prefixes: Sequence[str]) -> str:
 
 
 def prefix_note(a: Collection[str], b: Collection[str]) -> str:
-    """What to strip where few names are common and most would be then; empty where that is not so."""
+    """Return advice on prefixes to strip, if few names are common and stripping makes most common; else empty."""
     enough = _LEAST_SHARE * min(len(a), len(b))
     common = len(set(a) & set(b))
     if common >= enough:
@@ -433,14 +435,14 @@ def prefix_note(a: Collection[str], b: Collection[str]) -> str:
     for of_a, of_b in itertools.product(_fronts(a), _fronts(b)):
         if len({name.removeprefix(of_a) for name in a} & {name.removeprefix(of_b) for name in b}) >= enough:
             found = [(side, prefix) for side, prefix in (("A", of_a), ("B", of_b)) if prefix]
-            said = " and ".join(f"{side} has {prefix!r}" for side, prefix in found)
+            prefixes = " and ".join(f"{side} has the prefix {prefix!r}" for side, prefix in found)
             options = " ".join(f"--strip {shlex.quote(prefix)}" for _side, prefix in found)
-            return f"{common} of {min(len(a), len(b))} names are in both; {said} in front of them. Next: {options}"
+            return f"{common} of {min(len(a), len(b))} names are on both sides; {prefixes}. Next: {options}"
     return ""
 
 
 def _fronts(names: Collection[str]) -> list[str]:
-    """Nothing, and what most names begin with: one segment, two, three."""
+    """Return the empty prefix, and the most frequent prefixes of one, two and three segments."""
     found = [""]
     for depth in range(1, _DEEPEST + 1):
         pieces = (name.split(".", depth) for name in names)

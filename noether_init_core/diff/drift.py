@@ -1,4 +1,4 @@
-"""How far one tensor moved from A to B, as numbers, piece by piece: two pieces in memory, never two tensors."""
+"""Compute the difference of two tensors piece by piece, with two pieces in memory, never two tensors."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from noether_init_core.files.content import TensorInfo
 
 _Item = TypeVar("_Item")
 
-# Elements of a piece: smaller ones are lost in the interpreter, larger ones leave the caches.
+# Elements of a piece. For smaller ones the interpreter takes most of the time; larger ones do not fit the caches.
 _PIECE = 1 << 18
-# What no arithmetic is defined for; such tensors are equal or not.
+# Dtypes without arithmetic; such tensors are only compared for equality.
 _WITHOUT_NUMBERS = ("bits", "float4", "float8_e8m0fnu")
-# Squares beyond these may have overflown or vanished.
+# A sum of squares outside this range may have overflowed or lost small values.
 _LARGEST, _SMALLEST = 1e300, 1e-280
 
 
 @attrs.frozen
 class Drift:
-    """What was found of two pieces, of two tensors, or of all of them together.
+    """The difference of two pieces, of two tensors, or of many tensors together.
 
     Attributes:
-        is_equal: The same bits, so dtypes have to be the same.
-        norm_a: Euclidean norm of A; infinite where no float can hold it.
+        is_equal: Whether dtypes and bits are the same.
+        norm_a: Euclidean norm of A; infinite if it exceeds float64. None for non-finite elements or dtypes without
+            arithmetic.
         norm_b: Euclidean norm of B.
         norm_difference: Euclidean norm of B - A.
-        cosine: Of the angle between both; None where one of them is zero, or infinite.
-        max_abs: The largest absolute difference of two elements.
-        nonfinite_a: Elements of A that are NaN or infinite; then, and of dtypes without numbers, norms are None.
-        nonfinite_b: Elements of B.
+        cosine: Cosine of the angle between both; None if a norm is zero or infinite.
+        max_abs: Largest absolute difference of two elements.
+        nonfinite_a: Number of NaN and infinite elements in A.
+        nonfinite_b: Number of NaN and infinite elements in B.
     """
 
     is_equal: bool
@@ -49,7 +50,7 @@ class Drift:
 
     @property
     def relative_norm(self) -> float | None:
-        """Norm of B - A over that of A; 0 where both are zero, None where A alone is, or no float can hold it."""
+        """Norm of B - A divided by that of A; 0 if both are equal, None if only A is zero, or if it is infinite."""
         if self.norm_a is None or self.norm_difference is None:
             return None
         if self.norm_difference == 0:
@@ -58,13 +59,13 @@ class Drift:
 
 
 def are_comparable(a: TensorInfo, b: TensorInfo) -> bool:
-    """Whether both have numbers, and of one sort."""
+    """Whether both dtypes have arithmetic, and both are real or both are complex."""
     has_numbers = not (a.dtype.startswith(_WITHOUT_NUMBERS) or b.dtype.startswith(_WITHOUT_NUMBERS))
     return has_numbers and a.dtype.startswith("complex") == b.dtype.startswith("complex")
 
 
 def total_of(drifts: Sequence[Drift]) -> Drift:
-    """Of all of them, as one vector."""
+    """Combine differences as if all tensors were one vector."""
     is_equal = all(one.is_equal for one in drifts)
     if any(one.norm_a is None for one in drifts):
         lost_a, lost_b = sum(one.nonfinite_a for one in drifts), sum(one.nonfinite_b for one in drifts)
@@ -75,23 +76,23 @@ def total_of(drifts: Sequence[Drift]) -> Drift:
     cosine = None
     if 0 < a < math.inf and 0 < b < math.inf:
         shares = ((one.cosine or 0.0) * ((one.norm_a or 0.0) / a) * ((one.norm_b or 0.0) / b) for one in drifts)
-        # rounding never takes it beyond 1
+        # Rounding could give a cosine slightly beyond 1.
         cosine = 1.0 if difference == 0 else max(-1.0, min(1.0, math.fsum(shares)))
     return Drift(is_equal, a, b, difference, cosine, max((one.max_abs for one in drifts), default=0.0))
 
 
-#: A tensor, and the file that it is in.
+#: An open file, and a tensor in it.
 _Placed = tuple[Checkpoint, TensorInfo]
 
 
 def drift_of(first: _Placed, second: _Placed, room: Room, advance: Callable[[int], None]) -> Drift:
-    """Compare two tensors of one shape, each with its file; reads both once.
+    """Compare two tensors of one shape, each with its file; both are read once.
 
     Args:
         first: The tensor of A.
-        second: That of B; the file may be the same.
-        room: Memory for the arithmetic, to be given again for the next tensors.
-        advance: Told the bytes of both as they are read.
+        second: The tensor of B; the file may be the same.
+        room: Memory for the arithmetic, to reuse for further tensors.
+        advance: Called with the bytes of both after each read.
     """
     has_numbers = are_comparable(first[1], second[1])
     pieces = _pieces(first, second, advance)
@@ -103,7 +104,7 @@ def _of_pieces(one: torch.Tensor, two: torch.Tensor, room: Room, has_numbers: bo
     is_equal = one.dtype == two.dtype and torch.equal(_bits(one), _bits(two))
     if not has_numbers:
         return Drift(is_equal)
-    # float8 knows no way to float64 on every build
+    # Not every build of torch converts float8 to float64 directly.
     one, two = (piece.float() if piece.dtype.itemsize == 1 else piece for piece in (one, two))
     a = room.numbers(0, one)
     difference, max_abs = 0.0, 0.0
@@ -123,15 +124,15 @@ def _of_pieces(one: torch.Tensor, two: torch.Tensor, room: Room, has_numbers: bo
 
 
 class Room:
-    """Where the arithmetic is done: float64 memory for two pieces and their difference, and a thread that reads ahead.
+    """Reused float64 memory for two pieces and their difference, and a thread that reads ahead.
 
-    Memory that is asked for anew for every piece costs up to ten times as much as the arithmetic. In the block, torch
-    has one thread: two of them wait for each other at the end of every operation, up to forty times as long where
-    another process has one of the cores.
+    New memory for every piece would take up to ten times as long as the arithmetic. In the block, torch uses one
+    thread: with more, they wait for each other after every operation, up to forty times as long if another process uses
+    one of the cores.
     """
 
     def __init__(self) -> None:
-        # of complex numbers both parts
+        # Twice the size, for both parts of complex numbers.
         self._memory = torch.empty(3, 2 * _PIECE, dtype=torch.float64)
         self._reading = ThreadPoolExecutor(1)
         self._threads = 0
@@ -146,27 +147,27 @@ class Room:
         self._reading.shutdown(cancel_futures=True)
 
     def ahead(self, items: Iterator[_Item]) -> Iterator[_Item]:
-        """The items; while one is used, the next is made."""
+        """Yield the items; while the caller uses one, the thread creates the next."""
         coming = self._reading.submit(next, items, None)
         while (item := coming.result()) is not None:
             coming = self._reading.submit(next, items, None)
             yield item
 
     def numbers(self, place: int, piece: torch.Tensor) -> torch.Tensor:
-        """The piece in float64, until the next call for this place; of complex numbers both parts."""
+        """Return the piece in float64 (both parts of complex numbers), valid until the next call for this place."""
         if piece.is_complex():
             piece = torch.view_as_real(piece).reshape(-1)
         return self._memory[place, : piece.numel()].copy_(piece)
 
     def difference(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """B - A, until the next call."""
+        """Return B - A, valid until the next call."""
         return torch.sub(b, a, out=self._memory[2, : a.numel()])
 
 
 def _pieces(
     placed: _Placed, other_placed: _Placed, advance: Callable[[int], None]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same elements of both, flat, piece by piece."""
+    """Yield pieces with the same elements of both tensors, in one dimension."""
     (a, first), (b, second) = placed, other_placed
     if first.nbytes == 0:
         return
@@ -185,7 +186,7 @@ def _pieces(
             yield _read(a, part).contiguous().view(-1), _read(b, other).contiguous().view(-1)
             advance(part.nbytes + other.nbytes)
             continue
-        # By turns along what lies farthest apart in either, so that pieces are few stretches of both files.
+        # Split alternately along the outermost dimension of either file, so that a piece is few ranges of both.
         dimension = _outermost(part if is_turn_of_a else other)
         size = part.shape[dimension]
         middle = size // 2
@@ -195,7 +196,7 @@ def _pieces(
 
 
 def _read(reader: Checkpoint, info: TensorInfo) -> torch.Tensor:
-    """A piece; where its stretches lie far apart, what is between them is not in memory at once."""
+    """Read a piece; if its elements are far apart in the file, in halves, so that the gaps need little memory."""
     if sum(piece.nbytes for piece in info.pieces) <= 4 * _PIECE * info.itemsize:
         return reader.read(info)
     dimension = _outermost(info)
@@ -206,7 +207,7 @@ def _read(reader: Checkpoint, info: TensorInfo) -> torch.Tensor:
 
 
 def _outermost(info: TensorInfo) -> int:
-    """The dimension whose neighbours lie farthest apart."""
+    """Return the dimension with the largest stride, ignoring those of one element."""
     return max(range(len(info.shape)), key=lambda at: (info.shape[at] > 1, info.stride[at]))
 
 
@@ -216,7 +217,7 @@ def _part(info: TensorInfo, dimension: int, begin: int, end: int) -> TensorInfo:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    # single bytes take four times as long to compare
+    # Comparing single bytes takes four times as long.
     carriers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     return tensor.view(carriers.get(tensor.dtype.itemsize, torch.int64))
 
@@ -226,9 +227,9 @@ def _nonfinite(piece: torch.Tensor) -> int:
 
 
 def _norm(numbers: torch.Tensor) -> tuple[float, float]:
-    """The Euclidean norm as two factors: a scale by which ``numbers`` are divided in place, and their norm then.
+    """Return the Euclidean norm as two factors: a scale, by which ``numbers`` are divided in place, and the rest.
 
-    The scale is 0 where all are zero, and not finite where one of them is not.
+    The scale is 0 if all numbers are zero, and not finite if one of them is not.
     """
     squares = float(torch.dot(numbers, numbers))
     if _SMALLEST <= squares <= _LARGEST:
@@ -242,9 +243,9 @@ def _norm(numbers: torch.Tensor) -> tuple[float, float]:
 
 def _largest(numbers: torch.Tensor) -> float:
     least, most = torch.aminmax(numbers)
-    return abs(max(-float(least), float(most)))  # no -0.0
+    return abs(max(-float(least), float(most)))  # abs() turns -0.0 into 0.0
 
 
 def finite(value: float | None) -> float | None:
-    """The value; None for infinity, which JSON does not have."""
+    """Return the value; None for infinity and NaN, which JSON cannot represent."""
     return value if value is not None and math.isfinite(value) else None

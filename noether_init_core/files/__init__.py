@@ -1,4 +1,4 @@
-"""One checkpoint, whatever it is stored as: opened, screened, verified, read; and values made safe to be written.
+"""One checkpoint in any format: open, screen, verify and read it; and make values safe to write.
 
 Nothing here knows a run or a model.
 """

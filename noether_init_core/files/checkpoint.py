@@ -1,7 +1,7 @@
-"""Checkpoint: what everything else needs of a checkpoint, whatever it is stored as, and the base class for others' own.
+"""Checkpoint: the interface of an open checkpoint in any format, and the base class for checkpoints of other packages.
 
-Formats say which pieces there are, a storage reads them, and what they are read into is asked for here: a new tensor, a
-box of one, an existing tensor. Nothing in this room knows a model or a run.
+A format lists the pieces of each tensor, and a storage reads them. This interface chooses the destination: a new
+tensor, a box of one, or an existing tensor. Nothing in this folder knows a model or a run.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 #: A key of ``tensors()``, or a leaf of ``values()``.
 Key = str | TensorInfo
 AnyKey = TypeVar("AnyKey", bound=str | TensorInfo)
-#: What is read, the box of it (None: all), and the tensor of the same shape that it goes into.
+#: What is read, the box of it (None: all), and the destination, a tensor of the same shape.
 Copy = tuple[Key, Box | None, "torch.Tensor"]
 
 
 class TensorDigest(Protocol):
-    """One tensor as its writer describes it."""
+    """The description of one tensor by its writer."""
 
     @property
     def dtype(self) -> str: ...
@@ -46,14 +46,14 @@ class TensorDigest(Protocol):
 
 @attrs.frozen
 class Digests:
-    """What a manifest, a signature or a person says of one file.
+    """Digests of one file from another source than the file: a manifest, a signature, a config.
 
     Attributes:
         file: Digest of all bytes: ``xxh3_128:<hex>`` or ``sha256:<hex>``.
         size: Number of bytes.
-        records: ``digest_of_records`` of a file of torch.save. With it, the header is compared with ``tensors`` and
-            each tensor with its own digest, which is faster than to compare ``file``.
-        tensors: Key -> what was written, and whether its values were finite.
+        records: ``digest_of_records`` of a file of torch.save. With it, ``verify`` compares the header with ``tensors``
+            and each tensor with its own digest, which is faster than comparing ``file``.
+        tensors: Key -> dtype, shape, digest and finding of non-finite values, as written.
     """
 
     file: str | None = None
@@ -64,12 +64,12 @@ class Digests:
 
 @attrs.frozen
 class Verified:
-    """What ``verify`` has compared.
+    """The result of ``verify``.
 
     Attributes:
-        by: ``crc32``, ``xxh3_128`` or ``sha256``; ``unverifiable`` where there is nothing to compare the bytes with.
-        nbytes: Bytes that were read for it; 0 where an earlier call had compared them.
-        claimed_by: Name of the class that says so, where it is none of this package.
+        by: ``crc32``, ``xxh3_128`` or ``sha256``; ``unverifiable`` if there are neither checksums nor digests.
+        nbytes: Number of bytes that this call read; 0 if an earlier call had compared them.
+        claimed_by: Name of the class, for a class of another package: what it reports is its own claim.
     """
 
     by: str
@@ -81,9 +81,9 @@ class Verified:
 
 
 class Checkpoint(Protocol):
-    """An open checkpoint: its trees, its tensors, what their bytes are, and how to read and verify them.
+    """An open checkpoint: its trees and tensors, and the methods that read and verify them.
 
-    ``BaseCheckpoint`` says what each method does. Whatever has them all may be handed over.
+    ``BaseCheckpoint`` documents each method. Any object with all these methods may be used.
     """
 
     @property
@@ -122,20 +122,20 @@ class Checkpoint(Protocol):
 
 
 class BaseCheckpoint(abc.ABC):
-    """A checkpoint of another kind: a subclass gives ``entries``, ``tensors`` and ``read``, the rest follows from them.
+    """Base class for a checkpoint of another format: a subclass implements ``entries``, ``tensors`` and ``read``.
 
-    What follows reads tensor by tensor; a subclass overrides what it can do better. Use it as a context manager, or
-    ``close`` it.
+    The other methods use these three and read one tensor at a time; a subclass may override them with faster ones. Use
+    it as a context manager, or call ``close``. Methods are called from one thread at a time.
 
     Attributes:
-        path: Where it is, for messages. The subclass sets it, before or in its ``__init__``.
-        format: What it is, for messages and reports.
-        metadata: What it holds besides the selected tree, plain Python; a tensor stands there as a leaf.
-        extra_state: The entries of the selected state dict that are no tensors; ``materialize`` reads them.
-        versions: What the state dict's ``_metadata`` says of the modules that it was taken from: path of a module ->
-            such as ``{"version": 2}``; empty where there is none. Loading code of modules decides by it whether it
-            translates; without it, torch takes a state dict for one of the oldest version.
-        is_verifiable: Whether ``verify`` has anything to compare the bytes with.
+        path: The location, for messages. The subclass sets it in its ``__init__`` or before.
+        format: Name of the format, for messages and reports.
+        metadata: Everything beside the selected tree, as plain Python with ``TensorInfo`` in place of tensors.
+        extra_state: The entries of the selected state dict that are not tensors; ``materialize`` reads them.
+        versions: The ``_metadata`` of the selected state dict: path of a module -> for example ``{"version": 2}``; may
+            be empty. Loading code of modules uses the version to translate old keys. If it is missing, torch assumes
+            the oldest version.
+        is_verifiable: Whether checksums or digests exist that ``verify`` can compare.
     """
 
     path: Path = Path()
@@ -147,22 +147,24 @@ class BaseCheckpoint(abc.ABC):
     @property
     @abc.abstractmethod
     def entries(self) -> Mapping[str, int]:
-        """The trees in the checkpoint, each with its number of tensors; empty name: the whole."""
+        """Name of each tree in the checkpoint -> its number of tensors; the empty name is the complete object."""
 
     @abc.abstractmethod
     def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]:
-        """Key -> tensor, of a tree in ``entries``; None: the one that was selected. Repeating it is cheap.
+        """Return key -> tensor of a tree in ``entries``; None: the selected tree. A repeated call is cheap.
 
-        Raises ``CheckpointNotFoundError`` for another name.
+        Raises ``CheckpointNotFoundError`` for an unknown tree.
         """
 
     @abc.abstractmethod
     def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
-        """The tensor, or a box of it, on the CPU, in memory of its own, without gradient.
+        """Read a tensor into new CPU memory; it has the dtype of the file and requires no gradient.
 
-        ``key`` may be a leaf of ``values()``; ``key_of`` gives the key of either.
+        Args:
+            key: A key of ``tensors()``, or a leaf of ``values()``; ``key_of`` returns the key of either.
+            box: (begin, end) of each dimension; None: all of the tensor.
 
-        Raises ``CheckpointNotFoundError`` with near names for a key that does not exist.
+        Raises ``CheckpointNotFoundError`` with near names for an unknown key.
         """
 
     @property
@@ -180,31 +182,39 @@ class BaseCheckpoint(abc.ABC):
         return f"<{type(self).__name__} {str(self.path)!r}: {len(self.tensors())} tensors>"
 
     def close(self) -> None:  # noqa: B027  # most computed checkpoints have nothing to close
-        """Close what is open; what was said of it stays readable. Repeating it does nothing."""
+        """Close the file. ``tensors``, ``values`` and ``metadata`` stay available. A repeated call does nothing."""
 
     def values(self, entry: str | None = None) -> Any:
-        """A tree of ``entries`` with ``TensorInfo`` as leaves, to be read only; None: the selected one."""
+        """Return a tree of ``entries`` with ``TensorInfo`` as leaves; None: the selected tree. Do not modify it."""
         return {key: attrs.evolve(info, key=key) for key, info in self.tensors(entry).items()}
 
     def slices(self, key: Key) -> Iterator[torch.Tensor]:
-        """The tensor in parts that together are all of it, so that a large one need not be in memory as a whole."""
+        """Yield the tensor in parts, so that a large tensor is never in memory as a whole."""
         yield self.read(key)
 
     def read_all(
         self, leaves: Iterable[TensorInfo], *, verify: bool = True, look: bool = True
     ) -> dict[TensorInfo, torch.Tensor]:
-        """Read leaves of ``values()`` into memory of their own, and ``verify`` the checkpoint in the same pass.
+        """Read leaves of ``values()`` into new memory, and verify the checkpoint in the same pass.
 
-        With ``look``, ``nonfinite`` knows these tensors afterwards. What raises, raises as in ``verify``.
+        Args:
+            leaves: Leaves of ``values()``; duplicates are read once.
+            verify: Whether to verify all bytes of the checkpoint.
+            look: Whether to check the values too, so that ``nonfinite`` need not read these tensors again.
+
+        Raises the errors of ``verify``.
         """
         if verify:
             self.verify()
         return {info: self.read(info) for info in dict.fromkeys(leaves)}
 
     def copy_into(self, copies: Iterable[Copy]) -> None:
-        """Copy tensors, or boxes of them, into existing ones of the same shape, in place, without gradient.
+        """Copy tensors, or boxes of them, into existing tensors of the same shape, in place and without gradient.
 
-        Unknown keys, other shapes, and tensors without memory are found before anything is changed.
+        Values are cast to the dtype of the target. All keys and targets are checked before the first write.
+
+        Raises ``CheckpointNotFoundError`` for an unknown key, ``StateMismatchError`` for another shape or a target
+        without memory; both leave all targets unchanged.
         """
         import torch
 
@@ -220,38 +230,38 @@ class BaseCheckpoint(abc.ABC):
                 target.copy_(self.read(key, box))
 
     def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors that are the file itself, mapped privately: writing to them never changes the file.
+        """Return tensors that are private mappings of the file: writing to them never changes the file.
 
-        The other direction is not so: what changes the file later, changes tensors that were not written to, and a
-        file that is cut off kills the process that touches them. Keys whose bytes cannot be used as they lie in the
-        file are left out; ``read`` gives them.
+        A later change of the file shows in mapped tensors that were not written to. If the file is truncated, reading
+        them kills the process. Keys whose bytes cannot be mapped are left out; call ``read`` for them.
         """
         return {}
 
     def materialize(self, value: Any) -> Any:
-        """``value``, taken from ``metadata``, ``extra_state`` or ``values()``, with real tensors."""
+        """Replace ``TensorInfo`` by tensors in a value from ``metadata``, ``extra_state`` or ``values()``."""
         return Materializer(self.read, {}, self.path, 1 << 60).convert(value)
 
     def load(self) -> Any:
-        """The whole object with real tensors, each with memory of its own; keys of one tensor get one tensor.
+        """Read the complete object with all tensors; tied keys get one tensor.
 
-        Kinds of dict become ``dict``, ``torch.Size`` becomes ``tuple``, parameters become plain tensors. A state dict
-        with ``_metadata`` is an ``OrderedDict`` that has it, as ``load_state_dict`` of modules expects.
+        Each tensor gets its own memory. Subclasses of dict become ``dict``, ``torch.Size`` becomes ``tuple``,
+        parameters become plain tensors. A state dict with ``_metadata`` becomes an ``OrderedDict`` with that attribute,
+        as ``load_state_dict`` of modules expects.
         """
         return self.materialize(self.values(""))
 
     def verify(
         self, keys: Iterable[Key] | None = None, part: tuple[int, int] | None = None, *, look: Iterable[Key] = ()
     ) -> Verified:
-        """Compare bytes with checksums and digests, on the handle that is read. What was compared is not read again.
+        """Compare bytes with checksums and digests, on the open handle. A repeated call compares only what is left.
 
         Args:
             keys: Compare the bytes of these tensors; None: all bytes.
-            part: ``(i, n)``: compare the i-th of n shares only, counted from 0, so that n ranks share the work. Where
-                only a digest of the whole file is known, every rank compares all.
-            look: Tensors whose values are looked at in the same pass, so that ``nonfinite`` need not read them again.
+            part: ``(i, n)``: compare only the i-th of n shares, counted from 0, so that n ranks share the work. If only
+                a digest of the complete file is known, every rank compares all bytes.
+            look: Tensors whose values are checked in the same pass, so that ``nonfinite`` need not read them again.
 
-        Returns what was compared, and by what; a class that is none of this package says itself what it has compared.
+        Returns the algorithm and the number of bytes read. A class of another package reports its own claim.
 
         Raises ``CheckpointCorruptError``, which names the keys in every damaged record, and ``CheckpointFormatError``
         for a file of torch.save that was written without checksums.
@@ -259,15 +269,15 @@ class BaseCheckpoint(abc.ABC):
         return Verified("unverifiable", claimed_by=f"{type(self).__module__}.{type(self).__qualname__}")
 
     def nonfinite(self, keys: Iterable[AnyKey]) -> dict[AnyKey, Finding]:
-        """Those of the tensors that hold ``NaN``, or else ``infinities``; every other one is all finite.
+        """Return the keys of tensors with ``NaN`` or, without NaN, ``infinities``; all other tensors are finite.
 
-        What ``verify`` has looked at is not read again.
+        Tensors that ``verify`` has checked (``look``) are not read again.
         """
         found = ((key, nonfinite_in(self.read(key))) for key in keys)
         return {key: finding for key, finding in found if finding is not None}
 
     def is_same(self, first: Key, other: Key) -> bool:
-        """Whether two tensors have the same dtype, shape and bytes; they are not in memory as a whole."""
+        """Whether two tensors have the same dtype, shape and bytes; they are compared piece by piece."""
         one, two = self._info(first), self._info(other)
         if (one.dtype, one.shape) != (two.dtype, two.shape):
             return False
@@ -275,9 +285,9 @@ class BaseCheckpoint(abc.ABC):
         return is_one or all(equal(self.read(first, box), self.read(other, box)) for box in one.boxes())
 
     def key_of(self, key: Key) -> str:
-        """The key of ``tensors()`` behind what ``read`` is called with: itself, or that of a leaf.
+        """Return the key in ``tensors()`` of an argument of ``read``: the key itself, or the key of a leaf.
 
-        Raises ``CheckpointNotFoundError`` with near names for one that does not exist.
+        Raises ``CheckpointNotFoundError`` with near names for an unknown key.
         """
         asked = key.key if isinstance(key, TensorInfo) else key
         if asked not in self.tensors():
@@ -285,12 +295,12 @@ class BaseCheckpoint(abc.ABC):
         return asked
 
     def _info(self, key: Key) -> TensorInfo:
-        """The tensor of a key, or the leaf itself. Raises ``CheckpointNotFoundError`` with near names."""
+        """Return the tensor of a key, or the leaf itself. Raises ``CheckpointNotFoundError`` with near names."""
         return key if isinstance(key, TensorInfo) else self.tensors()[self.key_of(key)]
 
     def _not_found(self, what: str, asked: str, known: Mapping[str, object]) -> CheckpointNotFoundError:
         candidates = near(asked, known)
-        hint = f"Near: {', '.join(candidates)}" if candidates else f"It has: {listed(known, none='none')}"
+        hint = f"Near: {', '.join(candidates)}" if candidates else f"Found: {listed(known, none=f'no {what}')}"
         return CheckpointNotFoundError(
-            f"{self.path} has no {what} {asked!r}. {hint}", path=self.path, asked=asked, candidates=candidates
+            f"{what} {asked!r} not found in {self.path}. {hint}", path=self.path, asked=asked, candidates=candidates
         )

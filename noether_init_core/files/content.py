@@ -1,7 +1,7 @@
 """The content of a file before tensors are read: descriptions of tensors, inert values, and a walk over them.
 
-An object may share parts (pickle writes each part once), so that a few hundred bytes can stand for a tree of
-billions. What is handed out is limited as a tree, since that is how everybody walks over it.
+An object may share parts, because pickle writes each part once. So a few hundred bytes can describe a tree of billions
+of values. The limits count values of the tree, because callers walk over it as a tree.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ ITEMSIZES = {
 }
 
 
-# Bytes of a temporary tensor, where one is needed.
+# Bytes of a temporary tensor.
 _BOX = 1 << 20
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
-    """Bytes of one file that hold a box of a tensor.
+    """A range of bytes of one file that holds a box of a tensor.
 
-    A header has one for every tensor: as a ``Struct`` it is no work for the garbage collector.
+    It is a msgspec ``Struct`` without garbage collection, because a header has one for every tensor, and the collector
+    would visit all of them again and again.
 
     Attributes:
-        offset: Place of the first element in the file.
-        nbytes: Bytes from the first to the last element that the box uses, those between them included.
-        stride: Elements between neighbours in each dimension of the box; None: row-major, without gaps.
+        offset: Position of the first element in the file, in bytes.
+        nbytes: Number of bytes from the first to the last element of the box, including gaps.
+        stride: Number of elements between neighbours in each dimension of the box; None: row-major, without gaps.
         box: The box of the tensor; None: all of it.
-        file: Name of the file in a checkpoint of several files; empty: the only one.
-        container: ``raw``: ``offset`` leads to the elements. ``torch_zip``: it leads to a whole archive of torch.save
-            that holds this tensor only; a format resolves such a piece to a raw one when it is first read.
-        is_conjugated: The bytes are those before a lazy conjugation; reading carries it out.
-        is_negated: The same for a lazy negation.
+        file: Name of the file in a checkpoint of several files; empty in a checkpoint of one file.
+        container: ``raw``: ``offset`` is the position of the elements. ``torch_zip``: it is the position of an archive
+            of torch.save with this tensor only; the format resolves such a piece to a raw one at the first read.
+        is_conjugated: Whether reading must carry out a lazy conjugation.
+        is_negated: Whether reading must carry out a lazy negation.
     """
 
     offset: int
@@ -65,15 +66,15 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
 
 @attrs.frozen
 class TensorInfo:
-    """One tensor of a checkpoint: what it looks like, and where its bytes are.
+    """The description of one tensor of a checkpoint: shape, dtype, and the location of its bytes.
 
     Two keys with equal pieces are one tensor (tied weights).
 
     Attributes:
-        shape: Its sizes.
+        shape: Size of each dimension.
         dtype: torch's name of the dtype, without ``torch.``.
-        pieces: Boxes that make up the tensor, without overlap; none for a tensor that is computed when it is read.
-        key: What ``Checkpoint.read`` takes for a tensor that has no pieces.
+        pieces: Boxes that together make up the tensor, without overlap; empty for a tensor that is computed when read.
+        key: The argument for ``Checkpoint.read``, for a tensor without pieces.
     """
 
     shape: tuple[int, ...]
@@ -93,19 +94,19 @@ class TensorInfo:
 
     @property
     def whole(self) -> Piece | None:
-        """The piece that holds all of the tensor; None where several do, or none."""
+        """The piece that holds all of the tensor; None if the tensor has several pieces or no piece."""
         piece = self.pieces[0] if len(self.pieces) == 1 else None
         return piece if piece is not None and piece.box is None else None
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """Elements between neighbours in each dimension; row-major where no single piece says otherwise."""
+        """Number of elements between neighbours in each dimension; row-major unless a single piece states another."""
         whole = self.whole
         return row_major(self.shape) if whole is None or whole.stride is None else whole.stride
 
     @property
     def dense(self) -> Piece | None:
-        """The piece whose bytes are those of the tensor and no others, in whatever order, as they are to be read."""
+        """The piece whose bytes are exactly the elements of the tensor, in any order; else None."""
         whole = self.whole
         if whole is None or whole.is_conjugated or whole.is_negated:
             return None
@@ -113,33 +114,34 @@ class TensorInfo:
 
     @property
     def contiguous(self) -> Piece | None:
-        """The piece that holds the elements one after the other, in row-major order, as they are to be read."""
+        """The piece whose bytes are exactly the elements of the tensor in row-major order; else None."""
         dense = self.dense
         if dense is None or dense.stride is None or 0 in self.shape:
             return dense
-        # a dimension of one element may have any stride
+        # The stride of a dimension with one element has no effect, and torch writes arbitrary ones.
         steps = zip(self.shape, dense.stride, row_major(self.shape), strict=True)
         return dense if all(size == 1 or step == own for size, step, own in steps) else None
 
     def part(self, box: Box) -> TensorInfo:
-        """The description of a box of the tensor, whose pieces are those parts of its pieces that lie in the box.
+        """Return the description of a box of the tensor; its pieces are the parts of the pieces within the box.
 
-        Raises ``ValueError`` for a box that does not lie in the tensor, or a tensor without pieces.
+        Raises ``ValueError`` for a box outside the tensor, and for a tensor without raw pieces.
         """
         if len(box) != len(self.shape) or any(
             not 0 <= begin <= end <= size for (begin, end), size in zip(box, self.shape, strict=True)
         ):
-            raise ValueError(f"{box} is no box of a tensor of the shape {list(self.shape)}")
+            raise ValueError(f"{box} is not a box of a tensor of the shape {list(self.shape)}")
         if not self.pieces or any(piece.container != "raw" for piece in self.pieces):
-            raise ValueError("the places of its elements are not known: it is computed, or not resolved yet")
+            raise ValueError("the locations of its elements are not known: it is computed, or not resolved yet")
         shape = tuple(end - begin for begin, end in box)
         found = (self._within(piece, box) for piece in self.pieces)
         return TensorInfo(shape, self.dtype, tuple(piece for piece in found if piece is not None))
 
     def boxes(self) -> Iterator[Box]:
-        """Boxes of about a megabyte that make it up: along the slowest dimension in the file, so each is one stretch.
+        """Yield boxes of about 1 MiB that together make up the tensor.
 
-        A tensor without elements has none, one without dimensions is its only one.
+        The tensor is split along the dimension that varies slowest in the file, so each box is one range of bytes. A
+        tensor without elements has no box; a tensor without dimensions has one.
         """
         if self.nbytes == 0:
             return
@@ -152,12 +154,12 @@ class TensorInfo:
             yield tuple(ends if number == slowest else (0, whole) for number, whole in enumerate(shape))
 
     def flat(self) -> TensorInfo:
-        """The description of the same bytes in one dimension, of a tensor that is ``contiguous``."""
+        """Return the description of the same bytes in one dimension; the tensor must be ``contiguous``."""
         (piece,) = self.pieces
         return TensorInfo((math.prod(self.shape),), self.dtype, (msgspec.structs.replace(piece, stride=None),))
 
     def _within(self, piece: Piece, box: Box) -> Piece | None:
-        """The part of a piece that lies in ``box``, which is where its own box counts from; None for none."""
+        """Return the part of a piece within ``box``, with a box relative to it; None if they do not overlap."""
         own = piece.box or tuple((0, size) for size in self.shape)
         common = tuple(
             (max(begin, first), min(end, last)) for (begin, end), (first, last) in zip(box, own, strict=True)
@@ -179,7 +181,7 @@ class TensorInfo:
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a tensor without gaps, as torch counts them."""
+    """Return the strides of a row-major tensor without gaps, as torch defines them (a size of 0 counts as 1)."""
     strides = []
     step = 1
     for size in reversed(shape):
@@ -189,14 +191,14 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to the last one of a tensor, those between them included."""
+    """Return the number of elements from the first to the last one of a tensor, including gaps."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether every element from the first to the last one belongs to the tensor, in whatever order."""
+    """Whether the tensor uses every element from its first to its last one exactly once, in any order."""
     expected = 1
     for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True)):
         if size > 1 and step != 0:
@@ -207,15 +209,15 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 class UnreadableError(Exception):
-    """A file is damaged or cannot be read; the message says why and what to do. The path is put before it."""
+    """A file is damaged or cannot be read. The message gives reason and next step; the caller puts the path before."""
 
 
 class OpcodeError(Exception):
-    """The pickle of a file is damaged or does what torch.save does not do; the message says what."""
+    """The pickle of a file is damaged or does something that torch.save never does; the message gives the reason."""
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
-    """One stretch of bytes: its name in the file, its place, and its CRC-32 if it has one."""
+    """One range of bytes in a file: its name, position, size, and its CRC-32 or None."""
 
     name: str
     offset: int
@@ -225,17 +227,17 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
 @attrs.frozen
 class GlobalName:
-    """A class, function or dtype that the file names as a value, e.g. ``GlobalName("torch.bfloat16")``."""
+    """The name of a class, function or dtype that the file has as a value, such as ``GlobalName("torch.bfloat16")``."""
 
     name: str
 
 
 @attrs.define(eq=False)
 class ForeignObject:
-    """An object of a class that is known by name only: what it would have been built from.
+    """An inert record of an object whose class is neither imported nor called.
 
-    ``args`` are those of its constructor, ``state`` what would have been given to ``__setstate__``, ``items`` the
-    content where the class is a kind of list or dict. ``torch.device`` is read as such a record, too.
+    ``args`` are the arguments of its constructor, ``state`` the argument of ``__setstate__``, ``items`` the content of
+    a subclass of list or dict. ``torch.device`` is read as such a record, too.
     """
 
     name: str
@@ -246,7 +248,7 @@ class ForeignObject:
 
 @attrs.frozen
 class StorageRef:
-    """The storage behind tensors: a record of the file. ``dtype`` is None where the storage has none of its own."""
+    """The storage of tensors, a record of the file. ``dtype`` is None for an untyped storage."""
 
     record: str
     offset: int
@@ -256,7 +258,7 @@ class StorageRef:
 
 @attrs.frozen
 class RefusedTensor:
-    """A tensor that cannot be read; it stays in its place until its key is known."""
+    """A tensor that cannot be read. It takes the tensor's place in the object, so that the error can name its key."""
 
     reason: str
 
@@ -268,7 +270,7 @@ EXTRA_STATE = "_extra_state"
 
 
 def children(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Key or position, and value, of what a container holds. Members of a set are no tensors and have none."""
+    """Yield (key or position, value) of a container. A set is not searched: its hashable members hold no tensors."""
     if isinstance(value, dict):
         return value.items()
     if type(value) is ForeignObject:
@@ -277,7 +279,7 @@ def children(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def join(path: str, key: Any) -> str:
-    """The path of what stands under ``key`` in what ``path`` leads to."""
+    """Return the dotted path of the child ``key`` of the value at ``path``."""
     text = key if type(key) is str else repr(key)
     return f"{path}.{text}" if path else text
 
@@ -289,10 +291,10 @@ def _is_container(value: Any) -> bool:
 def named(
     parts: Mapping[Any, Any], kind: type[T], is_searched: Callable[[Any], object] = _is_container
 ) -> dict[str, T]:
-    """Dotted path -> every value of ``kind`` in ``parts``, in their order. Of two equal paths the second gets ``#2``.
+    """Return dotted path -> every value of ``kind`` in ``parts``, in order; the second of two equal paths gets ``#2``.
 
-    What is written and what is read is named by this one function, since a manifest lists tensors by these names: the
-    writer has tensors in its object, the reader descriptions of them. ``is_searched``: whether a value may hold some.
+    Writer and reader both name tensors with this function, because a manifest lists tensors by these names. The writer
+    searches for tensors, the reader for their descriptions. ``is_searched`` tells whether a value may contain some.
     """
     found: dict[str, T] = {}
     for key, value in parts.items():
@@ -313,9 +315,9 @@ def _collect(value: Any, path: str, kind: type[T], is_searched: Callable[[Any], 
 
 
 def state_dict_of(value: Any, kind: type[Any]) -> dict[Any, Any] | None:
-    """The state dict of a file: under the key of that name, or the whole object; None where there is none.
+    """Return the state dict of a file: the value of the key ``state_dict``, or the complete object; else None.
 
-    Its tensors are named by its own keys, which must be texts, and all others in the file not at all.
+    Only tensors of the state dict are named, by its own keys, which must be strings.
     """
     if not isinstance(value, dict):
         return None
@@ -326,7 +328,7 @@ def state_dict_of(value: Any, kind: type[Any]) -> dict[Any, Any] | None:
 
 
 def is_state_dict(value: Any, kind: type[Any]) -> bool:
-    """Whether it is a dict of tensors under texts, at least one, with nothing else than extra state beside them."""
+    """Whether ``value`` is a dict with string keys that holds at least one tensor, and else only extra state."""
     return (
         isinstance(value, dict)
         and any(isinstance(child, kind) for child in value.values())
@@ -343,9 +345,10 @@ _UNREADABLE = frozenset({RefusedTensor, StorageRef})
 
 
 class ObjectGraph:
-    """Tensors and foreign objects in an object; ``size`` are the bytes of the header behind it.
+    """The tensors and foreign objects in an object; ``size`` is the number of bytes of the header that describes it.
 
-    ``problems``: path -> why, of tensors that cannot be read. ``foreign``: name of a class -> path of its first object.
+    ``problems``: path of a tensor that cannot be read -> reason. ``foreign``: name of a class -> path of its first
+    object.
 
     Raises ``OpcodeError`` for an object that contains itself, or is too deep or too large as a tree.
     """
@@ -355,16 +358,16 @@ class ObjectGraph:
         self.foreign: dict[str, str] = {}
         self._largest = 1_000_000 + 20 * size
         self._most_tensors = 10_000 + size
-        # id -> (values in the tree below, tensors in it); None while it is being looked at
+        # Id -> (values in the tree below, tensors in it); None while it is being visited, which detects cycles.
         self._seen: dict[int, tuple[int, int] | None] = {}
         self._visit(root, (), 0)
 
     def tensors(self, parts: Mapping[Any, Any]) -> dict[str, TensorInfo]:
-        """Dotted path -> tensor, in parts of the object. Of two equal paths the second gets ``#2``, and so on."""
+        """Return dotted path -> tensor in parts of the object; the second of two equal paths gets ``#2``."""
         return named(parts, TensorInfo, self.count)
 
     def count(self, value: Any) -> int:
-        """Tensors below a part of the object; a tensor in the place of a part counts as none."""
+        """Return the number of tensors below a part of the object; 0 for a part that is itself a tensor."""
         return (self._seen.get(id(value)) or (0, 0))[1] if type(value) in _CONTAINERS else 0
 
     def _visit(self, value: Any, path: tuple[Any, ...], depth: int) -> tuple[int, int]:
@@ -391,24 +394,24 @@ class ObjectGraph:
                 more_values, more_tensors = self._visit(child, (*path, key), depth + 1)
                 values += more_values
                 tensors += more_tensors
-            else:  # most are tensors and plain values: a call for each would take far longer
+            else:  # a fast path: most children are tensors and plain values, and a call costs more than this
                 values += 1
                 tensors += child_kind is TensorInfo
         if values > self._largest or tensors > self._most_tensors:
-            raise OpcodeError("its object repeats its parts so often that it is far larger than the file")
+            raise OpcodeError("its object repeats shared parts so often that its tree is far larger than the file")
         self._seen[id(value)] = values, tensors
         return values, tensors
 
 
 def dotted(path: Iterable[Any]) -> str:
-    """The path as it is shown and asked for: ``state.0.exp_avg``."""
+    """Join keys to a dotted path, such as ``state.0.exp_avg``."""
     return functools.reduce(join, path, "")
 
 
-#: The attribute of a state dict.
+#: The attribute in which torch keeps the versions of modules on a state dict.
 METADATA = "_metadata"
 
-#: Path of a module, without a dot at its end -> what it says of its state, such as ``{"version": 2}``.
+#: Path of a module, without a dot at its end -> for example ``{"version": 2}``.
 Versions = Mapping[str, Mapping[str, Any]]
 
 
@@ -417,12 +420,13 @@ class Content:
     """A screened file, before bytes of its tensors are read.
 
     Attributes:
-        format: Which format it is.
-        value: The object, plain Python, with ``TensorInfo`` in the place of tensors.
-        graph: Where tensors are in ``value``.
-        records: All bytes that carry values, in their order; each has a checksum, or none of them.
+        format: Name of the format.
+        value: The object as plain Python, with ``TensorInfo`` in place of tensors.
+        graph: Index of the tensors in ``value``.
+        records: All ranges of bytes that hold values, in the order of the file. Either all have a checksum, or no
+            record has one.
         versions: Id of a dict in ``value`` -> the versions of modules that are attached to it.
-        metadata: What the file says besides ``value``; None where ``value`` is all.
+        metadata: The texts beside ``value``; None for a format without them.
     """
 
     format: Literal["torch", "safetensors"]

@@ -1,4 +1,4 @@
-"""Open a checkpoint file: its format is told from its content, it is screened, and it is read through one handle."""
+"""Open a checkpoint file: detect the format from the content, screen the file, and read it through one handle."""
 
 from __future__ import annotations
 
@@ -42,28 +42,31 @@ def open_checkpoint(
 ) -> FileCheckpoint:
     """Open and screen a checkpoint: ``.th``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin`` of torch.save, or ``.safetensors``.
 
-    The content of a file says what it is, not its name. Structure, header and the place of every tensor are checked;
-    bytes of tensors are not read before ``verify`` or ``read``.
+    The content decides the format, not the name. Structure, header and the location of every tensor are checked. Bytes
+    of tensors are read only by ``verify`` and ``read``. Each call opens a handle of its own, on any rank or thread;
+    close it, or use it as a context manager.
 
     Args:
-        location: The file, or an object of a store.
-        entry: Which tree is meant where none is named, see ``entries``; None: ``state_dict``, or the whole of a bare
-            state dict; else all tensors, by their dotted paths (``state.0.exp_avg``).
-        digests: What ``verify`` compares besides checksums in the file; a text is the digest of the whole file.
-        allow_globals: Names like ``module.Class`` that may stand in the file besides those that torch.save needs;
-            objects of them are read as inert ``ForeignObject`` records. The environment variable
-            ``NOETHER_INIT_ALLOW_GLOBALS`` adds to them, separated by commas. A config never does.
-        stopwatch: Takes the time of this call, and of everything that is done with the checkpoint later.
+        location: The file, or an object with the protocol ``Storage``.
+        entry: The tree that methods use by default, see ``entries``. None: ``state_dict``, or the complete object if it
+            is a state dict; else all tensors by their dotted paths (``state.0.exp_avg``).
+        digests: Digests for ``verify``, besides checksums in the file; a string is the digest of the complete file.
+        allow_globals: Names such as ``module.Class`` that the file may contain, besides the names that torch.save
+            needs. Objects of these classes are read as inert ``ForeignObject`` records. The environment variable
+            ``NOETHER_INIT_ALLOW_GLOBALS`` adds names, separated by commas; a config cannot.
+        stopwatch: Measures this call and all later operations on the checkpoint.
 
-    Raises ``ConfigError`` for a URI, ``CheckpointNotFoundError``, ``CheckpointFormatError`` (``UnsafeGlobalError`` for
-    names that are not allowed) or ``CheckpointCorruptError`` (checksum of the header).
+    Raises ``ConfigError`` for a URI; ``CheckpointNotFoundError``; ``CheckpointFormatError`` for an unknown format;
+    ``UnsafeGlobalError``, a subclass, for names that are not allowed; ``CheckpointCorruptError`` if the header does not
+    match its checksum.
     """
     stopwatch = Stopwatch() if stopwatch is None else stopwatch
     with stopwatch.phase("screen"):
         handle = open_file(local_path(location)) if isinstance(location, str | os.PathLike) else Handle(location)
         try:
             with no_garbage_collection():
-                # a zip archive of stored records has zero where the header of a safetensors file has its first brace
+                # Byte 8 of a safetensors file is the first brace of its header. In a zip archive of stored records it
+                # is the compression method, 0.
                 is_safetensors = handle.size > 8 and handle.read(1, 8) == b"{"
                 content = read_safetensors(handle) if is_safetensors else read_torch_zip(handle, allow_globals)
                 known = Digests(digests) if isinstance(digests, str) else digests or Digests()
@@ -76,9 +79,9 @@ def open_checkpoint(
 
 
 class FileCheckpoint(BaseCheckpoint):
-    """An open file; ``open_checkpoint`` makes it. ``format`` is ``torch`` or ``safetensors``.
+    """An open file, created by ``open_checkpoint``. ``format`` is ``torch`` or ``safetensors``.
 
-    A safetensors file has nothing but tensors and texts: ``metadata`` is its ``__metadata__``.
+    A safetensors file holds only tensors and strings: ``metadata`` is its ``__metadata__``.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class FileCheckpoint(BaseCheckpoint):
         self._parts: Mapping[Any, Any] = root if type(root) is dict else {"object": root}
         self._own = state_dict_of(root, TensorInfo)
         is_below = self._own is not None and self._own is not root
-        # an empty name means the whole object
+        # The empty name is the complete object.
         self._trees = {"": root}
         for key, child in self._parts.items() if type(root) is dict else ():
             if type(key) is str and key and (content.graph.count(child) or (is_below and child is self._own)):
@@ -107,11 +110,12 @@ class FileCheckpoint(BaseCheckpoint):
         if self._is_state_dict(self._entry):
             self.versions = content.versions.get(id(self._trees[self._entry]), {})
         self.metadata = beside if content.metadata is None else content.metadata
-        # digests speak of the keys that a file has where no tree is named
+        # A manifest lists the keys of the default tree, whichever tree this call selected.
         written = self._tensors if entry is None else self._select(usual)[0]
         others, own = {**beside, **self.extra_state}, self._tensors
 
-        # not a method: a reference back to this object would keep a large header until the garbage is collected
+        # Not a method: a reference to this object would form a cycle, which keeps a large header in memory until the
+        # garbage collector runs.
         def named() -> Mapping[str, TensorInfo]:
             return {**content.graph.tensors(others), **own}
 
@@ -125,40 +129,40 @@ class FileCheckpoint(BaseCheckpoint):
 
     @property
     def entries(self) -> Mapping[str, int]:
-        """The trees of the file, each with its number of tensors; empty name: tensors that lie in none of them."""
+        """Name of each tree of the file -> its number of tensors; the empty name counts tensors outside all trees."""
         found = {name: self._content.graph.count(tree) for name, tree in self._trees.items() if name}
         outside = self._content.graph.count(self._content.value) - sum(found.values())
         return {"": outside, **found} if outside or not found else found
 
     def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]:
-        """Key -> tensor. A state dict's tensors have its own keys, those of another tree dotted paths in it."""
+        """Return key -> tensor. Keys of a state dict are its own; in another tree they are dotted paths."""
         if entry is None or entry == self._entry:
             return self._tensors
         tree = self.values(entry)
         return _tensors_in(tree) if is_state_dict(tree, TensorInfo) else self._by_paths(entry)
 
     def values(self, entry: str | None = None) -> Any:
-        """A tree of the file, plain Python with ``TensorInfo`` as leaves. ``load`` is built from the same values."""
+        """Return a tree of the file as plain Python with ``TensorInfo`` as leaves; ``load`` uses the same values."""
         name = self._entry if entry is None else entry
         if name not in self._trees:
             raise self._not_found("tree", name, self.entries)
         return self._trees[name]
 
     def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
-        """The tensor, or a box of it, on the CPU, in memory of its own, without gradient."""
+        """Read a tensor, or a box of it, into new CPU memory, without gradient."""
         info = self._info(key) if box is None else self._info(key).part(box)
         with self._stopwatch.phase("read", info.nbytes):
             return reading.read_tensor(self._handle, info, key if isinstance(key, str) else "")
 
     def slices(self, key: Key) -> Iterator[torch.Tensor]:
-        """The tensor in slices along one dimension, each of about a megabyte."""
+        """Yield the tensor in slices along one dimension, each of about 1 MiB."""
         info = self._info(key)
         return (reading.read_tensor(self._handle, info.part(box)) for box in info.boxes())
 
     def read_all(
         self, leaves: Iterable[TensorInfo], *, verify: bool = True, look: bool = True
     ) -> dict[TensorInfo, torch.Tensor]:
-        """Read into memory of their own in the pass that verifies."""
+        """Read tensors into new memory in the pass that verifies."""
         wanted = list(self._infos(leaves))
         found, targets = reading.allocated(self._handle, self._verification.whole_records(wanted))
         if verify:
@@ -176,8 +180,8 @@ class FileCheckpoint(BaseCheckpoint):
     def copy_into(self, copies: Iterable[Copy]) -> None:
         """Copy into existing tensors.
 
-        The same dtype in CPU memory of the same order is read straight into it, with several threads; anything else
-        goes in chunks through small buffers (pinned ones for a CUDA device), and ``Tensor.copy_`` casts them.
+        A CPU target of the same dtype and memory order is filled directly by several threads. For other targets, the
+        bytes go in chunks through small buffers (pinned for a CUDA device), and ``Tensor.copy_`` casts them.
         """
         copies = list(copies)
         infos = self._infos(key for key, _box, _target in copies)
@@ -190,12 +194,12 @@ class FileCheckpoint(BaseCheckpoint):
         self._handle.check_unchanged()
 
     def mapped(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors that are the file itself, mapped privately."""
+        """Return tensors that are private mappings of the file."""
         with self._stopwatch.phase("read"):
             return reading.map_tensors(self._handle, self._infos(keys))
 
     def materialize(self, value: Any) -> Any:
-        """``value``, taken from ``metadata``, ``extra_state`` or ``values()``, with real tensors."""
+        """Replace ``TensorInfo`` by tensors in a value from ``metadata``, ``extra_state`` or ``values()``."""
         materializer = reading.Materializer(self._read_own, self._content.versions, self.path, self._handle.size)
         with self._stopwatch.phase("read"):
             converted = materializer.convert(value)
@@ -206,17 +210,17 @@ class FileCheckpoint(BaseCheckpoint):
     def verify(
         self, keys: Iterable[Key] | None = None, part: tuple[int, int] | None = None, *, look: Iterable[Key] = ()
     ) -> Verified:
-        """Compare with the checksums in the file, or with the digests that were given.
+        """Compare bytes with the checksums in the file, or with the given digests.
 
-        With digests of the records, header and tensors are compared with those; else, with a digest of the file, all
-        its bytes. A safetensors file carries no checksums, ever: without a digest, a line in the log says so.
+        If ``Digests.records`` is given, header and tensors are compared one by one. Otherwise, if ``Digests.file`` is
+        given, all bytes are. The safetensors format has no checksums: without a digest, a warning in the log says so.
         """
         infos = None if keys is None else self._infos(keys).values()
         with self._stopwatch.phase("verify", expected=self._handle.size):
             return self._verification.verify(infos, part, look=self._infos(look).values())
 
     def nonfinite(self, keys: Iterable[AnyKey]) -> dict[AnyKey, Finding]:
-        """Those of the tensors that hold ``NaN`` or ``infinities``; none is read into memory as a whole."""
+        """Return the keys of tensors with ``NaN`` or ``infinities``; no tensor is read into memory as a whole."""
         infos = self._infos(keys)
         with self._stopwatch.phase("verify"):
             found = self._verification.nonfinite(infos.values())
@@ -228,13 +232,13 @@ class FileCheckpoint(BaseCheckpoint):
 
     @property
     def digest_of_records(self) -> str:
-        """Digest of what the file says of its records, their checksums included; see ``Digests.records``."""
+        """Digest of the list of records with their checksums; see ``Digests.records``."""
         return digest_of_records(self._content.records.values())
 
     def checksums(self) -> dict[str, int | None]:
-        """CRC-32 of the bytes of every tensor, in the order in which they lie in the file; by path in the whole object.
+        """Return path in the complete object -> CRC-32 of the bytes of the tensor, in the memory order of the file.
 
-        None where the file has none of the bytes of this tensor alone.
+        None for a tensor without a checksum of exactly its bytes, such as a view of a larger storage.
         """
         return self._verification.checksums(self._content.graph.tensors({"": self._content.value}))
 
@@ -245,15 +249,15 @@ class FileCheckpoint(BaseCheckpoint):
         return bool(name) and type(tree) is dict and any(type(child) is TensorInfo for child in tree.values())
 
     def _select(self, name: str) -> tuple[Mapping[str, TensorInfo], Mapping[str, Any]]:
-        """The tensors of a tree, and, of a state dict, what else is in it."""
+        """Return the tensors of a tree, and the other entries if the tree is a state dict."""
         tree = self.values(name)
         if not self._is_state_dict(name):
             return MappingProxyType(self._by_paths(name)), {}
         wrong = next((key for key in tree if type(key) is not str), None)
         if wrong is not None:
             raise UnreadableError(
-                f"cannot be read as a checkpoint: its state dict has the key {one_line(repr(wrong))}, which is no "
-                "text. Next: write it again with torch.save(state_dict, path)"
+                f"cannot be read as a checkpoint: its state dict has the key {one_line(repr(wrong))}, which is not a "
+                "string. Next: write it again with torch.save(state_dict, path)"
             )
         tensors = _tensors_in(tree)
         return MappingProxyType(tensors), {key: child for key, child in tree.items() if key not in tensors}
@@ -271,7 +275,8 @@ class FileCheckpoint(BaseCheckpoint):
         }
         for leaf in self._verification.foreign([key for key in found if isinstance(key, TensorInfo)]):
             raise CheckpointError(
-                f"{self.path} has no such tensor as {leaf}: it is one of another file", path=self.path
+                f"{leaf} is not a tensor of {self.path}. Next: pass a leaf of values() of this checkpoint",
+                path=self.path,
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Values made safe before they are written: plain data and CPU tensors, or an error that names the place."""
+"""Convert values to plain data and CPU tensors before they are written, or raise an error that names the place."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _SCALARS = (bool, int, float, complex, str, bytes, bytearray)
 
 
 def plain(value: Any, place: str) -> Any:
-    """A copy of ``value`` that the reader can read again.
+    """Return a copy of ``value`` that the reader can read again.
 
-    Dicts (order kept), lists, tuples, sets, numbers, texts, bytes, None and dense tensors stay what they are; tensors
-    are detached and on the CPU, sharing their memory where they were there already. NumPy scalars become Python
-    numbers, paths texts, other mappings dicts, members of enumerations what they stand for. Tied tensors stay tied.
+    Dicts (in order), lists, tuples, sets, numbers, strings, bytes, None and dense tensors keep their type. Tensors are
+    detached and moved to the CPU; CPU tensors share their memory with the copy. NumPy scalars become Python numbers,
+    paths become strings, other mappings become dicts, members of enumerations become their values. Tied tensors stay
+    tied.
 
-    Raises ``CheckpointFormatError`` for anything else, naming ``place`` in the object.
+    Raises ``CheckpointFormatError`` for anything else; the message names the place in the object, below ``place``.
     """
     return _Plain().of(value, place, 0)
 
@@ -33,9 +34,10 @@ def plain(value: Any, place: str) -> Any:
 class _Plain:
     def __init__(self) -> None:
         self._tensors: dict[tuple[Any, ...], torch.Tensor] = {}
-        # keys hold the address of a storage, so no storage may be freed while they are in use
+        # Keys contain the address of a storage. If a storage were freed, a new one could get its address and be taken
+        # for a tied tensor.
         self._alive: list[torch.Tensor] = []
-        # address of a storage that is written as it is -> dtype and place of its first tensor
+        # Address of a storage -> dtype and place of its first tensor.
         self._storages: dict[int, tuple[torch.dtype, str]] = {}
 
     def of(self, value: Any, place: str, depth: int) -> Any:
@@ -55,13 +57,13 @@ class _Plain:
 
     def _mapping(self, value: Mapping[Any, Any], place: str, depth: int) -> dict[Any, Any]:
         items = ((self._key(key, place), self.of(item, f"{place}.{key}", depth + 1)) for key, item in value.items())
-        if isinstance(value, Counter):  # milestones of torch's MultiStepLR
+        if isinstance(value, Counter):  # torch's MultiStepLR keeps its milestones in one, and needs it back
             return Counter(dict(items))
         if not isinstance(value, OrderedDict):
             return dict(items)
         ordered = OrderedDict(items)
         metadata = getattr(value, METADATA, None)
-        if metadata is not None:  # versions of modules, in every state dict of torch
+        if metadata is not None:  # every state dict of torch has versions of modules there
             ready = self.of(metadata, f"{place}.{METADATA}", depth + 1)
             wrong = not_plain(ready, set())
             if wrong is not None:
@@ -77,11 +79,9 @@ class _Plain:
     def _tensor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         detached = tensor.detach()
         if type(detached) is not torch.Tensor:
-            raise _refuse(
-                place, f"a {_name(tensor)}, no plain tensor", "Save full tensors, such as full_tensor() gives"
-            )
+            raise _refuse(place, f"a {_name(tensor)}, not a plain tensor,", "Next: save value.full_tensor()")
         if detached.layout is not torch.strided or detached.is_quantized:
-            raise _refuse(place, f"a tensor that is {detached.layout} or quantized", "Save it dense: to_dense()")
+            raise _refuse(place, f"a tensor that is {detached.layout} or quantized", "Next: save value.to_dense()")
         if detached.is_meta:
             raise _refuse(place, "a tensor on the meta device, which has no values")
         storage = detached.untyped_storage()
@@ -103,17 +103,17 @@ class _Plain:
         return self._tensors[key]
 
     def _check_storage(self, tensor: torch.Tensor, place: str) -> None:
-        """Torch writes a storage once, with one dtype."""
+        """Refuse two dtypes in one storage, because torch writes each storage once, with one dtype."""
         address = tensor.untyped_storage().data_ptr()
         dtype, first = self._storages.setdefault(address, (tensor.dtype, place))
         if address and dtype is not tensor.dtype:
             raise _refuse(
-                place, f"a {tensor.dtype} in the same memory as {first}, a {dtype},", "Save a copy of one: clone()"
+                place, f"a {tensor.dtype} in the same memory as {first}, a {dtype},", "Next: save a clone() of one"
             )
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is all of its storage, each element once; a view would drag the rest into the file."""
+    """Whether the tensor covers its storage, each element once; for a view, torch.save would write the rest too."""
     nbytes = tensor.numel() * tensor.element_size()
     if tensor.untyped_storage().nbytes() != nbytes:
         return False
@@ -129,19 +129,19 @@ def _scalar(value: Any, place: str) -> Any:
             return item
         raise _refuse(place, f"a {_name(value)}")
     if isinstance(value, np.ndarray):
-        raise _refuse(place, "a NumPy array", "Save torch.from_numpy(array), or array.tolist()")
+        raise _refuse(place, "a NumPy array", "Next: save torch.from_numpy(array), or array.tolist()")
     if isinstance(value, PurePath):
         return str(value)
-    # subclasses (enumerations among them) would be written by the name of their class
+    # pickle would write subclasses, such as enumerations, by the name of their class, which the reader refuses.
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return str.__str__(value) if kind is str else kind(value)
-    raise _refuse(place, f"a {_name(value)}", "Save numbers, texts, lists, tuples, dicts and tensors only")
+    raise _refuse(place, f"a {_name(value)}", "Next: save numbers, strings, lists, tuples, dicts and tensors only")
 
 
 def _refuse(place: str, what: str, advice: str = "") -> CheckpointFormatError:
     return CheckpointFormatError(
-        f"{place}: {what} cannot be saved, since it could not be read again safely" + (f". {advice}" if advice else "")
+        f"{place}: {what} cannot be saved, because it could not be read safely" + (f". {advice}" if advice else "")
     )
 
 

@@ -1,6 +1,5 @@
-"""From the file into tensors: fresh ones, ones that exist, and those in whole objects. Torch is imported when the first
-is asked for.
-"""
+"""Read tensors from a file: new ones, existing ones, and those in nested objects. Torch is imported at the first
+read."""
 
 from __future__ import annotations
 
@@ -33,12 +32,12 @@ from noether_init_core.stopwatch import Stopwatch
 if TYPE_CHECKING:
     import torch
 
-    # key for messages, what is read, the tensor of the same shape that it goes into
+    # Key for messages, description, and the destination, a tensor of the same shape.
     _Source = tuple[str, TensorInfo, torch.Tensor]
 
 
 def read_tensor(handle: Handle, info: TensorInfo, key: str = "") -> torch.Tensor:
-    """A new CPU tensor that owns its memory, without gradient; lazy conjugation and negation are carried out."""
+    """Read a new CPU tensor that owns its memory, without gradient; lazy conjugation and negation are carried out."""
     import torch
 
     dtype = _dtype_of(handle, info, key)
@@ -51,7 +50,7 @@ def read_tensor(handle: Handle, info: TensorInfo, key: str = "") -> torch.Tensor
     if contiguous is not None or not piece.nbytes:
         return memory.view(dtype).view(info.shape)
     carrier = memory.view(_carrier(info.itemsize)).as_strided(info.shape, info.stride)
-    if piece.nbytes != info.nbytes:  # the tensor was a view with gaps, or elements that it has several times
+    if piece.nbytes != info.nbytes:  # a view with gaps, or with elements that it repeats (stride 0)
         carrier = carrier.clone()
     tensor = carrier.view(dtype)
     if piece.is_conjugated:
@@ -60,7 +59,7 @@ def read_tensor(handle: Handle, info: TensorInfo, key: str = "") -> torch.Tensor
 
 
 def _joined(handle: Handle, info: TensorInfo, key: str) -> torch.Tensor:
-    """A tensor of several pieces, each of which is read by itself."""
+    """Read a tensor of several pieces, one piece after the other."""
     import torch
 
     missing = math.prod(info.shape)
@@ -73,7 +72,7 @@ def _joined(handle: Handle, info: TensorInfo, key: str) -> torch.Tensor:
         missing -= math.prod(shape)
     if missing:
         raise CheckpointCorruptError(
-            f"{handle.path}: the pieces of {key or 'a tensor'} do not make up its shape {list(info.shape)}",
+            f"{handle.path}: the pieces of {key or 'a tensor'} do not cover its shape {list(info.shape)}",
             path=handle.path,
             key=key,
         )
@@ -81,7 +80,7 @@ def _joined(handle: Handle, info: TensorInfo, key: str) -> torch.Tensor:
 
 
 def nonfinite_in(tensor: torch.Tensor) -> Finding | None:
-    """``NaN`` if there is one in the tensor, else ``infinities`` if there is one, else None."""
+    """Return ``NaN`` if the tensor holds NaN, else ``infinities`` if it holds an infinity, else None."""
     import torch
 
     if tensor.element_size() == 1 and tensor.is_floating_point():
@@ -92,7 +91,7 @@ def nonfinite_in(tensor: torch.Tensor) -> Finding | None:
 
 
 def check_targets(path: Path, sources: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> None:
-    """Raise ``StateMismatchError`` unless every target has the shape that is copied into it, and memory."""
+    """Raise ``StateMismatchError`` unless every target has memory and the shape of its source."""
     problems = []
     for key, shape, target in sources:
         if tuple(target.shape) != shape:
@@ -100,18 +99,18 @@ def check_targets(path: Path, sources: Iterable[tuple[str, tuple[int, ...], torc
         elif target.is_meta:
             problems.append(f"{key}: the target is on the meta device and has no memory; use read()")
         elif not _has_memory(target):
-            problems.append(f"{key}: the memory of the target was taken away")
+            problems.append(f"{key}: the storage of the target was freed")
     if problems:
         raise StateMismatchError(
-            f"{path} cannot be copied into these tensors, nothing was changed: {listed(problems, 10, separator='; ')}",
+            f"{path} was not copied, all targets are unchanged: {listed(problems, 10, separator='; ')}",
             problems=problems,
         )
 
 
 def copy_tensors(handle: Handle, sources: Sequence[_Source], stopwatch: Stopwatch) -> None:
-    """Copy into existing tensors of the same shape: straight into their memory, or in chunks through small buffers.
+    """Copy into existing tensors of the same shape: directly into their memory, or in chunks through small buffers.
 
-    Everything that can be known is checked first, so ``StateMismatchError`` means that nothing was changed.
+    Targets are checked first, so after ``StateMismatchError`` all targets are unchanged.
     """
     import torch
 
@@ -126,7 +125,7 @@ def copy_tensors(handle: Handle, sources: Sequence[_Source], stopwatch: Stopwatc
         dtype = getattr(torch, info.dtype, None)
         if piece is not None and target.device.type == "cpu" and target.dtype is dtype:
             memory = memory_of_tensor(target)
-            if memory.nbytes != piece.nbytes:  # never write beyond a tensor, whatever else is wrong
+            if memory.nbytes != piece.nbytes:  # a last guard: a write beyond the tensor would corrupt the process
                 raise StateMismatchError(f"{key}: {piece.nbytes} bytes do not fit into {memory.nbytes}", problems=[key])
             direct.append((memory, piece.offset, key))
         elif piece is not None and target.device.type == "cuda" and isinstance(dtype, torch.dtype):
@@ -150,9 +149,9 @@ def copy_tensors(handle: Handle, sources: Sequence[_Source], stopwatch: Stopwatc
 
 
 def copy_staged(handle: Handle, sources: Sequence[_Source], device: torch.device) -> None:
-    """Copy contiguous tensors to contiguous ones on ``device`` through two buffers, one filled while one is sent.
+    """Copy contiguous tensors to contiguous targets on ``device`` through two buffers: one is filled, one is sent.
 
-    The buffers are pinned for a CUDA device, so that it fetches them by itself. When this returns, all has arrived.
+    For a CUDA device the buffers are pinned, so that copies run asynchronously. All copies are complete on return.
     """
     import torch
 
@@ -169,10 +168,10 @@ def copy_staged(handle: Handle, sources: Sequence[_Source], device: torch.device
                 piece = buffers[turn][: (end - begin) * info.itemsize]
                 event = sent[turn]
                 if event is not None:
-                    event.synchronize()  # its former content is on its way no more
+                    event.synchronize()  # the copy from this buffer is complete, so it may be overwritten
                 handle.read_into(memory_of_tensor(piece), info.pieces[0].offset + begin * info.itemsize, key)
                 values = piece.view(getattr(torch, info.dtype))
-                if values.dtype is not flat.dtype:  # sent as it is, cast over there
+                if values.dtype is not flat.dtype:  # send the bytes of the file, and cast on the device
                     values = values.to(device, non_blocking=True)
                 flat[begin:end].copy_(values, non_blocking=True)
                 if is_cuda:
@@ -183,13 +182,13 @@ def copy_staged(handle: Handle, sources: Sequence[_Source], device: torch.device
     finally:
         for event in sent:
             if event is not None:
-                event.synchronize()  # the buffers must outlive what is on its way
+                event.synchronize()  # the buffers must not be freed while the device still reads them
 
 
 def allocated(
     handle: Handle, records: Mapping[TensorInfo, Record]
 ) -> tuple[dict[TensorInfo, torch.Tensor], dict[str, memoryview]]:
-    """New, unfilled tensors for those that are a whole record, and record -> the memory of its tensor.
+    """Allocate unfilled tensors; return description -> tensor, and name of a record -> memory of its tensor.
 
     The memory views keep the tensors alive.
     """
@@ -206,7 +205,7 @@ def allocated(
 
 
 def map_tensors(handle: Handle, infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
-    """Tensors over one private mapping of the file; those that cannot be are left out. No two of them share memory."""
+    """Return tensors on one private mapping of the file; keys that cannot be mapped are left out. No two overlap."""
     import mmap
 
     import torch
@@ -218,12 +217,13 @@ def map_tensors(handle: Handle, infos: Mapping[str, TensorInfo]) -> dict[str, to
     end = 0
     found = {}
     places = ((key, info, info.contiguous) for key, info in infos.items())
-    usable = [(piece.offset, piece.nbytes, key, info) for key, info, piece in places if piece is not None]
-    for offset, nbytes, key, info in sorted(usable, key=lambda item: item[0]):
-        # what overlaps the one before it would share its memory; the file may have been cut off since it was opened
+    mappable = [(piece.offset, piece.nbytes, key, info) for key, info, piece in places if piece is not None]
+    for offset, nbytes, key, info in sorted(mappable, key=lambda item: item[0]):
+        # A tensor that overlaps the one before would share its memory, so a write to one would change the other. The
+        # file may have been truncated since it was opened, so the end is compared with the mapping.
         if nbytes and offset % info.itemsize == 0 and end <= offset <= offset + nbytes <= len(content):
             end = offset + nbytes
-            # the tensor keeps the mapping alive
+            # frombuffer keeps a reference to the mapping, so the handle may be closed.
             dtype = _dtype_of(handle, info, key)
             flat = torch.frombuffer(content, dtype=dtype, count=nbytes // info.itemsize, offset=offset)
             found[key] = flat.view(info.shape)
@@ -236,7 +236,7 @@ def _dtype_of(handle: Handle, info: TensorInfo, key: str) -> torch.dtype:
     dtype = getattr(torch, info.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointFormatError(
-            f"{handle.path}: {key or 'a tensor'} has the dtype {info.dtype}, which torch {torch.__version__} lacks. "
+            f"{handle.path}: {key or 'a tensor'} has the dtype {info.dtype}, unknown to torch {torch.__version__}. "
             "Next: pip install --upgrade torch",
             path=handle.path,
         )
@@ -244,7 +244,7 @@ def _dtype_of(handle: Handle, info: TensorInfo, key: str) -> torch.dtype:
 
 
 def _carrier(itemsize: int) -> torch.dtype:
-    """A dtype of that size that can be copied and cloned; not every one can."""
+    """Return a dtype of this size with copy and clone; float8 and bits dtypes do not support all operations."""
     import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[itemsize]
@@ -262,7 +262,7 @@ def _is_plain(target: torch.Tensor) -> bool:
 
 
 def _has_memory(target: torch.Tensor) -> bool:
-    """Whether the storage reaches as far as the tensor says; sharded training takes storages away meanwhile."""
+    """Whether the storage covers the tensor; FSDP frees storages of parameters between uses."""
     import torch
 
     if type(target) not in (torch.Tensor, torch.nn.Parameter) or target.layout != torch.strided or not target.numel():
@@ -272,21 +272,21 @@ def _has_memory(target: torch.Tensor) -> bool:
 
 
 def memory_of_tensor(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor that is all of its storage, in the order of memory; it lives as long as they do."""
+    """Return the bytes of a CPU tensor that covers its storage, in memory order; the view keeps the tensor alive."""
     import torch
 
-    # A dimension of one element may have any stride, which a plain view would keep.
+    # A dimension of one element may have any stride, and view(torch.uint8) would refuse that.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 class Materializer:
-    """Turns an object of plain values into the same with real tensors; parts that were shared stay shared.
+    """Replaces descriptions in an object by tensors; shared parts stay shared.
 
     Args:
-        read: Gives the tensor of a description.
-        versions: Id of a dict -> the ``_metadata`` that it gets back.
-        path: Of the checkpoint, for messages.
-        most: Bytes of the checkpoint.
+        read: Returns the tensor of a description.
+        versions: Id of a dict -> the ``_metadata`` to set on its copy.
+        path: Path of the checkpoint, for messages.
+        most: Size of the checkpoint in bytes.
     """
 
     def __init__(
@@ -295,7 +295,8 @@ class Materializer:
         self._read = read
         self._versions = versions
         self._path = path
-        # Views of one storage may overlap, and each gets memory of its own; a small file must not ask for much.
+        # Views of one storage may overlap, and each gets its own memory. The limit keeps a small hostile file from
+        # allocating all memory.
         self._left = (1 << 20) + 16 * most
         self._tensors: dict[TensorInfo, torch.Tensor] = {}
         self._containers: dict[int, tuple[Any, Any]] = {}
@@ -303,7 +304,7 @@ class Materializer:
         self.nbytes = 0
 
     def convert(self, value: Any) -> Any:
-        """The value with tensors, ``torch.dtype`` and ``torch.device`` in place of what stands for them."""
+        """Return the value with tensors, ``torch.dtype`` and ``torch.device`` in place of their descriptions."""
         kind = type(value)
         if kind is TensorInfo:
             return self._tensor(value)
@@ -315,7 +316,7 @@ class Materializer:
             return value
         known = self._containers.get(id(value))
         if known is None:
-            # the value is kept too: an id may be used again once its object is gone
+            # The value is kept too, because Python reuses the id of an object that was freed.
             known = self._containers[id(value)] = (value, self._container(value))
         return known[1]
 
@@ -325,7 +326,9 @@ class Materializer:
             if id(value) not in self._versions:
                 return dict(items)
             state_dict = OrderedDict(items)
-            metadata = OrderedDict((path, copy.deepcopy(said)) for path, said in self._versions[id(value)].items())
+            # A copy, because loading code of modules may change the versions in place.
+            versions = self._versions[id(value)].items()
+            metadata = OrderedDict((path, copy.deepcopy(version)) for path, version in versions)
             setattr(state_dict, METADATA, metadata)
             return state_dict
         if type(value) is ForeignObject:
@@ -340,8 +343,8 @@ class Materializer:
             self._left -= sum(piece.nbytes for piece in info.pieces) or info.nbytes
             if self._left < 0:
                 raise CheckpointFormatError(
-                    f"{self._path} has views of its storages that would take more than 16 times its size. "
-                    "Next: read the tensors that are needed, one by one",
+                    f"{self._path} has overlapping views that would take more than 16 times its size in memory. "
+                    "Next: read the tensors that you need with read(key)",
                     path=self._path,
                 )
             known = self._tensors[info] = self._read(info)
@@ -355,7 +358,8 @@ class Materializer:
             return torch.device(*value.args)
         except RuntimeError as error:
             raise CheckpointFormatError(
-                f"{self._path} names the device {value.args}, which torch {torch.__version__} does not know",
+                f"{self._path} contains the device {value.args}, unknown to torch {torch.__version__}. "
+                "Next: pip install --upgrade torch",
                 path=self._path,
             ) from error
 

@@ -1,8 +1,7 @@
-"""What is known of an open file: digests from elsewhere, which of its bytes are those that were written, which values
-are not finite; and the one pass over the file that tells.
+"""Verify an open file: compare its bytes with checksums and digests, and find values that are not finite, in one pass.
 
-Several threads read into a small buffer each, or straight into memory of the caller where that is given; nothing else
-is allocated, however large the file is.
+Several threads read, each into a small buffer or directly into memory of the caller. Nothing else is allocated, however
+large the file is.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from noether_init_core.messages import listed
 
 _logger = logging.getLogger(__name__)
 _REPLACED = "is not the file that was committed"
-_NEXT = "It was written over. Next: take an older checkpoint"
+_NEXT = "It was overwritten. Next: take an older checkpoint"
 
 
 def digest_of_records(records: Iterable[Record]) -> str:
-    """``xxh3_128:...`` of the names, places, sizes and CRC-32 of all records; it stands for every byte in them."""
+    """Return ``xxh3_128:...`` of the names, positions, sizes and CRC-32 of all records, so of every byte in them."""
     lines = [f"{record.name}\0{record.offset}\0{record.size}\0{record.crc}\n" for record in records]
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(''.join(lines).encode())}"
 
@@ -43,11 +42,11 @@ class Verification:
 
     Args:
         handle: The file.
-        content: What its format says of it.
-        digests: What is known of it from elsewhere.
-        tensors: The tensors that ``digests`` speaks of, by key.
-        named: Gives all tensors by name, for messages.
-        count: Is told how many bytes were read, as soon as they were.
+        content: Its screened content.
+        digests: Its digests from another source, such as a manifest.
+        tensors: The tensors that ``digests`` lists, by key.
+        named: Returns all tensors by name, for messages.
+        count: Called with the number of bytes after each read.
     """
 
     def __init__(
@@ -72,9 +71,9 @@ class Verification:
         self._left = {record.name for record in filled}
         self._known: dict[TensorInfo, Finding | None] = {}
         self._has_checksums = any(record.crc is not None for record in filled)
-        #: Whether there is anything to compare the bytes with.
+        #: Whether checksums or digests exist to compare the bytes with.
         self.is_possible = self._has_checksums or digests.file is not None
-        # not every manifest knows of records
+        # A manifest of another writer may have a digest of the file only.
         self._is_by_file = digests.file is not None and (digests.records is None or not self._has_checksums)
         self._agrees = False
         self._examined = 0
@@ -87,13 +86,13 @@ class Verification:
         look: Collection[TensorInfo] = (),
         targets: Mapping[str, memoryview] | None = None,
     ) -> Verified:
-        """Compare what was not compared yet, look at values and fill memory, in one pass where that can be.
+        """Compare records that were not compared yet, check values and fill memory, in one pass if possible.
 
         Args:
             infos: Compare the records of these tensors; None: all records.
             part: ``(i, n)``: compare the i-th of n shares of them, counted from 0.
-            look: Tensors whose values are looked at.
-            targets: Record -> memory for all of its bytes.
+            look: Tensors whose values are checked.
+            targets: Name of a record -> memory for all of its bytes.
         """
         before = self._examined
         chosen: set[str] = set()
@@ -118,7 +117,7 @@ class Verification:
         return Verified(by, self._examined - before)
 
     def nonfinite(self, infos: Iterable[TensorInfo]) -> dict[TensorInfo, Finding]:
-        """Those tensors that hold NaN or infinities, and which. What a pass has looked at is not read again."""
+        """Return tensor -> NaN or infinities. Tensors that an earlier pass has checked are not read again."""
         infos = tuple(infos)
         self.examine((), infos)
         for info in infos:
@@ -127,22 +126,22 @@ class Verification:
         return {info: finding for info in infos if (finding := self._known.get(info)) is not None}
 
     def record_of(self, piece: Piece) -> Record | None:
-        """The record that a piece lies in; None where it lies in none, as one without bytes does."""
+        """Return the record that contains a piece; None if no record does, or if the piece is empty."""
         index = bisect.bisect_right(self._offsets, piece.offset) - 1
         record = self._filled[index] if index >= 0 and piece.nbytes else None
         return record if record and piece.offset + piece.nbytes <= record.offset + record.size else None
 
     def foreign(self, infos: Iterable[TensorInfo]) -> list[TensorInfo]:
-        """Those of which a piece lies in no record of this file."""
+        """Return the tensors that have a piece outside all records of this file."""
         return [info for info in infos if any(piece.nbytes and self.record_of(piece) is None for piece in info.pieces)]
 
     def whole_records(self, infos: Iterable[TensorInfo]) -> dict[TensorInfo, Record]:
-        """Those whose bytes, in the order in which they are to be read, are a whole record, and that."""
+        """Return tensor -> record, for the tensors whose row-major bytes are exactly one record."""
         found = ((info, self._filled_by(info.contiguous)) for info in infos)
         return {info: record for info, record in found if record is not None}
 
     def checksums(self, tensors: Mapping[str, TensorInfo]) -> dict[str, int | None]:
-        """CRC-32 of the bytes of each, in their order in the file; None where the file has none of them alone."""
+        """Return name -> CRC-32 of its bytes as stored; None for a tensor without a record of exactly its bytes."""
         found: dict[str, int | None] = {}
         for name, info in tensors.items():
             piece = info.dense
@@ -158,13 +157,14 @@ class Verification:
         return record if record is not None and record.size == piece.nbytes else None
 
     def _compare_file(self) -> None:
-        """By the digest of all bytes: no part of it can be left out."""
+        """Compare all bytes with the digest of the file; a digest cannot be checked in parts."""
         if not self._left:
             return
         try:
             self._handle.check_digest(str(self._digests.file))
         except CheckpointCorruptError:
-            if self._has_checksums:  # names the keys, where it is damage and not another file
+            # If the file is damaged, this raises an error with the keys; if it is another intact file, it passes.
+            if self._has_checksums:
                 self.examine(self._records)
             raise
         self._examined += self._handle.size
@@ -173,23 +173,23 @@ class Verification:
         self._left.clear()
 
     def _pass_over(self) -> None:
-        """What a file without checksums leads to."""
+        """Refuse a torch file without checksums; warn once for a safetensors file, which never has any."""
         if self._content.format == "torch" and self._filled:
             raise CheckpointFormatError(
                 f"{self._handle.path} was written without checksums (torch.serialization.set_crc32_options(False)), so "
-                "its bytes cannot be verified. To load it without that: verify: header",
+                "its bytes cannot be verified. Next: set verify: header to load it unverified",
                 path=self._handle.path,
             )
         if self._left:
             _logger.warning(
-                "%s: a safetensors file carries no checksums, so only its structure was checked. A digest would cover "
-                "every byte: digest: xxh3_128:... or sha256:...",
+                "%s: a safetensors file has no checksums, so only its structure was checked. Next: set digest: "
+                "xxh3_128:... or sha256:... to verify every byte",
                 self._handle.path,
             )
             self._left.clear()
 
     def _compare_header(self) -> None:
-        """Compare all that the header says with what was written."""
+        """Compare size, keys, dtypes, shapes and checksums in the header with the manifest."""
         if self._agrees:
             return
         digests, size = self._digests, self._handle.size
@@ -197,21 +197,21 @@ class Verification:
         found = {key: (info.dtype, info.shape) for key, info in self._tensors.items()}
         different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
         if digests.size is not None and size != digests.size:
-            problem = f"has {size} bytes; {digests.size} were written"
+            problem = f"has {size} bytes; its manifest records {digests.size}"
         elif different:
             problem = f"{_REPLACED}: {listed(different)} differ from the manifest. {_NEXT}"
         elif digest_of_records(self._records.values()) != digests.records:
-            problem = f"{_REPLACED}: its records have other checksums than the manifest says. {_NEXT}"
+            problem = f"{_REPLACED}: the checksums of its records differ from the manifest. {_NEXT}"
         else:
             self._agrees = True
             return
-        self.examine(self._records)  # names the keys, where it is damage and not another file
+        self.examine(self._records)  # for a damaged file, this raises an error that names the keys
         path = self._handle.path
         raise CheckpointCorruptError(f"{path} {problem}", path=path, key=", ".join(different))
 
     @functools.cached_property
     def _whole_tensors(self) -> Mapping[str, tuple[TensorInfo, TensorDigest]]:
-        """Record -> the tensor that is all of it, and what was written of that."""
+        """Name of a record -> the tensor that covers exactly this record, and its description in the manifest."""
         written = {key: info for key, info in self._tensors.items() if key in self._digests.tensors}
         records = self.whole_records(written.values())
         return {
@@ -219,7 +219,7 @@ class Verification:
         }
 
     def _share(self, infos: Iterable[TensorInfo] | None, part: tuple[int, int] | None) -> Iterable[Record]:
-        """The records of tensors, or the share of them that has the same number of bytes as every other one."""
+        """Return the records of tensors, or one of n shares with about equal numbers of bytes."""
         records: Iterable[Record] = self._filled
         if infos is not None:
             found = (self.record_of(piece) for info in infos for piece in info.pieces)
@@ -237,7 +237,7 @@ class Verification:
     def examine(
         self, chosen: Collection[str], look: Iterable[TensorInfo] = (), targets: Mapping[str, memoryview] | None = None
     ) -> None:
-        """Read records once: compare the ``chosen`` ones, look at values, fill memory (record -> all of its bytes).
+        """Read records once: compare the ``chosen`` ones, check values, fill memory (name -> all bytes of a record).
 
         Raises ``CheckpointCorruptError`` with the keys of damaged records.
         """
@@ -268,11 +268,11 @@ class Verification:
                 finding = found.get((name, values))
                 for info in infos:
                     is_sure = finding is None or info.dense is not None
-                    # a view has gaps, and what was found may lie in one of them
+                    # A view has gaps between its elements, and the non-finite value may be in a gap.
                     self._known[info] = finding if is_sure else nonfinite_in(read_tensor(self._handle, info))
 
     def _ranges(self, infos: Iterable[TensorInfo]) -> dict[str, dict[Values, list[TensorInfo]]]:
-        """Record -> what to look at in it, each with the tensors that it tells of."""
+        """Return name of a record -> ranges of values to check -> the tensors with exactly these values."""
         found: dict[str, dict[Values, list[TensorInfo]]] = {}
         for info in infos:
             piece = info.whole
@@ -298,7 +298,8 @@ class Verification:
 
 @attrs.frozen
 class Values:
-    """Floating-point elements from byte ``begin`` to ``end`` of a stretch, to be looked at for NaN and infinities."""
+    """A range of floating-point elements, from byte ``begin`` to ``end`` of a stretch, to check for NaN and
+    infinities."""
 
     begin: int
     end: int
@@ -307,16 +308,16 @@ class Values:
 
 @attrs.frozen(eq=False)
 class Stretch:
-    """Neighbouring bytes of the file that have one checksum.
+    """A range of bytes of the file with one checksum.
 
     Attributes:
-        name: For the caller.
-        offset: Place of the first byte.
+        name: Name for the caller.
+        offset: Position of the first byte.
         size: Number of bytes.
         crc: Expected CRC-32; None: not compared.
         digest: Expected ``xxh3_128:<hex>``, compared instead of ``crc``.
-        values: What to look at; whole elements, counted from the first byte of the stretch.
-        target: Memory of ``size`` bytes that the bytes are read into; None: they are only looked at.
+        values: Ranges of complete elements to check, counted from the first byte of the stretch.
+        target: Memory of ``size`` bytes to fill; None: the bytes are read into a buffer and dropped.
     """
 
     name: str
@@ -331,10 +332,9 @@ class Stretch:
 def examine(
     handle: Handle, stretches: Sequence[Stretch]
 ) -> tuple[list[Stretch], dict[tuple[str, Values], Finding], int]:
-    """Read every stretch once, compare it and look at its values. Raises ``CheckpointCorruptError`` if the file ends.
+    """Read every stretch once, compare it and check its values. Raises ``CheckpointCorruptError`` if the file ends.
 
-    Returns the stretches whose bytes are not those that were written; what is not finite, by the name of the stretch
-    and the place in it; and how many bytes were read. A stretch with neither checksum, values nor target is not read.
+    Returns the damaged stretches, (name of a stretch, range) -> finding, and the number of bytes read.
     """
     for stretch in stretches:
         if stretch.target is not None and stretch.target.nbytes != stretch.size:
@@ -350,7 +350,7 @@ def examine(
         for one in stretches
         if (crcs.get(one) != one.crc if one.digest is None else work.digests[one] != one.digest)
     ]
-    # of one place, NaN comes after infinities, and so it counts
+    # If one range has both findings, NaN must win: in this order it comes last and replaces the infinities.
     found = sorted(work.found, key=lambda item: item[2], reverse=True)
     nonfinite = {(name, values): finding for name, values, finding in found}
     return damaged, nonfinite, sum(part.nbytes for part in parts)
@@ -358,7 +358,7 @@ def examine(
 
 @attrs.frozen
 class _Part:
-    """What one thread takes at a time; ``begin`` counts in the stretch, ``position`` in the file."""
+    """The unit of work of one thread; ``begin`` is relative to the stretch, ``position`` to the file."""
 
     stretch: Stretch
     begin: int
@@ -370,7 +370,7 @@ class _Part:
 
 
 def _parts(stretches: Sequence[Stretch]) -> list[_Part]:
-    """In the order of the file; large stretches are split where their checksum can be combined of parts."""
+    """Split stretches into parts, in the order of the file; only CRC-32 of parts can be combined, xxh3 cannot."""
     parts = []
     for one in sorted(stretches, key=lambda stretch: stretch.offset):
         if one.crc is not None or one.digest is not None or one.values or one.target is not None:
@@ -380,7 +380,7 @@ def _parts(stretches: Sequence[Stretch]) -> list[_Part]:
 
 
 class _Work:
-    """What the threads share; every operation on the containers is a single step."""
+    """The state that the threads share. Each operation on its containers is atomic, so it needs no lock."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -390,7 +390,7 @@ class _Work:
         self.found: set[tuple[str, Values, Finding]] = set()
 
     def read_group(self, group: list[_Part]) -> None:
-        """One pass over neighbouring parts; one read serves as many small ones as it holds."""
+        """Read neighbouring parts; one read of a buffer serves as many small parts as it holds."""
         together: list[_Part] = []
         for part in group:
             is_alone = part.stretch.target is not None or part.nbytes > BUFFER
@@ -405,10 +405,10 @@ class _Work:
             self._read_together(together)
 
     def _buffer(self) -> memoryview:
-        """One for each thread, made once: its pages are touched for the first time only once."""
+        """Return the buffer of this thread; it is created once, because page faults of new memory are slow."""
         if not hasattr(self._own, "buffer"):
             self._own.buffer = memoryview(bytearray(BUFFER))
-        return self._own.buffer  # type: ignore[no-any-return]  # what is kept for a thread has no type
+        return self._own.buffer  # type: ignore[no-any-return]  # attributes of threading.local have no type
 
     def _read_together(self, parts: Sequence[_Part]) -> None:
         begin = parts[0].position
@@ -419,7 +419,7 @@ class _Work:
             self._look(part, (data[at : at + part.nbytes],))
 
     def _pieces(self, part: _Part) -> Iterable[memoryview]:
-        """What is read of a part, one after the other: into its target, or into the buffer again and again."""
+        """Read a part piece by piece, into its target or into the reused buffer, and yield each piece."""
         target = part.stretch.target
         for begin in range(part.begin, part.begin + part.nbytes, BUFFER):
             length = min(BUFFER, part.begin + part.nbytes - begin)
@@ -428,7 +428,7 @@ class _Work:
             yield piece
 
     def _look(self, part: _Part, pieces: Iterable[memoryview]) -> None:
-        """Sum up and look at the pieces of one part, each while it is in the cache."""
+        """Update checksum and findings with the pieces of one part, each while it is in the cache."""
         stretch = part.stretch
         state = xxhash.xxh3_128() if stretch.digest is not None else None
         crc, at = 0, part.begin

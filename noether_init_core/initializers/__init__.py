@@ -1,4 +1,4 @@
-"""Base classes of initializers with their configs, the session, and how optimizer and callback states are restored.
+"""Base classes of initializers, their configs and sessions, and the restoring of optimizer and callback states.
 
-The kinds themselves live in ``builtin`` and in other distributions.
+The kinds are in ``builtin`` and in other distributions.
 """

@@ -1,4 +1,4 @@
-"""What kinds derive from and are told: ``InitializerBase`` with its session and outcome, sources, their configs."""
+"""The base class of kinds, with its session, outcome and sources."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from noether_init_core.uris import local_path
 
 
 def dotted(*path: str | int) -> str:
-    """Where a key of a config stands, without a file."""
+    """The place of a key of a config that has no file."""
     return ".".join(map(str, path))
 
 
 class Session:
-    """One initialization of one initializer, of any kind.
+    """The state of one initialization by one initializer.
 
     Attributes:
-        where: Says where a key of the config stands: file and line where there is a file.
-        key: The key of the config that its fields stand below, where that is no entry of the list: ``auto_resume``.
-        loaded_before: Ids of the tensors that initializers before this one will have loaded.
-        trains: Whether training follows; otherwise the state of a trainer is not missed.
-        stopwatch: Takes the time of phases.
+        where: Function that returns the place of a key of the config, with file and line if there is a file.
+        key: The key of the config above its fields, if the config is not an item of the list: ``auto_resume``.
+        loaded_before: Ids of the tensors that earlier initializers will have loaded.
+        trains: Whether training follows; if not, the state of a trainer is not required.
+        stopwatch: Measures the time of phases.
         restored: What was restored besides weights, in words for the report.
-        not_restored: What the checkpoint has and nothing was given to take, in words for the report.
+        not_restored: What the checkpoint has and no object was given for, in words for the report.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Session:
         self.not_restored: list[str] = []
 
     def close_files(self) -> None:
-        """Close every file and forget what was read from it; what was selected stays selected. May be repeated."""
+        """Close every file and drop what was read from it; the selection stays. May be called more than once."""
 
 
 class InitializerBase:
@@ -63,7 +63,7 @@ class InitializerBase:
     ``cls(config, path_provider=..., **kwargs)``, with the ``kwargs`` of the config where it has them.
 
     As in Noether, the config may be passed as ``initializer_config=...``. A subclass may pass only the path provider
-    to ``super().__init__``, by position or by name; ``config`` is then the config that the subclass was called with.
+    to ``super().__init__``, by position or by name; ``config`` is then the argument of the subclass.
 
     What an initializer finds out during an initialization belongs to ``session``, which the stack sets for the time of
     its calls. A hook that is called alone opens a session of its own and closes it at its end.
@@ -74,8 +74,8 @@ class InitializerBase:
         path_provider: A ``PathProvider``, or an object with ``output_root``, ``run_id`` and ``stage_name``.
         initializer_config: Noether's name for ``config``.
 
-    Raises ``TypeError`` for a first argument of another type, for a config of another class, for an argument that is
-    given twice, and without a config where ``config_class`` has required fields.
+    Raises ``TypeError`` for a first argument of another type, for a config of another class, and for an argument
+    that is given twice. Also without a config, if ``config_class`` has required fields.
 
     Attributes:
         config: The validated config, an instance of ``config_class``.
@@ -145,7 +145,7 @@ class InitializerBase:
         return Session()
 
     def in_session(self) -> AbstractContextManager[Any]:
-        """The session of the initialization that is going on, else one of the block's own."""
+        """The present session, or a new one that is closed at the end of the block."""
         return self._in_own_session() if self.session is None else nullcontext(self.session)
 
     @contextmanager
@@ -159,7 +159,7 @@ class InitializerBase:
 
     @property
     def stopwatch(self) -> Stopwatch:
-        """Takes the time of phases of the present initialization: ``with self.stopwatch.phase("read", nbytes):``."""
+        """Measures phases of the present initialization: ``with self.stopwatch.phase("read", nbytes):``."""
         return Stopwatch() if self.session is None else self.session.stopwatch
 
     @property
@@ -169,45 +169,45 @@ class InitializerBase:
 
     @property
     def states_plan(self) -> bool:
-        """Whether what it does to the weights is known beforehand: by its own ``plan`` or by those of its delegates."""
+        """Whether the kind provides a plan: by its own ``plan``, or by its delegates."""
         return type(self).plan is not InitializerBase.plan or (
             bool(self.delegates) and all(one.states_plan for one in self.delegates)
         )
 
     def plan(self, model: Any) -> LoadPlan | None:
-        """What ``init_weights(model)`` will do, found out without a change; may be called more than once.
+        """The plan of ``init_weights(model)``; changes nothing, and may be called more than once.
 
-        ``model`` may be on the meta device. None: the kind states no plan of its own; the plans of its delegates are
-        taken, and without delegates the stack compares the weights before and after. Problems belong into the plan:
-        the stack raises them before anything is changed.
+        ``model`` may be on the meta device. None means that the kind provides no plan: the plans of its delegates are
+        used, and without delegates the stack compares the weights before and after. Problems belong into the plan, and
+        the stack raises them before the first change.
         """
         return None
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
-        """Find out everything that could fail, and change nothing. Not a hook; the stack calls it before any hook.
+        """Check everything that could fail, and change nothing. Not a hook; the stack calls it before any hook.
 
-        Whatever can be known beforehand (files, bytes, keys, shapes, optimizer and callback state) is raised here, so
-        that a failed initialization leaves everything as it was. It may be called more than once. The delegates have
-        been checked before.
+        Raise here whatever can be known before a change (files, bytes, keys, shapes, optimizer and callback state), so
+        that a failed initialization changes nothing. Every rank calls it, and it may be called more than once.
+        Delegates are checked before.
         """
 
     def outcome(self) -> Outcome:
-        """What was done, for the report; asked by the stack after the last hook, while the session is open."""
+        """What was done, for the report; the stack calls it after the last hook, while the session is open."""
         session = self.new_session() if self.session is None else self.session
         own = Outcome(restored=tuple(session.restored), not_restored=tuple(session.not_restored), timings=self.timings)
         return Outcome.merged([*(one.outcome() for one in self.delegates), own])
 
     def sources(self, model: Any) -> Mapping[str, Source]:
-        """Path of a single model -> the file that its weights will be read from; only locates."""
+        """Path of a single model -> the file that its weights will be read from; opens no file."""
         return {path: source for one in self.delegates for path, source in one.sources(model).items()}
 
     def suggest_rules(self, model: Any) -> Mapping[str, Suggestion]:
-        """Path of a single model -> transforms for it and its file, from names and shapes; nothing is applied."""
+        """Path of a single model -> suggested transforms for it and its file, from names and shapes."""
         return {path: found for one in self.delegates for path, found in one.suggest_rules(model).items()}
 
     @property
     def skipped_hooks(self) -> frozenset[str]:
-        """The hooks that an ``InitializerStack`` does not call for this initializer. A direct call always works."""
+        """The hooks that a stack does not call for this initializer. A direct call always works."""
         return frozenset()
 
     def start_checkpoint(self) -> TrainingIteration:
@@ -248,7 +248,7 @@ InitializerBase.__new__.__signature__ = inspect.signature(InitializerBase.__init
 
 
 def only_start(starts: Iterable[tuple[str, TrainingIteration | None]], noun: str, of: str = "") -> TrainingIteration:
-    """The start that is other than zero, of (kind, start) of each. Raises ``StartConflictError`` for several."""
+    """The only start after iteration zero, of (kind, start) of each. Raises ``StartConflictError`` for several."""
     named = {f"{number}: {kind}": start for number, (kind, start) in enumerate(starts)}
     others = {name: start for name, start in named.items() if start is not None and not start.is_zero}
     if len(others) > 1:
@@ -278,13 +278,13 @@ class LoadedFile:
 
     Attributes:
         path: The file.
-        digest: Of the whole file, where it is known: ``xxh3_128:...`` or ``sha256:...``.
-        origin: Where the file came from: run_id, stage_name, tag, iteration.
-        tensors: Name in the file -> digest of the tensor's bytes, where a manifest records it.
-        history: Name in the file -> where its values came from before.
-        verified: By what its bytes were verified: ``xxh3_128``, ``sha256``, ``crc32``; ``unverifiable`` where nothing
-            is known to compare them with; empty where that was not asked for. A class that is none of this package
-            claims it: ``sha256, claimed by package.Class``.
+        digest: Of the whole file, if known: ``xxh3_128:...`` or ``sha256:...``.
+        origin: Origin of the file: run_id, stage_name, tag, iteration.
+        tensors: Name in the file -> digest of the tensor's bytes, if a manifest records it.
+        history: Name in the file -> earlier origins of its values.
+        verified: The digest that verified its bytes: ``xxh3_128``, ``sha256``, ``crc32``; ``unverifiable`` without any;
+            empty if verification was switched off. A reader class outside this package only claims it: ``sha256,
+            claimed by package.Class``.
     """
 
     path: Path = attrs.field(converter=Path)
@@ -302,10 +302,10 @@ class Outcome:
     Attributes:
         files: Path of a single model -> the file that its weights came from.
         restored: What was restored besides weights, in words.
-        not_restored: What the checkpoint has and nothing was given to take, in words.
+        not_restored: What the checkpoint has and no object was given for, in words.
         passed_over: (set, reason) of each broken set that was passed over, newest first.
-        resumed_set: The folder of the set that is resumed; None where nothing is resumed.
-        continues: Whether the weights come from the very run that is started.
+        resumed_set: The folder of the set that was resumed, or None.
+        continues: Whether the weights come from the run that is started.
         timings: Seconds and bytes of each phase.
     """
 
@@ -334,13 +334,13 @@ class Outcome:
 
 @attrs.frozen(eq=False)
 class LocateQuery:
-    """What ``SourceInitializer.locate`` is asked for.
+    """The question that ``SourceInitializer.locate`` answers.
 
     Attributes:
         model_name: The name in the files; for a submodel the path of names, such as ``autoenc.encoder``.
         path: The path of names of the single model in the model that is initialized.
         part: ``model`` for weights, ``optim`` for optimizer state, ``trainer`` for the trainer's state.
-        model: The single model; None where it is not known yet.
+        model: The single model; None if it is not known yet.
     """
 
     model_name: str
@@ -351,14 +351,14 @@ class LocateQuery:
 
 @attrs.frozen
 class Source:
-    """Where weights or state lie.
+    """A location of weights or state.
 
     Attributes:
         location: The file.
-        digests: The digest of the whole file, as ``xxh3_128:...`` or ``sha256:...``, or all that is known of it; with
+        digests: The digest of the whole file, as ``xxh3_128:...`` or ``sha256:...``, or all known digests; with
             ``verify: full`` the bytes are compared with them on the handle that they are read from.
-        entry: Which tree of the file; None for the state dict.
-        origin: Where it came from, for people and reports: run_id, stage_name, tag, iteration.
+        entry: The tree of the file to use; None for the state dict.
+        origin: Its origin, for messages and reports: run_id, stage_name, tag, iteration.
     """
 
     location: Path = attrs.field(converter=local_path)
@@ -368,7 +368,7 @@ class Source:
 
     @property
     def digest(self) -> str | None:
-        """The digest of the whole file, where it is known."""
+        """The digest of the whole file, or None."""
         return self.digests.file if isinstance(self.digests, Digests) else self.digests
 
     def describe(self) -> str:

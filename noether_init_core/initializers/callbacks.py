@@ -1,4 +1,4 @@
-"""States of callbacks and trainers: matched, handed over, put back on failure; files that callbacks resume from."""
+"""States of callbacks and trainers: matched, loaded, restored after a failure; and files that callbacks resume from."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from noether_init_core.sets.file_names import CheckpointFileName, parse
 
 @attrs.frozen(eq=False)
 class CallbackPlan:
-    """Which callback gets which stored state, and what a person should know."""
+    """The stored state of each callback, and warnings for the user."""
 
     states: tuple[tuple[Any, dict[str, Any]], ...]
     warnings: tuple[str, ...] = ()
 
 
 def callback_key(callback: Any) -> str:
-    """``checkpoint_key`` where the callback has one, else the name of its class."""
+    """``checkpoint_key`` of the callback, or else the name of its class."""
     key = getattr(callback, "checkpoint_key", None)
     return str(key) if key is not None else type(callback).__name__
 
@@ -39,8 +39,7 @@ def plan_callbacks(saved: Any, callbacks: Sequence[Any], *, where: str) -> Callb
     """Match stored states to callbacks: by key, or by position for the list of older files. Pure.
 
     A state without a callback and a stateful callback without a state are warnings, as in Noether. Raises
-    ``StateMismatchError`` where two callbacks of one key would both take a state, and where a positional list does
-    not fit the callbacks.
+    ``StateMismatchError`` if two callbacks with one key would both take a state, or if a positional list does not fit.
     """
     if isinstance(saved, Mapping):
         return _by_key(saved, callbacks, where)
@@ -92,7 +91,7 @@ def _by_position(saved: Sequence[Any], callbacks: Sequence[Any], where: str) -> 
 
 
 def apply_callbacks(plan: CallbackPlan) -> None:
-    """Hand each callback its state, unless it has that state already (a trainer may have loaded it)."""
+    """Give each callback its state, unless it has that state already, because a trainer may have loaded it."""
     for callback, state in plan.states:
         if not nested.equal(_own_state(callback), state):
             callback.load_state_dict(copy.deepcopy(state))
@@ -145,7 +144,7 @@ class StatesBefore:
     @classmethod
     @contextlib.contextmanager
     def kept(cls, trainer: Any, callbacks: Sequence[Any] = ()) -> Iterator[None]:
-        """Put the states back if the block raises; the error goes on, with a note of what could not be put back."""
+        """Restore the states if the block raises; the error gets a note of each state that could not be restored."""
         before = cls.taken(trainer, callbacks)
         try:
             yield
@@ -157,11 +156,11 @@ class StatesBefore:
 
 @attrs.frozen
 class ResumptionPaths(PathProvider):
-    """The path provider that ``resume_from_checkpoint`` of a callback is given.
+    """The path provider for ``resume_from_checkpoint`` of a callback.
 
     Noether's EMA callback reads the tag ``latest``, whatever tag is resumed. So ``checkpoint_path`` is a temporary
-    folder of links to the files of the run, in which ``latest`` names the files of the set that is resumed. It exists
-    inside the ``with`` block only.
+    folder of links to the files of the run, in which ``latest`` names the files of the resumed set. It exists inside
+    the ``with`` block only.
     """
 
     view: Path = attrs.field(kw_only=True)
@@ -175,7 +174,7 @@ class ResumptionPaths(PathProvider):
 def resume_callbacks(
     callbacks: Iterable[Any], model: Any, paths: PathProvider, selected: CheckpointSet, logger: logging.Logger
 ) -> None:
-    """Let every callback that can (``resume_from_checkpoint``) resume from files; without one, nothing is made."""
+    """Let every callback with ``resume_from_checkpoint`` resume from files; without one, no folder is made."""
     resuming = _resuming(callbacks)
     if resuming:
         with tempfile.TemporaryDirectory(prefix="noether-init-") as folder:
@@ -187,7 +186,7 @@ def resume_callbacks(
 
 
 def check_resumption(callbacks: Iterable[Any]) -> None:
-    """Find out whether callbacks that resume from files could be shown them. Raises ``StateMismatchError``."""
+    """Check that callbacks can resume from files. Raises ``StateMismatchError`` if no folder of links can be made."""
     if not _resuming(callbacks):
         return
     try:

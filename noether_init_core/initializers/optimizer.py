@@ -1,4 +1,4 @@
-"""Optimizer state in one initialization: decided from the header of its file, read and verified, handed over."""
+"""Optimizer state in one initialization: planned from the header of its file, read, verified and written."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
 from noether_init_core.surgery.optimizer_plan import Moved, OptimizerPlan, ParameterOrigin, Stays, plan_optimizer
 from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow, Problem
 
-#: A plan names so many problems of one optimizer; what is wrong with one parameter is wrong with many.
+#: A plan lists this many problems of one optimizer, because a problem of one parameter often affects many.
 _MOST_PROBLEMS = 5
 
 
 @attrs.define(eq=False)
 class OptimizerStep:
-    """What one optimizer will get.
+    """The planned state of one optimizer.
 
     Attributes:
         leaf: Its model.
         optimizer: The optimizer, without a wrapper around it.
         file: The open file of the state.
-        plan: What is done; the tensors are descriptions until ``read``.
+        plan: The plan; its tensors are descriptions until ``read``.
         is_read: Whether the tensors were read and verified.
     """
 
@@ -50,7 +50,7 @@ class OptimizerStep:
     is_read: bool = False
 
     def fits(self) -> bool:
-        """Whether the model still has the optimizer, with the groups, that the step was decided for."""
+        """Whether the model still has the optimizer and the groups for which the step was planned."""
         optimizer = self.leaf.model.optimizer
         if optimizer is None:
             return False
@@ -60,10 +60,10 @@ class OptimizerStep:
         ]
 
     def read(self, config: OptimizerStateConfig) -> list[str]:
-        """Put tensors in the place of descriptions; returns warnings.
+        """Replace descriptions by tensors; returns warnings.
 
-        They are read into the memory that they stay in, verified and examined in one pass, and follow their
-        parameters. Raises ``StateMismatchError`` for NaN and infinities, unless the config takes them.
+        Tensors are read into their final memory, verified and examined in one pass, and follow their parameters. Raises
+        ``StateMismatchError`` for NaN and infinities, unless the config allows them.
         """
         states = [state for states in self.plan.state for state in states if isinstance(state, Mapping)]
         fields, reader = list(self.plan.fields), self.file.reader
@@ -77,11 +77,11 @@ class OptimizerStep:
             )
         given: set[TensorInfo] = set()
 
-        # neither calls itself: such a closure, and with it every tensor, lives until the garbage is collected
+        # neither calls itself: a recursive closure keeps every tensor alive until a garbage collection
         def taken(value: Any) -> Any:
             if not isinstance(value, TensorInfo):
                 return value
-            # described twice, it gets memory twice, since each is updated by itself
+            # a tensor that occurs twice gets memory twice, because the optimizer updates each occurrence separately
             if value not in tensors or value in given:
                 return reader.read(value)
             given.add(value)
@@ -103,7 +103,7 @@ class OptimizerStep:
         return warnings
 
     def check_memory(self) -> None:
-        """Raise ``StateMismatchError`` on the meta device: state lies where its parameter does, and would be lost."""
+        """Raise ``StateMismatchError`` for parameters on the meta device, where their state would be lost."""
         if any(parameter.is_meta for group in self.optimizer.param_groups for parameter in group["params"]):
             raise StateMismatchError(
                 f"{self.leaf.path} is on the meta device, so that its optimizer cannot take state yet. "
@@ -111,7 +111,7 @@ class OptimizerStep:
             )
 
     def restored(self, *, continues: bool) -> str:
-        """What is restored, in words for the report; empty for nothing. To be asked before it is done."""
+        """What is restored, in words for the report; empty for nothing. Call it before the state is written."""
         states = [state for group in self.plan.state for state in group]
         taken = sum(isinstance(state, Mapping) for state in states)
         notes = []
@@ -119,15 +119,15 @@ class OptimizerStep:
             notes.append(f"{taken} of {len(states)} parameters, the others as loaded before")
         if not continues:
             notes.append(self._changes())
-        said = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
+        words = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
         if taken:
-            return f"optimizer of {self.leaf.path}{said}"
+            return f"optimizer of {self.leaf.path}{words}"
         if any(self.plan.fields):
-            return f"settings of the optimizer of {self.leaf.path}, which has no state{said}"
+            return f"settings of the optimizer of {self.leaf.path}, which has no state{words}"
         return ""
 
     def _changes(self) -> str:
-        """Where fields that a script tunes become those of the checkpoint, and what keeps them."""
+        """Fields that a script tunes and that the checkpoint changes, and the config that keeps them."""
         changes: dict[str, dict[str, None]] = {}
         for group, fields in zip(self.optimizer.param_groups, self.plan.fields, strict=True):
             for field in ("lr", "weight_decay"):
@@ -141,7 +141,7 @@ class OptimizerStep:
         return f"{listed} as in the checkpoint; to keep yours: param_groups: {{{keeping}}}"
 
     def _nonfinite(self, states: Sequence[Mapping[str, Any]], fields: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What holds NaN or infinities in the state, or NaN in the fields."""
+        """Problems for NaN or infinities in the state, and NaN in the fields."""
         file = self.file.source.location.name
         named = [(key, info) for state in states for key, value in state.items() for info in _infos(value)]
         found = self.file.reader.nonfinite([info for _key, info in named])
@@ -155,13 +155,13 @@ class OptimizerStep:
 
 
 class LoadSession(WeightsSession):
-    """A session of a kind that reads weights, and optimizer state, from files that it locates."""
+    """A session of a kind that reads weights and optimizer state from files that it locates."""
 
     def __init__(self, kind: Any) -> None:
         super().__init__(kind)
         has_state = isinstance(self.config, OptimizerStateConfig) and self.config.load_optim
         self._state_config: OptimizerStateConfig | None = kind.config if has_state else None
-        # asked for by the config, and not loaded by the kind itself
+        # whether the config declares load_optim, and not the default of the kind
         self._is_asked_for = has_state and type(kind.config).model_fields["load_optim"].default is not True
         self._steps: dict[str, OptimizerStep] = {}
 
@@ -174,7 +174,7 @@ class LoadSession(WeightsSession):
             close_all(step.file.reader for step in steps)
 
     def findings(self, planned: Planned) -> tuple[list[Problem], list[Problem]]:
-        """What is known beforehand of the optimizers: problems, and warnings. Only headers are read."""
+        """Problems and warnings of the optimizers that are known before a change. Reads only headers."""
         if self._state_config is None:
             return [], []
         chosen, without = by_optimizer(planned.opened.leaves)
@@ -192,13 +192,13 @@ class LoadSession(WeightsSession):
                     messages[_MOST_PROBLEMS:] = [f"and {len(messages) - _MOST_PROBLEMS} more"]
                 problems += [Problem("optimizer", f"optimizer state: {message}", leaf.path) for message in messages]
             else:
-                # state follows the weights: what a plan with problems makes of it helps nobody
+                # state follows the weights, so that a plan with problems would only repeat them
                 if planned.plan.is_fine:
                     warnings += [Problem("optimizer", message, leaf.path) for message in step.plan.warnings]
         return problems, warnings
 
     def checked_optimizers(self, model: Any) -> list[OptimizerStep]:
-        """What each optimizer will get, decided, read and verified. Nothing is changed."""
+        """The steps of all optimizers, planned, read and verified. Changes nothing."""
         config = self._state_config
         if config is None:
             return []
@@ -211,7 +211,7 @@ class LoadSession(WeightsSession):
                 f"load_optim: true, but {', '.join(without)} has no optimizer to load into. "
                 "Next: bind(module, optimizer=...), or load_optim: false"
             )
-        # all are decided before the first one is read
+        # plan all before the first one is read, which takes long
         steps = [self._step(leaf, planned) for leaf in chosen]
         for step in steps:
             if not step.is_read:
@@ -222,7 +222,7 @@ class LoadSession(WeightsSession):
         return steps
 
     def apply_optimizers(self, model: Any) -> None:
-        """Hand every optimizer its state. Everything is verified before the first one changes."""
+        """Write the state of every optimizer. Everything is verified before the first one changes."""
         steps = self.checked_optimizers(model)
         for step in steps:
             step.check_memory()
@@ -235,7 +235,7 @@ class LoadSession(WeightsSession):
                 self.writing(f"the optimizer of {path} failed while it took its state", leaves, done),
                 self.stopwatch.phase("copy"),
             ):
-                # if it refuses the state, its own is put back and the error goes on
+                # if it raises, it restores the earlier state of this optimizer
                 apply_optimizer(step.plan, step.optimizer)
             done.append(path)
             if restored:
@@ -246,7 +246,7 @@ class LoadSession(WeightsSession):
         self._steps.clear()
 
     def _step(self, leaf: Leaf, planned: Planned) -> OptimizerStep:
-        """What an optimizer will get, by the header of its file and the plan of the weights; nothing else is read.
+        """The step of an optimizer, from the header of its file and the plan of the weights.
 
         Raises ``StateMismatchError`` with everything that does not fit.
         """
@@ -266,7 +266,7 @@ class LoadSession(WeightsSession):
         try:
             self.kind.check_together({**planned.opened.metadata, file.source.location: file.reader.metadata})
             optimizer, fields = torch_optimizer(leaf.model.optimizer), config.param_groups
-            if optimizer is not leaf.model.optimizer:  # a wrapper keeps its own fields of groups, as that of Noether
+            if optimizer is not leaf.model.optimizer:  # a wrapper, such as Noether's, adds its own fields to groups
                 fields = dict.fromkeys([*fields, "*"], "config")
             plan = plan_optimizer(
                 file.reader.metadata,
@@ -289,14 +289,14 @@ class LoadSession(WeightsSession):
 
 
 def by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str]]:
-    """Models with an optimizer to load, and paths of those that have none; frozen ones keep what they have."""
+    """Models with an optimizer to load, and paths of models without one; frozen models keep theirs."""
     trained = [leaf for leaf in leaves if not leaf.model.is_frozen]
     chosen = [leaf for leaf in trained if leaf.model.optimizer is not None]
     return chosen, [leaf.path for leaf in trained if leaf.model.optimizer is None]
 
 
 def _origins(leaf: Leaf, plan: LoadPlan, loaded_before: frozenset[int]) -> dict[str, ParameterOrigin] | None:
-    """Name in a model -> where its value comes from; None where that is the same name for all."""
+    """Name in a model -> origin of its value; None if all names are the same on both sides."""
     named = leaf.model.named_parameters(remove_duplicate=False)
     before = {name for name, parameter in named if id(parameter) in loaded_before}
     origins = {
@@ -329,7 +329,7 @@ def _infos(value: Any) -> Iterator[TensorInfo]:
 
 
 def _number(value: Any) -> float | None:
-    """A field of a group as a number, also out of a tensor; None for what is none."""
+    """A field of a group as a number, also from a tensor; None if it is not a number."""
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         return float(value)
     return float(value) if isinstance(value, int | float) else None

@@ -1,10 +1,10 @@
 """Weights in one initialization: located, opened, planned, verified, written.
 
-A session of a kind that reads files goes through stages::
+A session of a kind that reads files has stages::
 
     selected -> opened -> planned -> verified -> applied
 
-``plan``, ``checked`` and ``apply`` lead to a stage from whichever one was reached. ``LoadSession`` adds the optimizers.
+``plan``, ``checked`` and ``apply`` go to a stage from any earlier one. ``LoadSession`` adds the optimizers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class OpenFile:
 
 @attrs.frozen(eq=False)
 class Opened:
-    """The files with the weights of every single model below ``model`` are open; they belong together."""
+    """The open files with the weights of every single model below ``model``, which belong together."""
 
     model: Any
     modules: tuple[int, ...]
@@ -61,13 +61,13 @@ class Opened:
 
     @property
     def metadata(self) -> dict[Path, Mapping[str, Any]]:
-        """What the header of each file holds besides tensors."""
+        """File -> content of its header besides tensors."""
         return {file.source.location: file.reader.metadata for file in self.weights.values()}
 
 
 @attrs.frozen(eq=False)
 class Planned:
-    """What will be done to the tensors, which are those of ``signature``."""
+    """The plan for the tensors in ``signature``."""
 
     opened: Opened
     plan: LoadPlan
@@ -81,11 +81,11 @@ class WeightsSession(Session):
     Attributes:
         kind: The initializer, a ``SourceInitializer``.
         config: Its config.
-        selection: What the kind selected, in its own terms; the first question decides it.
-        opened: The open files with the weights; None before.
-        planned: The plan that was made last; None before.
+        selection: The selection of the kind, in its own type; set once.
+        opened: The open files with the weights, or None.
+        planned: The last plan, or None.
         is_verified: Whether everything that ``planned`` reads was verified.
-        verified: Path of a single model -> by what the bytes of its file were verified, where that was asked for.
+        verified: Path of a single model -> the digest that verified its file, if verification was on.
         files: Path of a single model -> the file that its weights came from; None before they were written.
     """
 
@@ -113,22 +113,22 @@ class WeightsSession(Session):
     # Weights.
 
     def located(self, model: Any) -> list[tuple[Leaf, Source | None]]:
-        """The single models, each with what the kind locates for its weights."""
+        """The single models, each with the located file of its weights."""
         with self.stopwatch.phase("find"):
             leaves = self.kind.leaves(model)
             self.kind.select(leaves)
             return [(leaf, self.source(leaf, "model")) for leaf in leaves]
 
     def source(self, leaf: Leaf, part: Part) -> Source | None:
-        """What the kind locates, by the first name of the model that it knows."""
+        """The located file, by the first name of the model that the kind knows."""
         queries = (LocateQuery(name, leaf.path, part, leaf.model) for name in leaf.file_names)
         return next((found for query in queries if (found := self.kind.locate(query)) is not None), None)
 
     def open(self, model: Any) -> Opened:
-        """The open files of this model; nothing but their headers is read."""
+        """The open files of this model; reads only headers."""
         modules = modules_of(model)
         if self.opened is not None:
-            # user code may have replaced a submodel since
+            # user code may have replaced a submodel since they were opened
             if self.opened.model is model and self.opened.modules == modules:
                 return self.opened
             self.close_files()
@@ -150,16 +150,16 @@ class WeightsSession(Session):
         return opened
 
     def plan(self, model: Any) -> Planned:
-        """The plan of the weights; the last one where there is one for this model. Only headers are read."""
+        """The plan of the weights; the last one if it is for this model. Reads only headers."""
         opened = self.open(model)
         if self.planned is None:
             self.planned = self._plan(opened)
         return self.planned
 
     def checked(self, model: Any) -> Planned:
-        """The plan, after finding out everything that could fail: its problems, bytes, values. Nothing is changed.
+        """The plan, after everything that could fail was checked: its problems, bytes, values. Changes nothing.
 
-        What was verified holds as long as the model has the same tensors; otherwise it is planned anew.
+        The result of the verification holds as long as the model has the same tensors; otherwise it is planned again.
         """
         if self.files is not None:  # they are closed
             self.close_files()
@@ -176,7 +176,7 @@ class WeightsSession(Session):
         return planned
 
     def parts(self, opened: Opened) -> Iterator[tuple[PlanPart, ModelTargets]]:
-        """For each single model, what the file and the model have."""
+        """For each single model, the entries of the file and of the model."""
         for leaf in opened.leaves:
             file, targets = opened.weights[leaf.path], model_targets(leaf.model)
             sources: dict[str, TensorSpec] = {**file.reader.tensors(), **dict.fromkeys(file.reader.extra_state, _EXTRA)}
@@ -191,6 +191,7 @@ class WeightsSession(Session):
                 targets.hidden,
                 frozenset(name for name, tensor in targets.tensors.items() if id(tensor) in self.loaded_before),
                 frozenset(targets.resettable),
+                targets.unlisted,
             )
             yield part, targets
 
@@ -231,7 +232,7 @@ class WeightsSession(Session):
             plan.refuse(differing_ties(plan, readers))
 
     def apply(self, model: Any) -> None:
-        """Write the weights in place and close their files; they are checked before, unless they were."""
+        """Write the weights in place and close their files; verify them first, unless that was done."""
         planned = self.checked(model)
         plan, opened = planned.plan, planned.opened
         done: list[str] = []
@@ -272,7 +273,7 @@ class WeightsSession(Session):
 
     @contextmanager
     def writing(self, what: str, leaves: Sequence[Leaf], done: Sequence[str]) -> Iterator[None]:
-        """Turn an error in the middle of writing into ``PartlyInitializedError``, with what was written before."""
+        """Raise an error during writing as ``PartlyInitializedError``, with what was written before."""
         try:
             yield
         except Exception as error:
@@ -287,7 +288,7 @@ class WeightsSession(Session):
 
 
 def _claimed(reader: Checkpoint, found: Verified) -> Verified:
-    """What was verified; what a class that is none of this package says of it is its own claim."""
+    """The result of a verification; that of a class outside this package is marked as its own claim."""
     cls = type(reader)
     if cls is FileCheckpoint:
         return found
@@ -295,14 +296,14 @@ def _claimed(reader: Checkpoint, found: Verified) -> Verified:
 
 
 def close_all(readers: Iterable[Checkpoint]) -> None:
-    """Close every one, the last one first; one that cannot be closed keeps no other open."""
+    """Close every reader, the last one first; a reader that raises does not keep others open."""
     with ExitStack() as closing:
         for reader in readers:
             closing.callback(reader.close)
 
 
 def _signature(leaves: Sequence[Leaf]) -> tuple[Any, ...]:
-    """What a plan depends on, on the side of the models: which modules and tensors they have, and of what form."""
+    """The properties of models on which a plan depends: modules and tensors, with shapes and dtypes."""
     found: list[Any] = []
     for leaf in leaves:
         module = leaf.model.module if isinstance(leaf.model, BoundModel) else leaf.model

@@ -1,4 +1,4 @@
-"""Kinds that read files: ``SourceInitializer`` from what they locate, ``CheckpointInitializer`` from sets of a run."""
+"""Base classes of kinds that read files: ``SourceInitializer`` and, for sets of a run, ``CheckpointInitializer``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from noether_init_core.initializers.optimizer import LoadSession, by_optimizer
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.models import Leaf, check_model, leaves_of, submodel_of
 from noether_init_core.paths import PathProvider, name_of_run
-from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, said_by
+from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, recorded_in
 from noether_init_core.sets.file_names import Part, parse
 from noether_init_core.sets.provenance import History, read_histories
 from noether_init_core.sets.refusals import AskedBy
@@ -44,33 +44,31 @@ from noether_init_core.surgery.plan import LoadPlan
 
 
 class SourceInitializer(InitializerBase, abc.ABC):
-    """Initialize weights, and optimizer state where the config asks for it, from files that ``locate`` names.
+    """Base of kinds that initialize weights, and optimizer state if configured, from files that ``locate`` returns.
 
-    A subclass implements ``locate`` and gets the rest: screening, plan, verification, application in place, composites.
-    Files are opened once and kept open from ``check`` to the end of ``init_weights``, so that what was verified is
-    what is loaded. All submodels are planned and verified before the first one is changed.
+    A subclass implements ``locate``. The base class screens, plans, verifies and loads in place, also for composites.
+    Files are opened once and stay open from ``check`` to the end of ``init_weights``, so that the verified bytes are
+    the loaded bytes. All submodels are planned and verified before the first one is changed.
     """
 
     config_class: ClassVar[type[KindConfig]] = SourceInitializerConfig
     config: SourceInitializerConfig
 
-    #: Whether what ``locate`` finds is for one single model; a composite then needs ``submodel``, else it is refused.
+    #: Whether a located file holds one single model; a composite then needs ``submodel``, or is refused.
     one_model: ClassVar[bool] = False
     #: The config line that keeps entries of the model, shown beside missing ones; empty where the kind has none.
     fresh_hint: ClassVar[str] = ""
 
     @abc.abstractmethod
     def locate(self, query: LocateQuery) -> Source | None:
-        """The file that holds a part of a single model; None where there is none.
+        """The file that holds a part of a single model; None if no file does.
 
-        It is called for each single model and part: for ``model``, and for ``optim`` with ``load_optim: true``.
+        It is called for each single model and part: for ``model``, and for ``optim`` with ``load_optim: true``. Every
+        rank calls it, and it may be called more than once.
         """
 
     def open(self, source: Source) -> Checkpoint:
-        """The open checkpoint of a source. What derives from ``Checkpoint`` is planned, verified, loaded and traced.
-
-        Nothing but the header is read. The session closes it.
-        """
+        """Open a source, as any class of ``Checkpoint``. Reads only the header; the session closes it."""
         return open_checkpoint(source.location, entry=source.entry, digests=source.digests, stopwatch=self.stopwatch)
 
     @property
@@ -91,10 +89,10 @@ class SourceInitializer(InitializerBase, abc.ABC):
         return LoadSession(self)
 
     def plan(self, model: Any) -> LoadPlan:
-        """What ``init_weights(model)`` will do. Only headers are read; ``model`` may be on the meta device.
+        """The plan of ``init_weights(model)``. Reads only headers; ``model`` may be on the meta device.
 
-        What stands in the way of the optimizer is a problem of code ``optimizer``. Raises errors of ``locate`` and of
-        the reader; problems of the plan itself are in the plan.
+        A problem of the optimizer has the code ``optimizer``. Raises errors of ``locate`` and of the reader; problems
+        of the plan itself are in the plan.
         """
         with self.in_session() as session:
             planned = session.plan(model)
@@ -103,9 +101,10 @@ class SourceInitializer(InitializerBase, abc.ABC):
             return attrs.evolve(plan, problems=(*plan.problems, *problems), warnings=(*plan.warnings, *warnings))
 
     def suggest_rules(self, model: Any) -> dict[str, Suggestion]:
-        """Path of a single model -> transforms for it and its file, from names and shapes; nothing is applied.
+        """Path of a single model -> suggested transforms for it and its file, from names and shapes.
 
-        Only headers are read; ``model`` may be on the meta device. Raises errors of ``locate`` and of the reader.
+        Changes nothing and reads only headers; ``model`` may be on the meta device. Raises errors of ``locate`` and the
+        reader.
         """
         policies = self.config.policies
         with self.in_session() as session:
@@ -115,27 +114,27 @@ class SourceInitializer(InitializerBase, abc.ABC):
             }
 
     def sources(self, model: Any) -> dict[str, Source]:
-        """Path of a single model -> the file that its weights will be read from; only locates."""
+        """Path of a single model -> the file that its weights will be read from; opens no file."""
         with self.in_session() as session:
             return {leaf.path: source for leaf, source in session.located(model) if source is not None}
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
-        """Plan the weights, verify every byte that will be read, and examine the values; likewise optimizer state."""
+        """Plan the weights, verify every byte that will be read, and examine the values; also of optimizer state."""
         with self.in_session() as session:
             session.checked(model)
             session.checked_optimizers(model)
 
     def init_weights(self, model: Any) -> None:
-        """Write the weights in place, after everything about them has been checked.
+        """Write the weights in place, after all checks.
 
-        A problem that can be known beforehand leaves the model as it was. Should a disk fail between check and read,
+        A problem that can be known before leaves the model unchanged. If a disk fails between check and read,
         ``PartlyInitializedError`` names the models that were written.
         """
         with self.in_session() as session:
             session.apply(model)
 
     def init_optimizer(self, model: Any) -> None:
-        """Restore the optimizer state by parameter name where the config asks for it, else do nothing.
+        """Restore the optimizer state by parameter name if the config declares ``load_optim``, else do nothing.
 
         Everything is planned and verified before the first optimizer changes.
         """
@@ -143,36 +142,36 @@ class SourceInitializer(InitializerBase, abc.ABC):
             session.apply_optimizers(model)
 
     def outcome(self) -> Outcome:
-        """The files that weights came from, what was restored besides, and where the time went."""
+        """The files that weights came from, what else was restored, and the time of each phase."""
         files = None if self.session is None else self.session.files
         return attrs.evolve(super().outcome(), files=files or {}, continues=self.continues)
 
     @property
     def continues(self) -> bool:
-        """Whether weights come from the very run that is started, which goes on."""
+        """Whether the weights come from the run that is started."""
         return False
 
-    # What kinds that select among several files override.
+    # Kinds that select among several files override these.
 
     def select(self, leaves: Sequence[Leaf] = (), part: Part = "model") -> object:
-        """Select, once for a session, what all files come from; called before the first ``locate`` of a part.
+        """Select the origin of all files, once per session; called before the first ``locate`` of a part.
 
         Args:
-            leaves: The single models that ``locate`` will be asked for.
-            part: The part that it will be asked for.
+            leaves: The single models for which ``locate`` will be called.
+            part: The part for which it will be called.
         """
 
     def check_together(self, metadata: Mapping[Path, Mapping[str, Any]]) -> None:
-        """Raise where files do not belong together; called with their headers before anything is planned."""
+        """Raise if files do not belong together; called with their headers before planning."""
 
     def history_of(self, source: Source) -> History:
-        """Where the values in a file came from before, by their names in the file."""
+        """Earlier origins of the values in a file, by their names in the file."""
         return {}
 
     def leaves(self, model: Any) -> tuple[Leaf, ...]:
-        """The single models below ``model`` that this initializer is for, in declared order.
+        """The single models below ``model`` that this initializer loads, in declared order.
 
-        Raises ``ConfigError`` if ``submodel`` names none, or ``model`` is no model.
+        Raises ``ConfigError`` if ``submodel`` names no submodel, or ``model`` is not a model.
         """
         check_model(model)
         name, below = str(model.name), self.config.submodel or ""
@@ -194,14 +193,14 @@ class SourceInitializer(InitializerBase, abc.ABC):
 
 @attrs.define(eq=False)
 class RunSelection:
-    """What an initializer selected among the checkpoints of a run; everything comes from it.
+    """The selection of an initializer among the checkpoints of a run; all files come from it.
 
     Attributes:
         chosen: The set.
-        passed_over: (set, reason) of each that was passed over on the way back to it, newest first.
-        snapshot: What it was selected from.
-        root: The whole model's name in the files, where the trainer file decides it.
-        trainer: The content of the trainer file, where it is taken.
+        passed_over: (set, reason) of each set that was passed over, newest first.
+        snapshot: The snapshot that it was selected from.
+        root: The whole model's name in the files, if the trainer file decides it.
+        trainer: The content of the trainer file, if it is used.
     """
 
     chosen: CheckpointSet
@@ -212,10 +211,10 @@ class RunSelection:
 
 
 class CheckpointInitializer(SourceInitializer):
-    """Weights, and with ``load_optim`` optimizer state, of one set of checkpoints of a run.
+    """Base of kinds that load weights, and optimizer state with ``load_optim``, from one set of a run.
 
-    Every file comes from one set: the same tag, the same training iteration. Base of ``previous_run`` and ``resume``;
-    it can be derived from and is not a kind itself.
+    Every file comes from one set: the same tag, the same training iteration. ``previous_run`` and ``resume`` derive
+    from it; it is not a kind itself.
 
     ``init_run_path_provider`` names the folders of the source run. Raises ``ConfigError`` if neither the config nor the
     path provider names a run.
@@ -224,7 +223,7 @@ class CheckpointInitializer(SourceInitializer):
     config_class: ClassVar[type[KindConfig]] = CheckpointInitializerConfig
     config: CheckpointInitializerConfig
 
-    #: Who asks for a set; errors advise what its config can say.
+    #: What selects the set; errors advise keys of its config.
     asked_by: AskedBy = "tag"
 
     def __init__(
@@ -247,7 +246,7 @@ class CheckpointInitializer(SourceInitializer):
             stage = paths.stage_name
         self.init_run_path_provider = paths.with_run(self.run_id, stage, output_root=self.config.output_path)
 
-    # Properties, since a run_id that is assigned after __init__ would have no effect.
+    # Properties, because a run_id that is assigned after __init__ would have no effect.
     @cached_property
     def pop_ckpt_kwargs_keys(self) -> list[str]:
         """``pop_ckpt_kwargs_keys`` of the config, as a list of this instance."""
@@ -286,14 +285,14 @@ class CheckpointInitializer(SourceInitializer):
 
     @property
     def selection(self) -> RunSelection | None:
-        """What is selected in the present session; None before the first question and outside of a session."""
+        """The selection of the present session; None before it is made, and outside of a session."""
         found: RunSelection | None = None if self.session is None else self.session.selection
         return found
 
     def select(self, leaves: Sequence[Leaf] = (), part: Part = "model") -> RunSelection:
-        """Select the set that the tag means, once for a session; afterwards make sure that it has further files.
+        """Select the set of the tag, once per session; later calls check that it has further files.
 
-        Returns what is selected. Raises ``CheckpointNotFoundError``, ``IncompleteSetError`` or
+        Returns the selection. Raises ``CheckpointNotFoundError``, ``IncompleteSetError`` or
         ``AmbiguousCheckpointError``.
         """
         session, selection = self.session, self.selection
@@ -312,20 +311,20 @@ class CheckpointInitializer(SourceInitializer):
         return Snapshot(self.init_run_path_provider)
 
     def _selected(self, snapshot: Snapshot, needs: Sequence[Need], state: Sequence[Need]) -> RunSelection:
-        """The set with the files that are needed; where no such set has the optimizer state besides, one without."""
+        """The set with all needed files; if no such set has the optimizer state, one without it."""
         try:
             found = find_set(snapshot, self.checkpoint_tag, (*needs, *state), asked_by=self.asked_by)
         except CheckpointNotFoundError:
             if not state:
                 raise
-            # that the state is missing is a problem of the plan, beside those of the weights
+            # the plan reports the missing state, together with problems of the weights
             found = find_set(snapshot, self.checkpoint_tag, needs, asked_by=self.asked_by)
         return self._checked(found)
 
     def _checked(
         self, selected: Selected, root: str | None = None, trainer: Mapping[str, Any] | None = None
     ) -> RunSelection:
-        """The selection, unless the set must not be taken; the log says what was selected."""
+        """The selection, unless the set must not be used; logs what was selected."""
         kind, chosen = self.config.kind, selected.found
         message = _other_run(chosen, self.init_run_path_provider)
         if message:
@@ -339,7 +338,7 @@ class CheckpointInitializer(SourceInitializer):
         return RunSelection(chosen, selected.passed_over, selected.snapshot, root, trainer)
 
     def locate(self, query: LocateQuery) -> Source | None:
-        """The file of the selected set. Optimizer state belongs to the plain weights, whatever ``model_info`` says."""
+        """The file of the selected set. Optimizer state belongs to the plain weights, for any ``model_info``."""
         with self.in_session():
             asked = [] if self.selection else [Leaf(query.path, (query.model_name,), query.model)]
             selection = self.select(asked, query.part)
@@ -357,10 +356,10 @@ class CheckpointInitializer(SourceInitializer):
             return Source(found.path, digests, origin=origin)
 
     def open(self, source: Source) -> Checkpoint:
-        """As ``SourceInitializer`` does.
+        """Open a file of the set, as ``SourceInitializer`` does.
 
-        Raises ``TornSetError`` for a flat optimizer file that was written again since it was selected: it says no
-        iteration, so that ``check_together`` cannot tell.
+        Raises ``TornSetError`` for a flat optimizer file that was written again since it was selected. Such a file
+        records no iteration, so that ``check_together`` could not find it.
         """
         reader = super().open(source)
         files = [] if self.selection is None else self.selection.chosen.files
@@ -376,20 +375,20 @@ class CheckpointInitializer(SourceInitializer):
         return reader
 
     def file_root(self, name: str, below: str) -> str:
-        """``model_name`` where the config says it, also for a composite."""
+        """``model_name`` of the config if it is set, also for a composite."""
         return self.model_name or super().file_root(name, below)
 
     def check_together(self, metadata: Mapping[Path, Mapping[str, Any]]) -> None:
-        """Make sure that the files of the set are of one iteration and one run."""
+        """Check that the files of the set are of one iteration and one run."""
         assert self.selection is not None
-        found = {path.name: said_by(header, path) for path, header in metadata.items()}
+        found = {path.name: recorded_in(header, path) for path, header in metadata.items()}
         trainer = self.selection.trainer
         if trainer is not None:
-            found["trainer"] = said_by(trainer, self.selection.chosen.folder)
+            found["trainer"] = recorded_in(trainer, self.selection.chosen.folder)
         check_consistency(found, self.selection.chosen)
 
     def history_of(self, source: Source) -> History:
-        """What the set records of where its weights came from; nothing where it records nothing."""
+        """The recorded origins of the set's weights; empty if it records none."""
         parsed = parse(source.location.name)
         if self.selection is None or parsed is None:
             return {}
@@ -404,7 +403,7 @@ class CheckpointInitializer(SourceInitializer):
     def stored_model_config(self, model_name: str) -> dict[str, Any]:
         """The ``model_config`` stored with the weights, without ``pop_ckpt_kwargs_keys``.
 
-        Raises ``ConfigError`` where the file has none or a key to drop is absent.
+        Raises ``ConfigError`` if the file does not have one, or if a key to drop is absent.
         """
         with self.in_session():
             source = self.locate(LocateQuery(model_name))
@@ -435,7 +434,7 @@ class CheckpointInitializer(SourceInitializer):
         return Need(name, part, self._info(part))
 
     def _of_other_run(self, selected: CheckpointSet, message: str) -> None:
-        """Warn of a committed set that another run or stage wrote: its folder was copied, or has another name now."""
+        """Warn of a committed set of another run or stage: its folder was copied or renamed."""
         self.logger.warning("%s: %s", self.config.kind, message)
 
     def _tag_words(self) -> str:
@@ -443,7 +442,7 @@ class CheckpointInitializer(SourceInitializer):
 
 
 def _other_run(selected: CheckpointSet, asked: PathProvider) -> str:
-    """A warning of a committed set that is not of the run and stage that were asked for; else empty."""
+    """A warning for a committed set that is not of the requested run and stage; else empty."""
     if not selected.committed or (selected.run_id, selected.stage_name) == (asked.run_id, asked.stage_name):
         return ""
     written, here = name_of_run(selected.run_id, selected.stage_name), name_of_run(asked.run_id, asked.stage_name)

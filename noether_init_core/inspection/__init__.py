@@ -1,4 +1,4 @@
-"""What is in a file, a set, a run or an output root, and which runs lie below a folder: findings, as values.
+"""Inspect a file, a set, a run or an output root, and return the findings as values.
 
-Names, manifests and headers are all that is read, and nothing is created. Torch is not needed.
+Only names, manifests and headers are read, and nothing is written. Torch is not imported.
 """

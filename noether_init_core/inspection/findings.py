@@ -1,4 +1,4 @@
-"""What was found: plain values, and how ``--json`` writes them."""
+"""Findings of an inspection as plain values, and their form in ``--json``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ State = Literal["committed", "legacy"]
 
 @attrs.frozen
 class Content:
-    """The tensors of a file, in numbers.
+    """Counts of the tensors of a file.
 
     Attributes:
         tensors: Number of keys.
-        elements: Of all tensors, tied ones once.
-        parameters: Elements without those of buffers; None where the file alone cannot tell (no manifest, or one of
-            another writer).
-        bytes: Of all tensors, tied ones once.
+        elements: Number of elements; tied tensors count once.
+        parameters: Number of elements without buffers; None if no manifest lists the buffers.
+        bytes: Number of bytes; tied tensors count once.
         dtypes: dtype -> number of keys, the most frequent first.
     """
 
@@ -35,7 +34,7 @@ class Content:
 
 @attrs.frozen
 class FoundKey:
-    """One tensor as the header has it; ``bytes`` are those of its elements."""
+    """One tensor in the header; ``bytes`` is the size of its elements."""
 
     key: str
     dtype: str
@@ -45,7 +44,7 @@ class FoundKey:
 
 @attrs.frozen
 class FoundProbe:
-    """A probe beside a set: the model that it is of, and the outputs that were recorded."""
+    """The probe of a set: the name of its model, and the paths of the recorded outputs."""
 
     model: str
     outputs: tuple[str, ...]
@@ -54,22 +53,22 @@ class FoundProbe:
 
 @attrs.frozen
 class FoundFile:
-    """A file.
+    """The findings in a file.
 
     Attributes:
-        path: As it was asked for.
-        bytes: Of the whole file.
+        path: The requested path.
+        bytes: Size of the file.
         file_format: ``torch`` or ``safetensors``.
-        content: Its tensors, in numbers.
-        keys: Each of them, in the order of the file.
-        tied: Keys that are one tensor, together.
-        has_checksums: Whether its bytes can be verified by the file alone.
-        run_id: The run that it says it is of.
-        iteration: The iteration that it says it is of, ``E4_U16_S128`` where it is a whole one.
-        committed: Whether it lies in a set with a manifest that lists it.
-        tags: Those of that set.
-        metadata: What it says besides tensors; long values are cut, a tensor is its dtype and shape.
-        problems: What is wrong around it, such as an unreadable manifest.
+        content: Counts of its tensors.
+        keys: Its tensors, in the order of the file.
+        tied: Groups of keys that are one tensor.
+        has_checksums: Whether the file contains checksums, so that its bytes can be verified without a digest.
+        run_id: The run that the file records.
+        iteration: The iteration that the file records, such as ``E4_U16_S128``.
+        committed: Whether it is listed in the manifest of its set.
+        tags: The tags of that set.
+        metadata: Its other values; long ones are cut, and a tensor is represented by dtype and shape.
+        problems: Problems such as an unreadable manifest.
     """
 
     type: str = attrs.field(default="file", init=False)
@@ -90,7 +89,7 @@ class FoundFile:
 
 @attrs.frozen
 class FoundPart:
-    """One file of a set; ``content`` is None where its header was not read, or cannot be."""
+    """One file of a set; ``content`` is None if its header was not read or is unreadable."""
 
     name: str
     model: str
@@ -102,10 +101,10 @@ class FoundPart:
 
 @attrs.frozen
 class FoundSet:
-    """A set.
+    """The findings in a set.
 
-    ``name`` is that of its folder, for a legacy set its tag. ``bytes`` are those of all files in the folder, for a
-    legacy set of its own. ``created`` is when it was committed, ISO 8601.
+    ``name`` is the name of its folder, for a legacy set its tag. ``bytes`` is the size of all files in the folder, for
+    a legacy set of its own files. ``created`` is the time of the commit, ISO 8601.
     """
 
     name: str
@@ -131,7 +130,7 @@ class FoundModel:
 
 @attrs.frozen
 class FoundRun:
-    """One run and stage, its sets newest first; ``uncommitted`` are saves that were never finished."""
+    """One run and stage, its sets newest first; ``uncommitted`` are the folders of interrupted saves."""
 
     run_id: str
     stage: str | None
@@ -145,9 +144,9 @@ class FoundRun:
 
 @attrs.frozen
 class RunSummary:
-    """A run and stage in a line; only its newest set was looked into.
+    """A short form of a run and stage; only its newest set was read.
 
-    ``sets`` is their number, ``newest`` the iteration of the newest, ``tags`` its tags.
+    ``sets`` is the number of sets, ``newest`` the iteration of the newest set, ``tags`` its tags.
     """
 
     run_id: str
@@ -164,13 +163,13 @@ class RunSummary:
 
     @property
     def name(self) -> str:
-        """Run and stage as they are written."""
+        """Run and stage as one name."""
         return name_of_run(self.run_id, self.stage)
 
 
 @attrs.frozen
 class FoundSetFolder:
-    """A set by itself, with the content of each file."""
+    """A single set, with the content of each file."""
 
     type: str = attrs.field(default="set", init=False)
     path: Path
@@ -183,7 +182,7 @@ class FoundSetFolder:
 
 @attrs.frozen
 class FoundRunFolder:
-    """A run: itself and its stages, as many as have checkpoints."""
+    """A run folder: the run itself and its stages, those that have checkpoints."""
 
     type: str = attrs.field(default="run", init=False)
     path: Path
@@ -191,7 +190,7 @@ class FoundRunFolder:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Those of all stages."""
+        """The problems of all stages."""
         return tuple(problem for one in self.stages for problem in one.problems)
 
 
@@ -205,7 +204,7 @@ class FoundRoot:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Those of all runs."""
+        """The problems of all runs."""
         return tuple(problem for one in self.runs for problem in one.problems)
 
 
@@ -213,7 +212,7 @@ Found = FoundFile | FoundSetFolder | FoundRunFolder | FoundRoot
 
 
 def to_json_data(found: Found) -> dict[str, Any]:
-    """What ``inspect --json`` prints, by ``docs/schemas/inspect.schema.json``, without format and version."""
+    """Return the data of ``inspect --json`` (``docs/schemas/inspect.schema.json``), without format and version."""
     values = attrs.asdict(
         found,
         value_serializer=lambda _instance, _attribute, value: str(value) if isinstance(value, Path) else value,

@@ -1,4 +1,4 @@
-"""What a file holds, from its header and the manifest beside it; and a folder: a set, a run, or an output root."""
+"""Inspect a file by its header and manifest, or a folder: a set, a run, or an output root."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from noether_init_core.sets.checkpoint_set import (
     CheckpointSet,
     SetFolder,
     load_set,
-    said_by,
+    recorded_in,
 )
 from noether_init_core.sets.manifest import MANIFEST_NAME, PROBE_NAME
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
@@ -53,7 +53,7 @@ _DEEPEST = 6
 
 
 def look_at_file(path: Path) -> FoundFile:
-    """Read the header of a file, and the manifest where the file lies in a set. No bytes of tensors are read.
+    """Inspect a file by its header, and by the manifest of its set if it has one. No bytes of tensors are read.
 
     Raises errors of ``open_checkpoint``.
     """
@@ -66,13 +66,13 @@ def look_at_file(path: Path) -> FoundFile:
             around = load_set(found)
             file = next((one for one in around.files if one.name == path.name), None)
             buffers = None if file is None else around.buffers_of(file)
-    except CheckpointError as error:
+    except CheckpointError as error:  # the file itself may still be readable
         problems.append(str(error))
     with open_checkpoint(path) as reader:
         metadata, tensors = reader.metadata, reader.tensors()
         run_id, iteration = None, None
         try:
-            iteration, run_id = said_by(metadata, path)
+            iteration, run_id = recorded_in(metadata, path)
         except CheckpointError as error:
             problems.append(str(error))
         return FoundFile(
@@ -93,7 +93,8 @@ def look_at_file(path: Path) -> FoundFile:
 
 
 def content_of(tensors: Mapping[str, TensorInfo], buffers: Collection[str] | None = None) -> Content:
-    """The tensors in numbers; ``buffers`` are those that are no parameters, None where that is not known."""
+    """Count tensors; ``buffers``: keys that are not parameters, None if unknown."""
+    # Reversed, so that the first key of a tied tensor stays; it decides whether the tensor counts as a buffer.
     once = {(info.shape, info.pieces): (key, info) for key, info in reversed(list(tensors.items()))}.values()
     return Content(
         len(tensors),
@@ -113,9 +114,9 @@ def _tied(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, ...]]:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """As JSON can have it. Files may be anybody's: what is long or deep is cut."""
+    """Convert a value to JSON data; values that are long or deep are cut, because files may be hostile."""
     if value is None or isinstance(value, bool | int):
-        # JSON readers lose digits beyond 2**53, and Python refuses to print thousands of them
+        # Many JSON readers lose digits beyond 2**53, and Python refuses to print integers of thousands of digits.
         return value if value is None or abs(value) < 1 << 53 else "a large number"
     if isinstance(value, float):
         return value if value - value == 0 else str(value)
@@ -138,11 +139,12 @@ T = TypeVar("T")
 
 
 def look_at_folder(path: Path) -> FoundSetFolder | FoundRunFolder | FoundRoot:
-    """A set, a run (or one stage, or its folder of checkpoints), or an output root.
+    """Inspect a folder: a set, a run (or one stage, or its folder of checkpoints), or an output root.
 
-    A folder whose folders have checkpoints is a run where these record that they are its stages, else an output root.
+    If the subfolders of a folder have checkpoints that record them as stages of one run, the folder is that run.
+    Otherwise it is an output root.
 
-    Raises ``CheckpointNotFoundError`` where it is none of them.
+    Raises ``CheckpointNotFoundError`` if no run is found at the path.
     """
     resolved = path.resolve()
     runs = [_Run(paths) for paths in runs_at(resolved)]
@@ -159,7 +161,7 @@ def look_at_folder(path: Path) -> FoundSetFolder | FoundRunFolder | FoundRoot:
 
 
 class _Run:
-    """One run and stage, looked at; ``problems`` collects what is wrong."""
+    """Inspects one run and stage; ``problems`` collects problems of reading."""
 
     def __init__(self, paths: PathProvider) -> None:
         self.problems: list[str] = []
@@ -168,7 +170,7 @@ class _Run:
         self.paths = paths if self.snapshot is None else as_recorded(self.snapshot)
 
     def found(self) -> FoundRun:
-        """All of its sets."""
+        """Inspect all sets."""
         sets: tuple[CheckpointSet, ...] = ()
         uncommitted: tuple[str, ...] = ()
         if self.snapshot is not None:
@@ -189,12 +191,13 @@ class _Run:
         )
 
     def summary(self) -> RunSummary:
-        """A line. The newest set is looked into, of the others only the names."""
+        """Inspect the newest set; of others only names and sizes of files are read."""
         newest: CheckpointSet | None = None
         state: State | None = None
         number = unfinished = nbytes = 0
         iteration: TrainingIteration | None = None
         if self.snapshot is not None:
+            # An output root may have many runs with thousands of sets, so manifests of older sets are not read.
             committed = [one for one in self.snapshot.folders if one.is_committed()]
             unfinished = len(self.snapshot.folders) - len(committed)
             if committed:
@@ -228,14 +231,14 @@ class _Run:
         )
 
     def set_at(self, path: Path, given: Path) -> FoundSetFolder:
-        """One committed set by itself, with the content of each file. Raises for one that is none."""
+        """Inspect one committed set with the content of each file. Raises ``CheckpointNotFoundError``."""
         folders = () if self.snapshot is None else self.snapshot.folders
         folder = next((one for one in folders if one.path.name == path.name), None)
         if self.snapshot is None or folder is None or not folder.is_committed():
             there = [one.name for one in folders if one.is_committed()]
-            why = f"has no {MANIFEST_NAME}: a save that was never finished" if folder else "is no set by its name"
+            why = f"has no {MANIFEST_NAME}: an interrupted save" if folder else "does not have the name of a set"
             raise CheckpointNotFoundError(
-                f"{path} {why}; it is never picked. Sets: {listed(there[:-6:-1], none='none')}. "
+                f"{path} {why}; it is never selected. Sets: {listed(there[:-6:-1], none='none')}. "
                 f"Next: ninit inspect {self.folder}",
                 path=path,
                 asked=str(path),
@@ -274,7 +277,7 @@ class _Run:
         )
 
     def _models(self, sets: Sequence[CheckpointSet]) -> Iterator[FoundModel]:
-        """The plain weights of each model, as the newest set has them: one header for each model."""
+        """Yield the plain weights of each model in the newest set that has them, reading one header for each."""
         newest: dict[str, tuple[CheckpointSet, CheckpointFile]] = {}
         for one in sets:
             for file in one.files:
@@ -296,14 +299,14 @@ class _Run:
         return self._tried(lambda: self.snapshot.iteration_of(one) if self.snapshot else None)
 
     def _sizes(self, one: CheckpointSet) -> Mapping[str, int]:
-        """Bytes of the regular files of a set; those of a committed one are all that its folder has."""
+        """Return name -> bytes of the regular files of a set; for a committed set of all files in its folder."""
         if one.committed:
             return self._tried(partial(_sizes_in, one.folder)) or {}
         sizes = {file.name: self._tried(partial(LOCAL.size_of, file.path)) for file in one.files}
         return {name: size for name, size in sizes.items() if size is not None}
 
     def _tried(self, look: Callable[[], T]) -> T | None:
-        """What ``look`` gives; None where it fails, which is a problem of this run."""
+        """Return the result of ``look``; if it fails, add the problem and return None."""
         try:
             return look()
         except (CheckpointError, OSError) as error:
@@ -317,9 +320,9 @@ def _sizes_in(folder: Path) -> Mapping[str, int]:
 
 
 def _probe(path: Path) -> FoundProbe:
-    """From the header. ``noether_init_core.saving.file_writing`` reads it in full, with torch."""
+    """Read the header of a probe; ``saving.file_writing.read_probe`` reads all of it and needs torch."""
     with open_checkpoint(path) as reader:
-        said = reader.metadata
-        outputs = said.get("outputs")
+        metadata = reader.metadata
+        outputs = metadata.get("outputs")
         paths = [one.get("path") for one in outputs if isinstance(one, dict)] if isinstance(outputs, list) else []
-        return FoundProbe(str(said.get("model")), tuple(map(str, paths)), path.stat().st_size)
+        return FoundProbe(str(metadata.get("model")), tuple(map(str, paths)), path.stat().st_size)

@@ -1,4 +1,4 @@
-"""AnyInitializer, the type of a config field for every registered kind."""
+"""``AnyInitializer``, the type of a config field for every registered kind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _inside_schema: ContextVar[bool] = ContextVar("_inside_schema", default=False)
 
 
 class _OpenKind:
-    """Replaces the schema of ``KindConfig`` by one that asks ``kinds`` at validation time, not at import time."""
+    """Replaces the schema of ``KindConfig`` by one that looks kinds up at validation time, not at import time."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
@@ -77,7 +77,7 @@ def _refusal(error: ConfigError, place: Place, value: Any) -> ValidationError:
 
 
 def _config_classes() -> dict[str, type[KindConfig]]:
-    """Name -> config class of every kind that can be used; a broken plugin must not take the schema along."""
+    """Name -> config class of every kind that can be used; a broken plugin is left out."""
     classes = {}
     for name in sorted({info.name for info in kinds.installed() if info.blocked_by is None}):
         try:

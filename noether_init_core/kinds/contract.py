@@ -1,6 +1,7 @@
-"""A static look at the class of an initializer: what would silently not work is found before it runs.
+"""Static checks of the class of an initializer: they find what would silently not work, before it runs.
 
-Nothing is called and nothing is created. Names and arguments of hooks are read from ``hookspec.HookSpecs``.
+No code of the class is called, and no instance is created. Names and arguments of hooks are read from
+``hookspec.HookSpecs``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import CONTRACT_VERSION, HOOK_NAMES, HookSpecs
 from noether_init_core.messages import near
 
-# Names that people write for a hook although they are not near by spelling.
+# Names that authors write for a hook, although the spelling is not near.
 _MISNOMERS = {
     "init_model": "init_weights",
     "init_optim": "init_optimizer",
@@ -39,12 +40,12 @@ _MISNOMERS = {
 _INIT = "def __init__(self, config, *, path_provider=None, ...): super().__init__(config, path_provider=path_provider)"
 
 
-# Classes that were examined already, of which none broke the contract.
+# Classes that were examined and keep the contract.
 _good: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def forget(cls: type) -> None:
-    """Examine a class anew when it is used next: in a notebook it may have been changed."""
+    """Drop the result for a class, so that it is examined again: in a notebook its methods may have changed."""
     _good.discard(cls)
 
 
@@ -56,10 +57,10 @@ class Finding:
     fix: str
 
 
-def check(loaded: object, kind: str, who: str, mend: str) -> type[InitializerBase]:
+def check(loaded: object, kind: str, described: str, fix: str) -> type[InitializerBase]:
     """``loaded`` if it is a class that keeps the contract of this core, else ``KindContractError``; examined once.
 
-    ``who`` says what it is, ``mend`` what to do about a class that breaks the contract.
+    In the message, ``described`` names the object, and ``fix`` is the next step.
     """
     if not (isinstance(loaded, type) and issubclass(loaded, InitializerBase)):
         what = (
@@ -68,17 +69,17 @@ def check(loaded: object, kind: str, who: str, mend: str) -> type[InitializerBas
         problem = f"is {what}, not a subclass of InitializerBase"
         findings: tuple[str, ...] = (problem,)
     elif too_new := newer(loaded):
-        findings, problem, mend = (too_new.message,), too_new.message, too_new.fix
+        findings, problem, fix = (too_new.message,), too_new.message, too_new.fix
     elif loaded not in _good and (findings := tuple(finding.message for finding in examine(loaded))):
         problem = f"breaks the contract of initializers: {'; '.join(findings)}"
     else:
         _good.add(loaded)
         return loaded
-    raise KindContractError(f"{who} {problem}. Next: {mend}", kind=kind, findings=findings)
+    raise KindContractError(f"{described} {problem}. Next: {fix}", kind=kind, findings=findings)
 
 
 def newer(cls: type[InitializerBase]) -> Finding | None:
-    """The finding for a class that was written for a newer contract than the installed core has."""
+    """The finding for a class whose contract is newer than that of the installed core; None if it is not."""
     version = _declared_version(cls)
     if not isinstance(version, int) or version <= CONTRACT_VERSION:
         return None
@@ -89,7 +90,7 @@ def newer(cls: type[InitializerBase]) -> Finding | None:
 
 
 def examine(cls: type[InitializerBase]) -> tuple[Finding, ...]:
-    """Every way in which ``cls`` breaks the contract; empty where it keeps it. A class with one cannot be used."""
+    """Every way in which ``cls`` breaks the contract; empty if it keeps it. A class with a finding cannot be used."""
     found = [*_of_class(cls), *_of_names(cls)]
     for name in HOOK_NAMES:
         found += _of_hook(cls, name, _arguments_of(getattr(HookSpecs, name)))
@@ -100,7 +101,7 @@ def examine(cls: type[InitializerBase]) -> tuple[Finding, ...]:
 
 
 def advice(cls: type[InitializerBase]) -> Iterator[Finding]:
-    """What keeps the contract, but will cause trouble for users or the author later."""
+    """Findings that keep the contract, but will cause trouble for users or the author."""
     if "contract" not in vars(cls):
         yield Finding(
             "it does not declare the contract that it was written for, so it counts as 1",
@@ -124,7 +125,7 @@ def advice(cls: type[InitializerBase]) -> Iterator[Finding]:
             )
     try:
         cls.config_class.model_json_schema()
-    except Exception as error:  # the schema may run code of the author's fields
+    except Exception as error:  # building a schema may run code of the author's fields
         yield Finding(
             f"its config has no JSON schema, for editors and ninit schema: {str(error).splitlines()[0]}",
             "keep what comes from Python only in kwargs, out of the fields",
@@ -134,7 +135,7 @@ def advice(cls: type[InitializerBase]) -> Iterator[Finding]:
 def config_fields(
     cls: type[pydantic.BaseModel], path: str = "", above: tuple[type, ...] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """Every key but ``kind`` of a config and of the models below it, as ``rules.match``, with its pydantic field."""
+    """Every key except ``kind`` of a config and of nested models, as ``rules.match``, with its pydantic field."""
     for name, field in cls.model_fields.items():
         if name == "kind" and not path:  # not described by the author of each kind
             continue
@@ -154,8 +155,7 @@ def _models_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
 
 
 def _declared_version(cls: type[InitializerBase]) -> object:
-    # An inherited value does not count: a base class of the core says what the installed core has, not what the author
-    # of cls wrote for.
+    # An inherited value is that of the installed core, not the one that the author of cls wrote for.
     return vars(cls).get("contract", 1)
 
 
@@ -196,7 +196,7 @@ def _of_class(cls: type[InitializerBase]) -> Iterator[Finding]:
 
 
 def _delegates(cls: type) -> bool:
-    """Whether a class of the author's sets ``delegates``, in its body or in its ``__init__``."""
+    """Whether a class of the author sets ``delegates``, in its body or in its ``__init__``."""
     for base in cls.__mro__[: cls.__mro__.index(InitializerBase)]:
         code = getattr(vars(base).get("__init__"), "__code__", None)
         if "delegates" in vars(base) or (code is not None and "delegates" in code.co_names):
@@ -205,7 +205,7 @@ def _delegates(cls: type) -> bool:
 
 
 def _of_names(cls: type[InitializerBase]) -> Iterator[Finding]:
-    """Methods that the author meant as hooks."""
+    """Findings for methods that were probably intended as hooks."""
     core = [
         base
         for base in cls.__mro__
@@ -214,7 +214,7 @@ def _of_names(cls: type[InitializerBase]) -> Iterator[Finding]:
     known = {name for base in core for name in vars(base)}
     own = {name for base in cls.__mro__ if base not in core for name in vars(base)}
     for name in sorted(own - known):
-        # never by getattr: a descriptor of the author's would run
+        # getattr would run a descriptor of the author
         is_method = isinstance(inspect.getattr_static(cls, name, None), FunctionType | classmethod | staticmethod)
         if name.startswith("_") or not is_method:
             continue
@@ -222,7 +222,7 @@ def _of_names(cls: type[InitializerBase]) -> Iterator[Finding]:
         # Beside the hook itself, a method of a similar name is a helper.
         if meant and meant[0] not in own:
             yield Finding(
-                f"{name} is no hook and would never be called; did you mean {meant[0]}?",
+                f"{name} is not a hook and would never be called; did you mean {meant[0]}?",
                 f"rename it to {meant[0]}, or to _{name} if it is a helper",
             )
 
@@ -247,19 +247,19 @@ def _of_hook(cls: type[InitializerBase], name: str, arguments: Sequence[str]) ->
         if one.name not in arguments and is_optional:
             continue
         if one.name not in arguments:
-            offered = ", ".join(arguments)
-            yield Finding(f"{name} takes {shown}, which would never be filled; it may take: {offered}", plain)
+            allowed = ", ".join(arguments)
+            yield Finding(f"{name} takes {shown}, which would never be filled; it may take: {allowed}", plain)
         elif not is_plain:
             yield Finding(f"{name} takes {shown}; {one.name} must be a plain argument, without a default", plain)
 
 
 def _of_source(cls: type[SourceInitializer]) -> Iterator[Finding]:
-    """The further rules for a kind that locates files."""
+    """Findings of the further rules for a kind that locates files."""
     config_class: Any = inspect.getattr_static(cls, "config_class", None)
     if isinstance(config_class, type) and issubclass(config_class, SourceInitializerConfig):
         for name, own in SourceInitializerConfig.model_fields.items():
             annotation = config_class.model_fields[name].annotation
-            # A key of the core with another meaning would switch off what it protects; fewer choices are fine.
+            # A key of the core with another meaning would switch off a protection; fewer choices are allowed.
             if annotation != own.annotation and not set(_choices(annotation)) <= set(_choices(own.annotation)):
                 yield Finding(
                     f"the key {name} of {config_class.__qualname__} is the core's, with other values",

@@ -1,9 +1,9 @@
 """The five hooks of an initialization, and the version of their contract.
 
-An initializer is a subclass of ``InitializerBase``: its methods with these names are the hooks, no decorator needed.
-An observer is a plain object whose methods carry ``hookimpl(wrapper=True)``. A hook is called once per initializer, in
-the order of the config; ``initializer`` is the one it is called for, and an implementation may leave out any argument
-that it does not need.
+An initializer is a subclass of ``InitializerBase``: its methods with these names are the hooks, without a decorator. An
+observer is a plain object whose methods are marked with ``hookimpl(wrapper=True)``. A hook is called once per
+initializer, in the order of the config; ``initializer`` is the one it is called for. An implementation may leave out
+any argument that it does not need.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 
 
 class HookSpecs:
-    """The specification; the names and arguments here are the contract of ``CONTRACT_VERSION``."""
+    """The specification of the hooks; names and arguments are the contract of ``CONTRACT_VERSION``."""
 
     @hookspec
     def start_checkpoint(self, initializer: InitializerBase) -> TrainingIteration | None:
-        """Say at which iteration training starts. Called first, before anything is changed.
+        """Return the iteration at which training starts. Called first, before anything is changed.
 
-        Zero or None: this initializer continues nothing. It may be called more than once and must not change
+        Zero or None means that this initializer continues no run. It may be called more than once and must not change
         anything. In a distributed run every rank calls it and must get the same answer.
         """
 
     @hookspec
     def init_trainer(self, trainer: Any, initializer: InitializerBase) -> None:
-        """Restore the state of ``trainer`` (``load_state_dict``). Not called where there is no trainer."""
+        """Restore the state of ``trainer`` with ``load_state_dict``. Called once, and not called without a trainer."""
 
     @hookspec
     def init_weights(self, model: Any, initializer: InitializerBase) -> None:
@@ -48,8 +48,8 @@ class HookSpecs:
 
     @hookspec
     def init_optimizer(self, model: Any, initializer: InitializerBase) -> None:
-        """Restore the state of ``model.optimizer``, for a composite of each submodel's, after all weights."""
+        """Restore the state of ``model.optimizer``, in a composite of each submodel, after all weights. Called once."""
 
     @hookspec
     def init_callbacks(self, callbacks: list[Any], model: Any, initializer: InitializerBase) -> None:
-        """Restore the state of the callbacks, last. Not called where there are no callbacks."""
+        """Restore the state of the callbacks. Called last and once, and not called without callbacks."""

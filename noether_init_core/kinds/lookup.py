@@ -1,8 +1,8 @@
-"""From the name of a kind, or of an observer, to what a distribution registered for it.
+"""Look-up of kinds and observers: from a name to the class that a distribution registered for it.
 
-A distribution is known by the name of its metadata folder, which the installer made. So a scan reads no file but
-``entry_points.txt``, and no distribution can pass for another one by what its metadata says. The steps that docstrings
-count are those of the docstring of ``kinds``.
+A distribution is identified by the name of its metadata folder, which the installer creates. So a scan reads no file
+but ``entry_points.txt``, and no distribution can impersonate another one in its metadata. Step numbers in docstrings
+are those of the docstring of ``kinds``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class KindInfo:
     """What is known of a kind (or an observer) without importing it.
 
     ``distribution`` and ``version`` are None for a kind of ``register``. ``blocked_by`` is the environment variable
-    that excludes the distribution, if one does.
+    that excludes the distribution, or None.
     """
 
     name: str
@@ -62,7 +62,7 @@ class KindInfo:
 
     @property
     def source(self) -> str:
-        """Distribution and version as messages show them."""
+        """Distribution and version, as messages show them."""
         if self.distribution is None:
             return "registered in this process"
         return f"{self.distribution} {self.version or 'of unknown version'}"
@@ -73,18 +73,18 @@ _METADATA_FOLDER = re.compile(r"(.+?)(?:-(\d[^-]*)(?:-py.*)?)?\.(?:dist-info|egg
 
 
 def clear_cache() -> None:
-    """Forget every scan: the next use sees distributions that were installed or removed since."""
+    """Drop every scan, so that the next use finds distributions that were installed or removed. May be called twice."""
     _scanned.clear()
     importlib.invalidate_caches()
 
 
 def normalized(distribution: str) -> str:
-    """The name of a distribution as names are compared: ``Noether.Init_Core`` is ``noether-init-core``."""
+    """The name of a distribution in the form for comparison: ``Noether.Init_Core`` becomes ``noether-init-core``."""
     return _SEPARATORS.sub("-", distribution.strip()).lower()
 
 
 def _blocking(info: KindInfo) -> str | None:
-    # An allow list that is set but empty allows nothing: a list for safety must not open up by a typing error.
+    # An empty allow list allows nothing: a typing error must not switch off a protection.
     if ALLOW_VARIABLE in os.environ and info.distribution not in _listed_in(ALLOW_VARIABLE):
         return ALLOW_VARIABLE
     return DENY_VARIABLE if info.distribution in _listed_in(DENY_VARIABLE) else None
@@ -102,7 +102,7 @@ def _scan(group: str, unreadable: list[Exception]) -> Iterator[KindInfo]:
             if name in seen or _is_left_over(distribution):
                 continue
             seen.add(name)
-            # one line twice is no conflict
+            # the same entry point twice in one distribution is not a conflict
             points = dict.fromkeys((one.name, one.value) for one in distribution.entry_points if one.group == group)
             for point, target in points:
                 yield KindInfo(point, name, version or distribution.version, target)
@@ -111,25 +111,25 @@ def _scan(group: str, unreadable: list[Exception]) -> Iterator[KindInfo]:
 
 
 def _identity(distribution: importlib.metadata.Distribution) -> tuple[str, str | None]:
-    """Name and version from the name of the metadata folder (of an egg: of the egg).
+    """Name and version from the name of the metadata folder, or of the egg.
 
-    Version None: it is not part of that name, as in the egg-info of a development install.
+    The version is None if it is not part of that name, as in the egg-info of a development install.
     """
     path = getattr(distribution, "_path", None)
     folder = getattr(path, "name", "")
     if path is not None and folder == "EGG-INFO":
         folder = path.parent.name
     found = _METADATA_FOLDER.fullmatch(folder)
-    # other finders, such as those of frozen applications, have no folder
+    # finders of frozen applications have no folder
     return (normalized(found[1]), found[2]) if found else (normalized(distribution.name), distribution.version)
 
 
 def _is_left_over(distribution: importlib.metadata.Distribution) -> bool:
-    """Whether the folder lacks its main file, as after an interrupted uninstall, or has a pipe for entry points."""
+    """Whether the main file of the folder is absent, as after an interrupted uninstall, or entry points are a pipe."""
     path = getattr(distribution, "_path", None)
     if not isinstance(path, Path):  # in a zip file
         return False
-    # texts, and no look more than is needed: this is done for every distribution, and takes a large part of a scan
+    # text paths and as few stat calls as possible: this runs for every distribution, and is a large part of a scan
     folder, is_file = str(path), os.path.isfile
     if not (is_file(folder + "/METADATA") or is_file(folder + "/PKG-INFO") or is_file(folder)):
         return True
@@ -142,10 +142,10 @@ class Group:
     """An entry-point group.
 
     Attributes:
-        name: As it stands in ``pyproject.toml``.
-        noun: What messages call one of its entries.
+        name: The name in ``pyproject.toml``.
+        noun: The word for one of its entries in messages.
         listing: The command that lists them.
-        homes: Entry -> the distribution that it comes with. Install hints are taken from here, so that the text of a
+        homes: Entry -> the distribution that provides it. Install hints come from here only, so that the text of a
             config can never name a package to install.
         registered: Entry -> class, for this process only.
     """
@@ -159,8 +159,8 @@ class Group:
     def scanned(self) -> Mapping[str, tuple[KindInfo, ...]]:
         """Name -> its entry points; scanned once per process, see ``clear_cache``.
 
-        Of a distribution that is found twice on the import path, the first one counts, as in an import. One whose
-        metadata cannot be read is left out with a warning in the log. Safe to call from several threads, and from a
+        If a distribution is found twice on the import path, the first one counts, as in an import. A distribution whose
+        metadata cannot be read is left out, with a warning in the log. Safe to call from several threads, and from a
         plugin while it is imported.
         """
         if self.name not in _scanned:
@@ -171,13 +171,13 @@ class Group:
                     for info in _scan(self.name, unreadable):
                         named[info.name] = (*named.get(info.name, ()), info)
                     _scanned[self.name] = named
-            # after the lock is released: a log handler may ask for kinds
+            # after the lock is released, because a log handler may look up kinds
             for error in unreadable:
                 _logger.warning("left out a distribution whose metadata cannot be read: %s", error)
         return _scanned[self.name]
 
     def installed_as(self, name: str) -> list[KindInfo]:
-        """The entry points called ``name``, each with what the allow and deny lists say now."""
+        """The entry points called ``name``, each with the present state of the allow and deny lists."""
         found = self.scanned().get(name, ())
         return [attrs.evolve(info, blocked_by=variable) if (variable := _blocking(info)) else info for info in found]
 
@@ -188,14 +188,14 @@ class Group:
         return tuple(sorted(found, key=lambda info: (info.name, info.distribution or "")))
 
     def choose(self, name: str) -> KindInfo:
-        """The one entry called ``name``. Imports nothing. The group is scanned again before a name counts as unknown.
+        """The one entry called ``name``. Imports nothing. For an unknown name the group is scanned again first.
 
         Raises ``KindConflictError``, ``KindBlockedError`` or ``UnknownKindError``.
         """
         own = [KindInfo(name, None, None, _target_of(self.registered[name]))] if name in self.registered else []
         if not own and not self.installed_as(name):
-            clear_cache()  # it may have been installed since, beside a notebook that runs
-        # in an order that does not depend on the import path
+            clear_cache()  # it may have been installed since, while a notebook runs
+        # sorted, so that the message does not depend on the import path
         named = sorted([*self.installed_as(name), *own], key=lambda info: (info.distribution or "~", info.target))
         allowed = [info for info in named if info.blocked_by is None]
         if len(allowed) == 1:
@@ -205,7 +205,7 @@ class Group:
         raise self._blocked(named[0]) if named else self._unknown(name)
 
     def load(self, info: KindInfo) -> object:
-        """Import what the entry point refers to. Raises ``KindImportError`` for whatever that raises."""
+        """Import the object of the entry point. Raises ``KindImportError`` for any exception."""
         if info.distribution is None:
             return self.registered[info.name]
         with self.importing(info):
@@ -220,20 +220,20 @@ class Group:
         """What is installed, for messages: ``Installed: file, resume (noether-init-core 0.1.0)``."""
         by_source: dict[str, list[str]] = {}
         for info in self._usable():
-            # dotted names are second names of kinds, for configs of Noether
+            # a dotted name is a second name of a kind, for configs of Noether
             if "." not in info.name:
                 by_source.setdefault(info.source, []).append(info.name)
         shown = [f"{listed(names, _LISTED)} ({source})" for source, names in sorted(by_source.items())]
         return f"Installed: {listed(shown, _LISTED, separator='; ')}" if shown else f"No {self.noun} is installed"
 
     def conflict(self, name: str, claims: list[KindInfo]) -> KindConflictError:
-        """The error for an entry that is offered more than once; the caller raises it."""
+        """The error for an entry that several distributions provide; the caller raises it."""
         described = [f"{claim.source} -> {claim.target}" for claim in claims]
         installed = [claim.distribution for claim in claims if claim.distribution is not None]
-        # never the core itself, which the other claim would then replace
+        # never the core itself, or the other distribution would replace its kind
         removable = [one for one in installed if one != _CORE] or installed
         return KindConflictError(
-            f"{self.noun} {quoted(name)} is offered more than once: {' and '.join(described)}. None of them was "
+            f"{self.noun} {quoted(name)} is provided more than once: {' and '.join(described)}. None of them was "
             f"imported. Next: pip uninstall {removable[-1]}, or set {DENY_VARIABLE}={removable[-1]}",
             kind=name,
             offers=described,
@@ -246,7 +246,7 @@ class Group:
         else:
             reason, remedy = f"is listed in {DENY_VARIABLE}", f"take {distribution} out of {DENY_VARIABLE}"
         return KindBlockedError(
-            f"{self.noun} {quoted(info.name)} is offered by {info.source}, which {reason}. Next: {remedy}",
+            f"{self.noun} {quoted(info.name)} is provided by {info.source}, which {reason}. Next: {remedy}",
             kind=info.name,
             distribution=distribution,
         )
@@ -275,13 +275,13 @@ class Group:
         return [info for info in self.all() if info.blocked_by is None]
 
 
-# homes: published distributions only, since anyone may publish under a name that is free
+# homes: published distributions only, because anyone may publish under a free name
 _KINDS = Group(GROUP, "kind", "ninit kinds", {"random": "noether-init-random"})
 OBSERVERS = Group("noether_init.observers", "observer", "ninit kinds --observers")
 
 
 def installed() -> tuple[KindInfo, ...]:
-    """Every kind that an installed distribution or ``register`` offers, by name. Imports no plugin.
+    """Every kind that an installed distribution or ``register`` provides, sorted by name. Imports no plugin.
 
     Excluded kinds are listed too, with ``blocked_by``; a name may occur more than once (a conflict).
     """
@@ -289,7 +289,7 @@ def installed() -> tuple[KindInfo, ...]:
 
 
 def describe(kind: str) -> KindInfo:
-    """The one distribution that offers ``kind`` (steps 1 to 5). Imports no plugin.
+    """The one distribution that provides ``kind`` (steps 1 to 5). Imports no plugin.
 
     Raises ``UnknownKindError``, ``KindBlockedError`` or ``KindConflictError``.
     """
@@ -297,41 +297,41 @@ def describe(kind: str) -> KindInfo:
 
 
 def home_of(kind: str) -> str | None:
-    """The distribution that ``kind`` is known to come with, installed or not; None for an unknown kind."""
+    """The distribution that is known to provide ``kind``, installed or not; None for an unknown kind."""
     return _KINDS.homes.get(kind)
 
 
 def resolve(kind: str) -> type[InitializerBase]:
-    """The class behind ``kind`` (steps 1 to 7). Imports the one plugin that offers it.
+    """The class behind ``kind`` (steps 1 to 7). Imports only the plugin that provides it.
 
-    Raises ``KindError``: unknown, blocked, in conflict, failing on import, or breaking the contract.
+    Raises ``KindError``: the kind is unknown, blocked, in conflict, raises on import, or breaks the contract.
     """
     return _checked(*load(kind))
 
 
 def load(kind: str) -> tuple[KindInfo, object]:
-    """The object that the entry point of ``kind`` refers to, whatever it is (steps 1 to 6). Imports the plugin.
+    """The object of the entry point of ``kind``, of any type (steps 1 to 6). Imports the plugin.
 
-    Raises ``KindError``: unknown, blocked, in conflict, or failing on import.
+    Raises ``KindError``: the kind is unknown, blocked, in conflict, or raises on import.
     """
     info = describe(kind)
     return info, _KINDS.load(info)
 
 
 def validate(config: Mapping[str, Any] | KindConfig, *, context: Any = None) -> KindConfig:
-    """``config`` as an instance of its kind's ``config_class`` (steps 1 to 8); ``context`` is pydantic's.
+    """``config`` as an instance of its kind's ``config_class`` (steps 1 to 8); ``context`` is passed to pydantic.
 
-    An instance is taken as it is. Raises ``ConfigError`` where the config names no kind, ``KindError``, or the
-    ``pydantic.ValidationError`` of the config.
+    An instance is returned unchanged. Raises ``ConfigError`` for a config without a kind, ``KindError``, or
+    ``pydantic.ValidationError``.
     """
     return _validated(config, context)[1]
 
 
 def create(config: Mapping[str, Any] | KindConfig, *, path_provider: Any = None) -> InitializerBase:
-    """The initializer that ``config`` asks for (steps 1 to 9).
+    """The initializer of ``config`` (steps 1 to 9).
 
-    Raises what ``validate`` raises, ``ConfigError`` for ``kwargs`` that the constructor does not take, and whatever
-    the constructor raises.
+    Raises what ``validate`` raises, ``ConfigError`` for ``kwargs`` that the constructor does not take, and any
+    exception of the constructor.
     """
     cls, validated = _validated(config)
     keywords = dict(getattr(validated, "kwargs", None) or {})
@@ -355,10 +355,10 @@ def imported_from(info: KindInfo) -> str | None:
 
 
 def load_observer(name: str) -> Any:
-    """The observer registered as ``name``: the entry point's object, called without arguments where it is a class.
+    """The observer registered as ``name``: the object of the entry point, or an instance if it is a class.
 
-    Only that one plugin is imported. Raises ``UnknownKindError``, ``KindBlockedError`` or ``KindConflictError``, and
-    ``KindImportError`` where the plugin raises.
+    Imports only that plugin. Raises ``UnknownKindError``, ``KindBlockedError`` or ``KindConflictError``, and
+    ``KindImportError`` if the plugin raises.
     """
     info = OBSERVERS.choose(name)
     observer = OBSERVERS.load(info)
@@ -367,10 +367,10 @@ def load_observer(name: str) -> Any:
 
 
 def register(name: str, cls: type[InitializerBase]) -> None:
-    """Offer ``cls`` as the kind ``name`` in this process, for notebooks and tests. A second call replaces the class.
+    """Register ``cls`` as the kind ``name`` in this process, for notebooks and tests. A second call replaces the class.
 
-    The contract is checked here. Allow and deny lists do not apply. Raises ``KindConflictError`` where an installed
-    distribution offers the name, ``KindContractError`` where the class breaks the contract.
+    Checks the contract. Allow and deny lists do not apply. Raises ``KindConflictError`` if an installed distribution
+    provides the name, and ``KindContractError`` if the class breaks the contract.
     """
     info = KindInfo(name, None, None, _target_of(cls))
     taken = _KINDS.installed_as(name)
@@ -383,7 +383,7 @@ def register(name: str, cls: type[InitializerBase]) -> None:
 
 
 def unregister(name: str) -> None:
-    """Take back ``register``, where ``name`` was registered."""
+    """Remove the registration of ``name``; does nothing for a name that is not registered."""
     _KINDS.registered.pop(name, None)
 
 
@@ -393,15 +393,15 @@ def _target_of(cls: object) -> str:
 
 
 def _checked(info: KindInfo, loaded: object) -> type[InitializerBase]:
-    # Imported here: a scan must need neither torch nor pydantic.
+    # Imported late, because a scan must not import torch or pydantic.
     from noether_init_core.kinds import contract
 
     if info.distribution is None:
-        mend = f"correct the class, and kinds.register({quoted(info.name)}, ...) again"
+        fix = f"correct the class, and kinds.register({quoted(info.name)}, ...) again"
     else:
         upgrade = f"pip install --upgrade {info.distribution}"
-        mend = f"ninit check {info.name}; if the package is not yours: {upgrade}"
-    return contract.check(loaded, info.name, f"kind {quoted(info.name)} ({info.source}): {info.target}", mend)
+        fix = f"ninit check {info.name}; if the package is not yours: {upgrade}"
+    return contract.check(loaded, info.name, f"kind {quoted(info.name)} ({info.source}): {info.target}", fix)
 
 
 def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> tuple[type[InitializerBase], KindConfig]:
@@ -417,7 +417,7 @@ def _validated(config: Mapping[str, Any] | KindConfig, context: Any = None) -> t
             )
         says_kind = "kind" in config.model_fields_set or "kind" in inspect.get_annotations(type(config))
         if type(config) is not cls.config_class and not says_kind:
-            # the kind is inherited: another class than the one that the config was written for would be created
+            # an inherited kind would create another class than the one that the config was written for
             raise ConfigError(
                 f"{type(config).__name__} inherits its kind, {quoted(config.kind)}, from "
                 f"{cls.config_class.__name__}. Next: {type(config).__name__}(kind=...), or a default in the class"

@@ -1,5 +1,5 @@
-"""Observers: plain objects with pluggy wrappers around the five hooks, switched on by name, never by being installed.
+"""Observers of this distribution: objects with pluggy wrappers around the five hooks, enabled by name in the config.
 
-Here live the observers of this distribution, one module each; ``kinds`` finds those of all distributions. An observer
-sees what an initializer does and says it; it decides nothing about files or keys.
+Each observer has a module; ``kinds`` finds those of all distributions. Installing an observer does not enable it. An
+observer reports what an initializer does; it does not decide about files or keys.
 """

@@ -1,4 +1,4 @@
-"""The observer ``probe``: holds a loaded model to what it computed when its set was saved."""
+"""The observer ``probe``: compares the outputs of a loaded model with those at the time of the save."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Around = Generator[None, Any, Any]
 
 @attrs.define(eq=False)
 class _Pending:
-    """A probe to be repeated once all weights of the stack are there.
+    """A probe to repeat after all weights of the stack are loaded.
 
-    ``places`` are the models, and the memory, that it is about; ``others`` says who may have changed some since.
+    ``places``: its models and their memory; ``others``: kinds that may have changed some of that memory since.
     """
 
     source: CheckpointSet
@@ -42,29 +42,29 @@ class _Pending:
 class ProbeObserver:
     """Repeats the probe of every set that weights came from, after all weights of the stack are loaded.
 
-    The same bits, or bits that differ as rounding does, are told in the report. Anything else is a
-    ``ProbeMismatchError``, unless it is to be expected: where not all entries of the model came whole from the set, or
-    not all entries of the set went into the model, it is told in the report and in the log. A set without a probe, and
-    an initializer that takes no weights from a set, are told in the log.
+    If the outputs are equal, or differ by rounding, the report says so. Otherwise it raises ``ProbeMismatchError``. If
+    a difference is expected, report and log mention it instead: not all entries of the model came from the set, or not
+    all entries of the set were loaded. The log mentions a set without a probe, and an initializer without a set.
 
-    A probe that is damaged is refused before any weight changes. The model and the process are left as they are.
+    A damaged probe is refused before any weight changes. Model and process are unchanged after a probe.
 
     Args:
-        tolerance: Up to which difference, in parts of the norm, it counts as rounding; None: by dtype, see
+        tolerance: Largest difference, relative to the norm, that counts as rounding; None: by dtype, see
             ``tolerance_for``.
     """
 
     def __init__(self, tolerance: float | None = None) -> None:
         self._tolerance = tolerance
+        # Weak keys: after a failed initialization, an observer must not keep the initializer and its model in memory.
         self._pending: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
 
     @hookimpl(wrapper=True)
     def init_weights(self, model: Any, initializer: Any) -> Around:
         self._pending.pop(initializer, None)
-        pending = self._begun(initializer)
+        pending = self._begun(initializer)  # before the weights change, so that a damaged probe changes nothing
         result = yield
         for earlier in tuple(self._pending.values()):
-            # nobody but itself knows what a kind without a plan wrote
+            # The writes of a kind without a plan are unknown, so it may have changed anything.
             rows = _rows(initializer, model) if isinstance(initializer, SourceInitializer) else ()
             if not rows or earlier.places & _places(row for row in rows if row.writes or row.action == "reset"):
                 earlier.others.append(initializer.config.kind)
@@ -76,20 +76,21 @@ class ProbeObserver:
     @hookimpl(wrapper=True)
     def init_optimizer(self, model: Any, initializer: Any) -> Around:
         result = yield
+        # The stack calls init_weights of all initializers before the first init_optimizer, so weights are final here.
         pending = self._pending.pop(initializer, None)
         if pending is not None:
-            said = self._held(model, initializer, pending)
-            initializer.session.restored.append(f"probe: {said}")
-            logger.info("%s: probe of %s: %s", initializer.config.kind, pending.source.folder, said)
+            result_text = self._repeated(model, initializer, pending)
+            initializer.session.restored.append(f"probe: {result_text}")
+            logger.info("%s: probe of %s: %s", initializer.config.kind, pending.source.folder, result_text)
         return result
 
     def _begun(self, initializer: Any) -> _Pending | None:
-        """The probe of the initializer's set. Raises errors of the reader where it is damaged."""
+        """Read the probe of the set of the initializer. Raises errors of the reader for a damaged probe."""
         kind = initializer.config.kind
         selection = initializer.selection if isinstance(initializer, CheckpointInitializer) else None
         selected = None if selection is None else selection.chosen
         if selected is None:
-            logger.info("%s: no set, and so no probe", kind)
+            logger.info("%s: no set was selected, so there is no probe", kind)
             return None
         probe = read_probe(selected)
         if probe is None:
@@ -97,8 +98,8 @@ class ProbeObserver:
             return None
         return _Pending(selected, probe)
 
-    def _held(self, model: Any, initializer: CheckpointInitializer, pending: _Pending) -> str:
-        """Repeat the probe; returns what is to be said. Raises ``ProbeMismatchError``."""
+    def _repeated(self, model: Any, initializer: CheckpointInitializer, pending: _Pending) -> str:
+        """Repeat the probe and return the result in words. Raises ``ProbeMismatchError``."""
         probe = pending.probe
         leaves = initializer.leaves(model)
         chosen = submodel_of(model, tuple(filter(None, (initializer.config.submodel or "").split("."))))
@@ -107,15 +108,15 @@ class ProbeObserver:
             return f"not repeated, {reason}"
         excuse = _excuse(_rows(initializer, model), pending)
         if probe.has_drawn and device_of(chosen).type != probe.device:
-            excuse = excuse or f"random numbers of {device_of(chosen).type} are others than those of {probe.device}"
+            excuse = excuse or f"random numbers of {device_of(chosen).type} differ from those of {probe.device}"
         try:
             found = repeat(chosen, probe)
         except Exception as error:
-            said = f"{chosen.name} cannot be run on the probe: {described(error)}"
+            problem = f"{chosen.name} cannot be run on the probe: {described(error)}"
             if excuse:
-                return f"not repeated, {said}; {excuse}"
+                return f"not repeated, {problem}; {excuse}"
             raise ProbeMismatchError(
-                f"{said}. When {_words(pending.source)} was saved it could. {_NEXT}", path=pending.source.folder
+                f"{problem}. It could when {_words(pending.source)} was saved. {_NEXT}", path=pending.source.folder
             ) from error
         compared = compare(
             probe.outputs,
@@ -130,14 +131,14 @@ class ProbeObserver:
             return _all_well(compared) + _not_compared(probe)
         worst = max(wrong, key=lambda one: float("inf") if one.difference is None else one.difference)
         if excuse:
-            return f"{_differs(worst)}, as may be expected: {excuse}{_not_compared(probe)}"
+            return f"{_differs(worst)}, which is expected: {excuse}{_not_compared(probe)}"
         raise _mismatch(chosen, pending, found, worst)
 
 
 _NEXT = (
-    "Every entry of the model came whole from that set, so values are in other places than they were, or the model "
-    "computes otherwise. Next: look where renames and transforms put things (ninit plan), and what changed in "
-    "the model's code or settings; if that is meant, leave out the observer probe until the next save with probe="
+    "Every entry of the model came completely from that set, so entries were loaded to wrong places, or the code of "
+    "the model has changed. Next: check renames and transforms with ninit plan, and changes of the code or "
+    "settings of the model; if the change is intended, leave out the observer probe until the next save with probe="
 )
 
 
@@ -151,8 +152,8 @@ def _mismatch(model: Any, pending: _Pending, found: Sequence[Output], worst: Com
         for one in (then, now)
     )
     return ProbeMismatchError(
-        f"{model.name} is not what it was when {_words(pending.source)} was saved: on its probe {_differs(worst)}"
-        f"{norms}. {_NEXT}",
+        f"{model.name} computes other outputs than when {_words(pending.source)} was saved: on its probe "
+        f"{_differs(worst)}{norms}. {_NEXT}",
         path=pending.source.folder,
         output=worst.path,
         expected=expected,
@@ -183,29 +184,29 @@ def _not_compared(probe: Probe) -> str:
 
 
 def _another_model(initializer: CheckpointInitializer, leaves: Iterable[Leaf], model: Any, probe: Probe) -> str:
-    """Why the probe is none of what was initialized, in words; empty where it is."""
+    """Return why the probe is not of the initialized models; empty if it is."""
     root = ".".join(filter(None, (str(model.name), initializer.config.submodel)))
     places = {}
     for leaf in leaves:
         name = parse(initializer.outcome().files[leaf.path].path.name)
         if name is None or name.info is not None:
-            return "it is of the plain weights, and others were loaded"
+            return "the probe is of the plain weights, but other weights were loaded"
         places[leaf.path.removeprefix(root)] = name.model.removeprefix(probe.model)
     below = {path.removeprefix(probe.model) for path in probe.models}
     if all(here == there for here, there in places.items()) and places.keys() == below:
         return ""
-    return f"it is of {' and '.join(probe.models)}, and other models were initialized"
+    return f"the probe is of {' and '.join(probe.models)}, but other models were initialized"
 
 
 def _rows(initializer: SourceInitializer, model: Any) -> Sequence[PlanRow]:
-    """The rows that were carried out; those of the plan that the kind states, where it writes by itself."""
+    """Return the rows that were applied; for a kind that writes itself, the rows of its stated plan."""
     planned = initializer.session.planned
     plan = initializer.plan(model) if planned is None else planned.plan
     return () if plan is None else plan.rows
 
 
 def _places(rows: Iterable[PlanRow]) -> frozenset[Any]:
-    """Models of rows, and the memory of their targets: device and address, since views of it may overlap."""
+    """Return the models of rows, and the memory (device and address) of their targets, because views may overlap."""
     found: set[Any] = set()
     for row in rows:
         if row.target is not None:
@@ -216,18 +217,18 @@ def _places(rows: Iterable[PlanRow]) -> frozenset[Any]:
 
 
 def _excuse(rows: Sequence[PlanRow], pending: _Pending) -> str:
-    """Why another output is no surprise, in words; empty where it is one."""
+    """Return why other outputs are expected; empty if they are not."""
     if pending.others:
         return f"{', '.join(pending.others)} may have changed weights since"
     entries = [row for row in rows if row.target is not None and row.tied_to is None]
     missing = sum(not row.writes or row.action == "reset" or _loses(row) for row in entries)
     unused = sum(row.target is None for row in rows)
-    said = []
+    reasons = []
     if missing:
-        said.append(f"{missing:,} of {len(entries):,} entries of the model came not, or not whole, from the set")
+        reasons.append(f"{missing:,} of {len(entries):,} entries of the model did not come completely from the set")
     if unused:
-        said.append(f"{unused:,} of the set went nowhere")
-    return ", ".join(said)
+        reasons.append(f"{unused:,} entries of the set were not loaded")
+    return ", ".join(reasons)
 
 
 def _loses(row: PlanRow) -> bool:

@@ -1,4 +1,4 @@
-"""The observer ``timing``: prints where the time of an initialization goes, a line for each hook."""
+"""The observer ``timing``: prints the time of each hook and phase of an initialization."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def _wrapper(hook: str) -> Callable[[TimingObserver, Any], Around]:
 
 
 class TimingObserver:
-    """Prints to stderr, around each hook of each initializer: the hook's own time, and what is new in its ``timings``.
+    """Prints a line to stderr for each hook of each initializer: the time of the hook, and its new ``timings``.
 
-    A line ``check`` tells of what came between two hooks, which is the check: most of ``find``, ``screen`` and
-    ``verify``. The line is printed when the hook ends, also when it fails.
+    A line ``check`` has the time between two hooks, which is the check: most of ``find``, ``screen`` and ``verify``. A
+    line is printed at the end of a hook, even if the hook fails.
     """
 
     def __init__(self) -> None:
-        self._told: weakref.WeakKeyDictionary[Stopwatch, tuple[Timing, ...]] = weakref.WeakKeyDictionary()
+        self._printed: weakref.WeakKeyDictionary[Stopwatch, tuple[Timing, ...]] = weakref.WeakKeyDictionary()
 
     start_checkpoint, init_trainer, init_weights, init_optimizer, init_callbacks = map(_wrapper, HOOK_NAMES)
 
     def _around(self, hook: str, initializer: Any) -> Around:
         before = self._new_of(initializer)
         if before:
-            _tell(initializer, "check", "", before)
+            _print(initializer, "check", "", before)
         began = time.perf_counter()
         word = "failed"
         try:
@@ -47,17 +47,17 @@ class TimingObserver:
             return result
         finally:
             seconds = _seconds(time.perf_counter() - began)
-            _tell(initializer, hook, seconds, self._new_of(initializer), word)
+            _print(initializer, hook, seconds, self._new_of(initializer), word)
 
     def _new_of(self, initializer: Any) -> tuple[Timing, ...]:
         watch: Stopwatch = initializer.stopwatch
-        found = watch.since(self._told.get(watch, ()))
-        self._told[watch] = watch.timings
+        found = watch.since(self._printed.get(watch, ()))
+        self._printed[watch] = watch.timings
         return found
 
 
 def in_words(one: Timing) -> str:
-    """``read 52.1 ms, 1.21 GB at 23.2 GB/s``."""
+    """Return a timing in words: ``read 52.1 ms, 1.21 GB at 23.2 GB/s``."""
     words = f"{one.phase} {_seconds(one.seconds)}"
     if not one.nbytes:
         return words
@@ -65,9 +65,9 @@ def in_words(one: Timing) -> str:
     return f"{words}, {_bytes(one.nbytes)}{rate}"
 
 
-def _tell(initializer: Any, what: str, seconds: str, timings: Iterable[Timing], word: str = "") -> None:
-    said = "  ".join(filter(None, (word, "; ".join(map(in_words, timings)))))
-    print(f"timing  {initializer.config.kind:<14} {what:<16} {seconds:>9}  {said}".rstrip(), file=sys.stderr)
+def _print(initializer: Any, what: str, seconds: str, timings: Iterable[Timing], word: str = "") -> None:
+    words = "  ".join(filter(None, (word, "; ".join(map(in_words, timings)))))
+    print(f"timing  {initializer.config.kind:<14} {what:<16} {seconds:>9}  {words}".rstrip(), file=sys.stderr)
 
 
 def _seconds(seconds: float) -> str:

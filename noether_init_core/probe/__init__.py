@@ -1,5 +1,5 @@
-"""A probe: a batch, and what a model makes of it, so that a loaded model can be held to what the saved one computed.
+"""Probes: a batch and the outputs of a model, to compare a loaded model with the saved one.
 
-``outputs`` keeps what came out and compares; ``probe`` runs a model without a trace. Nothing here reads or writes
+``outputs`` records and compares outputs; ``probe`` runs a model and restores its state. Nothing here reads or writes
 files.
 """

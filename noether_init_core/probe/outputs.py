@@ -1,4 +1,4 @@
-"""What a model returned: the values that are kept of it, and how far two returns differ."""
+"""Record the outputs of a model, and compare two records."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from noether_init_core.files.reading import memory_of_tensor
 
 _Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
-#: How many values are kept of one output; of a larger one as many random places, always the same ones.
+#: Number of values to keep of one output. Of a larger output, values at fixed pseudo-random positions are kept.
 MOST_VALUES = 1 << 18
 _SEED = 0x6E6F6574686572
-#: A value this many times larger than the typical one of its output is compared apart: it would hide the others.
+#: Values this many times larger than the typical one are compared separately, because they would dominate the norm.
 _HUGE = 100.0
-#: Part of the values that have to be nearly the same to count as a constant, such as that of a mask.
+#: Share of the values that must be nearly equal to count as a constant, such as the value of a mask.
 _OFTEN = 0.05
-#: Part of the whole numbers that may differ where scores were rounded otherwise.
+#: Share of integers that may differ if floating-point outputs are rounded differently (argmax of close scores).
 _CHOICES = 0.05
 
-#: Distance in parts of the norm up to which two outputs count as rounded otherwise, by dtype. Twelve ways to compute
-#: on CPUs (instruction sets, libraries, one and two threads; a transformer, a convolutional, a recurrent and a plain
-#: network) were at most 2e-7, 5e-7, 2e-3 and 9e-3 apart.
+#: Largest difference, relative to the norm, that counts as rounding, by dtype. The largest differences measured between
+#: twelve CPU configurations (instruction sets, libraries, one and two threads; a transformer, a convolutional, a
+#: recurrent and a plain network) were 2e-7, 5e-7, 2e-3 and 9e-3.
 _TOLERANCES = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-#: Half precision on the same kind of processor with the same software: the bits should be the same, and wrong weights
-#: may lie nearer than the limits above (two exchanged layers of twelve: 4e-3).
+#: Half precision on the same kind of processor with the same software: the bits should be equal, and wrong weights may
+#: differ by less than the limits above (two exchanged layers of twelve: 4e-3).
 _ALIKE = {"float16": 5e-4, "bfloat16": 2e-3}
-#: Where an accelerator takes part, float32 may be multiplied with the 10 bits of TensorFloat-32.
+#: On accelerators, float32 may be multiplied with the 10 bits of TensorFloat-32.
 _ACCELERATED = 5e-3
-#: Narrower formats.
+#: Formats narrower than 16 bits.
 _NARROW = 0.2
 _COMPARED = (torch.Tensor, bool, int, float, str)
 _COMPLEX = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
 
 
 class Output(pydantic.BaseModel):
-    """What is kept of one output tensor, or of one number or text. Outputs of one digest are equal.
+    """The record of one output: a tensor, a number or a string. Outputs with equal digests are equal.
 
     Attributes:
-        path: Its place in what the model returned: ``output``, ``output.logits``, ``output.1``.
+        path: Its place in the returned value: ``output``, ``output.logits``, ``output.1``.
         shape: Its shape.
-        dtype: Its dtype without ``torch.``; ``str`` for a text.
+        dtype: Its dtype without ``torch.``; ``str`` for a string.
         digest: ``xxh3_128:...`` of its contiguous little-endian bytes.
-        values: Its values, at most ``MOST_VALUES`` of them, in one dimension; none of a text.
+        values: Up to ``MOST_VALUES`` values in one dimension; empty for a string.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, arbitrary_types_allowed=True)
@@ -66,7 +66,7 @@ class Output(pydantic.BaseModel):
     def _has_its_values(self) -> Self:
         count = 0 if self.dtype == "str" else min(math.prod(self.shape), MOST_VALUES)
         if self.values.shape != (count,) or self.dtype not in ("str", _name_of(self.values.dtype)):
-            raise ValueError(f"values is no {self.dtype} tensor of shape [{count}]")
+            raise ValueError(f"values is not a {self.dtype} tensor of shape [{count}]")
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -76,26 +76,26 @@ class Output(pydantic.BaseModel):
 
     @property
     def norm(self) -> float:
-        """Euclidean norm of the finite values that are kept."""
+        """Euclidean norm of the finite recorded values."""
         numbers = _numbers(self.values)
         numbers = numbers[np.isfinite(numbers)]
-        # squares may leave the range of float64
+        # Scaled by the largest value, because squares may overflow float64.
         largest = float(np.abs(numbers).max(initial=0.0))
         return largest * float(np.linalg.norm(numbers / largest)) if largest else 0.0
 
 
 @attrs.frozen
 class Compared:
-    """How an output compares with what it was.
+    """The result of comparing one output with its record.
 
     Attributes:
-        path: Its place in what the model returned.
-        is_same: Whether the bits are the same.
-        difference: Norm of the difference in parts of the norm; None where it makes no sense: other shapes, kinds of
-            numbers, places of NaN.
-        tolerance: Up to which difference it is rounding.
-        problem: What is different, in words, where it is not rounding.
-        changed: For whole numbers, truth values and texts, which are not rounded: the part of them that differs.
+        path: Its place in the returned value.
+        is_same: Whether the bits are equal.
+        difference: Norm of the difference, relative to the norm; None if it is undefined: other shapes, kinds of
+            numbers, or positions of NaN.
+        tolerance: Largest difference that counts as rounding.
+        problem: The difference in words; empty if it is equal or rounding.
+        changed: For integers, booleans and strings, which are not rounded: the share of values that differ.
     """
 
     path: str
@@ -107,12 +107,12 @@ class Compared:
 
 
 def outputs_of(returned: Any) -> tuple[Output, ...]:
-    """Every tensor, number and text in what a model returned.
+    """Record every tensor, number and string in the returned value of a model.
 
-    Mappings, tuples, lists, dataclasses and attrs classes are searched; ``uncompared`` names what else there is. Of
-    several with one path, such as those of the keys 0 and "0", the second gets the path ``output.0#2``.
+    Mappings, tuples, lists, dataclasses and attrs classes are searched; ``uncompared`` lists other objects. If two have
+    one path, such as those of the keys 0 and "0", the second gets the path ``output.0#2``.
 
-    Raises ``ConfigError`` where there is nothing of that, and for tensors that have no plain memory.
+    Raises ``ConfigError`` if nothing is found, and for tensors without plain memory (sparse, quantized, sharded, meta).
     """
     found: dict[str, Output] = {}
     for place, value in _leaves(returned, "output"):
@@ -123,12 +123,12 @@ def outputs_of(returned: Any) -> tuple[Output, ...]:
                 path = f"{place}#{number}"
             found[path] = _output(path, value)
     if not found:
-        raise ConfigError(f"the model returns {type_of(returned)} without a tensor in it")
+        raise ConfigError(f"the model returns {type_of(returned)} without a tensor, number or string in it")
     return tuple(found.values())
 
 
 def uncompared(returned: Any) -> tuple[str, ...]:
-    """Objects in what a model returned that cannot be compared, in words; None is none of them."""
+    """List the objects in the returned value of a model that cannot be compared, in words; None is ignored."""
     return tuple(
         f"{path} ({type_of(value)})"
         for path, value in _leaves(returned, "output")
@@ -137,12 +137,12 @@ def uncompared(returned: Any) -> tuple[str, ...]:
 
 
 def has_values(outputs: Iterable[Output]) -> bool:
-    """Whether there is anything in the outputs of a model that is not NaN."""
+    """Whether any value in the outputs is not NaN; an output without values counts."""
     return any(not one.values.numel() or not np.isnan(_numbers(one.values)).all() for one in outputs)
 
 
 def tolerance_for(dtypes: Iterable[str], devices: Iterable[str], *, is_alike: bool = False) -> float:
-    """Up to which difference it is rounding, for the coarsest of ``dtypes``; ``devices`` are types such as ``cuda``.
+    """Return the largest difference that counts as rounding, for the coarsest of ``dtypes``.
 
     ======== ============ ==================================
     float64  float32      float16, bfloat16, narrower ones
@@ -150,8 +150,8 @@ def tolerance_for(dtypes: Iterable[str], devices: Iterable[str], *, is_alike: bo
     1e-6     1e-4         1e-2, 5e-2, 0.2
     ======== ============ ==================================
 
-    With an accelerator, float32 gets 5e-3. With ``is_alike``, on the same kind of processor with the same software and
-    dtypes, float16 gets 5e-4, bfloat16 2e-3.
+    If ``devices`` has a type other than ``cpu``, such as ``cuda``, float32 gets 5e-3. With ``is_alike``, for the same
+    kind of processor, software and dtypes, float16 gets 5e-4 and bfloat16 2e-3.
     """
     is_accelerated = any(device != "cpu" for device in devices)
     found = [0.0]
@@ -173,18 +173,18 @@ def compare(
     tolerance: float | None = None,
     is_alike: bool = False,
 ) -> tuple[Compared, ...]:
-    """How each output compares, in the order of ``expected``; outputs that only one side has are problems.
+    """Compare outputs, in the order of ``expected``; an output that only one side has is a problem.
 
-    Whole numbers and truth values have to be equal, unless an output of floating-point numbers is rounded otherwise:
-    then a choice between near values may differ, too, for one in twenty at most. Texts have to be equal.
+    Strings must be equal. Integers and booleans must be equal, unless a floating-point output is rounded differently.
+    Then up to one in twenty may differ, because they may be choices between close values.
 
     Args:
-        expected: What was saved.
-        found: What the model computes now.
-        dtypes: Of the model's parameters, then and now.
-        devices: Types of devices, then and now.
-        tolerance: Instead of ``tolerance_for``.
-        is_alike: Whether it was computed by the same release of torch, threads and kind of processor.
+        expected: The recorded outputs.
+        found: The current outputs of the model.
+        dtypes: Dtypes of the parameters of the model, at the save and now.
+        devices: Types of devices, at the save and now.
+        tolerance: Largest difference that counts as rounding; None: ``tolerance_for``.
+        is_alike: Whether release of torch, threads and kind of processor are the same as at the save.
     """
     dtypes, devices = tuple(dtypes), tuple(devices)
     now = {one.path: one for one in found}
@@ -192,15 +192,15 @@ def compare(
     for then in expected:
         other = now.pop(then.path, None)
         if other is None:
-            compared.append(Compared(then.path, False, None, 0.0, "is not returned any more"))
+            compared.append(Compared(then.path, False, None, 0.0, "is no longer returned"))
             continue
         all_dtypes = (then.dtype, other.dtype, *dtypes)
         is_same_dtype = is_alike and then.dtype == other.dtype and len(set(dtypes)) < 2
         allowed = tolerance_for(all_dtypes, devices, is_alike=is_same_dtype) if tolerance is None else tolerance
-        # values of few bits are the same by chance
+        # Values of few bits are often equal by chance, so only fine dtypes can show repeated values.
         is_fine = tolerance_for(all_dtypes, ()) <= _TOLERANCES["float32"]
         compared.append(_compared(then, other, allowed, is_fine))
-    compared += [Compared(path, False, None, 0.0, "was not returned then") for path in now]
+    compared += [Compared(path, False, None, 0.0, "was not returned when the set was saved") for path in now]
     if not any(not one.is_same and not one.problem and one.changed is None for one in compared):
         return tuple(compared)
     return tuple(
@@ -241,11 +241,14 @@ def _output(path: str, value: Any) -> Output:
         value = torch.tensor(value, dtype=torch.float64)
     tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or hasattr(tensor, "device_mesh"):
-        raise ConfigError(f"{path}: {type_of(tensor)} that is {tensor.layout}, quantized, sharded or without memory")
+        raise ConfigError(
+            f"{path}: {type_of(tensor)} with layout {tensor.layout} is sparse, quantized, sharded or without memory, "
+            "so it cannot be compared"
+        )
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     flat = plain.reshape(-1)
     if len(flat) > MOST_VALUES:
-        # the numbers of PCG64 are the same everywhere and for ever
+        # NumPy guarantees the raw stream of PCG64 for all versions and platforms, so the positions are reproducible.
         places = np.random.PCG64(_SEED).random_raw(MOST_VALUES) % np.uint64(len(flat))
         kept = flat[torch.from_numpy(places.astype(np.int64))]
     else:
@@ -258,21 +261,21 @@ def _compared(then: Output, now: Output, tolerance: float, is_fine: bool) -> Com
     if (then.shape, then.dtype, then.digest) == (now.shape, now.dtype, now.digest):
         return Compared(then.path, True, 0.0, tolerance)
     if then.shape != now.shape:
-        problem = f"has the shape {list(now.shape)}, it had {list(then.shape)}"
+        problem = f"has the shape {list(now.shape)} instead of {list(then.shape)}"
         return Compared(then.path, False, None, tolerance, problem)
     if _is_floating(then.dtype) is not _is_floating(now.dtype) or (then.dtype == "str") is not (now.dtype == "str"):
-        return Compared(then.path, False, None, tolerance, f"has the dtype {now.dtype}, it had {then.dtype}")
+        return Compared(then.path, False, None, tolerance, f"has the dtype {now.dtype} instead of {then.dtype}")
     if not _is_floating(then.dtype):
         changed = 1.0
         if then.values.numel():
             others = int((then.values.to(torch.int64) != now.values.to(torch.int64)).sum())
-            # a single one is few, however many there are
+            # A single different value is accepted even in a small output, where it is more than one in twenty.
             changed = 0.0 if others == 1 else others / then.values.numel()
         return Compared(then.path, False, None, 0.0, "has other values", changed)
     first, other = _numbers(then.values), _numbers(now.values)
     places = [np.isnan(one) + 2 * np.isposinf(one) + 3 * np.isneginf(one) for one in (first, other)]
     if (places[0] != places[1]).any():
-        problem = "has NaN or infinities in other places" if places[1].any() else "has no NaN or infinities as it had"
+        problem = "has NaN or infinities in other places" if places[1].any() else "lacks the recorded NaN or infinities"
         return Compared(then.path, False, None, tolerance, problem)
     first, other = first[places[0] == 0], other[places[0] == 0]
     sizes = np.maximum(np.abs(first), np.abs(other))
@@ -287,7 +290,7 @@ def _numbers(values: torch.Tensor) -> _Numbers:
 
 
 def _apart(first: _Numbers, other: _Numbers) -> float:
-    """Norm of the difference in parts of the larger norm, also where squares leave the range of float64."""
+    """Return the norm of the difference relative to the larger norm; scaled, so that squares do not overflow."""
     largest = max(float(np.abs(one).max(initial=0.0)) for one in (first, other))
     if not largest:
         return 0.0
@@ -296,9 +299,10 @@ def _apart(first: _Numbers, other: _Numbers) -> float:
 
 
 def _limits(sizes: _Numbers, is_fine: bool) -> list[float]:
-    """Magnitudes from which on constants, and lone values, hide the others.
+    """Return magnitudes above which constants and single large values would dominate the norm.
 
-    A mask is one value, or nearly one. Other large values stay among the small ones, which may be their rounding.
+    A mask consists of one value, or nearly so. Other large values are compared together with the small ones, which may
+    be their rounding errors.
     """
     values, repeats = np.unique(sizes[sizes > 0], return_counts=True)
     if not len(values):
@@ -309,7 +313,7 @@ def _limits(sizes: _Numbers, is_fine: bool) -> list[float]:
     is_constant = counts > max(1.0, counts.sum() * _OFTEN)
     if is_fine:
         is_constant |= np.bincount(group, weights=repeats > np.median(repeats)) > 0
-    # two, since one value and its rounding may be in both
+    # The two largest groups, because a value and its rounding may fall into neighbouring groups.
     is_constant[-2:] = True
     limits: list[float] = []
     last = float(np.median(exponents))

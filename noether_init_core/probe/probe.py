@@ -1,4 +1,4 @@
-"""The probe of a set: a model is run on a batch in passing, when the set is saved and again when it was loaded."""
+"""The probe of a set: run a model on a batch when the set is saved, and again after it was loaded."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from noether_init_core.probe.outputs import Output, has_values, outputs_of, unco
 
 _Generator: TypeAlias = torch.Generator | random.Random | numpy.random.Generator | numpy.random.RandomState
 
-#: What models draw from that draw random numbers in evaluation, too.
+#: The seed of random generators during a run, for models that draw random numbers in evaluation mode.
 _SEED = 0x50524F4245
 
 
 class Probe(pydantic.BaseModel):
-    """A batch, and what a model made of it.
+    """A batch, and the outputs of a model for it.
 
     Attributes:
-        batch: Tensors in CPU memory, plain values, and dicts, lists and tuples of them. A dict is passed as keywords, a
+        batch: CPU tensors, plain values, and dicts, lists and tuples of them. A dict is passed as keyword arguments, a
             list or tuple as arguments, anything else as the only argument.
-        outputs: What is kept of all tensors, numbers and texts that came back.
+        outputs: Records of all tensors, numbers and strings in the returned value.
         model: Name of the model.
-        models: Paths of its single models; the model's name alone for one that is no composite.
+        models: Paths of its single models; for a single model its name.
         device: Type of the device that it ran on.
-        dtype: Dtype of its first floating-point parameter or buffer; None where it has none.
-        has_drawn: Whether it drew random numbers, from generators that were seeded for that: another kind of device
-            draws others.
-        uncompared: What else came back, in words: objects that cannot be compared.
-        computed_by: Release of torch, threads and processor.
+        dtype: Dtype of its first floating-point parameter or buffer; None for a model without one.
+        has_drawn: Whether it drew random numbers. The generators were seeded, but other types of devices draw others.
+        uncompared: Objects in the returned value that cannot be compared, in words.
+        computed_by: Release of torch, number of threads, and processor.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, protected_namespaces=())
@@ -59,26 +58,27 @@ class Probe(pydantic.BaseModel):
     @classmethod
     def _have_one_path_each(cls, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
         if len({one.path for one in outputs}) < len(outputs):
-            raise ValueError("two have one path")
+            raise ValueError("two outputs have the same path")
         return outputs
 
 
 def take(model: Any, batch: Any) -> Probe:
-    """Run ``model`` on a batch and keep both; the model and the process are as before, see ``quietly``.
+    """Run ``model`` on a batch and record both; the state of model and process is restored, see ``quietly``.
 
-    Raises ``CheckpointFormatError`` for a batch that cannot be kept, ``ConfigError`` for a model that cannot be run on
-    it.
+    Raises ``CheckpointFormatError`` for a batch that cannot be saved, ``ConfigError`` if the model cannot be run on it.
     """
     kept = _changed(plain(batch, "probe"), torch.Tensor.clone)
     reason = hindrance(model)
     if reason:
-        raise ConfigError(f"probe: {model.name} cannot be run here: {reason}. Nothing was written. Next: save without")
+        raise ConfigError(
+            f"probe: {model.name} cannot be run here: {reason}. Nothing was written. Next: save without probe="
+        )
     try:
         outputs, others, has_drawn = _run(model, kept)
         if not has_values(outputs):
             raise ConfigError(
-                f"probe: all that {model.name} returns is NaN, which tells models apart by nothing. "
-                "Next: look into its weights, or save without"
+                f"probe: all outputs of {model.name} are NaN, so they cannot distinguish models. "
+                "Next: check its weights, or save without probe="
             )
     except ConfigError as error:
         error.add(". Nothing was written")
@@ -86,8 +86,8 @@ def take(model: Any, batch: Any) -> Probe:
     except Exception as error:
         raise ConfigError(
             f"probe: {model.name} cannot be run on it: {described(error)}. Nothing was written. A dict is passed as "
-            "keywords, a list or tuple as arguments, a tensor as the only argument; dtypes stay as they are. "
-            "Next: another probe, or save without"
+            "keyword arguments, a list or tuple as arguments, a tensor as the only argument; dtypes are not changed. "
+            "Next: pass another probe, or save without probe="
         ) from error
     return Probe(
         batch=kept,
@@ -103,21 +103,21 @@ def take(model: Any, batch: Any) -> Probe:
 
 
 def described(error: Exception) -> str:
-    """An error of a run in words, with its notes: what could not be put back, see ``quietly``."""
+    """Return an error of a run in words, with its notes about state that could not be restored, see ``quietly``."""
     return "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
 def computed_by(model: Any) -> str:
-    """What the last bits depend on: release of torch, threads, instructions of the processor, name of the GPU."""
+    """Return what rounding depends on: release of torch, threads, instruction set of the CPU or name of the GPU."""
     device = device_of(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device.type} {name}"
 
 
 def repeat(model: Any, probe: Probe) -> tuple[Output, ...]:
-    """What ``model`` makes of the batch of ``probe`` now; the model and the process are as before, see ``quietly``.
+    """Run ``model`` on the batch of ``probe``; the state of model and process is restored, see ``quietly``.
 
-    If the model's dtype is another one than then, the batch follows it. Raises what the model raises.
+    If the dtype of the model has changed since the save, the batch is cast to it. Errors of the model are raised.
     """
     now = dtype_of(model)
     then = None if probe.dtype is None else getattr(torch, probe.dtype, None)
@@ -129,9 +129,9 @@ def repeat(model: Any, probe: Probe) -> tuple[Output, ...]:
 
 
 def _run(model: Any, batch: Any) -> tuple[tuple[Output, ...], tuple[str, ...], bool]:
-    """What came back, what of it cannot be compared, and whether random numbers were drawn."""
+    """Return the outputs, the objects that cannot be compared, and whether random numbers were drawn."""
     function, device = called(model), device_of(model)
-    # a copy: the model may write into it
+    # A copy, because the model may write into its inputs.
     ready = _changed(batch, lambda tensor: tensor.to(device, copy=True))
     with quietly(model) as has_drawn:
         if isinstance(ready, Mapping):
@@ -140,7 +140,7 @@ def _run(model: Any, batch: Any) -> tuple[tuple[Output, ...], tuple[str, ...], b
             returned = function(*ready)
         else:
             returned = function(ready)
-        # in here: an output may be a buffer, which gets its former value
+        # Recorded inside the block: an output may be a buffer, whose former value is restored at the end.
         return outputs_of(returned), uncompared(returned), has_drawn()
 
 
@@ -150,18 +150,23 @@ def _changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 @contextlib.contextmanager
 def quietly(model: Any) -> Iterator[Callable[[], bool]]:
-    """Run ``model`` in the block: evaluating, without gradient and autocast, with random generators seeded alike.
+    """Run ``model`` in the block in evaluation mode, without gradient and autocast, with seeded random generators.
 
-    Afterwards, also if the block raises, these are as they were: the random generators of the process; the attributes
-    of all modules (flags, counters, buffers, children, hooks); the tensors and generators among these attributes; the
-    entries of lists, sets and dicts among them, and the tensors and generators in these. Nothing deeper is kept.
-    Parameters are not copied: their memory, gradient and ``requires_grad`` are put back, and a checksum tells whether
-    something was written into them.
+    Afterwards, also if the block raises, these are restored:
 
-    Raises ``ConfigError`` after the block for what cannot be put back. An error of the block goes on instead, with a
-    note.
+    - the random generators of the process,
+    - the attributes of all modules (flags, counters, buffers, children, hooks),
+    - tensors and generators among these attributes,
+    - the entries of lists, sets and dicts among these attributes, and the tensors and generators in them.
 
-    Yields: a function that says whether random numbers of torch have been drawn in the block so far.
+    Deeper values are not restored. Parameters are not copied: their memory, gradient and ``requires_grad`` are
+    restored,
+    and a checksum detects writes into them.
+
+    Raises ``ConfigError`` after the block for state that cannot be restored. If the block itself raised, its error gets
+    a note instead.
+
+    Yields: a function that returns whether random numbers of torch were drawn in the block so far.
     """
     modules = _modules_of(model)
     generators, steps = _kept(modules)
@@ -171,7 +176,7 @@ def quietly(model: Any) -> Iterator[Callable[[], bool]]:
                 if torch.amp.is_autocast_available(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             for module in modules:
-                # eval() may be overridden, and change weights (adapters that are merged then)
+                # Not eval(): a module may override it and change weights, such as an adapter that merges itself.
                 module.training = False
             for one in generators:
                 _seed(one)
@@ -180,19 +185,19 @@ def quietly(model: Any) -> Iterator[Callable[[], bool]]:
     except BaseException as error:
         problem = _put_back(steps)
         if problem:
-            error.add_note(f"{model.name}: {problem}. It is changed now: build or load it again")
+            error.add_note(f"{model.name}: {problem}. The model was changed. Next: build or load it again")
         raise
     problem = _put_back(steps)
     if problem:
         raise ConfigError(
-            f"{model.name}: {problem}. It is changed now: build or load it again. A model that changes while it "
-            "evaluates cannot have a probe"
+            f"{model.name}: {problem}. The model was changed, and a model that changes in evaluation mode cannot have "
+            "a probe. Next: build or load it again, and save without probe="
         )
 
 
 @torch.no_grad()
 def _put_back(steps: Iterable[Callable[[], object]]) -> str:
-    """Take all steps, whichever of them fail; returns what the first failure is, in words."""
+    """Run all steps, even if some fail; return the first failure in words."""
     problems = []
     for step in steps:
         try:
@@ -200,14 +205,14 @@ def _put_back(steps: Iterable[Callable[[], object]]) -> str:
         except ConfigError as error:
             problems.append(str(error))
         except Exception as error:
-            problems.append(f"what its forward changes cannot be put back: {type(error).__name__}: {error}")
+            problems.append(f"a change by its forward cannot be restored: {type(error).__name__}: {error}")
     return problems[0] if problems else ""
 
 
 def _kept(modules: Sequence[torch.nn.Module]) -> tuple[list[_Generator], list[Callable[[], object]]]:
-    """Generators that the modules may draw from, and the steps that put everything back: generators come first."""
+    """Return the generators that the modules may use, and the steps that restore everything, generators first."""
     tensors: dict[int, _KeptTensor] = {}
-    # the generators behind the functions of both modules
+    # The global generators of both modules are reachable only as the owner of their functions.
     own = [getattr(function, "__self__") for function in (random.getstate, numpy.random.get_state)]  # noqa: B009 - the types of these functions lack it
     generators: list[_Generator] = [*own, torch.default_generator, *_accelerators()]
     steps: list[Callable[[], object]] = []
@@ -220,12 +225,12 @@ def _kept(modules: Sequence[torch.nn.Module]) -> tuple[list[_Generator], list[Ca
         attributes = vars(module)
         containers = [one for one in (attributes, *attributes.values()) if isinstance(one, dict | list | set)]
         steps += [functools.partial(_refill, one, one.copy()) for one in containers]
-        # scripted modules keep buffers and flags elsewhere
+        # Scripted modules keep buffers and flags outside vars().
         buffers = dict(module._buffers.items())
         steps.append(functools.partial(_reset, module, {"training": module.training, **buffers}))
         for container in (*containers, buffers):
             for value in container.values() if isinstance(container, dict) else container:
-                # that of the system has no state
+                # SystemRandom reads from the operating system and has no state to restore.
                 if isinstance(value, _Generator) and not isinstance(value, random.SystemRandom):
                     generators.append(value)
                 elif isinstance(value, torch.Tensor) and _is_plain(value) and id(value) not in tensors:
@@ -235,7 +240,7 @@ def _kept(modules: Sequence[torch.nn.Module]) -> tuple[list[_Generator], list[Ca
 
 
 class _KeptTensor:
-    """A tensor, and what it was: a copy of its values, or a checksum where it is too large to be copied."""
+    """A tensor and its former state: a copy of its values, or for a parameter, which may be large, a checksum."""
 
     def __init__(self, tensor: torch.Tensor, place: str, *, is_copied: bool) -> None:
         self._tensor = tensor
@@ -248,12 +253,12 @@ class _KeptTensor:
         self._grad_writes = _writes(self._grad)
 
     def put_back(self) -> None:
-        """Raises ``ConfigError`` for a parameter, or a gradient, that was written to."""
+        """Restore the tensor. Raises ``ConfigError`` for a parameter or gradient that was written to."""
         tensor, memory, content = self._tensor, self._memory, self._content
         if self._is_leaf and tensor.grad is not self._grad:
             tensor.grad = self._grad
         if self._nbytes and memory.untyped_storage().nbytes() < self._nbytes:
-            memory.untyped_storage().resize_(self._nbytes)  # reading what was freed would end the process
+            memory.untyped_storage().resize_(self._nbytes)  # reading a freed storage would crash the process
         if _is_plain(tensor) and _place_of(tensor) != _place_of(memory):
             tensor.data = memory
         if self._is_leaf and tensor.requires_grad is not self._requires_grad:
@@ -261,7 +266,7 @@ class _KeptTensor:
         if not isinstance(content, torch.Tensor):
             if _checksum(memory) != content:
                 raise ConfigError(f"its forward changes {self._place}")
-        # a needless write would disturb a graph that waits for its backward
+        # Only if it differs: each write raises the version of the tensor, and a pending backward would fail.
         elif not equal(memory, content):
             with torch.inference_mode(memory.is_inference()):
                 memory.copy_(content)
@@ -295,12 +300,12 @@ def _place_of(tensor: torch.Tensor) -> Any:
 
 
 def _writes(tensor: torch.Tensor | None) -> int:
-    """How often it was written to in place; tensors made in inference mode do not count."""
+    """Return the number of in-place writes; 0 for inference tensors, which have no version counter."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    """Of its bytes: the counter of writes does not see what is written through ``.data``."""
+    """Return a checksum of the bytes, because the version counter misses writes through ``.data``."""
     if not _is_plain(tensor):
         return _writes(tensor)
     return xxhash.xxh3_64_intdigest(memory_of_tensor(tensor.cpu().resolve_conj().resolve_neg().contiguous()))
@@ -314,7 +319,7 @@ def _seed(generator: _Generator) -> None:
         generator.bit_generator.state = kind(_SEED).state
     elif isinstance(generator, random.Random):
         generator.seed(_SEED)
-    # seed() is for Mersenne twisters alone
+    # RandomState.seed() works only with MT19937.
     elif generator.get_state(legacy=False)["bit_generator"] == "MT19937":
         generator.seed(_SEED % 2**32)
 
@@ -337,7 +342,7 @@ def _set_state(generator: _Generator, state: Any) -> None:
 
 
 def _accelerators() -> list[torch.Generator]:
-    """Generators of accelerators that were used; one that was not has drawn nothing, and asking would start it."""
+    """Return the generators of initialized accelerators; others drew nothing, and access would initialize them."""
     found: list[torch.Generator] = []
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch lacks it
         found += torch.cuda.default_generators
@@ -347,9 +352,10 @@ def _accelerators() -> list[torch.Generator]:
 
 
 def called(model: Any) -> Any:
-    """What is called: the module behind a view, behind ``DistributedDataParallel`` and ``torch.compile``.
+    """Return the callable of a model: the module inside a view, ``DistributedDataParallel`` or ``torch.compile``.
 
-    These wrappers would wait for other ranks, or compile anew. Raises ``ConfigError`` for what cannot be called.
+    These wrappers would wait for other ranks, or compile again. Raises ``ConfigError`` for a model without
+    ``__call__``.
     """
     found = model.module if isinstance(model, BoundModel) else model
     while isinstance(found, torch.nn.Module):
@@ -361,14 +367,14 @@ def called(model: Any) -> Any:
             break
     if not callable(found):
         raise ConfigError(
-            f"{model.name} is {type_of(found)}, which cannot be called with a probe. Next: give it __call__, which "
-            "says what becomes of a batch, or save without probe"
+            f"{model.name} is {type_of(found)} without __call__, so it cannot be run on a probe. Next: define "
+            "__call__(self, batch), or save without probe="
         )
     return found
 
 
 def hindrance(model: Any) -> str:
-    """Why this process cannot run the model by itself, in words; empty where it can."""
+    """Return why this process cannot run the complete model; empty if it can."""
     for name, tensor in _tensors_of(model):
         if torch.nn.parameter.is_lazy(tensor):
             return f"its {name} has no shape yet (a lazy module)"
@@ -382,7 +388,7 @@ def hindrance(model: Any) -> str:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a batch goes: the device that the model says, else that of its first parameter or buffer, else the CPU."""
+    """Return the device for a batch: ``device`` of the model, else of its first parameter or buffer, else the CPU."""
     own = getattr(model, "device", None)
     if isinstance(own, torch.device):
         return own
@@ -390,13 +396,13 @@ def device_of(model: Any) -> torch.device:
 
 
 def dtype_of(model: Any) -> str | None:
-    """Dtype of the first floating-point parameter, else buffer, of ``model``."""
+    """Return the dtype of the first floating-point parameter, else buffer, of ``model``; None without one."""
     floating = (one.dtype for _name, one in _tensors_of(model) if one.is_floating_point() or one.is_complex())
     return next((str(dtype).removeprefix("torch.") for dtype in floating), None)
 
 
 def _modules_of(model: Any) -> tuple[torch.nn.Module, ...]:
-    """Every module of ``model``; of a composite, also those of its submodels."""
+    """Return all modules of ``model``, including those of the submodels of a composite."""
     found: dict[int, torch.nn.Module] = {}
     for root in (model, *(leaf for _path, leaf in leaf_models(model))):
         list_modules = getattr(root, "modules", None)
@@ -406,7 +412,7 @@ def _modules_of(model: Any) -> tuple[torch.nn.Module, ...]:
 
 
 def _tensors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of every parameter of all modules, then of every buffer."""
+    """Yield name and tensor of all parameters of all modules, then of all buffers."""
     modules = _modules_of(model)
     for held in ("_parameters", "_buffers"):
         for module in modules:

@@ -1,1 +1,1 @@
-"""How values are shown: folded lines, terminal, notebook. Data in, text out; nothing here reads or decides."""
+"""How values are shown: folded lines, terminal, notebook. Takes data, returns text; reads no file."""

@@ -1,8 +1,8 @@
-"""Folding: the rows of a plan as few lines, each of which stands for exactly the rows that it lists. Pure.
+"""Folding: the rows of a plan as few lines, each of which lists exactly its rows. Pure.
 
-Rows that go the same way (action, rule, steps) are taken together. Their names are put into a tree by segment; branches
-that are alike become one, so that twelve equal layers are ``blocks.{0..11}.mlp.*``. A layer that differs from its
-siblings, in the model or in what happens to it, stays a line of its own.
+Rows with the same action, rule and steps are grouped. Their names form a tree with one segment per level; equal
+branches become one, so that twelve equal layers are ``blocks.{0..11}.mlp.*``. A layer that differs from its siblings,
+in the model or in its action, keeps a line of its own.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>0|[1-9][0-9]*)", re.DOTALL)
 _SPECIAL = re.compile(r"[\\{},*]")
-# A hostile file may name a tensor by a hundred thousand dots; such a name is not taken apart.
+# A hostile file may hold a name of a hundred thousand dots, and the tree is walked recursively: keep it whole.
 _MOST_SEGMENTS = 64
 
 
 @attrs.frozen
 class KeyPattern:
-    """Names that are alike: ``blocks.{0..11}.{q,k,v}.*``.
+    """A pattern of names that differ in some segments only: ``blocks.{0..11}.{q,k,v}.*``.
 
     Attributes:
-        segments: For each segment the texts that it may be.
-        below: Whether it ends in ``*``: every name below, at any depth, that the model (or the file) has.
+        segments: For each segment, its alternatives.
+        below: Whether it ends in ``*``: every name below, at any depth, in the model or the file.
     """
 
     segments: tuple[tuple[str, ...], ...]
     below: bool = False
 
     def text(self, most: int | None = None) -> str:
-        """As it is shown. Braces, commas, stars and backslashes within names get a backslash.
+        """The pattern as text. Braces, commas, stars and backslashes within names are escaped by a backslash.
 
         Args:
-            most: Show at most so many alternatives that are no numbers, and how many more there are.
+            most: Show at most this many alternatives that are not numbers, and the number of the others.
         """
         return ".".join([*(_segment_text(texts, most) for texts in self.segments), *(["*"] if self.below else [])])
 
@@ -56,14 +56,14 @@ class KeyPattern:
 
 @attrs.frozen
 class Fold:
-    """Rows that one line stands for.
+    """Rows that one line shows.
 
     Attributes:
-        action: What happens to all of them.
-        rule: The config line responsible for all of them; None where no rule had a say.
+        action: The action of each row.
+        rule: The config line that decided each row; None if no rule did.
         steps: What is done with the tensors, as in the plan.
-        pattern: Names of the rows in the model, or in the file where it is about unused entries.
-        sources: Names in the file; empty where they are the same as in the model, and where there are none.
+        pattern: Names of the rows in the model; for unused entries, in the file.
+        sources: Names in the file; empty if they equal the names in the model, or if there are none.
         rows: The rows, in the order of the plan.
     """
 
@@ -84,8 +84,8 @@ class Fold:
 def fold_rows(rows: Sequence[PlanRow]) -> tuple[Fold, ...]:
     """Fold the rows of one single model and one file: every row is in exactly one fold.
 
-    Folds are ordered by action, from loads to mismatches, and then by their first row. Rows whose sources or parts go
-    another way than the line would say (layer 0 from layer 1) are never folded together.
+    Folds are ordered by action, from loads to mismatches, and then by their first row. A line implies that layer 0
+    comes from layer 0; a row whose sources or parts differ from that is never folded with the others.
     """
     targets = _known(row.target for row in rows if row.target is not None)
     sources = _known(name for row in rows for name in row.sources)
@@ -109,7 +109,7 @@ def fold_rows(rows: Sequence[PlanRow]) -> tuple[Fold, ...]:
 def fold_alike(keys: Mapping[str, Hashable]) -> tuple[tuple[KeyPattern, tuple[str, ...]], ...]:
     """Fold keys that have the same value, such as a dtype and a shape: each pattern with its keys, by its first key.
 
-    Every key is in exactly one of them, and no pattern matches a key of another.
+    Every key is in exactly one pattern, and no pattern matches a key of another.
     """
     known = _known(keys)
     places = {key: number for number, key in enumerate(keys)}
@@ -134,7 +134,7 @@ def _fold(pattern: KeyPattern, rows: Sequence[PlanRow], known: Counter[str]) -> 
 
 
 def _way(row: PlanRow) -> Hashable:
-    """What rows must have in common to be told by one line."""
+    """The properties that rows must share to be shown on one line."""
     differs: Hashable = None
     if row.action == "mismatch":
         differs = row.shape, row.source_shapes, row.dtype, row.source_dtype
@@ -144,9 +144,9 @@ def _way(row: PlanRow) -> Hashable:
 
 
 def _aligned(rows: list[PlanRow]) -> Iterator[list[PlanRow]]:
-    """Rows in groups within which every number of a source is that of the target, or the same for all.
+    """Rows in groups within which each number of a source equals one of the target, or is the same for all.
 
-    ``a.{0,1} <- b.{0,1}`` is read as 0 from 0 and 1 from 1, and parts as taken in the order in which they are listed.
+    A reader takes ``a.{0,1} <- b.{0,1}`` as 0 from 0 and 1 from 1, and parts in the order in which they are listed.
     """
     if rows[0].target is None or not rows[0].sources:
         yield rows
@@ -173,7 +173,7 @@ def _aligned(rows: list[PlanRow]) -> Iterator[list[PlanRow]]:
 
 
 def _in_order_of_parts(rows: Sequence[PlanRow]) -> bool:
-    """Whether numbers of targets rise with the part that they get; texts are listed in the order of ``rows``."""
+    """Whether numbers of targets rise with the part that they get; a pattern lists names in the order of ``rows``."""
     if rows[0].parts == 1:
         return True
     highest: dict[Hashable, tuple[int, ...]] = {}
@@ -193,11 +193,11 @@ def _numbers_of(key: str) -> tuple[tuple[tuple[str, bool], ...], tuple[int, ...]
     return stems, tuple([number for _, number in found if number is not None])
 
 
-# the same few segments come a hundred thousand times
+# a model of 100,000 keys has only a few distinct segments
 @functools.lru_cache(maxsize=4096)
 def _numbered(segment: str) -> tuple[str, int | None]:
     found = _NUMBERED.fullmatch(segment)
-    # a number of a thousand digits is text
+    # int() of a thousand digits is slow, and Python refuses it beyond 4,300 digits
     return (segment, None) if found is None or len(found["number"]) > 9 else (found["stem"], int(found["number"]))
 
 
@@ -207,7 +207,7 @@ def _segments_of(key: str) -> list[str]:
 
 
 def _known(keys: Iterable[str]) -> Counter[str]:
-    """Of all names of a model or a file: how many are below each prefix."""
+    """Prefix -> number of names below it, among all names of a model or a file."""
     below: Counter[str] = Counter()
     for key in dict.fromkeys(keys):
         prefix = ""
@@ -221,7 +221,7 @@ def _known(keys: Iterable[str]) -> Counter[str]:
 class _Node:
     """One segment in the tree of names.
 
-    ``shape`` is equal for nodes with the same names below, of which the same share is all that there is.
+    ``shape`` is equal for nodes with the same names below, of which the same ones are complete.
     """
 
     values: list[Any] = attrs.Factory(list)
@@ -232,7 +232,7 @@ class _Node:
 
 
 def _patterns(pairs: Sequence[tuple[str, Any]], known: Counter[str]) -> list[tuple[KeyPattern, list[Any]]]:
-    """Disjoint patterns for the names of ``pairs``, each with the values (rows, say) of its names."""
+    """Disjoint patterns for the names in ``pairs``, each with the values of its names, such as rows."""
     root = _Node()
     for key, value in pairs:
         node = root
@@ -244,13 +244,13 @@ def _patterns(pairs: Sequence[tuple[str, Any]], known: Counter[str]) -> list[tup
         node.values.append(value)
     shapes: dict[Hashable, int] = {}
     _measure(root, "", known, shapes)
-    # a star alone would say nothing
+    # the pattern `*` alone would name nothing
     root.is_whole = False
     return list(_lines([root], ()))
 
 
 def _measure(node: _Node, prefix: str, known: Counter[str], shapes: dict[Hashable, int]) -> bool:
-    """Fill in what is known of ``node`` from those below it; whether every list of layers below is of one kind."""
+    """Set count, shape and completeness of ``node`` from its children; returns whether each list below is uniform."""
     is_uniform = True
     for segment, child in node.children.items():
         is_uniform = _measure(child, f"{prefix}{segment}.", known, shapes) and is_uniform
@@ -264,7 +264,7 @@ def _measure(node: _Node, prefix: str, known: Counter[str], shapes: dict[Hashabl
 
 
 def _is_of_one_kind(children: Mapping[str, _Node]) -> bool:
-    """Not so where some numbered siblings are alike and others are not: these differ, and are shown."""
+    """False if some numbered siblings are equal and others differ: the reader must see the ones that differ."""
     families: dict[str, list[int]] = {}
     for segment, child in children.items():
         stem, number = _numbered(segment)
@@ -274,7 +274,7 @@ def _is_of_one_kind(children: Mapping[str, _Node]) -> bool:
 
 
 def _lines(nodes: Sequence[_Node], before: tuple[tuple[str, ...], ...]) -> Iterator[tuple[KeyPattern, list[Any]]]:
-    """The patterns at and below ``nodes``, which are alike and whose places differ only in the last of ``before``."""
+    """The patterns at and below ``nodes``, which are equal and whose places differ only in the last of ``before``."""
     first = nodes[0]
     if first.values:
         yield KeyPattern(before), [value for node in nodes for value in node.values]

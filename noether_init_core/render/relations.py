@@ -1,4 +1,4 @@
-"""How two checkpoints compare, and where weights came from: the lines of ``ninit diff`` and ``ninit lineage``."""
+"""How checkpoints are related, by weights and by origin: the lines of ``ninit diff`` and ``ninit lineage``."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class DiffView:
         yield from filled(Text(""), self.summary(), width)
 
     def sides(self) -> list[tuple[str, str, str]]:
-        """For each side its letter, what it is, and how many tensors it has."""
+        """For each side its letter, its origin, and its number of tensors."""
         return [
             (name, one_line(_side(side)), counted(side.tensors, "tensor"))
             for name, side in (("A", self.diff.a), ("B", self.diff.b))
@@ -83,13 +83,13 @@ class DiffView:
         return {one_line(model) or "(no name)": list(self._of_model(rows)) for model, rows in by_model.items()}
 
     def largest(self) -> list[DiffRow]:
-        """The keys that moved most; none where every key has a line of its own."""
+        """The keys that moved most; empty if every key has its own line."""
         moved = [] if self.unfolded else [row for row in self.diff.rows if row.relative_norm]
-        # to as many digits as rounding leaves alone, so that equals stay in their order
+        # nine digits: sums in another order differ beyond them, and equal drifts must keep the order of the file
         return sorted(moved, key=lambda row: -float(f"{row.relative_norm:.9g}"))[:_MOST_LARGEST]
 
     def summary(self) -> list[Text]:
-        """The numbers of the whole, a phrase each."""
+        """The numbers of the whole comparison, a phrase each."""
         found, phrases = self.diff, []
         if found.relative_norm is not None:
             phrases.append(Text(f"drift {found.relative_norm:.3g}", "bold"))
@@ -100,7 +100,7 @@ class DiffView:
             phrases.append(Text("equal tensors", "green"))
         elif not found.is_same_form:
             wrong = sum(row.state in ("shape", "nonfinite", "only_a", "only_b") for row in found.rows)
-            phrases.append(Text(f"{counted(wrong, 'key')} of another form", "bold red"))
+            phrases.append(Text(f"{counted(wrong, 'key')} not comparable", "bold red"))
         return phrases
 
     def _of_model(self, rows: Sequence[DiffRow]) -> Iterator[NameLine]:
@@ -129,7 +129,7 @@ def _side(side: DiffSide) -> str:
 
 
 def _way(row: DiffRow) -> tuple[Any, ...]:
-    """What rows of one line have in common."""
+    """The properties that all rows of one line share."""
     if row.state == "shape":
         return row.shape_a, row.shape_b
     return (row.dtype_a, row.dtype_b) if row.state == "dtype" else ()
@@ -162,7 +162,7 @@ _MOST_DEEP = 6
 
 @attrs.frozen
 class LineageLine:
-    """One line of a lineage: how deep it stands, and its phrases; of a run or file, its name is the first."""
+    """One line of a lineage: its depth, and its phrases, of which the first names the run or file."""
 
     depth: int
     phrases: Sequence[Text]
@@ -188,20 +188,20 @@ class LineageView:
         yield from map(Text, self.notes())
 
     def notes(self) -> list[str]:
-        """What is to be said below the lines."""
+        """The messages below the lines."""
         found, said = self.lineage, []
         if found.focus is not None and not found.node(found.focus).note and not _edges(found, found.focus, down=False):
-            said.append("no checkpoint is recorded that it came from")
+            said.append("no origin is recorded")
         return [*said, *(one_line(f"x {problem}") for problem in found.problems)]
 
     def lines(self) -> Iterator[LineageLine]:
-        """The run that was asked for, where it came from, what it went into; of an output root each that has no source.
+        """The requested run with its origins and descendants; for an output root, each run without an origin.
 
-        What is shown already is not unfolded again.
+        A node that is shown already is not expanded again.
         """
         found = self.lineage
         if found.focus is None:
-            # those that came from nowhere, with all that came from them; then what stands in a circle
+            # nodes without an origin first, each with its descendants; then nodes of cycles, which have no such start
             shown: set[str] = set()
             starts = [node for node in found.nodes if not _edges(found, node.id, down=False)]
             for node in [*starts, *(node for node in found.nodes if node not in starts)]:
@@ -216,7 +216,7 @@ class LineageView:
                 yield from self._below(found.focus, down=down, shown=set(), depth=2)
 
     def _below(self, name: str, *, down: bool, shown: set[str], depth: int = 1) -> Iterator[LineageLine]:
-        """What came from a node, or what it came from."""
+        """The descendants or the origins of a node; a node that is shown already is not expanded again."""
         found = self.lineage
         shown.add(name)
         edges = _edges(found, name, down=down)
@@ -234,14 +234,14 @@ class LineageView:
 
 
 def _following(node: LineageNode) -> str:
-    """How to see what is beyond a node: from there, typed from here, or in the JSON."""
+    """How to see what is beyond a node: the command that starts there, or ``--json``."""
     if node.type == "missing":
-        return "--json has them all"
+        return "--json lists all"
     return f"ninit lineage {one_line(shlex.quote(str(from_here(node.path))))}"
 
 
 def _edges(found: Lineage, name: str, *, down: bool) -> list[LineageEdge]:
-    """Those that lead away from a node, or to it; a run that went on from itself has none for that."""
+    """Edges from a node, or to it; a run that was resumed from itself has no edge for that."""
     return [one for one in found.edges if one.source != one.target and name == (one.source if down else one.target)]
 
 

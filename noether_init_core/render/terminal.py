@@ -1,4 +1,4 @@
-"""Plans on a terminal: a line for each fold, what is wrong with its fix, a summary."""
+"""Plans on a terminal: a line for each fold, each problem with its fix, and a summary."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from noether_init_core.surgery.steps import described
 
 _INDENT = "   "
 _NARROWEST = 20
-# What is folded is shown on one screen; all of it is a flag away.
+# A folded plan fits on one screen; --all shows every line.
 _MOST_LINES, _MOST_PROBLEMS, _MOST_TEXTS, _MOST_SOURCES = 20, 5, 12, 3
 PROBLEM, WARNING = Mark("x", "problem", "bold red"), Mark("w", "warning", "yellow")
-#: Code of a problem -> actions of the rows that it is about; others are about any row.
+#: Code of a problem -> actions of the rows that it concerns; other codes concern rows of any action.
 _ACTIONS = {"missing": ("missing",), "mismatch": ("mismatch",), "step": ("mismatch",), "dtype": ("mismatch",)}
-#: How the part of a message begins that says what to do.
+#: The beginning of the part of a message that names the fix.
 _FIX = re.compile(
     r"(?:^| |\. )(?:Next|To keep the model's own values there(?: add)?|One rename fits all|For a fresh head add): "
 )
 _NEAR = re.compile(r"Near [^ ]+, the (?:file|model) has: [^ ]+(?:, [^ ]+)*")
-#: The first sentence of messages whose names and shapes the line above them shows.
-_SAID = {
+#: The first sentence of some messages repeats names and shapes of the line above, and is cut there.
+_REPEATED = {
     "missing": re.compile(r"^\S+ needs .*?, not found in the file\. ?", re.DOTALL),
     "unexpected": re.compile(r"^the file has .*?, not found in \S+(?:\. ?|$)", re.DOTALL),
     "mismatch": re.compile(r"^\S+: file \[[0-9, ]*\], model \[[0-9, ]*\](?:; .*? too)?\. ?", re.DOTALL),
@@ -55,7 +55,7 @@ class _Part:
     rows: list[PlanRow]
 
     def header(self, has_siblings: bool) -> tuple[str, str]:
-        """Kinds, and files; of several origins each has the number by which lines name it."""
+        """Kinds and files; if there are several origins, each with the number that its lines show."""
         kinds = " + ".join(dict.fromkeys(origin.initializer for origin in self.origins.values()))
         words = "; ".join(
             f"({number}) {origin.description}" if len(self.origins) > 1 else origin.description
@@ -64,7 +64,7 @@ class _Part:
         return one_line(kinds), one_line(f"{self.model} <- {words}" if has_siblings else words)
 
     def name_of(self, origin: int) -> str:
-        """How a line names an origin; empty where there is one only."""
+        """The number of an origin in brackets; empty if there is only one."""
         return f"({list(self.origins).index(origin) + 1})" if len(self.origins) > 1 else ""
 
 
@@ -101,10 +101,10 @@ class PlanView:
     """A plan as rich shows it: ``Console().print(PlanView(plan))``.
 
     Attributes:
-        plan: The plan; also several that were merged.
-        unfolded: A line for every row, and every warning.
-        notes: What is known of a file besides the plan: (position of the initializer, path of the model) ->
-            ``committed, digests present``.
+        plan: The plan; also several merged into one.
+        unfolded: Show a line for every row, and every warning.
+        notes: Facts about files beside the plan: (position of the initializer, path of the model) -> ``committed,
+            digests present``.
         option: The option that shows all rows, named where some are left out; empty outside of commands.
     """
 
@@ -117,7 +117,7 @@ class PlanView:
         yield from self.lines(options.max_width)
 
     def lines(self, width: int) -> list[Text]:
-        """The lines, each at most ``width`` (at least 20) long."""
+        """The lines, each at most ``width`` columns long. A width below 20 is taken as 20."""
         width = max(width, _NARROWEST)
         content = self.content()
         found: list[Text] = []
@@ -134,7 +134,7 @@ class PlanView:
     def content(self) -> Content:
         """What is shown, before it is brought to a width."""
         problems = list(self.plan.problems)
-        # a line with both dtypes is shown for every cast
+        # the line of each cast shows both dtypes already
         warnings = [one for one in self.plan.warnings if one.code != "cast"]
         parts = _parts_of(self.plan)
         well = [self._is_well(part, [*problems, *warnings]) for part in parts]
@@ -154,7 +154,7 @@ class PlanView:
         return Content(sections, self._messages(problems), self._messages(warnings), summary)
 
     def _is_well(self, part: _Part, problems: Sequence[Problem]) -> bool:
-        """Whether every entry of the model is loaded by its name, and the file has no other."""
+        """Whether every entry of the model is loaded by its own name, and the file has no other entry."""
         return (
             not self.unfolded
             and all(row.action == "load" for row in part.rows)
@@ -187,9 +187,9 @@ class PlanView:
         return NameLine(mark, _short(fold.pattern.text(_MOST_TEXTS)), numbers, details)
 
     def _messages(self, problems: Sequence[Problem], *, is_beside: bool = False) -> list[Message]:
-        """The first of them, or all; ``is_beside`` for those that stand below the line that they are about."""
+        """The first messages, or all if unfolded; ``is_beside`` for those below the line that they concern."""
         shown = problems if self.unfolded else problems[:_MOST_PROBLEMS]
-        # where a rule is misspelt, what it left missing is not to be kept
+        # a misspelt rule leaves keys missing; the fix "keep the model's values" would hide the mistake
         is_consequence = not self.unfolded and any(one.code == "unmatched-rule" for one in self.plan.problems)
         found = []
         for problem in shown:
@@ -239,7 +239,7 @@ def _single(row: PlanRow) -> Fold:
 
 
 def _parts_of(plan: LoadPlan) -> list[_Part]:
-    """The rows by model. A merged plan has one row for each entry, whichever file it comes from in the end."""
+    """The rows by model. A merged plan has one row for each entry, from the file that is loaded last."""
     parts: dict[str, _Part] = {}
     for number, origin in enumerate(plan.origins):
         parts.setdefault(origin.model, _Part(origin.model, {}, [])).origins[number] = origin
@@ -251,12 +251,12 @@ def _parts_of(plan: LoadPlan) -> list[_Part]:
 def _all_loaded(part: _Part) -> Text:
     targets = [row for row in part.rows if row.target is not None]
     parameters = sum(row.numel for row in counted_rows(targets))
-    said = Text(f"{len(targets):,} of {counted(len(targets), 'key')} loaded, {amount(parameters)} parameters, ")
-    return said.append(f"coverage {percent(1.0)}", "green")
+    text = Text(f"{len(targets):,} of {counted(len(targets), 'key')} loaded, {amount(parameters)} parameters, ")
+    return text.append(f"coverage {percent(1.0)}", "green")
 
 
 def _beside(part: _Part, folds: Sequence[Fold], problems: list[Problem]) -> dict[int, list[Problem]]:
-    """Number of the last fold that a problem is about -> problems. What is said there is taken out of the list."""
+    """Number of the last fold that a problem concerns -> problems. These problems are removed from the list."""
     places: dict[str, list[int]] = {}
     for number, fold in enumerate(folds):
         for name in dict.fromkeys(name for row in fold.rows for name in (row.key, *row.sources)):
@@ -278,23 +278,23 @@ def _beside(part: _Part, folds: Sequence[Fold], problems: list[Problem]) -> dict
 
 def _message(problem: Problem, *, is_beside: bool, with_fix: bool) -> Message:
     message = _short(one_line(problem.message), 2000)
-    if is_beside and problem.code in _SAID:
-        message = _SAID[problem.code].sub("", message, count=1)
-    said, fix = message, ""
+    if is_beside and problem.code in _REPEATED:
+        message = _REPEATED[problem.code].sub("", message, count=1)
+    text, fix = message, ""
     cut = _FIX.search(message)
     if cut is not None:
-        said, fix = message[: cut.start()].strip(), message[cut.end() :].strip()
-    return Message(said, fix if with_fix else "")
+        text, fix = message[: cut.start()].strip(), message[cut.end() :].strip()
+    return Message(text, fix if with_fix else "")
 
 
 def _printed(messages: Sequence[Message], mark: Mark | None, width: int) -> list[Text]:
-    """Each message, and its fix on lines of its own that can be copied; without a mark, below what it is about."""
+    """Each message, and its fix on separate lines that can be copied; without a mark, indented below its line."""
     start = Text(_INDENT) if mark is None else mark.start(0).append("  ")
     found: list[Text] = []
     for message in messages:
         said = message.said
         if mark is None and _NEAR.fullmatch(said):
-            # the first is the nearest
+            # near names are listed nearest first: drop from the end until the line fits
             while ", " in said.partition(" has: ")[2] and len(start) + len(said) > width:
                 said = said.rpartition(", ")[0]
         found += filled(start, [Text(said)], width, " " * len(start)) if said else []

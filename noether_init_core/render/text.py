@@ -1,4 +1,4 @@
-"""How marks, numbers and rules are worded, and how phrases and long names fill lines of a given width. Pure."""
+"""Texts for marks, numbers and rules; lines of a given width filled with phrases and long names. Pure."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class Mark:
-    """How an action looks: the symbol tells it from all others where there is no colour."""
+    """Symbol, word and colour of an action; the symbol alone identifies it where there is no colour."""
 
     symbol: str
     word: str
     style: str
 
     def start(self, width: int) -> Text:
-        """What a line begins with: symbol and word, the word in ``width`` columns."""
+        """The beginning of a line: the symbol, and the word in ``width`` columns."""
         return Text(f" {self.symbol} {self.word:<{width}}", self.style)
 
 
-#: Worst last: the order in which rows are listed.
+#: The order in which rows are listed: problems last, next to the prompt.
 MARKS: Mapping[Action, Mark] = {
     "load": Mark("=", "load", "green"),
     "rename": Mark(">", "rename", "green"),
@@ -46,14 +46,14 @@ MARKS: Mapping[Action, Mark] = {
 
 _UNITS = ("", " k", " M", " G", " T", " P")
 
-# Labels of transforms end in the rule itself, whose names stand beside it anyway.
+# The label of a transform ends in the rule itself, whose names the line shows already.
 _TRANSFORM = re.compile(r"(?:(?P<place>.+:[0-9]+) )?(?P<rule>[\w.]*transforms\.[0-9]+) \(.*\)", re.DOTALL)
 
 
 def amount(number: int) -> str:
     """A number of elements in at most seven columns: ``768``, ``7.7 k``, ``14.2 M``."""
     value, unit = float(number), 0
-    # 999,950 would be rounded to 1000.0 k
+    # 999,950 would be printed as 1000.0 k
     while value >= (999.95 if unit else 1000) and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
     return f"{value:.1f}{_UNITS[unit]}" if unit else str(number)
@@ -72,7 +72,7 @@ def sizes(shape: Sequence[int]) -> str:
 
 
 def place_of_rule(rule: str) -> str:
-    """Where a rule stands, short: ``init.yaml:7`` or ``transforms.1``; other rules as they are."""
+    """The place of a rule, short: ``init.yaml:7`` or ``transforms.1``; other rules unchanged."""
     found = _TRANSFORM.fullmatch(rule)
     return one_line(rule if found is None else found["place"] or found["rule"])
 
@@ -86,15 +86,15 @@ def from_here(path: Path | str) -> Path:
 def filled(
     start: Text, phrases: Sequence[Text], width: int, indent: str = "    ", *, first: str = "", between: str = "   "
 ) -> list[Text]:
-    """``start`` and the phrases in lines of at most ``width``; a phrase is broken only where it fits on no line.
+    """``start`` and the phrases in lines of at most ``width``; a phrase is broken only if no line can hold it.
 
     Args:
-        start: What the first line begins with.
-        phrases: What follows it.
-        width: At least 20.
-        indent: What further lines begin with; shorter where it would take more than half of the width.
-        first: What stands before the first phrase.
-        between: What stands between two phrases on one line.
+        start: The beginning of the first line.
+        phrases: The phrases after it.
+        width: Columns, at least 20.
+        indent: The beginning of further lines; four spaces if it would take more than half of the width.
+        first: The text before the first phrase.
+        between: The text between two phrases on one line.
     """
     indent = _indent(indent, width)
     lines = [start.copy()]
@@ -112,7 +112,7 @@ def filled(
 
 @attrs.frozen
 class NameLine:
-    """One line about names: its mark, a name or a pattern, numbers, and what else is to be said."""
+    """One line about names: its mark, a name or a pattern, numbers in columns, and details."""
 
     mark: Mark
     name: str
@@ -121,10 +121,10 @@ class NameLine:
 
 
 def in_columns(table: Sequence[NameLine], width: int, most: int | None = None) -> Iterator[list[Text]]:
-    """For each line of a table, lines of at most ``width``, with names and numbers below each other.
+    """For each line of a table, lines of at most ``width``, with names and numbers aligned.
 
-    A name of more than ``most`` characters, or too long for numbers beside it, pushes them. It keeps its spaces. Lines
-    without numbers have no columns.
+    A name of more than ``most`` characters, or too long for numbers beside it, moves the numbers to the right. Spaces
+    in a name are kept. Lines without numbers have no columns.
     """
     aligned = [line for line in table if line.numbers]
     word = max((len(line.mark.word) for line in table), default=0)
@@ -163,7 +163,7 @@ def _add_words(lines: list[Text], phrase: Text, space: str, width: int, indent: 
 
 
 def _add_pieces(lines: list[Text], word: Text, width: int, indent: str) -> None:
-    """Break a word behind a dot, a comma or a slash where one is near the end of the line, else anywhere."""
+    """Break a word after a dot, a comma or a slash in the second half of the line, else anywhere."""
     while len(word) > (room := width - len(lines[-1])):
         head = word.plain[: max(room, 0)]
         cut = max(head.rfind("."), head.rfind(","), head.rfind("/")) + 1

@@ -1,1 +1,1 @@
-"""The only writer: content of sets, the commit, retention and clean-up, flat names, files of weights, probes."""
+"""The only writer of sets: content, commit, retention, clean-up, flat names, files of weights, probes."""

@@ -1,4 +1,5 @@
-"""What a set says: its files, as plain objects made from models, optimizers and a trainer, and where it comes from."""
+"""The content of a set: plain objects from models, optimizers and a trainer, and the training that the set belongs
+to."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ Averages = Mapping[str, Any]
 
 @attrs.frozen(eq=False)
 class FileContent:
-    """One file to be written; ``buffers`` are the tensors of weights that are no parameters, None in other files."""
+    """One file to write. ``buffers`` are the keys of weights that are not parameters; None for other files."""
 
     name: CheckpointFileName
     content: dict[str, Any]
@@ -34,26 +35,30 @@ class FileContent:
 
 
 def iteration_for(iteration: Any, trainer: Any) -> TrainingIteration:
-    """``iteration``, else that of the trainer, all three fields said. Raises ``ConfigError``."""
+    """Return ``iteration``, or the iteration of the trainer; raise ``ConfigError`` unless all three fields are
+    given."""
     given = getattr(trainer, "iteration", None) if iteration is None else iteration
     if isinstance(given, Mapping):
         given = TrainingIteration.from_mapping(given)
     fields = [getattr(given, name, None) for name in ("epoch", "update", "sample")]
     if None in fields:
-        said = "no iteration was given, and the trainer has none" if given is None else f"iteration {given} is not full"
-        raise ConfigError(f"{said}: save(model, TrainingIteration(epoch, update, sample)) or save(model, trainer=...)")
+        reason = "save() got no iteration, and the trainer has no iteration"
+        reason = reason if given is None else f"iteration {given} lacks epoch, update or sample"
+        raise ConfigError(
+            f"{reason}. Next: save(model, TrainingIteration(epoch, update, sample)) or save(model, trainer=...)"
+        )
     full = TrainingIteration(*fields)
     if TrainingIteration.in_text(str(full)) is None:
-        raise ConfigError(f"iteration {full} has a number of more than 18 digits, which no name of a set can hold")
+        raise ConfigError(f"iteration {full} has a number of more than 18 digits, too long for the name of a set")
     return full
 
 
 def contents_of(
     model: Any, iteration: TrainingIteration, run_id: str, *, optimizer: bool, trainer: Any, averages: Averages | None
 ) -> list[FileContent]:
-    """The files of a set: of each single model weights, averages and optimizer state, then the trainer's state.
+    """Return the files of a set: weights, averages and optimizer state of each single model, then trainer state.
 
-    Raises ``ConfigError`` for objects that cannot be saved, ``InvalidNameError`` for names that cannot be written,
+    Raises ``ConfigError`` for objects that cannot be saved, ``InvalidNameError`` for invalid names of files,
     ``CheckpointFormatError`` for values that could not be read again.
     """
     leaves = _leaves(model)
@@ -79,36 +84,38 @@ def contents_of(
             CheckpointFileName(path, info, tag, "model").checked()
             _check_average(path, info, average, leaf)
             key, _, value = info.partition("=")
-            # Noether's EMA files say their factor; a key of ours is never replaced
-            said = {key: _number(value)} if key not in ("state_dict", *common, *config) else {}
+            # Noether stores the factor in its EMA files under this key. It must not replace a key of the format.
+            factor = {key: _number(value)} if key not in ("state_dict", *common, *config) else {}
             state = plain(average, f"averages.{path}.{info}")
-            add(path, info, "model", {"state_dict": state, **common, **said, **config})
+            add(path, info, "model", {"state_dict": state, **common, **factor, **config})
     for path, leaf in leaves.items() if optimizer else ():
         if leaf.optimizer is not None and not leaf.is_frozen:
-            # torch and Noether take state and param_groups only, and leave what else is there
-            said = {key: common[key] for key in ("training_iteration", "run_id")}
-            add(path, None, "optim", {**_optimizer_content(path, leaf), **said})
+            # load_state_dict of torch and Noether reads state and param_groups and ignores other keys.
+            origin = {key: common[key] for key in ("training_iteration", "run_id")}
+            add(path, None, "optim", {**_optimizer_content(path, leaf), **origin})
     add(str(model.name), None, "trainer", _trainer_content(trainer, iteration, run_id))
     names = [str(file.name) for file in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"two models would be saved as {', '.join(twice)}. Rename a submodel")
+        raise ConfigError(f"two models would be saved as {', '.join(twice)}. Next: rename a submodel")
     return found
 
 
 def _leaves(model: Any) -> dict[str, Any]:
     hint = 'Next: bind(module, name="...", optimizer=...), or compose(name, {...}) for submodels'
     if not isinstance(model, ModelLike | CompositeModelLike) or not isinstance(model.name, str):
-        raise ConfigError(f"{type_of(model)} has no name, optimizer, is_frozen and device. {hint}")
+        raise ConfigError(f"{type_of(model)} is not a model: it lacks name, optimizer, is_frozen or device. {hint}")
     leaves: dict[str, Any] = {}
     for path, leaf in leaf_models(model):
         if not isinstance(leaf, ModelLike):
-            raise ConfigError(f"{path}: {type_of(leaf)} has no name, optimizer, is_frozen and device. {hint}")
+            raise ConfigError(
+                f"{path}: {type_of(leaf)} is not a model: it lacks name, optimizer, is_frozen or device. {hint}"
+            )
         if path in leaves:
-            raise ConfigError(f"two submodels have the path {path}. Rename one")
+            raise ConfigError(f"two submodels have the path {path}. Next: rename one")
         leaves[path] = leaf
     if not leaves:
-        raise ConfigError(f"{model.name} has no submodel that is a model. {hint}")
+        raise ConfigError(f"no single model was found in {model.name}: all its submodels are None. {hint}")
     return leaves
 
 
@@ -122,8 +129,8 @@ def _averages(averages: Averages | None, model: Any, leaves: Mapping[str, Any]) 
         path = name if name in leaves else f"{model.name}.{name}"
         if path not in leaves or not isinstance(variants, Mapping):
             raise ConfigError(
-                f"averages of the composite {model.name}: {name!r} is no submodel; "
-                "write {submodel: {info: state dict}}, submodels are "
+                f"averages of the composite {model.name}: {name!r} is not a submodel with averages. "
+                "Next: pass {submodel: {info: state dict}}; submodels: "
                 + ", ".join(leaf.removeprefix(f"{model.name}.") for leaf in leaves)
             )
         found[path] = variants
@@ -131,13 +138,13 @@ def _averages(averages: Averages | None, model: Any, leaves: Mapping[str, Any]) 
 
 
 def _check_average(path: str, info: str, average: Any, model: Any) -> None:
-    """Refuse an average that could never be loaded into ``model``: other keys, other shapes.
+    """Refuse an average that could not be loaded into ``model``, because of its keys or shapes.
 
-    Further names of a parameter that is there, and buffers that the state dict leaves out, make no difference.
+    One name of a tied parameter is enough, and buffers outside the state dict (non-persistent) are accepted.
     """
     place = f"averages of {path}, {info!r}"
     if not isinstance(average, Mapping):
-        raise ConfigError(f"{place}: {type_of(average)} is no state dict. Next: its state_dict()")
+        raise ConfigError(f"{place}: {type_of(average)} is not a state dict. Next: pass its state_dict()")
     own = model.state_dict()
     hidden = {name for name, _ in model.named_buffers()} if callable(getattr(model, "named_buffers", None)) else set()
     names: dict[int, list[str]] = {}
@@ -149,19 +156,20 @@ def _check_average(path: str, info: str, average: Any, model: Any) -> None:
     unlike = [key for key in own if _shape(own[key]) != _shape(average.get(key, own[key]))]
     if not (missing or strange or unlike):
         return
-    said = [
-        f"it has no {listed(missing, 3)}" if missing else "",
-        f"the model has no {listed(strange, 3)}" if strange else "",
+    problems = [
+        f"it lacks {listed(missing, 3)}" if missing else "",
+        f"the model lacks {listed(strange, 3)}" if strange else "",
         f"{listed(unlike, 3)} has another shape" if unlike else "",
     ]
     inner = {key.removeprefix("module.") for key in average if str(key).startswith("module.")}
     if inner >= {*own} - covered:
+        # torch.optim.swa_utils.AveragedModel wraps the averaged copy in its attribute module.
         advice = f'averages={{"{info}": averaged.module.state_dict()}}'
     elif missing and not strange and not unlike:
         advice = f'averages={{"{info}": {{**model.state_dict(), **average}}}}'
     else:
-        advice = "the state dict of an average of this very model"
-    raise ConfigError(f"{place}: {'; '.join(filter(None, said))}, so that it could not be loaded. Next: {advice}")
+        advice = "pass the state dict of an average of this model"
+    raise ConfigError(f"{place}: {'; '.join(filter(None, problems))}, so it could not be loaded. Next: {advice}")
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -179,7 +187,7 @@ def _number(text: str) -> Any:
 
 
 def _model_config(path: str, model: Any) -> dict[str, Any]:
-    """The config that the model was built from, where it has one: as a dict, with the name of its class."""
+    """Return the ``model_config`` of the model as plain data, with the name of its class; empty without a config."""
     config = getattr(model, "model_config", None)
     if config is None:
         return {}
@@ -190,7 +198,7 @@ def _model_config(path: str, model: Any) -> dict[str, Any]:
         return {}
     try:
         values = plain(config.model_dump(), place)
-    except CheckpointFormatError:  # dates, sets and the like: pydantic knows how to write them as text and lists
+    except CheckpointFormatError:  # values such as dates: in JSON mode, pydantic converts them to strings and lists
         values = plain(config.model_dump(mode="json"), place)
     return {"model_config": values, "config_kind": f"{type(config).__module__}.{type(config).__qualname__}"}
 
@@ -207,40 +215,43 @@ def _optimizer_content(path: str, model: Any) -> dict[str, Any]:
 
 
 def _names_of_parameters(path: str, model: Any, optimizer: Any) -> dict[int, str]:
-    """Names in the order in which torch numbers parameters; by identity, since equal shapes can swap unnoticed."""
+    """Return number -> name of the parameters of an optimizer, in torch's numbering.
+
+    Parameters are matched by identity. A match by order or shape would not notice two swapped ones of equal shape.
+    """
     groups = getattr(optimizer, "param_groups", None)
     if groups is None:
         raise ConfigError(
             f"{path}.optimizer: {type_of(optimizer)} has neither param_groups nor param_idx_to_name, so its "
-            "state could not be given back to the right parameters. Add param_idx_to_name"
+            "state could not be matched to parameters again. Next: add param_idx_to_name (index -> name)"
         )
     own = {id(parameter): name for name, parameter in model.named_parameters()}
     names: dict[int, str] = {}
     for number, parameter in enumerate(parameter for group in groups for parameter in group["params"]):
         if id(parameter) not in own:
             raise ConfigError(
-                f"{path}.optimizer: its parameter {number} with shape {list(parameter.shape)} is no parameter of "
-                f"{path}. Build the optimizer from {path}.parameters(), after the model has its final parameters"
+                f"{path}.optimizer: its parameter {number} with shape {list(parameter.shape)} does not belong to "
+                f"{path}. Next: build the optimizer from {path}.parameters(), after the model has its final parameters"
             )
         names[number] = own[id(parameter)]
     return names
 
 
 def _trainer_content(trainer: Any, iteration: TrainingIteration, run_id: str) -> dict[str, Any]:
-    """The trainer's state; without a trainer just what makes the set one that can be resumed."""
+    """Return the content of the trainer file; without a trainer, only the fields that a resume needs."""
     state = {} if trainer is None else trainer.state_dict()
     if not isinstance(state, Mapping):
         raise ConfigError(f"the trainer's state_dict() is {type_of(state)}, not a dict")
-    said = state.get("training_iteration")
-    if said is not None and iteration_for(said, None) != iteration:
+    own = state.get("training_iteration")
+    if own is not None and iteration_for(own, None) != iteration:
         raise ConfigError(
-            f"the trainer is at {iteration_for(said, None)}, the set was to be saved as {iteration}. "
-            "Leave out the iteration, or advance the trainer first"
+            f"the trainer is at {iteration_for(own, None)}, but save() got the iteration {iteration}. "
+            "Next: leave out the iteration, or advance the trainer first"
         )
     if state.get("run_id", run_id) != run_id:
         raise ConfigError(
-            f"the trainer's state_dict() has the key run_id with {state['run_id']!r}; there, the file says the run "
-            f"that it belongs to, {run_id!r}. Give the key another name"
+            f"the trainer's state_dict() has the key run_id with {state['run_id']!r}, but the file stores its own run "
+            f"{run_id!r} under this key. Next: rename the key"
         )
     content = plain({**state, "training_iteration": iteration.to_mapping(), "run_id": run_id}, "trainer")
     content.setdefault("callback_state_dicts", {})
@@ -248,28 +259,28 @@ def _trainer_content(trainer: Any, iteration: TrainingIteration, run_id: str) ->
     for key in state_dict or ():
         if not isinstance(key, str):
             raise CheckpointFormatError(
-                f"trainer.state_dict: the key {key!r} is no text, and a file cannot be read whose state_dict has such "
-                "keys. Next: text keys, or another name than state_dict"
+                f"trainer.state_dict: the key {key!r} is not a string, and the reader refuses such keys in an entry "
+                "named state_dict. Next: use string keys, or rename the entry"
             )
     return dict(content)
 
 
-# Which training a set belongs to, which set that went on from, and which sets it has passed over.
+# The training that a set belongs to, the set that the training was resumed from, and the sets that it passed over.
 #
-# Two trainings can come under one run id: somebody starts again without a resume. Their sets lie in one folder, so each
-# manifest says its training. A training goes on when it is resumed, also from an earlier set, also by another process.
+# One run id can have two trainings, if the script is started again without a resume. Their sets are in one folder, so
+# each manifest records its training. A resumed training continues, also from an earlier set and in another process.
 
 
 @attrs.frozen
 class Start:
-    """What is known of how the process began to train.
+    """How the training of this process started, as far as it is known.
 
     Attributes:
-        is_resumed: Whether it resumed something; None: nobody says.
-        iteration: Where it started; None: nobody says.
-        folder: The folder of the set that it resumed.
-        passed_over: Names of the sets beside it that it found to be no use.
-        training: An id for the training, should it be a new one.
+        is_resumed: Whether the process resumed a set; None: unknown.
+        iteration: The start iteration; None: unknown.
+        folder: The folder of the resumed set.
+        passed_over: Names of sets in the same folder that the resume passed over as damaged or refused.
+        training: The id to use if this is a new training.
     """
 
     is_resumed: bool | None = None
@@ -280,7 +291,7 @@ class Start:
 
     @classmethod
     def of(cls, report: Any, trainer: Any) -> Self:
-        """As the report says, else that of the trainer (``init_report``), else the trainer's lineage."""
+        """Read it from the report, else from the report of the trainer (``init_report``), else from its lineage."""
         for one in (report, getattr(trainer, "init_report", None)):
             iteration = getattr(one, "start", None)
             if isinstance(iteration, TrainingIteration):
@@ -302,9 +313,9 @@ class Start:
 
 @attrs.frozen
 class Descent:
-    """What a manifest says of where its set comes from: see ``Manifest``.
+    """The fields of a manifest about the training of its set; see ``Manifest``.
 
-    ``others_up_to`` is the iteration of the newest set where that is of another training, and this one begins.
+    ``others_up_to``: if this save starts a new training beside another one, the iteration of the newest other set.
     """
 
     training: str | None
@@ -314,14 +325,17 @@ class Descent:
 
 
 class Descents:
-    """Tells for each save of one writer where the set comes from.
+    """Determines for each save of one writer which training the set belongs to.
 
-    A resume of a set in this folder goes on with the training of that set. What was resumed from elsewhere, or not at
-    all, is a new training, with the id that the report has for it. Where nobody says how the process began, it goes on
-    with the training of the newest set unless it is at an earlier iteration than that. A writer whose iterations go
-    back without a resume begins a new training, too: to take two trainings for one would remove sets, to take one for
-    two only costs room. What was said at one save holds for later ones at which nobody says anything, such as those
-    without the trainer.
+    - A process that resumed a set of this folder continues the training of that set.
+    - A process that resumed another set, or no set, starts a new training, with the id of the report.
+    - If the start is unknown, the process continues the training of the newest set, unless it is at an earlier
+      iteration than that set.
+    - If the iterations of one writer go back without a resume, a new training starts.
+
+    Retention counts the sets of each training separately. So taking two trainings for one could remove sets, while
+    taking one for two only needs space. A start that is known at one save holds for later saves without a trainer or
+    report.
     """
 
     def __init__(self) -> None:
@@ -331,7 +345,7 @@ class Descents:
         self._last: TrainingIteration | None = None
 
     def of_save(self, snapshot: Snapshot, iteration: TrainingIteration, start: Start) -> Descent:
-        """For a save of ``iteration`` into the folder; called under its lock."""
+        """Return the fields for a save of ``iteration`` into the folder. The caller holds the lock of the folder."""
         newest = next(_manifests(snapshot), None)
         if start.is_resumed is None and self._start is not None:
             start = self._start
@@ -350,7 +364,7 @@ class Descents:
         own = next((one for one in _manifests(snapshot) if one.training == self._training), None)
         passed_over = set(own.passed_over if own is not None else ())
         if started_from is not None:
-            # what was resumed can be of use after all
+            # A set that was passed over before and is now resumed counts again.
             passed_over = (passed_over | set(start.passed_over)) - {started_from}
         is_beside = newest is not None and newest.training != self._training and not goes_on
         return Descent(
@@ -372,12 +386,12 @@ class Descents:
 
 
 def _manifests(snapshot: Snapshot) -> Iterator[Manifest]:
-    """Those that can be read, newest first, as they are asked for; retention keeps the others, and logs them."""
+    """Yield the manifests that can be read, newest first and lazily; retention keeps and logs the other sets."""
     return (found.manifest for found in snapshot.readable() if found.manifest is not None)
 
 
 def _name_in(snapshot: Snapshot, folder: Path | None) -> str | None:
-    """The name of a set's folder, if it is one of this folder of checkpoints."""
+    """Return the name of the folder of a set if it is in this folder of checkpoints, else None."""
     resolve = snapshot.storage.resolve
     if folder is None or resolve(folder.parent) != resolve(snapshot.folder / SETS_FOLDER):
         return None

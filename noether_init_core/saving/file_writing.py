@@ -1,7 +1,8 @@
-"""One file, written, brought onto the disk and read back: of a set, watched meanwhile, of a probe, or of weights alone.
+"""Write one file, flush it to the disk and read it back: a file of a set, a probe, or a file of weights.
 
-Files of a set are written one after the other. Were the weights taken from one iteration and the moments from the next,
-every file would be sound and the set would be torn. So the tensors in memory are looked at before and after.
+Files of a set are written one after the other. If the model were trained meanwhile, weights and optimizer state could
+be
+of different iterations, though every file would be valid. So a ``Watch`` reads the tensors in memory twice.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from noether_init_core.saving.content import FileContent
 from noether_init_core.sets.checkpoint_set import CheckpointSet, lies_in_a_run
 from noether_init_core.sets.manifest import PROBE_NAME, FileDigests, ManifestFile, TensorDigest, digest_of, refused
 
-# a handler of signals may save to another folder in the midst of a save
+# Reentrant, because a signal handler may save to another folder while this thread is saving.
 _CHECKSUMS = threading.RLock()
 _PROBE_FORMAT = {"format": "noether-init-probe", "format_version": 1}
 
@@ -51,10 +52,10 @@ _PROBE_FORMAT = {"format": "noether-init-probe", "format_version": 1}
 def write_file(
     folder: Path, content: FileContent, storage: FileSystem, watch: Watch
 ) -> tuple[ManifestFile, FileDigests]:
-    """Write one file of a set, bring it onto the disk, and read its header back; returns what is recorded of it.
+    """Write one file of a set, flush it, and read its header back; return its entries for manifest and digests.
 
-    ``watch`` looks at the tensors in memory. Raises ``OSError``, ``CheckpointError`` if torch refuses the content, and
-    ``CheckpointCorruptError`` if the file is not what was to be written.
+    ``watch`` reads the tensors in memory. Raises ``OSError``, ``CheckpointError`` if torch refuses the content, and
+    ``CheckpointCorruptError`` if the file differs from the content.
     """
     name = content.name
     path = folder / str(name)
@@ -76,7 +77,7 @@ def write_file(
 
 
 def write_bytes(path: Path, content: bytes, storage: FileSystem) -> str:
-    """Write bytes, and bring them onto the disk; returns their digest. Raises ``OSError``."""
+    """Write bytes, flush them to the disk, and return their digest. Raises ``OSError``."""
     with naming(path), storage.open_write(path) as file:
         file.write(content)
         storage.fsync(file)
@@ -85,7 +86,7 @@ def write_bytes(path: Path, content: bytes, storage: FileSystem) -> str:
 
 
 def write_content(path: Path, content: Any, storage: FileSystem) -> tuple[int, str]:
-    """Write one object as ``torch.save`` does, with checksums, and bring it onto the disk; returns size and digest.
+    """Write one object with ``torch.save`` and checksums, flush it to the disk, and return size and digest.
 
     Raises ``OSError``, and ``CheckpointError`` if torch refuses the content.
     """
@@ -93,7 +94,7 @@ def write_content(path: Path, content: Any, storage: FileSystem) -> tuple[int, s
         sink = _Sink(file)
         with _checksums():
             try:
-                torch.save(content, cast(Any, sink))  # a writable object is all that torch asks for
+                torch.save(content, cast(Any, sink))  # torch needs write() and flush() only
             except (RuntimeError, ValueError, TypeError) as error:
                 raise CheckpointError(f"torch.save refuses {path.name}: {error}", path=path) from error
         sink.raise_error()
@@ -103,9 +104,9 @@ def write_content(path: Path, content: Any, storage: FileSystem) -> tuple[int, s
 
 
 class _Sink:
-    """What ``torch.save`` writes to: passes bytes on, hashes and counts them.
+    """The file object for ``torch.save``: writes, hashes and counts bytes.
 
-    An error is kept instead of raised, because torch turns it into one that does not say what happened.
+    An error is stored instead of raised, because torch would replace it by one without the cause.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -126,7 +127,7 @@ class _Sink:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing: the file is flushed when it is brought onto the disk."""
+        """Do nothing: ``FileSystem.fsync`` flushes the file at the end."""
 
     def raise_error(self) -> None:
         if self._error is not None:
@@ -134,11 +135,11 @@ class _Sink:
 
 
 def _prove(path: Path, watch: Watch, content: FileContent) -> tuple[dict[str, Seen], str]:
-    """Read the header back with our own reader: a file that it cannot read must never be committed.
+    """Read the header back, so that a file which the reader refuses is never committed.
 
-    The checksums that torch wrote are compared with those of the tensors in memory, so that what changed in the midst
-    of the save is found now, and not when the set is needed. Returns what the manifest says of the tensors, and the
-    digest of the file's records.
+    The checksums that torch wrote are compared with those of the tensors in memory. So a change during the save is
+    found
+    now, and not when the set is loaded. Returns the tensors for the manifest, and the digest of the records.
     """
     with open_checkpoint(path) as reader:
         found = {key: (info.dtype, tuple(info.shape)) for key, info in reader.tensors().items()}
@@ -150,19 +151,19 @@ def _prove(path: Path, watch: Watch, content: FileContent) -> tuple[dict[str, Se
     different += sorted(written.keys() ^ checksums.keys())
     if different:
         raise CheckpointCorruptError(
-            f"{path} reads back otherwise than it was written: {', '.join(different[:5])}", path=path
+            f"{path} differs from its content when read back: {', '.join(different[:5])}", path=path
         )
     if None in checksums.values():
         raise CheckpointCorruptError(
-            f"{path} was written without checksums: torch.serialization.set_crc32_options was called while it was "
-            "written, by another thread",
+            f"{path} was written without checksums: another thread called torch.serialization.set_crc32_options "
+            "during the save. Next: call it once, before training",
             path=path,
         )
     changed = [key.removeprefix("state_dict.") for key, seen in written.items() if checksums[key] != seen.crc]
     if changed:
         raise CheckpointCorruptError(
             f"{', '.join(changed[:5])} changed while {path} was written, by another thread or process. "
-            "Next: save a copy (clone), or wait for what updates it",
+            "Next: save a clone(), or wait until the update has ended",
             path=path,
             key=", ".join(changed),
         )
@@ -171,8 +172,8 @@ def _prove(path: Path, watch: Watch, content: FileContent) -> tuple[dict[str, Se
 
 @contextlib.contextmanager
 def _checksums() -> Iterator[None]:
-    """Have torch write a checksum of every record, whatever the program chose for its own files."""
-    # Some releases of torch have one choice for all threads: nobody may put it back while another one writes.
+    """Make torch write a checksum of every record, whatever the program has set for its own files."""
+    # In some releases of torch the option is global: without the lock, a save could restore it while another writes.
     with _CHECKSUMS:
         before = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(True)
@@ -184,7 +185,7 @@ def _checksums() -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say which file a failing write or fsync was for; the system knows it by number only."""
+    """Add the path to an ``OSError`` of a write or fsync; the system reports it without, for a file descriptor."""
     try:
         yield
     except OSError as error:
@@ -193,13 +194,13 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-# The file of a probe: bound by a digest in the manifest of its set, read by our own reader.
+# The file of a probe. The manifest of its set holds its digest.
 
 
 def write_probe(folder: Path, probe: Probe, iteration: TrainingIteration, storage: FileSystem) -> str:
-    """Write the file of a set, bring it onto the disk, and read it back; returns its digest, for the manifest.
+    """Write the probe file of a set, flush it, read it back, and return its digest for the manifest.
 
-    Raises ``OSError``, and ``CheckpointError`` if it cannot be written, or reads back otherwise.
+    Raises ``OSError``, and ``CheckpointError`` if it cannot be written or differs when read back.
     """
     path = folder / PROBE_NAME
     content = {**_PROBE_FORMAT, "training_iteration": iteration.to_mapping(), **probe.model_dump()}
@@ -207,15 +208,15 @@ def write_probe(folder: Path, probe: Probe, iteration: TrainingIteration, storag
     _size, digest = write_content(path, content, storage)
     found = _read_probe(path, digest)
     if (found.outputs, found.models) != (probe.outputs, probe.models) or not equal(found.batch, probe.batch):
-        raise CheckpointCorruptError(f"{path} reads back otherwise than it was written", path=path)
+        raise CheckpointCorruptError(f"{path} differs from its content when read back", path=path)
     return digest
 
 
 def read_probe(found: CheckpointSet) -> Probe | None:
-    """The probe of a set; None where it was saved without.
+    """Read the probe of a set; None for a set without a probe.
 
-    Raises ``CheckpointCorruptError`` if the file is not the one that the manifest vouches for, other errors of the
-    reader if it is gone, ``CheckpointFormatError`` for one of another release.
+    Raises ``CheckpointCorruptError`` if the file does not match the digest in the manifest, ``CheckpointNotFoundError``
+    if it is missing, ``CheckpointFormatError`` for the format of another release.
     """
     expected = None if found.manifest is None else found.manifest.probe
     return None if expected is None else _read_probe(found.folder / PROBE_NAME, expected)
@@ -233,13 +234,13 @@ def _read_probe(path: Path, digest: str) -> Probe:
         plain(probe.batch, "batch")
     except pydantic.ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])
-        raise CheckpointFormatError(f"{path} is no probe: {problems}", path=path) from error
+        raise CheckpointFormatError(f"{path} is not a probe: {problems}", path=path) from error
     except ValueError as error:
-        raise CheckpointFormatError(f"{path} is no probe of this release: {error}", path=path) from error
+        raise CheckpointFormatError(f"{path} is not a probe of this release: {error}", path=path) from error
     return probe
 
 
-# Weights by themselves: in a format that everybody reads; there as a whole, or not at all.
+# Files of weights, in common formats, written atomically.
 
 #: Suffix -> format.
 FORMATS: Mapping[str, Literal["torch", "safetensors"]] = {
@@ -254,7 +255,7 @@ FORMATS: Mapping[str, Literal["torch", "safetensors"]] = {
 
 @attrs.frozen
 class WrittenFile:
-    """A file that is on the disk; ``digest`` is that of all its bytes, as ``digest:`` of the kind ``file`` takes it."""
+    """A file that was written; ``digest`` is that of all bytes, in the form of ``digest:`` of the kind ``file``."""
 
     path: Path
     format: Literal["torch", "safetensors"]
@@ -264,43 +265,43 @@ class WrittenFile:
 
 
 def check_place(path: Path, *, replace: bool = False) -> None:
-    """Raise ``CheckpointWriteError`` for an unknown suffix, where there is no folder, and where a file is there."""
+    """Raise ``CheckpointWriteError`` for an unknown suffix, a missing folder, an existing file, or a path in a run."""
     if path.suffix.lower() not in FORMATS or not path.name:
         raise CheckpointWriteError(
-            f"{path}: the suffix says the format, and {path.suffix or 'none'} is not known. There are: "
+            f"{path}: the suffix selects the format, and {path.suffix or 'no suffix'} is unknown; known are "
             f"{', '.join(FORMATS)}. Next: {path.with_suffix('.safetensors') if path.name else 'start.safetensors'}",
             path=path,
         )
     if not path.parent.is_dir():
-        raise CheckpointWriteError(f"there is no folder {path.parent}. Next: mkdir -p {path.parent}", path=path)
+        raise CheckpointWriteError(f"folder {path.parent} not found. Next: mkdir -p {path.parent}", path=path)
     if os.path.lexists(path) and (not replace or not path.is_file()):
         raise CheckpointWriteError(
-            f"{path} is there already, and was left as it is. Next: another name, or --force", path=path
+            f"{path} exists and was not changed. Next: choose another name, or use --force", path=path
         )
     if lies_in_a_run(path):
-        raise CheckpointWriteError(f"{path} lies among checkpoints of a run. Next: a file in another folder", path=path)
+        raise CheckpointWriteError(f"{path} is in the folder of checkpoints of a run. Next: another folder", path=path)
 
 
 def write_weights(
     path: Path, state: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None, replace: bool = False
 ) -> WrittenFile:
-    """Write a state dict as one file, and bring it onto the disk.
+    """Write a state dict as one file atomically, and flush it to the disk.
 
     Args:
-        path: Where to. Its suffix says the format: ``.safetensors``, or ``.th``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin``
-            for a plain state dict as ``torch.save`` writes it.
-        state: Name -> tensor. Other entries (extra state) can be in a file of torch only. Tensors that share memory
-            are stored once by torch, and each by itself in safetensors.
-        metadata: Texts for the header of a safetensors file.
-        replace: Whether a file that is there is replaced, in one step.
+        path: The new file. The suffix selects the format: ``.safetensors``, or ``.th``, ``.pt``, ``.pth``, ``.ckpt``,
+            ``.bin`` for a plain state dict of ``torch.save``.
+        state: Name -> tensor. Other entries (extra state) are possible only in a torch file. Tensors that share memory
+            are stored once in a torch file, and separately in safetensors.
+        metadata: Strings for the header of a safetensors file.
+        replace: Whether an existing file is replaced, atomically.
 
-    Raises ``CheckpointWriteError`` where it cannot be written; then nothing is there that was not there before.
+    Raises ``CheckpointWriteError`` if it cannot be written; then no file was added or changed.
     """
     check_place(path, replace=replace)
     kind = FORMATS[path.suffix.lower()]
     temporary = path.with_name(f".{secrets.token_hex(6)}.partial{path.suffix}")
     try:
-        # what another program would give a new file here; writers give files of theirs other rights
+        # The mode that a new file gets here by umask. write_content makes its files read-only, as in a set.
         with temporary.open("xb") as probe:
             mode = stat.S_IMODE(os.fstat(probe.fileno()).st_mode)
         temporary.unlink()
@@ -318,7 +319,8 @@ def write_weights(
     except CheckpointWriteError:
         raise
     except FileExistsError as error:
-        raise CheckpointWriteError(f"{path} came to be meanwhile, and was left as it is", path=path) from error
+        message = f"{path} was created by another program meanwhile and was not changed. Next: choose another name"
+        raise CheckpointWriteError(message, path=path) from error
     except Exception as error:  # safetensors raises classes of its own
         raise CheckpointWriteError(f"{path} was not written: {error}", path=path) from error
     finally:
@@ -332,12 +334,12 @@ def _write_safetensors(path: Path, state: Mapping[str, Any], metadata: dict[str,
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise CheckpointError(
-            f"{', '.join(others[:5])} {'are no tensors' if others[1:] else 'is no tensor'}, and a safetensors file has "
-            f"nothing else. Next: a name that ends in .th",
+            f"{', '.join(others[:5])} {'are not tensors' if others[1:] else 'is not a tensor'}, and a safetensors file "
+            "holds only tensors. Next: choose a name that ends in .th",
             path=path,
         )
-    # tied tensors share memory, which the format does not know; each gets its own bytes
-    # what is conjugated or negated only in name has other bytes in memory than values
+    # save_file refuses tensors that share memory, so a tied tensor is cloned. Conjugation and negation are lazy in
+    # torch: the bytes in memory of such a view are not its values.
     apart = {name: value.detach().resolve_conj().resolve_neg().contiguous() for name, value in state.items()}
     seen: set[int] = set()
     for name, value in apart.items():
@@ -351,7 +353,7 @@ def _write_safetensors(path: Path, state: Mapping[str, Any], metadata: dict[str,
 
 
 def _put(temporary: Path, path: Path, *, replace: bool) -> None:
-    """Give the file its name: in one step, and never over another one that came meanwhile, unless that is wanted."""
+    """Give the file its name atomically; unless ``replace``, a file that was created meanwhile is not overwritten."""
     if replace:
         os.replace(temporary, path)
         return
@@ -360,29 +362,30 @@ def _put(temporary: Path, path: Path, *, replace: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        check_place(path)  # a file system without links
+        # A file system without hard links. Between the check and the rename another program could create the file.
+        check_place(path)
         os.rename(temporary, path)
 
 
 @attrs.frozen
 class Seen:
-    """A tensor when it was looked at. The CRC-32 is that of its bytes as they lie in memory and in a file."""
+    """The state of a tensor when it was read. The CRC-32 is of its bytes in memory order, as torch writes them."""
 
     stated: TensorDigest
     crc: int
 
 
 class Watch:
-    """Looks at every tensor of a save in a thread of its own: once, and again when all were looked at.
+    """Reads every tensor of a save twice in a separate thread: all of them once, and then all of them again.
 
-    What is the same in both looks had these values at the moment between them. So if the files hold what the first look
-    saw, all of them together are the state of that one moment. A context manager; it ends with the block.
+    A tensor that is equal in both reads had this value at the moment between the two passes. So if the files match the
+    first pass, all files together are the state of that one moment. Use it as a context manager.
     """
 
     def __init__(self, contents: Sequence[FileContent]) -> None:
         self._tensors = {content: named(content.content, torch.Tensor) for content in contents}
         self._stopped = False
-        # tied tensors are one object, and are looked at once
+        # plain() makes tied tensors one object, which is read once.
         self._seen: dict[int, Seen] = {}
         self._pool = ThreadPoolExecutor(1)
         self._first: dict[FileContent, Future[None]] = {}
@@ -398,7 +401,7 @@ class Watch:
         self._pool.shutdown(cancel_futures=True)
 
     def listed(self, content: FileContent) -> dict[str, Seen]:
-        """The tensors of one file that a manifest lists, by the names that the reader gives them."""
+        """Return the tensors of one file that a manifest lists, by the names that the reader gives them."""
         self._first[content].result()
         state_dict = state_dict_of(content.content, torch.Tensor)
         if state_dict is None:
@@ -406,12 +409,12 @@ class Watch:
         return {key: self._seen[id(value)] for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
 
     def all(self, content: FileContent) -> dict[str, Seen]:
-        """All tensors of one file, by their paths in the whole object."""
+        """Return all tensors of one file, by their paths in the complete object."""
         self._first[content].result()
         return {path: self._seen[id(tensor)] for path, tensor in self._tensors[content].items()}
 
     def changed(self) -> list[str]:
-        """Those tensors that were not the same in both looks: file and path. To be asked when all is written."""
+        """Return path and file of each tensor that differs between both passes. Call it after all files are written."""
         assert self._second is not None
         return self._second.result()
 
@@ -422,7 +425,7 @@ class Watch:
             if id(tensor) in self._seen:
                 continue
             dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-            # before the look: what changes between both is found by the second one
+            # Computed before the examination below; the second pass finds a change between the two.
             as_it_lies = None if tensor.is_contiguous() else _checksum(tensor)
             digest, crc, found = examine_memory(memory_of_tensor(tensor.contiguous()), dtype)
             stated = TensorDigest(dtype=dtype, shape=shape, digest=digest, values=found or "finite")

@@ -1,7 +1,7 @@
-"""What follows a commit: flat names for Noether, and the removal of unfinished saves and of sets that no rule keeps.
+"""Clean up around a save: flat names for Noether, removal of unfinished saves, removal of sets that no rule keeps.
 
-All of it happens under the lock of the folder. No committed set depends on it: it may fail at any step, and the next
-save makes up for it. A record says which flat names are ours.
+All steps run under the lock of the folder. No committed set depends on them: if a step fails, the next save repeats it.
+A record file lists the flat names that this package wrote.
 """
 
 from __future__ import annotations
@@ -28,23 +28,26 @@ logger = logging.getLogger(__name__)
 
 _TEMPORARY = ".noether-init-flat.tmp"
 _RECORD_TEMPORARY = ".noether-init-flat.json.tmp"
-# What a trainer file lies beside belongs to it, so that goes first and comes last.
+# Noether takes all files beside a trainer file of a tag as one set. So the trainer file is removed first and written
+# last; in between, a reader finds no set instead of a mixed one.
 _ORDER = ("model", "optim", "trainer")
 
 
 def collect_leftovers(snapshot: Snapshot) -> None:
-    """Remove folders of sets that were never committed, and temporary files; what cannot be is logged and left.
+    """Remove folders of sets that were never committed, and temporary files; failures are logged.
 
-    A link is never followed: what it leads to is not ours.
+    Links are not followed, because their targets may belong to others.
 
-    Raises ``CheckpointNotFoundError`` if whether a set was committed cannot be told.
+    Raises ``CheckpointNotFoundError`` if the disk does not answer whether a set was committed.
     """
     storage, checkpoints = snapshot.storage, snapshot.folder
     for folder in snapshot.folders:
         if snapshot.is_committed(folder) or not storage.is_folder(folder.path):
             continue
         if storage.is_link(folder.path):
-            logger.warning("left: %s has no manifest, and is a link to %s", folder.path, storage.resolve(folder.path))
+            logger.warning(
+                "not removed: %s has no manifest and is a link to %s", folder.path, storage.resolve(folder.path)
+            )
             continue
         try:
             _remove_folder(checkpoints, folder.path, storage)
@@ -61,15 +64,17 @@ def collect_leftovers(snapshot: Snapshot) -> None:
 def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = None) -> None:
     """Remove the committed sets of one training that no rule keeps, oldest first.
 
-    Sets that cannot be read or reached stay, since somebody will want to look at them; so do sets behind a link, since
-    what it leads to is not ours, and sets of other trainings. Whether a set is good is told from the presence and the
-    sizes of its files, and from what its manifest says of their values. A set that the snapshot remembers is taken as
-    it was while no name in its folder changes. Before others go, they are looked at again, and the two newest good ones
-    of each model, those that ``best`` keeps, and those that ``every`` keeps in their place; if one of these is not as
-    it was, all are.
+    These sets stay: sets that cannot be read, so that a person can inspect them; sets behind a link, because the target
+    may belong to others; sets of other trainings. A set counts as good by the presence and sizes of its files and by
+    the recorded values in its manifest.
 
-    Of flat names those go with a set that we wrote for it and nobody has changed since, and those that are other names
-    of its very files. Others may be the only copy of what another program saved.
+    The snapshot remembers sets of earlier saves and uses them unchanged while no name in their folder changes. Before
+    sets are removed, the remembered ones among them are read again, and so are those that the decision relies on: the
+    two newest good sets of each model, and the sets that ``best`` and ``every`` keep. If one differs, all are read
+    again and the decision is repeated.
+
+    With a set, those flat names are removed that this package wrote for it and no other program has changed since, and
+    hard links to its files. Other flat names may be the only copy of a save by another program.
 
     Raises ``OSError``.
     """
@@ -86,22 +91,23 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
             logger.warning("kept: %s", problem)
             continue
         if problem is not None:
-            logger.warning("no good set: %s", problem)
+            logger.warning("not counted by retention: %s", problem)
         found.append((candidate, is_asked and problem is None))
         folders[folder.name] = folder
     decision = superfluous_sets(found, rules, training)
     retired = [candidate for candidate in decision.superfluous if not storage.is_link(candidate.folder)]
     if retired:
-        # they may have been damaged or replaced since an earlier save
+        # These sets may have been damaged or replaced since the save at which they were read.
         remembered = [one for one in (*retired, *decision.relied_on) if one.place in snapshot.recalled]
-        if not all([snapshot.confirm(folders[one.place]) for one in remembered]):  # noqa: C419 - each is looked at
-            # where one was not as it was remembered, others may not be either
+        if not all([snapshot.confirm(folders[one.place]) for one in remembered]):  # noqa: C419 - confirm every set
+            # If one set differs from memory, others may differ too.
             snapshot.forget()
             retire_sets(snapshot, rules, training)
             return
     failed: OSError | None = None
     for candidate in reversed(retired):
-        # Without its manifest the set is gone for every reader; only then do its files go.
+        # Without its manifest the set does not exist for any reader. Its files are removed only after that is on the
+        # disk: a crash in between must not leave a committed set with missing files.
         storage.unlink(candidate.folder / MANIFEST_NAME)
         storage.fsync_folder(candidate.folder)
         _remove_names(snapshot, candidate.folder.name.__eq__)
@@ -111,14 +117,14 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
             failed = failed or error
     if retired:
         storage.fsync_folder(checkpoints / SETS_FOLDER)
-    # the others have gone all the same
+    # One failure must not keep the other sets on a disk that may be full.
     if failed is not None:
         raise failed
 
 
 def _remove_folder(checkpoints: Path, folder: Path, storage: FileSystem) -> None:
     for name in list_names(folder, storage):
-        # a flat name of a retired set keeps its bytes on the disk
+        # A flat name may be a hard link to the file, which would keep its bytes on the disk.
         if parse(name) is not None and storage.is_same_file(checkpoints / name, folder / name):
             storage.unlink(checkpoints / name)
         _remove(folder / name, storage)
@@ -126,7 +132,7 @@ def _remove_folder(checkpoints: Path, folder: Path, storage: FileSystem) -> None
 
 
 def _remove(path: Path, storage: FileSystem) -> None:
-    """A name in a set; also a folder that somebody put there, with all that is in it. A link is not followed."""
+    """Remove a name in the folder of a set; a foreign folder is removed recursively, without following links."""
     if storage.is_folder(path) and not storage.is_link(path):
         for name in list_names(path, storage):
             _remove(path / name, storage)
@@ -139,11 +145,11 @@ def _remove(path: Path, storage: FileSystem) -> None:
 
 
 def refresh_flat_names(snapshot: Snapshot, committed: CheckpointSet) -> None:
-    """Give the files of a committed set Noether's names in the folder of checkpoints.
+    """Write Noether's flat names for the files of a committed set into the folder of checkpoints.
 
-    The names of its iteration are further names of the same files where that is safe, else copies. Every other tag is
-    rewritten by Noether in place, so its names are copies. There, the trainer's name goes first and comes back last:
-    while there is a trainer file, everything beside it belongs to it.
+    The names with the iteration as tag are reflinks or hard links if that is safe, else copies. Names with other tags
+    are copies, because Noether rewrites such files in place. Their trainer file is removed first and written last,
+    because Noether takes all files beside a trainer file as one set.
 
     Raises ``OSError``.
     """
@@ -157,45 +163,45 @@ def refresh_flat_names(snapshot: Snapshot, committed: CheckpointSet) -> None:
             if tag != own:
                 _refresh_tag(snapshot, committed, tag, names)
     except OSError:
-        with contextlib.suppress(OSError):  # the first error is the telling one
+        with contextlib.suppress(OSError):  # report the first error, which is the cause
             _record(snapshot, committed, names)
         raise
     _record(snapshot, committed, names)
 
 
 def give_room(snapshot: Snapshot) -> int:
-    """Remove every name that we wrote, for a set that finds no room; returns how many. The sets are untouched.
+    """Remove every flat name that this package wrote, to free space for a set; return their number.
 
-    Raises ``OSError``.
+    The sets stay. Raises ``OSError``.
     """
     return len(_remove_names(snapshot, lambda set_name: True))
 
 
 def remove_orphans(snapshot: Snapshot) -> None:
-    """Remove the names that we wrote for sets that are gone, unless another program has rewritten them since.
+    """Remove flat names of sets that no longer exist, unless another program has rewritten them since.
 
     Raises ``OSError``.
     """
     committed = functools.cache(lambda: {folder.name for folder in snapshot.folders if snapshot.is_committed(folder)})
     removed = _remove_names(snapshot, lambda set_name: set_name not in committed())
     if removed:
-        logger.info("flat names of removed sets are removed: %s", ", ".join(sorted(removed)))
+        logger.info("removed flat names of removed sets: %s", ", ".join(sorted(removed)))
 
 
 def _remove_names(snapshot: Snapshot, of: Callable[[str], bool]) -> list[str]:
-    """Remove the names that we wrote ``of`` sets, unless another program has rewritten them since; returns them."""
+    """Remove recorded flat names of sets selected by ``of``, unless another program rewrote them; return them."""
     storage, checkpoints = snapshot.storage, snapshot.folder
     record = read_record(checkpoints, storage)
     names = [name for name, one in record.items() if of(one.set_name) and is_ours(checkpoints / name, one, storage)]
-    # trainers first: without one, what is left beside it is no set
+    # Trainer files first: without one, the files that remain are not a set for Noether.
     for name in sorted(names, key=lambda name: (not name.endswith("_trainer.th"), name)):
         storage.unlink(checkpoints / name)
     return names
 
 
 def _refresh_tag(snapshot: Snapshot, committed: CheckpointSet, tag: str, written: list[str]) -> None:
-    # Only names that the set brought which the tag meant before may be removed, and of these models: those of models
-    # that are saved separately stay what the tag means of them.
+    # Only names of the set that had this tag before, with the same models, may be removed. Models that are saved
+    # separately under the same tag keep their files.
     storage, checkpoints, models = snapshot.storage, snapshot.folder, committed.models()
     others = (one for one in snapshot.readable() if one.folder != committed.folder)
     previous = next((one for one in others if tag in one.tags and one.is_of(models)), None)
@@ -210,7 +216,7 @@ def _refresh_tag(snapshot: Snapshot, committed: CheckpointSet, tag: str, written
 
 
 def _flat_names(found: CheckpointSet, tag: str) -> dict[str, CheckpointFile]:
-    """The names of the files of a set under a tag."""
+    """Return flat name under ``tag`` -> file, for the files of a set."""
     return {str(CheckpointFileName(file.model, file.info, tag, file.part)): file for file in found.files}
 
 
@@ -225,11 +231,12 @@ def _replace(target: Path, source: Path, storage: FileSystem, *, linked: bool) -
             storage.copy(source, temporary)
         storage.rename(temporary, target)
     except OSError:
-        # on a full disk, half a copy would take the room that the next save needs; the first error is the telling one
+        # On a full disk, a partial copy would take the space that the next save needs. The first error is the cause, so
+        # a second one is suppressed.
         with contextlib.suppress(OSError):
             storage.unlink(temporary)
         raise
-    # renaming one name of a file to another name of the same file does nothing at all
+    # POSIX: rename() does nothing if both names are hard links to one file, so the temporary name may still exist.
     storage.unlink(temporary)
 
 

@@ -1,4 +1,4 @@
-"""Which committed sets stay: rules as values, the decision as a pure function; ``housekeeping`` carries it out."""
+"""Retention: rules for the sets to keep, and the decision as a pure function; ``housekeeping`` carries it out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from noether_init_core.iteration import TrainingIteration, check_whole
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.manifest import Manifest
 
-#: The newest good set, and one superseded good set to walk back to, stay whatever the rules say.
+#: Number of newest good sets that always stay: the newest, and one older one as a fallback.
 LEAST = 2
 _FIELDS = ("epoch", "update", "sample")
 
 
 @attrs.frozen
 class Best:
-    """Keep the ``count`` sets with the lowest (``mode="max"``: highest) value of ``metric``."""
+    """Keep the ``count`` sets with the lowest value of ``metric``, or the highest with ``mode="max"``.
+
+    Raises ``ConfigError`` for an invalid name, count or mode.
+    """
 
     metric: str
     count: int = 1
@@ -35,7 +38,7 @@ class Best:
 
 
 def _to_best(value: Any) -> tuple[Best, ...]:
-    """``{"loss.val": 3}``, ``{"metric": "acc", "mode": "max", "count": 3}``, a ``Best``, or a list of these."""
+    """Convert ``{"loss.val": 3}``, ``{"metric": "acc", "mode": "max", "count": 3}``, ``Best``, or a list of these."""
     if value is None:
         return ()
     if isinstance(value, Best):
@@ -44,7 +47,7 @@ def _to_best(value: Any) -> tuple[Best, ...]:
         if isinstance(value.get("metric"), str):
             unknown = [str(key) for key in value if key not in ("metric", "mode", "count")]
             if unknown:
-                raise ConfigError(f"best has the unknown key {', '.join(unknown)}; it has metric, mode and count")
+                raise ConfigError(f"unknown key {', '.join(unknown)} of best; the keys are metric, mode and count")
             return (Best(**value),)
         return tuple(Best(metric, count) for metric, count in value.items())
     if isinstance(value, Iterable) and not isinstance(value, str):
@@ -58,37 +61,47 @@ def _to_every(value: Any) -> Mapping[str, int] | None:
     if isinstance(value, TrainingIteration):
         value = value.to_mapping()
     if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in _FIELDS:
-        raise ConfigError(f'every must say one of epoch, update, sample, like {{"epoch": 5}}, not {value!r}')
+        raise ConfigError(f'every must have one of epoch, update, sample, like {{"epoch": 5}}, not {value!r}')
     return dict(value)
 
 
 @attrs.frozen
 class Retention:
-    """Which sets stay. A set stays if any rule keeps it; without any rule all stay.
+    """Rules for the sets to keep. A set stays if any rule keeps it; without rules, all sets stay.
 
-    The rules count good sets of the training that saves. Where several models are saved separately each is counted by
-    itself; a composite is one model, but its sets that lack a submodel are counted apart. A set is good if its files
-    are as written, it holds no values that a resume refuses (NaN; sets of releases that did not look count as finite),
-    and the training has not passed over it in going back to an older one. Where a training has no good set at all,
-    those that are as written count.
+    The rules count good sets of the current training. Models that are saved separately are counted separately. A
+    composite is one model, but its sets without some submodel are counted separately. A set is good if:
 
-    Before sets go, a writer looks again at those whose goodness that relies on, of the ones that it knows from earlier
-    saves: the two newest good ones of each model, and those that ``best`` and ``every`` keep. The others count as they
-    were when it last looked, while no file is added to their folders or removed.
+    - its files have the recorded sizes,
+    - a resume accepts its values (no NaN; sets without recorded findings count as finite), and
+    - no resume has passed over it to use an older set.
 
-    Whatever the rules say, these stay: the newest good set and one good set before it, to walk back to; the newest set;
-    for each model the set that a tag other than that of an iteration means; sets that cannot be read; sets of another
-    training. Until there are ``last`` newer good sets (at least two), so do the set that the training last started
-    from, counting those that it saved since, and sets that it has passed over.
+    If a training has no good set, all sets with files of the recorded sizes count as good.
+
+    Independent of the rules, these sets stay:
+
+    - the newest good set and one older good set, as a fallback,
+    - the newest set,
+    - for each model, the newest set of each tag that is not an iteration, such as ``latest``,
+    - sets that cannot be read, and sets of another training,
+    - the set that the training was last resumed from, until it has saved ``last`` good sets since (at least two),
+    - sets that a resume passed over, until there are as many newer good sets.
+
+    A writer remembers sets between saves. Before it removes sets, it reads again the sets that the decision relies on:
+    the two newest good sets of each model, and those that ``best`` and ``every`` keep. Other remembered sets are used
+    unchanged while no file in their folder is added or removed.
 
     Attributes:
-        last: The newest so many good sets.
-        every: ``{"epoch": 5}``, ``{"update": 1000}`` or ``{"sample": n}``: of each such period, counted from zero, the
-            first good set in it; none of the first period. ``TrainingIteration(epoch=5)`` says the same.
-        best: The best good sets by a metric that was given to ``save``: ``{"loss.val": 3}`` keeps the three lowest,
-            ``{"metric": "acc", "mode": "max", "count": 3}`` the three highest; a list of these keeps what any keeps.
-            An iteration that is saved again without the metric still has it: the set that recorded it last stays, and
-            so does the one that the iteration means now. Sets of other models of the iteration may have recorded it.
+        last: Keep this number of newest good sets.
+        every: ``{"epoch": 5}``, ``{"update": 1000}`` or ``{"sample": n}``: keep the first good set of each period,
+            except
+            in the first period, which starts at zero. ``TrainingIteration(epoch=5)`` is the same.
+        best: Keep the best good sets by a metric of ``save``. ``{"loss.val": 3}`` keeps the three lowest, ``{"metric":
+            "acc", "mode": "max", "count": 3}`` the three highest; a list combines rules. If an iteration is saved again
+            without the metric, the set that recorded it last and the newest set of the iteration both stay. The metric
+            may also be recorded by sets of other models at that iteration.
+
+    Raises ``ConfigError`` for invalid values.
     """
 
     last: int | None = None
@@ -103,7 +116,10 @@ class Retention:
 
     @classmethod
     def of(cls, value: Any) -> Self:
-        """Itself, or built from a mapping with ``last``, ``every``, ``best``. Raises ``ConfigError``."""
+        """Return a ``Retention`` unchanged, or build one from a mapping with ``last``, ``every``, ``best``, or None.
+
+        Raises ``ConfigError``.
+        """
         if isinstance(value, cls):
             return value
         if value is None:
@@ -115,14 +131,14 @@ class Retention:
 
     @property
     def keeps_all(self) -> bool:
-        """There is no rule."""
+        """Whether there is no rule, so that all sets stay."""
         return self.last is None and self.every is None and not self.best
 
 
 def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
-    """Metrics as a manifest holds them: numbers by name; None for NaN and infinities, which are never the best.
+    """Return metrics for the manifest: name -> number; None for NaN and infinities, which are never the best.
 
-    Raises ``ConfigError`` for a name that is no text or a value that is no single number.
+    Raises ``ConfigError`` for a name that is not a string or a value that is not a single number.
     """
     if metrics is None:
         return {}
@@ -132,6 +148,7 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None
     for name, value in metrics.items():
         _check_metric_name(name)
         try:
+            # float() would accept these, though they are rarely meant as numbers. A tensor of one element converts.
             if isinstance(value, str | bytes | bool):
                 raise TypeError
             number = float(value)
@@ -143,7 +160,7 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None
 
 @attrs.frozen
 class Decision:
-    """Which sets may go, newest first, and which must be as they were taken to be for that."""
+    """The sets to remove, newest first, and the sets that must be unchanged for this decision to hold."""
 
     superfluous: list[CheckpointSet] = attrs.Factory(list)
     relied_on: list[CheckpointSet] = attrs.Factory(list)
@@ -152,15 +169,15 @@ class Decision:
 def superfluous_sets(
     sets: Sequence[tuple[CheckpointSet, bool]], rules: Retention, training: str | None = None
 ) -> Decision:
-    """The sets that may go.
+    """Decide which sets to remove.
+
+    A removal never makes a tag select an older set: either the set of the tag stays, or all sets of the tag are
+    removed. A query for an iteration, such as ``E10``, is not a tag: it selects the newest set that matches.
 
     Args:
-        sets: Every committed set whose manifest can be read, newest first, and whether its files are as written.
-        rules: What to keep.
-        training: The training whose sets are counted and may go; those of others stay, and need not be looked at.
-
-    What a tag means never changes through it to an older set: the tag keeps its set, or it is gone with it. A question
-    for an iteration, such as ``E10``, is no tag: it means the newest set that matches and is there.
+        sets: Every committed set with a readable manifest, newest first, and whether its files have the recorded sizes.
+        rules: The rules.
+        training: The training whose sets are counted and may be removed. Sets of other trainings stay.
     """
     if rules.keeps_all:
         return Decision()
@@ -175,7 +192,7 @@ def superfluous_sets(
     if rules.best:
         recorded = [one for one in ours if one.place not in passed_over]
         for models in groups:
-            # the metric of an iteration is most likely that of these models, but says something of the others as well
+            # A metric that these models recorded themselves comes first; else one of other models at that iteration.
             recorded_by[models] = [*(one for one in recorded if one.weighed_models == models), *recorded]
     kept = {_sequence(one) for one, _is_whole in sets} - own
     relied_on: set[int] = set()
@@ -186,34 +203,36 @@ def superfluous_sets(
         enough = max(rules.last or 0, LEAST)
         relied_on.update(_sequence(one) for one in good[:LEAST])
         kept |= {_sequence(one) for one in good[:enough]} | _kept_for_now(group, good, passed_over, enough)
-        # a damaged set is what its tags mean until the next save that is whole
+        # Tags select a damaged newest set until the next complete save, so it stays until then.
         newest_whole = max(map(_sequence, whole_group), default=-1)
         kept.update(_sequence(one) for one in group if _sequence(one) >= newest_whole)
         if rules.every or rules.best:
-            # Of an iteration that was saved more than once only the last is meant by its tag.
-            meant: dict[str, CheckpointSet] = {}
+            # If an iteration was saved more than once, its tag selects the last set.
+            current: dict[str, CheckpointSet] = {}
             for one in good:
-                meant.setdefault(one.name, one)
-            for period, one in _first_of_periods(meant.values(), rules.every).items():
+                current.setdefault(one.name, one)
+            for period, one in _first_of_periods(current.values(), rules.every).items():
                 firsts[models, period] = _sequence(one)
             for rule in rules.best:
-                relied_on |= _best(meant.values(), recorded_by[models], rule)
+                relied_on |= _best(current.values(), recorded_by[models], rule)
     kept |= _holders(sets) | relied_on | set(firsts.values())
+    # Each rule below may keep a set that makes another one keep more, so they repeat until nothing is added.
     before = -1
     while before != len(kept):
         before = len(kept)
-        kept |= _meant_by_name(sets, kept)
+        kept |= _selected_by_name(sets, kept)
         for models in groups:
             for rule in rules.best:
-                kept |= _said_last(recorded_by[models], kept, rule)
+                kept |= _recorded_last(recorded_by[models], kept, rule)
     superfluous = [one for one in ours if _sequence(one) not in kept]
     relied_on.update(firsts.get((one.weighed_models, _period(one, rules.every)), -1) for one in superfluous)
     return Decision(superfluous, [one for one in ours if _sequence(one) in relied_on])
 
 
-def _meant_by_name(sets: Sequence[tuple[CheckpointSet, bool]], kept: Set[int]) -> set[int]:
-    """While an older set of an iteration stays, also one of another training, so must the one that the tag of the
-    iteration means, of the same models and of any.
+def _selected_by_name(sets: Sequence[tuple[CheckpointSet, bool]], kept: Set[int]) -> set[int]:
+    """Return the newest set of each iteration of which an older set stays, for the same models and for any models.
+
+    Otherwise the tag of the iteration would select the older set, which may be of another training.
     """
     saved = Counter(one.name for one, _is_whole in sets)
     again = [one for one, _is_whole in sets if saved[one.name] > 1]
@@ -229,19 +248,20 @@ def _meant_by_name(sets: Sequence[tuple[CheckpointSet, bool]], kept: Set[int]) -
     }
 
 
-def _said_last(recorded: Sequence[CheckpointSet], kept: Set[int], rule: Best) -> set[int]:
-    """While a set stays that said the metric of an iteration before, so must the one that said it last: it may have
-    said that there is none any more.
+def _recorded_last(recorded: Sequence[CheckpointSet], kept: Set[int], rule: Best) -> set[int]:
+    """Return the set that recorded the metric of an iteration last, if an earlier one with this metric stays.
+
+    Otherwise the earlier value would count again, though the last record may have replaced it by None.
     """
-    said: dict[str, list[int]] = {}
+    recorders: dict[str, list[int]] = {}
     for one in recorded:
         if rule.metric in _manifest(one).metrics:
-            said.setdefault(one.name, []).append(_sequence(one))
-    return {sequences[0] for sequences in said.values() if not kept.isdisjoint(sequences)}
+            recorders.setdefault(one.name, []).append(_sequence(one))
+    return {sequences[0] for sequences in recorders.values() if not kept.isdisjoint(sequences)}
 
 
 def _holders(sets: Sequence[tuple[CheckpointSet, bool]]) -> set[int]:
-    """The sets that a tag other than that of an iteration means, for each set of models."""
+    """Return the sets that tags other than iterations select, for each group of models."""
     kept = set()
     seen: set[tuple[str, frozenset[str]]] = set()
     for one, _is_whole in sets:
@@ -253,7 +273,10 @@ def _holders(sets: Sequence[tuple[CheckpointSet, bool]]) -> set[int]:
 
 
 def _good(whole: Sequence[CheckpointSet], passed_over: Set[str]) -> Sequence[CheckpointSet]:
-    """The sets that the rules count. Who trains with infinities all along, and loads them, has sets to keep as well."""
+    """Return the sets that the rules count.
+
+    If no set is finite, all complete ones count: a training that always has infinities, and loads them, needs sets too.
+    """
     useful = [one for one in whole if one.place not in passed_over] if passed_over else whole
     finite = [one for one in useful if not one.is_refused]
     return finite or useful or whole
@@ -262,9 +285,9 @@ def _good(whole: Sequence[CheckpointSet], passed_over: Set[str]) -> Sequence[Che
 def _kept_for_now(
     group: Sequence[CheckpointSet], good: Sequence[CheckpointSet], passed_over: Set[str], enough: int
 ) -> set[int]:
-    """The set that the training last started from, and sets that it has passed over, until enough newer ones are good.
+    """Return the set that the training was last resumed from, and sets passed over, until enough newer sets are good.
 
-    Of newer sets than the one started from only those count that were saved since: the others were left behind.
+    For the former, only sets that were saved after that resume count, not newer sets that the resume went back behind.
     """
     kept: set[int] = set()
     start = _manifest(group[0]).started_from
@@ -283,37 +306,37 @@ def _kept_for_now(
 
 
 def _period(one: CheckpointSet, every: Mapping[str, int] | None) -> int:
-    """The number of the period that the set is of; 0, the first one, where there are none."""
+    """Return the number of the period of a set, from 0; 0 without the rule ``every``."""
     if every is None or one.iteration is None:
         return 0
     ((field, step),) = every.items()
     return int(getattr(one.iteration, field) // step)
 
 
-def _first_of_periods(meant: Iterable[CheckpointSet], every: Mapping[str, int] | None) -> dict[int, CheckpointSet]:
+def _first_of_periods(current: Iterable[CheckpointSet], every: Mapping[str, int] | None) -> dict[int, CheckpointSet]:
     first: dict[int, CheckpointSet] = {}
-    for one in sorted(meant, key=lambda one: one.iteration or TrainingIteration.zero()):
+    for one in sorted(current, key=lambda one: one.iteration or TrainingIteration.zero()):
         period = _period(one, every)
         if period:
             first.setdefault(period, one)
     return first
 
 
-def _best(meant: Iterable[CheckpointSet], recorded: Sequence[CheckpointSet], rule: Best) -> set[int]:
-    """The sets of the best iterations, and those that recorded their values: without these they would be forgotten.
+def _best(current: Iterable[CheckpointSet], recorded: Sequence[CheckpointSet], rule: Best) -> set[int]:
+    """Return the sets of the best iterations, and the sets that recorded their values, which would be lost otherwise.
 
-    ``meant`` is newest first: of equal values the newer one is kept. Of ``recorded`` the first of an iteration counts
-    that says the metric at all.
+    ``current`` is newest first, so the newer one of equal values is kept. The first set of an iteration in ``recorded``
+    that has the metric counts.
     """
     values: dict[str, tuple[float | None, CheckpointSet]] = {}
     for one in recorded:
         if rule.metric in _manifest(one).metrics:
             values.setdefault(one.name, (_manifest(one).metrics[rule.metric], one))
     valued = []
-    for one in meant:
-        value, said_by = values.get(one.name, (None, one))
+    for one in current:
+        value, recorder = values.get(one.name, (None, one))
         if value is not None:
-            valued.append((value if rule.mode == "min" else -value, {_sequence(one), _sequence(said_by)}))
+            valued.append((value if rule.mode == "min" else -value, {_sequence(one), _sequence(recorder)}))
     valued.sort(key=lambda pair: pair[0])
     return set().union(*(sequences for _, sequences in valued[: rule.count]))
 
@@ -323,10 +346,10 @@ def _sequence(one: CheckpointSet) -> int:
 
 
 def _manifest(one: CheckpointSet) -> Manifest:
-    assert one.manifest is not None  # the sets that are judged are committed
+    assert one.manifest is not None  # callers pass committed sets only
     return one.manifest
 
 
 def _check_metric_name(name: Any) -> None:
     if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable():
-        raise ConfigError(f"the name of a metric must be a printable text of 1 to 200 characters, not {name!r}")
+        raise ConfigError(f"the name of a metric must be a printable string of 1 to 200 characters, not {name!r}")

@@ -1,4 +1,4 @@
-"""CheckpointWriter: saves sets, each as a whole or not at all."""
+"""CheckpointWriter: saves sets atomically; a set is committed completely or not at all."""
 
 from __future__ import annotations
 
@@ -56,24 +56,27 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 class CheckpointWriter:
     """Saves models, optimizers and the trainer of one run as committed sets.
 
-    A set is written to a folder of its own, brought onto the disk, read back, and then committed by renaming its
-    manifest into place. A process that is killed before that leaves the sets from before, and an uncommitted folder
-    that the next save removes. In a distributed run one rank may call it, with full tensors.
+    A set is written to a new folder, flushed to the disk, read back, and then committed by renaming its manifest. If
+    the process is killed before the rename, all earlier sets stay, and the next save removes the uncommitted folder. In
+    a distributed run, one rank calls it, with full tensors. Several processes may save into one run: a lock serializes
+    their saves.
 
-    Tensors in CPU memory that change while a set is written are found out, and the set is not committed. Those of other
-    devices are copied when the save begins, one after the other: do not train meanwhile.
+    If tensors in CPU memory change during a save, the set is not committed. Tensors of other devices are copied at the
+    start of a save, one after the other, so do not train during that time.
 
     Args:
-        path_provider: The folders of the run; anything with ``output_root``, ``run_id`` and ``stage_name``.
-        report: The report of the initialization; where every tensor came from is kept beside every set
-            (``provenance.json``), and its lineage in every manifest, with the training that goes
-            on or begins, and the sets that it has passed over. None: what the trainer that is saved knows of it.
-        flat_names: Whether Noether shall find the files under its own names as well, which takes the room twice.
-        keep_last: How many sets that can be resumed stay, of this training; None keeps all. The set to walk back to,
-            the current set of every tag, and the sets of another training under this run id stay in any case. Short for
-            ``retention=Retention(last=keep_last)``.
-        retention: Which sets stay, where more than their age decides: a ``Retention``, or its fields as a mapping.
+        path_provider: The folders of the run; any object with ``output_root``, ``run_id`` and ``stage_name``.
+        report: The report of the initialization. Every set gets the origin of each tensor (``provenance.json``). Every
+            manifest gets the lineage, the training that is continued or started, and the sets passed over. None: the
+            report of the trainer, if it has one.
+        flat_names: Whether to write the files under Noether's names too. They are reflinks or hard links if that is
+            safe, else copies.
+        keep_last: Number of newest good sets of this training to keep; None keeps all. Short for
+            ``retention=Retention(last=keep_last)``; see there for the sets that always stay.
+        retention: The rules for the sets to keep: a ``Retention``, or its fields as a mapping.
         storage: The file operations.
+
+    Raises ``ConfigError`` for ``keep_last`` with ``retention``, and for invalid values.
     """
 
     def __init__(
@@ -87,10 +90,13 @@ class CheckpointWriter:
         storage: FileSystem = LOCAL,
     ) -> None:
         if keep_last is not None and retention is not None:
-            raise ConfigError("keep_last and retention were both given; say keep_last as retention's last")
+            raise ConfigError(
+                "keep_last and retention cannot be combined. Next: CheckpointWriter(..., "
+                f"retention=Retention(last={keep_last!r}, ...))"
+            )
         self.paths = PathProvider.of(path_provider)
         self.report = report
-        self._told: tuple[Any, bytes] | None = None
+        self._dumped: tuple[Any, bytes] | None = None
         self.flat_names = flat_names
         self.retention = Retention(last=keep_last) if retention is None else Retention.of(retention)
         self.storage = storage
@@ -110,34 +116,36 @@ class CheckpointWriter:
         metrics: Mapping[str, Any] | None = None,
         probe: Any = None,
     ) -> CheckpointSet:
-        """Save one set and commit it under ``tags`` and the tag of its iteration; returns the committed set.
+        """Save one set, commit it under ``tags`` and the tag of its iteration, and return it.
 
-        When this returns, the set is on the disk. The same iteration may be saved again: the later set is meant then.
-        NaN is saved as it is, since who looks for its cause wants it, but a resume refuses it: a warning says so at the
-        first such save, and retention does not count the set.
+        On return, the set is flushed to the disk. An iteration may be saved again; its tag then selects the later set.
+        NaN is saved unchanged, because it helps to find the cause. A resume refuses such a set, retention does not
+        count
+        it, and the first such save logs a warning.
 
         Args:
-            model: A model, or a composite of which every single model is saved.
-            iteration: How far training has come, all three fields; None: ``trainer.iteration``.
-            tags: Such as ``latest``, ``last``, ``best_model.loss.val``. A tag means the last set saved with it.
-            optimizer: Whether optimizer state is saved, of models that have an optimizer and are not frozen.
-            trainer: Anything whose ``state_dict()`` is a dict of plain data and tensors. Without one, the trainer
-                file holds the iteration only.
-            averages: Further weights, by info: ``{"ema=0.999": state_dict}``; for a composite by submodel first.
-            metrics: Values of this iteration, such as ``{"loss.val": 0.41}``; they are recorded in the manifest, and
+            model: A model, or a composite; every single model of it is saved.
+            iteration: The current iteration with all three fields; None: ``trainer.iteration``.
+            tags: Tags such as ``latest``, ``last``, ``best_model.loss.val``. A tag selects the last set saved with it.
+            optimizer: Whether to save the optimizer state of models that have an optimizer and are not frozen.
+            trainer: Any object whose ``state_dict()`` returns a dict of plain data and tensors. Without a trainer, the
+                trainer file holds the iteration only.
+            averages: Further weights by info: ``{"ema=0.999": state_dict}``; for a composite
+                ``{submodel: {"ema=0.999": state_dict}}``.
+            metrics: Metrics of this iteration, such as ``{"loss.val": 0.41}``. They are recorded in the manifest, and
                 ``Retention(best=...)`` compares them.
-            probe: A small batch: a tensor; a list or tuple of arguments; a dict of keywords. The model is run on it
-                now, evaluating, and leaves no trace: train flags, buffers and random generators are put back. Batch
-                and values of what comes out are kept in the set. The observer ``probe`` repeats it when the
-                set is loaded. The process must be able to run the whole model by itself.
+            probe: A small batch: a tensor, a list or tuple of arguments, or a dict of keyword arguments. The model is
+                run on it in evaluation mode; train flags, buffers and random generators are restored. The set stores
+                batch and outputs, and the observer ``probe`` repeats the run when the set is loaded. This process must
+                be able to run the complete model.
 
         Raises:
             ConfigError: The model, iteration, tags, metrics or optimizer cannot be saved, or the model cannot be run
                 on the probe. Nothing was written.
-            CheckpointFormatError: A value could not be read again; its place is named. Nothing was written.
-            CheckpointWriteError: The disk is full, read-only, failing or not mounted, another process holds the lock,
-                this thread is in the midst of a save, or tensors changed meanwhile. The set was not committed (but for
-                a disk that fails in the very last step: the message says so); the sets from before are untouched.
+            CheckpointFormatError: A value could not be read again; the message names its place. Nothing was written.
+            CheckpointWriteError: The disk is full, read-only, failing or not mounted; another process holds the lock;
+                this thread is already saving; or tensors changed during the save. The set was not committed, and
+                earlier sets are unchanged. Only if the last step fails may the set be committed; the message says so.
         """
         full = iteration_for(iteration, trainer)
         all_tags = _all_tags(full, tags)
@@ -179,7 +187,7 @@ class CheckpointWriter:
                 except OSError as error:
                     if error.errno not in _NO_ROOM or not give_room(snapshot):
                         raise
-                    logger.warning("the disk is full: flat names for Noether were removed, to have room for the set")
+                    logger.warning("the disk is full: flat names for Noether were removed to free space for the set")
                     snapshot = self._cleaned()
                     committed = commit(snapshot)
                 self._tell_of_refused_values(committed)
@@ -187,32 +195,35 @@ class CheckpointWriter:
         return committed
 
     def _cleaned(self) -> Snapshot:
-        """What is there, without the leftovers of saves that were cut short."""
+        """Return a snapshot of the folder, after removing the leftovers of interrupted saves."""
         snapshot = Snapshot(self.paths, storage=self.storage, memory=self._memory)
         collect_leftovers(snapshot)
         return snapshot
 
     def _frozen(self, model: Any) -> tuple[str, ...]:
-        """Models whose optimizer is left out because they are frozen."""
+        """Return the paths of frozen models with an optimizer, which is not saved, and log a warning once."""
         frozen = tuple(path for path, leaf in leaf_models(model) if leaf.is_frozen and leaf.optimizer is not None)
         self._warn_once(
-            f"the optimizer of {', '.join(frozen)} is not saved, since the model is frozen: it could not be resumed "
-            "unfrozen. Next: optimizer=None if that is meant, or is_frozen=False in bind(...) to save it all the same"
+            f"the optimizer of {', '.join(frozen)} is not saved, because the model is frozen; a resume could not "
+            "unfreeze it. Next: bind(..., optimizer=None) to confirm, or bind(..., is_frozen=False) to save it"
             if frozen
             else ""
         )
         return frozen
 
     def _tell_of_another_training(self, checkpoints: Path, iteration: TrainingIteration, descent: Descent) -> None:
-        """Refusing to save would lose the work of this run; removing the sets would lose that of the other."""
+        """Warn once about sets of another training in the folder.
+
+        Refusing to save would lose the work of this run, and removing those sets would lose that of the other.
+        """
         if descent.others_up_to is None:
             return
         self._warn_once(
-            f"{checkpoints} has sets up to {descent.others_up_to} already, and this run, which was not resumed from "
-            f"them as far as is known, saves from {iteration} on. They stay and take room: retention counts and "
-            "removes only sets of this training. Tags that it does not save itself (E.., best) will mean them. "
-            "Next: a run_id of its own for each run, or auto_resume: true to go on; "
-            "CheckpointWriter(report=...) tells of a resume"
+            f"{checkpoints} already has sets up to {descent.others_up_to} of another training; this run saves from "
+            f"{iteration} on and was not resumed from them, as far as is known. They stay on disk: retention counts "
+            "and removes only sets of this training. Tags that this run does not save (E.., best) select them. "
+            "Next: use another run_id for each run, or auto_resume: true to continue; after a resume in code, pass "
+            "CheckpointWriter(report=...)"
         )
 
     def _tell_of_refused_values(self, committed: CheckpointSet) -> None:
@@ -220,8 +231,8 @@ class CheckpointWriter:
         if refused:
             self._warn_once(
                 f"{committed.name} of run {committed.run_id} is saved, but a resume will refuse it: "
-                f"{listed(refused, 3)} (on_nonfinite: error). Retention does not count such sets, and keeps the newest "
-                "that are finite. Next: stop the run; ninit verify names the newest finite set",
+                f"{listed(refused, 3)} (on_nonfinite: error). Retention does not count such sets and keeps the newest "
+                "finite ones. Next: stop the run; ninit verify shows the newest finite set",
                 once="a resume will refuse it",
             )
 
@@ -232,7 +243,7 @@ class CheckpointWriter:
             logger.warning("%s", text)
 
     def _make_folders(self, folder: Path) -> None:
-        """Create the folder and its parents, so that they survive a power failure."""
+        """Create the folder and its parents, and flush each new name, so that they survive a power failure."""
         missing = []
         while not self.storage.is_folder(folder):
             missing.append(folder)
@@ -240,7 +251,7 @@ class CheckpointWriter:
         for folder in reversed(missing):
             try:
                 self.storage.make_folder(folder)
-            except FileExistsError:  # another writer was faster
+            except FileExistsError:  # another writer created it meanwhile
                 if not self.storage.is_folder(folder):
                     raise
             self.storage.fsync_folder(folder.parent)
@@ -254,20 +265,24 @@ class CheckpointWriter:
         probe: Probe | None,
         snapshot: Snapshot,
     ) -> CheckpointSet:
-        """Write the files, then the manifest that ``describe`` makes of them; renaming that into place commits."""
+        """Write the files and a temporary manifest, flush them, and commit by renaming the manifest.
+
+        All bytes and names reach the disk before the rename. So after a power failure, a folder with a manifest is
+        complete.
+        """
         storage = self.storage
         sequence = snapshot.folders[-1].sequence + 1 if snapshot.folders else 1
         folder = snapshot.folder / SETS_FOLDER / f"{sequence:08d}_{iteration}"
         storage.make_folder(folder)
         storage.fsync_folder(folder.parent)
-        # tensors are looked at meanwhile: the disk and torch's checksums take longer
+        # A thread reads the tensors in memory while they are written, which takes longer, so it costs little time.
         with Watch(contents) as watch:
             written = [write_file(folder, content, storage, watch) for content in contents]
             changed = watch.changed()
         if changed:
             raise CheckpointCorruptError(
                 f"{', '.join(changed[:5])} changed while the set was written, by another thread or process: its files "
-                "would be of two moments. Next: save a copy (clone), or wait for what updates it",
+                "would mix two states. Next: save a clone(), or wait until the update has ended",
                 path=folder,
                 key=", ".join(changed),
             )
@@ -290,14 +305,14 @@ class CheckpointWriter:
             storage.fsync(file)
         storage.fsync_folder(folder)
         unconfirmed = (
-            f"{folder} is written, and may or may not be committed: after a power failure it may be gone. "
-            "Next: save again, or look: ninit inspect"
+            f"{folder} is written, and it is unknown whether it is committed: a power failure may remove it. "
+            "Next: save again, or check it with ninit inspect"
         )
         try:
             with naming(folder / MANIFEST_NAME):
                 storage.rename(temporary, folder / MANIFEST_NAME)
         except OSError:
-            # over a network a rename can report an error and have worked
+            # On a network file system, a rename can succeed and still report an error.
             if _is_there(temporary, storage):
                 raise
             with _as_write_error(f"{iteration} of run {self.paths.run_id}", folder, unconfirmed):
@@ -307,7 +322,7 @@ class CheckpointWriter:
             return snapshot.add(folder.name)
 
     def _follow_up(self, snapshot: Snapshot, committed: CheckpointSet) -> None:
-        """The set is committed: whatever fails here is no reason to tell the caller that it is lost."""
+        """Update flat names and remove old sets; failures are logged, because the set is already committed."""
         training = committed.manifest.training if committed.manifest is not None else None
         steps: tuple[tuple[bool, str, Callable[[], None]], ...] = (
             (True, "the removal of flat names of removed sets", lambda: remove_orphans(snapshot)),
@@ -319,60 +334,63 @@ class CheckpointWriter:
             ),
         )
         for is_wanted, what, step in steps:
-            # each on its own: on a full disk, the removal of old sets is what makes room again
+            # A failure must not skip the later steps: on a full disk, the removal of old sets frees space.
             try:
                 if is_wanted:
                     step()
             except (CheckpointError, OSError) as error:
                 logger.warning(
-                    "%s is committed, but %s failed: %s. The next save tries again", committed.folder, what, error
+                    "%s is committed, but %s failed: %s. The next save repeats it", committed.folder, what, error
                 )
 
     def _metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
-        """The metrics as they are recorded. A rule for a metric that is never given would keep nothing."""
+        """Return the metrics for the manifest; warn if a ``best`` rule needs a metric that this save lacks."""
         values = checked_metrics(metrics)
         if metrics:
             for rule in self.retention.best:
                 if rule.metric not in values:
                     given = ", ".join(values)
-                    logger.warning("the best sets by %s are to be kept, but this save gives %s", rule.metric, given)
+                    logger.warning("retention needs the metric %s, but this save has only %s", rule.metric, given)
         return values
 
     def _provenance(self, trainer: Any) -> bytes | None:
-        """Where the tensors came from, as the report says, or that of the trainer; the same for every set."""
+        """Return the origin of the tensors from the report, or from that of the trainer, as JSON.
+
+        It is the same for every set of a report, so it is computed once.
+        """
         report = self.report if self.report is not None else getattr(trainer, "init_report", None)
-        tell = getattr(report, "provenance", None)
-        if not callable(tell):
+        provenance = getattr(report, "provenance", None)
+        if not callable(provenance):
             return None
-        if self._told is None or self._told[0] is not report:
-            self._told = report, json.dumps(tell(), indent=0, default=str).encode()
-        return self._told[1]
+        if self._dumped is None or self._dumped[0] is not report:
+            self._dumped = report, json.dumps(provenance(), indent=0, default=str).encode()
+        return self._dumped[1]
 
     def _lineage(self, trainer: Any) -> tuple[dict[str, Any], ...]:
         found = self.report.lineage() if self.report is not None else getattr(trainer, "lineage", None) or ()
         entries = [json.loads(json.dumps(dict(entry), default=str)) for entry in found]
         for entry in entries:
-            if isinstance(entry.get("set"), str):  # where it lies on this machine is of no use on another
+            if isinstance(entry.get("set"), str):  # an absolute path would be wrong on another machine
                 entry["set"] = Path(entry["set"]).name
         return tuple(entries)
 
 
 def _all_tags(iteration: TrainingIteration, tags: Sequence[str]) -> tuple[str, ...]:
     if isinstance(tags, str):
-        raise ConfigError(f'tags must be a sequence of texts: tags=("{tags}",)')
+        raise ConfigError(f'tags must be a sequence of strings. Next: tags=("{tags}",)')
     for tag in tags:
         check_tag(tag)
-        said = iteration_of_tag(tag)
-        if said is not None and said != iteration:
-            raise ConfigError(f"tag {tag!r} says another iteration than the {iteration} that is saved")
-        if said is None and Query.of(tag).iteration is not None:
-            raise ConfigError(f"tag {tag!r} would be read as a question for an iteration. Choose another tag")
+        tagged = iteration_of_tag(tag)
+        if tagged is not None and tagged != iteration:
+            raise ConfigError(f"tag {tag!r} is another iteration than {iteration}, which is saved. Next: leave it out")
+        if tagged is None and Query.of(tag).iteration is not None:
+            raise ConfigError(f"tag {tag!r} would be read as a query for an iteration. Next: choose another tag")
     return tuple(dict.fromkeys((str(iteration), *tags)))
 
 
 @contextmanager
 def _as_write_error(
-    what: str, folder: Path, outcome: str = "It was not committed; the sets from before are untouched"
+    what: str, folder: Path, outcome: str = "It was not committed; earlier sets are unchanged"
 ) -> Iterator[None]:
     try:
         yield

@@ -1,5 +1,5 @@
-"""What ``ninit new`` and ``example`` write: names, templates, and the one place that puts a package on disk.
+"""The files that ``ninit new`` and ``ninit example`` write: names, templates, and the writing of a new folder.
 
-Here live the rules for names and the writing (``package``), the template of a package (``template/``), example configs
-and loops (``loop/``). Neither torch nor a kind is imported here; what is printed is the command's.
+``package`` holds the rules for names and the writing, ``template/`` the template of a package, ``loop/`` the example
+configs and loops. Nothing here imports torch or a kind, and nothing is printed: the commands print.
 """

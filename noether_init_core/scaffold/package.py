@@ -1,4 +1,4 @@
-"""What ``ninit new`` and ``example`` write: names that work and are free, the files as text, one new folder."""
+"""The names, texts and folder of a new package, and the texts of an example loop."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from noether_init_core.messages import quoted
 MAX_LENGTH = 100
 _PREFIX = "noether-init-"
 _OWN = ("noether_init", "noether_init_core")
-# YAML 1.1, which other readers of configs still follow, takes these for a value that is no text.
+# YAML 1.1, which other readers of configs still follow, reads these as booleans or null.
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
-#: What pytest imports under these names.
+#: Modules in tests/ of a new package; pytest imports them by these names.
 _TEST_FILES = ("conftest", "test_conformance", "test_kind")
 _COMMANDS = {"name": "ninit new", "kind": "--kind", "distribution": "--distribution"}
 _SHOWN = 60
@@ -40,14 +40,14 @@ _SUGGESTED = 40
 
 @attrs.frozen
 class Names:
-    """What a new package is called.
+    """The names of a new package.
 
     Attributes:
-        folder: The name of its folder, as it was asked for.
-        distribution: What pip calls it, such as ``noether-init-my-demo``.
-        package: What Python calls it: ``noether_init_my_demo``.
-        kind: What a config calls it: ``my_demo``.
-        class_prefix: What its classes begin with: ``MyDemo``.
+        folder: The name of its folder, as typed.
+        distribution: The name for pip, such as ``noether-init-my-demo``.
+        package: The name for Python: ``noether_init_my_demo``.
+        kind: The name in configs: ``my_demo``.
+        class_prefix: The prefix of its classes: ``MyDemo``.
     """
 
     folder: str
@@ -61,9 +61,9 @@ class Names:
 
 
 def names_of(name: str, *, kind: str | None = None, distribution: str | None = None) -> Names:
-    """The names of the package ``name``; ``noether-init-demo`` and ``demo`` are one package in two folders.
+    """The names of the package ``name``; ``noether-init-demo`` and ``demo`` give one package in two folders.
 
-    Raises ``InvalidNameError`` with what is allowed and a name that is.
+    Raises ``InvalidNameError``, with the rule for names and a name that follows it.
     """
     own_kind, own_distribution = _derived(name)
     asked = {
@@ -81,12 +81,12 @@ def names_of(name: str, *, kind: str | None = None, distribution: str | None = N
 
 
 def check_free(names: Names) -> None:
-    """Raise where an installed distribution has the kind, the distribution or the package. Imports no plugin.
+    """Raise if an installed distribution has the kind, the distribution or the package already. Imports no plugin.
 
-    Raises ``KindConflictError`` for the kind, which could not be used where two distributions offer it; ``ConfigError``
-    for the others, since installing the new package would replace what is there, or hide it.
+    Raises ``KindConflictError`` for the kind, because a kind of two distributions cannot be used. Raises
+    ``ConfigError`` for the others, because installing the new package would replace or hide the existing one.
     """
-    # another name for all, unless names were given one by one
+    # one new name changes all three, unless --kind or --distribution was given
     whole = f"ninit new my-{names.folder}" if _derived(names.folder) == (names.kind, names.distribution) else ""
     offers = [f"{info.source} -> {info.target}" for info in kinds.installed() if info.name == names.kind]
     home = kinds.home_of(names.kind)
@@ -94,7 +94,7 @@ def check_free(names: Names) -> None:
         offers = [f"{home}, which is not installed"]
     if offers:
         raise KindConflictError(
-            f'kind "{names.kind}" is offered by {" and ".join(offers)}; a kind that two installed distributions offer '
+            f'kind "{names.kind}" is provided by {" and ".join(offers)}; a kind of two installed distributions '
             f"cannot be used. Next: {whole or f'--kind my_{names.kind}'}",
             kind=names.kind,
             offers=offers,
@@ -102,13 +102,13 @@ def check_free(names: Names) -> None:
     other = whole or f"--distribution {_PREFIX}my-{names.distribution.removeprefix(_PREFIX)}"
     for installed in importlib.metadata.distributions(name=names.distribution):
         raise ConfigError(
-            f"distribution {names.distribution} is installed already ({installed.version}), and installing the new one "
+            f"distribution {names.distribution} {installed.version} is installed, and installing the new one "
             f"would replace it. Next: {other}"
         )
     found = importlib.util.find_spec(names.package)
     if found is not None and found.origin is not None:  # a folder of that name below the current one has no origin
         raise ConfigError(
-            f"package {names.package} is there already ({found.origin}); the new one would hide it or be hidden. "
+            f"package {names.package} exists ({found.origin}); one of the two packages would hide the other. "
             f"Next: {other}"
         )
 
@@ -124,12 +124,12 @@ def _class_prefix(kind: str) -> str:
 
 
 def _problem_of(what: str, value: str) -> str:
-    """What is wrong with a name, in words; empty where it is allowed."""
+    """What is wrong with a name, in words; empty if it is allowed."""
     between = "_" if what == "kind" else "_-"
     if len(value) > MAX_LENGTH or not re.fullmatch(rf"[a-z][a-z0-9]*(?:[{between}][a-z0-9]+)*", value):
         return (
-            f"cannot be one; allowed are a to z, 0 to 9 but not first, and single {' or '.join(between)} between them, "
-            f"at most {MAX_LENGTH} in all"
+            f"is not allowed: use a to z, 0 to 9 but not first, and single {' or '.join(between)} between them, "
+            f"at most {MAX_LENGTH} characters"
         )
     if keyword.iskeyword(value):
         return "is a keyword of Python"
@@ -139,12 +139,12 @@ def _problem_of(what: str, value: str) -> str:
     problems = {
         "name": {},
         "kind": {
-            "is a word of YAML, so that a config would not hold it as text": value in _YAML_WORDS,
-            f"would give a class the name {taken}, which noether_init_core has": bool(taken),
+            "is a word of YAML, which a config would not read as text": value in _YAML_WORDS,
+            f"would name a class {taken}, which exists in noether_init_core": bool(taken),
         },
         "distribution": {
-            "is the core's own": module in _OWN,
-            f"would install a package {module}, which Python itself has": module in sys.stdlib_module_names,
+            "is the name of the core": module in _OWN,
+            f"would install a package {module}, which is a module of Python": module in sys.stdlib_module_names,
             f"would install a package {module}, and the new package has tests/{module}.py": module in _TEST_FILES,
         },
     }
@@ -152,7 +152,7 @@ def _problem_of(what: str, value: str) -> str:
 
 
 def _suggestion(what: str, value: str) -> str:
-    """A name that is allowed, as near as can be; of a package, also the names that are derived from it."""
+    """The nearest name that is allowed; for a package, one whose derived names are allowed too."""
     dash = "_" if what == "kind" else "-"
     # é becomes e, MyKind becomes my-kind
     text = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
@@ -173,7 +173,7 @@ _SUFFIX = ".jinja"
 _MAX_AUTHOR = 200
 _WITH_MAIL = re.compile(r"(?P<name>[^<>]*[^<>\s])\s*<(?P<mail>[^<>\s@]+@[^<>\s@]+)>")
 _PLAN = "ninit plan init.yaml --model train:build --runs runs --run-id {run}"
-_AGAIN = "train; press Ctrl-C or kill it, and type it again: it goes on"
+_AGAIN = "train; stop it with Ctrl-C and type it again: it resumes"
 _TRAIN = "python train.py --run-id {run}{more}"
 
 #: Kind -> (the run that it starts from, the run that it starts, options of the first one).
@@ -185,30 +185,30 @@ BUILT_IN: Mapping[str, tuple[str, str, str]] = {
 
 
 class Base(enum.StrEnum):
-    """What the class of the new kind derives from, and what its example does."""
+    """The base class of the new kind, and what its example does."""
 
     SOURCE = "source"
     PLAIN = "plain"
 
 
 def render(names: Names, base: Base, *, author: str | None, year: int, core: str) -> dict[str, str]:
-    """Path below the folder of the package, with ``/`` -> text; sorted, folders among files, as a listing would be.
+    """The files of the package: path with ``/`` below its folder -> text, sorted by path.
 
     Args:
         names: Its names.
         base: Which example it has.
-        author: ``Jane Doe`` or ``Jane Doe <jane@example.org>``; None: whoever writes the distribution.
-        year: Of the licence.
+        author: ``Jane Doe`` or ``Jane Doe <jane@example.org>``; None: the developers of the distribution.
+        year: Year of the licence.
         core: The version of the core that it is written for, such as ``0.1.0``.
 
-    Raises ``ConfigError`` for an author that no metadata can hold.
+    Raises ``ConfigError`` for an author that metadata cannot hold.
     """
     import jinja2
 
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    # the minor release that the core belongs to; of a version before its release, itself
+    # require the minor release of the core; a pre-release such as 0.2.0rc1 is older than 0.2, so require it itself
     public = core.partition("+")[0]
     released = re.fullmatch(r"(\d+\.\d+)(\.\d+)*", public)
     developers = f"The {names.distribution} developers"
@@ -242,7 +242,7 @@ def _author(author: str) -> tuple[str, str]:
     """Name and mail address, which may be empty."""
     found = _WITH_MAIL.fullmatch(author.strip())
     name, mail = (found["name"], found["mail"]) if found else (author.strip(), "")
-    # metadata separates authors by commas
+    # in metadata a comma separates authors, and a quote or a backslash would end the TOML string
     if not name or len(author) > _MAX_AUTHOR or not f"{name}{mail}".isprintable() or set(name + mail) & set('<>"\\,'):
         raise ConfigError(
             f"author {author[:60]!r} cannot be put into pyproject.toml. Next: --author 'Jane Doe' or --author "
@@ -252,20 +252,18 @@ def _author(author: str) -> tuple[str, str]:
 
 
 def check_absent(folder: Path) -> None:
-    """Raise ``ConfigError`` where ``folder`` exists, be it as a file or as a link to nothing, or has no parent."""
+    """Raise ``ConfigError`` if ``folder`` exists, also as a file or a broken link, or if its parent does not exist."""
     if not folder.parent.is_dir():
-        raise ConfigError(f"--into {folder.parent} is no folder. Next: mkdir -p {folder.parent}, or another --into")
+        raise ConfigError(f"--into {folder.parent} is not a folder. Next: mkdir -p {folder.parent}, or another --into")
     if os.path.lexists(folder):
-        raise ConfigError(
-            f"{folder} exists, and nothing was changed in it. Next: another name, or --into another folder"
-        )
+        raise ConfigError(f"{folder} exists and was not changed. Next: another name, or --into another folder")
 
 
 def write_folder(folder: Path, files: Mapping[str, str]) -> None:
     """Write ``files`` (path with ``/`` -> text) as the new ``folder``: all of them, or nothing.
 
-    They are written into a hidden folder beside it, which gets the name at the end. Only a kill leaves that one behind.
-    Raises ``ConfigError`` where ``folder`` exists or cannot be written.
+    The files are written into a hidden folder beside it, which is renamed at the end. Only a killed process leaves the
+    hidden folder behind. Raises ``ConfigError`` if ``folder`` exists or cannot be written.
     """
     check_absent(folder)
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
@@ -275,11 +273,11 @@ def write_folder(folder: Path, files: Mapping[str, str]) -> None:
             path = partial.joinpath(*name.split("/"))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")
-        check_absent(folder)  # somebody may have made it meanwhile
+        check_absent(folder)  # another process may have created it since; rename() would replace an empty folder
         partial.rename(folder)
     except OSError as error:
         raise ConfigError(
-            f"{folder} could not be written, and nothing is left behind: {error}. Next: --into another folder"
+            f"{folder} could not be written, and no file was left: {error}. Next: --into another folder"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -288,39 +286,39 @@ def write_folder(folder: Path, files: Mapping[str, str]) -> None:
 def example_of(
     kind: str, schema: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
-    """A loop and configs for one kind: name -> text of the files, and the commands to type, each with what it does.
+    """Files of an example for one kind, and the commands to type next: name -> text, and (command, purpose).
 
     Args:
         kind: The kind, as a config names it.
-        schema: The JSON schema of its config, for kinds that are not in ``BUILT_IN``: what is required is left open.
+        schema: The JSON schema of its config, for kinds outside ``BUILT_IN``; required keys are left to fill in.
     """
 
     def text(name: str) -> str:
         return (_HERE / "loop" / name).read_text(encoding="utf-8")
 
     loop = {"train.py": text("train.py.txt")}
-    # pages are a distribution of their own
+    # --html needs the distribution noether-init-pages
     page = "" if importlib.util.find_spec("noether_init_pages") is None else " --html plan.html"
     if kind not in BUILT_IN:
         return {**loop, "init.yaml": _skeleton(kind, schema or {})}, (
-            ("ninit validate init.yaml", "names what is still to be filled in"),
-            (f"{_PLAN.format(run='first')}{page}", f"what it will do{', as a page to look at' * bool(page)}"),
+            ("ninit validate init.yaml", "lists the keys to fill in"),
+            (f"{_PLAN.format(run='first')}{page}", f"show what it will do{', as a page' * bool(page)}"),
             (_TRAIN.format(run="first", more=""), _AGAIN),
         )
     earlier, later, options = BUILT_IN[kind]
-    plan = (f"{_PLAN.format(run=later)}{page}", f"what init.yaml will do{', as a page to look at' * bool(page)}")
+    plan = (f"{_PLAN.format(run=later)}{page}", f"show what init.yaml will do{', as a page' * bool(page)}")
     return {**loop, "scratch.yaml": text("scratch.yaml"), "init.yaml": text(f"{kind}.yaml")}, (
-        (_TRAIN.format(run=earlier, more=f" --config scratch.yaml{options}"), "the run to start from, once"),
+        (_TRAIN.format(run=earlier, more=f" --config scratch.yaml{options}"), "train the run to start from"),
         plan,
         (_TRAIN.format(run=later, more=" --epochs 100"), _AGAIN),
-        ("ninit inspect runs", "what was saved"),
+        ("ninit inspect runs", "list the saved sets"),
     )
 
 
 def _skeleton(kind: str, schema: Mapping[str, Any]) -> str:
-    """A config with every required key, to be filled in, and the others as comments."""
+    """A config with every required key, to fill in, and the other keys as comments."""
     lines = [
-        "# Once this run has sets of its own, it goes on from those.",
+        "# Once this run has saved a set, it resumes from its newest one.",
         "auto_resume: true",
         "initializers:",
         f"  - kind: {kind}",

@@ -1,4 +1,4 @@
-"""Sets of a run on disk, read only: names, tags, manifests, which set a tag means, refusals, health, provenance.
+"""Read the sets of a run on disk: names, tags, manifests, selection of a set by tag, refusals, health, provenance.
 
 Nothing here knows a model, and nothing here writes.
 """

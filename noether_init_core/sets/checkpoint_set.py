@@ -1,4 +1,4 @@
-"""Sets of files of one training iteration: the values, and how a committed one is read."""
+"""CheckpointSet: the files of one training iteration, and how a committed set is read."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from noether_init_core.sets.manifest import (
 )
 
 SETS_FOLDER = "sets"
-# iterations without leading zeros
+# Numbers of the iteration have no leading zeros, so each iteration has exactly one name.
 _SET_NAME = re.compile(r"(\d{8,18})_E(0|[1-9]\d{0,17})_U(0|[1-9]\d{0,17})_S(0|[1-9]\d{0,17})", re.ASCII)
 
 
 @attrs.frozen
 class CheckpointFile:
-    """One file; ``model`` is the name (for a submodel the path of names) that stands in the file's name.
+    """One file of a set. ``model`` is the name (for a submodel the path of names) in the name of the file.
 
-    ``identity`` is that of a flat file when it was listed: no manifest says what was written.
+    ``identity`` is the size and modification time of a flat file when it was listed, since no manifest records it.
     """
 
     folder: Path
@@ -55,18 +55,18 @@ class CheckpointFile:
 
     @cached_property
     def path(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return self.folder / self.name
 
     @property
     def stem(self) -> str:
-        """Model and info as they stand in the name."""
+        """Model and info in the form of a file name."""
         return stem_of(self.model, self.info)
 
 
 @attrs.frozen
 class Need:
-    """A file that the caller needs; ``model`` None: that of the only model that has such a file."""
+    """A file that the caller needs; ``model`` None: the file of the only model that has one."""
 
     model: str | None
     part: Part
@@ -78,17 +78,17 @@ class CheckpointSet:
     """Weights, optimizer and trainer state that belong together.
 
     Attributes:
-        folder: Where the files are.
-        name: The tag in the files' names; for a committed set that of its iteration.
+        folder: The folder of the files.
+        name: The tag in the names of the files; for a committed set the tag of its iteration.
         tags: Every tag that it was saved under.
-        iteration: None where only the files know it (a legacy tag such as ``latest``); ``Snapshot.iteration_of`` looks.
-        sequence: The place in the order of commits, from 1; None for a legacy set.
-        committed: Whether a manifest vouches for it.
-        flat_files: Those of a legacy set, in the order of ``files``; a manifest names those of a committed one.
-        run_id: The run that wrote it; None where only the files know.
-        stage_name: Its stage.
+        iteration: None if only the files record it (a legacy tag such as ``latest``); see ``Snapshot.iteration_of``.
+        sequence: The position in the order of commits, from 1; None for a legacy set.
+        committed: Whether it has a manifest.
+        flat_files: The files of a legacy set, in the order of ``files``; empty for a committed set.
+        run_id: The run that wrote it; None if only the files record it.
+        stage_name: The stage that wrote it.
         manifest: None for a legacy set.
-        storage: Where digests of tensors are read.
+        storage: The file operations that read the digests of tensors.
     """
 
     folder: Path
@@ -105,16 +105,16 @@ class CheckpointSet:
 
     @cached_property
     def files(self) -> tuple[CheckpointFile, ...]:
-        """Its files, by model, info, part."""
+        """The files, sorted by model, info, part."""
         if self.manifest is None:
             return self.flat_files
         entries = self.manifest.files
         return sorted_files([CheckpointFile(self.folder, one.name, one.model, one.info, one.part) for one in entries])
 
     def file(self, model: str | None, part: Part, info: str | None = None) -> CheckpointFile | None:
-        """The file of ``part`` of ``model``; None where there is none.
+        """Return the file of ``part`` of ``model``; None if it is not found.
 
-        ``model`` None: the only one of that part and info, None also where there are several.
+        ``model`` None: the only file of this part and info; None also if there are several.
         """
         if model is not None:
             stem = stem_of(model, info)
@@ -124,17 +124,17 @@ class CheckpointSet:
 
     @cached_property
     def place(self) -> str:
-        """The name that no other set of its folder has: that of its own folder; of flat files their tag."""
+        """A name that is unique among the sets of a run: the name of its folder; for flat files their tag."""
         return self.folder.name if self.committed else self.name
 
     def has(self, need: Need) -> bool:
-        """Whether the file is there."""
+        """Whether the set has this file."""
         return self.file(need.model, need.part, need.info) is not None
 
     def is_of(self, models: Collection[str]) -> bool:
-        """Whether it is a set of any of ``models`` (with or without info), or of a whole that they are parts of.
+        """Whether it has files of any of ``models`` (with or without info), or of a composite that contains one.
 
-        Of no models every set is.
+        True for empty ``models``.
         """
         return not models or any(
             name in (file.model, file.stem) or name.startswith(f"{file.model}.")
@@ -143,46 +143,46 @@ class CheckpointSet:
         )
 
     def models(self, part: Part | None = None) -> tuple[str, ...]:
-        """Names of the models that have a file (of ``part``), sorted."""
+        """Return the names of the models that have a file (of ``part``), sorted."""
         return tuple(sorted({file.model for file in self.files if part in (None, file.part)}))
 
     @cached_property
     def weighed_models(self) -> frozenset[str]:
-        """Models of which a committed set has more than the optimizer; sets of others are saved by themselves."""
+        """Models of which a committed set has other files than optimizer state; retention counts by these."""
         files = () if self.manifest is None else self.manifest.files
         return frozenset(file.model for file in files if file.part != "optim")
 
     @cached_property
     def is_refused(self) -> bool:
-        """Whether its manifest tells of values that a resume refuses."""
+        """Whether its manifest records values that a resume refuses."""
         return self.manifest is not None and bool(refused_by_resume(self.manifest))
 
     def infos(self, model: str) -> tuple[str, ...]:
-        """Variants of the weights of ``model``, sorted; the plain weights are not among them."""
+        """Return the infos of further weights of ``model``, such as ``ema=0.999``, sorted."""
         return tuple(
             sorted(file.info for file in self.files if file.model == model and file.info and file.part == "model")
         )
 
     def file_digest(self, file: CheckpointFile) -> str | None:
-        """The digest of the whole file that the manifest vouches for, as ``xxh3_128:...``; None in a legacy set."""
+        """Return the recorded digest of the complete file, ``xxh3_128:...``; None in a legacy set."""
         head = self.head_of(file)
         return None if head is None else head.digest
 
     def head_of(self, file: CheckpointFile) -> ManifestFile | None:
-        """What the manifest says of the file; None in a legacy set."""
+        """Return the entry of the file in the manifest; None in a legacy set."""
         files = () if self.manifest is None else self.manifest.files
         return next((entry for entry in files if entry.name == file.name), None)
 
     def digests_of(self, file: CheckpointFile) -> Digests | None:
-        """What was recorded of the file, for ``open_checkpoint``; None in a legacy set.
+        """Return the recorded digests of the file, for ``open_checkpoint``; None in a legacy set.
 
-        Raises ``CheckpointCorruptError`` if the digests of its tensors are gone, or not as they were written.
+        Raises ``CheckpointCorruptError`` if the file with the digests of tensors is missing or damaged.
         """
         head = self.head_of(file)
         return None if head is None else Digests(head.digest, head.size, head.records, self._recorded(file).tensors)
 
     def buffers_of(self, file: CheckpointFile) -> tuple[str, ...] | None:
-        """Names of its tensors that are no parameters; None where nobody recorded them. Raises as ``digests_of``."""
+        """Return the names of tensors that are not parameters; None if not recorded. Raises as ``digests_of``."""
         return None if self.head_of(file) is None else self._recorded(file).buffers
 
     def _recorded(self, file: CheckpointFile) -> FileDigests:
@@ -190,15 +190,15 @@ class CheckpointSet:
 
     @cached_property
     def _digests(self) -> Mapping[str, FileDigests]:
-        # they are large, and needed only where files are verified
+        # Read lazily: the file is large, and only verification needs it.
         return {} if self.manifest is None else read_digests(self.folder, self.manifest, self.storage)
 
 
 @attrs.frozen
 class SetFolder:
-    """A folder below ``sets``, and what its name says. Only a manifest in it makes it a set.
+    """A folder below ``sets``, with the fields of its name. It is a set only if it contains a manifest.
 
-    There may be thousands, of which few are looked at: path and iteration are made when they are asked for.
+    A run may have thousands, and most are never read, so path and iteration are computed at the first access.
     """
 
     parent: Path
@@ -208,7 +208,7 @@ class SetFolder:
 
     @classmethod
     def of(cls, parent: Path, name: str) -> SetFolder | None:
-        """What the name says; None if it is not that of a set."""
+        """Parse the name of a folder; None if it is not the name of a set."""
         matched = _SET_NAME.fullmatch(name)
         if matched is None:
             return None
@@ -217,21 +217,21 @@ class SetFolder:
 
     @cached_property
     def path(self) -> Path:
-        """The folder."""
+        """The path of the folder."""
         return self.parent / self.name
 
     @cached_property
     def manifest_path(self) -> Path:
-        """Where its manifest is, if it has one."""
+        """The path of its manifest, which may not exist."""
         return self.path / MANIFEST_NAME
 
     @cached_property
     def iteration(self) -> TrainingIteration:
-        """The iteration of the set, all three fields said."""
+        """The iteration of the set, with all three fields."""
         return TrainingIteration(*self.numbers)
 
     def is_committed(self, storage: FileSystem = LOCAL) -> bool:
-        """Whether it has a manifest, be it a damaged one. Raises ``CheckpointNotFoundError`` if that cannot be told."""
+        """Whether a manifest exists, even a damaged one. Raises ``CheckpointNotFoundError`` if the disk fails."""
         with reaching(self.manifest_path):
             return storage.exists(self.manifest_path)
 
@@ -239,33 +239,35 @@ class SetFolder:
 def set_folders(
     checkpoints: Path, storage: FileSystem = LOCAL, known: Mapping[str, SetFolder] | None = None
 ) -> list[SetFolder]:
-    """Folders of sets in the order of their sequence, of one sequence in that of their iteration.
+    """Return the folders of sets, sorted by sequence, then iteration.
 
-    One listing: whether a name is a folder, and a committed set, is known when its manifest is read. ``known``: folders
-    by name, as an earlier listing found them.
+    It lists one folder and nothing else: reading a manifest later shows whether a name is a folder and a committed set.
+    ``known``: folders by name from an earlier listing, which are reused.
 
-    Raises ``CheckpointNotFoundError`` if ``sets`` cannot be reached, which is not the same as that there are none.
+    Raises ``CheckpointNotFoundError`` if ``sets`` cannot be read; a missing folder is an empty result.
     """
     parent, known = checkpoints / SETS_FOLDER, known or {}
     names = list_names(parent, storage)
     if not names:
         check_reachable(parent, storage)
     found = (known.get(name) or SetFolder.of(parent, name) for name in names)
-    # two of one sequence: writers that did not see each other, or a folder copied back; further training came later
+    # Two folders can have one sequence, if writers on two machines did not see each other's lock, or if a folder was
+    # copied back. Then the later iteration counts as newer.
     return sorted(filter(None, found), key=lambda folder: (folder.sequence, folder.numbers, folder.name))
 
 
 def load_set(folder: SetFolder, storage: FileSystem = LOCAL) -> CheckpointSet:
-    """Read a committed set's manifest.
+    """Read the manifest of a committed set; its other files are not read.
 
-    Raises ``CheckpointCorruptError`` if the manifest is not that of this folder, ``CheckpointFormatError`` if another
-    release wrote it. The files are not looked at.
+    Raises ``CheckpointCorruptError`` if the manifest is damaged or of another folder, ``CheckpointFormatError`` if
+    another release wrote it.
     """
     manifest = read_manifest(folder.manifest_path, storage)
+    # The name decides the order of commits, so a folder that was renamed or copied by hand is refused.
     if manifest.folder_name != folder.name:
         raise CheckpointCorruptError(
-            f"{folder.manifest_path} is the manifest of set {manifest.sequence}, {manifest.training_iteration}; "
-            "the folder has another name",
+            f"{folder.manifest_path} is the manifest of set {manifest.folder_name}, not of the folder that it is in. "
+            f"Next: rename the folder to {manifest.folder_name} if it was renamed by hand",
             path=folder.path,
         )
     return CheckpointSet(
@@ -283,9 +285,9 @@ def load_set(folder: SetFolder, storage: FileSystem = LOCAL) -> CheckpointSet:
 
 
 def check_files(checkpoint_set: CheckpointSet, storage: FileSystem = LOCAL) -> None:
-    """Check that every file of a committed set lies in its folder, with the size that was written.
+    """Check that every file of a committed set is in its folder, with the recorded size.
 
-    Raises ``CheckpointCorruptError`` naming the first that does not.
+    Raises ``CheckpointCorruptError``, which names the first file that is not.
     """
     manifest, folder = checkpoint_set.manifest, checkpoint_set.folder
     if manifest is None:
@@ -293,27 +295,29 @@ def check_files(checkpoint_set: CheckpointSet, storage: FileSystem = LOCAL) -> N
     for name, expected in [*((one.name, one.size) for one in manifest.files), (DIGESTS_NAME, manifest.digests_size)]:
         path = folder / name
         with reaching(path):
+            # One lstat suffices for a regular file. A link must lead to the same folder: a target elsewhere may belong
+            # to another run, and change at any time.
             itself = storage.identity_of(path)
             size = storage.size_of(path) if itself is None else itself[0]
             is_link = itself is None and storage.is_link(path)
             leads_out = is_link and storage.resolve(path).parent != storage.resolve(folder)
         if leads_out:
-            raise CheckpointCorruptError(f"{path} leads out of its folder, to {storage.resolve(path)}", path=path)
+            raise CheckpointCorruptError(f"{path} is a link out of its folder, to {storage.resolve(path)}", path=path)
         if size != expected:
-            state = "is missing or no regular file" if size is None else f"has {size} bytes"
+            state = "is missing or not a regular file" if size is None else f"has {size} bytes"
             raise CheckpointCorruptError(f"{path} {state}; {expected} bytes were written", path=path)
 
 
 def check_consistency(
     found: Mapping[str, tuple[TrainingIteration | None, str | None]], checkpoint_set: CheckpointSet
 ) -> None:
-    """Check that files of one set say one iteration and one run, that of the set where it is known.
+    """Check that all files of a set record one iteration and one run, and those of the set if they are known.
 
     Args:
-        found: What the header of each file says: file name -> (iteration, run id); None where it does not say.
-        checkpoint_set: The set that the files were taken from.
+        found: File name -> (iteration, run id) from the header of the file; None for a value that is not recorded.
+        checkpoint_set: The set that the files belong to.
 
-    Raises ``TornSetError`` naming every file and what it says.
+    Raises ``TornSetError``, which lists every file with its iteration and run.
     """
     iterations = {iteration for iteration, _ in found.values() if iteration is not None}
     runs = {run_id for _, run_id in found.values() if run_id is not None}
@@ -323,28 +327,28 @@ def check_consistency(
         runs.add(checkpoint_set.run_id)
     if len(iterations) <= 1 and len(runs) <= 1:
         return
-    says = {
+    recorded = {
         name: " of ".join(
             filter(None, (str(iteration) if iteration else "", f"run {run_id}" if run_id is not None else ""))
         )
-        or "nothing"
+        or "nothing recorded"
         for name, (iteration, run_id) in sorted(found.items())
     }
     own = f" (the set is {checkpoint_set.iteration})" if checkpoint_set.iteration is not None else ""
     different = "iterations" if len(iterations) > 1 else "runs"
     raise TornSetError(
         f'"{checkpoint_set.name}"{own} mixes files of different {different}: '
-        + "; ".join(f"{name}: {text}" for name, text in says.items())
-        + ". A save was probably cut short. Next: take another set",
+        + "; ".join(f"{name}: {text}" for name, text in recorded.items())
+        + ". A save was probably interrupted. Next: take another set",
         path=checkpoint_set.folder,
-        found=says,
+        found=recorded,
     )
 
 
-def said_by(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration | None, str | None]:
-    """The iteration and the run id that a file says it is of; None where it says nothing.
+def recorded_in(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration | None, str | None]:
+    """Return the iteration and the run id in the metadata of a file; None for a value that is not recorded.
 
-    Raises ``CheckpointFormatError`` for an iteration that is none.
+    Raises ``CheckpointFormatError`` for an invalid iteration.
     """
     iteration, run_id = metadata.get("training_iteration"), metadata.get("run_id")
     if iteration is not None:
@@ -352,16 +356,16 @@ def said_by(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIteration 
             iteration = TrainingIteration.from_mapping(iteration)
         except (ConfigError, TypeError, AttributeError) as error:
             raise CheckpointFormatError(
-                f"{path}: training_iteration is {iteration!r}, which is no iteration: {error}", path=path
+                f"{path}: training_iteration is {iteration!r}, not an iteration: {error}", path=path
             ) from error
     return iteration, run_id if isinstance(run_id, str) else None
 
 
 def check_reachable(folder: Path, storage: FileSystem) -> None:
-    """Tell a folder that does not exist yet from one that is out of reach, such as behind a disk that is not mounted.
+    """Accept a folder that does not exist yet; refuse one that is unreachable, such as on a disk that is not mounted.
 
-    Raises ``CheckpointNotFoundError`` if the folder, or the nearest thing above it that exists, is a link that leads
-    nowhere, or no folder.
+    Raises ``CheckpointNotFoundError`` if the folder, or the nearest existing parent, is a dangling link or not a
+    folder.
     """
     for place in (folder, *folder.parents):
         with reaching(place):
@@ -370,19 +374,19 @@ def check_reachable(folder: Path, storage: FileSystem) -> None:
             is_link, is_there = storage.is_link(place), storage.exists(place)
         if is_link:
             raise CheckpointNotFoundError(
-                f"{place} is a link to {storage.resolve(place)}, which is no folder that can be reached: whether there "
-                "are checkpoints cannot be told. Next: mount the disk that it is on, or remove the link",
+                f"{place} is a link to {storage.resolve(place)}, which is not a reachable folder, so it is unknown "
+                "whether there are checkpoints. Next: mount its disk, or remove the link",
                 path=place,
             )
         if is_there:
-            raise CheckpointNotFoundError(f"{place} is no folder. Next: move what is there out of the way", path=place)
+            raise CheckpointNotFoundError(f"{place} is not a folder. Next: move this file away", path=place)
 
 
 @contextlib.contextmanager
 def reaching(path: Path) -> Iterator[None]:
-    """Name the path of a look that failed: nothing is known of what is there, and nothing may follow from it.
+    """Turn each ``OSError`` of the block into ``CheckpointNotFoundError`` with the path.
 
-    Raises ``CheckpointNotFoundError`` for every ``OSError``.
+    After such an error it is unknown what exists, so no set may be selected and nothing may be removed.
     """
     try:
         yield
@@ -390,19 +394,20 @@ def reaching(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointNotFoundError(
-            f"{path} cannot be reached: {error.strerror or error}. What is there cannot be told, so nothing was chosen "
-            "or changed. Next: mount the disk that it is on, or change its permissions",
+            f"{path} cannot be read: {error.strerror or error}. It is unknown what exists there, so nothing was "
+            "selected or changed. Next: mount its disk, or change its permissions",
             path=path,
         ) from error
 
 
 def lies_in_a_run(path: Path) -> bool:
-    """Whether a file would lie where the sets of a run are; a folder that is only named checkpoints is anybody's."""
+    """Whether a path is in the folder of checkpoints of a run; a folder ``checkpoints`` without ``sets`` does not
+    count."""
     return any(one.name == "checkpoints" and (one / SETS_FOLDER).is_dir() for one in path.resolve().parents)
 
 
 def list_names(folder: Path, storage: FileSystem) -> list[str]:
-    """Names in the folder, sorted; none where there is no such folder."""
+    """Return the names in the folder, sorted; empty if the folder does not exist."""
     with reaching(folder):
         try:
             return sorted(storage.list_folder(folder))
@@ -411,5 +416,5 @@ def list_names(folder: Path, storage: FileSystem) -> list[str]:
 
 
 def sorted_files(files: Sequence[CheckpointFile]) -> tuple[CheckpointFile, ...]:
-    """The files by model, info, part."""
+    """Return the files sorted by model, info, part."""
     return tuple(sorted(files, key=lambda file: (file.model, file.info or "", file.part)))

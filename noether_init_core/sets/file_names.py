@@ -1,12 +1,12 @@
-"""The grammar of checkpoint file names and tags, and of what a config asks for: parsers and printers, pure text.
+"""The grammar of checkpoint file names, tags and queries: parsers and printers, pure text.
 
 ::
 
     {model}[_{info}]_cp={tag}_{model|optim|trainer}.th         info: key=value, no '_' in the key
 
 The info starts at the last ``_`` before the first ``=``, so a model name may hold ``_`` but not ``=``. Noether itself
-writes names that this cannot tell apart (an info ``ema``, or ``ema_factor=0.9``); hence ``CheckpointSet.file`` compares
-the whole ``stem``, model and info together, when it is asked for a certain file.
+writes ambiguous names (an info ``ema``, or ``ema_factor=0.9``). Therefore ``CheckpointSet.file`` compares the complete
+``stem``, model and info together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Part = Literal["model", "optim", "trainer"]
 PARTS: tuple[Part, ...] = get_args(Part)
 #: Parts as messages name them.
 PART_NAMES = {"model": "weights", "optim": "optimizer state", "trainer": "trainer state"}
-#: Tags that follow the run by themselves; Noether rewrites their files in place.
+#: Tags that always select the newest save; Noether rewrites their files in place.
 FOLLOWING = ("latest", "last")
 
 MAX_FILE_NAME_BYTES = 255
@@ -36,7 +36,7 @@ _SUFFIX = re.compile(r"_(model|optim|trainer)\.th\Z")
 
 @attrs.frozen
 class CheckpointFileName:
-    """The four things that a file name says. ``str()`` prints the name."""
+    """The four fields of a file name; ``str()`` returns the name."""
 
     model: str
     info: str | None
@@ -45,11 +45,11 @@ class CheckpointFileName:
 
     @property
     def stem(self) -> str:
-        """Model and info as they stand in the name."""
+        """Model and info in the form of a file name."""
         return stem_of(self.model, self.info)
 
     def checked(self) -> CheckpointFileName:
-        """Itself, if it can be written: every component is a name, and the printed name parses to the same.
+        """Return itself if it is a valid name to write: every component is a name, and parsing returns the same.
 
         Raises ``InvalidNameError``.
         """
@@ -57,8 +57,8 @@ class CheckpointFileName:
         check_tag(self.tag)
         if "=" in self.model:
             raise InvalidNameError(
-                f"model_name {self.model!r} holds '=', which only a model_info may hold: its files could not be told "
-                "from those of another model. Rename the model",
+                f"model_name {self.model!r} holds '=', which is allowed only in model_info: the names of its files "
+                "would be ambiguous. Next: rename the model",
                 what="model_name",
                 value=self.model,
             )
@@ -67,7 +67,7 @@ class CheckpointFileName:
             key, equals, _ = self.info.partition("=")
             if not equals or not key or "_" in key:
                 raise InvalidNameError(
-                    f"model_info {self.info!r} must be written key=value, without '_' in the key; such as ema=0.999",
+                    f"model_info {self.info!r} must have the form key=value without '_' in the key, such as ema=0.999",
                     what="model_info",
                     value=self.info,
                 )
@@ -75,7 +75,7 @@ class CheckpointFileName:
         if size > MAX_FILE_NAME_BYTES:
             raise InvalidNameError(
                 f"the file name {str(self)[:60]}... has {size} bytes, more than {MAX_FILE_NAME_BYTES}. "
-                "Shorten the model's name or the tag",
+                "Next: shorten the name of the model or the tag",
                 what="model_name",
                 value=self.model,
             )
@@ -86,13 +86,13 @@ class CheckpointFileName:
 
 
 def stem_of(model: str, info: str | None) -> str:
-    """Model and info as they stand in a file name."""
+    """Return model and info in the form of a file name."""
     return model if info is None else f"{model}_{info}"
 
 
-@functools.lru_cache(4096)  # the same names come with every listing and manifest
+@functools.lru_cache(4096)  # every listing and every manifest repeats the same names
 def parse(name: str) -> CheckpointFileName | None:
-    """What the file name says; None if it is not the name of a checkpoint. ``str(parse(name)) == name``."""
+    """Parse a file name; None if it is not the name of a checkpoint. ``str(parse(name)) == name``."""
     suffix = _SUFFIX.search(name)
     if suffix is None:
         return None
@@ -107,13 +107,13 @@ def parse(name: str) -> CheckpointFileName | None:
     return CheckpointFileName(model, info, tag, part)
 
 
-@functools.lru_cache(1024)  # the same tags come with every set
+@functools.lru_cache(1024)  # every set repeats the same tags
 def check_tag(tag: str) -> str:
-    """Return ``tag`` if it can be written; raises ``InvalidNameError``."""
+    """Return ``tag`` if it can be part of a file name. Raises ``InvalidNameError``."""
     check_name(tag, "checkpoint_tag")
     if _MARK in tag:
         raise InvalidNameError(
-            f"checkpoint_tag {tag!r} holds {_MARK!r}, which separates the tag in file names. Choose another tag",
+            f"checkpoint_tag {tag!r} holds {_MARK!r}, which marks the tag in file names. Next: choose another tag",
             what="checkpoint_tag",
             value=tag,
         )
@@ -121,17 +121,17 @@ def check_tag(tag: str) -> str:
 
 
 def iteration_of_tag(tag: str) -> TrainingIteration | None:
-    """The iteration that a tag says: of ``E1_U7_S28`` and of ``E1_U7_S28.early_exit``; None for any other tag."""
+    """Return the iteration in a tag such as ``E1_U7_S28`` or ``E1_U7_S28.early_exit``; None for any other tag."""
     iteration = TrainingIteration.in_text(tag.partition(".")[0])
     return iteration if iteration is not None and iteration.is_fully_specified else None
 
 
 @attrs.frozen
 class Query:
-    """What a tag asks for: a tag as it is written, an iteration, or any iteration that has some of its fields.
+    """A parsed ``checkpoint_tag``: a literal tag, a full iteration, or a partial one that several may match.
 
-    ``automatic``: a newer set may be meant at any time, and walking back is allowed (``latest``, ``last``, ``E10``).
-    ``best`` and other tags name one set.
+    ``automatic``: a later save may change the selected set (``latest``, ``last``, ``E10``), so walking back is allowed.
+    ``best`` and other tags select one set.
     """
 
     text: str
@@ -140,7 +140,7 @@ class Query:
 
     @classmethod
     def of(cls, tag: str | Mapping[str, Any] | TrainingIteration | None) -> Query:
-        """Parse a ``checkpoint_tag``; None means ``latest``. Raises ``ConfigError``."""
+        """Parse a ``checkpoint_tag``; None is ``latest``. Raises ``ConfigError``."""
         if tag is None:
             return cls("latest", None, automatic=True)
         if isinstance(tag, Mapping):
@@ -148,7 +148,7 @@ class Query:
         if isinstance(tag, TrainingIteration):
             if not (tag.is_minimally_specified or tag.is_fully_specified):
                 raise ConfigError(
-                    f"checkpoint_tag {tag.to_mapping()} must say one of epoch, update, sample, or all three"
+                    f"checkpoint_tag {tag.to_mapping()} must have one of epoch, update, sample, or all three"
                 )
             return cls(str(tag), tag, automatic=not tag.is_fully_specified)
         check_name(tag, "checkpoint_tag")
@@ -158,9 +158,9 @@ class Query:
 
     @property
     def is_minimal(self) -> bool:
-        """Whether it asks for the newest of all iterations that match."""
+        """Whether it is a partial iteration, which selects the newest match."""
         return self.iteration is not None and not self.iteration.is_fully_specified
 
-    def may_mean(self, iteration: TrainingIteration | None) -> bool:
-        """Whether a set of ``iteration`` can be meant; what a text means, the iteration does not tell."""
+    def can_select(self, iteration: TrainingIteration | None) -> bool:
+        """Whether a set of ``iteration`` matches; always true for a literal tag, which does not depend on it."""
         return self.iteration is None or (iteration is not None and self.iteration.matches(iteration))

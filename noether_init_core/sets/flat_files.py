@@ -1,6 +1,6 @@
-"""Flat files of a folder: the sets that they are where there is no manifest, and copies of committed sets for Noether.
+"""Flat files in a folder of checkpoints: legacy sets without manifest, and copies of committed sets for Noether.
 
-A record says which names are copies that ``saving.housekeeping`` wrote.
+A record file lists the copies that ``saving.housekeeping`` wrote.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from noether_init_core.sets.checkpoint_set import (
     CheckpointSet,
     list_names,
     reaching,
-    said_by,
+    recorded_in,
     sorted_files,
 )
 from noether_init_core.sets.file_names import iteration_of_tag, parse
@@ -35,7 +35,7 @@ _MAX_RECORD_BYTES = 64 << 20
 
 @attrs.frozen
 class WrittenName:
-    """A name that we wrote: for which set, and how to tell whether it is still that file."""
+    """A flat name that this package wrote: its set, and the size and time that identify the file."""
 
     set_name: str
     size: int
@@ -43,7 +43,7 @@ class WrittenName:
 
 
 def legacy_sets(folder: Path, storage: FileSystem) -> list[CheckpointSet]:
-    """Sets by the tag of flat files: latest iteration first, the plain tag before suffixed ones; then the named."""
+    """Group flat files by tag: latest iteration first, plain before suffixed (``E1_U7_S28.x``), then other tags."""
     by_tag: dict[str, list[CheckpointFile]] = {}
     for name in list_names(folder, storage):
         parsed = parse(name)
@@ -63,7 +63,7 @@ def legacy_sets(folder: Path, storage: FileSystem) -> list[CheckpointSet]:
 
 
 def plain_before(legacy: Sequence[CheckpointSet], first: CheckpointSet) -> Iterator[CheckpointSet]:
-    """The plain ``E.._U.._S..`` of flat files that are not later than what some file of ``first`` says."""
+    """Yield legacy sets with a plain ``E.._U.._S..`` tag that are not later than all files of ``first``."""
     latest = max(_iterations_in(first), default=None)
     for one in legacy:
         iteration = one.iteration
@@ -74,27 +74,27 @@ def plain_before(legacy: Sequence[CheckpointSet], first: CheckpointSet) -> Itera
 
 
 def iteration_in(checkpoint_set: CheckpointSet) -> TrainingIteration | None:
-    """The iteration that the header of the set's trainer file says, else that of weights.
+    """Return the iteration in the header of the trainer file of a set, else of its weights; None if not recorded.
 
-    None where no file says. Raises errors of the reader, ``CheckpointFormatError`` for a malformed iteration.
+    Raises errors of the reader, ``CheckpointFormatError`` for an invalid iteration.
     """
     asked = (file for file in checkpoint_set.files if file.part != "optim")
     for file in sorted(asked, key=lambda file: (file.part == "model", file.stem)):
         with open_checkpoint(file.path) as reader:
-            iteration, _run = said_by(reader.metadata, file.path)
+            iteration, _run = recorded_in(reader.metadata, file.path)
         if iteration is not None:
             return iteration
     return None
 
 
 def _iterations_in(checkpoint_set: CheckpointSet) -> Iterator[TrainingIteration]:
-    """The full iterations that the files of a set say, as far as they can be read."""
+    """Yield the full iterations in the headers of all readable files of a set."""
     for file in checkpoint_set.files:
         try:
             with open_checkpoint(file.path) as reader:
-                iteration, _run = said_by(reader.metadata, file.path)
+                iteration, _run = recorded_in(reader.metadata, file.path)
         except (CheckpointError, OSError) as error:
-            logger.debug("%s says no iteration: %s", file.path, error)
+            logger.debug("no iteration was read from %s: %s", file.path, error)
             continue
         if iteration is not None and iteration.is_fully_specified:
             yield iteration
@@ -104,41 +104,42 @@ def _iterations_in(checkpoint_set: CheckpointSet) -> Iterator[TrainingIteration]
 
 
 def flat_copies(checkpoints: Path, storage: FileSystem) -> dict[str, str]:
-    """Flat name -> folder name of the set that it is a copy of, for names that are still as we wrote them."""
+    """Return flat name -> folder name of its set, for copies that are unchanged since this package wrote them."""
     record = read_record(checkpoints, storage)
     return {name: written.set_name for name, written in record.items() if is_ours(checkpoints / name, written, storage)}
 
 
 def changed_names(checkpoints: Path, storage: FileSystem) -> tuple[str, ...]:
-    """Names that we wrote and that are other files by now, sorted: rewritten by another program, or damaged."""
+    """Return recorded names whose files have changed since, sorted: rewritten by another program, or damaged."""
     record = read_record(checkpoints, storage)
     there = (name for name in record if storage.identity_of(checkpoints / name) is not None)
     return tuple(sorted(name for name in there if not is_ours(checkpoints / name, record[name], storage)))
 
 
-# The record: which flat names are ours. Where it is lost, names of removed sets stay until a person removes them.
+# The record of flat names. If it is lost, flat names of removed sets stay until a person removes them.
 
 
 def is_ours(path: Path, written: WrittenName, storage: FileSystem) -> bool:
-    """Whether a name is still the file that we wrote."""
+    """Whether a name is still the file that this package wrote."""
+    # By size and time, not by digest: every save asks for all flat names, and reading them would take too long.
     with reaching(path):
         return storage.identity_of(path) == (written.size, written.modified_ns)
 
 
 def read_record(checkpoints: Path, storage: FileSystem) -> dict[str, WrittenName]:
-    """The names that we wrote; none where the record cannot be read, with a warning."""
+    """Return the recorded names; empty, with a warning, if the record cannot be read."""
     path = checkpoints / RECORD_NAME
     with reaching(path):
         text = None if storage.size_of(path) is None else storage.read_bytes(path, _MAX_RECORD_BYTES)
     try:
         found: Any = {} if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
-        logger.warning("%s cannot be read, so that names of removed sets stay: %s", path, error)
+        logger.warning("%s cannot be read, so flat names of removed sets stay: %s", path, error)
         return {}
     entries = found.items() if isinstance(found, Mapping) else ()
     return {
         name: WrittenName(*entry)
         for name, entry in entries
-        # nothing but names that a flat file can have is ever removed
+        # The record is used to remove files. A damaged one must never remove a file of another name.
         if parse(name) is not None and isinstance(entry, list) and list(map(type, entry)) == [str, int, int]
     }

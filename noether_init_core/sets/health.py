@@ -1,4 +1,4 @@
-"""Verify what is on the disk: every set of a run, file by file, as values. Torch is not needed."""
+"""Verify every set of a run on disk, file by file, and return the findings as values. Torch is not imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.handle import open_file
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import yaml_line
-from noether_init_core.sets.checkpoint_set import CheckpointFile, CheckpointSet, check_consistency, list_names, said_by
+from noether_init_core.sets.checkpoint_set import (
+    CheckpointFile,
+    CheckpointSet,
+    check_consistency,
+    list_names,
+    recorded_in,
+)
 from noether_init_core.sets.file_names import parse
 from noether_init_core.sets.flat_files import changed_names, flat_copies
 from noether_init_core.sets.manifest import (
@@ -32,31 +38,31 @@ from noether_init_core.sets.refusals import LaterFlatFiles, worded
 from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.stopwatch import Stopwatch
 
-#: Called with the number of bytes that have been verified since the last call.
+#: Called with the number of bytes that were verified since the last call.
 Progress = Callable[[int], None]
 State = Literal["good", "nonfinite", "unverifiable", "broken", "uncommitted"]
-#: Of a file without checksums.
-UNVERIFIABLE = "written without checksums, so its bytes cannot be verified. In a config: verify: header"
+#: The note on a file without checksums.
+UNVERIFIABLE = "written without checksums, so its bytes cannot be verified. Next, to load it: verify: header"
 
 
 @attrs.frozen
 class CheckedFile:
-    """What was found in a file of a set that is as it was written, as far as that can be verified.
+    """The findings in a file of a set without damage.
 
     Attributes:
-        said: The iteration and the run that its header says; None for optimizer files, which say nothing.
+        recorded: The iteration and the run in its header; None for optimizer files, which record neither.
         refused: Values that a resume refuses, in words.
-        is_verifiable: Whether there is a digest or a checksum to verify its bytes with.
+        is_verifiable: Whether a digest or a checksum exists for its bytes.
     """
 
-    said: tuple[TrainingIteration | None, str | None] | None
+    recorded: tuple[TrainingIteration | None, str | None] | None
     refused: tuple[str, ...]
     is_verifiable: bool
 
 
 @attrs.frozen
 class FileHealth:
-    """A file and what is wrong with it: nothing, where ``problem`` is empty. ``note`` says what was not checked.
+    """The result for one file. An empty ``problem`` means that none was found; ``note`` tells what was not checked.
 
     ``state`` is ``unverifiable`` for a file without checksums, of which only the structure was checked.
     """
@@ -74,19 +80,20 @@ class SetHealth:
     """A set and its state.
 
     Attributes:
-        name: Its folder's name; in a folder without manifests the tag of its files.
-        state: ``nonfinite``: as it was written, with values that a resume refuses; ``uncommitted``: a save that was
-            never finished, which no reader ever picks; ``unverifiable``: nothing is wrong that could be seen, but some
-            file has neither checksums nor a digest.
-        is_committed: Whether a manifest vouches for it.
-        iteration: As ``E1_U4_S32``; None where nobody says it.
-        tags: The tags that mean it now. A later set has taken over the others that it was saved under.
-        files: How many files it has.
-        bytes: The bytes of them.
-        run_id: The run that wrote it, as its files say; None where they do not.
-        problems: What is wrong with it.
-        notes: What is odd about it, and harms nobody.
-        nonfinite: Which values a resume refuses. Where no manifest tells parameters from buffers, only NaN is.
+        name: The name of its folder; for flat files their tag.
+        state: ``good``, ``broken``, or ``nonfinite``: verified, with values that a resume refuses. ``uncommitted``: an
+            interrupted save, which is never selected. ``unverifiable``: no problem was found, but a file has neither
+            checksums nor a digest.
+        is_committed: Whether it has a manifest.
+        iteration: In the form ``E1_U4_S32``; None if it is not recorded.
+        tags: The tags that select it now. Other tags that it was saved under select a later set.
+        files: Number of files.
+        bytes: Total size of the files.
+        run_id: The run that wrote it, as its files record; None if they do not.
+        problems: Its problems.
+        notes: Harmless findings.
+        nonfinite: Values that a resume refuses. Without a manifest, parameters and buffers are not distinguished, and
+            only NaN is refused.
     """
 
     name: str
@@ -104,13 +111,13 @@ class SetHealth:
 
 @attrs.frozen
 class FlatHealth:
-    """Flat files beside committed sets: copies for Noether, which no reader of ours takes.
+    """Flat files beside committed sets: copies for Noether, which noether-init-core never reads.
 
     Attributes:
-        files: How many there are.
-        compared: How many of them were compared with the digests of the set that they are copies of.
-        problems: What is wrong with those.
-        changed: Names that a save of ours wrote and that are other files by now: another program's, or damaged.
+        files: Number of flat files.
+        compared: Number of copies that were compared with the digests of their set.
+        problems: Damage in these.
+        changed: Copies that have changed since they were written: by another program, or by damage.
     """
 
     files: int = 0
@@ -125,13 +132,12 @@ class RunHealth:
 
     Attributes:
         folder: The folder of checkpoints.
-        run_id: The run, as a config has to name it.
-        stage_name: The stage, likewise.
-        sets: Every set, the uncommitted ones too.
-        newest_good: The newest set that is good and can be resumed; failing that, the newest that is good; failing
-            that, the newest that is nonfinite.
-        use: The line of a config that starts from it; where no set is whole, from the newest that cannot be verified.
-        problems: What is wrong beside the sets: flat files that are later than every committed set.
+        run_id: The run, as a config must name it.
+        stage_name: The stage, as a config must name it.
+        sets: Every set, including uncommitted ones.
+        newest_good: The newest good set that can be resumed, else the newest good set, else the newest nonfinite one.
+        use: The line of a config that starts from it; if it is None, from the newest unverifiable set.
+        problems: Problems beside the sets: flat files that are later than every committed set.
         flat: The flat files beside committed sets.
     """
 
@@ -146,7 +152,7 @@ class RunHealth:
 
     @property
     def problem_count(self) -> int:
-        """How many sets are broken, and other problems; sets that are nonfinite are as they were written."""
+        """Number of broken sets and other problems; nonfinite sets do not count, because they were written so."""
         return sum(one.state == "broken" for one in self.sets) + len(self.problems) + len(self.flat.problems)
 
 
@@ -158,23 +164,23 @@ def check_file(
     look: bool = True,
     stopwatch: Stopwatch | None = None,
 ) -> CheckedFile:
-    """Check one file of a set: its structure and header, its bytes (``verify``) and its values (``look``).
+    """Verify one file of a set: its structure and header, its bytes (``verify``) and its values (``look``).
 
-    Raises ``CheckpointError`` or ``OSError`` for what is not as it was written.
+    Raises ``CheckpointError`` or ``OSError`` for a damaged file.
     """
     with open_checkpoint(file.path, digests=found.digests_of(file), stopwatch=stopwatch) as reader:
-        said = None if file.part == "optim" else said_by(reader.metadata, file.path)
-        # a manifest says what was found when the file was written
+        recorded = None if file.part == "optim" else recorded_in(reader.metadata, file.path)
+        # A manifest records the findings from the time of writing, so the values need not be checked again.
         head = found.head_of(file)
         looked_at = worth_a_look(file.part, reader.tensors()) if look and head is None else []
         if verify and reader.is_verifiable:
             reader.verify(look=looked_at)
         values = refused(file.part, reader.nonfinite(looked_at), None) if head is None else head.refused
-        return CheckedFile(said, in_words(file.model, file.part, values) if look else (), reader.is_verifiable)
+        return CheckedFile(recorded, in_words(file.model, file.part, values) if look else (), reader.is_verifiable)
 
 
 def verify_file(path: Path, progress: Progress | None = None) -> FileHealth:
-    """Verify one file: its structure, its header, and every byte that has a checksum."""
+    """Verify one file: its structure, its header, and every byte with a checksum. Problems are returned, not raised."""
     try:
         with open_checkpoint(path) as reader:
             tensors = reader.tensors()
@@ -182,7 +188,7 @@ def verify_file(path: Path, progress: Progress | None = None) -> FileHealth:
             if not note:
                 reader.verify()
             elif reader.format == "safetensors":
-                note = "structure only: a safetensors file carries no checksums. In a config: digest: sha256:..."
+                note = "structure only: a safetensors file has no checksums. Next: set digest: sha256:... in a config"
             nbytes = sum(info.nbytes for info in tensors.values())
             found = FileHealth(path, "unverifiable" if note else "good", len(tensors), nbytes, note=note)
     except (CheckpointError, OSError) as error:
@@ -194,7 +200,7 @@ def verify_file(path: Path, progress: Progress | None = None) -> FileHealth:
 
 
 def bytes_to_verify(snapshot: Snapshot, *, flat: bool = False) -> int:
-    """How many bytes ``verify_run`` reports to its progress at most."""
+    """Return the largest number of bytes that ``verify_run`` reports to ``progress``."""
     files = [file.path for one in snapshot.sets() for file in one.files]
     files += [path for path, _found, _file in _copies(snapshot)] if flat else []
     return sum(snapshot.storage.size_of(path) or 0 for path in files)
@@ -205,31 +211,31 @@ def verify_run(
 ) -> RunHealth:
     """Verify every set of a run and stage: manifest, digests, checksums, structure, iterations and runs.
 
-    Beside committed sets the flat files are not read: they are copies for Noether, which no reader of ours takes.
+    Flat files beside committed sets are not read, because they are copies for Noether.
 
     Args:
         snapshot: The run and stage.
-        progress: Called as bytes are verified.
-        asked: The folder that was asked for; where the output root lies below it, ``use`` says ``output_path``.
-        flat: Whether copies that our saves wrote are compared with their sets, too.
+        progress: Called with the bytes verified since the last call.
+        asked: The requested folder; if the output root is below it, ``use`` contains ``output_path``.
+        flat: Whether to compare the copies for Noether with their sets, too.
     """
     report = progress or (lambda _nbytes: None)
     verified = list(_verified(snapshot, report))
     newest, chosen = _newest(verified, "good")
     if newest is None:
         newest, chosen = _newest(verified, "nonfinite")
-    usable, source = (newest, chosen) if newest is not None else _newest(verified, "unverifiable")
+    start, source = (newest, chosen) if newest is not None else _newest(verified, "unverifiable")
     paths = as_recorded(snapshot)
     use = ""
-    if usable is not None and source is not None:
+    if start is not None and source is not None:
         added: dict[str, object] = {} if newest is not None else {"verify": "header"}
-        # a resume asks which model is meant where there are trainer files of several
+        # A resume needs model_name if there are trainer files of several models.
         if source.models("trainer") and len({name for _, one in verified if one for name in one.models("trainer")}) > 1:
             added["model_name"] = source.models("trainer")[0]
         root = snapshot.paths.checkpoint_path.parents[1 if paths.stage_name is None else 2]
         if asked is not None and root != asked.resolve() and root.is_relative_to(asked.resolve()):
             added["output_path"] = str(root)
-        use = _config_line(paths.run_id, paths.stage_name, usable, source, added)
+        use = _config_line(paths.run_id, paths.stage_name, start, source, added)
     committed = snapshot.newest_folder
     problems: tuple[str, ...] = ()
     if committed is not None and snapshot.later_flat:
@@ -250,13 +256,13 @@ _Verified = tuple[SetHealth, CheckpointSet | None]
 
 
 def _newest(verified: Sequence[_Verified], state: State) -> tuple[SetHealth, CheckpointSet] | tuple[None, None]:
-    """The newest set of this state that can be resumed; failing that, the newest of it."""
+    """Return the newest set of this state that can be resumed; else the newest set of this state."""
     found = [(one, source) for one, source in verified if one.state == state and source is not None]
     return next((pair for pair in found if pair[1].models("trainer")), next(iter(found), (None, None)))
 
 
 def _verified(snapshot: Snapshot, progress: Progress) -> Iterator[_Verified]:
-    """Newest first: committed sets by their sequence, those of flat files by their iterations."""
+    """Yield the sets, newest first: committed sets by sequence, flat files by iteration."""
     unfinished = set(snapshot.uncommitted())
     for folder in reversed(snapshot.folders):
         found = snapshot.head(folder)
@@ -268,13 +274,13 @@ def _verified(snapshot: Snapshot, progress: Progress) -> Iterator[_Verified]:
             yield SetHealth(folder.name, "uncommitted", False, str(folder.iteration)), None
     if snapshot.newest_folder is None:
         flat = [(_verify_set(snapshot, found, progress, []), found) for found in snapshot.sets()]
-        # of one iteration the plain name comes first, so that its line does not depend on what latest means tomorrow
+        # For one iteration, the plain name comes before latest: the advised line must select the same set later, too.
         flat.sort(key=lambda pair: pair[0].name != pair[0].iteration)
         yield from sorted(flat, key=lambda pair: _age(pair[0]), reverse=True)
 
 
 def _age(one: SetHealth) -> tuple[int, ...]:
-    """Sets of which the iteration is not known come before the others."""
+    """Return the sort key of a set; a set without a known iteration counts as newest."""
     if one.iteration is None:
         return (1,)
     iteration = TrainingIteration.from_string(one.iteration)
@@ -282,7 +288,7 @@ def _age(one: SetHealth) -> tuple[int, ...]:
 
 
 def _notes(found: CheckpointSet) -> list[str]:
-    """What is odd beside the files: no weight depends on it, so that it is no problem."""
+    """Return notes on other files in the folder of a set, which are harmless because no weights depend on them."""
     manifest, storage = found.manifest, found.storage
     if manifest is None:
         return []
@@ -298,7 +304,7 @@ def _notes(found: CheckpointSet) -> list[str]:
             with contextlib.closing(open_file(found.folder / PROBE_NAME)) as handle:
                 handle.check_digest(manifest.probe)
         except CheckpointError as error:
-            notes.append(f"no model can be held to its probe: {error}")
+            notes.append(f"its probe cannot be repeated: {error}")
     return notes
 
 
@@ -306,7 +312,7 @@ def _verify_set(snapshot: Snapshot, found: CheckpointSet, progress: Progress, no
     problems: list[str] = []
     unverified: list[str] = []
     nonfinite: list[str] = []
-    said: dict[str, tuple[TrainingIteration | None, str | None]] = {}
+    recorded: dict[str, tuple[TrainingIteration | None, str | None]] = {}
     total = 0
     for file in found.files:
         size = snapshot.storage.size_of(file.path)
@@ -314,12 +320,14 @@ def _verify_set(snapshot: Snapshot, found: CheckpointSet, progress: Progress, no
         total += size or 0
         progress(size or 0)
         if size is None:
-            problems.append(f"{file.path} is missing or no regular file")
+            problems.append(f"{file.path} is missing or not a regular file")
             continue
         if head is not None and size != head.size:
             problems.append(f"{file.path} has {size} bytes; {head.size} bytes were written")
             continue
         try:
+            # The digest of the file also covers bytes between records, which no checksum does. If it matches, comparing
+            # the checksums would only read the file again.
             is_whole = head is not None and _is_whole(file.path, head.digest)
             checked = check_file(found, file, verify=not is_whole)
         except (CheckpointError, OSError) as error:
@@ -327,31 +335,31 @@ def _verify_set(snapshot: Snapshot, found: CheckpointSet, progress: Progress, no
             continue
         if head is not None and not is_whole:
             notes.append(
-                f"{file.path} has other bytes than were written, all of them outside of its tensors and records: it "
-                "loads as it was saved. Next: copy the file again if there is a copy"
+                f"{file.path} has changed bytes, all of them outside its tensors and records, so it still "
+                "loads as it was saved. Next: copy the file again if you have a copy"
             )
-        if checked.said is not None:
-            said[file.name] = checked.said
+        if checked.recorded is not None:
+            recorded[file.name] = checked.recorded
         if not checked.is_verifiable:
             unverified.append(file.name)
         if file.info is None:
             nonfinite += checked.refused
         else:
-            notes += [f"{text} ({file.info}), which a resume does not look at" for text in checked.refused]
+            notes += [f"{text} ({file.info}), which a resume ignores" for text in checked.refused]
     try:
-        check_consistency(said, found)
+        check_consistency(recorded, found)
     except TornSetError as error:
         problems.append(str(error))
-    iteration = found.iteration or next((one for one, _run in said.values() if one is not None), None)
+    iteration = found.iteration or next((one for one, _run in recorded.values() if one is not None), None)
     return SetHealth(
         found.place,
         "broken" if problems else "unverifiable" if unverified else "nonfinite" if nonfinite else "good",
         found.committed,
         str(iteration) if iteration is not None else None,
-        snapshot.meant_by[found.place],
+        snapshot.selected_by[found.place],
         len(found.files),
         total,
-        found.run_id or next((run_id for _iteration, run_id in said.values() if run_id is not None), None),
+        found.run_id or next((run_id for _iteration, run_id in recorded.values() if run_id is not None), None),
         tuple(dict.fromkeys(problems)),
         (*notes, *(f"{name} was {UNVERIFIABLE}" for name in unverified)),
         tuple(nonfinite),
@@ -359,7 +367,7 @@ def _verify_set(snapshot: Snapshot, found: CheckpointSet, progress: Progress, no
 
 
 def _is_whole(path: Path, digest: str) -> bool:
-    """Whether every byte of a file is as it was written, those between its records included. Raises ``OSError``."""
+    """Whether all bytes of a file match its digest, including bytes between its records. Raises ``OSError``."""
     with contextlib.closing(open_file(path)) as handle:
         try:
             handle.check_digest(digest)
@@ -371,15 +379,15 @@ def _is_whole(path: Path, digest: str) -> bool:
 def _config_line(
     run_id: str, stage_name: str | None, health: SetHealth, found: CheckpointSet, added: dict[str, object]
 ) -> str:
-    """The entry of a config that starts from the set."""
+    """Return the entry of a config that starts from the set."""
     entry: dict[str, object] = {"kind": "resume" if found.models("trainer") else "previous_run", "run_id": run_id}
     if stage_name is not None:
         entry["stage_name"] = stage_name
     if not found.models("trainer"):
         entry["model_name"] = found.files[0].model
-    meant = [tag for tag in (found.name, *health.tags) if tag in health.tags or not found.committed]
-    entry["checkpoint_tag"] = meant[0] if meant else "latest"
-    if not meant:  # every tag of it means a later set by now
+    tags = [tag for tag in (found.name, *health.tags) if tag in health.tags or not found.committed]
+    entry["checkpoint_tag"] = tags[0] if tags else "latest"
+    if not tags:  # all its tags select later sets, so it can only be reached by walking back from these
         entry["on_invalid"] = "previous"
     if health.state == "nonfinite":
         entry["on_nonfinite"] = "warn"
@@ -387,7 +395,7 @@ def _config_line(
 
 
 def _copies(snapshot: Snapshot) -> Iterator[tuple[Path, CheckpointSet, CheckpointFile]]:
-    """Each flat copy that is ours and whose set can be read, with the set and the file that it is a copy of."""
+    """Yield each unchanged flat copy of a readable set, with the set and the original file."""
     copies = flat_copies(snapshot.folder, snapshot.storage)
     sets = {one.folder.name: one for one in snapshot.readable()} if copies else {}
     for name, of in sorted(copies.items(), key=lambda item: (item[1], item[0])):
@@ -398,10 +406,10 @@ def _copies(snapshot: Snapshot) -> Iterator[tuple[Path, CheckpointSet, Checkpoin
 
 
 def _verify_flat(snapshot: Snapshot, progress: Progress, *, compare: bool) -> FlatHealth:
-    """Count the flat files; with ``compare``, read those that the record of our saves calls ours.
+    """Count the flat files; with ``compare``, compare the copies in the record with their sets.
 
-    A name that is another name of a committed file has been verified with its set. One that another program has
-    written, or has rewritten since, is nothing that we could vouch for.
+    A hard link to a committed file was verified with its set. For a file that another program has written or rewritten,
+    there is no digest.
     """
     storage = snapshot.storage
     count = sum(parse(name) is not None for name in list_names(snapshot.folder, storage))
@@ -417,8 +425,8 @@ def _verify_flat(snapshot: Snapshot, progress: Progress, *, compare: bool) -> Fl
                 handle.check_digest(str(found.file_digest(file)))
         except (CheckpointError, OSError):
             problems.append(
-                f"{path} is damaged: it is a copy of {file.name} of {found.folder.name} for Noether, and has "
-                "other bytes. No reader of ours takes it. Next: remove it, or copy the file of the set there"
+                f"{path} is damaged: it is a copy of {file.name} of {found.folder.name} for Noether and has "
+                "other bytes. noether-init-core does not read it. Next: remove it, or copy the file of the set there"
             )
         progress(storage.size_of(path) or 0)
     return FlatHealth(count, compared, tuple(problems), changed_names(snapshot.folder, storage))

@@ -1,4 +1,4 @@
-"""The manifest of a set: what was written. Its presence is the commit; digests of tensors lie in a file beside it."""
+"""The manifest of a set: the record of its files. Its presence is the commit; a second file has digests of tensors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from noether_init_core.memory import Finding
 from noether_init_core.sets.file_names import Part, check_tag, parse, stem_of
 
 MANIFEST_NAME = "manifest.json"
-#: Beside it: the digests of all tensors, read when files are verified.
+#: Digests of all tensors. They are large, and selection reads every manifest, so they are in a file of their own that
+#: only verification reads.
 DIGESTS_NAME = "digests.json"
-#: Beside it: where the tensors came from.
+#: The origin of all tensors.
 PROVENANCE_NAME = "provenance.json"
-#: Beside it: a batch, and what the model made of it. No name that a file of weights or state can have.
+#: A batch and the outputs of the model. No file of weights or state can have this name.
 PROBE_NAME = "probe.th"
 FORMAT: Literal["noether-init-set"] = "noether-init-set"
 FORMAT_VERSION: Literal[2] = 2
+# Limits, so that a damaged or hostile file does not fill the memory.
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_DIGESTS_BYTES = 256 << 20
 MAX_PROVENANCE_BYTES = 256 << 20
@@ -37,13 +39,13 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"\Axxh3_128:[0-9a-f]{32}\Z")]
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-# Keys that a later release adds without a new format version are no error.
+# msgspec ignores unknown keys, so that a later release can add keys without a new format version.
 
 
 class TensorDigest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One tensor of a file; the digest is that of its contiguous little-endian bytes.
+    """One tensor of a file; the digest is of its contiguous little-endian bytes.
 
-    ``values`` is what was found among them when they were saved: bytes with this digest need no second look.
+    ``values`` is the finding at the time of the save. Bytes with the same digest need not be checked again.
     """
 
     dtype: str
@@ -53,7 +55,7 @@ class TensorDigest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class FileDigests(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """The tensors of one file; ``buffers`` names those of weights that are no parameters, None in other files."""
+    """The tensors of one file. ``buffers``: names of weights that are not parameters; None in other files."""
 
     tensors: dict[str, TensorDigest]
     buffers: tuple[str, ...] | None = None
@@ -63,9 +65,9 @@ class ManifestFile(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One file of the set.
 
     Attributes:
-        digest: That of all its bytes.
-        records: The digest of the list of its records with their checksums.
-        refused: Tensors with values that a resume refuses, and what was found among them.
+        digest: Digest of all its bytes.
+        records: Digest of the list of its records with their checksums.
+        refused: Tensor with values that a resume refuses -> finding.
     """
 
     name: str
@@ -78,26 +80,26 @@ class ManifestFile(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     refused: dict[str, Finding] = {}
 
 
-@functools.lru_cache(1024)  # the same files come with every set
+@functools.lru_cache(1024)  # every set repeats the same files
 def _stem(model: str, info: str | None, part: Part) -> str | None:
-    """What stands before the tag in the name of a file; None for a model or an info that no file can be of."""
+    """Return the part of a file name before the tag; None if model and info would not parse back."""
     stem = stem_of(model, info)
     parsed = parse(f"{stem}_cp=E0_{part}.th")
     return stem if parsed is not None and (parsed.model, parsed.info) == (model, info) else None
 
 
 class Manifest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """The content of ``manifest.json``: small, and sealed.
+    """The content of ``manifest.json``, which ends with a digest of itself.
 
     Attributes:
-        frozen: Models whose optimizer was left out since they were frozen.
-        training: Sets with the same id are of one training, however often it was interrupted.
-        started_from: Name of the set in this folder that the process resumed from.
-        passed_over: Names of sets in this folder that this training found to be no use, and went back behind.
-        digests: Digest of ``digests.json`` beside it, which has ``digests_size`` bytes.
-        seen: Model and part of each plain file that this set, or one before it in this folder, has.
-        provenance: Digest of ``provenance.json`` beside it.
-        probe: Digest of ``probe.th`` beside it.
+        frozen: Models whose optimizer was not saved because they were frozen.
+        training: Id of the training; it stays the same when a training is interrupted and resumed.
+        started_from: Name of the set in this folder that the process resumed.
+        passed_over: Names of sets in this folder that a resume of this training passed over to use an older set.
+        digests: Digest of ``digests.json``, which has ``digests_size`` bytes.
+        seen: Model and part of each plain file of this set and of earlier sets in this folder.
+        provenance: Digest of ``provenance.json``.
+        probe: Digest of ``probe.th``.
     """
 
     format: Literal["noether-init-set"] = FORMAT
@@ -124,7 +126,7 @@ class Manifest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.iteration.keys() != {"epoch", "update", "sample"} or min(self.iteration.values()) < 0:
-            raise ConfigError("iteration must say epoch, update and sample, none below zero")
+            raise ConfigError("iteration must have epoch, update and sample, each at least 0")
         own = self.own_tag
         for tag in self.tags:
             if tag != own:
@@ -134,6 +136,7 @@ class Manifest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         names = [file.name for file in self.files]
         for number, file in enumerate(self.files):
             stem = _stem(file.model, file.info, file.part)
+            # Readers join these names with the folder, so a name such as ../x must never pass.
             if stem is None or file.name != f"{stem}_cp={own}_{file.part}.th":
                 raise ConfigError(
                     f"files.{number}: {file.name!r} is not the name of {file.model}, {file.info}, {file.part} at {own}"
@@ -142,48 +145,47 @@ class Manifest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
             raise ConfigError("a file is listed twice")
         parts = {file.part for file in self.files}
         if not parts >= {"model", "trainer"}:
-            raise ConfigError("files must list weights and a trainer file, which every set has")
+            raise ConfigError("files must contain weights and a trainer file, because every set has both")
 
     @property
     def training_iteration(self) -> TrainingIteration:
-        """The iteration of the set, all three fields said."""
+        """The iteration of the set, with all three fields."""
         return TrainingIteration.from_mapping(self.iteration)
 
     @property
     def own_tag(self) -> str:
-        """The tag of its iteration, which stands in the names of its files."""
+        """The tag of its iteration, which is part of the names of its files."""
         return f"E{self.iteration['epoch']}_U{self.iteration['update']}_S{self.iteration['sample']}"
 
     @property
     def folder_name(self) -> str:
-        """The name of the set's folder."""
+        """The name of the folder of the set."""
         return f"{self.sequence:08d}_{self.own_tag}"
 
     def to_bytes(self) -> bytes:
-        """The JSON text, readable by people; its last key is the digest of everything before it."""
+        """Return indented JSON text; its last key is the digest of everything before it."""
         return sealed(msgspec.json.format(_encoded(self), indent=1))
 
 
 def sealed(text: bytes) -> bytes:
-    """A JSON object with one more key at its end: the digest of what stands before that key.
+    """Add a last key to a JSON object: the digest of everything before that key.
 
-    Without it a damaged tag would be another tag, and an older set would silently be the latest.
+    Without it, damage could turn a tag into another valid tag, and ``latest`` would silently select an older set.
     """
     content = text.rstrip().removesuffix(b"}").rstrip()
     return content + f',\n "digest": "{digest_of(content)}"\n}}\n'.encode()
 
 
 def digest_of(content: bytes) -> str:
-    """The digest of some bytes, as manifests write it."""
+    """Return the digest of bytes in the form of manifests."""
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
 
 def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
     """Read and check a manifest.
 
-    Raises ``CheckpointFormatError`` for another version, ``CheckpointCorruptError`` for a file that cannot be read as
-    a manifest at all: too large, no regular file, no JSON, bytes that differ from what was written, a wrong field, or
-    an entry that is not a plain file name.
+    Raises ``CheckpointFormatError`` for another format version. Raises ``CheckpointCorruptError`` for a file that is
+    missing, too large, not a regular file, not JSON, changed, or invalid in any field.
     """
     try:
         text = storage.read_bytes(path, MAX_MANIFEST_BYTES)
@@ -191,34 +193,35 @@ def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error.strerror}", path=path) from error
     seal = _SEAL.fullmatch(text[-_SEAL_BYTES:])
     is_sealed = seal is not None and seal[1].decode() == digest_of(text[:-_SEAL_BYTES])
+    # With head and seal, the text is as this release wrote it. Others are decoded once more, for a precise error.
     if not (is_sealed and text.startswith(_HEAD)):
         _check_form(text, path, is_sealed)
     try:
         return _MANIFEST.decode(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{path} is no valid manifest: {error}", path=path) from error
+        raise CheckpointCorruptError(f"{path} is not a valid manifest: {error}", path=path) from error
 
 
 def _check_form(text: bytes, path: Path, is_sealed: bool) -> None:
-    """Raise what ``read_manifest`` raises for a file that is no manifest of this release, as it was written."""
+    """Raise the error for a file without the head and seal of this release."""
     try:
         values = msgspec.json.decode(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error}", path=path) from error
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-        raise CheckpointCorruptError(f"{path} is no manifest of a checkpoint set", path=path)
+        raise CheckpointCorruptError(f"{path} is not a manifest of a checkpoint set", path=path)
     version = values.get("format_version")
     if isinstance(version, int) and version != FORMAT_VERSION:
         next_step = "pip install --upgrade noether-init-core"
         if version < FORMAT_VERSION:
-            next_step = "kind: file reads one of its files; or resume it with the release that wrote it"
+            next_step = "resume it with the release that wrote it, or read one of its files with kind: file"
         raise CheckpointFormatError(
-            f"{path} has format version {version}, this release reads version {FORMAT_VERSION} only. Next: {next_step}",
+            f"{path} has format version {version}; this release reads version {FORMAT_VERSION} only. Next: {next_step}",
             path=path,
         )
     if not is_sealed:
         raise CheckpointCorruptError(
-            f"{path} is not as it was written: its digest is not that of its content. It is damaged, or was edited. "
+            f"{path} was changed: its digest does not match its content. It is damaged, or was edited. "
             "Next: take an older checkpoint",
             path=path,
         )
@@ -230,14 +233,14 @@ class _Digests(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 def digests_to_bytes(files: Mapping[str, FileDigests]) -> bytes:
-    """The content of ``digests.json``: name of a file -> its tensors."""
+    """Return the content of ``digests.json``: name of a file -> its tensors."""
     return _encoded(_Digests(files=dict(files)))
 
 
 def read_digests(folder: Path, manifest: Manifest, storage: FileSystem = LOCAL) -> dict[str, FileDigests]:
-    """Read the digests beside a manifest, which vouches for them: name of a file -> its tensors.
+    """Read the digests beside a manifest: name of a file -> its tensors.
 
-    Raises ``CheckpointCorruptError`` if the file is gone, or is not as it was written.
+    Raises ``CheckpointCorruptError`` if the file is missing or does not match its digest in the manifest.
     """
     path = folder / DIGESTS_NAME
     try:
@@ -246,14 +249,13 @@ def read_digests(folder: Path, manifest: Manifest, storage: FileSystem = LOCAL) 
         raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}", path=path) from error
     if digest_of(text) != manifest.digests:
         raise CheckpointCorruptError(
-            f"{path} is not as it was written: its digest is not the one in the manifest. Next: take an older "
-            "checkpoint",
+            f"{path} was changed: its digest does not match the manifest. Next: take an older checkpoint",
             path=path,
         )
     try:
         return _DIGESTS.decode(text).files
     except (ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{path} is no valid list of digests: {error}", path=path) from error
+        raise CheckpointCorruptError(f"{path} is not a valid list of digests: {error}", path=path) from error
 
 
 _MANIFEST = msgspec.json.Decoder(Manifest)
@@ -262,29 +264,29 @@ _S = TypeVar("_S", Manifest, _Digests)
 
 
 def _encoded(value: _S) -> bytes:
-    """The JSON text. Raises ``ConfigError`` for what could not be read again."""
+    """Return JSON text. Raises ``ConfigError`` for values that could not be read again."""
     try:
         text = msgspec.json.encode(value)
         (_MANIFEST if isinstance(value, Manifest) else _DIGESTS).decode(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"the manifest of a set cannot say that: {error}. Nothing was committed") from error
+        raise ConfigError(f"the manifest of a set cannot hold a value: {error}. Nothing was committed") from error
     return text
 
 
-# Which values that are not finite a resume refuses: NaN in weights, buffers and optimizer state, infinities in
-# parameters and optimizer state. Buffers may hold infinities (masks do). Averages and the trainer's file are not asked:
-# a resume restores the plain weights.
+# A resume refuses NaN in weights, buffers and optimizer state, and infinities in parameters and optimizer state.
+# Infinities in buffers are accepted, because masks have them. Averages and trainer files are not checked: a resume does
+# not restore the former into the model.
 
 
 def worth_a_look(part: Part, keys: Iterable[str]) -> list[str]:
-    """The tensors of a file whose values count. Extra state of a module is handed over as it is, whatever it holds."""
+    """Return the tensors of a file whose values are checked; extra state of modules is not."""
     if part == "optim":
         return [key for key in keys if key.startswith("state.")]
     return [key for key in keys if part == "model" and key.rpartition(".")[2] != "_extra_state"]
 
 
 def refused(part: Part, found: Mapping[str, Finding], buffers: Collection[str] | None) -> dict[str, Finding]:
-    """What a resume refuses of the values that were found; without ``buffers``, no infinities in weights."""
+    """Return the findings that a resume refuses; without ``buffers``, infinities in weights are accepted."""
     return {
         key: found[key]
         for key in worth_a_look(part, found)
@@ -293,13 +295,13 @@ def refused(part: Part, found: Mapping[str, Finding], buffers: Collection[str] |
 
 
 def refused_by_resume(manifest: Manifest) -> tuple[str, ...]:
-    """``weight of mlp holds NaN`` for each tensor of a set that a resume refuses."""
+    """Return ``weight of mlp holds NaN`` for each tensor of a set that a resume refuses."""
     return tuple(
         text for file in manifest.files if file.info is None for text in in_words(file.model, file.part, file.refused)
     )
 
 
 def in_words(model: str, part: Part, values: Mapping[str, Finding]) -> tuple[str, ...]:
-    """``weight of mlp holds NaN`` for each of the values that were found in a file."""
+    """Return ``weight of mlp holds NaN`` for each finding in a file."""
     place = f"the optimizer of {model}" if part == "optim" else model
     return tuple(f"{key} of {place} holds {what}" for key, what in values.items())

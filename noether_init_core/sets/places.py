@@ -1,4 +1,4 @@
-"""What a path is: the runs and stages that lie there."""
+"""Find the runs and stages at a path."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, C
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL, FileSystem
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider, check_name, is_name
-from noether_init_core.sets.checkpoint_set import SETS_FOLDER, list_names, said_by
+from noether_init_core.sets.checkpoint_set import SETS_FOLDER, list_names, recorded_in
 from noether_init_core.sets.snapshot import Snapshot
 
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def runs(paths: PathProvider, storage: FileSystem = LOCAL) -> tuple[str, ...]:
-    """Runs below the output root (in debug mode: below ``debug``) that have checkpoints, sorted."""
+    """Return the runs with checkpoints below the output root (in debug mode: below ``debug``), sorted."""
     root = _root(paths)
     return tuple(
         name
         for name in list_names(root, storage)
-        # a folder such as .git can be no run
+        # A folder such as .git cannot be a run.
         if is_name(name)
         and (
             storage.is_folder(root / name / CHECKPOINTS_FOLDER)
-            # below the root, the folder "debug" holds runs of its own
+            # Below the output root, the folder "debug" holds the runs of debug mode, not stages.
             or ((paths.debug or name != DEBUG_FOLDER) and stages(paths, name, storage))
         )
     )
 
 
 def stages(paths: PathProvider, run_id: str | None = None, storage: FileSystem = LOCAL) -> tuple[str, ...]:
-    """Stages of a run that have checkpoints, sorted; ``run_id`` None: of this one."""
+    """Return the stages of a run that have checkpoints, sorted; ``run_id`` None: the run of ``paths``."""
     run = _root(paths) / (paths.run_id if run_id is None else check_name(run_id, "run_id"))
     return tuple(name for name in list_names(run, storage) if storage.is_folder(run / name / CHECKPOINTS_FOLDER))
 
 
 def runs_at(path: Path) -> tuple[PathProvider, ...]:
-    """The runs and stages at a folder: of a set, of checkpoints, of a run, or an output root. Nothing is created.
+    """Return the runs and stages at a folder: a set, a folder of checkpoints, a run, or an output root.
 
-    Raises ``CheckpointNotFoundError`` where there are none.
+    Raises ``CheckpointNotFoundError`` if no run is found.
     """
     path = path.resolve()
     if path.name == SETS_FOLDER or path.parent.name == SETS_FOLDER:
@@ -56,7 +56,7 @@ def runs_at(path: Path) -> tuple[PathProvider, ...]:
                 found[folder] = provider
     if not found:
         raise CheckpointNotFoundError(
-            f"{path} holds no run: there is no folder named {CHECKPOINTS_FOLDER} in it, nor one or two levels below. "
+            f"no run found at {path}: no folder named {CHECKPOINTS_FOLDER} in it or up to two levels below. "
             "Next: ninit verify PATH, with an output root, a run folder, a folder of checkpoints, or a file",
             path=path,
             asked=str(path),
@@ -65,9 +65,9 @@ def runs_at(path: Path) -> tuple[PathProvider, ...]:
 
 
 def as_recorded(snapshot: Snapshot) -> PathProvider:
-    """The run or stage of a folder, as its sets record it; else as it was found.
+    """Return the run and stage that the sets of a folder record; if they record none, the run of the snapshot.
 
-    A folder alone cannot tell. A run above may have been renamed since. What cannot be read records nothing.
+    A path alone does not show whether a folder is a run or a stage of a run.
     """
     paths, folder = snapshot.paths, snapshot.folder.parent
     if paths.debug:
@@ -78,9 +78,10 @@ def as_recorded(snapshot: Snapshot) -> PathProvider:
             weights = (file.path for one in snapshot.flat for file in one.files if file.part == "model")
             for path in itertools.islice(weights, 1):
                 with open_checkpoint(path) as reader:
-                    recorded = said_by(reader.metadata, path)[1], None
+                    recorded = recorded_in(reader.metadata, path)[1], None
     except (CheckpointError, OSError):
         return paths
+    # a/b/checkpoints can be the run b in the output root a, or the stage b of the run a.
     if recorded is not None and (recorded[1] == folder.name or recorded == (folder.parent.name, None)):
         return PathProvider(folder.parent.parent, folder.parent.name, folder.name)
     if recorded == (folder.name, None) and paths.stage_name is not None:
@@ -89,13 +90,13 @@ def as_recorded(snapshot: Snapshot) -> PathProvider:
 
 
 def _provider(root: Path, parts: tuple[str, ...]) -> PathProvider | None:
-    """The run at ``parts`` below ``root``; None for a folder that can be none."""
+    """Return the run at ``parts`` below ``root``; None for a folder that cannot be a run."""
     try:
         if not parts:
             return PathProvider(root.parent, root.name or "run")
         debug = parts[0] == DEBUG_FOLDER and len(parts) > 1
         return PathProvider(root, *(parts[1:] if debug else parts), debug=debug)
-    except ConfigError:  # a folder whose name is no name, such as .git
+    except ConfigError:  # the name of the folder is not valid, such as .git
         return None
 
 

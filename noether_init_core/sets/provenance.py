@@ -1,4 +1,4 @@
-"""InitReport: what an initialization did, as data that is kept beside every set of a run, and read again from there."""
+"""InitReport: the result of an initialization as data, saved beside every set of a run and read from there."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 REPORT_VERSION = 1
 PROVENANCE_FORMAT = "noether-init-provenance"
 
-#: Name of a tensor -> the files that its values came from, the latest first, and its names there.
+#: Name of a tensor -> the files that its values came from, the latest first, and the names of the tensor in each.
 History = dict[str, tuple[tuple["SourceRecord", tuple[str, ...]], ...]]
 
-#: What was done to entries of the model, in the order in which it is told.
+#: Actions on entries of the model, with their words, in the order of reports.
 _DONE: Mapping[str, str] = {
     "load": "loaded",
     "rename": "loaded by another name",
@@ -35,28 +35,28 @@ _DONE: Mapping[str, str] = {
     "keep": "kept",
     "reset": "reset",
 }
-#: Actions that are about entries of the file.
+#: Actions on entries of the file.
 _UNUSED = ("removed", "outside", "unexpected")
 
 
 @attrs.frozen
 class InitializerReport:
-    """What one initializer did.
+    """The result of one initializer.
 
     Attributes:
-        kind: The kind, as the config names it.
-        distribution: The distribution that offers it, with its version; empty for one registered in the process.
+        kind: The kind, as named in the config.
+        distribution: The distribution that provides it, with its version; empty for a kind registered in the process.
         hooks: The hooks that were called for it.
-        origins: (model, origin in words, file) of each file that weights came from.
-        counts: Number of tensors by action of the plan.
+        origins: (model, description, file) of each file that weights came from.
+        counts: Action of the plan -> number of tensors.
         coverage: Share of the parameters that came from the checkpoint, from 0 to 1; None without a plan.
-        start: The iteration that it starts at; None for zero.
-        restored: What was restored besides weights: optimizers, trainer, callbacks; and what the observer ``probe``
-            found.
-        passed_over: (set, why) of each broken set that was passed over on the way back to a good one, newest first.
-        not_restored: What the checkpoint has and nobody was there to take, in words.
-        resumed_set: The folder of the set that it goes on from; None where it resumes nothing.
-        timings: Seconds and bytes of each phase, as ``Timing`` describes them; two reports are equal whatever they are.
+        start: The start iteration; None for zero.
+        restored: What was restored besides weights: optimizers, trainer, callbacks; also the result of the observer
+            ``probe``.
+        passed_over: (set, reason) of each broken set that was passed over to select a good one, newest first.
+        not_restored: Parts of the checkpoint that were not restored, because this run has no object for them.
+        resumed_set: The folder of the resumed set; None without a resume.
+        timings: Seconds and bytes of each phase, see ``Timing``; ignored when reports are compared.
     """
 
     kind: str
@@ -80,13 +80,12 @@ class SourceRecord:
     Attributes:
         kind: The kind that read it.
         model: Path of names of the single model that it was read for.
-        file: Its name.
-        path: Where it was read.
-        digest: Of the whole file, where it is known: ``xxh3_128:...`` or ``sha256:...``.
-        origin: What the kind said of it: run_id, stage_name, tag, iteration.
-        continues: Whether it belongs to the run itself, which went on from there; such a step is no ancestor.
-        verified: By what its bytes were verified before they were used, as ``LoadedFile`` says it; not known of files
-            that earlier runs read.
+        file: Name of the file.
+        path: Path of the file when it was read.
+        digest: Digest of the complete file, ``xxh3_128:...`` or ``sha256:...``; None if unknown.
+        origin: The origin that the kind reported: run_id, stage_name, tag, iteration.
+        continues: Whether it is a file of the same run, which was resumed; such a file is not an ancestor.
+        verified: How its bytes were verified, see ``LoadedFile``; empty for files that earlier runs read.
     """
 
     kind: str
@@ -101,20 +100,20 @@ class SourceRecord:
 
 @attrs.frozen
 class TensorRecord:
-    """Where one entry of a model got its value.
+    """The origin of one entry of a model.
 
     Attributes:
         model: Path of names of the single model.
-        name: Its name there.
+        name: Name of the entry in it.
         is_parameter: False for buffers and extra state.
-        source: Number of its file in ``InitReport.sources``; None: it is fresh, and ``rule`` may say why.
-        keys: Its names in the file, several where they were put together.
-        digests: Of the bytes of each of them, where a manifest says so.
-        rule: The config line responsible; None where the name is the same on both sides.
-        steps: What was done on the way, as a config writes it.
-        tied_to: The first name of the same parameter in this model, where this is another name of it.
-        is_partial: Whether some of its elements stayed the model's own, as new rows of a padded embedding do.
-        ancestors: Where its values came from before, the latest first, as far as the runs kept record: (file, names).
+        source: Index of its file in ``InitReport.sources``; None: it was not loaded, and ``rule`` may give the reason.
+        keys: Its names in the file; several if they were joined.
+        digests: Recorded digests of the bytes of each key; None for a key without a record.
+        rule: The responsible line of the config; None if both names are equal and no rule applied.
+        steps: The transforms that were applied, in the form of a config.
+        tied_to: The first name of the same parameter in this model, if this is a further name of it.
+        is_partial: Whether some elements kept the values of the model, such as new rows of a padded embedding.
+        ancestors: (index of a file, names) of earlier origins, the latest first, as far as earlier runs recorded them.
     """
 
     model: str
@@ -131,22 +130,21 @@ class TensorRecord:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether its value, and all of it, came from a checkpoint."""
+        """Whether all its elements came from a checkpoint."""
         return self.source is not None and not self.is_partial
 
 
 @attrs.frozen(repr=False)
 class InitReport(Shown):
-    """What ``InitializerStack.initialize`` did.
+    """The result of ``InitializerStack.initialize``; frozen data that can be pickled.
 
     Attributes:
         start: The iteration at which training starts.
-        initializers: One report each, in the order of the config.
-        auto_resume: What ``auto_resume`` decided and why; empty where it was not asked for.
-        sources: The files that values came from, those of earlier runs behind the ones that were read now.
-        tensors: Every entry of the model, and where its value came from.
-        training: The id that the training gets if it is a new one: if the set that it goes on from is of another run
-            or stage, or if there is none.
+        initializers: One report for each initializer, in the order of the config.
+        auto_resume: The decision of ``auto_resume`` and its reason; empty without ``auto_resume``.
+        sources: The files that values came from: first those that were read now, then those of earlier runs.
+        tensors: The origin of every entry of the model.
+        training: The id of the training if it is a new one: nothing was resumed, or a set of another run or stage.
     """
 
     start: TrainingIteration
@@ -158,13 +156,14 @@ class InitReport(Shown):
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        """Seconds and bytes of each phase, over all initializers; see ``Timing``. They are not kept beside sets."""
+        """Seconds and bytes of each phase, summed over all initializers; see ``Timing``. They are not saved with
+        sets."""
         return summed(one for report in self.initializers for one in report.timings)
 
     def lineage(self) -> list[dict[str, Any]]:
-        """Where the weights came from, as plain data for the manifests of this run.
+        """Return the origin of the weights as plain data for the manifests of this run.
 
-        What was resumed also says the set's folder, ``set``, and the names of the sets that were passed over.
+        The entry of a resume also has the folder of the set (``set``) and the names of the sets passed over.
         """
         return [
             {"kind": report.kind, "model": model, "origin": origin, "file": file, **_resumed(report)}
@@ -173,16 +172,16 @@ class InitReport(Shown):
         ]
 
     def loaded_parameters(self, model: str | None = None) -> tuple[str, ...]:
-        """Names of the parameters that came from a checkpoint, for groups of an optimizer and for freezing.
+        """Return the names of parameters that came from a checkpoint, such as for optimizer groups or freezing.
 
         Args:
-            model: Path of one single model, such as ``autoenc.encoder``: its names. None: of all; those of a composite
-                with the path below it in front, as in ``encoder.norm.weight``.
+            model: Path of one single model, such as ``autoenc.encoder``. None: all models; in a composite, the names
+                start with the path below it, as in ``encoder.norm.weight``.
         """
         return self._names(model, loaded=True)
 
     def fresh_parameters(self, model: str | None = None) -> tuple[str, ...]:
-        """Names of the parameters that came not, or not as a whole, from a checkpoint; see ``loaded_parameters``."""
+        """Return the names of parameters that came from no checkpoint, or only partly; see ``loaded_parameters``."""
         return self._names(model, loaded=False)
 
     def _names(self, model: str | None, *, loaded: bool) -> tuple[str, ...]:
@@ -200,12 +199,13 @@ class InitReport(Shown):
         return tuple(f"{below[record.model]}.{record.name}".lstrip(".") for record in chosen)
 
     def provenance(self) -> dict[str, Any]:
-        """Where the tensors of this run came from, as plain data; ``CheckpointWriter`` keeps it beside every set.
+        """Return the origin of all tensors of this run as plain data; ``CheckpointWriter`` saves it beside every set.
 
-        A run that was killed and went on has the origin that it had before.
+        A run that was interrupted and resumed keeps the origin that it had before.
         """
         records = []
         for record in self.tensors:
+            # A resume reads a file of the run itself, whose record has the real origin as its first ancestor.
             while record.source is not None and self.sources[record.source].continues:
                 source, keys = record.ancestors[0] if record.ancestors else (None, ())
                 record = attrs.evolve(
@@ -218,7 +218,7 @@ class InitReport(Shown):
         return [{**attrs.asdict(source), "origin": dict(source.origin)} for source in self.sources]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data; ``version`` changes when a field changes its meaning."""
+        """Return the report as plain data; ``version`` changes when a field changes its meaning."""
         data = attrs.asdict(self, filter=lambda attribute, _value: attribute.name not in ("sources", "tensors"))
         data["start"] = self.start.to_mapping()
         tensors = [attrs.asdict(record) for record in self.tensors]
@@ -232,7 +232,7 @@ class InitReport(Shown):
         }
 
     def to_json(self) -> str:
-        """``to_dict`` as text."""
+        """Return ``to_dict()`` as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
@@ -240,8 +240,8 @@ class InitReport(Shown):
         for report in self.initializers:
             counts = counts_in_words(report.counts)
             sources = "; ".join(f"{model} <- {origin}" for model, origin, _file in report.origins)
-            said = "; ".join(filter(None, (counts, *report.restored)))
-            lines.append(f"{report.kind}: {sources or 'no files'}" + (f" ({said})" if said else ""))
+            done = "; ".join(filter(None, (counts, *report.restored)))
+            lines.append(f"{report.kind}: {sources or 'no files'}" + (f" ({done})" if done else ""))
             lines.extend(f"  passed over {name}: {reason}" for name, reason in report.passed_over)
             lines.extend(f"  not restored: {what}" for what in report.not_restored)
         return "\n".join(map(one_line, lines))
@@ -254,9 +254,9 @@ def _resumed(report: InitializerReport) -> dict[str, Any]:
 
 
 def histories(values: Mapping[str, Any]) -> dict[str, History]:
-    """Path of a single model -> name -> where its values came from, out of ``InitReport.provenance`` as it was kept.
+    """Parse saved data of ``InitReport.provenance``: path of a single model -> name -> origins of its values.
 
-    Raises ``ValueError`` or one of its kin (``KeyError``, ``TypeError``) for values that are none.
+    Raises ``ValueError``, ``KeyError``, ``TypeError``, ``IndexError`` or ``AttributeError`` for malformed data.
     """
     if values["format"] != PROVENANCE_FORMAT or values["version"] > REPORT_VERSION:
         raise ValueError(f"format {values['format']!r}, version {values['version']!r} cannot be read")
@@ -272,7 +272,7 @@ def histories(values: Mapping[str, Any]) -> dict[str, History]:
         for one in values["sources"]
     ]
     if not all(isinstance(source.digest, str | None) for source in sources):
-        raise TypeError("a digest is no text")
+        raise TypeError("a digest is not a string")
     found: dict[str, History] = {}
     for record in values["tensors"]:
         steps = [] if record["source"] is None else [(record["source"], record["keys"]), *record["ancestors"]]
@@ -282,9 +282,9 @@ def histories(values: Mapping[str, Any]) -> dict[str, History]:
 
 
 def load_histories(found: CheckpointSet) -> dict[str, History]:
-    """Path of a single model -> name -> where its values came from; nothing where the set keeps no record.
+    """Read path of a single model -> name -> origins of its values; empty for a set without a record.
 
-    Raises ``CheckpointCorruptError`` for a record that is gone, damaged, or none.
+    Raises ``CheckpointCorruptError`` for a missing or damaged record.
     """
     expected = None if found.manifest is None else found.manifest.provenance
     if expected is None:
@@ -295,14 +295,13 @@ def load_histories(found: CheckpointSet) -> dict[str, History]:
         if digest_of(content) != expected:
             raise ValueError("its digest is not the one in the manifest")
         return histories(json.loads(content))
+    # The content may be damaged in any way, so parsing can fail with any of these.
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise CheckpointCorruptError(
-            f"{path} tells nothing of where the weights came from: {error}", path=path
-        ) from error
+        raise CheckpointCorruptError(f"{path}: the origin of the weights cannot be read: {error}", path=path) from error
 
 
 def read_histories(found: CheckpointSet) -> dict[str, History]:
-    """The same; a record that cannot be read is logged, and no reason not to load: weights are verified themselves."""
+    """Read the same, but log an error and return nothing: loading goes on, because weights are verified separately."""
     try:
         return load_histories(found)
     except CheckpointCorruptError as error:
@@ -311,11 +310,11 @@ def read_histories(found: CheckpointSet) -> dict[str, History]:
 
 
 def counts_in_words(counts: Mapping[str, int]) -> str:
-    """Numbers of rows by action, of a plan that was carried out: ``4 loaded, 2 kept; 2 of the file unused``."""
+    """Return the counts of an applied plan in words: ``4 loaded, 2 kept; 2 of the file unused``."""
     done = [f"{counts[action]:,} {word}" for action, word in _DONE.items() if counts.get(action)]
     unused = sum(counts.get(action, 0) for action in _UNUSED)
     others = [f"{count:,} {action}" for action, count in counts.items() if count and action not in (*_DONE, *_UNUSED)]
-    said = ", ".join([*done, *others])
+    words = ", ".join([*done, *others])
     if not unused:
-        return said
-    return f"{said}; {unused:,} of the file unused" if said else f"{unused:,} of the file unused"
+        return words
+    return f"{words}; {unused:,} of the file unused" if words else f"{unused:,} of the file unused"

@@ -1,4 +1,4 @@
-"""Why no set was selected, and the error that says so: what was asked, what there is, and the next step."""
+"""The reasons why no set was selected, and their errors: what was asked, what was found, and the next step."""
 
 from __future__ import annotations
 
@@ -25,32 +25,33 @@ from noether_init_core.sets.file_names import PART_NAMES, parse
 from noether_init_core.sets.places import runs, stages
 from noether_init_core.sets.snapshot import Snapshot
 
-#: What asks, hence what its config can say: a tag only, ``on_invalid`` besides, or ``on_invalid`` and no tag.
+#: The config that asks. ``tag`` can set a tag, ``resume`` a tag and ``on_invalid``, ``auto_resume`` only
+#: ``on_invalid``.
 AskedBy = Literal["tag", "resume", "auto_resume"]
 
 
 @attrs.frozen
 class NothingHere:
-    """There is no set at all: no such run or stage, or one without checkpoints."""
+    """There is no set: the run or stage does not exist, or has no checkpoints."""
 
 
 @attrs.frozen
 class NoSuchTag:
-    """There are sets, and none is meant by the tag."""
+    """There are sets, but no set has the tag."""
 
     tag: str
 
 
 @attrs.frozen
 class SeveralBest:
-    """``best`` could be any of these tags."""
+    """``best`` matches several tags."""
 
     tags: tuple[str, ...]
 
 
 @attrs.frozen
 class Missing:
-    """The set that is meant lacks a file: a wrong name, or a part that was never saved."""
+    """The selected set lacks a needed file: the name is wrong, or the part was never saved."""
 
     found: CheckpointSet
     tag: str
@@ -59,13 +60,13 @@ class Missing:
 
 @attrs.frozen
 class Broken:
-    """The set that is meant is damaged, or a newer one that cannot be read may be the one that is meant.
+    """The selected set is damaged, or a newer set that may match cannot be read.
 
     Attributes:
-        error: What is wrong with it.
-        good: The newest older set whose files are there.
-        may_walk_back: Whether ``on_invalid: previous`` leads to it.
-        saved_as: A tag, where ``good`` is the newest older set that has it, and not the newest of all.
+        error: The problem of the set.
+        good: The newest older set with all its files.
+        may_walk_back: Whether ``on_invalid: previous`` selects it.
+        saved_as: The tag of ``good``, if ``good`` is the newest older set with this tag but not the newest of all.
     """
 
     error: CheckpointError
@@ -76,7 +77,7 @@ class Broken:
 
 @attrs.frozen
 class LaterFlatFiles:
-    """Beside the committed sets there are files that go further, and not we wrote them."""
+    """Beside the committed sets there are flat files of later iterations that another program wrote."""
 
     newest: SetFolder
     later: tuple[tuple[CheckpointSet, TrainingIteration], ...]
@@ -84,7 +85,7 @@ class LaterFlatFiles:
 
 @attrs.frozen
 class NoGoodSet:
-    """Every set that could be walked back to is broken: name -> why."""
+    """Every set that was tried is broken: name -> reason."""
 
     tried: Mapping[str, str]
 
@@ -93,7 +94,7 @@ Refusal = NothingHere | NoSuchTag | SeveralBest | Missing | Broken | LaterFlatFi
 
 
 def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> CheckpointError:
-    """The error that says why nothing was selected from the snapshot, and what can be done."""
+    """Return the error for a refusal, with the sets on disk and the next step."""
     match refusal:
         case NothingHere():
             return _nothing_here(snapshot)
@@ -101,7 +102,7 @@ def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> C
             return _no_such_tag(snapshot, tag)
         case SeveralBest(tags):
             return AmbiguousCheckpointError(
-                f'"best" could be any of {", ".join(tags)}. Say which: checkpoint_tag: {tags[0]}',
+                f'"best" matches several tags: {", ".join(tags)}. Next: select one, such as checkpoint_tag: {tags[0]}',
                 path=snapshot.folder,
                 candidates=tags,
             )
@@ -116,15 +117,15 @@ def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> C
         case NoGoodSet(tried):
             reasons = "".join(f"\n- {name}: {reason}" for name, reason in tried.items())
             return NoGoodSetError(
-                f"{snapshot.folder} holds no set that can be resumed from; nothing was changed, and nothing was "
-                f"started anew. Tried, newest first:{reasons}\nNext: ninit verify {snapshot.folder}",
+                f"no set in {snapshot.folder} can be resumed; nothing was changed, and no new training was "
+                f"started. Tried, newest first:{reasons}\nNext: ninit verify {snapshot.folder}",
                 path=snapshot.folder,
                 tried=dict(tried),
             )
 
 
 def model_line(name: str, asked_by: AskedBy) -> str:
-    """The line of a config that says which model is meant."""
+    """Return the line of a config that selects the model ``name``."""
     return f"auto_resume: {{model_name: {name}}}" if asked_by == "auto_resume" else f"model_name: {name}"
 
 
@@ -136,30 +137,30 @@ def ways_on(
     may_walk_back: bool,
     saved_as: str = "",
 ) -> str:
-    """What can be done about a broken set: the same arguments as the fields of ``Broken``."""
+    """Return the next steps after a broken set; the arguments are the fields of ``Broken``."""
     ways = []
     by_itself = asked_by == "auto_resume"
     if good is not None:
         which = f"set saved as {saved_as}" if saved_as else "set"
-        said = f"The newest older {which} whose files are there is {good.name}"
-        said += f" ({good.folder.name})" if good.committed else ""
+        found = f"The newest older {which} with all its files is {good.name}"
+        found += f" ({good.folder.name})" if good.committed else ""
         if may_walk_back and asked_by != "tag":
             place = "beside auto_resume" if by_itself else "in this resume"
-            ways.append(f"on_invalid: previous {place} goes on from the newest good {which}")
-        if not by_itself and _is_meant_by_its_name(snapshot, good):
+            ways.append(f"on_invalid: previous {place} continues from the newest good {which}")
+        if not by_itself and _is_selected_by_its_name(snapshot, good):
             ways.append(f"checkpoint_tag: {good.name}")
     else:
-        said = "No older set is left"
+        found = "No older set was found"
         if by_itself:
-            ways.append("a new run_id starts anew")
+            ways.append("a new run_id starts a new training")
     if asked_by != "tag" or (good is not None and not ways):
         path = shlex.quote(str(snapshot.paths.checkpoint_path))
         ways.append(f"ninit verify {path} shows the state of every set")
-    return f"{said}. Next: {'; '.join(ways)}" if ways else said
+    return f"{found}. Next: {'; '.join(ways)}" if ways else found
 
 
-def _is_meant_by_its_name(snapshot: Snapshot, good: CheckpointSet) -> bool:
-    """The name of an iteration means the last set of it."""
+def _is_selected_by_its_name(snapshot: Snapshot, good: CheckpointSet) -> bool:
+    """Whether the tag of its iteration selects this set: no later set is of the same iteration."""
     if not good.committed or good.iteration is None:
         return True
     return not any(folder.sequence > (good.sequence or 0) for folder, _found in snapshot.heads(good.iteration))
@@ -171,35 +172,36 @@ def _nothing_here(snapshot: Snapshot) -> CheckpointNotFoundError:
     run_folder = paths.run_output_path if stage is None else root
     if not storage.is_folder(paths.output_root):
         return CheckpointNotFoundError(
-            f'run "{run}" was sought below {paths.output_root}, and there is no such folder: '
-            f"{paths.output_root.absolute()}. Next: say the folder of the runs with output_path:, or in PathProvider",
+            f'run "{run}" not found: its output root {paths.output_root} does not exist '
+            f"({paths.output_root.absolute()}). Next: set output_path: to the folder of the runs, or pass it to "
+            "PathProvider",
             path=paths.output_root,
             asked=run,
         )
     if not storage.is_folder(run_folder):
         names = runs(paths, storage)
         return CheckpointNotFoundError(
-            f'run "{run}" does not exist below {run_folder.parent}. {_near(run, names, "no run with checkpoints")}. '
+            f'run "{run}" not found below {run_folder.parent}. {_near(run, names, "no run with checkpoints")}. '
             f"Next: ninit inspect {run_folder.parent}",
             path=run_folder,
             asked=run,
             candidates=_by_nearness(run, names),
         )
     others = [name for name in stages(paths, run, storage) if name != stage]
-    said = [f'stage "{name}" has {_count(snapshot, name)}' for name in others]
-    meant: Sequence[str] = others[:1]
+    found = [f'stage "{name}" has {_count(snapshot, name)}' for name in others]
+    candidates: Sequence[str] = others[:1]
     if stage is None:
-        what, advice = f'run "{run}" has no checkpoints itself', "Add"
+        what, advice = f'run "{run}" itself has no checkpoints', "Next"
     else:
         own = _count(snapshot, None)
         if own != "no sets":
-            said.insert(0, f"the run itself has {own}. Leave out stage_name")
+            found.insert(0, f"the run itself has {own} (without stage_name)")
         exists = storage.is_folder(paths.checkpoint_path)
         what = f'stage "{stage}" of run "{run}" has no checkpoints' if exists else f'run "{run}" has no stage "{stage}"'
-        meant, advice = near(stage, others, cutoff=0.5), "Did you mean"
+        candidates, advice = near(stage, others, cutoff=0.5), "Did you mean"
     return CheckpointNotFoundError(
-        f"{what}; {'; '.join(said) or f'looked in {paths.checkpoint_path}'}"
-        + (f". {advice}: stage_name: {meant[0]}" if meant else "")
+        f"{what}; {'; '.join(found) or f'searched in {paths.checkpoint_path}'}"
+        + (f". {advice}: stage_name: {candidates[0]}" if candidates else "")
         + _unfinished(snapshot.uncommitted()),
         path=paths.checkpoint_path,
         asked=run if stage is None else stage,
@@ -215,18 +217,19 @@ def _count(snapshot: Snapshot, stage: str | None) -> str:
 def _no_such_tag(snapshot: Snapshot, tag: str) -> CheckpointNotFoundError:
     tags = snapshot.tags()
     unfinished = snapshot.uncommitted()
+    # An interrupted save of this iteration is probably the reason for the question.
     cut = [name for name in unfinished if name.partition("_")[2] == tag]
     found = ""
     if cut:
-        found = f"the save of {cut[-1]} was never finished (uncommitted). "
+        found = f"The save of {cut[-1]} was interrupted (uncommitted). "
     elif any(one.name == tag for one in snapshot.flat):
-        found = "There are flat files of it, which are not read beside committed sets (kind: file reads one). "
+        found = "Flat files with this tag are not read beside committed sets (kind: file reads one). "
     elif tag == "best":
         whose = "of these models " if any(one.startswith("best_model.") for one in tags) else ""
         found = f"No set {whose}was saved under a best_model.* tag. "
     elif tag.isascii() and tag.isdigit():
         found = f"An iteration is written E{tag}, U{tag} or {{epoch: {tag}}}. "
-    # nothing is near to best: latest only looks alike
+    # No hint for "best": its nearest tag would be "latest", which is something else.
     there = _near("" if tag == "best" else tag, _by_nearness(tag, tags), "no tags")
     return CheckpointNotFoundError(
         f'{_where(snapshot)} has no checkpoint "{tag}". {found}{there}'
@@ -243,28 +246,29 @@ def _later_flat_files(snapshot: Snapshot, refusal: LaterFlatFiles, asked_by: Ask
     names = ", ".join(f"*_cp={flat.name}_*.th" for flat, _ in refusal.later)
     if asked_by == "auto_resume":
         go_on = (
-            f"if nobody needs them, remove {names}; to go on from the committed set all the same, in place of "
-            f"auto_resume an initializer - {{kind: resume, checkpoint_tag: {newest.iteration}}}"
+            f"remove {names} if they are not needed; or, to resume the committed set, replace auto_resume by the "
+            f"initializer - {{kind: resume, checkpoint_tag: {newest.iteration}}}"
         )
     else:
         go_on = (
-            f"checkpoint_tag: {newest.iteration} to go on from the committed set; or kind: file for one of the flat "
-            f"files; if nobody needs them, remove {names}"
+            f"checkpoint_tag: {newest.iteration} to resume the committed set; or kind: file for one of the flat "
+            f"files; or remove {names} if they are not needed"
         )
     return AmbiguousCheckpointError(
-        f"{snapshot.folder} holds flat files {first.files[0].path.name} of {iteration}, later than the newest "
-        f"committed set {newest.name}, and they are not as a save of ours left them: either another program has "
-        f"gone on from here, or the set that they belonged to was removed. Next: {go_on}",
+        f"{snapshot.folder} has flat files of {iteration} ({first.files[0].path.name}), later than the newest "
+        f"committed set {newest.name}. noether-init-core did not write them in this form: another program may have "
+        f"continued the run, or their set was removed. Next: {go_on}",
         path=snapshot.folder,
         candidates=(str(newest.iteration), first.name),
     )
 
 
 def several_models(snapshot: Snapshot, names: Sequence[str], asked_by: AskedBy) -> AmbiguousCheckpointError:
-    """There are trainer files of several models, and none was named."""
+    """Return the error for a resume without ``model_name`` in a run with trainer files of several models."""
     path = snapshot.paths.checkpoint_path
     return AmbiguousCheckpointError(
-        f"{path} has trainer files of several models: {', '.join(names)}. Add: {model_line(names[0], asked_by)}",
+        f"{path} has trainer files of several models: {', '.join(names)}. Next: select one, such as "
+        f"{model_line(names[0], asked_by)}",
         path=path,
         candidates=names,
     )
@@ -272,7 +276,7 @@ def several_models(snapshot: Snapshot, names: Sequence[str], asked_by: AskedBy) 
 
 @attrs.frozen
 class _Lack:
-    """What a set lacks, why, and where it is instead."""
+    """The error for a set that lacks a needed file, with the sets that have it."""
 
     snapshot: Snapshot
     asked_by: AskedBy
@@ -288,7 +292,8 @@ class _Lack:
         what = PART_NAMES[need.part]
         if need.model is None and len(plain) > 1:
             return AmbiguousCheckpointError(
-                f'"{self.shown}" has {what} of {", ".join(plain)}. Say which: {model_line(plain[0], self.asked_by)}',
+                f'"{self.shown}" has {what} of several models: {", ".join(plain)}. Next: select one, such as '
+                f"{model_line(plain[0], self.asked_by)}",
                 path=found.folder,
                 candidates=plain,
             )
@@ -314,7 +319,7 @@ class _Lack:
         infos = self.found.infos(need.model)
         there = ", ".join((*(["plain weights"] if self.found.file(need.model, "model") else []), *infos))
         asked = f'with model_info "{need.info}"' if need.info is not None else "without model_info"
-        advice = f"Add: model_info: {infos[0]}" if infos else "Leave out model_info"
+        advice = f"Next: model_info: {infos[0]}" if infos else "Next: leave out model_info"
         return CheckpointNotFoundError(
             f'"{self.shown}" has no weights of {need.model} {asked}; it has {there}. {advice}'
             + self._others_with()
@@ -333,30 +338,32 @@ class _Lack:
         if named and need.model is not None:
             holds = f"has no {PART_NAMES[need.part]} of {need.model}, only of {listed(named, 8)}"
         complete = self._complete()
-        advice = f"Resume from {self._alternatives(complete)}" if complete else "No other set has everything"
+        advice = f"Next: resume from {self._alternatives(complete)}" if complete else "No other set is complete. Next"
+        join = "; " if complete else ": "
         if need.part == "optim" and found.manifest is not None and need.model in found.manifest.frozen:
-            holds += f": {need.model} was frozen when it was saved, so its optimizer was left out"
-            advice += "; with a fresh optimizer: load_optim: false"
+            holds += f": {need.model} was frozen at the save, so its optimizer was not saved"
+            advice, join = f"{advice}{join}load_optim: false uses a fresh optimizer", "; "
         if need.part != "model":
-            advice += "; weights alone: kind: previous_run"
+            advice, join = f"{advice}{join}kind: previous_run loads weights only", "; "
+        advice = advice.removesuffix(" Next")
         return IncompleteSetError(
             f'"{self.shown}" {holds}. {advice}{_irregular(self.snapshot)}',
             path=found.folder,
             asked=self.tag,
             missing=missing,
-            candidates=[tag for one in complete for tag in self.snapshot.meant_by[one.place]],
+            candidates=[tag for one in complete for tag in self.snapshot.selected_by[one.place]],
         )
 
     def _complete(self) -> list[CheckpointSet]:
-        """Sets that have everything: those of the same iteration first, then ``latest``, then the newest.
+        """Return the complete sets: those of the same iteration first, then ``latest``, then the newest.
 
-        One whose name means a later set of its iteration is no advice.
+        Sets whose iteration tag selects a later set are left out, because the advice would not lead to them.
         """
-        meant_by = self.snapshot.meant_by
-        others = (one for one in self.snapshot.sets()[::-1] if one != self.found and one.name in meant_by[one.place])
+        selected_by = self.snapshot.selected_by
+        others = (one for one in self.snapshot.sets()[::-1] if one != self.found and one.name in selected_by[one.place])
         sets = [one for one in others if all(map(one.has, self.needs))]
         same = self._iteration()
-        sets.sort(key=lambda one: "latest" not in self.snapshot.meant_by[one.place])
+        sets.sort(key=lambda one: "latest" not in self.snapshot.selected_by[one.place])
         sets.sort(key=lambda one: same is None or one.iteration != same)
         return sets
 
@@ -365,33 +372,33 @@ class _Lack:
         names = []
         for one in complete[:3]:
             is_same = same is not None and one.iteration == same
-            name = "latest" if "latest" in self.snapshot.meant_by[one.place] and not is_same else one.name
+            name = "latest" if "latest" in self.snapshot.selected_by[one.place] and not is_same else one.name
             names.append(f"{name} (same iteration)" if is_same else name)
         return " or ".join(names)
 
     def _iteration(self) -> object:
         try:
             return self.snapshot.iteration_of(self.found)
-        except CheckpointError:  # advice only; what is wrong with the file is said when it is read
+        except CheckpointError:  # only needed for advice; reading the file reports its problem
             return None
 
     def _where_else(self, asked: str, named: Sequence[str]) -> str:
-        """Where a model is that this set has not: in other sets, else perhaps under another name."""
+        """Return advice for a model that this set lacks: another set, or another name."""
         elsewhere = sorted({name for one in self.snapshot.sets() for name in one.models("model")})
         alike = [name for name in near(asked, named, 1, cutoff=0.5) or near(asked, elsewhere, 1) if name != asked]
         tags = self._tags_with()
         if tags:
-            return f"Add: checkpoint_tag: {tags[0]}{self._others_with()}"
+            return f"Next: checkpoint_tag: {tags[0]}{self._others_with()}"
         if alike:
-            return f"Add: {model_line(alike[0], self.asked_by)}"
-        return f"If that is the same model under another name, add: {model_line(named[0], self.asked_by)}"
+            return f"Next: {model_line(alike[0], self.asked_by)}"
+        return f"Next, if it is the same model under another name: {model_line(named[0], self.asked_by)}"
 
     def _others_with(self) -> str:
         tags = self._tags_with()
-        return f". Other sets have it: {listed(tags, 8)}" if tags else ""
+        return f". Found in other sets: {listed(tags, 8)}" if tags else ""
 
     def _tags_with(self) -> list[str]:
-        """Names of other sets that have everything; the tag that was asked for is no advice."""
+        """Return the names of other complete sets, without the requested tag."""
         return [one.name for one in self._complete() if one.name != self.shown]
 
 
@@ -401,19 +408,19 @@ def _where(snapshot: Snapshot) -> str:
 
 
 def _unfinished(names: Sequence[str]) -> str:
-    return f". Uncommitted, never picked: {listed(names, 8)}" if names else ""
+    return f". Uncommitted, never selected: {listed(names, 8)}" if names else ""
 
 
 def _irregular(snapshot: Snapshot) -> str:
-    """Names of checkpoints that are no regular files: FIFOs, folders, dangling links."""
+    """Return a note on names of checkpoints that are not regular files: FIFOs, folders, dangling links."""
     storage, folder = snapshot.storage, snapshot.folder
     try:
         odd = sorted(
             name for name in storage.list_folder(folder) if parse(name) and storage.size_of(Path(folder, name)) is None
         )
-    except OSError:  # advice only
+    except OSError:  # only needed for a note
         return ""
-    return f". No regular files, ignored: {listed(odd, 8)}" if odd else ""
+    return f". Not regular files, ignored: {listed(odd, 8)}" if odd else ""
 
 
 def _by_nearness(asked: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -424,7 +431,7 @@ def _by_nearness(asked: str, names: Sequence[str]) -> tuple[str, ...]:
 def _near(asked: str, names: Sequence[str], nothing: str) -> str:
     alike = near(asked, names, cutoff=0.5)
     return (
-        (f"Near: {', '.join(alike)}. " if alike else "") + f"It has: {listed(names, 8)}"
+        (f"Near: {', '.join(alike)}. " if alike else "") + f"Found: {listed(names, 8)}"
         if names
-        else (f"It has {nothing}")
+        else (f"Found: {nothing}")
     )

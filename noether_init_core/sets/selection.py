@@ -1,4 +1,4 @@
-"""Which set a query means: a pure decision over a snapshot; asked again where the folder changes meanwhile."""
+"""Select the set for a query: a pure decision over a snapshot, repeated if the folder changes meanwhile."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from noether_init_core.sets.snapshot import Snapshot
 _BEST = ("best_model.", "best.")
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 T = TypeVar("T")
-#: How often sets are listed anew before an error is believed.
+#: How often the sets are listed again before an error is raised: a writer may commit and remove sets meanwhile.
 _LOOKS = 5
 
 
 @attrs.frozen
 class Policy:
-    """How a query is answered.
+    """Options of a selection.
 
     Attributes:
-        any_tag: The newest set that has a trainer file is meant, whatever its tags (``auto_resume``).
-        walk_back: An open tag leads from a broken set to the newest good set before it.
-        root: Model whose sets are preferred complete.
-        parts: For a query that several sets match, and for walking back, sets count that have every file of ``root``
-            of these parts that some set has; unless no set has all of them.
+        any_tag: Select the newest set with a trainer file, independent of its tags (``auto_resume``).
+        walk_back: If the selected set of an open tag is broken, select the newest good set before it.
+        root: The model whose complete sets are preferred.
+        parts: If several sets match, and for walking back, a set must have every file of ``root`` of these parts that
+            any set has. This is ignored if no set has all of them.
     """
 
     any_tag: bool = False
@@ -59,9 +59,7 @@ _PLAIN = Policy()
 
 @attrs.frozen
 class Selected:
-    """The set that is meant; (set, why) of each that was passed over on the way back to it, newest first; what it was
-    selected from.
-    """
+    """A selected set, (set, reason) of each broken set that was passed over, newest first, and the snapshot."""
 
     found: CheckpointSet
     passed_over: tuple[tuple[str, str], ...]
@@ -75,37 +73,42 @@ def select(
     policy: Policy = _PLAIN,
     broken: Mapping[str, str] = _NOTHING,
 ) -> Selected | Refusal:
-    """The set that ``query`` means, with every file that is needed.
+    """Select the set for ``query`` that has every needed file, or return the reason why there is no such set.
 
-    Newest is the highest sequence of the committed sets; where there is none, the latest iteration of flat files. A
-    text means the newest set saved under it that has any of the models needed: others can be saved into the run by
-    themselves. Unless such a set was saved under just that text, ``best`` stands for the only ``best_model.*`` (or
-    ``best.*``) that they have, ``best.loss`` for ``best_model.loss``. A full iteration means its newest set that has
-    all of the models; one field of it (``E10``) the newest match that has everything needed. Beside committed sets,
-    flat files are not read; where they are later, no set is chosen automatically.
+    The newest set is the committed one with the highest sequence; without committed sets, the flat files of the latest
+    iteration. A query selects:
 
-    With ``policy.walk_back``, an open tag means what it means, and then every older set, of the models needed, in turn.
-    What a set with an unreadable manifest was tagged cannot be known: newer ones are passed over, and do not make the
-    tag mean a set that never had it; only where no readable set has the tag, every set before the newest unreadable
-    one comes. Of flat files only the plain ``E.._U.._S..`` come, none later than what some file of the first one says.
+    - a literal tag: the newest set with this tag and any of the needed models, because models can be saved separately;
+    - ``best``: the only ``best_model.*`` or ``best.*`` tag, unless a set has the literal tag ``best``; likewise
+      ``best.loss`` is ``best_model.loss``;
+    - a full iteration: its newest set that has all needed models;
+    - a partial iteration (``E10``): the newest match that has every needed file.
+
+    If committed sets exist, flat files are not read. If flat files are later than those, nothing is selected
+    automatically.
+
+    With ``policy.walk_back``, older sets of the needed models are tried after the selected one. The tags of a set with
+    an unreadable manifest are unknown. If a readable set has the tag, only newer unreadable sets are passed over. If no
+    readable set has it, every set before the newest unreadable one is tried. Of flat files, plain ``E.._U.._S..`` sets
+    are tried that are not later than the files of the first one.
 
     Args:
-        snapshot: What is there.
-        query: What is asked for.
+        snapshot: The sets on disk.
+        query: The query.
         needs: The files that the set must have.
-        policy: How the query is answered.
-        broken: Name of a set -> what the caller has found wrong with it. Walking back passes over these.
+        policy: Options of the selection.
+        broken: Name of a set -> problem that the caller has found. Walking back passes over these.
     """
     return _Question(snapshot, query, tuple(needs), policy, broken).answer()
 
 
-#: Name and sequence (0 for flat files) of a set, and the set, or why it cannot be read.
+#: Name and sequence (0 for flat files) of a set, and the set or the error of reading it.
 _Step = tuple[str, int, CheckpointSet | CheckpointError]
 
 
 @attrs.frozen
 class _Question:
-    """One question; the answer is put together from these steps, none of which changes anything."""
+    """The arguments of ``select``, and the steps of the decision; no step has effects."""
 
     snapshot: Snapshot
     query: Query
@@ -117,6 +120,8 @@ class _Question:
         newest = self.snapshot.newest_folder
         if newest is None and not self.snapshot.flat:
             return NothingHere()
+        # Another program may have continued the run without manifests. To resume the older committed set would lose its
+        # training silently.
         if newest is not None and (self.query.automatic or self.policy.any_tag):
             later = self.snapshot.later_flat
             if later:
@@ -126,7 +131,7 @@ class _Question:
             first = next(steps, None)
             if first is not None:
                 return self._walk_back(itertools.chain([first], steps))
-        return self._meant()
+        return self._selected()
 
     @property
     def _models(self) -> frozenset[str]:
@@ -134,12 +139,12 @@ class _Question:
 
     @property
     def _is_choosy(self) -> bool:
-        """Whether the newest set that has everything is meant, and not one certain set."""
+        """Whether the newest set with every needed file is selected, instead of one certain set."""
         return self.policy.any_tag or self.query.is_minimal
 
     @property
     def _everything(self) -> tuple[Need, ...]:
-        """What is needed, and what sets of the policy's model have at best; that, unless no set has all of it."""
+        """The needed files and those of ``policy.parts``; only the needed ones if no set has all of them."""
         root = self.policy.root
         if root is None:
             return self.needs
@@ -152,9 +157,9 @@ class _Question:
         sets = self._readable([])
         return everything if any(all(map(one.has, everything)) for one in sets) else self.needs
 
-    def _meant(self) -> Selected | Refusal:
-        """The one set that is meant, or why there is none; a set that cannot be read is never passed over."""
-        text = self._meant_tag()
+    def _selected(self) -> Selected | Refusal:
+        """Select without walking back; an unreadable set that may match is an error, never passed over."""
+        text = self._literal_tag()
         if isinstance(text, SeveralBest):
             return text
         needs = self._everything if self.query.is_minimal and not self.policy.any_tag else self.needs
@@ -185,10 +190,10 @@ class _Question:
         return Selected(chosen, (), self.snapshot)
 
     def _readable(self, errors: list[tuple[int, CheckpointError]]) -> Iterator[CheckpointSet]:
-        """Sets that the iteration of the query allows, newest first; those that cannot be read go to ``errors``."""
+        """Yield sets that match the iteration of the query, newest first; errors of reading are added to ``errors``."""
         iteration = None if self.policy.any_tag else self.query.iteration
         if self.snapshot.newest_folder is None:
-            yield from (one for one in self.snapshot.flat if self._may_mean(one.iteration))
+            yield from (one for one in self.snapshot.flat if self._can_select(one.iteration))
             return
         for folder, found in self.snapshot.heads(iteration):
             if isinstance(found, CheckpointError):
@@ -197,7 +202,7 @@ class _Question:
                 yield found
 
     def _is_asked_for(self, found: CheckpointSet, needs: Sequence[Need]) -> bool:
-        """Whether the set is the one that is meant, of those that have the tag or match the iteration."""
+        """Whether a set with the right tag or iteration is the one to select, by its models and files."""
         if self._is_choosy:
             return all(found.has(need) for need in needs)
         if not found.committed or self.query.iteration is None:
@@ -211,8 +216,8 @@ class _Question:
             return Broken(error, self.snapshot.newest_flat(self._models, []), may_walk_back=True)
         return NothingHere() if found is None else Selected(found, (), self.snapshot)
 
-    def _meant_tag(self) -> str | SeveralBest:
-        """The tag to look for; empty where none decides. ``best`` is that of the models and their parts."""
+    def _literal_tag(self) -> str | SeveralBest:
+        """Return the tag to search for, with ``best`` resolved; empty if no tag decides."""
         text = self.query.text
         if self.policy.any_tag or self.query.iteration is not None:
             return ""
@@ -233,17 +238,17 @@ class _Question:
         return SeveralBest(found) if len(found) > 1 else next(iter(found), text)
 
     def _broken(self, sequence: int, error: CheckpointError, chosen: CheckpointSet | None) -> Broken:
-        """``sequence`` is that of the broken set; ``chosen`` the newest that is known to be meant."""
-        # an open text leads back to the newest set that has the tag, if one can be read
+        """Return the refusal. ``sequence``: of the broken set; ``chosen``: the newest readable set that matches."""
+        # An open tag leads back to the newest readable set with this tag, even if newer unreadable sets exist.
         is_open = self.query.text in FOLLOWING and chosen is not None and not self.policy.any_tag
         below = (chosen.sequence or 0) + 1 if is_open and chosen and sequence > (chosen.sequence or 0) else sequence
         good = self.snapshot.newest_good(self._models, below)
-        may_walk_back = self.query.automatic and good is not None and self._may_mean(good.iteration)
+        may_walk_back = self.query.automatic and good is not None and self._can_select(good.iteration)
         newest = good if below == sequence else self.snapshot.newest_good(self._models, sequence)
         return Broken(error, good, may_walk_back, self.query.text if is_open and good != newest else "")
 
-    def _may_mean(self, iteration: TrainingIteration | None) -> bool:
-        return self.policy.any_tag or self.query.may_mean(iteration)
+    def _can_select(self, iteration: TrainingIteration | None) -> bool:
+        return self.policy.any_tag or self.query.can_select(iteration)
 
     # Walking back.
 
@@ -252,7 +257,7 @@ class _Question:
         incomplete: CheckpointSet | None = None
         for name, sequence, found in steps:
             if isinstance(found, CheckpointError):
-                # a set of a newer release, or one that cannot be reached, is not broken
+                # A set of a newer release, or one on a failing disk, may be good: to pass over it would lose training.
                 if is_out_of_reach(found) or (sequence and isinstance(found, CheckpointFormatError)):
                     return self._broken(sequence, found, None)
                 tried[name] = str(found)
@@ -275,12 +280,12 @@ class _Question:
         return NoGoodSet(tried)
 
     def _steps_back(self) -> Iterator[_Step]:
-        """Committed sets: what the query means, then what to walk back to. None where nothing is meant."""
+        """Yield the committed set of the query, then older sets to walk back to; nothing if no set matches."""
         heads = self.snapshot.heads(None if self.policy.any_tag else self.query.iteration)
         steps = (
             (one.name, one.sequence, found)
             for one, found in heads
-            # of which models an unreadable set is cannot be known
+            # The models of an unreadable set are unknown, so it counts as a match.
             if isinstance(found, CheckpointError) or found.is_of(self._models)
         )
         if self._is_choosy:
@@ -290,7 +295,7 @@ class _Question:
         for step in steps:
             found = step[-1]
             if isinstance(found, CheckpointSet) and self.query.text in found.tags:
-                # A set that never had the tag is not meant by it, whatever the unreadable ones had.
+                # Newer readable sets without the tag are left out; newer unreadable ones may have it.
                 yield from (one for one in above if isinstance(one[-1], CheckpointError))
                 yield step
                 yield from steps
@@ -300,24 +305,24 @@ class _Question:
         yield from above
 
     def _flat_steps_back(self) -> Iterator[_Step]:
-        """The same for sets of flat files."""
+        """Yield the sets of flat files in the same way."""
         if self.policy.any_tag:
             unreadable: list[tuple[str, CheckpointError]] = []
             first = self.snapshot.newest_flat(self._models, unreadable)
             yield from ((name, 0, error) for name, error in unreadable)
         else:
             text = "" if self.query.is_minimal else self.query.text
-            matching = (one for one in self.snapshot.flat if self.query.may_mean(one.iteration))
+            matching = (one for one in self.snapshot.flat if self.query.can_select(one.iteration))
             first = next((one for one in matching if text in ("", *one.tags)), None)
         if first is None:
             return
         yield first.name, 0, first
         for one in self.snapshot.flat_before(first):
-            if self.query.may_mean(one.iteration):
+            if self.query.can_select(one.iteration):
                 yield one.name, 0, one
 
 
-# The same on the disk, which changes meanwhile; an error where no set can be told.
+# The selection on a disk that may change meanwhile. A refusal becomes an error.
 
 
 @no_garbage_collection()
@@ -330,27 +335,29 @@ def find_set(
     broken: Mapping[str, str] = _NOTHING,
     asked_by: AskedBy = "tag",
 ) -> Selected:
-    """The set that ``tag`` means, with every file that is needed; what that is, ``select`` says.
+    """Select the set for ``tag`` that has every needed file; see ``select`` for the rules.
 
-    A writer may commit or retire sets meanwhile: then it is asked again, of a new snapshot, which ``Selected`` holds.
+    It only reads, so it may be called while a run saves. If a writer commits or removes sets meanwhile, the selection
+    is repeated on a new snapshot, which ``Selected.snapshot`` holds.
 
     Args:
-        snapshot: What is there.
-        tag: None (``latest``), a tag as it was saved, ``best`` or ``best.<metric>``, or an iteration as text or
-            mapping: ``E10_U100_S200``, or one field of it (``E10``, ``{"epoch": 10}``).
+        snapshot: The sets on disk.
+        tag: None (``latest``), a literal tag, ``best`` or ``best.<metric>``, or an iteration as string or mapping:
+            ``E10_U100_S200``, or one field (``E10``, ``{"epoch": 10}``).
         needs: The files that the set must have.
-        policy: How it is answered.
-        broken: Sets that the caller has found broken.
-        asked_by: Who asks; errors advise what its config can say.
+        policy: Options of the selection.
+        broken: Name of a set -> problem that the caller has found.
+        asked_by: The kind of config that asks; errors advise lines for it.
 
     Raises:
-        ConfigError: ``tag`` is none.
-        CheckpointNotFoundError: The run, stage, tag, model or info does not exist; what exists is listed.
-        IncompleteSetError: The set lacks a part; sets that have everything are listed.
-        AmbiguousCheckpointError: ``best`` with several metrics; several models for a need without a name; flat files of
-            a later iteration than the newest committed set, unless one set is asked for by name.
-        CheckpointCorruptError: The manifest is broken, or files are missing or cut short. ``CheckpointFormatError``:
-            another release wrote it. ``NoGoodSetError``: so it is with every set that could be walked back to.
+        ConfigError: ``tag`` is invalid.
+        CheckpointNotFoundError: The run, stage, tag, model or info does not exist; the message lists what exists.
+        IncompleteSetError: The set lacks a part; the message lists complete sets.
+        AmbiguousCheckpointError: ``best`` matches several metrics. Several models match a need without a name. Flat
+            files are later than the newest committed set, and the tag does not name one set.
+        CheckpointCorruptError: The manifest is damaged, or files are missing or truncated.
+        CheckpointFormatError: Another release wrote the manifest.
+        NoGoodSetError: No set to walk back to is good.
     """
     return _selected(*_ask(snapshot, Query.of(tag), needs, policy, broken), asked_by)
 
@@ -358,9 +365,11 @@ def find_set(
 def _ask(
     snapshot: Snapshot, query: Query, needs: Sequence[Need], policy: Policy, broken: Mapping[str, str]
 ) -> tuple[Selected | Refusal, Snapshot]:
-    """The answer, and the snapshot that gave it: one that writers have not overtaken."""
+    """Return the answer, and its snapshot. A refusal on an outdated snapshot is not returned, but asked again."""
     for looks_left in reversed(range(_LOOKS + 1)):
         answer = select(snapshot, query, needs, policy, broken)
+        # Between listing and reading, a writer may have removed a set, or committed one in a folder that looked
+        # unfinished. So these answers count only if the snapshot is still current.
         is_doubtful = snapshot.saw_unfinished or not isinstance(answer, Selected)
         if not is_doubtful or not looks_left or snapshot.is_current():
             break
@@ -376,10 +385,12 @@ def _selected(answer: Selected | Refusal, snapshot: Snapshot, asked_by: AskedBy)
 
 @no_garbage_collection()
 def newest_set(snapshot: Snapshot, model: str | None = None, *, asked_by: AskedBy = "tag") -> CheckpointSet | None:
-    """The newest set with a trainer file (of ``model``), whatever its tags; None where there is none.
+    """Return the newest set with a trainer file (of ``model``), independent of its tags; None if no set has one.
 
-    Raises ``CheckpointCorruptError`` if a newer committed set is broken, ``AmbiguousCheckpointError`` if flat files
-    of a later iteration, not ours, lie beside the committed sets.
+    It only reads, so it may be called while a run saves.
+
+    Raises ``CheckpointCorruptError`` if a newer committed set is broken, ``AmbiguousCheckpointError`` if another
+    program wrote flat files of a later iteration beside the committed sets.
     """
     needs = () if model is None else (Need(model, "trainer"),)
     answer, snapshot = _ask(snapshot, Query.of(None), needs, Policy(any_tag=True), {})
@@ -395,10 +406,10 @@ def walk_back(
     *,
     asked_by: AskedBy,
 ) -> tuple[Selected, T]:
-    """The newest set that is proven good, and what its proof gave; ``policy`` has ``walk_back``.
+    """Return the newest set that ``prove`` accepts, and the result of ``prove``; ``policy`` has ``walk_back``.
 
-    ``prove`` verifies a set; it raises ``CheckpointError`` or ``OSError`` for a broken one. Raises what ``find_set``
-    raises, and what ``prove`` raises for a set that cannot be reached: whether that is broken is not known.
+    ``prove`` verifies a set and raises ``CheckpointError`` or ``OSError`` for a broken one. Raises the errors of
+    ``find_set``. If ``prove`` fails because the disk does, its error is raised, because the set may be good.
     """
     broken: dict[str, str] = {}
     while True:
@@ -406,6 +417,7 @@ def walk_back(
         try:
             return selected, prove(selected.found)
         except (CheckpointError, OSError) as error:
+            # A failing disk proves nothing about the set. Only unreadable bytes of an open file count as damage.
             if is_out_of_reach(error, unless_read=True):
                 raise
             snapshot = selected.snapshot
@@ -413,6 +425,6 @@ def walk_back(
 
 
 def require(snapshot: Snapshot, found: CheckpointSet, needs: Sequence[Need], *, asked_by: AskedBy = "tag") -> None:
-    """Make sure that a set which was selected before has further files; raises what ``find_set`` would raise."""
+    """Check that a selected set has further files. Raises the errors of ``find_set``."""
     if not all(found.has(need) for need in needs):
         raise worded(Missing(found, found.name, tuple(needs)), snapshot, asked_by)

@@ -1,4 +1,4 @@
-"""Snapshot: the checkpoints of one run and stage, looked at once for a question."""
+"""Snapshot: the checkpoints of one run and stage at one moment."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from noether_init_core.sets.manifest import MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
 
-#: A committed set, or why its manifest cannot be used.
+#: A committed set, or the error of reading its manifest.
 Head = CheckpointSet | CheckpointError
 
 
 @attrs.define(eq=False)
 class _Known:
-    """A committed set as it was at ``looked_ns``, when its folder had last changed at ``changed_ns``."""
+    """A committed set as it was read at ``looked_ns``, with the modification time ``changed_ns`` of its folder."""
 
     folder: SetFolder
     changed_ns: int
@@ -49,7 +49,7 @@ class _Known:
 
     @classmethod
     def of(cls, folder: SetFolder, storage: FileSystem) -> _Known | None:
-        """To be called before the set is looked at; None for what is not remembered."""
+        """Create it, before the set is read; None if the name is not a folder."""
         looked_ns = time.time_ns()
         with reaching(folder.path):
             (changed_ns,) = storage.changed_in(folder.parent, [folder.name])
@@ -58,10 +58,11 @@ class _Known:
         return None if changed_ns is None else cls(folder, changed_ns, looked_ns, identity)
 
     def holds(self, changed_ns: int | None, storage: FileSystem) -> bool:
-        """Whether the set is as it was, as far as the time at which names in its folder last changed tells."""
+        """Whether the set is unchanged, judged by the modification time of its folder."""
         if changed_ns != self.changed_ns:
             return False
-        # clocks of file systems tick in milliseconds, old ones in seconds: a further change may not show
+        # Time stamps of file systems have steps of milliseconds, old ones of seconds. A change within one step after
+        # the set was read does not show, so within that time the manifest is compared, too.
         tick_ns = 2_000_000_000 if self.changed_ns % 1_000_000_000 == 0 else 20_000_000
         if self.looked_ns - self.changed_ns > tick_ns:
             return True
@@ -73,23 +74,23 @@ class _Known:
 
 
 class Memory(dict[str, _Known]):
-    """What is known of the committed sets of one folder: for a writer, which looks at them at every save.
+    """A cache of the committed sets of one folder, for a writer, which needs them at every save.
 
-    A set is remembered while nothing is added to its folder, removed from it or renamed in it. That bytes of a file
-    were cut off or changed since is not noticed: what must not be wrong is confirmed (``Snapshot.confirm``).
+    An entry is valid while no file is added to its folder, removed or renamed. Later changes of bytes are not detected,
+    so before sets are removed, ``Snapshot.confirm`` reads the important ones again.
     """
 
     folder: Path | None = None
 
     def of(self, folder: Path) -> Memory:
-        """Itself; empty if it was of another folder, as after a link was changed, or the working directory."""
+        """Return itself, cleared if it was of another folder, such as after a change of the working directory."""
         if self.folder != folder:
             self.clear()
             self.folder = folder
         return self
 
     def recall(self, folders: Iterable[SetFolder], storage: FileSystem) -> None:
-        """Forget the sets that are gone, and those whose folders have changed."""
+        """Drop the entries of sets that were removed or whose folders have changed."""
         known = [self[folder.name] for folder in folders if folder.name in self]
         if known:
             parent = known[0].folder.parent
@@ -101,33 +102,33 @@ class Memory(dict[str, _Known]):
 
 
 class Snapshot:
-    """The checkpoints of one run and stage: names at once, everything else when it is asked for, and only once.
+    """The checkpoints of one run and stage at one moment; read only.
 
-    The folder of sets is listed when the snapshot is made. Manifests are read newest first as they are needed, and
-    remembered; so is what was found out of flat files. Answers depend on names and contents only, never on the order in
-    which a folder lists its entries. Nothing is created. It is of one moment: for the next question make a new one.
+    The constructor lists the folder of sets. Manifests and flat files are read at the first use, newest first, and
+    cached. Results depend on names and contents only, never on the order of a directory listing. Create a new snapshot
+    for each question; any rank may. Methods are not thread-safe.
 
     Args:
-        paths: The run and stage; anything with ``output_root``, ``run_id`` and ``stage_name``.
+        paths: The run and stage; any object with ``output_root``, ``run_id`` and ``stage_name``.
         storage: The file operations.
-        memory: What earlier snapshots of the folder have found out, which is not looked up again.
+        memory: A cache that is shared with earlier snapshots of the folder.
 
-    Raises ``CheckpointNotFoundError`` if the folder cannot be reached: a link that leads nowhere is no empty folder.
+    Raises ``CheckpointNotFoundError`` if the folder cannot be read, such as a dangling link; a missing folder is empty.
     """
 
     def __init__(self, paths: Any, *, storage: FileSystem = LOCAL, memory: Memory | None = None) -> None:
         self.paths = PathProvider.of(paths)
         self.storage = storage
         check_reachable(self.paths.checkpoint_path, storage)
-        #: The folder of the checkpoints, symbolic links resolved. It may not exist.
+        #: The folder of checkpoints, symbolic links resolved; it may not exist.
         self.folder: Path = storage.resolve(self.paths.checkpoint_path)
         known = {} if memory is None else {name: one.folder for name, one in memory.of(self.folder).items()}
-        #: By name, oldest first; those without a manifest are among them.
+        #: All folders with the name of a set, oldest first, including those without a manifest.
         self.folders = tuple(set_folders(self.folder, storage, known))
         self._memory = memory
         if memory:
             memory.recall(self.folders, storage)
-        #: Names of sets of which what is remembered has not been confirmed.
+        #: Names of sets whose cached entries were not confirmed.
         self.recalled = set(memory or ())
         remembered: Mapping[str, _Known] = memory or {}
         self._heads: dict[str, Head | None] = {
@@ -142,17 +143,17 @@ class Snapshot:
     # Committed sets.
 
     def head(self, folder: SetFolder) -> Head | None:
-        """The set in a folder, or why its manifest cannot be used; None where no save was finished."""
+        """Return the set in a folder, or the error of reading its manifest; None for an uncommitted folder."""
         if folder.name not in self._heads:
             known = self._known(folder)
             found = known.head if known is not None and known.head is not None else self._read(folder)
             if known is not None and self._memory is not None and isinstance(found, CheckpointSet):
-                known.head, self._memory[folder.name] = found, known
+                known.head, self._memory[folder.name] = found, known  # errors are not cached: they may be temporary
             self._heads[folder.name] = found
         return self._heads[folder.name]
 
     def is_committed(self, folder: SetFolder) -> bool:
-        """Whether it has a manifest, be it a damaged one. Raises ``CheckpointNotFoundError`` if that cannot be told."""
+        """Whether a manifest exists, even a damaged one. Raises ``CheckpointNotFoundError`` if the disk fails."""
         if folder.name in self._heads:
             return self._heads[folder.name] is not None
         if self._memory is not None and folder.name in self._memory:
@@ -164,7 +165,7 @@ class Snapshot:
         return is_committed
 
     def confirm(self, folder: SetFolder) -> bool:
-        """Look again at a set that was remembered; False if it is another one by now, or not as it was written."""
+        """Read a cached set again; return False if its manifest has changed or its files have other sizes."""
         before = self._heads[folder.name]
         if folder.name in self.recalled and self._memory is not None:
             self.recalled.remove(folder.name)
@@ -176,7 +177,7 @@ class Snapshot:
         return found.manifest == before.manifest and self.problem_of(found) is None
 
     def forget(self) -> None:
-        """Take nothing as it is remembered: the sets are looked at again as they are asked for."""
+        """Drop all cached entries, so that sets are read again at the next use."""
         for name in self.recalled:
             self._heads.pop(name, None)
             self._problems.pop(name, None)
@@ -185,7 +186,7 @@ class Snapshot:
         self.recalled.clear()
 
     def _known(self, folder: SetFolder) -> _Known | None:
-        """What is remembered of a set, or can be once it was looked at; None where nothing is remembered."""
+        """Return the cache entry of a set, or a new one to fill; None without a cache."""
         if self._memory is None:
             return None
         return self._memory.get(folder.name) or _Known.of(folder, self.storage)
@@ -198,35 +199,35 @@ class Snapshot:
                 return error
         if not folder.is_committed(self.storage):
             return None
-        # committed between both looks; or a link to nowhere, which is a damaged manifest
+        # The set was committed between both reads; or the manifest is a dangling link, which counts as damaged.
         try:
             return load_set(folder, self.storage)
         except CheckpointError as error:
             return error
 
     def add(self, name: str) -> CheckpointSet:
-        """Take up a set that was committed just now, as the newest; raises what is wrong with its manifest."""
+        """Add a set that was just committed, as the newest. Raises ``CheckpointError`` for a bad manifest."""
         folder = SetFolder.of(self.folder / SETS_FOLDER, name)
         found = None if folder is None else self.head(folder)
         if folder is None or not isinstance(found, CheckpointSet):
             if isinstance(found, CheckpointError):
                 raise found
             path = self.folder / SETS_FOLDER / name
-            raise CheckpointNotFoundError(f"{path} has no {MANIFEST_NAME}", path=path)
+            raise CheckpointNotFoundError(f"{MANIFEST_NAME} not found in {path}", path=path)
         self.folders = (*self.folders, folder)
         return found
 
     def remove(self, folder: SetFolder) -> None:
-        """Leave out a folder that was removed just now."""
+        """Remove a folder that was just deleted."""
         self.folders = tuple(one for one in self.folders if one.name != folder.name)
 
     def heads(
         self, iteration: TrainingIteration | None = None, *, below: int | None = None
     ) -> Iterator[tuple[SetFolder, Head]]:
-        """The committed sets, newest first, read as they are asked for.
+        """Yield the committed sets, newest first; each is read when it is needed.
 
         Args:
-            iteration: Only sets that it matches, in the fields that it says.
+            iteration: Only sets that match its specified fields.
             below: Only sets of a lower sequence.
         """
         for folder in reversed(self.folders):
@@ -238,16 +239,16 @@ class Snapshot:
                     yield folder, found
 
     def readable(self, *, below: int | None = None) -> Iterator[CheckpointSet]:
-        """The committed sets whose manifest can be used, newest first; ``below``: only those of a lower sequence."""
+        """Yield the committed sets with a valid manifest, newest first; ``below``: only those of a lower sequence."""
         return (found for _folder, found in self.heads(below=below) if isinstance(found, CheckpointSet))
 
     @property
     def newest_folder(self) -> SetFolder | None:
-        """The newest folder with a manifest, be it a damaged one; None where no set was committed."""
+        """The newest folder with a manifest, even a damaged one; None if no set was committed."""
         return next((folder for folder, _found in self.heads()), None)
 
     def problem_of(self, found: CheckpointSet) -> CheckpointError | None:
-        """What is wrong with the files of a committed set, as their sizes tell; None where nothing is."""
+        """Return the problem of the files of a committed set, judged by presence and size; else None."""
         place = found.place
         if place not in self._problems:
             try:
@@ -261,18 +262,18 @@ class Snapshot:
         return self._problems[place]
 
     def newest_good(self, models: Collection[str], below: int) -> CheckpointSet | None:
-        """The newest committed set of any of ``models``, of a lower sequence than ``below``, whose files are there."""
+        """Return the newest committed set of any of ``models`` with all files and a sequence lower than ``below``."""
         sets = (found for found in self.readable(below=below) if found.is_of(models))
         return next((found for found in sets if self.problem_of(found) is None), None)
 
     def older_good(self, found: CheckpointSet) -> CheckpointSet | None:
-        """The newest set of its models before ``found`` whose files are there; of flat files the newest iteration."""
+        """Return the newest set of the same models before ``found`` with all files; for flat files by iteration."""
         if found.committed:
             return self.newest_good(found.models(), found.sequence or 0)
         return next((one for one in self.flat_before(found) if one.models("trainer")), None)
 
     def is_current(self) -> bool:
-        """Whether sets are still there as they were seen: none committed or retired meanwhile."""
+        """Whether no set was committed or removed since the snapshot was created."""
         seen = {folder.name: folder for folder in self.folders}
         if {folder.name for folder in set_folders(self.folder, self.storage, seen)} != seen.keys():
             return False
@@ -280,20 +281,20 @@ class Snapshot:
 
     @property
     def saw_unfinished(self) -> bool:
-        """Whether a folder without a manifest was passed by: a save that is under way, or one that was cut short."""
+        """Whether an uncommitted folder was seen: a save in progress, or an interrupted one."""
         return None in self._heads.values()
 
     # Flat files.
 
     @cached_property
     def flat(self) -> tuple[CheckpointSet, ...]:
-        """Flat files by tag: latest iteration first, the plain tag before suffixed ones; then the named tags."""
+        """Flat files by tag: latest iteration first, plain tags before suffixed ones; then other tags."""
         return tuple(legacy_sets(self.folder, self.storage))
 
     def iteration_of(self, found: CheckpointSet) -> TrainingIteration | None:
-        """The iteration of a set; where its name does not say, the header of its trainer file, else of weights.
+        """Return the iteration of a set from its name, else from its trainer file, else from weights; or None.
 
-        None where no file says. Raises errors of the reader, ``CheckpointFormatError`` for a malformed iteration.
+        Raises errors of the reader, ``CheckpointFormatError`` for an invalid iteration.
         """
         if found.iteration is not None:
             return found.iteration
@@ -302,22 +303,22 @@ class Snapshot:
                 self._iterations[found.name] = iteration_in(found)
             except CheckpointError as error:
                 self._iterations[found.name] = error
-        said = self._iterations[found.name]
-        if isinstance(said, CheckpointError):
-            raise said
-        return said
+        recorded = self._iterations[found.name]
+        if isinstance(recorded, CheckpointError):
+            raise recorded
+        return recorded
 
     def flat_before(self, found: CheckpointSet) -> tuple[CheckpointSet, ...]:
-        """Plain ``E.._U.._S..`` of flat files, latest first, not later than what some file of ``found`` says."""
+        """Return plain ``E.._U.._S..`` flat sets, latest first, that are not later than the files of ``found``."""
         if found.name not in self._flat_before:
             self._flat_before[found.name] = tuple(plain_before(self.flat, found))
         return self._flat_before[found.name]
 
     @cached_property
     def later_flat(self) -> list[tuple[CheckpointSet, TrainingIteration]]:
-        """Flat files of a later iteration than the newest committed set that are not as a save of ours left them.
+        """Flat files that another program wrote, of later iterations than the newest committed set.
 
-        Those that are as it left them are copies of a set that was removed, and mean nothing.
+        Unchanged copies that this package wrote belong to a removed set and are ignored.
         """
         newest = self.newest_folder
         if newest is None or not self.flat:
@@ -331,7 +332,7 @@ class Snapshot:
                 try:
                     iteration = self.iteration_of(flat)
                 except CheckpointError as error:
-                    # A copy for Noether that a crash left unfinished says nothing about our sets.
+                    # It may be a copy for Noether that a crash left incomplete, so the committed sets stay valid.
                     logger.warning("%s beside committed sets cannot be read: %s", flat.name, error)
             if iteration is None or not iteration.is_fully_specified or iteration <= newest.iteration:
                 continue
@@ -345,8 +346,7 @@ class Snapshot:
                 removed.update(known)
         if removed:
             logger.warning(
-                "%s: flat files of %s are copies of a set that was removed, and are passed over; the newest committed "
-                "set is %s",
+                "%s: flat files of %s are copies of a removed set and are ignored; the newest committed set is %s",
                 self.folder,
                 ", ".join(sorted(removed)),
                 newest.name,
@@ -356,14 +356,14 @@ class Snapshot:
     def newest_flat(
         self, models: Collection[str] = (), unreadable: list[tuple[str, CheckpointError]] | None = None
     ) -> CheckpointSet | None:
-        """The set of flat files of the latest iteration that has the trainer files of ``models``, or any.
+        """Return the flat set of the latest iteration that has trainer files of ``models``, or any trainer file.
 
-        ``unreadable`` collects sets of which the iteration cannot be told, else they raise.
+        Sets whose iteration cannot be read are added to ``unreadable``; without it, the error is raised.
         """
         preferred = [one for one in self.flat if one.models("trainer") and set(models) <= set(one.models("trainer"))]
         preferred.sort(key=lambda one: FOLLOWING.index(one.name) if one.name in FOLLOWING else 2)
         preferred.sort(key=lambda one: one.iteration is None)
-        said: list[tuple[CheckpointSet, TrainingIteration]] = []
+        dated: list[tuple[CheckpointSet, TrainingIteration]] = []
         for one in preferred:
             try:
                 iteration = self.iteration_of(one)
@@ -373,22 +373,21 @@ class Snapshot:
                 unreadable.append((one.name, error))
                 continue
             if iteration is not None and iteration.is_fully_specified:
-                said.append((one, iteration))
-        # of equal iterations the first
-        return max(said, key=lambda pair: pair[1], default=(None,))[0]
+                dated.append((one, iteration))
+        # max() returns the first of equal iterations, so the order above decides.
+        return max(dated, key=lambda pair: pair[1], default=(None,))[0]
 
     def is_begun(self) -> bool:
-        """Whether there is a set to resume the run from, be it a broken one; unfinished saves do not count."""
+        """Whether the run has a set to resume, even a broken one; uncommitted saves do not count."""
         return self.newest_folder is not None or any(one.models("trainer") for one in self.flat)
 
-    # What there is, for lists and messages: this reads every manifest.
+    # Lists for commands and messages; these methods read every manifest.
 
     def sets(self) -> tuple[CheckpointSet, ...]:
-        """Every set, oldest first.
+        """Return all sets, oldest first; a set with an unreadable manifest is in ``broken()`` instead.
 
-        Committed sets, in the order of their commits, if there are any; sets whose manifest cannot be read are in
-        ``broken()``. Otherwise the sets of flat files: those whose tag says the iteration in its order, then the
-        others by tag.
+        If committed sets exist, these in the order of their commits. Otherwise the sets of flat files: iteration tags
+        in order, then other tags.
         """
         if self.newest_folder is not None:
             return tuple(self.readable())[::-1]
@@ -396,14 +395,14 @@ class Snapshot:
         return (*reversed(known), *(one for one in self.flat if one.iteration is None))
 
     def broken(self) -> tuple[CheckpointError, ...]:
-        """For each committed set that cannot be used, newest first, what is wrong with its manifest or files."""
+        """Return the problem of each broken committed set, newest first: of its manifest, or of its files."""
         problems = (
             found if isinstance(found, CheckpointError) else self.problem_of(found) for _folder, found in self.heads()
         )
         return tuple(problem for problem in problems if problem is not None)
 
     def uncommitted(self) -> tuple[str, ...]:
-        """Folders of sets that were never finished: no manifest. They are never picked."""
+        """Return the folders without a manifest, from interrupted or running saves; they are never selected."""
         return tuple(
             folder.name
             for folder in self.folders
@@ -411,12 +410,12 @@ class Snapshot:
         )
 
     def tags(self) -> tuple[str, ...]:
-        """Every tag, sorted."""
+        """Return all tags, sorted."""
         return tuple(sorted({tag for one in self.sets() for tag in one.tags}))
 
     @cached_property
-    def meant_by(self) -> Mapping[str, tuple[str, ...]]:
-        """Place of each set -> the tags that mean it: a later set of its models can have taken over the others."""
+    def selected_by(self) -> Mapping[str, tuple[str, ...]]:
+        """Place of each set -> the tags that select it; its other tags select a later set of its models."""
         holders: dict[str, dict[tuple[str, ...], CheckpointSet]] = {}
         found = {}
         for one in reversed(self.sets()):
@@ -430,9 +429,9 @@ class Snapshot:
         return found
 
     def parts(self) -> tuple[tuple[str, Part], ...]:
-        """Model and part of every plain file that some set has, sorted.
+        """Return model and part of every plain file of all sets, sorted.
 
-        The newest manifest says what sets before it had; the others are read only where it lacks some of that.
+        The newest manifest records the files of earlier sets, so others are read only if it lacks some of these itself.
         """
         newest = next((found for _folder, found in self.heads()), None)
         if isinstance(newest, CheckpointSet) and newest.manifest is not None:
@@ -442,7 +441,7 @@ class Snapshot:
         return tuple(sorted(_parts_of(file for one in self.sets() for file in one.files)))
 
     def trainer_names(self) -> tuple[str, ...]:
-        """Models that have trainer files, sorted."""
+        """Return the models with trainer files, sorted."""
         return tuple(model for model, part in self.parts() if part == "trainer")
 
 

@@ -1,1 +1,1 @@
-"""The stack: the initializers of one run, called in order, and the report of what they did."""
+"""The stack: calls the initializers of one run in order, and reports what they did."""

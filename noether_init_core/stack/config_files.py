@@ -1,7 +1,7 @@
-"""Config files: what they ask for, entry by entry, with the line of every key for messages.
+"""Config files: their entries, with the line of every key for messages.
 
 A file has ``initializers`` (a list), ``auto_resume``, ``on_invalid`` and ``observers``; or it is the resolved config
-that Noether writes beside a run. Nothing is validated by a kind until ``examine_entry``, so no plugin is imported.
+that Noether writes beside a run. No kind validates an entry before ``examine_entry``, so that no plugin is imported.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
 # How deep an entry lies: initializers.0. Up to there, an instance of a dataclass stands for a mapping.
 _ENTRY_DEPTH = 2
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_RESOLVED = "use the resolved config that Noether writes into the folder of a run, hp_resolved.yaml"
+_RESOLVED = "use hp_resolved.yaml, the resolved config that Noether writes into the folder of a run"
 
 
 @attrs.frozen(eq=False)
 class LoadedConfig:
-    """What a config asks for.
+    """The content of a config, not validated by kinds yet.
 
     Attributes:
-        document: Where it stands.
+        document: The document that holds it.
         entries: The initializers, in order.
-        resume: The entry of kind ``resume`` that ``auto_resume`` makes, with the fields that the config says for it;
-            None without ``auto_resume``.
+        resume: The entry of kind ``resume`` for ``auto_resume``, with the fields that the config declares for it; None
+            without ``auto_resume``.
         observers: Names of observers.
     """
 
@@ -49,15 +49,15 @@ class LoadedConfig:
 
 
 def load_config_file(path: str | os.PathLike[str]) -> LoadedConfig:
-    """Read a YAML file: ours, or Noether's resolved config. Raises ``ConfigFileError`` with line and key."""
+    """Read a YAML config, or Noether's resolved config. Raises ``ConfigFileError`` with line and key."""
     return _Frame(read_yaml(Path(path))).read_or_raise()
 
 
 def examine_config_file(path: str | os.PathLike[str]) -> tuple[LoadedConfig, tuple[ConfigError, ...]]:
-    """The same, with everything that is wrong with the frame (keys, lists, YAML tags), in the order of lines.
+    """Read a YAML config and return it with every error outside its entries (keys, lists, YAML tags).
 
-    Entries that are wrong in themselves are left out. Raises ``ConfigFileError`` for a file that cannot be read, or is
-    no YAML.
+    Errors are in the order of lines, and entries with such an error are left out. Raises ``ConfigFileError`` for a file
+    that cannot be read or is not YAML.
     """
     frame = _Frame(read_yaml(Path(path)))
     loaded = frame.read()
@@ -65,7 +65,7 @@ def examine_config_file(path: str | os.PathLike[str]) -> tuple[LoadedConfig, tup
 
 
 def load_config_mapping(config: Any) -> LoadedConfig:
-    """The same from Python: a mapping, a list of configs, one config that is an instance.
+    """Read a config from Python: a mapping, a list of configs, or one config that is an instance.
 
     A mapping may be a dict, OmegaConf's, a jsonargparse namespace, or an instance of a dataclass, an attrs class or a
     pydantic model. Raises ``ConfigError`` with the key.
@@ -79,15 +79,15 @@ def load_config_mapping(config: Any) -> LoadedConfig:
     if not isinstance(config, Mapping):
         raise ConfigError(
             f"a config is a list of configs, one config or a mapping, not {type_of(given)}. Next: a list, [] for a "
-            "start from nothing; InitializerStack.from_file(path, ...) for a file"
+            "start from scratch; InitializerStack.from_file(path, ...) for a file"
         )
     return _Frame(Document(config)).read_or_raise()
 
 
 def examine_entry(entry: Entry) -> tuple[KindConfig | None, tuple[ConfigError, ...]]:
-    """The config of ``entry``, validated by its kind; None and one error for each wrong key, in the order of lines.
+    """The config of ``entry``, validated by its kind; or None and one error for each wrong key, in the order of lines.
 
-    The kind's plugin is imported. Errors name line and key; what pydantic raised is their ``__cause__``. Kind errors
+    Imports the plugin of the kind. Errors name line and key; the error of pydantic is their ``__cause__``. Kind errors
     keep their class.
     """
     try:
@@ -101,7 +101,7 @@ def examine_entry(entry: Entry) -> tuple[KindConfig | None, tuple[ConfigError, .
 
 
 def validate_entry(entry: Entry) -> KindConfig:
-    """The config of ``entry``, validated by its kind. Raises the first error of ``examine_entry`` with all messages."""
+    """The config of ``entry``, validated by its kind. Raises the first error, with the messages of all."""
     config, found = examine_entry(entry)
     if config is None:
         first, *others = found
@@ -111,7 +111,7 @@ def validate_entry(entry: Entry) -> KindConfig:
 
 
 class _Frame:
-    """Reads what stands around the configs of kinds. ``found`` collects what is wrong, by place, in order."""
+    """Reads the keys outside the configs of kinds. ``found`` collects errors by place, in order."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -130,13 +130,13 @@ class _Frame:
             if isinstance(value, list):
                 self._refuse("is a list; put it under the key initializers:")
             else:
-                self._refuse(f"holds no keys; it needs initializers: (and may have {', '.join(_KEYS[1:])})")
+                self._refuse(f"has no keys; initializers: is required ({', '.join(_KEYS[1:])} are optional)")
             return LoadedConfig(self.document)
         if isinstance(value.get("defaults"), list):
-            message = f"a defaults list is composed by Hydra, this is a fragment of a config; {_RESOLVED}"
+            message = f"a defaults list is for Hydra to compose, so this is a fragment of a config. Next: {_RESOLVED}"
             self._refuse(message, "defaults")
         for place in _unfilled(value, ()):
-            self._refuse(f"??? is filled in by Hydra, this is a fragment of a config; {_RESOLVED}", *place)
+            self._refuse(f"??? is for Hydra to fill in, so this is a fragment of a config. Next: {_RESOLVED}", *place)
         entries = self._resolved() if is_resolved(value) else self._entries(value)
         resume = self._resume(value)
         return LoadedConfig(
@@ -150,7 +150,7 @@ class _Frame:
         self.found.setdefault(place, self.document.error(message, place))
 
     def _refuse_tags(self, place: KeyPath) -> None:
-        """Report the YAML tags on the way to ``place``, at it, or below it."""
+        """Report YAML tags at ``place``, above it, or below it."""
         for refused, error in self.document.refusals:
             if _are_related(refused, place):
                 self.found.setdefault(refused, error)
@@ -164,7 +164,7 @@ class _Frame:
         except ConfigError as error:
             self.found.setdefault((), error)
             return []
-        # The rest of it may hold tags: Noether writes tuples and sets so. They are left as they are.
+        # Noether writes tuples and sets with tags; only those near entries are refused.
         for entry in entries:
             for place in (entry.place, *entry.places.values()):
                 self._refuse_tags(place)
@@ -177,23 +177,23 @@ class _Frame:
                 hint = "".join(f"Near: {one}. " for one in near(key, _KEYS, 1))
                 if key in _fields("resume"):
                     entry = f"initializers: [{{kind: ..., {key}: ...}}]"
-                    hint = f"It is a field of an initializer, and goes into its entry: {entry}. "
+                    hint = f"It is a field of an initializer. Next: {entry}. "
                     if key not in DECIDED and "auto_resume" in value:
-                        hint += f"For what auto_resume resumes: auto_resume: {{{key}: ...}}. "
+                        hint += f"For auto_resume: auto_resume: {{{key}: ...}}. "
                 if key == "kind":
-                    hint = f"One initializer goes into the list, too: initializers: [{{kind: {value[key]}, ...}}]. "
+                    hint = f"Initializers are a list. Next: initializers: [{{kind: {value[key]}, ...}}]. "
                 if self.document.path is None and "initializers" in value:
                     hint += 'Of a config of your own, give the list: config["initializers"]. '
                 self._refuse(f"unknown key. {hint}A config has {', '.join(_KEYS)}", key)
         if "initializers" not in value and "auto_resume" not in value:
-            self._refuse("has no initializers:; an empty list there means a start from nothing")
+            self._refuse("initializers: not found. Next: initializers: [], for a start from scratch")
         items = value.get("initializers", [])
         if not isinstance(items, list):
-            self._refuse("must be a list of mappings, each with a kind; [] for none", "initializers")
+            self._refuse("must be a list of mappings, each with a kind; [] for a start from scratch", "initializers")
             return []
         for number, item in enumerate(items):
             if isinstance(item, str):
-                self._refuse(f"is a text; write it as a mapping: kind: {item}", "initializers", number)
+                self._refuse(f"is a text, not a mapping. Next: kind: {item}", "initializers", number)
             elif not isinstance(item, Mapping | KindConfig):
                 self._refuse(f"must be a mapping with a kind, not {type_of(item)}", "initializers", number)
         return [
@@ -201,27 +201,27 @@ class _Frame:
         ]
 
     def _resume(self, value: Mapping[str, Any]) -> Entry | None:
-        """The entry that ``auto_resume`` asks for; None where it is off."""
-        said = value.get("auto_resume", False)
+        """The entry for ``auto_resume``; None if it is off."""
+        resume = value.get("auto_resume", False)
         config: dict[str, Any] = {"kind": "resume"}
         places: dict[str, KeyPath] = {}
         if "on_invalid" in value:
             config["on_invalid"], places["on_invalid"] = value["on_invalid"], ("on_invalid",)
             self._check_on_invalid(value)
-        if isinstance(said, Mapping):
+        if isinstance(resume, Mapping):
             for key in DECIDED:
-                if key in said:
+                if key in resume:
                     self._refuse(
-                        "auto_resume resumes this very run, from its newest set, so this cannot be said of it. For "
-                        "another run or set, write an initializer of kind resume in place of auto_resume",
+                        "auto_resume resumes this run from its newest set, so this key is not allowed. Next: for "
+                        "another run or set, an initializer of kind resume in place of auto_resume",
                         "auto_resume",
                         key,
                     )
-            config = {**config, **said}
+            config = {**config, **resume}
         else:
-            switch = _SWITCHES.get(said.lower(), said) if isinstance(said, str) else said
+            switch = _SWITCHES.get(resume.lower(), resume) if isinstance(resume, str) else resume
             if not isinstance(switch, bool):
-                shown = "null" if said is None else said
+                shown = "null" if resume is None else resume
                 allowed = "true or false, or fields of resume such as {verify: header}"
                 self._refuse(f"must be {allowed}, not {shown}", "auto_resume")
             if switch is not True:
@@ -232,29 +232,29 @@ class _Frame:
         beside = value.get("auto_resume")
         if "auto_resume" not in value:
             self._refuse(
-                "says what auto_resume does with a broken set, and there is no auto_resume. Write it into the "
-                "initializer of kind resume, or add: auto_resume: true",
+                "is for auto_resume, which was not found. Next: move it into the initializer of kind resume, or add "
+                "auto_resume: true",
                 "on_invalid",
             )
         elif isinstance(beside, Mapping) and "on_invalid" in beside:
-            self._refuse("is said twice: beside auto_resume and in it. Leave out one of the two", "on_invalid")
+            self._refuse("occurs twice: beside auto_resume and in it. Next: remove one of the two", "on_invalid")
         elif value["on_invalid"] not in ("error", "previous"):
-            # pydantic does not see it where auto_resume is off
+            # without auto_resume no pydantic model checks the value
             self._refuse("Input should be 'error' or 'previous'", "on_invalid")
 
     def _observers(self, value: Mapping[str, Any]) -> list[str]:
-        said = value.get("observers", [])
-        if not isinstance(said, list):
+        names = value.get("observers", [])
+        if not isinstance(names, list):
             self._refuse("must be a list of names", "observers")
             return []
-        for number, name in enumerate(said):
+        for number, name in enumerate(names):
             if not isinstance(name, str) or not name:
                 self._refuse("must be the name of an observer", "observers", number)
-        return [str(name) for name in said]
+        return [str(name) for name in names]
 
 
 def _are_related(place: KeyPath, other: KeyPath) -> bool:
-    """Whether one of two places is the other, or lies below it."""
+    """Whether two places are equal, or one is below the other."""
     shared = min(len(place), len(other))
     return place[:shared] == other[:shared]
 
@@ -268,9 +268,9 @@ def _unfilled(value: Any, place: KeyPath) -> Iterator[KeyPath]:
 
 
 def _explained(entry: Entry, error: pydantic.ValidationError) -> Iterator[ConfigError]:
-    """One error for each key that is wrong, in the order of lines."""
+    """One error for each wrong key, in the order of lines."""
     kind = str(entry.config.get("kind")) if isinstance(entry.config, Mapping) else entry.config.kind
-    # A field that takes several types fails once for each of them, at one place.
+    # For a field of several types, pydantic reports one error per type at the same place.
     messages: dict[KeyPath, dict[str, None]] = {}
     for problem in error.errors(include_url=False):
         path = _known_part(entry.config, problem["loc"], is_missing=problem["type"] == "missing")
@@ -283,7 +283,7 @@ def _explained(entry: Entry, error: pydantic.ValidationError) -> Iterator[Config
 
 
 def _known_part(config: Any, location: Sequence[str | int], *, is_missing: bool) -> KeyPath:
-    """``location`` up to where the config goes: pydantic adds names of its own for unions and the like."""
+    """The part of ``location`` that exists in the config: pydantic appends names for unions and validators."""
     path: list[str | int] = []
     for part in location:
         inside = part in config if isinstance(config, Mapping) else isinstance(config, list) and isinstance(part, int)
@@ -298,10 +298,7 @@ _OURS = "noether-init-core"
 
 
 def _explain(kind: str, problem: str, message: str, path: Sequence[str | int], value: Any) -> str:
-    """The message for what is wrong with ``value`` at ``path`` in a config of ``kind``.
-
-    ``problem`` and ``message`` are pydantic's.
-    """
+    """The message for a wrong ``value`` at ``path`` in a config of ``kind``, from pydantic's error type and message."""
     fields = kinds.resolve(kind).config_class.model_fields if len(path) == 1 else {}
     if problem == "extra_forbidden":
         known = fields or (_rule_keys() if path and path[0] == "transforms" else ())
@@ -324,9 +321,9 @@ def _explain(kind: str, problem: str, message: str, path: Sequence[str | int], v
 
 
 def _owners(key: str, kind: str) -> str:
-    """The other kinds of this distribution that have a key; other distributions are not imported for a hint."""
+    """Other kinds of this distribution that have the key; other distributions are not imported for a hint."""
     names = {info.name for info in kinds.installed() if info.distribution == _OURS and info.blocked_by is None}
-    # Noether's names for the same kinds hold dots
+    # dotted names are Noether's names for the same kinds
     return ", ".join(sorted(name for name in names - {kind} if "." not in name and key in _fields(name)))
 
 
@@ -341,5 +338,5 @@ def _rule_keys() -> list[str]:
 def _fields(kind: str) -> Collection[str]:
     try:
         return kinds.resolve(kind).config_class.model_fields
-    except KindError:  # advice only
+    except KindError:  # without the plugin, the error only has no advice
         return ()

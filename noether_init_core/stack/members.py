@@ -1,4 +1,4 @@
-"""The members of a stack: what each is for, what it will do, planned and checked in order, and what came of it."""
+"""The members of a stack: initializers with their part of the model, planned, checked and called in order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from noether_init_core.surgery.steps import described
 
 @attrs.frozen(eq=False)
 class Member:
-    """An initializer, and the entry of the config that asked for it.
+    """An initializer, and the config entry that declares it.
 
     ``units`` are its delegates, depth first, and itself.
     """
@@ -42,7 +42,7 @@ class Member:
 
     @property
     def kind(self) -> str:
-        """The kind, as the config names it."""
+        """The kind, as named in the config."""
         return self.initializer.config.kind
 
     @property
@@ -59,7 +59,7 @@ class Member:
             yield one, session
 
     def part(self, model: Any) -> Any:
-        """The part of the model that it is for. Raises ``ConfigError`` where there is none."""
+        """The part of the model for this member. Raises ``ConfigError`` if the model does not have it."""
         return submodel_of(model, self.entry.submodel)
 
 
@@ -69,8 +69,8 @@ class Prepared:
 
     Attributes:
         member: The member.
-        part: The part of the model that it is for.
-        plans: Each with the initializer that states it; none where nothing is said beforehand.
+        part: Its part of the model.
+        plans: Each plan with its initializer; empty if the kind provides no plan.
     """
 
     member: Member
@@ -81,14 +81,14 @@ class Prepared:
 def prepare(
     members: Sequence[Member], model: Any, check: tuple[Any, list[Any] | None] | None = None
 ) -> Iterator[Prepared]:
-    """The plans of every member, each made with what those before it will have loaded.
+    """The plans of every member, each with knowledge of what earlier members will have loaded.
 
-    With ``check`` (trainer, callbacks) everything is checked too, and problems of a plan are raised.
+    With ``check`` (trainer, callbacks) the checks run too, and problems of a plan are raised.
     """
     loaded: frozenset[int] = frozenset()
     for member in members:
         part = member.part(model)
-        # nobody asks what the last one writes
+        # only a later member needs to know what this one writes
         is_last = member is members[-1]
         plans, loaded = _prepare(member.initializer, member.called, part, loaded, check, is_last=is_last)
         yield Prepared(member, part, tuple(plans))
@@ -103,7 +103,7 @@ def _prepare(
     *,
     is_last: bool = False,
 ) -> tuple[list[tuple[InitializerBase, LoadPlan]], frozenset[int]]:
-    """The plan of an initializer, or else those of its delegates, and the ids of what is loaded after them."""
+    """The plan of an initializer, or else those of its delegates, and the ids of tensors that are loaded after them."""
     loads = "init_weights" in hooks
     initializer.session.loaded_before = within = loaded
     found: list[tuple[InitializerBase, LoadPlan]] = []
@@ -130,7 +130,7 @@ def _written_by(plan: LoadPlan, model: Any) -> frozenset[int]:
 
 
 class _PluginManager(pluggy.PluginManager):
-    """Recognises the hooks of an ``InitializerBase`` by their names; observers mark theirs with ``hookimpl``."""
+    """Recognizes the hooks of an ``InitializerBase`` by their names; observers mark theirs with ``hookimpl``."""
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
         if isinstance(plugin, InitializerBase):
@@ -143,7 +143,7 @@ class _PluginManager(pluggy.PluginManager):
 
 
 class _Recorder:
-    """The innermost wrapper: what the initializer itself returned or raised, whatever observers make of it."""
+    """The innermost wrapper: records what the initializer returned or raised, before observers see it."""
 
     def __init__(self) -> None:
         self.results: list[Any] = []
@@ -163,10 +163,10 @@ class _Recorder:
 
 
 class HookCaller:
-    """Holds the initializers and observers of one stack and nothing else.
+    """Calls hooks of the initializers and observers of one stack, through a plugin manager of its own.
 
-    Raises ``ConfigError`` for an object that is no initializer, one that is there twice, and an observer that is no
-    wrapper.
+    Raises ``ConfigError`` for an object that is not an initializer, an object that is given twice, and an observer that
+    is not a wrapper.
     """
 
     def __init__(self, initializers: Sequence[Any], observers: Iterable[Any]) -> None:
@@ -176,7 +176,7 @@ class HookCaller:
         for number, initializer in enumerate(self._initializers):
             if not isinstance(initializer, InitializerBase):
                 raise ConfigError(
-                    f"initializers.{number} is {type_of(initializer)}, no initializer. "
+                    f"initializers.{number} is {type_of(initializer)}, not an initializer. "
                     "Next: InitializerStack.from_config([...]) for configs"
                 )
             if type(initializer).init_weights is InitializerBase.init_weights and not initializer.delegates:
@@ -192,17 +192,17 @@ class HookCaller:
             for implementation in getattr(self._manager.hook, hook).get_hookimpls():
                 if implementation.plugin in observers and not (implementation.wrapper or implementation.hookwrapper):
                     raise ConfigError(
-                        f"{hook} of the observer {type(implementation.plugin).__name__} is no wrapper, so that it "
-                        "would stand in for an initializer. Next: mark it with hookimpl(wrapper=True) and yield"
+                        f"{hook} of the observer {type(implementation.plugin).__name__} is not a wrapper, so that it "
+                        "would replace an initializer. Next: mark it with hookimpl(wrapper=True) and yield"
                     )
-        # registered last, so that it is called innermost
+        # pluggy calls the wrapper that was registered last innermost
         self._recorder = _Recorder()
         self._register(self._recorder, None)
 
     def call(self, hook: str, initializer: InitializerBase, **arguments: Any) -> Any:
-        """What ``hook`` of ``initializer`` returned.
+        """Call ``hook`` of ``initializer`` and return its result.
 
-        Raises what the initializer raised, and what an observer raised around it.
+        Raises what the initializer raised, or an observer around it.
         """
         others = [other for other in self._initializers if other is not initializer]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
@@ -212,7 +212,7 @@ class HookCaller:
         for result in self._recorder.results:
             if inspect.isawaitable(result) or inspect.isgenerator(result) or hasattr(result, "__exit__"):
                 if inspect.iscoroutine(result):
-                    result.close()  # else Python warns that nobody awaited it
+                    result.close()  # else Python warns that it was never awaited
                 raise ConfigError(
                     f"{hook} of {initializer.config.kind} returned {type_of(result)}, so that nothing was done: it is "
                     "async, a generator or a context manager behind a decorator. "
@@ -225,7 +225,7 @@ class HookCaller:
             self._manager.register(plugin, name=name)
             self._manager.check_pending()
         except ValueError as error:
-            raise ConfigError(f"{type(plugin).__name__} is in the stack twice; make another instance") from error
+            raise ConfigError(f"{type(plugin).__name__} is in the stack twice. Next: a second instance") from error
         except pluggy.PluginValidationError as error:
             hooks = ", ".join(HOOK_NAMES)
             raise ConfigError(f"{type(plugin).__name__} cannot be called: {error}. The hooks are {hooks}") from error
@@ -233,7 +233,7 @@ class HookCaller:
 
 @attrs.frozen
 class Carried:
-    """A plan that was carried out for the part of the model that is called ``name``, and is found by ``path``."""
+    """A plan that was carried out, for the part of the model called ``name`` at ``path``."""
 
     kind: str
     plan: LoadPlan
@@ -242,7 +242,7 @@ class Carried:
     name: str
 
     def source_of(self, row: PlanRow) -> tuple[SourceRecord, LoadedFile]:
-        """The file that a row is loaded from; as far as the plan knows it where the outcome does not record it."""
+        """The file that a row was loaded from; from the plan if the outcome does not record it."""
         file = self.outcome.files.get(row.model)
         if file is None:
             files = self.plan.origins[row.origin].files
@@ -251,7 +251,7 @@ class Carried:
             self.kind,
             self.full(row.model),
             file.path.name,
-            # a path below the folder that it was started in is of no use to those who read it later
+            # a relative path would be useless to readers in another working folder
             str(file.path.absolute()),
             file.digest,
             tuple(sorted(file.origin.items())),
@@ -261,13 +261,13 @@ class Carried:
         return record, file
 
     def full(self, model: str) -> str:
-        """The path of a single model in the whole, which the plan of a part knows by the name of the part."""
+        """The path of a single model in the whole model, which the plan of a part names by the name of the part."""
         return self.path + model.removeprefix(self.name)
 
 
 @attrs.frozen
 class Written:
-    """An initializer without a plan, and the entries that it gave other values: (path of a single model, name)."""
+    """An initializer without a plan, and the entries whose values it changed: (path of a single model, name)."""
 
     kind: str
     entries: frozenset[tuple[str, str]]
@@ -284,7 +284,7 @@ def values_of(model: Any) -> dict[tuple[str, str], str]:
 
 
 def _entries(model: Any) -> Iterator[tuple[tuple[str, str], Any, bool]]:
-    """Place, tensor, and whether it is a parameter, of every parameter and buffer."""
+    """Place, tensor, and whether it is a parameter, for every parameter and buffer."""
     for path, leaf in leaf_models(model):
         for named, is_parameter in ((leaf.named_parameters, True), (getattr(leaf, "named_buffers", dict), False)):
             for name, tensor in dict(named()).items():
@@ -296,7 +296,7 @@ def trace(
 ) -> tuple[tuple[SourceRecord, ...], tuple[TensorRecord, ...]]:
     """The files that values came from, and one record for every parameter and buffer of ``model``.
 
-    Of several initializers that wrote a tensor the last one counts.
+    If several initializers wrote a tensor, the last one is recorded.
     """
     sources: dict[SourceRecord, int] = {}
     found: dict[tuple[str, str], TensorRecord] = {}
@@ -334,7 +334,7 @@ def trace(
             )
     firsts: dict[int, tuple[str, str]] = {}
     for place, tensor, is_parameter in _entries(model):
-        # one tensor of several submodels: what one of them loaded, all have
+        # submodels that share a tensor share its origin
         first = firsts.setdefault(id(tensor), place)
         if first != place and {first, place} <= found.keys():
             _share(found, first, place)
@@ -343,8 +343,8 @@ def trace(
 
 
 def _forget(found: dict[tuple[str, str], TensorRecord], written: Written) -> None:
-    """What has other values now did not come from a file, whatever was loaded before."""
-    rule = f"{written.kind} gave it its value"
+    """Record that an initializer without a plan changed the values, so that they no longer come from a file."""
+    rule = f"set by {written.kind}"
     for place in written.entries & found.keys():
         old = found[place]
         found[place] = TensorRecord(old.model, old.name, old.is_parameter, rule=rule, tied_to=old.tied_to)
@@ -362,7 +362,7 @@ def _ancestors(
     keys: Iterable[str],
     sources: dict[SourceRecord, int],
 ) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    """Where the values under ``keys`` of a file came from before; what several have in common stands once."""
+    """The earlier origins of the values under ``keys`` of a file; an origin of several values is listed once."""
     chain = dict.fromkeys(step for key in keys for step in history.get(key, ()))
     return tuple((sources.setdefault(record, len(sources)), names) for record, names in chain)
 
@@ -384,18 +384,18 @@ def reported(
     written: Mapping[int, Written],
     decision: str,
 ) -> InitReport:
-    """The report.
+    """The report of an initialization.
 
     Args:
         model: The whole model, initialized.
-        prepared: The plans that were carried out, one for each member; its initializer is asked for its outcome.
+        prepared: The plans that were carried out, one entry per member; its initializer is asked for its outcome.
         start: The iteration at which training starts.
         starts: What each member returned as its start.
         called: The hooks that were called.
-        written: Number of a member without a plan -> the entries that it gave other values.
+        written: Number of a member without a plan -> the entries whose values it changed.
         decision: What ``auto_resume`` decided.
     """
-    offers = {info.name: info for info in kinds.installed()}
+    providers = {info.name: info for info in kinds.installed()}
     reports = []
     carried: list[Carried | Written] = []
     for number, (one, own_start) in enumerate(zip(prepared, starts, strict=True)):
@@ -405,7 +405,7 @@ def reported(
         reports.append(
             InitializerReport(
                 kind=member.kind,
-                distribution=_distribution(offers.get(member.kind)),
+                distribution=_distribution(providers.get(member.kind)),
                 hooks=tuple(hook for hook in called if hook in member.called),
                 origins=tuple((one.model, one.description, ", ".join(one.files)) for one in planned.origins),
                 counts=planned.counts(),

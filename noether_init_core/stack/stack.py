@@ -46,15 +46,16 @@ _Answer = TypeVar("_Answer")
 
 
 class InitializerStack:
-    """The initializers of a run, in the order of the config, with one pluggy manager of their own.
+    """The initializers of one training run, called in the order of the config.
 
     Args:
         initializers: Instances of ``InitializerBase``.
-        observers: Objects with ``hookimpl(wrapper=True)`` methods around the hooks. They see what happens; they
-            cannot change what an initializer returned, nor make one that failed look as if it had not.
+        observers: Objects with ``hookimpl(wrapper=True)`` methods around the hooks. They cannot change what an
+            initializer returned, nor hide an error that it raised.
 
-    Raises ``ConfigError`` for an object that is no initializer, one that is in the stack twice, and an observer that
-    is no wrapper. Every rank of a distributed run builds the same stack and makes the same calls.
+    Raises ``ConfigError`` for an object that is not an initializer, an object that is given twice, and an observer that
+    is not a wrapper. Every rank of a distributed run builds the same stack and makes the same calls. One stack is not
+    for several threads at once.
     """
 
     def __init__(self, initializers: Iterable[InitializerBase], *, observers: Iterable[Any] = ()) -> None:
@@ -65,8 +66,8 @@ class InitializerStack:
             )
         self._members = tuple([Member(initializer) for initializer in initializers])
         self._auto_resume = ""
-        #: What ``start_checkpoint`` returned, and the folders of the sets that it is of.
-        self._told: tuple[TrainingIteration, tuple[str | None, ...]] | None = None
+        #: What ``start_checkpoint`` returned, and the folders of the sets that it selected.
+        self._returned: tuple[TrainingIteration, tuple[str | None, ...]] | None = None
         self._sessions: tuple[tuple[InitializerBase, Session], ...] = ()
         self._hooks = HookCaller(self.initializers, observers)
 
@@ -78,21 +79,24 @@ class InitializerStack:
         path_provider: Any = None,
         observers: Iterable[Any] = (),
     ) -> Self:
-        """Build from a list of configs, one config, or a mapping with ``initializers``, ``auto_resume``, ``observers``.
+        """Build a stack from a list of configs, one config, or a mapping with ``initializers`` and more.
 
         Args:
-            configs: Mappings (also OmegaConf's), namespaces, dataclass instances and the like, or validated configs.
-            path_provider: The folders of the run that is started; anything with ``output_root``, ``run_id`` and
-                ``stage_name``. None where no kind needs it.
+            configs: Mappings (dict, OmegaConf), namespaces, instances of dataclasses and similar, or validated configs.
+            path_provider: The folders of the run that is started: an object with ``output_root``, ``run_id`` and
+                ``stage_name``. None if no kind needs it.
             observers: Further observers, as objects.
 
-        Raises ``ConfigError`` and its children. Only the kinds that are named are imported.
+        Raises ``ConfigError`` and its subclasses, such as ``KindError``. Only the kinds in the config are imported.
         """
         return cls._from_loaded(load_config_mapping(configs), path_provider, observers)
 
     @classmethod
     def from_file(cls, path: Path | str, *, path_provider: Any = None, observers: Iterable[Any] = ()) -> Self:
-        """Build from a YAML file: ours, or Noether's resolved config. Errors name file, line and key."""
+        """Build a stack from a YAML config, or from Noether's resolved config; arguments as in ``from_config``.
+
+        Raises ``ConfigFileError`` with file, line and key, and ``KindError``.
+        """
         return cls._from_loaded(load_config_file(Path(path)), path_provider, observers)
 
     @classmethod
@@ -118,26 +122,30 @@ class InitializerStack:
 
     @property
     def auto_resume(self) -> str:
-        """What ``auto_resume`` of the config decided, in words; empty without it."""
+        """The decision of ``auto_resume``, in words; empty if the config does not have it."""
         return self._auto_resume
 
     def start_checkpoint(self) -> TrainingIteration:
-        """The iteration at which training starts. May be called before ``initialize`` and more than once.
+        """The iteration at which training starts. May be called before ``initialize``, and more than once.
 
-        What was selected for it is kept until ``initialize``, also if another process saves meanwhile.
+        ``initialize`` uses the sets that this call selected, also if another process saves in between.
 
-        Raises ``StartConflictError`` if more than one initializer starts at other than zero.
+        Raises ``StartConflictError`` if more than one initializer starts after iteration zero, and ``CheckpointError``
+        if a set cannot be selected. Every rank calls it.
         """
         with self._in_sessions():
             start = self._starts()[0]
-            self._told = start, self._resumed_sets()
+            self._returned = start, self._resumed_sets()
         return start
 
     def plan(self, model: Any) -> LoadPlan:
-        """What ``initialize(model)`` will do to the weights. The model is untouched; only headers are read.
+        """The plan of ``initialize(model)`` for the weights. Reads only headers; the model is not changed.
 
-        An initializer sees what those before it will have loaded: for that, its file need not have anything. Kinds that
-        cannot plan are left out. After ``start_checkpoint`` the plan is that of the sets that it selected.
+        An entry that an earlier initializer will have loaded need not be in the files of a later one. Kinds without a
+        plan are left out. After ``start_checkpoint`` the plan is for the sets that it selected. May be called more than
+        once.
+
+        Raises ``CheckpointError`` for files that cannot be read; what does not fit is a problem in the plan.
         """
         check_model(model)
         plans: list[tuple[int, LoadPlan]] = []
@@ -145,14 +153,14 @@ class InitializerStack:
             for position, prepared in enumerate(prepare(self._members, model)):
                 plans += [(position, plan) for _unit, plan in prepared.plans]
                 if plans and not prepared.plans and "init_weights" in prepared.member.called:
-                    said = f"{prepared.member.kind} comes later and states no plan: what it writes is not in this plan"
-                    warning = Problem("unplanned", said, str(prepared.part.name), ())
+                    message = f"{prepared.member.kind} comes later without a plan: what it writes is not in this plan"
+                    warning = Problem("unplanned", message, str(prepared.part.name), ())
                     number, last = plans[-1]
                     plans[-1] = number, attrs.evolve(last, warnings=(*last.warnings, warning))
         return LoadPlan.merged([plan for _number, plan in plans], [number for number, _plan in plans])
 
     def check_unplanned(self, model: Any) -> tuple[tuple[str, Exception | None], ...]:
-        """Kinds that ``plan`` leaves out, each with what its ``check`` raised, or None. The model is untouched."""
+        """Kinds that ``plan`` leaves out, each with the error of its ``check``, or None. The model is not changed."""
         check_model(model)
         found: list[tuple[str, Exception | None]] = []
         with self._in_sessions():
@@ -162,22 +170,23 @@ class InitializerStack:
                 try:
                     member.initializer.check(member.part(model), None, None)
                     found.append((member.kind, None))
-                except Exception as error:  # code of others; the caller gets it
+                except Exception as error:  # a plugin may raise anything; the caller decides what to do with it
                     found.append((member.kind, error))
         return tuple(found)
 
     def suggest(self, model: Any) -> tuple[tuple[int, str, Suggestion], ...]:
-        """Rules for each file and single model, from names and shapes: (number of the initializer, path, suggestion).
+        """Suggest rules for each file and single model: (number of the initializer, path of the model, suggestion).
 
-        Surgery that the config has is not looked at. The model is untouched, only headers are read, nothing is applied.
-        After ``start_checkpoint`` the files are those of the sets that it selected.
+        Rules in the config are ignored. Reads only headers; the model is not changed. After ``start_checkpoint`` the
+        files are those of the sets that it selected. May be called more than once.
         """
         return self._asked(model, lambda one, part: one.suggest_rules(part))
 
     def sources(self, model: Any) -> tuple[tuple[int, str, Source], ...]:
-        """The files that weights will be read from: (number of the initializer, path, source). They are only located.
+        """The files that weights will be read from: (number of the initializer, path of the model, source).
 
-        After ``start_checkpoint`` the files are those of the sets that it selected.
+        No file is opened. After ``start_checkpoint`` the files are those of the sets that it selected. May be called
+        more than once.
         """
         return self._asked(model, lambda one, part: one.sources(part))
 
@@ -196,23 +205,24 @@ class InitializerStack:
     def initialize(
         self, model: Any, trainer: Any = None, callbacks: Sequence[Any] | None = None, *, trains: bool = True
     ) -> InitReport:
-        """Start the run: find out all that could fail, then change trainer, weights, optimizer and callbacks.
+        """Start the run: check all that can fail, then change trainer, weights, optimizer and callbacks.
 
         Args:
             model: A model or composite; ``bind`` makes one of a plain module.
-            trainer: Anything with ``state_dict`` and ``load_state_dict``; ``restore_rng`` is called last where it is.
-                Where it has ``lineage`` and ``init_report``, it is given the report's lineage and the report, which
-                ``CheckpointWriter`` looks for when it saves the trainer.
-            callbacks: Callbacks with ``state_dict`` and ``load_state_dict``; others are passed along.
-            trains: False where no training follows: the state of a trainer is then not missed.
+            trainer: An object with ``state_dict`` and ``load_state_dict``; its ``restore_rng`` is called last if it
+                exists. If it has ``lineage`` and ``init_report``, both are set from the report, so that
+                ``CheckpointWriter`` records them.
+            callbacks: Callbacks with ``state_dict`` and ``load_state_dict``; others are passed to the hooks only.
+            trains: False if no training follows: then the state of a trainer is not required.
 
-        Returns: the report; ``report.start`` is the iteration at which training starts.
+        Returns the report; ``report.start`` is the iteration at which training starts. Every rank calls it. Called
+        again, it initializes again from a new selection.
 
         Raises:
-            InitError: one of its children, before anything has been changed, for all that can be known beforehand.
-                ``StartConflictError`` if the start is no longer the one that ``start_checkpoint`` told.
-            PartlyInitializedError: user code, a kind without ``check``, or a device failed afterwards. States of
-                trainer and callbacks have been put back.
+            InitError: A subclass of it, before the first change, for everything that can be known before it.
+                ``StartConflictError`` if the start is no longer the one that ``start_checkpoint`` returned.
+            PartlyInitializedError: User code, a kind without ``check``, or a device failed after the first change.
+                States of trainer and callbacks were restored.
         """
         check_model(model)
         callbacks = list(callbacks) if callbacks is not None else None
@@ -230,27 +240,27 @@ class InitializerStack:
                 trainer.lineage = tuple(report.lineage())
             if hasattr(trainer, "init_report"):
                 trainer.init_report = report
-            self._told = None
+            self._returned = None
         logger.info("%s", report)
         return report
 
     def close(self) -> None:
-        """Forget what was selected for the start that ``start_checkpoint`` returned. May be called more than once."""
-        self._told, self._sessions = None, ()
+        """Drop the selection of ``start_checkpoint``, so that the next call selects again. May be called twice."""
+        self._returned, self._sessions = None, ()
 
     @contextlib.contextmanager
     def _in_sessions(self, *, trains: bool = True, is_last: bool = False) -> Iterator[None]:
         """Give every initializer its session for the block.
 
-        Files are closed at the end of the block. What was selected is kept from the first ``start_checkpoint`` to the
-        end of ``initialize``; without a start that somebody relies on, the next question selects anew.
+        Files are closed at the end of the block. The selection is kept from the first ``start_checkpoint`` to the end
+        of ``initialize``; without ``start_checkpoint``, the next call selects again.
         """
         units = [one for member in self._members for one in member.units]
         busy = next((one for one in units if one.session is not None), None)
         if busy is not None:
             raise ConfigError(
-                f"{busy.config.kind} is in an initialization that is going on, and was asked again by a hook, an "
-                "observer, a trainer, another stack or another thread. This call changed nothing. Next: ask the stack "
+                f"{busy.config.kind} is in an initialization that is not finished, and was called again by a hook, an "
+                "observer, a trainer, another stack or another thread. This call changed nothing. Next: call the stack "
                 "before or after initialize(); for delegates, call their hooks"
             )
         if not self._sessions:
@@ -264,9 +274,11 @@ class InitializerStack:
                 one.session, session.loaded_before = None, frozenset()
                 try:
                     session.close_files()
-                except Exception:  # what is done stays done, and an error on its way must not be hidden
+                except (
+                    Exception
+                ):  # the model is initialized already, and an error of the block must not be replaced by this one
                     logger.exception("the files of %s could not be closed", one.config.kind)
-            if is_last or self._told is None:
+            if is_last or self._returned is None:
                 self._sessions = ()
 
     def _starts(self) -> tuple[TrainingIteration, list[TrainingIteration | None]]:
@@ -281,15 +293,15 @@ class InitializerStack:
         return only_start(named, "initializer"), starts
 
     def _check_start(self, start: TrainingIteration) -> None:
-        """After a failed initialization, everything is selected anew."""
-        if self._told is not None and (start, self._resumed_sets()) != self._told:
-            told = self._told[0]
+        """Raise if another set is selected now than when ``start_checkpoint`` returned its iteration."""
+        if self._returned is not None and (start, self._resumed_sets()) != self._returned:
+            returned = self._returned[0]
             raise StartConflictError(
-                f"start_checkpoint() returned {told}, and by now the start is {start}"
-                + (" of another set" if start == told else "")
-                + ": the set that was selected for it is no longer the one that is meant. Nothing was changed. "
+                f"start_checkpoint() returned {returned}, but the start is now {start}"
+                + (" of another set" if start == returned else "")
+                + ": another set is selected since. Nothing was changed. "
                 "Next: call start_checkpoint() again, and start there",
-                starts={"told": str(told), "now": str(start)},
+                starts={"returned": str(returned), "now": str(start)},
             )
 
     def _resumed_sets(self) -> tuple[str | None, ...]:
@@ -304,7 +316,7 @@ class InitializerStack:
         prepared: Sequence[Prepared],
         written: dict[int, Written],
     ) -> list[tuple[str, Callable[[], Any]]]:
-        """What is done after the checks, in order, each with its name. ``written`` gets what no plan states."""
+        """The steps after the checks, in order, with their names. ``written`` collects writes without a plan."""
         steps: list[tuple[str, Callable[[], Any]]] = []
         has_loaded = False
         for hook in hooks:
@@ -331,14 +343,14 @@ class InitializerStack:
                 call()
             except BaseException as error:
                 problems = before.put_back()
-                if not isinstance(error, Exception):  # an interrupt goes on as what it is
+                if not isinstance(error, Exception):  # KeyboardInterrupt and SystemExit stay what they are
                     raise
-                kept = "States of trainer and callbacks were put back." if not problems else " ".join(problems)
-                # a KeyError alone says no more than the key
+                kept = "States of trainer and callbacks were restored." if not problems else " ".join(problems)
+                # str(KeyError) is the key alone, so name the class
                 reason = error if isinstance(error, InitError) else f"{type(error).__name__}: {error}"
                 raise PartlyInitializedError(
                     f"{labels[number]} failed: {reason}\nDone before it: {', '.join(labels[:number]) or 'nothing'}. "
-                    f"{kept} Build the model anew before trying again",
+                    f"{kept} Next: build the model again before you try again",
                     done=labels[:number],
                     failed=labels[number],
                     pending=labels[number + 1 :],
@@ -346,7 +358,7 @@ class InitializerStack:
 
 
 def _watched(model: Any, kind: str, call: Callable[[], Any], written: dict[int, Written], number: int) -> None:
-    """Call a kind without a plan, and see which entries have other values then: they are loaded no more."""
+    """Call a kind without a plan, and record which entries changed: their values no longer come from a file."""
     before = values_of(model)
     call()
     after = values_of(model)
@@ -355,27 +367,27 @@ def _watched(model: Any, kind: str, call: Callable[[], Any], written: dict[int, 
 
 
 def _resumed(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
-    """The entry that resumes this run from its newest set (that is good), or None, and the decision in words.
+    """The entry that resumes this run from its newest (good) set, or None, and the decision in words.
 
-    What the config says of it is validated at the first start already, when there is nothing to resume.
+    Its config is validated also at the first start, when there is no set to resume from.
     """
     if path_provider is None:
-        raise ConfigError("auto_resume needs path_provider=PathProvider(output_root, run_id): it resumes this very run")
+        raise ConfigError("auto_resume needs path_provider=PathProvider(output_root, run_id): it resumes this run")
     paths = PathProvider.of(path_provider)
     if paths.run_id_is_generated:
         raise ConfigError(
-            f"auto_resume: the run id {paths.run_id} was generated for this start, so that no later start could find "
-            "its checkpoints. Give a fixed run_id"
+            f"auto_resume: the run id {paths.run_id} was generated for this start, so that a later start cannot find "
+            "its checkpoints. Next: a fixed run_id"
         )
     config = validate_entry(entry)
     snapshot = Snapshot(paths)
     keywords = {**(getattr(config, "kwargs", None) or {}), "auto_resume": snapshot}
     if getattr(config, "on_invalid", "error") == "previous" and snapshot.is_begun():
-        # Which set is good is found out by reading it, when the start iteration is asked for.
+        # Only reading a set shows that it is good, which start_checkpoint() does.
         resumed = config.model_copy(update={"kwargs": keywords})
         return attrs.evolve(entry, config=resumed), "auto_resume: resumed from the newest good set"
     model = getattr(config, "model_name", None)
-    # a name that no set has is an error of the resume, and no fresh start: it may be misspelt
+    # a model name that no set has is an error, not a fresh start: it may be misspelt
     newest = newest_set(snapshot, model, asked_by="auto_resume")
     if newest is None and model is not None:
         newest = newest_set(snapshot, asked_by="auto_resume")

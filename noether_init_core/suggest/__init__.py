@@ -1,1 +1,1 @@
-"""Rules of surgery suggested from names and shapes alone. Pure: nothing is read, nothing is applied by itself."""
+"""Suggests rules of surgery from names and shapes alone. Pure: reads no file, and applies no rule."""

@@ -1,7 +1,7 @@
-"""What names say, whichever library wrote them: the meaning of words, and the layers behind keys. Pure.
+"""Interprets the names of a state dict: the concepts of words, and the layers behind keys. Pure.
 
-A layer is a module (or a parameter of its own) with its tensors; the same module in every block of a model is one
-layer, whose template has ``<i>`` where the number of the block stands.
+A layer is a module (or a single parameter) with its tensors. The same module in every block of a model is one layer;
+its template has ``<i>`` in place of the number of the block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from noether_init_core.surgery.steps import Shape
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
-# concepts: what they are called, without underscores and in small letters
+# concept -> its names in libraries, in lower case and without underscores
 _NAMES = {
     "attn": "attn attention selfattn selfattention mha multiheadattention msa",
     "cross attn": "crossattn crossattention encoderattn encdecattention multiheadattn",
@@ -51,12 +51,12 @@ _NAMES = {
     "decoder": "dec",
 }
 CONCEPTS = {name: tuple(concept.split()) for concept, names in _NAMES.items() for name in names.split()}
-# the two halves of a gated layer: their numbers say nothing of an order
+# the two halves of a gated layer: their numbers are no order
 HALVES = frozenset({"wi0", "wi1"})
 # the norms of a block, in the order in which it uses them
 PLACES = ("attn", "attn post", "cross", "cross post", "mlp", "mlp post")
 _NORM_WORDS = frozenset({"ln", "norm", "layer", "layernorm", "rms", "rmsnorm", "bn", "batchnorm", "batch"})
-# at the top of a model, alone, these are what classifies
+# these name a classifier only at the top level of a model
 _HEADS = frozenset({"fc", "output", "cls"})
 
 
@@ -77,22 +77,22 @@ def simple(segment: str) -> str:
 
 
 def place_of(tail: str) -> str:
-    """Which norm of a block a name below it means, as far as it says so."""
+    """The place in its block of a norm with the name ``tail``, as far as the name shows it."""
     words = words_of(tail)
-    said = {concept for word in words for concept in CONCEPTS.get(word, (word,))} | set(words)
+    found = {concept for word in words for concept in CONCEPTS.get(word, (word,))} | set(words)
     if "feedforward" in "".join(words):
-        said.add("mlp")
-    behind = " post" if said & {"post", "after"} else ""
-    is_attn = bool(said & {"attn", "sa"})
-    if is_attn and "mlp" in said:
+        found.add("mlp")
+    behind = " post" if found & {"post", "after"} else ""
+    is_attn = bool(found & {"attn", "sa"})
+    if is_attn and "mlp" in found:
         return ""
-    if said & {"cross", "encoder"}:
+    if found & {"cross", "encoder"}:
         return f"cross{behind}"
-    if is_attn or "mlp" in said:
+    if is_attn or "mlp" in found:
         return f"{'attn' if is_attn else 'mlp'}{behind}"
-    if said & {"final", "output"}:
+    if found & {"final", "output"}:
         return "mlp"
-    if said & {"pre", "before", "input"}:
+    if found & {"pre", "before", "input"}:
         return "first"
     if behind:
         return "attn post"
@@ -101,12 +101,12 @@ def place_of(tail: str) -> str:
 
 
 def concepts(module: str, rank: int | None = None, gate: str = "") -> frozenset[str]:
-    """What a name says, in words that libraries share; numbers as ``#1``.
+    """The concepts in a name, in words shared by libraries; a number becomes ``#1``.
 
     Args:
         module: Template of a layer.
-        rank: The number that stands for the one in its last segment.
-        gate: What it is in a gated MLP, where its siblings tell.
+        rank: The number to use for the one in its last segment.
+        gate: Its half of a gated MLP, if its siblings show that it is one.
     """
     path = module.rstrip("._")
     segments = [segment for segment in path.split(".") if segment and not re.fullmatch("<.>", segment)]
@@ -127,7 +127,7 @@ def concepts(module: str, rank: int | None = None, gate: str = "") -> frozenset[
     if "norm" in found and "<" in path and "final" in found:
         found = found - {"final"} | {"#2"}
     if "#1" not in found and "#2" not in found and {"norm"} < found and not found & {"q", "k"}:
-        # the norm that belongs to attention is the first of a block, that of the MLP the second
+        # in a block of two norms, the one of attention is the first, and that of the MLP the second
         if "attn" in found:
             found = found - {"attn", "out"} | {"#1"}
         elif "mlp" in found or ("out" in found and "<" in path):
@@ -137,14 +137,14 @@ def concepts(module: str, rank: int | None = None, gate: str = "") -> frozenset[
     return frozenset(found)
 
 
-#: The numbers that stand where a template has captures.
+#: The numbers in place of the captures of a template.
 Index = tuple[str, ...]
 _CAPTURES = "ijklmn"
 _DIGITS = "0123456789"
-# h.<i> and attn.norm; where no number counts blocks, the parent and the last segment
+# h.<i> and attn.norm; without a block number, the parent and the last segment
 _IN_BLOCK = re.compile(r"(?:(.*>[^.]*|.*)\.)?([^>]+)")
 _FUSED_LEAF = re.compile(r"(.+_)(weight|bias)")
-# as written -> what it is; tensors under other names are layers of their own
+# name as written -> its role; a tensor with another name is a layer of its own
 _LEAVES = {
     **{leaf: leaf for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")},
     "gamma": "weight",
@@ -155,14 +155,14 @@ _LEAVES = {
 
 @attrs.frozen
 class Meaning:
-    """What the name of a module says, together with those beside it.
+    """The meaning of the name of a module, judged together with its siblings.
 
     Attributes:
-        concepts: In words that libraries share, see ``concepts``.
+        concepts: Its concepts, see ``concepts``.
         numbers: Numbers in the name that do not count blocks.
-        is_gated: Whether the gate of an MLP is beside it, or it is one.
-        role: Which norm of its block it is, for a norm: a place of ``PLACES``, or a number; empty where none tells.
-        norms: The roles of all norms of the block, for a norm.
+        is_gated: Whether it is the gate of an MLP, or has one as a sibling.
+        role: For a norm, its place in the block: one of ``PLACES``, or a number; empty if unknown.
+        norms: For a norm, the roles of all norms of the block.
     """
 
     concepts: frozenset[str]
@@ -177,11 +177,11 @@ class Layer:
     """The tensors of one module, or of the same module in every block.
 
     Attributes:
-        template: What the names of its tensors begin with: ``h.<i>.ln_1.``; the whole name of a parameter on its own.
-        leaves: What a tensor is (``weight``) -> how it is written (``gamma``; empty for a parameter on its own).
-        shapes: Numbers -> what a tensor is -> shape.
-        meaning: What the name says.
-        place: Where in the state dict it first appears.
+        template: The prefix of its tensors: ``h.<i>.ln_1.``; for a single parameter, its whole name.
+        leaves: Role of a tensor (``weight``) -> its name (``gamma``; empty for a single parameter).
+        shapes: Numbers -> role of a tensor -> shape.
+        meaning: The meaning of the name.
+        place: Position in the state dict of its first tensor.
     """
 
     template: str
@@ -192,21 +192,21 @@ class Layer:
 
     @property
     def concepts(self) -> frozenset[str]:
-        """What the name says, in words that libraries share."""
+        """The concepts in the name, in words shared by libraries."""
         return self.meaning.concepts
 
     @property
     def path(self) -> str:
-        """The template without what joins it to its leaves."""
+        """The template without the dot before its leaves."""
         return self.template.rstrip("._")
 
     @property
     def label(self) -> str:
-        """The path for messages; a layer that is the whole model has none."""
+        """The path for messages; a placeholder for a layer that is the whole model."""
         return self.path or "(root)"
 
     def name(self, leaf: str, index: Index = ()) -> str:
-        """The name of a tensor in a block; without ``index`` with captures."""
+        """The name of a tensor in a block; without ``index``, with captures."""
         name = self.template + self.leaves[leaf]
         for capture, number in zip(_CAPTURES, index, strict=False):
             name = name.replace(f"<{capture}>", number)
@@ -218,7 +218,7 @@ class Layer:
 
 
 def numbers_out(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, Index]]:
-    """Name -> its template, and the numbers of it; a number is taken out where what is below it repeats."""
+    """Name -> its template and numbers; a number is replaced where the names below it repeat."""
     segments = {name: name.split(".") for name in specs}
     prefixes = dict.fromkeys(specs, "")
     indices: dict[str, Index] = dict.fromkeys(specs, ())
@@ -249,7 +249,7 @@ def _repeats(
     specs: Mapping[str, TensorSpec],
     position: int,
 ) -> bool:
-    """Whether the children of a container are alike. ``norm1`` and ``norm2`` are not, nor are those of a small MLP."""
+    """Whether the children of a container are equal. Those of ``norm1`` and ``norm2``, or of a small MLP, are not."""
     below = {
         number: {(".".join(segments[name][position + 1 :]), tuple(specs[name].shape)) for name in names}
         for number, names in children.items()
@@ -266,11 +266,11 @@ def _repeats(
 
 @attrs.frozen
 class Names:
-    """How the names of a state dict are read, each beside all others.
+    """The names of a state dict, each interpreted together with all others.
 
     Attributes:
-        templates: Name -> its template, and the numbers that were taken out.
-        meanings: Module -> what its name says.
+        templates: Name -> its template, and the numbers that were replaced.
+        meanings: Module -> the meaning of its name.
     """
 
     templates: Mapping[str, tuple[str, Index]]
@@ -278,13 +278,13 @@ class Names:
 
     @classmethod
     def of(cls, specs: Mapping[str, TensorSpec], *, are_counted: bool = True) -> Names:
-        """Read all names of a state dict; with ``are_counted``, numbers of blocks are taken out."""
+        """Interpret all names of a state dict; with ``are_counted``, replace the numbers of blocks."""
         templates = numbers_out(specs) if are_counted else {name: (name, ()) for name in specs}
         modules = list(dict.fromkeys(_split(template)[0] for template, _ in templates.values()))
         ranks, gates = _ranks(modules), _gates(modules)
-        said = {module: concepts(module, ranks.get(module), gates.get(module, "")) for module in modules}
-        gated = {parent(module) for module, words in said.items() if "gate" in words}
-        norms = _norms(said)
+        meanings = {module: concepts(module, ranks.get(module), gates.get(module, "")) for module in modules}
+        gated = {parent(module) for module, words in meanings.items() if "gate" in words}
+        norms = _norms(meanings)
         return cls(
             templates,
             {
@@ -293,7 +293,7 @@ class Names:
                     numbers=() if module in gates or simple(last_segment(module)) in HALVES else _numbers_in(module),
                     is_gated=parent(module) in gated,
                 )
-                for module, words in said.items()
+                for module, words in meanings.items()
             },
         )
 
@@ -323,7 +323,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _ranks(modules: Iterable[str]) -> dict[str, int]:
-    """Module -> where its number comes among its siblings, from 1: some count from 0."""
+    """Module -> the rank of its number among its siblings, from 1, because some libraries count from 0."""
     siblings: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for module in modules:
         last = last_segment(module)
@@ -338,7 +338,7 @@ def _ranks(modules: Iterable[str]) -> dict[str, int]:
 
 
 def _gates(modules: Iterable[str]) -> dict[str, str]:
-    """Module of a gated MLP -> which half it is: with w3 (Llama) or v1 (DBRX) beside it, w1 is the gate."""
+    """Module of a gated MLP -> its half: if w3 (Llama) or v1 (DBRX) is a sibling, w1 is the gate."""
     children: dict[str, dict[str, str]] = {}
     for module in modules:
         children.setdefault(parent(module), {})[last_segment(module)] = module
@@ -351,7 +351,7 @@ def _gates(modules: Iterable[str]) -> dict[str, str]:
 
 
 def _numbers_in(module: str) -> tuple[int, ...]:
-    """The numbers in a name; that of dense_h_to_4h is none."""
+    """The numbers in a name; the 4 of dense_h_to_4h does not count."""
     found: list[str] = []
     for segment in module.rstrip("._").split("."):
         words = [segment[len(segment.rstrip(_DIGITS)) :]] if simple(segment) in CONCEPTS else words_of(segment)
@@ -359,10 +359,10 @@ def _numbers_in(module: str) -> tuple[int, ...]:
     return tuple(map(int, found))
 
 
-def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
-    """The norms of blocks, with their places, seen beside the other norms of the same block."""
+def _norms(meanings: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
+    """The norms of blocks with their places, judged together with the other norms of the same block."""
     blocks: dict[str, dict[str, str]] = {}
-    for module, words in said.items():
+    for module, words in meanings.items():
         if "norm" in words and not words & {"q", "k", "v", "kv", "qkv"}:
             place = _IN_BLOCK.fullmatch(module.rstrip("._"))
             if place is not None:
@@ -372,7 +372,7 @@ def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
         roles = _roles(tails)
         if not roles:
             if ">" in block:
-                found.update((module, Meaning(said[module], norms=("",) * len(tails))) for module in tails)
+                found.update((module, Meaning(meanings[module], norms=("",) * len(tails))) for module in tails)
             continue
         if ">" not in block and len(tails) < 3:  # the norms of a whole model
             continue
@@ -384,17 +384,17 @@ def _norms(said: Mapping[str, frozenset[str]]) -> dict[str, Meaning]:
 
 
 def _roles(tails: Mapping[str, str]) -> dict[str, str]:
-    """Module -> its place in the block, in the order of these; empty where the names do not tell all places."""
+    """Module -> its place in the block, in order; empty if the names do not show all places."""
     places = {module: place_of(tail) for module, tail in tails.items()}
     found = set(places.values())
     if all(place.startswith("#") for place in found):
         ordered = sorted(places, key=lambda module: int(places[module][1:]))
         return {module: f"#{number}" for number, module in enumerate(ordered, 1)} if len(found) == len(places) else {}
     if found == {"first", "attn post"} and len(places) == 2:
-        # of two norms, the one behind the attention is the one before the MLP
+        # in a block of two norms, the one after attention comes before the MLP
         places = {module: "mlp" if place == "attn post" else place for module, place in places.items()}
     elif "attn post" in found and "mlp" not in found and found & {"first", "attn"}:
-        return {}  # it may be the one before the MLP here, too
+        return {}  # with other counts it may come before the MLP, too
     places = {module: "attn" if place == "first" else place for module, place in places.items()}
     if len(set(places.values())) < len(places) or not set(places.values()) <= set(PLACES):
         return {}

@@ -1,6 +1,6 @@
-"""All layers of a file and a model, paired up: certain pairs first, then those that take a closer look. Pure.
+"""Pairs all layers of a file and a model: certain pairs first, then uncertain ones. Pure.
 
-Layers of equal sizes are paired by their names, with a doubt wherever no name tells.
+Layers of equal shapes are paired by their names, with a doubt if no name decides.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _NUMBER = re.compile("[0-9]+")
 
 
 class Pairing:
-    """Pairs up all layers of a file and a model. ``pairs`` is the result, ``sources`` and ``targets`` what is left."""
+    """Pairs all layers of a file and a model. ``pairs`` is the result; ``sources`` and ``targets`` are what remains."""
 
     def __init__(
         self, sources: Mapping[str, TensorSpec], targets: Mapping[str, TensorSpec], tied: Mapping[str, Iterable[str]]
     ) -> None:
-        """``tied``: name in the model -> all names of the same tensor; when one gets it, all have it."""
+        """``tied``: name in the model -> all names of the same tensor; a pair for one serves all."""
         self._all = sources, targets
         self._tied = tied
         self.sources, self.targets = dict(sources), dict(targets)
         self.pairs: list[Pair] = []
-        #: Pairs that names suggest and nothing here can make fit.
+        #: Pairs that names suggest, but whose shapes no step fits.
         self.unfit: list[Pair] = []
 
     def run(self) -> None:
-        """Certain pairs first; each later attempt sees what the earlier ones have left."""
+        """Find all pairs. Certain ones come first; each later step sees only what earlier ones left."""
         self._same_names()
         names = [Names.of(specs) for specs in self._all]
         self._take(fused(*self._left(names)))
@@ -56,7 +56,7 @@ class Pairing:
         self.pairs = with_flips(self.pairs)
 
     def left(self) -> list[list[Layer]]:
-        """The layers of file and model that are in no pair, each of its own: no number counts blocks."""
+        """The layers of file and model without a pair, each block separately."""
         return self._left([Names.of(specs, are_counted=False) for specs in (self.sources, self.targets)])
 
     def _left(self, names: Sequence[Names]) -> list[list[Layer]]:
@@ -92,21 +92,21 @@ class Pairing:
         self._take(pairs)
 
     def _maybe_shifted(self, pair: Pair, shifted: Mapping[str, tuple[str, str]]) -> Pair:
-        """With a doubt where file and model have siblings of other numbers: fc1, fc2 beside fc2, fc3."""
+        """The pair, with a doubt if siblings have other numbers in file and model: fc1, fc2 beside fc2, fc3."""
         for name in pair.sources[0].names():
             names = (name, *shifted.get(_NUMBER.sub("#", name), ()))
             shapes = {tuple(specs[one].shape) for specs, one in zip((self._all[0], *self._all), names, strict=False)}
             if len(names) > 1 and len(shapes) == 1:
                 own, source, target = (one.rpartition(".")[0] or one for one in names)
                 return pair.doubted(
-                    "siblings are numbered differently in file and model, so all numbers may have moved",
+                    "siblings have other numbers in file and model, so every number may be shifted",
                     f"{source} -> {own}",
                     f"{own} -> {target}",
                 )
         return pair
 
     def _positions(self) -> None:
-        """Position embeddings of another number of tokens."""
+        """Pair position embeddings for other numbers of tokens."""
         sources, targets = (
             [layer for layer in layers if "position" in layer.concepts and "weight" in layer.leaves]
             for layers in self.left()
@@ -136,13 +136,13 @@ def _blocks_and_sizes(layer: Layer) -> Hashable:
 
 
 def _matched(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
-    """Pairs of layers of the same sizes, the most alike first."""
+    """Pairs of layers of equal shapes, the most similar names first."""
     pairs = []
     for mine, its in _grouped(sources, targets, _blocks_and_sizes):
         if len(mine) * len(its) <= MOST_COMPARISONS:
             pairs += _most_alike(mine, its)
             continue
-        # too many to compare each with each: only those whose names end alike
+        # too many to compare all: compare only those whose names end in the same two segments
         for some, others in _grouped(mine, its, lambda layer: tuple(layer.path.split(".")[-2:])):
             if len(some) * len(others) <= MOST_COMPARISONS:
                 pairs += _most_alike(some, others)
@@ -152,7 +152,7 @@ def _matched(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
 def _grouped(
     sources: Sequence[Layer], targets: Sequence[Layer], key: Callable[[Layer], Hashable]
 ) -> list[tuple[list[Layer], list[Layer]]]:
-    """Layers of the file and of the model of one key, for each that both have."""
+    """For each key of both, the layers of the file and those of the model."""
     groups: dict[Hashable, tuple[list[Layer], list[Layer]]] = {}
     for side, layers in enumerate((sources, targets)):
         for layer in layers:
@@ -161,7 +161,7 @@ def _grouped(
 
 
 def _most_alike(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
-    """Pairs of layers of one size: of those that fit, the most alike first, and what is then left by its order."""
+    """Pairs of layers of one size: fitting pairs with the most similar names first, then the rest by order."""
     fits: dict[tuple[int, int], Relation] = {}
     scores: dict[tuple[int, int], float] = {}
     for i, source in enumerate(sources):
@@ -169,7 +169,7 @@ def _most_alike(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair
             relation = None if has_conflict(source, target) else fit(source, target)
             if relation is not None:
                 fits[i, j] = relation
-                # equal leaves speak for it: a norm with a bias is not one without
+                # prefer equal leaves: a norm with a bias is not one without
                 missing = len(source.leaves.keys() ^ target.leaves.keys())
                 scores[i, j] = likeness(source, target) - 0.1 * missing
     target_of: dict[int, int] = {}
@@ -191,7 +191,7 @@ def _most_alike(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair
         put(zip(mine, its, strict=True))
 
     def is_rival(pair: tuple[int, int], other: tuple[int, int]) -> bool:
-        """Whether another pair fits as well, and its other layer has none that it is nearer to."""
+        """Whether another pair fits as well, and its other layer has no nearer partner."""
         i, j = other
         own = (source_of.get(j, -1), j) if i == pair[0] else (i, target_of.get(i, -1))
         score = scores.get(other, -math.inf)
@@ -213,8 +213,8 @@ def _paired(source: Layer, target: Layer, relation: Relation, score: float, riva
         pair = Pair((source,), (target,), indices, flip=relation)
     doubt = _doubt(source, target)
     if rivals:
-        reason = "several have this shape, and the names fit equally well" if score > 0.05 else "paired by order"
-        pair = pair.doubted(f"{reason}: no name tells which", *rivals[:4])
+        reason = "several layers have this shape, and the names fit equally well" if score > 0.05 else "paired by order"
+        pair = pair.doubted(f"{reason}: names do not decide", *rivals[:4])
     elif doubt or score < ALIKE:
         pair = pair.doubted(doubt or "the shapes fit, and the names have too little in common")
     if source.shapes.keys() == target.shapes.keys():
@@ -222,28 +222,30 @@ def _paired(source: Layer, target: Layer, relation: Relation, score: float, riva
     before, _, behind = source.template.rpartition("<")
     return pair.doubted(
         f"the file has {len(source.shapes)} of {before}<{behind[:2]}, the model {len(target.shapes)}: "
-        "those of equal numbers are paired",
+        "blocks of equal numbers are paired",
         "other blocks, such as every second: one rule for each",
     )
 
 
 def _doubt(source: Layer, target: Layer) -> str:
-    """Why two layers may not be the same, although their names are alike; empty for nothing."""
+    """Why two layers may differ although their names are similar; empty if there is no doubt."""
     mine, its = source.meaning, target.meaning
     shared = min(len(mine.numbers), len(its.numbers))
     if shared and mine.numbers[-shared:] != its.numbers[-shared:]:
-        return "they are numbered differently, so they are paired by order"
+        return "their numbers differ, so they are paired by order"
     if "in" in mine.concepts & its.concepts and mine.is_gated != its.is_gated:
-        return "only one of them has a gate beside it: no name tells which half it is"
+        return "only one of them has a gate as a sibling: names do not decide which half it is"
     counts = len(mine.norms), len(its.norms)
     if counts[0] != counts[1] and (min(counts) > 0 or max(counts) > 2):
-        return f"blocks have {counts[0]} norms in the file and {counts[1]} in the model: names may mean other places"
+        return (
+            f"blocks have {counts[0]} norms in the file and {counts[1]} in the model: equal names may be other places"
+        )
     if not any(counts) or _below_blocks(source) == _below_blocks(target):
         return ""
     if set(mine.norms) == set(its.norms) and mine.role:
         return ""
     if max(counts) > 2:
-        return f"of {counts[0]} norms of a block, names do not tell for certain which is which"
+        return f"names do not decide for certain which of the {counts[0]} norms of a block is which"
     if mine.role and its.role and mine.role[0] != "#" != its.role[0]:
         return "the norms of a block are named after different places"
     return ""

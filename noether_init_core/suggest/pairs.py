@@ -1,4 +1,4 @@
-"""Pairs of layers: what becomes what, how, and why that may be wrong. Pure."""
+"""Pairs of layers: which layers of the file become which of the model, by which steps, and with which doubts. Pure."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from noether_init_core.suggest.layer_names import Index, Layer, parent
 from noether_init_core.surgery.fit import square_grids
 from noether_init_core.surgery.steps import Concat, Interpolate, Shape, StepError, Transpose, shapes_after
 
-# names that are this much alike are about the same layer
+# likeness from which two names are taken as the same layer
 ALIKE = 0.6
-# by how much a name has to be nearer than the next one
+# how much nearer a name must be than the next one
 MARGIN = 0.1
-# layers of one shape are compared each with each; this many comparisons take about a second
+# all layers of one shape are compared with each other; this many comparisons take about a second
 MOST_COMPARISONS = 60_000
 
-# words that say little (another library's name for the same place), in tenths of what others say: whole numbers have
-# the same sum in any order
+# weights of words, in tenths: generic words count little, because libraries use others for the same place; integers,
+# because their sum does not depend on the order
 _GENERIC = (
     "model module net network backbone base transformer bert gpt vit roberta llama layers layer blocks block h "
     "stages stage dense self final trunk body"
 )
 _WEIGHTS = {**dict.fromkeys(_GENERIC.split(), 1), **dict.fromkeys(("encoder", "decoder", "embed"), 5)}
-# of each line, a layer is at most one
+# a layer has at most one concept of each line
 _EXCLUSIVE = [
     frozenset(words.split())
     for words in (
@@ -39,9 +39,9 @@ _EXCLUSIVE = [
     )
 ]
 
-#: Whether matrices are transposed; ``square``: their shapes cannot tell; ``none``: there are no matrices.
+#: Whether matrices are transposed; ``square``: their shapes do not show it; ``none``: no matrices.
 Flip = Literal["yes", "no", "square", "none"]
-#: The same, or the tensor has the same elements in another shape.
+#: A ``Flip``, or the same elements in another shape.
 Relation = Flip | Literal["reshape"]
 Way = Literal["rename", "reshape", "split", "concat", "unstack", "stack", "interpolate"]
 
@@ -51,10 +51,10 @@ class Pair:
     """Layers of the file that become layers of the model, in the blocks ``indices``.
 
     Attributes:
-        dim: Along which dimension it is split, concatenated, stacked or unstacked.
-        doubts: Why it may be wrong; none where names and shapes tell.
-        alternatives: What else it may be.
-        why: What decided it, where that is not plain.
+        dim: The dimension of split, concatenation, stack or unstack.
+        doubts: Why it may be wrong; empty if names and shapes decide.
+        alternatives: Other possibilities.
+        why: What decided it, if that is not obvious.
         grid: The step of ``interpolate``.
     """
 
@@ -71,7 +71,7 @@ class Pair:
 
     @property
     def leaves(self) -> list[str]:
-        """What every layer of it has, such as ``weight`` and ``bias``."""
+        """The leaves that all its layers have, such as ``weight`` and ``bias``."""
         return [leaf for leaf in self.sources[0].leaves if all(leaf in one.leaves for one in self.layers)]
 
     @property
@@ -84,7 +84,7 @@ class Pair:
         return any(layer.concepts & {"embed", "head", "token"} for layer in self.layers)
 
     def names(self, leaf: str) -> list[tuple[list[str], list[str]]]:
-        """Names in the file and in the model that go together: of each block, or of all where they are stacked."""
+        """Names in the file and in the model that belong together: per block, or of all blocks for a stack."""
         groups = [self.indices] if self.way in ("stack", "unstack") else [(index,) for index in self.indices]
 
         def of(layers: tuple[Layer, ...], group: tuple[Index, ...]) -> list[str]:
@@ -93,12 +93,12 @@ class Pair:
         return [(of(self.sources, group), of(self.targets, group)) for group in groups]
 
     def doubted(self, reason: str, *alternatives: str) -> Pair:
-        """The same with one more doubt."""
+        """A copy with one more doubt."""
         return attrs.evolve(self, doubts=(*self.doubts, reason), alternatives=(*self.alternatives, *alternatives))
 
 
 def likeness(one: Layer, other: Layer) -> float:
-    """How alike two names are, from 0 to about 1: the share of what they say that both say."""
+    """How similar two names are, from 0 to about 1: the weight of the concepts that both share."""
     both = sum(_WEIGHTS.get(word, 10) for word in one.concepts & other.concepts)
     total = sum(_WEIGHTS.get(word, 10) for names in (one.concepts, other.concepts) for word in names)
     score = 2 * both / total if total else 0.0
@@ -108,12 +108,12 @@ def likeness(one: Layer, other: Layer) -> float:
 
 
 def has_conflict(one: Layer, other: Layer) -> bool:
-    """Whether the names say different things of what a layer can be only one of."""
+    """Whether the names have two concepts that exclude each other."""
     numbers = frozenset(word for word in one.concepts | other.concepts if word.startswith("#"))
     mine, its = one.meaning, other.meaning
     are_named = mine.role and its.role and mine.role[0] != "#" != its.role[0]
     if are_named and (set(mine.norms) == set(its.norms) or len(mine.norms) != len(its.norms)):
-        # places say more than numbers do, unless the blocks have as many norms at other places
+        # places decide before numbers, unless both blocks have equally many norms at other places
         if mine.role != its.role:
             return True
         numbers = frozenset()
@@ -124,12 +124,12 @@ def has_conflict(one: Layer, other: Layer) -> bool:
 
 
 def is_head(layer: Layer) -> bool:
-    """Whether the name is that of what classifies."""
+    """Whether the name is that of a classifier."""
     return "head" in layer.concepts and "<" not in layer.template
 
 
 def relation(source: Shape, target: Shape) -> Relation | None:
-    """How the shape of a tensor of the file goes together with that of the model; None where it does not."""
+    """How a shape in the file fits one in the model; None if it does not."""
     if source == target:
         return "none" if len(source) != 2 else "square" if source[0] == source[1] else "no"
     if len(source) == len(target) == 2 and source == target[::-1]:
@@ -140,7 +140,7 @@ def relation(source: Shape, target: Shape) -> Relation | None:
 
 
 def fit(source: Layer, target: Layer) -> Relation | None:
-    """How the shapes of all blocks that both have go together: or None where they do not."""
+    """How the shapes of all common blocks fit; None if they do not."""
     found: set[Relation] = set()
     for index, shapes in source.shapes.items():
         others = target.shapes.get(index)
@@ -158,13 +158,13 @@ def fit(source: Layer, target: Layer) -> Relation | None:
 
 
 def _scopes(pair: Pair) -> tuple[Hashable, ...]:
-    """Which matrices are likely transposed alike, the nearest first: of the same last name, of the same block, all."""
+    """Groups of matrices that are probably transposed alike, nearest first: same last name, same block, all."""
     lasts = tuple(layers[0].path.rpartition(".")[2] for layers in (pair.sources, pair.targets))
     return lasts, pair.sources[0].template.rpartition("<")[0], None
 
 
 def with_flips(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs; square matrices are transposed as those are whose shapes tell."""
+    """The pairs, with each square matrix transposed like those whose shapes decide."""
     telling: dict[Hashable, list[Pair]] = defaultdict(list)
     for pair in pairs:
         if pair.flip in ("yes", "no") and not pair.is_table:
@@ -182,11 +182,11 @@ def _flipped(pair: Pair, seen: Sequence[Pair]) -> Pair:
     if pair.is_table:
         return attrs.evolve(pair, flip="no")
     flips = Counter(one.flip for one in seen)
-    # without others, [d, 3 d] beside squares is how Conv1D has it
+    # without other matrices: [d, 3 d] beside squares is the layout of Conv1D
     flip = flips.most_common(1)[0][0] if flips else "yes" if pair.dim == -1 else "no"
     pair = attrs.evolve(pair, flip=flip)
     shown = f"{pair.sources[0].label} {list(next(iter(pair.sources[0].shapes.values())).get('weight', ()))}"
-    cannot_tell = f"shapes cannot tell whether {shown} is transposed"
+    cannot_tell = f"shapes do not decide whether {shown} is transposed"
     other = f"the same rule {'without' if flip == 'yes' else 'with'} transpose"
     if len(flips) > 1:
         return pair.doubted(f"{cannot_tell}, and others differ: most are{'' if flip == 'yes' else ' not'}", other)
@@ -195,21 +195,21 @@ def _flipped(pair: Pair, seen: Sequence[Pair]) -> Pair:
     if flip == "no":
         return pair
     witness = min(one.sources[0].label for one in seen)
-    return attrs.evolve(pair, why=f"transposed as {witness} is: the shape of {shown} cannot tell")
+    return attrs.evolve(pair, why=f"transposed like {witness}: the shape of {shown} does not decide")
 
 
 def _is_moved(pair: Pair) -> bool:
-    """Whether the name is the same behind a prefix, so that nothing speaks for another layout."""
+    """Whether the names differ only in a prefix, so that another layout is improbable."""
     mine, its = (f".{layers[0].path}" for layers in (pair.sources, pair.targets))
     return mine.endswith(its) or its.endswith(mine)
 
 
-# what is fused -> its parts, in the order in which libraries put them together
+# fused layer -> its parts, in the order in which libraries concatenate them
 _FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gateup": ("gate", "in")}
 
 
 def fused(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
-    """One projection on one side, several on the other."""
+    """Pairs of one fused projection on one side and several projections on the other."""
     pairs = []
     ways: tuple[tuple[Way, Sequence[Layer], Sequence[Layer]], ...]
     ways = ("split", sources, targets), ("concat", targets, sources)
@@ -238,24 +238,24 @@ def fused(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
 
 
 def _may_be_in_turns(one: Layer, parts: Sequence[Layer]) -> str:
-    """Why q, k and v may stand in turns within the fused layer; empty where they hardly do."""
+    """Why q, k and v may be interleaved within the fused layer; empty if that is improbable."""
     for index in one.shapes:
         if len({sum(map(math.prod, part.shapes[index].values())) for part in parts}) > 1:
             return (
                 "q, k and v have different sizes (grouped queries), and some models store them group by group, "
-                "q, q, .., k, v, which shapes cannot tell"
+                "q, q, .., k, v, which shapes do not show"
             )
     name = next((name for name in ("query_key_value", "wqkv") if name in one.template), "")
-    return name and f"{name} often holds q, k and v head by head, which shapes cannot tell"
+    return name and f"{name} often holds q, k and v head by head, which shapes do not show"
 
 
 def _regrouped(pair: Pair, one: Layer, parts: Sequence[Layer]) -> str:
-    """What to do for parts in turns: steps where the parts are of one size, which is what reshape can do."""
+    """What to do for interleaved parts: steps if the parts have one size, which is all that reshape can do."""
     index = next(iter(one.shapes))
     whole = one.shapes[index].get("weight", ())
     sizes = {part.shapes[index].get("weight", ()) for part in parts}
     if len(whole) != 2 or len(sizes) > 1 or pair.flip == "yes" or pair.dim != 0:
-        return "in turns: order the rows in Python, torch.save them under the model's names, and load that file"
+        return "interleaved: reorder the rows in Python, torch.save them under the model's names, and load that file"
     rows, columns = whole
     step, rows = ("concat", rows) if pair.way == "concat" else ("split", -1)
     steps = f"{{reshape: [h, -1, {columns}]}}, {{{step}: 1}}, {{reshape: [{rows}, {columns}]}}"
@@ -263,7 +263,7 @@ def _regrouped(pair: Pair, one: Layer, parts: Sequence[Layer]) -> str:
 
 
 def _projections(layers: Sequence[Layer]) -> Mapping[str, list[tuple[Layer, tuple[Layer, ...]]]]:
-    """Layers that stand beside each other and would make a fused one, as that one and its parts."""
+    """Sibling layers that could form a fused one: that one and its parts."""
     parents: dict[str, dict[str, Layer]] = defaultdict(dict)
     for layer in layers:
         for part in layer.concepts & {"q", "k", "v", "gate", "in"}:
@@ -280,7 +280,7 @@ def _projections(layers: Sequence[Layer]) -> Mapping[str, list[tuple[Layer, tupl
 
 
 def _fit_fused(one: Layer, parts: Sequence[Layer]) -> tuple[int, Flip] | None:
-    """Along which dimension they are put together, and whether they are transposed on the way."""
+    """The dimension of concatenation, and whether the parts are transposed; None if the shapes do not fit."""
     ways: list[tuple[int, Flip]] = [(0, "no"), (0, "yes"), (-1, "no"), (-1, "yes")]
     for index, shapes in one.shapes.items():
         for leaf, whole in shapes.items():
@@ -291,7 +291,7 @@ def _fit_fused(one: Layer, parts: Sequence[Layer]) -> tuple[int, Flip] | None:
     for dim in (0, -1):
         flips = [flip for found, flip in ways if found == dim]
         if len(flips) > 1:
-            # [3 d, d] is how Linear has it, and the parts are squares; [d, 3 d] is how Conv1D has it
+            # the layout of Linear is [3 d, d], that of Conv1D [d, 3 d]; the parts are squares in both
             return dim, "no" if dim == 0 else "square"
         if flips:
             return dim, flips[0]
@@ -299,7 +299,7 @@ def _fit_fused(one: Layer, parts: Sequence[Layer]) -> tuple[int, Flip] | None:
 
 
 def _joined(shapes: Sequence[Shape], dim: int, flip: Flip) -> Shape | None:
-    """The shape of the fused layer: flipped, its parts are transposed where it is not."""
+    """The shape of the fused layer; with ``flip``, its parts are transposed and it is not."""
     try:
         return shapes_after([Transpose(), Concat(dim)] if flip == "yes" else [Concat(dim)], shapes, 1)[1][0]
     except StepError:
@@ -307,7 +307,7 @@ def _joined(shapes: Sequence[Shape], dim: int, flip: Flip) -> Shape | None:
 
 
 def stacked(sources: Sequence[Layer], targets: Sequence[Layer]) -> list[Pair]:
-    """All blocks in one tensor on one side, one tensor each on the other."""
+    """Pairs of one tensor for all blocks on one side, and one tensor for each block on the other."""
     pairs: list[Pair] = []
     ways: tuple[tuple[Way, Sequence[Layer], Sequence[Layer]], ...]
     ways = ("unstack", sources, targets), ("stack", targets, sources)
@@ -340,14 +340,14 @@ def _is_stack(one: Layer, other: Layer) -> bool:
 
 
 def resampled(source: Layer, target: Layer) -> Pair:
-    """A position embedding for another number of tokens; without a grid where none fits."""
+    """A pair of position embeddings for other numbers of tokens; without a grid if none fits."""
     have, want = source.shapes[()]["weight"], target.shapes[()]["weight"]
     pair = Pair((source,), (target,), ((),), "interpolate")
     shown = f"{source.label} is {list(have)}, {target.label} {list(want)}"
     if len(have) < 2 or len(have) != len(want) or (*have[:-2], have[-1]) != (*want[:-2], want[-1]):
         return pair.doubted(f"{shown}: they differ in more than the tokens", f"keep_model: {target.name('weight')}")
     grids = square_grids(have, want)
-    others = (f"keep_model: {target.name('weight')}", "do: [interpolate: ...] with the grids that are meant")
+    others = (f"keep_model: {target.name('weight')}", "do: [interpolate: ...] with the right grids")
     if not grids:
         return pair.doubted(f"{shown}: no square grids with 0, 1 or 2 other tokens fit", *others)
     pair = attrs.evolve(pair, grid=grids[0])
@@ -355,7 +355,7 @@ def resampled(source: Layer, target: Layer) -> Pair:
         fits = ", ".join(str(grid.prefix_tokens) for grid in grids)
         pair = pair.doubted(f"{shown}: grids with {fits} other tokens fit", *others)
     if len(have) == 2:
-        pair = pair.doubted(f"{shown}: a table may be of text, where no grid is", *others)
+        pair = pair.doubted(f"{shown}: it may be a table for text, which has no grid", *others)
     if likeness(source, target) < ALIKE:
         pair = pair.doubted("the names have little in common", *others)
     return pair

@@ -1,4 +1,4 @@
-"""Suggested rules, few and general: made of pairs of layers, with their reasons and doubts, and as text to paste."""
+"""Suggested rules from pairs of layers, with reasons and doubts, and as YAML to paste."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _MOST_SHOWN = 20
 
 @attrs.frozen
 class SuggestedRule:
-    """One rule.
+    """One suggested rule.
 
     Attributes:
-        config: As a config writes it, plain data.
-        reason: Why it is there, where that is not plain.
-        doubts: Why it may be wrong; none for a rule that names and shapes tell.
+        config: The rule as a config writes it, plain data.
+        reason: Why it is suggested, if that is not obvious.
+        doubts: Why it may be wrong; empty if names and shapes decide.
     """
 
     config: Mapping[str, Any]
@@ -40,14 +40,14 @@ class SuggestedRule:
 
 @attrs.frozen
 class Unsure:
-    """Something that names and shapes do not tell.
+    """Something that names and shapes do not decide.
 
     Attributes:
         what: In short: ``first. -> alpha.``.
         reason: Why it is not certain.
-        alternatives: What else may be meant, in words or as rules.
+        alternatives: Other possibilities, in words or as rules.
         sources: Names of the file.
-        targets: Names of the model; what a rule does for them may be wrong.
+        targets: Names of the model for which a rule may be wrong.
     """
 
     what: str
@@ -59,14 +59,14 @@ class Unsure:
 
 @attrs.frozen
 class Suggestion:
-    """Rules, what they would do, and how far they are certain.
+    """Suggested rules, their plan, and their doubts. Returned by ``suggest()``.
 
     Attributes:
-        rules: In the order in which they have to stand.
-        plan: What these rules give, by ``plan_load``.
-        unsure: What names and shapes do not tell. Entries of the model that are in none of them are certain.
-        unmatched_sources: Names of the file that nothing would use.
-        unmatched_targets: Names of the model that would get nothing, and that no rule keeps.
+        rules: The rules, in the order that a config needs.
+        plan: The plan with these rules, by ``plan_load``.
+        unsure: What names and shapes do not decide. An entry of the model in none of them is certain.
+        unmatched_sources: Names of the file that no entry uses.
+        unmatched_targets: Names of the model that get no tensor, and that no rule keeps.
     """
 
     rules: tuple[SuggestedRule, ...]
@@ -77,15 +77,15 @@ class Suggestion:
 
     @property
     def is_sure(self) -> bool:
-        """Whether names and shapes tell everything."""
+        """Whether names and shapes decide everything."""
         return not self.unsure
 
     def config(self) -> dict[str, Any]:
-        """The field for the config of an initializer: ``transforms``, where rules are needed."""
+        """The field for the config of an initializer: ``transforms``, or nothing if no rule is needed."""
         return {"transforms": [dict(one.config) for one in self.rules]} if self.rules else {}
 
     def to_yaml(self) -> str:
-        """``config`` as text to paste, each rule on a line, with reasons and doubts as comments."""
+        """``config`` as YAML to paste, one rule per line, with reasons and doubts as comments."""
         lines = ["transforms:"] if self.rules else []
         for one in self.rules:
             lines += [f"  # unsure: {one_line(doubt)}" for doubt in one.doubts]
@@ -94,34 +94,34 @@ class Suggestion:
         return "".join(f"{line}\n" for line in lines)
 
     def __str__(self) -> str:
-        """The rules, and all that is to be known of them as comments: the whole is YAML that can be pasted."""
-        state = "no problem" if self.plan.is_fine else "not yet fine:"
-        said = [] if any("from" in one.config for one in self.rules) else self._without_moves()
-        said.append(f"coverage {100 * self.plan.coverage():.1f} %, {state}")
-        said += [f"  {one_line(problem.message, 1000)}" for problem in self.plan.problems]
+        """YAML to paste: the rules, then plan, doubts and unmatched names as comments."""
+        state = "no problem" if self.plan.is_fine else "the plan has problems:"
+        lines = [] if any("from" in one.config for one in self.rules) else self._without_moves()
+        lines.append(f"coverage {100 * self.plan.coverage():.1f} %, {state}")
+        lines += [f"  {one_line(problem.message, 1000)}" for problem in self.plan.problems]
         for one in self.unsure[:_MOST_SHOWN]:
-            said.append(f"unsure: {one.what}: {one.reason}")
-            said += [f"  or: {other}" for other in one.alternatives]
+            lines.append(f"unsure: {one.what}: {one.reason}")
+            lines += [f"  or: {other}" for other in one.alternatives]
         if len(self.unsure) > _MOST_SHOWN:
-            said.append(f"unsure: and {len(self.unsure) - _MOST_SHOWN} more")
+            lines.append(f"unsure: and {len(self.unsure) - _MOST_SHOWN} more")
         for side, names in (("file", self.unmatched_sources), ("model", self.unmatched_targets)):
             if names:
-                said.append(f"unmatched in the {side}: {listed(one_line(name, 200) for name in names)}")
-        return self.to_yaml() + "\n".join(f"# {one_line(line)}" for line in said)
+                lines.append(f"unmatched in the {side}: {listed(one_line(name, 200) for name in names)}")
+        return self.to_yaml() + "\n".join(f"# {one_line(line)}" for line in lines)
 
     def _without_moves(self) -> list[str]:
-        """Why no rule gives an entry another name: everything fits without, or names and shapes tell none."""
+        """Comments for a suggestion without renames: no rule is needed, or none was found."""
         if self.plan.is_fine and (self.rules or self.plan.coverage() == 1):
             return [] if self.rules else ["no rule is needed"]
-        said = ["no rule was found: names and shapes do not tell which entry becomes which"]
+        lines = ["no rule was found: names and shapes do not decide which entry becomes which"]
         if self.unmatched_targets:
             target = one_line(self.unmatched_targets[0], 200)
             rules: list[dict[str, str]] = [{"keep_model": target}]
             if self.unmatched_sources:
                 rules.insert(0, {"from": one_line(self.unmatched_sources[0], 200), "to": target})
-            said.append("Next: write rules by hand, a line for each, such as")
-            said += ["transforms:", *(f"  - {yaml_line(rule)}" for rule in rules)]
-        return said
+            lines.append("Next: write the rules by hand, such as")
+            lines += ["transforms:", *(f"  - {yaml_line(rule)}" for rule in rules)]
+        return lines
 
 
 def transforms_of(rules: Sequence[SuggestedRule]) -> Transforms:
@@ -130,7 +130,7 @@ def transforms_of(rules: Sequence[SuggestedRule]) -> Transforms:
     return Transforms([rule_of(config, f"transforms.{number}") for number, config in enumerate(configs)])
 
 
-# a number that is a part of a segment, behind letters, and not beside a capture
+# a number within a segment, after letters, and not beside a capture
 _NUMBER = re.compile("(?<=[^.>0-9])[0-9]+(?![0-9<])")
 # captures for numbers within a segment; those of blocks are named from i on
 _LETTERS = "nmxyz"
@@ -140,7 +140,7 @@ Segments = tuple[str, ...]
 
 @attrs.frozen(eq=False)
 class _Move:
-    """One tensor, or one of every block, under another name. ``flip`` is None where transposing changes nothing."""
+    """A rename of one tensor, or of one tensor per block. ``flip`` is None if transposing changes nothing."""
 
     source: Segments
     target: Segments
@@ -149,9 +149,9 @@ class _Move:
 
 
 def rules_of(pairs: Sequence[Pair]) -> list[SuggestedRule]:
-    """Rules for the pairs, in an order that works: what needs steps first, then the special before the general.
+    """Rules for the pairs, in an order that works: those with steps first, then special before general ones.
 
-    A rule may also take names that an earlier rule has taken already, so that there are fewer of them.
+    A rule may match names that an earlier rule took already, which needs fewer rules.
     """
     special = [rule for pair in pairs if pair.way != "rename" for rule in _special(pair)]
     moves = [move for pair in pairs if pair.way == "rename" for move in _moves(pair)]
@@ -159,7 +159,7 @@ def rules_of(pairs: Sequence[Pair]) -> list[SuggestedRule]:
 
 
 def merged(rules: Sequence[SuggestedRule]) -> list[SuggestedRule]:
-    """The rules, those that differ only in a number within a segment as one. It may take more: the plan has to tell."""
+    """The rules, with those that differ only in a number within a segment as one. Check the plan: it may match more."""
     groups: dict[Hashable, list[SuggestedRule]] = {}
     for rule in rules:
         general = _without_number(rule)
@@ -169,7 +169,7 @@ def merged(rules: Sequence[SuggestedRule]) -> list[SuggestedRule]:
 
 
 def _without_number(rule: SuggestedRule) -> SuggestedRule:
-    """The rule with a capture for the last number that both names have within a segment; the same for none."""
+    """The rule with a capture for the last number within a segment of both names; unchanged without such a number."""
     source, target = rule.config.get("from"), rule.config.get("to")
     letter = next((one for one in _LETTERS if f"<{one}" not in str(source)), None)
     if letter is None or not isinstance(source, str) or not isinstance(target, str | None):
@@ -196,7 +196,7 @@ def _captures(segments: Segments) -> set[str]:
 
 
 def _cover(prefix: Segments, moves: Sequence[_Move], *, forced: bool) -> Iterator[SuggestedRule]:
-    """Rules for all moves below ``prefix``; with ``forced`` also for those that change nothing."""
+    """Rules for all moves below ``prefix``; with ``forced``, also for moves that change nothing."""
     at = len(prefix)
     ways: Counter[tuple[Segments, bool]] = Counter()
     for move in moves:
@@ -231,7 +231,7 @@ def _by_child(prefix: Segments, moves: Sequence[_Move], *, forced: bool) -> Iter
                 yield _renamed(move.source, move.target, bool(move.flip), [move])
         else:
             children[move.source[len(prefix)]].append(move)
-    # a capture would take the names that are written out
+    # a rule with a capture would also match the names that are written out, so it comes last
     for child, below in sorted(children.items(), key=lambda item: "<" in item[0]):
         yield from _cover((*prefix, child), below, forced=forced)
 
@@ -242,7 +242,7 @@ def _renamed(source: Segments, target: Segments, flip: bool, moves: Sequence[_Mo
 
 
 def _rule(sources: list[str], targets: list[str], steps: Sequence[Step], *pairs: Pair) -> SuggestedRule:
-    """A move with its steps, and with the reasons and doubts of the pairs that it is for."""
+    """A rule with its steps, and with the reasons and doubts of its pairs."""
     config: dict[str, Any] = {"from": sources if len(sources) > 1 else sources[0]}
     if targets != sources:
         config["to"] = targets if len(targets) > 1 else targets[0]
@@ -254,10 +254,10 @@ def _rule(sources: list[str], targets: list[str], steps: Sequence[Step], *pairs:
 
 
 def _special(pair: Pair) -> Iterator[SuggestedRule]:
-    """The rules of a pair that is more than a rename."""
+    """The rules of a pair that needs more than a rename."""
     leaves = pair.leaves
     if pair.way in ("split", "concat"):
-        # all leaves at once where every layer writes them alike and has no others
+        # one rule for all leaves, if every layer has the same leaves under the same names
         is_alike = len(leaves) > 1 and len({frozenset(layer.leaves.items()) for layer in pair.layers}) == 1
         for leaf in ("<leaf>",) if is_alike else leaves:
             yield _rule(*_templates(pair, leaf), _fused_steps(pair), pair)
@@ -268,7 +268,7 @@ def _special(pair: Pair) -> Iterator[SuggestedRule]:
         elif pair.grid is not None:
             yield _rule(*_templates(pair, leaf), [pair.grid], pair)
         else:
-            # some blocks may lack it
+            # some blocks may not have this leaf
             having = [index for index in pair.indices if all(leaf in layer.shapes[index] for layer in pair.layers)]
             mine, its = ([layer.shapes[index][leaf] for index in having] for layer in pair.layers)
             if len(set(its)) == 1:
@@ -279,7 +279,7 @@ def _special(pair: Pair) -> Iterator[SuggestedRule]:
 
 
 def _templates(pair: Pair, leaf: str) -> tuple[list[str], list[str]]:
-    """Names of the file and the model with captures, for one leaf or with one for it."""
+    """Names of the file and the model with captures, for one leaf, or for all with a capture for it."""
     mine, its = ([one.template + one.leaves.get(leaf, leaf) for one in side] for side in (pair.sources, pair.targets))
     return mine, its
 

@@ -1,7 +1,7 @@
-"""suggest: rules that would turn a file's names into a model's, from names, shapes and dtypes alone. Pure.
+"""Suggests the rules that turn names of a file into those of a model, from names, shapes and dtypes alone. Pure.
 
-Nothing is read and nothing is applied. What is suggested is planned with these very rules, so that it is known to give
-a plan; what names and shapes cannot tell is said, with the reason and what else may be meant.
+No file is read and no rule is applied. The suggested rules are planned, so that they are known to give a plan. What
+names and shapes do not decide is reported with its reason and its alternatives.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec, name
 from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.wrappers import bare_names
 
-# what models keep beside their parameters, and compute anew
+# buffers that models compute themselves
 _COMPUTED = frozenset(
     {"inv_freq", "position_ids", "masked_bias", "num_batches_tracked", "relative_position_index", "attn_mask"}
 )
-# nobody would read more, and RE2 cannot take many thousands at once
+# a reader checks each suggested rule, and RE2 cannot compile many thousands at once
 _MOST_RULES = 500
-# no model has longer or deeper names, and what looks at names takes them apart
+# real models stay below; matching splits names into segments, which a hostile file could make slow
 _LONGEST, _DEEPEST = 256, 32
 
 
@@ -44,27 +44,27 @@ def suggest(
     policies: Policies | None = None,
     hidden: frozenset[str] = frozenset(),
 ) -> Suggestion:
-    """Suggest rules for a file and a model. Pure: names, shapes and dtypes decide, no value is looked at.
+    """Suggest rules for a file and a model. Pure: names, shapes and dtypes decide, and no value is read.
 
-    It finds moved prefixes, renamed segments, transposed matrices, fused and separate projections, stacked and
-    separate blocks, other heads and other grids of position embeddings. Entries of equal name and shape are taken for
-    the same; whether a model uses two submodules the other way round, names and shapes cannot tell.
+    It finds moved prefixes, renamed segments, transposed matrices, fused and separate projections, stacked and separate
+    blocks, other heads, and other grids of position embeddings. Entries of equal name and shape are taken as the same;
+    names and shapes cannot show whether a model uses two submodules in exchanged roles.
 
     Args:
-        sources: Entries of the file's state dict, in order.
-        targets: Entries of the model's state dict, in order.
+        sources: Entries of the file's state dict, in order: name -> shape and dtype.
+        targets: Entries of the model's state dict, in order: name -> shape and dtype.
         model: Name of the model, for messages.
-        policies: What the plan does where file and model do not fit.
+        policies: How the plan treats what does not fit, such as ``on_missing``.
         hidden: Names of the model's non-persistent buffers, which a file may have.
 
-    Never raises for names that rules cannot say (with ``<``, ``*`` or empty segments, of more than 256 characters or 32
-    segments); they stay unmatched.
+    Never raises. Names that a rule cannot match stay unmatched: those with ``<``, ``*`` or an empty segment, and
+    those of more than 256 characters or 32 segments.
     """
     return _Suggesting(PlanPart(model or "model", "", (), sources, targets, hidden=hidden), policies).run()
 
 
 class _Suggesting:
-    """One suggestion in the making. Names are bare here: without the prefixes of wrappers."""
+    """The state of one suggestion. Names in it are bare: without the prefixes of wrappers."""
 
     def __init__(self, part: PlanPart, policies: Policies | None) -> None:
         self._part, self._policies, sources, targets = part, policies, part.sources, part.targets
@@ -92,7 +92,7 @@ class _Suggesting:
         moves = rules_of(self._pairing.pairs)
         surplus = moves[_MOST_RULES:]
         found = self._planned([*drops, *moves[:_MOST_RULES], *keeps])
-        # one rule for those that differ in a number, if it does exactly what they do
+        # one rule in place of several that differ in a number, only if the plan stays the same
         fewer = merged(found.rules)
         if len(fewer) < len(found.rules):
             other = self._planned(fewer)
@@ -103,7 +103,7 @@ class _Suggesting:
             reason = f"more than {_MOST_RULES} are needed; the names have no pattern"
             self._unsure.append(Unsure(f"{len(surplus)} more rules", reason))
         elif wrong:
-            reason = "the rules do not give what was meant"
+            reason = "the rules do not give the intended plan"
             self._unsure.append(Unsure(", ".join(wrong[:5]), reason, targets=tuple(wrong)))
         left: dict[str, list[str]] = {"unexpected": [], "missing": [], "mismatch": []}
         for row in found.plan.rows:
@@ -121,7 +121,7 @@ class _Suggesting:
         return Suggestion(tuple(rules), plan)
 
     def _names(self, pair: Pair) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-        """Names in the file and in the model that go together, as far as they exist: some blocks may have no bias."""
+        """Names in the file and in the model that belong together, if they exist: some blocks may have no bias."""
         return [
             (
                 tuple(self._source_names[name] for name in mine if name in self._source_names),
@@ -144,7 +144,7 @@ class _Suggesting:
     def _heads(
         self, sources: Sequence[Layer], targets: Sequence[Layer]
     ) -> tuple[list[SuggestedRule], list[SuggestedRule]]:
-        """Heads that the file has not in this shape are kept, those that the model has not are dropped."""
+        """Rules that keep heads without a tensor of that shape in the file, and rules that drop heads of the file."""
         specs = self._part.targets
         tied = {name for spec_name, spec in specs.items() if spec.tied_to for name in (spec_name, spec.tied_to)}
         fresh = [
@@ -157,7 +157,7 @@ class _Suggesting:
         for glob in _modules(fresh, self._target_names, self._pairing.targets):
             below = [layer for layer in theirs if f"{layer.path}.".startswith(glob)] or theirs
             shapes = [list(layer.shapes[()]["weight"]) for layer in below if "weight" in layer.leaves]
-            has = f"the file has {shapes[0]}" if shapes else "the file has none"
+            has = f"the file has {shapes[0]}" if shapes else "no head found in the file"
             doubts = () if theirs else self._of_embedding(glob, fresh)
             keeps.append(SuggestedRule({"keep_model": glob}, f"a fresh head: {has}", doubts))
         kept = [one.config["keep_model"] for one in keeps]
@@ -165,14 +165,16 @@ class _Suggesting:
         return keeps, [SuggestedRule({"drop": glob}, "a head not found in the model") for glob in dropped]
 
     def _of_embedding(self, glob: str, fresh: Sequence[Layer]) -> tuple[str, ...]:
-        """Why a head may be the embedding of the file, which models often use for both."""
+        """Why a head may be the embedding of the file: many models use one tensor for both."""
         tables = [pair for pair in self._pairing.pairs if pair.way == "rename" and "token" in pair.sources[0].concepts]
         for layer in (one for one in fresh if f"{one.path}.".startswith(glob)):
             shape = layer.shapes[()].get("weight")
             for source, target in ((pair.sources[0], pair.targets[0]) for pair in tables):
                 if shape is not None and source.shapes.get((), {}).get("weight") == shape:
                     other = target.label
-                    reason = f"the file has {source.label} {list(shape)} once, and an entry goes to one place: {other}"
+                    reason = (
+                        f"{source.label} {list(shape)} is in the file once, and a rule sends it to one place: {other}"
+                    )
                     alternatives = f"tie {layer.label} to {other} in the model", f"{source.label} -> {layer.label}"
                     names = tuple(self._target_names[bare] for bare in layer.names())
                     self._unsure.append(Unsure(layer.label, reason, alternatives, (), names))
@@ -180,7 +182,7 @@ class _Suggesting:
         return ()
 
     def _misfits(self, sources: Sequence[Layer], targets: Sequence[Layer]) -> None:
-        """Layers whose names agree and whose shapes do not: what could be done is for the reader to choose."""
+        """Report layers of equal names and other shapes; only the reader can choose what to do."""
         sources, targets = ([one for one in layers if not is_head(one)] for layers in (sources, targets))
         by_path = {layer.path: [layer] for layer in sources}
         compared = sources if len(sources) * len(targets) <= MOST_COMPARISONS else []
@@ -205,7 +207,7 @@ class _Suggesting:
             )
 
     def _computed(self) -> list[str]:
-        """Globs for buffers of the file that the model has not, and that models compute anew."""
+        """Globs for buffers of the file that the model does not have, and that models compute themselves."""
         found = []
         for bare, spec in self._pairing.sources.items():
             *parents, last = bare.split(".")
@@ -216,7 +218,7 @@ class _Suggesting:
 
 
 def _modules(layers: Sequence[Layer], names: Iterable[str], left: Container[str]) -> list[str]:
-    """The modules of heads, as a config says them: whole ones where nothing of them is used."""
+    """The modules of heads, as a config writes them: a whole module if no part of it is used."""
     used = {module for bare in names if bare not in left for module in _paths(bare)}
     found: list[str] = []
     for layer in layers:
@@ -232,12 +234,12 @@ def _paths(name: str) -> list[str]:
 
 
 def _done(found: Suggestion) -> list[tuple[object, ...]]:
-    """What the plan does, whichever rules say so."""
+    """The effect of the plan, apart from the rules that cause it."""
     return [(row.key, row.action, row.sources, row.part, row.parts, row.steps) for row in found.plan.rows]
 
 
 def _can_say(name: str) -> bool:
-    """Whether rules can say the name: no signs of patterns, no empty segments, no line breaks, no absurd length."""
+    """Whether a rule can match the name: no signs of patterns, no empty segment, no line break, a normal length."""
     segments = name.split(".")
     is_short = len(name) <= _LONGEST and len(segments) <= _DEEPEST
     return is_short and name.isprintable() and not any(sign in name for sign in "<>*") and all(segments)

@@ -1,1 +1,1 @@
-"""State-dict surgery, pure: rules, steps, the plan, the plan of optimizer state, the way back. Nothing is applied."""
+"""State-dict surgery: rules, steps, the plan, the plan of optimizer state, and the inverse. Pure: changes no model."""

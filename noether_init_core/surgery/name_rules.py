@@ -1,8 +1,8 @@
-"""Rules on names: which entry of a file becomes which entry of a model. Pure: names in, decisions out.
+"""Rules on names: which entry of a file becomes which entry of a model. Pure.
 
-``Transforms`` are the rules of a config. Every ``from`` is a name in the file and every ``to`` a name in the model; no
-rule sees what another has made. So swaps work, and two sources for one target are an error. ``NoetherSurgery`` are the
-fields of Noether, with its results. Either decides by ``match``, and says by ``unmatched`` what matched in no file.
+``Transforms`` are the rules of a config. Each ``from`` is a name in the file and each ``to`` a name in the model; no
+rule sees the result of another. So swaps work, and two sources for one target are an error. ``NoetherSurgery`` are the
+four fields of Noether, with its results. ``match`` decides, and ``unmatched`` lists rules that matched in no file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from noether_init_core.surgery.wrappers import WRAPPERS, Forms, bare_names, cut,
 
 @attrs.frozen
 class Taken:
-    """Where the value of one entry of a model comes from.
+    """The source of one entry of a model.
 
-    ``steps`` are carried out on the tensors of ``sources``, and ``part`` of the ``parts`` tensors that they make is
-    taken. ``rule`` is None where the name is the same on both sides.
+    ``steps`` are applied to the tensors of ``sources`` and give ``parts`` tensors, of which the entry takes number
+    ``part``. ``rule`` is None if the name is the same on both sides.
     """
 
     sources: tuple[str, ...]
@@ -36,20 +36,20 @@ class Taken:
 
 @attrs.define
 class NameMatch:
-    """What rules decided for one file and one model.
+    """The decisions of rules for one file and one model.
 
     Attributes:
-        moves: Name in the model -> where its value comes from.
-        removed: Name in the file that rules drop -> rule.
+        moves: Name in the model -> its source.
+        removed: Name in the file that a rule drops -> rule.
         kept: Name in the model that keeps its present value -> rule.
         unused_kept: Name in the file whose target keeps its own value -> that target.
         overwritten: (name in the file that loses, name that wins, their common target, rule).
         matched: Rules that matched at least one name.
-        problems: Why the rules cannot be followed; of no model yet.
-        outside: Names of the file outside of what the rules are about.
-        astray: Name in the file -> (name that it would get, which the model has not; the rule, or empty).
-        shadowed: Rule -> rules that took names before it that it would have matched.
-        said: Name -> how rules say it, below roots and without wrappers, where that differs.
+        problems: Why the rules cannot be applied, without the name of the model.
+        outside: Names of the file outside ``source_root``.
+        astray: Name in the file -> (its new name, which is not in the model; the rule, or empty).
+        shadowed: Rule -> earlier rules that took names which it would have matched.
+        written: Name -> the name in rules, below roots and without wrappers, if that differs.
     """
 
     moves: dict[str, Taken] = attrs.Factory(dict)
@@ -62,7 +62,7 @@ class NameMatch:
     outside: frozenset[str] = frozenset()
     astray: dict[str, tuple[str, str]] = attrs.Factory(dict)
     shadowed: defaultdict[str, set[str]] = attrs.field(factory=lambda: defaultdict(set))
-    said: dict[str, str] = attrs.Factory(dict)
+    written: dict[str, str] = attrs.Factory(dict)
 
     def give(self, name: str, taken: Taken, shown: str = "") -> None:
         """Let ``name``, ``shown`` in messages, come from ``taken``, unless it keeps its value or has one already."""
@@ -72,7 +72,7 @@ class NameMatch:
         other = self.moves.setdefault(name, taken)
         if other is not taken:
             message = (
-                f"{shown or name} would be loaded twice: from {_said(other)} and from {_said(taken)}. "
+                f"{shown or name} would be loaded twice: from {_as_text(other)} and from {_as_text(taken)}. "
                 "Next: drop one of them"
             )
             self.problems += (Problem("two-sources", message, "", (*other.sources, *taken.sources)),)
@@ -97,7 +97,7 @@ class NameMatch:
 
 @attrs.frozen
 class Rename:
-    """Every occurrence of ``src`` in a name becomes ``dst``."""
+    """Replaces every occurrence of ``src`` in a name by ``dst``."""
 
     src: str
     dst: str
@@ -105,11 +105,11 @@ class Rename:
 
 @attrs.frozen
 class NoetherSurgery:
-    """The four surgery fields of Noether, one after the other, on substrings, with Noether's results.
+    """The four surgery fields of Noether, in its order, on substrings, with its results.
 
-    ``keys_to_remove`` (whole names), ``patterns_to_remove``, ``patterns_to_rename`` (each sees the result of the one
-    before; a name that becomes another's takes its place), ``patterns_to_instantiate`` (names of the model that keep
-    their present value).
+    ``keys_to_remove`` are whole names. Each rename of ``patterns_to_rename`` sees the result of the one before, and a
+    name that becomes another's replaces it. ``patterns_to_instantiate`` are names of the model that keep their present
+    value.
     """
 
     keys_to_remove: tuple[str, ...] = ()
@@ -119,7 +119,7 @@ class NoetherSurgery:
     unmatched_is_error: bool = False
 
     def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
-        """As Noether does it; see the class.
+        """Decide as Noether does; see the class.
 
         Names that no rule changed are taken as they are, or despite the prefixes of wrappers: ``wrappers.paired``.
         """
@@ -171,22 +171,25 @@ class NoetherSurgery:
     def unmatched(
         self, matches: Sequence[NameMatch], sources: Sequence[str], targets: Sequence[str]
     ) -> list[tuple[str, bool]]:
-        """An absent key is an error, an unmatched pattern a warning, as in ``docs/noether-differences.md``."""
+        """Messages about rules that matched in no file, and whether each is an error.
+
+        As in ``docs/noether-differences.md``, an absent key is an error and an unmatched pattern a warning.
+        """
         matched = set[str]().union(*(match.matched for match in matches))
         messages = []
         for key in self.keys_to_remove:
             if f"keys_to_remove: {key}" not in matched:
                 close = ", ".join(near(key, sources))
                 messages.append(
-                    (f"keys_to_remove: the file has no {key}" + (f"; near: {close}" if close else ""), True)
+                    (f"keys_to_remove: {key} not found in the file" + (f"; near: {close}" if close else ""), True)
                 )
         patterns = [
             *((f"patterns_to_remove: {pattern}", "") for pattern in self.patterns_to_remove),
             *((f"patterns_to_instantiate: {pattern}", "") for pattern in self.patterns_to_instantiate),
             *((f"patterns_to_rename: {rename.src}", f" -> {rename.dst}") for rename in self.patterns_to_rename),
         ]
-        unmatched = [said for said, rest in patterns if said + rest not in matched]
-        return messages + [(f"{said} matches nothing", self.unmatched_is_error) for said in unmatched]
+        unmatched = [rule for rule, rest in patterns if rule + rest not in matched]
+        return messages + [(f"{rule} matches nothing", self.unmatched_is_error) for rule in unmatched]
 
 
 @attrs.frozen
@@ -195,8 +198,8 @@ class Rule:
 
     Attributes:
         field: ``from``: names of the file that ``patterns`` match become ``targets`` of the model, by ``steps``;
-            ``drop``: they are ignored; ``only``: no others are considered; ``keep_model``: names of the model keep
-            their present value.
+            ``drop``: they are ignored; ``only``: all others are ignored; ``keep_model``: names of the model keep their
+            present value.
         optional: Whether a ``from`` may match nothing.
     """
 
@@ -210,7 +213,7 @@ class Rule:
 
 @attrs.frozen
 class _Group:
-    """Names of the file that one rule takes together: number of the source in the rule -> name."""
+    """Names of the file that one rule combines: number of the source in the rule -> name."""
 
     rule: Rule
     captures: Mapping[str, str]
@@ -218,7 +221,7 @@ class _Group:
 
 
 class Transforms:
-    """All rules of one initializer, with the roots that they are relative to. It can be used for any number of models.
+    """All rules of one initializer, with the roots that they are relative to. May be used for any number of models.
 
     Args:
         rules: In the order of the config.
@@ -245,14 +248,14 @@ class Transforms:
     def unmatched(
         self, matches: Sequence[NameMatch], sources: Sequence[str], targets: Sequence[str]
     ) -> list[tuple[str, bool]]:
-        """Rules that matched in none of the files, each with what they may have missed, and whether it is an error."""
+        """Rules that matched in none of the files: a message with a likely reason, and whether it is an error."""
         matched = set[str]().union(*(match.matched for match in matches))
         messages = []
         for rule in self.rules:
             if rule.label in matched or rule.optional:
                 continue
             taken = sorted({label for match in matches for label in match.shadowed.get(rule.label, ())})
-            hint = f": what it would match is taken by {', '.join(taken)} before it. Next: move it up, or remove it"
+            hint = f": earlier rules take its names: {', '.join(taken)}. Next: move it up, or remove it"
             if not taken:
                 file = [name.removeprefix(self.source_root) for name in sources]
                 hint = self._hint(rule, file, list(_below(self.target_root, bare_names(targets))))
@@ -261,33 +264,33 @@ class Transforms:
 
     @staticmethod
     def _hint(rule: Rule, file: Sequence[str], model: Sequence[str]) -> str:
-        """What a rule that matched nothing may have missed, among names below the roots; empty where nothing tells."""
+        """Why a rule may have matched nothing, judged by names below the roots; empty if no reason is found."""
         texts = [pattern.text for pattern in rule.patterns]
         if rule.field == "keep_model":
             dotted = next((text for text in texts if lacks_dot(text, model)), None)
             if dotted is not None:
                 return f". Next: keep_model: {dotted}. (a trailing dot means everything below)"
             similar = near(texts[0], model, most=1)
-            return f"; the model has {similar[0]}" if similar else "; it is about names of the model"
+            return f"; the model has {similar[0]}" if similar else "; it matches names of the model, not of the file"
         if not WRAPPERS.isdisjoint(texts[0].split(".")):
-            return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look"
+            return "; prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are removed before rules match"
         if lacks_dot(texts[0], file):
             return f". Next: {rule.field}: {texts[0]}. (a trailing dot means everything below)"
         similar = near(texts[0], file, most=1)
         if not similar:
             return ""
         better = repaired(rule.patterns[0], similar[0])
-        return f"; the file says {similar[0]}" + (f". Next: from: {better}" if better else "")
+        return f"; the file has {similar[0]}" + (f". Next: from: {better}" if better else "")
 
 
 def _asked(rules: Sequence[Rule], *fields: str) -> tuple[list[tuple[Rule, int]], PatternSet]:
-    """The patterns of the rules of some fields: for each its rule, and its number there; and all of them at once."""
+    """The patterns of the rules of some fields: rule and number of each pattern, and all of them as one set."""
     asked = [(rule, index) for rule in rules if rule.field in fields for index in range(len(rule.patterns))]
     return asked, PatternSet(rule.patterns[index].expression for rule, index in asked)
 
 
 class _Matching:
-    """The rules on one file and one model. Names are bare here: without roots and prefixes of wrappers."""
+    """The rules applied to one file and one model. Names in it are bare: without roots and prefixes of wrappers."""
 
     def __init__(self, transforms: Transforms, sources: tuple[str, ...], targets: tuple[str, ...]) -> None:
         self._rules = transforms
@@ -298,7 +301,7 @@ class _Matching:
         self._untouched = [name for name in targets if name not in reached]
         self._match = NameMatch(
             outside=frozenset(sources).difference(self._sources.values()),
-            said={name: bare for bare, name in (*self._targets.items(), *self._sources.items()) if name != bare},
+            written={name: bare for bare, name in (*self._targets.items(), *self._sources.items()) if name != bare},
         )
 
     def run(self) -> NameMatch:
@@ -326,7 +329,7 @@ class _Matching:
                 self._match.astray.setdefault(name, (self._rules.target_root + bare, ""))
 
     def _choose(self) -> tuple[Iterable[_Group], dict[str, str]]:
-        """For each name the first rule that takes it: those of one rule and equal captures together, and the rest."""
+        """For each name the first rule that takes it: groups of one rule and equal captures; and the other names."""
         groups: dict[tuple[Any, ...], _Group] = {}
         plain: dict[str, str] = {}
         match, takers, matching = self._match, self._rules._takers, self._rules._taking.matching
@@ -353,7 +356,9 @@ class _Matching:
                 continue
             captures = rule.patterns[index].match(bare)
             if captures is None:
-                raise AssertionError(f"{rule.patterns[index].text} matches {bare}, and does not")
+                raise AssertionError(
+                    f"{rule.patterns[index].text}: RE2 matches {bare}, and the parsed pattern does not"
+                )
             key = (bare,) if len(rule.patterns) == 1 else (id(rule), *sorted(captures.items()))
             groups.setdefault(key, _Group(rule, captures)).names[index] = bare
         return groups.values(), plain
@@ -363,8 +368,8 @@ class _Matching:
         if len(names) < len(rule.patterns):
             have = ", ".join(names[index] for index in sorted(names))
             lacking = (pattern for index, pattern in enumerate(rule.patterns) if index not in names)
-            lacks = ", ".join(pattern.fill(group.captures) for pattern in lacking)
-            message = f"{rule.label}: the file has {have} without {lacks}"
+            absent = ", ".join(pattern.fill(group.captures) for pattern in lacking)
+            message = f"{rule.label}: the file has {have}, and {absent} was not found"
             self._match.problems += (Problem("incomplete-group", message, "", tuple(names.values())),)
             return
         taken = tuple([self._sources[names[index]] for index in range(len(rule.patterns))])
@@ -385,7 +390,7 @@ NameRules = NoetherSurgery | Transforms
 
 
 def lacks_dot(text: str, names: Iterable[str]) -> bool:
-    """Whether a trailing dot, for everything below, would make a rule with ``text`` match one of ``names``."""
+    """Whether ``text`` would match one of ``names`` with a trailing dot, which means every name below."""
     if text.endswith("."):
         return False
     try:
@@ -395,12 +400,12 @@ def lacks_dot(text: str, names: Iterable[str]) -> bool:
     return any(map(PatternSet([parsed.expression]).matching, names))
 
 
-def _said(taken: Taken) -> str:
+def _as_text(taken: Taken) -> str:
     return f"{', '.join(taken.sources)} by {taken.rule or 'its name'}"
 
 
 def _prefix(root: str) -> str:
-    """With its dot, and without the prefixes of wrappers, which are gone from names before roots are looked at."""
+    """The root with its dot, without the prefixes of wrappers: those are removed before roots are compared."""
     segments = [segment for segment in root.split(".") if segment and segment not in WRAPPERS]
     return ".".join((*segments, "")) if segments else ""
 

@@ -1,4 +1,4 @@
-"""Fields of the groups of optimizers (``lr``, ``betas``, ...): whose values count, and what does not fit. Pure."""
+"""Fields of optimizer groups (``lr``, ``betas``, ...): whose value is taken, and what does not fit. Pure."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from noether_init_core.messages import near
 
 Group = Mapping[str, Any]
 
-#: Fields of groups by which the algorithms of torch differ; other fields come and go with releases and schedulers.
+#: Fields that differ between the algorithms of torch; others depend on its release or are added by schedulers.
 _TELLING_FIELDS = {"betas", "momentum", "alpha", "rho", "lambd", "etas", "nesterov", "history_size", "centered"}
 _TELLING_FIELDS |= {"lr_decay", "beta2_decay"}
-#: Field of the groups -> state that every parameter has while it is on, and state that tells the optimizers meant.
+#: Field -> state that each parameter has while the field is on, and state by which to recognize these optimizers.
 _NEEDED_STATE = {
     "amsgrad": ("max_exp_avg_sq", "exp_avg_sq"),
     "centered": ("grad_avg", "square_avg"),
@@ -25,15 +25,15 @@ _NO_FIELDS = frozenset({"params", "param_names"})
 
 @attrs.frozen
 class OptimizerPolicies:
-    """What is done where optimizer and file do not fit.
+    """What to do where optimizer and file do not fit.
 
     Attributes:
-        on_missing: A parameter whose weights are loaded has no state in the file, since it is new there or was frozen:
+        on_missing: A parameter whose weights are loaded has no state in the file (it was new or frozen there):
             ``error``, or ``fresh`` state.
-        on_unexpected: The file has state of a parameter that the optimizer has not: ``error`` or ``ignore``; None is
-            an error unless the weights were renamed or left out.
-        fields: Field of the groups (``lr``; ``*`` for all others) -> ``checkpoint`` or ``config``: whose value stays.
-            ``initial_lr``, from which schedules set ``lr``, goes with ``lr`` unless it is named itself.
+        on_unexpected: The file has state of a parameter that is not in the optimizer: ``error`` or ``ignore``; None is
+            an error unless rules renamed or dropped weights.
+        fields: Field of the groups (``lr``; ``*`` for all others) -> ``checkpoint`` or ``config``: whose value is used.
+            ``initial_lr``, from which schedules set ``lr``, follows ``lr`` unless it is named itself.
     """
 
     on_missing: Literal["error", "fresh"] = "error"
@@ -53,7 +53,7 @@ def fields_of(group: Group, policies: OptimizerPolicies) -> dict[str, Any]:
 
 
 def lacking_state(before: Group, fields: Group, state: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(field, key) where a field that was off in the group ``before`` is on, and its state is not there."""
+    """(field, key) if a field is on that was off in the group ``before``, and its state is absent; else None."""
     for field, (key, beside) in _NEEDED_STATE.items():
         if fields.get(field) and not before.get(field) and beside in state and key not in state:
             return field, key
@@ -61,7 +61,7 @@ def lacking_state(before: Group, fields: Group, state: Mapping[str, Any]) -> tup
 
 
 def other_class(saved: Mapping[str, Any], current: Sequence[Group], optimizer_class: str) -> list[str]:
-    """Whether the state is that of another class: by its record, else by the fields that tell algorithms apart."""
+    """A problem if the state is of another optimizer class, by its record or by fields of some algorithms only."""
     recorded = saved.get("optimizer_class")
     if isinstance(recorded, str) and optimizer_class:
         same = recorded == optimizer_class
@@ -79,22 +79,23 @@ def other_class(saved: Mapping[str, Any], current: Sequence[Group], optimizer_cl
 
 
 def unknown_fields(groups: Iterable[Group], policies: OptimizerPolicies) -> list[str]:
-    """A field that is misspelt would silently be taken from the other side."""
+    """Problems for fields that no group has: a misspelt field would silently be taken from the other side."""
     known = sorted({key for group in groups for key in group} - {"params"})
     messages = []
     for field in [field for field in policies.fields if field not in ("*", *known)]:
         close = near(field, known, cutoff=0.5)
         hint = f"near: {', '.join(close)}" if close else f"they have: {', '.join(known)}"
-        messages.append(f"param_groups: the groups of the optimizer have no {field}; {hint}")
+        messages.append(f"param_groups: {field} not found in the groups of the optimizer; {hint}")
     return messages
 
 
 def several_groups(
     number: int, from_groups: Mapping[int, str], stored: Sequence[Group], policies: OptimizerPolicies
 ) -> list[str]:
-    """Fields that differ between the stored groups that one group draws from: none of them is the right one.
+    """A problem if one group takes parameters of several stored groups with different fields.
 
-    ``from_groups``: number of a stored group -> the first parameter that comes from it.
+    No stored value is right for all of them. ``from_groups``: number of a stored group -> the first parameter that
+    comes from it.
     """
     groups = [stored[one] for one in from_groups]
     differing = _differing(groups, {key for group in groups for key in group}, policies)
@@ -108,9 +109,9 @@ def several_groups(
 
 
 def ambiguous_fields(chosen: Sequence[int | None], current: Sequence[Group], policies: OptimizerPolicies) -> list[str]:
-    """Groups that differ now and would all get the fields of one stored group.
+    """Problems for groups that differ now and would all get the fields of one stored group.
 
-    ``chosen``: for each group of the optimizer, the number of the stored group that its fields are taken from.
+    ``chosen``: for each group of the optimizer, the number of the stored group that its fields come from.
     """
     problems: list[str] = []
     for stored in sorted({number for number in chosen if number is not None}):
@@ -128,7 +129,7 @@ def ambiguous_fields(chosen: Sequence[int | None], current: Sequence[Group], pol
 
 
 def _differing(groups: Sequence[Group], names: Iterable[str], policies: OptimizerPolicies) -> list[str]:
-    """Those of ``names`` that are not the same in all groups, but for those that keep the optimizer's own value."""
+    """Those of ``names`` that differ between the groups, except fields that keep the optimizer's own value."""
     absent = object()
     found = sorted(
         key
@@ -136,12 +137,12 @@ def _differing(groups: Sequence[Group], names: Iterable[str], policies: Optimize
         if not policies.keeps(key)
         and any(_differ(groups[0].get(key, absent), group.get(key, absent)) for group in groups[1:])
     )
-    # it goes with lr
+    # initial_lr follows lr, and one message is enough
     return [key for key in found if key != "initial_lr" or "lr" not in found]
 
 
 def _differ(first: Any, other: Any) -> bool:
-    """Whether two values differ, also tensors or a tensor and a number."""
+    """Whether two values differ; each may be a tensor or a number."""
     differs = first != other
     return bool(differs.any()) if hasattr(differs, "any") else bool(differs)
 

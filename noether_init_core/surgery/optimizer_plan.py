@@ -27,9 +27,9 @@ from noether_init_core.surgery.steps import Cast, Pad, Shape, Step
 _SHAPED_STATE = frozenset(
     ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "exp_inf"]
 )
-#: One number for a whole parameter, also where the parameter has but one element.
+#: One number for a whole parameter; a parameter of one element does not make it a moment.
 _COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
-#: State of rows and columns, which optimizers keep for parameters of two dimensions and more.
+#: State of rows and columns, which optimizers keep for parameters of at least two dimensions.
 _FACTORS = frozenset({"row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"})
 
 State = Mapping[str, Any]
@@ -37,15 +37,15 @@ State = Mapping[str, Any]
 
 @attrs.frozen
 class ParameterOrigin:
-    """Where a parameter gets its value from, as the plan of the weights says it.
+    """The origin of a parameter's value, by the plan of the weights.
 
     Attributes:
-        sources: Names in the file; none where it does not come from the file, so that its state starts afresh.
-        steps: What is done with them.
-        part: Which of the tensors that the steps make is the parameter's.
+        sources: Names in the file; empty if the value is not from the file, and then its state is fresh.
+        steps: The steps on them.
+        part: The number of its tensor among those that the steps give.
         source_shapes: The shape of each source.
-        dtypes: The dtype in the file, None where that of the sources differs, and the dtype in the model.
-        stays: An earlier initializer has loaded it: its state is left as it is.
+        dtypes: The dtype in the file (None if the sources differ), and the dtype in the model.
+        stays: Whether an earlier initializer has loaded it, so that its state is not changed.
     """
 
     sources: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class ParameterOrigin:
 
 @attrs.frozen
 class Stays:
-    """In place of the state of a parameter: the optimizer keeps what it has."""
+    """In place of the state of a parameter: the optimizer keeps its present state."""
 
 
 STAYS = Stays()
@@ -66,10 +66,10 @@ STAYS = Stays()
 
 @attrs.frozen(eq=False)
 class Moved:
-    """State that goes the way of its parameter: stored values of one key, one for each source.
+    """State that follows its parameter through the steps: stored values of one key, one for each source.
 
-    ``dtype`` is the one to convert to, None the stored one. Without ``steps``, all values have to be equal, and the
-    first is taken.
+    ``dtype`` is the dtype to convert to, None for the stored one. Without ``steps`` all values must be equal, and the
+    first one is taken.
     """
 
     values: tuple[Any, ...]
@@ -83,11 +83,11 @@ class OptimizerPlan:
     """What a stored optimizer state becomes.
 
     Attributes:
-        state: For each target group, for each of its parameters: the stored state of it (tensors are descriptions of
-            tensors in the file, what goes the way of a transform is ``Moved``), None where it starts afresh, ``STAYS``
-            where the optimizer keeps what it has.
+        state: For each target group and each of its parameters, its stored state: tensors are descriptions of tensors
+            in the file, and values that follow a transform are ``Moved``. None for fresh state, ``STAYS`` if the
+            optimizer keeps its own.
         fields: For each target group the stored fields (``lr``, ``betas``, ...) that are taken, without ``params``.
-        warnings: What a person should know.
+        warnings: Messages for the user.
     """
 
     state: tuple[tuple[Mapping[str, Any] | Stays | None, ...], ...]
@@ -109,29 +109,28 @@ def plan_optimizer(
 ) -> OptimizerPlan:
     """Match a stored optimizer state to the groups of an optimizer, by name. Pure.
 
-    State of the shape of its parameter goes the way of the parameter: renamed, split, concatenated with it, padded with
-    zeros; what had the dtype of the stored parameter gets that of the parameter. What cannot follow (an interpolated
-    parameter, factored state) starts afresh, and a warning says so.
+    State with the shape of its parameter follows the parameter: it is renamed, split, concatenated, or padded with
+    zeros. State with the dtype of the stored parameter gets the dtype of the parameter. State that cannot follow (of an
+    interpolated parameter, or factored state) is fresh, with a warning.
 
     Args:
         saved: ``state``, ``param_groups`` and ``param_idx_to_name`` as stored; tensors are descriptions.
         groups: Names of the target's parameters, group by group.
-        shapes: Shape of each of them.
-        current: The groups as they are.
-        origins: Name in the model -> where its value comes from; names that are absent are the same on both sides.
+        shapes: Shape of each parameter.
+        current: The present groups.
+        origins: Name in the model -> its origin; absent names are the same on both sides.
         aliases: First name of a parameter -> all of its names; state is found under any of them.
-        optimizer_class: The class that the state is for; compared with the one that is recorded, where one is.
-        policies: What is done where optimizer and file do not fit.
+        optimizer_class: The class of the optimizer; compared with the recorded class, if there is one.
+        policies: What to do where optimizer and file do not fit.
         where: The file, for messages.
 
     Raises:
-        StateMismatchError: listing every parameter without counterpart, every shape that does not fit, and every
-            group whose parameters come from stored groups with different fields. Also where the state is that of
-            another class of optimizer, where groups with different fields would all take those of one stored group, and
-            where a field of the optimizer needs state that the file has not.
+        StateMismatchError: lists each parameter without counterpart, each shape that does not fit, each group whose
+            stored fields contradict each other, another class of optimizer, and each field whose state is not in the
+            file.
     """
     if not isinstance(saved, Mapping) or not saved.keys() >= {"state", "param_groups"}:
-        raise StateMismatchError(f"{where} is no state of an optimizer: it needs state and param_groups")
+        raise StateMismatchError(f"{where} is not the state of an optimizer: state or param_groups not found")
     stored, warnings = _stored_names(saved, groups, where)
     planner = _Planner(
         saved, groups, shapes, origins, aliases or {}, policies or OptimizerPolicies(), where, stored, warnings
@@ -141,7 +140,7 @@ def plan_optimizer(
 
 @attrs.define(eq=False)
 class _Planner:
-    """The matching of one stored state to one optimizer. ``stored``: name -> its index and the number of its group."""
+    """Matches one stored state to one optimizer. ``stored``: name -> its index and the number of its group."""
 
     saved: Mapping[str, Any]
     groups: Sequence[Sequence[str]]
@@ -153,7 +152,7 @@ class _Planner:
     stored: Mapping[str, tuple[Any, int]]
     warnings: list[str]
     problems: list[str] = attrs.Factory(list)
-    #: Why state starts afresh that a rule did not ask for -> the parameters.
+    #: Reason why state is fresh although no rule asked for it -> the parameters.
     reset: defaultdict[str, list[str]] = attrs.field(factory=lambda: defaultdict(list))
 
     def plan(self, current: Sequence[Group], optimizer_class: str) -> OptimizerPlan:
@@ -178,14 +177,12 @@ class _Planner:
             )
         self.problems += ambiguous_fields(chosen, current, self.policies)
         self._report_unused(left)
-        self.warnings += (
-            f"optimizer state of {listed(names)} starts afresh: {why}" for why, names in self.reset.items()
-        )
+        self.warnings += (f"optimizer state of {listed(names)} is fresh: {why}" for why, names in self.reset.items())
         if self.problems:
             raise StateMismatchError(
                 f"the optimizer state in {self.where} does not fit:\n  "
                 f"{listed(self.problems, 20, separator=_NEXT_LINE)}\nNothing was changed. "
-                "To start with a fresh optimizer: load_optim: false",
+                "Next: load_optim: false, for a fresh optimizer",
                 problems=self.problems,
             )
         return OptimizerPlan(tuple(states), tuple(fields), tuple(self.warnings))
@@ -193,7 +190,7 @@ class _Planner:
     def _lacking(
         self, states: Mapping[str, State | Stays | None], ways: Mapping[str, ParameterOrigin], fields: Group
     ) -> list[str]:
-        """State that a field of the optimizer needs, and that was not kept where the field was off."""
+        """Report state that a field of the optimizer needs, and that was not saved because the field was off."""
         lacking: dict[tuple[str, str], list[str]] = {}
         for name, state in states.items():
             if isinstance(state, Mapping):
@@ -208,7 +205,7 @@ class _Planner:
         ]
 
     def _origin(self, name: str) -> ParameterOrigin:
-        """By the plan of the weights, under any of the parameter's names; else the same name on both sides."""
+        """The origin by the plan of the weights, under any of the parameter's names; else the same name."""
         names = self.aliases.get(name, (name,))
         decided = [self.origins[alias] for alias in names if alias in self.origins] if self.origins else []
         if decided:
@@ -221,7 +218,7 @@ class _Planner:
     def _state(
         self, name: str, origin: ParameterOrigin, left: list[str], from_groups: dict[int, str]
     ) -> State | Stays | None:
-        """The stored state of one parameter, on its way; None where it starts afresh."""
+        """The stored state of one parameter with the steps it follows; None for fresh state."""
         if origin.stays:
             return STAYS
         if not origin.sources:
@@ -229,11 +226,11 @@ class _Planner:
         lacking = [source for source in origin.sources if source not in self.stored]
         if lacking:
             if self.policies.on_missing == "fresh":
-                self.reset["the file has none"].append(name)
+                self.reset["not found in the file"].append(name)
                 return None
             candidates = near(lacking[0], left)
             hint = f"; near: {', '.join(candidates)}" if candidates else ""
-            self.problems.append(f"{name} has no state in the file{hint}. For fresh state: on_missing_state: fresh")
+            self.problems.append(f"state of {name} not found in the file{hint}. Next: on_missing_state: fresh")
             return None
         found = [self.stored[source] for source in origin.sources]
         for _index, group in found:
@@ -242,12 +239,12 @@ class _Planner:
         present = [state for state in stored if state is not None]
         if not present:
             return None
-        # SGD keeps None for a momentum that did not begin yet
+        # SGD stores None for a momentum before its first step
         kinds = {frozenset(key for key, value in state.items() if value is not None) for state in present}
         if len(present) < len(stored) or len(kinds) > 1:
             self.problems.append(f"{name} comes from {', '.join(origin.sources)}, which have state of different keys")
             return None
-        # moments are padded with zeros, and their dtypes are looked at apart
+        # moments are padded with zeros, and _value() converts their dtypes
         steps = tuple(
             attrs.evolve(step, value=None) if isinstance(step, Pad) else step
             for step in origin.steps
@@ -270,10 +267,10 @@ class _Planner:
         }
 
     def _cannot_follow(self, name: str, steps: Sequence[Step], origin: ParameterOrigin, states: Sequence[State]) -> str:
-        """Why state cannot go the way of its parameter, in words; empty where it can."""
+        """Why state cannot follow its parameter through the steps, in words; empty if it can."""
         for step in steps:
             if not step.moves_moments:
-                return f"{step.name} makes values that its moments do not belong to"
+                return f"the moments do not belong to the values that {step.name} computes"
         for state, shape in zip(states, origin.source_shapes, strict=True) if steps else ():
             for key, value in state.items():
                 if not _is_counter(key, value, shape) and (key in _FACTORS or _shape(value) != shape):
@@ -283,7 +280,7 @@ class _Planner:
         return ""
 
     def _is_factored(self) -> bool:
-        """Whether the optimizer keeps state of rows and columns."""
+        """Whether the optimizer stores state of rows and columns."""
         states = (state for state in self.saved["state"].values() if isinstance(state, Mapping))
         return any(key in _FACTORS or key == "variance" for state in states for key in state)
 
@@ -294,9 +291,9 @@ class _Planner:
             return
         if policy == "error" or self.origins is None:
             what = f"the file has state of {listed(gone)}, not found in the optimizer"
-            self.problems.append(f"{what}. To leave it: on_unexpected_state: ignore")
+            self.problems.append(f"{what}. Next: on_unexpected_state: ignore")
         else:
-            what = f"optimizer state of {listed(gone)} is not taken over"
+            what = f"optimizer state of {listed(gone)} was not loaded"
             self.warnings.append(f"{what}: no parameter of the optimizer takes it")
 
 
@@ -309,18 +306,18 @@ def _shape(value: Any) -> Shape | None:
 
 
 def _is_counter(key: str, value: Any, shape: Shape) -> bool:
-    """Whether state is about a parameter of ``shape`` as a whole, so that it stays what it is on any way."""
+    """Whether state belongs to a parameter of ``shape`` as a whole, so that no step changes it."""
     return key in _COUNTERS or _shape(value) is None or (_shape(value) == () and shape != ())
 
 
 def _value(key: str, values: tuple[Any, ...], shapes: tuple[tuple[int, ...], ...], origin: ParameterOrigin) -> Any:
-    """The stored values of one key, one for each source, on the way of their parameter."""
+    """The stored values of one key, one for each source, with the steps of their parameter."""
     pairs = list(zip(values, shapes, strict=True))
     is_counter = any(_is_counter(key, value, shape) for value, shape in pairs)
     is_shaped = not is_counter and all(_shape(value) == shape for value, shape in pairs)
     dtype = None
     if origin.dtypes is not None and (is_shaped or (key in _FACTORS and not is_counter)):
-        # what had the parameter's own dtype, as torch makes it, goes on having it
+        # torch creates moments in the dtype of the parameter: a cast of the parameter must cast them, too
         before, after = origin.dtypes
         stored = {str(value.dtype).removeprefix("torch.") for value in values}
         if (stored == {before} or (before is None and len(stored) > 1)) and stored != {after}:
@@ -352,10 +349,10 @@ def _stored_names(
         names, wanted = groups, [len(names) for names in groups]
         if sizes != wanted:
             raise StateMismatchError(
-                f"{where} records no names of parameters, and its groups of {sizes} parameters are not those of the "
+                f"{where} records no parameter names, and its groups of {sizes} parameters do not fit those of the "
                 f"optimizer ({wanted}). Save it again with CheckpointWriter"
             )
-        warnings.append(f"{where} records no names of parameters; they are matched by position")
+        warnings.append(f"{where} records no parameter names; parameters were matched by position")
     stored: dict[str, tuple[Any, int]] = {}
     for number, (group, named) in enumerate(zip(stored_groups, names, strict=True)):
         stored.update({name: (index, number) for name, index in zip(named, group["params"], strict=True)})

@@ -1,7 +1,8 @@
-"""Patterns of names: captures by segment, globs, regular expressions that cannot hang. Pure.
+"""Patterns of names: captures, globs, and regular expressions with linear time. Pure.
 
-A name is made of segments between dots. Everything here becomes an expression of RE2, whose time grows with the length
-of the name and not with the number of ways to match it. What was parsed is kept: configs check it, rules use it.
+A name consists of segments between dots. Each pattern becomes an expression of RE2, whose time grows with the length of
+the name and not with the number of possible matches. Parsed patterns are cached, because configs check them and rules
+use them.
 """
 
 from __future__ import annotations
@@ -17,31 +18,31 @@ import re2
 from noether_init_core import messages
 from noether_init_core.errors import ConfigError
 
-#: Under this name everything below a trailing dot is captured.
+#: Name of the capture for everything below a trailing dot.
 BELOW = "_below"
 
 _CAPTURE = re.compile(r"<([^<>]*)>")
-# A dot between segments; those within <x..> are none.
+# A dot between segments, not one within <x..>.
 _DOT = re.compile(r"\.(?![^<>]*>)")
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _SEGMENTS = r"[^.]+(?:\.[^.]+)*"
-# A name may hold a line break, and no dot of ours may stop at one.
+# A name may hold a line break, where a dot would stop without this flag.
 _FLAGS = "(?s)"
-# The search for near names takes time by the product of their lengths.
+# difflib takes time by the product of the lengths.
 _LONGEST = 256
 _NUMBER = re.compile(r"\d+")
 
 
 @attrs.frozen
 class _Segment:
-    """One segment of a pattern: literal text with captures between; ``many`` is a capture of whole segments."""
+    """One segment of a pattern: literal text around captures; ``many`` marks a capture of whole segments."""
 
     literals: tuple[str, ...]
     captures: tuple[str, ...] = ()
     many: bool = False
 
     def written(self, literal: Callable[[str], str], capture: str) -> str:
-        """The segment with its literal text through ``literal``, and ``capture`` filled with the name of each one."""
+        """The segment as text: literal parts through ``literal``, and ``capture`` formatted with the name of each."""
         text = literal(self.literals[0])
         for name, rest in zip(self.captures, self.literals[1:], strict=True):
             text += capture.format(name) + literal(rest)
@@ -50,14 +51,14 @@ class _Segment:
 
 @attrs.frozen
 class NamePattern:
-    """Names: with captures (``blocks.<i>.norm<n>.``), by a regular expression, or by a glob.
+    """A pattern of names: with captures (``blocks.<i>.norm<n>.``), a regular expression, or a glob.
 
     Attributes:
-        text: As it was written.
-        expression: The same for RE2.
-        segments: Its segments; none for a regular expression and a glob.
-        below: Whether it ends in a dot, and so means everything below.
-        captures: Names of what it captures; a glob captures nothing.
+        text: The pattern as written.
+        expression: The equivalent expression for RE2.
+        segments: Its segments; empty for a regular expression and a glob.
+        below: Whether it ends in a dot, which means every name below.
+        captures: Names of its captures; empty for a glob.
     """
 
     text: str
@@ -65,30 +66,30 @@ class NamePattern:
     segments: tuple[_Segment, ...] = ()
     below: bool = False
     captures: frozenset[str] = frozenset()
-    # either of Python, where a segment has at most one capture and so one way to match, or of RE2
+    # re if each segment has at most one capture, which matches in one way only, and is faster; else RE2
     _matcher: Any = attrs.field(default=None, eq=False, repr=False)
-    # for the operator %, which fills a hundred thousand names in a few hundredths of a second
+    # for the operator %, which is faster than str.format: 100,000 names in a few hundredths of a second
     _template: str = attrs.field(default="", eq=False, repr=False)
 
     def match(self, name: str) -> dict[str, str] | None:
-        """What the captures stand for in ``name``; None where it does not match."""
+        """Capture -> its text in ``name``; None if the pattern does not match."""
         found = self._matcher.fullmatch(name) if _is_encodable(name) else None
-        # a group that takes no part in the match stands for nothing
+        # a group outside the matched alternative has None
         return None if found is None else {key: value or "" for key, value in found.groupdict().items()}
 
     def fill(self, captures: Mapping[str, str]) -> str:
-        """The name with what the captures stand for."""
+        """The name with each capture replaced by its text."""
         return self._template % captures
 
 
 @lru_cache(maxsize=4096)
 def parse_pattern(text: str) -> NamePattern:
-    """Read a pattern with captures. Raises ``ValueError`` that says what is wrong with it."""
+    """Parse a pattern with captures. Raises ``ValueError`` with the reason."""
     if not text or text == ".":
         raise ValueError("is empty; a name or a pattern was expected")
     if "*" in text:
         raise ValueError(
-            f"{text!r} has a *, which only drop, keep_model and only take; write <x> for part of a segment, "
+            f"{text!r} has a *, allowed in drop, keep_model and only; write <x> for part of a segment, "
             "<x..> for whole segments"
         )
     below = text.endswith(".")
@@ -120,21 +121,21 @@ def _segment(segment: str, text: str) -> _Segment:
         raise ValueError(f"{text!r} has a < or > without its counterpart in one segment")
     many = [capture for capture in captures if capture.endswith("..")]
     if many and (len(captures) > 1 or any(literals)):
-        raise ValueError(f"{text!r}: <{many[0]}> stands for whole segments, so it must be a segment of its own")
+        raise ValueError(f"{text!r}: <{many[0]}> matches whole segments, so it must be a segment of its own")
     names = [capture.removesuffix("..") for capture in captures]
     for name in names:
         if not _IDENTIFIER.fullmatch(name):
             raise ValueError(
-                f"{text!r}: <{name}> is no name of a capture; write <x> for a part of a segment, "
+                f"{text!r}: <{name}> is not the name of a capture; write <x> for a part of a segment, "
                 "<x..> for whole segments"
             )
     if any(not literal for literal in literals[1:-1]):
-        raise ValueError(f"{text!r} has two captures with nothing between them, so what each takes is undefined")
+        raise ValueError(f"{text!r} has two captures without text between them, so their match is undefined")
     return _Segment(tuple(literals), tuple(names), bool(many))
 
 
 def repaired(pattern: NamePattern, name: str) -> str | None:
-    """The pattern that was probably meant: with the segments of ``name`` in place of those that do not fit it."""
+    """The pattern that was probably intended: segments that do not fit ``name`` are replaced by those of ``name``."""
     mine = list(pattern.segments)
     theirs = name.split(".")
     surplus = len(theirs) - len(mine) - (1 if pattern.below else 0)
@@ -151,7 +152,7 @@ def repaired(pattern: NamePattern, name: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def parse_regex(text: str) -> NamePattern:
-    """Read a regular expression of RE2 that matches whole names. Raises ``ValueError``."""
+    """Parse a regular expression of RE2 that matches whole names. Raises ``ValueError`` with the reason."""
     if not text:
         raise ValueError("is empty; a regular expression was expected")
     if any(ord(character) < 0x20 for character in text):
@@ -163,23 +164,23 @@ def parse_regex(text: str) -> NamePattern:
     try:
         compiled = re2.compile(expression, options=options)
     except re2.error as error:
-        said = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
+        reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
         raise ValueError(
-            f"{text!r} is no regular expression of RE2: {said}. It has no backreferences and no look-around"
+            f"{text!r} is not a regular expression of RE2: {reason}. RE2 has no backreferences and no look-around"
         ) from error
     return NamePattern(text, expression, captures=frozenset(compiled.groupindex), matcher=compiled)
 
 
 @lru_cache(maxsize=4096)
 def parse_glob(text: str) -> NamePattern:
-    """Read a glob: ``*`` is within a segment, ``**.`` any number of segments, a trailing dot everything below.
+    """Parse a glob: ``*`` matches within a segment, ``**.`` any number of segments, a trailing dot every name below.
 
-    Raises ``ValueError``.
+    Raises ``ValueError`` with the reason.
     """
     if not text or text == ".":
         raise ValueError("is empty; a name or a glob was expected")
     if "<" in text or ">" in text:
-        raise ValueError(f"{text!r} has a capture, which only from and to take; write * for part of a segment")
+        raise ValueError(f"{text!r} has a capture, allowed in from and to; write * for part of a segment")
     below = text.endswith(".")
     segments = (text[:-1] if below else text).split(".")
     if "" in segments:
@@ -191,7 +192,7 @@ def parse_glob(text: str) -> NamePattern:
             shown += f"(?:{_SEGMENTS})" if is_last else r"(?:[^.]+\.)*"
             shown += r"\." if is_last and below else ""
         elif "**" in segment:
-            raise ValueError(f"{text!r}: ** stands for whole segments, so it must be a segment of its own")
+            raise ValueError(f"{text!r}: ** matches whole segments, so it must be a segment of its own")
         else:
             shown += "[^.]*".join(re2.escape(part) for part in segment.split("*"))
             shown += "" if is_last and not below else r"\."
@@ -201,11 +202,11 @@ def parse_glob(text: str) -> NamePattern:
 
 
 class PatternSet:
-    """Many expressions at once: which of them match a name."""
+    """Many expressions as one RE2 set: finds which of them match a name."""
 
     def __init__(self, expressions: Iterable[str]) -> None:
         self._set = re2.Set.FullMatchSet()
-        # The last one matches everything: RE2 says nothing where its memory does not suffice, as if nothing matched.
+        # The last one matches every name: without memory RE2 reports no match, which this one makes visible.
         for number, expression in enumerate((*expressions, "(?s).*")):
             self._set.Add(expression)
             self._count = number
@@ -218,7 +219,7 @@ class PatternSet:
             ) from error
 
     def matching(self, name: str) -> Sequence[int]:
-        """The numbers of the expressions that match, in order. Raises ``MemoryError`` for far too many of them."""
+        """The numbers of the expressions that match, in order. Raises ``MemoryError`` if RE2 runs out of memory."""
         if not self._count or not _is_encodable(name):
             return ()
         found = sorted(self._set.Match(name))
@@ -228,11 +229,11 @@ class PatternSet:
 
 
 class NameGlobs(PatternSet):
-    """Globs as in ``transforms``: ``*`` is part of a segment, ``**`` any segments, a trailing dot everything below.
+    """Globs as in ``transforms``: ``*`` is part of a segment, ``**`` any segments, a trailing dot every name below.
 
-    ``matching(name)`` gives the numbers of the globs that match, from 0; it takes the same time for many globs.
+    ``matching(name)`` returns the numbers of the globs that match, from 0; its time hardly depends on their number.
 
-    Raises ``ValueError`` for a text that is no glob, so that pydantic shows it at its place in the config.
+    Raises ``ValueError`` for a text that is not a glob, so that pydantic reports its place in the config.
     """
 
     def __init__(self, globs: Iterable[str]) -> None:
@@ -240,12 +241,12 @@ class NameGlobs(PatternSet):
 
     @staticmethod
     def near(name: str, others: Iterable[str]) -> list[str]:
-        """Up to three of ``others`` that look like ``name``, for messages."""
+        """Up to three of ``others`` that are similar to ``name``, for messages."""
         return near(name, list(others))
 
 
 def _is_encodable(name: str) -> bool:
-    """A file may have names with lone surrogates, which RE2 cannot be asked about; they stay as they are."""
+    """Whether the name is valid UTF-8; a file may have names with lone surrogates, which RE2 cannot match."""
     if name.isascii():
         return True
     try:
@@ -256,9 +257,9 @@ def _is_encodable(name: str) -> bool:
 
 
 def near(name: str, others: Sequence[str], most: int = 3) -> list[str]:
-    """Up to ``most`` of ``others`` that look like ``name``: those of the same leaf name before others.
+    """Up to ``most`` of ``others`` that are similar to ``name``; those with the same last segment come first.
 
-    Of names that differ in numbers only, such as those of layers, the first stands for all.
+    Of names that differ in numbers only, such as those of layers, the first one represents all.
     """
     folded: dict[str, str] = {}
     for other in others:

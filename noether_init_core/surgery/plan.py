@@ -1,4 +1,4 @@
-"""LoadPlan: what an initialization will do to every tensor, computed from names, shapes and dtypes alone."""
+"""The load plan: what an initialization will do to every tensor, computed from names, shapes and dtypes alone."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Action = Literal[
     "load", "rename", "transform", "cast", "keep", "reset", "missing", "unexpected", "removed", "mismatch", "outside"
 ]
 
-#: The rule of an entry that an earlier initializer of the stack has loaded.
+#: ``PlanRow.rule`` of an entry that an earlier initializer of the stack has loaded.
 LOADED_BEFORE = "loaded by an earlier initializer"
 
-#: Actions that write a tensor of the model.
+#: Actions that write a tensor of the model from the file.
 WRITING: frozenset[str] = frozenset({"load", "rename", "transform", "cast"})
 
 
 @attrs.frozen
 class Origin:
-    """The initializer, single model and files that rows of a plan are about; rows refer to it by number.
+    """The initializer, single model and files of rows of a plan; rows refer to it by number.
 
     Attributes:
         initializer: The kind of the initializer.
         model: Path of names of the single model, such as ``autoenc.encoder``.
         position: Number of the initializer in the stack, from 0.
-        description: Where the files come from, in words: ``pretrain @ latest = E4_U16_S128``.
-        files: Names of the files; none where no file is read.
+        description: Origin of the files, in words: ``pretrain @ latest = E4_U16_S128``.
+        files: Names of the files; empty if no file is read.
     """
 
     initializer: str
@@ -54,27 +54,27 @@ class Origin:
 
 @attrs.frozen
 class PlanRow:
-    """What happens to one entry of the model's state dict, or to one entry of the file that is not used.
+    """What happens to one entry of the model's state dict, or to one unused entry of the file.
 
     Attributes:
         model: Path of names of the single model, such as ``autoenc.encoder``.
-        target: Name in the model's state dict; None where the row is about an unused entry of the file.
+        target: Name in the model's state dict; None for an unused entry of the file.
         sources: Names in the file.
-        action: ``load``, ``rename``, ``cast`` and ``transform`` write the target from the file; ``reset`` lets its
-            module initialize it anew; the others leave it.
+        action: ``load``, ``rename``, ``cast`` and ``transform`` write the target from the file; ``reset`` calls
+            ``reset_parameters`` of its module; the others leave it unchanged.
         shape: Shape of the target, or of the unused entry.
-        dtype: Dtype of the target, or of the unused entry.
+        dtype: Dtype of the target, or of the unused entry, without ``torch.``.
         nbytes: Bytes of the target, or of the unused entry.
-        rule: The config line responsible; None where no rule had a say.
-        source_dtype: Dtype in the file, where all sources have the same.
+        rule: The config line that decided; None if no rule did.
+        source_dtype: Dtype in the file; None if the sources differ.
         is_parameter: Whether the target is a parameter; buffers may hold infinities.
-        steps: What is done with the tensors of ``sources``, in order, every argument said.
-        part: Which of the ``parts`` tensors that the steps make is the target's.
-        parts: How many tensors the steps make.
+        steps: The steps on the tensors of ``sources``, in order, with every argument.
+        part: The number of the target among the ``parts`` tensors that the steps give.
+        parts: How many tensors the steps give.
         source_shapes: Shape of each source, in their order.
-        tied_to: The first name of the same memory in this model, where ``target`` is another name of it.
+        tied_to: If ``target`` is a further name of the same memory in this model, the first name; else None.
         origin: Number of its initializer, model and files in ``LoadPlan.origins``.
-        identity: Equal for targets, also of other models, that are the same memory; None where that is not known.
+        identity: Equal for targets with the same memory, also of other models; None if unknown.
     """
 
     model: str
@@ -107,7 +107,7 @@ class PlanRow:
 
     @property
     def taken(self) -> int:
-        """How many elements of the target come from the file: fewer than all where a pad leaves the model's own."""
+        """How many elements of the target come from the file: not all if a pad keeps some of the model's own."""
         if not self.writes:
             return 0
         number = self.numel
@@ -120,12 +120,12 @@ class PlanRow:
 
     @property
     def is_partial(self) -> bool:
-        """Whether some elements of the target come from the file, and others stay the model's own."""
+        """Whether only some elements of the target come from the file, and the others stay the model's own."""
         return self.writes and self.taken < self.numel
 
     @property
     def key(self) -> str:
-        """The name that the row is listed under."""
+        """The name under which the row is listed."""
         return self.target if self.target is not None else self.sources[0]
 
 
@@ -137,7 +137,7 @@ class Problem:
         code: Stable, for programs.
         message: For people: what was found, and what to do next.
         model: Path of names of the single model; several are separated by ``", "``.
-        keys: Names of the rows that it is about, if it is about some.
+        keys: Names of the rows that it concerns; may be empty.
     """
 
     code: str
@@ -147,7 +147,7 @@ class Problem:
 
 
 def memory_of(row: PlanRow) -> Hashable:
-    """Equal for rows of targets that are the same memory, as far as that is known."""
+    """A value that is equal for rows whose targets are known to have the same memory."""
     return row.identity if row.identity is not None else (row.model, row.tied_to or row.target)
 
 
@@ -165,7 +165,7 @@ def counted_rows(rows: Iterable[PlanRow]) -> list[PlanRow]:
 def share_loaded(rows: Iterable[PlanRow], *, or_before: bool = False) -> float:
     """Share of the elements of parameters in ``rows`` that come from the file, from 0 to 1 (1 for no parameters).
 
-    With ``or_before``, what an earlier initializer has loaded counts, too.
+    With ``or_before``, elements that an earlier initializer has loaded count, too.
     """
     loaded = total = 0
     for row in counted_rows(rows):
@@ -183,19 +183,19 @@ SCHEMA_VERSION = 1
 
 @attrs.frozen(repr=False)
 class LoadPlan(Shown):
-    """What ``init_weights`` will do, row by row; pure data.
+    """What ``init_weights`` will do, row by row; pure data. A kind may build one from its own rows.
 
-    A kind may build one from rows of its own. ``str(plan)`` is the folded table of ``ninit plan``.
+    ``str(plan)`` is the folded table of ``ninit plan``.
 
     Attributes:
-        kind: The kind that the plan is of, for messages.
-        rows: One for each entry of the model's state dict, and for each entry of the file that is not used.
-        problems: With any of these, the plan is never carried out, not even in part.
-        warnings: These do not stop it.
-        origins: The initializer, model and files of the rows, which refer to them by ``PlanRow.origin``. Without any
-            there is one without files, for the model of the first row. A row without its origin raises ``ValueError``.
-        equal: ``(model, name, model, name)`` of entries of files that end up in one tied tensor, which submodels may
-            share, and must hold the same bytes.
+        kind: The kind of the plan, for messages.
+        rows: One for each entry of the model's state dict, and for each unused entry of the file.
+        problems: A plan with problems is never carried out, not even in part.
+        warnings: Problems that do not prevent it.
+        origins: The initializer, model and files of the rows, which refer to them by ``PlanRow.origin``. By default one
+            origin without files, for the model of the first row. A row without its origin raises ``ValueError``.
+        equal: ``(model, name, model, name)`` of entries that are loaded into one tied tensor, also of several
+            submodels, and so must hold the same bytes.
     """
 
     kind: str
@@ -209,11 +209,11 @@ class LoadPlan(Shown):
         if self.rows and not self.origins:
             object.__setattr__(self, "origins", (Origin(self.kind, self.rows[0].model),))  # the class is frozen
         if any(row.origin >= len(self.origins) for row in self.rows):
-            raise ValueError(f"{self.kind}: a row has an origin that is none of the {len(self.origins)} of the plan")
+            raise ValueError(f"{self.kind}: a row has an origin that is not among the {len(self.origins)} of the plan")
 
     @property
     def is_fine(self) -> bool:
-        """No problem stands in the way."""
+        """Whether the plan has no problem, so that it can be carried out."""
         return not self.problems
 
     def counts(self) -> dict[str, int]:
@@ -228,7 +228,7 @@ class LoadPlan(Shown):
         return share_loaded(self.rows)
 
     def coverage_by_module(self) -> dict[str, float]:
-        """The coverage of every module with parameters below it, by path, parents first; the model's own is ``""``."""
+        """Path of each module with parameters -> its coverage, parents first; the path of the model is ``""``."""
         found: dict[str, list[PlanRow]] = {}
         for row in self.rows:
             if row.target is not None and row.is_parameter:
@@ -242,15 +242,15 @@ class LoadPlan(Shown):
         return tuple(row for row in self.rows if row.model == model)
 
     def raise_for_problems(self) -> None:
-        """Raise ``PlanError`` with every problem, where there is one."""
+        """Raise ``PlanError`` with every problem, if there is one."""
         self.refuse([problem.message for problem in self.problems], most=len(self.problems))
 
     def refuse(self, problems: Iterable[str], *, model: str | None = None, hint: str = "", most: int = 5) -> None:
-        """Raise ``PlanError``, which says why the plan is not carried out, where there are problems.
+        """Raise ``PlanError`` with the problems, if there are any. For problems that only reading the file shows.
 
         Args:
-            problems: For people; all of them are on the error.
-            model: The single model that they are about; None for all.
+            problems: Messages; the error has all of them.
+            model: The single model that they concern; None for all.
             hint: What to do next.
             most: How many of them the message lists.
         """
@@ -262,38 +262,38 @@ class LoadPlan(Shown):
             raise PlanError(message, plan=self, problems=problems)
 
     def inverted(self) -> LoadPlan:
-        """The plan from the model's entries to the file's: the direction of an export; dtypes are those of the model.
+        """The plan from the model's entries to the file's, as for an export; dtypes are those of the model.
 
         ``plan.inverted().transformed(model.state_dict())`` is a state dict that this plan loads again, bit for bit.
-        What the model keeps, and what of the file is not used, has no part in it.
+        Entries that the model keeps, and unused entries of the file, are left out.
 
-        Raises ``PlanError`` for a plan with problems, for steps that lose something (slice, pad, interpolate, cast),
-        and where only some of the parts of a split have a place in the model.
+        Raises ``PlanError`` for a plan with problems, and for steps that lose information (slice, pad, interpolate,
+        cast). Also if only some parts of a split are in the model.
         """
         self.raise_for_problems()
         rows, problems = _rows_back(self.rows)
         if problems:
             reasons = "\n  ".join(dict.fromkeys(problems))
-            raise PlanError(f"{self.kind} has no way back:\n  {reasons}", plan=self, problems=problems)
+            raise PlanError(f"the plan of {self.kind} has no inverse:\n  {reasons}", plan=self, problems=problems)
         return LoadPlan(f"{self.kind}, inverted", rows, origins=self.origins)
 
     def transformed(self, state: Mapping[str, torch.Tensor], model: str | None = None) -> dict[str, torch.Tensor]:
-        """What the plan makes of tensors in memory: new ones under the names of its targets.
+        """Apply the plan to tensors in memory: returns new tensors under the names of its targets.
 
         Args:
-            state: The tensors under the names of the sources; they stay as they are.
-            model: Path of one single model; None where there is only one.
+            state: The tensors under the names of the sources, with the shapes of the plan; they are not changed.
+            model: Path of one single model; None if there is only one.
 
-        Raises ``PlanError`` for a plan with problems, where ``state`` lacks an entry, and where ``model`` is needed.
+        Raises ``PlanError`` for a plan with problems, if an entry is not in ``state``, and if ``model`` is needed.
         """
         self.raise_for_problems()
         models = list(dict.fromkeys(row.model for row in self.rows))
         if model is None and len(models) > 1:
-            raise PlanError(f"the plan is about several models; say which: {', '.join(models)}", plan=self)
+            raise PlanError(f"the plan has several models. Next: model= one of {', '.join(models)}", plan=self)
         rows = [row for row in self.rows if row.writes and model in (None, row.model)]
         lacking = [source for row in rows for source in row.sources if source not in state]
         if lacking:
-            raise PlanError(f"the state has no {listed(lacking)}, which the plan needs", plan=self)
+            raise PlanError(f"the plan needs {listed(lacking)}, not found in the state", plan=self)
         import torch
 
         made: dict[str, torch.Tensor] = {}
@@ -304,9 +304,9 @@ class LoadPlan(Shown):
 
     @classmethod
     def merged(cls, plans: Sequence[LoadPlan], positions: Sequence[int] | None = None) -> LoadPlan:
-        """Several plans for one model, in order, as one: of each entry the row that counts in the end.
+        """Several plans for one model, in order, as one: for each entry the row that decides its final value.
 
-        Every row keeps its origin.
+        Each row keeps its origin.
 
         Args:
             plans: In the order in which they are carried out.
@@ -367,7 +367,7 @@ class LoadPlan(Shown):
 
 
 def _rows_back(rows: Iterable[PlanRow]) -> tuple[tuple[PlanRow, ...], tuple[str, ...]]:
-    """The rows that make the file's entries of the model's, and why some have no way back."""
+    """The rows from entries of the model to entries of the file, and reasons why some have no inverse."""
     ways: dict[tuple[str, tuple[str, ...], tuple[Step, ...]], list[PlanRow]] = {}
     for row in rows:
         if row.writes and row.target is not None and row.dtype != "object":
@@ -375,13 +375,13 @@ def _rows_back(rows: Iterable[PlanRow]) -> tuple[tuple[PlanRow, ...], tuple[str,
     found: list[PlanRow] = []
     problems: list[str] = []
     for (_model, sources, steps), parts in ways.items():
-        # of several names of one tensor, the first will do
+        # several names of one tensor hold the same values: the first one suffices
         parts = sorted({row.part: row for row in reversed(parts)}.values(), key=lambda row: row.part)
         first = parts[0]
         where = first.rule or first.key
         back, reason = _back(steps, first.source_shapes)
         if not reason and steps and [row.part for row in parts] != list(range(first.parts)):
-            reason = "some of its parts have no place in the model"
+            reason = "some of its parts are not in the model"
         if reason:
             problems.append(f"{where}: {reason}")
             continue
@@ -409,13 +409,13 @@ def _rows_back(rows: Iterable[PlanRow]) -> tuple[tuple[PlanRow, ...], tuple[str,
     seen: set[tuple[str, str | None]] = set()
     for row in found:
         if (row.model, row.target) in seen:
-            problems.append(f"{row.target}: several files have such an entry. Next: the plan of one initializer")
+            problems.append(f"{row.target}: several files have this entry. Next: the plan of one initializer")
         seen.add((row.model, row.target))
     return tuple(found), tuple(problems)
 
 
 def _back(steps: tuple[Step, ...], shapes: tuple[Shape, ...]) -> tuple[tuple[Step, ...], str]:
-    """The steps back, and why there are none."""
+    """The inverse steps, or no steps and the reason why there is no inverse."""
     current, back = list(shapes), []
     for step in steps:
         undone = step.inverse(current)

@@ -1,4 +1,4 @@
-"""plan_load: decides what happens to every entry of models and files. Pure: nothing is read, nothing is changed."""
+"""Computes a load plan: decides what happens to every entry of models and files. Pure: reads and changes nothing."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from noether_init_core.surgery.patterns import PatternSet, parse_glob
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow, Problem, share_loaded
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Slice, Step, StepError, shapes_after
 
-# Elements that any step may make.
+# A step may always make this many elements; above it, the limit depends on file and model.
 _SMALL = 1 << 20
 
 
 @attrs.frozen
 class Policies:
-    """What is done where file and model do not fit; the first word of each is the default.
+    """What to do where file and model do not fit; the first value of each is the default.
 
     Attributes:
-        on_missing: The file has nothing for an entry of the model: ``error``, ``keep`` its present value, or ``reset``
-            it by its module's own ``reset_parameters``.
-        on_unexpected: The file has an entry that the model has not: ``error`` or ``ignore``.
-        on_mismatch: Shapes differ: ``error``, ``keep`` the model's value, ``slice`` what is too long in the file, or
-            ``pad`` what is too short (the model's own values stay behind it).
+        on_missing: An entry of the model is not in the file: ``error``, ``keep`` its present value, or ``reset`` it by
+            ``reset_parameters`` of its module.
+        on_unexpected: An entry of the file is not in the model: ``error`` or ``ignore``.
+        on_mismatch: Shapes differ: ``error``, ``keep`` the model's value, ``slice`` the file's tensor where it is
+            longer, or ``pad`` it where it is shorter (with the model's own values).
         cast: ``same_kind`` allows float to float and integer to integer of any width, ``none`` only equal dtypes,
-            ``any`` everything but complex to real.
+            ``any`` all but complex to real.
         min_coverage: Glob of names -> least share of their parameters that must come from checkpoints, from 0 to 1.
     """
 
@@ -58,15 +58,17 @@ class Policies:
 def plan_load(
     kind: str, parts: Sequence[PlanPart], rules: NameRules, *, policies: Policies | None = None, fresh_hint: str = ""
 ) -> LoadPlan:
-    """Decide what happens to every entry of every part. Pure: nothing is read, nothing is changed.
+    """Decide what happens to every entry of every part. Pure: reads no file, changes no model.
 
     Args:
-        kind: The kind that asks, for messages.
+        kind: The kind of the initializer, for messages.
         parts: The single models, each with its file.
         rules: The surgery on names; the same rules for every part.
-        policies: What is done where file and model do not fit.
-        fresh_hint: What is said beside missing and misshaped entries, with ``{line}`` for the config line that keeps
-            them, or ``{rule}`` for the rule alone. Empty where the kind has no such line.
+        policies: What to do where file and model do not fit.
+        fresh_hint: The hint for missing and mismatched entries, with ``{line}`` for the config line that keeps them, or
+            ``{rule}`` for the rule alone. Empty if the kind has no such line.
+
+    Raises nothing for entries that do not fit: they are problems of the plan.
     """
     policies = Policies() if policies is None else policies
     rows: list[PlanRow] = []
@@ -76,7 +78,7 @@ def plan_load(
     written: set[Hashable] = set()
     for number, part in enumerate(parts):
         if written:
-            # what an earlier submodel loads, this one shares with it
+            # tensors that this submodel shares with an earlier one, which loads them
             before = {name for name, spec in part.targets.items() if spec.identity in written}
             part = attrs.evolve(part, loaded=part.loaded | before)
         match = rules.match(tuple(part.sources), tuple(part.targets))
@@ -97,14 +99,14 @@ def plan_load(
     equal, tied = ties(rows, kept)
     problems += tied
     if parts and not problems and not any(row.writes for row in rows):
-        problems.append(Problem("nothing-loaded", "no tensor of the model would be loaded", names))
+        problems.append(Problem("nothing-loaded", "the plan loads no tensor of the model", names))
     problems += _too_little(rows, policies.min_coverage, names)
     origins = tuple(Origin(kind, part.model, description=part.description, files=part.files) for part in parts)
     return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, equal)
 
 
 def _too_little(rows: Sequence[PlanRow], least: Mapping[str, float], names: str) -> list[Problem]:
-    """What ``min_coverage`` asks for and does not get."""
+    """Problems for globs of ``min_coverage`` whose share is not reached."""
     problems = []
     targets = [row for row in rows if row.target is not None]
     for glob, share in least.items():
@@ -117,18 +119,18 @@ def _too_little(rows: Sequence[PlanRow], least: Mapping[str, float], names: str)
             continue
         covered = share_loaded(chosen, or_before=True)
         if covered < share:
-            lacks = [row.key for row in chosen if row.is_parameter and not row.writes and row.rule != LOADED_BEFORE]
+            absent = [row.key for row in chosen if row.is_parameter and not row.writes and row.rule != LOADED_BEFORE]
             what = "the parameters" if glob == "**" else f"the parameters of {glob}"
             message = (
-                f"min_coverage: {100 * covered:.1f} % of {what} come from a checkpoint, {100 * share:g} % are asked "
-                f"for; not {listed(lacks)}"
+                f"min_coverage: {100 * covered:.1f} % of {what} come from a checkpoint, below {100 * share:g} %; "
+                f"not loaded: {listed(absent)}"
             )
-            problems.append(Problem("coverage", message, names, tuple(lacks)))
+            problems.append(Problem("coverage", message, names, tuple(absent)))
     return problems
 
 
 class _PartPlanner:
-    """The rows of one part, and what is found wrong with them."""
+    """Computes the rows of one part, and its problems."""
 
     def __init__(self, part: PlanPart, match: NameMatch, policies: Policies, fresh_hint: str, origin: int) -> None:
         self.part, self.match, self.policies, self.origin = part, match, policies, origin
@@ -145,6 +147,13 @@ class _PartPlanner:
         """Fill ``rows`` and ``found``."""
         for name, spec in self.part.targets.items():
             self._plan_target(name, spec)
+        for name, spec in self.part.unlisted.items():
+            loaded = name in self.part.loaded
+            self._row(name, "keep", spec, Taken((), LOADED_BEFORE if loaded else "not in state_dict()"))
+        if names := [name for name in self.part.unlisted if name not in self.part.loaded]:
+            self.found.warn(
+                "unlisted", f"state_dict() leaves out {listed(names)}, which will keep the present values", names
+            )
         unexpected = self._plan_unused()
         found = self.found
         found.names()
@@ -210,7 +219,7 @@ class _PartPlanner:
             self._casts.setdefault((before, spec.dtype), []).append(row)
 
     def _steps(self, taken: Taken, sources: list[TensorSpec], spec: TargetSpec) -> tuple[tuple[Step, ...], Shape, bool]:
-        """The steps with every argument, the shape that they give, and whether ``on_mismatch`` has added some."""
+        """The steps with every argument, their resulting shape, and whether ``on_mismatch`` added some."""
         if not taken.steps and tuple(sources[0].shape) == spec.shape:
             return (), spec.shape, False
         key = id(taken.steps), taken.sources, taken.parts
@@ -227,7 +236,7 @@ class _PartPlanner:
             steps, shape = (*steps, *fitting), spec.shape if fitting else shape
         kept = [step.keeps_model for step in steps]
         if any(before and not after for before, after in itertools.pairwise(kept)):
-            raise StepError("pad without a value lets the model's own elements stay, so it has to come last")
+            raise StepError("pad without a value keeps the model's own elements, so it must be the last step")
         return steps, shape, bool(fitting)
 
     def _missing(self, name: str, spec: TargetSpec) -> None:
@@ -244,8 +253,8 @@ class _PartPlanner:
         source = self._unused_for.get(name)
         pattern = rule.partition(": ")[2]
         if source is not None and tuple(self.part.sources[source].shape) == spec.shape and not name.startswith(pattern):
-            # a pattern that hits inside a name may not be meant for it: 5. is in 15.weight, head. in lm_head.weight
-            self.found.warn("kept", f"{name} keeps its value by {rule}, though the file has one that fits", (name,))
+            # a substring may match a name by mistake: 5. is in 15.weight, head. in lm_head.weight
+            self.found.warn("kept", f"{name} keeps its value by {rule}, although an entry of the file fits", (name,))
         self._row(name, "keep", spec, Taken((), LOADED_BEFORE if name in self.part.loaded else rule))
 
     @cached_property
@@ -255,17 +264,17 @@ class _PartPlanner:
 
     @cached_property
     def _moved(self) -> set[str]:
-        """Names of the file that rules give to an entry of the model."""
+        """Names of the file that rules map to an entry of the model."""
         return {name for taken in self.match.moves.values() for name in taken.sources}
 
     def _plan_unused(self) -> list[str]:
-        """Add the rows of what is not used of the file; returns the names that are a problem."""
+        """Add the rows of unused entries of the file; returns the names that are a problem."""
         used = {source for row in self.rows for source in row.sources}
         unexpected = []
         for source, spec in self.part.sources.items():
             if source in used:
                 if self.match.astray.get(source, ("", ""))[1] and self.policies.on_unexpected == "error":
-                    unexpected.append(source)  # one of several parts has no place in the model
+                    unexpected.append(source)  # a split gives a part that is not in the model
                 continue
             rule = self._rule_of_unused(source)
             action: Action = "unexpected" if rule is None else "removed"
@@ -278,7 +287,7 @@ class _PartPlanner:
         return unexpected
 
     def _rule_of_unused(self, source: str) -> str | None:
-        """Why an entry of the file is not used; None: no rule says that it should not be."""
+        """The reason why an entry of the file is unused; None if no rule decided so."""
         match = self.match
         if source in match.removed:
             return match.removed[source]
@@ -319,7 +328,7 @@ class _PartPlanner:
 
 
 def _fitting(shape: Shape, wanted: Shape, policy: str) -> tuple[Step, ...]:
-    """The steps of ``on_mismatch`` that make ``wanted`` of ``shape``; none where they cannot."""
+    """The steps of ``on_mismatch`` that turn ``shape`` into ``wanted``; empty if they cannot."""
     pairs = list(zip(shape, wanted, strict=True))
     if policy == "slice" and all(have >= want for have, want in pairs):
         return tuple(Slice(dim, 0, want) for dim, (have, want) in enumerate(pairs) if have > want)

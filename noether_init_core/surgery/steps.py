@@ -1,10 +1,10 @@
-"""Steps that change tensors on their way from a file into a model: what they make of shapes, and of values.
+"""Steps that change tensors between file and model: their effect on shapes, and on values.
 
-A step takes a list of tensors and gives a list: ``split`` makes several of one, ``concat`` one of several, others
-change each. What it makes of shapes is decided before anything is read.
+A step takes a list of tensors and returns a list: ``split`` makes several of one, ``concat`` one of several, other
+steps change each. Shapes are computed before any file is read.
 
-``STEPS`` is the one table of them. Configs, their JSON schema, suggestions and views are derived from it: a step class
-with its docstring, and for each argument the type, bounds and description of its annotation.
+``STEPS`` is the only table of steps. Configs, their JSON schema, suggestions and views are derived from it: a step
+class with its docstring, and for each argument the type, bounds and description of its annotation.
 """
 
 from __future__ import annotations
@@ -29,42 +29,47 @@ Grid = tuple[Positive, Positive]
 
 
 class StepError(ValueError):
-    """A step cannot be taken with tensors of these shapes; the message says why."""
+    """A step cannot be applied to tensors of these shapes; the message gives the reason."""
 
 
 @attrs.frozen
 class Step:
-    """One step; the base is for steps that change each tensor by itself. Its arguments are its fields."""
+    """One step; its arguments are its fields. The base class serves steps that change each tensor separately."""
 
-    #: The argument that a config may write alone, without its name.
+    #: The argument that a config may write without its name.
     short: ClassVar[str] = ""
-    #: Whether values of an optimizer's moments can follow.
+    #: Whether the moments of an optimizer can follow the step.
     moves_moments: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
-        """How configs write it."""
+        """The name of the step in configs."""
         return type(self).__name__.lower()
 
     @property
     def keeps_model(self) -> bool:
-        """Whether the model's own elements stay behind what is loaded."""
+        """Whether some of the model's own elements stay beside the loaded ones."""
         return False
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Step:
-        """The step with every argument that a config may leave out. Raises ``StepError``."""
+        """The step with every argument that a config may leave out. Raises ``StepError``.
+
+        Args:
+            shapes: Shapes of the tensors before the step.
+            outputs: How many tensors the step has to return, if it can return several.
+        """
         return self
 
     def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        """The shapes afterwards, of a resolved step. Raises ``StepError``."""
+        """The shapes after a resolved step. Raises ``StepError``."""
         return [self._shape(shape) for shape in shapes]
 
     def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors afterwards, of a resolved step; views where that is possible."""
+        """The tensors after a resolved step; views where possible."""
         return [self._value(tensor) for tensor in tensors]
 
     def inverse(self, shapes: Sequence[Shape]) -> Step | None:
-        """The step back, for tensors that had ``shapes`` before; None for a step that loses something."""
+        """The inverse step, for tensors with ``shapes`` before this step; None for a step that loses information."""
         return None
 
     def _shape(self, shape: Shape) -> Shape:
@@ -76,7 +81,7 @@ class Step:
 
 @attrs.frozen
 class Transpose(Step):
-    """Exchange the last two dimensions; tensors of fewer dimensions stay, so that one rule serves weight and bias."""
+    """Exchange the last two dimensions. Tensors with fewer dimensions stay, so that one rule serves weight and bias."""
 
     def inverse(self, shapes: Sequence[Shape]) -> Transpose:
         return self
@@ -90,9 +95,9 @@ class Transpose(Step):
 
 @attrs.frozen
 class Split(Step):
-    """Cut one tensor along a dimension: into equal parts, one for each name in ``to``, or into given sizes."""
+    """Split one tensor along a dimension: into equal parts, one for each name in ``to``, or into given sizes."""
 
-    dim: Annotated[int, "The dimension that is cut."] = 0
+    dim: Annotated[int, "The dimension to split."] = 0
     sizes: Annotated[
         Annotated[tuple[Positive, ...], MinLen(1)] | None, "The size of each part, in order; null: equal parts."
     ] = None
@@ -103,7 +108,7 @@ class Split(Step):
         dim = _dimension(self.dim, shape, self.name)
         if self.sizes is None:
             if shape[dim] % outputs:
-                raise StepError(f"split: {shape[dim]} rows of dimension {dim} do not make {outputs} equal parts")
+                raise StepError(f"split: dimension {dim} has {shape[dim]}, which is not {outputs} equal parts")
             return Split(dim, (shape[dim] // outputs,) * outputs)
         if len(self.sizes) != outputs:
             raise StepError(f"split into {len(self.sizes)} sizes, but there are {outputs} names in to")
@@ -126,9 +131,9 @@ class Split(Step):
 
 @attrs.frozen
 class Concat(Step):
-    """Put tensors behind each other along a dimension that they have."""
+    """Concatenate tensors along an existing dimension."""
 
-    dim: Annotated[int, "The dimension along which they are put together."] = 0
+    dim: Annotated[int, "The dimension to concatenate along."] = 0
     short: ClassVar[str] = "dim"
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Concat:
@@ -153,7 +158,7 @@ class Concat(Step):
 
 @attrs.frozen
 class Stack(Step):
-    """Put tensors of one shape behind each other along a new dimension."""
+    """Stack tensors of one shape along a new dimension."""
 
     dim: Annotated[int, "The new dimension."] = 0
     short: ClassVar[str] = "dim"
@@ -177,9 +182,9 @@ class Stack(Step):
 
 @attrs.frozen
 class Unstack(Step):
-    """Take one tensor apart along a dimension, which is gone afterwards."""
+    """Split one tensor along a dimension into tensors without that dimension."""
 
-    dim: Annotated[int, "The dimension that goes."] = 0
+    dim: Annotated[int, "The dimension to remove."] = 0
     short: ClassVar[str] = "dim"
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Unstack:
@@ -202,9 +207,11 @@ class Unstack(Step):
 
 @attrs.frozen
 class Reshape(Step):
-    """The same elements in another shape."""
+    """Give the tensor another shape with the same elements."""
 
-    shape: Annotated[tuple[Annotated[int, Ge(-1)], ...], MinLen(1), "The shape afterwards; -1 once, for what is left."]
+    shape: Annotated[
+        tuple[Annotated[int, Ge(-1)], ...], MinLen(1), "The new shape; one dimension may be -1, which is computed."
+    ]
     short: ClassVar[str] = "shape"
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Reshape:
@@ -228,17 +235,17 @@ class Reshape(Step):
 
 @attrs.frozen
 class Slice(Step):
-    """A part along one dimension: from ``start`` to before ``stop``."""
+    """Take a part along one dimension: from ``start`` to before ``stop``."""
 
-    dim: Annotated[int, "The dimension that is cut."] = 0
+    dim: Annotated[int, "The dimension to cut."] = 0
     start: Annotated[Count, "The first index that is taken, from 0."] = 0
-    stop: Annotated[Positive | None, "The first index that is not; null: to the end."] = None
+    stop: Annotated[Positive | None, "The index to stop before; null: to the end."] = None
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Slice:
         dim = _dimension(self.dim, shapes[0], self.name)
         sizes = {shape[dim] if dim < len(shape) else 0 for shape in shapes}
         if self.stop is None and len(sizes) > 1:
-            raise StepError(f"slice: say stop, since {_listed(shapes)} differ in dimension {dim}")
+            raise StepError(f"slice: stop is required, because {_listed(shapes)} differ in dimension {dim}")
         stop = max(sizes) if self.stop is None else self.stop
         if not 0 <= self.start < stop <= min(sizes):
             raise StepError(f"slice: {self.start} to {self.stop} is not within dimension {dim} of {_listed(shapes)}")
@@ -255,13 +262,13 @@ class Slice(Step):
 class Pad(Step):
     """Make one dimension longer, at its end.
 
-    Without a value the model's own elements stay there, such as freshly initialized rows of an embedding; then the
-    step has to be the last one, and moments of an optimizer are zero there.
+    Without a value, the model's own elements stay there, such as freshly initialized rows of an embedding. Then the
+    step must be the last one, and moments of an optimizer are zero there.
     """
 
-    size: Annotated[Positive, "The size afterwards."]
+    size: Annotated[Positive, "The new size of the dimension."]
     dim: Annotated[int, "The dimension that grows."] = 0
-    value: Annotated[float | None, "What stands at the end; null: the model's own elements."] = None
+    value: Annotated[float | None, "The value of the new elements; null: the model's own elements stay."] = None
 
     @property
     def keeps_model(self) -> bool:
@@ -286,16 +293,16 @@ class Pad(Step):
 
 @attrs.frozen
 class Interpolate(Step):
-    """A position embedding for another grid of patches.
+    """Interpolate a position embedding to another grid of patches.
 
-    The embedding is ``[..., prefix_tokens + rows * columns, channels]``; the first ``prefix_tokens`` (a class token)
-    are taken over. Without aligned corners, smoothed where the grid becomes smaller; computed in float32.
+    The embedding has the shape ``[..., prefix_tokens + rows * columns, channels]``; the first ``prefix_tokens`` (a
+    class token) are copied. Corners are not aligned, a smaller grid is smoothed, and it is computed in float32.
     """
 
     grid: Annotated[Grid, "Rows and columns in the file."]
     to_grid: Annotated[Grid, "Rows and columns in the model."]
-    prefix_tokens: Annotated[Count, "Leading entries that belong to no place in the grid."] = 0
-    mode: Annotated[Literal["bicubic", "bilinear"], "How values in between come."] = "bicubic"
+    prefix_tokens: Annotated[Count, "Leading entries that are not in the grid, such as a class token."] = 0
+    mode: Annotated[Literal["bicubic", "bilinear"], "The kind of interpolation."] = "bicubic"
     moves_moments: ClassVar[bool] = False
 
     def resolved(self, shapes: Sequence[Shape], outputs: int) -> Interpolate:
@@ -329,9 +336,9 @@ class Interpolate(Step):
 
 @attrs.frozen
 class Cast(Step):
-    """Convert to a dtype; allowed here whatever the config says of casts."""
+    """Convert to a dtype, also where ``cast:`` of the config does not allow it."""
 
-    dtype: Annotated[str, "The dtype afterwards, such as float32."]
+    dtype: Annotated[str, "The new dtype, such as float32."]
     short: ClassVar[str] = "dtype"
 
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -361,17 +368,20 @@ STEPS: Mapping[str, Step] = {
 def shapes_after(
     steps: Sequence[Step], shapes: Sequence[Shape], outputs: int, most: float = math.inf
 ) -> tuple[tuple[Step, ...], list[Shape]]:
-    """The steps resolved one after the other, and the shapes at the end. Raises ``StepError``.
+    """The steps resolved one after the other, and the resulting shapes. Raises ``StepError``.
 
-    ``outputs`` is how many tensors there have to be then; the last ``split`` or ``unstack`` makes that many. ``most``
-    is how many elements all tensors together may have after any of the steps.
+    Args:
+        steps: The steps in order.
+        shapes: Shapes of the tensors before them.
+        outputs: How many tensors must result; the last ``split`` or ``unstack`` makes that many.
+        most: How many elements all tensors together may have after any step.
     """
     resolved, current = [], list(shapes)
     for step in steps:
         ready = step.resolved(current, outputs)
         current = ready.shapes(current)
         if sum(map(math.prod, current)) > most:
-            raise StepError(f"a step makes far more elements than file and model have (over {most:,})")
+            raise StepError(f"a step makes many more elements than file and model have (over {most:,})")
         resolved.append(ready)
     if len(current) != outputs:
         raise StepError(
@@ -382,7 +392,7 @@ def shapes_after(
 
 
 def carry_out(steps: Sequence[Step], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors after all steps, which were resolved by ``shapes_after``."""
+    """The tensors after all steps, which ``shapes_after`` has resolved."""
     current = list(tensors)
     for step in steps:
         current = step.apply(current)
@@ -390,7 +400,7 @@ def carry_out(steps: Sequence[Step], tensors: Sequence[torch.Tensor]) -> list[to
 
 
 def written(step: Step) -> Any:
-    """As a config writes it, without what it may leave out: ``transpose``, ``{split: 0}``."""
+    """The step as a config writes it, without optional arguments: ``transpose``, ``{split: 0}``."""
     arguments = {
         field.name: list(value) if isinstance(value := getattr(step, field.name), tuple) else value
         for field in attrs.fields(type(step))
@@ -405,7 +415,7 @@ def written(step: Step) -> Any:
 
 @lru_cache(maxsize=1024)
 def described(step: Step) -> str:
-    """As a config writes it, for people: ``transpose``, ``split: 0``."""
+    """The step as a config writes it, as text: ``transpose``, ``split: 0``."""
     plain = written(step)
     return plain if isinstance(plain, str) else f"{step.name}: {yaml_line(plain[step.name])}"
 

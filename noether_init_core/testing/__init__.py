@@ -1,8 +1,8 @@
-"""The conformance kit for authors of kinds: a pytest plugin that tells whether a kind is right.
+"""The conformance kit for authors of kinds: a pytest plugin that checks one kind.
 
-In a package with a kind, ``tests/conftest.py`` has ``pytest_plugins = ["noether_init_core.testing"]``, and a test
-derives from ``InitializerConformance``: it names the kind and the distribution, answers what the kind can do, and gives
-a ``make_config`` fixture. Every check of the kit then runs on it. Nothing here is imported by the rest of the core.
+In the package of a kind, ``tests/conftest.py`` has ``pytest_plugins = ["noether_init_core.testing"]``. A test class
+derives from ``InitializerConformance``: it names the kind and the distribution, declares what the kind can do, and has
+a ``make_config`` fixture. Pytest then runs every check of the kit on it. Nothing else in the core imports this package.
 """
 
 from noether_init_core.testing.cases import (

@@ -1,4 +1,4 @@
-"""What a check works on: tiny models of every shape, a run on disk to start from, and what a kind can do."""
+"""The inputs of checks: tiny models of every shape, a saved run, and answers about what a kind can do."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _NUMBER = 7
 
 
 def _plain(**more: torch.nn.Module) -> torch.nn.Sequential:
-    """A matrix, a bias, and a scale."""
+    """A model with a matrix, a bias, and a scale."""
     return torch.nn.Sequential(OrderedDict(embed=torch.nn.Linear(4, 3), norm=torch.nn.LayerNorm(3), **more))
 
 
 def _with_half_precision() -> torch.nn.Sequential:
-    """Besides, a square matrix, which also fits the other way round, and half precision."""
+    """A model that also has a square matrix, which fits transposed too, and half precision."""
     module = _plain(square=torch.nn.Linear(3, 3, bias=False))
     module.coarse = torch.nn.Parameter(torch.empty(5, dtype=torch.bfloat16))
     return module
 
 
 def _tied() -> torch.nn.Sequential:
-    """An embedding whose matrix is that of the head, too."""
+    """A model whose embedding and head have the same matrix."""
     embed, head = torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False)
     head.weight = embed.weight
     return torch.nn.Sequential(OrderedDict(embed=embed, head=head))
 
 
 def _buffers() -> torch.nn.Sequential:
-    """No parameter at all: running statistics, a counter, a mask with an infinity, and a buffer that is not saved."""
+    """A model without parameters: running statistics, a counter, an infinite mask, and a non-persistent buffer."""
     norm = torch.nn.BatchNorm1d(3, affine=False)
     module = torch.nn.Sequential(OrderedDict(norm=norm))
     module.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.0]))
@@ -53,14 +53,14 @@ def _buffers() -> torch.nn.Sequential:
 
 
 def _single(name: str, module: torch.nn.Module, **more: Any) -> Any:
-    """Bound, with values of its own everywhere, and an optimizer that has made a step."""
+    """A bound model with random values in every entry, and an optimizer after one step."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
     parameters = list(module.parameters())
     if not parameters:
         return bind(module, name=name, **more)
-    # another learning rate for each seed
+    # a learning rate that differs between seeds, so that a check sees whose it is
     optimizer = torch.optim.AdamW(parameters, lr=0.01 + 0.01 * float(torch.rand(())))
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -86,7 +86,7 @@ def _frozen() -> Any:
     return model
 
 
-#: Shape -> what makes a model of that shape, by the global generator.
+#: Shape -> function that makes a model of that shape with the global generator.
 SHAPES: Mapping[str, Callable[[], Any]] = {
     "single": lambda: _single("net", _with_half_precision()),
     "composite": _composite,
@@ -99,12 +99,12 @@ SHAPES: Mapping[str, Callable[[], Any]] = {
 
 
 def new_model(shape: str, seed: int, *, on_meta: bool | None = None) -> Any:
-    """A model of a shape of ``SHAPES``, every value from ``seed``; the global generator stays as it was.
+    """A model of a shape in ``SHAPES``, with every value from ``seed``; the global generator is restored.
 
     Args:
         shape: ``single``, ``composite``, ``nested``, ``frozen``, ``meta_device``, ``tied`` or ``buffers``.
         seed: Models of different seeds differ in every entry.
-        on_meta: Whether it is on the meta device, without an optimizer; None: where the shape says so.
+        on_meta: Whether it is on the meta device, without an optimizer; None: if the shape is ``meta_device``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -115,7 +115,7 @@ def new_model(shape: str, seed: int, *, on_meta: bool | None = None) -> Any:
 
 
 def with_extra_parameter(seed: int) -> Any:
-    """The single model with one parameter more, ``extra``, which no source has."""
+    """The single model with one more parameter, ``extra``, which is in no source."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = _with_half_precision()
@@ -124,7 +124,7 @@ def with_extra_parameter(seed: int) -> Any:
 
 
 def leaf_state(model: Any) -> dict[str, torch.Tensor]:
-    """A copy of the state dict of a single model, by reference to nothing."""
+    """A copy of the state dict of a single model, with memory of its own."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
@@ -163,11 +163,11 @@ class SavedRun:
     """A run on disk, and the same weights as plain files.
 
     Attributes:
-        paths: The folders of the run. It has two committed sets with other weights each; the newest is meant.
+        paths: The folders of the run. It has two committed sets with different weights; a kind should use the newest.
         iteration: Of the newest set.
         state: Path of a single model (``net``, ``pair.encoder``) -> name -> tensor, of the newest set.
         optimizer: Path of a single model -> state dict of its optimizer.
-        number: What the trainer and the callback of the newest set hold.
+        number: The state of the trainer and of the callback in the newest set.
         files: Path of a single model -> a file with its state dict as ``torch.save`` writes it.
     """
 
@@ -185,22 +185,22 @@ class SavedRun:
 
     @property
     def file(self) -> Path:
-        """The plain file of a single model; of several, that of the first."""
+        """The plain file of the single model; for a composite, that of the first model."""
         return next(iter(self.files.values()))
 
 
 @attrs.frozen(eq=False)
 class Case:
-    """One initialization that a check makes.
+    """The input of one initialization.
 
     Attributes:
         shape: ``single``, ``composite``, ``nested``, ``frozen``, ``meta_device``, ``tied`` or ``buffers``.
         model: The model to initialize; it differs from the source in every entry.
         source: A run on disk of a model of the same shape.
-        paths: The run that is started; the source's own for kinds that continue one.
-        folder: An empty folder for whatever a config needs.
-        trainer: The trainer that is initialized, with another number than the source's.
-        callbacks: One callback, likewise.
+        paths: The run that is started; that of the source for kinds that continue a run.
+        folder: An empty folder for files of a config.
+        trainer: The trainer to initialize, with another number than that of the source.
+        callbacks: One callback, also with another number.
     """
 
     shape: str
@@ -219,8 +219,8 @@ class Wrong:
     Attributes:
         what: What is wrong, in a few words.
         config: The config, without its kind.
-        error: The class of the error; ``InitError`` where any of ours will do.
-        message: A part of the message, such as the name that is wrong; empty: any.
+        error: The class of the error; ``InitError`` for any of its subclasses.
+        message: A part of the message, such as the wrong name; empty for any message.
     """
 
     what: str
@@ -231,29 +231,29 @@ class Wrong:
 
 @attrs.frozen
 class Answer:
-    """Whether a kind can do something. ``reason`` says why not, for people who read the tests."""
+    """Whether a kind can do something. ``reason`` is why not, for readers of the tests."""
 
     is_open: bool
     reason: str = ""
 
 
 def open_() -> Answer:
-    """The kind can do it; the kit looks whether it does it right."""
+    """The kind can do it; the kit checks that it does it right."""
     return Answer(True)
 
 
 def closed(reason: str) -> Answer:
-    """The kind does not do it; the kit looks whether it refuses, or leaves alone what it does not restore.
+    """The kind cannot do it; the kit checks that it refuses, or does not change what it does not restore.
 
     Raises ``ValueError`` without a reason.
     """
     if not reason.strip():
-        raise ValueError('closed("...") needs the reason: readers want to know why the kind cannot do it')
+        raise ValueError('closed("...") needs a reason: why the kind cannot do it')
     return Answer(False, reason)
 
 
 def saved_run(folder: Path, shape: str = "single", run_id: str = "source") -> SavedRun:
-    """Save a run with two sets, and its weights as plain files, below ``folder``. Not twice into one folder."""
+    """Save a run with two sets, and its weights as plain files, below ``folder``, which must not hold one already."""
     paths = PathProvider(folder / "runs", run_id)
     for seed, iteration in ((_OLDER_SEED, _OLDER), (_SOURCE_SEED, _NEWEST)):
         model = new_model(shape, seed, on_meta=False)

@@ -1,4 +1,4 @@
-"""What every check uses, and the checks of weights: in models of every shape, in place, on every rank, as planned."""
+"""What every check uses, and the checks of weights: every shape of model, in place, on every rank, as planned."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ NewCase = Callable[..., Case]
 
 
 class Checks:
-    """What the author of a kind says, and what the checks make of it."""
+    """The declarations of the author of a kind, and helpers for the checks."""
 
-    #: The kind, as configs name it.
+    #: The kind, as named in configs.
     kind: ClassVar[str]
     #: The distribution that registers it; None for one that is registered in this process only.
     distribution: ClassVar[str | None]
-    #: Name of a check -> why it fails at present. One that passes all the same is an error.
+    #: Name of a check -> why it fails at present. If such a check passes, that is an error.
     expected_failures: ClassVar[Mapping[str, str]] = {}
 
     #: Composites of several submodels, some of which may be None.
@@ -62,29 +62,29 @@ class Checks:
     tied: ClassVar[Answer] = open_()
     #: Models that have buffers and no parameter.
     buffers: ClassVar[Answer] = open_()
-    #: A plan says beforehand what will happen; kinds that derive from SourceInitializer have one.
+    #: The kind provides a plan; kinds that derive from SourceInitializer do.
     plans: ClassVar[Answer] = open_()
-    #: Shapes and names of a model are compared with something, so that a model can be wrong.
+    #: The kind compares shapes and names of a model with its source, so that a model can be wrong.
     compares_models: ClassVar[Answer] = open_()
-    #: Some configs can only be found wrong by ``check``; closed: there is none.
+    #: Some wrong configs are found only by ``check``.
     can_be_wrong: ClassVar[Answer] = open_()
     #: Every rank of a distributed run may use it.
     ranks: ClassVar[Answer] = open_()
-    restores_optimizer: ClassVar[Answer] = closed("it brings weights only")
-    restores_trainer: ClassVar[Answer] = closed("it brings weights only")
-    restores_callbacks: ClassVar[Answer] = closed("it brings weights only")
-    #: Training goes on at the iteration of the source.
+    restores_optimizer: ClassVar[Answer] = closed("it restores weights only")
+    restores_trainer: ClassVar[Answer] = closed("it restores weights only")
+    restores_callbacks: ClassVar[Answer] = closed("it restores weights only")
+    #: Training continues at the iteration of the source.
     continues: ClassVar[Answer] = closed("training starts at zero")
-    needs_path_provider: ClassVar[Answer] = closed("it reads from no run")
+    needs_path_provider: ClassVar[Answer] = closed("it reads no run")
 
     @pytest.fixture(autouse=True)
     def _own_cache(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What a kind fetches is not left to other tests, and never in the cache of whoever runs them."""
+        """Give each test its own cache, so that it neither fills the user's cache nor finds files of another test."""
         monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
 
     @pytest.fixture
     def make_config(self) -> MakeConfig:
-        """Gives the config, without its kind, that initializes ``case.model`` from ``case.source``."""
+        """A function that returns the config, without its kind, to initialize ``case.model`` from ``case.source``."""
         raise NotImplementedError(
             f"{type(self).__name__} needs a fixture make_config: a callable that takes a Case and returns a config "
             "without its kind"
@@ -92,17 +92,17 @@ class Checks:
 
     @pytest.fixture
     def wrong_configs(self, make_config: MakeConfig) -> Sequence[Wrong]:
-        """Configs that are valid by themselves and must be refused by ``check``."""
+        """Configs that are valid by themselves and that ``check`` must refuse."""
         return ()
 
     @pytest.fixture
     def secrets(self) -> Sequence[str]:
-        """Texts that the config leads to and that nobody may read in a report, a log or a representation."""
+        """Secret texts behind the config, which must not occur in a report, a log or a representation."""
         return ()
 
     @pytest.fixture
     def expected(self) -> Expected:
-        """Gives what the model must hold afterwards: path of a single model -> name -> tensor."""
+        """A function that returns the expected values: path of a single model -> name -> tensor."""
         return lambda case: case.source.state
 
     @pytest.fixture
@@ -115,10 +115,10 @@ class Checks:
         """The config, without its kind, for the case of one single model."""
         return make_config(single)
 
-    # How the checks use it
+    # Helpers of the checks
 
     def make(self, case: Case, config: Mapping[str, Any], **more: Any) -> InitializerStack:
-        """The stack of the kind alone; ``case.paths`` is the run that is started."""
+        """A stack of this kind alone; ``case.paths`` is the run that is started."""
         return InitializerStack.from_config([{"kind": self.kind, **config, **more}], path_provider=case.paths)
 
     def one(self, case: Case, config: Mapping[str, Any]) -> InitializerBase:
@@ -140,7 +140,7 @@ class Checks:
                 assert equal(value, right), f"{path}: {name} holds {value.tolist()}, not {right.tolist()}"
 
     def assert_shape_is_served(self, answer: Answer, case: Case, make_config: MakeConfig, expected: Expected) -> None:
-        """Open: the right values arrive. Closed: it is refused by an error of ours, and nothing has changed."""
+        """Open: the right values are loaded. Closed: an ``InitError`` is raised, and nothing has changed."""
         if answer.is_open:
             self.initialize(case, make_config(case))
             self.assert_weights(case, expected(case))
@@ -159,8 +159,8 @@ class Checks:
             f"{what}: {caught.value} Raise in check(), before anything has changed"
         )
         changed = differences(before, self.everything(case))
-        assert not changed, f"{what}: {caught.value!r} was raised, but these had changed: {', '.join(changed[:5])}"
-        assert isinstance(caught.value, error), f"{what}: {caught.value!r} is no {error.__name__}"
+        assert not changed, f"{what}: {caught.value!r} was raised after these had changed: {', '.join(changed[:5])}"
+        assert isinstance(caught.value, error), f"{what}: {caught.value!r} is not a {error.__name__}"
 
     def everything(self, case: Case) -> dict[str, Any]:
         """Model, optimizers, trainer and callbacks, by value."""
@@ -187,28 +187,28 @@ class WeightChecks(Checks):
         self.assert_shape_is_served(self.nested, new_case("nested"), make_config, expected)
 
     def test_frozen_model(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """A frozen model gets its weights, and stays frozen."""
+        """A frozen model gets its weights and stays frozen."""
         case = new_case("frozen")
         self.assert_shape_is_served(self.frozen, case, make_config, expected)
         assert case.model.is_frozen
         assert not any(parameter.requires_grad for parameter in case.model.parameters())
 
     def test_model_on_the_meta_device(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """A model without memory gets some, for every entry."""
+        """A model without memory gets memory for every entry."""
         self.assert_shape_is_served(self.meta_device, new_case("meta_device"), make_config, expected)
 
     def test_tied_weights(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """One parameter of two names stays one."""
+        """One parameter with two names stays one parameter."""
         case = new_case("tied")
         self.assert_shape_is_served(self.tied, case, make_config, expected)
         assert case.model.module.head.weight is case.model.module.embed.weight, "the weights are no longer tied"
 
     def test_buffers(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """A model of buffers alone: numbers of steps, statistics, masks."""
+        """A model of buffers only: step counters, statistics, masks."""
         self.assert_shape_is_served(self.buffers, new_case("buffers"), make_config, expected)
 
     def test_tensors_stay_the_same_objects(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """Optimizers, ties and wrappers hold on to the tensors: identity, shape, dtype, device and flags stay."""
+        """Identity, shape, dtype, device and flags of tensors stay: optimizers, ties and wrappers refer to them."""
         shapes = {"single": _OPEN, "nested": self.nested, "buffers": self.buffers}
         for shape in (name for name, answer in shapes.items() if answer.is_open):
             case = new_case(shape)
@@ -221,12 +221,12 @@ class WeightChecks(Checks):
             assert not others, f"changed: {', '.join(others)}. Write in place, under torch.no_grad()"
 
     def test_plan_is_what_happens(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """Exactly the entries that the plan writes change; a parameter that is to be kept keeps its value."""
+        """Exactly the entries that the plan writes change; a parameter with on_missing: keep keeps its value."""
         case = new_case("single", model=with_extra_parameter(_SEED) if self.plans.is_open else None)
         stack = self.make(case, make_config(case), **({"on_missing": "keep"} if self.plans.is_open else {}))
         plan = stack.plan(case.model)
         if not self.plans.is_open:
-            assert plan.rows == (), f"plans is closed ({self.plans.reason}), but there is a plan"
+            assert plan.rows == (), f"plans is closed ({self.plans.reason}), but the kind provides a plan"
             return
         before = state_of_model(case.model)
         report = stack.initialize(case.model, trainer=case.trainer, callbacks=case.callbacks)
@@ -234,15 +234,17 @@ class WeightChecks(Checks):
         written = {f"{row.model} {row.target}" for row in plan.rows if row.writes}
         entries = {f"{path} {name}" for path, leaf in leaf_models(case.model) for name in leaf.state_dict()}
         assert {name for name in changed if name in entries} == written
-        assert sum((dict(one.counts).get("keep", 0) for one in report.initializers), 0) == 1, "one entry is kept: extra"
+        assert sum((dict(one.counts).get("keep", 0) for one in report.initializers), 0) == 1, (
+            "exactly one entry must be kept: extra"
+        )
 
     def test_plan_changes_nothing(self, single: Case, single_config: Config) -> None:
-        """A plan is a look: the model, its optimizer and its flags stay."""
+        """A plan does not change the model, its optimizer or its flags."""
         with unchanged(lambda: self.everything(single), "the plan"):
             self.make(single, single_config).plan(single.model)
 
     def test_initializing_again_gives_the_same(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """The same stack initializes a second model to the same values; nothing is used up."""
+        """The same stack initializes a second model to the same values."""
         case, again = new_case("single"), new_case("single")
         stack = self.make(case, make_config(case))
         stack.initialize(case.model)
@@ -250,9 +252,9 @@ class WeightChecks(Checks):
         self.assert_weights(again, {"net": leaf_state(case.model)})
 
     def misfits(self, new_case: NewCase, make_config: MakeConfig) -> Iterator[tuple[str, Case, InitializerBase]]:
-        """Models whose last tensor does not fit, so that everything before it does: what is wrong, and the case."""
+        """Models of which only the last tensor does not fit: what is wrong, the case, and the initializer."""
         models: dict[str, Any] = {"extra is in the model and not in the source": with_extra_parameter(_SEED)}
-        for shape in ((7,), (1,), (3, 1)):  # the second one would be broadcast, the third one has as many elements
+        for shape in ((7,), (1,), (3, 1)):  # (1,) would be broadcast, and (3, 1) has as many elements
             model = new_model("single", _SEED)
             model.module.norm.weight = torch.nn.Parameter(torch.ones(shape))
             models[f"norm.weight has the shape {shape} in the model, and (3,) in the source"] = model
@@ -264,29 +266,29 @@ class WeightChecks(Checks):
             yield what, case, self.one(case, make_config(case))
 
     def test_a_model_that_does_not_fit_is_left_as_it_was(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """``init_weights`` alone, called without ``check``: another shape is an error of ours, and nothing changes."""
+        """``init_weights`` without ``check``: another shape raises an ``InitError``, and nothing changes."""
         for what, case, initializer in self.misfits(new_case, make_config):
             with self.refused(case, what) if self.compares_models.is_open else contextlib.nullcontext():
                 initializer.init_weights(case.model)
 
     def test_check_finds_a_model_that_does_not_fit(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """``check`` raises for another shape, so that nothing of the whole stack has changed by then."""
+        """``check`` raises for another shape, so that no initializer of the stack has changed anything yet."""
         for what, case, initializer in self.misfits(new_case, make_config):
             if not self.compares_models.is_open:
                 initializer.check(case.model, case.trainer, case.callbacks)
                 continue
             with pytest.raises(InitError):
                 initializer.check(case.model, case.trainer, case.callbacks)
-                pytest.fail(f"{what}, and check() has not found it")
+                pytest.fail(f"{what}, and check() did not raise")
 
     def test_two_ranks_agree(self, single: Case, single_config: Config, tmp_path: Path) -> None:
-        """Two ranks, each with another global generator, start at the same iteration with the same bits."""
+        """Two ranks with different global generators start at the same iteration with the same bits."""
         if not self.ranks.is_open:
             pytest.skip(f"closed: {self.ranks.reason}")
         if kinds.describe(self.kind).distribution is None:
-            pytest.skip("registered in this process only: another process has no such kind")
+            pytest.skip("registered in this process only: another process cannot resolve the kind")
         config = {"kind": self.kind, **single_config}
         (start, digests), (other_start, others) = initialized_by_ranks(config, single.paths, tmp_path / "meeting point")
         assert start == other_start
         different = [name for name, digest in digests.items() if others[name] != digest]
-        assert not different, f"the ranks differ in {', '.join(different)}: a rank or a global generator was used"
+        assert not different, f"the ranks differ in {', '.join(different)}: the kind used a rank or a global generator"

@@ -1,4 +1,4 @@
-"""Fixtures of the kit, and what it does to the tests that pytest has collected."""
+"""Fixtures of the kit, and its changes to the tests that pytest has collected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWN_NUMBER = 3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expected failures become strict: one that passes is an error."""
+    """Mark the expected failures of a kind as strict: if such a check passes, that is an error."""
     for item in items:
         cls = getattr(item, "cls", None)
         if isinstance(cls, type) and issubclass(cls, Checks):
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def _saved_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], SavedRun]:
-    """Gives a copy of a saved run: each shape is saved once."""
+    """A function that copies a saved run; each shape is saved only once per session."""
     made: dict[str, tuple[Path, SavedRun]] = {}
 
     def copied(shape: str, folder: Path) -> SavedRun:
@@ -54,13 +54,13 @@ def _saved_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path
 
 @pytest.fixture
 def case_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the cases of one test, apart from ``tmp_path``, which is the author's."""
+    """A folder for the cases of one test, separate from ``tmp_path``, which the author uses."""
     return tmp_path_factory.mktemp("cases")
 
 
 @pytest.fixture
 def source_run(case_folder: Path, _saved_once: Callable[[str, Path], SavedRun]) -> Callable[..., SavedRun]:
-    """Makes runs on disk: ``source_run("composite")``; each call gives another one, in a folder of its own."""
+    """A function that makes runs on disk, each in its own folder: ``source_run("composite")``."""
 
     def make(shape: str = "single") -> SavedRun:
         return _saved_once(shape, _another_folder(case_folder))
@@ -78,7 +78,7 @@ def _another_folder(parent: Path) -> Path:
 def new_case(
     request: pytest.FixtureRequest, case_folder: Path, _saved_once: Callable[[str, Path], SavedRun]
 ) -> Callable[..., Case]:
-    """Makes cases: ``new_case("single")``; a model given as ``model`` is used instead of a new one."""
+    """A function that makes cases: ``new_case("single")``; ``model`` replaces the new model."""
     cls = request.cls
     continues = isinstance(cls, type) and issubclass(cls, Checks) and cls.continues.is_open
 
@@ -101,15 +101,15 @@ def new_case(
 
 @pytest.fixture
 def broken_runs(source_run: Callable[..., SavedRun]) -> Mapping[str, SavedRun]:
-    """Runs that nothing may be loaded from, by what is wrong with them.
+    """Runs from which nothing may be loaded, by what is wrong with them.
 
-    ``flipped bit``: one bit of the weights' data. ``truncated``: the end of the weights is missing. ``uncommitted``: no
-    manifest. ``without weights``: the file of the weights is gone. ``empty``: a run folder without checkpoints. Plain
-    files are broken alike (``uncommitted``: they are gone).
+    ``flipped bit``: one bit of the weights differs. ``truncated``: the end of the weights is missing. ``uncommitted``:
+    no manifest. ``without weights``: the file of the weights was removed. ``empty``: a run folder without checkpoints.
+    The plain files are broken in the same way; for ``uncommitted`` they were removed.
     """
     found = {what: source_run() for what in ("flipped bit", "truncated", "uncommitted", "without weights", "empty")}
     flipped, truncated, uncommitted, without_weights, empty = found.values()
-    # the first tensor of this dtype; of the older set, with other values, somewhere in the middle of the file
+    # flip a bit in the first float32 tensor; the older set has other values, so flip one in the middle of its file
     needle = next(one for one in flipped.state["net"].values() if one.dtype == torch.float32).numpy().tobytes()
     for path in _weights(flipped):
         data = bytearray(path.read_bytes())
@@ -140,7 +140,7 @@ def _rewrite(path: Path, content: bytes) -> None:
 
 @pytest.fixture
 def isolated_kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A registry with discovery switched off: no installed kind is known, only what the test registers."""
+    """A registry without discovery: no installed kind is known, only those that the test registers."""
     monkeypatch.setattr(importlib.metadata, "distributions", lambda **_where: ())
     kinds.clear_cache()
     yield
@@ -149,7 +149,7 @@ def isolated_kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def temporary_kind() -> Iterator[Callable[[str, type[InitializerBase]], None]]:
-    """Registers kinds for one test: ``temporary_kind("mine", MyInitializer)``; they are taken back at its end."""
+    """A function that registers kinds for one test: ``temporary_kind("mine", MyInitializer)``."""
     names: list[str] = []
 
     def register(name: str, cls: type[InitializerBase]) -> None:

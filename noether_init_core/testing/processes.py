@@ -1,4 +1,4 @@
-"""What can only be seen in a process of its own: the import of a plugin, and two ranks of a distributed run."""
+"""Checks that need new processes: the import of a plugin, and two ranks of a distributed run."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from noether_init_core.paths import PathProvider
 _TIMEOUT_S = 120.0
 _RANKS, _SEED = 2, 5
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-#: Audit events of these modules stand for work; reading files is what an import does.
+#: Audit events of these modules are work; reading files is not, because every import does it.
 _WORKERS = ("os", "socket", "subprocess")
 _LOOKS = {"os.fwalk", "os.getxattr", "os.listdir", "os.listxattr", "os.scandir", "os.walk", "socket.__new__"}
 
 
 def work_at_import(module: str, distribution: str = "") -> list[str]:
-    """What importing ``module`` does beside defining names, in words; seen in new processes.
+    """What importing ``module`` does beside defining names, as phrases; observed in new processes.
 
-    What its dependencies do when they are imported is not its own: they are imported before it is watched. All modules
-    of ``distribution`` are its own. Raises what the import raises, with the traceback of the process.
+    Its dependencies are imported before, so that their work is not counted. All modules of ``distribution`` count as
+    its own. Raises the exception of the import, with the traceback of the process.
     """
     (dependencies,) = _in_new_processes(_modules_beside, [(module, distribution)])
     (found,) = _in_new_processes(_watch_import, [(module, dependencies)])
@@ -40,9 +40,9 @@ def work_at_import(module: str, distribution: str = "") -> list[str]:
 def initialized_by_ranks(
     config: Mapping[str, Any], paths: PathProvider, meeting_point: Path
 ) -> list[tuple[str, dict[str, str]]]:
-    """Initialize a single model in two processes at once, which are the ranks of one group. Raises what they raise.
+    """Initialize a single model in two processes at once, as ranks of one group. Raises their exceptions.
 
-    Returns for each rank the iteration that it starts at, and model path and name -> digest of the values.
+    Returns for each rank its start iteration, and model path and name -> digest of the values.
     """
     jobs = [(rank, config, paths, meeting_point, dict(os.environ)) for rank in range(_RANKS)]
     return _in_new_processes(_initialize_as_rank, jobs)
@@ -61,7 +61,7 @@ def _initialize_as_rank(
 
     torch.set_num_threads(1)
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(_RANKS))
-    # each rank comes with another state of the global generator, as ranks do
+    # ranks usually have different states of the global generators
     torch.manual_seed(1000 + rank)
     numpy.random.seed(1000 + rank)
     random.seed(1000 + rank)
@@ -95,7 +95,7 @@ def _watch_import(module: str, dependencies: Sequence[str]) -> list[str]:
     for name in dependencies:
         try:
             importlib.import_module(name)
-        except Exception:  # some modules come into being only within another; the import below counts
+        except Exception:  # some modules can only be imported from within another; the import below counts
             continue
     found: list[str] = []
     watching = True
@@ -104,14 +104,14 @@ def _watch_import(module: str, dependencies: Sequence[str]) -> list[str]:
         if not watching:
             return
         about = os.fsdecode(arguments[0]) if arguments and isinstance(arguments[0], str | bytes) else str(arguments[:2])
-        if "__pycache__" in about:  # Python keeps what it compiled
+        if "__pycache__" in about:  # Python caches bytecode there
             return
         if event.partition(".")[0] in _WORKERS and event not in _LOOKS:
             found.append(f"calls {event}: {about}")
         elif event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES:
             found.append(f"opens {about} for writing")
 
-    sys.addaudithook(watch)  # there is no way to take it back, so it is told when to look
+    sys.addaudithook(watch)  # an audit hook cannot be removed, so `watching` switches it off
     before, threads = state_of_process(), threading.active_count()
     printed = io.StringIO()
     try:
@@ -131,12 +131,12 @@ def _in_new_processes(function: Callable[..., Any], arguments: Sequence[tuple[An
     """Call ``function`` once for each entry of ``arguments``, each in a new process, all at once."""
     with _context().Pool(len(arguments), maxtasksperchild=1) as pool:
         jobs = [pool.apply_async(function, one) for one in arguments]
-        # longer than that, a rank waits for one that does not come, or the process left without an answer
+        # after this time a rank waits for another one that failed, or a process ended without an answer
         return [job.get(_TIMEOUT_S) for job in jobs]
 
 
 def _context() -> Any:
-    """New processes come from a server that has imported torch once: each takes milliseconds, and none has a plugin."""
+    """The context for new processes: they come from a server that has imported torch once, and no plugin."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

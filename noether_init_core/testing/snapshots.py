@@ -1,4 +1,4 @@
-"""What must not change, as values that can be compared: a model, the process, files."""
+"""Snapshots of what must not change, as values to compare: a model, the process, files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def state_of_model(model: Any) -> dict[str, Any]:
         for name, tensor in _tensors(leaf):
             is_meta = tensor.is_meta
             found[f"{path} {name}"] = "meta" if is_meta else tensor.detach().clone()
-            # views, flat copies and buckets of wrappers hold on to the memory, not to the object
+            # views, flat copies and buckets of wrappers refer to the memory, not to the object
             memory = None if is_meta else tensor.data_ptr()
             found[f"identity of {path} {name}"] = (id(tensor), memory, tensor.shape, tensor.dtype, tensor.device)
             found[f"flags of {path} {name}"] = (tensor.requires_grad, tensor.grad is None, tensor.is_leaf)
@@ -64,7 +64,7 @@ def _tensors(leaf: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def state_of_process() -> dict[str, Any]:
-    """The settings and generators of this process that everybody shares."""
+    """The settings and generators that all code in this process shares."""
     numpy_state: Any = np.random.get_state(legacy=True)
     return {
         "torch's generator": torch.random.get_rng_state().clone(),
@@ -77,7 +77,7 @@ def state_of_process() -> dict[str, Any]:
         "torch's matmul precision": torch.get_float32_matmul_precision(),
         "torch's gradient mode": torch.is_grad_enabled(),
         "working folder": os.getcwd(),
-        # pytest itself keeps the name of the running test there
+        # pytest sets it to the name of the running test
         "environment": {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
         "sys.path": list(sys.path),
         "root logger": (logging.root.level, [type(handler).__name__ for handler in logging.root.handlers]),
@@ -101,7 +101,7 @@ def state_of_process() -> dict[str, Any]:
 
 
 def state_of_files(*folders: Path) -> dict[str, Any]:
-    """Every file and folder below ``folders``: type, mode, time of the last change, and content."""
+    """Every file and folder below ``folders``: mode, time of the last change, and digest of the content."""
     found: dict[str, Any] = {}
     for folder in folders:
         for path in sorted(folder.rglob("*")) if folder.exists() else ():
@@ -112,7 +112,7 @@ def state_of_files(*folders: Path) -> dict[str, Any]:
 
 
 def open_files(*folders: Path) -> list[str] | None:
-    """The files below ``folders`` that this process holds open; None where the system does not tell."""
+    """The files below ``folders`` that this process has open; None if the system does not list them."""
     descriptors = Path("/proc/self/fd")
     if not descriptors.is_dir():
         return None
@@ -120,7 +120,7 @@ def open_files(*folders: Path) -> list[str] | None:
     for entry in descriptors.iterdir():
         try:
             target = Path(os.readlink(entry))
-        except OSError:  # the descriptor of this very listing
+        except OSError:  # the descriptor of iterdir() itself, which is closed by now
             continue
         if any(target.is_relative_to(folder.resolve()) for folder in folders):
             found.append(str(target))
@@ -128,14 +128,14 @@ def open_files(*folders: Path) -> list[str] | None:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """The names under which the two differ: changed, gone, or new."""
+    """The names under which the two differ: changed, removed, or new."""
     names = dict.fromkeys([*before, *after])
     return [name for name in names if not (name in before and name in after and equal(before[name], after[name]))]
 
 
 @contextlib.contextmanager
 def unchanged(look: Callable[[], Mapping[str, Any]], what: str, advice: str = "") -> Iterator[None]:
-    """``look()`` must find the same after the block as before it; else ``what`` changed, and ``advice`` follows."""
+    """Assert that ``look()`` returns the same before and after the block; ``advice`` ends the message."""
     before = look()
     yield
     changed = differences(before, look())

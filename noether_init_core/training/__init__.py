@@ -1,7 +1,7 @@
-"""TrainerState for plain PyTorch loops; here lives what a training loop keeps besides model and optimizer.
+"""TrainerState: the state of a plain PyTorch training loop besides model and optimizer.
 
-``state`` is the whole, ``loader`` the order and position of the data, ``randomness`` the generators, ``plain_state``
-the conversion to what a checkpoint file may hold. Nothing here reads or writes files.
+``state`` has the class itself, ``loader`` the order and position of the data, ``randomness`` the random generators,
+``plain_state`` the conversion to plain data for a checkpoint. Nothing here reads or writes files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""TrainingLoader: batches in an order that a seed and an epoch determine, from the position that was consumed.
+"""TrainingLoader: batches in an order that a seed and an epoch determine, starting at the consumed position.
 
-The order of epoch ``n`` is a pure function of ``(seed, n)``, and the randomness of a batch's samples one of
-``(seed, n, number of the batch)``. So the position of a run in its data is two numbers, epoch and consumed batches;
-neither prefetching nor the number of worker processes has a part in it, and nothing is read to be skipped.
+The order of epoch ``n`` is a pure function of ``(seed, n)``. The randomness of samples is a pure function of ``(seed,
+n, number of the batch)``. So the position of a run in its data is two numbers, epoch and consumed batches. It does not
+depend on prefetching or on the number of worker processes, and a resume reads no consumed samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from noether_init_core.training.randomness import derive_seed, seeded
 
 @attrs.frozen
 class Layout:
-    """How an epoch is cut into batches; part of every checkpoint, since a position means nothing without it."""
+    """How an epoch is split into batches; saved in every checkpoint, because a position depends on it."""
 
     length: int
     batch_size: int
@@ -31,39 +31,41 @@ class Layout:
 
     @classmethod
     def of(cls, dataset: Any, batch_size: int, *, shuffle: bool, drop_last: bool) -> Layout:
-        """The layout of a dataset. Raises ``ConfigError`` for one without samples by number, or without a batch."""
+        """Return the layout of a dataset. Raises ``ConfigError`` for an iterable dataset, or one without a batch."""
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             raise ConfigError(
-                f"{type_of(dataset)} has no samples by number, so that its order cannot be resumed. "
-                "Next: a dataset with __len__ and __getitem__"
+                f"{type_of(dataset)} is not a map-style dataset, so its order cannot be resumed. "
+                "Next: use a dataset with __len__ and __getitem__"
             )
         check_whole("batch_size", batch_size, least=1)
         layout = cls(len(cast(Sized, dataset)), batch_size, bool(shuffle), bool(drop_last))
         if layout.batches == 0:
             raise ConfigError(
-                f"{layout.length} samples in batches of {batch_size} with drop_last={drop_last} are no batch"
+                f"{layout.length} samples in batches of {batch_size} with drop_last={drop_last} give no batch. "
+                "Next: set a smaller batch_size, or drop_last=False"
             )
         return layout
 
     @property
     def batches(self) -> int:
-        """Batches of a full epoch."""
+        """Number of batches of a full epoch."""
         full, rest = divmod(self.length, self.batch_size)
         return full if self.drop_last or not rest else full + 1
 
     def size_of(self, batch: int) -> int:
-        """Samples in the batch with this number."""
+        """Return the number of samples in the batch with this number."""
         return min(self.batch_size, self.length - batch * self.batch_size)
 
     def indices(self, seed: int, epoch: int) -> torch.Tensor:
-        """The order of an epoch: int64 ``[length]``."""
+        """Return the order of an epoch: indices, int64 ``[length]``."""
         if not self.shuffle:
             return torch.arange(self.length)
         generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
         return torch.randperm(self.length, generator=generator)
 
     def differences(self, stored: Mapping[str, Any], batch: int) -> list[str]:
-        """Why a run with this layout cannot continue after ``batch`` batches of an epoch of a ``stored`` one."""
+        """Return the reasons why this layout cannot continue after ``batch`` batches of an epoch of a ``stored``
+        one."""
         fields = ["length"] if batch == 0 else ["length", "batch_size", "shuffle", "drop_last"]
         shown = {"length": "samples in the dataset"}
         return [
@@ -75,12 +77,13 @@ class Layout:
 
 @attrs.define
 class Position:
-    """Where a run is in its data. ``batch`` counts consumed batches; handed out ones are consumed by ``advance``.
+    """The position of a run in its data. ``batch`` counts consumed batches; ``advance`` consumes returned ones.
 
     Attributes:
-        handed: Samples of each batch of this epoch that was handed out and not consumed.
-        ahead: How many of these were fetched ahead at the last ``advance``: untouched, so that they may come again.
-        carried: Samples of each batch at the end of earlier epochs that went into no step yet.
+        handed: Number of samples of each batch of this epoch that was returned and not consumed.
+        ahead: Number of these that were fetched ahead at the last ``advance``; unused, so they may be returned again.
+        carried: Number of samples of each batch at the end of earlier epochs that is not in a step yet.
+        current_pass: Identifies the running ``for``; None between two.
     """
 
     seed: int
@@ -93,16 +96,16 @@ class Position:
 
     @property
     def waiting(self) -> list[int]:
-        """Samples of each batch that waits for its step, oldest first."""
+        """Number of samples of each batch that waits for its step, oldest first."""
         return [*self.carried, *self.handed]
 
     def move_to(self, seed: int, epoch: int, batch: int) -> None:
-        """Another position, with which every pass that is under way ends."""
+        """Move to another position; a running ``for`` over the loader raises at its next batch."""
         self.seed, self.epoch, self.batch = seed, epoch, batch
         self.handed, self.ahead, self.carried, self.current_pass = [], 0, [], None
 
     def consume(self, number: int, batches: int) -> None:
-        """The oldest ``number`` batches that wait are done with. ``batches``: those of an epoch."""
+        """Consume the oldest ``number`` waiting batches. ``batches``: number of batches of an epoch."""
         of_earlier = min(number, len(self.carried))
         of_this = number - of_earlier
         del self.carried[:of_earlier], self.handed[:of_this]
@@ -112,26 +115,26 @@ class Position:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def end_pass(self, accumulate: int) -> None:
-        """The data of the epoch came to an end. Batches too few for another step wait for the next one."""
+        """Handle the end of an epoch: batches too few for a step wait for the next epoch."""
         if not self.handed:
             return
         waiting = len(self.waiting)
         if self.batch == 0 and waiting >= accumulate:
             raise StateMismatchError(
-                f"epoch {self.epoch} ended without advance() after {waiting} batches. Next: call state.advance() "
-                "after each optimizer step; where one step takes more batches than an epoch has, say how many: "
+                f"epoch {self.epoch} ended after {waiting} batches without advance(). Next: call state.advance() "
+                "after each optimizer step; if one step needs more batches than an epoch has, pass their number: "
                 f"state.loader(..., accumulate={waiting + 1})"
             )
         self.carried = self.waiting
         self.epoch, self.batch, self.handed, self.ahead = self.epoch + 1, 0, [], 0
 
 
-#: What a worker process is told: the seed of everything that is random about a batch, and its samples.
+#: The task of a worker process: the seed for the randomness of a batch, and the indices of its samples.
 _Batch = tuple[int, list[int]]
 
 
 class _Batches(Sampler[_Batch]):
-    """The batches from the current position to the end of its epoch."""
+    """Yields the batches from the current position to the end of its epoch."""
 
     def __init__(self, layout: Layout, position: Position) -> None:
         self.layout = layout
@@ -149,7 +152,7 @@ class _Batches(Sampler[_Batch]):
 
 
 class _Fetcher(Dataset[Any]):
-    """Reads and collates one whole batch with that batch's own seed; what runs in a worker process."""
+    """Reads and collates one batch, with the seed of the batch; runs in worker processes."""
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
         self.dataset = dataset
@@ -165,6 +168,7 @@ class _Fetcher(Dataset[Any]):
             return self.collate_fn(samples)
 
 
+# The fetcher has already collated; a lambda would not be picklable for workers.
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -172,8 +176,8 @@ def _as_it_is(batch: Any) -> Any:
 class TrainingLoader:
     """Batches of the training data; each ``for`` runs from the consumed position to the end of that epoch.
 
-    Made by ``TrainerState.loader``. ``len()`` is the number of batches of a full epoch. A ``for`` that is left early
-    is continued by the next one after the last batch that ``advance()`` marked as consumed.
+    It is created by ``TrainerState.loader``. ``len()`` is the number of batches of a full epoch. After a ``for`` that
+    was left early, the next ``for`` continues after the last batch that ``advance()`` consumed.
     """
 
     def __init__(
@@ -182,7 +186,10 @@ class TrainingLoader:
         check_whole("accumulate", accumulate, least=1)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
-            raise ConfigError("loader() serves a single process; several ranks would all read the same samples")
+            raise ConfigError(
+                "loader() works in a single process only: several ranks would all read the same samples. Next: use a "
+                "torch.utils.data.DataLoader with a DistributedSampler"
+            )
         self.dataset = dataset
         self.layout = layout
         self._position = position
@@ -190,6 +197,8 @@ class TrainingLoader:
         self._generator = torch.Generator()
         self._batches: DataLoader[Any] = DataLoader(
             _Fetcher(dataset, default_collate if collate_fn is None else collate_fn),
+            # The sampler yields complete batches, so that a worker reads one batch at a time, with the seed of the
+            # batch.
             batch_size=None,
             sampler=_Batches(layout, position),
             collate_fn=_as_it_is,
@@ -202,18 +211,19 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Any]:
         position = self._position
-        # what an earlier pass handed out and nobody consumed is handed out again
+        # Batches that an earlier pass returned and advance() did not consume are returned again.
         position.handed, position.ahead = [], 0
         mine = position.current_pass = object()
-        # The seed that DataLoader draws for its workers, which worker_init_fn may use, is part of the run, too.
+        # DataLoader draws a base seed for its workers from this generator, and worker_init_fn may use it. Seeding by
+        # epoch makes it the same after a resume.
         self._generator.manual_seed(derive_seed(position.seed, "workers", position.epoch))
         number = position.batch
         try:
             for batch in self._batches:
                 if position.current_pass is not mine:
                     raise StateMismatchError(
-                        "this for over the loader is outdated: the state was loaded, or another for was begun, since. "
-                        "Next: begin a new for"
+                        "this for over the loader is outdated: a state was loaded, or another for was started. "
+                        "Next: start a new for"
                     )
                 position.handed.append(self.layout.size_of(number))
                 number += 1

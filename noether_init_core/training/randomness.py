@@ -1,4 +1,4 @@
-"""States of random number generators: taken and put back as plain tensors and lists, and seeds that are derived."""
+"""Read and restore states of random generators as plain tensors and lists, and derive seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 
 def derive_seed(seed: int, *path: str | int) -> int:
-    """A seed of 63 bits that is a pure function of ``seed`` and ``path``, the same on every machine."""
+    """Return a seed of 63 bits, a pure function of ``seed`` and ``path`` that is the same on every machine."""
     text = ":".join(str(part) for part in (seed, *path))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -28,14 +28,14 @@ def seed_everything(seed: int) -> None:
     """Seed torch (all devices), Python's ``random`` and NumPy's global generator."""
     torch.manual_seed(seed)
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)
+    numpy.random.seed(seed % 2**32)  # NumPy accepts only 32 bits
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the generators of the CPU inside the block; afterwards they are as they were before."""
+    """Seed the generators of the CPU inside the block, and restore their states afterwards."""
     kept = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
-    # torch.manual_seed would also seed the accelerators, whose state would then have to be kept as well.
+    # torch.manual_seed would also seed the accelerators, and their states would have to be restored as well.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
@@ -48,16 +48,16 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def take_rng() -> dict[str, Any]:
-    """The state of every generator: torch on the CPU and on each CUDA device in use, Python's ``random``, NumPy.
+    """Return the states of torch (CPU and each CUDA device in use), Python's ``random`` and NumPy.
 
-    Tensors, numbers, lists and None only, so that a safe loader can read them.
+    They consist of tensors, numbers, lists and None only, so that ``torch.load(weights_only=True)`` can read them.
     """
     version, numbers, gauss = random.getstate()
     legacy = numpy.random.get_state(legacy=False)
     if not isinstance(legacy, dict) or legacy.get("bit_generator") != "MT19937":
         raise StateMismatchError(
-            "NumPy's global generator was replaced by one other than MT19937, which cannot be stored. Next: keep "
-            "numpy.random as it is, and give a generator of your own to TrainerState as a stateful object"
+            "NumPy's global generator was replaced by one other than MT19937, which cannot be stored. Next: keep the "
+            "global generator, and pass your own generator to TrainerState as a stateful object"
         )
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -69,14 +69,14 @@ def take_rng() -> dict[str, Any]:
             "gauss": float(legacy["gauss"]),
         },
     }
-    # A device that was not initialized has drawn nothing, and asking for its state would initialize it.
+    # On a CUDA device that is not initialized, nothing was drawn; reading its state would initialize it.
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch lacks it
         state["cuda"] = [device_state.cpu() for device_state in torch.cuda.get_rng_state_all()]
     return state
 
 
 def check_rng(state: Mapping[str, Any]) -> None:
-    """Raise ``StateMismatchError`` unless ``put_rng(state)`` will succeed. Changes nothing."""
+    """Raise ``StateMismatchError`` unless ``put_rng(state)`` will succeed; no generator is changed."""
     try:
         cpu, python, legacy = _parsed(state)
         torch.Generator().set_state(cpu)
@@ -87,18 +87,18 @@ def check_rng(state: Mapping[str, Any]) -> None:
                 raise TypeError(f"the state of a CUDA device is {device_state.dtype}, not uint8")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise StateMismatchError(
-            f"the stored states of random number generators cannot be used: {type(error).__name__}: {error}. "
-            "Next: resume from another tag, or start anew with kind previous_run"
+            f"the stored states of random generators are invalid: {type(error).__name__}: {error}. "
+            "Next: resume from another tag, or start a new training with kind: previous_run"
         ) from error
 
 
 def same_rng(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two states that ``take_rng`` found are those of one moment, as far as the CPU can tell."""
+    """Whether two results of ``take_rng`` are equal, apart from CUDA devices."""
     return equal({**first, "cuda": ()}, {**second, "cuda": ()})
 
 
 def put_rng(state: Mapping[str, Any]) -> None:
-    """Put every generator into the state that ``take_rng`` found."""
+    """Restore every generator from a result of ``take_rng``."""
     cpu, python, legacy = _parsed(state)
     torch.set_rng_state(cpu)
     random.setstate(python)
@@ -109,14 +109,14 @@ def put_rng(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(stored[device].cpu(), device)
     if len(stored) > available:
         _logger.warning(
-            "the checkpoint holds the generators of %d CUDA devices, %d are here; the rest is not restored",
+            "the checkpoint has generators of %d CUDA devices, found %d; the other generators are not restored",
             len(stored),
             available,
         )
 
 
 def _parsed(state: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The states of torch, Python and NumPy as their generators take them."""
+    """Convert stored states of torch, Python and NumPy to the arguments of their generators."""
     cpu, python, legacy = state["torch"], state["python"], state["numpy"]
     if not isinstance(cpu, torch.Tensor):
         raise TypeError(f"torch: {type_of(cpu)}, not a tensor")

@@ -1,4 +1,4 @@
-"""TrainerState: everything of a plain training loop that must survive besides the model and its optimizer."""
+"""TrainerState: the state of a plain training loop that a checkpoint needs besides the model and its optimizer."""
 
 from __future__ import annotations
 
@@ -38,26 +38,28 @@ class TrainerState:
                 if state.update % 100 == 0:
                     writer.save(model, trainer=state)
 
-    A run that is killed anywhere and resumed from what was saved ends with the same bits as one that was never
-    interrupted, on the same machine and software, if all that the loop changes is in the model, its optimizer or an
-    argument of TrainerState, and the randomness of samples comes from the global generators of torch, Python or NumPy.
+    A run that is killed at any point and resumed ends with the same bits as an uninterrupted run, on the same machine
+    and software. There are two conditions. All state that the loop changes is in the model, its optimizer or an
+    argument of ``TrainerState``. The randomness of samples comes from the global generators of torch, Python or NumPy.
+
+    It is for a single process: with several ranks, ``loader`` raises. Methods are not thread-safe.
 
     Args:
-        seed: Seeds torch, Python's ``random`` and NumPy now, and determines the order of the data. None: nothing is
-            seeded, and the order's own seed is drawn from torch's generator (on resume, the stored one is taken).
-        stateful: Schedulers, a gradient scaler, an average of weights, samplers, metrics: any object with
-            ``state_dict`` and ``load_state_dict``. Not the model and its optimizer, which are saved by themselves.
+        seed: Seeds torch, Python's ``random`` and NumPy in the constructor, and determines the order of the data. None:
+            nothing is seeded, and the seed of the order is drawn from torch's generator, or restored by a resume.
+        stateful: Schedulers, a gradient scaler, an average of weights, samplers, metrics: any objects with
+            ``state_dict`` and ``load_state_dict``. The model and its optimizer do not belong here.
 
     Attributes:
-        lineage: Where the run came from, oldest first; set by the stack, written by the writer.
-        init_report: The report of the initialization; None before it. Set by the stack, read by the writer.
+        lineage: The origin of the run, oldest first; set by the stack, read by the writer.
+        init_report: The report of the initialization, or None; set by the stack, read by the writer.
 
-    Raises ``ConfigError`` for a seed that is none, a reserved name, or an object without a state.
+    Raises ``ConfigError`` for an invalid seed, a reserved name, or an object without ``state_dict``.
     """
 
     def __init__(self, seed: int | None = None, **stateful: Any) -> None:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
-            raise ConfigError(f"seed must be None or a whole number from 0 to 2**63 - 1, not {seed!r}")
+            raise ConfigError(f"seed must be None or an integer from 0 to 2**63 - 1, not {seed!r}")
         for name, member in stateful.items():
             _check_member(name, member)
         if seed is not None:
@@ -87,7 +89,7 @@ class TrainerState:
 
     @property
     def iteration(self) -> TrainingIteration:
-        """Completed epochs, updates and samples; always fully specified."""
+        """Completed epochs, updates and samples, with all three fields."""
         return TrainingIteration(self._position.epoch, self._updates, self._samples)
 
     @property
@@ -102,25 +104,25 @@ class TrainerState:
 
     @property
     def sample(self) -> int:
-        """Samples of the completed updates."""
+        """Number of samples in all completed updates."""
         return self._samples
 
     def advance(self, samples: int | None = None, *, batches: int | None = None, end_of_epoch: bool = False) -> None:
-        """Say that an optimizer step was made: the batches handed out since the last one are consumed.
+        """Count an optimizer step: the batches that the loader returned since the last step are consumed.
 
-        Call it last in a step, after schedulers and averages were stepped, and save after it. With accumulated
-        gradients it is called once per step, not once per batch. The last batch of an epoch completes the epoch;
-        batches at its end that were too few for a step belong to the next one (else: ``discard``).
+        Call it once per optimizer step, at its end, after schedulers and averages, and before saving. With accumulated
+        gradients, call it once per step, not once per batch. The last batch of an epoch completes the epoch. Batches at
+        the end of an epoch that are too few for a step belong to the next step, unless ``discard`` is called.
 
         Args:
-            samples: Samples of this step; None means those of the batches that ``loader`` handed out.
-            batches: How many batches this step used, for loops that fetch the next batch before the step: the others
-                are used later, and come again where a run is resumed from here. None: all that were handed out.
-            end_of_epoch: This step completes an epoch. Only for loops that have their data from elsewhere.
+            samples: Number of samples of this step; None: those of the consumed batches.
+            batches: Number of batches of this step, for loops that fetch the next batch before the step. Batches beyond
+                it belong to later steps and are returned again after a resume. None: all returned batches.
+            end_of_epoch: Whether this step completes an epoch; only for loops without ``loader``.
 
-        Raises ``ConfigError`` where ``samples`` or the end of the epoch cannot be known or are known already, and
-        ``StateMismatchError`` where what is said does not fit what ``loader`` handed out, or where a position inside
-        an epoch was resumed but ``loader`` was not called. Then nothing has changed.
+        Raises ``ConfigError`` if ``samples`` or the end of the epoch is unknown, or is given although the loader knows
+        it. Raises ``StateMismatchError`` if the arguments contradict the returned batches, or if a position inside an
+        epoch was resumed without calling ``loader``. After an error, the state is unchanged.
         """
         check_whole("samples", 0 if samples is None else samples, least=0)
         check_whole("batches", 0 if batches is None else batches, least=0)
@@ -129,13 +131,13 @@ class TrainerState:
                 raise ConfigError("advance() cannot count batches without a loader. Next: advance(samples=len(batch))")
             if self._stored_layout is not None and self._position.batch > 0:
                 raise StateMismatchError(
-                    f"resumed after {self._position.batch} batches of epoch {self._position.epoch}, but the data does "
-                    "not come from loader(). Next: call state.loader(dataset, batch_size=...) as the saved run did"
+                    f"resumed after {self._position.batch} batches of epoch {self._position.epoch}, but loader() was "
+                    "not called. Next: call state.loader(dataset, batch_size=...) as the saved run did"
                 )
             counted = samples
             self._position.epoch += int(end_of_epoch)
         elif end_of_epoch:
-            raise ConfigError("the loader knows the end of its epochs. Next: advance() without end_of_epoch")
+            raise ConfigError("the loader detects the end of an epoch. Next: call advance() without end_of_epoch")
         else:
             counted = self._count(samples, batches)
             used = len(self._position.waiting) if batches is None else batches
@@ -143,40 +145,40 @@ class TrainerState:
         if self._stored_rng is not None:
             if not self._rng_is_own:
                 _logger.warning(
-                    "the random generators of the checkpoint were not restored before the first step, which makes "
-                    "other numbers than the interrupted run. Next: call restore_rng() after everything is built"
+                    "the random generators of the checkpoint were not restored before the first step, so this run "
+                    "differs from the interrupted one. Next: call restore_rng() after everything is built"
                 )
             self._stored_rng = None
         self._updates += 1
         self._samples += counted
 
     def _count(self, samples: int | None, batches: int | None) -> int:
-        """The samples of a step with the oldest ``batches`` batches; raises where that cannot be."""
+        """Return the number of samples of a step; raise ``StateMismatchError`` if it contradicts the batches."""
         waiting = self._position.waiting
         if batches is not None:
             if batches > len(waiting):
                 raise StateMismatchError(
-                    f"advance(batches={batches}), but {len(waiting)} were handed out since the last step"
+                    f"advance(batches={batches}), but the loader returned {len(waiting)} batches since the last step"
                 )
             return sum(waiting[:batches]) if samples is None else samples
         if samples is None and not waiting:
             raise StateMismatchError(
-                "advance() without a batch since the last one. Next: advance(batches=1) if the loop fetches the next "
-                "batch before the step; advance(samples=0) for a further step with the same batch"
+                "advance() was called without a new batch. Next: advance(batches=1) if the loop fetches the next "
+                "batch before the step; advance(samples=0) for another step with the same batch"
             )
         if samples is not None and waiting and samples != sum(waiting):
             raise StateMismatchError(
-                f"advance(samples={samples}), but batches of {', '.join(map(str, waiting))} samples were handed out "
-                "since the last step. Next: advance(batches=1) if the loop fetches the next batch before the step; "
-                "state.discard() for batches that go into no step; "
-                f"advance(samples={samples}, batches={len(waiting)}) to count otherwise"
+                f"advance(samples={samples}), but the loader returned batches of {', '.join(map(str, waiting))} "
+                "samples since the last step. Next: advance(batches=1) if the loop fetches the next batch before the "
+                "step; state.discard() for batches without a step; "
+                f"advance(samples={samples}, batches={len(waiting)}) for another count"
             )
         return sum(waiting) if samples is None else samples
 
     def discard(self) -> None:
-        """Say that the batches handed out since the last step go into none: their gradients were set to zero.
+        """Consume the batches since the last step without counting an update or samples.
 
-        They are consumed, and count neither as an update nor as samples.
+        Call it after setting their gradients to zero, such as at the end of an epoch. A repeated call does nothing.
         """
         if self._loader is not None:
             self._position.consume(len(self._position.waiting), len(self._loader))
@@ -192,25 +194,32 @@ class TrainerState:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         **options: Any,
     ) -> TrainingLoader:
-        """The training data, resumed at the consumed position. May be called before or after the state is loaded.
+        """Create the loader of the training data, which continues at the consumed position.
 
-        Each ``for`` over it is the rest of the current epoch. What is random in ``dataset`` and ``collate_fn`` is
-        seeded per batch, whether workers run it or not, so that ``num_workers`` and ``prefetch_factor`` may change at
-        any time without changing a number. An epoch without ``advance()`` is an error, unless ``accumulate``, the
-        number of batches that one step takes, is larger. Other options (``num_workers``, ``pin_memory``, ...) are
-        those of ``torch.utils.data.DataLoader``, without ``sampler``, ``batch_sampler`` and ``generator``.
+        Call it once, before or after the state is loaded. Each ``for`` over it yields the rest of the current epoch.
+        Randomness in ``dataset`` and ``collate_fn`` is seeded per batch, in workers as well, so changes of
+        ``num_workers`` and ``prefetch_factor`` do not change results.
 
-        Between save and resume the number of samples must stay the same; ``batch_size``, ``shuffle`` and
-        ``drop_last`` must, too, unless the checkpoint was saved at the end of an epoch: from there on, changed ones
-        are fine.
+        Args:
+            dataset: A map-style dataset, with ``__len__`` and ``__getitem__``.
+            batch_size: Samples per batch.
+            shuffle: Whether to shuffle each epoch, in an order that ``seed`` determines.
+            drop_last: Whether to drop an incomplete last batch.
+            accumulate: Batches per optimizer step. An epoch with at least so many batches needs a call of ``advance``.
+            collate_fn: Joins samples to a batch; None: the default of torch.
+            options: Other arguments of ``torch.utils.data.DataLoader`` (``num_workers``, ``pin_memory``, ...), except
+                ``sampler``, ``batch_sampler`` and ``generator``.
 
-        Raises ``ConfigError`` for a second loader or a dataset without samples by number, and ``StateMismatchError``
-        where the loaded position is one in other data; it names both values.
+        For a resume, the number of samples must be the same. ``batch_size``, ``shuffle`` and ``drop_last`` must be the
+        same unless the checkpoint was saved at the end of an epoch.
+
+        Raises ``ConfigError`` for a second loader, a dataset without ``__getitem__``, or several ranks. Raises
+        ``StateMismatchError``, with both values, if the loaded position belongs to other data.
         """
         if self._loader is not None:
             raise ConfigError(
-                "this TrainerState has its training loader already, and keeps one position only. "
-                "Next: a plain torch.utils.data.DataLoader for validation, or another TrainerState for another loop"
+                "this TrainerState already has a loader, and keeps one position only. Next: use a plain "
+                "torch.utils.data.DataLoader for validation, or another TrainerState for another loop"
             )
         layout = Layout.of(dataset, batch_size, shuffle=shuffle, drop_last=drop_last)
         loader = TrainingLoader(
@@ -222,26 +231,26 @@ class TrainerState:
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything as plain data and tensors, in the form of a trainer file. Tensors are not copied.
+        """Return the state as plain data and tensors, in the form of a trainer file. Tensors are not copied.
 
-        Raises ``StateMismatchError`` inside a ``for`` over the loader between a batch and its ``advance()``, and after
-        one whose last batches went into no step yet: a resumed run could not be exact there, since gradients are in no
-        checkpoint. Also where a stateful object has state that no checkpoint can hold.
+        Raises ``StateMismatchError`` between a batch and its ``advance()``, and after an epoch whose last batches are
+        not in a step yet: their gradients are not in a checkpoint, so a resume could not be exact. Also raises it for
+        state of a stateful object that a checkpoint cannot hold.
         """
         position = self._position
         if position.carried:
             raise StateMismatchError(
-                f"the last {len(position.carried)} batches before epoch {position.epoch} went into no step yet, and "
-                "their gradients are in no checkpoint. Next: save right after advance(); or make a step with them at "
-                "the end of the epoch; or set the gradients to zero and call state.discard()"
+                f"the last {len(position.carried)} batches before epoch {position.epoch} are not in a step yet, and "
+                "a checkpoint does not hold their gradients. Next: save right after advance(); or make a step with "
+                "them at the end of the epoch; or set the gradients to zero and call state.discard()"
             )
         if len(position.handed) > position.ahead:
             if position.current_pass is not None:
                 raise StateMismatchError(
-                    f"{len(position.handed)} batches were handed out since the last advance(), so that this is the "
-                    "state of no iteration. Next: save right after advance()"
+                    f"the loader returned {len(position.handed)} batches since the last advance(), so the state is "
+                    "between two iterations. Next: save right after advance()"
                 )
-            _logger.warning("%d batches after the last advance() will be handed out again", len(position.handed))
+            _logger.warning("%d batches after the last advance() will be returned again", len(position.handed))
         layout = self._stored_layout if self._loader is None else attrs.asdict(self._loader.layout)
         members = {name: plain(member.state_dict(), name) for name, member in self._stateful.items()}
         state: dict[str, Any] = {"callback_state_dicts": {}, "training_iteration": self.iteration.to_mapping()}
@@ -255,27 +264,28 @@ class TrainerState:
             "loader": {"batch": position.batch, "layout": None if layout is None else dict(layout)},
             "rng": take_rng(),
         }
+        # Kept, so that load_state_dict recognizes this state if a failed initialization restores it.
         self._given_rng = state[_OUR_KEY]["rng"]
         return state
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise what ``load_state_dict`` would raise before it changes anything: ``StateMismatchError``."""
+        """Check a state without loading it. Raises the ``StateMismatchError`` that ``load_state_dict`` would raise."""
         self._parse(state_dict)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the state that ``state_dict()`` gave, or leave everything as it is.
+        """Load the result of ``state_dict()`` completely, or change nothing. May be called repeatedly.
 
-        The random generators are kept aside until ``restore_rng()``, because whatever is built meanwhile draws from
-        them. From a trainer file of Noether, which holds nothing else, only the iteration is taken.
+        The states of random generators are stored until ``restore_rng()``, because objects that are built in between
+        draw from the generators. A trainer file of Noether holds only the iteration, so only that is loaded.
 
-        Raises ``StateMismatchError``: names of stateful objects that are missing or unknown, another seed, other
-        data, or an object that refuses its state (its own error is the cause; the others are put back).
+        Raises ``StateMismatchError`` for missing or unknown names of stateful objects, another seed, or other data.
+        Raises it also if an object refuses its state: its error is the cause, and the other objects are restored.
         """
         iteration, ours, stored = self._parse(state_dict)
         if ours is None:
             _logger.warning(
-                "the trainer state holds no state of this loop besides the iteration %s: the data begins with epoch "
-                "%d, random generators and %s stay as they are",
+                "the trainer state has only the iteration %s: the data starts with epoch %d; random generators and "
+                "%s are unchanged",
                 iteration,
                 iteration.epoch,
                 ", ".join(self._stateful) or "everything else",
@@ -284,17 +294,18 @@ class TrainerState:
             return
         self._load_members(stored)
         if ours["loader"]["layout"] is None and self._loader is not None and not iteration.is_zero:
-            _logger.warning("the checkpoint holds no position of a loader; the data begins with its epoch")
+            _logger.warning("the checkpoint has no position of a loader; the data starts at the beginning of the epoch")
         self._move_to(iteration, ours["seed"], ours["loader"]["batch"], ours["loader"]["layout"])
         self._stored_rng = copy.deepcopy(ours["rng"])
-        # Put back after a failure: where the generators still are, there is nothing to restore.
+        # A state of this object that is loaded again after a failed initialization: if the generators have not changed
+        # since it was taken, there is nothing to restore, and no reason for the warning in advance().
         given = self._given_rng
         self._rng_is_own = given is not None and same_rng(given, ours["rng"]) and same_rng(given, take_rng())
 
     def restore_rng(self) -> None:
-        """Put the random generators into the loaded state; to be called last, after everything is built.
+        """Restore the random generators from the loaded state. Call it last, after everything is built.
 
-        Does nothing where nothing was loaded since the last call.
+        It does nothing if no state was loaded since the last call.
         """
         if self._stored_rng is not None:
             put_rng(self._stored_rng)
@@ -308,23 +319,23 @@ class TrainerState:
     def _parse(
         self, state_dict: Mapping[str, Any]
     ) -> tuple[TrainingIteration, Mapping[str, Any] | None, dict[str, Any]]:
-        """The iteration, what is ours of a state that fits (None where Noether wrote it), and that of each object."""
+        """Check a state; return its iteration, its own part (None if Noether wrote it) and the state of each object."""
         if not isinstance(state_dict, Mapping) or "training_iteration" not in state_dict:
-            raise StateMismatchError("this is not the state of a trainer: it has no training_iteration")
+            raise StateMismatchError("this is not the state of a trainer: training_iteration not found")
         found = state_dict["training_iteration"]
         try:
             iteration = found if isinstance(found, TrainingIteration) else TrainingIteration.from_mapping(found)
         except (ConfigError, TypeError) as error:
-            raise StateMismatchError(f"training_iteration cannot be used: {error}") from error
+            raise StateMismatchError(f"training_iteration is invalid: {error}") from error
         if not iteration.is_fully_specified:
-            raise StateMismatchError(f"training_iteration says {iteration}; epoch, update and sample are needed")
+            raise StateMismatchError(f"training_iteration is {iteration}; epoch, update and sample are needed")
         ours = state_dict.get(_OUR_KEY)
         if ours is None:
             return iteration, None, {}
         if not isinstance(ours, Mapping) or ours.get("version") != _VERSION:
             version = ours.get("version") if isinstance(ours, Mapping) else ours
             raise StateMismatchError(
-                f"trainer_state has version {version!r}, this installation reads {_VERSION}. "
+                f"trainer_state has version {version!r}; this release reads version {_VERSION}. "
                 "Next: pip install --upgrade noether-init-core"
             )
         problems = [f"no {key}" for key in ("stateful", "loader", "rng") if not isinstance(ours.get(key), Mapping)]
@@ -339,6 +350,7 @@ class TrainerState:
         if self._loader is not None and stored["layout"] is not None:
             problems += self._loader.layout.differences(stored["layout"], stored["batch"])
         _raise_for(problems)
+        # Checked now, because restore_rng runs after weights were loaded, too late for an error.
         check_rng(ours["rng"])
         states, types = ours["stateful"], ours.get("types", {})
         if not isinstance(types, Mapping) or not all(isinstance(types.get(name), list) for name in self._stateful):
@@ -356,18 +368,19 @@ class TrainerState:
         problems = []
         if missing:
             problems.append(
-                f"the checkpoint has no state of {', '.join(missing)}; it has {listed(stored, none='none')}"
+                f"no state of {', '.join(missing)} found in the checkpoint; it has {listed(stored, none='no state')}"
             )
         if unknown:
             named = ", ".join(f"{name}=..." for name in unknown)
             problems.append(
-                f"the checkpoint has state of {', '.join(unknown)}, which this run does not have; it has "
-                f"{listed(self._stateful, none='none')}. Next: TrainerState(..., {named})"
+                f"the checkpoint has state of {', '.join(unknown)}, but this TrainerState has "
+                f"{listed(self._stateful, none='no objects')}. Next: TrainerState(..., {named})"
             )
         return problems
 
     def _load_members(self, stored: Mapping[str, Any]) -> None:
         before = {name: copy.deepcopy(member.state_dict()) for name, member in self._stateful.items()}
+        # An object may change part of itself before it raises, so the failing one is restored, too.
         touched: list[str] = []
         try:
             for name, member in self._stateful.items():
@@ -378,26 +391,26 @@ class TrainerState:
             for other in touched:
                 try:
                     self._stateful[other].load_state_dict(before[other])
-                except Exception:  # the one that refused a state may refuse its own: it is named below
-                    _logger.exception("%s could not be put back into the state that it had", other)
+                except Exception:  # an object that refused one state may refuse its own, too; the message names it
+                    _logger.exception("%s could not be restored to its former state", other)
                     stuck.append(other)
-            outcome = f"{', '.join(stuck)} could not be put back" if stuck else "everything was put back"
+            outcome = f"{', '.join(stuck)} could not be restored" if stuck else "all objects were restored"
             problem = f"{touched[-1]} refuses its state: {type(error).__name__}: {error}"
             raise StateMismatchError(f"{problem}. {outcome[0].upper()}{outcome[1:]}", problems=[problem]) from error
 
 
 def _check_member(name: str, member: Any) -> None:
     if name in _RESERVED:
-        raise ConfigError(f"{name!r} cannot name a stateful object; reserved are {', '.join(sorted(_RESERVED))}")
+        raise ConfigError(f"{name!r} is a reserved name; reserved are {', '.join(sorted(_RESERVED))}")
     if isinstance(member, type) or not all(
         callable(getattr(member, method, None)) for method in ("state_dict", "load_state_dict")
     ):
         raise ConfigError(
-            f"{name} is {type_of(member)} without state_dict() and load_state_dict(); "
-            "TrainerState takes objects that have both"
+            f"{name} is {type_of(member)} and lacks state_dict() or load_state_dict(); "
+            "TrainerState accepts only objects with both"
         )
 
 
 def _raise_for(problems: list[str]) -> None:
     if problems:
-        raise StateMismatchError("the trainer's state does not fit: " + "; ".join(problems), problems=problems)
+        raise StateMismatchError("the trainer state does not fit: " + "; ".join(problems), problems=problems)

@@ -1,1 +1,1 @@
-"""What bytes mean: torch files (archive, opcodes, builders) and safetensors. Nothing here knows where the bytes lie."""
+"""Formats: torch files (archive, opcodes, builders) and safetensors. Nothing here knows where the bytes are stored."""

@@ -1,7 +1,7 @@
-"""What stands behind the names that torch.save writes: the only callables that a file can reach.
+"""Builders for the names that torch.save writes: the only callables that a file can reach.
 
-A name of a file is looked up here and nowhere else. Every builder checks its arguments and returns plain values or
-inert ones; none allocates more than bytes of the file account for.
+Names in a file are looked up here and nowhere else. Every builder checks its arguments and returns plain or inert
+values. The memory that builders allocate is limited by the size of the file.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from noether_init_core.files.content import (
     TensorInfo,
 )
 
-#: No dimension, stride or offset of a tensor is larger, so that products with an itemsize fit into 64 bits.
+#: Limit of a dimension, stride or offset of a tensor, so that products with an item size fit into 64 bits.
 _LARGEST = 1 << 58
 _MOST_DIMENSIONS = 64
-#: Tuples as keys are hashed again at every use; their elements, nested ones included, are counted.
+#: Python does not cache the hash of a tuple, so a nested key is hashed again at every use.
 _KEY_DEPTH = 8
-#: So many bytes are compared in about the time of one part of a tuple.
+#: Number of bytes that are compared in about the time of one element of a tuple.
 _BYTES_OF_A_PART = 64
 
 
 class Scope:
-    """What is left of the budgets of a run over ``size`` bytes."""
+    """The remaining budgets of a run over ``size`` bytes."""
 
     def __init__(self, size: int) -> None:
-        #: bytes or elements that calls may still copy
+        #: Bytes or elements that calls may still copy.
         self.copies = 1024 + 2 * size
-        #: elements of compound keys that may still be hashed
+        #: Elements of compound keys that may still be hashed.
         self.key_elements = 1024 + 16 * size
-        #: entries that keys whose hash anybody can choose may still be compared with
+        #: Comparisons that are still allowed for keys with predictable hashes.
         self.key_comparisons = (32 << 20) + 4 * size
 
     def charge(self, amount: int) -> None:
-        """Account for a copy. A file cannot ask for more memory than its own size accounts for."""
+        """Subtract a copy from the budget. Raises ``OpcodeError`` if the copies are far larger than the file."""
         self.copies -= amount
         if self.copies < 0:
             raise OpcodeError("its calls copy far more than the file holds")
@@ -69,7 +69,7 @@ _STORAGES: dict[str, str | None] = {
     "torch.storage.UntypedStorage": None,
     "torch.storage._UntypedStorage": None,
 }
-# Their tensors are refused with the key; the storages' sizes are not looked at.
+# Tensors on these storages are refused with their key; the sizes of the storages are not checked.
 _QUANTIZED_STORAGES = frozenset(f"torch.Q{kind}Storage" for kind in ("Int8", "Int32", "UInt8", "UInt4x2", "UInt2x4"))
 _QUANTIZED_SCHEMES = frozenset(
     f"torch.per_{what}" for what in ("tensor_affine", "channel_affine", "tensor_symmetric", "channel_symmetric")
@@ -96,12 +96,12 @@ def add_members(scope: Scope, target: set[Any], members: Sequence[Any]) -> None:
 
 
 def _check_keys(scope: Scope, keys: Sequence[Any], present: int) -> None:
-    """Check keys before they come to ``present`` others.
+    """Check keys before they are added to ``present`` others.
 
-    Hashes of numbers, and of tuples, are no secret, so that keys can be chosen to collide: each is then compared with
-    all before it. Those of texts are drawn anew by every process, and whole numbers below the modulus of Python's
-    hashes have hashes of their own. All others are counted as if they did collide, with all that a comparison goes
-    through: 5,000 of them are read, 70,000 would take minutes.
+    Hashes of numbers and tuples are predictable, so a file can choose keys that all collide. Each is then compared with
+    all before it. Hashes of strings are randomized in each process, and integers below the modulus of Python's hashes
+    do not collide. All other keys are counted as if they collided, with the cost of a comparison: 5,000 of them are
+    accepted; 70,000 would take minutes.
     """
     for place, key in enumerate(keys, present):
         kind = type(key)
@@ -115,7 +115,8 @@ def _check_keys(scope: Scope, keys: Sequence[Any], present: int) -> None:
 
 
 def _weight(scope: Scope, key: Any, depth: int) -> int:
-    """How much a comparison with an equal key looks at: parts, longer ones counted several times; they are checked."""
+    """Check a key and return the cost of comparing it with an equal key: its elements, long ones counted several
+    times."""
     scope.key_elements -= 1
     if scope.key_elements < 0:
         raise OpcodeError("its keys are tuples with far more elements than the file holds")
@@ -130,13 +131,13 @@ def _weight(scope: Scope, key: Any, depth: int) -> int:
     return 1 + nbytes // _BYTES_OF_A_PART
 
 
-# of an inert object it is the address
+# An inert object is hashed by its address.
 _SECRET_HASHES = frozenset({str, bytes, GlobalName, ForeignObject})
 _HASHABLE = _SECRET_HASHES | {int, float, bool, complex, type(None), range}
 
 
 def storage_of(records: Mapping[str, Record], reference: object) -> StorageRef | RefusedTensor:
-    """A persistent id; torch.save writes ``('storage', type, key, location, number of elements)`` and no other."""
+    """Resolve a persistent id: torch.save writes only ``('storage', type, key, location, number of elements)``."""
     if type(reference) is not tuple or len(reference) != 5:
         raise OpcodeError("a persistent id is not that of a storage")
     tag, kind, key, location, numel = reference
@@ -155,7 +156,7 @@ def storage_of(records: Mapping[str, Record], reference: object) -> StorageRef |
     if record is None:
         return RefusedTensor(f"its record data/{key[:80]} is missing")
     if record.size != nbytes:
-        return RefusedTensor(f"its storage should have {nbytes} bytes, the record data/{key} has {record.size}")
+        return RefusedTensor(f"its storage needs {nbytes} bytes, but the record data/{key} has {record.size}")
     return StorageRef(record.name, record.offset, nbytes, dtype)
 
 
@@ -171,27 +172,27 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
     if len(shape) != len(stride) or len(shape) > _MOST_DIMENSIONS:
         return RefusedTensor(f"it has {len(shape)} dimensions and {len(stride)} strides")
     if not (0 <= offset < _LARGEST):
-        return RefusedTensor("its offset is negative or absurd")
+        return RefusedTensor("its offset is negative or too large")
     numel, product, last, is_row_major = 1, 1, 0, True
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
         if type(size) is not int or type(step) is not int or size < 0 or step < 0:
-            return RefusedTensor("its shape and stride are not all whole numbers from 0 on")
+            return RefusedTensor("its shape and stride are not all integers >= 0")
         is_row_major &= step == product
         numel *= size
         product *= size or 1
         last += (size - 1) * step
         if product >= _LARGEST or step >= _LARGEST:
-            return RefusedTensor("its shape or stride is absurd")
+            return RefusedTensor("its shape or stride is too large")
     itemsize = ITEMSIZES[dtype]
     if numel and ((offset + last + 1) * itemsize > storage.nbytes or numel * itemsize > storage.nbytes):
         return RefusedTensor(
-            f"{dtype} {list(shape)} at {offset} with stride {list(stride)} takes more than its storage "
-            f"{storage.record} has ({storage.nbytes} bytes)"
+            f"{dtype} {list(shape)} at {offset} with stride {list(stride)} does not fit into its storage "
+            f"{storage.record} ({storage.nbytes} bytes)"
         )
     is_conjugated = is_negated = False
     if extra:
         if type(extra) is not dict or not set(extra) <= {"conj", "neg"}:
-            return RefusedTensor("it has properties that are not known here")
+            return RefusedTensor("it has unknown properties besides conj and neg")
         is_conjugated, is_negated = extra.get("conj", False) is True, extra.get("neg", False) is True
         if is_conjugated and not dtype.startswith("complex"):
             return RefusedTensor("it is conjugated and not complex")
@@ -217,18 +218,18 @@ def _tensor_3(scope: Scope, args: tuple[Any, ...]) -> Any:
 
 
 def _parameter(scope: Scope, args: tuple[Any, ...]) -> Any:
-    # A fourth argument is what Python code has attached to the parameter: no part of its values.
+    # A fourth argument holds attributes of the parameter, which are not part of its values.
     if len(args) not in (3, 4):
         raise OpcodeError("a parameter has a wrong number of arguments")
     if type(args[0]) is TensorInfo or type(args[0]) is RefusedTensor:
         return args[0]
     if type(args[0]) is ForeignObject:
         return ForeignObject("torch.nn.parameter.Parameter", (args[0],))
-    raise OpcodeError("a parameter is built from something that is no tensor")
+    raise OpcodeError("a parameter is built from something that is not a tensor")
 
 
 def _of_type(scope: Scope, args: tuple[Any, ...]) -> Any:
-    """A tensor whose class is written with it: a subclass, or a plain one to which attributes were given."""
+    """Build a tensor that was written with its class: a subclass, or a plain tensor with attributes."""
     if len(args) != 4 or (type(args[0]), type(args[1]), type(args[2])) != (GlobalName, GlobalName, tuple):
         raise OpcodeError("a tensor of a class has arguments of a wrong type")
     function, kind = args[0].name, args[1].name
@@ -246,13 +247,13 @@ def _refuse(what: str) -> Builder:
 
 
 def _plain_dict(scope: Scope, args: tuple[Any, ...]) -> Any:
-    """``OrderedDict()``, ``OrderedDict([[key, value], ...])``, ``Counter({...})``."""
+    """Build a dict for ``OrderedDict()``, ``OrderedDict([[key, value], ...])`` and ``Counter({...})``."""
     content = args[0] if args else {}
     scope.charge(len(content))
     if type(content) is dict:
         return dict(content)
     if any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in content):
-        raise OpcodeError("a dict is built from something that is no pair")
+        raise OpcodeError("a dict is built from something that is not a pair")
     result: dict[Any, Any] = {}
     set_items(scope, result, list(itertools.chain.from_iterable(content)))
     return result
@@ -266,9 +267,9 @@ def _set(scope: Scope, args: tuple[Any, ...]) -> Any:
 
 
 def _encode(scope: Scope, args: tuple[Any, ...]) -> Any:
-    """How bytes are written in protocol 2: as text that is encoded again."""
+    """Build bytes; protocol 2 has no opcode for them and writes latin-1 text with a call of ``_codecs.encode``."""
     if args[1] not in ("latin1", "latin-1"):
-        raise OpcodeError("_codecs.encode is used otherwise than for bytes")
+        raise OpcodeError("_codecs.encode is called with another encoding than latin-1")
     scope.charge(len(args[0]))
     return args[0].encode("latin-1")
 
@@ -282,7 +283,7 @@ def _byte_array(scope: Scope, args: tuple[Any, ...]) -> Any:
 def _size(scope: Scope, args: tuple[Any, ...]) -> Any:
     values = args[0] if args else ()
     if any(type(value) is not int for value in values):
-        raise OpcodeError("a torch.Size is built from something else than whole numbers")
+        raise OpcodeError("a torch.Size is built from something else than integers")
     scope.charge(len(values))
     return tuple(values)
 
@@ -294,10 +295,11 @@ def _range(scope: Scope, args: tuple[Any, ...]) -> Any:
 
 
 def _checked(name: str, build: Builder, *signatures: tuple[type, ...]) -> Builder:
-    """``build`` for arguments of the types of one of ``signatures``."""
+    """Return ``build`` with a check that the types of its arguments match one of ``signatures``."""
 
     def checked(scope: Scope, args: tuple[Any, ...]) -> Any:
-        # many arguments are not looked at: a file may say the same ones again and again
+        # A longer tuple is refused by its length: a file may pass one memoized tuple to many calls, and scanning it
+        # each time would take quadratic time.
         if len(args) <= 3 and tuple(map(type, args)) in signatures:
             return build(scope, args)
         raise OpcodeError(f"{name} is called with {len(args)} arguments of a wrong number or type")
@@ -307,7 +309,8 @@ def _checked(name: str, build: Builder, *signatures: tuple[type, ...]) -> Builde
 
 _SEQUENCES: tuple[tuple[type, ...], ...] = ((), (list,), (tuple,))
 _UP_TO_3 = [bounds for count in (1, 2, 3) for bounds in itertools.product((int, type(None)), repeat=count)]
-#: What builds plain values: the types of its arguments. ``bytearray(n)`` would be n bytes for three bytes of file.
+#: Builders of plain values with the types of their arguments. ``bytearray(n)`` is refused, because it would allocate n
+#: bytes for a few bytes of the file.
 _VALUES: dict[str, tuple[Any, ...]] = {
     "_codecs.encode": (_encode, (str, str)),
     "builtins.bytearray": (_byte_array, (), (bytes,), (str, str)),
@@ -342,7 +345,7 @@ BUILDERS: dict[str, Builder] = {
 }
 _TENSOR_FUNCTIONS = frozenset(name for name in BUILDERS if name.startswith("torch._utils._rebuild_"))
 
-#: Names that may stand in a file; those without a builder stand as values or arguments only.
+#: Names that a file may contain; names without a builder may only be values or arguments.
 KNOWN_NAMES = frozenset(
     {*BUILDERS, *_STORAGES, *_QUANTIZED_STORAGES, *_QUANTIZED_SCHEMES, *_PLAIN_TENSORS, *_PARAMETERS, *_FACTORIES}
     | _DTYPES

@@ -1,9 +1,8 @@
-"""The interpreter of the pickle opcodes that torch.save writes; nothing that a file names is imported or called.
+"""Interpret the pickle opcodes that torch.save writes; nothing that a file names is imported or called.
 
-Protocols 2 to 5 are read. Names are looked up in ``builders``; an unknown one becomes an inert record, so that
-reading can go on and all of them can be reported together. Depth, keys and copies are limited, and every object is
-accounted for by bytes of the file: memory stays within 16 MiB and 80 times the header, of which an honest one takes
-about ten.
+Protocols 2 to 5 are read. Names are looked up in ``builders``. An unknown name becomes an inert record, so that all
+unknown names can be reported together. Depth, keys and copies are limited, and the number of objects is limited by the
+size of the file. Memory stays below 16 MiB plus 80 times the size of the header; a normal file needs about 10 times.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from noether_init_core.errors import type_of
 from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record
 from noether_init_core.files.formats.builders import BUILDERS, KNOWN_NAMES, Scope, add_members, set_items, storage_of
 
-#: Open marks at one time: a nested container needs one or two.
+#: Limit of open marks; a nested container needs one or two.
 _MARKS = 400
-#: Longest integer in bytes; str() of a much longer one is slow, and is refused by Python.
+#: Limit of the bytes of an integer; Python refuses str() of much longer ones, because it takes quadratic time.
 _LONGEST_INTEGER = 1024
 _LONGEST_NAME = 512
-#: Parts are numbered one by one; numbers that anybody may choose could be chosen to collide in a dict.
+#: pickle numbers memoized objects one by one. A file with arbitrary numbers could choose them to collide in a dict.
 _MEMO_GAP = 1024
-#: So many parts of a kind are never too many.
+#: Number of objects that is accepted for a file of any size.
 _ALWAYS = 1 << 16
-#: A set takes as much memory as so many lists.
+#: Memory of an empty set, in empty lists.
 _SET = 4
 _TOO_MANY = "data.pkl builds far more objects than its size accounts for"
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -40,20 +39,20 @@ _FLOAT_8 = struct.Struct(">d").unpack_from
 class Interpreter:
     """One run over the content of ``data.pkl``.
 
-    ``records`` are those of the file. ``unknown`` are, after or during the run, the names that are
-    neither known nor in ``allowed``, in the order of their appearance; where there are any, the result is not to be
-    used.
+    ``records`` are the records of the file. After the run, ``unknown`` holds the names that are neither known nor in
+    ``allowed``, in order of appearance. If it is not empty, the result must not be used.
     """
 
     def __init__(self, data: bytes, records: Mapping[str, Record], allowed: Collection[str] = ()) -> None:
         self.unknown: dict[str, None] = {}
-        #: id of a dict -> the dict, and what Python code attached to it (``_metadata`` of state dicts)
+        #: Id of a dict -> the dict, and the attributes that were set on it (``_metadata`` of state dicts).
         self.attached: dict[int, tuple[dict[Any, Any], Any]] = {}
         self._data = data
         self._records = records
         self._allowed = frozenset(allowed)
         self._scope = Scope(len(data))
-        # Every container that pickle writes takes three bytes at least; empty ones of a single byte are costly.
+        # pickle writes at least three bytes for a container. A hostile file could write an empty one in one byte, and
+        # each takes 56 bytes of memory or more.
         self._containers = 1024 + len(data) // 2
         self._most_names = _ALWAYS // 8 + len(data) // 64
         self._position = 0
@@ -63,20 +62,21 @@ class Interpreter:
         self._names: dict[bytes, GlobalName] = {}
 
     def run(self) -> Any:
-        """The object in the file. Raises ``OpcodeError``."""
+        """Return the object in the file. Raises ``OpcodeError``."""
         try:
             return self._run()
         except (IndexError, KeyError, struct.error):
-            # IndexError: the stack is empty or the data ends; KeyError: nothing was stored under that number
+            # IndexError: the stack is empty or the data ends. KeyError: no object was memoized under the number.
             raise OpcodeError(f"data.pkl is damaged near byte {self._position}") from None
         except UnicodeError:
             raise OpcodeError(f"data.pkl has a text in a wrong encoding near byte {self._position}") from None
 
     def _run(self) -> Any:
-        # The opcodes that make up nearly all of a state dict are carried out here, the others in a method each.
+        # The opcodes that make up nearly all of a state dict are handled inline, because a method call for each would
+        # take most of the time. The others have a method each.
         data, memo, scope, names = self._data, self._memo, self._scope, BUILDERS
         cold = _COLD
-        # All that is noted by itself takes a byte more than the object, a tuple its content; a few are always fine.
+        # pickle writes about three bytes or more for a memoized object, and for a tuple; small files get an allowance.
         most_entries = tuples_left = _ALWAYS + len(data) // 3
         stack = self._stack
         position = 0
@@ -205,7 +205,7 @@ class Interpreter:
     def _stack_global(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if type(name) is not str or type(module) is not str or len(name) + len(module) > _LONGEST_NAME:
-            raise OpcodeError("data.pkl has a name that is no text, or is far too long")
+            raise OpcodeError("data.pkl has a name that is not a string, or is too long")
         self._name(f"{module}\n{name}".encode("utf-8", "surrogatepass"), module, name)
 
     def _foreign(self, name: str, args: tuple[Any, ...]) -> ForeignObject:
@@ -261,7 +261,7 @@ class Interpreter:
         self._stack.append(frozenset(members))
 
     def _target(self, kind: type, what: str) -> Any:
-        """The container on the stack that is filled; that of an inert object is made when it is needed."""
+        """Return the container on the stack to fill; that of an inert object is created at the first item."""
         target = self._stack[-1]
         if type(target) is ForeignObject:
             if target.items is None:
@@ -323,7 +323,7 @@ class Interpreter:
             raise OpcodeError(f"data.pkl has an integer of {len(digits)} bytes")
         self._stack.append(int.from_bytes(digits, "little", signed=True))
 
-    # The stack: written for tuples that contain themselves through a list
+    # The stack. pickle writes these opcodes for tuples that contain themselves through a list.
 
     def _pop(self) -> None:
         if self._stack:

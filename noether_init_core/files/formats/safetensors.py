@@ -1,6 +1,8 @@
-"""The header of a safetensors file: which tensor lies where, all of it checked before anything is believed.
+"""Parse the header of a safetensors file; every field is checked before it is used.
 
-The header is parsed once, here: what the safetensors library refuses is refused, and more. A test compares the two.
+It refuses everything that the safetensors library refuses, and more; a test compares the two. The library is not used
+to read tensors, because it maps the file: truncating a mapped file kills the process, and rewriting it changes the
+model.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ DTYPES = {
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _LENGTH = 8
-#: The library's own limit.
+#: The limit of the safetensors library.
 _MAX_HEADER = 100_000_000
 _MOST_TENSORS = 1_000_000
 # An empty list takes two bytes of JSON and thirty times as much memory; a tensor has three brackets.
@@ -55,13 +57,16 @@ _NEXT_SAVE = "Next: write it again with safetensors.torch.save_file(tensors, pat
 
 
 def read_safetensors(handle: Handle) -> Content:
-    """Names, shapes, dtypes and places. Raises ``CheckpointFormatError``; reads no bytes of tensors."""
+    """Return names, shapes, dtypes and positions of all tensors; no bytes of tensors are read.
+
+    Raises ``UnreadableError``.
+    """
     (length,) = struct.unpack("<Q", handle.read(_LENGTH, 0))
     if length > _MAX_HEADER:
-        _refuse(f"its header would be {length} bytes long, more than {_MAX_HEADER}")
+        _refuse(f"it states a header of {length} bytes, more than {_MAX_HEADER}")
     start = _LENGTH + length
     if start > handle.size:
-        _refuse(f"it is cut off: its header of {length} bytes does not fit into {handle.size}", _NEXT_COPY)
+        _refuse(f"it is truncated: it has {handle.size} bytes and states a header of {length} bytes", _NEXT_COPY)
     entries = _parse(handle.read(length, _LENGTH))
     metadata = entries.pop(_METADATA, {})
     if type(metadata) is not dict or any(type(text) is not str for text in metadata.values()):
@@ -80,7 +85,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         _refuse(f"its header begins with {raw[:8]!r} instead of a brace")
     if raw.count(b"[") + raw.count(b"{") > _MOST_BRACKETS:
-        _refuse("its header holds far more lists than tensors have")
+        _refuse("its header has far more lists than its tensors need")
 
     twice: list[str] = []
 
@@ -92,12 +97,12 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        if b"\\u" in raw:  # half a surrogate pair is no text
+        if b"\\u" in raw:  # json accepts half a surrogate pair, which no file name, log or JSON output can hold
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
         _refuse("its header is not written in UTF-8", _NEXT_COPY)
     except (ValueError, RecursionError) as error:
-        # ValueError: no JSON, or an integer of thousands of digits; RecursionError: lists nested thousands deep
+        # ValueError: not JSON, or an integer of thousands of digits. RecursionError: thousands of nested lists.
         _refuse(f"its header cannot be read ({str(error)[:80]})", _NEXT_COPY)
     if twice:
         _refuse(f"its header has the key {quoted(twice[0])} twice")
@@ -111,28 +116,28 @@ def _tensor(key: str, entry: Any, start: int) -> TensorInfo:
         _refuse(f"the key {quoted(key)} is {len(key)} characters long, more than {_LONGEST_KEY}")
     if type(entry) is not dict or entry.keys() != _FIELDS:
         there = ", ".join(map(quoted, itertools.islice(entry, 8))) if type(entry) is dict else type(entry).__name__
-        _refuse(f"{quoted(key)} should have dtype, shape and data_offsets; it has {there}")
+        _refuse(f"{quoted(key)} must have exactly dtype, shape and data_offsets; it has {there}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
     if dtype is None:
-        _refuse(f"{quoted(key)} has the dtype {quoted(str(entry['dtype']))}, which torch does not have")
+        _refuse(f"{quoted(key)} has the dtype {quoted(str(entry['dtype']))}, unknown to torch")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
-        _refuse(f"the shape of {quoted(key)} is no list of at most {_MOST_DIMENSIONS} whole numbers from 0 on")
+        _refuse(f"the shape of {quoted(key)} is not a list of at most {_MOST_DIMENSIONS} integers >= 0")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        _refuse(f"the data_offsets of {quoted(key)} are not two whole numbers from 0 on")
+        _refuse(f"the data_offsets of {quoted(key)} are not two integers >= 0")
     if entry["dtype"] == "F4":
         if not shape or shape[-1] % 2:
-            _refuse(f"{quoted(key)} has an odd number of elements of four bits in a row")
+            _refuse(f"{quoted(key)} has 4-bit elements and an odd last dimension")
         shape = [*shape[:-1], shape[-1] // 2]
     count = 1
     for size in shape:
         count *= size or 1
         if count >= _LARGEST:
-            _refuse(f"the shape of {quoted(key)} is absurd")
+            _refuse(f"the shape of {quoted(key)} has more than 2**58 elements")
     begin, end = offsets
     nbytes = 0 if 0 in shape else count * ITEMSIZES[dtype]
     if end - begin != nbytes:
-        _refuse(f"{quoted(key)} takes {nbytes} bytes as {entry['dtype']} {shape}, its offsets say {end - begin}")
+        _refuse(f"{quoted(key)} needs {nbytes} bytes for {entry['dtype']} {shape}; its offsets span {end - begin}")
     return TensorInfo(tuple(shape), dtype, (Piece(start + begin, nbytes),))
 
 
@@ -141,18 +146,18 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_places(size: int, in_order: Iterable[Record], start: int) -> None:
-    """The tensors' bytes fill the rest of the file, one behind the other."""
+    """Refuse gaps and overlaps: the bytes of the tensors must fill the rest of the file."""
     position = start
     for record in in_order:
         if record.offset > position:
-            _refuse(f"it has {record.offset - position} bytes before {quoted(record.name)} of no tensor")
+            _refuse(f"it has {record.offset - position} bytes before {quoted(record.name)} that belong to no tensor")
         if record.offset < position:
             _refuse(f"the bytes of {quoted(record.name)} overlap those of another tensor")
         position += record.size
     if position > size:
-        _refuse(f"it is cut off: {position - size} bytes of its tensors are missing", _NEXT_COPY)
+        _refuse(f"it is truncated: {position - size} bytes of its tensors are missing", _NEXT_COPY)
     if position < size:
-        _refuse(f"it has {size - position} bytes behind its last tensor", _NEXT_COPY)
+        _refuse(f"it has {size - position} bytes after its last tensor", _NEXT_COPY)
 
 
 def _refuse(reason: str, following: str = _NEXT_SAVE) -> NoReturn:

@@ -1,7 +1,7 @@
-"""Files of torch.save: a zip archive of stored records, and in one of them the opcodes that build the object.
+"""Read files of torch.save: a zip archive of stored records, one of which holds the pickle opcodes of the object.
 
-The structure of the archive is checked as a whole before anything in it is believed. Nothing that a file names is
-imported or called, and nothing is allocated that a header merely claims.
+The complete structure of the archive is checked before any field is used. Nothing that a file names is imported or
+called, and no memory is allocated for sizes that only a header states.
 """
 
 from __future__ import annotations
@@ -40,30 +40,31 @@ _END_64_LOCATOR = struct.Struct("<4sLQL")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_ENCRYPTED = 0x2041  # traditional, strong, masked headers
+_ENCRYPTED = 0x2041  # flag bits: traditional encryption, strong encryption, masked headers
 _DESCRIPTOR_FOLLOWS = 0x8
 _MAX_CENTRAL = 1 << 30
+# torch pads the extra field of a local header so that data is aligned to 64 bytes; this covers header and name as well.
 _LOCAL_GUESS = 512
 _AT_ONCE = 256
 _INDEX_GUESS = 1 << 20
 _NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
 _NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
 _NEXT_PLAIN = f"{_NEXT_SAVE}, with tensors and plain values only"
-# torch.save without the zip format; the number is torch.serialization.MAGIC_NUMBER
+# The start of a file of torch.save before the zip format: a pickle of torch.serialization.MAGIC_NUMBER.
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
 def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Content:
-    """The content of an archive; its structure, its header and the place of every tensor are checked.
+    """Return the content of an archive; structure, header and the location of every tensor are checked.
 
-    Raises ``CheckpointFormatError``, ``UnsafeGlobalError`` for names that are not allowed, and
-    ``CheckpointCorruptError`` for a header that does not have its checksum.
+    Raises ``CheckpointFormatError``; ``UnreadableError``; ``UnsafeGlobalError`` for names that are not allowed;
+    ``CheckpointCorruptError`` for a header that does not match its checksum.
     """
     records = read_records(handle)
     if not any(record.crc for record in records.values()):
-        # torch.serialization.set_crc32_options(False) writes zero for all of them
+        # With torch.serialization.set_crc32_options(False), torch writes 0 as every checksum.
         records = {name: msgspec.structs.replace(record, crc=None) for name, record in records.items()}
     header = _read_header(handle, records)
     from_environment = os.environ.get(ALLOW_GLOBALS_VARIABLE, "").split(",")
@@ -85,10 +86,10 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
 
 
 def _versions_in(attached: Iterable[tuple[dict[Any, Any], Any]], size: int) -> dict[int, Versions]:
-    """Id of a dict -> the versions that were attached to it; ``size`` are the bytes of the pickle.
+    """Return id of a dict -> the versions that were attached to it; ``size`` is the number of bytes of the pickle.
 
-    A file may attach one object to many dicts, so each is looked at once. Raises ``OpcodeError`` for ``_metadata`` that
-    is no dict of dicts of plain values: torch could not use it either.
+    A file may attach one object to many dicts, so each object is checked once. Raises ``OpcodeError`` for ``_metadata``
+    that is not a dict of dicts of plain values; torch could not use it either.
     """
     versioned = [(owner, state[METADATA]) for owner, state in attached if type(state) is dict and METADATA in state]
     ObjectGraph([metadata for _owner, metadata in versioned], size)
@@ -98,26 +99,26 @@ def _versions_in(attached: Iterable[tuple[dict[Any, Any], Any]], size: int) -> d
         if id(metadata) not in screened:
             wrong = not_plain(metadata, plain)
             if wrong is not None:
-                raise OpcodeError(f"the _metadata of a state dict says of {wrong:.80} something else than plain values")
+                raise OpcodeError(f"the _metadata of a state dict has something else than plain values for {wrong:.80}")
             screened[id(metadata)] = MappingProxyType(metadata)
     return {id(owner): screened[id(metadata)] for owner, metadata in versioned}
 
 
 def not_plain(metadata: Any, known: set[int]) -> str | None:
-    """The first module of which it is not a dict of plain values that is said; None where all is well.
+    """Return the first module whose entry in ``_metadata`` is not a dict of plain values; None if all are.
 
-    ``known``: ids of containers that were found plain before.
+    ``known``: ids of containers that were found plain before; ids are added.
     """
     if not isinstance(metadata, dict):
         return "all modules"
-    for path, said in metadata.items():
-        if type(path) is not str or not isinstance(said, dict) or not _is_plain(said, known):
+    for path, version in metadata.items():
+        if type(path) is not str or not isinstance(version, dict) or not _is_plain(version, known):
             return repr(path)
     return None
 
 
 def _is_plain(value: Any, known: set[int]) -> bool:
-    """Whether it is made of dicts, lists, tuples and scalars; ``known`` are the containers that were looked at."""
+    """Whether ``value`` consists of dicts, lists, tuples and scalars; ``known``: ids of containers already checked."""
     if type(value) in _SCALARS:
         return True
     if not isinstance(value, dict | list | tuple):
@@ -136,12 +137,12 @@ def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
     if record.size > _MAX_HEADER:
         raise _bad(f"its header is {record.size} bytes long, more than {_MAX_HEADER}", _NEXT_PLAIN)
     places = [(record.offset, record.size)]
-    data, *said = handle.read_many(places if order is None else [*places, (order.offset, min(order.size, 16))])
-    if said == [b"big"]:
+    data, *byte_order = handle.read_many(places if order is None else [*places, (order.offset, min(order.size, 16))])
+    if byte_order == [b"big"]:
         reason = "it was written on a big-endian machine; save it again on a little-endian one"
         raise _bad(reason, _NEXT_PLAIN)
-    if said and said != [b"little"]:
-        raise _bad(f"its byte order is {said[0]!r}, neither little nor big", _NEXT_PLAIN)
+    if byte_order and byte_order != [b"little"]:
+        raise _bad(f"its byte order is {byte_order[0]!r}, neither little nor big", _NEXT_PLAIN)
     handle.check_record(record, data)
     return data
 
@@ -149,33 +150,35 @@ def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
 def _refuse_globals(
     handle: Handle, unknown: Iterable[str], places: Mapping[str, str] | None = None, whole_module: str | None = None
 ) -> NoReturn:
-    """``whole_module``: the expression that leads from the object to a pickled module in it, where there is one."""
+    """Raise ``UnsafeGlobalError``.
+
+    ``whole_module``: the expression that leads from the object to a pickled module in it; None if there is no module.
+    """
     names = [one_line(name) for name in unknown]
     placed = {one_line(name): one_line(path) for name, path in (places or {}).items() if path}
     shown = [f"{name} (at {placed[name]})" if name in placed else name for name in names]
     if whole_module is not None:
         advice = (
-            "It holds a whole module, not its weights. Next, in a program that you trust, if you trust the file: "
+            "It holds a pickled module, not a state dict. Next, if you trust the file: "
             f"torch.save(torch.load(path, weights_only=False){whole_module}.state_dict(), path)"
         )
     else:
-        # what is to be pasted is never cut; nobody looks through very many whether they are harmless
+        # A list to paste is complete or left out: a shortened one would not work. Nobody can judge hundreds of names.
         pasted = ",".join(names) if len(names) <= _MOST_PASTED else "..."
         advice = (
-            "If these are harmless classes, they can be read as inert records: in code, "
-            f"open_checkpoint(path, allow_globals=[...]); for a config, {ALLOW_GLOBALS_VARIABLE}={pasted} in the "
-            "environment"
+            "Next, to read objects of these classes as inert records: in code, open_checkpoint(path, "
+            f"allow_globals=[...]); for a config, set {ALLOW_GLOBALS_VARIABLE}={pasted} in the environment"
         )
     raise UnsafeGlobalError(
-        f"{handle.path} refers to {listed(shown, 20)}, which tensors and plain values do not need. Nothing of "
-        f"it was imported or called. {advice}",
+        f"{handle.path} refers to {listed(shown, 20)}, which tensors and plain values do not need. Nothing "
+        f"was imported or called. {advice}",
         path=handle.path,
         names=names,
     )
 
 
 def _whole_module(value: Any) -> str | None:
-    """The expression behind an object that leads to a pickled module: itself, or the value of a key; None for none."""
+    """Return the index expression of a pickled module: empty for the object itself, ``['key']``, or None."""
     if _is_module(value):
         return ""
     entries = value.items() if type(value) is dict else ()
@@ -189,7 +192,10 @@ def _is_module(value: Any) -> bool:
 
 
 def read_records(handle: Handle) -> dict[str, Record]:
-    """All records by name, in the order of their bytes. Raises ``CheckpointFormatError``; reads no record."""
+    """Return all records by name, in the order of their bytes; the bytes of records are not read.
+
+    Raises ``CheckpointFormatError`` and ``UnreadableError``.
+    """
     start, count, end = _read_end(handle)
     entries = _read_central(handle, start, count, end)
     entries.sort(key=lambda entry: entry.position)
@@ -208,7 +214,7 @@ def read_records(handle: Handle) -> dict[str, Record]:
     _check_torchscript(records)
     if _HEADER not in records:
         known = ", ".join(quoted(name) for name in itertools.islice(records, 5))
-        raise _bad(f"it is a zip archive without {_HEADER} (it has {known}), so torch.save did not write it")
+        raise _bad(f"it is a zip archive without {_HEADER} (found: {known}), so torch.save did not write it")
     return records
 
 
@@ -222,43 +228,43 @@ class _Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 def _read_end(handle: Handle) -> tuple[int, int, int]:
-    """Start, number of entries, and end of the central directory."""
+    """Return start, number of entries, and end of the central directory, from one read of the end of the file."""
     if handle.size == 0:
         raise CheckpointFormatError(f"{handle.path} is empty (0 bytes). {_NEXT_COPY}", path=handle.path)
     most = _END_64.size + _END_64_LOCATOR.size + _END.size
     head, tail = handle.read_many([(0, min(handle.size, 64)), (max(0, handle.size - most), min(handle.size, most))])
     _check_kind(handle, head)
     if handle.size < _END.size:
-        raise _bad("it is cut off: a zip archive has at least 22 bytes", _NEXT_COPY)
+        raise _bad("it is truncated: a zip archive has at least 22 bytes", _NEXT_COPY)
     end = handle.size - _END.size
     signature, disk, first_disk, here, count, length, start, comment = _END.unpack(tail[-_END.size :])
     if signature != b"PK\x05\x06" or comment != 0:
-        raise _bad("no end of a zip archive at its end, so it is cut off or was appended to", _NEXT_COPY)
+        raise _bad("its end is not the end of a zip archive; it is truncated, or data was appended", _NEXT_COPY)
     large = _read_end_64(tail, end - _END_64_LOCATOR.size) if len(tail) == most else None
     if large is not None:
         stated = (disk, first_disk, here, count, length, start)
         small_limits = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
         values, end = large
         if any(a not in (b, limit) for a, b, limit in zip(stated, values, small_limits, strict=True)):
-            raise _bad("its two end records disagree", _NEXT_COPY)
+            raise _bad("its two end records differ", _NEXT_COPY)
         disk, first_disk, here, count, length, start = values
     if disk or first_disk or here != count:
         raise _bad("it is one part of a zip archive in several files")
     if count == 0 or start + length != end or count * _CENTRAL.size > length or length > _MAX_CENTRAL:
-        raise _bad("its list of records does not lie where its end says", _NEXT_COPY)
+        raise _bad("its list of records is not where its end record states", _NEXT_COPY)
     return start, count, end
 
 
 def _read_end_64(tail: bytes, position: int) -> tuple[tuple[int, int, int, int, int, int], int] | None:
-    """What the end record for large archives says, which ``tail`` begins with, and its place; None for none."""
+    """Return the fields of the zip64 end record at the start of ``tail``, and its position; None if it is absent."""
     signature, disk, where, disks = _END_64_LOCATOR.unpack_from(tail, _END_64.size)
     if signature != b"PK\x06\x07":
         return None
     if disk or disks != 1 or where + _END_64.size != position:
-        raise _bad("its end record for large archives does not lie where it should", _NEXT_COPY)
+        raise _bad("its zip64 end record is not at the stated position", _NEXT_COPY)
     signature, size, _, _, disk, first_disk, here, count, length, start = _END_64.unpack_from(tail)
     if signature != b"PK\x06\x06" or size != _END_64.size - 12:
-        raise _bad("its end record for large archives is damaged", _NEXT_COPY)
+        raise _bad("its zip64 end record is damaged", _NEXT_COPY)
     return (disk, first_disk, here, count, length, start), where
 
 
@@ -269,7 +275,7 @@ def _read_central(handle: Handle, start: int, count: int, end: int) -> list[_Ent
     at, stop = 0, len(data)
     for _ in range(count):
         if at + fixed > stop:
-            raise _bad("its list of records is cut off", _NEXT_COPY)
+            raise _bad("its list of records is truncated", _NEXT_COPY)
         fields = unpack(data, at)
         signature, _, _, flags, method, _, _, crc, stored, size = fields[:10]
         name_length, extra_length, comment_length, disk, _, _, position = fields[10:]
@@ -286,17 +292,20 @@ def _read_central(handle: Handle, start: int, count: int, end: int) -> list[_Ent
             raise _bad(f"its record {quoted(name)} is encrypted", _NEXT_SAVE)
         if method != 0 or stored != size:
             _check_torchscript([name.partition("/")[2]])
-            raise _bad(f"its record {quoted(name)} is compressed; torch.save stores as is", _NEXT_SAVE)
+            raise _bad(f"its record {quoted(name)} is compressed; torch.save never compresses", _NEXT_SAVE)
         if disk or position + _LOCAL.size + name_length + size > start:
             raise _bad(f"its record {quoted(name)} of {size} bytes does not fit into the file", _NEXT_COPY)
         entries.append(_Entry(name, raw_name, flags, crc, size, position))
     if at != stop:
-        raise _bad("its list of records is longer than the number of records says", _NEXT_COPY)
+        raise _bad("its list of records is longer than the stated number of records", _NEXT_COPY)
     return entries
 
 
 def _large(name: str, extra: bytes, size: int, stored: int, position: int) -> tuple[int, int, int]:
-    """The 64-bit values that stand in the extra field, in this order, for each that does not fit into 32 bits."""
+    """Return size, stored size and position, with the 64-bit values of the zip64 extra field.
+
+    The field has a value only for numbers that do not fit into 32 bits, in this order.
+    """
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
@@ -321,7 +330,7 @@ def _check_name(raw_name: bytes) -> str:
     try:
         name = raw_name.decode("utf-8")
     except UnicodeDecodeError:
-        raise _bad(f"a record's name is no text: {raw_name[:40]!r}") from None
+        raise _bad(f"the name of a record is not UTF-8: {raw_name[:40]!r}") from None
     parts = name.split("/")
     if len(parts) < 2 or "" in parts or ".." in parts or "." in parts or "\\" in name or "\0" in name:
         raise _bad(f"a record is named {quoted(name)}, which torch.save never writes")
@@ -329,26 +338,27 @@ def _check_name(raw_name: bytes) -> str:
 
 
 def _headers(handle: Handle, entries: Sequence[_Entry]) -> Iterator[bytes]:
-    """The beginning of every record, many of them in one read."""
+    """Yield the first bytes of every record; one call of the storage reads many of them."""
     for start in range(0, len(entries), _AT_ONCE):
         positions = [entry.position for entry in entries[start : start + _AT_ONCE]]
         yield from handle.read_many([(at, min(_LOCAL_GUESS, handle.size - at)) for at in positions])
 
 
 def _data_offset(handle: Handle, entry: _Entry, header: bytes, limit: int) -> int:
-    """Where the bytes begin, by the record's own header, which has to agree with the list of records."""
+    """Return the position of the bytes of a record, after checking its local header against the list of records."""
     signature, _, flags, method, _, _, crc, stored, size, name_length, extra_length = _LOCAL.unpack_from(header)
     name = header[_LOCAL.size : _LOCAL.size + name_length]
     if _LOCAL.size + name_length > len(header):
         name = handle.read(min(name_length, limit - entry.position), entry.position + _LOCAL.size)
     offset = int(entry.position + _LOCAL.size + name_length + extra_length)
     if signature != b"PK\x03\x04" or name != entry.raw_name or method != 0 or flags != entry.flags:
-        raise _bad(f"the header of its record {quoted(entry.name)} is not what the list says", _NEXT_COPY)
+        raise _bad(f"the header of its record {quoted(entry.name)} differs from the list of records", _NEXT_COPY)
     deferred = bool(flags & _DESCRIPTOR_FOLLOWS)
     for value, expected in ((stored, entry.size), (size, entry.size), (crc, entry.crc)):
-        # torch writes sizes and checksum after the bytes, then they are zero here; large sizes stand in an extra field
+        # torch writes sizes and checksum after the bytes and leaves 0 here. Sizes of 4 GiB and more are in the zip64
+        # extra field, and 0xFFFFFFFF here.
         if value != expected and not (deferred and value == 0) and not (expected >= 0xFFFFFFFF and value == 0xFFFFFFFF):
-            raise _bad(f"the header of its record {quoted(entry.name)} has another size or sum", _NEXT_COPY)
+            raise _bad(f"the header of its record {quoted(entry.name)} has another size or checksum", _NEXT_COPY)
     if offset + entry.size > limit:
         raise _bad(f"its record {quoted(entry.name)} of {entry.size} bytes overlaps the next one")
     return offset
@@ -358,32 +368,32 @@ def _check_torchscript(names: Iterable[str]) -> None:
     if any(name == "constants.pkl" or name.startswith("code/") for name in names):
         raise _bad(
             "it is a TorchScript archive, which holds code",
-            "Next, where it is trusted: torch.save(torch.jit.load(path).state_dict(), path)",
+            "Next, if you trust it: torch.save(torch.jit.load(path).state_dict(), path)",
         )
 
 
 def _check_kind(handle: Handle, head: bytes) -> None:
-    """Say what a file is that is no zip archive."""
+    """Raise an error that names the kind of file, unless the file starts as a zip archive."""
     if head.startswith(b"PK"):
         return
-    trusted = "Next, where it is trusted: torch.save(torch.load(path, weights_only=True), path) with torch >= 1.6"
+    trusted = "Next, if you trust it: torch.save(torch.load(path, weights_only=True), path) with torch >= 1.6"
     if head[:1] == b"\x80" and _LEGACY in head[:24]:
-        raise _bad("torch.save wrote it in the format before torch 1.6, which is no zip archive", trusted)
+        raise _bad("torch.save wrote it in the format before torch 1.6, which is not a zip archive", trusted)
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":
         raise _bad("it is a plain pickle", _NEXT_SAVE)
     if head.startswith(b"version https://git-lfs"):
         raise _bad("it is a pointer of Git LFS, not the file itself", "Next: git lfs pull")
     if head.lstrip()[:1] == b"{" and b'"weight_map"' in handle.read(min(handle.size, _INDEX_GUESS), 0):
         raise _bad(
-            "it is the index of a checkpoint in several files (shards), which cannot be read yet",
-            "Next: name one of the shards, or put all of them into one file",
+            "it is the index of a sharded checkpoint, which cannot be read yet",
+            "Next: open one of the shards, or join all of them in one file",
         )
     if head.startswith(b"\x1f\x8b"):
         raise _bad("it is compressed by gzip", "Next: gunzip it")
     if not any(head):
-        raise _bad("it begins with zeros: its content never reached the disk", _NEXT_COPY)
+        raise _bad("it begins with zeros, as after a crash before its content reached the disk", _NEXT_COPY)
     is_text = head.isascii() and head.decode("ascii").strip("\r\n\t").isprintable()
-    what = "a text" if is_text else "neither a zip archive nor safetensors"
+    what = "text" if is_text else "neither a zip archive nor safetensors"
     raise _bad(f"it is {what} (it begins with {head[:16]!r})", _NEXT_SAVE)
 
 

@@ -1,1 +1,1 @@
-"""Where bytes lie: file handles, operations on folders, files that were fetched. Nothing here knows a format."""
+"""Storage: file handles, operations on folders, a cache of fetched files. Nothing here knows a format."""

@@ -1,13 +1,13 @@
-"""ArtifactCache: files that somebody else fetches, kept once per node for all its processes.
+"""ArtifactCache: a cache of fetched files in one folder, shared by all processes of a node.
 
-A kind that reads from a store uses it inside ``locate``: whichever process asks first fetches, the others wait and find
-the file there. Nothing here talks to a network; ``download`` of the caller does. In the folder, each named by a digest
-of the key::
+A kind that reads from a store uses it inside ``locate``: the first process fetches the file, and the others wait for
+it. The cache does not use the network; the function ``download`` of the caller does. The folder holds, each named by a
+digest of the key::
 
-    <digest>-<readable tail>      an entry: complete, checked, read-only; put into place by a rename
-    <digest>.<random>.partial     a download under way; one that was killed is removed by the next one of its key
-    <digest>.lock                 held while the key is fetched; the system lets go of it when its holder dies
-    <digest>.verified             which digest the entry was found to have, and when it was changed last
+    <digest>-<readable tail>      an entry: complete, checked, read-only; moved into place by a rename
+    <digest>.<random>.partial     a running download; one of a killed process is removed by the next fetch of its key
+    <digest>.lock                 held while the key is fetched; the system releases it when its holder dies
+    <digest>.verified             the digest that the entry was found to have, and the state of the file at that time
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 120
 _MAX_TAIL = 60
-# private weights stay private in a folder that others may list, too
+# Entries may be private weights, and the folder may be below one that other users can list.
 _ENTRY_MODE = 0o400
 _FOLDER_MODE = 0o700
 
@@ -53,41 +53,41 @@ def _folder(value: str | os.PathLike[str] | None) -> Path:
     if value is None:
         value = os.environ.get(CACHE_VARIABLE) or None
     if value is None:
-        # the XDG specification has a relative one ignored
+        # The XDG specification requires that a relative path is ignored.
         below = os.environ.get("XDG_CACHE_HOME", "")
         value = Path(below if os.path.isabs(below) else "~/.cache", "noether-init-core")
     try:
         return Path(os.path.abspath(Path(value).expanduser()))
-    except RuntimeError as error:  # no home folder, or that of an unknown user
+    except RuntimeError as error:  # expanduser found no home folder
         raise ConfigError(
-            f"the cache folder {value} cannot be found: {error}. Next: {CACHE_VARIABLE}=<a folder, in full>"
+            f"the cache folder {value} was not found: {error}. Next: set {CACHE_VARIABLE}=<absolute path of a folder>"
         ) from error
 
 
 def _offline(value: bool | None) -> bool:
     if value is not None:
         return value
-    said = os.environ.get(OFFLINE_VARIABLE, "")
-    if said and said.lower() not in ("1", "true", "yes", "on"):
+    text = os.environ.get(OFFLINE_VARIABLE, "")
+    if text and text.lower() not in ("1", "true", "yes", "on"):
         raise ConfigError(
-            f"{OFFLINE_VARIABLE}={said!r} says neither yes nor no. Next: {OFFLINE_VARIABLE}=1 to fetch nothing, or "
-            "unset it to fetch what is absent"
+            f"{OFFLINE_VARIABLE}={text!r} is not 1, true, yes or on. Next: set {OFFLINE_VARIABLE}=1 to fetch nothing, "
+            "or unset it to fetch missing files"
         )
-    return bool(said)
+    return bool(text)
 
 
 @attrs.frozen
 class ArtifactCache:
-    """Files under keys in one folder, fetched at most once, however many processes and threads of a node ask.
+    """A cache of files by key, each fetched at most once for all processes and threads of a node.
 
     Attributes:
-        folder: Where they are; None: ``$NOETHER_INIT_CACHE``, else ``$XDG_CACHE_HOME/noether-init-core``, else
-            ``~/.cache/noether-init-core``. It is created for its owner alone when something is fetched. One that others
-            may write to is refused: they could change what was checked.
-        offline: Fetch nothing; None: ``$NOETHER_INIT_OFFLINE`` (1, true, yes or on).
+        folder: Folder of the cache; None: ``$NOETHER_INIT_CACHE``, else ``$XDG_CACHE_HOME/noether-init-core``, else
+            ``~/.cache/noether-init-core``. The first fetch creates it, accessible to its owner only. A folder that
+            other users can write to is refused, because they could change a checked file.
+        offline: Whether to fetch nothing; None: ``$NOETHER_INIT_OFFLINE`` (1, true, yes or on).
         timeout: Seconds to wait for another process that fetches the same key.
 
-    Raises ``ConfigError`` for variables that make no sense.
+    Raises ``ConfigError`` for invalid values of the environment variables.
     """
 
     folder: Path = attrs.field(default=None, converter=_folder)
@@ -102,34 +102,34 @@ class ArtifactCache:
         digest: str | None = None,
         check: Callable[[Path], object] | None = None,
     ) -> Path:
-        """The file of ``key``, fetched if it is not there; any process, rank and thread may ask, at any time.
+        """Return the file of ``key``; fetch it if it is missing. Any process, rank or thread may call it, repeatedly.
 
-        A new file becomes the entry after it was brought onto the disk and passed ``digest`` and ``check``. Whatever
-        fails before that, a kill included, leaves no part of it in use, and an older entry as it was.
+        A new file becomes the entry after it was flushed to the disk and passed ``digest`` and ``check``. If anything
+        fails before, even by a kill, no part of the new file is used and an older entry stays.
 
-        An entry that is there has to pass as well. One that does not is fetched anew, with a warning in the log;
-        offline that is an error. For the ``digest`` an entry is read again only if it was changed since it was found
-        to have it, as size and times say. So hand the digest to ``Source`` too: there every byte is compared, on the
-        handle that is read from.
+        An existing entry must pass ``digest`` and ``check`` as well. If it does not, it is fetched again, with a
+        warning
+        in the log; offline, that is an error. The digest of an unchanged entry (by size and times) is computed once.
+        So pass the digest to ``Source`` too, which compares every byte on the handle that reads them.
 
-        Without a ``digest``, the first file that came under a key stays: nobody asks whether there is a newer one.
-        Where content changes, its version or digest belongs into the key.
+        Without a ``digest``, the first file of a key stays, and newer versions are not searched. If content changes,
+        put its version or digest into the key.
 
         Args:
-            key: Any text that stands for the content, such as a URL. What changes from day to day (a token, the
-                signature of a URL) does not belong in it.
-            download: Called with the path that it has to create; it may fetch in any way. Nobody else fetches the key
-                meanwhile. After it has failed, the next one who waits calls its own.
-            digest: Of the whole file: ``xxh3_128:<hex>`` or ``sha256:<hex>``.
-            check: Called with the path of a file that is about to be used, each time; raises if it must not be.
+            key: Any string that identifies the content, such as a URL. Leave out changing parts, such as tokens or
+                signatures of URLs.
+            download: Called with a path that it must create. No other process fetches the key at that time. If it
+                fails, the next waiting caller uses its own.
+            digest: Digest of the complete file: ``xxh3_128:<hex>`` or ``sha256:<hex>``.
+            check: Called with the path before each use; it raises to refuse the file.
 
         Raises:
-            CheckpointNotFoundError: Offline, and there is no entry.
+            CheckpointNotFoundError: Offline, and no entry was found.
             CheckpointCorruptError: The new file, or offline the entry, has another digest.
             CheckpointError: The folder or the entry cannot be used, or another process held the lock for too long.
-            ConfigError: The digest has no form that can be checked.
+            ConfigError: The digest is not valid.
 
-        What ``download`` and ``check`` raise reaches the caller as it is.
+        Errors of ``download`` and ``check`` reach the caller unchanged.
         """
         problem = "" if digest is None else digest_problem(digest)
         if problem:
@@ -142,24 +142,24 @@ class ArtifactCache:
         if self.offline:
             raise refusal
         with self._locked(key):
-            # another one may have fetched it meanwhile
+            # While this caller waited for the lock, another one may have fetched the file.
             refusal = self._refusal(key, entry, digest, check)
             if refusal is None:
                 return entry
             if not isinstance(refusal, CheckpointNotFoundError):
-                _logger.warning("%s It is fetched anew.", refusal)
+                _logger.warning("%s It is fetched again.", refusal)
             self._fetch(key, entry, download, digest, check)
         return entry
 
     def path_of(self, key: str) -> Path:
-        """Where the entry of ``key`` is, or would be. A file that is put there by hand counts."""
+        """Return the path of the entry of ``key``, which may not exist. A file that you put there is an entry."""
         hidden = _without_secrets(key)
         tail = re.sub(r"[^A-Za-z0-9._-]+", "-", hidden.rstrip("/").rpartition("/")[2])[-_MAX_TAIL:].strip("-._")
         return self.folder / (f"{_name_of(key)}-{tail}" if tail else _name_of(key))
 
     @staticmethod
     def shown(key: str) -> str:
-        """``key`` for messages, logs and reports: without user, password, query and fragment, and not too long."""
+        """Return ``key`` for messages, logs and reports: shortened, without user, password, query and fragment."""
         text = printable(_without_secrets(key)).replace("\n", "\\n")
         if len(text) > _MAX_SHOWN:
             return f"{text[: _MAX_SHOWN - 43]}...{text[-40:]}"
@@ -173,38 +173,38 @@ class ArtifactCache:
                 return
         if not stat.S_ISDIR(status.st_mode):
             raise CheckpointError(
-                f"the cache {self.folder} is no folder. Next: {CACHE_VARIABLE}=<a folder>", path=self.folder
+                f"the cache {self.folder} is not a folder. Next: set {CACHE_VARIABLE}=<a folder>", path=self.folder
             )
         if os.name != "posix":
             return
         is_foreign = status.st_uid not in (0, os.geteuid())
         if is_foreign or stat.S_IMODE(status.st_mode) & 0o022:
-            whose = f"belongs to the user {status.st_uid}" if is_foreign else "can be written to by others"
+            whose = f"belongs to the user {status.st_uid}" if is_foreign else "is writable by other users"
             raise CheckpointError(
-                f"the cache {self.folder} {whose}, who could change what was checked. Next: "
-                + ("" if is_foreign else f"remove {self.folder}, of which anything may be planted, or ")
-                + f"{CACHE_VARIABLE}=<a folder of your own, maybe below it>",
+                f"the cache {self.folder} {whose}, who could replace checked files. Next: "
+                + ("" if is_foreign else f"remove {self.folder} with all entries, or ")
+                + f"set {CACHE_VARIABLE}=<a folder of your own>",
                 path=self.folder,
             )
 
     def _refusal(
         self, key: str, entry: Path, digest: str | None, check: Callable[[Path], object] | None
     ) -> Exception | None:
-        """Why the entry cannot be used as it is; None where it can."""
+        """Return the error that explains why the entry cannot be used; None if it can."""
         with self._saying():
             try:
                 status = os.lstat(entry)
             except FileNotFoundError:
                 return CheckpointNotFoundError(
-                    f"{self.shown(key)} is not in the cache {self.folder}, and offline nothing is fetched. "
+                    f"{self.shown(key)} was not found in the cache {self.folder}, and offline mode fetches nothing. "
                     f"{self._way_out(entry)}",
                     path=entry,
                     asked=self.shown(key),
                 )
         if not stat.S_ISREG(status.st_mode):
-            # a link would lead out of the folder; it is no work of ours, so it is not ours to remove
+            # A link would lead out of the folder. This cache never creates one, so it does not remove it either.
             raise CheckpointFormatError(
-                f"{entry}, where {self.shown(key)} is kept, is no regular file. Next: remove it, or put the "
+                f"{entry}, the entry of {self.shown(key)}, is not a regular file. Next: remove it, or put the "
                 "file itself there",
                 path=entry,
             )
@@ -214,8 +214,8 @@ class ArtifactCache:
             if found != digest:
                 way_out = f" {self._way_out(entry)}" if self.offline else ""
                 return CheckpointCorruptError(
-                    f"{self.shown(key)} has the digest {found} in the cache, expected was {digest}: {entry} was "
-                    f"changed, or another file is asked for.{way_out}",
+                    f"{self.shown(key)} has the digest {found} in the cache, expected {digest}: {entry} was "
+                    f"changed, or the digest is of another file.{way_out}",
                     path=entry,
                 )
         if check is not None:
@@ -226,7 +226,7 @@ class ArtifactCache:
         return None
 
     def _digest_of_entry(self, key: str, handle: Handle, digest: str) -> str:
-        """The digest of the entry; it is not read if it had this one and was not changed since."""
+        """Return the digest of the entry; if its note has ``digest`` and its state is unchanged, it is not read."""
         noted = self.folder / f"{_name_of(key)}.verified"
         with contextlib.suppress(OSError, ValueError, InitError), contextlib.closing(open_file(noted)) as note:
             if note.size < 1000 and note.read(note.size, 0).decode() == _note(handle, digest):
@@ -238,8 +238,10 @@ class ArtifactCache:
         return found
 
     def _note_digest(self, key: str, handle: Handle, digest: str) -> None:
-        """Spare the next one the reading. A hint: it holds for this very state of the file, and may be lost."""
-        # always the same name: what a killed process left is overwritten; a torn note only means to read again
+        """Write the digest and the state of the file, so that the next caller need not read it. It may be lost."""
+        # The name is fixed, so that a rest of a killed process is overwritten. Two threads may mix their bytes; then
+        # the
+        # note does not match, and the entry is read again.
         written = self.folder / f"{_name_of(key)}.verified.partial"
         with contextlib.suppress(OSError):
             written.write_text(_note(handle, digest))
@@ -253,7 +255,8 @@ class ArtifactCache:
         digest: str | None,
         check: Callable[[Path], object] | None,
     ) -> None:
-        self._remove_partial(f"{_name_of(key)}.")  # of killed ones: whoever holds the lock is alone
+        # This caller holds the lock, so every other download of the key was killed.
+        self._remove_partial(f"{_name_of(key)}.")
         partial = self.folder / f"{_name_of(key)}.{secrets.token_hex(8)}.partial"
         _logger.info("%s: fetching it into %s", self.shown(key), entry)
         try:
@@ -262,8 +265,8 @@ class ArtifactCache:
                 found = digest and handle.digest(digest.partition(":")[0])
                 if found != digest:
                     raise CheckpointCorruptError(
-                        f"{self.shown(key)} came with the digest {found}, expected was {digest}; it was not kept. "
-                        "Next: correct the digest if the file was replaced on purpose, else ask whoever offers it",
+                        f"{self.shown(key)} was fetched with the digest {found}, expected {digest}; it was not kept. "
+                        "Next: correct the digest if the file was replaced on purpose, or fetch it from another source",
                         path=entry,
                     )
                 if check is not None:
@@ -275,7 +278,7 @@ class ArtifactCache:
                 if digest is not None:
                     self._note_digest(key, handle, digest)
         finally:
-            self._remove_partial(partial.name)  # and what a client may have left beside it
+            self._remove_partial(partial.name)  # also files that a client left beside it, such as <partial>.tmp
 
     def _brought_onto_disk(self, key: str, partial: Path) -> Handle:
         with self._saying():
@@ -283,11 +286,11 @@ class ArtifactCache:
                 status = os.lstat(partial)
             except FileNotFoundError:
                 status = None
-            # under a second name, others could change the file after it was checked
+            # Through a second hard link, others could change the file after it was checked.
             if status is None or not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
                 raise CheckpointFormatError(
-                    f"the download of {self.shown(key)} left no regular file of its own at the path that it was "
-                    "given; it was not kept. Next: let download(target) write the content to target",
+                    f"the download of {self.shown(key)} did not create a regular file without hard links at the given "
+                    "path; it was not kept. Next: write the content to target in download(target)",
                     path=partial,
                 )
             os.chmod(partial, _ENTRY_MODE)
@@ -312,7 +315,7 @@ class ArtifactCache:
                 except filelock.Timeout as error:
                     raise CheckpointError(
                         f"{self.shown(key)}: another process or thread has held the lock {path} for {self.timeout:g} "
-                        "s. Next: see whether it still fetches (fuser names its process); end it, or wait longer",
+                        f"s. Next: fuser {path} shows its process; end it, or set a longer timeout",
                         path=path,
                     ) from error
         try:
@@ -333,14 +336,14 @@ class ArtifactCache:
 
     @contextlib.contextmanager
     def _saying(self) -> Iterator[None]:
-        """Say which folder a failing operation was about, and where else to go."""
+        """Turn an ``OSError`` into an error that names the folder and how to choose another one."""
         try:
             yield
         except InitError:
             raise
         except OSError as error:
             raise CheckpointError(
-                f"the cache {self.folder} cannot be used: {error}. Next: {CACHE_VARIABLE}=<a folder of your own>",
+                f"the cache {self.folder} cannot be used: {error}. Next: set {CACHE_VARIABLE}=<a folder of your own>",
                 path=self.folder,
             ) from error
 
@@ -355,7 +358,7 @@ def _name_of(key: str) -> str:
 
 
 def _note(handle: Handle, digest: str) -> str:
-    """What a change of the file changes: no program can put back the time of change (ctime)."""
+    """Return the digest with the state of the file. A program can set back the mtime but not the ctime."""
     storage = handle.storage
     assert isinstance(storage, LocalFile)  # entries are files
     status = os.fstat(storage.descriptor)
@@ -363,17 +366,17 @@ def _note(handle: Handle, digest: str) -> str:
 
 
 def _without_secrets(key: str) -> str:
-    """The key without what may be secret in a URL; where it cannot be told what is, all behind the scheme."""
+    """Return the key without the parts of a URL that may be secret; if they are unclear, only the scheme is left."""
     head, mark, rest = key.partition("://")
-    if not mark or not re.fullmatch(r"[A-Za-z][\w+.-]*", head):  # a later :// begins no authority
+    if not mark or not re.fullmatch(r"[A-Za-z][\w+.-]*", head):  # a :// further right does not start an authority
         head, mark, rest = "", "", key
-        if re.match(r"[A-Za-z][\w+.-]*:/[^/]|//", key) and "@" in key:  # a slash too few, or no scheme
+        if re.match(r"[A-Za-z][\w+.-]*:/[^/]|//", key) and "@" in key:  # a misspelt URL: one slash, or no scheme
             return "..."
     authority = re.split(r"[/?#\\]", rest, maxsplit=1)[0]
     behind = rest[len(authority) :]
     is_odd = mark and not re.fullmatch(r"([^@]*@)?(\[[^\]]*\]|[^:@]*)(:[0-9]*)?", authority)
     if is_odd or ("@" in behind and (behind[0] in "?#\\" or "@" in authority or (mark and ":" in authority))):
-        return f"{head}{mark}..."  # a password with a character that it must not have as it is?
+        return f"{head}{mark}..."  # perhaps a password with a character that should be percent-encoded
     authority = authority.rpartition("@")[2]
     plain = re.sub(r"//[^/]*@", "//", re.split(r"[?#]", behind, maxsplit=1)[0])
     return head + mark + authority + re.split(r"[;&]|%3[fF]|%23", plain, maxsplit=1)[0]

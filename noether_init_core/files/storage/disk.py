@@ -1,7 +1,8 @@
-"""The one seam for file operations: every look at the disk and every change to it, in single steps.
+"""File operations: every read of the disk and every change to it, as single steps.
 
-``sets`` and ``saving`` do nothing on disk but through a ``FileSystem``, so that a test can let any single step fail or
-list a folder in another order. The methods raise ``OSError`` as the system does.
+``sets`` and ``saving`` use the disk only through a ``FileSystem``, so that a test can make any single step fail, or
+list
+a folder in another order. The methods raise ``OSError`` as the system does.
 """
 
 from __future__ import annotations
@@ -17,22 +18,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-# Process, thread and path of every lock that is held or waited for; a forked process holds none.
+# Process, thread and path of every lock that is held or waited for. The process id is part of it, because a forked
+# process inherits this set but does not hold the locks.
 _HOLDERS: set[tuple[int, int, str]] = set()
-_FICLONE = 0x40049409
+_FICLONE = 0x40049409  # of linux/fs.h
 _NO_HARDLINK = frozenset({errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS})
 
 
-#: What ``read_bytes`` raises itself for something that is there and cannot be read as a file of ours.
+#: Errors of ``read_bytes`` for something that exists and is not a file that this package wrote.
 _UNFIT = frozenset({errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG})
 
 
 def is_out_of_reach(error: BaseException | None, *, unless_read: bool = False) -> bool:
-    """Whether an ``OSError`` behind ``error`` says that a look failed, and so nothing of what is there.
+    """Whether ``error`` was caused by an ``OSError`` that leaves unknown what exists on disk.
 
-    Only ENOENT and ENOTDIR mean that nothing is there. A disk that fails (EIO), a server that is gone (ESTALE) or a
-    folder that is closed (EACCES) is no ground to remove anything, or to choose another set. ``unless_read``: bytes of
-    a file that was opened and that the disk cannot read (EIO) do say something of the file.
+    Only ENOENT and ENOTDIR prove that nothing exists. After a failing disk (EIO), a lost server (ESTALE) or a missing
+    permission (EACCES), nothing may be removed and no other set may be selected.
+
+    Args:
+        error: The error and its causes.
+        unless_read: Whether an EIO while reading an opened file counts as damage of that file.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
@@ -44,17 +49,17 @@ def is_out_of_reach(error: BaseException | None, *, unless_read: bool = False) -
 
 
 class UnreadableBytesError(OSError):
-    """Bytes of a file that was opened, and that the disk cannot give."""
+    """The file was opened, and the disk failed to read its bytes."""
 
 
 class FileSystem:
     """Files on a local or mounted file system."""
 
-    # Looking: nothing here creates or changes anything, or blocks on a FIFO. Only ENOENT and ENOTDIR mean that nothing
-    # is there: every other error is raised.
+    # Reading: these methods change nothing and do not block on a FIFO. ENOENT and ENOTDIR mean that nothing exists;
+    # every other error is raised.
 
     def list_folder(self, folder: Path) -> list[str]:
-        """Names in the folder, in no order."""
+        """Return the names in the folder, in any order."""
         return os.listdir(folder)
 
     def is_folder(self, path: Path) -> bool:
@@ -62,12 +67,12 @@ class FileSystem:
         return _stat(path, stat.S_ISDIR) is not None
 
     def size_of(self, path: Path) -> int | None:
-        """Bytes of a regular file, symbolic links followed; None for anything else, or nothing."""
+        """Return the bytes of a regular file, symbolic links followed; None if there is no regular file."""
         found = _stat(path, stat.S_ISREG)
         return None if found is None else found.st_size
 
     def exists(self, path: Path) -> bool:
-        """Whether there is anything under this name, a dangling link included."""
+        """Whether the name exists, a dangling link included."""
         return _stat(path, follow=False) is not None
 
     def is_link(self, path: Path) -> bool:
@@ -75,15 +80,15 @@ class FileSystem:
         return _stat(path, stat.S_ISLNK, follow=False) is not None
 
     def identity_of(self, path: Path, follow: bool = False) -> tuple[int, int] | None:
-        """Bytes and time of change (ns) of a regular file; None for anything else, or nothing."""
+        """Return bytes and modification time (ns) of a regular file; None if there is no regular file."""
         found = _stat(path, stat.S_ISREG, follow=follow)
         return None if found is None else (found.st_size, found.st_mtime_ns)
 
     def changed_in(self, parent: Path, names: Sequence[str]) -> list[int | None]:
-        """For each folder of these names in ``parent``, when names in it last changed (ns).
+        """Return the modification time (ns) of each named folder in ``parent``; None if it is not a folder.
 
-        None for anything else, a link included, or nothing. Thousands are asked for at every save, so the system does
-        not look up the whole path of each.
+        A link counts as no folder. Every save calls this for thousands of names, so the parent is opened once and the
+        names are looked up relative to it.
         """
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -94,7 +99,7 @@ class FileSystem:
         return [None] * len(names)
 
     def resolve(self, path: Path) -> Path:
-        """The path without symbolic links; it need not exist."""
+        """Return the path without symbolic links; it need not exist."""
         return Path(os.path.realpath(path))
 
     def is_same_file(self, first: Path, second: Path) -> bool:
@@ -103,7 +108,7 @@ class FileSystem:
         return one is not None and other is not None and os.path.samestat(one, other)
 
     def read_bytes(self, path: Path, limit: int) -> bytes:
-        """The content of a regular file. Raises ``OSError`` (EFBIG) if it has more than ``limit`` bytes."""
+        """Return the content of a regular file. Raises ``OSError``: EFBIG if it has more than ``limit`` bytes."""
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         try:
             found = os.fstat(descriptor)
@@ -118,20 +123,20 @@ class FileSystem:
         finally:
             os.close(descriptor)
 
-    # Changing: one step each.
+    # Writing: one step each.
 
     def make_folder(self, folder: Path) -> None:
-        """Create one folder; its parent exists, it does not."""
+        """Create one folder, which must not exist, in an existing parent."""
         folder.mkdir()
 
     def open_write(self, path: Path) -> BinaryIO:
-        """Create a file that does not exist yet and open it for writing."""
+        """Create a file that must not exist, and open it for writing."""
         return open(path, "xb")
 
     def fsync(self, file: BinaryIO) -> None:
-        """Bring the written bytes onto the disk."""
+        """Flush the written bytes to the disk, so that they survive a crash of the machine."""
         file.flush()
-        if sys.platform == "darwin":  # fsync alone leaves them in the drive's cache there
+        if sys.platform == "darwin":  # on macOS, fsync leaves the bytes in the cache of the drive
             import fcntl
 
             fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
@@ -139,8 +144,8 @@ class FileSystem:
         os.fsync(file.fileno())
 
     def fsync_folder(self, folder: Path) -> None:
-        """Bring the names in the folder onto the disk."""
-        if sys.platform == "win32":  # folders cannot be opened there
+        """Flush the names in the folder to the disk; without it, a crash may undo a rename."""
+        if sys.platform == "win32":  # Windows cannot open folders
             return
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -149,15 +154,15 @@ class FileSystem:
             os.close(descriptor)
 
     def make_read_only(self, path: Path) -> None:
-        """Take away the permission to write, from everybody."""
+        """Remove the write permission of all users."""
         os.chmod(path, 0o444)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file another name, atomically; what had that name is replaced."""
+        """Rename a file atomically; an existing file of the new name is replaced."""
         os.replace(source, target)
 
     def unlink(self, path: Path) -> None:
-        """Remove a name; nothing happens where there is none."""
+        """Remove a name; a missing name is not an error."""
         path.unlink(missing_ok=True)
 
     def remove_folder(self, folder: Path) -> None:
@@ -165,7 +170,7 @@ class FileSystem:
         folder.rmdir()
 
     def reflink(self, source: Path, target: Path) -> bool:
-        """Create ``target`` as a copy that shares blocks until one side is written; False where that cannot be."""
+        """Create ``target`` as a copy that shares blocks until one side is written; return False if unsupported."""
         if sys.platform != "linux":
             return False
         import fcntl
@@ -173,7 +178,9 @@ class FileSystem:
         with open(source, "rb") as reading, open(target, "xb") as writing:
             try:
                 fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
-            except OSError:  # another file system answers in its own way; a real failure returns at the next step
+            except (
+                OSError
+            ):  # file systems report a missing feature by different codes; a real failure ends the next step
                 pass
             else:
                 return True
@@ -181,10 +188,10 @@ class FileSystem:
         return False
 
     def hardlink(self, source: Path, target: Path) -> bool:
-        """Create ``target`` as another name of the file.
+        """Create ``target`` as a hard link to the file; return False if that is unsupported or unsafe.
 
-        False where the file system has no such thing, or where this process may write to the file in spite of its
-        mode, as root may: then a program that rewrites one name in place would rewrite the other one.
+        It is unsafe if this process may write to the file despite its mode, as root may. Then a program that rewrites
+        one name in place would change the other name as well.
         """
         effective = os.access in os.supports_effective_ids
         if os.access(source, os.W_OK, effective_ids=effective):
@@ -198,25 +205,25 @@ class FileSystem:
         return True
 
     def copy(self, source: Path, target: Path) -> None:
-        """Create ``target`` as a copy of its own, writable by its owner."""
+        """Create ``target`` as an independent copy, writable by its owner."""
         shutil.copyfile(source, target)
 
     @contextlib.contextmanager
     def lock(self, path: Path, timeout: float) -> Iterator[None]:
-        """Hold the lock of this name; it ends with the process.
+        """Hold the lock at ``path`` in the block; the system releases it when the process ends.
 
-        Raises ``TimeoutError`` after ``timeout`` seconds, and ``OSError`` (EDEADLK) at once where this very thread
-        holds it already: waiting for itself, it would wait in vain.
+        Raises ``TimeoutError`` after ``timeout`` seconds. Raises ``OSError`` (EDEADLK) at once if this thread already
+        holds the lock, because it would wait for itself.
         """
         import filelock
 
-        # told by the thread before it waits, so that a handler of signals finds it at any moment
+        # Added before waiting, so that a signal handler that runs at any moment in this thread finds the entry.
         holder = (os.getpid(), threading.get_ident(), os.path.realpath(path))
         if holder in _HOLDERS:
             raise OSError(
                 errno.EDEADLK,
-                "this very thread is in the midst of a save; a handler of signals, or a hook, must not save by itself. "
-                "Next: let it set a flag, and save in the training loop where the flag is set",
+                "this thread is already saving; a signal handler or a hook must not save. "
+                "Next: set a flag in the handler, and save in the training loop if the flag is set",
                 str(path),
             )
         _HOLDERS.add(holder)
@@ -236,7 +243,8 @@ class FileSystem:
 
 
 def _read_all(descriptor: int, size: int) -> bytes:
-    """The bytes that a file of ``size`` bytes has; thousands of small files are read in one step each."""
+    """Read up to ``size`` bytes. One call of the system suffices for most files, which matters for thousands of
+    them."""
     content = os.read(descriptor, size)
     while len(content) < size:
         more = os.read(descriptor, size - len(content))
@@ -247,9 +255,9 @@ def _read_all(descriptor: int, size: int) -> bytes:
 
 
 def _stat(path: Path, kind: Callable[[int], bool] | None = None, *, follow: bool = True) -> os.stat_result | None:
-    """What is under a name, if it is of that ``kind``; None for nothing, and for a circle of links.
+    """Return the status of a name if it is of this ``kind``; else None, also for a loop of links.
 
-    Raises ``OSError`` where it cannot be told.
+    Raises ``OSError`` if it cannot be determined.
     """
     try:
         found = os.stat(path, follow_symlinks=follow)
@@ -268,5 +276,5 @@ def _changed_at(name: str, parent: int) -> int | None:
     return found.st_mtime_ns if stat.S_ISDIR(found.st_mode) else None
 
 
-#: The disk.
+#: The local disk.
 LOCAL = FileSystem()

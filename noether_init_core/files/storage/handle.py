@@ -1,4 +1,4 @@
-"""Bytes of one object by position: what a store gives (``Storage``), a local file, and what formats read through."""
+"""Read bytes of one stored object by position: the protocol ``Storage``, local files, and the handle for formats."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ Item = TypeVar("Item")
 
 #: Bytes of one read into memory of the caller.
 CHUNK = 4 << 20
-#: How many threads read at once; a few are as fast as the memory.
+#: Number of reading threads; a few saturate the memory.
 THREADS = min(4, max(2, os.cpu_count() or 2))
-#: Neighbouring bytes that one thread takes at a time: threads that take turns within a few megabytes are slower.
+#: Number of neighbouring bytes that one thread reads at a time; threads that alternate within a few MiB are slower.
 GROUP = 32 << 20
 _DIGEST_LENGTHS = {"xxh3_128": 32, "sha256": 64}
 
 
 @runtime_checkable
 class Storage(Protocol):
-    """One stored object: a file, or whatever a private store keeps.
+    """One stored object: a file, or an object in another store, such as a bucket.
 
-    ``open_checkpoint`` takes one in the place of a path. ``str()`` of it names it in messages.
+    ``open_checkpoint`` accepts one in place of a path. Messages name it by its ``str()``. If it has a method ``close``,
+    it is called once.
     """
 
     @property
@@ -49,26 +50,27 @@ class Storage(Protocol):
 
     @property
     def version(self) -> str:
-        """A text that changes when the bytes may have changed, such as an ETag. It is asked for before and after."""
+        """A string that changes whenever the bytes may have changed, such as an ETag; compared before and after
+        reads."""
         ...
 
     def read(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
-        """Fill every memory with the bytes from its offset on. Several threads call this at once.
+        """Fill each memory with the bytes that start at its offset. Several threads call this at the same time.
 
-        Raises ``EOFError`` if the object ends before that, ``OSError`` if it cannot be read.
+        Raises ``EOFError`` if the object ends too early, ``OSError`` if it cannot be read.
         """
         ...
 
 
-#: Memory that is to be filled, the offset of its first byte, and the key that is named if that fails.
+#: Memory to fill, the offset of its first byte in the object, and the key for error messages.
 Transfer = tuple[memoryview, int, str]
 
 
 class Handle:
-    """An open object, so that what was verified is what is read. Not to be written to meanwhile.
+    """An open object: verification and reading use the same handle, so the same bytes.
 
     Attributes:
-        advance: Called with every number of bytes that were read, by the thread that read them; None for nobody.
+        advance: Called with the number of bytes of every read, by the thread that reads; None: nothing is called.
     """
 
     def __init__(self, storage: Storage, path: Path | None = None) -> None:
@@ -80,35 +82,35 @@ class Handle:
 
     @property
     def storage(self) -> Storage:
-        """Where the bytes come from. Raises ``CheckpointError`` once the handle is closed."""
+        """The open storage. Raises ``CheckpointError`` after ``close``."""
         if self._storage is None:
             raise CheckpointError(f"{self.path}: the checkpoint is closed. Next: open_checkpoint again", path=self.path)
         return self._storage
 
     def check_unchanged(self) -> None:
-        """Raise ``CheckpointCorruptError`` if the object was written to since it was opened.
+        """Raise ``CheckpointCorruptError`` if the object was modified since it was opened.
 
-        One open file serves from check to load, so a file that is *replaced* meanwhile does no harm. One that is
-        rewritten in place, as Noether rewrites ``latest``, would be verified in one state and loaded in another.
+        One open file serves from check to load, so *replacing* the file is harmless. A file that is rewritten in place,
+        as Noether rewrites ``latest``, would be verified in one state and loaded in another.
         """
         try:
             is_same = self._storage is None or (self._storage.size, self._storage.version) == (self.size, self._version)
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be reached any more: {error}", path=self.path) from error
+            raise CheckpointError(f"{self.path} is no longer accessible: {error}", path=self.path) from error
         if not is_same:
             raise CheckpointCorruptError(
-                f"{self.path} was written to while it was in use. Next: start again when the run that writes it is "
-                "done, or take a checkpoint that is not written over (E.._U.._S..)",
+                f"{self.path} was modified while it was in use. Next: start again after the run that writes it has "
+                "ended, or select a checkpoint that is never overwritten (E.._U.._S..)",
                 path=self.path,
             )
 
     def check_record(self, record: Record, data: bytes) -> None:
-        """Raise ``CheckpointCorruptError`` if ``data`` does not have the checksum of the record."""
+        """Raise ``CheckpointCorruptError`` if ``data`` does not match the checksum of the record."""
         if record.crc is not None and isal_zlib.crc32(data) != record.crc:
             raise self.damage({record.name: []})
 
     def damage(self, keys: Mapping[str, Sequence[str]]) -> CheckpointCorruptError:
-        """The error for damaged records; ``keys``: name of a record -> the keys whose bytes are in it."""
+        """Return the error for damaged records; ``keys``: name of a record -> the keys whose bytes are in it."""
         parts = (f"{listed(names, 10)} ({record})" if names else record for record, names in keys.items())
         return CheckpointCorruptError(
             f"{self.path} is damaged: the bytes of {listed(parts, 20, separator='; ')} are not those that were "
@@ -118,24 +120,24 @@ class Handle:
         )
 
     def close(self) -> None:
-        """Close it; repeating it does nothing."""
+        """Close the storage; a repeated call does nothing."""
         storage, self._storage = self._storage, None
         close = getattr(storage, "close", None)
         if close is not None:
             close()
 
     def read(self, length: int, offset: int) -> bytes:
-        """Exactly ``length`` bytes. The caller has checked that the object has them."""
+        """Return exactly ``length`` bytes; the caller has checked them against ``size``."""
         return self.read_many([(offset, length)])[0]
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of every range, an offset and a length, that the caller knows the object to have."""
+        """Return the bytes of each range (offset, length); the caller has checked them against ``size``."""
         buffers = [(offset, bytearray(length)) for offset, length in ranges]
         self._fill([(offset, memoryview(buffer)) for offset, buffer in buffers])
         return [bytes(buffer) for _offset, buffer in buffers]
 
     def read_into(self, target: memoryview, offset: int, key: str = "") -> None:
-        """Fill ``target``. Raises ``CheckpointCorruptError`` if the object has become shorter than it was."""
+        """Fill ``target``. Raises ``CheckpointCorruptError`` if the object was truncated since it was opened."""
         self._fill([(offset, target)], key)
 
     def _fill(self, ranges: Sequence[tuple[int, memoryview]], key: str = "") -> None:
@@ -146,7 +148,7 @@ class Handle:
             raise CheckpointCorruptError(
                 f"{self.path} {error}"
                 + (f", within {key!r}" if key else "")
-                + f", though it had {self.size} bytes when it was opened: it was cut off meanwhile",
+                + f", though it had {self.size} bytes when it was opened: it was truncated meanwhile",
                 path=self.path,
                 key=key,
             ) from error
@@ -157,7 +159,7 @@ class Handle:
             self.advance(sum(target.nbytes for _offset, target in ranges))
 
     def read_all(self, transfers: Iterable[Transfer]) -> None:
-        """Fill every target, large amounts with several threads."""
+        """Fill every target; large amounts are read by several threads."""
 
         def read(group: Sequence[Transfer]) -> None:
             for piece in group:
@@ -172,20 +174,23 @@ class Handle:
         by_threads([(piece[0].nbytes, piece) for piece in pieces], read)
 
     def check_digest(self, digest: str) -> None:
-        """Compare the whole object with ``xxh3_128:<hex>`` or ``sha256:<hex>``."""
+        """Compare the complete object with ``xxh3_128:<hex>`` or ``sha256:<hex>``.
+
+        Raises ``CheckpointCorruptError`` for another digest, ``CheckpointError`` for an invalid ``digest``.
+        """
         problem = digest_problem(digest)
         if problem:
             raise CheckpointError(problem, path=self.path)
         found = self.digest(digest.partition(":")[0])
         if found != digest:
             raise CheckpointCorruptError(
-                f"{self.path} has the digest {found}, expected was {digest}: "
+                f"{self.path} has the digest {found}, expected {digest}: "
                 "it is damaged, or another file. Next: copy it again, or take an older checkpoint",
                 path=self.path,
             )
 
     def digest(self, algorithm: str) -> str:
-        """``<algorithm>:<hex>`` of the whole object; the algorithm is ``xxh3_128`` or ``sha256``."""
+        """Return ``<algorithm>:<hex>`` of the complete object; the algorithm is ``xxh3_128`` or ``sha256``."""
         state = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
         buffer = memoryview(bytearray(min(CHUNK, self.size)))
         for offset in range(0, self.size, CHUNK):
@@ -196,21 +201,22 @@ class Handle:
 
 
 def digest_problem(digest: str) -> str:
-    """What is wrong with the form of a digest; empty where it can be checked."""
+    """Return what is wrong with the form of a digest; empty for a valid one."""
     algorithm, _, expected = digest.partition(":")
     if len(expected) == _DIGEST_LENGTHS.get(algorithm) and set(expected) <= set("0123456789abcdef"):
         return ""
     return (
-        f"{digest!r} is no digest that can be checked. Write xxh3_128:<32 hexadecimal digits> or "
-        "sha256:<64 hexadecimal digits>, in small letters"
+        f"{digest!r} is not a valid digest. Next: write xxh3_128:<32 hexadecimal digits> or "
+        "sha256:<64 hexadecimal digits>, in lower case"
     )
 
 
 def by_threads(items: Iterable[tuple[int, Item]], work: Callable[[list[Item]], None]) -> None:
-    """``work`` for groups of neighbours, with several threads where there are several; the first error is raised.
+    """Call ``work`` for groups of neighbouring items, in several threads if there are several groups.
 
-    Each item comes after its number of bytes. A group has at least ``GROUP // 4`` of them; the largest goes first, so
-    that no thread is left alone.
+    Each item is given with its number of bytes. A group has at least ``GROUP // 4`` bytes. The largest group goes
+    first,
+    so that no thread works alone at the end. The first error is raised.
     """
     groups: list[list[Item]] = []
     sizes: list[int] = []
@@ -230,7 +236,7 @@ def by_threads(items: Iterable[tuple[int, Item]], work: Callable[[list[Item]], N
             pass
 
 
-# A FIFO must not block, and a terminal must not become ours.
+# O_NONBLOCK: opening a FIFO must not wait for a writer. O_NOCTTY: a terminal must not become that of the process.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
 
 
@@ -242,21 +248,20 @@ class LocalFile:
 
     @property
     def size(self) -> int:
-        """Number of bytes now."""
+        """Current number of bytes."""
         return os.fstat(self.descriptor).st_size
 
     @property
     def version(self) -> str:
-        """Time of modification.
+        """Time of modification (mtime).
 
-        A program that puts the time back after it has written is not found: the time of change, which it could not put
-        back, also moves when our writer gives the file a further name or takes one away, as it does beside readers at
-        every save.
+        A program that sets the mtime back after writing is not detected. The ctime would detect it, but it also changes
+        when a writer adds or removes a hard link, as every save of this package does while others read.
         """
         return str(os.fstat(self.descriptor).st_mtime_ns)
 
     def read(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
-        """Fill every memory with the bytes from its offset on. Raises ``EOFError`` if the file ends before that."""
+        """Fill each memory with the bytes that start at its offset. Raises ``EOFError`` if the file ends too early."""
         for offset, target in ranges:
             done, length = 0, len(target)
             while done < length:
@@ -274,7 +279,10 @@ class LocalFile:
 
 
 def open_file(path: Path) -> Handle:
-    """Open a regular file, symbolic links followed; anything else is refused without blocking."""
+    """Open a regular file, symbolic links followed; anything else is refused without blocking.
+
+    Raises ``CheckpointNotFoundError``, ``CheckpointFormatError`` for another type of file, else ``CheckpointError``.
+    """
     try:
         descriptor = os.open(path, _FLAGS)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -294,19 +302,19 @@ def open_file(path: Path) -> Handle:
     except BaseException as error:
         os.close(descriptor)
         if isinstance(error, OSError):
-            raise CheckpointError(f"{path} cannot be reached: {error}", path=path) from error
+            raise CheckpointError(f"{path} cannot be read: {error}", path=path) from error
         raise
 
 
 def _not_regular(path: Path, what: str) -> CheckpointFormatError:
-    return CheckpointFormatError(f"{path} is a {what}, not a checkpoint file. Name the file itself", path=path)
+    return CheckpointFormatError(f"{path} is a {what}, not a checkpoint file. Next: give the file itself", path=path)
 
 
 def _neighbours(path: Path) -> str:
     try:
         names = sorted(entry.name for entry in os.scandir(path.parent) if entry.name.endswith(path.suffix or ".th"))
     except OSError:
-        return f", nor can its folder {path.parent} be listed"
+        return f", and its folder {path.parent} cannot be listed"
     if not names:
-        return f". The folder {path.parent} has no such file"
-    return f". The folder {path.parent} has: {listed(names)}"
+        return f". The folder {path.parent} has no {path.suffix or '.th'} file"
+    return f". Found in {path.parent}: {listed(names)}"

@@ -43,7 +43,7 @@ def lineage() -> Lineage:
     )
     nodes = [
         LineageNode("weights.safetensors", "file", None, None, "weights.safetensors"),
-        LineageNode("gone", "missing", "gone", None, "runs/gone", note="it is not there any more"),
+        LineageNode("gone", "missing", "gone", None, "runs/gone", note="no longer at the recorded path"),
         *(
             LineageNode(name, "run", name, None, f"runs/{name}", (one,))
             for name in ("pretrain", "tune", "fork", "distill")

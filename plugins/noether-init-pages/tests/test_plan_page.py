@@ -355,7 +355,7 @@ def test_the_page_needs_nothing_but_itself(page_file: Path) -> None:
 
 def test_an_unknown_format_or_version_is_refused(plan: LoadPlan) -> None:
     """Better no page than one that shows something else."""
-    with pytest.raises(ValueError, match="no page for format 'noether-init-kinds'"):
+    with pytest.raises(ValueError, match="no page for the format 'noether-init-kinds'"):
         html_page({"format": "noether-init-kinds", "version": 1})
     with pytest.raises(ValueError, match="version 2 cannot be shown"):
         html_page({**plan.to_dict(), "version": 2})

@@ -62,7 +62,9 @@ def test_buffers_and_whole_numbers_are_never_touched() -> None:
     after = versions(module)
     assert {name for name in before if after[name] == before[name]} == kept
     assert all(torch.equal(module.state_dict()[name], values[name]) for name in kept)
-    with pytest.raises(PlanError, match=r"rules.0: codes matches nothing earlier rules left. Near:"):
+    with pytest.raises(
+        PlanError, match=r"rules.0: codes matches no parameter, apart from those of earlier rules. Near:"
+    ):
         start(bind(module, name="net"), {"match": "codes", "init": "ones_"})
 
 
@@ -76,7 +78,9 @@ def test_a_tied_parameter_is_drawn_once_under_its_first_name() -> None:
     assert torch.equal(module["head"].weight, drawn("embed.weight", 5, 3))
     assert module["embed"].weight._version == version + 1
     assert report.initializers[0].restored == ("1 drawn with seed 0",)
-    with pytest.raises(PlanError, match=r"head.weight matches nothing earlier rules left. Near: embed.weight"):
+    with pytest.raises(
+        PlanError, match=r"head.weight matches no parameter, apart from those of earlier rules. Near: embed.weight"
+    ):
         start(bind(module, name="net"), {"match": "head.weight", "init": "ones_"})
 
 
@@ -142,9 +146,9 @@ def test_leftovers_keep_their_values_and_are_named(caplog: pytest.LogCaptureFixt
         report = start(bind(module, name="net"), {"match": "0.*", "init": "ones_"}, seed=7)
     left = ["1.weight", "1.bias", "2.weight", "2.bias", "3.weight", "3.bias", "4.weight", "4.bias"]
     assert str(report) == (
-        "start E0_U0_S0\nrandom: no files (2 drawn with seed 7; left as they are: " + ", ".join(left) + ")"
+        "start E0_U0_S0\nrandom: no files (2 drawn with seed 7; not changed: " + ", ".join(left) + ")"
     )
-    assert caplog.messages == ["random: 2 drawn with seed 7; left as they are: " + ", ".join(left)]
+    assert caplog.messages == ["random: 2 drawn with seed 7; not changed: " + ", ".join(left)]
     assert all(torch.equal(before[name], one) for name, one in module.named_parameters() if name in left)
     assert module[0].weight.item() == 1.0
     module.append(torch.nn.Linear(1, 1))
@@ -178,7 +182,7 @@ def test_a_fresh_head_on_weights_from_a_file(tmp_path: Any) -> None:
     assert torch.equal(module["head"].weight, drawn("head.weight", 2, 3))
     assert report.fresh_parameters() == ("head.weight", "head.bias")
     assert [one.kind for one in report.initializers] == ["file", "random"]
-    assert report.initializers[1].restored[1] == "left as they are: body.weight, body.bias"
+    assert report.initializers[1].restored[1] == "not changed: body.weight, body.bias"
 
 
 def refused(module: torch.nn.Module, message: str) -> None:
@@ -216,7 +220,7 @@ def test_parameters_of_inference_mode_are_refused_beforehand() -> None:
     """Torch itself would refuse them only when others had been written."""
     with torch.inference_mode():
         module = torch.nn.Linear(3, 2)
-    with pytest.raises(PlanError, match="it is sharded, quantized or of inference mode"):
+    with pytest.raises(PlanError, match="it is sharded, quantized or an inference tensor"):
         start(bind(module, name="net"), ONES)
 
 
@@ -230,7 +234,7 @@ def test_sharded_parameters_are_refused_beforehand() -> None:
         mesh = init_device_mesh("cpu", (1,))
         module.bias = torch.nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Shard(0)]))
         before = module.weight.clone()
-        with pytest.raises(PlanError, match="cannot draw bias: it is sharded, quantized or of inference mode"):
+        with pytest.raises(PlanError, match="cannot draw bias: it is sharded, quantized or an inference tensor"):
             start(bind(module, name="net"), ONES)
         assert torch.equal(module.weight, before)
     finally:
@@ -240,5 +244,5 @@ def test_sharded_parameters_are_refused_beforehand() -> None:
 def test_a_plain_module_is_told_to_be_bound() -> None:
     """The hook called alone on what is no model."""
     (initializer,) = InitializerStack.from_config([{"kind": "random", "rules": [ONES]}]).initializers
-    with pytest.raises(ConfigError, match=r"a Linear has no name.*Next: bind\(module"):
+    with pytest.raises(ConfigError, match=r"a Linear is not a model.*Next: bind\(module"):
         initializer.init_weights(torch.nn.Linear(1, 1))

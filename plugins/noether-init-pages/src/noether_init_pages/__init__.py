@@ -1,6 +1,6 @@
-"""Pages: a plan, a report, a comparison or a lineage of noether-init-core as one HTML file that needs nothing else.
+"""Pages: show a plan, a report, a comparison or a lineage of noether-init-core as one self-contained HTML file.
 
-What stands on a page comes from the JSON of its value, which is embedded in it; scripts and styles are in ``assets``.
+The content of a page is the JSON of its value, which is embedded in it. Scripts and styles are in ``assets``.
 """
 
 from __future__ import annotations
@@ -19,49 +19,52 @@ import attrs
 
 from noether_init_core.render.text import MARKS
 
-__all__ = ["SaysItself", "html_page"]
+__all__ = ["HasToDict", "html_page"]
 
-#: Of Apache ECharts, from which ``tools/charts`` makes ``charts.min.js``.
+#: Version of Apache ECharts in ``charts.min.js``, which ``tools/charts`` builds.
 CHARTS_VERSION = "6.1.0"
 _VERSION = 1
-# Larger data are compressed, to a tenth and less.
+# Larger data are compressed, to a tenth of the size or less.
 _MOST_READABLE = 1_000_000
 _MOST_NAMES = 3
 
 
-class SaysItself(Protocol):
-    """A plan, a report, a comparison, a lineage."""
+class HasToDict(Protocol):
+    """A plan, a report, a comparison or a lineage."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What it says, as plain data with ``format`` and ``version``."""
+        """Return plain data with ``format`` and ``version``."""
         ...
 
 
-def html_page(value: SaysItself | Mapping[str, Any], *, title: str | None = None) -> str:
-    """One self-contained HTML page about a plan, a report, a comparison of checkpoints or a lineage.
+def html_page(value: HasToDict | Mapping[str, Any], *, title: str | None = None) -> str:
+    """Return one self-contained HTML page about a plan, a report, a comparison of checkpoints or a lineage.
+
+    The page fetches nothing. A content security policy with digests allows only its own scripts. It follows the light
+    or dark mode of the reader, and can be printed. Write it as UTF-8. The same value gives the same page; torch is not
+    imported.
 
     Args:
-        value: ``LoadPlan``, ``InitReport``, ``CheckpointDiff``, ``Lineage``, or the JSON that one of them wrote.
-        title: One line of plain text; None: what the value is about.
+        value: ``LoadPlan``, ``InitReport``, ``CheckpointDiff``, ``Lineage``, or their JSON data.
+        title: One line of plain text; None: a title from the value.
 
-    The page fetches nothing, runs no script but its own (a content security policy names their digests), follows
-    light and dark, and can be printed. Its numbers are those of the JSON, which is embedded in it. Write it as UTF-8.
-    The same value gives the same page; torch is not needed.
-
-    Raises ``ValueError`` for data of another format or of a newer version.
+    Raises ``ValueError`` for data of another format or version.
     """
     data = dict(value) if isinstance(value, Mapping) else value.to_dict()
     name, version = data.get("format"), data.get("version")
     if not isinstance(name, str) or name not in _PAGES:
-        raise ValueError(f"there is no page for format {name!r}; there are pages for: {', '.join(_PAGES)}")
+        raise ValueError(f"no page for the format {name!r}; there are pages for: {', '.join(_PAGES)}")
     if version != _VERSION:
-        raise ValueError(f"{name} of version {version!r} cannot be shown; this release shows version {_VERSION}")
+        raise ValueError(
+            f"{name} of version {version!r} cannot be shown; this release shows version {_VERSION}. "
+            "Next: pip install --upgrade noether-init-pages"
+        )
     about, command = _PAGES[name](data)
     return _document(name.removeprefix("noether-init-"), about if title is None else title, data, command)
 
 
 def _of_plan(data: Mapping[str, Any]) -> tuple[str, str]:
-    """What a page is about, and the command that says the same as text, for readers without JavaScript."""
+    """Return the title of a page, and the command that prints the same as text, for readers without JavaScript."""
     models = _some(one["model"] for one in data["origins"])
     return f"What {data['kind'] or 'the config'} will do to {models or 'the model'}", "ninit plan CONFIG"
 
@@ -116,13 +119,13 @@ def _document(page: str, title: str, data: dict[str, Any], command: str) -> str:
 
 
 def _json(data: Any) -> str:
-    """JSON that no HTML parser mistakes for markup, whatever names a file has; strict, so that browsers read it."""
+    """Return strict JSON without characters of HTML markup, because names in files may be hostile."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _stored(text: str) -> tuple[str, str]:
-    """Type and text of the element with the data: readable, or compressed where a page would get large."""
+    """Return type and text of the element with the data: plain, or compressed if the page would be large."""
     if len(text) <= _MOST_READABLE:
         return "application/json", text
     return "application/gzip", base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
