@@ -1,7 +1,7 @@
 # Development of noether-init-core. `make env` needs Python 3.11 or newer and pip, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help env browser demo test lint docs bench house faults charts pictures transcripts clean
+.PHONY: help env browser demo test test-pythons test-noether test-real lint docs bench house faults charts pictures transcripts clean
 
 # The first Python that is new enough; PYTHON3=... chooses another.
 PYTHON3 ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 PLUGINS := $(dir $(wildcard plugins/*/pyproject.toml))
 
 help:  ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
 
 env: $(STAMP)  ## Create .venv with everything for development
 
@@ -34,8 +34,18 @@ browser:  ## Install Chromium where Debian's packages can be installed
 		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 		|| echo "no Chromium, and it cannot be installed here: tests of pages are skipped" >&2
 
+# SHUFFLE=1 (any text) runs them in a random order, the same one for the same text.
 test: env browser  ## Run the tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(if $(SHUFFLE),--no-loadscope-reorder --shuffle=$(SHUFFLE))
+
+test-pythons: env  ## Run the tests that need no torch on other Pythons
+	$(PYTHON) tools/pythons.py
+
+test-noether: env  ## Compare with what Noether itself has written and computed
+	$(PYTHON) -m pytest tests/noether tests/files/test_reader_noether_files.py
+
+test-real: env  ## Read files that other software has written
+	$(PYTHON) -m pytest tests/files/test_reader_other_software.py
 
 lint: env  ## Check style and types
 	$(PYTHON) -m ruff check .

@@ -10,6 +10,7 @@ numbers, with manifests of their own. Nothing waits for the disk while sets are 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import statistics
@@ -109,7 +110,7 @@ def saves(folder: Path, rounds: int) -> str:
     taken: dict[int, list[float]] = {FEW: [], MANY: []}
     for number in range(MANY + 1, MANY + 1 + rounds):
         for count, writer in writers.items():
-            taken[count].append(seconds(lambda writer=writer, number=number: writer.save(saved, at(number))))
+            taken[count].append(seconds(functools.partial(writer.save, saved, at(number))))
     few, many = (statistics.median(taken[count][1:]) for count in (FEW, MANY))
     rows = [f"| {FEW} | {1000 * few:.1f} ms | 1 |", f"| {MANY} | {1000 * many:.1f} ms | {many / few:.2f} |"]
     return "\n".join(["| kept sets | a save with retention | ratio |", "|---|---:|---:|", *rows])

@@ -63,7 +63,7 @@ def main() -> None:
         began = time.perf_counter()
         found = suggest(sources, targets)
         took = time.perf_counter() - began
-        print(f"| {case} | {len(sources)} | {len(found.rules)} | {100 * found.coverage:.0f} % | {took:.2f} |")
+        print(f"| {case} | {len(sources)} | {len(found.rules)} | {100 * found.plan.coverage():.0f} % | {took:.2f} |")
 
 
 if __name__ == "__main__":

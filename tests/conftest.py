@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from support.foreign import ForeignPackages
 
-pytest_plugins = ["noether_init_core.testing"]
+from noether_init_core import PathProvider
+
+# the tests of the part that needs no torch run without it, too: `make test-pythons`
+pytest_plugins = ["noether_init_core.testing"] if find_spec("torch") else []
 
 # how long an example takes depends on the machine and its load
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -17,14 +22,24 @@ settings.load_profile("any machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--backwards`` finds tests that only pass because of the ones before them."""
-    parser.addoption("--backwards", action="store_true", help="run the tests in the opposite order")
+    """``--shuffle=SEED`` finds tests that only pass because of the ones before them."""
+    parser.addoption("--shuffle", metavar="SEED", help="run the files, and the tests of each file, in a random order")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """The seed, which gives the same order again."""
+    seed = config.getoption("--shuffle")
+    return f"shuffled: --shuffle={seed}" if seed else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Turn the order round, where that is asked for."""
-    if config.getoption("--backwards"):
-        items.reverse()
+    """Shuffle files and the tests of each, alike in every worker; the tests of a file stay together."""
+    if seed := config.getoption("--shuffle"):
+        # a generator of its own: the tests draw the same numbers in every order
+        generator = random.Random(seed)
+        places = {path: generator.random() for path in sorted({item.path for item in items})}
+        generator.shuffle(items)
+        items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +50,12 @@ def noether_runs() -> Path:
         if folder.is_dir():
             return folder
     pytest.skip("the folder shared/noether_runs is absent")
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> PathProvider:
+    """The folders of a run without stages."""
+    return PathProvider(tmp_path, "run")
 
 
 @pytest.fixture

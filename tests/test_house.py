@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_a_walk_counts_files_changes_and_depth(house: ModuleType, tmp_path: Path
         "outer": "def ask(through):\n    return through() + through()\n",
     }.items():
         (package / f"{name}.py").write_text(text)
-    spaces = {}
+    spaces: dict[str, dict[str, Any]] = {}
     for name in ("inner", "outer"):
         path = package / f"{name}.py"
         spaces[name] = {}

@@ -77,8 +77,7 @@ def _imports(module: str, *, only_at_import_time: bool = False) -> set[str]:
     tree = ast.parse(MODULES[module].read_text())
     skipped: set[ast.AST] = set()
     for node in ast.walk(tree):
-        is_for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if only_at_import_time and is_for_types:
+        if only_at_import_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             skipped.update(inner for statement in node.body for inner in ast.walk(statement))
         if only_at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             skipped.update(ast.walk(node))

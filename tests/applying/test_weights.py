@@ -20,8 +20,7 @@ def converted(folder: Path, values: Any, source: torch.dtype, target: torch.dtyp
     module.register_buffer("b", torch.zeros(len(values), dtype=target))
     config = {"kind": "file", "path": str(folder / "a.pt"), "cast": cast}
     InitializerStack.from_config([config]).initialize(bind(module, name="net"))
-    loaded: torch.Tensor = module.b
-    return loaded
+    return module.get_buffer("b")
 
 
 @pytest.mark.parametrize(

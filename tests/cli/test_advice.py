@@ -61,14 +61,14 @@ def test_advice_after_a_wrong_line_is_that_line_mended(invoke: Invoke, typed: st
     result = invoke(*shlex.split(typed))
     assert result.code == 2
     said = result.err.splitlines()[-1].split("Next: ")[1]
-    assert said == (f"ninit {following}" if following else "--html and its value, or --help behind the command")
+    assert said == (f"ninit {following}" if following else "--html VALUE, or --help after the command")
 
 
 def test_a_name_that_is_nearly_right_is_advised(invoke: Invoke) -> None:
     """Of the module that was typed."""
     result = invoke("plan", "init.yaml", "--model", "advice_train:biuld", "--runs", "runs")
     assert result.code == 2
-    assert "advice_train has no 'biuld'. Near: build. Next: --model advice_train:build" in result.err
+    assert "'biuld' not found in advice_train. Near: build. Next: --model advice_train:build" in result.err
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_an_option_with_one_value_is_given_once(invoke: Invoke, typed: tuple[str
     """Neither of two wins without a word."""
     result = invoke(*typed)
     assert (result.code, result.out) == (2, "")
-    assert "takes one value, and was given 2 times. Next: leave out all but one" in result.err
+    assert "was given 2 times, and takes one value. Next: remove all but one" in result.err
 
 
 def test_an_option_with_several_values_and_a_flag_may_be_repeated(invoke: Invoke) -> None:
@@ -104,7 +104,7 @@ def test_plan_says_what_auto_resume_decided(invoke: Invoke) -> None:
     assert misspelt.err == f"auto_resume: fintune {fresh}. Near: finetune\n"
     assert plan(invoke, "another-one").err == f"auto_resume: another-one {fresh}\n"
     assert plan(invoke, "staged").err == (
-        f"auto_resume: staged {fresh}. Stages of it that have some: train. Next: --stage-name train\n"
+        f"auto_resume: staged {fresh}. Stages with checkpoints: train. Next: --stage-name train\n"
     )
     assert plan(invoke, "staged", "--stage-name", "train").err == "auto_resume: resumed from E0_U0_S0\n"
     resumed = plan(invoke, "finetune", "--json", "-")
@@ -180,7 +180,7 @@ def test_a_page_is_advised_only_where_it_can_be_written(invoke: Invoke, monkeypa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("auto_resume: true\n", "auto_resume resumes this very run from its own checkpoints"),
+        ("auto_resume: true\n", "auto_resume resumes this run from its own checkpoints"),
         ("initializers: [{kind: resume}]\n", "resume needs --runs FOLDER --run-id ID, or output_path and run_id"),
     ],
 )
@@ -199,5 +199,5 @@ def test_an_output_root_that_is_not_there_is_said_in_options(invoke: Invoke, tmp
     (tmp_path / "init.yaml").write_text("initializers: [{kind: previous_run, run_id: finetune}]\n")
     result = invoke("plan", "init.yaml", "--model", "advice_train:build", "--runs", "rnus")
     assert result.code == 1
-    assert "say the folder of the runs with output_path:, or with --runs FOLDER\n" in result.err
+    assert "set output_path: to the folder of the runs, or use --runs FOLDER\n" in result.err
     assert "PathProvider" not in result.err

@@ -25,6 +25,7 @@ from noether_init_core import (
 )
 from noether_init_core.cli import config as command
 from noether_init_core.errors import InitError
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.saving import file_writing
 from noether_init_core.saving.file_writing import write_weights
 
@@ -103,7 +104,7 @@ def folder(tmp_path: Path) -> Path:
     namespace: dict[str, object] = {}
     exec(MODELS, namespace)
     torch.manual_seed(7)
-    old = namespace["Network"](10)  # type: ignore[operator]
+    old = namespace["Network"](10)
     CheckpointWriter(PathProvider(tmp_path / "runs", "pretrain"), flat_names=True).save(
         bind(old, name="net"), TrainingIteration(1, 1, 1)
     )
@@ -135,11 +136,11 @@ def test_the_file_holds_what_the_plan_said(folder: Path, name: str) -> None:
     namespace: dict[str, object] = {}
     exec(MODELS, namespace)
     torch.manual_seed(0)
-    fresh = namespace["Network"]()  # type: ignore[operator]
+    fresh = namespace["Network"]()
     assert torch.equal(state["head.weight"], fresh.head.weight)
     line = next(line for line in done.stdout.splitlines() if line.startswith("  - {kind: file"))
     digest = line.split("digest: '")[1].split("'")[0]
-    again = namespace["Network"]()  # type: ignore[operator]
+    again = namespace["Network"]()
     config = {"kind": "file", "path": str(folder / name), "digest": digest}
     InitializerStack.from_config([config]).initialize(bind(again, name="net"))
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
@@ -171,14 +172,14 @@ def test_nothing_is_written_over_unless_that_is_wanted(folder: Path) -> None:
     (folder / "start.th").write_text("mine")
     refused = apply(folder, "init.yaml", "--out", "start.th")
     assert refused.returncode == 1
-    assert "start.th is there already" in refused.stderr
+    assert "start.th exists and was not changed" in refused.stderr
     assert (folder / "start.th").read_text() == "mine"
     assert apply(folder, "init.yaml", "--out", "start.th", "--force").returncode == 0
     assert torch.load(folder / "start.th", weights_only=True)
     (folder / "again.yaml").write_text("initializers:\n  - {kind: file, path: start.th}\n")
     before = (folder / "start.th").read_bytes()
     source = apply(folder, "again.yaml", "--out", "start.th", "--force")
-    assert (source.returncode, "is what the weights were read from" in source.stderr) == (1, True)
+    assert (source.returncode, "is the file that the weights were read from" in source.stderr) == (1, True)
     assert (folder / "start.th").read_bytes() == before
 
 
@@ -204,7 +205,7 @@ def test_ties_and_extra_state(folder: Path) -> None:
     assert again.returncode == 0, again.stderr
     refused = apply(folder, "empty.yaml", "--out", "extra.safetensors", "--model", "models:extra")
     assert refused.returncode == 1
-    assert "_extra_state is no tensor" in refused.stderr
+    assert "_extra_state is not a tensor" in refused.stderr
     assert not list(folder.glob("*extra*"))
     assert apply(folder, "empty.yaml", "--out", "extra.th", "--model", "models:extra").returncode == 0
     assert torch.load(folder / "extra.th", weights_only=True)["_extra_state"] == {"seen": 3}
@@ -240,7 +241,9 @@ def test_a_run_that_is_resumed_gives_its_weights_alone(folder: Path) -> None:
         assert all(torch.equal(value, state_dict[key]) for key, value in network.state_dict().items())
     nothing = apply(folder, "auto.yaml", "--out", "new.pt", "--model-name", "net")
     assert nothing.returncode == 0
-    assert nothing.stderr == ("auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID\n")
+    assert nothing.stderr == (
+        "auto_resume: planned as the first start of a new run; for a run with sets: --run-id ID\n"
+    )
     assert "2 parameters fresh" in nothing.stdout
 
 
@@ -249,7 +252,8 @@ def test_a_run_that_is_not_named_is_told_as_made_up(folder: Path) -> None:
     (folder / "this.yaml").write_text("initializers:\n  - kind: resume\n")
     refused = apply(folder, "this.yaml", "--out", "new.pt")
     assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1] == "new-1 is a new run, made up since none was given. Next: --run-id ID"
+    message = "new-1 is a placeholder, because --run-id was not given. Next: --run-id ID"
+    assert refused.stderr.splitlines()[-1] == message
 
 
 def test_an_unknown_suffix_names_those_that_there_are(folder: Path) -> None:
@@ -275,14 +279,14 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 
 def test_a_file_that_comes_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes with one name: the second one says so."""
-    whole = file_writing.open_checkpoint
+    whole = open_checkpoint
 
     def meanwhile(path: Path) -> object:
         (tmp_path / "new.th").write_text("theirs")
         return whole(path)
 
     monkeypatch.setattr(file_writing, "open_checkpoint", meanwhile)
-    with pytest.raises(CheckpointWriteError, match="came to be meanwhile"):
+    with pytest.raises(CheckpointWriteError, match="was created by another program meanwhile"):
         write_weights(tmp_path / "new.th", {"w": torch.ones(2)})
     assert (tmp_path / "new.th").read_text() == "theirs"
 
@@ -305,7 +309,7 @@ def test_only_the_folder_of_a_run_is_closed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     write_weights(tmp_path / "checkpoints" / "new.th", {"w": torch.ones(2)})
     (tmp_path / "run" / "checkpoints" / "sets").mkdir(parents=True)
-    with pytest.raises(CheckpointWriteError, match="lies among checkpoints of a run"):
+    with pytest.raises(CheckpointWriteError, match="is in the folder of checkpoints of a run"):
         write_weights(tmp_path / "run" / "checkpoints" / "new.th", {"w": torch.ones(2)})
 
 
@@ -330,7 +334,7 @@ def test_a_report_of_somebody_else_is_kept_and_several_files_are_one_matter(fold
     """Found out before anything is written; what was written is taken back where the rest fails."""
     (folder / "start.th.report.json").write_text("precious")
     refused = apply(folder, "init.yaml", "--out", "start.th")
-    assert (refused.returncode, "start.th.report.json is there already" in refused.stderr) == (1, True)
+    assert (refused.returncode, "start.th.report.json exists" in refused.stderr) == (1, True)
     assert (folder / "start.th.report.json").read_text() == "precious"
     assert not (folder / "start.th").exists()
     half = apply(folder, "empty.yaml", "--out", "s-{model}.safetensors", "--model", "models:half_bad")
@@ -354,7 +358,7 @@ def test_what_a_later_kind_draws_counts_as_fresh(folder: Path) -> None:
     report = json.loads((folder / "start.th.report.json").read_text())
     by_name = {record["name"]: record for record in report["tensors"]}
     assert (by_name["backbone.weight"]["source"], by_name["backbone.bias"]["source"]) == (None, 0)
-    assert by_name["backbone.weight"]["rule"] == "random gave it its value"
+    assert by_name["backbone.weight"]["rule"] == "set by random"
 
 
 @pytest.mark.parametrize("out", ["", "x" * 300 + ".th"])

@@ -61,9 +61,9 @@ def test_a_right_kind_has_no_finding(foreign: ForeignPackages) -> None:
     assert lines[0] == "right  right-init 1.0  right_check:K"
     assert lines[1].endswith("right_check.py")
     assert lines[2:] == [
-        " = nothing to mend that can be seen without running it",
+        " = no problem found without running it",
         "problems: 0, advice: 0",
-        "Next: the rest shows when it runs: python -m pytest, with noether_init_core.testing",
+        "Next: python -m pytest, with noether_init_core.testing, which runs the kind",
     ]
 
 
@@ -86,7 +86,7 @@ def test_every_breach_of_the_contract_is_a_problem_with_a_fix(foreign: ForeignPa
         ("problem", "config_class is <class 'dict'>"),
         ("problem", "init_optimizer(model) is not implemented"),
         ("problem", "__init__ cannot be called with (config"),
-        ("problem", "init_optim is no hook and would never be called; did you mean init_optimizer?"),
+        ("problem", "init_optim is not a hook and would never be called; did you mean init_optimizer?"),
         ("problem", "init_trainer is async"),
         ("problem", "init_weights takes module"),
         ("problem", "check cannot be called with (model"),
@@ -112,7 +112,7 @@ def test_what_will_trouble_later_is_advice(foreign: ForeignPackages) -> None:
     assert code == 0
     assert [message.partition(",")[0] for message in found] == [
         "later-init does not require noether-init-core",
-        "later-init does not say which versions of Python it runs on",
+        "later-init does not declare the versions of Python that it supports",
         "it does not declare the contract that it was written for",
         "it has no check",
         "the key inner has no description",
@@ -131,7 +131,7 @@ def test_what_is_no_initializer_is_a_problem(source: str, what: str, foreign: Fo
     install(foreign, name, source)
     code, output = check(name)
     assert code == 1
-    assert f" x {name}_check:K is {what}, and no subclass of InitializerBase\n" in output
+    assert f" x {name}_check:K is {what}, not a subclass of InitializerBase\n" in output
 
 
 def test_nothing_of_the_kind_is_called(foreign: ForeignPackages, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_listing_kinds_imports_no_torch() -> None:
 def test_a_terminal_of_ascii_gets_all_of_it(arguments: list[str], tmp_path: Path) -> None:
     """What it cannot show is spelt out; nothing is lost, and nothing raised."""
     environment = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PATH": "/usr/bin:/bin"}
-    words = [Path(sys.executable).with_name("ninit"), *arguments]
+    words = [str(Path(sys.executable).with_name("ninit")), *arguments]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.isascii()
@@ -320,7 +320,7 @@ def test_a_terminal_of_ascii_gets_all_of_it(arguments: list[str], tmp_path: Path
 @pytest.mark.parametrize("arguments", [["kinds"], ["kinds", "--json"], []])
 def test_a_full_disk_behind_the_output_is_told(arguments: list[str], tmp_path: Path) -> None:
     """In a line, not by a traceback."""
-    words = [Path(sys.executable).with_name("ninit"), *arguments]
+    words = [str(Path(sys.executable).with_name("ninit")), *arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode != 0

@@ -37,7 +37,7 @@ def test_everything_that_it_says_to_type_works(kind: str, tmp_path: Path) -> Non
     without_run = typed(plan.split(" --run-id")[0], tmp_path)
     assert without_run.returncode == 0, without_run.stderr
     assert without_run.stderr == (
-        "auto_resume: as at the first start of a new run; for a run that has sets: --run-id ID\n"
+        "auto_resume: planned as the first start of a new run; for a run with sets: --run-id ID\n"
     )
     planned = typed(plan, tmp_path)
     decided, page = planned.stderr.splitlines()
@@ -68,7 +68,7 @@ def test_nothing_that_exists_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "init.yaml").write_text("mine")
     refused = typed("ninit example resume", tmp_path)
     assert refused.returncode == 1
-    assert refused.stderr.startswith("init.yaml: there already, and nothing was written. Next: another folder")
+    assert refused.stderr.startswith("init.yaml exists; nothing was written. Next: ninit example previous_run example")
     assert [path.name for path in tmp_path.iterdir()] == ["init.yaml"]
     assert (tmp_path / "init.yaml").read_text() == "mine"
     elsewhere = typed("ninit example resume 'a folder'", tmp_path)

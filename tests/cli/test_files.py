@@ -22,7 +22,7 @@ REPORT = InitReport(TrainingIteration(0, 0, 0))
 def test_a_page_has_a_name_of_a_page(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else is behind the option is a slip of the hand."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(typer.BadParameter, match=r"is no \.html file\. Next: --html "):
+    with pytest.raises(typer.BadParameter, match=r"is not a \.html file\. Next: --html "):
         check_target(Path(name), "--html")
 
 
@@ -38,7 +38,7 @@ def test_what_was_not_written_by_the_option_is_kept(tmp_path: Path) -> None:
         ("--html", "link.html"),
         ("--html", "pipe.html"),
     ):
-        with pytest.raises(typer.BadParameter, match="was not written by this option; it is kept"):
+        with pytest.raises(typer.BadParameter, match=r"and was not written by --(html|json); it was not replaced"):
             check_target(tmp_path / name, option)
 
 
@@ -58,7 +58,7 @@ def test_nothing_is_written_among_checkpoints(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"format": "noether-init-plan"}')
     for option, name in (("--json", "manifest.json"), ("--json", "new.json"), ("--html", "new.html")):
-        with pytest.raises(typer.BadParameter, match="lies among checkpoints"):
+        with pytest.raises(typer.BadParameter, match="is in the checkpoint folder of a run"):
             check_target(folder / name, option)
 
 

@@ -142,8 +142,8 @@ def test_a_run_fits_80_columns(inspect: Inspect, saved: Path) -> None:
 def test_what_is_broken_in_a_run_is_said_and_the_rest_is_shown(inspect: Inspect, saved: Path) -> None:
     """A file that is gone, an unfinished save; exit code 1. The output root says it, too."""
     (saved.parent / "00000009_E9_U9_S9").mkdir()
-    assert "- 00000009_E9_U9_S9: uncommitted, never picked" in inspect("runs/killed").lines
-    assert "- killed: 1 save never finished, never picked" in inspect("runs").lines
+    assert "- 00000009_E9_U9_S9: uncommitted; it is never selected" in inspect("runs/killed").lines
+    assert "- killed: 1 unfinished save, never selected" in inspect("runs").lines
     optimizer = next(saved.glob("*_optim.th"))
     optimizer.unlink()
     for path in ("runs", "runs/killed", saved):
@@ -192,7 +192,7 @@ def test_a_probe_is_shown(inspect: Inspect, tmp_path: Path) -> None:
     CheckpointWriter(paths, flat_names=True).save(model, TrainingIteration(1, 2, 3), probe=torch.ones(2, 4))
     (folder,) = (tmp_path / "probed" / "checkpoints" / "sets").iterdir()
     (line,) = [line for line in inspect(folder).lines if line.startswith("probe")]
-    assert line == f"probe: of mlp: output, {(folder / 'probe.th').stat().st_size:,} bytes"
+    assert line == f"probe of mlp: output, {(folder / 'probe.th').stat().st_size:,} bytes"
     run = inspect(tmp_path / "probed")
     assert (run.rows[1][-2], run.rows[2][-2]) == ("probe", "yes")
     assert inspect(folder / "probe.th").code == 0
@@ -206,8 +206,8 @@ def test_what_is_no_committed_set_names_those_that_are(inspect: Inspect, saved: 
     (saved.parent / "mine").mkdir()
     unfinished, other = inspect(saved.parent / "00000009_E9_U9_S9"), inspect(saved.parent / "mine")
     assert (unfinished.code, other.code) == (1, 1)
-    assert "has no manifest.json: a save that was never finished" in unfinished.err
-    assert f"is no set by its name; it is never picked. Sets: {saved.name}" in other.err
+    assert "has no manifest.json: an interrupted save" in unfinished.err
+    assert f"does not have the name of a set; it is never selected. Sets: {saved.name}" in other.err
 
 
 # Files.
@@ -269,7 +269,7 @@ def test_a_safetensors_file_is_shown_with_its_metadata(inspect: Inspect, tmp_pat
         "1 tensor (bfloat16), 4 elements, 8 bytes, safetensors format",
     ]
     result = inspect(write_safetensors(tmp_path / "b.safetensors", header, bytes(9)))
-    assert (result.code, "1 bytes behind its last tensor" in result.err) == (1, True)
+    assert (result.code, "1 bytes after its last tensor" in result.err) == (1, True)
 
 
 def test_a_trainer_file_says_where_the_loop_was(inspect: Inspect, saved: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_trainer_file_says_where_the_loop_was(inspect: Inspect, saved: Path) -
         "iteration: epoch 0, update 3, sample 15",
         "seed: 7",
         "with state: schedule",
-        "data: 3 batches of this epoch are consumed",
+        "data: 3 batches of this epoch consumed",
     ]
 
 
@@ -306,7 +306,7 @@ def test_a_text_and_an_absent_path_name_the_next_command(inspect: Inspect, tmp_p
     (tmp_path / "empty").mkdir()
     result = inspect(tmp_path / "empty")
     assert (result.code, result.out) == (1, "")
-    assert "holds no run" in result.err
+    assert "no run found at" in result.err
     assert list((tmp_path / "empty").iterdir()) == []
 
 

@@ -45,7 +45,7 @@ def test_the_tree_says_where_a_run_came_from(folder: Path) -> None:
         "o second  1 set, newest E2_U8_S64 (latest)",
         "└── came from",
         "    └── o first  previous_run @ latest = E1_U4_S32  net: 2 tensors (100 %)  - ",
-        "        where its weights came from was not recorded",
+        "        the origin of its weights was not recorded",
     ]
     down = lineage(folder, "runs/first")
     assert "└── went into" in down.stdout
@@ -92,7 +92,7 @@ def test_a_problem_is_exit_code_1_and_the_rest_is_shown(folder: Path, tmp_path: 
     assert done.returncode == 1
     assert "o first" in done.stdout
     assert "x " in done.stdout
-    assert "tells nothing of where the weights came from" in done.stdout
+    assert "the origin of the weights cannot be read" in done.stdout
 
 
 def test_a_long_chain_ends_with_the_command_that_goes_on(tmp_path: Path) -> None:

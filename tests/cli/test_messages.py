@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     namespace: dict[str, object] = {}
     exec(MODELS, namespace)
     build = namespace["build"]
-    model = build(10)  # type: ignore[operator]
+    model = build(10)
     CheckpointWriter(PathProvider(tmp_path / "runs", "pretrain", "train")).save(model, TrainingIteration(1, 4, 32))
     return tmp_path
 
@@ -69,7 +69,7 @@ def test_a_run_whose_checkpoints_are_in_a_stage(folder: Path) -> None:
     config(folder, "initializers:\n  - {kind: previous_run, run_id: pretrain}\n")
     done = typed(folder, "plan init.yaml --model models:build --runs runs")
     assert done.returncode == 1
-    assert 'run "pretrain" has no checkpoints itself; stage "train" has 1 set. Add: stage_name: train' in done.stderr
+    assert 'run "pretrain" itself has no checkpoints; stage "train" has 1 set. Next: stage_name: train' in done.stderr
 
 
 def test_a_set_that_holds_weights_only(folder: Path, noether_runs: Path) -> None:
@@ -79,8 +79,8 @@ def test_a_set_that_holds_weights_only(folder: Path, noether_runs: Path) -> None
     done = typed(folder, f"plan init.yaml --model models:build --runs {noether_runs} --run-id new --model-name mlp")
     assert done.returncode == 1
     assert (
-        '"best_model.loss.val.total" holds weights only. Resume from E3_U12_S96 (same iteration) or latest or last; '
-        "weights alone: kind: previous_run" in done.stderr
+        '"best_model.loss.val.total" holds weights only. Next: resume from E3_U12_S96 (same iteration) or latest or '
+        "last; kind: previous_run loads weights only" in done.stderr
     )
 
 

@@ -89,28 +89,33 @@ def test_kind_and_distribution_can_be_said() -> None:
 @pytest.mark.parametrize(
     ("arguments", "what", "problem", "following"),
     [
-        ({"name": ""}, "name", "cannot be one", "ninit new demo"),
-        ({"name": "Demo"}, "name", "cannot be one", "ninit new demo"),
-        ({"name": "MyKind"}, "name", "cannot be one", "ninit new my-kind"),
-        ({"name": ".."}, "name", "cannot be one", "ninit new demo"),
-        ({"name": "../demo"}, "name", "cannot be one", "ninit new demo"),
-        ({"name": "a.b"}, "name", "cannot be one", "ninit new a-b"),
-        ({"name": "démo"}, "name", "cannot be one", "ninit new demo"),
-        ({"name": "2nd"}, "name", "cannot be one", "ninit new nd"),
+        ({"name": ""}, "name", "is not allowed", "ninit new demo"),
+        ({"name": "Demo"}, "name", "is not allowed", "ninit new demo"),
+        ({"name": "MyKind"}, "name", "is not allowed", "ninit new my-kind"),
+        ({"name": ".."}, "name", "is not allowed", "ninit new demo"),
+        ({"name": "../demo"}, "name", "is not allowed", "ninit new demo"),
+        ({"name": "a.b"}, "name", "is not allowed", "ninit new a-b"),
+        ({"name": "démo"}, "name", "is not allowed", "ninit new demo"),
+        ({"name": "2nd"}, "name", "is not allowed", "ninit new nd"),
         ({"name": "a--b"}, "name", "single _ or - between", "ninit new a-b"),
         ({"name": "class"}, "name", "is a keyword of Python", "ninit new my-class"),
-        ({"name": "x" * 101}, "name", "at most 100 in all", f"ninit new {'x' * 40}"),
-        ({"name": "x" * 90}, "distribution", "at most 100 in all", f"--distribution noether-init-{'x' * 27}"),
-        ({"name": "core"}, "distribution", "is the core's own", "--distribution noether-init-my-core"),
-        ({"name": "source"}, "kind", "would give a class the name SourceInitializer", "--kind my_source"),
-        ({"name": "kind"}, "kind", "would give a class the name KindConfig", "--kind my_kind"),
+        ({"name": "x" * 101}, "name", "at most 100 characters", f"ninit new {'x' * 40}"),
+        ({"name": "x" * 90}, "distribution", "at most 100 characters", f"--distribution noether-init-{'x' * 27}"),
+        ({"name": "core"}, "distribution", "is the name of the core", "--distribution noether-init-my-core"),
+        ({"name": "source"}, "kind", "would name a class SourceInitializer", "--kind my_source"),
+        ({"name": "kind"}, "kind", "would name a class KindConfig", "--kind my_kind"),
         ({"name": "null"}, "kind", "is a word of YAML", "--kind my_null"),
-        ({"name": "noether-init-2nd"}, "kind", "cannot be one", "--kind nd"),
-        ({"name": "demo", "kind": "my.Kind"}, "kind", "cannot be one", "--kind my_kind"),
+        ({"name": "noether-init-2nd"}, "kind", "is not allowed", "--kind nd"),
+        ({"name": "demo", "kind": "my.Kind"}, "kind", "is not allowed", "--kind my_kind"),
         ({"name": "demo", "kind": "my-kind"}, "kind", "single _ between", "--kind my_kind"),
         ({"name": "demo", "kind": "import"}, "kind", "is a keyword of Python", "--kind my_import"),
-        ({"name": "demo", "distribution": "json"}, "distribution", "package json, which Python", "noether-init-json"),
-        ({"name": "demo", "distribution": "Acme.Init"}, "distribution", "cannot be one", "--distribution acme-init"),
+        (
+            {"name": "demo", "distribution": "json"},
+            "distribution",
+            "package json, which is a module",
+            "noether-init-json",
+        ),
+        ({"name": "demo", "distribution": "Acme.Init"}, "distribution", "is not allowed", "--distribution acme-init"),
         ({"name": "demo", "distribution": "lambda"}, "distribution", "is a keyword", "noether-init-lambda"),
     ],
 )
@@ -226,7 +231,7 @@ def test_a_kind_that_is_known_to_come_with_another_distribution_is_refused() -> 
 
 @pytest.mark.parametrize(
     ("distribution", "message"),
-    [("attrs", r"distribution attrs is installed already \(\d"), ("yaml", r"package yaml is there already")],
+    [("attrs", r"distribution attrs \d[.\d]* is installed, and"), ("yaml", r"package yaml exists \(")],
 )
 def test_what_would_replace_an_installed_package_is_refused(distribution: str, message: str) -> None:
     """A distribution of that name, or a package of that name in a distribution of another."""
@@ -311,7 +316,7 @@ def test_a_dry_run_lists_and_writes_nothing(new: New, tmp_path: Path) -> None:
     assert result.code == 0
     assert list(tmp_path.iterdir()) == []
     plain = new("demo", "--dry-run").out
-    assert f"{len(said['files'])} files; nothing was written" in plain
+    assert f"{len(said['files'])} files, not written (--dry-run)" in plain
     assert list(tmp_path.iterdir()) == []
     new("demo")
     assert sorted(written(tmp_path / "demo")) == said["files"]
@@ -400,7 +405,7 @@ def test_what_exists_is_refused_and_left_alone(new: New, tmp_path: Path) -> None
         for more in ([], ["--dry-run"]):
             result = new(name, *more)
             assert (result.code, result.out) == (1, "")
-            assert result.err.startswith(f"{name} exists, and nothing was changed in it. Next: ")
+            assert result.err.startswith(f"{name} exists and was not changed. Next: ")
     assert {path: path.lstat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]} == before
     assert (tmp_path / "full" / "thesis.txt").read_text() == "the only copy"
 
@@ -423,7 +428,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_ours(new: New, tmp_pa
     (tmp_path / "file").write_text("")
     result = new("demo", "--into", tmp_path / "file")
     assert result.code == 1
-    assert "file is no folder. Next: " in result.err
+    assert "file is not a folder. Next: " in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -431,7 +436,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     """The last file has a name that no disk takes; what was written before it is gone."""
     from noether_init_core.scaffold.package import write_folder
 
-    with pytest.raises(ConfigError, match="could not be written, and nothing is left behind"):
+    with pytest.raises(ConfigError, match="could not be written, and no file was left"):
         write_folder(tmp_path / "demo", {"first": "1", "sub/second": "2", "x" * 300: "3"})
     assert list(tmp_path.iterdir()) == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ Plan = Callable[..., Result]
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Plan]:
     """Call the console script's function as the shell would, in a folder with a module of models and a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
@@ -162,7 +162,7 @@ def test_the_model_is_built_on_the_meta_device_unless_real(plan: Plan) -> None:
     assert lines[1].endswith("in reads_values"), "frames of the command itself are left out"
     assert any(line.endswith("in helper") for line in lines)
     assert lines[-1].startswith("--model: plan_models:reads_values() failed: RuntimeError: ")
-    assert lines[-1].endswith("It was built on the meta device, where tensors have no values; with values: --real")
+    assert lines[-1].endswith("It was built on the meta device, where tensors have no values. Next: --real")
     assert plan("file.yaml", "--model", "plan_models:reads_values", "--real").code == 0
 
 
@@ -213,16 +213,16 @@ def test_json_is_for_programs(plan: Plan, where: str) -> None:
         ("plan_models", "'plan_models' is not module:callable"),
         ("plan_models:", "'plan_models:' is not module:callable"),
         (":network", "':network' is not module:callable"),
-        ("plan_modles:network", "no module 'plan_modles'. Near: plan_models"),
-        ("plan_models.deep:network", "no module 'plan_models.deep'"),
-        ("zzz:network", "no module 'zzz'. Next: --app-dir FOLDER"),
-        ("plan_models:netwrk", "plan_models has no 'netwrk'. Near: network"),
-        ("plan_models:Wide.mak", "plan_models.Wide has no 'mak'. Near: make"),
+        ("plan_modles:network", "module 'plan_modles' not found. Near: plan_models"),
+        ("plan_models.deep:network", "module 'plan_models.deep' not found"),
+        ("zzz:network", "module 'zzz' not found. Next: --app-dir FOLDER"),
+        ("plan_models:netwrk", "'netwrk' not found in plan_models. Near: network"),
+        ("plan_models:Wide.mak", "'mak' not found in plan_models.Wide. Near: make"),
         (
             "plan_models:sized",
             "plan_models:sized: missing a required argument: 'classes'. Next: write a function without",
         ),
-        ("plan_models:nothing", "plan_models:nothing gives a NoneType, not a module, a bound model or a composite"),
+        ("plan_models:nothing", "plan_models:nothing returned a NoneType, not a module, a bound model or a composite"),
         ("plan_models:number", "plan_models:number is an int, which cannot be called"),
     ],
 )
@@ -269,7 +269,7 @@ def test_runs_are_told_by_options(plan: Plan) -> None:
     assert "Next: --runs FOLDER" in without.err.splitlines()[-1]
     new = plan(*arguments, "--runs", "runs")
     assert new.code == 1
-    assert new.err.splitlines()[-1].endswith("is a new run, made up since none was given. Next: --run-id ID")
+    assert new.err.splitlines()[-1].endswith("is a placeholder, because --run-id was not given. Next: --run-id ID")
     assert plan(*arguments, "--runs", "runs", "--run-id", "pretrain").code == 0
     assert plan(*arguments, "--run-id", "pretrain").code == 2
     assert plan(*arguments, "--runs", "runs", "--run-id", "../x").code == 1
@@ -292,7 +292,7 @@ def test_errors_of_config_and_file_are_exit_code_1(plan: Plan) -> None:
     absent = plan("absent.yaml", "--model", "plan_models:network")
     assert (absent.code, "absent.safetensors" in absent.err) == (1, True)
     unwritable = plan("file.yaml", "--model", "plan_models:network", "--json", "absent/plan.json")
-    assert (unwritable.code, "there is no folder absent" in unwritable.err) == (2, True)
+    assert (unwritable.code, "folder absent does not exist" in unwritable.err) == (2, True)
     assert plan("file.yaml").code == 2
 
 
@@ -301,10 +301,10 @@ def test_kinds_that_plan_nothing_are_named(plan: Plan, foreign: ForeignPackages)
     foreign.install("acme-init", offers={"constant": "plan_c:ConstantInitializer"}, modules={"plan_c": INITIALIZER})
     write("other.yaml", "kind: constant")
     result = plan("other.yaml", "--model", "plan_models:network")
-    assert (result.code, result.out) == (0, "not planned: constant says nothing beforehand\n")
+    assert (result.code, result.out) == (0, "not planned: constant provides no plan\n")
     Path("none.yaml").write_text("initializers: []\n")
     result = plan("none.yaml", "--model", "plan_models:network")
-    assert result.out == "nothing to plan: the config has no initializers that load weights\n"
+    assert result.out == "nothing to plan: no initializer of the config loads weights\n"
 
 
 def test_kinds_that_plan_nothing_are_asked_for_their_check(plan: Plan, foreign: ForeignPackages) -> None:
@@ -323,7 +323,7 @@ def test_kinds_that_plan_nothing_are_asked_for_their_check(plan: Plan, foreign: 
     assert broken.out == f"x breaks: RuntimeError: meta tensor. {how}\n"
     write("random.yaml", "kind: random, rules: [{match: '**', init: normal_}]")
     fine = plan("random.yaml", "--model", "plan_models:network")
-    assert (fine.code, fine.out) == (0, "not planned: random says nothing beforehand\n")
+    assert (fine.code, fine.out) == (0, "not planned: random provides no plan\n")
 
 
 def test_help_ends_with_an_example(plan: Plan) -> None:

@@ -112,5 +112,5 @@ def test_a_config_without_files_has_nothing_to_suggest(call: Call, tmp_path: Pat
     (tmp_path / "init.yaml").write_text("initializers: []\n")
     assert call("suggest", "init.yaml", "--model", "suggest_models:Net") == (
         0,
-        "# nothing to suggest: the config has no initializers that load weights\n",
+        "# nothing to suggest: no initializer of the config loads weights\n",
     )

@@ -161,8 +161,8 @@ def test_set_with_nan_is_offered_where_there_is_no_other_with_the_switch_it_need
     result = verify(paths.output_root)
     assert result.code == 1
     assert [line[:11] for line in result.rows.values()] == ["x broken   ", "! nonfinite"]
-    assert "no finite set. To start from 00000001_E1_U10_S100 all the same:" in result.out
-    (config,) = yaml.safe_load(result.out.split("all the same:")[1].split("\n\n")[0])
+    assert "every good set holds NaN or infinity. To start from 00000001_E1_U10_S100 anyway:" in result.out
+    (config,) = yaml.safe_load(result.out.split("anyway:")[1].split("\n\n")[0])
     assert config["on_nonfinite"] == "warn"
     module = torch.nn.Linear(3, 2)
     model = bind(module, name="mlp", optimizer=torch.optim.AdamW(module.parameters()))
@@ -185,7 +185,7 @@ def test_nan_in_an_average_is_noted(verify: Verify, paths: PathProvider) -> None
     name = save_diverged(paths, ONE, also="ema=0.9").name
     result = verify(paths.output_root)
     assert result.rows[name].startswith("= good")
-    assert f"- {name}: weight of mlp holds NaN (ema=0.9), which a resume does not look at" in result.out
+    assert f"- {name}: weight of mlp holds NaN (ema=0.9), which a resume ignores" in result.out
 
 
 def test_line_says_which_of_several_models_it_resumes(
@@ -239,7 +239,7 @@ def test_flat_files_later_than_the_committed_sets_are_a_problem(verify: Verify, 
         shutil.copy(folder / f"mlp_cp=E1_U10_S100_{part}.th", flat)
     result = verify(paths.output_root)
     assert result.code == 1
-    assert "mlp_cp=E7_U70_S700_model.th of E7_U70_S700, later than the newest committed set" in result.out
+    assert "flat files of E7_U70_S700 (mlp_cp=E7_U70_S700_model.th), later than the newest committed set" in result.out
     assert result.out.splitlines()[-1] == "sets: 1, problems: 1"
 
 
@@ -249,7 +249,7 @@ def test_legacy_folders_are_compared_with_their_own_checksums(
     """Those that Noether wrote are good; a flipped bit and files of two iterations under one tag are found."""
     result = verify(noether_runs)
     assert (result.code, result.out.splitlines()[-1]) == (0, "sets: 26, problems: 0")
-    assert "no manifests: every file was compared with the checksums inside it" in result.out
+    assert "no manifests: each file was verified with the checksums inside it" in result.out
     run = tmp_path / "mlp_train"
     shutil.copytree(noether_runs / "mlp_train", run)
     for path in run.rglob("*"):
@@ -287,7 +287,7 @@ def test_a_single_file_is_verified_to_the_last_byte(verify: Verify, paths: PathP
     finally:
         torch.serialization.set_crc32_options(True)
     result = verify(tmp_path / "unsummed.pt")
-    words = "(written without checksums, so its bytes cannot be verified. In a config: verify: header)"
+    words = "(written without checksums, so its bytes cannot be verified. Next, to load it: verify: header)"
     assert result.out.splitlines() == [
         f"? unverifiable {tmp_path / 'unsummed.pt'}: 1 tensors, 12 bytes {words}",
         "files: 1, unverifiable: 1, problems: 0",
@@ -313,7 +313,7 @@ def test_a_run_whose_only_save_was_cut_short_has_no_problem(verify: Verify, path
     (paths.checkpoint_path / "sets" / "00000001_E1_U10_S100").mkdir(parents=True)
     result = verify(paths.output_root)
     assert result.code == 0
-    assert "a save that was never finished; never picked" in result.out
+    assert "an unfinished save; it is never selected" in result.out
     assert "no good set" in result.out
 
 
@@ -323,7 +323,7 @@ def test_an_absent_path_and_a_folder_without_runs_are_errors(verify: Verify, tmp
     assert list(tmp_path.iterdir()) == []
     result = verify(tmp_path)
     assert (result.code, result.out) == (1, "")
-    assert "holds no run" in result.err
+    assert "no run found at" in result.err
     assert list(tmp_path.iterdir()) == []
     assert verify().code == 2
     assert verify("--yaml", tmp_path).code == 2
@@ -374,7 +374,7 @@ def test_a_set_without_checksums_is_neither_good_nor_broken(verify: Verify, tmp_
     assert result.code == 0
     assert result.rows["E1_U10_S100"].startswith("? unverifiable")
     assert "- E1_U10_S100: mlp_cp=E1_U10_S100_model.th was written without checksums" in result.out
-    assert "no set could be verified. To start from the newest all the same:" in result.out
+    assert "no set could be verified. To start from the newest anyway:" in result.out
     assert "{kind: resume, run_id: run, checkpoint_tag: E1_U10_S100, verify: header}" in result.out
     assert result.out.splitlines()[-1] == "sets: 1, unverifiable: 1, problems: 0"
     assert verify(tmp_path, "--strict").code == 1
@@ -409,7 +409,7 @@ def test_flat_files_are_counted_and_compared_if_asked(verify: Verify, paths: Pat
     os.utime(copy)
     (run,) = json.loads(verify(paths.output_root, "--flat", "--json").out)["runs"]
     assert run["flat"] == {"files": 9, "compared": 8, "problems": [], "changed": ["mlp_cp=latest_model.th"]}
-    assert "mlp_cp=latest_model.th was written over since our save" in verify(paths.output_root, "--flat").out
+    assert "mlp_cp=latest_model.th was changed after our save" in verify(paths.output_root, "--flat").out
 
 
 def test_several_paths_are_verified_at_once(verify: Verify, paths: PathProvider, tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_several_paths_are_verified_at_once(verify: Verify, paths: PathProvider,
     assert [line.split(":")[0] for line in lines[-4:-1]] == [
         f"x broken {tmp_path / 'nope'} does not exist. In {tmp_path} there are",
         f"= good {file}",
-        f"x broken {tmp_path / 'init.yaml'} is text, no checkpoint. If it is a config",
+        f"x broken {tmp_path / 'init.yaml'} is a YAML file, not a checkpoint. Next",
     ]
     assert lines[-2].endswith(f": ninit validate {tmp_path / 'init.yaml'}")
     assert lines[-1] == "sets: 1, files: 3, problems: 2"
@@ -441,9 +441,7 @@ def test_a_path_that_cannot_be_meant_is_told_what_could(
     )
     assert "Near: run/train. In run there are: train" in verify("run/tarin/checkpoints").err
     Path("init.yaml").write_text("initializers: []")
-    assert verify("init.yaml").err == (
-        "init.yaml is text, no checkpoint. If it is a config: ninit validate init.yaml\n"
-    )
+    assert verify("init.yaml").err == ("init.yaml is a YAML file, not a checkpoint. Next: ninit validate init.yaml\n")
     result = verify("")
     assert (result.code, "it is empty" in result.err) == (2, True)
 
@@ -479,6 +477,6 @@ def test_a_byte_between_records_that_changed_is_a_note_and_no_damage(tmp_path: P
     (found,) = verify_run(Snapshot(paths)).sets
     assert (found.state, found.problems) == ("good", ())
     assert found.notes == (
-        f"{path} has other bytes than were written, all of them outside of its tensors and records: it loads as it was "
-        "saved. Next: copy the file again if there is a copy",
+        f"{path} has changed bytes, all of them outside its tensors and records, so it still loads as it was "
+        "saved. Next: copy the file again if you have a copy",
     )

@@ -168,13 +168,13 @@ def test_a_kind_that_cannot_be_used_is_left_out_and_named(
         cli.main()
     printed = capsys.readouterr()
     assert ended.value.code == 0
-    assert "- broken is left out" in printed.err
+    assert "- broken was left out" in printed.err
     kinds = json.loads(printed.out)["properties"]["initializers"]["items"]["properties"]["kind"]["enum"]
     assert "broken" not in kinds
     assert "file" in kinds
 
 
-@pytest.mark.parametrize(("arguments", "said"), [([], "no KIND was given"), (["file", "--all"], "exclude each other")])
+@pytest.mark.parametrize(("arguments", "said"), [([], "no KIND was given"), (["file", "--all"], "were both given")])
 def test_one_of_kind_and_all_is_needed(arguments: list[str], said: str) -> None:
     """The next command is named."""
     done = subprocess.run([PROGRAM, "schema", *arguments], capture_output=True, text=True, check=False)

@@ -85,7 +85,7 @@ def test_configs_are_those_of_the_file(tmp_path: Path) -> None:
     """Quoted and unquoted values as they stand; a trainer's initializer without a kind has Noether's default."""
     configs = [entry.config for entry in _load(tmp_path, RESOLVED).entries]
     assert configs[0] == {"kind": PREVIOUS, "run_id": "pretrain", "stage_name": "train", "checkpoint_tag": "latest"}
-    assert configs[3]["run_id"] == "2026-02-19_abcde"  # type: ignore[index]  # a mapping, as read from a file
+    assert configs[3]["run_id"] == "2026-02-19_abcde"  # a mapping, as read from a file
     assert configs[4] == {
         "kind": PREVIOUS,
         "run_id": "earlier",
@@ -135,6 +135,7 @@ def test_submodels_in_a_list_go_by_their_names() -> None:
         ("model:\n  initializers:\n  - kind: os.system\n", 3, "model.initializers.0.kind", 'no kind "os.system"'),
     ],
 )
+@pytest.mark.needs_torch
 def test_errors_name_the_root_key_that_is_wrong(
     tmp_path: Path, text: str, line: int, key_path: str, message: str
 ) -> None:
@@ -142,6 +143,7 @@ def test_errors_name_the_root_key_that_is_wrong(
     entry = _load(tmp_path, text).entries[-1]
     with pytest.raises((ConfigFileError, UnknownKindError), match=message) as caught:
         validate_entry(entry)
+    assert isinstance(caught.value, ConfigFileError | UnknownKindError)
     assert (caught.value.line, caught.value.key_path) == (line, key_path)
 
 
@@ -163,6 +165,7 @@ def test_parts_that_are_used_must_be_plain(tmp_path: Path, text: str, message: s
         _load(tmp_path, text)
 
 
+@pytest.mark.needs_torch
 def test_the_dotted_kinds_validate_as_they_are(tmp_path: Path) -> None:
     """A config written for Noether needs no change: the dotted names are registered kinds and are kept."""
     entries = _load(tmp_path, RESOLVED.replace("    - kind: acme\n", "")).entries

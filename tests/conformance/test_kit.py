@@ -72,7 +72,7 @@ def run_the_kit_on(project: Path, environment: Environment, folder: Path) -> Out
     shutil.copytree(project / "tests", folder / "tests")
     report = folder / "report.xml"
     command = [
-        environment.python,
+        str(environment.python),
         "-m",
         "pytest",
         "tests/test_conformance.py",
@@ -131,4 +131,4 @@ def test_the_reason_of_a_failure_is_told_in_words(faulty: Outcome) -> None:
     assert "calls os.putenv: ACME_CACHE" in faulty.messages["works_at_import", MEANT["works_at_import"]]
     assert "restores_optimizer is closed" in faulty.messages["clears_the_optimizer", MEANT["clears_the_optimizer"]]
     assert "derive it from InitError" in faulty.messages["plain_errors", MEANT["plain_errors"]]
-    assert "a secret stands in the report" in faulty.messages["tells_the_token", MEANT["tells_the_token"]]
+    assert "a secret occurs in the report" in faulty.messages["tells_the_token", MEANT["tells_the_token"]]

@@ -98,7 +98,7 @@ def test_lone_safetensors_file_is_said_to_be_unverified(tmp_path: Path, caplog: 
     subject = build("safetensors_alone", tmp_path / "subject", 8)
     caplog.set_level("INFO")
     subject.truth(subject.load)
-    assert "carries no checksums, so only its structure was checked" in caplog.text
+    assert "has no checksums, so only its structure was checked" in caplog.text
 
 
 def test_walking_back_from_damage_gives_the_set_before_as_a_whole(tmp_path: Path) -> None:

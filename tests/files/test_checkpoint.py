@@ -79,7 +79,7 @@ def test_a_class_that_only_lists_and_reads_is_a_whole_checkpoint(average: Averag
         checkpoint.copy_into([("a", None, whole), ("a", ((1, 2), (1, 3)), row)])
         assert torch.equal(whole, expected)
         assert torch.equal(row, expected[1:, 1:])
-        with pytest.raises(CheckpointNotFoundError, match=r"average has no tensor 'A'\. Near: a"):
+        with pytest.raises(CheckpointNotFoundError, match=r"tensor 'A' not found in average\. Near: a"):
             checkpoint.read("A")
         assert (checkpoint.format, checkpoint.is_verifiable, checkpoint.mapped(["a"])) == ("Average", False, {})
         assert repr(checkpoint) == "<Average 'average': 3 tensors>"
@@ -102,7 +102,7 @@ def test_what_a_class_of_others_has_verified_is_its_own_claim(average: Average) 
 def test_a_copy_that_cannot_succeed_changes_nothing(average: Average) -> None:
     """Shapes are compared before the first tensor is written."""
     good, wrong = torch.zeros(2, 3), torch.zeros(4)
-    with pytest.raises(StateMismatchError, match=r"nothing was changed: b: checkpoint \[2\], target \[4\]"):
+    with pytest.raises(StateMismatchError, match=r"all targets are unchanged: b: checkpoint \[2\], target \[4\]"):
         average.copy_into([("a", None, good), ("b", None, wrong)])
     assert not good.any()
 
@@ -127,13 +127,15 @@ def test_the_trees_of_a_file_of_another_program_are_told_apart(tmp_path: Path) -
         other = torch.optim.AdamW(torch.nn.Linear(3, 2).parameters())
         other.load_state_dict(checkpoint.materialize(state))
         assert repr(other.state_dict()) == repr(optimizer.state_dict())
-        with pytest.raises(CheckpointNotFoundError, match=r"no tree 'model'\. It has: model_state_dict, opt"):
+        with pytest.raises(
+            CheckpointNotFoundError, match=r"tree 'model' not found in .*\. Found: model_state_dict, opt"
+        ):
             checkpoint.tensors("model")
     with open_checkpoint(path, entry="model_state_dict") as checkpoint:
         assert list(checkpoint.tensors()) == list(checkpoint.values()) == ["weight", "bias"]
         assert checkpoint.metadata.keys() == {"optimizer_state_dict", "epoch"}
         assert checkpoint.versions == {"": {"version": 1}}
-    with pytest.raises(CheckpointNotFoundError, match="no tree 'ema'"):
+    with pytest.raises(CheckpointNotFoundError, match="tree 'ema' not found"):
         open_checkpoint(path, entry="ema")
 
 
@@ -171,7 +173,7 @@ def test_every_box_of_every_layout_is_what_indexing_gives(tmp_path: Path, layout
             checkpoint.copy_into([("a", box, target)])
             assert torch.equal(target, expected)
         assert checkpoint.read("a", ((0, 0), (0, 1), (0, 1))).shape == (0, 1, 1)
-        with pytest.raises(ValueError, match="is no box of a tensor of the shape"):
+        with pytest.raises(ValueError, match="is not a box of a tensor of the shape"):
             checkpoint.read("a", ((0, 1), (0, 1), (0, 6)))
 
 
@@ -191,7 +193,7 @@ def test_a_tensor_of_several_pieces_is_put_together(tmp_path: Path) -> None:
         checkpoint.copy_into([(parted, None, target)])
         assert torch.equal(target, tensor.double())
         assert checkpoint.nonfinite([parted]) == {}
-        with pytest.raises(CheckpointCorruptError, match=r"do not make up its shape \[7, 5\]"):
+        with pytest.raises(CheckpointCorruptError, match=r"do not cover its shape \[7, 5\]"):
             checkpoint.read(attrs.evolve(info, pieces=pieces[:2]))
         archived = attrs.evolve(info, pieces=(msgspec.structs.replace(info.pieces[0], container="torch_zip"),))
         with pytest.raises(ValueError, match="not resolved yet"):
@@ -267,7 +269,7 @@ def test_an_object_of_a_store_is_screened_and_read_like_a_file(tmp_path: Path) -
         assert checkpoint.mapped(["a"]) == {}
         assert str(checkpoint.path) == "memory:/weights"
         stored.version = "2"
-        with pytest.raises(CheckpointCorruptError, match="was written to while it was in use"):
+        with pytest.raises(CheckpointCorruptError, match="was modified while it was in use"):
             checkpoint.copy_into([("a", None, target)])
     stored = InMemory(path.read_bytes())
     with open_checkpoint(stored) as checkpoint:
@@ -331,7 +333,7 @@ def test_a_file_with_another_digest_is_refused_each_time(tmp_path: Path) -> None
     torch.save({"weight": torch.ones(2)}, tmp_path / "a.pt")
     with open_checkpoint(tmp_path / "a.pt", digests=f"sha256:{'0' * 64}") as reader:
         for _ in range(2):
-            with pytest.raises(CheckpointCorruptError, match="expected was sha256:000"):
+            with pytest.raises(CheckpointCorruptError, match="expected sha256:000"):
                 reader.verify()
 
 

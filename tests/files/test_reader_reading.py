@@ -144,7 +144,7 @@ def test_digests_are_checked_over_the_whole_file(tmp_path: Path) -> None:
     for digest in ("md5:" + 32 * "0", "sha256:", "sha256:" + 64 * "G", "xxh3_128"):
         with (
             open_checkpoint(path, digests=digest) as reader,
-            pytest.raises(CheckpointError, match="no digest that can be checked"),
+            pytest.raises(CheckpointError, match="not a valid digest"),
         ):
             reader.verify()
 
@@ -166,7 +166,7 @@ def test_an_unknown_key_names_its_neighbours(tmp_path: Path) -> None:
         with pytest.raises(CheckpointNotFoundError, match=r"Near: head\.weight") as caught:
             reader.read("head.wieght")
         assert tuple(caught.value.candidates) == ("head.weight",)
-        with pytest.raises(CheckpointNotFoundError, match=r"It has: head\.weight"):
+        with pytest.raises(CheckpointNotFoundError, match=r"Found: head\.weight"):
             reader.copy_into([("x", None, torch.ones(1))])
 
 
@@ -260,7 +260,7 @@ def test_a_file_that_is_cut_off_after_it_was_opened_is_damage(tmp_path: Path) ->
     path = save(tmp_path / "a.th", a=torch.ones(50_000))
     with open_checkpoint(path) as reader:
         os.truncate(path, 20_000)
-        with pytest.raises(CheckpointCorruptError, match=r"'a'.*cut off") as caught:
+        with pytest.raises(CheckpointCorruptError, match=r"'a'.*truncated") as caught:
             reader.read("a")
         assert caught.value.key == "a"
         with pytest.raises(CheckpointCorruptError):

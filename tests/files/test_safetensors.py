@@ -149,7 +149,7 @@ def test_the_surface_is_that_of_the_other_format(tmp_path: Path) -> None:
     assert repr(reader).endswith("1 tensors>")
     with pytest.raises(CheckpointNotFoundError, match=r"Near: head\.weight"):
         reader.read("head.weigth")
-    with pytest.raises(CheckpointError, match="one of another file"):
+    with pytest.raises(CheckpointError, match="is not a tensor of"):
         reader.read(foreign)
     assert torch.equal(reader.read(reader.tensors()["head.weight"]), torch.ones(3))
     assert torch.equal(reader.materialize({"x": [reader.tensors()["head.weight"]]})["x"][0], torch.ones(3))
@@ -171,7 +171,7 @@ def test_full_without_a_digest_says_once_that_there_are_no_checksums(
         reader.verify()
         reader.verify()
     assert len(caplog.messages) == 1
-    assert "carries no checksums" in caplog.messages[0]
+    assert "has no checksums" in caplog.messages[0]
     assert "xxh3_128:" in caplog.messages[0]
 
 
@@ -207,21 +207,25 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
     "an empty tensor within another": ({"a": entry(0, 8), "b": entry(4, 4)}, 8, "overlap"),
     "hole": ({"a": entry(0, 4), "b": entry(8, 12)}, 12, '4 bytes before "b"'),
     "hole at the start": ({"a": entry(4, 8)}, 8, '4 bytes before "a"'),
-    "trailing bytes": ({"w": W}, 9, "1 bytes behind its last tensor"),
-    "trailing bytes of nothing": ({}, 3, "3 bytes behind"),
-    "cut off": ({"w": W}, 7, "cut off: 1 bytes of its tensors"),
-    "offsets far behind the file": ({"w": entry(0, 1 << 40)}, 8, "cut off"),
-    "terabytes": ({"w": entry(0, 1 << 42, shape=[1 << 40])}, 8, "cut off"),
-    "offsets in the wrong order": ({"w": {**W, "data_offsets": [8, 0]}}, 8, "takes 8 bytes"),
+    "trailing bytes": ({"w": W}, 9, "1 bytes after its last tensor"),
+    "trailing bytes of nothing": ({}, 3, "3 bytes after"),
+    "cut off": ({"w": W}, 7, "truncated: 1 bytes of its tensors"),
+    "offsets far behind the file": ({"w": entry(0, 1 << 40)}, 8, "truncated"),
+    "terabytes": ({"w": entry(0, 1 << 42, shape=[1 << 40])}, 8, "truncated"),
+    "offsets in the wrong order": ({"w": {**W, "data_offsets": [8, 0]}}, 8, "needs 8 bytes"),
     "negative offsets": ({"w": {**W, "data_offsets": [-8, 0]}}, 8, "data_offsets"),
     "offsets with a point": ({"w": {**W, "data_offsets": [0.0, 8.0]}}, 8, "data_offsets"),
     "offsets that are true": ({"w": {**entry(0, 1, dtype="U8"), "data_offsets": [False, True]}}, 1, "data_offsets"),
     "three offsets": ({"w": {**W, "data_offsets": [0, 8, 8]}}, 8, "data_offsets"),
     "offset of many digits": (b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,' + b"9" * 9000 + b"]}}", 8, "read"),
     "offset that overflows": ({"w": {**W, "data_offsets": [1 << 64, (1 << 64) + 8]}}, 8, "data_offsets"),
-    "shape that is larger": ({"w": {**W, "shape": [3]}}, 8, "takes 12 bytes as F32"),
-    "shape that overflows": ({"w": {**W, "shape": [1 << 40, 1 << 40]}}, 8, "absurd"),
-    "shape that overflows to nothing": ({"w": {**entry(0, 0), "shape": [1 << 57, 1 << 57, 0]}}, 0, "absurd"),
+    "shape that is larger": ({"w": {**W, "shape": [3]}}, 8, "needs 12 bytes for F32"),
+    "shape that overflows": ({"w": {**W, "shape": [1 << 40, 1 << 40]}}, 8, r"more than 2\*\*58 elements"),
+    "shape that overflows to nothing": (
+        {"w": {**entry(0, 0), "shape": [1 << 57, 1 << 57, 0]}},
+        0,
+        r"more than 2\*\*58 elements",
+    ),
     "negative shape": ({"w": {**W, "shape": [-1, -2]}}, 8, "shape"),
     "shape with a point": ({"w": {**W, "shape": [2.0]}}, 8, "shape"),
     "shape that is a number": ({"w": {**W, "shape": 2}}, 8, "shape"),
@@ -229,9 +233,9 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
     "unknown dtype": ({"w": {**W, "dtype": "Q4_K"}}, 8, 'dtype "Q4_K"'),
     "dtype that torch lacks": ({"w": entry(0, 3, dtype="F6_E2M3", shape=[4])}, 3, 'dtype "F6_E2M3"'),
     "dtype that is no text": ({"w": {**W, "dtype": ["F32"]}}, 8, "dtype"),
-    "half a byte": ({"w": entry(0, 2, dtype="F4", shape=[3])}, 2, "four bits"),
-    "scalar of half a byte": ({"w": entry(0, 1, dtype="F4", shape=[])}, 1, "four bits"),
-    "missing field": ({"w": {"dtype": "F32", "shape": [2]}}, 8, "should have dtype, shape and data_offsets"),
+    "half a byte": ({"w": entry(0, 2, dtype="F4", shape=[3])}, 2, "4-bit elements"),
+    "scalar of half a byte": ({"w": entry(0, 1, dtype="F4", shape=[])}, 1, "4-bit elements"),
+    "missing field": ({"w": {"dtype": "F32", "shape": [2]}}, 8, "must have exactly dtype, shape and data_offsets"),
     "surplus field": ({"w": {**W, "compression": "zstd"}}, 8, 'it has .*"compression"'),
     "tensor that is a text": ({"w": "F32"}, 8, "it has str"),
     "metadata with a number": ({"__metadata__": {"step": 3}, "w": W}, 8, "from text to text"),
@@ -279,7 +283,7 @@ def open_nothing(folder: Path) -> None:
 def test_a_huge_header_is_refused_unread(tmp_path: Path, length: int) -> None:
     """The stated length is not believed, whether the file has that many bytes or not."""
     path = write_safetensors(tmp_path / "a.safetensors", {"w": W}, bytes(8), length=length)
-    with pytest.raises(CheckpointFormatError, match=f"{length} bytes long, more than 100000000"):
+    with pytest.raises(CheckpointFormatError, match=f"{length} bytes, more than 100000000"):
         open_checkpoint(path)
     os.truncate(path, 200 << 20)  # a hole, no blocks on disk
     with pytest.raises(CheckpointFormatError, match="more than 100000000"):
@@ -289,7 +293,7 @@ def test_a_huge_header_is_refused_unread(tmp_path: Path, length: int) -> None:
 def test_a_header_longer_than_the_file_is_refused(tmp_path: Path) -> None:
     """A header of some megabytes that the file does not have is not waited for."""
     path = write_safetensors(tmp_path / "a.safetensors", {"w": W}, bytes(8), length=90_000_000)
-    with pytest.raises(CheckpointFormatError, match="cut off: its header of 90000000 bytes"):
+    with pytest.raises(CheckpointFormatError, match=r"truncated: it has .* states a header of 90000000 bytes"):
         open_checkpoint(path)
 
 
@@ -429,5 +433,5 @@ def test_the_index_of_a_sharded_checkpoint_is_told_what_it_is(tmp_path: Path, na
     """The error says index, shards, and what can be read instead."""
     index = {"metadata": {"total_size": 8}, "weight_map": {"w": "model-00001-of-00001.safetensors"}}
     (tmp_path / name).write_text(json.dumps(index, indent=2))
-    with pytest.raises(CheckpointFormatError, match=r"index of a checkpoint in several files.*name one of the shards"):
+    with pytest.raises(CheckpointFormatError, match=r"index of a sharded checkpoint.*open one of the shards"):
         open_checkpoint(tmp_path / name)

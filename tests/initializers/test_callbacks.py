@@ -112,9 +112,10 @@ def test_a_hook_called_alone_puts_back_what_it_changed_before_it_failed(tmp_path
     """Trainer and callbacks are as they were, though no stack looks after them."""
     paths = PathProvider(tmp_path, "run")
     model = bind(torch.nn.Linear(2, 2), name="net")
-    state = {**Stubborn(7).state_dict(), "callback_state_dicts": {"Stubborn": {"first": 5, "second": 5}}}
+    of_callbacks: dict[str, Any] = {"Stubborn": {"first": 5, "second": 5}}
+    state: dict[str, Any] = {**Stubborn(7).state_dict(), "callback_state_dicts": of_callbacks}
     saving = Stubborn(7)
-    saving.state_dict = lambda: state  # type: ignore[method-assign,assignment]
+    saving.state_dict = lambda: state  # type: ignore[method-assign]
     CheckpointWriter(paths).save(model, TrainingIteration(1, 1, 1), trainer=saving)
     (initializer,) = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths).initializers
     trainer, callback = Stubborn(1, fails=True), Stubborn(2, fails=True)

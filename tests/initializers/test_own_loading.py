@@ -45,7 +45,7 @@ class Copies(torch.nn.Module):
                 lambda module, state, prefix, metadata: {name: value.clone() for name, value in state.items()}
             )
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)
         return state if self.hooked else {name: value.detach().clone() for name, value in state.items()}
 
@@ -66,6 +66,7 @@ class TensorState(torch.nn.Module):
         self.layer = torch.nn.Linear(2, 2)
         self.value = value
         self.refreshed = 0
+        self.cache = torch.empty(0)
         self.register_load_state_dict_post_hook(self.refresh)
 
     @staticmethod
@@ -104,8 +105,8 @@ class Doubling(torch.nn.Module):
 
 def test_loading_code_of_a_module_runs_on_the_planned_tensors(paths: PathProvider) -> None:
     """Only below that module; what the config keeps is kept there, too."""
-    sources = torch.nn.Sequential(torch.nn.Linear(2, 2), Doubling())
-    targets = torch.nn.Sequential(torch.nn.Linear(2, 2), Doubling())
+    sources: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), Doubling())
+    targets: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), Doubling())
     head = targets[1].head.weight.detach().clone()
     warm_start(paths, bind(sources, "net"), bind(targets, "net"), patterns_to_instantiate=["1.head."])
     assert torch.equal(targets[1].weight, sources[1].weight * 2)
@@ -158,8 +159,8 @@ def test_tensor_of_two_modules_with_different_loading_code_is_refused(paths: Pat
             state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 1.5
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def both(other: type[Doubling]) -> torch.nn.Sequential:
-        modules = torch.nn.Sequential(Doubling(), other())
+    def both(other: type[Doubling]) -> Any:
+        modules: Any = torch.nn.Sequential(Doubling(), other())
         modules[1].weight = modules[0].weight
         return modules
 
@@ -339,7 +340,7 @@ def test_what_is_kept_is_not_translated(paths: PathProvider, kept: str) -> None:
 def test_a_module_put_together_from_two_versions_is_refused(paths: PathProvider) -> None:
     """Told one version, it would translate entries of the other one wrongly; nothing is changed."""
     source = torch.nn.ModuleDict({"old": Older(), "new": Migrating()})
-    target = torch.nn.ModuleDict({"one": Migrating()})
+    target: Any = torch.nn.ModuleDict({"one": Migrating()})
     before = target["one"].weight.detach().clone()
     rules = [
         {"from": "old.weight", "to": "one.weight"},

@@ -80,4 +80,4 @@ def test_a_file_beside_a_damaged_manifest_is_shown_with_the_problem(tmp_path: Pa
     (folder / "manifest.json").write_text("{}")
     found = look_at_file(folder / "m_cp=E1_U2_S3_model.th")
     assert (found.content.tensors, found.committed) == (1, False)
-    assert [problem.endswith("is no manifest of a checkpoint set") for problem in found.problems] == [True]
+    assert [problem.endswith("is not a manifest of a checkpoint set") for problem in found.problems] == [True]

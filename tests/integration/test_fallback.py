@@ -93,11 +93,6 @@ def file_of(folder: Path, part: str) -> Path:
 
 
 @pytest.fixture
-def paths(tmp_path: Path) -> PathProvider:
-    return PathProvider(tmp_path, "run")
-
-
-@pytest.fixture
 def folders(paths: PathProvider) -> list[Path]:
     """Three sets with the values 0, 1, 2."""
     return [save(paths, value, iteration) for value, iteration in enumerate(ITERATIONS)]
@@ -224,7 +219,7 @@ def test_tag_that_names_one_set_is_never_walked_back_from(paths: PathProvider, f
     with pytest.raises(CheckpointCorruptError):
         resume(paths, tag)
     file_of(newest, "trainer").unlink()
-    with pytest.raises(CheckpointCorruptError, match="The newest older set whose files are there is E2_U20_S200"):
+    with pytest.raises(CheckpointCorruptError, match="The newest older set with all its files is E2_U20_S200"):
         resume(paths, tag)
 
 
@@ -257,7 +252,7 @@ def test_tag_does_not_lead_to_a_set_that_never_had_it(paths: PathProvider) -> No
     report, model, trainer = resume(paths, "latest")
     assert (report.start, values_of(model, trainer)) == (ITERATIONS[0], {0.0})
     assert [name for name, _ in report.initializers[0].passed_over] == [folders[2].name]
-    with pytest.raises(CheckpointCorruptError, match=r"older set saved as latest whose files are there is E1_U10_S100"):
+    with pytest.raises(CheckpointCorruptError, match=r"older set saved as latest with all its files is E1_U10_S100"):
         InitializerStack.from_config([{"kind": "resume"}], path_provider=paths).start_checkpoint()
     # who asks for no tag, or for an iteration, wants the newest good set
     assert auto(paths)[0].start == ITERATIONS[1]
@@ -320,7 +315,7 @@ def test_walk_back_of_a_model_stays_with_its_sets(paths: PathProvider) -> None:
         assert [name for name, _ in report.initializers[0].passed_over] == [folders[2].name]
         assert values_of_weights(model) == {0.0}
     for config in ([{"kind": "resume", "model_name": "gen"}], {"auto_resume": {"model_name": "gen"}}):
-        with pytest.raises(CheckpointCorruptError, match=r"older set whose files are there is E1_U15_S150 \(0+1_E1"):
+        with pytest.raises(CheckpointCorruptError, match=r"older set with all its files is E1_U15_S150 \(0+1_E1"):
             InitializerStack.from_config(config, path_provider=paths).initialize(plain("gen"), trainer=Trainer())
 
 
@@ -333,7 +328,7 @@ def test_auto_resume_asks_which_model_is_meant_and_takes_the_answer(paths: PathP
     folders = two_models(paths)
     for on_invalid in ("error", "previous"):
         stack = InitializerStack.from_config({"auto_resume": True, "on_invalid": on_invalid}, path_provider=paths)
-        with pytest.raises(AmbiguousCheckpointError, match=r"Add: auto_resume: \{model_name: disc\}$"):
+        with pytest.raises(AmbiguousCheckpointError, match=r"Next: .* auto_resume: \{model_name: disc\}$"):
             stack.start_checkpoint()
     shutil.rmtree(folders[2])
     for name, start, value in (("gen", ITERATIONS[1], 0.0), ("disc", TrainingIteration(3, 30, 300), 2.0)):
@@ -584,7 +579,7 @@ def test_error_of_a_broken_set_names_the_newest_older_one_and_the_ways_on(
             bound(), trainer=Trainer()
         )
     said = str(caught.value)
-    assert said.count(f"The newest older set whose files are there is E1_U15_S150 ({folders[1].name}). Next: ") == 1
+    assert said.count(f"The newest older set with all its files is E1_U15_S150 ({folders[1].name}). Next: ") == 1
     assert "checkpoint_tag: E1_U15_S150; " in said
     assert said.endswith(f"ninit verify {paths.checkpoint_path} shows the state of every set")
     assert ("on_invalid: previous in this resume" in said) == (tag in (None, "latest"))
@@ -600,8 +595,8 @@ def test_error_of_auto_resume_advises_what_auto_resume_can_be_told(
     with pytest.raises(CheckpointError) as caught:
         InitializerStack.from_config({"auto_resume": True}, path_provider=paths).initialize(bound(), trainer=Trainer())
     said = str(caught.value)
-    assert said.count(f"The newest older set whose files are there is E1_U15_S150 ({folders[1].name}). Next: ") == 1
-    assert "on_invalid: previous beside auto_resume goes on from the newest good set; ninit verify " in said
+    assert said.count(f"The newest older set with all its files is E1_U15_S150 ({folders[1].name}). Next: ") == 1
+    assert "on_invalid: previous beside auto_resume continues from the newest good set; ninit verify " in said
     assert "checkpoint_tag" not in said
     assert "kind: file" not in said
     for config in ({"auto_resume": True, "on_invalid": "previous"}, {"auto_resume": {"on_invalid": "previous"}}):
@@ -624,8 +619,8 @@ def test_a_broken_only_set_leaves_nothing_but_to_look(paths: PathProvider) -> No
     """No tag is advised that does not exist."""
     flip_tensor_bit(file_of(save(paths, 0, ITERATIONS[0]), "model"))
     for config, words in (
-        ([{"kind": "resume"}], "No older set is left. Next: ninit verify"),
-        ({"auto_resume": True}, "No older set is left. Next: a new run_id starts anew; ninit verify"),
+        ([{"kind": "resume"}], "No older set was found. Next: ninit verify"),
+        ({"auto_resume": True}, "No older set was found. Next: a new run_id starts a new training; ninit verify"),
     ):
         with pytest.raises(CheckpointCorruptError, match=words):
             InitializerStack.from_config(config, path_provider=paths).initialize(bound(), trainer=Trainer())
@@ -649,8 +644,8 @@ def test_later_files_of_another_program_are_told_what_works_under_auto_resume(
     with pytest.raises(AmbiguousCheckpointError) as caught:
         InitializerStack.from_config({"auto_resume": True}, path_provider=paths)
     assert str(caught.value).endswith(
-        "Next: if nobody needs them, remove *_cp=E5_U50_S500_*.th; to go on from the committed set all the same, in "
-        "place of auto_resume an initializer - {kind: resume, checkpoint_tag: E2_U20_S200}"
+        "Next: remove *_cp=E5_U50_S500_*.th if they are not needed; or, to resume the committed set, "
+        "replace auto_resume by the initializer - {kind: resume, checkpoint_tag: E2_U20_S200}"
     )
 
 

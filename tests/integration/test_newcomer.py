@@ -23,16 +23,16 @@ WRONG_TURNS = [
     # the command itself
     ("ninit run", 2, ["No such command 'run'", "Next: ninit --help"]),
     ("ninit exmaple previous_run", 2, ["Did you mean 'example'?", "Next: ninit example --help"]),
-    ("ninit --json kinds", 2, ["belongs behind the command", "Next: ninit kinds --help"]),
+    ("ninit --json kinds", 2, ["the option comes after the command", "Next: ninit kinds --help"]),
     (
         "ninit plan init.yaml --model train:build --json",
         2,
-        ["requires an argument", "Next: --json FILE; or --json -"],
+        ["requires an argument", "Next: --json FILE, or --json -"],
     ),
     (
         "ninit plan init.yaml --model train:build --runs",
         2,
-        ["requires an argument", "Next: --runs and its value"],
+        ["requires an argument", "Next: --runs VALUE"],
     ),
     ("ninit --jsn", 2, ["No such option: --jsn", "Next: ninit --help"]),
     (
@@ -43,7 +43,7 @@ WRONG_TURNS = [
     # a kind
     ("ninit example", 2, ["Installed kinds: file, previous_run,", "Next: ninit kinds"]),
     ("ninit example previous-run", 1, ["Near: previous_run (noether-init-core", "Next: ninit kinds"]),
-    ("ninit example previous_run", 1, ["there already, and nothing was written", "ninit example KIND"]),
+    ("ninit example previous_run", 1, ["init.yaml exist; nothing was written", "ninit example previous_run"]),
     ("ninit schema previus_run", 1, ["Near: previous_run (noether-init-core", "Next: ninit kinds"]),
     # a config
     (
@@ -60,7 +60,7 @@ WRONG_TURNS = [
     (
         "ninit plan {weights} --model train:build",
         2,
-        ["is no text, and a config is a YAML file", "ninit inspect"],
+        ["is not text, and a config is a YAML file", "ninit inspect"],
     ),
     ("ninit validate kind.yaml", 1, ["kind.yaml:4 initializers.0.kind", "Next: ninit kinds"]),
     (
@@ -73,7 +73,7 @@ WRONG_TURNS = [
         1,
         ["rule.yaml:8", "Near: keep_model", "Next: ninit schema previous_run"],
     ),
-    ("ninit validate tab.yaml", 1, ["tab.yaml:2", "indented by spaces, never by tabs"]),
+    ("ninit validate tab.yaml", 1, ["tab.yaml:2", "indent with spaces; YAML allows no tabs"]),
     # a model
     (
         "ninit plan init.yaml",
@@ -99,16 +99,16 @@ WRONG_TURNS = [
     (
         "ninit plan init.yaml --model train:build {run} --html init.yaml",
         2,
-        ["init.yaml exists, is kept", "Next: --html init.html"],
+        ["init.yaml exists, was not replaced", "Next: --html init.html"],
     ),
     (
         "ninit apply init.yaml --model train:build {run} --out {weights}",
         1,
-        ["is there already, and was left as it is", "Next: another name"],
+        ["exists and was not changed", "Next: choose another name"],
     ),
     # what to look at
     ("ninit inspect run", 1, ["Near: runs", "Next: ninit inspect runs"]),
-    ("ninit inspect init.yaml", 1, ["is text, no checkpoint", "ninit validate init.yaml"]),
+    ("ninit inspect init.yaml", 1, ["is a YAML file, not a checkpoint", "Next: ninit validate init.yaml"]),
     ("ninit verify", 2, ["Missing argument", "Next: ninit verify runs/pretrain"]),
     ("ninit diff runs/pretrain", 2, ["Missing argument", "Next: ninit diff runs/pretrain runs/finetune"]),
     ("ninit lineage runs/finetun", 1, ["runs/finetun does not exist", "Next: ninit inspect runs"]),

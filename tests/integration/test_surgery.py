@@ -36,7 +36,7 @@ def step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: torch
     return loss.detach()
 
 
-def trained(build: Build, batch: torch.Tensor, seed: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def trained(build: Build, batch: torch.Tensor, seed: int = 0) -> tuple[Any, torch.optim.Optimizer]:
     """A module after three steps of AdamW."""
     torch.manual_seed(seed)
     module = build()
@@ -48,7 +48,7 @@ def trained(build: Build, batch: torch.Tensor, seed: int = 0) -> tuple[torch.nn.
 
 def operated(
     folder: Path, module: torch.nn.Module, optimizer: Any, build: Build, config: Mapping[str, Any]
-) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+) -> tuple[Any, torch.optim.Optimizer]:
     """Save ``module``, and start a fresh module of another kind from it by ``config``."""
     CheckpointWriter(PathProvider(folder, "before")).save(bind(module, name="net", optimizer=optimizer), ITERATION)
     torch.manual_seed(99)
@@ -111,7 +111,7 @@ def test_fused_and_separate_projections_go_on_alike(
         torch.testing.assert_close(step(fresh, its, batch), step(module, optimizer, batch))
     torch.testing.assert_close(fresh(batch), module(batch))
     fused, separate = (module, fresh) if before is Fused else (fresh, module)
-    for block, parts in zip(fused, separate, strict=True):
+    for block, parts in zip(fused.children(), separate.children(), strict=True):
         joined = torch.cat([parts.q.weight, parts.k.weight, parts.v.weight])
         torch.testing.assert_close(block.qkv.weight, joined)
     moments = its.state[next(iter(its.state))]
@@ -250,7 +250,8 @@ class Attention(torch.nn.Module):
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         split = [part(batch).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)]
-        mixed = functional.scaled_dot_product_attention(*split, is_causal=True)
+        query, key, value = split
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.proj(mixed.transpose(1, 2).flatten(-2))
 
 

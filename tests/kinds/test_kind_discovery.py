@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.foreign import INITIALIZER, ForeignPackages
@@ -27,6 +29,7 @@ def _many(foreign: ForeignPackages, count: int) -> None:
         )
 
 
+@pytest.mark.needs_torch
 def test_of_300_distributions_exactly_the_chosen_plugin_is_imported(foreign: ForeignPackages) -> None:
     """All of them are installed and can be imported; one is."""
     _many(foreign, 300)
@@ -37,23 +40,24 @@ def test_of_300_distributions_exactly_the_chosen_plugin_is_imported(foreign: For
     assert imported == {"many_module_150"}
 
 
+@pytest.mark.needs_torch
 def test_a_scan_reads_entry_points_once_and_no_other_metadata(
     foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names and versions stand in the names of the metadata folders."""
     _many(foreign, 20)
     reads: list[str] = []
-    read_text = lookup.importlib.metadata.PathDistribution.read_text
+    read_text = importlib.metadata.PathDistribution.read_text
 
-    def counted(self: object, name: str) -> str | None:
+    def counted(self: Any, name: str) -> str | None:
         reads.append(name)
-        return read_text(self, name)  # type: ignore[arg-type]  # the method it stands for
+        return read_text(self, name)
 
-    monkeypatch.setattr(lookup.importlib.metadata.PathDistribution, "read_text", counted)
+    monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", counted)
     kinds.clear_cache()
     kinds.resolve("many_7")
     kinds.resolve("many_7")
-    total = len(list(lookup.importlib.metadata.distributions()))
+    total = len(list(importlib.metadata.distributions()))
     assert 20 <= reads.count("entry_points.txt") <= total
     assert reads.count("METADATA") == 0
 
@@ -77,6 +81,7 @@ def test_editable_installs_count_once(foreign: ForeignPackages, tmp_path: Path) 
         sys.path.remove(str(source))
 
 
+@pytest.mark.needs_torch
 def test_a_distribution_that_goes_by_the_name_of_another_is_known_by_its_folder(
     foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +116,7 @@ def test_an_entry_that_is_no_folder_and_a_folder_that_is_gone_do_no_harm(
     assert kinds.describe("fine").distribution == "fine-init"
 
 
+@pytest.mark.needs_torch
 def test_two_distributions_may_share_a_namespace_package(foreign: ForeignPackages) -> None:
     """Two distributions own parts of one package without an ``__init__``; only the part that is meant is imported."""
     for name in ("one", "two"):
@@ -147,6 +153,7 @@ def test_an_entry_point_twice_in_one_distribution_is_a_conflict_only_if_it_diffe
         kinds.describe("other")
 
 
+@pytest.mark.needs_torch
 def test_a_plugin_may_use_kinds_while_it_is_imported(foreign: ForeignPackages) -> None:
     """Listing, resolving another kind, and asking for itself: no lock is held while a plugin runs."""
     asking = (
@@ -163,6 +170,7 @@ def test_a_plugin_may_use_kinds_while_it_is_imported(foreign: ForeignPackages) -
     assert sys.modules["asking_kind"].FILE.__name__ == "FileInitializer"
 
 
+@pytest.mark.needs_torch
 def test_threads_that_ask_at_once_share_one_scan(foreign: ForeignPackages, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen threads, one scan, sixteen times the same class."""
     _many(foreign, 30)
@@ -246,6 +254,7 @@ def test_what_is_meant_for_a_shell_holds_no_command_of_a_stranger(foreign: Forei
         kinds.resolve("evil")
 
 
+@pytest.mark.needs_torch
 def test_every_rank_of_a_torchrun_resolves_the_same_class(foreign: ForeignPackages, tmp_path: Path) -> None:
     """The real launcher starts two processes; each finds the stranger's kind by itself and initializes its model."""
     foreign.install("acme-init", offers={"acme": "acme_ranks:ConstantInitializer"}, modules={"acme_ranks": INITIALIZER})

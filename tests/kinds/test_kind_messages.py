@@ -66,6 +66,7 @@ def test_unknown_kinds(kind: str, expected: str, only: ForeignPackages) -> None:
 
 
 @pytest.mark.usefixtures("isolated_kinds")
+@pytest.mark.needs_torch
 def test_a_kind_that_is_not_installed() -> None:
     """The distribution that has it, and nothing that the config made up."""
     assert message_of("random", UnknownKindError) == (
@@ -83,11 +84,12 @@ def test_a_conflict(only: ForeignPackages) -> None:
     only.install("two-init", version="2.5", offers={"claimed": "claim_two:K"})
     first, other = sorted(["one-init 1.0 -> claim_one:K", "two-init 2.5 -> claim_two:K"])
     assert message_of("claimed", KindConflictError) == (
-        f'kind "claimed" is offered more than once: {first} and {other}. None of them was imported. '
+        f'kind "claimed" is provided more than once: {first} and {other}. None of them was imported. '
         "Next: pip uninstall two-init, or set NOETHER_INIT_DENY=two-init"
     )
 
 
+@pytest.mark.needs_torch
 def test_a_conflict_with_a_kind_of_this_process(only: ForeignPackages) -> None:
     """What is installed is what can be uninstalled."""
     only.install(
@@ -97,7 +99,7 @@ def test_a_conflict_with_a_kind_of_this_process(only: ForeignPackages) -> None:
     with pytest.raises(KindConflictError) as caught:
         kinds.register("acme", cls)
     assert str(caught.value) == (
-        'kind "acme" is offered more than once: acme-init 1.0 -> acme_message:ConstantInitializer and registered in '
+        'kind "acme" is provided more than once: acme-init 1.0 -> acme_message:ConstantInitializer and registered in '
         "this process -> acme_message:ConstantInitializer. None of them was imported. "
         "Next: pip uninstall acme-init, or set NOETHER_INIT_DENY=acme-init"
     )
@@ -108,12 +110,12 @@ def test_blocked_kinds(only: ForeignPackages, monkeypatch: pytest.MonkeyPatch) -
     only.install("acme-init", offers={"acme": "acme_blocked:K"})
     monkeypatch.setenv("NOETHER_INIT_DENY", "acme-init")
     assert message_of("acme", KindBlockedError) == (
-        'kind "acme" is offered by acme-init 1.0, which is listed in NOETHER_INIT_DENY. '
+        'kind "acme" is provided by acme-init 1.0, which is listed in NOETHER_INIT_DENY. '
         "Next: take acme-init out of NOETHER_INIT_DENY"
     )
     monkeypatch.setenv("NOETHER_INIT_ALLOW", "noether-init-core")
     assert message_of("acme", KindBlockedError) == (
-        'kind "acme" is offered by acme-init 1.0, which is not listed in NOETHER_INIT_ALLOW. '
+        'kind "acme" is provided by acme-init 1.0, which is not listed in NOETHER_INIT_ALLOW. '
         "Next: add acme-init to NOETHER_INIT_ALLOW"
     )
 
@@ -155,6 +157,7 @@ def test_a_kind_that_cannot_be_imported(target: str, source: str | None, reason:
         ),
     ],
 )
+@pytest.mark.needs_torch
 def test_a_class_that_breaks_the_contract(source: str, finding: str, only: ForeignPackages) -> None:
     """Every finding in one message; the command shows the fixes."""
     only.install("odd-init", offers={"odd": "odd_one:K"}, modules={"odd_one": source})
@@ -164,6 +167,7 @@ def test_a_class_that_breaks_the_contract(source: str, finding: str, only: Forei
     )
 
 
+@pytest.mark.needs_torch
 def test_a_class_for_a_newer_contract(only: ForeignPackages) -> None:
     """Both versions, and the command that brings the newer one."""
     newer = CONTRACT_VERSION + 1
@@ -174,6 +178,7 @@ def test_a_class_for_a_newer_contract(only: ForeignPackages) -> None:
     )
 
 
+@pytest.mark.needs_torch
 def test_a_class_that_is_registered_by_hand() -> None:
     """Nothing is installed that a command could look at: the call to make again."""
     with pytest.raises(KindContractError) as caught:

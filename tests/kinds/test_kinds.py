@@ -494,7 +494,7 @@ def test_a_registered_kind_can_be_replaced_and_taken_back() -> None:
         assert kinds.describe("mine").source == "registered in this process"
         kinds.clear_cache()
         assert kinds.resolve("mine") is Other
-        Other.init_trainer = lambda self, *anything: None  # type: ignore[method-assign, assignment]  # as in a notebook
+        Other.init_trainer = lambda self, *anything: None  # type: ignore[method-assign]  # as in a notebook
         with pytest.raises(KindContractError, match=r"takes \*anything"):
             kinds.register("mine", Other)
     finally:

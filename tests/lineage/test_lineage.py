@@ -148,7 +148,7 @@ def test_what_is_not_there_any_more_is_missing_and_what_it_came_from_is_known(ru
     shutil.rmtree(middle)
     found = lineage_of(last)
     assert found.node("second").type == "missing"
-    assert "not there any more" in found.node("second").note
+    assert found.node("second").note == "no longer at the recorded path"
     assert ways(found) == [("second", "third", "previous_run"), ("first", "second", "previous_run")]
     assert found.node("first").relation == "ancestor"
 
@@ -174,7 +174,7 @@ def test_a_run_that_was_made_anew_is_another_one(runs: Runs) -> None:
     found = lineage_of(second)
     assert [(edge.source, edge.target) for edge in found.edges] == [("first (before)", "second")]
     assert found.node("first (before)").type == "missing"
-    assert "made anew" in found.node("first (before)").note
+    assert found.node("first (before)").note == "it was deleted, and a new run of that name was started"
     assert "stranger" not in {node.id for node in found.nodes}
 
 
@@ -201,12 +201,12 @@ def test_a_file_in_a_folder_of_checkpoints_is_no_run(runs: Runs, tmp_path: Path)
     found = lineage_of(runs.train("first", {"kind": "file", "path": str(file)}))
     node = found.node(f"file:{file}")
     assert (node.type, node.run_id) == ("file", None)
-    assert "whether the file is still the same is not known" in node.note
+    assert "no digest was recorded, so the file may have changed" in node.note
     file.unlink()
     found = lineage_of(runs.root / "first")
     assert (found.node(f"file:{file}").type, found.node(f"file:{file}").note) == (
         "missing",
-        "it is not where it was recorded",
+        "not found at the recorded path",
     )
 
 
@@ -217,7 +217,7 @@ def test_a_set_that_was_retired_is_said(runs: Runs) -> None:
     runs.train("first", at=2)
     (old,) = (first / "checkpoints" / "sets").glob("*_E1_U1_S1")
     shutil.rmtree(old)
-    assert lineage_of(second).edges[0].note == "the set is not there any more"
+    assert lineage_of(second).edges[0].note == "the set was deleted"
 
 
 def test_output_roots_that_were_moved_as_a_whole_are_still_told(runs: Runs, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_without_records_nothing_is_made_up(noether_runs: Path) -> None:
     """Runs that Noether wrote have sets, and no ancestors."""
     found = lineage_of(noether_runs)
     assert found.edges == ()
-    assert {node.note for node in found.nodes} == {"where its weights came from was not recorded"}
+    assert {node.note for node in found.nodes} == {"the origin of its weights was not recorded"}
     assert not any(one.committed for node in found.nodes for one in node.sets)
 
 
@@ -325,7 +325,7 @@ def test_a_damaged_record_is_not_taken_for_fresh_weights(runs: Runs) -> None:
     (record,) = second.rglob("provenance.json")
     record.unlink()
     note = lineage_of(second).node("second").note
-    assert note == "its record cannot be read; its manifest says previous_run net <- first @ latest = E1_U1_S1"
+    assert note == "its record cannot be read; its manifest lists previous_run net <- first @ latest = E1_U1_S1"
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_the_json_follows_its_schema(runs: Runs) -> None:
 
 def test_where_no_run_is_the_error_says_what_was_meant(tmp_path: Path) -> None:
     """An empty folder, and a root that holds none."""
-    with pytest.raises(CheckpointNotFoundError, match="holds no run"):
+    with pytest.raises(CheckpointNotFoundError, match="no run found at"):
         lineage_of(tmp_path)
 
 

@@ -117,7 +117,7 @@ def test_two_square_layers_that_are_exchanged_are_caught(run: PathProvider) -> N
     stack = InitializerStack.from_config([{**WARM, "run_id": "source", **EXCHANGED}], path_provider=run)
     assert stack.plan(model).problems == ()
     with pytest.raises(
-        PartlyInitializedError, match="init_optimizer of previous_run failed: net is not what"
+        PartlyInitializedError, match="init_optimizer of previous_run failed: net computes other outputs"
     ) as caught:
         start(run, model, {**WARM, **EXCHANGED})
     error = caught.value.__cause__
@@ -138,7 +138,7 @@ def test_the_trainer_is_put_back(run: PathProvider) -> None:
     CheckpointWriter(run).save(net(0), trainer=TrainerState(seed=1), probe=BATCH)
     trainer = TrainerState(seed=1)
     trainer.advance(samples=4)
-    with pytest.raises(PartlyInitializedError, match="States of trainer and callbacks were put back"):
+    with pytest.raises(PartlyInitializedError, match="States of trainer and callbacks were restored"):
         start(run, net(1), {**RESUME, **EXCHANGED, "load_optim": False}, trainer=trainer)
     assert str(trainer.iteration) == "E0_U1_S4"
 
@@ -183,10 +183,14 @@ def test_renames_and_steps_that_move_everything_right_are_the_same_bits(run: Pat
 @pytest.mark.parametrize(
     ("config", "head", "reason"),
     [
-        ({"transforms": [{"keep_model": "first."}]}, 3, "2 of 11 entries of the model came not, or not whole"),
-        ({"transforms": [{"drop": "head."}], "on_missing": "reset"}, 3, "2 of 11 entries of the model came not"),
-        ({"on_mismatch": "slice"}, 2, "2 of 11 entries of the model came not, or not whole, from the set"),
-        ({"on_mismatch": "pad"}, 4, "2 of 11 entries of the model came not, or not whole, from the set"),
+        ({"transforms": [{"keep_model": "first."}]}, 3, "2 of 11 entries of the model did not come completely"),
+        (
+            {"transforms": [{"drop": "head."}], "on_missing": "reset"},
+            3,
+            "2 of 11 entries of the model did not come completely",
+        ),
+        ({"on_mismatch": "slice"}, 2, "2 of 11 entries of the model did not come completely from the set"),
+        ({"on_mismatch": "pad"}, 4, "2 of 11 entries of the model did not come completely from the set"),
     ],
     ids=["kept", "reset", "sliced", "padded"],
 )
@@ -197,7 +201,7 @@ def test_a_difference_that_is_to_be_expected_is_told_and_not_raised(
     caplog.set_level(logging.INFO, LOGGER)
     text = said(start(run, net(1, head=head), {**WARM, **config}))
     assert text.startswith("output.")
-    assert f", as may be expected: {reason}" in text
+    assert f", which is expected: {reason}" in text
     assert sum(text in record.message for record in caplog.records if record.name == LOGGER) == 1
 
 
@@ -214,7 +218,7 @@ def test_entries_of_the_set_that_went_nowhere_are_a_reason(run: PathProvider) ->
 
     text = said(start(run, bind(Headless(), "net"), {**WARM, "on_unexpected": "ignore"}))
     assert text.startswith("output.")
-    assert text.endswith("as may be expected: 7 of the set went nowhere")
+    assert text.endswith("which is expected: 7 entries of the set were not loaded")
 
 
 def test_what_a_later_initializer_loads_is_a_reason(run: PathProvider, tmp_path: Path) -> None:
@@ -224,7 +228,7 @@ def test_what_a_later_initializer_loads_is_a_reason(run: PathProvider, tmp_path:
     config = {"observers": ["probe"], "initializers": [{**WARM, "run_id": "source"}, file]}
     report = InitializerStack.from_config(config, path_provider=run).initialize(net(1))
     assert "output.logits differs by" in said(report)
-    assert said(report).endswith("as may be expected: file may have changed weights since")
+    assert said(report).endswith("which is expected: file may have changed weights since")
 
 
 class Part(torch.nn.Module):
@@ -261,7 +265,7 @@ def test_another_model_that_is_loaded_later_is_no_reason(tmp_path: Path, wrong: 
     model = compose("c", {"enc": bind(enc, "enc"), "dec": bind(dec, "dec")})
     if are_tied and wrong == 0:
         text = said(stack.initialize(model))
-        assert text.endswith("as may be expected: previous_run may have changed weights since")
+        assert text.endswith("which is expected: previous_run may have changed weights since")
         return
     with pytest.raises(PartlyInitializedError) as caught:
         stack.initialize(model)
@@ -305,7 +309,7 @@ def test_a_kind_without_a_plan_is_a_reason_only_after_the_set(run: PathProvider,
     if noise_first:
         assert said(report, 1) == "same bits"
     else:
-        assert said(report, 0).endswith("as may be expected: noise may have changed weights since")
+        assert said(report, 0).endswith("which is expected: noise may have changed weights since")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -355,7 +359,10 @@ def test_kinds_that_read_no_set_are_told_quietly(tmp_path: Path, caplog: pytest.
     }
     InitializerStack.from_config(config).initialize(net(1))
     told = [(record.levelname, record.message) for record in caplog.records if record.name == LOGGER]
-    assert told == [("INFO", "file: no set, and so no probe"), ("INFO", "noise: no set, and so no probe")]
+    assert told == [
+        ("INFO", "file: no set was selected, so there is no probe"),
+        ("INFO", "noise: no set was selected, so there is no probe"),
+    ]
 
 
 def test_a_damaged_probe_is_refused_before_a_weight_changes(run: PathProvider) -> None:
@@ -459,7 +466,7 @@ def test_a_model_that_replaces_its_children_is_caught_and_put_back(tmp_path: Pat
 
     module = Building()
     first = module.first
-    with pytest.raises(PartlyInitializedError, match="net is not what it was when"):
+    with pytest.raises(PartlyInitializedError, match="net computes other outputs than when"):
         start(paths, bind(module, "net"), WARM)
     assert module.first is first
 
@@ -530,7 +537,7 @@ def test_nan_in_the_output_is_no_difference(tmp_path: Path) -> None:
 
     CheckpointWriter(paths).save(net(0, activation=divide), at(1), probe=BATCH)
     assert said(start(paths, net(1, activation=divide), WARM)) == "same bits"
-    with pytest.raises(PartlyInitializedError, match="has no NaN or infinities as it had"):
+    with pytest.raises(PartlyInitializedError, match="lacks the recorded NaN or infinities"):
         start(paths, net(1), WARM)
 
 
@@ -539,7 +546,7 @@ def test_averages_are_not_held_to_the_plain_weights(run: PathProvider) -> None:
     averages = {"ema=0.9": net(3).state_dict()}
     CheckpointWriter(run).save(net(0), at(2), probe=BATCH, averages=averages)
     text = said(start(run, net(1), {**WARM, "model_info": "ema=0.9"}))
-    assert text == "not repeated, it is of the plain weights, and others were loaded"
+    assert text == "not repeated, the probe is of the plain weights, but other weights were loaded"
 
 
 class Pair(torch.nn.Module):
@@ -561,7 +568,7 @@ def test_a_composite_is_compared_as_a_whole(tmp_path: Path) -> None:
     paths = PathProvider(tmp_path, "source")
     CheckpointWriter(paths).save(Pair(0), at(1), probe=BATCH)
     assert said(start(paths, Pair(1), WARM)) == "same bits"
-    together = "not repeated, it is of pair.left and pair.right, and other models were initialized"
+    together = "not repeated, the probe is of pair.left and pair.right, but other models were initialized"
     assert said(start(paths, Pair(1), {**WARM, "submodel": "left"})) == together
     left = bind(torch.nn.Linear(8, 8), "other")
     assert said(start(paths, left, {**WARM, "model_name": "pair.left"})) == together

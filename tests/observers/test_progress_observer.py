@@ -14,7 +14,6 @@ import torch
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainerState, bind
 from noether_init_core.errors import CheckpointCorruptError
 from noether_init_core.observers import progress as module
-from noether_init_core.observers.progress import ProgressObserver
 
 
 @attrs.define
@@ -63,8 +62,9 @@ def run(tmp_path: Path) -> PathProvider:
 
 
 def start(run: PathProvider, **entry: Any) -> InitializerStack:
+    """A stack with the observer switched on by its name."""
     config = {"kind": "previous_run", "run_id": "source", "load_optim": False, **entry}
-    return InitializerStack.from_config([config], path_provider=run, observers=[ProgressObserver()])
+    return InitializerStack.from_config({"observers": ["progress"], "initializers": [config]}, path_provider=run)
 
 
 def test_verifying_and_reading_have_a_bar_each(run: PathProvider, bars: list[Bar]) -> None:

@@ -136,7 +136,7 @@ previous_run  pretrain @ latest = E4_U16_S128
    Near h.0.mlp.fc.weight, the model has: blocks.0.mlp.fc.weight, blocks.0.mlp.proj.weight
  ? missing     blocks.{0..11}.mlp.*      48 keys   56.7 M
    Near blocks.0.mlp.fc.weight, the file has: h.0.mlp.fc.weight, h.0.mlp.proj.weight
- x problem  init.yaml:4 transforms.0 (hh.<i>.mlp. -> blocks.<i>.mlp.) matches nothing; the file says
+ x problem  init.yaml:4 transforms.0 (hh.<i>.mlp. -> blocks.<i>.mlp.) matches nothing; the file has
             h.0.mlp.fc.bias
    fix: from: h.<i>.mlp.
 coverage 28.0 %   3 problems   nothing was changed   (--all unfolds)

@@ -190,7 +190,7 @@ def test_a_comparison_is_what_the_command_prints(printed: Callable[..., str]) ->
         "B other @ latest = E1_U2_S3   14 tensors",
     ]
     assert page.rows[1] == ["= equal", "layer{0..5}.*", "12 keys", "432", ""]
-    assert page.lines[-1] == "drift 0   cosine 1.000000   432 of 513 elements compared   2 keys of another form"
+    assert page.lines[-1] == "drift 0   cosine 1.000000   432 of 513 elements compared   2 keys not comparable"
     assert repr(diff) == "<CheckpointDiff: rows=14>"
 
 

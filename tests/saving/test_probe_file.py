@@ -46,11 +46,6 @@ def at(epoch: int) -> TrainingIteration:
     return TrainingIteration(epoch, epoch, epoch)
 
 
-@pytest.fixture
-def paths(tmp_path: Path) -> PathProvider:
-    return PathProvider(tmp_path, "run")
-
-
 def newest(paths: PathProvider) -> Any:
     """As another process finds it."""
     return find_set(Snapshot(paths), "latest").found
@@ -140,7 +135,7 @@ def test_a_damaged_probe_is_refused_by_its_digest_and_noted_by_verify(paths: Pat
     (audited,) = verify_run(Snapshot(paths)).sets
     assert audited.state == "good"
     assert len(audited.notes) == 1
-    assert audited.notes[0].startswith("no model can be held to its probe: ")
+    assert audited.notes[0].startswith("its probe cannot be repeated: ")
     path.unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"probe\.th does not exist"):
         read_probe(newest(paths))
@@ -186,19 +181,25 @@ def test_a_hostile_probe_runs_nothing(paths: PathProvider, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: content.update(format_version=2), "no probe of this release: .*'format_version': 2}.* is not"),
-        (lambda content: content.update(format="other"), "no probe of this release: .*'format': 'other'.* is not"),
-        (lambda content: content["outputs"][0].update(values=[1.0]), r"is no probe: outputs\.0\.values: .*of Tensor"),
-        (lambda content: content["outputs"][0].update(values=torch.zeros(5)), r"no float32 tensor of shape \[4\]"),
-        (lambda content: content["outputs"][0].update(dtype="int64"), r"no int64 tensor of shape \[4\]"),
-        (lambda content: content["outputs"][0].pop("values"), r"is no probe: outputs\.0\.values"),
-        (lambda content: content["outputs"][0].pop("digest"), r"is no probe: outputs\.0\.digest"),
-        (lambda content: content["outputs"][0].update(shape=[-1]), r"is no probe: outputs\.0\.shape"),
-        (lambda content: content.update(outputs=[]), "is no probe: outputs: "),
-        (lambda content: content["outputs"].append(content["outputs"][0]), "two have one path"),
+        (
+            lambda content: content.update(format_version=2),
+            "not a probe of this release: .*'format_version': 2}.* is not",
+        ),
+        (lambda content: content.update(format="other"), "not a probe of this release: .*'format': 'other'.* is not"),
+        (
+            lambda content: content["outputs"][0].update(values=[1.0]),
+            r"is not a probe: outputs\.0\.values: .*of Tensor",
+        ),
+        (lambda content: content["outputs"][0].update(values=torch.zeros(5)), r"not a float32 tensor of shape \[4\]"),
+        (lambda content: content["outputs"][0].update(dtype="int64"), r"not a int64 tensor of shape \[4\]"),
+        (lambda content: content["outputs"][0].pop("values"), r"is not a probe: outputs\.0\.values"),
+        (lambda content: content["outputs"][0].pop("digest"), r"is not a probe: outputs\.0\.digest"),
+        (lambda content: content["outputs"][0].update(shape=[-1]), r"is not a probe: outputs\.0\.shape"),
+        (lambda content: content.update(outputs=[]), "is not a probe: outputs: "),
+        (lambda content: content["outputs"].append(content["outputs"][0]), "two outputs have the same path"),
         (
             lambda content: content.update(batch=[torch.float32]),
-            r"is no probe .*: batch\.0: a torch\.dtype",
+            r"is not a probe .*: batch\.0: a torch\.dtype",
         ),
     ],
 )

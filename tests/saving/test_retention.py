@@ -38,19 +38,14 @@ from noether_init_core.sets.snapshot import Snapshot
 
 
 def model_with(name: str, weight: float) -> Any:
-    bound = bind(torch.nn.Linear(1, 1), name=name)
-    torch.nn.init.constant_(bound.module.weight, weight)
-    return bound
+    module = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(module.weight, weight)
+    return bind(module, name=name)
 
 
 MODEL = model_with("mlp", 1.0)
 #: Name -> finite and diverged.
 MODELS = {name: (model_with(name, 1.0), model_with(name, float("nan"))) for name in ("gen", "disc")}
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> PathProvider:
-    return PathProvider(tmp_path, "run")
 
 
 def at(epoch: int) -> TrainingIteration:
@@ -144,7 +139,7 @@ def test_rule_for_a_metric_that_is_not_given_is_a_warning(
     """Otherwise a misspelt name would show only when the best set is gone."""
     writer = CheckpointWriter(paths, retention=Retention(best={"loss.vla": 2}))
     writer.save(MODEL, at(1), metrics={"loss.val": 1})
-    assert "the best sets by loss.vla are to be kept, but this save gives loss.val" in caplog.text
+    assert "retention needs the metric loss.vla, but this save has only loss.val" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -153,9 +148,9 @@ def test_rule_for_a_metric_that_is_not_given_is_a_warning(
         ({"last": 0}, "keep_last must be a whole number"),
         ({"last": True}, "keep_last must be a whole number"),
         ({"every": {"epoch": 0}}, "every must be a whole number"),
-        ({"every": {"epochs": 2}}, "every must say one of epoch, update, sample"),
-        ({"every": {"epoch": 2, "update": 3}}, "every must say one of"),
-        ({"every": 5}, "every must say one of"),
+        ({"every": {"epochs": 2}}, "every must have one of epoch, update, sample"),
+        ({"every": {"epoch": 2, "update": 3}}, "every must have one of"),
+        ({"every": 5}, "every must have one of"),
         ({"best": "loss"}, "best must be like"),
         ({"best": {"loss": 0}}, "count of the best sets"),
         ({"best": {"metric": "loss", "mode": "lowest"}}, "must be min or max"),
@@ -174,7 +169,7 @@ def test_rules_that_are_none_are_refused(paths: PathProvider, rules: Any, messag
 def test_keep_last_is_short_for_a_rule(paths: PathProvider) -> None:
     """Both at once could contradict each other."""
     assert CheckpointWriter(paths, keep_last=3).retention == Retention(last=3)
-    with pytest.raises(ConfigError, match="both given"):
+    with pytest.raises(ConfigError, match="keep_last and retention cannot be combined"):
         CheckpointWriter(paths, keep_last=3, retention=Retention(last=3))
 
 
@@ -445,6 +440,20 @@ def test_metric_that_was_taken_back_does_not_come_back() -> None:
     assert gone == []
 
 
+def test_what_one_reason_keeps_can_be_the_reason_for_another_set() -> None:
+    """The best of g keeps the value that d recorded at that iteration, which keeps what the iteration means for d."""
+    sets = [
+        a_set(1, 1, (), {"a": 0.0}, model="g"),
+        a_set(2, 1, (), {"a": 9.0}, model="d"),
+        a_set(3, 1, (), {}, model="d"),
+        a_set(4, 1, (), {}, model="g"),
+        *(a_set(number, number, (), {"a": 1.0}, model="gd"[number % 2]) for number in range(5, 9)),
+    ]
+    # the best of d is the newest with 1.0; without the chain, 3 would go and E1 of d would mean 2 again
+    assert kept_of(sets, Retention(best={"a": 1})) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert kept_of(sets[1:], Retention(best={"a": 1})) == [5, 6, 7, 8]
+
+
 def test_models_that_are_saved_separately_are_counted_separately() -> None:
     """Each has its last sets and one to walk back to, its tags, its periods, and its best."""
     alternating = [a_set(n, (n + 1) // 2, ("latest",), {}, model="gd"[n % 2]) for n in range(1, 11)]
@@ -519,14 +528,14 @@ def test_usable_sets_of_the_training_stay_whatever_else_is_there(
     history: list[dict[str, Any]], rules: Retention, training: str
 ) -> None:
     """Among NaN, passed over, damaged and foreign sets: as many usable ones as asked, and nobody else's set goes."""
-    sets, holds = [], {}
+    sets, holds = list[tuple[CheckpointSet, bool]](), dict[int | None, Any]()
     for number, what in enumerate(history, start=1):
         is_whole, epoch, tags, metrics = (what.pop(name) for name in ("is_whole", "epoch", "tags", "metrics"))
         holds[number] = what["holds"]
         sets.insert(0, (a_set(number, epoch, tags, metrics, **what), is_whole))
     gone = superfluous_sets(sets, rules, training)
     kept = [one for one, _ in sets if one not in gone]
-    ours: list[Any] = [(one, is_whole) for one, is_whole in sets if one.manifest.training == training]  # type: ignore[union-attr]
+    ours: list[Any] = [(one, is_whole) for one, is_whole in sets if one.manifest.training == training]
     assert all(one in [our for our, _ in ours] for one in gone)
     before, after = meanings([one for one, _ in sets]), meanings(kept)
     assert all(before[tag] == sequence for tag, sequence in after.items())

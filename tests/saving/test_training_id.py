@@ -28,11 +28,6 @@ from noether_init_core.sets.snapshot import Snapshot
 FRESH = TrainingIteration.zero()
 
 
-@pytest.fixture
-def paths(tmp_path: Path) -> PathProvider:
-    return PathProvider(tmp_path, "run")
-
-
 def at(epoch: int) -> TrainingIteration:
     return TrainingIteration(epoch, 10 * epoch, 100 * epoch)
 
@@ -95,8 +90,8 @@ def test_second_training_leaves_the_sets_of_the_first(paths: PathProvider, caplo
     assert sets(paths) == {2: "E2", 3: "E3", 6: "E5", 7: "E6"}
     assert {one.training for one in first}.isdisjoint({one.training for one in second})
     assert len({one.training for one in second}) == 1
-    assert caplog.text.count("has sets up to E3_U30_S300 already") == 1
-    assert "They stay and take room" in caplog.text
+    assert caplog.text.count("already has sets up to E3_U30_S300") == 1
+    assert "They stay on disk" in caplog.text
 
 
 @pytest.mark.parametrize("told", ["report", "trainer"])
@@ -116,7 +111,7 @@ def test_fresh_start_is_another_training_even_if_it_saves_later_for_the_first_ti
             writer.save(MODEL, trainer=trainer)
     assert list(sets(paths))[:2] == [1, 2]
     assert {5, 6} <= set(sets(paths))
-    assert caplog.text.count("has sets up to E2_U20_S200 already") == 1
+    assert caplog.text.count("already has sets up to E2_U20_S200") == 1
 
 
 def test_writers_of_one_start_go_on_with_one_training(paths: PathProvider, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +138,7 @@ def test_process_that_resumes_goes_on_with_the_training(paths: PathProvider, cap
     assert first.training not in trainings
     (again,) = save(CheckpointWriter(paths, report=resume(paths, checkpoint_tag="E5")), 6)
     assert (again.training, again.started_from) == (first.training, "00000001_E5_U50_S500")
-    assert caplog.text.count("already, and this run") == 1
+    assert caplog.text.count("of another training; this run saves") == 1
 
 
 def test_resume_from_another_run_is_a_new_training(paths: PathProvider) -> None:

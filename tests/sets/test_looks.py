@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -152,7 +153,8 @@ def test_a_save_with_retention_reads_each_manifest_once_and_later_saves_only_the
     writer = CheckpointWriter(paths, flat_names=False, retention=Retention(last=50), storage=storage)
     writer.save(model, TrainingIteration(6, 6, 6))
     assert (storage.listed["sets"], len(storage.read), set(storage.read.values())) == (1, 6, {1})
-    storage.listed.clear(), storage.read.clear()
+    storage.listed.clear()
+    storage.read.clear()
     other = save(paths, 7)
     writer.save(model, TrainingIteration(8, 8, 8))
     assert (storage.listed["sets"], dict(storage.read)) == (1, {other.folder.name: 1, "00000008_E8_U8_S8": 1})
@@ -343,7 +345,7 @@ def test_a_look_that_fails_never_chooses_another_set(paths: PathProvider, questi
     ask = _answers(paths)[question]
     for number in _each_look(ask):
         storage = Failing(number, code)
-        found, said = _tried(lambda storage=storage: ask(storage))
+        found, said = _tried(functools.partial(ask, storage))
         assert found == "E5_U5_S5" if said is None else str(storage.failed_at) in said
 
 
@@ -442,7 +444,7 @@ def test_a_look_that_fails_in_a_save_removes_no_set(tmp_path: Path, code: int) -
     for number in range(1, counter.calls + 1):
         paths = prepared(tmp_path / str(number))
         storage = Failing(number, code)
-        _found, said = _tried(lambda paths=paths, storage=storage: saving(paths, storage))
+        _found, said = _tried(functools.partial(saving, paths, storage))
         assert said is None or str(storage.failed_at) in said
         assert [one.name for one in Snapshot(paths).sets()][:3] == ["E1_U1_S1", "E2_U2_S2", "E3_U3_S3"]
 
@@ -456,7 +458,7 @@ def test_a_look_that_fails_in_verify_is_a_problem(paths: PathProvider, code: int
 
     for number in _each_look(verify):
         storage = Failing(number, code)
-        health, said = _tried(lambda storage=storage: verify(storage))
+        health, said = _tried(functools.partial(verify, storage))
         if said is None:
             assert "uncommitted" not in [one.state for one in health.sets]
             said = "".join(text for one in health.sets for text in (*one.problems, *one.notes))

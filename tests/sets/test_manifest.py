@@ -75,7 +75,7 @@ def file(name: str, **fields: Any) -> ManifestFile:
         ((file("mlp_cp=E1_U2_S4_model.th"),), "is not the name of mlp, None, model at E1_U2_S3"),
         ((file("mlp_cp=E1_U2_S3_model.th", info="ema=0.9"),), "is not the name of mlp, ema=0.9, model"),
         ((file("mlp_cp=E1_U2_S3_model.th"),) * 2, "a file is listed twice"),
-        ((file("mlp_cp=E1_U2_S3_model.th"),), "must list weights and a trainer file"),
+        ((file("mlp_cp=E1_U2_S3_model.th"),), "must contain weights and a trainer file"),
     ],
 )
 def test_a_file_is_listed_once_and_under_its_own_name(files: Any, said: str) -> None:
@@ -92,7 +92,7 @@ def test_nan_in_the_lineage_is_no_number(tmp_path: Path) -> None:
     assert read_manifest(path).lineage == ({"value": None},)
     content = text.rpartition(b',\n "digest"')[0]
     path.write_bytes(sealed(content.replace(b"null\n  }", b"NaN\n  }") + b"}"))
-    with pytest.raises(CheckpointCorruptError, match="is no valid manifest"):
+    with pytest.raises(CheckpointCorruptError, match="is not a valid manifest"):
         read_manifest(path)
 
 

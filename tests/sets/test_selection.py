@@ -103,11 +103,6 @@ def listing(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def paths(tmp_path: Path) -> PathProvider:
-    return PathProvider(tmp_path, "run")
-
-
-@pytest.fixture
 def folder(paths: PathProvider) -> Path:
     return paths.checkpoint_path
 
@@ -139,7 +134,7 @@ def test_tag_forms_of_a_run_of_noether(noether_runs: Path, tag: Any, name: str) 
     """Every form of tag finds the set that Noether means, with all parts."""
     found = find(legacy(noether_runs, "mlp_train", "train"), tag, MLP)
     assert (found.name, found.committed) == (name, False)
-    assert found.file("mlp", "model", None).path.name == f"mlp_cp={name}_model.th"  # type: ignore[union-attr]
+    assert found.file("mlp", "model", None).path.name == f"mlp_cp={name}_model.th"
 
 
 @pytest.mark.parametrize("tag", ["best_model.loss.val.total", "best", "best.loss.val.total"])
@@ -168,7 +163,7 @@ def test_minimal_tag_of_a_composite_is_one_iteration(noether_runs: Path) -> None
     ]
     found = find(legacy(noether_runs, "composite", "pretrain"), {"epoch": 1}, needs)
     files = [found.file(need.model, need.part) for need in needs]
-    assert [parse(file.path.name).tag for file in files if file] == ["E1_U7_S42"] * 4  # type: ignore[union-attr]
+    assert [parse(file.path.name).tag for file in files if file] == ["E1_U7_S42"] * 4
 
 
 def test_newest_of_a_legacy_run_is_named_by_its_iteration(noether_runs: Path) -> None:
@@ -206,16 +201,18 @@ def test_weights_without_trainer_do_not_resume_and_the_way_out_is_named(noether_
     with pytest.raises(IncompleteSetError) as caught:
         find(legacy(noether_runs, "mlp_train", "train"), "best_model.loss.val.total", MLP)
     assert str(caught.value).startswith(
-        '"best_model.loss.val.total" holds weights only. Resume from E3_U12_S96 (same iteration) or latest'
+        '"best_model.loss.val.total" holds weights only. Next: resume from E3_U12_S96 (same iteration) or latest'
     )
-    assert str(caught.value).endswith("weights alone: kind: previous_run")
+    assert str(caught.value).endswith("kind: previous_run loads weights only")
     assert caught.value.candidates[0] == "E3_U12_S96"
     assert caught.value.missing == ("optimizer state", "trainer state")
 
 
 def test_best_of_a_composite_without_its_trainer_is_incomplete(noether_runs: Path) -> None:
     """A composite whose own name stands on the trainer file only is not taken for a misspelt model."""
-    with pytest.raises(IncompleteSetError, match=r"holds weights only\. Resume from E1_U6_S36 \(same iteration\)"):
+    with pytest.raises(
+        IncompleteSetError, match=r"holds weights only\. Next: resume from E1_U6_S36 \(same iteration\)"
+    ):
         find(legacy(noether_runs, "composite", "pretrain"), "best", [Need("autoenc", "trainer")])
 
 
@@ -238,9 +235,7 @@ def test_missing_run_names_near_runs_and_creates_nothing(noether_runs: Path, tmp
     shutil.copytree(noether_runs / "early_stop", tmp_path / "early_stop")
     before = listing(tmp_path)
     paths = PathProvider(tmp_path, "early_stopp", "train")
-    with pytest.raises(
-        CheckpointNotFoundError, match=r'run "early_stopp" does not exist .* Near: early_stop'
-    ) as caught:
+    with pytest.raises(CheckpointNotFoundError, match=r'run "early_stopp" not found .* Near: early_stop') as caught:
         find(paths, "latest", MLP)
     assert caught.value.candidates == ("early_stop",)
     assert (newest(paths), Snapshot(paths).sets(), Snapshot(paths).tags(), Snapshot(paths).uncommitted()) == (
@@ -257,7 +252,7 @@ def test_missing_stage_names_the_stages(noether_runs: Path) -> None:
     with pytest.raises(CheckpointNotFoundError) as caught:
         find(PathProvider(noether_runs, "early_stop"), None, MLP)
     assert str(caught.value) == (
-        'run "early_stop" has no checkpoints itself; stage "train" has 4 sets. Add: stage_name: train'
+        'run "early_stop" itself has no checkpoints; stage "train" has 4 sets. Next: stage_name: train'
     )
     with pytest.raises(CheckpointNotFoundError, match=r'has no stage "trian"; .* Did you mean: stage_name: train'):
         find(PathProvider(noether_runs, "early_stop", "trian"), None, MLP)
@@ -267,7 +262,7 @@ def test_superfluous_stage_is_pointed_out(paths: PathProvider, folder: Path) -> 
     """A stage that does not exist, in a run with checkpoints of its own."""
     write_flat(folder, "mlp_cp=E1_U1_S1_model.th")
     staged = attrs.evolve(paths, stage_name="train")
-    with pytest.raises(CheckpointNotFoundError, match=r"the run itself has 1 set\. Leave out stage_name"):
+    with pytest.raises(CheckpointNotFoundError, match=r"the run itself has 1 set \(without stage_name\)"):
         find(staged, None, WEIGHTS)
 
 
@@ -302,18 +297,16 @@ def test_another_set_of_the_model_is_advised_before_a_model_of_a_near_name(paths
     """The weights of the model itself exist; those of the other one would not fit."""
     write_set(paths, 1, "latest", model="dec")
     write_set(paths, 2, "latest", model="enc")
-    with pytest.raises(CheckpointNotFoundError, match=r"Add: checkpoint_tag: E1_U10_S100"):
+    with pytest.raises(CheckpointNotFoundError, match=r"Next: checkpoint_tag: E1_U10_S100"):
         find(paths, "E2_U20_S200", [Need("dec", "model")])
 
 
 def test_a_missing_best_and_a_number_say_what_they_would_mean(paths: PathProvider, folder: Path) -> None:
     """Best is no misspelling of latest, and a bare number is no iteration."""
     write_flat(folder, "mlp_cp=E1_U1_S1_model.th")
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"No set was saved under a best_model\.\* tag\. It has: E1_U1_S1"
-    ):
+    with pytest.raises(CheckpointNotFoundError, match=r"No set was saved under a best_model\.\* tag\. Found: E1_U1_S1"):
         find(paths, "best", WEIGHTS)
-    with pytest.raises(CheckpointNotFoundError, match=r"An iteration is written E4, U4 or \{epoch: 4\}\. It has"):
+    with pytest.raises(CheckpointNotFoundError, match=r"An iteration is written E4, U4 or \{epoch: 4\}\. Found"):
         find(paths, "4", WEIGHTS)
 
 
@@ -322,26 +315,24 @@ def test_an_absent_run_and_an_absent_root_are_told_apart(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointNotFoundError) as caught:
         find(PathProvider("out", "killed"), None, WEIGHTS)
-    assert f"there is no such folder: {tmp_path / 'out'}. Next: say the folder of the runs with output_path:" in str(
-        caught.value
-    )
+    assert f"({tmp_path / 'out'}). Next: set output_path: to the folder of the runs" in str(caught.value)
     (tmp_path / "out" / "other" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointNotFoundError) as caught:
         find(PathProvider("out", "killed"), None, WEIGHTS)
-    assert str(caught.value).startswith('run "killed" does not exist below out. It has')
+    assert str(caught.value).startswith('run "killed" not found below out. Found')
     assert str(caught.value).endswith(". Next: ninit inspect out")
 
 
 def test_missing_model_and_info_name_what_there_is(noether_runs: Path) -> None:
     """A wrong model name or info is answered with the right ones."""
     paths = legacy(noether_runs, "mlp_train", "train")
-    with pytest.raises(CheckpointNotFoundError, match=r'no weights of "other"; .* another name, add: model_name: mlp'):
+    with pytest.raises(CheckpointNotFoundError, match=r'no weights of "other"; .* another name: model_name: mlp'):
         find(paths, "latest", [Need("other", "model")])
-    with pytest.raises(CheckpointNotFoundError, match=r'no trainer state of "other"; .* add: model_name: mlp'):
+    with pytest.raises(CheckpointNotFoundError, match=r'no trainer state of "other"; .* another name: model_name: mlp'):
         find(paths, "latest", [Need("other", "trainer")])
-    with pytest.raises(CheckpointNotFoundError, match=r'no weights of "mpl"; .* Add: model_name: mlp'):
+    with pytest.raises(CheckpointNotFoundError, match=r'no weights of "mpl"; .* Next: model_name: mlp'):
         find(paths, "latest", [Need("mpl", "model")])
-    with pytest.raises(CheckpointNotFoundError, match=r'model_info "ema=0.99"; .* Add: model_info: ema=0.9') as caught:
+    with pytest.raises(CheckpointNotFoundError, match=r'model_info "ema=0.99"; .* Next: model_info: ema=0.9') as caught:
         find(paths, "latest", [Need("mlp", "model", "ema=0.99")])
     assert caught.value.candidates == ("ema=0.9",)
 
@@ -352,7 +343,9 @@ def test_need_without_a_model_is_that_of_the_only_one(noether_runs: Path) -> Non
     trainer = find(paths, "latest", [Need(None, "trainer")]).file(None, "trainer")
     assert trainer is not None
     assert trainer.model == "autoenc"
-    with pytest.raises(AmbiguousCheckpointError, match=r"weights of autoenc\.decoder, autoenc\.encoder") as caught:
+    with pytest.raises(
+        AmbiguousCheckpointError, match=r"weights of several models: autoenc\.decoder, autoenc\.encoder"
+    ) as caught:
         find(paths, "latest", [Need(None, "model")])
     assert caught.value.candidates == ("autoenc.decoder", "autoenc.encoder")
 
@@ -394,8 +387,8 @@ def test_info_that_the_grammar_cannot_tell_is_found_by_the_whole_name(paths: Pat
     """Infos of Noether's documentation, without ``=`` or with ``_`` in the key."""
     write_flat(folder, "mlp_ema_cp=E1_U1_S1_model.th", "mlp_ema_factor=0.9_cp=E1_U1_S1_model.th")
     found = find(paths, "E1", [Need("mlp", "model", "ema"), Need("mlp", "model", "ema_factor=0.9")])
-    paths = [found.file("mlp", "model", info) for info in ("ema", "ema_factor=0.9")]
-    assert [file.path.name for file in paths if file] == [
+    files = [found.file("mlp", "model", info) for info in ("ema", "ema_factor=0.9")]
+    assert [file.path.name for file in files if file] == [
         "mlp_ema_cp=E1_U1_S1_model.th",
         "mlp_ema_factor=0.9_cp=E1_U1_S1_model.th",
     ]
@@ -437,7 +430,7 @@ def test_malformed_iteration_in_a_file_is_refused(paths: PathProvider, folder: P
     folder.mkdir(parents=True)
     path = folder / "mlp_cp=latest_trainer.th"
     torch.save({"training_iteration": {"epoch": -3}, "callback_state_dicts": {}}, path)
-    with pytest.raises(CheckpointFormatError, match=r"training_iteration is .*no iteration: epoch") as caught:
+    with pytest.raises(CheckpointFormatError, match=r"training_iteration is .*not an iteration: epoch") as caught:
         Snapshot(paths).iteration_of(find(paths, "latest"))
     assert caught.value.path == path
 
@@ -447,7 +440,7 @@ def test_fifo_with_the_name_of_a_checkpoint_is_ignored_and_named(paths: PathProv
     write_flat(folder, "mlp_cp=latest_trainer.th", iteration=TrainingIteration(1, 1, 1))
     os.mkfifo(folder / "mlp_cp=latest_model.th")
     (folder / "mlp_cp=latest_optim.th").mkdir()
-    with pytest.raises(IncompleteSetError, match=r"No regular files, ignored: mlp_cp=latest_model\.th") as caught:
+    with pytest.raises(IncompleteSetError, match=r"Not regular files, ignored: mlp_cp=latest_model\.th") as caught:
         find(paths, "latest", MLP)
     assert caught.value.missing == ("optimizer state", "weights")
 
@@ -509,12 +502,10 @@ def test_tag_that_another_model_took_over_means_the_newest_set_of_the_model(path
     assert newest_of_gen is not None
     assert newest_of_gen.tags == ("E3_U30_S300", "mine")
     assert newest(paths) == discriminator
-    with pytest.raises(CheckpointNotFoundError, match=r'"latest" .* has no weights of "gem"; .*Add: model_name: gen'):
+    with pytest.raises(CheckpointNotFoundError, match=r'"latest" .* has no weights of "gem"; .*Next: model_name: gen'):
         find(paths, "latest", [Need("gem", "model")])
     (generator.folder / generator.files[0].path.name).unlink()
-    with pytest.raises(
-        CheckpointCorruptError, match=r"The newest older set whose files are there is E1_U10_S100 \(0+1_"
-    ):
+    with pytest.raises(CheckpointCorruptError, match=r"The newest older set with all its files is E1_U10_S100 \(0+1_"):
         find(paths, "latest", [Need("gen", "model")])
 
 
@@ -563,7 +554,7 @@ def test_optimizer_that_was_left_out_for_a_frozen_model_is_explained(paths: Path
     module = torch.nn.Linear(1, 1)
     frozen = bind(module, name="mlp", optimizer=torch.optim.SGD(module.parameters(), lr=0.1), is_frozen=True)
     CheckpointWriter(paths, flat_names=False).save(frozen, TrainingIteration(1, 10, 100))
-    with pytest.raises(IncompleteSetError, match=r"mlp was frozen when it was saved.*load_optim: false"):
+    with pytest.raises(IncompleteSetError, match=r"mlp was frozen at the save.*load_optim: false"):
         find(paths, "latest", MLP)
 
 
@@ -573,9 +564,9 @@ def test_flat_files_beside_committed_sets_are_not_read(paths: PathProvider, fold
     write_flat(folder, "mlp_cp=E1_U1_S1_model.th", "other_cp=E1_U1_S1_trainer.th")
     assert Snapshot(paths).tags() == ("E2_U20_S200", "last")
     assert Snapshot(paths).trainer_names() == ("mlp",)
-    with pytest.raises(CheckpointNotFoundError, match=r'no checkpoint "latest"\. .*It has: last, E2_U20_S200'):
+    with pytest.raises(CheckpointNotFoundError, match=r'no checkpoint "latest"\. .*Found: last, E2_U20_S200'):
         find(paths, "latest", WEIGHTS)
-    with pytest.raises(CheckpointNotFoundError, match="There are flat files of it"):
+    with pytest.raises(CheckpointNotFoundError, match="Flat files with this tag are not read"):
         find(paths, "E1_U1_S1", WEIGHTS)
 
 
@@ -647,7 +638,7 @@ def test_folder_out_of_reach_is_not_an_empty_one(tmp_path: Path, place: str, wha
         path.write_text("x")
     else:
         path.symlink_to(path if what == "loop" else tmp_path / "scratch" / "run")
-    words = {"link": "is a link to", "loop": "is a link to|levels of symbolic links", "file": "is no folder"}[what]
+    words = {"link": "is a link to", "loop": "is a link to|levels of symbolic links", "file": "is not a folder"}[what]
     with pytest.raises(CheckpointNotFoundError, match=words) as caught:
         Snapshot(paths)
     assert caught.value.path == path
@@ -666,7 +657,7 @@ def test_set_without_a_trainer_file_is_broken(paths: PathProvider) -> None:
         del values["digest"]
         rewritten = path.with_name("rewritten")
         rewritten.write_bytes(sealed(json.dumps(values).encode()))
-        with pytest.raises(CheckpointCorruptError, match=r"weights and a trainer file, which every set has"):
+        with pytest.raises(CheckpointCorruptError, match=r"weights and a trainer file, because every set has both"):
             read_manifest(rewritten)
     rewritten.replace(path)
     with pytest.raises(CheckpointCorruptError, match=r"checkpoint_tag: E1_U10_S100"):
@@ -764,7 +755,7 @@ def test_first_save_that_never_finished_is_no_checkpoint(paths: PathProvider, fo
     """The run has nothing to resume, and the message says why."""
     (folder / "sets" / "00000001_E1_U1_S1").mkdir(parents=True)
     assert newest(paths) is None
-    with pytest.raises(CheckpointNotFoundError, match="Uncommitted, never picked: 00000001_E1_U1_S1"):
+    with pytest.raises(CheckpointNotFoundError, match="Uncommitted, never selected: 00000001_E1_U1_S1"):
         find(paths, None, MLP)
 
 
@@ -824,7 +815,7 @@ def test_digests_that_are_not_as_they_were_written_break_the_set(paths: PathProv
         with pytest.raises(CheckpointCorruptError, match=r"digests\.json"):
             find(paths, None)
     fresh = Snapshot(paths).sets()[0]
-    with pytest.raises(CheckpointCorruptError, match=r"digests\.json (cannot be read|is not as it was written)"):
+    with pytest.raises(CheckpointCorruptError, match=r"digests\.json (cannot be read|was changed)"):
         fresh.digests_of(fresh.files[0])
 
 
@@ -859,7 +850,7 @@ def test_file_of_a_set_that_is_a_link_to_elsewhere_is_refused(paths: PathProvide
     path = write_set(paths, 1).files[0].path
     shutil.move(path, tmp_path / "elsewhere.th")
     path.symlink_to(tmp_path / "elsewhere.th")
-    with pytest.raises(CheckpointCorruptError, match="leads out of its folder"):
+    with pytest.raises(CheckpointCorruptError, match="is a link out of its folder"):
         find(paths, None)
 
 

@@ -145,6 +145,7 @@ def test_errors_in_an_entry_name_line_and_key(
     """Also deep inside; a missing key has the line of what lacks it."""
     with pytest.raises((ConfigFileError, UnknownKindError), match=message) as caught:
         _validate(tmp_path, f"initializers:\n- {entry}\n")
+    assert isinstance(caught.value, ConfigFileError | UnknownKindError)
     assert (caught.value.line, caught.value.key_path) == (line, f"initializers.0.{key_path}")
     assert "\n" not in str(caught.value)
 
@@ -180,19 +181,27 @@ def test_the_original_error_of_a_bad_name_is_kept(tmp_path: Path) -> None:
         ("initializers: []\nmodel: {}", 2, "unknown key"),
         ("initializers:", 1, "must be a list"),
         ("initializers: {kind: sample}", 1, "must be a list"),
-        ("initializers: [sample]", 1, "write it as a mapping: kind: sample"),
+        ("initializers: [sample]", 1, "is a text, not a mapping. Next: kind: sample"),
         ("initializers: [[]]", 1, "must be a mapping with a kind"),
         ("initializers: [~]", 1, "must be a mapping with a kind"),
-        ("observers: []", None, "has no initializers:"),
-        ("", None, "holds no keys"),
-        ("text", None, "holds no keys"),
+        ("observers: []", None, "initializers: not found"),
+        ("", None, "has no keys"),
+        ("text", None, "has no keys"),
         ("- kind: sample", None, "put it under the key initializers:"),
-        ("initializers: []\ntransforms: []", 2, r"its entry: initializers: \[{kind: ..., transforms: ...}\]. A config"),
-        ("auto_resume: true\ntransforms: []", 2, r"For what auto_resume resumes: auto_resume: {transforms: ...}"),
-        ("auto_resume: true\nrun_id: a", 2, r"its entry: initializers: \[{kind: ..., run_id: ...}\]. A config has"),
+        (
+            "initializers: []\ntransforms: []",
+            2,
+            r"an initializer. Next: initializers: \[{kind: ..., transforms: ...}\]. A config",
+        ),
+        ("auto_resume: true\ntransforms: []", 2, r"For auto_resume: auto_resume: {transforms: ...}"),
+        (
+            "auto_resume: true\nrun_id: a",
+            2,
+            r"an initializer. Next: initializers: \[{kind: ..., run_id: ...}\]. A config has",
+        ),
         ("initializers: []\nauto_resume: maybe", 2, "must be true or false, or fields .*, not maybe"),
         ("initializers: []\nauto_resume: [true]", 2, "must be true or false"),
-        ("initializers: []\non_invalid: previous", 2, "there is no auto_resume"),
+        ("initializers: []\non_invalid: previous", 2, "is for auto_resume, which was not found"),
         ("initializers: []\nobservers: timing", 2, "must be a list of names"),
         ("initializers: []\nobservers: [~]", 2, "must be the name of an observer"),
         ("defaults:\n- base\ninitializers: []", 1, "hp_resolved.yaml"),
@@ -265,9 +274,9 @@ def test_a_list_or_one_config_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, r"not a NoneType\. Next: a list, \[\] for a start from nothing"),
+        (None, r"not a NoneType\. Next: a list, \[\] for a start from scratch"),
         ("init.yaml", r"not a str\. .*InitializerStack\.from_file\(path, \.\.\.\) for a file"),
-        ({"kind": "file"}, r"kind: .*goes into the list, too: initializers: \[\{kind: file, \.\.\.\}\]"),
+        ({"kind": "file"}, r"kind: .*Initializers are a list. Next: initializers: \[\{kind: file, \.\.\.\}\]"),
     ],
 )
 def test_what_is_no_config_says_what_to_give(given: Any, message: str) -> None:
@@ -363,8 +372,8 @@ def test_a_key_of_another_kind_is_told_where_it_belongs(kind: str, key: str, wor
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"digest": "md5:aa"}, "digest: 'md5:aa' is no digest that can be checked. Write xxh3_128:<32"),
-        ({"digest": "sha256:AA"}, "is no digest that can be checked"),
+        ({"digest": "md5:aa"}, "digest: 'md5:aa' is not a valid digest. Next: write xxh3_128:<32"),
+        ({"digest": "sha256:AA"}, "is not a valid digest"),
         ({"digest": "sha256:" + "0" * 64, "verify": "header"}, "verify: header would ignore it"),
         ({"digest": "xxh3_128:" + "0" * 32, "verify": "none"}, "verify: none would ignore it"),
     ],
@@ -404,7 +413,7 @@ def test_fields_in_auto_resume_are_validated_by_resume(tmp_path: Path, text: str
 @pytest.mark.parametrize("key", ["kind", "run_id", "stage_name", "checkpoint_tag", "output_path"])
 def test_what_auto_resume_decides_cannot_be_said_of_it(tmp_path: Path, key: str) -> None:
     """It would be ignored, or mean another run."""
-    with pytest.raises(ConfigFileError, match=rf"auto_resume\.{key}: auto_resume resumes this very run"):
+    with pytest.raises(ConfigFileError, match=rf"auto_resume\.{key}: auto_resume resumes this run"):
         _load(tmp_path, f"auto_resume:\n  {key}: x\n")
 
 
@@ -416,5 +425,5 @@ def test_on_invalid_may_stand_beside_auto_resume_or_in_it(tmp_path: Path) -> Non
         assert validate_entry(resume).on_invalid == "previous"  # type: ignore[attr-defined]
     loaded = _load(tmp_path, "auto_resume: {}")
     assert (loaded.resume is not None, loaded.entries) == (True, ())
-    with pytest.raises(ConfigFileError, match="on_invalid: is said twice"):
+    with pytest.raises(ConfigFileError, match="on_invalid: occurs twice"):
         _load(tmp_path, "auto_resume: {on_invalid: error}\non_invalid: previous")

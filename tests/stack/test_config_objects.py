@@ -105,7 +105,8 @@ def test_instances_of_classes_with_fields_stand_for_mappings(make: Callable[[], 
 def test_an_instance_in_kwargs_is_handed_over_as_it_is() -> None:
     """There it is an argument of the constructor, not a config."""
     record = RuleRecord("b")
-    for config in (SampleRecord(kwargs={"rule": record}), {"kind": "sample", "kwargs": {"rule": record}}):
+    configs: tuple[Any, ...] = (SampleRecord(kwargs={"rule": record}), {"kind": "sample", "kwargs": {"rule": record}})
+    for config in configs:
         (entry,) = load_config_mapping([config]).entries
         for validated in (validate_entry(entry), kinds.validate(config)):
             assert isinstance(validated, SampleConfig)
@@ -172,4 +173,4 @@ def test_a_key_of_ones_own_config_says_how_to_give_the_list() -> None:
 def test_a_stack_of_a_mapping_says_what_builds_one() -> None:
     """Its keys are not taken for initializers."""
     with pytest.raises(ConfigError, match=r"takes initializers, not a dict\. Next: InitializerStack\.from_config"):
-        InitializerStack({"initializers": []})  # type: ignore[arg-type]
+        InitializerStack({"initializers": []})  # type: ignore[dict-item]

@@ -107,6 +107,22 @@ def test_a_run_that_goes_on_keeps_the_origin_that_it_had(tmp_path: Path) -> None
         assert all(len(one["ancestors"]) == 0 for one in kept["tensors"])
 
 
+def test_each_set_has_the_record_of_the_report_at_its_time(tmp_path: Path) -> None:
+    """A trainer that is initialized again in one process has another report, and its next set another origin."""
+    paths, state = PathProvider(tmp_path, "run"), TrainerState(seed=0)
+    writer, files = CheckpointWriter(paths), []
+    for name in ("first.pt", "second.pt"):
+        torch.save(Net().state_dict(), tmp_path / name)
+        module = Net()
+        begin(PathProvider(tmp_path, "run"), module, {"kind": "file", "path": str(tmp_path / name)}, trainer=state)
+        for _ in range(2):
+            state.advance(samples=1)
+            saved = writer.save(bind(module, name="net"), trainer=state)
+            kept = json.loads((saved.folder / "provenance.json").read_text())
+            files.append([one["file"] for one in kept["sources"]])
+    assert files == [["first.pt"], ["first.pt"], ["second.pt"], ["second.pt"]]
+
+
 def test_a_damaged_record_keeps_nobody_from_loading(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Weights are verified by themselves; the log says that their origin is not known."""
     torch.save(Net().state_dict(), tmp_path / "public.pt")
@@ -127,7 +143,7 @@ def test_a_damaged_record_keeps_nobody_from_loading(tmp_path: Path, caplog: pyte
         report = begin(PathProvider(tmp_path, "next"), other, {"kind": "previous_run", "run_id": "pretrain"})
         assert torch.equal(other.body.weight, module.body.weight)
         assert story(report)["body.weight"] == [("pretrain", ("body.weight",))]
-        assert "tells nothing of where the weights came from" in caplog.text
+        assert "the origin of the weights cannot be read" in caplog.text
 
 
 def test_names_of_composites_have_the_path_below_the_whole(tmp_path: Path) -> None:

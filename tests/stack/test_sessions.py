@@ -238,7 +238,7 @@ def test_a_question_during_an_initialization_is_refused_and_loads_nothing_else(p
     trainer.stack = stack if which == "the same stack" else InitializerStack([resume])
     trainer.model, trainer.paths = bind(module, name="net"), paths
     stack.start_checkpoint()
-    with pytest.raises(PartlyInitializedError, match="asked again") as caught:
+    with pytest.raises(PartlyInitializedError, match="called again") as caught:
         stack.initialize(trainer.model, trainer=trainer)
     assert isinstance(caught.value.__cause__, ConfigError)
     assert module.weight.unique().tolist() == [0.0]
@@ -273,7 +273,7 @@ def test_a_file_that_cannot_be_closed_leaves_no_session_behind(
     paths: PathProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next call selects anew."""
-    initializer = kinds.create({"kind": "previous_run", "run_id": "run"}, path_provider=paths.with_run("new"))
+    initializer: Any = kinds.create({"kind": "previous_run", "run_id": "run"}, path_provider=paths.with_run("new"))
     with monkeypatch.context() as patch:
         opened = initializer.open
 

@@ -138,12 +138,32 @@ def run(tmp_path: Path) -> PathProvider:
 
 def test_hooks_run_hook_by_hook_in_declared_order() -> None:
     """Every check comes before any hook; each hook goes through all initializers before the next one begins."""
-    configs = [{"kind": "recorder"}, {"kind": "recorder", "start": 5}]
+    configs: list[dict[str, Any]] = [{"kind": "recorder"}, {"kind": "recorder", "start": 5}]
     report = InitializerStack.from_config(configs).initialize(bound(net()), trainer=Stateful(), callbacks=[])
     hooks = ["check", "init_trainer", "init_weights", "init_optimizer", "init_callbacks"]
     assert [f"{hook} {start}" for hook in hooks for start in (0, 5)] == CALLS
     assert report.start == TrainingIteration(0, 5, 0)
     assert [entry.start for entry in report.initializers] == [None, "E0_U5_S0"]
+
+
+def test_initializers_of_a_model_are_not_given_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a config of Noether they are for weights and optimizer: they check neither trainer nor callbacks."""
+    given: list[tuple[int, bool, bool]] = []
+
+    def check(self: Recorder, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
+        given.append((self.config.start, trainer is not None, callbacks is not None))
+
+    monkeypatch.setattr(Recorder, "check", check)
+    config = {
+        "model": {"name": "net", "initializers": [{"kind": "recorder"}]},
+        "trainer": {"initializer": {"kind": "recorder", "start": 5}},
+    }
+    InitializerStack.from_config(config).initialize(bound(net()), trainer=Stateful(), callbacks=[])
+    assert given == [(0, False, False), (5, True, True)]
+    assert [call for call in CALLS if "trainer" in call or "callbacks" in call] == [
+        "init_trainer 5",
+        "init_callbacks 5",
+    ]
 
 
 def test_without_trainer_and_callbacks_their_hooks_are_not_called() -> None:
@@ -210,9 +230,9 @@ def test_what_is_no_wrapper_no_initializer_or_there_twice_is_refused() -> None:
         def start_checkpoint(self) -> TrainingIteration:
             return TrainingIteration(9, 9, 9)
 
-    with pytest.raises(ConfigError, match="start_checkpoint of the observer Plain is no wrapper"):
+    with pytest.raises(ConfigError, match="start_checkpoint of the observer Plain is not a wrapper"):
         InitializerStack.from_config([{"kind": "recorder"}], observers=[Plain()])
-    with pytest.raises(ConfigError, match=r"initializers\.0 is a dict, no initializer"):
+    with pytest.raises(ConfigError, match=r"initializers\.0 is a dict, not an initializer"):
         InitializerStack([{"kind": "recorder"}])  # type: ignore[list-item]
     initializer = Recorder(RecorderConfig(kind="recorder"))
     with pytest.raises(ConfigError, match="in the stack twice"):
@@ -288,13 +308,14 @@ def test_a_failing_check_changes_nothing(run: PathProvider) -> None:
 @pytest.mark.parametrize("change", ["weights", "optimizer", "trainer"])
 def test_resume_finds_problems_of_every_part_before_anything_changes(run: PathProvider, change: str) -> None:
     """A model, an optimizer or a trainer that does not fit is refused while everything is as it was."""
-    module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2))
-    module = module if change == "weights" else net()
+    other = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2))
+    module: Any = other if change == "weights" else net()
     model = bound(module)
     trainer: Any = Stateful(1)
     if change == "optimizer":
-        layers = [{"params": list(module[0].parameters())}, {"params": list(module[2].parameters())}]
-        two = torch.optim.AdamW([*layers, {"params": list(module[1].parameters()), "lr": 1.0}])
+        groups: list[dict[str, Any]] = [{"params": list(module[number].parameters())} for number in (0, 2, 1)]
+        groups[-1]["lr"] = 1.0
+        two = torch.optim.AdamW(groups)
         model = bind(module, name="net", optimizer=two)
         two.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     if change == "trainer":
@@ -363,7 +384,7 @@ def test_submodels_in_a_stack(run: PathProvider) -> None:
     InitializerStack.from_config([config], path_provider=run.with_run("new")).initialize(model)
     assert same(dict(other.state_dict()), untouched)
     assert target[1].num_batches_tracked.item() == 1
-    with pytest.raises(ConfigError, match="pair has no submodel 'middle'; it has left, right"):
+    with pytest.raises(ConfigError, match="submodel 'middle' not found in pair; found: left, right"):
         InitializerStack.from_config([{**config, "submodel": "middle"}], path_provider=run.with_run("n")).plan(model)
 
 
@@ -413,7 +434,7 @@ def test_auto_resume_takes_the_newest_set_or_the_list(run: PathProvider) -> None
     assert again.start == TrainingIteration(1, 7, 70)
     assert again.auto_resume == "auto_resume: resumed from E1_U7_S70"
     generated = PathProvider.generate(run.output_root)
-    with pytest.raises(ConfigError, match="Give a fixed run_id"):
+    with pytest.raises(ConfigError, match="Next: a fixed run_id"):
         InitializerStack.from_config(config, path_provider=generated)
 
 
@@ -503,9 +524,9 @@ def test_start_that_is_another_one_after_a_failure_is_refused(run: PathProvider)
     save_later(run, 9)
     model = bound(net())
     before = state_of(model)
-    with pytest.raises(StartConflictError, match=r"returned E1_U7_S70, and by now the start is E1_U9_S90") as caught:
+    with pytest.raises(StartConflictError, match=r"returned E1_U7_S70, but the start is now E1_U9_S90") as caught:
         stack.initialize(model, trainer=Stateful())
-    assert caught.value.starts == {"told": "E1_U7_S70", "now": "E1_U9_S90"}
+    assert caught.value.starts == {"returned": "E1_U7_S70", "now": "E1_U9_S90"}
     assert same(state_of(model), before)
     assert stack.start_checkpoint() == stack.initialize(model, trainer=Stateful()).start == TrainingIteration(1, 9, 90)
 

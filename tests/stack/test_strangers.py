@@ -170,14 +170,14 @@ def test_a_kind_that_only_delegates_does_and_reports_what_its_delegate_does(run:
 
 def test_a_problem_of_a_delegate_is_found_before_anything_changes(run: PathProvider) -> None:
     """With the error that the delegate raises by itself."""
-    model = bind(torch.nn.Linear(5, 5), name="net")
-    before = model.module.weight.clone()
+    module = torch.nn.Linear(5, 5)
+    model, before = bind(module, name="net"), module.weight.clone()
     with pytest.raises(PlanError) as expected:
         InitializerStack([previous_run(run)]).initialize(model)
     with pytest.raises(PlanError) as caught:
         InitializerStack([Delegating(previous_run(run))]).initialize(model)
     assert str(caught.value) == str(expected.value)
-    assert torch.equal(model.module.weight, before)
+    assert torch.equal(module.weight, before)
 
 
 def test_a_delegate_sees_what_the_one_before_it_will_have_loaded(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def planned(sources: Specs, targets: Specs, fields: Mapping[str, Any]) -> LoadPl
     return plan_load("file", [PlanPart("net", "", (), sources, targets)], transforms)
 
 
-def moves(plan: LoadPlan) -> dict[str, tuple[object, ...]]:
+def moves(plan: LoadPlan) -> dict[str, tuple[Any, ...]]:
     """Target -> sources, part and steps; a transposed vector is that vector."""
     return {
         row.key: (
@@ -206,7 +206,7 @@ def test_gpt2_is_one_rule_for_all_blocks() -> None:
     ]
     reasons = {one.config["from"]: one.reason for one in found.rules}
     assert reasons["h.<i>.attn.c_proj."] == (
-        "transposed as h.<i>.mlp.c_proj is: the shape of h.<i>.attn.c_proj [16, 16] cannot tell"
+        "transposed like h.<i>.mlp.c_proj: the shape of h.<i>.attn.c_proj [16, 16] does not decide"
     )
 
 
@@ -227,7 +227,7 @@ def test_square_matrices_alone_are_unsure() -> None:
     """Where every matrix is square, shapes cannot tell whether they are transposed, and the suggestion says so."""
     found, _ = pasted(specs({"attn.c_proj.weight": (8, 8)}), specs({"attention.out_proj.weight": (8, 8)}))
     assert found.plan.is_fine
-    assert [one.reason for one in found.unsure] == ["shapes cannot tell whether attn.c_proj [8, 8] is transposed"]
+    assert [one.reason for one in found.unsure] == ["shapes do not decide whether attn.c_proj [8, 8] is transposed"]
     assert found.unsure[0].alternatives == ("the same rule with transpose",)
 
 
@@ -292,7 +292,7 @@ def test_layers_that_only_order_tells_are_unsure() -> None:
     assert found.config()["transforms"] == [{"from": "first.", "to": "alpha."}, {"from": "second.", "to": "beta."}]
     assert sure_targets(found) == set()
     assert found.unsure[0].what == "first -> alpha"
-    assert found.unsure[0].reason == "paired by order: no name tells which"
+    assert found.unsure[0].reason == "paired by order: names do not decide"
     assert found.unsure[0].alternatives == ("first -> beta", "second -> alpha")
     assert found.to_yaml().startswith("transforms:\n  # unsure: paired by order")
 
@@ -578,7 +578,7 @@ def test_blocks_that_only_the_file_has_are_said() -> None:
     """Of four blocks, a model of two gets the first two, unsure, and the others stay unmatched."""
     found, _ = pasted(blocks("h.<i>.", affine("mlp", 8, 4), 4), blocks("blocks.<i>.", affine("mlp", 8, 4), 2))
     assert found.plan.coverage() == 1.0
-    assert found.unsure[0].reason == "the file has 4 of h.<i>, the model 2: those of equal numbers are paired"
+    assert found.unsure[0].reason == "the file has 4 of h.<i>, the model 2: blocks of equal numbers are paired"
     assert found.unmatched_sources == ("h.2.mlp.weight", "h.2.mlp.bias", "h.3.mlp.weight", "h.3.mlp.bias")
 
 

@@ -93,7 +93,7 @@ def _rebuild(kind: str) -> bytes:
 
 
 def _save_subclass(path: Path) -> None:
-    torch.save({"weight": torch.ones(2).as_subclass(Subclass)}, path)  # type: ignore[no-untyped-call]
+    torch.save({"weight": torch.ones(2).as_subclass(Subclass)}, path)
 
 
 FILES: dict[str, Hostile] = {
@@ -103,9 +103,9 @@ FILES: dict[str, Hostile] = {
     "module as a value": _unsafe(2, pickled(b"}" + string("a") + name("os", "path") + b"s"), r"os\.path.*allow_gl"),
     "bytearray of a gigabyte": _safe(3, call("builtins", "bytearray", integer(HUGE)), "bytearray"),
     "bytes of a gigabyte": _safe(3, call("builtins", "bytes", integer(HUGE)), "bytes"),
-    "tensor of gigabytes": _key(3, tensor([HUGE], [1], numel=6), "more than its storage"),
-    "stride of zero": _key(3, tensor([HUGE, 9], [0, 0], numel=6), "more than its storage"),
-    "storage of gigabytes": _key(3, tensor([6], [1], numel=HUGE), "should have 4000000000"),
+    "tensor of gigabytes": _key(3, tensor([HUGE], [1], numel=6), "does not fit into its storage"),
+    "stride of zero": _key(3, tensor([HUGE, 9], [0, 0], numel=6), "does not fit into its storage"),
+    "storage of gigabytes": _key(3, tensor([6], [1], numel=HUGE), "needs 4000000000"),
     "doubled tuples": _safe(4, b"})" + b"q\x00h\x00\x86" * 50 + b"Ns", "key"),
     "nested tuples": _safe(4, b"})" + b"\x85" * 400 + b"Ns", "a key is a tuple nested deeper"),
     "nested lists": _safe(4, b"]" * 400 + b"a" * 399, "nested deeper"),
@@ -113,7 +113,7 @@ FILES: dict[str, Hostile] = {
     "oversized record": _archive(5, oversized, "of 2147483648 bytes does not fit"),
     "duplicate header": _archive(6, zipped("data.pkl", "data.pkl", "data/0"), "two records named"),
     "duplicate storage": _archive(6, zipped("data.pkl", "data/0", "data/0"), "two records named"),
-    "small storage": _key(7, GOOD, "its storage should have 24 bytes, the record data/0 has 20", data_0=bytes(20)),
+    "small storage": _key(7, GOOD, "its storage needs 24 bytes, but the record data/0 has 20", data_0=bytes(20)),
     "missing storage": _key(7, tensor([6], [1], record="9"), "missing"),
     "sparse tensor": _archive(8, saved({"weight": torch.eye(2).to_sparse()}), "weight: it is a sparse tensor"),
     "meta tensor": _archive(8, saved({"weight": torch.ones(2, device="meta")}), "weight: it is a meta tensor"),

@@ -33,14 +33,14 @@ class Environment:
 
     def run(self, program: str, *, where: Path, code: int = 0) -> str:
         """Run a program that sees neither this checkout nor the variables of the tests; return what it printed."""
-        command = [self.python, "-I", "-c", textwrap.dedent(program)]
+        command = [str(self.python), "-I", "-c", textwrap.dedent(program)]
         done = subprocess.run(command, cwd=where, capture_output=True, text=True, env={"PATH": ""}, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
     def command(self, *arguments: str, where: Path) -> subprocess.CompletedProcess[str]:
         """Run the installed console script."""
-        command = [self.folder / "bin" / "ninit", *arguments]
+        command = [str(self.folder / "bin" / "ninit"), *arguments]
         return subprocess.run(command, cwd=where, capture_output=True, text=True, env={"PATH": ""}, check=False)
 
     def pip(self, *arguments: str | Path) -> None:

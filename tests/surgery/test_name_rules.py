@@ -86,7 +86,7 @@ def test_a_key_that_is_absent_in_every_part_is_an_error_and_a_pattern_a_warning(
     matches = [surgery.match(part, ()) for part in parts]
     messages = surgery.unmatched(matches, [name for part in parts for name in part], ())
     assert messages == [
-        ("keys_to_remove: the file has no hed.bias; near: head.bias", True),
+        ("keys_to_remove: hed.bias not found in the file; near: head.bias", True),
         ("patterns_to_remove: zzz matches nothing", False),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ class Net(torch.nn.Module):
             setattr(self, layer, torch.nn.Linear(3, 3))
 
 
-def trained(optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW, **arguments: Any) -> tuple[Net, Any]:
+def trained(
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **arguments: Any
+) -> tuple[Net, Any]:
     torch.manual_seed(0)
     net = Net()
     optimizer = optimizer_class(net.parameters(), lr=0.1, **arguments)
@@ -74,7 +77,7 @@ def test_state_follows_names_not_positions() -> None:
     ],
 )
 def test_the_next_step_is_the_same_bit_for_bit(
-    optimizer_class: type[torch.optim.Optimizer], arguments: dict[str, Any]
+    optimizer_class: Callable[..., torch.optim.Optimizer], arguments: dict[str, Any]
 ) -> None:
     """A restored optimizer takes the step that the original takes."""
     net, optimizer = trained(optimizer_class, **arguments)
@@ -118,9 +121,9 @@ def test_all_misfits_are_listed_and_nothing_changes() -> None:
     with pytest.raises(StateMismatchError) as caught:
         plan_for(saved, net, optimizer, where="net_cp=latest_optim.th")
     assert caught.value.problems == (
-        "first.weight has no state in the file; near: frist.weight. For fresh state: on_missing_state: fresh",
+        "state of first.weight not found in the file; near: frist.weight. Next: on_missing_state: fresh",
         "first.bias: exp_avg has shape [7], the parameter [3]",
-        "the file has state of frist.weight, not found in the optimizer. To leave it: on_unexpected_state: ignore",
+        "the file has state of frist.weight, not found in the optimizer. Next: on_unexpected_state: ignore",
     )
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -173,7 +176,11 @@ def test_every_field_that_differs_between_stored_groups_is_ambiguous() -> None:
     net, two = stepped({"betas": (0.5, 0.6), "amsgrad": True}, {})
     saved = copy.deepcopy(saved_state(net, two))
     one = torch.optim.AdamW(net.parameters(), betas=(0.7, 0.8))
-    for fields, listed in (({}, "amsgrad: config, betas: config"), ({"amsgrad": "config"}, "betas: config")):
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "amsgrad: config, betas: config"),
+        ({"amsgrad": "config"}, "betas: config"),
+    ]
+    for fields, listed in cases:
         with pytest.raises(StateMismatchError) as caught:
             plan_for(saved, net, one, policies=OptimizerPolicies(fields=fields))
         (problem,) = caught.value.problems
@@ -214,13 +221,14 @@ def test_the_first_learning_rate_goes_with_the_learning_rate() -> None:
     net, optimizer = trained()
     optimizer.param_groups[0]["initial_lr"] = 0.4
     saved = copy.deepcopy(saved_state(net, optimizer))
-    for fields, is_taken in (
+    cases: list[tuple[dict[str, Any], bool]] = [
         ({}, True),
         ({"lr": "config"}, False),
         ({"*": "config", "lr": "checkpoint"}, True),
         ({"lr": "config", "initial_lr": "checkpoint"}, True),
         ({"initial_lr": "config"}, False),
-    ):
+    ]
+    for fields, is_taken in cases:
         fresh = torch.optim.AdamW(net.parameters(), lr=0.5)
         apply_optimizer(plan_for(saved, net, fresh, policies=OptimizerPolicies(fields=fields)), fresh)
         schedule = torch.optim.lr_scheduler.LambdaLR(fresh, lambda _epoch: 1.0)
@@ -334,9 +342,9 @@ def test_files_without_names_are_matched_by_position_with_a_warning() -> None:
     """A state dict that plain torch wrote fits an optimizer of the same groups; otherwise it is refused."""
     net, optimizer = trained()
     plan = plan_for(copy.deepcopy(optimizer.state_dict()), net, optimizer, where="x.th")
-    assert plan.warnings == ("x.th records no names of parameters; they are matched by position",)
+    assert plan.warnings == ("x.th records no parameter names; parameters were matched by position",)
     smaller = torch.optim.AdamW(net.first.parameters())
-    with pytest.raises(StateMismatchError, match="no names"):
+    with pytest.raises(StateMismatchError, match="no parameter names"):
         plan_for(copy.deepcopy(optimizer.state_dict()), net, smaller, where="x.th")
 
 

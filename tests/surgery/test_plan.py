@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import attrs
 import pytest
 
 from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
+from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, ties
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename, Transforms
-from noether_init_core.surgery.plan import LoadPlan, Origin, PlanRow
+from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow
 from noether_init_core.surgery.planner import Policies, plan_load
+from noether_init_core.surgery.steps import Transpose
 
 
 def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:
@@ -87,7 +89,7 @@ def test_a_rule_that_names_an_entry_with_the_prefix_of_a_wrapper_is_told_how_rul
     rules = Transforms([rule_of(config, "rule 0")])
     found = plan({"q.enc.bias": spec(2)}, {"q.module.bias": spec(2)}, rules)
     assert found.problems[-1].message.endswith(
-        "makes q.module.bias, not found in net. Rules name it without the prefix of a wrapper: q.bias"
+        "makes q.module.bias, not found in net. In rules, leave out the prefix of a wrapper: q.bias"
     )
 
 
@@ -223,12 +225,12 @@ def test_entries_that_cannot_be_written_are_a_problem() -> None:
 def test_rows_of_merged_plans_keep_their_initializer_and_file() -> None:
     """Each row says which initializer it is of, its number in the stack, and its file."""
     targets = {"body": spec(2), "head": spec(2)}
+    keep = Policies(on_missing="keep")
     plans = [
-        plan_load(kind, [PlanPart("net", kind, (f"{kind}.th",), {name: spec(2)}, targets)], NoetherSurgery(), **more)
-        for kind, name, more in (
-            ("first", "body", {"policies": Policies(on_missing="keep")}),
-            ("second", "head", {"policies": Policies(on_missing="keep")}),
+        plan_load(
+            kind, [PlanPart("net", kind, (f"{kind}.th",), {name: spec(2)}, targets)], NoetherSurgery(), policies=keep
         )
+        for kind, name in (("first", "body"), ("second", "head"))
     ]
     merged = LoadPlan.merged(plans, [0, 2])
     assert merged.origins == (
@@ -260,7 +262,7 @@ def test_a_plan_that_a_kind_builds_itself_has_an_origin() -> None:
     found = LoadPlan("average", (PlanRow("net", "w", ("w",), "load", (2,), "float32", 8),))
     assert found.origins == (Origin("average", "net"),)
     assert (found.is_fine, found.coverage(), found.to_dict()["totals"]["bytes_loaded"]) == (True, 1.0, 8)
-    with pytest.raises(ValueError, match="a row has an origin that is none of the 1 of the plan"):
+    with pytest.raises(ValueError, match="a row has an origin that is not among the 1 of the plan"):
         LoadPlan("average", (attrs.evolve(found.rows[0], origin=1),), origins=found.origins)
 
 
@@ -273,6 +275,62 @@ def test_ties_across_submodels_must_agree() -> None:
     found = plan_load("previous_run", parts, NoetherSurgery())
     assert found.is_fine
     assert found.equal == (("pair.a", "w", "pair.b", "w"),)
+
+
+def tied(model: str, name: str, action: Action, **changes: Any) -> PlanRow:
+    """A row of an entry that is one tensor with every other."""
+    return attrs.evolve(PlanRow(model, name, (name,), action, (2,), "float32", 8, identity="memory"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "problems"),
+    [
+        (
+            [tied("a", "w", "load"), tied("a", "v", "keep")],
+            ["v is kept, but it is the same tensor as w, which is loaded"],
+        ),
+        (
+            [tied("a", "v", "keep"), tied("a", "w", "load")],
+            ["v is kept, but it is the same tensor as w, which is loaded"],
+        ),
+        (
+            [tied("a", "w", "reset"), tied("a", "v", "keep")],
+            ["v is kept, but it is the same tensor as w, which is reset"],
+        ),
+        (
+            [tied("a", "v", "keep"), tied("a", "w", "reset")],
+            ["v is kept, but it is the same tensor as w, which is reset"],
+        ),
+        ([tied("a", "w", "load"), tied("a", "u", "keep")], []),  # no rule of the config keeps u
+        ([tied("a", "v", "keep"), tied("a", "w", "load", rule=LOADED_BEFORE)], []),
+        (
+            [tied("a", "w", "load"), tied("b", "u", "keep")],
+            ["u of b is kept, but it is the same tensor as w of a, which is loaded"],
+        ),
+        ([tied("a", "w", "reset"), tied("b", "v", "keep")], []),
+        (
+            [tied("a", "w", "load"), tied("b", "w", "transform", steps=(Transpose(),))],
+            ["w of a and w of b are one tensor, and transforms make it twice. Next: drop one"],
+        ),
+        (
+            [tied("a", "w", "transform", steps=(Transpose(),)), tied("b", "w", "load")],
+            ["w of a and w of b are one tensor, and transforms make it twice. Next: drop one"],
+        ),
+        (
+            [
+                tied("a", name, "transform", sources=("x",), steps=(Transpose(),), part=part)
+                for part, name in enumerate("wv")
+            ],
+            ["w and v are one tensor, and transforms make it twice. Next: drop one"],
+        ),
+        ([tied("a", name, "transform", sources=("x",), steps=(Transpose(),)) for name in "wv"], []),
+    ],
+)
+def test_one_tensor_has_one_origin(rows: list[PlanRow], problems: list[str]) -> None:
+    """Rules of the config may not keep it under one name and load it under another, nor make it twice."""
+    equal, found = ties(rows, {(model, "v") for model in "ab"})
+    assert [problem.message for problem in found] == problems
+    assert equal == ()
 
 
 def test_the_line_that_keeps_a_module_is_said_below_the_target_root() -> None:

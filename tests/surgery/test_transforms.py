@@ -38,8 +38,8 @@ def test_the_first_rule_that_matches_takes_a_name() -> None:
     ((message, is_error),) = rules.unmatched([match], ("h.0.w", "h.1.w"), ())
     assert is_error
     assert message == (
-        "rule 2 (h.<i>. -> b.<i>.) matches nothing: what it would match is taken by rule 0 (h.0. -> first.), "
-        "rule 1 (drop h.) before it. Next: move it up, or remove it"
+        "rule 2 (h.<i>. -> b.<i>.) matches nothing: earlier rules take its names: rule 0 (h.0. -> first.), "
+        "rule 1 (drop h.). Next: move it up, or remove it"
     )
 
 
@@ -50,7 +50,7 @@ def test_an_idle_rule_is_told_what_the_file_says() -> None:
     rules = transforms(idle)
     assert rules.unmatched([rules.match(sources, ())], sources, ()) == [
         (
-            "rule 0 (layers.<i>.w -> b.<i>.w) matches nothing; the file says model.layers.0.w. "
+            "rule 0 (layers.<i>.w -> b.<i>.w) matches nothing; the file has model.layers.0.w. "
             "Next: from: model.layers.<i>.w",
             True,
         )
@@ -68,7 +68,7 @@ def test_wrappers_are_gone_before_rules_look() -> None:
     match = rules.match(sources, ("_orig_mod.b", "c"))
     assert moves(match) == {"c": ("module._orig_mod.c",)}
     ((message, _),) = rules.unmatched([match], sources, ())
-    assert "prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are gone before rules look" in message
+    assert "prefixes of wrappers (module., _orig_mod., _fsdp_wrapped_module.) are removed before rules match" in message
 
 
 def test_two_sources_for_one_target_are_a_problem_that_names_both() -> None:
@@ -89,7 +89,7 @@ def test_an_incomplete_group_is_a_problem_that_names_what_is_lacking() -> None:
     match = rules.match(("0.q", "0.k", "0.v", "1.v", "1.k"), ("0.qkv", "1.qkv"))
     assert moves(match) == {"0.qkv": ("0.q", "0.k", "0.v")}
     (problem,) = match.problems
-    assert problem.message.endswith("the file has 1.k, 1.v without 1.q")
+    assert problem.message.endswith("the file has 1.k, 1.v, and 1.q was not found")
 
 
 def test_roots_bound_what_rules_are_about() -> None:

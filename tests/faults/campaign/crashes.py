@@ -207,7 +207,7 @@ def failures(
         try:
             scenario.save(numbered, folder, number, Failing(at, ERRORS[error], lasting=lasting))
         except CheckpointWriteError as caught:
-            raised, in_doubt = True, "may or may not be committed" in str(caught)
+            raised, in_doubt = True, "unknown whether it is committed" in str(caught)
             in_doubt &= "not committed" not in str(caught)
         except Exception as caught:
             raised = True

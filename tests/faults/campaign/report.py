@@ -152,7 +152,7 @@ def _failure_rows(results: Results) -> Iterator[Sequence[str]]:
 
 def _added(results: Results, names: Sequence[str]) -> Mapping[str, Any] | None:
     """Several series as one."""
-    found = [Counter(results[name]["counts"]) for name in names if name in results]
+    found = [Counter[str](results[name]["counts"]) for name in names if name in results]
     return {"counts": sum(found, Counter[str]())} if found else None
 
 
@@ -220,7 +220,7 @@ def draw(path: Path, results: Results) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"font.family": "DejaVu Sans", "text.color": INK, "svg.hashsalt": "noether-init-core"}
+    style: Any = {"font.family": "DejaVu Sans", "text.color": INK, "svg.hashsalt": "noether-init-core"}
     with plt.rc_context(style):
         figure, (grid, bars) = plt.subplots(2, 1, figsize=(13.5, 10.4), height_ratios=(8.1, 2), layout="constrained")
         figure.suptitle(

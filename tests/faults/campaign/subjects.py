@@ -29,6 +29,9 @@ ITERATIONS = (TrainingIteration(1, 10, 100), TrainingIteration(2, 20, 200), Trai
 class Network(torch.nn.Module):
     """Parameters, an integer buffer and a float buffer; about ``4 * width ** 2`` bytes of weights."""
 
+    mean: torch.Tensor
+    seen: torch.Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.full((width, width), -1.0))
