@@ -392,6 +392,15 @@ def test_set_that_a_run_started_from_stays_until_enough_were_saved_since() -> No
     assert kept_of([*sets, since[0], a_set(7, 7, (), {}, started_from="00000003")], Retention(last=2)) == [6, 7]
 
 
+def test_a_set_goes_only_while_the_first_of_its_period_is_relied_on() -> None:
+    """So that the first of a period is looked at again before others of that period go, and no other first is."""
+    sets = [(a_set(number, number, (), {}), True) for number in range(8, 0, -1)]
+    decision = decide(sets, Retention(every={"epoch": 4}))
+    assert [one.sequence for one in decision.superfluous] == [6, 5, 3, 2, 1]
+    assert [one.sequence for one in decision.relied_on] == [8, 7, 4]
+    assert [one.sequence for one in decide(sets[4:], Retention(every={"epoch": 2})).relied_on] == [4, 3]
+
+
 def test_metric_of_an_iteration_stays_with_it_when_it_is_saved_again() -> None:
     """Both its sets stay: the one that was measured, and the one that its tag means; the next save changes nothing."""
     losses: list[dict[str, float | None]] = [{"loss": 0.9}, {"loss": 0.1}, {}, {"loss": 0.5}, {"loss": 0.6}, {}]

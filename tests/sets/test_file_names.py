@@ -135,3 +135,17 @@ def test_tags_of_noether_are_legal(tag: str) -> None:
 def test_iteration_of_a_tag(tag: str, iteration: TrainingIteration | None) -> None:
     """A full iteration, also before a suffix, is the iteration of the tag; nothing else is."""
     assert iteration_of_tag(tag) == iteration
+
+
+def test_a_model_has_a_name_also_where_an_info_could_stand() -> None:
+    """What stands before the info is the model, and it is not empty."""
+    assert parse("_ema=1_cp=E1_U1_S1_model.th") == CheckpointFileName("_ema=1", None, "E1_U1_S1", "model")
+
+
+def test_the_longest_name_that_a_disk_takes_is_written() -> None:
+    """255 bytes, and no more."""
+    rest = len(str(CheckpointFileName("m" * 150, "a=", "latest", "model")))
+    longest = CheckpointFileName("m" * 150, "a=" + "v" * (255 - rest), "latest", "model")
+    assert longest.checked() is longest
+    with pytest.raises(InvalidNameError, match="has 256 bytes, more than 255"):
+        CheckpointFileName("m" * 150, f"{longest.info}v", "latest", "model").checked()

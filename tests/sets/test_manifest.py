@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from noether_init_core.errors import CheckpointCorruptError, ConfigError
-from noether_init_core.sets.manifest import Manifest, ManifestFile, read_manifest, sealed
+from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, ConfigError
+from noether_init_core.sets.manifest import (
+    Manifest,
+    ManifestFile,
+    digest_of,
+    digests_to_bytes,
+    read_digests,
+    read_manifest,
+    sealed,
+)
 
 DIGEST = f"xxh3_128:{0:032x}"
 
@@ -82,6 +90,38 @@ def test_a_file_is_listed_once_and_under_its_own_name(files: Any, said: str) -> 
     """The name says model, info, part and iteration, and so do the fields: which of them is true nobody could tell."""
     with pytest.raises(ConfigError, match=said):
         manifest(files=files)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"iteration": {"epoch": -1, "update": 2, "sample": 3}}, "none below zero"),
+        ({"iteration": {"epoch": 1, "update": 2}}, "must say epoch, update and sample"),
+        ({"tags": ("latest",)}, "tags must hold E1_U2_S3"),
+    ],
+)
+def test_the_iteration_is_whole_and_a_tag(fields: Any, said: str) -> None:
+    """Its files are named after it, and every set can be asked for by it."""
+    with pytest.raises(ConfigError, match=said):
+        manifest(**fields)
+
+
+def test_a_sealed_manifest_of_another_version_is_not_damaged(tmp_path: Path) -> None:
+    """The release that reads it is another one."""
+    path = tmp_path / "manifest.json"
+    content = manifest().to_bytes().rpartition(b',\n "digest"')[0]
+    path.write_bytes(sealed(content.replace(b'"format_version": 2', b'"format_version": 3') + b"}"))
+    with pytest.raises(CheckpointFormatError, match="has format version 3, this release reads version 2 only"):
+        read_manifest(path)
+
+
+def test_digests_are_those_that_the_manifest_vouches_for(tmp_path: Path) -> None:
+    """Another list of digests would verify other bytes."""
+    written = digests_to_bytes({})
+    (tmp_path / "digests.json").write_bytes(written)
+    assert read_digests(tmp_path, manifest(digests=digest_of(written))) == {}
+    with pytest.raises(CheckpointCorruptError, match="its digest is not the one in the manifest"):
+        read_digests(tmp_path, manifest())
 
 
 def test_nan_in_the_lineage_is_no_number(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, ties
+from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, square_grids, ties
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename, Transforms
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow
 from noether_init_core.surgery.planner import Policies, plan_load
-from noether_init_core.surgery.steps import Transpose
+from noether_init_core.surgery.steps import Interpolate, Transpose
 
 
 def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:
@@ -275,6 +275,12 @@ def test_ties_across_submodels_must_agree() -> None:
     found = plan_load("previous_run", parts, NoetherSurgery())
     assert found.is_fine
     assert found.equal == (("pair.a", "w", "pair.b", "w"),)
+
+
+def test_a_single_token_is_no_grid() -> None:
+    """Interpolating to or from it is not what a position embedding is for."""
+    assert square_grids((5, 8), (10, 8)) == [Interpolate((2, 2), (3, 3), 1)]
+    assert square_grids((5, 8), (2, 8)) == square_grids((2, 8), (5, 8)) == []
 
 
 def tied(model: str, name: str, action: Action, **changes: Any) -> PlanRow:
