@@ -7,7 +7,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -441,8 +441,9 @@ def test_what_cannot_be_put_back_leaves_the_rest_to_be_put_back() -> None:
 
 
 class Counting(torch.nn.Module):
-    seen: torch.Tensor
-    sums: torch.Tensor
+    if TYPE_CHECKING:  # TorchScript would read the annotations, and cannot tell them from text
+        seen: torch.Tensor
+        sums: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
