@@ -95,8 +95,8 @@ def test_a_file_is_listed_once_and_under_its_own_name(files: Any, said: str) -> 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"iteration": {"epoch": -1, "update": 2, "sample": 3}}, "none below zero"),
-        ({"iteration": {"epoch": 1, "update": 2}}, "must say epoch, update and sample"),
+        ({"iteration": {"epoch": -1, "update": 2, "sample": 3}}, "each at least 0"),
+        ({"iteration": {"epoch": 1, "update": 2}}, "must have epoch, update and sample"),
         ({"tags": ("latest",)}, "tags must hold E1_U2_S3"),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_sealed_manifest_of_another_version_is_not_damaged(tmp_path: Path) -> 
     path = tmp_path / "manifest.json"
     content = manifest().to_bytes().rpartition(b',\n "digest"')[0]
     path.write_bytes(sealed(content.replace(b'"format_version": 2', b'"format_version": 3') + b"}"))
-    with pytest.raises(CheckpointFormatError, match="has format version 3, this release reads version 2 only"):
+    with pytest.raises(CheckpointFormatError, match="has format version 3; this release reads version 2 only"):
         read_manifest(path)
 
 
@@ -120,7 +120,7 @@ def test_digests_are_those_that_the_manifest_vouches_for(tmp_path: Path) -> None
     written = digests_to_bytes({})
     (tmp_path / "digests.json").write_bytes(written)
     assert read_digests(tmp_path, manifest(digests=digest_of(written))) == {}
-    with pytest.raises(CheckpointCorruptError, match="its digest is not the one in the manifest"):
+    with pytest.raises(CheckpointCorruptError, match="its digest does not match the manifest"):
         read_digests(tmp_path, manifest())
 
 

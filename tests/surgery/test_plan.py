@@ -316,18 +316,18 @@ def tied(model: str, name: str, action: Action, **changes: Any) -> PlanRow:
         ([tied("a", "w", "reset"), tied("b", "v", "keep")], []),
         (
             [tied("a", "w", "load"), tied("b", "w", "transform", steps=(Transpose(),))],
-            ["w of a and w of b are one tensor, and transforms make it twice. Next: drop one"],
+            ["w of a and w of b are one tensor, and transforms compute it twice. Next: drop one"],
         ),
         (
             [tied("a", "w", "transform", steps=(Transpose(),)), tied("b", "w", "load")],
-            ["w of a and w of b are one tensor, and transforms make it twice. Next: drop one"],
+            ["w of a and w of b are one tensor, and transforms compute it twice. Next: drop one"],
         ),
         (
             [
                 tied("a", name, "transform", sources=("x",), steps=(Transpose(),), part=part)
                 for part, name in enumerate("wv")
             ],
-            ["w and v are one tensor, and transforms make it twice. Next: drop one"],
+            ["w and v are one tensor, and transforms compute it twice. Next: drop one"],
         ),
         ([tied("a", name, "transform", sources=("x",), steps=(Transpose(),)) for name in "wv"], []),
     ],

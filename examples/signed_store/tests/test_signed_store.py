@@ -25,7 +25,7 @@ def test_published_weights_arrive(store: Store, tmp_path: Path) -> None:
     report = InitializerStack.from_config([store.config("probe-v1.pt")]).initialize(bind(network, "probe"))
     assert torch.equal(network.weight, published.weight)
     assert torch.equal(network.bias, published.bias)
-    assert str(report) == "start E0_U0_S0\nsigned_store: probe <- probe-v1.pt (2 loaded)"
+    assert str(report) == f"start E0_U0_S0\nsigned_store: probe <- probe-v1.pt (store {store.url}) (2 loaded)"
     (source,) = report.sources
     assert source.digest == f"sha256:{hashlib.sha256((tmp_path / 'probe.pt').read_bytes()).hexdigest()}"
     assert dict(source.origin) == {"run_id": "probe-v1.pt", "store": store.url}
