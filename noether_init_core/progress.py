@@ -41,7 +41,7 @@ def progress(label: str, total: int | None) -> Iterator[Advance]:
 
 
 def _nothing(_nbytes: int) -> None:
-    """Where nobody looks on."""
+    """The function to call where no bar is shown."""
 
 
 def _has_notebook() -> bool:

@@ -49,7 +49,7 @@ def differing_ties(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> Iterato
 def tied_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> Iterator[str]:
     """Problems for tensors that the loading code of two classes of modules writes: the last one would win.
 
-    Two modules of one class write the same value, so that they are no problem.
+    Two modules of one class write the same value, which is not a problem.
     """
     first: dict[Identity, tuple[str, type]] = {}
     for model, found in targets.items():
@@ -118,7 +118,7 @@ def nonfinite_values(rows: Sequence[PlanRow], reader: Checkpoint) -> list[str]:
 def unfit_casts(rows: Sequence[PlanRow], reader: Checkpoint) -> Iterator[str]:
     """Problems for values that do not fit their new dtype: a finite number becomes infinite, or an integer changes.
 
-    Rounding of floating-point numbers is expected from a cast, and is no problem.
+    A cast may round floating-point numbers.
     """
     for row in rows:
         if row.action not in ("cast", "transform") or row.dtype == "object":

@@ -28,7 +28,7 @@ def plain(
         value: The config, or a part of it. Reading its values resolves the interpolations of OmegaConf.
         place: Where it stands.
         record_depth: The length of the longest place at which a dataclass instance and the like (``fields_of``) stands
-            for a mapping. Further down it may be meant as it is, for example in ``kwargs``.
+            for a mapping. Further down it is kept as it is, for example in ``kwargs``.
         error: Makes the exception for a value that cannot be read, from a message and a place.
     """
     if len(place) > _DEEPEST:

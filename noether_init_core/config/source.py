@@ -226,7 +226,7 @@ def _local(value: Any) -> Any:
 
 
 def _for_all(value: Any) -> Any:
-    """A number alone is meant for all parameters."""
+    """A number alone is the share for all parameters."""
     return value if isinstance(value, Mapping) else {"**": value}
 
 
@@ -235,7 +235,7 @@ Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 class SourceInitializerConfig(KindConfig):
-    """What every kind that reads weights from a file can be told."""
+    """The fields that every kind that reads weights from a file has."""
 
     verify: Literal["full", "header", "none"] = pydantic.Field(
         default="full",

@@ -63,7 +63,7 @@ class Fold:
         rule: The config line that decided each row; None if no rule did.
         steps: What is done with the tensors, as in the plan.
         pattern: Names of the rows in the model; for unused entries, in the file.
-        sources: Names in the file; empty if they equal the names in the model, or if there are none.
+        sources: Names in the file; empty if they equal the names in the model, or without any.
         rows: The rows, in the order of the plan.
     """
 

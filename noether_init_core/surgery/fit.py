@@ -260,7 +260,7 @@ class Problems:
         return [self._match.written.get(name, name) for name in names]
 
     def _near(self, name: str, others: Sequence[str], words: str) -> str:
-        """A sentence with names similar to ``name``; empty if there are none."""
+        """A sentence with names similar to ``name``; empty without any."""
         candidates = near(name, others)
         return f". Near {name}, {words}: {', '.join(candidates)}." if candidates else ""
 

@@ -125,9 +125,8 @@ def plan_optimizer(
         where: The file, for messages.
 
     Raises:
-        StateMismatchError: lists each parameter without counterpart, each shape that does not fit, each group whose
-            stored fields contradict each other, another class of optimizer, and each field whose state is not in the
-            file.
+        StateMismatchError: For parameters without counterpart, shapes that do not fit, groups whose stored fields
+            contradict each other, another class of optimizer, and fields without state in the file. Lists all.
     """
     if not isinstance(saved, Mapping) or not saved.keys() >= {"state", "param_groups"}:
         raise StateMismatchError(f"{where} is not the state of an optimizer: state or param_groups not found")

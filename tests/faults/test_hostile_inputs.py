@@ -278,7 +278,7 @@ def entry(begin: int, end: int) -> dict[str, Any]:
 
 
 HEADERS: dict[str, tuple[Any, int, int | None, str]] = {
-    "huge header": ({"weight": entry(0, 8)}, 8, 1 << 40, "1099511627776 bytes long, more than"),
+    "huge header": ({"weight": entry(0, 8)}, 8, 1 << 40, "1099511627776 bytes, more than"),
     "overlap": ({"bias": entry(0, 8), "weight": entry(4, 12)}, 12, None, '"weight" overlap'),
     "hole": ({"bias": entry(0, 8), "weight": entry(12, 16)}, 16, None, '4 bytes before "weight"'),
     "trailing bytes": ({"weight": entry(0, 8)}, 24, None, "16 bytes after"),
@@ -434,7 +434,7 @@ def fifo_for_a_config(world: World) -> Action:
 # 19: what does not exist
 
 
-@refused(19, CheckpointNotFoundError, 'run "sauce" does not exist .*Near: source')
+@refused(19, CheckpointNotFoundError, 'run "sauce" not found .*Near: source')
 def missing_run(world: World) -> Action:
     return lambda: world.previous_run(run_id="sauce")
 

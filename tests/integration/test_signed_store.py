@@ -288,7 +288,7 @@ FILE, STATEMENT = f"/{NAME}", f"/{NAME}.json"
         (STATEMENT, sends(b"", code=404), CheckpointNotFoundError, f"there is no http://.*/{NAME}.json .*404"),
         (STATEMENT, sends(b"", code=403), CheckpointError, "answers 403 to .*token: NAME_OF_A_VARIABLE"),
         (FILE, sends(b"", code=503), CheckpointError, "answers 503 to .*try again later"),
-        (STATEMENT, sends(b"<html>log in</html>"), CheckpointFormatError, "is no signed statement"),
+        (STATEMENT, sends(b"<html>log in</html>"), CheckpointFormatError, "is not a signed statement"),
         (STATEMENT, endless, CheckpointCorruptError, "has more than the 4096 bytes"),
         (FILE, sends(b"", code=302, location="ftp://127.0.0.1/w.pt"), CheckpointError, "by another protocol"),
         (FILE, sends(b"", code=302, location="https://127.0.0.1:9/w.pt"), CheckpointError, "by another protocol"),
@@ -409,7 +409,7 @@ def test_a_changed_statement_in_the_cache_is_not_believed(
     load(store.config(NAME), published)
     _flip(entry(cache, f"{NAME}.json"))
     monkeypatch.setenv("NOETHER_INIT_OFFLINE", "1")
-    refused(store.config(NAME), CheckpointError, "is not signed by|is no signed statement")
+    refused(store.config(NAME), CheckpointError, "is not signed by|is not a signed statement")
     monkeypatch.delenv("NOETHER_INIT_OFFLINE")
     load(store.config(NAME), published)
     assert store.paths == [STATEMENT, FILE, STATEMENT]

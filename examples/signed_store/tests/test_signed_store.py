@@ -66,5 +66,5 @@ def test_a_statement_with_any_field_changed_is_not_believed(field: str, store: S
 )
 def test_what_is_no_statement_is_refused(content: bytes, store: Store) -> None:
     """Whatever a server may hand out in its place."""
-    with pytest.raises(CheckpointFormatError, match="is no signed statement"):
+    with pytest.raises(CheckpointFormatError, match="is not a signed statement"):
         Statement.read(content, "w.pt", store.public_key, where="here")

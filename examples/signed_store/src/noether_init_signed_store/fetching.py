@@ -1,4 +1,4 @@
-"""One file over HTTP by the standard library: limits, no downgrade, and the token for nobody else."""
+"""One file over HTTP by the standard library: limits, no downgrade, and the token for one server."""
 
 from __future__ import annotations
 

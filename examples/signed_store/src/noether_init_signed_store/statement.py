@@ -48,7 +48,7 @@ class Statement(pydantic.BaseModel):
     def read(cls, content: bytes, name: str, public_key: str, *, where: str) -> Self:
         """The statement about ``name``; nothing of it is believed before its signature has been checked.
 
-        Raises ``CheckpointFormatError`` if it is none, ``SignatureError`` if it was not signed by ``public_key`` or is
+        Raises ``CheckpointFormatError`` for other content, ``SignatureError`` if it was not signed by ``public_key`` or is
         about another file.
         """
         try:
@@ -58,7 +58,7 @@ class Statement(pydantic.BaseModel):
             signature = base64.b64decode(statement.signature, validate=True)
         except ValueError as error:  # pydantic's and that of base64 are such, too
             raise CheckpointFormatError(
-                f"what {where} offers as {name}.json is no signed statement. Next: look at url and name"
+                f"{name}.json of {where} is not a signed statement. Next: check url and name"
             ) from error
         key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public_key))
         try:
