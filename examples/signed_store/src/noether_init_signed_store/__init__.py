@@ -15,8 +15,8 @@ What an author of such a kind must decide, and where this package does it:
   Redirects to another scheme are refused. Only the server in the config gets the token (``fetching.py``).
 * **Secrets?** The config holds the *name* of an environment variable, so that the token is in no file, dump, pickle or
   report. It is read when it is needed, so that a start from the cache needs none.
-* **Errors?** Each derives from ``InitError``, names what was asked and the next step, and is raised before the model has
-  changed: ``locate`` is called while the stack checks.
+* **Errors?** Each derives from ``InitError`` and names what was asked and the next step. It is raised before the model
+  has changed: ``locate`` is called while the stack checks.
 """
 
 from noether_init_signed_store.initializer import SignedStoreConfig, SignedStoreInitializer

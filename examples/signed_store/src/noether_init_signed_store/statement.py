@@ -48,8 +48,8 @@ class Statement(pydantic.BaseModel):
     def read(cls, content: bytes, name: str, public_key: str, *, where: str) -> Self:
         """The statement about ``name``; nothing of it is believed before its signature has been checked.
 
-        Raises ``CheckpointFormatError`` for other content, ``SignatureError`` if it was not signed by ``public_key`` or is
-        about another file.
+        Raises ``CheckpointFormatError`` for other content, ``SignatureError`` if it was not signed by ``public_key`` or
+        is about another file.
         """
         try:
             if len(content) > MAX_STATEMENT:
