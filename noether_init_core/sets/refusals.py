@@ -230,11 +230,17 @@ def _no_such_tag(snapshot: Snapshot, tag: str) -> CheckpointNotFoundError:
     elif tag.isascii() and tag.isdigit():
         found = f"An iteration is written E{tag}, U{tag} or {{epoch: {tag}}}. "
     # No hint for "best": its nearest tag would be "latest", which is something else.
-    there = _near("" if tag == "best" else tag, _by_nearness(tag, tags), "no tags")
+    asked = "" if tag == "best" else tag
+    there = _near(asked, _by_nearness(tag, tags), "no tags")
+    alike = near(asked, tags, cutoff=0.5)
+    step = (
+        f"checkpoint_tag: {alike[0]}" if alike else f"ninit inspect {shlex.quote(str(snapshot.paths.run_output_path))}"
+    )
     return CheckpointNotFoundError(
         f'{_where(snapshot)} has no checkpoint "{tag}". {found}{there}'
         + _unfinished(() if cut else unfinished)
-        + _irregular(snapshot),
+        + _irregular(snapshot)
+        + f". Next: {step}",
         path=snapshot.folder,
         asked=tag,
         candidates=_by_nearness(tag, tags),
