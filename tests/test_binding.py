@@ -100,7 +100,7 @@ def test_only_modules_are_bound() -> None:
     """A state dict or a class is refused by its type."""
     with pytest.raises(ConfigError, match="not a dict"):
         bind({}, name="net")  # type: ignore[arg-type]  # the mistake that is tested
-    with pytest.raises(ConfigError, match="not a type"):
+    with pytest.raises(ConfigError, match="not the class Linear"):
         bind(torch.nn.Linear, name="net")  # type: ignore[arg-type]  # the mistake that is tested
 
 

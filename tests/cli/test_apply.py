@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_file(folder: Path) -> None:
 def test_a_plan_with_problems_writes_nothing(folder: Path) -> None:
     """It is shown as plan shows it."""
     done = apply(folder, "wrong.yaml", "--out", "start.th")
-    assert (done.returncode, done.stderr) == (1, "nothing was written\n")
+    assert (done.returncode, done.stderr) == (1, "no file was written\n")
     assert "x mismatch" in done.stdout
     assert not list(folder.glob("*start*"))
 

@@ -68,7 +68,7 @@ def test_nothing_that_exists_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "init.yaml").write_text("mine")
     refused = typed("ninit example resume", tmp_path)
     assert refused.returncode == 1
-    assert refused.stderr.startswith("init.yaml exists; nothing was written. Next: ninit example previous_run example")
+    assert refused.stderr.startswith("init.yaml exists; nothing was written. Next: ninit example resume example")
     assert [path.name for path in tmp_path.iterdir()] == ["init.yaml"]
     assert (tmp_path / "init.yaml").read_text() == "mine"
     elsewhere = typed("ninit example resume 'a folder'", tmp_path)

@@ -421,7 +421,7 @@ def test_several_paths_are_verified_at_once(verify: Verify, paths: PathProvider,
     assert result.code == 1
     lines = result.out.splitlines()
     assert [line.split(":")[0] for line in lines[-4:-1]] == [
-        f"x broken {tmp_path / 'nope'} does not exist. In {tmp_path} there are",
+        f"x broken {tmp_path / 'nope'} does not exist. Found in {tmp_path}",
         f"= good {file}",
         f"x broken {tmp_path / 'init.yaml'} is a YAML file, not a checkpoint. Next",
     ]
@@ -437,9 +437,9 @@ def test_a_path_that_cannot_be_meant_is_told_what_could(
     save(paths, ONE)
     monkeypatch.chdir(tmp_path)
     assert verify("runn").err == (
-        "runn does not exist. Near: run. In this folder there are: run. Next: ninit inspect run\n"
+        "runn does not exist. Near: run. Found in this folder: run. Next: ninit inspect run\n"
     )
-    assert "Near: run/train. In run there are: train" in verify("run/tarin/checkpoints").err
+    assert "Near: run/train. Found in run: train" in verify("run/tarin/checkpoints").err
     Path("init.yaml").write_text("initializers: []")
     assert verify("init.yaml").err == ("init.yaml is a YAML file, not a checkpoint. Next: ninit validate init.yaml\n")
     result = verify("")

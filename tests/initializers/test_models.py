@@ -416,7 +416,7 @@ def test_another_name_than_the_only_trainer_file_is_told(paths: PathProvider, ca
     """Resume takes the only model there is, and says so where it is called otherwise."""
     CheckpointWriter(paths, flat_names=True).save(bind(linear(0), name="disc"), ITERATION)
     start({"kind": "resume"}, paths, bind(linear(1), name="gen"))
-    assert "the model is called gen, the only trainer file is of disc" in caplog.text
+    assert "the model is called gen, and the only trainer file, of disc, is used" in caplog.text
 
 
 def test_a_file_that_is_rewritten_between_check_and_load_is_refused(paths: PathProvider) -> None:

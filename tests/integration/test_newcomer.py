@@ -85,8 +85,8 @@ WRONG_TURNS = [
         2,
         ["is not module:callable", "Next: --model train:build"],
     ),
-    ("ninit plan init.yaml --model trian:build {run}", 2, ["no module 'trian'", "train"]),
-    ("ninit plan init.yaml --model train:bild {run}", 2, ["train has no 'bild'", "build"]),
+    ("ninit plan init.yaml --model trian:build {run}", 2, ["module 'trian' not found", "train"]),
+    ("ninit plan init.yaml --model train:bild {run}", 2, ["'bild' not found in train", "build"]),
     # runs
     ("ninit plan init.yaml --model train:build", 1, ["Next: --runs FOLDER --run-id ID"]),
     (

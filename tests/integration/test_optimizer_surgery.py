@@ -155,4 +155,4 @@ def test_state_of_vectors_does_not_become_that_of_matrices(tmp_path: Path) -> No
         assert not any(parameter in its.state for parameter in fresh.parameters())
         (warning,) = plan.warnings
         assert warning.code == "optimizer"
-        assert "starts afresh" in warning.message
+        assert "is fresh" in warning.message

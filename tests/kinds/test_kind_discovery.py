@@ -98,7 +98,7 @@ def test_a_distribution_that_goes_by_the_name_of_another_is_known_by_its_folder(
     monkeypatch.setenv("NOETHER_INIT_ALLOW", "noether-init-core")
     kinds.clear_cache()
     for number, name in enumerate(names):
-        with pytest.raises(KindBlockedError, match=f"is offered by {name} 1.0, which is not listed in") as caught:
+        with pytest.raises(KindBlockedError, match=f"is provided by {name} 1.0, which is not listed in") as caught:
             kinds.resolve(f"evil_{number}")
         assert caught.value.distribution == name
     assert kinds.resolve("file").__name__ == "FileInitializer"
