@@ -273,6 +273,41 @@ def test_moments_of_a_scalar_go_its_way_and_its_counter_does_not() -> None:
         moved_value(state["scale"], [torch.tensor(1.0), torch.tensor(2.0)], "x")
 
 
+def fused(states: dict[int, dict[str, Any]]) -> Any:
+    """The plan of a parameter that is put together from two, with a stored state of each index."""
+    saved = {
+        "state": states,
+        "param_groups": [{"params": [0, 1, 2], "lr": 0.1}],
+        "param_idx_to_name": {0: "q", 1: "k", 2: "old"},
+    }
+    origins = {"qk": ParameterOrigin(("q", "k"), (Concat(0),), source_shapes=((1, 2), (1, 2)))}
+    return plan_optimizer(saved, [["qk"]], {"qk": (2, 2)}, [{"lr": 0.1}], origins=origins)
+
+
+def test_state_is_put_together_from_states_with_the_same_keys() -> None:
+    """Where one source has none, or another set of them, nobody could say what the whole has."""
+    moment = torch.ones(1, 2)
+    assert fused({}).state == ((None,),)
+    assert fused({0: {"momentum_buffer": moment}, 1: {"momentum_buffer": moment}}).state[0][0].keys() == {
+        "momentum_buffer"
+    }
+    # SGD keeps None until the momentum begins
+    assert fused({0: {"momentum_buffer": moment}, 1: {"momentum_buffer": moment, "other": None}}).warnings == ()
+    for states in ({0: {"momentum_buffer": moment}}, {0: {"momentum_buffer": moment}, 1: {"momentum_buffer": None}}):
+        with pytest.raises(StateMismatchError) as caught:
+            fused(states)
+        assert len(caught.value.problems) == 1
+        assert caught.value.problems[0].startswith("qk comes from q, k")
+
+
+def test_only_state_that_is_there_is_reported_as_left() -> None:
+    """A parameter that was frozen has a name in the file, and no state that somebody could miss."""
+    moment = {"momentum_buffer": torch.ones(1, 2)}
+    assert fused({0: moment, 1: moment}).warnings == ()
+    (warning,) = fused({0: moment, 1: moment, 2: moment}).warnings
+    assert "old" in warning
+
+
 def test_moments_are_padded_with_zeros() -> None:
     """The value of a pad is one of the parameter."""
     state = moved({"exp_avg": torch.ones(2)}, (2,), (4,), Pad(4, 0, -3.0))
