@@ -185,7 +185,10 @@ class BaseCheckpoint(abc.ABC):
         """Close the file. ``tensors``, ``values`` and ``metadata`` stay available. A repeated call does nothing."""
 
     def values(self, entry: str | None = None) -> Any:
-        """Return a tree of ``entries`` with ``TensorInfo`` as leaves; None: the selected tree. Do not modify it."""
+        """Return the tree called ``entry``, or the selected tree for None. Its leaves are ``TensorInfo``.
+
+        Do not modify the result. Raises ``CheckpointNotFoundError`` for an unknown tree.
+        """
         return {key: attrs.evolve(info, key=key) for key, info in self.tensors(entry).items()}
 
     def slices(self, key: Key) -> Iterator[torch.Tensor]:

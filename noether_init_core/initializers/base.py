@@ -177,9 +177,10 @@ class InitializerBase:
     def plan(self, model: Any) -> LoadPlan | None:
         """The plan of ``init_weights(model)``; changes nothing, and may be called more than once.
 
-        ``model`` may be on the meta device. None means that the kind provides no plan: the plans of its delegates are
-        used, and without delegates the stack compares the weights before and after. Problems belong into the plan, and
-        the stack raises them before the first change.
+        ``model`` may be on the meta device. Put problems into the plan; the stack raises them before the first change.
+
+        Return None if the kind provides no plan. The stack then uses the plans of the delegates. If there are none, and
+        an earlier initializer loaded weights, it compares the values before and after ``init_weights``.
         """
         return None
 

@@ -182,7 +182,7 @@ class Group:
         return [attrs.evolve(info, blocked_by=variable) if (variable := _blocking(info)) else info for info in found]
 
     def all(self) -> tuple[KindInfo, ...]:
-        """Every entry, by name. A name may occur more than once (a conflict)."""
+        """Every entry, sorted by name. A name may occur more than once, which is a conflict."""
         found = [info for name in self.scanned() for info in self.installed_as(name)]
         found += [KindInfo(name, None, None, _target_of(cls)) for name, cls in self.registered.items()]
         return tuple(sorted(found, key=lambda info: (info.name, info.distribution or "")))

@@ -144,7 +144,8 @@ class InitReport(Shown):
         auto_resume: The decision of ``auto_resume`` and its reason; empty without ``auto_resume``.
         sources: The files that values came from: first those that were read now, then those of earlier runs.
         tensors: The origin of every entry of the model.
-        training: The id of the training if it is a new one: nothing was resumed, or a set of another run or stage.
+        training: The id for a new training. It is used if nothing was resumed, or if the resumed set belongs to another
+            run or stage.
     """
 
     start: TrainingIteration

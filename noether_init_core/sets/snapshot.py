@@ -309,7 +309,7 @@ class Snapshot:
         return recorded
 
     def flat_before(self, found: CheckpointSet) -> tuple[CheckpointSet, ...]:
-        """Return plain ``E.._U.._S..`` flat sets, latest first, that are not later than the files of ``found``."""
+        """Return the other flat sets with plain tags ``E.._U.._S..`` that are not later than the files of ``found``."""
         if found.name not in self._flat_before:
             self._flat_before[found.name] = tuple(plain_before(self.flat, found))
         return self._flat_before[found.name]

@@ -37,8 +37,8 @@ class LoadedConfig:
     Attributes:
         document: The document that holds it.
         entries: The initializers, in order.
-        resume: The entry of kind ``resume`` for ``auto_resume``, with the fields that the config declares for it; None
-            without ``auto_resume``.
+        resume: An entry of kind ``resume``, made from ``auto_resume`` and the fields that the config sets for it. None
+            if ``auto_resume`` is off or absent.
         observers: Names of observers.
     """
 

@@ -233,7 +233,15 @@ class HookCaller:
 
 @attrs.frozen
 class Carried:
-    """A plan that was carried out, for the part of the model called ``name`` at ``path``."""
+    """A plan that one initializer carried out on a part of the model.
+
+    Attributes:
+        kind: The kind of the initializer.
+        plan: The plan.
+        outcome: What the initializer did.
+        path: Path of the part in the whole model.
+        name: Name of the part; the paths in the plan begin with it.
+    """
 
     kind: str
     plan: LoadPlan
@@ -261,7 +269,10 @@ class Carried:
         return record, file
 
     def full(self, model: str) -> str:
-        """The path of a single model in the whole model, which the plan of a part names by the name of the part."""
+        """Return the path, in the whole model, of the single model that the plan calls ``model``.
+
+        The plan was made for a part of the model, so its paths begin with the name of the part.
+        """
         return self.path + model.removeprefix(self.name)
 
 

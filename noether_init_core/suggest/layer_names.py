@@ -77,7 +77,11 @@ def simple(segment: str) -> str:
 
 
 def place_of(tail: str) -> str:
-    """The place in its block of a norm with the name ``tail``, as far as the name shows it."""
+    """Where in its block a norm is used, as far as its name ``tail`` shows it.
+
+    Returns one of ``PLACES``, ``first`` for names such as ``pre_norm``, or ``#2`` for a name with only that number.
+    Empty if the name shows no place, or both attention and MLP.
+    """
     words = words_of(tail)
     found = {concept for word in words for concept in CONCEPTS.get(word, (word,))} | set(words)
     if "feedforward" in "".join(words):

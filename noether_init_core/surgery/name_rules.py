@@ -78,7 +78,11 @@ class NameMatch:
             self.problems += (Problem("two-sources", message, "", (*other.sources, *taken.sources)),)
 
     def pair(self, sources: Mapping[str, Forms], targets: Mapping[str, Forms]) -> set[str]:
-        """Take the names that no rule took, despite the prefixes of wrappers. Returns those that were decided about."""
+        """Pair names of the file and the model that no rule took; prefixes such as ``module.`` may differ.
+
+        Each pair goes to ``give``. A name that can be read in several ways becomes a problem. Returns the names
+        in the file that were paired or became a problem.
+        """
         found = paired(sources, targets, self.moves)
         for target, source in found.moves.items():
             is_same = sources[source][1] == targets[target][1]

@@ -37,15 +37,16 @@ State = Mapping[str, Any]
 
 @attrs.frozen
 class ParameterOrigin:
-    """The origin of a parameter's value, by the plan of the weights.
+    """Where the value of a parameter comes from, according to the plan of the weights.
 
     Attributes:
-        sources: Names in the file; empty if the value is not from the file, and then its state is fresh.
-        steps: The steps on them.
-        part: The number of its tensor among those that the steps give.
+        sources: Names in the file. Empty if the value is not from the file; its optimizer state is then fresh, unless
+            ``stays``.
+        steps: The transforms of the tensors of ``sources``; they give one or more tensors.
+        part: Index of the tensor that the parameter takes from the result of ``steps``.
         source_shapes: The shape of each source.
         dtypes: The dtype in the file (None if the sources differ), and the dtype in the model.
-        stays: Whether an earlier initializer has loaded it, so that its state is not changed.
+        stays: Whether an earlier initializer has loaded the parameter. Its optimizer state is then not changed.
     """
 
     sources: tuple[str, ...] = ()

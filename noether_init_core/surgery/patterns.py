@@ -173,7 +173,10 @@ def parse_regex(text: str) -> NamePattern:
 
 @lru_cache(maxsize=4096)
 def parse_glob(text: str) -> NamePattern:
-    """Parse a glob: ``*`` matches within a segment, ``**.`` any number of segments, a trailing dot every name below.
+    """Parse a glob for names, whose segments are separated by dots.
+
+    ``*`` matches any text within one segment. ``**.`` matches any number of whole segments, also none; a final ``**``
+    matches at least one. A trailing dot matches every name below, but not the name itself.
 
     Raises ``ValueError`` with the reason.
     """

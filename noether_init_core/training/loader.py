@@ -96,7 +96,7 @@ class Position:
 
     @property
     def waiting(self) -> list[int]:
-        """Number of samples of each batch that waits for its step, oldest first."""
+        """The size, in samples, of each returned batch that no optimizer step has used yet; oldest batch first."""
         return [*self.carried, *self.handed]
 
     def move_to(self, seed: int, epoch: int, batch: int) -> None:

@@ -293,7 +293,11 @@ def test_state_is_put_together_from_states_with_the_same_keys() -> None:
     }
     # SGD keeps None until the momentum begins
     assert fused({0: {"momentum_buffer": moment}, 1: {"momentum_buffer": moment, "other": None}}).warnings == ()
-    for states in ({0: {"momentum_buffer": moment}}, {0: {"momentum_buffer": moment}, 1: {"momentum_buffer": None}}):
+    refused: tuple[dict[int, dict[str, Any]], ...] = (
+        {0: {"momentum_buffer": moment}},
+        {0: {"momentum_buffer": moment}, 1: {"momentum_buffer": None}},
+    )
+    for states in refused:
         with pytest.raises(StateMismatchError) as caught:
             fused(states)
         assert len(caught.value.problems) == 1

@@ -137,7 +137,11 @@ class Handle:
         return [bytes(buffer) for _offset, buffer in buffers]
 
     def read_into(self, target: memoryview, offset: int, key: str = "") -> None:
-        """Fill ``target``. Raises ``CheckpointCorruptError`` if the object was truncated since it was opened."""
+        """Fill ``target`` with the bytes from ``offset`` on; ``key`` names the tensor in error messages.
+
+        Raises ``CheckpointCorruptError`` if the file was truncated since it was opened, and ``CheckpointError`` if it
+        cannot be read.
+        """
         self._fill([(offset, target)], key)
 
     def _fill(self, ranges: Sequence[tuple[int, memoryview]], key: str = "") -> None:
