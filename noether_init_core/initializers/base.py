@@ -179,8 +179,8 @@ class InitializerBase:
 
         ``model`` may be on the meta device. Put problems into the plan; the stack raises them before the first change.
 
-        Return None if the kind provides no plan. The stack then uses the plans of the delegates. If there are none, and
-        an earlier initializer loaded weights, it compares the values before and after ``init_weights``.
+        Return None if the kind provides no plan. The stack then uses the plans of the delegates. Without delegates, and
+        if an earlier initializer loaded weights, it compares the values before and after ``init_weights``.
         """
         return None
 
