@@ -171,7 +171,7 @@ class PathProvider:
             )
         return cls(
             Path(provider.output_root),
-            str(provider.run_id),
+            provider.run_id,
             provider.stage_name,
             debug=bool(getattr(provider, "debug", False)),
         )

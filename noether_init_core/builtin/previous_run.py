@@ -133,12 +133,18 @@ class PreviousRunInitializer(CheckpointInitializer):
     def init_weights(self, model: Any, model_name: str | None = None) -> None:
         """Write the weights in place, after all checks.
 
-        With ``model_name`` the files of that name are used instead of those of the config. A stack neither plans nor
-        reports such a call. Raises what ``SourceInitializer.init_weights`` raises.
+        With ``model_name`` the files of that name are used instead of those of the config. In a stack that is a
+        ``ConfigError``, since its plan is for other files. Raises what ``SourceInitializer.init_weights`` raises.
         """
         if model_name is None:
             super().init_weights(model)
             return
+        if self.session is not None:
+            # the plan and the report of the stack would name the files of another model
+            raise ConfigError(
+                f"{self.config.kind}: init_weights(model, {model_name!r}) cannot be called in a stack, since its plan is "
+                f"for other files. Next: model_name: {model_name} in the config"
+            )
         other = copy.copy(self)
         other.config = self.config.model_copy(update={"model_name": check_model_name(model_name)})
         other.session = None

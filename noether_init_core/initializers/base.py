@@ -100,8 +100,11 @@ class InitializerBase:
         created = super().__new__(cls)
         # A subclass may pass only the path provider to __init__; without its config, the fields that the user wrote
         # (transforms, verify) would be replaced by their defaults without an error.
-        given = (one for one in (*arguments, *keywords.values()) if isinstance(one, cls.config_class))
-        vars(created)["config"] = next(given, None)
+        named = (keywords.get("initializer_config"), keywords.get("config"), *arguments[:1])
+        given = [one for one in named if isinstance(one, cls.config_class)]
+        given = given or [one for one in (*arguments, *keywords.values()) if isinstance(one, cls.config_class)]
+        # of several under other names none is chosen; __init__ then requires the config
+        vars(created)["config"] = given[0] if len(given) == 1 else None
         return created
 
     def __init__(

@@ -35,6 +35,7 @@ from noether_init_core.messages import listed
 from noether_init_core.models import BoundModel, Leaf, modules_of
 from noether_init_core.sets.file_names import Part
 from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, TensorSpec
+from noether_init_core.surgery.name_rules import NoetherSurgery
 from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.planner import plan_load
 
@@ -164,7 +165,7 @@ class WeightsSession(Session):
         if self.files is not None:  # they are closed
             self.close_files()
         planned, was_verified = self.plan(model), self.is_verified
-        if planned.signature != _signature(planned.opened.leaves):
+        if planned.signature != self._signature(planned.opened.leaves):
             self.is_verified = False
             planned = self.planned = self._plan(planned.opened)
         elif was_verified:
@@ -204,7 +205,12 @@ class WeightsSession(Session):
         found = tuple(self.parts(opened))
         parts = [part for part, _targets in found]
         plan = plan_load(config.kind, parts, self.kind.rules, policies=config.policies, fresh_hint=hint)
-        return Planned(opened, plan, {part.model: own for part, own in found}, _signature(opened.leaves))
+        return Planned(opened, plan, {part.model: own for part, own in found}, self._signature(opened.leaves))
+
+    def _signature(self, leaves: Sequence[Leaf]) -> tuple[Any, ...]:
+        rules = self.kind.rules
+        # a subclass may change the lists of Noether in init_weights; transforms are fixed by the config
+        return (rules if isinstance(rules, NoetherSurgery) else None, *_signature(leaves))
 
     def _verify(self, planned: Planned) -> None:
         config, plan, opened, nonfinite = self.config, planned.plan, planned.opened, self.config.nonfinite

@@ -82,7 +82,7 @@ def isolated(changed: list[str]) -> Iterator[None]:
 
 def _settings() -> Iterator[Setting]:
     yield "Python's generator", random.getstate, random.setstate
-    yield "the working folder", os.getcwd, os.chdir
+    yield "the working folder", _folder, lambda folder: os.chdir(folder) if folder else None
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"]
         yield "NumPy's generator", numpy.random.get_state, numpy.random.set_state
@@ -92,15 +92,41 @@ def _settings() -> Iterator[Setting]:
         if torch.cuda.is_initialized():
             yield "the generators of CUDA", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
         yield "torch's default dtype", torch.get_default_dtype, torch.set_default_dtype
-        yield "torch's default device", torch.get_default_device, torch.set_default_device
+        # None takes the mode of the device away again; the CPU as default device is the state without one
+        yield (
+            "torch's default device",
+            torch.get_default_device,
+            lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+        )
+        yield "cuDNN's settings", lambda: _flags(torch), lambda flags: _set_flags(torch, flags)
         yield "torch's gradient mode", torch.is_grad_enabled, torch.set_grad_enabled
         yield "torch's number of threads", torch.get_num_threads, torch.set_num_threads
         yield "torch's matmul precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
         yield (
             "torch's deterministic algorithms",
-            torch.are_deterministic_algorithms_enabled,
-            torch.use_deterministic_algorithms,
+            lambda: (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            ),
+            lambda mode: torch.use_deterministic_algorithms(mode[0], warn_only=mode[1]),
         )
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        return ""
+
+
+def _flags(torch: Any) -> tuple[bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+
+
+def _set_flags(torch: Any, flags: tuple[bool, bool, bool]) -> None:
+    cudnn = torch.backends.cudnn
+    cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
 
 
 def _same(one: Any, other: Any) -> bool:

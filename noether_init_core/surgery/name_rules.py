@@ -8,11 +8,12 @@ four fields of Noether, with its results. ``match`` decides, and ``unmatched`` l
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
 
+from noether_init_core.messages import listed
 from noether_init_core.surgery.patterns import NamePattern, PatternSet, near, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.plan import Problem
 from noether_init_core.surgery.steps import Step
@@ -88,14 +89,19 @@ class NameMatch:
             is_same = sources[source][1] == targets[target][1]
             how = "the same name below the roots" if is_same else "prefix of a wrapper"
             self.give(target, Taken((source,), None if target == source else how), targets[target][2] or target)
-        for source, choices in found.unclear:
+        if found.unclear:
+            readings = [
+                f"{source} may be {' or '.join(choices if len(choices) > 1 else (*choices, 'no entry of the model'))}"
+                for source, choices in found.unclear
+            ]
+            source, choices = found.unclear[0]
             rules = " or ".join(f"{{from: {source}, to: {target}}}" for target in choices)
-            readings = " or ".join(choices) if len(choices) > 1 else f"{choices[0]} or no entry of the model"
             message = (
-                f"{source} may be {readings}: prefixes of wrappers (module. and the like) can be read in "
-                f"several ways. Next: say which, under transforms: {rules}"
+                f"{listed(readings, 3, separator='; ')}: prefixes of wrappers (module. and the like) can be read in "
+                f"several ways. Next: choose, for example under transforms: {rules}"
             )
-            self.problems += (Problem("unclear-prefix", message, "", (source, *choices)),)
+            names = dict.fromkeys(name for source, choices in found.unclear for name in (source, *choices))
+            self.problems += (Problem("unclear-prefix", message, "", tuple(names)),)
         return {*found.moves.values(), *(source for source, _choices in found.unclear)}
 
 
@@ -240,6 +246,7 @@ class Transforms:
         self.rules = tuple(rules)
         self.source_root = _prefix(source_root)
         self.target_root = _prefix(target_root)
+        self.given = {"source_root": source_root, "target_root": target_root}
         self._warns = warns
         self._takers, self._taking = _asked(self.rules, "from", "drop")
         self._only_rules, self._only = _asked(self.rules, "only")
@@ -310,6 +317,7 @@ class _Matching:
 
     def run(self) -> NameMatch:
         match, keep = self._match, self._rules._keep_rules
+        match.problems += tuple(self._ignored_roots())
         for bare, name in self._targets.items() if keep else ():
             for number in self._rules._keep.matching(bare):
                 label = keep[number][0].label
@@ -322,6 +330,18 @@ class _Matching:
         for name in self._untouched:
             match.kept.setdefault(name, f"outside target_root {self._rules.target_root}")
         return match
+
+    def _ignored_roots(self) -> Iterator[Problem]:
+        """Roots that are the prefix of a wrapper, and so are ignored, although they would leave names out."""
+        for field, names in zip(("source_root", "target_root"), self._forms, strict=True):
+            root = ".".join(filter(None, self._rules.given[field].split(".")))
+            inside = [name for name in names if name.startswith(f"{root}.")] if root and not _prefix(root) else []
+            if 0 < len(inside) < len(names):
+                message = (
+                    f"{field}: {root} is the prefix of a wrapper and is ignored, but {len(inside)} of {len(names)} "
+                    f"names begin with it. Next: leave {field} out, and drop or rename names by rules"
+                )
+                yield Problem("unclear-prefix", message, "", tuple(inside[:3]))
 
     def _take_by_name(self, plain: Mapping[str, str]) -> None:
         """Names that no rule takes."""

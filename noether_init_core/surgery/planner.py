@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Literal
 
@@ -76,6 +76,7 @@ def plan_load(
     warnings: list[Problem] = []
     matches: list[NameMatch] = []
     written: set[Hashable] = set()
+    planners: list[_PartPlanner] = []
     for number, part in enumerate(parts):
         if written:
             # tensors that this submodel shares with an earlier one, which loads them
@@ -85,6 +86,7 @@ def plan_load(
         matches.append(match)
         planner = _PartPlanner(part, match, policies, fresh_hint, number)
         planner.run()
+        planners.append(planner)
         rows += planner.rows
         if len(parts) > 1:
             written |= {row.identity for row in planner.rows if row.writes} - {None}
@@ -98,6 +100,11 @@ def plan_load(
     kept = {(part.model, name) for part, match in zip(parts, matches, strict=True) for name in match.kept}
     equal, tied = ties(rows, kept)
     problems += tied
+    loaded = {row.identity for row in rows if row.writes} - {None}
+    for planner in planners:
+        unlisted, about = planner.plan_unlisted(loaded)
+        rows += unlisted
+        warnings += about
     if parts and not problems and not any(row.writes for row in rows):
         problems.append(Problem("nothing-loaded", "the plan loads no tensor of the model", names))
     problems += _too_little(rows, policies.min_coverage, names)
@@ -147,13 +154,6 @@ class _PartPlanner:
         """Fill ``rows`` and ``found``."""
         for name, spec in self.part.targets.items():
             self._plan_target(name, spec)
-        for name, spec in self.part.unlisted.items():
-            loaded = name in self.part.loaded
-            self._row(name, "keep", spec, Taken((), LOADED_BEFORE if loaded else "not in state_dict()"))
-        if names := [name for name in self.part.unlisted if name not in self.part.loaded]:
-            self.found.warn(
-                "unlisted", f"state_dict() leaves out {listed(names)}, which will keep the present values", names
-            )
         unexpected = self._plan_unused()
         found = self.found
         found.names()
@@ -170,6 +170,22 @@ class _PartPlanner:
                 found.add("unwritable", f"{row.key} {reason}, so it cannot be loaded", [row.key])
         found.unexpected(unexpected)
         found.squares(self.rows)
+
+    def plan_unlisted(self, written: Set[Hashable]) -> tuple[list[PlanRow], list[Problem]]:
+        """The rows of parameters that the state dict leaves out, and a warning that names them.
+
+        ``written``: memory that rows load; a parameter that another submodel lists has its row there.
+        """
+        own = {name: spec for name, spec in self.part.unlisted.items() if spec.identity not in written}
+        rows, found = [], Problems(self.part, self.match, "")
+        for name, spec in own.items():
+            rule = LOADED_BEFORE if name in self.part.loaded else "not in state_dict()"
+            rows.append(self._row(name, "keep", spec, Taken((), rule)))
+        if names := [name for name in own if name not in self.part.loaded]:
+            found.warn(
+                "unlisted", f"state_dict() leaves out {listed(names)}, which will keep the present values", names
+            )
+        return rows, found.warnings
 
     def _plan_target(self, name: str, spec: TargetSpec) -> None:
         """Add the row of one entry of the model."""

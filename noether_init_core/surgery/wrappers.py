@@ -70,16 +70,23 @@ def forms_of(names: Iterable[str], root: str = "") -> dict[str, Forms]:
     """Name -> how it reads below ``root``. ``names`` are all of the file or of the model."""
     names = tuple(names)
     start = len(prefix_of_all(names))
-    return {name: (cut(name[start:], root), cut(name, root), cut(_bare(name), root)) for name in names}
+    below = {name: cut(name[start:], root) for name in names}
+    # a wrapper inside the root puts its prefix below the root
+    further = len(prefix_of_all([text for text in below.values() if text is not None]))
+    return {
+        name: (None if text is None else text[further:], cut(name, root), cut(_bare(name), root))
+        for name, text in below.items()
+    }
 
 
 def paired(sources: Mapping[str, Forms], targets: Mapping[str, Forms], taken: Collection[str] = ()) -> Pairing:
     """Pair names that differ in the segments of wrappers only.
 
     There are two readings of a name: below the prefix that the whole file and the whole model have, and as it stands.
-    Where they lead to different names, the one that fits more names is taken, since a wrapper renames all of them. Then
-    names that are equal without all such segments are paired if nothing else is equal to them. What two readings fit
-    equally well is unclear. So is what is left of names that only their wrappers tell apart, some of which were paired.
+    The reading that fits more names is used for all of them, since a wrapper renames all of them. Then names that are
+    equal without all such segments are paired if nothing else is equal to them. If both readings fit equally many names
+    in different ways, these names are unclear. So is what is left of names that only their wrappers tell apart, some of
+    which were paired.
 
     Args:
         sources: Name in the file -> how it reads, of those that no rule took.
@@ -87,15 +94,14 @@ def paired(sources: Mapping[str, Forms], targets: Mapping[str, Forms], taken: Co
         taken: Names of the model that a rule gives a value.
     """
     stripped, standing = _equal(sources, targets, 0), _equal(sources, targets, 1)
+    chosen = stripped if len(stripped) >= len(standing) else standing
+    moves = {target: source for source, target in chosen.items()}
     unclear: list[tuple[str, tuple[str, ...]]] = []
-    if len(stripped) == len(standing) and _clash(stripped, standing):
-        both = {name: (standing[name], stripped[name]) for name in stripped.keys() & standing.keys()}
-        unclear += [(name, (one, other)) for name, (one, other) in both.items() if one != other]
-    first, second = (stripped, standing) if len(stripped) >= len(standing) else (standing, stripped)
-    moves = {target: source for source, target in first.items()}
-    for source, target in second.items():
-        if source not in first:
-            moves.setdefault(target, source)
+    if len(stripped) == len(standing) and stripped != standing:
+        for name in stripped.keys() | standing.keys():
+            choices = dict.fromkeys(one[name] for one in (standing, stripped) if name in one)
+            if stripped.get(name) != standing.get(name):
+                unclear.append((name, tuple(choices)))
     used = set(moves.values())
     of_file, of_model = _by_bare_form(sources), _by_bare_form(targets)
     for bare, those in of_model.items():
@@ -115,14 +121,6 @@ def _equal(sources: Mapping[str, Forms], targets: Mapping[str, Forms], form: int
     of_model = {forms[form]: name for name, forms in targets.items() if forms[form] is not None}
     found = ((name, of_model.get(forms[form])) for name, forms in sources.items() if forms[form] is not None)
     return {name: target for name, target in found if target is not None}
-
-
-def _clash(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two readings give a name two targets, or a target two names."""
-    sources = {target: source for source, target in other.items()}
-    return any(
-        other.get(source, target) != target or sources.get(target, source) != source for source, target in one.items()
-    )
 
 
 def _bare(name: str) -> str:

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from noether_init_core import InitializerStack, PlanError, bind, compose
+from noether_init_core import (
+    CheckpointWriter,
+    InitializerStack,
+    PathProvider,
+    PlanError,
+    TrainingIteration,
+    bind,
+    compose,
+)
 
 
 class Adapter(torch.nn.Module):
@@ -81,3 +89,21 @@ def test_a_part_of_a_composite_counts_its_own(tmp_path: Path) -> None:
     both = compose("both", {"a": bind(Adapter("hook"), "a"), "b": bind(torch.nn.Linear(2, 2), "b")})
     stack = InitializerStack.from_config(config(tmp_path, source, submodel="a"))
     assert stack.plan(both).coverage() == 12 / 122
+
+
+def test_a_parameter_that_another_part_lists_is_loaded_there(tmp_path: Path) -> None:
+    """It has one row, and no warning says that it keeps its value."""
+    hidden = Adapter("hook")
+    listing = torch.nn.Module()
+    listing.base = hidden.base
+    both = compose("both", {"one": bind(hidden, "one"), "two": bind(listing, "two")})
+    CheckpointWriter(PathProvider(tmp_path, "run")).save(both, TrainingIteration(1, 1, 1))
+    saved = hidden.base.weight.detach().clone()
+    torch.nn.init.zeros_(hidden.base.weight)
+    stack = InitializerStack.from_config(
+        [{"kind": "previous_run", "run_id": "run"}], path_provider=PathProvider(tmp_path, "new")
+    )
+    plan = stack.plan(both)
+    assert (plan.is_fine, plan.coverage(), [one.code for one in plan.warnings]) == (True, 1.0, [])
+    stack.initialize(both)
+    assert torch.equal(hidden.base.weight, saved)

@@ -244,6 +244,63 @@ def test_init_weights_with_a_model_name_takes_the_files_of_that_name(paths: Path
     assert value_of(both.submodels["encoder"]) == 7
 
 
+def test_another_model_name_is_refused_in_a_stack(paths: PathProvider) -> None:
+    """Its plan and report would name other files than those that were loaded."""
+
+    class Other(PreviousRunInitializer):
+        def init_weights(self, model: Any, model_name: str | None = None) -> None:
+            super().init_weights(model, "other")
+
+    model = model_of(0)
+    stack = InitializerStack([Other(config_of(), path_provider=paths)])
+    with pytest.raises(
+        noether_init_core.InitError, match=r"init_weights\(model, 'other'\) cannot be called in a stack"
+    ):
+        stack.initialize(model)
+    assert value_of(model) == 0
+
+
+def test_lists_that_a_subclass_changes_in_its_hook_count_in_a_stack_too(paths: PathProvider) -> None:
+    """It is planned again, instead of loading what the list keeps."""
+
+    class KeepsLate(PreviousRunInitializer):
+        def init_weights(self, model: Any, model_name: str | None = None) -> None:
+            self.patterns_to_instantiate.append("bias")
+            super().init_weights(model)
+
+    model = model_of(0)
+    InitializerStack([KeepsLate(config_of(), path_provider=paths)]).initialize(model)
+    assert value_of(model) == 3
+    assert model.state_dict()["bias"].tolist() == [0, 0]
+
+
+def test_the_config_of_an_initializer_is_the_one_that_is_called_so(paths: PathProvider) -> None:
+    """Of several configs; where no name tells, it is required."""
+
+    class Two(PreviousRunInitializer):
+        def __init__(self, path_provider: Any = None, **configs: Any) -> None:
+            super().__init__(path_provider)
+
+    fallback = PreviousRunInitializerConfig(run_id="fallback")
+    both = Two(fallback=fallback, initializer_config=config_of(), path_provider=paths)
+    assert both.run_id == "pretrain"
+    with pytest.raises(TypeError, match="needs a PreviousRunInitializerConfig"):
+        Two(fallback=fallback, other=config_of(), path_provider=paths)
+
+
+def test_a_foreign_path_provider_without_a_run_id_is_refused(tmp_path: Path) -> None:
+    """It would else be the run called None, which every such program shares."""
+
+    class Foreign:
+        output_root, stage_name = tmp_path, None
+        run_id: Any = None
+
+    for run_id in (None, 20260219, True):
+        Foreign.run_id = run_id
+        with pytest.raises(ConfigError, match="run_id"):
+            PathProvider.of(Foreign())
+
+
 class ShiftConfig(KindConfig):
     kind: str = "shift"
     value: float = 1.0

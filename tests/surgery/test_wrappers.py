@@ -62,6 +62,45 @@ def test_what_is_left_of_names_that_only_wrappers_tell_apart_is_unclear() -> Non
     assert said.moves == {"module.scale": "module.module.scale"}
 
 
+def test_two_readings_are_never_mixed() -> None:
+    """One of them is used for all names; what it leaves is paired if nothing else is like it, or is unclear."""
+    inner = ("module.scale", "module.module.scale")
+    sources, targets = (*(f"encoder.{name}" for name in inner), "head.w"), tuple(f"module.{name}" for name in inner)
+    found = pairing(sources, targets, "encoder.", "")
+    assert found.moves == dict(zip(targets, sources, strict=False))
+    sources = (
+        "module.module.b._fsdp_wrapped_module.w",
+        "module.module.b._fsdp_wrapped_module.a._fsdp_wrapped_module.w",
+        "module.module.module.w",
+        "module.module.module.module.w",
+    )
+    targets = ("b.module.w", "b.module.a.module.w", "module.module.w", "module.module.module.w")
+    found = pairing(sources, targets)
+    unclear = {source for source, _choices in found.unclear}
+    right = dict(zip(targets, sources, strict=True))
+    assert all(right[target] == source for target, source in found.moves.items() if source not in unclear)
+
+
+def test_two_names_for_one_entry_are_unclear() -> None:
+    """A file with raw weights and their average, and a wrapped model: both could be meant."""
+    found = pairing(("w", "b", "module.w", "module.b"), ("module.w", "module.b"))
+    assert {source for source, _choices in found.unclear} == {"w", "b", "module.w", "module.b"}
+
+
+def test_a_root_that_is_the_prefix_of_a_wrapper_is_refused_if_it_would_choose(tmp_path: Path) -> None:
+    """It is ignored, so that names outside it would be loaded."""
+    own = torch.nn.Linear(2, 2)
+    average = {f"module.{name}": tensor + 5 for name, tensor in own.state_dict().items()}
+    torch.save({**own.state_dict(), **average}, tmp_path / "both.pt")
+    torch.save(average, tmp_path / "average.pt")
+    model = torch.nn.Linear(2, 2)
+    config = {"kind": "file", "source_root": "module", "on_unexpected": "ignore"}
+    with pytest.raises(PlanError, match=r"source_root: module is the prefix of a wrapper .* 2 of 4 names"):
+        InitializerStack.from_config([{**config, "path": str(tmp_path / "both.pt")}]).initialize(bind(model, "net"))
+    InitializerStack.from_config([{**config, "path": str(tmp_path / "average.pt")}]).initialize(bind(model, "net"))
+    assert torch.equal(model.weight, average["module.weight"])
+
+
 def test_names_below_roots_are_paired_by_what_follows_the_root() -> None:
     """The prefix of the whole file stands before the root that a rule names."""
     sources = tuple(f"module.teacher.{name}" for name in NESTED)
