@@ -26,6 +26,7 @@ from noether_init_core import (
 from noether_init_core.cli import config as command
 from noether_init_core.errors import InitError
 from noether_init_core.files.opening import open_checkpoint
+from noether_init_core.files.storage.disk import FileSystem
 from noether_init_core.saving import file_writing
 from noether_init_core.saving.file_writing import write_weights
 
@@ -289,6 +290,20 @@ def test_a_file_that_comes_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(CheckpointWriteError, match="was created by another program meanwhile"):
         write_weights(tmp_path / "new.th", {"w": torch.ones(2)})
     assert (tmp_path / "new.th").read_text() == "theirs"
+
+
+def test_a_file_that_was_written_survives_a_power_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is brought onto the disk after it has its name."""
+    seen: list[tuple[Path, bool]] = []
+
+    class Recording(FileSystem):
+        def fsync_folder(self, folder: Path) -> None:
+            seen.append((folder, (folder / "new.th").exists()))
+            super().fsync_folder(folder)
+
+    monkeypatch.setattr(file_writing, "LOCAL", Recording())
+    write_weights(tmp_path / "new.th", {"w": torch.ones(2)})
+    assert seen[-1:] == [(tmp_path, True)]
 
 
 def test_weights_without_their_report_are_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
