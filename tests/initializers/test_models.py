@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,18 @@ def test_frozen_models_get_weights_and_keep_their_optimizer(paths: PathProvider)
     report = start({"kind": "resume"}, paths, model)
     assert equal(source, target)
     assert report.start == ITERATION
+
+
+def test_a_tensor_without_memory_that_something_refers_to_weakly_is_refused(paths: PathProvider) -> None:
+    """torch could not give it memory; the error comes before anything has changed."""
+    CheckpointWriter(paths).save(bind(torch.nn.Linear(2, 2), name="net"), ITERATION)
+    with torch.device("meta"):
+        module = torch.nn.Linear(2, 2)
+    reference = weakref.ref(module.bias)
+    with pytest.raises(PlanError, match="bias cannot get memory"):
+        start({"kind": "previous_run", "run_id": "source"}, paths, bind(module, name="net"))
+    assert reference() is module.bias
+    assert all(parameter.is_meta for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("verify", ["full", "header", "none"])

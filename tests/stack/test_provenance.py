@@ -18,6 +18,9 @@ from noether_init_core import (
     bind,
     compose,
 )
+from noether_init_core.initializers.base import Outcome
+from noether_init_core.stack.members import Carried, trace
+from noether_init_core.surgery.plan import LoadPlan, PlanRow
 
 
 class Net(torch.nn.Module):
@@ -105,6 +108,32 @@ def test_a_run_that_goes_on_keeps_the_origin_that_it_had(tmp_path: Path) -> None
             "head.bias": None,
         }
         assert all(len(one["ancestors"]) == 0 for one in kept["tensors"])
+
+
+def test_one_tensor_of_two_submodels_is_loaded_in_both(tmp_path: Path) -> None:
+    """Whichever of them a file was loaded into."""
+    first, second = Net(), Net()
+    second.body = first.body
+    torch.save(Net().state_dict(), tmp_path / "public.pt")
+    model = compose("pair", {"a": bind(first, name="a"), "b": bind(second, name="b")})
+    config = {"kind": "file", "path": str(tmp_path / "public.pt"), "submodel": "b"}
+    report = InitializerStack.from_config([config]).initialize(model)
+    loaded = {(record.model, record.name): record.rule for record in report.tensors if record.is_loaded}
+    assert loaded == {
+        ("pair.a", "body.weight"): "the same tensor as body.weight of pair.b",
+        ("pair.a", "body.bias"): "the same tensor as body.bias of pair.b",
+        **{("pair.b", name): None for name in ("body.weight", "body.bias", "head.weight", "head.bias")},
+    }
+
+
+@pytest.mark.parametrize(("action", "source"), [("keep", 0), ("reset", None)])
+def test_what_a_later_plan_resets_is_fresh_and_what_it_keeps_is_not(action: Any, source: int | None) -> None:
+    """Any kind may state a plan of its own."""
+    rows = [PlanRow("net", "weight", ("w",), "load", (1, 1), "float32", 4)]
+    rows.append(PlanRow("net", "weight", (), action, (1, 1), "float32", 4, "its rule"))
+    plans = [Carried("mine", LoadPlan("mine", (row,)), Outcome(), "net", "net") for row in rows]
+    _sources, records = trace(bind(torch.nn.Linear(1, 1, bias=False), name="net"), plans)
+    assert [record.source for record in records] == [source]
 
 
 def test_each_set_has_the_record_of_the_report_at_its_time(tmp_path: Path) -> None:
