@@ -142,8 +142,8 @@ class PreviousRunInitializer(CheckpointInitializer):
         if self.session is not None:
             # the plan and the report of the stack would name the files of another model
             raise ConfigError(
-                f"{self.config.kind}: init_weights(model, {model_name!r}) cannot be called in a stack, since its plan is "
-                f"for other files. Next: model_name: {model_name} in the config"
+                f"{self.config.kind}: init_weights(model, {model_name!r}) cannot be called in a stack: its plan is for "
+                f"other files. Next: model_name: {model_name} in the config"
             )
         other = copy.copy(self)
         other.config = self.config.model_copy(update={"model_name": check_model_name(model_name)})

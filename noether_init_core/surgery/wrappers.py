@@ -85,8 +85,8 @@ def paired(sources: Mapping[str, Forms], targets: Mapping[str, Forms], taken: Co
     There are two readings of a name: below the prefix that the whole file and the whole model have, and as it stands.
     The reading that fits more names is used for all of them, since a wrapper renames all of them. Then names that are
     equal without all such segments are paired if nothing else is equal to them. If both readings fit equally many names
-    in different ways, these names are unclear. So is what is left of names that only their wrappers tell apart, some of
-    which were paired.
+    in different ways, these names are unclear, unless every name of the model stands in the file as it is. So is what
+    is left of names that only their wrappers tell apart, some of which were paired.
 
     Args:
         sources: Name in the file -> how it reads, of those that no rule took.
@@ -94,10 +94,12 @@ def paired(sources: Mapping[str, Forms], targets: Mapping[str, Forms], taken: Co
         taken: Names of the model that a rule gives a value.
     """
     stripped, standing = _equal(sources, targets, 0), _equal(sources, targets, 1)
-    chosen = stripped if len(stripped) >= len(standing) else standing
+    # names that are the same for the whole model leave nothing to read
+    is_same = len(standing) == len(targets) and all(source == target for source, target in standing.items())
+    chosen = stripped if len(stripped) >= len(standing) and not is_same else standing
     moves = {target: source for source, target in chosen.items()}
     unclear: list[tuple[str, tuple[str, ...]]] = []
-    if len(stripped) == len(standing) and stripped != standing:
+    if len(stripped) == len(standing) and stripped != standing and not is_same:
         for name in stripped.keys() | standing.keys():
             choices = dict.fromkeys(one[name] for one in (standing, stripped) if name in one)
             if stripped.get(name) != standing.get(name):

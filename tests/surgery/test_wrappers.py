@@ -81,10 +81,14 @@ def test_two_readings_are_never_mixed() -> None:
     assert all(right[target] == source for target, source in found.moves.items() if source not in unclear)
 
 
-def test_two_names_for_one_entry_are_unclear() -> None:
-    """A file with raw weights and their average, and a wrapped model: both could be meant."""
-    found = pairing(("w", "b", "module.w", "module.b"), ("module.w", "module.b"))
-    assert {source for source, _choices in found.unclear} == {"w", "b", "module.w", "module.b"}
+def test_names_that_are_the_same_for_the_whole_model_are_taken() -> None:
+    """A file with raw weights and their average, and a wrapped model: as torch does. With a name more it is unclear."""
+    sources = ("w", "b", "module.w", "module.b")
+    found = pairing(sources, ("module.w", "module.b"))
+    assert found.moves == {"module.w": "module.w", "module.b": "module.b"}
+    assert found.unclear == ()
+    found = pairing(sources, ("module.w", "module.b", "module.c"))
+    assert {source for source, _choices in found.unclear} == set(sources)
 
 
 def test_a_root_that_is_the_prefix_of_a_wrapper_is_refused_if_it_would_choose(tmp_path: Path) -> None:
