@@ -51,7 +51,7 @@ def text_problem(value: object, what: str) -> str:
                 f"{what} {value} is {noun}, not a text. YAML reads {example} without quotes as {noun}. "
                 f'Next: write the text in quotes, for example {what}: "{example}"'
             )
-    return f"{what} must be a text, not {type_of(value)}"
+    return f'{what} must be a text, not {type_of(value)}. Next: {what}: "..."'
 
 
 def check_name(value: object, what: str) -> str:

@@ -115,7 +115,10 @@ class PreviousRunInitializer(CheckpointInitializer):
         if self.config.transforms or self.config.source_root or self.config.target_root:
             # a subclass may have filled one of the lists, which the config cannot know
             if any(fields):
-                raise ConfigError("transforms cannot be combined with the surgery fields of Noether")
+                raise ConfigError(
+                    "transforms cannot be combined with the surgery fields of Noether, of which this instance has one. "
+                    "Next: write it as a rule under transforms"
+                )
             return super().rules
         return NoetherSurgery(
             tuple(dict.fromkeys(self.keys_to_remove)),

@@ -112,9 +112,7 @@ class DiffRow:
 
 @attrs.frozen(repr=False)
 class CheckpointDiff(Shown):
-    """The result of comparing two checkpoints; pure data.
-
-    ``str(diff)`` is what ``ninit diff`` prints.
+    """The result of comparing two checkpoints; pure data. ``str(diff)`` is what ``ninit diff`` prints.
 
     Attributes:
         a: The first checkpoint.

@@ -53,7 +53,12 @@ def importing(who: str, kind: str, target: str, distribution: str | None) -> Ite
             _logger.warning("%s changed %s while it was imported; put back", who, listed(changed))
     if distribution is not None and (other := shadowed_by(distribution, target)) and other not in _warned_of:
         _warned_of.add(other)
-        _logger.warning("%s was imported from %s, which is not a file of its distribution", who, other)
+        _logger.warning(
+            "%s was imported from %s, which is not a file of its distribution. "
+            "Next: start in another folder, or rename that file or folder",
+            who,
+            other,
+        )
 
 
 @contextlib.contextmanager

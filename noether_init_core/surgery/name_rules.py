@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import attrs
 
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, yaml_line
 from noether_init_core.surgery.patterns import NamePattern, PatternSet, near, parse_glob, parse_pattern, repaired
 from noether_init_core.surgery.plan import Problem
 from noether_init_core.surgery.steps import Step
@@ -78,11 +78,17 @@ class NameMatch:
             )
             self.problems += (Problem("two-sources", message, "", (*other.sources, *taken.sources)),)
 
-    def pair(self, sources: Mapping[str, Forms], targets: Mapping[str, Forms]) -> set[str]:
+    def pair(
+        self,
+        sources: Mapping[str, Forms],
+        targets: Mapping[str, Forms],
+        in_rules: tuple[Mapping[str, str], Mapping[str, str]],
+    ) -> set[str]:
         """Pair names of the file and the model that no rule took; prefixes such as ``module.`` may differ.
 
         Each pair goes to ``give``. A name that can be read in several ways becomes a problem. Returns the names
-        in the file that were paired or became a problem.
+        in the file that were paired or became a problem. ``in_rules``: name as rules write it -> name, of the file and
+        of the model.
         """
         found = paired(sources, targets, self.moves)
         for target, source in found.moves.items():
@@ -95,7 +101,9 @@ class NameMatch:
                 for source, choices in found.unclear
             ]
             source, choices = found.unclear[0]
-            rules = " or ".join(f"{{from: {source}, to: {target}}}" for target in choices)
+            # rules do not see the prefix that all names have
+            of_file, of_model = ({name: written for written, name in names.items()} for names in in_rules)
+            rules = " or ".join(yaml_line({"from": of_file[source], "to": of_model[target]}) for target in choices)
             message = (
                 f"{listed(readings, 3, separator='; ')}: prefixes of wrappers (module. and the like) can be read in "
                 f"several ways. Next: choose, for example under transforms: {rules}"
@@ -170,6 +178,7 @@ class NoetherSurgery:
         match.pair(
             {name: of_file[name] for name, source in current.items() if source not in last_rule},
             {name: forms for name, forms in of_model.items() if name not in match.moves},
+            (bare_names(sources), bare_names(targets)),
         )
         match.astray = {
             source: (name, last_rule[source])
@@ -347,7 +356,8 @@ class _Matching:
         """Names that no rule takes."""
         of_file, of_model = self._forms
         reached = {name: of_model[name] for name in self._targets.values()}
-        decided = self._match.pair({name: of_file[name] for name in plain.values()}, reached)
+        in_rules = self._sources, self._targets
+        decided = self._match.pair({name: of_file[name] for name in plain.values()}, reached, in_rules)
         for bare, name in plain.items():
             if name not in decided:
                 self._match.astray.setdefault(name, (self._rules.target_root + bare, ""))

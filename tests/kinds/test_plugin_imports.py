@@ -101,7 +101,8 @@ def test_a_module_that_hides_the_installed_one_is_named(
     assert kinds.imported_from(kinds.describe("bolt")) == str(hiding)
     assert [one.distribution for one in report.initializers] == [f"bolt 1.0, imported from {hiding}"]
     assert [record.getMessage() for record in caplog.records if "bolt" in record.getMessage()] == [
-        f'kind "bolt" (bolt 1.0) was imported from {hiding}, which is not a file of its distribution'
+        f'kind "bolt" (bolt 1.0) was imported from {hiding}, which is not a file of its distribution. '
+        "Next: start in another folder, or rename that file or folder"
     ]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, strategies as st
 
 from noether_init_core import (
@@ -111,6 +113,24 @@ def test_names_below_roots_are_paired_by_what_follows_the_root() -> None:
     targets = tuple(f"net.{name}" for name in NESTED)
     found = pairing(sources, targets, "teacher.", "net.")
     assert found.moves == dict(zip(targets, sources, strict=True))
+
+
+@pytest.mark.parametrize("target", ["a", "module.a"])
+def test_the_rule_that_the_message_shows_chooses(target: str, tmp_path: Path) -> None:
+    """The file's only prefix is not part of names in rules, so the shown rule leaves it out."""
+    torch.save({"module.a": torch.ones(2)}, tmp_path / "one.pt")
+    model = torch.nn.Module()
+    model.a = torch.nn.Parameter(torch.zeros(2))
+    model.module = torch.nn.Module()
+    model.module.a = torch.nn.Parameter(torch.zeros(2))
+    config: dict[str, Any] = {"kind": "file", "path": str(tmp_path / "one.pt"), "on_missing": "keep"}
+    with pytest.raises(PlanError, match=r"module\.a may be module\.a or a: ") as raised:
+        InitializerStack.from_config([config]).initialize(bind(model, "net"))
+    shown = [rule for rule in re.findall(r"\{from: .*?\}", str(raised.value)) if rule.endswith(f"to: {target}}}")]
+    rules = [yaml.safe_load(rule) for rule in shown]
+    InitializerStack.from_config([{**config, "transforms": rules}]).initialize(bind(model, "net"))
+    loaded = {name: tensor.tolist() for name, tensor in model.named_parameters()}
+    assert loaded == {"a": [0, 0], "module.a": [0, 0], target: [1, 1]}
 
 
 segments = st.sampled_from(["module", "_orig_mod", "a", "b"])
