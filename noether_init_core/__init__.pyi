@@ -42,6 +42,7 @@ from noether_init_core.errors import (
     PartlyInitializedError as PartlyInitializedError,
     PlanError as PlanError,
     ProbeMismatchError as ProbeMismatchError,
+    RankError as RankError,
     StartConflictError as StartConflictError,
     StateMismatchError as StateMismatchError,
     TornSetError as TornSetError,
@@ -59,10 +60,8 @@ from noether_init_core.initializers.base import (
     Outcome as Outcome,
     Source as Source,
 )
-from noether_init_core.initializers.source import (
-    CheckpointInitializer as CheckpointInitializer,
-    SourceInitializer as SourceInitializer,
-)
+from noether_init_core.initializers.checkpoint import CheckpointInitializer as CheckpointInitializer
+from noether_init_core.initializers.source import SourceInitializer as SourceInitializer
 from noether_init_core.iteration import TrainingIteration as TrainingIteration
 from noether_init_core.kinds.any_initializer import AnyInitializer as AnyInitializer
 from noether_init_core.kinds.hookspec import (

@@ -25,6 +25,7 @@
     |-- PlanError (ValueError)                    the plan has problems; nothing was changed
     |-- StateMismatchError (ValueError)           optimizer, trainer or callback state does not fit
     |-- ProbeMismatchError (ValueError)           the model's outputs differ from those when it was saved
+    |-- RankError (RuntimeError)                  ranks do not agree, or one does not answer; nothing was changed
     |-- StartConflictError (ValueError)           two initializers start after iteration zero, or the start has changed
     `-- PartlyInitializedError (RuntimeError)     user code failed after the first change
 
@@ -280,6 +281,16 @@ class StartConflictError(InitError, ValueError):
     """
 
     starts: Mapping[str, str] = attrs.Factory(dict)
+
+
+@attrs.define(slots=False, repr=False)
+class RankError(InitError, RuntimeError):
+    """The ranks of a distributed run do not agree, or one of them does not answer. Nothing was changed on any rank.
+
+    ``found``: rank -> what it found, one line for each fact; empty if a rank did not answer.
+    """
+
+    found: Mapping[int, tuple[str, ...]] = attrs.Factory(dict)
 
 
 @attrs.define(slots=False, repr=False)

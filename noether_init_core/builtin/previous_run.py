@@ -12,10 +12,8 @@ from noether_init_core.config.base import KindConfig, RunId
 from noether_init_core.config.source import CheckpointInitializerConfig
 from noether_init_core.errors import ConfigError
 from noether_init_core.initializers.callbacks import check_resumption, resume_callbacks
-from noether_init_core.initializers.source import (
-    CheckpointInitializer,
-    SourceInitializer,
-)
+from noether_init_core.initializers.checkpoint import CheckpointInitializer
+from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.paths import check_model_name
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename
 

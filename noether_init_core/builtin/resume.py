@@ -35,7 +35,7 @@ from noether_init_core.initializers.callbacks import (
     plan_callbacks,
     resume_callbacks,
 )
-from noether_init_core.initializers.source import CheckpointInitializer, RunSelection
+from noether_init_core.initializers.checkpoint import CheckpointInitializer, RunSelection
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.sets import refusals

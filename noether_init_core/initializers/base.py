@@ -195,6 +195,14 @@ class InitializerBase:
         Delegates are checked before.
         """
 
+    def fingerprint(self) -> tuple[str, ...]:
+        """What was selected and opened, in words that are the same on every rank of a distributed run; no paths.
+
+        The stack asks after ``check``, while the session is open, and compares the answers of all ranks. By default it
+        is empty. Delegates are asked themselves.
+        """
+        return ()
+
     def outcome(self) -> Outcome:
         """What was done, for the report; the stack calls it after the last hook, while the session is open."""
         session = self.new_session() if self.session is None else self.session

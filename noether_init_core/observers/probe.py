@@ -10,7 +10,8 @@ from typing import Any
 import attrs
 
 from noether_init_core.errors import ProbeMismatchError
-from noether_init_core.initializers.source import CheckpointInitializer, SourceInitializer
+from noether_init_core.initializers.checkpoint import CheckpointInitializer
+from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import hookimpl
 from noether_init_core.models import Leaf, submodel_of
 from noether_init_core.probe.outputs import Compared, Output, compare

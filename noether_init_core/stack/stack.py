@@ -37,12 +37,14 @@ from noether_init_core.stack.config_files import (
     validate_entry,
 )
 from noether_init_core.stack.members import HookCaller, Member, Prepared, Written, prepare, reported, values_of
+from noether_init_core.stack.ranks import agreed
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
 
 logger = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
+_Ready = tuple[TrainingIteration, list[TrainingIteration | None], tuple[Prepared, ...]]
 
 
 class InitializerStack:
@@ -203,9 +205,19 @@ class InitializerStack:
             )
 
     def initialize(
-        self, model: Any, trainer: Any = None, callbacks: Sequence[Any] | None = None, *, trains: bool = True
+        self,
+        model: Any,
+        trainer: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        *,
+        trains: bool = True,
+        group: Any = None,
+        timeout_s: float = 300.0,
     ) -> InitReport:
         """Start the run: check all that can fail, then change trainer, weights, optimizer and callbacks.
+
+        In a distributed run, the ranks compare what they found before the first change: the initializers, the sets and
+        files, the start iteration, and errors. All go on, or all raise.
 
         Args:
             model: A model or composite; ``bind`` makes one of a plain module.
@@ -214,6 +226,8 @@ class InitializerStack:
                 ``CheckpointWriter`` records them.
             callbacks: Callbacks with ``state_dict`` and ``load_state_dict``; others are passed to the hooks only.
             trains: False if no training follows: then the state of a trainer is not required.
+            group: The process group whose ranks start this run together; None: all ranks.
+            timeout_s: Seconds to wait for the other ranks.
 
         Returns the report; ``report.start`` is the iteration at which training starts. Every rank calls it. Called
         again, it initializes again from a new selection.
@@ -221,15 +235,14 @@ class InitializerStack:
         Raises:
             InitError: A subclass of it, before the first change, for everything that can be known before it.
                 ``StartConflictError`` if the start is no longer the one that ``start_checkpoint`` returned.
+                ``RankError`` if ranks do not agree, or one does not answer.
             PartlyInitializedError: User code, a kind without ``check``, or a device failed after the first change.
                 States of trainer and callbacks were restored.
         """
-        check_model(model)
         callbacks = list(callbacks) if callbacks is not None else None
         with self._in_sessions(trains=trains, is_last=True):
-            start, starts = self._starts()
-            self._check_start(start)
-            prepared = tuple(prepare(self._members, model, (trainer, callbacks)))
+            ready = functools.partial(self._ready, model, trainer, callbacks)
+            start, starts, prepared = agreed(ready, self._described, group=group, timeout_s=timeout_s)
             written: dict[int, Written] = {}
             absent = {"init_trainer": trainer is None, "init_callbacks": callbacks is None}
             hooks = [hook for hook in HOOK_NAMES if not absent.get(hook)]
@@ -243,6 +256,23 @@ class InitializerStack:
             self._returned = None
         logger.info("%s", report)
         return report
+
+    def _ready(self, model: Any, trainer: Any, callbacks: list[Any] | None) -> _Ready:
+        """What will be done, after every check: the start, that of each member, and their plans."""
+        check_model(model)
+        start, starts = self._starts()
+        self._check_start(start)
+        return start, starts, tuple(prepare(self._members, model, (trainer, callbacks)))
+
+    def _described(self, ready: _Ready) -> Iterator[str]:
+        """What every rank must have found: the initializers, what each of them will read, and the start."""
+        yield self._auto_resume or "no auto_resume"
+        yield f"initializers {', '.join(member.kind for member in self._members) or 'none'}"
+        for member in self._members:
+            for one in member.units:
+                for line in one.fingerprint():
+                    yield f"{one.config.kind} reads {line}"
+        yield f"start {ready[0]}"
 
     def close(self) -> None:
         """Drop the selection of ``start_checkpoint``, so that the next call selects again. May be called twice."""
