@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from noether_init_core.errors import CheckpointError, CheckpointFormatError
+from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError
 from noether_init_core.files import reading
 from noether_init_core.files.checkpoint import AnyKey, BaseCheckpoint, Copy, Digests, Key, Verified
 from noether_init_core.files.content import (
@@ -70,7 +71,12 @@ def open_checkpoint(
                 is_safetensors = handle.size > 8 and handle.read(1, 8) == b"{"
                 content = read_safetensors(handle) if is_safetensors else read_torch_zip(handle, allow_globals)
                 known = Digests(digests) if isinstance(digests, str) else digests or Digests()
-                return FileCheckpoint(handle, content, entry, known, stopwatch)
+                found = FileCheckpoint(handle, content, entry, known, stopwatch)
+                # a relative path would be another one in a process with another working folder
+                where = os.path.abspath(location) if isinstance(location, str | os.PathLike) else location
+                allowed = tuple(allow_globals)
+                found.again = partial(open_checkpoint, where, entry=entry, digests=digests, allow_globals=allowed)
+                return found
         except BaseException as error:
             handle.close()
             if isinstance(error, UnreadableError):
@@ -82,7 +88,13 @@ class FileCheckpoint(BaseCheckpoint):
     """An open file, created by ``open_checkpoint``. ``format`` is ``torch`` or ``safetensors``.
 
     A safetensors file holds only tensors and strings: ``metadata`` is its ``__metadata__``.
+
+    A copy, also in another process, opens the file again with a handle of its own. Raises ``CheckpointCorruptError`` if
+    the file has changed meanwhile.
     """
+
+    #: Opens the same file again.
+    again: Callable[[], FileCheckpoint]
 
     def __init__(
         self, handle: Handle, content: Content, entry: str | None, digests: Digests, stopwatch: Stopwatch
@@ -121,6 +133,12 @@ class FileCheckpoint(BaseCheckpoint):
 
         self._verification = Verification(handle, content, digests, written, named, stopwatch.count)
         self.is_verifiable = self._verification.is_possible
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._handle.check_unchanged()
+        has_checksums = all(record.crc is not None for record in self._content.records.values())
+        identity = (self._handle.storage.version, self.digest_of_records, has_checksums)
+        return _opened_again, (self.again, identity)
 
     @property
     def format(self) -> Literal["torch", "safetensors"]:
@@ -282,6 +300,20 @@ class FileCheckpoint(BaseCheckpoint):
 
     def _read_own(self, info: TensorInfo) -> torch.Tensor:
         return reading.read_tensor(self._handle, self._info(info))
+
+
+def _opened_again(again: Callable[[], FileCheckpoint], identity: tuple[str, str, bool]) -> FileCheckpoint:
+    """The copy of a checkpoint. On another node the version differs; the checksums in the file then prove its bytes."""
+    version, records, has_checksums = identity
+    found = again()
+    same_bytes = has_checksums and found.digest_of_records == records
+    if found._handle.storage.version != version and not same_bytes:
+        found.close()
+        raise CheckpointCorruptError(
+            f"{found.path} is not the file that was opened: it was written again since. Next: open_checkpoint again",
+            path=found.path,
+        )
+    return found
 
 
 def _tensors_in(tree: Any) -> dict[str, TensorInfo]:

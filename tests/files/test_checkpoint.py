@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
+import multiprocessing
+import os
+import pickle
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import msgspec
@@ -18,7 +22,12 @@ from safetensors.torch import save_file
 from support.average import Average
 
 from noether_init_core import Checkpoint, Storage, open_checkpoint
-from noether_init_core.errors import CheckpointCorruptError, CheckpointNotFoundError, StateMismatchError
+from noether_init_core.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    StateMismatchError,
+)
 from noether_init_core.files.checkpoint import Digests, Verified
 from noether_init_core.files.content import Box
 from noether_init_core.files.reading import read_tensor
@@ -355,3 +364,59 @@ def test_a_closed_checkpoint_is_gone_with_its_last_name(tmp_path: Path, name: st
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_copy_in_another_process_opens_the_same_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It has a handle of its own, the tree and the digests of the original, and needs no working folder."""
+    monkeypatch.chdir(tmp_path)
+    state = {"a": torch.arange(3.0), "b": torch.ones(2)}
+    save_file(state, name) if name.endswith("safetensors") else torch.save({"ema": state, "n": 1}, name)
+    entry = None if name.endswith("safetensors") else "ema"
+    with open_checkpoint(name, entry=entry, digests=f"sha256:{0:064}") as reader:
+        copies = [copy.copy(reader), copy.deepcopy(reader)]
+        (other,) = in_new_process(_read_in_process, reader, tmp_path.parent)
+    assert other == [[0.0, 1.0, 2.0], [1.0, 1.0]]
+    for one in copies:
+        assert list(one.tensors()) == ["a", "b"]
+        assert torch.equal(one.read("a"), state["a"])
+        with pytest.raises(CheckpointCorruptError):
+            one.verify()
+        one.close()
+    with pytest.raises(CheckpointError, match="is closed"):
+        pickle.dumps(reader)
+
+
+def _read_in_process(reader: Any, folder: Path) -> list[list[float]]:
+    os.chdir(folder)
+    with reader:
+        return [reader.read(key).tolist() for key in reader.tensors()]
+
+
+def in_new_process(function: Any, *arguments: Any) -> list[Any]:
+    """What a function of this module returns in a process that shares nothing with this one."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return [pool.apply_async(function, arguments).get(timeout=300)]
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_copy_of_a_file_that_was_written_again_is_refused(tmp_path: Path, name: str) -> None:
+    """Other bytes under the same name are not the checkpoint that was opened; a moved copy of the same bytes is."""
+    path, save = tmp_path / name, torch.save if name.endswith("pt") else save_file
+    save({"a": torch.zeros(3)}, path)
+    with open_checkpoint(path) as reader:
+        text = pickle.dumps(reader)
+    content = path.read_bytes()
+    path.unlink()
+    save({"a": torch.ones(3)}, path)
+    with pytest.raises(CheckpointCorruptError, match="it was written again since"):
+        pickle.loads(text)
+    path.write_bytes(content)
+    if name.endswith("pt"):  # its checksums prove that the bytes are the same
+        with pickle.loads(text) as again:
+            assert again.read("a").tolist() == [0.0] * 3
+    else:
+        with pytest.raises(CheckpointCorruptError, match="it was written again since"):
+            pickle.loads(text)
