@@ -87,7 +87,6 @@ class PreviousRunInitializer(CheckpointInitializer):
 
     config_class: ClassVar[type[KindConfig]] = PreviousRunInitializerConfig
     contract: ClassVar[int] = 1
-    fresh_hint: ClassVar[str] = "To keep the model's own values there: {line}"
     config: PreviousRunInitializerConfig
 
     @cached_property

@@ -122,6 +122,7 @@ def suggest(start: Start, as_json: AsJson = False, real: Real = False) -> None:
         data: list[dict[str, Any]] = [
             {
                 "initializer": number,
+                "place": one.place,
                 "model": path,
                 "config": one.config(),
                 "coverage": one.plan.coverage(),
@@ -136,7 +137,8 @@ def suggest(start: Start, as_json: AsJson = False, real: Real = False) -> None:
         show_json("suggest", {"suggestions": data})
     else:
         for number, path, one in found:
-            show(f"# for initializers.{number}, {path}")
+            place = f"{one.place or f'initializers.{number}'}, {path}"
+            show(f"# for {place}" + (f"; the rules are relative to {one.within}" if one.within else ""))
             show_text(str(one))
         if not found:
             show("# nothing to suggest: no initializer of the config loads weights")

@@ -92,6 +92,23 @@ class Entry:
         """Its first line, from 1; None without a file."""
         return self.document.line(self.place)
 
+    @property
+    def as_value(self) -> str:
+        """The key whose value is a switch in place of the config, ``auto_resume: true``; else empty."""
+        value = self.document.value
+        is_switch = self.place == ("auto_resume",) and isinstance(value, Mapping)
+        return "auto_resume" if is_switch and not isinstance(value["auto_resume"], Mapping) else ""
+
+    @property
+    def shown_place(self) -> str:
+        """Its path, file and line for messages: ``initializers.0, init.yaml:2``; empty without a document."""
+        if self.places and self.place != ("auto_resume",):
+            # keys at the root make a resume, and have no others beside them
+            return f"trainer.initializer: {{kind: resume, ...}}, in place of {self.key_path}"
+        if self.document.path is None or not self.place:
+            return self.key_path
+        return f"{self.key_path}, {self.document.path.name}:{self.line}"
+
     def place_of(self, path: KeyPath) -> KeyPath:
         """The place in the document of ``path`` in the config."""
         if path and path[0] in self.places:

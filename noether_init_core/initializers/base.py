@@ -34,7 +34,9 @@ class Session:
 
     Attributes:
         where: Function that returns the place of a key of the config, with file and line if there is a file.
-        key: The key of the config above its fields, if the config is not an item of the list: ``auto_resume``.
+        key: The key whose whole value the config may be, ``auto_resume: true``, in place of a mapping; else empty.
+        place: The place of the config for messages: ``initializers.0, init.yaml:2``; empty if unknown.
+        is_followed: Whether a later initializer loads weights of the same model.
         loaded_before: Ids of the tensors that earlier initializers will have loaded.
         trains: Whether training follows; if not, the state of a trainer is not required.
         stopwatch: Measures the time of phases.
@@ -45,6 +47,8 @@ class Session:
     def __init__(self) -> None:
         self.where: Callable[..., str] = dotted
         self.key = ""
+        self.place = ""
+        self.is_followed = False
         self.trains = True
         self.loaded_before: frozenset[int] = frozenset()
         self.stopwatch = Stopwatch()

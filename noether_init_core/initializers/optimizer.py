@@ -173,6 +173,9 @@ class LoadSession(WeightsSession):
         finally:
             close_all(step.file.reader for step in steps)
 
+    def _problems_beside(self, planned: Planned) -> list[Problem]:
+        return self.findings(planned)[0]
+
     def findings(self, planned: Planned) -> tuple[list[Problem], list[Problem]]:
         """Problems and warnings of the optimizers that are known before a change. Reads only headers."""
         if self._state_config is None:

@@ -34,11 +34,15 @@ from noether_init_core.initializers.base import LoadedFile, LocateQuery, Session
 from noether_init_core.messages import listed
 from noether_init_core.models import BoundModel, Leaf, modules_of
 from noether_init_core.sets.file_names import Part
-from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, TensorSpec
+from noether_init_core.suggest.rules import Suggestion, transforms_of
+from noether_init_core.suggest.suggest import suggest
+from noether_init_core.surgery.advice import Advice
+from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.name_rules import NoetherSurgery
-from noether_init_core.surgery.plan import LoadPlan
+from noether_init_core.surgery.plan import LoadPlan, Problem
 from noether_init_core.surgery.planner import plan_load
 
+_FIELDS = ("keys_to_remove", "patterns_to_remove", "patterns_to_rename", "patterns_to_instantiate")
 #: Extra state of a module in a file.
 _EXTRA = TargetSpec((), "object", 0)
 
@@ -197,15 +201,63 @@ class WeightsSession(Session):
             yield part, targets
 
     def _plan(self, opened: Opened) -> Planned:
-        config, hint = self.config, self.kind.fresh_hint
-        if not hint or config.transforms:
-            hint = KEEP_MODEL_HINT if config.transforms else f"{KEEP_MODEL_HINT} (under transforms:)"
-            if self.key and not config.transforms:
-                hint = KEEP_MODEL_HINT.replace("{line}", f"{self.key}: {{{{transforms: [{{rule}}]}}}}")
-        found = tuple(self.parts(opened))
+        config, found = self.config, tuple(self.parts(opened))
         parts = [part for part, _targets in found]
-        plan = plan_load(config.kind, parts, self.kind.rules, policies=config.policies, fresh_hint=hint)
+        plan = plan_load(config.kind, parts, self.kind.rules, policies=config.policies, advice=self.advice)
         return Planned(opened, plan, {part.model: own for part, own in found}, self._signature(opened.leaves))
+
+    @property
+    def advice(self) -> Advice:
+        """How the config of the kind writes lines that put a plan right, and where they go."""
+        config, rules = self.config, self.kind.rules
+        fields: dict[str, Sequence[Any]] = {}
+        if isinstance(rules, NoetherSurgery):
+            fields = {name: value for name in _FIELDS if (value := getattr(self.kind, name, None))}
+        has_fields = isinstance(rules, NoetherSurgery) and hasattr(config, _FIELDS[0])
+        return Advice(
+            self.place,
+            "rules" if config.transforms else "fields" if has_fields else "transforms",
+            "" if config.transforms else self.key,
+            fields,
+            self.is_followed,
+        )
+
+    def suggested(self, model: Any) -> dict[str, Suggestion]:
+        """Path of a single model -> suggested rules; their plan has the problems that stay with all of them."""
+        config = self.config
+        roots = config.source_root or "", config.target_root or ""
+        found: dict[str, Suggestion] = {}
+        opened = self.open(model)
+        made = tuple(self.parts(opened))
+        parts = [part for part, _targets in made]
+        for part in parts:
+            found[part.model] = suggest(
+                part.sources,
+                part.targets,
+                model=part.model,
+                policies=config.policies,
+                hidden=part.hidden,
+                loaded=part.loaded,
+                roots=roots,
+                is_followed=self.is_followed,
+            )
+        keeps = any(one.on_missing for one in found.values())
+        policies = attrs.evolve(config.policies, on_missing="keep") if keeps else config.policies
+        # the rules of all models are in one list, and the optimizers follow them
+        rules = {one.to_yaml(): one for each in found.values() for one in each.rules}
+        plan = plan_load(config.kind, parts, transforms_of(tuple(rules.values()), *roots), policies=policies)
+        known = {problem.message for one in found.values() for problem in one.plan.problems}
+        planned = Planned(opened, plan, {part.model: own for part, own in made}, self._signature(opened.leaves))
+        others = [one for one in (*plan.problems, *self._problems_beside(planned)) if one.message not in known]
+        for path, one in found.items():
+            here = tuple(problem for problem in others if path in problem.model.split(", "))
+            together = attrs.evolve(one.plan, problems=(*one.plan.problems, *here))
+            found[path] = attrs.evolve(one, plan=together, place=self.place)
+        return found
+
+    def _problems_beside(self, planned: Planned) -> list[Problem]:
+        """Problems that are known before a change and concern no weights."""
+        return []
 
     def _signature(self, leaves: Sequence[Leaf]) -> tuple[Any, ...]:
         rules = self.kind.rules

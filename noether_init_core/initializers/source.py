@@ -30,7 +30,6 @@ from noether_init_core.models import Leaf, check_model, leaves_of, submodel_of
 from noether_init_core.sets.file_names import Part
 from noether_init_core.sets.provenance import History
 from noether_init_core.suggest.rules import Suggestion
-from noether_init_core.suggest.suggest import suggest
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Transforms
 from noether_init_core.surgery.plan import LoadPlan
 
@@ -48,8 +47,6 @@ class SourceInitializer(InitializerBase, abc.ABC):
 
     #: Whether a located file holds one single model; a composite then needs ``submodel``, or is refused.
     one_model: ClassVar[bool] = False
-    #: The config line that keeps entries of the model, shown beside missing ones; empty where the kind has none.
-    fresh_hint: ClassVar[str] = ""
 
     @abc.abstractmethod
     def locate(self, query: LocateQuery) -> Source | None:
@@ -95,15 +92,11 @@ class SourceInitializer(InitializerBase, abc.ABC):
     def suggest_rules(self, model: Any) -> dict[str, Suggestion]:
         """Path of a single model -> suggested transforms for it and its file, from names and shapes.
 
-        Changes nothing and reads only headers; ``model`` may be on the meta device. Raises errors of ``locate`` and the
-        reader.
+        The rules are relative to ``source_root`` and ``target_root`` of the config. Changes nothing and reads only
+        headers; ``model`` may be on the meta device. Raises errors of ``locate`` and the reader.
         """
-        policies = self.config.policies
         with self.in_session() as session:
-            return {
-                part.model: suggest(part.sources, part.targets, model=part.model, policies=policies, hidden=part.hidden)
-                for part, _targets in session.parts(session.open(model))
-            }
+            return session.suggested(model)  # type: ignore[no-any-return]  # the session of this kind
 
     def sources(self, model: Any) -> dict[str, Source]:
         """Path of a single model -> the file that its weights will be read from; opens no file."""

@@ -35,7 +35,7 @@ PROBLEM, WARNING = Mark("x", "problem", "bold red"), Mark("w", "warning", "yello
 _ACTIONS = {"missing": ("missing",), "mismatch": ("mismatch",), "step": ("mismatch",), "dtype": ("mismatch",)}
 #: The beginning of the part of a message that names the fix.
 _FIX = re.compile(
-    r"(?:^| |\. )(?:Next|To keep the model's own values there(?: add)?|One rename fits all|For a fresh head add): "
+    r"(?:^| |\. )(?:Next|To keep the model's own values there add|To leave it unread add|One rename fits all): "
 )
 _NEAR = re.compile(r"Near [^ ]+, the (?:file|model) has: [^ ]+(?:, [^ ]+)*")
 #: The first sentence of some messages repeats names and shapes of the line above, and is cut there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,12 +51,20 @@ class Member:
         """The hooks that the stack calls for it."""
         return frozenset(HOOK_NAMES if self.entry.hooks is None else self.entry.hooks) - self.initializer.skipped_hooks
 
-    def new_sessions(self) -> Iterator[tuple[InitializerBase, Session]]:
-        """A session for each unit."""
+    def is_followed_by(self, others: Iterable[Member]) -> bool:
+        """Whether one of ``others`` loads weights of the same submodel, of one above or of one below."""
+        own = self.entry.submodel
+        return any(
+            "init_weights" in other.called and all(map(operator.eq, own, other.entry.submodel)) for other in others
+        )
+
+    def new_sessions(self, *, is_followed: bool) -> Iterator[tuple[InitializerBase, Session]]:
+        """A session for each unit; ``is_followed``: whether a later member loads weights, too."""
         for one in self.units:
             session = one.new_session()
             session.where = self.entry.where
-            session.key = "auto_resume" if self.entry.place == ("auto_resume",) else ""
+            session.key, session.place = self.entry.as_value, self.entry.shown_place
+            session.is_followed = is_followed
             yield one, session
 
     def part(self, model: Any) -> Any:
@@ -119,10 +128,10 @@ def _prepare(
         return (found, within) if loads else ([], loaded)
     if check is not None:
         plan.raise_for_problems()
-    return [(initializer, plan)], loaded if is_last else loaded | _written_by(plan, part)
+    return [(initializer, plan)], loaded if is_last else loaded | written_by(plan, part)
 
 
-def _written_by(plan: LoadPlan, model: Any) -> frozenset[int]:
+def written_by(plan: LoadPlan, model: Any) -> frozenset[int]:
     """Ids of the tensors of ``model`` that a plan writes."""
     tensors = {path: model_targets(leaf).tensors for path, leaf in leaf_models(model)}
     found = (tensors.get(row.model, {}).get(row.target or "") for row in plan.rows if row.writes)

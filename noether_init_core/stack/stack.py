@@ -36,7 +36,16 @@ from noether_init_core.stack.config_files import (
     load_config_mapping,
     validate_entry,
 )
-from noether_init_core.stack.members import HookCaller, Member, Prepared, Written, prepare, reported, values_of
+from noether_init_core.stack.members import (
+    HookCaller,
+    Member,
+    Prepared,
+    Written,
+    prepare,
+    reported,
+    values_of,
+    written_by,
+)
 from noether_init_core.stack.ranks import agreed
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
@@ -179,10 +188,21 @@ class InitializerStack:
     def suggest(self, model: Any) -> tuple[tuple[int, str, Suggestion], ...]:
         """Suggest rules for each file and single model: (number of the initializer, path of the model, suggestion).
 
-        Rules in the config are ignored. Reads only headers; the model is not changed. After ``start_checkpoint`` the
-        files are those of the sets that it selected. May be called more than once.
+        Rules in the config are ignored. What an earlier initializer loads with its suggestion need not be in the files
+        of a later one. Reads only headers; the model is not changed. After ``start_checkpoint`` the files are those of
+        the sets that it selected. May be called more than once.
         """
-        return self._asked(model, lambda one, part: one.suggest_rules(part))
+        loaded: frozenset[int] = frozenset()
+
+        def suggested(one: InitializerBase, part: Any) -> Mapping[str, Suggestion]:
+            nonlocal loaded
+            one.session.loaded_before = loaded
+            found = one.suggest_rules(part)
+            for suggestion in found.values():
+                loaded |= written_by(suggestion.plan, part)
+            return found
+
+        return self._asked(model, suggested)
 
     def sources(self, model: Any) -> tuple[tuple[int, str, Source], ...]:
         """The files that weights will be read from: (number of the initializer, path of the model, source).
@@ -294,7 +314,11 @@ class InitializerStack:
                 "before or after initialize(); for delegates, call their hooks"
             )
         if not self._sessions:
-            self._sessions = tuple([pair for member in self._members for pair in member.new_sessions()])
+            self._sessions = tuple(
+                pair
+                for number, member in enumerate(self._members)
+                for pair in member.new_sessions(is_followed=member.is_followed_by(self._members[number + 1 :]))
+            )
         for one, session in self._sessions:
             one.session, session.trains = session, trains
         try:

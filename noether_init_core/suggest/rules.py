@@ -12,6 +12,7 @@ import attrs
 from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.messages import listed, one_line, yaml_line
 from noether_init_core.suggest.pairs import Pair
+from noether_init_core.surgery.advice import is_sayable
 from noether_init_core.surgery.name_rules import Transforms
 from noether_init_core.surgery.plan import LoadPlan
 from noether_init_core.surgery.steps import Concat, Reshape, Split, Stack, Step, Transpose, Unstack, written
@@ -67,6 +68,9 @@ class Suggestion:
         unsure: What names and shapes do not decide. An entry of the model in none of them is certain.
         unmatched_sources: Names of the file that no entry uses.
         unmatched_targets: Names of the model that get no tensor, and that no rule keeps.
+        on_missing: ``keep`` if a later initializer is expected to load what the file lacks; else None.
+        place: The place of the initializer in its config: ``initializers.0, init.yaml:2``; empty if unknown.
+        within: The roots of the config that the rules are relative to, such as ``source_root: model.``; may be empty.
     """
 
     rules: tuple[SuggestedRule, ...]
@@ -74,6 +78,9 @@ class Suggestion:
     unsure: tuple[Unsure, ...] = ()
     unmatched_sources: tuple[str, ...] = ()
     unmatched_targets: tuple[str, ...] = ()
+    on_missing: str | None = None
+    within: str = ""
+    place: str = ""
 
     @property
     def is_sure(self) -> bool:
@@ -81,8 +88,9 @@ class Suggestion:
         return not self.unsure
 
     def config(self) -> dict[str, Any]:
-        """The field for the config of an initializer: ``transforms``, or nothing if no rule is needed."""
-        return {"transforms": [dict(one.config) for one in self.rules]} if self.rules else {}
+        """The fields for the config of an initializer: ``transforms`` and ``on_missing``, each only if it is needed."""
+        rules = {"transforms": [dict(one.config) for one in self.rules]} if self.rules else {}
+        return {**rules, "on_missing": self.on_missing} if self.on_missing else rules
 
     def to_yaml(self) -> str:
         """``config`` as YAML to paste, one rule per line, with reasons and doubts as comments."""
@@ -91,6 +99,8 @@ class Suggestion:
             lines += [f"  # unsure: {one_line(doubt)}" for doubt in one.doubts]
             lines += [f"  # {one_line(one.reason)}"] if one.reason else []
             lines.append(f"  - {one.to_yaml()}")
+        if self.on_missing:
+            lines += ["# a later initializer loads what this file lacks", f"on_missing: {self.on_missing}"]
         return "".join(f"{line}\n" for line in lines)
 
     def __str__(self) -> str:
@@ -100,7 +110,7 @@ class Suggestion:
         lines.append(f"coverage {100 * self.plan.coverage():.1f} %, {state}")
         lines += [f"  {one_line(problem.message, 1000)}" for problem in self.plan.problems]
         for one in self.unsure[:_MOST_SHOWN]:
-            lines.append(f"unsure: {one.what}: {one.reason}")
+            lines.append(f"unsure: {one_line(one.what)}: {one_line(one.reason)}")
             lines += [f"  or: {other}" for other in one.alternatives]
         if len(self.unsure) > _MOST_SHOWN:
             lines.append(f"unsure: and {len(self.unsure) - _MOST_SHOWN} more")
@@ -111,23 +121,32 @@ class Suggestion:
 
     def _without_moves(self) -> list[str]:
         """Comments for a suggestion without renames: no rule is needed, or none was found."""
-        if self.plan.is_fine and (self.rules or self.plan.coverage() == 1):
-            return [] if self.rules else ["no rule is needed"]
+        is_left = any(str(row.rule).startswith("on_missing:") for row in self.plan.rows)
+        if self.plan.is_fine and (self.config() or not is_left or self.plan.coverage() == 1):
+            return [] if self.config() else ["no rule is needed"]
+        others = [one for one in self.plan.problems if one.code not in ("missing", "unexpected", "mismatch")]
+        if not (self.unmatched_sources or self.unmatched_targets) and others:
+            return ["rules on names do not solve the problems of the plan"]
         lines = ["no rule was found: names and shapes do not decide which entry becomes which"]
+        if not (self.unmatched_sources or is_left):
+            lines = ["no rename is needed: every entry of the file has its place in the model"]
         if self.unmatched_targets:
-            target = one_line(self.unmatched_targets[0], 200)
-            rules: list[dict[str, str]] = [{"keep_model": target}]
-            if self.unmatched_sources:
-                rules.insert(0, {"from": one_line(self.unmatched_sources[0], 200), "to": target})
-            lines.append("Next: write the rules by hand, such as")
-            lines += ["transforms:", *(f"  - {yaml_line(rule)}" for rule in rules)]
+            # a name that no rule can match is not written as one
+            target = next(filter(is_sayable, self.unmatched_targets), None)
+            source = next(filter(is_sayable, self.unmatched_sources), None)
+            rules = [{"from": source, "to": target}] if source and target else []
+            rules += [{"keep_model": target}] if target else []
+            if rules:
+                lines.append("Next: write the rules by hand, such as")
+                lines += ["transforms:", *(f"  - {yaml_line(rule)}" for rule in rules)]
         return lines
 
 
-def transforms_of(rules: Sequence[SuggestedRule]) -> Transforms:
-    """The rules as ``plan_load`` takes them."""
+def transforms_of(rules: Sequence[SuggestedRule], source_root: str = "", target_root: str = "") -> Transforms:
+    """The rules as ``plan_load`` takes them, relative to the roots."""
     configs = [TransformConfig.model_validate(one.config) for one in rules]
-    return Transforms([rule_of(config, f"transforms.{number}") for number, config in enumerate(configs)])
+    made = [rule_of(config, f"transforms.{number}") for number, config in enumerate(configs)]
+    return Transforms(made, source_root=source_root, target_root=target_root)
 
 
 # a number within a segment, after letters, and not beside a capture

@@ -11,6 +11,7 @@ from itertools import accumulate
 
 import attrs
 
+from noether_init_core.messages import yaml_line
 from noether_init_core.suggest.layer_names import Layer, concepts
 from noether_init_core.suggest.matching import Pairing
 from noether_init_core.suggest.pairs import MOST_COMPARISONS, Pair, has_conflict, is_head, likeness
@@ -22,8 +23,11 @@ from noether_init_core.suggest.rules import (
     rules_of,
     transforms_of,
 )
-from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec, names_of_ties
+from noether_init_core.surgery.advice import covering, resized
+from noether_init_core.surgery.fit import TIED, PlanPart, TargetSpec, TensorSpec, names_of_ties, shapes_of
+from noether_init_core.surgery.name_rules import below
 from noether_init_core.surgery.planner import Policies, plan_load
+from noether_init_core.surgery.steps import written
 from noether_init_core.surgery.wrappers import bare_names
 
 # buffers that models compute themselves
@@ -43,6 +47,9 @@ def suggest(
     model: str = "",
     policies: Policies | None = None,
     hidden: frozenset[str] = frozenset(),
+    loaded: frozenset[str] = frozenset(),
+    roots: tuple[str, str] = ("", ""),
+    is_followed: bool = False,
 ) -> Suggestion:
     """Suggest rules for a file and a model. Pure: names, shapes and dtypes decide, and no value is read.
 
@@ -56,20 +63,29 @@ def suggest(
         model: Name of the model, for messages.
         policies: How the plan treats what does not fit, such as ``on_missing``.
         hidden: Names of the model's non-persistent buffers, which a file may have.
+        loaded: Names of the model that an earlier initializer loads.
+        roots: ``source_root`` and ``target_root`` of the config; the rules are relative to them.
+        is_followed: Whether a later initializer loads weights of the model, so that the file may lack some.
 
     Never raises. Names that a rule cannot match stay unmatched: those with ``<``, ``*`` or an empty segment, and
     those of more than 256 characters or 32 segments.
     """
-    return _Suggesting(PlanPart(model or "model", "", (), sources, targets, hidden=hidden), policies).run()
+    part = PlanPart(model or "model", "", (), sources, targets, hidden=hidden, loaded=loaded)
+    return _Suggesting(part, policies or Policies(), roots, is_followed=is_followed).run()
 
 
 class _Suggesting:
-    """The state of one suggestion. Names in it are bare: without the prefixes of wrappers."""
+    """The state of one suggestion. Names in it are bare: below the roots, without the prefixes of wrappers."""
 
-    def __init__(self, part: PlanPart, policies: Policies | None) -> None:
+    def __init__(self, part: PlanPart, policies: Policies, roots: tuple[str, str], *, is_followed: bool) -> None:
         self._part, self._policies, sources, targets = part, policies, part.sources, part.targets
-        self._source_names = {bare: name for bare, name in bare_names(sources).items() if _can_say(bare)}
-        self._target_names = {bare: name for bare, name in bare_names(targets).items() if _can_say(bare)}
+        self._roots, self._is_followed = roots, is_followed
+        empty = transforms_of((), *roots)
+        of_file, of_model = below(empty.source_root, bare_names(sources)), below(empty.target_root, bare_names(targets))
+        # an earlier initializer loads these; only an entry of the same name replaces them
+        of_model = {bare: name for bare, name in of_model.items() if name not in part.loaded or bare in of_file}
+        self._source_names = {bare: name for bare, name in of_file.items() if _can_say(bare)}
+        self._target_names = {bare: name for bare, name in of_model.items() if _can_say(bare)}
         bare_of = {name: bare for bare, name in self._target_names.items()}
         ties = [[bare_of[name] for name in names if name in bare_of] for names in names_of_ties(targets).values()]
         self._pairing = Pairing(
@@ -97,6 +113,7 @@ class _Suggesting:
         if len(fewer) < len(found.rules):
             other = self._planned(fewer)
             found = other if _done(other) == _done(found) else found
+        found = self._completed(found)
         got = {row.target: row.sources for row in found.plan.rows if row.writes}
         wrong = [name for name, names in wanted.items() if got.get(name) != names]
         if surplus:
@@ -109,16 +126,51 @@ class _Suggesting:
         for row in found.plan.rows:
             if row.action in left:
                 left[row.action].append(row.key)
+        shown = zip(("source_root", "target_root"), self._roots, strict=True)
         return attrs.evolve(
             found,
+            within=yaml_line({name: root for name, root in shown if root})[1:-1],
             unsure=tuple(self._unsure),
             unmatched_sources=tuple(left["unexpected"]),
             unmatched_targets=(*left["missing"], *left["mismatch"]),
         )
 
     def _planned(self, rules: Sequence[SuggestedRule]) -> Suggestion:
-        plan = plan_load("suggest", [self._part], transforms_of(rules), policies=self._policies)
+        plan = plan_load("suggest", [self._part], transforms_of(rules, *self._roots), policies=self._policies)
         return Suggestion(tuple(rules), plan)
+
+    def _completed(self, found: Suggestion) -> Suggestion:
+        """The suggestion with rules for what is left: other sizes, entries of one side only, and counters."""
+        rows, more = found.plan.rows, []
+        bare_sources = {name: bare for bare, name in self._source_names.items()}
+        bare_targets = {name: bare for bare, name in self._target_names.items()}
+        misfits = [row for row in rows if row.action == "mismatch" and len(row.sources) == 1 and not row.steps]
+        misfits = [row for row in misfits if not (row.rule or "").startswith(TIED)]
+        parts = resized(shapes_of(misfits), shapes_of(row for row in rows if row.writes))
+        for row in misfits:
+            source, target = bare_sources.get(row.sources[0]), bare_targets.get(row.key)
+            if row.key in parts and source and target and self._policies.on_mismatch == "error":
+                move = {"from": source, "to": target} if source != target else {"from": source}
+                steps = [written(step) for step in parts[row.key]]
+                reason = "the common part is taken over" + " and the rest stays as it is" * ("pad" in steps[0])
+                more.append(SuggestedRule({**move, "do": steps}, reason, ("shapes do not show what is at the end",)))
+        missing = [row.key for row in rows if row.action == "missing"]
+        counters = [name for name in missing if name.rpartition(".")[2] == "num_batches_tracked"]
+        kept = covering(counters, [bare for name, bare in bare_targets.items() if name not in counters])
+        more += [SuggestedRule({"keep_model": glob}, "the file has no such counters") for glob in kept]
+        unused = [row.key for row in rows if row.action == "unexpected"]
+        # while something is unsure, an unused entry may be the one that was meant
+        if unused and not self._unsure and len(missing) == len(counters) and any(row.writes for row in rows):
+            names = [bare_sources[name] for name in unused if name in bare_sources]
+            dropped = covering(names, [bare for bare in self._source_names if bare not in set(names)])
+            more += [SuggestedRule({"drop": glob}, "not found in the model") for glob in dropped]
+        # special before general, as rules_of sorts them
+        better = self._planned([*more, *found.rules]) if more else found
+        lacks = any(row.action == "missing" for row in better.plan.rows)
+        if lacks and self._is_followed and not any(row.action == "unexpected" for row in better.plan.rows):
+            self._policies = attrs.evolve(self._policies, on_missing="keep")
+            better = attrs.evolve(self._planned(better.rules), on_missing="keep")
+        return better
 
     def _names(self, pair: Pair) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
         """Names in the file and in the model that belong together, if they exist: some blocks may have no bias."""
@@ -155,8 +207,8 @@ class _Suggesting:
         theirs = [layer for layer in sources if is_head(layer)]
         keeps = []
         for glob in _modules(fresh, self._target_names, self._pairing.targets):
-            below = [layer for layer in theirs if f"{layer.path}.".startswith(glob)] or theirs
-            shapes = [list(layer.shapes[()]["weight"]) for layer in below if "weight" in layer.leaves]
+            alike = [layer for layer in theirs if f"{layer.path}.".startswith(glob)] or theirs
+            shapes = [list(layer.shapes[()]["weight"]) for layer in alike if "weight" in layer.leaves]
             has = f"the file has {shapes[0]}" if shapes else "no head found in the file"
             doubts = () if theirs else self._of_embedding(glob, fresh)
             keeps.append(SuggestedRule({"keep_model": glob}, f"a fresh head: {has}", doubts))

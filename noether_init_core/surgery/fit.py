@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 
 import attrs
 
-from noether_init_core.messages import listed, yaml_line
+from noether_init_core.messages import listed
+from noether_init_core.surgery.advice import Advice, resized
 from noether_init_core.surgery.name_rules import NameMatch
 from noether_init_core.surgery.patterns import near
 from noether_init_core.surgery.plan import LOADED_BEFORE, WRITING, PlanRow, Problem, memory_of
@@ -18,6 +19,7 @@ from noether_init_core.surgery.steps import (
     Cast,
     Concat,
     Interpolate,
+    Pad,
     Shape,
     Stack,
     Step,
@@ -126,26 +128,24 @@ def can_follow(dtypes: Sequence[str], steps: Sequence[Step]) -> bool:
     return len(current) == 1
 
 
-#: The hint for entries that could keep the model's value, if the kind has a rule for it.
-KEEP_MODEL_HINT = "To keep the model's own values there add: {line}"
+#: What begins the part of a message with the line that puts the plan right.
+KEEP = "To keep the model's own values there add: "
+DROP = "To leave it unread add: "
 _OTHER_NAMES = " Names differ; for rules: ninit suggest, or stack.suggest(model)"
 # A fresh head or two is usual; beyond that, keeping the model's values would leave much of it random.
 _FEW_MODULES = 2
-_MOST_ENTRIES = 8
 # A wrong rule is wrong for every layer: a few examples suffice.
 _MOST_PROBLEMS = 5
 _NUMBER = re.compile(r"[0-9]+")
 
 
 class Problems:
-    """The problems and warnings of one part of a plan. ``fresh_hint`` as in ``plan_load``."""
+    """The problems and warnings of one part of a plan. ``advice`` as in ``plan_load``."""
 
-    def __init__(self, part: PlanPart, match: NameMatch, fresh_hint: str) -> None:
-        self._part, self._match, self._hint = part, match, fresh_hint
-        before = KEEP_MODEL_HINT.partition("{")[0]
-        self._has_rules = fresh_hint.startswith(before)
-        #: A rule as the config writes it: an item of a list, or in the text of ``fresh_hint``.
-        self._line = fresh_hint.removeprefix(before) if "{rule}" in fresh_hint else "- {rule}"
+    def __init__(self, part: PlanPart, match: NameMatch, advice: Advice | None) -> None:
+        self._part, self._match, self._advice = part, match, advice
+        # whether the same entries have other names in the file, so that none of them is superfluous
+        self._is_renamed = False
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
 
@@ -197,15 +197,27 @@ class Problems:
         """Near names in the file. If many names differ, it advises no rule that would leave the model random."""
         near = self._near(names[0], unexpected or list(self._part.sources), "the file has") or "."
         differ = unexpected and len({name.rpartition(".")[0] for name in names}) > _FEW_MODULES
-        # without a hint no user reads the message: suggest itself plans like this
-        other = _OTHER_NAMES if differ and self._hint else self._fresh(names)
-        return near + (self._rename(names, unexpected) or other)
+        rename = self._rename(names, unexpected)
+        self._is_renamed = bool(rename or differ)
+        # without advice no user reads the message: suggest itself plans like this
+        other = _OTHER_NAMES if differ and self._advice else self._fresh_or_later(names, unexpected)
+        return near + (rename or other)
 
-    def mismatched(self, rows: Sequence[PlanRow]) -> None:
-        """Report entries of another shape, with a step that gives the shape, or a rule that keeps the model's value."""
+    def _fresh_or_later(self, names: Sequence[str], unexpected: Sequence[str]) -> str:
+        """The line for entries that the file lacks: a later initializer may load them, or they keep their values."""
+        if self._advice is None or unexpected or not self._advice.is_followed:
+            return self._fresh(names)
+        return f" A later initializer loads weights, too. Next: {self._advice.field('on_missing', 'keep')}"
+
+    def mismatched(self, rows: Sequence[PlanRow], others: Iterable[PlanRow]) -> None:
+        """Report entries of another shape, with a step that gives the shape, or a rule that keeps the model's value.
+
+        ``others``: all rows of the model.
+        """
         groups: dict[str, list[PlanRow]] = {}
+        parts = resized(shapes_of(rows), shapes_of(row for row in others if row.writes)) if rows else {}
         for row in rows:
-            groups.setdefault(self._step_for(row), []).append(row)
+            groups.setdefault(self._step_for(row, parts.get(row.key, ())), []).append(row)
         for fix, together in groups.items():
             first, names, more = _summary(together)
             made = ""
@@ -215,7 +227,7 @@ class Problems:
             message = (
                 f"{first.key}: file {listed(map(list, first.source_shapes))}{made}, model {list(first.shape)}{more}."
             )
-            self.add("mismatch", message + (fix or self._fresh(names)), names)
+            self.add("mismatch", message + (fix or self._fresh(names, "on_mismatch")), names)
 
     def dtypes(self, rows: Sequence[PlanRow], policy: str) -> None:
         """Report entries whose dtype may not be converted."""
@@ -242,7 +254,16 @@ class Problems:
             written = self._match.written.get(made[0], made[0])
             if written != made[0] and made[0] in self._part.targets:
                 close = f". In rules, leave out the prefix of a wrapper: {written}"
-            self.add("unexpected", message + close.rstrip("."), sources)
+            self.add("unexpected", message + close.rstrip(".") + self._unread(sources, rule), sources)
+
+    def _unread(self, names: Sequence[str], rule: str) -> str:
+        """The line that leaves entries of the file unread; empty if a rename or a better rule is the way on."""
+        is_wrong = rule and all(taken.rule != rule for taken in self._match.moves.values())
+        if self._advice is None or is_wrong or self._is_renamed:
+            return ""
+        dropped = set(names)
+        others = self._in_rules(name for name in self._part.sources if name not in dropped)
+        return f". {DROP}{self._advice.drop(self._in_rules(names), others)}"
 
     def squares(self, rows: Sequence[PlanRow]) -> None:
         """Warn of square matrices that stay as they are where others of the same layers are transposed."""
@@ -264,70 +285,67 @@ class Problems:
         candidates = near(name, others)
         return f". Near {name}, {words}: {', '.join(candidates)}." if candidates else ""
 
-    def _step_for(self, row: PlanRow) -> str:
-        """The rule with a step that makes the shape of the model; empty without one."""
+    def _step_for(self, row: PlanRow, parts: Sequence[Step]) -> str:
+        """The rule with steps that make the shape of the model; empty without one. ``parts``: those of ``resized``."""
         step = _fixing_step(row)
-        if step is None:
+        if self._advice is None or not (step or (parts and not row.steps)):
             return ""
-        kind = "Transposed" if isinstance(step, Transpose) else "Another grid"
-        rule = self._line.format(rule=yaml_line({"from": self._in_rules(row.sources)[0], "do": [written(step)]}))
         if isinstance(step, Transpose) and row.rule is not None and "(" in row.rule:
-            rule = f"add do: [transpose] to {row.rule}"
-        return f" {kind}. Next: {rule}"
+            return f" Transposed. Next: add do: [transpose] to {row.rule}"
+        steps = parts if step is None else [step]
+        words = "Transposed" if isinstance(step, Transpose) else "Another grid"
+        if step is None:
+            policy, which = ("pad", "the model") if isinstance(steps[0], Pad) else ("slice", "the file")
+            words = f"{which.capitalize()} has more at the end (on_mismatch: {policy} takes the common part)"
+        rule = {"from": self._in_rules(row.sources)[0], "do": [written(one) for one in steps]}
+        decided = row.rule or ""
+        target = self._in_rules([decided.removeprefix(TIED) if decided.startswith(TIED) else row.key])[0]
+        if target != rule["from"]:
+            rule = {"from": rule["from"], "to": target, "do": rule["do"]}
+        return f" {words}. Next: {self._advice.rule(rule)}"
 
-    def _fresh(self, names: Sequence[str]) -> str:
-        """The config line that keeps exactly ``names`` of the model; whole names if a part of them would match more."""
-        if not self._hint:
+    def _fresh(self, names: Sequence[str], policy: str = "on_missing") -> str:
+        """The line that keeps exactly ``names`` of the model; for many names without a pattern the policy."""
+        if self._advice is None:
             return ""
         wanted = set(names)
         others = self._in_rules(target for target in self._part.targets if target not in wanted)
-        names = self._in_rules(names)
-        if len(names) > _MOST_ENTRIES and len({name.rpartition(".")[0] for name in names}) > _MOST_ENTRIES:
-            return _OTHER_NAMES
-        rule = ""
-        modules = list(dict.fromkeys(name.rpartition(".")[0] + "." if "." in name else name for name in names))
-        if self._has_rules or any(module in other for module in modules for other in others):
-            # patterns of Noether match substrings, and 5.weight is a substring of 15.weight
-            whole = tuple(one for one in modules if not any(f"{other}.".startswith(one) for other in others))
-            entries = [*whole, *(name for name in names if not f"{name}.".startswith(whole))]
-            value = entries[0] if len(entries) == 1 else entries
-            rule = yaml_line({"keep_model": value})
-            if self._has_rules:
-                line = f"- keep_model: {yaml_line(value)}"
-            else:
-                line = f"transforms: {yaml_line([{'keep_model': value}])}"
-                if self._match.matched:
-                    line += ", with the rules of the other fields written as transforms, too"
-        else:
-            entries, line = modules, f"patterns_to_instantiate: {yaml_line(modules)}"
-        return _OTHER_NAMES if len(entries) > _MOST_ENTRIES else " " + self._hint.format(line=line, rule=rule)
+        line = self._advice.keep(self._in_rules(names), others)
+        return f" {KEEP}{line or self._advice.field(policy, 'keep')}"
 
     def _rename(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
         """The config line of one rename that resolves every missing name; empty without one."""
-        if not self._hint or not unexpected or len(missing) > 10_000:
+        if self._advice is None or not unexpected or len(missing) > 10_000:
             return ""
         sides = (missing, self._part.targets), (unexpected, self._part.sources)
         wanted, theirs = (
             dict(zip(self._in_rules(names), (tuple(specs[name].shape) for name in names), strict=True))
             for names, specs in sides
         )
-        found = _single_rename(wanted, theirs)
+        found = _single_rename(wanted, theirs, anywhere=self._advice.style == "fields")
         if found is None:
             return ""
         src, dst = found
-        if not self._has_rules:
-            return f" One rename fits all: patterns_to_rename: {yaml_line([{'src': src, 'dst': dst}])}"
-        if not src.endswith(".") or not all(name.startswith(src) for name in theirs):
+        if self._advice.style == "fields":
+            renames = [*self._advice.fields.get("patterns_to_rename", ()), {"src": src, "dst": dst}]
+            return f" One rename fits all: {self._advice.field('patterns_to_rename', renames)}"
+        if not src.endswith("."):
             return ""
         rule = {"from": src, "to": dst} if dst else {"from": f"{src}<rest..>", "to": "<rest..>"}
-        return f" One rename fits all: {self._line.format(rule=yaml_line(rule))}"
+        return f" One rename fits all: {self._advice.rule(rule)}"
 
 
-def _single_rename(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape]) -> tuple[str, str] | None:
-    """The one replacement ``(src, dst)`` in names of the file that gives every missing name, with its shape."""
-    first = next(iter(unexpected)).split(".")
-    for wanted in [name for name in missing if name.rpartition(".")[2] == first[-1]][:20]:
-        other = wanted.split(".")
+def _single_rename(
+    missing: Mapping[str, Shape], unexpected: Mapping[str, Shape], *, anywhere: bool
+) -> tuple[str, str] | None:
+    """The one replacement ``(src, dst)`` in names of the file that gives every missing name, with its shape.
+
+    ``anywhere``: ``src`` is replaced wherever it occurs, as in Noether; else at the beginning only.
+    """
+    wanted = next(iter(missing))
+    leaf = wanted.rpartition(".")[2]
+    for theirs in [name for name in unexpected if name.rpartition(".")[2] == leaf][:20]:
+        first, other = theirs.split("."), wanted.split(".")
         shared = 0
         while shared < min(len(first), len(other)) and first[-1 - shared] == other[-1 - shared]:
             shared += 1
@@ -335,7 +353,14 @@ def _single_rename(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape]
             ".".join(segments[: len(segments) - shared]) + ("." if len(segments) > shared else "")
             for segments in (first, other)
         )
-        if src and {name.replace(src, dst): shape for name, shape in unexpected.items()}.items() >= missing.items():
+        if not src:
+            continue
+        moved = {
+            name.replace(src, dst) if anywhere else dst + name.removeprefix(src): shape
+            for name, shape in unexpected.items()
+            if anywhere or name.startswith(src)
+        }
+        if moved.items() >= missing.items():
             return src, dst
     return None
 
@@ -344,6 +369,12 @@ def _summary(rows: Sequence[PlanRow]) -> tuple[PlanRow, list[str], str]:
     """The first row, the names of all rows, and a phrase with the other names."""
     names = [row.key for row in rows]
     return rows[0], names, f"; {listed(names[1:])} too" if names[1:] else ""
+
+
+def shapes_of(rows: Iterable[PlanRow]) -> dict[str, tuple[Shape, Shape]]:
+    """Name of each entry with one source of another shape -> the shapes in the file and in the model."""
+    single = (row for row in rows if len(row.source_shapes) == 1)
+    return {row.key: (row.source_shapes[0], row.shape) for row in single if row.source_shapes[0] != row.shape}
 
 
 def _fixing_step(row: PlanRow) -> Step | None:
@@ -376,6 +407,8 @@ def _group(name: str) -> str:
     return name[: found.start()] if found else name.rpartition(".")[0].partition(".")[0]
 
 
+#: What begins ``PlanRow.rule`` of a further name of a tensor, before the name that is loaded.
+TIED = "tied to "
 _DONE = {"keep": "kept", "reset": "reset"}
 # actions that decide the final value of an entry
 _SETTLED = WRITING | _DONE.keys()
@@ -416,10 +449,13 @@ def ties(
                 is_same = (row.sources, row.steps, row.part) == (first.sources, first.steps, first.part)
                 if is_same_model and is_same:
                     continue
-                if row.steps or first.steps:
+                if (row.steps, row.part, len(row.sources)) != (first.steps, first.part, len(first.sources)):
                     message = f"{other} and {one} are one tensor, and transforms compute it twice. Next: drop one"
                 else:
-                    equal[first.model, first.sources[0], row.model, row.sources[0]] = None
+                    equal.update(
+                        ((first.model, mine, row.model, its), None)
+                        for mine, its in zip(first.sources, row.sources, strict=True)
+                    )
             elif row.action != first.action and ((row.model, row.key) in kept if is_same_model else first.writes):
                 done = "loaded" if first.writes else "reset"
                 message = f"{one} is {_DONE[row.action]}, but it is the same tensor as {other}, which is {done}"

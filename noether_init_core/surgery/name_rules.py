@@ -278,7 +278,7 @@ class Transforms:
             hint = f": earlier rules take its names: {', '.join(taken)}. Next: move it up, or remove it"
             if not taken:
                 file = [name.removeprefix(self.source_root) for name in sources]
-                hint = self._hint(rule, file, list(_below(self.target_root, bare_names(targets))))
+                hint = self._hint(rule, file, list(below(self.target_root, bare_names(targets))))
             messages.append((f"{rule.label} matches nothing{hint}", not self._warns))
         return messages
 
@@ -314,8 +314,8 @@ class _Matching:
 
     def __init__(self, transforms: Transforms, sources: tuple[str, ...], targets: tuple[str, ...]) -> None:
         self._rules = transforms
-        self._targets = _below(transforms.target_root, bare_names(targets))
-        self._sources = _below(transforms.source_root, bare_names(sources))
+        self._targets = below(transforms.target_root, bare_names(targets))
+        self._sources = below(transforms.source_root, bare_names(sources))
         self._forms = forms_of(sources, transforms.source_root), forms_of(targets, transforms.target_root)
         reached = set(self._targets.values())
         self._untouched = [name for name in targets if name not in reached]
@@ -444,7 +444,7 @@ def _prefix(root: str) -> str:
     return ".".join((*segments, "")) if segments else ""
 
 
-def _below(root: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Names below ``root``, without it."""
+def below(root: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The names below ``root``, without it -> name; ``root`` as ``Transforms`` keeps it, with a trailing dot."""
     cuts = ((cut(bare, root), name) for bare, name in names.items())
     return {cut: name for cut, name in cuts if cut is not None}

@@ -12,7 +12,9 @@ import attrs
 
 from noether_init_core.memory import no_garbage_collection
 from noether_init_core.messages import listed
+from noether_init_core.surgery.advice import Advice
 from noether_init_core.surgery.fit import (
+    TIED,
     CastPolicy,
     PlanPart,
     Problems,
@@ -56,7 +58,12 @@ class Policies:
 
 @no_garbage_collection()
 def plan_load(
-    kind: str, parts: Sequence[PlanPart], rules: NameRules, *, policies: Policies | None = None, fresh_hint: str = ""
+    kind: str,
+    parts: Sequence[PlanPart],
+    rules: NameRules,
+    *,
+    policies: Policies | None = None,
+    advice: Advice | None = None,
 ) -> LoadPlan:
     """Decide what happens to every entry of every part. Pure: reads no file, changes no model.
 
@@ -65,8 +72,7 @@ def plan_load(
         parts: The single models, each with its file.
         rules: The surgery on names; the same rules for every part.
         policies: What to do where file and model do not fit.
-        fresh_hint: The hint for missing and mismatched entries, with ``{line}`` for the config line that keeps them, or
-            ``{rule}`` for the rule alone. Empty if the kind has no such line.
+        advice: How the config writes the lines that put problems right; None for problems without advice.
 
     Raises nothing for entries that do not fit: they are problems of the plan.
     """
@@ -84,7 +90,7 @@ def plan_load(
             part = attrs.evolve(part, loaded=part.loaded | before)
         match = rules.match(tuple(part.sources), tuple(part.targets))
         matches.append(match)
-        planner = _PartPlanner(part, match, policies, fresh_hint, number)
+        planner = _PartPlanner(part, match, policies, advice, number)
         planner.run()
         planners.append(planner)
         rows += planner.rows
@@ -139,10 +145,12 @@ def _too_little(rows: Sequence[PlanRow], least: Mapping[str, float], names: str)
 class _PartPlanner:
     """Computes the rows of one part, and its problems."""
 
-    def __init__(self, part: PlanPart, match: NameMatch, policies: Policies, fresh_hint: str, origin: int) -> None:
+    def __init__(
+        self, part: PlanPart, match: NameMatch, policies: Policies, advice: Advice | None, origin: int
+    ) -> None:
         self.part, self.match, self.policies, self.origin = part, match, policies, origin
         self.rows: list[PlanRow] = []
-        self.found = Problems(part, match, fresh_hint)
+        self.found = Problems(part, match, advice)
         self._misshaped: list[PlanRow] = []
         self._inconvertible: list[PlanRow] = []
         self._casts: dict[tuple[str, str], list[PlanRow]] = {}
@@ -161,7 +169,7 @@ class _PartPlanner:
             found.casts(rows, before)
         missing = [row for row in self.rows if row.action == "missing"]
         found.missing(missing, unexpected, was_to_reset=self.policies.on_missing == "reset")
-        found.mismatched(self._misshaped)
+        found.mismatched(self._misshaped, self.rows)
         for (rule, reason), names in self._step_errors.items():
             found.add("step", f"{rule or names[0]}: {reason} ({listed(names)})", names)
         found.dtypes(self._inconvertible, self.policies.cast)
@@ -177,7 +185,7 @@ class _PartPlanner:
         ``written``: memory that rows load; a parameter that another submodel lists has its row there.
         """
         own = {name: spec for name, spec in self.part.unlisted.items() if spec.identity not in written}
-        rows, found = [], Problems(self.part, self.match, "")
+        rows, found = [], Problems(self.part, self.match, None)
         for name, spec in own.items():
             rule = LOADED_BEFORE if name in self.part.loaded else "not in state_dict()"
             rows.append(self._row(name, "keep", spec, Taken((), rule)))
@@ -199,7 +207,7 @@ class _PartPlanner:
             if donor is None:
                 self._missing(name, spec)
                 return
-            taken = attrs.evolve(match.moves[donor], rule=f"tied to {donor}")
+            taken = attrs.evolve(match.moves[donor], rule=f"{TIED}{donor}")
         sources = [self.part.sources[source] for source in taken.sources]
         try:
             steps, shape, fitted = self._steps(taken, sources, spec)

@@ -106,7 +106,7 @@ def test_position_embeddings_of_another_grid(folder: Path) -> None:
     shown = " ".join(done.stdout.split())
     rule = "{from: pos_embed, do: [{interpolate: {grid: [14, 14], to_grid: [16, 16], prefix_tokens: 1}}]}"
     assert "x mismatch pos_embed 1 key 6.2 k file [1,197,24] model [1,257,24]" in shown
-    assert f"fix: - {rule}" in shown
+    assert f"fix: transforms: [{rule}] # in initializers.0, init.yaml:2" in shown
     assert "1 problem nothing was changed" in shown
     config(folder, text.replace("RULES", rule))
     assert typed(folder, "plan init.yaml --model models:larger --runs runs").returncode == 0

@@ -128,7 +128,7 @@ def test_a_plan_with_problems_is_exit_code_1_and_shows_the_fix(plan: Plan) -> No
         " = load      0.*       2 keys  56",
         " x mismatch  1.weight   1 key  80  file [4,8]  model [10,8]",
         " x mismatch  1.bias     1 key  10  file [4]  model [10]",
-        "   fix: patterns_to_instantiate: ['1.']",
+        "   fix: patterns_to_instantiate: ['1.']  # in initializers.0, run.yaml:2",
         "coverage 38.4 %   1 problem   nothing was changed   (--all unfolds)",
     ]
 

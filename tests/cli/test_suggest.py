@@ -67,7 +67,7 @@ def test_what_is_suggested_can_be_pasted_as_it_is(call: Call, tmp_path: Path) ->
     assert code == 1
     assert "ninit suggest" in out
     code, out = call("suggest", *arguments)
-    assert out.startswith("# for initializers.0, model\n")
+    assert out.startswith("# for initializers.0, init.yaml:2, model\n")
     pasted = "\n".join(f"    {line}" for line in out.splitlines())
     config = (tmp_path / "init.yaml").read_text() + pasted + "\n"
     assert yaml.safe_load(config)["initializers"][0]["transforms"]
@@ -95,7 +95,10 @@ def test_a_config_that_fits_needs_no_rule(call: Call, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}, tmp_path / "a.pt")
     (tmp_path / "suggest_models.py").write_text("import torch\n\n\ndef Net():\n    return torch.nn.Linear(4, 3)\n")
     code, out = call("suggest", "init.yaml", "--model", "suggest_models:Net")
-    assert (code, out) == (0, "# for initializers.0, model\n# no rule is needed\n# coverage 100.0 %, no problem\n")
+    assert (code, out) == (
+        0,
+        "# for initializers.0, init.yaml:2, model\n# no rule is needed\n# coverage 100.0 %, no problem\n",
+    )
 
 
 def test_json_is_for_programs(call: Call) -> None:

@@ -15,7 +15,8 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.render.terminal import PlanView
 from noether_init_core.render.text import MARKS, amount, percent, place_of_rule
 from noether_init_core.sets.provenance import InitializerReport, InitReport, counts_in_words
-from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec
+from noether_init_core.surgery.advice import Advice
+from noether_init_core.surgery.fit import PlanPart, TargetSpec
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rule, Transforms
 from noether_init_core.surgery.patterns import parse_glob, parse_pattern
 from noether_init_core.surgery.plan import Action, LoadPlan, Origin, PlanRow, Problem
@@ -41,7 +42,7 @@ def planned(
     sources: dict[str, TargetSpec], targets: dict[str, TargetSpec], rules: NameRules | None = None, **more: Any
 ) -> LoadPlan:
     part = PlanPart("vit", ORIGIN, ("vit_cp=latest_model.th",), sources, targets)
-    return plan_load("previous_run", [part], rules or NoetherSurgery(), fresh_hint=KEEP_MODEL_HINT, **more)
+    return plan_load("previous_run", [part], rules or NoetherSurgery(), advice=Advice(), **more)
 
 
 def gpt(layers: int = 12, width: int = 768) -> dict[str, TargetSpec]:
@@ -149,7 +150,7 @@ previous_run  pretrain @ latest = E4_U16_S128
    Near norm_final.weight, the model has: norm.weight, stem.weight
  ? missing     norm.weight        1 key   8
    Near norm.weight, the file has: norm_final.weight
-   fix: - {from: norm_final., to: norm.}
+   fix: - {from: norm_final., to: norm.}  # first
 coverage 88.9 %   2 problems   nothing was changed
 """.splitlines()
 

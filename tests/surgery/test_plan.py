@@ -10,7 +10,8 @@ import pytest
 
 from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.errors import PlanError
-from noether_init_core.surgery.fit import KEEP_MODEL_HINT, PlanPart, TargetSpec, square_grids, ties
+from noether_init_core.surgery.advice import Advice
+from noether_init_core.surgery.fit import PlanPart, TargetSpec, square_grids, ties
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename, Transforms
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow
 from noether_init_core.surgery.planner import Policies, plan_load
@@ -58,7 +59,7 @@ def test_every_entry_has_a_row_with_the_rule_responsible() -> None:
 
 def test_the_error_names_file_model_neighbour_and_the_line_to_add() -> None:
     """A missing entry's message says where the file came from, what is near and how to keep the model's own."""
-    found = plan({"blocks.0.w": spec(2)}, {"block.0.w": spec(2)}, fresh_hint="keep: {line}")
+    found = plan({"blocks.0.w": spec(2)}, {"block.0.w": spec(2)}, advice=Advice(style="fields"))
     with pytest.raises(PlanError) as caught:
         found.raise_for_problems()
     assert str(caught.value) == (
@@ -74,10 +75,10 @@ def test_the_error_names_file_model_neighbour_and_the_line_to_add() -> None:
 def test_a_name_that_a_rule_took_away_is_said_to_be_so() -> None:
     """The file has it, under that very name; that it was not found would send a reader to the file."""
     rules = NoetherSurgery(patterns_to_rename=(Rename("module.", ""),))
-    found = plan({"b.module.weight": spec(2)}, {"b.module.weight": spec(2)}, rules, fresh_hint="keep: {line}")
+    found = plan({"b.module.weight": spec(2)}, {"b.module.weight": spec(2)}, rules, advice=Advice(style="fields"))
     assert [problem.message for problem in found.problems] == [
         "net needs b.module.weight, not found in the file after renaming: patterns_to_rename: module. ->  makes "
-        "b.module.weight of the file b.weight. keep: patterns_to_instantiate: [b.module.]",
+        "b.module.weight of the file b.weight. To keep the model's own values there add: patterns_to_instantiate: [b.]",
         "patterns_to_rename: module. ->  makes b.weight, not found in net. Near b.weight, the model has: "
         "b.module.weight",
     ]
@@ -169,21 +170,30 @@ def test_a_rename_is_proposed_where_the_shapes_fit_too() -> None:
     """A weight of [in, out] under another name would not fit after the rename."""
     targets = {"inp.w": spec(4, 2), "inp.b": spec(4)}
     for shape, is_proposed in (((4, 2), True), ((2, 4), False)):
-        found = plan({"stem.w": spec(*shape), "stem.b": spec(4)}, targets, fresh_hint="{line}")
+        found = plan({"stem.w": spec(*shape), "stem.b": spec(4)}, targets, advice=Advice(style="fields"))
         assert ("One rename fits all" in found.problems[0].message) is is_proposed
 
 
 def test_the_line_to_keep_entries_keeps_no_others() -> None:
     """Where a part of a name would hit other entries as well, whole names are proposed."""
     targets = {"5.w": spec(4), "15.w": spec(2), "head.w": spec(2)}
-    found = plan({"5.w": spec(2), "15.w": spec(2), "head.w": spec(2)}, targets, fresh_hint="keep: {line}")
-    assert found.problems[0].message == "5.w: file [2], model [4]. keep: transforms: [{keep_model: '5.'}]"
-    found = plan({"5.w": spec(2), "15.w": spec(2), "head.w": spec(7)}, targets | {"5.w": spec(2)}, fresh_hint="{line}")
-    assert found.problems[0].message == "head.w: file [7], model [2]. patterns_to_instantiate: [head.]"
+    found = plan({"5.w": spec(2), "15.w": spec(2), "head.w": spec(2)}, targets, advice=Advice(style="fields"))
+    assert (
+        found.problems[0].message
+        == "5.w: file [2], model [4]. To keep the model's own values there add: transforms: [{keep_model: '5.'}]"
+    )
+    found = plan(
+        {"5.w": spec(2), "15.w": spec(2), "head.w": spec(7)}, targets | {"5.w": spec(2)}, advice=Advice(style="fields")
+    )
+    assert (
+        found.problems[0].message
+        == "head.w: file [7], model [2]. To keep the model's own values there add: patterns_to_instantiate: [head.]"
+    )
     # transforms and the fields of Noether do not go together, so that the others have to be written anew
     rules = NoetherSurgery(patterns_to_rename=(Rename("top.", "head."),))
-    found = plan({"5.w": spec(2), "15.w": spec(2), "top.w": spec(2)}, targets, rules, fresh_hint="{line}")
-    assert found.problems[0].message.endswith("with the rules of the other fields written as transforms, too")
+    advice = Advice(style="fields", fields={"patterns_to_rename": [{"src": "top.", "dst": "head."}]})
+    found = plan({"5.w": spec(2), "15.w": spec(2), "top.w": spec(2)}, targets, rules, advice=advice)
+    assert found.problems[0].message.endswith("  # with the other fields written as transforms")
 
 
 def test_following_that_line_gives_a_plan_without_problems() -> None:
@@ -343,6 +353,6 @@ def test_the_line_that_keeps_a_module_is_said_below_the_target_root() -> None:
     """One module, not its entries: others of the same module are none of those that are kept."""
     targets = {"net.stem.w": spec(2), "net.head.w": spec(2), "net.head.b": spec(2)}
     part = PlanPart("net", "file", ("a.pt",), {"stem.w": spec(2)}, targets)
-    found = plan_load("file", [part], Transforms(target_root="net."), fresh_hint=KEEP_MODEL_HINT)
+    found = plan_load("file", [part], Transforms(target_root="net."), advice=Advice())
     (problem,) = found.problems
     assert problem.message.endswith("To keep the model's own values there add: - keep_model: head.")
