@@ -355,8 +355,8 @@ class LocateQuery:
     Attributes:
         model_name: The name in the files; for a submodel the path of names, such as ``autoenc.encoder``.
         path: The path of names of the single model in the model that is initialized.
-        part: ``model`` for weights, ``optim`` for optimizer state with ``load_optim: true``. A kind that reads the state
-            of a trainer asks its own ``locate`` for ``trainer``.
+        part: ``model`` for weights, ``optim`` for optimizer state with ``load_optim: true``. A kind that reads the
+            state of a trainer asks its own ``locate`` for ``trainer``.
         model: The single model; None if it is not known yet.
     """
 

@@ -189,8 +189,7 @@ class InitializerStack:
         """Suggest rules for each file and single model: (number of the initializer, path of the model, suggestion).
 
         Rules in the config are ignored. What an earlier initializer loads with its suggestion need not be in the files
-        of a later one. Reads only headers; the model is not changed. After ``start_checkpoint`` the files are those of
-        the sets that it selected. May be called more than once.
+        of a later one. Reads only headers and changes nothing. After ``start_checkpoint``, for the selected sets.
         """
         loaded: frozenset[int] = frozenset()
 
