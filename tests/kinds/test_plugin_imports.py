@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
+import shutil
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +71,77 @@ def test_an_import_changes_no_generator_and_no_default(
         assert name in said[0]
 
 
+#: What a plugin does at import -> how to see it, and the name in the warning.
+SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
+    "import os; os.environ['CUDA_VISIBLE_DEVICES'] = '3'": (
+        lambda: os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "variables of the environment",
+    ),
+    "import os; os.environ['NOETHER_INIT_ALLOW_GLOBALS'] = 'os.system'": (
+        lambda: os.environ.get("NOETHER_INIT_ALLOW_GLOBALS"),
+        "variables of the environment",
+    ),
+    "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)": (
+        lambda: signal.getsignal(signal.SIGTERM),
+        "handlers of signals",
+    ),
+    "import logging; logging.disable(logging.CRITICAL)": (
+        lambda: logging.root.manager.disable,
+        "the level below which logging is off",
+    ),
+    "import gc; gc.disable()": (gc.isenabled, "the garbage collector"),
+    "import torch; torch.backends.cudnn.benchmark = True": (
+        lambda: torch.backends.cudnn.benchmark,
+        "cuDNN's settings",
+    ),
+    "import torch; torch.backends.cuda.matmul.allow_tf32 = True": (
+        lambda: (torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()),
+        "torch's precision of float32",
+    ),
+    "import torch; torch.backends.cudnn.conv.fp32_precision = 'ieee'": (
+        lambda: torch.backends.cudnn.conv.fp32_precision,
+        "torch's precision of float32",
+    ),
+    "import torch; torch.set_autocast_enabled('cpu', True)": (lambda: torch.is_autocast_enabled("cpu"), "autocast"),
+    "import torch; torch.autograd.set_detect_anomaly(True)": (torch.is_anomaly_enabled, "torch's anomaly mode"),
+    "import torch; torch.set_num_threads(torch.get_num_threads() + 1)": (
+        torch.get_num_threads,
+        "torch's number of threads",
+    ),
+    "import numpy; numpy.seterr(all='ignore')": (np.geterr, "NumPy's handling of errors"),
+}
+
+
+@pytest.mark.parametrize("code", SETTINGS)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_a_setting_that_decides_what_is_computed_is_put_back_and_named(
+    foreign: ForeignPackages, caplog: pytest.LogCaptureFixture, code: str
+) -> None:
+    """Each alone; also what a later import of this package would be told by an environment variable."""
+    look, name = SETTINGS[code]
+    before = look()
+    foreign.install(
+        "sets", offers={"sets": "sets_kind:ConstantInitializer"}, modules={"sets_kind": f"{code}\n{INITIALIZER}"}
+    )
+    kinds.resolve("sets")
+    assert look() == before
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == f'kind "sets" (sets 1.0) changed {name} while it was imported; put back'
+
+
+def test_an_import_where_backends_were_set_one_by_one_works(foreign: ForeignPackages) -> None:
+    """Then torch refuses to say the precision of products in one word."""
+    foreign.install("plain", offers={"plain": "plain_kind:ConstantInitializer"}, modules={"plain_kind": INITIALIZER})
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        assert kinds.resolve("plain").__name__ == "ConstantInitializer"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 def test_a_quiet_plugin_leaves_no_warning(foreign: ForeignPackages, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing was put back, and its file is the one that was installed."""
     info = foreign.install(
@@ -106,11 +180,37 @@ def test_a_module_that_hides_the_installed_one_is_named(
     ]
 
 
-def test_a_distribution_that_lists_no_files_is_not_judged(foreign: ForeignPackages) -> None:
-    """An editable install has its module elsewhere; that is no other copy."""
-    foreign.install(
-        "editable", offers={"edited": "edited_kind:ConstantInitializer"}, modules={"edited_kind": INITIALIZER}
+def test_an_editable_distribution_owns_its_folder_and_no_other(
+    foreign: ForeignPackages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its module lies elsewhere than its metadata; a copy beside the script is still another one."""
+    info = foreign.install(
+        "edited", offers={"edited": "edited_kind:ConstantInitializer"}, modules={"edited_kind": INITIALIZER}
     )
+    source, beside = tmp_path / "my clone" / "src", tmp_path / "beside"
+    for folder in (source, beside):
+        folder.mkdir(parents=True)
+    shutil.move(info.parent / "edited_kind.py", source / "edited_kind.py")
+    (info / "direct_url.json").write_text(f'{{"url": "{source.parent.as_uri()}", "dir_info": {{"editable": true}}}}')
+    monkeypatch.syspath_prepend(source)
     kinds.resolve("edited")
     assert kinds.imported_from(kinds.describe("edited")) is None
-    assert os.path.exists(str(sys.modules["edited_kind"].__file__))
+    sys.modules.pop("edited_kind")
+    kinds.clear_cache()
+    (beside / "edited_kind.py").write_text(INITIALIZER)
+    monkeypatch.syspath_prepend(beside)
+    kinds.resolve("edited")
+    assert kinds.imported_from(kinds.describe("edited")) == str(beside / "edited_kind.py")
+
+
+def test_the_copy_beside_the_script_is_told_where_no_file_is_listed(
+    foreign: ForeignPackages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some installers write no list; the file that lies beside the metadata is that of the distribution."""
+    foreign.install("bare", offers={"bare": "bare_kind:ConstantInitializer"}, modules={"bare_kind": INITIALIZER})
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "bare_kind.py").write_text(INITIALIZER)
+    monkeypatch.syspath_prepend(beside)
+    kinds.resolve("bare")
+    assert kinds.imported_from(kinds.describe("bare")) == str(beside / "bare_kind.py")
