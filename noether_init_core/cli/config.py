@@ -17,6 +17,7 @@ from rich.text import Text
 from noether_init_core.cli.options import AsJson, Config, Html, Real, ShowAll, Start, with_start
 from noether_init_core.cli.output import (
     check_target,
+    print_json,
     show,
     show_json,
     show_text,
@@ -168,7 +169,7 @@ def plan(
         planned = stack.plan(built)
     to_stdout = str(json_file) == "-"
     if to_stdout:
-        typer.echo(planned.to_json())
+        print_json(planned.to_json())
     else:
         if json_file is not None:
             write_text(json_file, planned.to_json() + "\n")

@@ -22,7 +22,7 @@ import typer
 
 from noether_init_core import kinds
 from noether_init_core.cli.options import KIND, AsJson, Kind
-from noether_init_core.cli.output import show, show_commands, show_json, show_table, show_text
+from noether_init_core.cli.output import print_json, show, show_commands, show_json, show_table, show_text
 from noether_init_core.cli.usage import plain_kinds
 from noether_init_core.errors import ConfigError, KindError, KindImportError, UnknownKindError
 from noether_init_core.kinds.lookup import OBSERVERS
@@ -58,7 +58,7 @@ def list_kinds(
         rows = [
             {**attrs.asdict(info), "conflict": info.blocked_by is None and info.name in conflicts} for info in found
         ]
-        typer.echo(json.dumps(rows, indent=2))
+        print_json(json.dumps(rows, indent=2))
         return
     if not found:
         show(f"no {what} is installed. Next: pip install noether-init-core")
@@ -101,7 +101,7 @@ def show_schema(
                 show(f"- {name} was left out: {error}", err=True)
         observers = sorted({info.name for info in OBSERVERS.all() if info.blocked_by is None})
         schema = schema_of_files(found, observers)
-    typer.echo(json.dumps(schema, indent=2))
+    print_json(json.dumps(schema, indent=2))
 
 
 def write_example(

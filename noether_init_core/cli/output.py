@@ -6,15 +6,17 @@ terminal would act on. Files are written completely, or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import json
 import os
 import secrets
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 #: A cell of a table: a text, or a text and its colour.
 Cell = str | tuple[str, str]
 
+#: The JSON texts of each ``only_json`` that is entered.
+_held: list[list[str]] = []
 _NUMBERS = ("bytes", "elements", "files", "keys", "sets", "tensors")
 _WHOLE = ("", "dtype", "iteration", "kind", "newest", "observer", "set")
 _NARROW = 80
@@ -50,7 +54,49 @@ def show_text(text: str, *, err: bool = False) -> None:
 
 def show_json(name: str, data: Mapping[str, Any]) -> None:
     """Print ``data`` as the JSON of a command, after its format and its version (1 unless ``data`` sets another)."""
-    typer.echo(json.dumps({"format": f"noether-init-{name}", "version": 1, **data}, indent=1, default=os.fspath))
+    print_json(json.dumps({"format": f"noether-init-{name}", "version": 1, **data}, indent=1, default=os.fspath))
+
+
+def print_json(text: str) -> None:
+    """Print a JSON text; within ``only_json`` at its end."""
+    if _held:
+        _held[-1].append(text)
+    else:
+        typer.echo(text)
+
+
+@contextlib.contextmanager
+def only_json() -> Iterator[None]:
+    """Within the block nothing but ``print_json`` reaches standard output.
+
+    What models and plugins print goes to standard error, also from C code and child processes.
+    """
+    texts: list[str] = []
+    _held.append(texts)
+    sys.stdout.flush()
+    try:
+        with _descriptor_redirected(sys.stdout, sys.stderr), contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _held.remove(texts)
+        for text in texts:
+            typer.echo(text)
+
+
+@contextlib.contextmanager
+def _descriptor_redirected(stream: TextIO, to: TextIO) -> Iterator[None]:
+    try:
+        number, target = stream.fileno(), to.fileno()
+    except (OSError, ValueError):  # a stream of a notebook or a test has none
+        yield
+        return
+    kept = os.dup(number)
+    try:
+        os.dup2(target, number)
+        yield
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
 
 
 def show_commands(commands: Iterable[tuple[str, str]]) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from noether_init_core.cli.options import AsJson, Html, ShowAll
-from noether_init_core.cli.output import check_path, check_target, write_html
+from noether_init_core.cli.output import check_path, check_target, print_json, write_html
 from noether_init_core.errors import CheckpointFormatError
 from noether_init_core.progress import progress
 from noether_init_core.render.relations import DiffView, LineageView
@@ -47,7 +47,7 @@ def diff(
     with progress("comparing", nbytes) as advance:
         found = compare_sides(*sides, strip=strip or (), advance=advance)
     if as_json:
-        typer.echo(found.to_json())
+        print_json(found.to_json())
     else:
         Console().print(DiffView(found, unfolded=show_all), soft_wrap=True)
     write_html(html, found)
@@ -82,7 +82,7 @@ def lineage(
 
     found = lineage_of(path, roots or ())
     if as_json:
-        typer.echo(found.to_json())
+        print_json(found.to_json())
     else:
         Console().print(LineageView(found), soft_wrap=True)
     write_html(html, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import importlib.metadata
@@ -19,7 +20,7 @@ import typer
 import typer.core
 
 from noether_init_core import kinds
-from noether_init_core.cli.output import show, show_commands, show_json
+from noether_init_core.cli.output import only_json, show, show_commands, show_json
 from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import listed, near, one_line, printable
@@ -48,7 +49,15 @@ _LOOKED_AT = 100_000
 
 
 class Command(typer.core.TyperCommand):
-    """A command that keeps what was typed, for advice, and accepts an option with one value only once."""
+    """A command that keeps what was typed, for advice, and accepts an option with one value only once.
+
+    Where it prints JSON, nothing else reaches standard output.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        prints_json = ctx.params.get("as_json") or str(ctx.params.get("json_file")) == "-" or self.name == "schema"
+        with only_json() if prints_json else contextlib.nullcontext():
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         typed = list(args)

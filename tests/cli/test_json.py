@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -102,3 +103,63 @@ def test_errors_leave_standard_output_empty(world: Path) -> None:
         done = subprocess.run([PROGRAM, *line.split()], cwd=world, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (1, ""), line
         assert done.stderr.strip(), line
+
+
+LOUD = """
+import os
+import sys
+from noether_init_core import InitializerBase
+
+def shout(what):
+    print(what)
+    sys.__stdout__.write(f"{what} past sys.stdout\\n")
+    sys.__stdout__.flush()
+    os.system(f"echo {what} from a child process")
+
+shout("at import")
+
+class Loud(InitializerBase):
+    contract = 1
+
+    def check(self, model, trainer=None, callbacks=None):
+        shout("in check")
+
+    def init_weights(self, model):
+        shout("in init_weights")
+
+    def init_optimizer(self, model):
+        shout("in init_optimizer")
+"""
+MODELS = "import os\nimport torch\n\ndef build():\n    os.system('echo built')\n    return torch.nn.Linear(2, 2)\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "check loud --json",
+        "schema loud",
+        "validate loud.yaml --json",
+        "plan loud.yaml --model loud_models:build --json -",
+        "apply loud.yaml --model loud_models:build --out loud.safetensors --json",
+    ],
+)
+def test_what_a_plugin_prints_is_not_between_the_json(tmp_path: Path, line: str) -> None:
+    """By print, past ``sys.stdout`` and from a child process; at import, in a hook, and by the model."""
+    info = tmp_path / "site" / "loud-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[noether_init.initializers]\nloud = loud_kind:Loud\n")
+    (tmp_path / "site" / "loud_kind.py").write_text(LOUD)
+    (tmp_path / "loud_models.py").write_text(MODELS)
+    (tmp_path / "loud.yaml").write_text("initializers:\n  - kind: loud\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [PROGRAM, *line.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout, done.stderr
+    assert isinstance(json.loads(done.stdout), dict)
+    assert "at import from a child process" in done.stderr
+    assert "at import past sys.stdout" in done.stderr
+    if "apply" in line:
+        assert "in init_weights\n" in done.stderr
+        assert "built" in done.stderr
