@@ -1,4 +1,4 @@
-"""URIs where a path is expected: refused, since pathlib would make a local folder of one."""
+"""Text where a path is expected, and what pathlib would silently make a local folder of: a URI, and ``~``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
 def local_path(value: str | os.PathLike[str]) -> Path:
-    """``value`` as a path. Raises ``ConfigError`` for a URI, which as a path would be a folder of this machine."""
+    """``value`` as a path; ``~`` or ``~name`` at its start is the home folder of a user, also in a config.
+
+    Raises ``ConfigError`` for a URI, which as a path would be a folder of this machine.
+    """
     text = os.fspath(value)
     uri = _URI.match(text)
     if uri is None:
-        return Path(value)
+        return Path(os.path.expanduser(text))
     rest = text[uri.end() :].lstrip("/")
     if uri[1] == "file":
         raise ConfigError(f"'file:///{rest}' is a URI; only paths are read. Next: /{rest}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import ClassVar
 
 import pydantic
@@ -55,4 +54,4 @@ class FileInitializer(SourceInitializer):
         """The file, for weights only; ``open`` checks whether it exists."""
         if query.part != "model":
             return None
-        return Source(os.path.expanduser(self.config.path), digests=self.config.digest)
+        return Source(self.config.path, digests=self.config.digest)

@@ -62,7 +62,7 @@ def shadowed_by(distribution: str, target: str) -> str | None:
 
     A folder beside the script that has the name of an installed package comes first on the import path. An editable
     distribution owns what lies in its folder. None where it is the same file, where the module is not imported, and
-    where the file of the distribution cannot be told, such as an extension module.
+    where the distribution has no source file of that name, such as an extension module.
     """
     module = target.partition(":")[0].strip()
     imported = getattr(sys.modules.get(module), "__file__", None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support.command import run_command
 
 from noether_init_core import (
@@ -13,6 +14,7 @@ from noether_init_core import (
     InitializerStack,
     PathProvider,
     Source,
+    bind,
     compare_checkpoints,
     kinds,
     lineage_of,
@@ -56,6 +58,34 @@ def test_a_file_uri_is_refused_with_its_path(ask: str) -> None:
 def test_a_path_is_taken_as_it_is(path: str) -> None:
     """A drive letter, and colons elsewhere, make no URI."""
     assert PathProvider(path, "run").output_root == Path(path)
+
+
+#: What reads or names a location below the home folder.
+HOMES: dict[str, Callable[[str], object]] = {
+    "root": lambda text: PathProvider(text, "run").output_root,
+    "output_path": lambda text: PathProvider("runs", "run").with_run("other", output_root=text).output_root,
+    "source": lambda text: Source(text).location,
+}
+
+
+@pytest.mark.parametrize("ask", HOMES)
+def test_a_tilde_is_the_home_folder(ask: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a config no shell replaces it, and checkpoints would go into a folder called ``~``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert HOMES[ask]("~/runs") == tmp_path / "runs"
+    assert HOMES[ask]("a/~") == Path("a/~")
+    assert HOMES[ask]("~nobody-here/x") == Path("~nobody-here/x")
+
+
+def test_weights_below_the_home_folder_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kind ``file`` and by ``open_checkpoint``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save({"weight": torch.ones(1, 1)}, tmp_path / "w.pt")
+    with open_checkpoint("~/w.pt") as reader:
+        assert reader.path == tmp_path / "w.pt"
+    module = torch.nn.Linear(1, 1, bias=False)
+    InitializerStack.from_config([{"kind": "file", "path": "~/w.pt"}]).initialize(bind(module, "net"))
+    assert module.weight.item() == 1.0
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "lineage"])
