@@ -36,7 +36,7 @@ browser:  ## Install Chromium where Debian's packages can be installed
 
 # SHUFFLE=1 (any text) runs them in a random order, the same one for the same text.
 test: env browser  ## Run the tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(if $(SHUFFLE),--no-loadscope-reorder --shuffle=$(SHUFFLE))
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(SHUFFLE),--shuffle=$(SHUFFLE))
 
 test-pythons: env  ## Run the tests that need no torch on other Pythons
 	$(PYTHON) tools/pythons.py

@@ -21,6 +21,19 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+#: Files that take longest. They begin first, so that at the end no worker waits for another one.
+LONGEST = {
+    "test_demo.py",
+    "test_kit.py",
+    "test_new_package.py",
+    "test_newcomer.py",
+    "test_signed_store.py",
+    "test_tutorial.py",
+    "test_wheels.py",
+    "test_writer_kills.py",
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--shuffle=SEED`` finds tests that only pass because of the ones before them."""
     parser.addoption("--shuffle", metavar="SEED", help="run the files, and the tests of each file, in a random order")
@@ -33,13 +46,14 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Shuffle files and the tests of each, alike in every worker; the tests of a file stay together."""
+    """The longest files first; shuffled, if asked, alike in every worker. The tests of a file stay together."""
     if seed := config.getoption("--shuffle"):
         # a generator of its own: the tests draw the same numbers in every order
         generator = random.Random(seed)
         places = {path: generator.random() for path in sorted({item.path for item in items})}
         generator.shuffle(items)
         items.sort(key=lambda item: places[item.path])
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
