@@ -27,6 +27,7 @@ from noether_init_core.errors import (
     CheckpointError as CheckpointError,
     CheckpointFormatError as CheckpointFormatError,
     CheckpointNotFoundError as CheckpointNotFoundError,
+    CheckpointUnreachableError as CheckpointUnreachableError,
     CheckpointWriteError as CheckpointWriteError,
     ConfigError as ConfigError,
     ConfigFileError as ConfigFileError,

@@ -15,6 +15,7 @@
     |-- CheckpointError                           something on disk is wrong
     |   |-- CheckpointNotFoundError (FileNotFoundError)
     |   |   `-- IncompleteSetError                the set exists, a part of it does not
+    |   |-- CheckpointUnreachableError            the disk fails, so it is unknown what exists
     |   |-- AmbiguousCheckpointError              several sets match
     |   |-- TornSetError                          files of different iterations or runs
     |   |-- CheckpointFormatError (ValueError)    the reader refuses the file
@@ -197,6 +198,10 @@ class IncompleteSetError(CheckpointNotFoundError):
     """The set exists, but its ``missing`` parts do not; ``candidates`` are tags of sets with these parts."""
 
     missing: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
+
+
+class CheckpointUnreachableError(CheckpointError):
+    """``path`` cannot be read, because of the disk or a permission, so it is unknown what exists there."""
 
 
 @attrs.define(slots=False, repr=False)

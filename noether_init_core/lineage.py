@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from noether_init_core.files.storage.disk import LOCAL, resolved, unreachable
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider, name_of_run
-from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
-from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
+from noether_init_core.sets.checkpoint_set import CheckpointSet
+from noether_init_core.sets.places import as_recorded, run_folder_of, runs_at, set_in
 from noether_init_core.sets.provenance import History, SourceRecord, load_histories
 from noether_init_core.sets.snapshot import Snapshot
 from noether_init_core.shown import Shown
@@ -182,23 +184,25 @@ def lineage_of(path: Path | str, roots: Sequence[Path | str] = ()) -> Lineage:
 
     Raises ``CheckpointNotFoundError`` if no run is found at ``path`` or below one of ``roots``.
     """
-    asked = [_run_at(paths) for paths in runs_at(local_path(path))]
+    unreadable: dict[Path, CheckpointError] = {}
+    asked = [_run_at(paths, unreadable) for paths in runs_at(local_path(path), unreadable)]
     found = {one.folder: one for one in asked}
     own = dict.fromkeys(one.root for one in asked)
-    for root in [*own, *(local_path(root).resolve() for root in roots)]:
+    for root in [*own, *(resolved(local_path(root)) for root in roots)]:
         try:
-            below = runs_at(root)
+            below = runs_at(root, unreadable)
         except CheckpointNotFoundError:
             # The path itself is a run, so only relatives are lost. A root that the caller named must have runs.
             if root in own:
                 continue
             raise
-        for one in map(_run_at, below):
+        for one in (_run_at(paths, unreadable) for paths in below):
             # A symbolic link is a second name of a run; the name without the link wins, in any order of listing.
-            if one.folder not in found or one.folder == one.root / one.name:
+            is_better = one.folder == one.root / one.name and not found.get(one.folder, one).problem
+            if one.folder not in found or is_better:
                 found[one.folder] = one
     reader = _Reader(found.values())
-    is_root = Path(path).resolve() in own
+    is_root = resolved(Path(path)) in own
     foci = None if is_root else tuple(dict.fromkeys(reader.id_of[one.folder] for one in asked))
     edges = tuple(reader.edges())  # before reader.nodes is read: it adds nodes for missing runs and files
     return related(foci, tuple(reader.nodes.values()), edges, reader.problems)
@@ -219,34 +223,17 @@ class _Run:
     problem: str
 
 
-def _run_at(paths: PathProvider) -> _Run:
-    folder, problem, snapshot = paths.checkpoint_path.parent.resolve(), "", None
+def _run_at(paths: PathProvider, unreadable: Mapping[Path, CheckpointError]) -> _Run:
+    folder, snapshot = resolved(paths.checkpoint_path.parent), None
+    problem = str(unreadable.get(paths.checkpoint_path, ""))
     try:
         snapshot = Snapshot(paths)
         folder, paths = snapshot.folder.parent, as_recorded(snapshot)
-    except (CheckpointError, OSError) as error:
-        problem = f"{folder}: {error}"
+    except CheckpointError as error:
+        problem = problem or f"{folder}: {error}"
     name = name_of_run(paths.run_id, paths.stage_name)
     name = f"{DEBUG_FOLDER}/{name}" if paths.debug else name
-    return _Run(folder, paths, paths.output_root.resolve(), name, snapshot, problem)
-
-
-def _run_folder(path: str) -> Path | None:
-    """Return the folder of the run that may have written the file at ``path``, links resolved; else None."""
-    parts = Path(path).parts
-    depth = 4 if _set_in(path) is not None else 2
-    if len(parts) <= depth or parts[-depth] != CHECKPOINTS_FOLDER:
-        return None
-    try:
-        return Path(*parts[:-depth]).resolve()
-    except (OSError, ValueError, RuntimeError):  # a null byte, a circle of links
-        return None
-
-
-def _set_in(path: str) -> str | None:
-    """Return the name of the folder of the set that a file lies in; None for a file that lies in no set."""
-    parts = Path(path).parts
-    return parts[-2] if len(parts) > 4 and parts[-3] == SETS_FOLDER and parts[-4] == CHECKPOINTS_FOLDER else None
+    return _Run(folder, paths, resolved(paths.output_root), name, snapshot, problem)
 
 
 class _Reader:
@@ -282,7 +269,7 @@ class _Reader:
             origin = dict(source.origin)
             name = self._node_of(source, target)
             total = len(self._totals.get((target, model, is_newest), ()))
-            from_set = _set_in(source.path)
+            from_set = set_in(source.path)
             # Which sets exist is known only for runs that were read.
             is_gone = from_set is not None and name in self._ids and from_set not in self._digests[name]
             notes = ["the set was deleted"] if is_gone else []
@@ -383,7 +370,7 @@ class _Reader:
         """Return the id of the node of a source; add a node if the source is not one of the runs that were read."""
         origin = dict(source.origin)
         run_id, stage = origin.get("run_id"), origin.get("stage_name")
-        folder = _run_folder(source.path)
+        folder = run_folder_of(source.path)
         if folder is not None and folder in self.id_of:
             name = self.id_of[folder]
             if self._has(name, source):
@@ -392,8 +379,8 @@ class _Reader:
             note = "it was deleted, and a new run of that name was started"
             return self._other(f"{name} (before)", str(folder), run_id, stage, note, is_there=False)
         # Recorded paths are foreign text; a relative one would be looked up in the current folder.
-        is_file = os.path.isabs(source.path) and os.path.isfile(source.path)
-        if run_id is None and _set_in(source.path) is None:
+        is_file = os.path.isabs(source.path) and self._is(LOCAL.is_file, source.path)
+        if run_id is None and set_in(source.path) is None:
             note = "" if is_file else "not found at the recorded path"
             if is_file and source.digest is None:
                 note = "no digest was recorded, so the file may have changed"
@@ -404,7 +391,7 @@ class _Reader:
         if folder is None:  # another kind recorded a run with files in a layout of its own
             note = "" if is_file else "no longer at the recorded path"
             return self._other(name, source.path, run_id, stage, note, is_there=is_file)
-        is_there = os.path.isdir(folder)
+        is_there = self._is(LOCAL.is_folder, folder)
         # An output root may have been moved with all its runs. A set of that name with other bytes is another run.
         moved = None if is_there else self._named.get((self._root_of.get(target), name))
         if moved is not None and self._has(self.id_of[moved.folder], source):
@@ -412,9 +399,21 @@ class _Reader:
         note = "in another output root; --root reads it too" if is_there else "no longer at the recorded path"
         return self._other(name, str(folder), run_id, stage, note, is_there=is_there)
 
+    def _is(self, look: Callable[[Path], bool], path: Path | str) -> bool:
+        """Return the result of a look at a recorded path; if it fails, add a problem: the path may exist."""
+        try:
+            return look(Path(path))
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # no file can have this name
+                return False
+            self.problems.append(str(unreachable(error, Path(path))))
+        except ValueError:  # a null byte
+            return False
+        return True
+
     def _has(self, name: str, source: SourceRecord) -> bool:
         """Whether a run that was read can be the run of the source: the digest of the file does not differ."""
-        files = self._digests[name].get(_set_in(source.path) or "", {})
+        files = self._digests[name].get(set_in(source.path) or "", {})
         digest, recorded = files.get(source.file), source.digest
         # A missing digest, or one of another algorithm, proves nothing.
         if digest is None or recorded is None:

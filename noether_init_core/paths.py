@@ -199,7 +199,7 @@ class PathProvider:
 
         ``debug`` is kept, unless the run exists only outside the folder ``debug``.
 
-        Raises ``InvalidNameError`` for an invalid name.
+        Raises ``InvalidNameError`` for an invalid name, ``CheckpointUnreachableError`` if the disk fails.
         """
         other = attrs.evolve(
             self,
@@ -208,8 +208,11 @@ class PathProvider:
             stage_name=stage_name,
             run_id_is_generated=self.run_id_is_generated if run_id is None else False,
         )
-        if other.debug and run_id is not None and not os.path.isdir(other.run_output_path):
+        if other.debug and run_id is not None:
+            from noether_init_core.files.storage.disk import LOCAL, reaching
+
             outside = attrs.evolve(other, debug=False)
-            if os.path.isdir(outside.run_output_path):
-                return outside
+            with reaching(other.run_output_path):
+                if not LOCAL.is_folder(other.run_output_path) and LOCAL.is_folder(outside.run_output_path):
+                    return outside
         return other

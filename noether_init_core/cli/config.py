@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from noether_init_core.cli.output import (
 )
 from noether_init_core.cli.usage import how_to_see, show_traceback
 from noether_init_core.errors import CheckpointWriteError, ConfigError, InitError
+from noether_init_core.files.storage.disk import LOCAL, reaching
 from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import counted, one_line, yaml_line
 from noether_init_core.progress import progress
@@ -252,8 +252,10 @@ def apply(
         for path in states:
             check_place(path, replace=force)
             report_path = _report_of(path)
-            is_replaceable = force and report_path.is_file() and not report_path.is_symlink()
-            if os.path.lexists(report_path) and not is_replaceable:
+            with reaching(report_path):
+                is_replaceable = force and LOCAL.is_file(report_path) and not LOCAL.is_link(report_path)
+                is_taken = LOCAL.exists(report_path) and not is_replaceable
+            if is_taken:
                 raise CheckpointWriteError(
                     f"{report_path} exists and was not replaced. Next: another --out", path=report_path
                 )
@@ -265,7 +267,9 @@ def apply(
         with progress("loading", None):
             report = stack.initialize(built, trains=False)
     for source, path in itertools.product(report.sources, states):
-        if path.exists() and Path(source.path).exists() and path.samefile(source.path):
+        with reaching(path):
+            is_source = LOCAL.is_same_file(path, Path(source.path))
+        if is_source:
             raise ConfigError(
                 f"{path} is the file that the weights were read from; it was not replaced. Next: another --out"
             )

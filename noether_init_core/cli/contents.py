@@ -21,6 +21,7 @@ from noether_init_core.cli.output import (
     show_text,
 )
 from noether_init_core.errors import CheckpointError
+from noether_init_core.files.storage.disk import LOCAL, reaching, resolved
 from noether_init_core.messages import counted, listed, one_line
 from noether_init_core.paths import name_of_run
 from noether_init_core.progress import progress
@@ -73,7 +74,9 @@ def inspect(
     from noether_init_core.inspection.findings import FoundFile, FoundRunFolder, FoundSetFolder, to_json_data
     from noether_init_core.inspection.reading import look_at_file, look_at_folder
 
-    found = look_at_folder(path) if path.is_dir() else look_at_file(path)
+    with reaching(path):
+        is_folder = LOCAL.is_folder(path)
+    found = look_at_folder(path) if is_folder else look_at_file(path)
     if as_json:
         show_json("inspect", to_json_data(found))
     elif isinstance(found, FoundFile):
@@ -108,7 +111,7 @@ def _show_file(found: FoundFile, *, unfolded: bool) -> None:
     if found.tied[_MOST_TIED:]:
         show(f"tied: and {len(found.tied) - _MOST_TIED} more (--json lists all)")
     if found.committed:
-        show(f"committed set: {found.path.resolve().parent.name} (saved as {', '.join(found.tags)})")
+        show(f"committed set: {resolved(found.path).parent.name} (saved as {', '.join(found.tags)})")
     for what, value in _facts(found):
         if value not in (None, ""):
             show(f"{what}: {one_line(str(value), _LONGEST_FACT)}")
@@ -260,7 +263,7 @@ def verify(
     """
     if not all(paths):
         raise typer.BadParameter("it is empty. Next: ninit verify .", param_hint="PATH")
-    from noether_init_core.sets.health import FileHealth, bytes_to_verify, verify_file, verify_run
+    from noether_init_core.sets.health import FileHealth, RunHealth, bytes_to_verify, verify_file, verify_run
     from noether_init_core.sets.places import runs_at
     from noether_init_core.sets.snapshot import Snapshot
 
@@ -269,12 +272,21 @@ def verify(
     for path in map(Path, dict.fromkeys(paths)):
         try:
             check_path(path)
-            if path.is_dir():
-                found = [Snapshot(run) for run in runs_at(path)]
+            with reaching(path):
+                is_folder, nbytes = LOCAL.is_folder(path), LOCAL.size_of(path) or 0
+            if is_folder:
+                unreadable: dict[Path, CheckpointError] = {}
+                at_path = runs_at(path, unreadable)
+                found = [Snapshot(run) for run in at_path if run.checkpoint_path not in unreadable]
                 with progress("verifying", sum(bytes_to_verify(one, flat=flat) for one in found)) as advance:
-                    runs += [verify_run(one, advance, asked=path, flat=flat) for one in found]
+                    runs += [verify_run(snapshot, advance, asked=path, flat=flat) for snapshot in found]
+                for one in at_path:
+                    folder = one.checkpoint_path
+                    if folder in unreadable:
+                        error_of = (str(unreadable[folder]),)
+                        runs.append(RunHealth(folder, one.run_id, one.stage_name, (), problems=error_of))
             else:
-                with progress("verifying", path.stat().st_size) as advance:
+                with progress("verifying", nbytes) as advance:
                     files.append(verify_file(path, advance))
         except CheckpointError as error:
             if len(paths) == 1:

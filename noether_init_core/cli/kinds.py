@@ -25,6 +25,7 @@ from noether_init_core.cli.options import KIND, AsJson, Kind
 from noether_init_core.cli.output import print_json, show, show_commands, show_json, show_table, show_text
 from noether_init_core.cli.usage import plain_kinds
 from noether_init_core.errors import ConfigError, KindError, KindImportError, UnknownKindError
+from noether_init_core.files.storage.disk import LOCAL, reaching
 from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.scaffold.package import (
     BUILT_IN,
@@ -136,7 +137,8 @@ def write_example(
 
 def _write_files(kind: str, folder: Path, files: Mapping[str, str]) -> None:
     """Write all of them, or none. Raises ``ConfigError`` where one exists, or the folder cannot be written."""
-    there = [str(folder / name) for name in files if (folder / name).exists()]
+    with reaching(folder):
+        there = [str(folder / name) for name in files if LOCAL.exists(folder / name)]
     if there:
         raise ConfigError(
             f"{', '.join(there)} {'exists' if len(there) == 1 else 'exist'}; nothing was written. "

@@ -22,6 +22,7 @@ import typer
 from noether_init_core import kinds
 from noether_init_core.cli.output import show, show_text
 from noether_init_core.errors import ConfigError, InitError, type_of
+from noether_init_core.files.storage.disk import LOCAL, reaching
 from noether_init_core.messages import listed, near
 from noether_init_core.paths import PathProvider
 
@@ -159,9 +160,11 @@ class Start:
         Raises ``typer.BadParameter`` if the text names no model, ``ConfigError`` if the user's code fails; its
         traceback is printed and chained.
         """
-        if not self.app_dir.is_dir():
+        with reaching(self.app_dir):
+            is_folder, folder = LOCAL.is_folder(self.app_dir), LOCAL.resolve(self.app_dir)
+        if not is_folder:
             raise typer.BadParameter(f"{self.app_dir} is not a folder", param_hint="--app-dir")
-        sys.path.insert(0, str(self.app_dir.resolve()))
+        sys.path.insert(0, str(folder))
         importlib.invalidate_caches()
         with contextlib.redirect_stdout(sys.stderr):
             found = _imported(self.model, self.app_dir)
@@ -174,7 +177,8 @@ class Start:
         if run_id is None:
             # a fixed name keeps the output of a command equal each time; nothing is saved under it
             names = (f"new-{number}" for number in itertools.count(1))
-            run_id = next(name for name in names if not (self.runs / name).exists())
+            with reaching(self.runs):
+                run_id = next(name for name in names if not LOCAL.exists(self.runs / name))
         return PathProvider(self.runs, run_id, self.stage_name)
 
     @contextlib.contextmanager
@@ -189,7 +193,7 @@ class Start:
                 raise ConfigError(f"{message}\n{_NEXT_RUNS}") from error
             if paths is not None and self.run_id is None and paths.run_id in str(error):
                 hint = f"{paths.run_id} is a placeholder, because --run-id was not given. Next: --run-id ID"
-            elif paths is not None and not paths.output_root.is_dir():
+            elif paths is not None and not LOCAL.is_folder(paths.output_root):
                 hint = f"{paths.output_root} does not exist. Next: --runs FOLDER, with the output root"
             else:
                 raise

@@ -7,7 +7,6 @@ terminal would act on. Files are written completely, or not at all.
 from __future__ import annotations
 
 import contextlib
-import glob
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from noether_init_core.errors import CheckpointFormatError, CheckpointNotFoundError, InitError
+from noether_init_core.files.storage.disk import LOCAL, reaching
 from noether_init_core.messages import listed, near, one_line, printable
 from noether_init_core.uris import local_path
 
@@ -160,18 +160,19 @@ def check_target(path: Path | None, option: str) -> None:
 
     suffixes, ours = _WRITTEN[option]
     problem = None
-    if path.is_dir():
-        problem = f"{path} is a folder. Next: {option} {path / ('plan' + suffixes[0])}"
-    elif path.suffix.lower() not in suffixes or not path.stem:
-        kept = " exists, was not replaced, and" if path.exists() else ""
-        named = path.with_suffix(suffixes[0]) if path.stem.strip("-. ") else Path("plan").with_suffix(suffixes[0])
-        problem = f"{path}{kept} is not a {suffixes[0]} file. Next: {option} {named}"
-    elif not path.parent.is_dir():
-        problem = f"folder {path.parent} does not exist. Next: mkdir -p {path.parent}"
-    elif lies_in_a_run(path):
-        problem = f"{path} is in the checkpoint folder of a run. Next: {option} {path.name}"
-    elif os.path.lexists(path) and not (path.is_file() and not path.is_symlink() and ours in _head(path)):
-        problem = f"{path} exists and was not written by {option}; it was not replaced. Next: another name"
+    with reaching(path):
+        if LOCAL.is_folder(path):
+            problem = f"{path} is a folder. Next: {option} {path / ('plan' + suffixes[0])}"
+        elif path.suffix.lower() not in suffixes or not path.stem:
+            kept = " exists, was not replaced, and" if LOCAL.exists(path) else ""
+            named = path.with_suffix(suffixes[0]) if path.stem.strip("-. ") else Path("plan").with_suffix(suffixes[0])
+            problem = f"{path}{kept} is not a {suffixes[0]} file. Next: {option} {named}"
+        elif not LOCAL.is_folder(path.parent):
+            problem = f"folder {path.parent} does not exist. Next: mkdir -p {path.parent}"
+        elif lies_in_a_run(path):
+            problem = f"{path} is in the checkpoint folder of a run. Next: {option} {path.name}"
+        elif LOCAL.exists(path) and not (not LOCAL.is_link(path) and LOCAL.is_file(path) and ours in _head(path)):
+            problem = f"{path} exists and was not written by {option}; it was not replaced. Next: another name"
     if problem is not None:
         raise typer.BadParameter(problem, param_hint=option)
     if option == "--html" and importlib.util.find_spec("noether_init_pages") is None:
@@ -214,11 +215,17 @@ def check_path(path: Path) -> None:
     Raises ``ConfigError`` for a URI, ``CheckpointNotFoundError`` for an absent path, ``CheckpointFormatError`` for a
     YAML file.
     """
+    from noether_init_core.sets.checkpoint_set import list_names
+
     local_path(path)
-    if not path.exists():
-        folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    with reaching(path):
+        is_there = LOCAL.leads_somewhere(path)
+        is_config = path.suffix.lower() in (".yaml", ".yml") and LOCAL.is_file(path) and b"\0" not in _head(path)
+    if not is_there:
+        with reaching(path):
+            folder = next((parent for parent in path.parents if LOCAL.is_folder(parent)), Path())
+            there = [name for name in list_names(folder, LOCAL) if not name.startswith(".")]
         asked = path.relative_to(folder).parts[0] if path.is_relative_to(folder) and path != folder else path.name
-        there = sorted(glob.glob("*", root_dir=folder))
         found = near(asked, there, cutoff=0.5)
         nearest = f"Near: {', '.join(str(folder / name) for name in found)}. " if found else ""
         where = "this folder" if folder == Path() else str(folder)
@@ -230,7 +237,7 @@ def check_path(path: Path) -> None:
             asked=str(path),
             candidates=found or there,
         )
-    if path.suffix.lower() in (".yaml", ".yml") and path.is_file() and b"\0" not in _head(path):
+    if is_config:
         raise CheckpointFormatError(
             f"{path} is a YAML file, not a checkpoint. Next: ninit validate {shlex.quote(str(path))}",
             path=path,

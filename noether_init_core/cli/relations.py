@@ -11,6 +11,7 @@ from rich.console import Console
 from noether_init_core.cli.options import AsJson, Html, ShowAll
 from noether_init_core.cli.output import check_path, check_target, print_json, write_html
 from noether_init_core.errors import CheckpointFormatError
+from noether_init_core.files.storage.disk import LOCAL, reaching
 from noether_init_core.progress import progress
 from noether_init_core.render.relations import DiffView, LineageView
 
@@ -39,11 +40,15 @@ def diff(
     for one in (a, b):
         # RUN@TAG, unless there is a path of that name
         path = Path(one)
-        check_path(Path(one.rpartition("@")[0]) if "@" in path.name and not path.exists() else path)
-    from noether_init_core.diff.compare import compare_sides, side_at
+        with reaching(path):
+            is_tagged = "@" in path.name and not LOCAL.leads_somewhere(path)
+        check_path(Path(one.rpartition("@")[0]) if is_tagged else path)
+    from noether_init_core.diff.compare import compare_sides
+    from noether_init_core.diff.sides import side_at
 
     sides = side_at(a), side_at(b)
-    nbytes = sum(path.stat().st_size for side in sides for path in side.files.values())
+    with reaching(Path(a)):
+        nbytes = sum(LOCAL.size_of(path) or 0 for side in sides for path in side.files.values())
     with progress("comparing", nbytes) as advance:
         found = compare_sides(*sides, strip=strip or (), advance=advance)
     if as_json:
@@ -74,7 +79,9 @@ def lineage(
     check_target(html, "--html")
     for one in (path, *(roots or ())):
         check_path(one)
-        if not one.is_dir():
+        with reaching(one):
+            is_folder = LOCAL.is_folder(one)
+        if not is_folder:
             raise CheckpointFormatError(
                 f"{one} is a file; lineage is recorded in run folders. Next: ninit lineage RUN_FOLDER", path=one
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 
 from noether_init_core.config.base import KindConfig, YamlText
 from noether_init_core.errors import ConfigError, ConfigFileError
+from noether_init_core.files.storage.disk import LOCAL
 from noether_init_core.messages import listed, near
 
 KeyPath = tuple[str | int, ...]
@@ -155,14 +157,14 @@ def read_yaml(path: Path) -> Document:
 
 def content_of(path: Path) -> bytes:
     """The bytes of a config file. Raises ``ConfigFileError`` for an absent path, a folder or a checkpoint."""
-    if not path.exists():
-        raise ConfigFileError(f"does not exist{_instead(path.parent, path.name)}", path=path)
-    if path.is_dir():
-        raise ConfigFileError(f"is a folder; a config is a YAML file{_instead(path, '')}", path=path)
-    # Reading a FIFO would block, and reading a device may never end.
-    if not path.is_file():
-        raise ConfigFileError("is not a regular file; a config is a YAML file", path=path)
     try:
+        if not LOCAL.leads_somewhere(path):
+            raise ConfigFileError(f"does not exist{_instead(path.parent, path.name)}", path=path)
+        if LOCAL.is_folder(path):
+            raise ConfigFileError(f"is a folder; a config is a YAML file{_instead(path, '')}", path=path)
+        # Reading a FIFO would block, and reading a device may never end.
+        if not LOCAL.is_file(path):
+            raise ConfigFileError("is not a regular file; a config is a YAML file", path=path)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
@@ -178,7 +180,8 @@ def content_of(path: Path) -> bytes:
 
 def _instead(folder: Path, name: str) -> str:
     """The configs in the folder where ``name`` was not found, and the next command."""
-    there = sorted(item.name for item in folder.glob("*.y*ml") if item.is_file()) if folder.is_dir() else []
+    names = LOCAL.list_folder(folder) if LOCAL.is_folder(folder) else []
+    there = sorted(name for name in names if fnmatch(name, "*.y*ml") and LOCAL.is_file(folder / name))
     where = "this folder" if folder == Path() else str(folder)
     if not there:
         return f"; no YAML file found in {where}. Next: ninit example previous_run"

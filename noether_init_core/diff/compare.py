@@ -17,20 +17,15 @@ from typing import Any, Literal
 import attrs
 
 from noether_init_core.diff.drift import Drift, Room, are_comparable, drift_of, finite, total_of
-from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from noether_init_core.diff.sides import DiffSide, Side, side_at
+from noether_init_core.errors import CheckpointCorruptError, CheckpointError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.files.content import ForeignObject, TensorInfo
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.messages import listed
+from noether_init_core.files.storage.disk import reaching
 from noether_init_core.nested import equal, mapped
-from noether_init_core.paths import PathProvider, name_of_run
-from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet, recorded_in
-from noether_init_core.sets.file_names import parse
-from noether_init_core.sets.places import runs_at
-from noether_init_core.sets.selection import find_set
-from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.sets.checkpoint_set import recorded_in
 from noether_init_core.shown import Shown
-from noether_init_core.uris import local_path
 
 DIFF_VERSION = 1
 _OBJECT = "object"
@@ -39,31 +34,6 @@ _LEAST_SHARE = 0.5
 _DEEPEST = 3
 
 State = Literal["equal", "changed", "dtype", "shape", "nonfinite", "only_a", "only_b"]
-
-
-@attrs.frozen
-class DiffSide:
-    """One of the two checkpoints.
-
-    Attributes:
-        path: The file, or the folder of the set.
-        origin: Run, tag and iteration in words; None for a single file.
-        run_id: The run that wrote it; None if unknown.
-        stage: The stage that wrote it.
-        tag: The requested tag.
-        iteration: The iteration of the set.
-        tensors: Number of compared entries.
-        bytes: Size of their elements.
-    """
-
-    path: str
-    origin: str | None = None
-    run_id: str | None = None
-    stage: str | None = None
-    tag: str | None = None
-    iteration: str | None = None
-    tensors: int = 0
-    bytes: int = 0
 
 
 @attrs.frozen
@@ -160,48 +130,6 @@ class CheckpointDiff(Shown):
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
 
-@attrs.frozen
-class Side:
-    """One side: its description, and its files by model (for an average the name with its info)."""
-
-    description: DiffSide
-    files: Mapping[str, Path]
-
-
-def side_at(path: Path | str) -> Side:
-    """Find the files with weights at ``path``.
-
-    Args:
-        path: A checkpoint file; the folder of a set; a run folder, for its newest set; or a run folder, ``@`` and a tag
-            or iteration, as in ``runs/pretrain@best_model.loss``.
-
-    Raises ``CheckpointNotFoundError`` if nothing is found, or several runs or stages are.
-    """
-    path = local_path(path)
-    tag = None
-    if not path.exists() and "@" in path.name:
-        name, _, tag = path.name.rpartition("@")
-        path = path.with_name(name) if name else path
-    if not path.exists():
-        raise _not_found(path, "does not exist")
-    if path.is_file() and tag is not None:
-        message = f"is a file, but @{tag} selects a set of a run. Next: RUN@{tag}, or {path} alone"
-        raise _not_found(path, message, f"{path}@{tag}")
-    if path.is_file():
-        parsed = parse(path.name)
-        return Side(DiffSide(str(path)), {"" if parsed is None else _name(parsed.model, parsed.info): path})
-    snapshot = Snapshot(_run_at(path))
-    resolved = path.resolve()
-    if resolved.parent.name == SETS_FOLDER:
-        found = next((one for one in snapshot.sets() if one.folder.resolve() == resolved), None)
-        if found is None:
-            raise CheckpointError(f"{path} is not a committed set. Next: ninit verify {path}", path=path)
-    else:
-        selected = find_set(snapshot, tag)
-        found, snapshot = selected.found, selected.snapshot
-    return _of_set(snapshot, found, tag)
-
-
 def _known_from(reader: Checkpoint, side: DiffSide) -> DiffSide:
     """Add run and iteration from the metadata of a file, if they are unknown."""
     iteration, run_id = None, None
@@ -211,43 +139,6 @@ def _known_from(reader: Checkpoint, side: DiffSide) -> DiffSide:
     if run_id is None:
         return side
     return attrs.evolve(side, run_id=run_id, iteration=None if iteration is None else str(iteration))
-
-
-def _name(model: str, info: str | None) -> str:
-    return model if info is None else f"{model} ({info})"
-
-
-def _not_found(path: Path, message: str, asked: str = "", candidates: Sequence[str] = ()) -> CheckpointNotFoundError:
-    return CheckpointNotFoundError(f"{path} {message}", path=path, asked=asked or str(path), candidates=candidates)
-
-
-def _run_at(path: Path) -> PathProvider:
-    runs = runs_at(path)
-    if len(runs) > 1:
-        names = [str(path / one.checkpoint_path.parent.relative_to(path.resolve())) for one in runs]
-        raise _not_found(
-            path, f"has {len(runs)} runs or stages. Next: give one of {listed(names, 8)}", candidates=names
-        )
-    return runs[0]
-
-
-def _of_set(snapshot: Snapshot, found: CheckpointSet, tag: str | None) -> Side:
-    iteration = snapshot.iteration_of(found)
-    run_id, stage = found.run_id or snapshot.paths.run_id, found.stage_name
-    name = name_of_run(run_id, stage)
-    asked = tag or ("latest" if "latest" in found.tags else found.name)
-    description = DiffSide(
-        str(found.folder),
-        f"{name} @ {asked}" + (f" = {iteration}" if iteration is not None and str(iteration) != asked else ""),
-        run_id,
-        stage,
-        asked,
-        None if iteration is None else str(iteration),
-    )
-    files = {_name(file.model, file.info): file.path for file in found.files if file.part == "model"}
-    if not files:
-        raise _not_found(found.folder, f"is {name} @ {asked} and has no weights")
-    return Side(description, files)
 
 
 def compare_checkpoints(a: Path | str, b: Path | str, *, strip: Sequence[str] = ()) -> CheckpointDiff:
@@ -411,7 +302,8 @@ def _bits(leaf: Any) -> Any:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    found = os.stat(path)  # the inode, too: a replaced file may have the same size and time
+    with reaching(path):
+        found = os.stat(path)  # the inode, too: a replaced file may have the same size and time
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 

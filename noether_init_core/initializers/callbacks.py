@@ -16,8 +16,9 @@ import attrs
 
 from noether_init_core import nested
 from noether_init_core.errors import StateMismatchError, type_of
+from noether_init_core.files.storage.disk import LOCAL, resolved
 from noether_init_core.paths import PathProvider
-from noether_init_core.sets.checkpoint_set import CheckpointSet
+from noether_init_core.sets.checkpoint_set import CheckpointSet, list_names
 from noether_init_core.sets.file_names import CheckpointFileName, parse
 
 
@@ -207,17 +208,16 @@ def _resuming(callbacks: Iterable[Any]) -> list[Callable[..., Any]]:
 def _link_files(view: Path, folder: Path, selected: CheckpointSet, logger: logging.Logger) -> None:
     links: dict[str, Path] = {}
     latest: set[tuple[str, str | None]] = set()
-    if folder.is_dir():
-        for entry in sorted(os.listdir(folder)):
-            name = parse(entry)
-            if name is not None:
-                links[entry] = folder / entry
-                if name.tag == "latest" and name.part == "model" and name.info is not None:
-                    latest.add((name.model, name.info))
+    for entry in list_names(folder, LOCAL):
+        name = parse(entry)
+        if name is not None:
+            links[entry] = folder / entry
+            if name.tag == "latest" and name.part == "model" and name.info is not None:
+                latest.add((name.model, name.info))
     for file in selected.files:
         links[str(CheckpointFileName(file.model, file.info, "latest", file.part))] = file.path
         latest.discard((file.model, file.info))
     for model, info in sorted(latest):
         logger.warning("%s has no %s of %s; callbacks find that of latest instead", selected.name, info, model)
     for link, target in links.items():
-        os.symlink(target.resolve(), view / link)
+        os.symlink(resolved(target), view / link)

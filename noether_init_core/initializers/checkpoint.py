@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,9 +14,8 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.config.source import (
     CheckpointInitializerConfig,
 )
-from noether_init_core.errors import CheckpointNotFoundError, ConfigError, TornSetError
+from noether_init_core.errors import CheckpointNotFoundError, ConfigError
 from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.files.storage.disk import LOCAL
 from noether_init_core.initializers.base import (
     LocateQuery,
     Outcome,
@@ -28,6 +28,7 @@ from noether_init_core.models import Leaf
 from noether_init_core.paths import PathProvider, name_of_run
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, recorded_in
 from noether_init_core.sets.file_names import Part, parse
+from noether_init_core.sets.flat_files import check_as_listed
 from noether_init_core.sets.manifest import digest_of
 from noether_init_core.sets.provenance import History, read_histories
 from noether_init_core.sets.refusals import AskedBy
@@ -206,16 +207,13 @@ class CheckpointInitializer(SourceInitializer):
         records no iteration, so that ``check_together`` could not find it.
         """
         reader = super().open(source)
-        files = [] if self.selection is None else self.selection.chosen.files
-        for file in files:
-            is_asked = file.path == source.location and file.part == "optim" and file.identity is not None
-            if is_asked and file.identity != LOCAL.identity_of(file.path, True):
-                reader.close()
-                raise TornSetError(
-                    f"{file.path} was written again since it was selected, by the run that it is of: it may not be of "
-                    "one iteration with the other files. Next: start again",
-                    path=file.path,
-                )
+        files = () if self.selection is None else self.selection.chosen.files
+        with ExitStack() as opened:
+            opened.enter_context(reader)
+            for file in files:
+                if file.path == source.location and file.part == "optim":
+                    check_as_listed(file)
+            opened.pop_all()
         return reader
 
     def file_root(self, name: str, below: str) -> str:

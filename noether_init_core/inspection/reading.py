@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,10 +12,10 @@ from typing import Any, TypeVar
 
 import attrs
 
-from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
+from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, CheckpointUnreachableError
 from noether_init_core.files.content import TensorInfo
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.storage.disk import LOCAL
+from noether_init_core.files.storage.disk import LOCAL, reaching, resolved
 from noether_init_core.inspection.findings import (
     Content,
     FoundFile,
@@ -40,6 +39,7 @@ from noether_init_core.sets.checkpoint_set import (
     CheckpointFile,
     CheckpointSet,
     SetFolder,
+    list_names,
     load_set,
     recorded_in,
 )
@@ -59,7 +59,8 @@ def look_at_file(path: Path) -> FoundFile:
     """
     problems: list[str] = []
     around, file, buffers = None, None, None
-    folder = path.resolve().parent
+    with reaching(path):
+        folder, size = LOCAL.resolve(path).parent, LOCAL.size_of(path) or 0
     found = SetFolder.of(folder.parent, folder.name) if folder.parent.name == SETS_FOLDER else None
     try:
         if found is not None and found.is_committed():
@@ -77,7 +78,7 @@ def look_at_file(path: Path) -> FoundFile:
             problems.append(str(error))
         return FoundFile(
             path,
-            path.stat().st_size,
+            size,
             reader.format,
             content_of(tensors, buffers),
             tuple(FoundKey(str(key), info.dtype, info.shape, info.nbytes) for key, info in tensors.items()),
@@ -146,14 +147,17 @@ def look_at_folder(path: Path) -> FoundSetFolder | FoundRunFolder | FoundRoot:
 
     Raises ``CheckpointNotFoundError`` if no run is found at the path.
     """
-    resolved = path.resolve()
-    runs = [_Run(paths) for paths in runs_at(resolved)]
-    if resolved.parent.name == SETS_FOLDER and resolved.parents[1].name == CHECKPOINTS_FOLDER:
-        return runs[0].set_at(resolved, path)
-    while resolved.name in (SETS_FOLDER, CHECKPOINTS_FOLDER):
-        resolved = resolved.parent
-    of_run = [one for one in runs if resolved in (one.folder, one.folder.parent if one.paths.stage_name else None)]
+    place = resolved(path)
+    unreadable: dict[Path, CheckpointError] = {}
+    runs = [_Run(paths, unreadable.get(paths.checkpoint_path)) for paths in runs_at(place, unreadable)]
+    if place.parent.name == SETS_FOLDER and place.parents[1].name == CHECKPOINTS_FOLDER:
+        return runs[0].set_at(place, path)
+    while place.name in (SETS_FOLDER, CHECKPOINTS_FOLDER):
+        place = place.parent
+    of_run = [one for one in runs if place in (one.folder, one.folder.parent if one.paths.stage_name else None)]
     if of_run:
+        # What cannot be read may be a stage.
+        of_run[0].problems += [str(unreadable[at]) for at in unreadable if at not in {one.place for one in of_run}]
         return FoundRunFolder(path, tuple(one.found() for one in of_run))
     return FoundRoot(
         path, tuple(sorted((one.summary() for one in runs), key=lambda one: (one.run_id, one.stage or "")))
@@ -163,11 +167,13 @@ def look_at_folder(path: Path) -> FoundSetFolder | FoundRunFolder | FoundRoot:
 class _Run:
     """Inspects one run and stage; ``problems`` collects problems of reading."""
 
-    def __init__(self, paths: PathProvider) -> None:
-        self.problems: list[str] = []
-        self.folder = paths.checkpoint_path.parent
+    def __init__(self, paths: PathProvider, problem: CheckpointError | None = None) -> None:
+        self.problems = [] if problem is None else [str(problem)]
+        self.place = paths.checkpoint_path
+        self.folder = self.place.parent
         self.snapshot = self._tried(lambda: Snapshot(paths))
-        self.paths = paths if self.snapshot is None else as_recorded(self.snapshot)
+        snapshot = self.snapshot
+        self.paths = (self._tried(lambda: as_recorded(snapshot)) if snapshot else None) or paths
 
     def found(self) -> FoundRun:
         """Inspect all sets."""
@@ -232,9 +238,11 @@ class _Run:
 
     def set_at(self, path: Path, given: Path) -> FoundSetFolder:
         """Inspect one committed set with the content of each file. Raises ``CheckpointNotFoundError``."""
-        folders = () if self.snapshot is None else self.snapshot.folders
+        if self.snapshot is None:
+            raise CheckpointUnreachableError(self.problems[0], path=path)
+        folders = self.snapshot.folders
         folder = next((one for one in folders if one.path.name == path.name), None)
-        if self.snapshot is None or folder is None or not folder.is_committed():
+        if folder is None or not folder.is_committed():
             there = [one.name for one in folders if one.is_committed()]
             why = f"has no {MANIFEST_NAME}: an interrupted save" if folder else "does not have the name of a set"
             raise CheckpointNotFoundError(
@@ -248,7 +256,8 @@ class _Run:
         problem = self.snapshot.problem_of(one)
         self.problems += [str(problem)] if problem is not None else []
         found = self._set(one)
-        contents = {file.path.name: self._content(one, file) for file in one.files if file.path.exists()}
+        sizes = self._sizes(one)
+        contents = {file.name: self._content(one, file) for file in one.files if file.name in sizes}
         files = tuple(attrs.evolve(part, content=contents.get(part.name)) for part in found.files)
         return FoundSetFolder(
             given,
@@ -315,8 +324,8 @@ class _Run:
 
 
 def _sizes_in(folder: Path) -> Mapping[str, int]:
-    with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    sizes = {name: LOCAL.size_of(folder / name) for name in list_names(folder, LOCAL)}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def _probe(path: Path) -> FoundProbe:
@@ -325,4 +334,4 @@ def _probe(path: Path) -> FoundProbe:
         metadata = reader.metadata
         outputs = metadata.get("outputs")
         paths = [one.get("path") for one in outputs if isinstance(one, dict)] if isinstance(outputs, list) else []
-        return FoundProbe(str(metadata.get("model")), tuple(map(str, paths)), path.stat().st_size)
+        return FoundProbe(str(metadata.get("model")), tuple(map(str, paths)), LOCAL.size_of(path) or 0)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from noether_init_core.errors import KindImportError
+from noether_init_core.files.storage.disk import LOCAL, reaching
 from noether_init_core.kinds.settings import isolated
 from noether_init_core.messages import listed
 
@@ -70,12 +71,13 @@ def shadowed_by(distribution: str, target: str) -> str | None:
         return None
     path, installed = module.replace(".", "/"), importlib.metadata.distribution(distribution)
     places = [Path(str(installed.locate_file(f"{path}{end}"))) for end in (".py", "/__init__.py")]
-    own = [one for one in places if one.is_file()]
-    folder = None if own else _editable_folder(installed)
-    if folder is not None:
-        is_own = Path(imported).resolve().is_relative_to(folder.resolve())
-    else:
-        is_own = not own or any(one.samefile(imported) for one in own)
+    with reaching(Path(imported)):
+        own = [one for one in places if LOCAL.is_file(one)]
+        folder = None if own else _editable_folder(installed)
+        if folder is not None:
+            is_own = LOCAL.resolve(Path(imported)).is_relative_to(LOCAL.resolve(folder))
+        else:
+            is_own = not own or any(LOCAL.is_same_file(one, Path(imported)) for one in own)
     return None if is_own else str(imported)
 
 

@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -130,11 +131,19 @@ def _is_left_over(distribution: importlib.metadata.Distribution) -> bool:
     if not isinstance(path, Path):  # in a zip file
         return False
     # text paths and as few stat calls as possible: this runs for every distribution, and is a large part of a scan
-    folder, is_file = str(path), os.path.isfile
-    if not (is_file(folder + "/METADATA") or is_file(folder + "/PKG-INFO") or is_file(folder)):
+    folder = str(path)
+    if not any(stat.S_ISREG(_mode(name)) for name in (folder + "/METADATA", folder + "/PKG-INFO", folder)):
         return True
-    points = folder + "/entry_points.txt"
-    return not is_file(points) and os.path.exists(points)
+    mode = _mode(folder + "/entry_points.txt")
+    return mode != 0 and not stat.S_ISREG(mode)
+
+
+def _mode(path: str) -> int:
+    """Type and permissions of a file; 0 for an absent one. Any other failure is raised: the file may exist."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 @attrs.frozen

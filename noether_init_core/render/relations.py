@@ -18,7 +18,8 @@ from noether_init_core.render.folding import fold_alike
 from noether_init_core.render.text import Mark, NameLine, amount, filled, from_here, in_columns, percent
 
 if TYPE_CHECKING:
-    from noether_init_core.diff.compare import CheckpointDiff, DiffRow, DiffSide, State
+    from noether_init_core.diff.compare import CheckpointDiff, DiffRow, State
+    from noether_init_core.diff.sides import DiffSide
     from noether_init_core.lineage import Lineage, LineageEdge, LineageNode
 
 _STATES: dict[State, Mark] = {

@@ -34,7 +34,7 @@ from noether_init_core.files.content import named, state_dict_of
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.plain_data import plain
 from noether_init_core.files.reading import memory_of_tensor
-from noether_init_core.files.storage.disk import LOCAL, FileSystem
+from noether_init_core.files.storage.disk import LOCAL, FileSystem, naming
 from noether_init_core.files.storage.handle import open_file
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.memory import examine_memory
@@ -183,17 +183,6 @@ def _checksums() -> Iterator[None]:
             torch.serialization.set_crc32_options(before)
 
 
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add the path to an ``OSError`` of a write or fsync; the system reports it without, for a file descriptor."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
 # The file of a probe. The manifest of its set holds its digest.
 
 
@@ -272,9 +261,9 @@ def check_place(path: Path, *, replace: bool = False) -> None:
             f"{', '.join(FORMATS)}. Next: {path.with_suffix('.safetensors') if path.name else 'start.safetensors'}",
             path=path,
         )
-    if not path.parent.is_dir():
+    if not LOCAL.is_folder(path.parent):
         raise CheckpointWriteError(f"folder {path.parent} not found. Next: mkdir -p {path.parent}", path=path)
-    if os.path.lexists(path) and (not replace or not path.is_file()):
+    if LOCAL.exists(path) and (not replace or not LOCAL.is_file(path)):
         raise CheckpointWriteError(
             f"{path} exists and was not changed. Next: choose another name, or use --force", path=path
         )

@@ -38,7 +38,7 @@ def collect_leftovers(snapshot: Snapshot) -> None:
 
     Links are not followed, because their targets may belong to others.
 
-    Raises ``CheckpointNotFoundError`` if the disk does not answer whether a set was committed.
+    Raises ``CheckpointUnreachableError`` if the disk does not answer whether a set was committed.
     """
     storage, checkpoints = snapshot.storage, snapshot.folder
     for folder in snapshot.folders:

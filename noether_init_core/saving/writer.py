@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
-from noether_init_core.files.storage.disk import LOCAL, FileSystem
+from noether_init_core.files.storage.disk import LOCAL, FileSystem, naming
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.models import leaf_models
 from noether_init_core.paths import PathProvider
 from noether_init_core.probe.probe import Probe, take
 from noether_init_core.saving.content import Descent, Descents, FileContent, Start, contents_of, iteration_for
-from noether_init_core.saving.file_writing import Watch, naming, write_bytes, write_file, write_probe
+from noether_init_core.saving.file_writing import Watch, write_bytes, write_file, write_probe
 from noether_init_core.saving.housekeeping import (
     collect_leftovers,
     give_room,

@@ -8,7 +8,6 @@ import importlib.resources
 import importlib.util
 import json
 import keyword
-import os
 import re
 import secrets
 import shutil
@@ -24,6 +23,7 @@ import attrs
 import noether_init_core
 from noether_init_core import kinds
 from noether_init_core.errors import ConfigError, InvalidNameError, KindConflictError
+from noether_init_core.files.storage.disk import LOCAL, reaching
 from noether_init_core.messages import quoted
 
 MAX_LENGTH = 100
@@ -253,9 +253,11 @@ def _author(author: str) -> tuple[str, str]:
 
 def check_absent(folder: Path) -> None:
     """Raise ``ConfigError`` if ``folder`` exists, also as a file or a broken link, or if its parent does not exist."""
-    if not folder.parent.is_dir():
+    with reaching(folder):
+        has_parent, is_there = LOCAL.is_folder(folder.parent), LOCAL.exists(folder)
+    if not has_parent:
         raise ConfigError(f"--into {folder.parent} is not a folder. Next: mkdir -p {folder.parent}, or another --into")
-    if os.path.lexists(folder):
+    if is_there:
         raise ConfigError(f"{folder} exists and was not changed. Next: another name, or --into another folder")
 
 

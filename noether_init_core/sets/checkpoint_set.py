@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ import attrs
 
 from noether_init_core.errors import (
     CheckpointCorruptError,
-    CheckpointError,
     CheckpointFormatError,
-    CheckpointNotFoundError,
+    CheckpointUnreachableError,
     ConfigError,
     TornSetError,
 )
 from noether_init_core.files.checkpoint import Digests
-from noether_init_core.files.storage.disk import LOCAL, FileSystem
+from noether_init_core.files.storage.disk import LOCAL, FileSystem, reaching
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.file_names import Part, stem_of
 from noether_init_core.sets.manifest import (
@@ -231,7 +229,7 @@ class SetFolder:
         return TrainingIteration(*self.numbers)
 
     def is_committed(self, storage: FileSystem = LOCAL) -> bool:
-        """Whether a manifest exists, even a damaged one. Raises ``CheckpointNotFoundError`` if the disk fails."""
+        """Whether a manifest exists, even a damaged one. Raises ``CheckpointUnreachableError`` if the disk fails."""
         with reaching(self.manifest_path):
             return storage.exists(self.manifest_path)
 
@@ -244,7 +242,7 @@ def set_folders(
     It lists one folder and nothing else: reading a manifest later shows whether a name is a folder and a committed set.
     ``known``: folders by name from an earlier listing, which are reused.
 
-    Raises ``CheckpointNotFoundError`` if ``sets`` cannot be read; a missing folder is an empty result.
+    Raises ``CheckpointUnreachableError`` if ``sets`` cannot be read; a missing folder is an empty result.
     """
     parent, known = checkpoints / SETS_FOLDER, known or {}
     names = list_names(parent, storage)
@@ -364,8 +362,8 @@ def recorded_in(metadata: Mapping[str, Any], path: Path) -> tuple[TrainingIterat
 def check_reachable(folder: Path, storage: FileSystem) -> None:
     """Accept a folder that does not exist yet; refuse one that is unreachable, such as on a disk that is not mounted.
 
-    Raises ``CheckpointNotFoundError`` if the folder, or the nearest existing parent, is a dangling link or not a
-    folder.
+    Raises ``CheckpointUnreachableError`` if the folder, or the nearest existing parent, is a dangling link, not a
+    folder, or cannot be read.
     """
     for place in (folder, *folder.parents):
         with reaching(place):
@@ -373,37 +371,21 @@ def check_reachable(folder: Path, storage: FileSystem) -> None:
                 return
             is_link, is_there = storage.is_link(place), storage.exists(place)
         if is_link:
-            raise CheckpointNotFoundError(
+            raise CheckpointUnreachableError(
                 f"{place} is a link to {storage.resolve(place)}, which is not a reachable folder, so it is unknown "
                 "whether there are checkpoints. Next: mount its disk, or remove the link",
                 path=place,
             )
         if is_there:
-            raise CheckpointNotFoundError(f"{place} is not a folder. Next: move this file away", path=place)
-
-
-@contextlib.contextmanager
-def reaching(path: Path) -> Iterator[None]:
-    """Turn each ``OSError`` of the block into ``CheckpointNotFoundError`` with the path.
-
-    After such an error it is unknown what exists, so no set may be selected and nothing may be removed.
-    """
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointNotFoundError(
-            f"{path} cannot be read: {error.strerror or error}. It is unknown what exists there, so nothing was "
-            "selected or changed. Next: mount its disk, or change its permissions",
-            path=path,
-        ) from error
+            raise CheckpointUnreachableError(f"{place} is not a folder. Next: move this file away", path=place)
 
 
 def lies_in_a_run(path: Path) -> bool:
     """Whether a path is in the folder of checkpoints of a run; a folder ``checkpoints`` without ``sets`` does not
     count."""
-    return any(one.name == "checkpoints" and (one / SETS_FOLDER).is_dir() for one in path.resolve().parents)
+    with reaching(path):
+        parents = LOCAL.resolve(path).parents
+        return any(one.name == "checkpoints" and LOCAL.is_folder(one / SETS_FOLDER) for one in parents)
 
 
 def list_names(folder: Path, storage: FileSystem) -> list[str]:

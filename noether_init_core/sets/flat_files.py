@@ -13,15 +13,14 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.errors import CheckpointError
+from noether_init_core.errors import CheckpointError, TornSetError
 from noether_init_core.files.opening import open_checkpoint
-from noether_init_core.files.storage.disk import FileSystem
+from noether_init_core.files.storage.disk import LOCAL, FileSystem, reaching
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.checkpoint_set import (
     CheckpointFile,
     CheckpointSet,
     list_names,
-    reaching,
     recorded_in,
     sorted_files,
 )
@@ -60,6 +59,22 @@ def legacy_sets(folder: Path, storage: FileSystem) -> list[CheckpointSet]:
     known.sort(key=lambda one: one.name != str(one.iteration))
     known.sort(key=lambda one: one.iteration or TrainingIteration.zero(), reverse=True)
     return [*known, *(one for one in found if one.iteration is None)]
+
+
+def check_as_listed(file: CheckpointFile, storage: FileSystem = LOCAL) -> None:
+    """Check that a flat file was not written again since it was listed.
+
+    An optimizer file of Noether records no iteration, so that nothing else would show it. Raises ``TornSetError``, and
+    ``CheckpointUnreachableError`` if the disk fails.
+    """
+    with reaching(file.path):
+        is_same = file.identity is None or file.identity == storage.identity_of(file.path, True)
+    if not is_same:
+        raise TornSetError(
+            f"{file.path} was written again since it was selected, by the run that it is of: it may not be of one "
+            "iteration with the other files. Next: start again",
+            path=file.path,
+        )
 
 
 def plain_before(legacy: Sequence[CheckpointSet], first: CheckpointSet) -> Iterator[CheckpointSet]:
@@ -112,7 +127,8 @@ def flat_copies(checkpoints: Path, storage: FileSystem) -> dict[str, str]:
 def changed_names(checkpoints: Path, storage: FileSystem) -> tuple[str, ...]:
     """Return recorded names whose files have changed since, sorted: rewritten by another program, or damaged."""
     record = read_record(checkpoints, storage)
-    there = (name for name in record if storage.identity_of(checkpoints / name) is not None)
+    with reaching(checkpoints):
+        there = [name for name in record if storage.identity_of(checkpoints / name) is not None]
     return tuple(sorted(name for name in there if not is_ours(checkpoints / name, record[name], storage)))
 
 

@@ -11,6 +11,7 @@ import attrs
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, TornSetError
 from noether_init_core.files.opening import open_checkpoint
+from noether_init_core.files.storage.disk import LOCAL, is_out_of_reach, reaching, resolved, unreachable
 from noether_init_core.files.storage.handle import open_file
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import yaml_line
@@ -195,7 +196,7 @@ def verify_file(path: Path, progress: Progress | None = None) -> FileHealth:
         found = FileHealth(path, "broken", problem=str(error))
     if progress is not None:
         with contextlib.suppress(OSError):
-            progress(path.stat().st_size)
+            progress(LOCAL.size_of(path) or 0)
     return found
 
 
@@ -203,7 +204,8 @@ def bytes_to_verify(snapshot: Snapshot, *, flat: bool = False) -> int:
     """Return the largest number of bytes that ``verify_run`` reports to ``progress``."""
     files = [file.path for one in snapshot.sets() for file in one.files]
     files += [path for path, _found, _file in _copies(snapshot)] if flat else []
-    return sum(snapshot.storage.size_of(path) or 0 for path in files)
+    with reaching(snapshot.folder):
+        return sum(snapshot.storage.size_of(path) or 0 for path in files)
 
 
 def verify_run(
@@ -225,7 +227,11 @@ def verify_run(
     if newest is None:
         newest, chosen = _newest(verified, "nonfinite")
     start, source = (newest, chosen) if newest is not None else _newest(verified, "unverifiable")
-    paths = as_recorded(snapshot)
+    problems: list[str] = []
+    try:
+        paths = as_recorded(snapshot)
+    except CheckpointError as error:
+        paths, problems = snapshot.paths, [str(error)]
     use = ""
     if start is not None and source is not None:
         added: dict[str, object] = {} if newest is not None else {"verify": "header"}
@@ -233,13 +239,13 @@ def verify_run(
         if source.models("trainer") and len({name for _, one in verified if one for name in one.models("trainer")}) > 1:
             added["model_name"] = source.models("trainer")[0]
         root = snapshot.paths.checkpoint_path.parents[1 if paths.stage_name is None else 2]
-        if asked is not None and root != asked.resolve() and root.is_relative_to(asked.resolve()):
+        above = None if asked is None else resolved(asked)
+        if above is not None and root != above and root.is_relative_to(above):
             added["output_path"] = str(root)
         use = _config_line(paths.run_id, paths.stage_name, start, source, added)
     committed = snapshot.newest_folder
-    problems: tuple[str, ...] = ()
     if committed is not None and snapshot.later_flat:
-        problems = (str(worded(LaterFlatFiles(committed, tuple(snapshot.later_flat)), snapshot)),)
+        problems.append(str(worded(LaterFlatFiles(committed, tuple(snapshot.later_flat)), snapshot)))
     return RunHealth(
         snapshot.folder,
         paths.run_id,
@@ -247,7 +253,7 @@ def verify_run(
         tuple(one for one, _ in verified),
         newest,
         use,
-        problems,
+        tuple(dict.fromkeys(problems)),
         FlatHealth() if committed is None else _verify_flat(snapshot, report, compare=flat),
     )
 
@@ -315,7 +321,11 @@ def _verify_set(snapshot: Snapshot, found: CheckpointSet, progress: Progress, no
     recorded: dict[str, tuple[TrainingIteration | None, str | None]] = {}
     total = 0
     for file in found.files:
-        size = snapshot.storage.size_of(file.path)
+        try:
+            size = snapshot.storage.size_of(file.path)
+        except OSError as error:
+            problems.append(str(unreachable(error, file.path)))
+            continue
         head = found.head_of(file)
         total += size or 0
         progress(size or 0)
@@ -418,15 +428,18 @@ def _verify_flat(snapshot: Snapshot, progress: Progress, *, compare: bool) -> Fl
     compared, problems = 0, []
     for path, found, file in _copies(snapshot):
         compared += 1
-        if storage.is_same_file(path, file.path):
-            continue
         try:
+            if storage.is_same_file(path, file.path):
+                continue
+            progress(storage.size_of(path) or 0)
             with contextlib.closing(open_file(path)) as handle:
                 handle.check_digest(str(found.file_digest(file)))
-        except (CheckpointError, OSError):
+        except (CheckpointError, OSError) as error:
+            if is_out_of_reach(error):
+                problems.append(str(error) if isinstance(error, CheckpointError) else str(unreachable(error, path)))
+                continue
             problems.append(
                 f"{path} is damaged: it is a copy of {file.name} of {found.folder.name} for Noether and has "
                 "other bytes. noether-init-core does not read it. Next: remove it, or copy the file of the set there"
             )
-        progress(storage.size_of(path) or 0)
     return FlatHealth(count, compared, tuple(problems), changed_names(snapshot.folder, storage))

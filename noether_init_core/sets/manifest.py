@@ -12,7 +12,7 @@ import msgspec
 import xxhash
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError, ConfigError
-from noether_init_core.files.storage.disk import LOCAL, FileSystem
+from noether_init_core.files.storage.disk import LOCAL, FileSystem, is_out_of_reach, unreachable
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.memory import Finding
 from noether_init_core.sets.file_names import Part, check_tag, parse, stem_of
@@ -190,6 +190,8 @@ def read_manifest(path: Path, storage: FileSystem = LOCAL) -> Manifest:
     try:
         text = storage.read_bytes(path, MAX_MANIFEST_BYTES)
     except OSError as error:
+        if is_out_of_reach(error):
+            raise unreachable(error, path) from error
         raise CheckpointCorruptError(f"{path} cannot be read as a manifest: {error.strerror}", path=path) from error
     seal = _SEAL.fullmatch(text[-_SEAL_BYTES:])
     is_sealed = seal is not None and seal[1].decode() == digest_of(text[:-_SEAL_BYTES])
@@ -246,6 +248,8 @@ def read_digests(folder: Path, manifest: Manifest, storage: FileSystem = LOCAL) 
     try:
         text = storage.read_bytes(path, MAX_DIGESTS_BYTES)
     except OSError as error:
+        if is_out_of_reach(error):
+            raise unreachable(error, path) from error
         raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}", path=path) from error
     if digest_of(text) != manifest.digests:
         raise CheckpointCorruptError(

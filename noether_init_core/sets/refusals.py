@@ -15,6 +15,7 @@ from noether_init_core.errors import (
     CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
+    CheckpointUnreachableError,
     IncompleteSetError,
     NoGoodSetError,
 )
@@ -109,7 +110,8 @@ def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> C
         case Missing():
             return _Lack(snapshot, asked_by, refusal.found, refusal.needs, refusal.tag).error()
         case Broken(error, good, may_walk_back, saved_as):
-            kind = CheckpointFormatError if isinstance(error, CheckpointFormatError) else CheckpointCorruptError
+            known = (CheckpointFormatError, CheckpointUnreachableError)
+            kind = next((one for one in known if isinstance(error, one)), CheckpointCorruptError)
             ways = ways_on(snapshot, good, asked_by, may_walk_back=may_walk_back, saved_as=saved_as)
             return kind(f"{error}. {ways}", path=error.path)
         case LaterFlatFiles():

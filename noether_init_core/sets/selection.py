@@ -417,8 +417,8 @@ def walk_back(
         try:
             return selected, prove(selected.found)
         except (CheckpointError, OSError) as error:
-            # A failing disk proves nothing about the set. Only unreadable bytes of an open file count as damage.
-            if is_out_of_reach(error, unless_read=True):
+            # A failing disk proves nothing about the set.
+            if is_out_of_reach(error):
                 raise
             snapshot = selected.snapshot
             broken[selected.found.place] = str(error)

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
-from noether_init_core.files.storage.disk import LOCAL, FileSystem
+from noether_init_core.files.storage.disk import LOCAL, FileSystem, reaching
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import (
@@ -23,7 +23,6 @@ from noether_init_core.sets.checkpoint_set import (
     check_files,
     check_reachable,
     load_set,
-    reaching,
     set_folders,
 )
 from noether_init_core.sets.file_names import FOLLOWING, Part
@@ -113,7 +112,8 @@ class Snapshot:
         storage: The file operations.
         memory: A cache that is shared with earlier snapshots of the folder.
 
-    Raises ``CheckpointNotFoundError`` if the folder cannot be read, such as a dangling link; a missing folder is empty.
+    Raises ``CheckpointUnreachableError`` if the folder cannot be read, such as a dangling link; a missing folder is
+    empty.
     """
 
     def __init__(self, paths: Any, *, storage: FileSystem = LOCAL, memory: Memory | None = None) -> None:
@@ -121,7 +121,8 @@ class Snapshot:
         self.storage = storage
         check_reachable(self.paths.checkpoint_path, storage)
         #: The folder of checkpoints, symbolic links resolved; it may not exist.
-        self.folder: Path = storage.resolve(self.paths.checkpoint_path)
+        with reaching(self.paths.checkpoint_path):
+            self.folder: Path = storage.resolve(self.paths.checkpoint_path)
         known = {} if memory is None else {name: one.folder for name, one in memory.of(self.folder).items()}
         #: All folders with the name of a set, oldest first, including those without a manifest.
         self.folders = tuple(set_folders(self.folder, storage, known))
@@ -153,7 +154,7 @@ class Snapshot:
         return self._heads[folder.name]
 
     def is_committed(self, folder: SetFolder) -> bool:
-        """Whether a manifest exists, even a damaged one. Raises ``CheckpointNotFoundError`` if the disk fails."""
+        """Whether a manifest exists, even a damaged one. Raises ``CheckpointUnreachableError`` if the disk fails."""
         if folder.name in self._heads:
             return self._heads[folder.name] is not None
         if self._memory is not None and folder.name in self._memory:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from support.counting import LineCounter
 
-from noether_init_core.diff.compare import CheckpointDiff, DiffRow, DiffSide, State
+from noether_init_core.diff.compare import CheckpointDiff, DiffRow, State
+from noether_init_core.diff.sides import DiffSide
 from noether_init_core.render.relations import DiffView
 
 PROGRAM = Path(sys.executable).with_name("ninit")

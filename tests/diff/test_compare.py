@@ -29,7 +29,8 @@ from noether_init_core import (
     compare_checkpoints,
     compose,
 )
-from noether_init_core.diff.compare import DiffRow, compare_sides, prefix_note, side_at
+from noether_init_core.diff.compare import DiffRow, compare_sides, prefix_note
+from noether_init_core.diff.sides import side_at
 
 State = dict[str, Any]
 

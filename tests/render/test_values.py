@@ -25,7 +25,8 @@ from noether_init_core import (
     compare_checkpoints,
     lineage_of,
 )
-from noether_init_core.diff.compare import CheckpointDiff, DiffRow, DiffSide
+from noether_init_core.diff.compare import CheckpointDiff, DiffRow
+from noether_init_core.diff.sides import DiffSide
 from noether_init_core.lineage import Lineage, LineageEdge, LineageNode
 from noether_init_core.sets.provenance import InitializerReport
 from noether_init_core.shown import Shown

@@ -329,7 +329,7 @@ class ArtifactCache:
                 if not (name.startswith(start) and ".partial" in name):
                     continue
                 path = self.folder / name
-                if path.is_dir() and not path.is_symlink():
+                if LOCAL.is_folder(path) and not LOCAL.is_link(path):
                     shutil.rmtree(path)
                 else:
                     LOCAL.unlink(path)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from noether_init_core.errors import CheckpointUnreachableError, InitError
+
 # Process, thread and path of every lock that is held or waited for. The process id is part of it, because a forked
 # process inherits this set but does not hold the locks.
 _HOLDERS: set[tuple[int, int, str]] = set()
@@ -25,38 +27,52 @@ _FICLONE = 0x40049409  # of linux/fs.h
 _NO_HARDLINK = frozenset({errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS})
 
 
-#: Errors of ``read_bytes`` for something that exists and is not a file that this package wrote.
-_UNFIT = frozenset({errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG})
+class UnfitFileError(OSError):
+    """A file of this name exists, but this package did not write it: not a regular file, or too large."""
 
 
-def is_out_of_reach(error: BaseException | None, *, unless_read: bool = False) -> bool:
-    """Whether ``error`` was caused by an ``OSError`` that leaves unknown what exists on disk.
+def is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether ``error`` or one of its causes is an ``OSError`` that leaves unknown what exists on disk.
 
     Only ENOENT and ENOTDIR prove that nothing exists. After a failing disk (EIO), a lost server (ESTALE) or a missing
     permission (EACCES), nothing may be removed and no other set may be selected.
-
-    Args:
-        error: The error and its causes.
-        unless_read: Whether an EIO while reading an opened file counts as damage of that file.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            if unless_read and isinstance(error, UnreadableBytesError) and error.errno == errno.EIO:
-                return False
-            return error.errno not in _UNFIT and not isinstance(error, FileNotFoundError | NotADirectoryError)
+            return not isinstance(error, FileNotFoundError | NotADirectoryError | UnfitFileError)
         error = error.__cause__
     return False
 
 
-class UnreadableBytesError(OSError):
-    """The file was opened, and the disk failed to read its bytes."""
+@contextlib.contextmanager
+def reaching(path: Path) -> Iterator[None]:
+    """Turn each ``OSError`` of the block into ``CheckpointUnreachableError`` with the path that could not be read.
+
+    After such an error it is unknown what exists, so no set may be selected and nothing may be removed.
+    """
+    try:
+        yield
+    except InitError:
+        raise
+    except OSError as error:
+        raise unreachable(error, path) from error
+
+
+def unreachable(error: OSError, path: Path) -> CheckpointUnreachableError:
+    """Return the error for a look that failed at the path of ``error``; without one, at ``path``."""
+    place = Path(error.filename) if isinstance(error.filename, str | os.PathLike) else path
+    return CheckpointUnreachableError(
+        f"{place} cannot be read: {error.strerror or error}. It is unknown what exists there, so nothing was "
+        "selected or changed. Next: mount its disk, or change its permissions",
+        path=place,
+    )
 
 
 class FileSystem:
     """Files on a local or mounted file system."""
 
     # Reading: these methods change nothing and do not block on a FIFO. ENOENT and ENOTDIR mean that nothing exists;
-    # every other error is raised.
+    # every other error is raised, with the path in ``filename``.
 
     def list_folder(self, folder: Path) -> list[str]:
         """Return the names in the folder, in any order."""
@@ -66,6 +82,10 @@ class FileSystem:
         """Whether the path leads to a folder, symbolic links followed."""
         return _stat(path, stat.S_ISDIR) is not None
 
+    def is_file(self, path: Path) -> bool:
+        """Whether the path leads to a regular file, symbolic links followed."""
+        return _stat(path, stat.S_ISREG) is not None
+
     def size_of(self, path: Path) -> int | None:
         """Return the bytes of a regular file, symbolic links followed; None if there is no regular file."""
         found = _stat(path, stat.S_ISREG)
@@ -74,6 +94,10 @@ class FileSystem:
     def exists(self, path: Path) -> bool:
         """Whether the name exists, a dangling link included."""
         return _stat(path, follow=False) is not None
+
+    def leads_somewhere(self, path: Path) -> bool:
+        """Whether the path leads to anything, symbolic links followed; false for a dangling link."""
+        return _stat(path) is not None
 
     def is_link(self, path: Path) -> bool:
         """Whether the name is a symbolic link, wherever it leads."""
@@ -93,14 +117,23 @@ class FileSystem:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                return [_changed_at(name, descriptor) for name in names]
+                return [_changed_at(parent / name, descriptor) for name in names]
             finally:
                 os.close(descriptor)
         return [None] * len(names)
 
     def resolve(self, path: Path) -> Path:
-        """Return the path without symbolic links; it need not exist."""
-        return Path(os.path.realpath(path))
+        """Return the absolute path without symbolic links; its last parts need not exist."""
+        try:
+            return Path(os.path.realpath(path, strict=True))
+        except (FileNotFoundError, NotADirectoryError):
+            # Without strict, a link that cannot be read would be taken for a name that is no link.
+            if path.parent == path:  # the working directory was removed
+                raise
+            parent = self.resolve(path.parent)
+            if self.is_link(path):
+                return self.resolve(parent / os.readlink(path))
+            return Path(os.path.normpath(parent / path.name))
 
     def is_same_file(self, first: Path, second: Path) -> bool:
         """Whether both names lead to one file on disk."""
@@ -108,18 +141,19 @@ class FileSystem:
         return one is not None and other is not None and os.path.samestat(one, other)
 
     def read_bytes(self, path: Path, limit: int) -> bytes:
-        """Return the content of a regular file. Raises ``OSError``: EFBIG if it has more than ``limit`` bytes."""
+        """Return the content of a regular file.
+
+        Raises ``UnfitFileError`` if it is not a regular file or has more than ``limit`` bytes, else ``OSError``.
+        """
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", str(path))
-            if found.st_size > limit:
-                raise OSError(errno.EFBIG, f"{found.st_size} bytes, more than {limit}", str(path))
-            try:
+            with naming(path):
+                found = os.fstat(descriptor)
+                if not stat.S_ISREG(found.st_mode):
+                    raise UnfitFileError(errno.EINVAL, "not a regular file")
+                if found.st_size > limit:
+                    raise UnfitFileError(errno.EFBIG, f"{found.st_size} bytes, more than {limit}")
                 return _read_all(descriptor, found.st_size)
-            except OSError as error:
-                raise UnreadableBytesError(error.errno, error.strerror, str(path)) from error
         finally:
             os.close(descriptor)
 
@@ -230,7 +264,8 @@ class FileSystem:
         try:
             guard = filelock.FileLock(path, timeout=timeout)
             try:
-                guard.acquire()
+                with naming(path):
+                    guard.acquire()
             except filelock.Timeout as error:
                 held = f"another process or thread has held the lock for {timeout:g} s"
                 raise TimeoutError(errno.ETIMEDOUT, held, str(path)) from error
@@ -240,6 +275,17 @@ class FileSystem:
                 guard.release()
         finally:
             _HOLDERS.discard(holder)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Set the path of an ``OSError`` that has none, as those of calls on a file descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _read_all(descriptor: int, size: int) -> bytes:
@@ -255,26 +301,30 @@ def _read_all(descriptor: int, size: int) -> bytes:
 
 
 def _stat(path: Path, kind: Callable[[int], bool] | None = None, *, follow: bool = True) -> os.stat_result | None:
-    """Return the status of a name if it is of this ``kind``; else None, also for a loop of links.
-
-    Raises ``OSError`` if it cannot be determined.
-    """
+    """Return the status of a name if it is of this ``kind``; else None. Raises ``OSError`` if it is unknown."""
     try:
         found = os.stat(path, follow_symlinks=follow)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return None
-        raise
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     return found if kind is None or kind(found.st_mode) else None
 
 
-def _changed_at(name: str, parent: int) -> int | None:
+def _changed_at(path: Path, parent: int) -> int | None:
     try:
-        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        found = os.stat(path.name, dir_fd=parent, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        error.filename = str(path)
+        raise
     return found.st_mtime_ns if stat.S_ISDIR(found.st_mode) else None
 
 
 #: The local disk.
 LOCAL = FileSystem()
+
+
+def resolved(path: Path) -> Path:
+    """Return ``LOCAL.resolve(path)``. Raises ``CheckpointUnreachableError`` if a part of it cannot be read."""
+    with reaching(path):
+        return LOCAL.resolve(path)

@@ -19,9 +19,10 @@ from noether_init_core.errors import (
     CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
+    CheckpointUnreachableError,
 )
 from noether_init_core.files.content import Record
-from noether_init_core.files.storage.disk import UnreadableBytesError
+from noether_init_core.files.storage.disk import LOCAL, unreachable
 from noether_init_core.messages import listed
 
 Item = TypeVar("Item")
@@ -96,7 +97,7 @@ class Handle:
         try:
             is_same = self._storage is None or (self._storage.size, self._storage.version) == (self.size, self._version)
         except OSError as error:
-            raise CheckpointError(f"{self.path} is no longer accessible: {error}", path=self.path) from error
+            raise CheckpointUnreachableError(f"{self.path} is no longer accessible: {error}", path=self.path) from error
         if not is_same:
             raise CheckpointCorruptError(
                 f"{self.path} was modified while it was in use. Next: start again after the run that writes it has "
@@ -158,7 +159,8 @@ class Handle:
             ) from error
         except OSError as error:
             begin = ranges[0][0]
-            raise CheckpointError(f"{self.path} cannot be read at byte {begin}: {error}", path=self.path) from error
+            message = f"{self.path} cannot be read at byte {begin}: {error}"
+            raise CheckpointUnreachableError(message, path=self.path) from error
         if self.advance is not None:
             self.advance(sum(target.nbytes for _offset, target in ranges))
 
@@ -269,10 +271,7 @@ class LocalFile:
         for offset, target in ranges:
             done, length = 0, len(target)
             while done < length:
-                try:
-                    count = os.preadv(self.descriptor, [target[done : done + CHUNK]], offset + done)
-                except OSError as error:
-                    raise UnreadableBytesError(error.errno, error.strerror) from error
+                count = os.preadv(self.descriptor, [target[done : done + CHUNK]], offset + done)
                 if count == 0:
                     raise EOFError(f"ends at byte {offset + done}")
                 done += count
@@ -296,6 +295,8 @@ def open_file(path: Path) -> Handle:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in {errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP}:
             raise _not_regular(path, "device or socket") from error
+        if isinstance(error, OSError):
+            raise unreachable(error, path) from error
         raise CheckpointError(f"{path} cannot be opened: {error}", path=path) from error
     try:
         mode = os.fstat(descriptor).st_mode
@@ -306,7 +307,7 @@ def open_file(path: Path) -> Handle:
     except BaseException as error:
         os.close(descriptor)
         if isinstance(error, OSError):
-            raise CheckpointError(f"{path} cannot be read: {error}", path=path) from error
+            raise unreachable(error, path) from error
         raise
 
 
@@ -316,7 +317,7 @@ def _not_regular(path: Path, what: str) -> CheckpointFormatError:
 
 def _neighbours(path: Path) -> str:
     try:
-        names = sorted(entry.name for entry in os.scandir(path.parent) if entry.name.endswith(path.suffix or ".th"))
+        names = sorted(name for name in LOCAL.list_folder(path.parent) if name.endswith(path.suffix or ".th"))
     except OSError:
         return f", and its folder {path.parent} cannot be listed"
     if not names:

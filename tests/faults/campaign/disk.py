@@ -31,8 +31,8 @@ _DATA: tuple[Data, ...] = ("all", "fsynced", "half", "zeros")
 #: Methods of ``FileSystem`` that change nothing, and those that do. A new method has to be put into one of them.
 LOOKING = frozenset(
     {
-        "list_folder", "is_folder", "size_of", "exists", "is_link", "identity_of", "changed_in", "resolve",
-        "is_same_file", "read_bytes",
+        "list_folder", "is_folder", "is_file", "leads_somewhere", "size_of", "exists", "is_link", "identity_of",
+        "changed_in", "resolve", "is_same_file", "read_bytes",
     }
 )  # fmt: skip
 CHANGING = frozenset(
