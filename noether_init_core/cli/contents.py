@@ -54,6 +54,7 @@ _PARTS = {"model": "weights", "optim": "optimizer", "trainer": "trainer"}
 _MOST_TIED = 5
 _MOST_TEXTS = 4
 _LONGEST_FACT = 200
+_MOST_UNREAD = 8
 
 
 def inspect(
@@ -115,6 +116,9 @@ def _show_file(found: FoundFile, *, unfolded: bool) -> None:
     for what, value in _facts(found):
         if value not in (None, ""):
             show(f"{what}: {one_line(str(value), _LONGEST_FACT)}")
+    if found.unread:
+        parts = listed([f"{place} ({part})" for place, part in found.unread.items()], _MOST_UNREAD)
+        show_text(one_line(f"unread: {parts}"))
     if found.file_format == "torch" and not found.has_checksums and found.content.bytes:
         show("no checksums in the file: only a digest can verify its bytes")
     _show_problems(found.problems)

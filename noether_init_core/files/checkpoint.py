@@ -16,6 +16,7 @@ import attrs
 
 from noether_init_core.errors import CheckpointNotFoundError
 from noether_init_core.files.content import Box, TensorInfo, Versions
+from noether_init_core.files.graph import Unread
 from noether_init_core.files.reading import Materializer, check_targets, nonfinite_in
 from noether_init_core.memory import Finding
 from noether_init_core.messages import listed, near
@@ -100,6 +101,8 @@ class Checkpoint(Protocol):
     def versions(self) -> Versions: ...
     @property
     def is_verifiable(self) -> bool: ...
+    @property
+    def unread(self) -> Mapping[str, Unread]: ...
     def tensors(self, entry: str | None = None) -> Mapping[str, TensorInfo]: ...
     def values(self, entry: str | None = None) -> Any: ...
     def read(self, key: Key, box: Box | None = None) -> torch.Tensor: ...
@@ -171,6 +174,11 @@ class BaseCheckpoint(abc.ABC):
     def format(self) -> str:
         """The name of the class."""
         return type(self).__name__
+
+    @property
+    def unread(self) -> Mapping[str, Unread]:
+        """Place -> a part of the checkpoint that was skipped, such as an object of a foreign class."""
+        return {}
 
     def __enter__(self) -> Self:
         return self

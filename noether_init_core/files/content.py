@@ -232,18 +232,30 @@ class GlobalName:
     name: str
 
 
+@attrs.frozen
+class ForeignName(GlobalName):
+    """A name that neither tensors nor plain values need, and that the caller did not allow."""
+
+
 @attrs.define(eq=False)
 class ForeignObject:
     """An inert record of an object whose class is neither imported nor called.
 
     ``args`` are the arguments of its constructor, ``state`` the argument of ``__setstate__``, ``items`` the content of
-    a subclass of list or dict. ``torch.device`` is read as such a record, too.
+    a subclass of list, set or dict. ``torch.device`` is read as such a record, too.
     """
 
     name: str
     args: tuple[Any, ...] = ()
     state: Any = None
     items: list[Any] | dict[Any, Any] | None = None
+
+
+@attrs.frozen(eq=False)
+class TensorKey:
+    """A key of a dict, or a member of a set, that is or contains a tensor; it is never hashed by the tensor."""
+
+    key: Any
 
 
 @attrs.frozen
@@ -258,9 +270,13 @@ class StorageRef:
 
 @attrs.frozen
 class RefusedTensor:
-    """A tensor that cannot be read. It takes the tensor's place in the object, so that the error can name its key."""
+    """A tensor that cannot be read. It takes the tensor's place in the object, so that the error can name its key.
+
+    ``is_damaged``: the file contradicts itself, so it is refused even if the tensor is not asked for.
+    """
 
     reason: str
+    is_damaged: bool = False
 
 
 T = TypeVar("T")
@@ -339,70 +355,6 @@ def is_state_dict(value: Any, kind: type[Any]) -> bool:
     )
 
 
-MAX_DEPTH = 128
-_CONTAINERS = frozenset({dict, list, tuple, ForeignObject})
-_UNREADABLE = frozenset({RefusedTensor, StorageRef})
-
-
-class ObjectGraph:
-    """The tensors and foreign objects in an object; ``size`` is the number of bytes of the header that describes it.
-
-    ``problems``: path of a tensor that cannot be read -> reason. ``foreign``: name of a class -> path of its first
-    object.
-
-    Raises ``OpcodeError`` for an object that contains itself, or is too deep or too large as a tree.
-    """
-
-    def __init__(self, root: Any, size: int) -> None:
-        self.problems: dict[str, str] = {}
-        self.foreign: dict[str, str] = {}
-        self._largest = 1_000_000 + 20 * size
-        self._most_tensors = 10_000 + size
-        # Id -> (values in the tree below, tensors in it); None while it is being visited, which detects cycles.
-        self._seen: dict[int, tuple[int, int] | None] = {}
-        self._visit(root, (), 0)
-
-    def tensors(self, parts: Mapping[Any, Any]) -> dict[str, TensorInfo]:
-        """Return dotted path -> tensor in parts of the object; the second of two equal paths gets ``#2``."""
-        return named(parts, TensorInfo, self.count)
-
-    def count(self, value: Any) -> int:
-        """Return the number of tensors below a part of the object; 0 for a part that is itself a tensor."""
-        return (self._seen.get(id(value)) or (0, 0))[1] if type(value) in _CONTAINERS else 0
-
-    def _visit(self, value: Any, path: tuple[Any, ...], depth: int) -> tuple[int, int]:
-        kind = type(value)
-        if kind in _UNREADABLE:
-            reason = value.reason if kind is RefusedTensor else "it is a bare storage; store a tensor instead"
-            self.problems.setdefault(dotted(path), reason)
-        if kind not in _CONTAINERS:
-            return 1, int(kind is TensorInfo)
-        known = self._seen.get(id(value), (0, 0))
-        if known is None:
-            raise OpcodeError(f"its object contains itself at {dotted(path)[:200]!r}")
-        if known[0]:
-            return known
-        if depth == MAX_DEPTH:
-            raise OpcodeError(f"its object is nested deeper than {MAX_DEPTH}")
-        if kind is ForeignObject:
-            self.foreign.setdefault(value.name, dotted(path))
-        self._seen[id(value)] = None
-        values, tensors = 1, 0
-        for key, child in children(value):
-            child_kind = type(child)
-            if child_kind in _CONTAINERS or child_kind in _UNREADABLE:
-                more_values, more_tensors = self._visit(child, (*path, key), depth + 1)
-                values += more_values
-                tensors += more_tensors
-            else:  # a fast path: most children are tensors and plain values, and a call costs more than this
-                values += 1
-                tensors += child_kind is TensorInfo
-        if values > self._largest or tensors > self._most_tensors:
-            raise OpcodeError("its object repeats shared parts so often that its tree is far larger than the file")
-        self._seen[id(value)] = values, tensors
-        return values, tensors
-
-
 def dotted(path: Iterable[Any]) -> str:
     """Join keys to a dotted path, such as ``state.0.exp_avg``."""
     return functools.reduce(join, path, "")
@@ -413,25 +365,3 @@ METADATA = "_metadata"
 
 #: Path of a module, without a dot at its end -> for example ``{"version": 2}``.
 Versions = Mapping[str, Mapping[str, Any]]
-
-
-@attrs.frozen(eq=False)
-class Content:
-    """A screened file, before bytes of its tensors are read.
-
-    Attributes:
-        format: Name of the format.
-        value: The object as plain Python, with ``TensorInfo`` in place of tensors.
-        graph: Index of the tensors in ``value``.
-        records: All ranges of bytes that hold values, in the order of the file. Either all have a checksum, or no
-            record has one.
-        versions: Id of a dict in ``value`` -> the versions of modules that are attached to it.
-        metadata: The texts beside ``value``; None for a format without them.
-    """
-
-    format: Literal["torch", "safetensors"]
-    value: Any
-    graph: ObjectGraph
-    records: Mapping[str, Record]
-    versions: Mapping[int, Versions] = attrs.Factory(dict)
-    metadata: Mapping[str, str] | None = None

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+import attrs
+
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError
 from noether_init_core.files import reading
 from noether_init_core.files.checkpoint import AnyKey, BaseCheckpoint, Copy, Digests, Key, Verified
 from noether_init_core.files.content import (
+    METADATA,
     Box,
-    Content,
     TensorInfo,
     UnreadableError,
     children,
+    dotted,
     is_state_dict,
     state_dict_of,
 )
 from noether_init_core.files.formats.safetensors import read_safetensors
 from noether_init_core.files.formats.torch_zip import read_torch_zip
+from noether_init_core.files.graph import Content, Unread
+from noether_init_core.files.refusals import Guarded, refusal, unsafe
 from noether_init_core.files.storage.handle import Handle, Storage, open_file
 from noether_init_core.files.verification import Verification, digest_of_records
 from noether_init_core.memory import Finding, no_garbage_collection
@@ -52,14 +58,14 @@ def open_checkpoint(
         entry: The tree that methods use by default, see ``entries``. None: ``state_dict``, or the complete object if it
             is a state dict; else all tensors by their dotted paths (``state.0.exp_avg``).
         digests: Digests for ``verify``, besides checksums in the file; a string is the digest of the complete file.
-        allow_globals: Names such as ``module.Class`` that the file may contain, besides the names that torch.save
-            needs. Objects of these classes are read as inert ``ForeignObject`` records. The environment variable
-            ``NOETHER_INIT_ALLOW_GLOBALS`` adds names, separated by commas; a config cannot.
+        allow_globals: Names such as ``module.Class`` whose objects may be read, as inert ``ForeignObject`` records. The
+            environment variable ``NOETHER_INIT_ALLOW_GLOBALS`` adds names, separated by commas; a config cannot. For
+            weights nothing has to be allowed: other objects of foreign classes beside them are skipped, see ``unread``.
         stopwatch: Measures this call and all later operations on the checkpoint.
 
     Raises ``ConfigError`` for a URI; ``CheckpointNotFoundError``; ``CheckpointFormatError`` for an unknown format;
-    ``UnsafeGlobalError``, a subclass, for names that are not allowed; ``CheckpointCorruptError`` if the header does not
-    match its checksum.
+    ``CheckpointCorruptError`` if the header does not match its checksum. Raises ``UnsafeGlobalError``, which is a
+    ``CheckpointFormatError``, for weights in objects of classes that are not allowed.
     """
     stopwatch = Stopwatch() if stopwatch is None else stopwatch
     with stopwatch.phase("screen"):
@@ -107,21 +113,26 @@ class FileCheckpoint(BaseCheckpoint):
         root = content.value
         self._parts: Mapping[Any, Any] = root if type(root) is dict else {"object": root}
         self._own = state_dict_of(root, TensorInfo)
-        is_below = self._own is not None and self._own is not root
+        # A file whose state dict is unread has no other tree that could be meant.
+        is_below = type(root) is dict and (
+            (self._own is not None and self._own is not root) or content.graph.is_unread(root.get("state_dict"))
+        )
         # The empty name is the complete object.
         self._trees = {"": root}
         for key, child in self._parts.items() if type(root) is dict else ():
-            if type(key) is str and key and (content.graph.count(child) or (is_below and child is self._own)):
+            is_own = is_below and key == "state_dict"
+            if type(key) is str and key and (content.graph.count(child) or is_own or key == entry):
                 self._trees[key] = child
         usual = "state_dict" if is_below else ""
         self._entry = usual if entry is None else entry
+        self._check_tree(self._entry)
         self._tensors, self.extra_state = self._select(self._entry)
         beside: Mapping[Any, Any] = {} if self._is_state_dict("") else self._parts
         if self._entry:
             beside = {key: child for key, child in self._parts.items() if key != self._entry}
         if self._is_state_dict(self._entry):
             self.versions = content.versions.get(id(self._trees[self._entry]), {})
-        self.metadata = beside if content.metadata is None else content.metadata
+        self.metadata = self._guarded(beside) if content.metadata is None else content.metadata
         # A manifest lists the keys of the default tree, whichever tree this call selected.
         written = self._tensors if entry is None else self._select(usual)[0]
         others, own = {**beside, **self.extra_state}, self._tensors
@@ -156,15 +167,33 @@ class FileCheckpoint(BaseCheckpoint):
         """Return key -> tensor. Keys of a state dict are its own; in another tree they are dotted paths."""
         if entry is None or entry == self._entry:
             return self._tensors
-        tree = self.values(entry)
+        self._check_tree(entry)
+        tree = self._tree(entry)
         return _tensors_in(tree) if is_state_dict(tree, TensorInfo) else self._by_paths(entry)
 
     def values(self, entry: str | None = None) -> Any:
-        """Return a tree of the file as plain Python with ``TensorInfo`` as leaves; ``load`` uses the same values."""
+        """Return a tree of the file as plain Python with ``TensorInfo`` as leaves; ``load`` uses the same values.
+
+        Raises ``UnsafeGlobalError`` for a tree with an object of a foreign class that was not allowed,
+        ``CheckpointFormatError`` for one with another part that was not read.
+        """
         name = self._entry if entry is None else entry
-        if name not in self._trees:
-            raise self._not_found("tree", name, self.entries)
-        return self._trees[name]
+        tree = self._tree(name)
+        error = refusal(self.path, self._content.graph, tree, (name,) if name else ())
+        if error is not None:
+            raise error
+        return tree
+
+    @functools.cached_property
+    def unread(self) -> Mapping[str, Unread]:
+        """Place -> the part of the file that was skipped there; nothing of it was imported, called or converted."""
+        graph = self._content.graph
+        met: set[int] = set()
+        found: dict[str, Unread] = {}
+        for at, part, unread in graph.unread(self._content.value):
+            inside = sum(type(one) is TensorInfo for one in graph.walk(part, met))
+            found.setdefault(dotted(at), attrs.evolve(unread, tensors=inside))
+        return MappingProxyType(found)
 
     def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
         """Read a tensor, or a box of it, into new CPU memory, without gradient."""
@@ -260,15 +289,45 @@ class FileCheckpoint(BaseCheckpoint):
         """
         return self._verification.checksums(self._content.graph.tensors({"": self._content.value}))
 
+    def _tree(self, name: str) -> Any:
+        if name not in self._trees:
+            raise self._not_found("tree", name, self.entries)
+        return self._trees[name]
+
+    def _check_tree(self, name: str) -> None:
+        """Refuse a tree whose tensors are asked for and could be others than those that are listed.
+
+        A state dict is asked for as a whole, apart from a ``_metadata`` in it, which modules do not load. Of any other
+        tree only the tensors are asked for; without tensors in it, the weights may be in an unread part.
+        """
+        tree, graph = self._tree(name), self._content.graph
+        place = (name,) if name else ()
+        error = None
+        if not graph.count(tree):
+            error = refusal(self.path, graph, tree, place) or refusal(self.path, graph, self._content.value)
+        elif self._is_state_dict(name):
+            error = refusal(self.path, graph, tree, place, without=METADATA)
+        names = graph.calls_on(tree)
+        if error is None and names:
+            error = unsafe(self.path, names, dict.fromkeys(names, "a call that takes the weights"))
+        if error is not None:
+            raise error
+
+    def _guarded(self, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        path, graph = self.path, self._content.graph
+        if not any(map(graph.is_spoiled, values.values())):
+            return values
+        return Guarded(values, lambda value, key: refusal(path, graph, value, (key,)))
+
     def _is_state_dict(self, name: str) -> bool:
-        tree = self.values(name)
+        tree = self._tree(name)
         if self._own is not None and tree is self._own:
             return True
         return bool(name) and type(tree) is dict and any(type(child) is TensorInfo for child in tree.values())
 
     def _select(self, name: str) -> tuple[Mapping[str, TensorInfo], Mapping[str, Any]]:
         """Return the tensors of a tree, and the other entries if the tree is a state dict."""
-        tree = self.values(name)
+        tree = self._tree(name)
         if not self._is_state_dict(name):
             return MappingProxyType(self._by_paths(name)), {}
         wrong = next((key for key in tree if type(key) is not str), None)
@@ -278,9 +337,14 @@ class FileCheckpoint(BaseCheckpoint):
                 "string. Next: write it again with torch.save(state_dict, path)"
             )
         tensors = _tensors_in(tree)
-        return MappingProxyType(tensors), {key: child for key, child in tree.items() if key not in tensors}
+        left = {key: child for key, child in tree.items() if key not in tensors}
+        if METADATA in left and self._content.graph.is_spoiled(left[METADATA]):
+            del left[METADATA]
+        return MappingProxyType(tensors), left
 
     def _by_paths(self, name: str) -> dict[str, TensorInfo]:
+        if self._content.graph.is_unread(self._trees[name]):
+            return {}
         return self._content.graph.tensors(dict(children(self._trees[name])) if name else self._parts)
 
     def _info(self, key: Key) -> TensorInfo:

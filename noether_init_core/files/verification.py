@@ -20,7 +20,8 @@ from isal import isal_zlib
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointFormatError
 from noether_init_core.files.checkpoint import Digests, TensorDigest, Verified
-from noether_init_core.files.content import Content, Piece, Record, TensorInfo
+from noether_init_core.files.content import Piece, Record, TensorInfo
+from noether_init_core.files.graph import Content
 from noether_init_core.files.reading import nonfinite_in, read_tensor
 from noether_init_core.files.storage.handle import GROUP, Handle, by_threads
 from noether_init_core.memory import BUFFER, Finding, can_be_nonfinite, nonfinite

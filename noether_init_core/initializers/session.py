@@ -31,7 +31,7 @@ from noether_init_core.errors import CheckpointNotFoundError, PartlyInitializedE
 from noether_init_core.files.checkpoint import Checkpoint, Digests, Verified
 from noether_init_core.files.opening import FileCheckpoint
 from noether_init_core.initializers.base import LoadedFile, LocateQuery, Session, Source
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, one_line
 from noether_init_core.models import BoundModel, Leaf, modules_of
 from noether_init_core.sets.file_names import Part
 from noether_init_core.suggest.rules import Suggestion, transforms_of
@@ -204,6 +204,7 @@ class WeightsSession(Session):
         config, found = self.config, tuple(self.parts(opened))
         parts = [part for part, _targets in found]
         plan = plan_load(config.kind, parts, self.kind.rules, policies=config.policies, advice=self.advice)
+        _refuse_unread(plan, opened)
         return Planned(opened, plan, {part.model: own for part, own in found}, self._signature(opened.leaves))
 
     @property
@@ -326,6 +327,9 @@ class WeightsSession(Session):
                 self.kind.history_of(source),
                 self.verified.get(path, ""),
             )
+            if file.reader.unread:
+                parts = (f"{place} ({part})" for place, part in file.reader.unread.items())
+                self.not_restored.append(f"{source.location.name}: unread: {one_line(listed(parts, 5))}")
             file.reader.close()
         self.files = files
 
@@ -343,6 +347,18 @@ class WeightsSession(Session):
                 failed=paths[len(done)],
                 pending=paths[len(done) + 1 :],
             ) from error
+
+
+def _refuse_unread(plan: LoadPlan, opened: Opened) -> None:
+    """Raise the reader's error if weights are missing, and the file holds tensors in parts that were not read.
+
+    Such a part is a pickled module, or a state dict of a foreign class.
+    """
+    is_empty = any(problem.code == "nothing-loaded" for problem in plan.problems)
+    for path, file in opened.weights.items():
+        is_missing = is_empty or any(row.action == "missing" for row in plan.rows_of(path))
+        if plan.problems and is_missing and any(part.tensors for part in file.reader.unread.values()):
+            file.reader.values("")
 
 
 def _claimed(reader: Checkpoint, found: Verified) -> Verified:

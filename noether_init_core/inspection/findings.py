@@ -69,6 +69,7 @@ class FoundFile:
         tags: The tags of that set.
         metadata: Its other values; long ones are cut, and a tensor is represented by dtype and shape.
         problems: Problems such as an unreadable manifest.
+        unread: Place -> what was skipped there, such as an object of a foreign class.
     """
 
     type: str = attrs.field(default="file", init=False)
@@ -85,6 +86,7 @@ class FoundFile:
     tags: tuple[str, ...]
     metadata: Mapping[str, Any]
     problems: tuple[str, ...] = ()
+    unread: Mapping[str, str] = attrs.Factory(dict)
 
 
 @attrs.frozen

@@ -12,7 +12,12 @@ from typing import Any, TypeVar
 
 import attrs
 
-from noether_init_core.errors import CheckpointError, CheckpointNotFoundError, CheckpointUnreachableError
+from noether_init_core.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    CheckpointUnreachableError,
+)
 from noether_init_core.files.content import TensorInfo
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL, reaching, resolved
@@ -88,9 +93,17 @@ def look_at_file(path: Path) -> FoundFile:
             None if iteration is None else str(iteration),
             file is not None,
             () if around is None or file is None else around.tags,
-            {str(key): _plain(value) for key, value in metadata.items()},
+            {str(key): _shown(metadata, key) for key in metadata},
             tuple(problems),
+            {place: str(part) for place, part in islice(reader.unread.items(), _MOST_ITEMS)},
         )
+
+
+def _shown(metadata: Mapping[Any, Any], key: Any) -> Any:
+    try:
+        return _plain(metadata[key])
+    except CheckpointFormatError:  # a part of it was skipped, and is listed as unread
+        return "<unread>"
 
 
 def content_of(tensors: Mapping[str, TensorInfo], buffers: Collection[str] | None = None) -> Content:

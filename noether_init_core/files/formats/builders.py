@@ -13,6 +13,7 @@ from typing import Any
 
 from noether_init_core.files.content import (
     ITEMSIZES,
+    ForeignName,
     ForeignObject,
     GlobalName,
     OpcodeError,
@@ -21,6 +22,7 @@ from noether_init_core.files.content import (
     RefusedTensor,
     StorageRef,
     TensorInfo,
+    TensorKey,
 )
 
 #: Limit of a dimension, stride or offset of a tensor, so that products with an item size fit into 64 bits.
@@ -42,6 +44,8 @@ class Scope:
         self.key_elements = 1024 + 16 * size
         #: Comparisons that are still allowed for keys with predictable hashes.
         self.key_comparisons = (32 << 20) + 4 * size
+        #: Whether the key that was weighed last contains a tensor.
+        self.has_tensor = False
 
     def charge(self, amount: int) -> None:
         """Subtract a copy from the budget. Raises ``OpcodeError`` if the copies are far larger than the file."""
@@ -84,34 +88,39 @@ _SUB_BYTE_DTYPES = frozenset(f"torch.{sign}int{bits}" for sign in ("", "u") for 
 
 def set_items(scope: Scope, target: dict[Any, Any], items: Sequence[Any]) -> None:
     """Set items of ``target``; keys and values alternate. Keys are checked before they are hashed."""
-    keys = items[0::2]
-    _check_keys(scope, keys, len(target))
+    keys = _checked_keys(scope, items[0::2], len(target))
     target.update(zip(keys, items[1::2], strict=True))
 
 
 def add_members(scope: Scope, target: set[Any], members: Sequence[Any]) -> None:
     """Add to ``target``; members are checked before they are hashed."""
-    _check_keys(scope, members, len(target))
-    target.update(members)
+    target.update(_checked_keys(scope, members, len(target)))
 
 
-def _check_keys(scope: Scope, keys: Sequence[Any], present: int) -> None:
-    """Check keys before they are added to ``present`` others.
+def _checked_keys(scope: Scope, keys: Sequence[Any], present: int) -> Sequence[Any]:
+    """Check keys before they are added to ``present`` others; a key with a tensor in it is returned as ``TensorKey``.
 
     Hashes of numbers and tuples are predictable, so a file can choose keys that all collide. Each is then compared with
     all before it. Hashes of strings are randomized in each process, and integers below the modulus of Python's hashes
     do not collide. All other keys are counted as if they collided, with the cost of a comparison: 5,000 of them are
     accepted; 70,000 would take minutes.
     """
+    with_tensors: dict[int, TensorKey] = {}
     for place, key in enumerate(keys, present):
         kind = type(key)
         if kind is str or (kind is int and -sys.hash_info.modulus < key < sys.hash_info.modulus):
             continue
+        scope.has_tensor = False
         weight = _weight(scope, key, 0)
-        if kind not in _SECRET_HASHES:
+        if scope.has_tensor:
+            with_tensors[place - present] = TensorKey(key)
+        elif kind not in _SECRET_HASHES:
             scope.key_comparisons -= place * weight
             if scope.key_comparisons < 0:
                 raise OpcodeError("it has so many numbers or tuples as keys that they may collide with each other")
+    if not with_tensors:
+        return keys
+    return [with_tensors.get(number, key) for number, key in enumerate(keys)]
 
 
 def _weight(scope: Scope, key: Any, depth: int) -> int:
@@ -125,6 +134,9 @@ def _weight(scope: Scope, key: Any, depth: int) -> int:
         if depth == _KEY_DEPTH:
             raise OpcodeError(f"a key is a tuple nested deeper than {_KEY_DEPTH}")
         return sum(_weight(scope, part, depth + 1) for part in key) or 1
+    if kind in _TENSORS:
+        scope.has_tensor = True
+        return 1
     if kind not in _HASHABLE:
         raise OpcodeError(f"a key is a {kind.__name__}")
     nbytes = len(key) if kind is str or kind is bytes else key.bit_length() // 8 if kind is int else 0
@@ -132,7 +144,9 @@ def _weight(scope: Scope, key: Any, depth: int) -> int:
 
 
 # An inert object is hashed by its address.
-_SECRET_HASHES = frozenset({str, bytes, GlobalName, ForeignObject})
+_SECRET_HASHES = frozenset({str, bytes, GlobalName, ForeignName, ForeignObject, TensorKey})
+#: torch hashes tensors by their address, so that a dict or set may have them as keys.
+_TENSORS = frozenset({TensorInfo, RefusedTensor, StorageRef})
 _HASHABLE = _SECRET_HASHES | {int, float, bool, complex, type(None), range}
 
 
@@ -141,7 +155,7 @@ def storage_of(records: Mapping[str, Record], reference: object) -> StorageRef |
     if type(reference) is not tuple or len(reference) != 5:
         raise OpcodeError("a persistent id is not that of a storage")
     tag, kind, key, location, numel = reference
-    if not (type(tag) is str and tag == "storage" and type(kind) is GlobalName):
+    if not (type(tag) is str and tag == "storage" and isinstance(kind, GlobalName)):
         raise OpcodeError("a persistent id is not that of a storage")
     if not (type(key) is str and type(location) is str and type(numel) is int and 0 <= numel < _LARGEST):
         raise OpcodeError("the persistent id of a storage has arguments of a wrong type or size")
@@ -154,9 +168,10 @@ def storage_of(records: Mapping[str, Record], reference: object) -> StorageRef |
     nbytes = numel * (ITEMSIZES[dtype] if dtype else 1)
     record = records.get("data/" + key)
     if record is None:
-        return RefusedTensor(f"its record data/{key[:80]} is missing")
+        return RefusedTensor(f"its record data/{key[:80]} is missing", is_damaged=True)
     if record.size != nbytes:
-        return RefusedTensor(f"its storage needs {nbytes} bytes, but the record data/{key} has {record.size}")
+        reason = f"its storage needs {nbytes} bytes, but the record data/{key} has {record.size}"
+        return RefusedTensor(reason, is_damaged=True)
     return StorageRef(record.name, record.offset, nbytes, dtype)
 
 
@@ -170,24 +185,25 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
     if dtype is None or dtype not in ITEMSIZES:
         return RefusedTensor(f"its dtype {dtype} cannot be read")
     if len(shape) != len(stride) or len(shape) > _MOST_DIMENSIONS:
-        return RefusedTensor(f"it has {len(shape)} dimensions and {len(stride)} strides")
+        return RefusedTensor(f"it has {len(shape)} dimensions and {len(stride)} strides", is_damaged=True)
     if not (0 <= offset < _LARGEST):
-        return RefusedTensor("its offset is negative or too large")
+        return RefusedTensor("its offset is negative or too large", is_damaged=True)
     numel, product, last, is_row_major = 1, 1, 0, True
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
         if type(size) is not int or type(step) is not int or size < 0 or step < 0:
-            return RefusedTensor("its shape and stride are not all integers >= 0")
+            return RefusedTensor("its shape and stride are not all integers >= 0", is_damaged=True)
         is_row_major &= step == product
         numel *= size
         product *= size or 1
         last += (size - 1) * step
         if product >= _LARGEST or step >= _LARGEST:
-            return RefusedTensor("its shape or stride is too large")
+            return RefusedTensor("its shape or stride is too large", is_damaged=True)
     itemsize = ITEMSIZES[dtype]
     if numel and ((offset + last + 1) * itemsize > storage.nbytes or numel * itemsize > storage.nbytes):
         return RefusedTensor(
             f"{dtype} {list(shape)} at {offset} with stride {list(stride)} does not fit into its storage "
-            f"{storage.record} ({storage.nbytes} bytes)"
+            f"{storage.record} ({storage.nbytes} bytes)",
+            is_damaged=True,
         )
     is_conjugated = is_negated = False
     if extra:
@@ -230,7 +246,9 @@ def _parameter(scope: Scope, args: tuple[Any, ...]) -> Any:
 
 def _of_type(scope: Scope, args: tuple[Any, ...]) -> Any:
     """Build a tensor that was written with its class: a subclass, or a plain tensor with attributes."""
-    if len(args) != 4 or (type(args[0]), type(args[1]), type(args[2])) != (GlobalName, GlobalName, tuple):
+    if len(args) != 4 or not (isinstance(args[0], GlobalName) and isinstance(args[1], GlobalName)):
+        raise OpcodeError("a tensor of a class has arguments of a wrong type")
+    if type(args[2]) is not tuple:
         raise OpcodeError("a tensor of a class has arguments of a wrong type")
     function, kind = args[0].name, args[1].name
     if function not in _TENSOR_FUNCTIONS:

@@ -1,8 +1,10 @@
 """Interpret the pickle opcodes that torch.save writes; nothing that a file names is imported or called.
 
-Protocols 2 to 5 are read. Names are looked up in ``builders``. An unknown name becomes an inert record, so that all
-unknown names can be reported together. Depth, keys and copies are limited, and the number of objects is limited by the
-size of the file. Memory stays below 16 MiB plus 80 times the size of the header; a normal file needs about 10 times.
+Protocols 2 to 5 are read. Names are looked up in ``builders``. Everything that is built with an unknown name is an
+inert record, which is refused only if somebody asks for it; until then it counts as everything else does.
+
+Depth, keys and copies are limited, and the number of objects is limited by the size of the file. Memory stays below
+16 MiB plus 80 times the size of the header; a normal file needs about 10 times.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from noether_init_core.errors import type_of
-from noether_init_core.files.content import ForeignObject, GlobalName, OpcodeError, Record
+from noether_init_core.files.content import ForeignName, ForeignObject, GlobalName, OpcodeError, Record
 from noether_init_core.files.formats.builders import BUILDERS, KNOWN_NAMES, Scope, add_members, set_items, storage_of
 
 #: Limit of open marks; a nested container needs one or two.
@@ -40,13 +42,15 @@ class Interpreter:
     """One run over the content of ``data.pkl``.
 
     ``records`` are the records of the file. After the run, ``unknown`` holds the names that are neither known nor in
-    ``allowed``, in order of appearance. If it is not empty, the result must not be used.
+    ``allowed``, in order of appearance. Records of these names must not be given to a caller.
     """
 
     def __init__(self, data: bytes, records: Mapping[str, Record], allowed: Collection[str] = ()) -> None:
         self.unknown: dict[str, None] = {}
-        #: Id of a dict -> the dict, and the attributes that were set on it (``_metadata`` of state dicts).
-        self.attached: dict[int, tuple[dict[Any, Any], Any]] = {}
+        #: Dicts, each with the attributes that were set on it (``_metadata`` of state dicts), in order.
+        self.attached: list[tuple[dict[Any, Any], Any]] = []
+        #: The records of calls, also of those whose result the file drops.
+        self.calls: list[ForeignObject] = []
         self._data = data
         self._records = records
         self._allowed = frozenset(allowed)
@@ -116,12 +120,20 @@ class Interpreter:
                 args = stack.pop()
                 function = stack[-1]
                 if type(function) is not GlobalName or type(args) is not tuple:
-                    raise OpcodeError("data.pkl calls something that is not a name")
+                    stack[-1] = self._call(function, args)
+                    continue
                 builder = names.get(function.name)
                 if not args and function.name == "collections.OrderedDict":  # one stands beside every tensor
                     stack[-1] = {}
+                elif builder is None:
+                    stack[-1] = self._foreign(function.name, args, is_call=True)
                 else:
-                    stack[-1] = builder(scope, args) if builder is not None else self._foreign(function.name, args)
+                    try:
+                        stack[-1] = builder(scope, args)
+                    except OpcodeError:
+                        if not self._are_foreign(args):
+                            raise
+                        stack[-1] = self._foreign(function.name, args, is_call=True)
             elif opcode == 0x58:  # BINUNICODE
                 start = position + 4
                 position = start + _LENGTH_4(data, position)[0]
@@ -185,9 +197,11 @@ class Interpreter:
         if known is None:
             full = f"{_OLD_MODULES.get(module, module)}.{name}"
             full = _OLD_NAMES.get(full, full)
+            known = GlobalName(full)
             if full not in KNOWN_NAMES and full not in self._allowed and f"{module}.{name}" not in self._allowed:
-                self.unknown[f"{module}.{name}"] = None
-            known = self._names[raw] = GlobalName(full)
+                self.unknown[full] = None
+                known = ForeignName(full)
+            self._names[raw] = known
             if len(self._names) > self._most_names:
                 raise OpcodeError("data.pkl has far more names than its size accounts for")
         self._stack.append(known)
@@ -208,26 +222,54 @@ class Interpreter:
             raise OpcodeError("data.pkl has a name that is not a string, or is too long")
         self._name(f"{module}\n{name}".encode("utf-8", "surrogatepass"), module, name)
 
-    def _foreign(self, name: str, args: tuple[Any, ...]) -> ForeignObject:
-        if name in KNOWN_NAMES:
+    def _foreign(self, name: str, args: tuple[Any, ...], *, is_call: bool = False) -> ForeignObject:
+        if name in KNOWN_NAMES and not self._are_foreign(args):
             raise OpcodeError(f"data.pkl calls {name}, which torch.save never does")
         self._count_container()
-        return ForeignObject(name, args)
+        found = ForeignObject(name, args)
+        if is_call:
+            self.calls.append(found)
+        return found
+
+    def _call(self, function: Any, args: Any) -> ForeignObject:
+        """Record a call of an unknown name, or of an inert object such as the result of ``getattr``."""
+        if type(args) is not tuple or type(function) not in (ForeignName, ForeignObject):
+            raise OpcodeError("data.pkl calls something that is not a name")
+        return self._foreign(*self._named(function, args), is_call=True)
+
+    def _named(self, kind: GlobalName | ForeignObject, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
+        """Return the name for a record, and its arguments; an inert object that is called is one of them."""
+        if type(kind) is not ForeignObject:
+            return kind.name, args
+        name = kind.name if kind.name.endswith("()") else f"{kind.name}()"
+        if name not in self._allowed:
+            self.unknown[name] = None
+        return name, (kind, args)
+
+    def _are_foreign(self, args: tuple[Any, ...]) -> bool:
+        """Whether an argument, or an item of one, is inert, so that a call of a known name has an inert result."""
+        for arg in args:
+            parts = arg if type(arg) in (tuple, list) else (arg,)
+            self._scope.charge(len(parts))
+            if any(type(part) in (ForeignName, ForeignObject) for part in parts):
+                return True
+        return False
 
     def _new_object(self, keywords: object) -> None:
         args, kind = self._stack.pop(), self._stack.pop()
-        if type(kind) is not GlobalName or type(args) is not tuple or type(keywords) is not dict:
+        if not isinstance(kind, GlobalName | ForeignObject) or type(args) is not tuple or type(keywords) is not dict:
             raise OpcodeError("data.pkl builds an object of something that is not a name")
-        self._stack.append(self._foreign(kind.name, (*args, keywords) if keywords else args))
+        self._stack.append(self._foreign(*self._named(kind, (*args, keywords) if keywords else args)))
 
     def _build(self) -> None:
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) is ForeignObject:
+            if target.state is not None:
+                raise OpcodeError(f"data.pkl gives two states to one object of {target.name}")
             target.state = state
         elif type(target) is dict:
-            if type(state) is dict and "_metadata" in state:
-                self._count_container(_SET)
-                self.attached[id(target)] = target, state
+            self._count_container(_SET)
+            self.attached.append((target, state))
         else:
             raise OpcodeError(f"data.pkl gives a state to {type_of(target)}")
 
@@ -276,6 +318,9 @@ class Interpreter:
 
     def _add_items(self) -> None:
         items = self._pop_mark()
+        if type(self._stack[-1]) is ForeignObject:
+            self._extend(items)
+            return
         if type(self._stack[-1]) is not set:
             raise OpcodeError(f"data.pkl adds members to {type_of(self._stack[-1])}")
         add_members(self._scope, self._stack[-1], items)

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from noether_init_core.files.content import ITEMSIZES, Content, ObjectGraph, Piece, Record, TensorInfo, UnreadableError
+from noether_init_core.files.content import ITEMSIZES, Piece, Record, TensorInfo, UnreadableError
+from noether_init_core.files.graph import Content, ObjectGraph
 from noether_init_core.files.storage.handle import Handle
 from noether_init_core.messages import quoted
 

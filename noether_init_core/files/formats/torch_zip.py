@@ -11,16 +11,13 @@ import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
-from noether_init_core.errors import CheckpointFormatError, UnsafeGlobalError
+from noether_init_core.errors import CheckpointFormatError
 from noether_init_core.files.content import (
     METADATA,
-    Content,
-    ForeignObject,
-    ObjectGraph,
     OpcodeError,
     Record,
     UnreadableError,
@@ -28,13 +25,13 @@ from noether_init_core.files.content import (
     children,
 )
 from noether_init_core.files.formats.opcodes import Interpreter
+from noether_init_core.files.graph import Content, ObjectGraph
+from noether_init_core.files.refusals import ALLOW_GLOBALS_VARIABLE, NEXT_PLAIN, unsafe
 from noether_init_core.files.storage.handle import Handle
-from noether_init_core.messages import listed, one_line, quoted
+from noether_init_core.messages import quoted
 
-ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 _HEADER = "data.pkl"
 _MAX_HEADER = 512 << 20
-_MOST_PASTED = 200
 _END = struct.Struct("<4s4H2LH")
 _END_64_LOCATOR = struct.Struct("<4sLQL")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
@@ -49,7 +46,6 @@ _AT_ONCE = 256
 _INDEX_GUESS = 1 << 20
 _NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
 _NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
-_NEXT_PLAIN = f"{_NEXT_SAVE}, with tensors and plain values only"
 # The start of a file of torch.save before the zip format: a pickle of torch.serialization.MAGIC_NUMBER.
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -59,7 +55,8 @@ _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Content:
     """Return the content of an archive; structure, header and the location of every tensor are checked.
 
-    Raises ``CheckpointFormatError``; ``UnreadableError``; ``UnsafeGlobalError`` for names that are not allowed;
+    Names that are not allowed become inert records; the caller refuses those that it is asked for. Raises
+    ``CheckpointFormatError``; ``UnreadableError``; ``UnsafeGlobalError`` for such names in a damaged header;
     ``CheckpointCorruptError`` for a header that does not match its checksum.
     """
     records = read_records(handle)
@@ -69,39 +66,43 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
     header = _read_header(handle, records)
     from_environment = os.environ.get(ALLOW_GLOBALS_VARIABLE, "").split(",")
     interpreter = Interpreter(header, records, {*allow_globals, *(name.strip() for name in from_environment)})
+    names = interpreter.unknown
     try:
         value = interpreter.run()
-        graph = ObjectGraph(value, len(header))
-        if interpreter.unknown:
-            _refuse_globals(handle, interpreter.unknown, graph.foreign, _whole_module(value))
-        versions = _versions_in(interpreter.attached.values(), len(header))
+        versions, marred = _versions_in(interpreter.attached, len(header), names)
+        graph = ObjectGraph(value, len(header), names, interpreter.calls, interpreter.attached, marred)
     except OpcodeError as error:
-        if interpreter.unknown:
-            _refuse_globals(handle, interpreter.unknown)
-        raise _bad(str(error), _NEXT_PLAIN) from error
-    if graph.problems:
-        problems = (f"{one_line(path)}: {reason}" for path, reason in graph.problems.items())
-        raise _bad(listed(problems, 10, separator="; "), _NEXT_PLAIN)
+        if names:
+            raise unsafe(handle.path, names) from error
+        raise _bad(str(error), NEXT_PLAIN) from error
     return Content("torch", value, graph, records, versions)
 
 
-def _versions_in(attached: Iterable[tuple[dict[Any, Any], Any]], size: int) -> dict[int, Versions]:
-    """Return id of a dict -> the versions that were attached to it; ``size`` is the number of bytes of the pickle.
+def _versions_in(
+    attached: Sequence[tuple[dict[Any, Any], Any]], size: int, names: Collection[str]
+) -> tuple[dict[int, Versions], dict[int, str]]:
+    """Return id of a dict -> the versions that were attached to it, and id of a dict -> why its versions are wrong.
 
-    A file may attach one object to many dicts, so each object is checked once. Raises ``OpcodeError`` for ``_metadata``
-    that is not a dict of dicts of plain values; torch could not use it either.
+    ``size`` is the number of bytes of the pickle. A file may attach one object to many dicts, so each object is checked
+    once. Wrong is a ``_metadata`` that is not a dict of dicts of plain values; torch could not use it either.
     """
     versioned = [(owner, state[METADATA]) for owner, state in attached if type(state) is dict and METADATA in state]
-    ObjectGraph([metadata for _owner, metadata in versioned], size)
-    screened: dict[int, Versions] = {}
+    graph = ObjectGraph([metadata for _owner, metadata in versioned], size, names)
+    screened: dict[int, Versions | str] = {}
     plain: set[int] = set()
     for _owner, metadata in versioned:
         if id(metadata) not in screened:
-            wrong = not_plain(metadata, plain)
-            if wrong is not None:
-                raise OpcodeError(f"the _metadata of a state dict has something else than plain values for {wrong:.80}")
-            screened[id(metadata)] = MappingProxyType(metadata)
-    return {id(owner): screened[id(metadata)] for owner, metadata in versioned}
+            wrong = "all modules" if graph.is_spoiled(metadata) else not_plain(metadata, plain)
+            screened[id(metadata)] = MappingProxyType(metadata) if wrong is None else wrong
+    versions: dict[int, Versions] = {}
+    marred: dict[int, str] = {}
+    for owner, metadata in versioned:
+        found = screened[id(metadata)]
+        if isinstance(found, str):
+            marred[id(owner)] = f"the _metadata of a state dict has something else than plain values for {found:.80}"
+        else:
+            versions[id(owner)] = found
+    return versions, marred
 
 
 def not_plain(metadata: Any, known: set[int]) -> str | None:
@@ -135,60 +136,16 @@ def _is_plain(value: Any, known: set[int]) -> bool:
 def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
     record, order = records[_HEADER], records.get("byteorder")
     if record.size > _MAX_HEADER:
-        raise _bad(f"its header is {record.size} bytes long, more than {_MAX_HEADER}", _NEXT_PLAIN)
+        raise _bad(f"its header is {record.size} bytes long, more than {_MAX_HEADER}", NEXT_PLAIN)
     places = [(record.offset, record.size)]
     data, *byte_order = handle.read_many(places if order is None else [*places, (order.offset, min(order.size, 16))])
     if byte_order == [b"big"]:
         reason = "it was written on a big-endian machine; save it again on a little-endian one"
-        raise _bad(reason, _NEXT_PLAIN)
+        raise _bad(reason, NEXT_PLAIN)
     if byte_order and byte_order != [b"little"]:
-        raise _bad(f"its byte order is {byte_order[0]!r}, neither little nor big", _NEXT_PLAIN)
+        raise _bad(f"its byte order is {byte_order[0]!r}, neither little nor big", NEXT_PLAIN)
     handle.check_record(record, data)
     return data
-
-
-def _refuse_globals(
-    handle: Handle, unknown: Iterable[str], places: Mapping[str, str] | None = None, whole_module: str | None = None
-) -> NoReturn:
-    """Raise ``UnsafeGlobalError``.
-
-    ``whole_module``: the expression that leads from the object to a pickled module in it; None if there is no module.
-    """
-    names = [one_line(name) for name in unknown]
-    placed = {one_line(name): one_line(path) for name, path in (places or {}).items() if path}
-    shown = [f"{name} (at {placed[name]})" if name in placed else name for name in names]
-    if whole_module is not None:
-        advice = (
-            "It holds a pickled module, not a state dict. Next, if you trust the file: "
-            f"torch.save(torch.load(path, weights_only=False){whole_module}.state_dict(), path)"
-        )
-    else:
-        # A list to paste is complete or left out: a shortened one would not work. Nobody can judge hundreds of names.
-        pasted = ",".join(names) if len(names) <= _MOST_PASTED else "..."
-        advice = (
-            "Next, to read objects of these classes as inert records: in code, open_checkpoint(path, "
-            f"allow_globals=[...]); for a config, set {ALLOW_GLOBALS_VARIABLE}={pasted} in the environment"
-        )
-    raise UnsafeGlobalError(
-        f"{handle.path} refers to {listed(shown, 20)}, which tensors and plain values do not need. Nothing "
-        f"was imported or called. {advice}",
-        path=handle.path,
-        names=names,
-    )
-
-
-def _whole_module(value: Any) -> str | None:
-    """Return the index expression of a pickled module: empty for the object itself, ``['key']``, or None."""
-    if _is_module(value):
-        return ""
-    entries = value.items() if type(value) is dict else ()
-    return next((f"[{one_line(repr(key))}]" for key, child in entries if _is_module(child) and type(key) is str), None)
-
-
-def _is_module(value: Any) -> bool:
-    return (
-        type(value) is ForeignObject and type(value.state) is dict and {"_parameters", "_modules"} <= value.state.keys()
-    )
 
 
 def read_records(handle: Handle) -> dict[str, Record]:

@@ -1,0 +1,130 @@
+"""Refuse the parts of a file that were skipped, where somebody asks for them; and print commands that lead on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from noether_init_core.errors import CheckpointFormatError, UnsafeGlobalError
+from noether_init_core.files.content import ForeignObject, dotted
+from noether_init_core.files.graph import ObjectGraph
+from noether_init_core.messages import listed, one_line
+
+ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
+NEXT_PLAIN = "Next: write it again with torch.save(state_dict, path), with tensors and plain values only"
+_MOST_PASTED = 200
+
+
+def unsafe(
+    path: Path, unknown: Iterable[str], places: Mapping[str, str] | None = None, module: str | None = None
+) -> UnsafeGlobalError:
+    """Return the error for names that are not allowed.
+
+    ``module``: the expression that leads from the object to a pickled module in it; None if there is no module.
+    """
+    names = [one_line(name) for name in unknown]
+    placed = {one_line(name): one_line(place) for name, place in (places or {}).items() if place}
+    shown = [f"{name} (at {placed[name]})" if name in placed else name for name in names]
+    if module is not None:
+        target = new_name(path, ".state_dict")
+        advice = (
+            "It holds a pickled module, not a state dict. Next, if you trust the file, write the state dict to another "
+            f"file, and read that: torch.save(torch.load({str(path)!r}, weights_only=False){module}.state_dict(), "
+            f"{target!r})"
+        )
+    else:
+        # A list to paste is complete or left out: a shortened one would not work. Nobody can judge hundreds of names.
+        pasted = ",".join(names) if len(names) <= _MOST_PASTED else "..."
+        advice = (
+            "Next, to read objects of these classes as inert records: in code, open_checkpoint(path, "
+            f"allow_globals=[...]); for a config, set {ALLOW_GLOBALS_VARIABLE}={pasted} in the environment"
+        )
+    return UnsafeGlobalError(
+        f"{path} refers to {listed(shown, 20)}, which tensors and plain values do not need. Nothing "
+        f"was imported or called. {advice}",
+        path=path,
+        names=names,
+    )
+
+
+def new_name(path: Path, ending: str) -> str:
+    """Return a path beside ``path`` at which no file exists: ``a.state_dict.pt`` for ``a.pt``."""
+    numbers = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    names = (str(path.with_name(f"{path.stem}{ending}{number}{path.suffix}")) for number in numbers)
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def refusal(
+    path: Path, graph: ObjectGraph, value: Any, place: tuple[Any, ...] = (), without: str | None = None
+) -> CheckpointFormatError | None:
+    """Return the error for a caller that asks for ``value``, the part of the object at ``place``; None if it is read.
+
+    ``without``: a key of ``value`` that the caller does not ask for.
+    """
+    if not graph.is_spoiled(value):
+        return None
+    parts = [one for one in graph.unread(value, place) if without is None or one[0][len(place) :][:1] != (without,)]
+    places: dict[str, str] = {}
+    met: set[int] = set()
+    for at, part, unread in parts:
+        if unread.foreign:
+            places[unread.foreign] = places.get(unread.foreign) or dotted(at)
+        for name in graph.names_in(part, met):
+            places.setdefault(name, "")
+    if places:
+        return unsafe(path, places, places, _module_in(value, place))
+    reasons = [f"{one_line(dotted(at))}: {unread.reason}" if at else unread.reason for at, _part, unread in parts]
+    if not reasons:
+        return None
+    return CheckpointFormatError(
+        f"{path} cannot be read as a checkpoint: {listed(reasons, 10, separator='; ')}. {NEXT_PLAIN}", path=path
+    )
+
+
+def _module_in(value: Any, place: tuple[Any, ...]) -> str | None:
+    """Return the index expression of a pickled module: empty for the object itself, ``['key']``, or None."""
+    found = [(place, value)] if type(value) is not dict else [((*place, key), child) for key, child in value.items()]
+    for at, child in found:
+        if is_module(child) and all(type(key) is str for key in at):
+            return "".join(f"[{one_line(repr(key))}]" for key in at)
+    return None
+
+
+def is_module(value: Any) -> bool:
+    """Whether an inert record is that of a ``torch.nn.Module``."""
+    return (
+        type(value) is ForeignObject and type(value.state) is dict and {"_parameters", "_modules"} <= value.state.keys()
+    )
+
+
+class Guarded(Mapping[Any, Any]):
+    """Values by key; asking for one that was not read raises ``CheckpointFormatError``, or ``UnsafeGlobalError``.
+
+    ``refuse`` returns the error for a value and its key, or None.
+    """
+
+    def __init__(self, values: Mapping[Any, Any], refuse: Callable[[Any, Any], CheckpointFormatError | None]) -> None:
+        self._values = values
+        self._refuse = refuse
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self._values[key]
+        error = self._refuse(value, key)
+        if error is not None:
+            raise error
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"<values of the keys {listed(map(repr, self._values), 10)}>"
