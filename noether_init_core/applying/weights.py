@@ -7,27 +7,17 @@ is the only function that writes weights.
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.modules.module import _IncompatibleKeys
 
-from noether_init_core.applying.targets import (
-    Identity,
-    ModelTargets,
-    left_without_memory,
-    loaded_by_code,
-    modules_of_sources,
-    reset_method,
-    translates,
-)
+from noether_init_core.applying.own_loading import load_by_code, put, run_hooks_after, unchanged
+from noether_init_core.applying.places import Identity
+from noether_init_core.applying.targets import ModelTargets, left_without_memory, reset_method
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.files.checkpoint import Checkpoint
-from noether_init_core.files.content import Versions
 from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
 from noether_init_core.nested import equal
@@ -44,45 +34,6 @@ def differing_ties(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> Iterato
                 yield f"{name} and {other} differ in the file but are one tensor in {model}"
         elif not equal(readers[model].read(name), readers[other_model].read(other)):
             yield f"{name} of {model} and {other} of {other_model} differ in the files but are one tensor"
-
-
-def tied_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> Iterator[str]:
-    """Problems for tensors that the loading code of two classes of modules writes: the last one would win.
-
-    Two modules of one class write the same value, which is not a problem.
-    """
-    first: dict[Identity, tuple[str, type]] = {}
-    for model, found in targets.items():
-        for identity, names in loaded_by_code(plan.rows_of(model), found).items():
-            for name, module in names.items():
-                other, kind = first.setdefault(identity, (f"{name} of {model}", type(module)))
-                if kind is not type(module):
-                    yield (
-                        f"{other} and {name} of {model} are one tensor, and {kind.__name__} and "
-                        f"{type(module).__name__} have loading code of their own for it. Next: untie it, or let one "
-                        "module hold both"
-                    )
-
-
-def mixed_versions(rows: Sequence[PlanRow], versions: Versions, targets: ModelTargets) -> Iterator[str]:
-    """Problems for modules that get entries of modules of the file with different versions.
-
-    Their loading code receives one version only, and would translate some entries wrongly.
-    """
-    for prefix, own in targets.own_loading.items():
-        for path, module, sources in modules_of_sources(prefix, own, rows):
-            versions_of = {source: versions[source] for source in sources if source in versions}
-            if all(other == next(iter(versions_of.values())) for other in versions_of.values()) or not translates(
-                module
-            ):
-                continue
-            name = f"{prefix}{path}".removesuffix(".") or "the whole model"
-            shown = listed(f"{source or 'its root'} {dict(version)}" for source, version in versions_of.items())
-            yield (
-                f"{name} has loading code of its own, and gets entries of modules of the file that are of different "
-                f"versions: {shown}. It cannot translate both. Next: keep its own values there (keep_model), "
-                "or load the file into the model that saved it, and save that model again"
-            )
 
 
 def lacking_memory(path: str, model: Any, rows: Sequence[PlanRow], targets: ModelTargets) -> Iterator[str]:
@@ -265,7 +216,8 @@ def apply_rows(
     device: torch.device,
     may_map: bool,
     stopwatch: Stopwatch,
-) -> list[str]:
+    written: list[str],
+) -> None:
     """Write every tensor that ``rows`` (of one model) load, in place; parameters keep their identity.
 
     Tensors on the meta device get memory on ``device``; with ``may_map`` the memory may be the mapped file.
@@ -276,48 +228,48 @@ def apply_rows(
     there, under every name.
 
     The plan must have no problems and the reader must be verified; this function decides nothing. ``stopwatch`` gets
-    the time of copies in memory; the reader counts its own. Returns the names that were written. Not thread-safe.
+    the time of copies in memory; the reader counts its own. ``written`` gets the names as they are written, so that an
+    error can say how many were. Not thread-safe.
     """
     rows = tuple(rows)
     fresh = _FreshMemory(targets.tensors.values(), device)
     _reset(rows, targets, fresh)
-    for prefix, module in targets.own_loading.items():
+    for prefix, module in targets.code.of_users.items():
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(prefix))
         with stopwatch.phase("copy"):
-            _load_itself(prefix, module, rows, reader, targets)
-    written = {row.key: row for row in rows if row.writes}
-    prefixes = tuple(targets.own_loading)
+            load_by_code(prefix, module, rows, reader, targets)
+        written += [row.key for row in rows if row.writes and row.key.startswith(prefix)]
+    prefixes = tuple(targets.code.of_users)
     seen = set(by_code)
     plain: list[tuple[PlanRow, torch.Tensor]] = []
     made: dict[tuple[tuple[str, ...], tuple[Step, ...]], list[tuple[PlanRow, torch.Tensor]]] = {}
-    for key, row in written.items():
-        if key.startswith(prefixes):
-            continue
-        if row.dtype == "object":
-            targets.extra_state[key].set_extra_state(_extra_state(reader, row.sources[0]))
-            continue
+    shared: list[str] = []
+    for key, row in {row.key: row for row in rows if row.writes and not row.key.startswith(prefixes)}.items():
         tensor = targets.tensors[key]
         # the file may hold the form of an earlier version, which the module of ``by_code`` has translated
-        if targets.specs[key].identity in seen:
+        identity = targets.spec(key).identity
+        if identity in seen:
+            shared.append(key)
             continue
-        seen.add(targets.specs[key].identity)
+        seen.add(identity)
         if row.steps:
             made.setdefault((row.sources, row.steps), []).append((row, tensor))
         else:
             plain.append((row, tensor))
     with torch.no_grad():
         _copy_plain(plain, reader, fresh, may_map)
+        written += [row.key for row, _tensor in plain]
         if made:
             with stopwatch.phase("copy", sum(row.nbytes for together in made.values() for row, _tensor in together)):
                 for (sources, _steps), together in made.items():
                     tensors = [reader.read(source) for source in sources]
                     for row, tensor in together:
-                        _put(row, tensors, fresh.of(tensor))
+                        put(row, tensors, fresh.of(tensor))
+                        written.append(row.key)
+    written += shared
     fresh.hand_over()
-    for module in targets.after_loading:
-        for hook in tuple(module._load_state_dict_post_hooks.values()):
-            hook(module, _IncompatibleKeys([], []))
-    return list(written)
+    for module in targets.code.after:
+        run_hooks_after(module)
 
 
 def _copy_plain(
@@ -341,18 +293,6 @@ def _copy_plain(
     )
 
 
-def _put(row: PlanRow, sources: list[torch.Tensor], target: torch.Tensor) -> None:
-    """Carry out the steps of a row; after a pad without value, the target keeps its own elements there."""
-    steps = list(row.steps)
-    while steps and steps[-1].keeps_model:
-        steps.pop()
-    value = carry_out(steps, sources)[row.part]
-    for dim, size in enumerate(value.shape):
-        if size != target.shape[dim]:
-            target = target.narrow(dim, 0, size)
-    target.copy_(value)
-
-
 def _reset(rows: Sequence[PlanRow], targets: ModelTargets, fresh: _FreshMemory) -> None:
     """Call ``reset_parameters`` of modules with rows that reset; their other tensors keep their values.
 
@@ -369,7 +309,7 @@ def _reset(rows: Sequence[PlanRow], targets: ModelTargets, fresh: _FreshMemory) 
                 if id(tensor) in without and (tensor.is_floating_point() or tensor.is_complex()):
                     tensor.fill_(float("nan"))
         reset = reset_method(module)
-        with _unchanged(one for one in below if id(one) in kept - without):
+        with unchanged(one for one in below if id(one) in kept - without):
             if reset is not None:
                 reset()
     empty = [name for name in names if bool(torch.isnan(targets.tensors[name].detach()).any())]
@@ -379,66 +319,3 @@ def _reset(rows: Sequence[PlanRow], targets: ModelTargets, fresh: _FreshMemory) 
             "Next: fill them in reset_parameters, or build the module with values and on_missing: keep",
             problems=empty,
         )
-
-
-def _load_itself(
-    prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow], reader: Checkpoint, targets: ModelTargets
-) -> None:
-    """Let a module load its planned entries. Kept entries keep their values, also if its code translates them."""
-    rows = [row for row in rows if row.target is not None and row.target.startswith(prefix)]
-    state = OrderedDict((row.key.removeprefix(prefix), _value(row, reader, targets)) for row in rows)
-    metadata = _metadata_below(prefix, module, rows, reader.versions)
-    if metadata:
-        state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # as torch.nn.Module.state_dict does
-    kept = (targets.tensors[row.key] for row in rows if row.action in ("keep", "reset") and row.dtype != "object")
-    with _unchanged(kept):
-        module.load_state_dict(state)
-
-
-@contextmanager
-def _unchanged(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Restore the values of the tensors at the end of the block."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    yield
-    with torch.no_grad():
-        for tensor, value in before:
-            tensor.copy_(value)
-
-
-def _value(row: PlanRow, reader: Checkpoint, targets: ModelTargets) -> Any:
-    """The planned value of an entry, a tensor with its own memory; a kept entry is returned unchanged."""
-    if row.dtype == "object" and not row.writes:
-        return targets.extra_state[row.key].get_extra_state()
-    if row.writes and not row.steps:
-        return _extra_state(reader, row.sources[0])
-    value = targets.tensors[row.key].detach().clone()
-    if row.writes:
-        _put(row, [reader.read(source) for source in row.sources], value)
-    return value
-
-
-def _extra_state(reader: Checkpoint, key: str) -> Any:
-    """Extra state as saved, or a tensor, in which some modules keep it."""
-    return reader.materialize(reader.extra_state[key]) if key in reader.extra_state else reader.read(key)
-
-
-def _metadata_below(
-    prefix: str, module: torch.nn.Module, rows: Iterable[PlanRow], versions: Versions
-) -> dict[str, dict[str, Any]]:
-    """The ``_metadata`` for the state dict of one module: path below it -> such as ``{"version": 2}``.
-
-    Loading code translates entries of an older version, which it recognizes by this. With surgery on names, the version
-    in the file follows the entries of a module: they are in the form of the module that saved them.
-
-    A module whose entries all come from one module of the file gets the version of that one. A module without loaded
-    entries has its own version, because it keeps its own entries. If the file records no version, none is passed, as in
-    torch.
-    """
-    found = {}
-    for path, below, sources in modules_of_sources(prefix, module, rows):
-        recorded = [versions[source] for source in sources if source in versions]
-        if not sources:
-            found[path] = {"version": getattr(below, "_version", None)}
-        elif recorded and all(other == recorded[0] for other in recorded):
-            found[path] = dict(recorded[0])
-    return found

@@ -299,6 +299,7 @@ def _states(model: Any, out: Path) -> dict[Path, Any]:
 
 def _write(states: Mapping[Path, Any], report: InitReport, *, replace: bool) -> list[WrittenFile]:
     """Write the weights of each model, and a report beside each file. If one fails, remove the new files."""
+    from noether_init_core.saving.content import weights_of
     from noether_init_core.saving.file_writing import write_weights
 
     written: list[WrittenFile] = []
@@ -307,7 +308,9 @@ def _write(states: Mapping[Path, Any], report: InitReport, *, replace: bool) -> 
         for path, leaf in states.items():
             with progress(one_line(f"writing {path.name}"), None):
                 # one metadata entry alone: safetensors writes several in any order, which would change the digest
-                written.append(write_weights(path, leaf.state_dict(), metadata={"format": "pt"}, replace=replace))
+                written.append(
+                    write_weights(path, weights_of(path.name, leaf), metadata={"format": "pt"}, replace=replace)
+                )
                 new.append(path)
                 write_text(_report_of(path), report.to_json() + "\n")
                 new.append(_report_of(path))

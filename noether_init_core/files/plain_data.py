@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from noether_init_core.errors import CheckpointFormatError
-from noether_init_core.files.content import METADATA, is_dense
+from noether_init_core.files.content import ITEMSIZES, METADATA, is_dense
 from noether_init_core.files.formats.torch_zip import not_plain
 
 MAX_DEPTH = 60
@@ -80,8 +80,14 @@ class _Plain:
         detached = tensor.detach()
         if type(detached) is not torch.Tensor:
             raise _refuse(place, f"a {_name(tensor)}, not a plain tensor,", "Next: save value.full_tensor()")
-        if detached.layout is not torch.strided or detached.is_quantized:
-            raise _refuse(place, f"a tensor that is {detached.layout} or quantized", "Next: save value.to_dense()")
+        if detached.is_nested:
+            raise _refuse(place, "a nested tensor", "Next: save value.to_padded_tensor(0.0)")
+        if detached.is_quantized:
+            raise _refuse(place, "a quantized tensor", "Next: save value.dequantize()")
+        if detached.layout is not torch.strided:
+            raise _refuse(place, f"a tensor with the layout {detached.layout}", "Next: save value.to_dense()")
+        if str(detached.dtype).removeprefix("torch.") not in ITEMSIZES:
+            raise _refuse(place, f"a tensor of {detached.dtype}", "Next: save value.view(torch.uint8)")
         if detached.is_meta:
             raise _refuse(place, "a tensor on the meta device, which has no values")
         storage = detached.untyped_storage()

@@ -9,21 +9,27 @@ A session of a kind that reads files has stages::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from noether_init_core.applying.targets import ModelTargets, device_for, loaded_by_code, model_targets
+from noether_init_core.applying.own_loading import (
+    learned,
+    loaded_by_code,
+    mixed_versions,
+    rehearsal_problems,
+    tied_loading_code,
+)
+from noether_init_core.applying.targets import ModelTargets, device_for, model_targets, separated
 from noether_init_core.applying.weights import (
     apply_rows,
     differing_ties,
     lacking_memory,
-    mixed_versions,
     nonfinite_values,
-    tied_loading_code,
     unfit_casts,
 )
 from noether_init_core.config.source import SourceInitializerConfig
@@ -40,7 +46,7 @@ from noether_init_core.surgery.advice import Advice
 from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.name_rules import NoetherSurgery
 from noether_init_core.surgery.plan import LoadPlan, Problem
-from noether_init_core.surgery.planner import plan_load
+from noether_init_core.surgery.planner import NOT_A_TENSOR, plan_load
 
 _FIELDS = ("keys_to_remove", "patterns_to_remove", "patterns_to_rename", "patterns_to_instantiate")
 #: Extra state of a module in a file.
@@ -201,10 +207,35 @@ class WeightsSession(Session):
             yield part, targets
 
     def _plan(self, opened: Opened) -> Planned:
-        config, found = self.config, tuple(self.parts(opened))
-        parts = [part for part, _targets in found]
-        plan = plan_load(config.kind, parts, self.kind.rules, policies=config.policies, advice=self.advice)
+        config, rules = self.config, self.kind.rules
+
+        def planned() -> LoadPlan:
+            parts = [part for part, _targets in found]
+            return plan_load(config.kind, parts, rules, policies=config.policies, advice=self.advice)
+
+        found = separated(tuple(self.parts(opened)))
+        readers = {path: file.reader for path, file in opened.weights.items()}
+        plan = planned()
+        if any(targets.code.is_any for _part, targets in found):
+            found = [learned(part, own, plan, rules, readers[part.model]) for part, own in found]
+            plan = planned()
+            problems = [
+                Problem("loading-code", message, part.model)
+                for part, own in (found if plan.is_fine else ())
+                for message in rehearsal_problems(plan, own, readers[part.model], part.model)
+            ]
+            plan = attrs.evolve(plan, problems=(*plan.problems, *problems))
+        if plan.is_fine and plan.equal:
+            names = ", ".join(part.model for part, _own in found)
+            problems = [Problem("tied", message, names) for message in differing_ties(plan, readers)]
+            plan = attrs.evolve(plan, problems=tuple(problems))
         _refuse_unread(plan, opened)
+        left_out = [
+            Problem("not-a-tensor", f"{listed(own.left_out)} of state_dict(): {NOT_A_TENSOR}, left out", part.model)
+            for part, own in found
+            if own.left_out
+        ]
+        plan = attrs.evolve(plan, warnings=(*plan.warnings, *left_out))
         return Planned(opened, plan, {part.model: own for part, own in found}, self._signature(opened.leaves))
 
     @property
@@ -295,6 +326,7 @@ class WeightsSession(Session):
         planned = self.checked(model)
         plan, opened = planned.plan, planned.opened
         done: list[str] = []
+        written: list[str] = []
         by_code = frozenset(
             identity
             for path, targets in planned.targets.items()
@@ -302,8 +334,11 @@ class WeightsSession(Session):
         )
         for leaf in opened.leaves:
             file = opened.weights[leaf.path]
-            with self.writing(f"writing the weights of {leaf.path} failed after verification", opened.leaves, done):
-                written = apply_rows(
+            total = len(written) + sum(row.writes for row in plan.rows_of(leaf.path))
+            what = f"writing the weights of {leaf.path} failed after verification"
+            with self.writing(what, opened.leaves, done, partial(_counted, written, total)):
+                before = len(written)
+                apply_rows(
                     plan.rows_of(leaf.path),
                     file.reader,
                     planned.targets[leaf.path],
@@ -311,10 +346,11 @@ class WeightsSession(Session):
                     device=device_for(leaf.model),
                     may_map=self.config.verify == "none",
                     stopwatch=self.stopwatch,
+                    written=written,
                 )
             done.append(leaf.path)
             message = "%s: %d tensors of %s from %s"
-            self.kind.logger.info(message, self.config.kind, len(written), leaf.path, file.source.location)
+            self.kind.logger.info(message, self.config.kind, len(written) - before, leaf.path, file.source.location)
         files = {}
         for path, file in opened.weights.items():
             source = file.source
@@ -334,14 +370,17 @@ class WeightsSession(Session):
         self.files = files
 
     @contextmanager
-    def writing(self, what: str, leaves: Sequence[Leaf], done: Sequence[str]) -> Iterator[None]:
+    def writing(
+        self, what: str, leaves: Sequence[Leaf], done: Sequence[str], counted: Callable[[], str] | None = None
+    ) -> Iterator[None]:
         """Raise an error during writing as ``PartlyInitializedError``, with what was written before."""
         try:
             yield
         except Exception as error:
             paths = [leaf.path for leaf in leaves]
+            before = listed(done, none="none") if counted is None else counted()
             raise PartlyInitializedError(
-                f"{self.config.kind}: {what}: {error}. Written before: {listed(done, none='none')}. "
+                f"{self.config.kind}: {what}: {error}. Written before: {before}. "
                 "Build the model anew before trying again",
                 done=tuple(done),
                 failed=paths[len(done)],
@@ -359,6 +398,12 @@ def _refuse_unread(plan: LoadPlan, opened: Opened) -> None:
         is_missing = is_empty or any(row.action == "missing" for row in plan.rows_of(path))
         if plan.problems and is_missing and any(part.tensors for part in file.reader.unread.values()):
             file.reader.values("")
+
+
+def _counted(written: Sequence[str], total: int) -> str:
+    """How many tensors were written before an error, in words; ``total`` as many as the model would have by then."""
+    left = total - len(written)
+    return f"{len(written)} tensors" + (f", and maybe some of {left} others" if left else "")
 
 
 def _claimed(reader: Checkpoint, found: Verified) -> Verified:
@@ -384,5 +429,6 @@ def _signature(leaves: Sequence[Leaf]) -> tuple[Any, ...]:
         found += map(id, getattr(module, "modules", tuple)())
         for named in (module.named_parameters, module.named_buffers):
             for name, tensor in named(remove_duplicate=False):
-                found.append((leaf.path, name, id(tensor), tensor.shape, tensor.dtype, tensor.device))
+                shape = None if tensor.is_nested else tensor.shape
+                found.append((leaf.path, name, id(tensor), shape, tensor.dtype, tensor.device))
     return tuple(found)

@@ -3,7 +3,9 @@ to."""
 
 from __future__ import annotations
 
+import logging
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +14,7 @@ import attrs
 import torch
 
 from noether_init_core.errors import CheckpointFormatError, ConfigError, type_of
-from noether_init_core.files.content import state_dict_of
+from noether_init_core.files.content import METADATA, state_dict_of
 from noether_init_core.files.plain_data import plain
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
@@ -23,6 +25,7 @@ from noether_init_core.sets.manifest import Manifest
 from noether_init_core.sets.snapshot import Snapshot
 
 Averages = Mapping[str, Any]
+_logger = logging.getLogger(__name__)
 
 
 @attrs.frozen(eq=False)
@@ -74,7 +77,7 @@ def contents_of(
 
     for path, leaf in leaves.items():
         config = _model_config(path, leaf)
-        state = plain(leaf.state_dict(), f"{path}.state_dict")
+        state = plain(weights_of(path, leaf), f"{path}.state_dict")
         parameters = {name for name, _ in leaf.named_parameters(remove_duplicate=False)}
         buffers = tuple(
             key for key, value in state.items() if isinstance(value, torch.Tensor) and key not in parameters
@@ -99,6 +102,28 @@ def contents_of(
     if twice:
         raise ConfigError(f"two models would be saved as {', '.join(twice)}. Next: rename a submodel")
     return found
+
+
+def weights_of(path: str, model: Any) -> Mapping[str, Any]:
+    """The state dict without entries that are neither tensors nor extra state: they could not be loaded."""
+    state: Mapping[str, Any] = model.state_dict()
+    strangers = [
+        key
+        for key, value in state.items()
+        if not isinstance(value, torch.Tensor) and str(key).rpartition(".")[2] != "_extra_state"
+    ]
+    if not strangers:
+        return state
+    _logger.warning(
+        "%s: %s of state_dict() %s, not saved",
+        path,
+        listed(strangers),
+        "is neither a tensor nor extra state" if len(strangers) == 1 else "are neither tensors nor extra state",
+    )
+    kept = OrderedDict((key, value) for key, value in state.items() if key not in strangers)
+    if hasattr(state, METADATA):
+        setattr(kept, METADATA, getattr(state, METADATA))
+    return kept
 
 
 def _leaves(model: Any) -> dict[str, Any]:
@@ -145,7 +170,7 @@ def _check_average(path: str, info: str, average: Any, model: Any) -> None:
     place = f"averages of {path}, {info!r}"
     if not isinstance(average, Mapping):
         raise ConfigError(f"{place}: {type_of(average)} is not a state dict. Next: pass its state_dict()")
-    own = model.state_dict()
+    own = weights_of(path, model)
     hidden = {name for name, _ in model.named_buffers()} if callable(getattr(model, "named_buffers", None)) else set()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

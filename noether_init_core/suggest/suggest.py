@@ -24,10 +24,11 @@ from noether_init_core.suggest.rules import (
     transforms_of,
 )
 from noether_init_core.surgery.advice import covering, resized
-from noether_init_core.surgery.fit import TIED, PlanPart, TargetSpec, TensorSpec, names_of_ties, shapes_of
+from noether_init_core.surgery.fit import TIED, PlanPart, TargetSpec, TensorSpec, shapes_of
 from noether_init_core.surgery.name_rules import below
 from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.steps import written
+from noether_init_core.surgery.ties import names_of_ties
 from noether_init_core.surgery.wrappers import bare_names
 
 # buffers that models compute themselves

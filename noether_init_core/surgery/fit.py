@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
-from typing import Literal, Protocol
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import attrs
 
@@ -14,14 +13,11 @@ from noether_init_core.messages import listed
 from noether_init_core.surgery.advice import Advice, resized
 from noether_init_core.surgery.name_rules import NameMatch
 from noether_init_core.surgery.patterns import near
-from noether_init_core.surgery.plan import LOADED_BEFORE, WRITING, PlanRow, Problem, memory_of
+from noether_init_core.surgery.plan import PlanRow, Problem
 from noether_init_core.surgery.steps import (
-    Cast,
-    Concat,
     Interpolate,
     Pad,
     Shape,
-    Stack,
     Step,
     Transpose,
     shapes_after,
@@ -64,6 +60,23 @@ class TargetSpec:
 
 
 @attrs.frozen
+class Brought:
+    """The value that loading code of modules gives to an entry of the model.
+
+    Attributes:
+        sources: Names in the file that the value is computed from; empty if the code fills it otherwise.
+        rule: The code, in words.
+        shape: The shape that the entry has afterwards.
+        is_copy: Whether the value is a copy of the single source.
+    """
+
+    sources: tuple[str, ...]
+    rule: str
+    shape: tuple[int, ...]
+    is_copy: bool
+
+
+@attrs.frozen
 class PlanPart:
     """One single model and the file that it is initialized from.
 
@@ -76,7 +89,9 @@ class PlanPart:
         hidden: Names of non-persistent buffers: the model has them, its state dict does not.
         loaded: Names of the model that an earlier initializer will have loaded.
         resettable: Names of the model whose module has ``reset_parameters``.
-        unlisted: Parameters of the model that its state dict leaves out.
+        unlisted: Parameters and persistent buffers that the state dict leaves out; they load where the file has them.
+        brought: Names of the model whose value is made by loading code of modules.
+        consumed: Names in the file that only such code takes -> the code, in words.
     """
 
     model: str
@@ -88,44 +103,8 @@ class PlanPart:
     loaded: frozenset[str] = frozenset()
     resettable: frozenset[str] = frozenset()
     unlisted: Mapping[str, TargetSpec] = attrs.Factory(dict)
-
-
-CastPolicy = Literal["same_kind", "none", "any"]
-
-
-def _kind_of(dtype: str) -> str:
-    if dtype in ("bool", "object"):
-        return dtype
-    if dtype.startswith("complex"):
-        return "complex"
-    return "float" if dtype.startswith(("float", "bfloat")) else "integer"
-
-
-def can_cast(source: str, target: str, policy: CastPolicy) -> bool:
-    """Whether the policy ``cast:`` of the config allows the conversion of one dtype to the other."""
-    if source == target:
-        return True
-    from_kind, to_kind = _kind_of(source), _kind_of(target)
-    if policy == "none" or "object" in (from_kind, to_kind) or (from_kind == "complex" and to_kind != "complex"):
-        return False
-    return policy == "any" or from_kind == to_kind
-
-
-def can_follow(dtypes: Sequence[str], steps: Sequence[Step]) -> bool:
-    """Whether the steps lose nothing by dtype: complex stays complex, and combined tensors have one dtype."""
-    current = set(dtypes)
-    for step in steps:
-        kinds = set(map(_kind_of, current))
-        if isinstance(step, Cast):
-            if "object" in kinds or ("complex" in kinds and _kind_of(step.dtype) != "complex"):
-                return False
-            current = {step.dtype}
-        elif isinstance(step, Concat | Stack):
-            if len(current) > 1:
-                return False
-        elif isinstance(step, Interpolate) and kinds != {"float"}:
-            return False
-    return len(current) == 1
+    brought: Mapping[str, Brought] = attrs.Factory(dict)
+    consumed: Mapping[str, str] = attrs.Factory(dict)
 
 
 #: What begins the part of a message with the line that puts the plan right.
@@ -228,6 +207,18 @@ class Problems:
                 f"{first.key}: file {listed(map(list, first.source_shapes))}{made}, model {list(first.shape)}{more}."
             )
             self.add("mismatch", message + (fix or self._fresh(names, "on_mismatch")), names)
+
+    def unwritable(self, reasons: Mapping[str, str]) -> None:
+        """Report entries that cannot be written in place; one problem for those with the same reason."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            if reason:
+                why, _, following = reason.partition(". Next: ")
+                more = f"; {listed(names[1:])} too" if names[1:] else ""
+                fix = f". Next: {following}" if following else ""
+                self.add("unwritable", f"{names[0]} {why}, so it cannot be loaded{more}{fix}", names)
 
     def dtypes(self, rows: Sequence[PlanRow], policy: str) -> None:
         """Report entries whose dtype may not be converted."""
@@ -409,56 +400,3 @@ def _group(name: str) -> str:
 
 #: What begins ``PlanRow.rule`` of a further name of a tensor, before the name that is loaded.
 TIED = "tied to "
-_DONE = {"keep": "kept", "reset": "reset"}
-# actions that decide the final value of an entry
-_SETTLED = WRITING | _DONE.keys()
-
-
-def names_of_ties(targets: Mapping[str, TargetSpec]) -> dict[str, list[str]]:
-    """First name of each tensor of a model that has several names -> all of its names."""
-    tied: dict[str, list[str]] = {spec.tied_to: [] for spec in targets.values() if spec.tied_to is not None}
-    for name, spec in targets.items() if tied else ():
-        if (first := spec.tied_to or name) in tied:
-            tied[first].append(name)
-    return tied
-
-
-def ties(
-    rows: Sequence[PlanRow], kept: Set[tuple[str, str]]
-) -> tuple[tuple[tuple[str, str, str, str], ...], list[Problem]]:
-    """For entries that are one tensor: ``equal`` of a ``LoadPlan``, and problems.
-
-    ``kept``: (model, name) of the entries that rules of the config keep.
-    """
-    places: defaultdict[Hashable, list[PlanRow]] = defaultdict(list)
-    for row in rows:
-        if row.target is not None and row.action in _SETTLED and row.rule != LOADED_BEFORE:
-            places[memory_of(row)].append(row)
-    equal: dict[tuple[str, str, str, str], None] = {}
-    problems: list[Problem] = []
-    for group in places.values():
-        if len(group) == 1:
-            continue
-        # the entry that decides: the first one loaded, else the first one reset
-        first = min(group, key=lambda row: (not row.writes, row.action != "reset"))
-        for row in group:
-            is_same_model = row.model == first.model
-            one, other = (f"{each.key}{'' if is_same_model else f' of {each.model}'}" for each in (row, first))
-            message = ""
-            if row.writes:
-                is_same = (row.sources, row.steps, row.part) == (first.sources, first.steps, first.part)
-                if is_same_model and is_same:
-                    continue
-                if (row.steps, row.part, len(row.sources)) != (first.steps, first.part, len(first.sources)):
-                    message = f"{other} and {one} are one tensor, and transforms compute it twice. Next: drop one"
-                else:
-                    equal.update(
-                        ((first.model, mine, row.model, its), None)
-                        for mine, its in zip(first.sources, row.sources, strict=True)
-                    )
-            elif row.action != first.action and ((row.model, row.key) in kept if is_same_model else first.writes):
-                done = "loaded" if first.writes else "reset"
-                message = f"{one} is {_DONE[row.action]}, but it is the same tensor as {other}, which is {done}"
-            if message:
-                problems.append(Problem("tied", message, row.model, (row.key,)))
-    return tuple(equal), problems

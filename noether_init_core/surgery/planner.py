@@ -13,23 +13,24 @@ import attrs
 from noether_init_core.memory import no_garbage_collection
 from noether_init_core.messages import listed
 from noether_init_core.surgery.advice import Advice
+from noether_init_core.surgery.casts import CastPolicy, can_cast, can_follow
 from noether_init_core.surgery.fit import (
     TIED,
-    CastPolicy,
+    Brought,
     PlanPart,
     Problems,
     TargetSpec,
     TensorSpec,
-    can_cast,
-    can_follow,
-    names_of_ties,
-    ties,
 )
 from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, lacks_dot
 from noether_init_core.surgery.patterns import PatternSet, parse_glob
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow, Problem, share_loaded
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Slice, Step, StepError, shapes_after
+from noether_init_core.surgery.ties import names_of_ties, ties
 
+#: ``PlanRow.rule`` of an entry of the file that is left out.
+NOT_A_TENSOR = "neither tensor nor extra state"
+_EXTRA_STATE = "_extra_state"
 # A step may always make this many elements; above it, the limit depends on file and model.
 _SMALL = 1 << 20
 
@@ -88,7 +89,7 @@ def plan_load(
             # tensors that this submodel shares with an earlier one, which loads them
             before = {name for name, spec in part.targets.items() if spec.identity in written}
             part = attrs.evolve(part, loaded=part.loaded | before)
-        match = rules.match(tuple(part.sources), tuple(part.targets))
+        match = rules.match(tuple(part.sources), (*part.targets, *part.unlisted))
         matches.append(match)
         planner = _PartPlanner(part, match, policies, advice, number)
         planner.run()
@@ -100,7 +101,7 @@ def plan_load(
         warnings += planner.found.warnings
     names = ", ".join(part.model for part in parts)
     sources = [name for part in parts for name in part.sources]
-    targets = [name for part in parts for name in part.targets]
+    targets = [name for part in parts for name in (*part.targets, *part.unlisted)]
     for message, is_error in rules.unmatched(matches, sources, targets):
         (problems if is_error else warnings).append(Problem("unmatched-rule", message, names))
     kept = {(part.model, name) for part, match in zip(parts, matches, strict=True) for name in match.kept}
@@ -156,11 +157,14 @@ class _PartPlanner:
         self._casts: dict[tuple[str, str], list[PlanRow]] = {}
         self._step_errors: dict[tuple[str, str], list[str]] = {}
         self._resolved: dict[tuple[int, tuple[str, ...], int], tuple[tuple[Step, ...], list[Shape]]] = {}
-        self._tied = names_of_ties(part.targets)
+        self._specs = {**part.targets, **part.unlisted}
+        self._tied = names_of_ties(self._specs)
 
     def run(self) -> None:
         """Fill ``rows`` and ``found``."""
         for name, spec in self.part.targets.items():
+            self._plan_target(name, spec)
+        for name, spec in self._unlisted_to_load.items():
             self._plan_target(name, spec)
         unexpected = self._plan_unused()
         found = self.found
@@ -173,10 +177,10 @@ class _PartPlanner:
         for (rule, reason), names in self._step_errors.items():
             found.add("step", f"{rule or names[0]}: {reason} ({listed(names)})", names)
         found.dtypes(self._inconvertible, self.policies.cast)
-        for row in self.rows:
-            if row.writes and (reason := self.part.targets[row.key].unwritable):
-                found.add("unwritable", f"{row.key} {reason}, so it cannot be loaded", [row.key])
+        found.unwritable({row.key: self._specs[row.key].unwritable for row in self.rows if row.writes})
         found.unexpected(unexpected)
+        if plain := [row.key for row in self.rows if row.target is None and row.rule == NOT_A_TENSOR]:
+            found.warn("not-a-tensor", f"{listed(plain)} of the file: {NOT_A_TENSOR}, left out", plain)
         found.squares(self.rows)
 
     def plan_unlisted(self, written: Set[Hashable]) -> tuple[list[PlanRow], list[Problem]]:
@@ -184,7 +188,11 @@ class _PartPlanner:
 
         ``written``: memory that rows load; a parameter that another submodel lists has its row there.
         """
-        own = {name: spec for name, spec in self.part.unlisted.items() if spec.identity not in written}
+        own = {
+            name: spec
+            for name, spec in self.part.unlisted.items()
+            if name not in self._unlisted_to_load and spec.tied_to is None and spec.identity not in written
+        }
         rows, found = [], Problems(self.part, self.match, None)
         for name, spec in own.items():
             rule = LOADED_BEFORE if name in self.part.loaded else "not in state_dict()"
@@ -195,11 +203,24 @@ class _PartPlanner:
             )
         return rows, found.warnings
 
+    @cached_property
+    def _unlisted_to_load(self) -> dict[str, TargetSpec]:
+        """Entries that the state dict leaves out and that get a value from the file, as in torch."""
+        match, brought = self.match, self.part.brought
+        return {
+            name: spec
+            for name, spec in self.part.unlisted.items()
+            if name not in match.kept and (name in match.moves or name in brought)
+        }
+
     def _plan_target(self, name: str, spec: TargetSpec) -> None:
         """Add the row of one entry of the model."""
         match = self.match
         if name in match.kept:
             self._keep(name, spec)
+            return
+        if name in self.part.brought and name not in self.part.loaded:
+            self._bring(name, spec, self.part.brought[name])
             return
         taken = match.moves.get(name)
         if taken is None:
@@ -209,6 +230,9 @@ class _PartPlanner:
                 return
             taken = attrs.evolve(match.moves[donor], rule=f"{TIED}{donor}")
         sources = [self.part.sources[source] for source in taken.sources]
+        if spec.unwritable:
+            self._row(name, "load" if taken.sources == (name,) else "rename", spec, taken)
+            return
         try:
             steps, shape, fitted = self._steps(taken, sources, spec)
         except StepError as error:
@@ -224,6 +248,17 @@ class _PartPlanner:
             self._row(name, "keep", spec, Taken((), "on_mismatch: keep"))
         else:
             self._misshaped.append(self._row(name, "mismatch", spec, taken))
+
+    def _bring(self, name: str, spec: TargetSpec, brought: Brought) -> None:
+        """Add the row of an entry whose value is made by loading code."""
+        taken = Taken(brought.sources, brought.rule)
+        if not brought.sources:
+            self._row(name, "keep", spec, taken)
+        elif brought.is_copy and brought.shape == spec.shape == self.part.sources[brought.sources[0]].shape:
+            self.match.moves[name] = taken
+            self._plan_dtype(name, spec, taken, [self.part.sources[brought.sources[0]]])
+        else:
+            self._row(name, "transform", attrs.evolve(spec, shape=brought.shape), taken)
 
     def _plan_dtype(self, name: str, spec: TargetSpec, taken: Taken, sources: list[TensorSpec]) -> None:
         is_same = taken.sources == (name,) or name not in self.match.moves
@@ -315,6 +350,8 @@ class _PartPlanner:
         match = self.match
         if source in match.removed:
             return match.removed[source]
+        if source in self.part.consumed:
+            return self.part.consumed[source]
         if source in match.unused_kept:
             return match.kept[match.unused_kept[source]]
         if source in match.outside:
@@ -323,6 +360,8 @@ class _PartPlanner:
             return "non-persistent buffer of the model"
         if self.policies.on_mismatch == "keep" and source not in match.astray and source in self._moved:
             return "on_mismatch: keep"
+        if self.part.sources[source].dtype == "object" and not source.endswith(_EXTRA_STATE):
+            return NOT_A_TENSOR
         return None if self.policies.on_unexpected == "error" else "on_unexpected: ignore"
 
     def _row(self, target: str | None, action: Action, spec: TargetSpec, taken: Taken) -> PlanRow:

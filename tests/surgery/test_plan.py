@@ -11,11 +11,12 @@ import pytest
 from noether_init_core.config.source import TransformConfig, rule_of
 from noether_init_core.errors import PlanError
 from noether_init_core.surgery.advice import Advice
-from noether_init_core.surgery.fit import PlanPart, TargetSpec, square_grids, ties
+from noether_init_core.surgery.fit import PlanPart, TargetSpec, square_grids
 from noether_init_core.surgery.name_rules import NameRules, NoetherSurgery, Rename, Transforms
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow
 from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.steps import Interpolate, Transpose
+from noether_init_core.surgery.ties import ties
 
 
 def spec(*shape: int, dtype: str = "float32", **more: object) -> TargetSpec:
