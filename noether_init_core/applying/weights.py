@@ -91,7 +91,7 @@ def _made_values(row: PlanRow, reader: Checkpoint, dtypes: list[str]) -> Iterato
     """Problems for values that steps compute: the value of a pad, and interpolated values."""
     have = [reader.tensors()[source].dtype for source in row.sources]
     for filling in (step.value for step in row.steps if isinstance(step, Pad) and step.value is not None):
-        value = torch.tensor([filling], dtype=torch.float64)
+        value = torch.tensor([filling], dtype=torch.float64, device="cpu")
         narrow = [dtype for dtype in (*have, *dtypes) if not _fits(value, getattr(torch, dtype))]
         if narrow:
             yield f"{row.key}: the pad value {filling:g} does not fit {narrow[0]}"

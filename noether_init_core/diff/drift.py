@@ -133,7 +133,7 @@ class Room:
 
     def __init__(self) -> None:
         # Twice the size, for both parts of complex numbers.
-        self._memory = torch.empty(3, 2 * _PIECE, dtype=torch.float64)
+        self._memory = torch.empty(3, 2 * _PIECE, dtype=torch.float64, device="cpu")
         self._reading = ThreadPoolExecutor(1)
         self._threads = 0
 

@@ -45,7 +45,7 @@ def read_tensor(handle: Handle, info: TensorInfo, key: str = "") -> torch.Tensor
     piece = info.whole if contiguous is None else contiguous
     if piece is None:
         return _joined(handle, info, key)
-    memory = in_large_pages(torch.empty(piece.nbytes, dtype=torch.uint8))
+    memory = in_large_pages(torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu"))
     handle.read_all([(memory_of_tensor(memory), piece.offset, key)] if piece.nbytes else [])
     if contiguous is not None or not piece.nbytes:
         return memory.view(dtype).view(info.shape)
@@ -63,7 +63,7 @@ def _joined(handle: Handle, info: TensorInfo, key: str) -> torch.Tensor:
     import torch
 
     missing = math.prod(info.shape)
-    joined = torch.empty(info.shape, dtype=_carrier(info.itemsize))
+    joined = torch.empty(info.shape, dtype=_carrier(info.itemsize), device="cpu")
     for piece in info.pieces:
         box = piece.box or tuple((0, size) for size in info.shape)
         shape = tuple(end - begin for begin, end in box)
@@ -156,7 +156,7 @@ def copy_staged(handle: Handle, sources: Sequence[_Source], device: torch.device
     import torch
 
     is_cuda = device.type == "cuda"
-    buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
+    buffers = [torch.empty(CHUNK, dtype=torch.uint8, device="cpu", pin_memory=is_cuda) for _ in range(2)]
     sent: list[torch.cuda.Event | None] = [None, None]
     turn = 0
     try:
@@ -198,7 +198,7 @@ def allocated(
     memory: dict[str, memoryview] = {}
     for info, record in records.items():
         if record.name not in memory:
-            carrier = in_large_pages(torch.empty(record.size, dtype=torch.uint8))
+            carrier = in_large_pages(torch.empty(record.size, dtype=torch.uint8, device="cpu"))
             tensors[info] = carrier.view(_dtype_of(handle, info, "")).view(info.shape)
             memory[record.name] = memory_of_tensor(carrier)
     return tensors, memory

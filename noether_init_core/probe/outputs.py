@@ -236,10 +236,12 @@ def _output(path: str, value: Any) -> Output:
         value = str(value)
     if isinstance(value, str):
         digest = xxhash.xxh3_128_hexdigest(value.encode("utf-8", "surrogatepass"))
-        return Output(path=path, shape=(), dtype="str", digest=f"xxh3_128:{digest}", values=torch.empty(0))
+        return Output(
+            path=path, shape=(), dtype="str", digest=f"xxh3_128:{digest}", values=torch.empty(0, device="cpu")
+        )
     if isinstance(value, float):
-        value = torch.tensor(value, dtype=torch.float64)
-    tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        value = torch.tensor(value, dtype=torch.float64, device="cpu")
+    tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or hasattr(tensor, "device_mesh"):
         raise ConfigError(
             f"{path}: {type_of(tensor)} with layout {tensor.layout} is sparse, quantized, sharded or without memory, "

@@ -286,7 +286,8 @@ class Pad(Step):
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
 
-        new = torch.full(self._shape(tuple(tensor.shape)), 0 if self.value is None else self.value, dtype=tensor.dtype)
+        filling = 0 if self.value is None else self.value
+        new = torch.full(self._shape(tuple(tensor.shape)), filling, dtype=tensor.dtype, device=tensor.device)
         new.narrow(self.dim, 0, tensor.shape[self.dim]).copy_(tensor)
         return new
 

@@ -59,9 +59,9 @@ class Layout:
     def indices(self, seed: int, epoch: int) -> torch.Tensor:
         """Return the order of an epoch: indices, int64 ``[length]``."""
         if not self.shuffle:
-            return torch.arange(self.length)
-        generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-        return torch.randperm(self.length, generator=generator)
+            return torch.arange(self.length, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(derive_seed(seed, "order", epoch))
+        return torch.randperm(self.length, generator=generator, device="cpu")
 
     def differences(self, stored: Mapping[str, Any], batch: int) -> list[str]:
         """Return the reasons why this layout cannot continue after ``batch`` batches of an epoch of a ``stored``
@@ -194,7 +194,7 @@ class TrainingLoader:
         self.layout = layout
         self._position = position
         self._accumulate = accumulate
-        self._generator = torch.Generator()
+        self._generator = torch.Generator("cpu")
         self._batches: DataLoader[Any] = DataLoader(
             _Fetcher(dataset, default_collate if collate_fn is None else collate_fn),
             # The sampler yields complete batches, so that a worker reads one batch at a time, with the seed of the
@@ -218,8 +218,11 @@ class TrainingLoader:
         # epoch makes it the same after a resume.
         self._generator.manual_seed(derive_seed(position.seed, "workers", position.epoch))
         number = position.batch
+        # DataLoader draws that seed on the default device, which may not be that of its generator
+        with torch.device("cpu"):
+            batches = iter(self._batches)
         try:
-            for batch in self._batches:
+            for batch in batches:
                 if position.current_pass is not mine:
                     raise StateMismatchError(
                         "this for over the loader is outdated: a state was loaded, or another for was started. "

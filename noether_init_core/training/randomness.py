@@ -61,7 +61,7 @@ def take_rng() -> dict[str, Any]:
         )
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": {"version": version, "state": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
+        "python": {"version": version, "state": torch.tensor(numbers, dtype=torch.int64, device="cpu"), "gauss": gauss},
         "numpy": {
             "state": torch.from_numpy(legacy["state"]["key"].astype(numpy.int64)),
             "position": int(legacy["state"]["pos"]),
@@ -79,7 +79,7 @@ def check_rng(state: Mapping[str, Any]) -> None:
     """Raise ``StateMismatchError`` unless ``put_rng(state)`` will succeed; no generator is changed."""
     try:
         cpu, python, legacy = _parsed(state)
-        torch.Generator().set_state(cpu)
+        torch.Generator("cpu").set_state(cpu)
         random.Random().setstate(python)
         numpy.random.RandomState().set_state(legacy)
         for device_state in state.get("cuda", ()):

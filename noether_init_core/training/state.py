@@ -65,7 +65,7 @@ class TrainerState:
         if seed is not None:
             seed_everything(seed)
         self._seed_was_given = seed is not None
-        drawn = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed
+        drawn = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if seed is None else seed
         self._position = Position(drawn)
         self._stateful: dict[str, Any] = dict(stateful)
         self._updates = 0

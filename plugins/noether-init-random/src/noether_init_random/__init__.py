@@ -56,7 +56,7 @@ class Rule(BaseModel):
         if "generator" in inspect.signature(function).parameters:
             arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
         with torch.device("cpu"):
-            values = torch.empty(tuple(shape), dtype=dtype if dtype.itemsize >= 4 else torch.float32)
+            values = torch.empty(tuple(shape), dtype=dtype if dtype.itemsize >= 4 else torch.float32, device="cpu")
             function(values, **arguments)
         return values
 
