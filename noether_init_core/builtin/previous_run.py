@@ -154,10 +154,11 @@ class PreviousRunInitializer(CheckpointInitializer):
         """Check weights and optimizer as in ``CheckpointInitializer``, and whether callbacks can read their files."""
         super().check(model, trainer, callbacks)
         if callbacks and self.config.load_callbacks:
-            check_resumption(callbacks)
+            with self.in_session():
+                check_resumption(callbacks, self.select(self.leaves(model)))
 
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
         """Let every callback with ``resume_from_checkpoint`` resume from the files of the source run."""
         with self.in_session() as session:
             self.select(self.leaves(model))
-            resume_callbacks(callbacks, model, self.init_run_path_provider, session.selection.chosen, self.logger)
+            resume_callbacks(callbacks, model, self.init_run_path_provider, session.selection.own, self.logger)

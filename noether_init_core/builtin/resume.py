@@ -180,8 +180,7 @@ class ResumeInitializer(CheckpointInitializer):
             is_loaded = self.load_optim if file.part == "optim" else file.info == self.model_info
             look = self.config.nonfinite == "error" and file.part != "trainer" and is_loaded
             checked = check_file(found, file, verify=self.config.verify == "full", look=look, stopwatch=self.stopwatch)
-            if checked.recorded is not None:
-                said[file.path.name] = checked.recorded
+            said[file.path.name] = checked.recorded
             if checked.refused:
                 raise CheckpointError(
                     f"{file.path}: {listed(checked.refused, 3)}; it would be loaded with on_nonfinite: warn",
@@ -232,7 +231,7 @@ class ResumeInitializer(CheckpointInitializer):
             self._check_trainer(trainer)
             if callbacks:
                 self._plan_callbacks(callbacks)
-                check_resumption(callbacks)
+                check_resumption(callbacks, session.selection)
             session.not_restored = self._left_callbacks() if callbacks is None else []
             for what in session.not_restored:
                 session.warn(what)
@@ -295,7 +294,7 @@ class ResumeInitializer(CheckpointInitializer):
                 session.warn(warning)
             with StatesBefore.kept(None, callbacks):
                 apply_callbacks(plan)
-                resume_callbacks(callbacks, model, self.init_run_path_provider, session.selection.chosen, self.logger)
+                resume_callbacks(callbacks, model, self.init_run_path_provider, session.selection.own, self.logger)
             if plan.states:
                 session.restored.append(f"{len(plan.states)} callback{'s' if len(plan.states) > 1 else ''}")
 

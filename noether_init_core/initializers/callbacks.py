@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
@@ -172,6 +172,15 @@ class ResumptionPaths(PathProvider):
         return self.view
 
 
+class HasOwnSet(Protocol):
+    """What a kind has selected."""
+
+    @property
+    def own(self) -> CheckpointSet:
+        """The set, without files of another iteration."""
+        ...
+
+
 def resume_callbacks(
     callbacks: Iterable[Any], model: Any, paths: PathProvider, selected: CheckpointSet, logger: logging.Logger
 ) -> None:
@@ -186,10 +195,14 @@ def resume_callbacks(
                 resume(resumption_paths=shown, model=model)
 
 
-def check_resumption(callbacks: Iterable[Any]) -> None:
-    """Check that callbacks can resume from files. Raises ``StateMismatchError`` if no folder of links can be made."""
+def check_resumption(callbacks: Iterable[Any], selection: HasOwnSet) -> None:
+    """Check that callbacks can resume from files of the selected set.
+
+    Raises ``StateMismatchError`` if no folder of links can be made, ``TornSetError`` for averages of another iteration.
+    """
     if not _resuming(callbacks):
         return
+    _ = selection.own
     try:
         with tempfile.TemporaryDirectory(prefix="noether-init-") as folder:
             os.symlink(folder, Path(folder) / "link")

@@ -28,7 +28,7 @@ from noether_init_core.models import Leaf
 from noether_init_core.paths import PathProvider, name_of_run
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, recorded_in
 from noether_init_core.sets.file_names import Part, parse
-from noether_init_core.sets.flat_files import check_as_listed
+from noether_init_core.sets.flat_files import check_as_listed, own_files
 from noether_init_core.sets.manifest import digest_of
 from noether_init_core.sets.provenance import History, read_histories
 from noether_init_core.sets.refusals import AskedBy
@@ -53,6 +53,17 @@ class RunSelection:
     snapshot: Snapshot
     root: str | None = None
     trainer: Mapping[str, Any] | None = None
+
+    @property
+    def own(self) -> CheckpointSet:
+        """The set; in a flat set, averages of another iteration are replaced by those of its own.
+
+        Raises ``TornSetError`` if these were not found.
+        """
+        chosen, snapshot = self.chosen, self.snapshot
+        if chosen.committed:
+            return chosen
+        return attrs.evolve(chosen, flat_files=tuple(own_files(chosen, snapshot.iteration_of(chosen), snapshot.flat)))
 
 
 class CheckpointInitializer(SourceInitializer):
@@ -188,13 +199,15 @@ class CheckpointInitializer(SourceInitializer):
             asked = [] if self.selection else [Leaf(query.path, (query.model_name,), query.model)]
             selection = self.select(asked, query.part)
             chosen = selection.chosen
+            iteration = selection.snapshot.iteration_of(chosen)
             found = chosen.file(query.model_name, query.part, self._info(query.part))
             if found is None:
                 return None
+            if not chosen.committed:
+                (found,) = own_files(attrs.evolve(chosen, flat_files=(found,)), iteration, selection.snapshot.flat)
             origin = {"run_id": self.init_run_path_provider.run_id, "tag": self._tag_words()}
             if self.init_run_path_provider.stage_name is not None:
                 origin["stage_name"] = self.init_run_path_provider.stage_name
-            iteration = selection.snapshot.iteration_of(chosen)
             if iteration is not None:
                 origin["iteration"] = str(iteration)
             digests = chosen.digests_of(found)
@@ -223,11 +236,13 @@ class CheckpointInitializer(SourceInitializer):
     def check_together(self, metadata: Mapping[Path, Mapping[str, Any]]) -> None:
         """Check that the files of the set are of one iteration and one run."""
         assert self.selection is not None
+        chosen = self.selection.chosen
         found = {path.name: recorded_in(header, path) for path, header in metadata.items()}
         trainer = self.selection.trainer
         if trainer is not None:
-            found["trainer"] = recorded_in(trainer, self.selection.chosen.folder)
-        check_consistency(found, self.selection.chosen)
+            found["trainer"] = recorded_in(trainer, chosen.folder)
+        # A file that is not loaded may decide the iteration of the set, such as the trainer file for a warm start.
+        check_consistency(found, attrs.evolve(chosen, iteration=self.selection.snapshot.iteration_of(chosen)))
 
     def history_of(self, source: Source) -> History:
         """The recorded origins of the set's weights; empty if it records none."""

@@ -48,6 +48,7 @@ from noether_init_core.sets.checkpoint_set import (
     load_set,
     recorded_in,
 )
+from noether_init_core.sets.flat_files import check_headers
 from noether_init_core.sets.manifest import MANIFEST_NAME, PROBE_NAME
 from noether_init_core.sets.places import CHECKPOINTS_FOLDER, as_recorded, runs_at
 from noether_init_core.sets.snapshot import Snapshot
@@ -196,6 +197,8 @@ class _Run:
             sets = (self._tried(self.snapshot.sets) or ())[::-1]
             uncommitted = self._tried(self.snapshot.uncommitted) or ()
             self.problems += map(str, self._tried(self.snapshot.broken) or ())
+        for one in sets:
+            self._check(one)
         found = tuple(map(self._set, sets))
         models = tuple(self._models(sets))
         return FoundRun(
@@ -232,6 +235,7 @@ class _Run:
                 unreadable: list[tuple[str, CheckpointError]] = []
                 state, number = "legacy", len(flat)
                 newest = self.snapshot.newest_flat((), unreadable) or flat[0]
+                self._check(newest)
                 self.problems += [str(error) for _name, error in unreadable]
                 nbytes = sum(size for one in flat for size in self._sizes(one).values())
                 iteration = self._iteration_of(newest)
@@ -309,6 +313,11 @@ class _Run:
             content = self._content(one, file)
             if content is not None:
                 yield FoundModel(model, one.place, content)
+
+    def _check(self, one: CheckpointSet) -> None:
+        """Add a problem if files of a set without a manifest are of different iterations."""
+        if not one.committed:
+            self._tried(partial(check_headers, one))
 
     def _content(self, one: CheckpointSet, file: CheckpointFile) -> Content | None:
         def look() -> Content:

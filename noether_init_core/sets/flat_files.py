@@ -20,6 +20,7 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.sets.checkpoint_set import (
     CheckpointFile,
     CheckpointSet,
+    check_consistency,
     list_names,
     recorded_in,
     sorted_files,
@@ -113,6 +114,60 @@ def _iterations_in(checkpoint_set: CheckpointSet) -> Iterator[TrainingIteration]
             continue
         if iteration is not None and iteration.is_fully_specified:
             yield iteration
+
+
+def own_files(
+    chosen: CheckpointSet, iteration: TrainingIteration | None, flat: Sequence[CheckpointSet]
+) -> Iterator[CheckpointFile]:
+    """Yield the files of a set; further weights (with info) of another iteration are replaced by those of its own.
+
+    Other programs write averages at other times than checkpoints, so ``latest`` can have an average that is newer than
+    its other files. The average of the same iteration is in the flat set with the iteration as tag.
+
+    Args:
+        chosen: The set; a committed set has only files of its own.
+        iteration: The iteration of the set; None if it is not recorded.
+        flat: All flat sets of the folder.
+
+    Raises ``TornSetError`` if there is no average of the iteration, and errors of the reader.
+    """
+    for file in chosen.files:
+        yield file if chosen.committed or file.info is None else _own_file(file, iteration, flat)
+
+
+def _own_file(
+    file: CheckpointFile, iteration: TrainingIteration | None, flat: Sequence[CheckpointSet]
+) -> CheckpointFile:
+    recorded = _iteration_of(file)
+    if iteration is None or recorded in (None, iteration):
+        return file
+    others = (one.file(file.model, file.part, file.info) for one in flat if one.name == str(iteration))
+    own = next((other for other in others if other is not None), None)
+    if own is not None and _iteration_of(own) in (None, iteration):
+        return own
+    raise TornSetError(
+        f"{file.path} is of {recorded}, and the set is of {iteration}; no {file.stem} of {iteration} was found. "
+        "Next: take another set",
+        path=file.path,
+        found={file.name: str(recorded)},
+    )
+
+
+def check_headers(found: CheckpointSet) -> None:
+    """Check that the headers of all files of a set record one iteration and one run.
+
+    Raises ``TornSetError``, and errors of the reader.
+    """
+    recorded = {}
+    for file in found.files:
+        with open_checkpoint(file.path) as reader:
+            recorded[file.name] = recorded_in(reader.metadata, file.path)
+    check_consistency(recorded, found)
+
+
+def _iteration_of(file: CheckpointFile) -> TrainingIteration | None:
+    with open_checkpoint(file.path) as reader:
+        return recorded_in(reader.metadata, file.path)[0]
 
 
 # Copies of committed sets, and the record of them.

@@ -51,12 +51,12 @@ class CheckedFile:
     """The findings in a file of a set without damage.
 
     Attributes:
-        recorded: The iteration and the run in its header; None for optimizer files, which record neither.
+        recorded: The iteration and the run in its header; None for a value that is not recorded.
         refused: Values that a resume refuses, in words.
         is_verifiable: Whether a digest or a checksum exists for its bytes.
     """
 
-    recorded: tuple[TrainingIteration | None, str | None] | None
+    recorded: tuple[TrainingIteration | None, str | None]
     refused: tuple[str, ...]
     is_verifiable: bool
 
@@ -170,7 +170,7 @@ def check_file(
     Raises ``CheckpointError`` or ``OSError`` for a damaged file.
     """
     with open_checkpoint(file.path, digests=found.digests_of(file), stopwatch=stopwatch) as reader:
-        recorded = None if file.part == "optim" else recorded_in(reader.metadata, file.path)
+        recorded = recorded_in(reader.metadata, file.path)
         # A manifest records the findings from the time of writing, so the values need not be checked again.
         head = found.head_of(file)
         looked_at = worth_a_look(file.part, reader.tensors()) if look and head is None else []
@@ -348,8 +348,7 @@ def _verify_set(snapshot: Snapshot, found: CheckpointSet, progress: Progress, no
                 f"{file.path} has changed bytes, all of them outside its tensors and records, so it still "
                 "loads as it was saved. Next: copy the file again if you have a copy"
             )
-        if checked.recorded is not None:
-            recorded[file.name] = checked.recorded
+        recorded[file.name] = checked.recorded
         if not checked.is_verifiable:
             unverified.append(file.name)
         if file.info is None:
