@@ -10,13 +10,14 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import attrs
 
 from noether_init_core.errors import CheckpointError
-from noether_init_core.files.storage.disk import FileSystem, is_out_of_reach
+from noether_init_core.files.storage.disk import FileSystem, is_out_of_reach, naming
 from noether_init_core.saving.retention import Retention, superfluous_sets
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointFile, CheckpointSet, SetFolder, list_names
 from noether_init_core.sets.file_names import CheckpointFileName, parse
@@ -26,7 +27,7 @@ from noether_init_core.sets.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY = ".noether-init-flat.tmp"
+_TEMPORARY = re.compile(r"\.noether-init-flat\.(.*\.)?tmp")
 _RECORD_TEMPORARY = ".noether-init-flat.json.tmp"
 # Noether takes all files beside a trainer file of a tag as one set. So the trainer file is removed first and written
 # last; in between, a reader finds no set instead of a mixed one.
@@ -54,7 +55,7 @@ def collect_leftovers(snapshot: Snapshot) -> None:
             snapshot.remove(folder)
         except OSError as error:
             logger.warning("the unfinished set %s could not be removed: %s", folder.path, error)
-    for name in (_TEMPORARY, _RECORD_TEMPORARY):
+    for name in filter(_TEMPORARY.fullmatch, list_names(checkpoints, storage)):
         try:
             storage.unlink(checkpoints / name)
         except OSError as error:
@@ -151,22 +152,17 @@ def refresh_flat_names(snapshot: Snapshot, committed: CheckpointSet) -> None:
     are copies, because Noether rewrites such files in place. Their trainer file is removed first and written last,
     because Noether takes all files beside a trainer file as one set.
 
+    A file that this package did not write, or that has changed since, is not replaced: it may be the only copy of a
+    save by another program. The files of its tag are left as they are, with a warning.
+
     Raises ``OSError``.
     """
-    own = str(committed.iteration)
-    names: list[str] = []
-    try:
-        for name, file in _flat_names(committed, own).items():
-            _replace(snapshot.folder / name, file.path, snapshot.storage, linked=True)
-            names.append(name)
-        for tag in committed.tags:
-            if tag != own:
-                _refresh_tag(snapshot, committed, tag, names)
-    except OSError:
-        with contextlib.suppress(OSError):  # report the first error, which is the cause
-            _record(snapshot, committed, names)
-        raise
-    _record(snapshot, committed, names)
+    own, checkpoints, storage = str(committed.iteration), snapshot.folder, snapshot.storage
+    # Names that were removed or changed since are dropped from the record.
+    record = read_record(checkpoints, storage)
+    record = {name: one for name, one in record.items() if is_ours(checkpoints / name, one, storage)}
+    for tag in (own, *(tag for tag in committed.tags if tag != own)):
+        _refresh_tag(snapshot, committed, tag, record, linked=tag == own)
 
 
 def give_room(snapshot: Snapshot) -> int:
@@ -199,20 +195,57 @@ def _remove_names(snapshot: Snapshot, of: Callable[[str], bool]) -> list[str]:
     return names
 
 
-def _refresh_tag(snapshot: Snapshot, committed: CheckpointSet, tag: str, written: list[str]) -> None:
-    # Only names of the set that had this tag before, with the same models, may be removed. Models that are saved
-    # separately under the same tag keep their files.
+def _refresh_tag(
+    snapshot: Snapshot, committed: CheckpointSet, tag: str, record: dict[str, WrittenName], *, linked: bool
+) -> None:
+    """Write the names of one tag. ``record``: the names of this package that are unchanged, which is updated."""
     storage, checkpoints, models = snapshot.storage, snapshot.folder, committed.models()
-    others = (one for one in snapshot.readable() if one.folder != committed.folder)
-    previous = next((one for one in others if tag in one.tags and one.is_of(models)), None)
     names = _flat_names(committed, tag)
-    stale = {} if previous is None else _flat_names(previous, tag)
-    for name, file in reversed(_in_order({**stale, **names})):
-        if file.part != "model" or name not in names:
+    stale: dict[str, CheckpointFile] = {}
+    if not linked:
+        # Names of the set that had this tag before, with the same models. Models that are saved separately under the
+        # same tag keep their files.
+        others = (one for one in snapshot.readable() if one.folder != committed.folder)
+        previous = next((one for one in others if tag in one.tags and one.is_of(models)), None)
+        stale = {} if previous is None else _flat_names(previous, tag)
+    before = [name for name, _file in reversed(_in_order({**stale, **names}))]
+    for name in before:
+        if name not in record and storage.exists(checkpoints / name):
+            _tell_of_foreign(checkpoints / name, tag)
+            return
+    for name in before:
+        # Another program may have written it since.
+        if name in record and is_ours(checkpoints / name, record.pop(name), storage):
             storage.unlink(checkpoints / name)
-    for name, file in _in_order(names):
-        _replace(checkpoints / name, file.path, storage, linked=False)
-        written.append(name)
+    temporaries: dict[str, Path] = {}
+    try:
+        for number, (name, file) in enumerate(_in_order(names)):
+            temporaries[name] = checkpoints / f".noether-init-flat.{number}.tmp"
+            _copy(file.path, temporaries[name], storage, linked=linked)
+            found = storage.identity_of(temporaries[name])
+            if found is not None:
+                record[name] = WrittenName(committed.folder.name, *found)
+        # Recorded first: a name that appears without its record would be taken for that of another program.
+        _write_record(checkpoints, record, storage)
+        for name, temporary in temporaries.items():
+            if not storage.rename_new(temporary, checkpoints / name):
+                _tell_of_foreign(checkpoints / name, tag)
+                break
+    finally:
+        # On a full disk, a partial copy would take the space that the next save needs. The first error is the cause, so
+        # a second one is suppressed.
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                storage.unlink(temporary)
+
+
+def _tell_of_foreign(path: Path, tag: str) -> None:
+    logger.warning(
+        "%s was written or changed by another program and is not replaced; the flat files of %s stay as they are. "
+        "Next: remove them if they are not needed, or use another run_id",
+        path,
+        tag,
+    )
 
 
 def _flat_names(found: CheckpointSet, tag: str) -> dict[str, CheckpointFile]:
@@ -224,32 +257,17 @@ def _in_order(names: Mapping[str, CheckpointFile]) -> list[tuple[str, Checkpoint
     return sorted(names.items(), key=lambda item: (_ORDER.index(item[1].part), item[0]))
 
 
-def _replace(target: Path, source: Path, storage: FileSystem, *, linked: bool) -> None:
-    temporary = target.parent / _TEMPORARY
-    try:
-        if not storage.reflink(source, temporary) and not (linked and storage.hardlink(source, temporary)):
-            storage.copy(source, temporary)
-        storage.rename(temporary, target)
-    except OSError:
-        # On a full disk, a partial copy would take the space that the next save needs. The first error is the cause, so
-        # a second one is suppressed.
-        with contextlib.suppress(OSError):
-            storage.unlink(temporary)
-        raise
-    # POSIX: rename() does nothing if both names are hard links to one file, so the temporary name may still exist.
-    storage.unlink(temporary)
+def _copy(source: Path, target: Path, storage: FileSystem, *, linked: bool) -> None:
+    if not storage.reflink(source, target) and not (linked and storage.hardlink(source, target)):
+        storage.copy(source, target)
 
 
-def _record(snapshot: Snapshot, committed: CheckpointSet, names: Iterable[str]) -> None:
-    storage, checkpoints = snapshot.storage, snapshot.folder
-    record = read_record(checkpoints, storage)
-    for name in names:
-        found = storage.identity_of(checkpoints / name)
-        if found is not None:
-            record[name] = WrittenName(committed.folder.name, *found)
-    kept = {name: written for name, written in sorted(record.items()) if is_ours(checkpoints / name, written, storage)}
+def _write_record(checkpoints: Path, record: Mapping[str, WrittenName], storage: FileSystem) -> None:
+    """Write the record of flat names, and flush it to the disk."""
     temporary = checkpoints / _RECORD_TEMPORARY
     storage.unlink(temporary)
-    with storage.open_write(temporary) as file:
-        file.write(json.dumps({name: attrs.astuple(written) for name, written in kept.items()}, indent=0).encode())
+    with naming(temporary), storage.open_write(temporary) as file:
+        file.write(json.dumps({name: attrs.astuple(one) for name, one in sorted(record.items())}, indent=0).encode())
+        storage.fsync(file)
     storage.rename(temporary, checkpoints / RECORD_NAME)
+    storage.fsync_folder(checkpoints)

@@ -195,6 +195,23 @@ class FileSystem:
         """Rename a file atomically; an existing file of the new name is replaced."""
         os.replace(source, target)
 
+    def rename_new(self, source: Path, target: Path) -> bool:
+        """Rename a file, unless the new name exists; return False if it does."""
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARDLINK:
+                raise
+            # A file system without hard links: a file that another program creates at this moment is replaced.
+            if self.exists(target):
+                return False
+            self.rename(source, target)
+            return True
+        os.unlink(source)
+        return True
+
     def unlink(self, path: Path) -> None:
         """Remove a name; a missing name is not an error."""
         path.unlink(missing_ok=True)

@@ -37,8 +37,8 @@ LOOKING = frozenset(
 )  # fmt: skip
 CHANGING = frozenset(
     {
-        "make_folder", "open_write", "fsync", "fsync_folder", "make_read_only", "rename", "unlink", "remove_folder",
-        "reflink", "hardlink", "copy", "lock",
+        "make_folder", "open_write", "fsync", "fsync_folder", "make_read_only", "rename", "rename_new", "unlink",
+        "remove_folder", "reflink", "hardlink", "copy", "lock",
     }
 )  # fmt: skip
 
@@ -247,6 +247,12 @@ class Recorder(Quick):
         # two names of one file: the system does nothing at all
         if self.now.entries[self._node(target.parent)].get(target.name) != node:
             self._name(source, None, (target, node))
+
+    def rename_new(self, source: Path, target: Path) -> bool:
+        if self.exists(target):
+            return False
+        self.rename(source, target)
+        return True
 
     def unlink(self, path: Path) -> None:
         was_there = self.exists(path)
