@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -65,6 +66,27 @@ def one_line(text: str, most: int | None = None) -> str:
 def quoted(text: object, most: int = 80) -> str:
     """Foreign text in double quotes, on one line, cut after ``most`` characters."""
     return f'"{one_line(str(text), most)}"'
+
+
+def in_shell(value: object) -> str:
+    """A path or a name as one word of a command for a shell."""
+    return shlex.quote(str(value))
+
+
+def python_command(statements: str) -> str:
+    """The line for a shell that runs Python statements, in which texts are ``python_text``."""
+    return f"python -c {shlex.quote(statements)}"
+
+
+def python_text(text: str) -> str:
+    """``text`` as a literal of Python in ASCII, in double quotes where it can be: those need no escape in a shell."""
+    literal = ascii(text)
+    return f'"{literal[1:-1]}"' if literal.startswith("'") and '"' not in literal and "\\'" not in literal else literal
+
+
+def yaml_field(name: str, value: Any) -> str:
+    """``name: value`` as one line of a block mapping: ``run_id: "a #c"``."""
+    return yaml_line({name: value})[1:-1]
 
 
 def yaml_line(value: Any) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from noether_init_core.errors import ConfigError
+from noether_init_core.messages import one_line
 
 #: At least two letters, since ``C:`` is a drive.
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -21,11 +23,24 @@ def local_path(value: str | os.PathLike[str]) -> Path:
     uri = _URI.match(text)
     if uri is None:
         return Path(os.path.expanduser(text))
-    rest = text[uri.end() :].lstrip("/")
-    if uri[1] == "file":
-        raise ConfigError(f"'file:///{rest}' is a URI; only paths are read. Next: /{rest}")
+    scheme, after = uri[1].lower(), text[uri.end() :]
+    if scheme == "file":
+        path, host = _path_of(after)
+        where = f"copy it from {one_line(host)}" if host else one_line(path)
+        raise ConfigError(f"'{one_line(text)}' is a URI; only paths are read. Next: {where}")
     raise ConfigError(
         # a Path has one slash of the two
-        f"'{uri[1]}://{rest}' is a URI of {uri[1]}; runs and files are read from folders of this machine only. "
-        "Next: mount the store, or copy the run, and give that folder"
+        f"'{uri[1]}://{one_line(after.lstrip('/'))}' is a URI of {uri[1]}; runs and files are read from folders of "
+        "this machine only. Next: mount the store, or copy the run, and give that folder"
     )
+
+
+def _path_of(after: str) -> tuple[str, str]:
+    """The path of a URI of ``file``, and the other machine that it names; ``after``: what follows ``file:/``."""
+    host, _slash, below = after.removeprefix("/").partition("/")
+    if after.startswith("/"):
+        path, host = f"/{below.lstrip('/')}", "" if host.lower() == "localhost" else host
+    else:
+        # a Path has lost slashes, so that a host may follow the one that is left
+        path, host = (f"/{below}" if host.lower() == "localhost" and below else f"/{after}"), ""
+    return unquote(path), host

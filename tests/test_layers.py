@@ -22,6 +22,7 @@ LAYERS = {
     "errors": 1,
     "iteration": 2,
     "uris": 2,
+    "links": 1,
     "paths": 3,
     "models": 3,
     "files": 3,

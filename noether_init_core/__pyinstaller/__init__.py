@@ -9,7 +9,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import noether_init_core
-from noether_init_core.kinds.lookup import GROUP, OBSERVERS, normalized
+from noether_init_core.kinds.hints import normalized
+from noether_init_core.kinds.lookup import GROUP, OBSERVERS
 
 
 def hook_folders() -> list[str]:

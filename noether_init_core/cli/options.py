@@ -10,6 +10,7 @@ import itertools
 import os
 import pkgutil
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -145,7 +146,7 @@ class Start:
         if "no checkpoints" not in decision:
             return decision
         if paths.stage_name is None and (found := stages(paths)):
-            return f"{decision}. Stages with checkpoints: {listed(found)}. Next: --stage-name {found[0]}"
+            return f"{decision}. Stages with checkpoints: {listed(found)}. Next: --stage-name {shlex.quote(found[0])}"
         return decision + _near(self.run_id, runs(paths))
 
     def load_model(self, *, real: bool) -> Any:
@@ -193,7 +194,7 @@ class Start:
                 raise ConfigError(f"{message}\n{_NEXT_RUNS}") from error
             if paths is not None and self.run_id is None and paths.run_id in str(error):
                 hint = f"{paths.run_id} is a placeholder, because --run-id was not given. Next: --run-id ID"
-            elif paths is not None and not LOCAL.is_folder(paths.output_root):
+            elif paths is not None and not LOCAL.is_folder(paths.output_root) and "is a link to" not in str(error):
                 hint = f"{paths.output_root} does not exist. Next: --runs FOLDER, with the output root"
             else:
                 raise
@@ -223,6 +224,8 @@ def _reference(reference: str) -> tuple[str, str]:
     if not colon or not module or not attribute:
         example = f"{module}:build" if module and not colon and module.isidentifier() else "my_package.models:build"
         raise _wrong(f"{reference!r} is not module:callable. Next: --model {example}")
+    if module.endswith(".py") and module.removesuffix(".py").isidentifier():
+        raise _wrong(f"{module!r} is a file, not a module. Next: --model {module.removesuffix('.py')}:{attribute}")
     if not all(part.isidentifier() for part in module.split(".")):
         raise _wrong(f"{module!r} is not a module name. Next: --model {Path(module).stem}:{attribute}")
     return module, attribute

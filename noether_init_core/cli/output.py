@@ -24,7 +24,8 @@ from rich.text import Text
 
 from noether_init_core.errors import CheckpointFormatError, CheckpointNotFoundError, InitError
 from noether_init_core.files.storage.disk import LOCAL, reaching
-from noether_init_core.messages import listed, near, one_line, printable
+from noether_init_core.links import absence
+from noether_init_core.messages import in_shell, listed, near, one_line, printable
 from noether_init_core.uris import local_path
 
 if TYPE_CHECKING:
@@ -162,15 +163,15 @@ def check_target(path: Path | None, option: str) -> None:
     problem = None
     with reaching(path):
         if LOCAL.is_folder(path):
-            problem = f"{path} is a folder. Next: {option} {path / ('plan' + suffixes[0])}"
+            problem = f"{path} is a folder. Next: {option} {in_shell(path / ('plan' + suffixes[0]))}"
         elif path.suffix.lower() not in suffixes or not path.stem:
             kept = " exists, was not replaced, and" if LOCAL.exists(path) else ""
             named = path.with_suffix(suffixes[0]) if path.stem.strip("-. ") else Path("plan").with_suffix(suffixes[0])
-            problem = f"{path}{kept} is not a {suffixes[0]} file. Next: {option} {named}"
+            problem = f"{path}{kept} is not a {suffixes[0]} file. Next: {option} {in_shell(named)}"
         elif not LOCAL.is_folder(path.parent):
-            problem = f"folder {path.parent} does not exist. Next: mkdir -p {path.parent}"
+            problem = f"folder {path.parent} does not exist. Next: mkdir -p {in_shell(path.parent)}"
         elif lies_in_a_run(path):
-            problem = f"{path} is in the checkpoint folder of a run. Next: {option} {path.name}"
+            problem = f"{path} is in the checkpoint folder of a run. Next: {option} {in_shell(path.name)}"
         elif LOCAL.exists(path) and not (not LOCAL.is_link(path) and LOCAL.is_file(path) and ours in _head(path)):
             problem = f"{path} exists and was not written by {option}; it was not replaced. Next: another name"
     if problem is not None:
@@ -221,6 +222,9 @@ def check_path(path: Path) -> None:
     with reaching(path):
         is_there = LOCAL.leads_somewhere(path)
         is_config = path.suffix.lower() in (".yaml", ".yml") and LOCAL.is_file(path) and b"\0" not in _head(path)
+    absent = "" if is_there else absence(path)
+    if "Next: " in absent:
+        raise CheckpointNotFoundError(f"{path} {absent}", path=path, asked=str(path))
     if not is_there:
         with reaching(path):
             folder = next((parent for parent in path.parents if LOCAL.is_folder(parent)), Path())

@@ -25,6 +25,7 @@ from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import listed, near, one_line, printable
 from noether_init_core.paths import PathProvider
+from noether_init_core.uris import local_path
 
 #: If set to anything but 0, each error of a command is printed with its traceback.
 TRACEBACK_VARIABLE = "NOETHER_INIT_TRACEBACK"
@@ -38,6 +39,8 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 # Key under which a context keeps the words after the name of the command.
 _TYPED = "noether_init_core.typed"
 
+# Parameters whose values may look like a URI without being one.
+_NO_PATHS = ("author", "model")
 _MOST_NAMES = 6
 _SHOWN = 8
 # Limits of the search for runs: `ninit` may be typed in a home folder or on a network disk.
@@ -62,6 +65,8 @@ class Command(typer.core.TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         typed = list(args)
         ctx.meta[_TYPED] = typed
+        for value in _paths_in(ctx, typed):
+            local_path(value)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             order = self.make_parser(ctx).parse_args(list(typed))[2]
@@ -70,6 +75,17 @@ class Command(typer.core.TyperCommand):
                     message = f"{param.opts[0]} was given {order.count(param)} times, and takes one value"
                     raise typer.BadParameter(f"{message}. Next: remove all but one", ctx=ctx, param_hint=param.opts[0])
         return rest
+
+
+def _paths_in(context: Any, words: list[str]) -> Iterator[str]:
+    """The typed values that may be paths. Nothing is checked; a wrong line is reported when it is parsed."""
+    try:
+        values = _values(context, words)
+    except UsageError:
+        return
+    for name, value in values.items():
+        if name not in _NO_PATHS:
+            yield from [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
 
 
 def _takes_one(param: Any) -> bool:

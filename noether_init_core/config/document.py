@@ -24,6 +24,7 @@ import yaml
 from noether_init_core.config.base import KindConfig, YamlText
 from noether_init_core.errors import ConfigError, ConfigFileError
 from noether_init_core.files.storage.disk import LOCAL
+from noether_init_core.links import absence
 from noether_init_core.messages import listed, near
 
 KeyPath = tuple[str | int, ...]
@@ -159,7 +160,9 @@ def content_of(path: Path) -> bytes:
     """The bytes of a config file. Raises ``ConfigFileError`` for an absent path, a folder or a checkpoint."""
     try:
         if not LOCAL.leads_somewhere(path):
-            raise ConfigFileError(f"does not exist{_instead(path.parent, path.name)}", path=path)
+            absent = absence(path)
+            instead = "" if "Next: " in absent else _instead(path.parent, path.name)
+            raise ConfigFileError(f"{absent}{instead}", path=path)
         if LOCAL.is_folder(path):
             raise ConfigFileError(f"is a folder; a config is a YAML file{_instead(path, '')}", path=path)
         # Reading a FIFO would block, and reading a device may never end.

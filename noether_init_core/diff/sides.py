@@ -9,7 +9,7 @@ import attrs
 
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
 from noether_init_core.files.storage.disk import LOCAL, reaching, resolved
-from noether_init_core.messages import listed
+from noether_init_core.messages import in_shell, listed
 from noether_init_core.paths import PathProvider, name_of_run
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointSet
 from noether_init_core.sets.file_names import parse
@@ -80,7 +80,7 @@ def side_at(path: Path | str) -> Side:
         if isinstance(found, CheckpointError):
             raise found
         if found is None:
-            raise CheckpointError(f"{path} is not a committed set. Next: ninit verify {path}", path=path)
+            raise CheckpointError(f"{path} is not a committed set. Next: ninit verify {in_shell(path)}", path=path)
     else:
         selected = find_set(snapshot, tag)
         found, snapshot = selected.found, selected.snapshot

@@ -37,7 +37,7 @@ from noether_init_core.inspection.findings import (
     State,
 )
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.messages import listed
+from noether_init_core.messages import in_shell, listed
 from noether_init_core.paths import DEBUG_FOLDER, PathProvider
 from noether_init_core.sets.checkpoint_set import (
     SETS_FOLDER,
@@ -264,7 +264,7 @@ class _Run:
             why = f"has no {MANIFEST_NAME}: an interrupted save" if folder else "does not have the name of a set"
             raise CheckpointNotFoundError(
                 f"{path} {why}; it is never selected. Sets: {listed(there[:-6:-1], none='none')}. "
-                f"Next: ninit inspect {self.folder}",
+                f"Next: ninit inspect {in_shell(self.folder)}",
                 path=path,
                 asked=str(path),
                 candidates=there,

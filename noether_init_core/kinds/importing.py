@@ -15,6 +15,7 @@ from urllib.request import url2pathname
 
 from noether_init_core.errors import KindImportError
 from noether_init_core.files.storage.disk import LOCAL, reaching
+from noether_init_core.kinds.hints import install_extra
 from noether_init_core.kinds.settings import isolated
 from noether_init_core.messages import listed
 
@@ -40,6 +41,7 @@ def importing(who: str, kind: str, target: str, distribution: str | None) -> Ite
         # the target is foreign text, and the command is meant to be pasted into a shell
         parts = re.fullmatch(r"([\w.]+)\s*:\s*(\w+)[\w.]*\s*(\[.*\])?", target, re.ASCII)
         again = f'python -c "from {parts[1]} import {parts[2]}"' if parts else f"ninit check {kind}"
+        again = install_extra(distribution, target, error) or again
         raise KindImportError(
             f"{who}: importing {target} raised {type(error).__name__}: {error}. "
             f"Other {who.partition(' ')[0]}s are not affected. Next: {again}",

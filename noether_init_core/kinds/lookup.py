@@ -29,6 +29,7 @@ from noether_init_core.errors import (
     UnknownKindError,
     type_of,
 )
+from noether_init_core.kinds.hints import normalized, of_other_group, passed_over
 from noether_init_core.kinds.importing import importing, shadowed_by
 from noether_init_core.messages import listed, near, quoted
 
@@ -69,7 +70,6 @@ class KindInfo:
         return f"{self.distribution} {self.version or 'of unknown version'}"
 
 
-_SEPARATORS = re.compile(r"[-_.]+")
 _METADATA_FOLDER = re.compile(r"(.+?)(?:-(\d[^-]*)(?:-py.*)?)?\.(?:dist-info|egg-info|egg)")
 
 
@@ -77,11 +77,6 @@ def clear_cache() -> None:
     """Drop every scan, so that the next use finds distributions that were installed or removed. May be called twice."""
     _scanned.clear()
     importlib.invalidate_caches()
-
-
-def normalized(distribution: str) -> str:
-    """The name of a distribution in the form for comparison: ``Noether.Init_Core`` becomes ``noether-init-core``."""
-    return _SEPARATORS.sub("-", distribution.strip()).lower()
 
 
 def _blocking(info: KindInfo) -> str | None:
@@ -271,6 +266,10 @@ class Group:
         elif not hints:
             parts.append(self.summary())
         parts += [f"{one} comes with {self.homes[one]}, which is not installed" for one in hints]
+        other = of_other_group(name, (OBSERVERS if self.noun == "kind" else _KINDS).scanned(), self.noun)
+        known = [other] if other else list(passed_over(self.name, name))
+        if known:
+            return UnknownKindError(". ".join([parts[0], *known]), kind=name, candidates=similar)
         if not similar and len(name) <= 200 and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
             module, _, attribute = name.rpartition(".")
             parts.append(

@@ -38,6 +38,7 @@ from noether_init_core.files.storage.disk import LOCAL, FileSystem, naming
 from noether_init_core.files.storage.handle import open_file
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.memory import examine_memory
+from noether_init_core.messages import in_shell
 from noether_init_core.nested import equal
 from noether_init_core.probe.probe import Probe
 from noether_init_core.saving.content import FileContent
@@ -262,7 +263,7 @@ def check_place(path: Path, *, replace: bool = False) -> None:
             path=path,
         )
     if not LOCAL.is_folder(path.parent):
-        raise CheckpointWriteError(f"folder {path.parent} not found. Next: mkdir -p {path.parent}", path=path)
+        raise CheckpointWriteError(f"folder {path.parent} not found. Next: mkdir -p {in_shell(path.parent)}", path=path)
     if LOCAL.exists(path) and (not replace or not LOCAL.is_file(path)):
         raise CheckpointWriteError(
             f"{path} exists and was not changed. Next: choose another name, or use --force", path=path

@@ -6,7 +6,6 @@ import enum
 import importlib.metadata
 import importlib.resources
 import importlib.util
-import json
 import keyword
 import re
 import secrets
@@ -24,7 +23,7 @@ import noether_init_core
 from noether_init_core import kinds
 from noether_init_core.errors import ConfigError, InvalidNameError, KindConflictError
 from noether_init_core.files.storage.disk import LOCAL, reaching
-from noether_init_core.messages import quoted
+from noether_init_core.messages import in_shell, one_line, quoted, yaml_field
 
 MAX_LENGTH = 100
 _PREFIX = "noether-init-"
@@ -256,7 +255,9 @@ def check_absent(folder: Path) -> None:
     with reaching(folder):
         has_parent, is_there = LOCAL.is_folder(folder.parent), LOCAL.exists(folder)
     if not has_parent:
-        raise ConfigError(f"--into {folder.parent} is not a folder. Next: mkdir -p {folder.parent}, or another --into")
+        raise ConfigError(
+            f"--into {folder.parent} is not a folder. Next: mkdir -p {in_shell(folder.parent)}, or another --into"
+        )
     if is_there:
         raise ConfigError(f"{folder} exists and was not changed. Next: another name, or --into another folder")
 
@@ -317,21 +318,28 @@ def example_of(
     )
 
 
+def _empty(field: Mapping[str, Any]) -> Any:
+    """A value of the type of a field whose default is made anew each time, so that its schema states none."""
+    kinds = [field.get("type"), *(one.get("type") for one in field.get("anyOf", ()))]
+    return {} if "object" in kinds or "$ref" in field else [] if "array" in kinds else None
+
+
 def _skeleton(kind: str, schema: Mapping[str, Any]) -> str:
     """A config with every required key, to fill in, and the other keys as comments."""
     lines = [
         "# Once this run has saved a set, it resumes from its newest one.",
         "auto_resume: true",
         "initializers:",
-        f"  - kind: {kind}",
+        f"  - {yaml_field('kind', kind)}",
     ]
     required = set(schema.get("required", ()))
     fields = {name: field for name, field in schema.get("properties", {}).items() if name != "kind"}
     for name in sorted(fields, key=lambda name: name not in required):
-        described = " ".join(str(fields[name].get("description", "")).split())
+        described = one_line(" ".join(str(fields[name].get("description", "")).split()))
         if name in required:
-            lines.append(f"    {name}:  # required{': ' if described else ''}{described}")
+            key = yaml_field(name, None).removesuffix(" null")
+            lines.append(f"    {key}  # required{': ' if described else ''}{described}")
         else:
-            default = json.dumps(fields[name].get("default"))
-            lines.append(f"    # {name}: {default}{'  # ' if described else ''}{described}")
+            line = yaml_field(name, fields[name]["default"] if "default" in fields[name] else _empty(fields[name]))
+            lines.append(f"    # {line}{'  # ' if described else ''}{described}")
     return "\n".join(lines) + "\n"

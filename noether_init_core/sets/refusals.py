@@ -20,9 +20,10 @@ from noether_init_core.errors import (
     NoGoodSetError,
 )
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.messages import counted, listed, near
+from noether_init_core.messages import counted, listed, near, yaml_field, yaml_line
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, SetFolder
 from noether_init_core.sets.file_names import PART_NAMES, parse
+from noether_init_core.sets.hints import line_with_info, line_without_info, nearest_model, tag_field
 from noether_init_core.sets.places import runs, stages
 from noether_init_core.sets.snapshot import Snapshot
 
@@ -103,7 +104,7 @@ def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> C
             return _no_such_tag(snapshot, tag)
         case SeveralBest(tags):
             return AmbiguousCheckpointError(
-                f'"best" matches several tags: {", ".join(tags)}. Next: select one, such as checkpoint_tag: {tags[0]}',
+                f'"best" matches several tags: {", ".join(tags)}. Next: select one, such as {tag_field(tags[0])}',
                 path=snapshot.folder,
                 candidates=tags,
             )
@@ -120,7 +121,7 @@ def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> C
             reasons = "".join(f"\n- {name}: {reason}" for name, reason in tried.items())
             return NoGoodSetError(
                 f"no set in {snapshot.folder} can be resumed; nothing was changed, and no new training was "
-                f"started. Tried, newest first:{reasons}\nNext: ninit verify {snapshot.folder}",
+                f"started. Tried, newest first:{reasons}\nNext: ninit verify {shlex.quote(str(snapshot.folder))}",
                 path=snapshot.folder,
                 tried=dict(tried),
             )
@@ -128,7 +129,8 @@ def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> C
 
 def model_line(name: str, asked_by: AskedBy) -> str:
     """Return the line of a config that selects the model ``name``."""
-    return f"auto_resume: {{model_name: {name}}}" if asked_by == "auto_resume" else f"model_name: {name}"
+    line = {"auto_resume": {"model_name": name}} if asked_by == "auto_resume" else {"model_name": name}
+    return yaml_line(line)[1:-1]
 
 
 def ways_on(
@@ -150,7 +152,7 @@ def ways_on(
             place = "beside auto_resume" if by_itself else "in this resume"
             ways.append(f"on_invalid: previous {place} continues from the newest good {which}")
         if not by_itself and _is_selected_by_its_name(snapshot, good):
-            ways.append(f"checkpoint_tag: {good.name}")
+            ways.append(tag_field(good.name))
     else:
         found = "No older set was found"
         if by_itself:
@@ -184,7 +186,7 @@ def _nothing_here(snapshot: Snapshot) -> CheckpointNotFoundError:
         names = runs(paths, storage)
         return CheckpointNotFoundError(
             f'run "{run}" not found below {run_folder.parent}. {_near(run, names, "no run with checkpoints")}. '
-            f"Next: ninit inspect {run_folder.parent}",
+            f"Next: ninit inspect {shlex.quote(str(run_folder.parent))}",
             path=run_folder,
             asked=run,
             candidates=_by_nearness(run, names),
@@ -203,7 +205,7 @@ def _nothing_here(snapshot: Snapshot) -> CheckpointNotFoundError:
         candidates, advice = near(stage, others, cutoff=0.5), "Did you mean"
     return CheckpointNotFoundError(
         f"{what}; {'; '.join(found) or f'searched in {paths.checkpoint_path}'}"
-        + (f". {advice}: stage_name: {candidates[0]}" if candidates else "")
+        + (f". {advice}: {yaml_field('stage_name', candidates[0])}" if candidates else "")
         + _unfinished(snapshot.uncommitted()),
         path=paths.checkpoint_path,
         asked=run if stage is None else stage,
@@ -235,9 +237,11 @@ def _no_such_tag(snapshot: Snapshot, tag: str) -> CheckpointNotFoundError:
     asked = "" if tag == "best" else tag
     there = _near(asked, _by_nearness(tag, tags), "no tags")
     alike = near(asked, tags, cutoff=0.5)
-    step = (
-        f"checkpoint_tag: {alike[0]}" if alike else f"ninit inspect {shlex.quote(str(snapshot.paths.run_output_path))}"
-    )
+    infos = {info for one in snapshot.sets() for model in one.models("model") for info in one.infos(model)}
+    step = line_with_info(tag, tags, infos) if "=" in tag else None
+    if step is None:
+        folder = shlex.quote(str(snapshot.paths.run_output_path))
+        step = tag_field(alike[0]) if alike else f"ninit inspect {folder}"
     return CheckpointNotFoundError(
         f'{_where(snapshot)} has no checkpoint "{tag}". {found}{there}'
         + _unfinished(() if cut else unfinished)
@@ -327,7 +331,9 @@ class _Lack:
         infos = self.found.infos(need.model)
         there = ", ".join((*(["plain weights"] if self.found.file(need.model, "model") else []), *infos))
         asked = f'with model_info "{need.info}"' if need.info is not None else "without model_info"
-        advice = f"Next: model_info: {infos[0]}" if infos else "Next: leave out model_info"
+        line = line_without_info(self.shown, need.info, self.snapshot.tags())
+        line = line or yaml_field("model_info", infos[0] if infos else None)
+        advice = f"Next: {line}"
         return CheckpointNotFoundError(
             f'"{self.shown}" has no weights of {need.model} {asked}; it has {there}. {advice}'
             + self._others_with()
@@ -393,12 +399,12 @@ class _Lack:
     def _where_else(self, asked: str, named: Sequence[str]) -> str:
         """Return advice for a model that this set lacks: another set, or another name."""
         elsewhere = sorted({name for one in self.snapshot.sets() for name in one.models("model")})
-        alike = [name for name in near(asked, named, 1, cutoff=0.5) or near(asked, elsewhere, 1) if name != asked]
+        alike = nearest_model(asked, named) or nearest_model(asked, elsewhere, 0.6)
         tags = self._tags_with()
         if tags:
-            return f"Next: checkpoint_tag: {tags[0]}{self._others_with()}"
+            return f"Next: {tag_field(tags[0])}{self._others_with()}"
         if alike:
-            return f"Next: {model_line(alike[0], self.asked_by)}"
+            return f"Next: {model_line(alike, self.asked_by)}"
         return f"Next, if it is the same model under another name: {model_line(named[0], self.asked_by)}"
 
     def _others_with(self) -> str:

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import attrs
 
-from noether_init_core.messages import yaml_line
+from noether_init_core.messages import yaml_field
 from noether_init_core.suggest.layer_names import Layer, concepts
 from noether_init_core.suggest.matching import Pairing
 from noether_init_core.suggest.pairs import MOST_COMPARISONS, Pair, has_conflict, is_head, likeness
@@ -130,7 +130,7 @@ class _Suggesting:
         shown = zip(("source_root", "target_root"), self._roots, strict=True)
         return attrs.evolve(
             found,
-            within=yaml_line({name: root for name, root in shown if root})[1:-1],
+            within=", ".join(yaml_field(name, root) for name, root in shown if root),
             unsure=tuple(self._unsure),
             unmatched_sources=tuple(left["unexpected"]),
             unmatched_targets=(*left["missing"], *left["mismatch"]),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import attrs
 
-from noether_init_core.messages import yaml_line
+from noether_init_core.messages import yaml_field, yaml_line
 from noether_init_core.surgery.patterns import PatternSet, parse_glob
 from noether_init_core.surgery.steps import Pad, Shape, Slice, Step
 
@@ -83,9 +83,8 @@ class Advice:
         return self._field(name, [*self.fields.get(name, ()), *entries])
 
     def _field(self, name: str, value: Any, also: str = "") -> str:
-        line = yaml_line({self.whole: {name: value}} if self.whole else {name: value})
-        # without the outer braces, as a block mapping writes it
-        return line[1:-1] + self._where("", f"{also}in")
+        line = yaml_field(self.whole, {name: value}) if self.whole else yaml_field(name, value)
+        return line + self._where("", f"{also}in")
 
     def _where(self, part: str, how: str) -> str:
         """A comment of YAML with the place, so that the line can be pasted with it."""

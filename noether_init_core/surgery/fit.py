@@ -125,6 +125,8 @@ class Problems:
         self._part, self._match, self._advice = part, match, advice
         # whether the same entries have other names in the file, so that none of them is superfluous
         self._is_renamed = False
+        #: Whether the plan loads some tensor; if not, keeping the model and dropping the file is no advice.
+        self.loads = True
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
 
@@ -175,7 +177,7 @@ class Problems:
     def _in_their_place(self, names: Sequence[str], unexpected: Sequence[str]) -> str:
         """Near names in the file. If many names differ, it advises no rule that would leave the model random."""
         near = self._near(names[0], unexpected or list(self._part.sources), "the file has") or "."
-        differ = unexpected and len({name.rpartition(".")[0] for name in names}) > _FEW_MODULES
+        differ = unexpected and (not self.loads or len({name.rpartition(".")[0] for name in names}) > _FEW_MODULES)
         rename = self._rename(names, unexpected)
         self._is_renamed = bool(rename or differ)
         # without advice no user reads the message: suggest itself plans like this
@@ -250,7 +252,7 @@ class Problems:
     def _unread(self, names: Sequence[str], rule: str) -> str:
         """The line that leaves entries of the file unread; empty if a rename or a better rule is the way on."""
         is_wrong = rule and all(taken.rule != rule for taken in self._match.moves.values())
-        if self._advice is None or is_wrong or self._is_renamed:
+        if self._advice is None or is_wrong or self._is_renamed or not self.loads:
             return ""
         dropped = set(names)
         others = self._in_rules(name for name in self._part.sources if name not in dropped)

@@ -169,6 +169,7 @@ class _PartPlanner:
         unexpected = self._plan_unused()
         found = self.found
         found.names()
+        found.loads = any(row.writes for row in self.rows)
         for (before, _dtype), rows in self._casts.items():
             found.casts(rows, before)
         missing = [row for row in self.rows if row.action == "missing"]

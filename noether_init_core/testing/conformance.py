@@ -22,8 +22,8 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import ConfigError, InitError, PartlyInitializedError
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds import contract
+from noether_init_core.kinds.hints import normalized
 from noether_init_core.kinds.hookspec import CONTRACT_VERSION
-from noether_init_core.kinds.lookup import normalized
 from noether_init_core.stack.stack import InitializerStack
 from noether_init_core.testing.cases import Case, Wrong, leaf_state
 from noether_init_core.testing.checks import Checks, Config, NewCase, WeightChecks

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from support.advice import digests, typed
 from support.counting import LineCounter
 from support.handmade import call, integer, name, string, tensor, write_pickle, write_zip
 
@@ -90,7 +91,7 @@ def test_the_list_of_names_to_allow_is_never_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["", "model"])
 def test_a_whole_module_is_told_how_to_become_a_state_dict(tmp_path: Path, key: str) -> None:
-    """To allow its classes would lead nowhere: the line that is said makes a file that is read."""
+    """To allow its classes would lead nowhere: the line that is said makes another file, which is read."""
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.BatchNorm1d(2))
     path = tmp_path / "module.pt"
     torch.save({key: module, "epoch": 3} if key else module, path)
@@ -445,16 +446,39 @@ def test_other_files_are_told_what_they_are(tmp_path: Path, case: str) -> None:
 def test_files_of_the_old_format_are_told_how_to_convert(tmp_path: Path) -> None:
     """The error names the old format and the call that writes the new one."""
     torch.save({"a": torch.ones(2)}, tmp_path / "a.th", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointFormatError, match=r"before torch 1\.6.*torch\.save\(torch\.load\("):
+    (tmp_path / "a.tensors.th").write_bytes(b"another file")
+    before = digests(tmp_path)
+    with pytest.raises(CheckpointFormatError, match=r"before torch 1\.6") as caught:
         open_checkpoint(tmp_path / "a.th")
+    typed(str(caught.value).partition("Next, with torch >= 1.6: ")[2])
+    assert digests(tmp_path).items() > before.items()
+    with open_checkpoint(tmp_path / "a.tensors.2.th") as reader:
+        assert list(reader.tensors()) == ["a"]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_archives_are_told_how_to_convert(tmp_path: Path) -> None:
     """The error names TorchScript and the call that writes its state dict."""
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "a.pt"))
-    with pytest.raises(CheckpointFormatError, match=r"TorchScript.*torch\.jit\.load"):
+    before = digests(tmp_path)
+    with pytest.raises(CheckpointFormatError, match="TorchScript") as caught:
         open_checkpoint(tmp_path / "a.pt")
+    typed(str(caught.value).partition("Next, if you trust it: ")[2])
+    assert digests(tmp_path).items() > before.items()
+    with open_checkpoint(tmp_path / "a.tensors.pt") as reader:
+        assert list(reader.tensors()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("view", [torch.ones(1).expand(5), torch.arange(9.0).as_strided((4, 4), (1, 1))])
+def test_an_expanded_tensor_is_told_to_become_contiguous(tmp_path: Path, view: torch.Tensor) -> None:
+    """Saved again it is the same; its contiguous copy is read."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": view}, path)
+    with pytest.raises(CheckpointFormatError, match=r"share memory, as after expand.* save its contiguous\(\) copy"):
+        open_checkpoint(path)
+    torch.save({"a": torch.load(path, weights_only=True)["a"].contiguous()}, tmp_path / "b.pt")
+    with open_checkpoint(tmp_path / "b.pt") as reader:
+        assert torch.equal(reader.read("a"), view)
 
 
 def archive(path: Path, names: list[str], *, compression: int = zipfile.ZIP_STORED) -> Path:

@@ -199,10 +199,14 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
         if product >= _LARGEST or step >= _LARGEST:
             return RefusedTensor("its shape or stride is too large", is_damaged=True)
     itemsize = ITEMSIZES[dtype]
-    if numel and ((offset + last + 1) * itemsize > storage.nbytes or numel * itemsize > storage.nbytes):
+    is_inside = (offset + last + 1) * itemsize <= storage.nbytes
+    if numel and not (is_inside and numel * itemsize <= storage.nbytes):
+        shared = (
+            "; its elements share memory, as after expand(). Saved again it is the same: save its contiguous() copy"
+        )
         return RefusedTensor(
             f"{dtype} {list(shape)} at {offset} with stride {list(stride)} does not fit into its storage "
-            f"{storage.record} ({storage.nbytes} bytes)",
+            f"{storage.record} ({storage.nbytes} bytes){shared if is_inside else ''}",
             is_damaged=True,
         )
     is_conjugated = is_negated = False

@@ -10,6 +10,7 @@ import itertools
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -26,9 +27,9 @@ from noether_init_core.files.content import (
 )
 from noether_init_core.files.formats.opcodes import Interpreter
 from noether_init_core.files.graph import Content, ObjectGraph
-from noether_init_core.files.refusals import ALLOW_GLOBALS_VARIABLE, NEXT_PLAIN, unsafe
+from noether_init_core.files.refusals import ALLOW_GLOBALS_VARIABLE, NEXT_PLAIN, new_name, unsafe
 from noether_init_core.files.storage.handle import Handle
-from noether_init_core.messages import quoted
+from noether_init_core.messages import python_command, python_text, quoted
 
 _HEADER = "data.pkl"
 _MAX_HEADER = 512 << 20
@@ -168,7 +169,7 @@ def read_records(handle: Handle) -> dict[str, Record]:
         records[name] = Record(name, _data_offset(handle, entry, header, limit), entry.size, entry.crc)
     if entries[0].position != 0:
         raise _bad(f"its first record begins at byte {entries[0].position} instead of 0")
-    _check_torchscript(records)
+    _check_torchscript(records, handle.path)
     if _HEADER not in records:
         known = ", ".join(quoted(name) for name in itertools.islice(records, 5))
         raise _bad(f"it is a zip archive without {_HEADER} (found: {known}), so torch.save did not write it")
@@ -248,7 +249,7 @@ def _read_central(handle: Handle, start: int, count: int, end: int) -> list[_Ent
         if flags & _ENCRYPTED:
             raise _bad(f"its record {quoted(name)} is encrypted", _NEXT_SAVE)
         if method != 0 or stored != size:
-            _check_torchscript([name.partition("/")[2]])
+            _check_torchscript([name.partition("/")[2]], handle.path)
             raise _bad(f"its record {quoted(name)} is compressed; torch.save never compresses", _NEXT_SAVE)
         if disk or position + _LOCAL.size + name_length + size > start:
             raise _bad(f"its record {quoted(name)} of {size} bytes does not fit into the file", _NEXT_COPY)
@@ -321,11 +322,17 @@ def _data_offset(handle: Handle, entry: _Entry, header: bytes, limit: int) -> in
     return offset
 
 
-def _check_torchscript(names: Iterable[str]) -> None:
+def _written_again(path: Path, value: str) -> str:
+    """The command that writes ``value``, an expression with ``{path}`` for the file, to another file."""
+    value = value.replace("{path}", python_text(str(path)))
+    return python_command(f"import torch; torch.save({value}, {python_text(new_name(path, '.tensors'))})")
+
+
+def _check_torchscript(names: Iterable[str], path: Path) -> None:
     if any(name == "constants.pkl" or name.startswith("code/") for name in names):
         raise _bad(
             "it is a TorchScript archive, which holds code",
-            "Next, if you trust it: torch.save(torch.jit.load(path).state_dict(), path)",
+            f"Next, if you trust it: {_written_again(path, 'torch.jit.load({path}).state_dict()')}",
         )
 
 
@@ -333,7 +340,8 @@ def _check_kind(handle: Handle, head: bytes) -> None:
     """Raise an error that names the kind of file, unless the file starts as a zip archive."""
     if head.startswith(b"PK"):
         return
-    trusted = "Next, if you trust it: torch.save(torch.load(path, weights_only=True), path) with torch >= 1.6"
+    again = _written_again(handle.path, "torch.load({path}, weights_only=True)")
+    trusted = f"Next, with torch >= 1.6: {again}"
     if head[:1] == b"\x80" and _LEGACY in head[:24]:
         raise _bad("torch.save wrote it in the format before torch 1.6, which is not a zip archive", trusted)
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":

@@ -23,6 +23,7 @@ from noether_init_core.errors import (
 )
 from noether_init_core.files.content import Record
 from noether_init_core.files.storage.disk import LOCAL, unreachable
+from noether_init_core.links import absence
 from noether_init_core.messages import listed
 
 Item = TypeVar("Item")
@@ -289,8 +290,9 @@ def open_file(path: Path) -> Handle:
     try:
         descriptor = os.open(path, _FLAGS)
     except (FileNotFoundError, NotADirectoryError) as error:
+        absent = absence(path)
         raise CheckpointNotFoundError(
-            f"{path} does not exist{_neighbours(path)}", path=path, asked=str(path)
+            f"{path} {absent if 'Next: ' in absent else absent + _neighbours(path)}", path=path, asked=str(path)
         ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in {errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP}:
