@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointWriteError, ConfigError
-from noether_init_core.files.storage.disk import LOCAL, FileSystem, naming
+from noether_init_core.files.opening import open_checkpoint
+from noether_init_core.files.storage.disk import LOCAL, FileSystem, is_out_of_reach, naming
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
 from noether_init_core.models import leaf_models
@@ -129,6 +131,7 @@ class CheckpointWriter:
             tags: Tags such as ``latest``, ``last``, ``best_model.loss.val``. A tag selects the last set saved with it.
             optimizer: Whether to save the optimizer state of models that have an optimizer and are not frozen.
             trainer: Any object whose ``state_dict()`` returns a dict of plain data and tensors. Without a trainer, the
+                set gets the trainer state that this training has saved at this iteration before. Without that, its
                 trainer file holds the iteration only.
             averages: Further weights by info: ``{"ema=0.999": state_dict}``; for a composite
                 ``{submodel: {"ema=0.999": state_dict}}``.
@@ -166,6 +169,8 @@ class CheckpointWriter:
                 snapshot = self._cleaned()
                 descent = self._descents.of_save(snapshot, full, Start.of(self.report, trainer))
                 self._tell_of_another_training(checkpoints, full, descent)
+                if trainer is None:
+                    contents[-1] = _with_saved_state(contents[-1], snapshot, full, descent.training)
                 describe = functools.partial(
                     Manifest,
                     iteration=full.to_mapping(),
@@ -373,6 +378,29 @@ class CheckpointWriter:
             if isinstance(entry.get("set"), str):  # an absolute path would be wrong on another machine
                 entry["set"] = Path(entry["set"]).name
         return tuple(entries)
+
+
+def _with_saved_state(
+    file: FileContent, snapshot: Snapshot, iteration: TrainingIteration, training: str | None
+) -> FileContent:
+    """Return a trainer file without state, with the state that this iteration was saved with before, if there is one.
+
+    A second save of an iteration, such as that of the best weights, is newer than the first one, so a resume selects
+    it. Without the state, schedules and the order of the data would start again from zero.
+    """
+    sets = (one for one in snapshot.readable() if one.manifest is not None and one.manifest.training == training)
+    for one in sets:
+        before = one.file(file.name.model, "trainer")
+        if one.iteration == iteration and before is not None:
+            try:
+                with open_checkpoint(before.path, digests=one.digests_of(before)) as reader:
+                    reader.verify()
+                    return attrs.evolve(file, content={**file.content, **reader.load()})
+            except CheckpointError as error:
+                if is_out_of_reach(error):
+                    raise
+                logger.warning("%s is saved without trainer state: %s", iteration, error)
+    return file
 
 
 def _all_tags(iteration: TrainingIteration, tags: Sequence[str]) -> tuple[str, ...]:
