@@ -31,7 +31,8 @@
     `-- PartlyInitializedError (RuntimeError)     user code failed after the first change
 
 Every message names what was asked, what was found, and what to do next. The exception has the same data as attributes,
-so that no caller parses text. Every error can be pickled. Kind errors are ``ValueError`` so that pydantic keeps their
+so that no caller parses text. Names in attributes are as they were found; the message and ``args`` have them escaped.
+Every error can be pickled. Kind errors are ``ValueError`` so that pydantic keeps their
 place in a config.
 """
 
@@ -76,6 +77,8 @@ class InitError(Exception):
                     self.message = self.message.replace(name, one_line(name))
         # a name from a hostile file may hold escape sequences, which a terminal would carry out
         self.message = printable(self.message)
+        # what else prints an exception shows args: they hold the safe text, and the attributes hold names as they are
+        self.args = (self.message,)
 
     def __str__(self) -> str:
         return self.message
@@ -89,7 +92,8 @@ class InitError(Exception):
 
     def add(self, text: str) -> None:
         """Append ``text`` to the message; class and data stay. A caller can so add facts without a new error."""
-        self.message += text
+        self.message += printable(text)
+        self.args = (self.message,)
 
 
 def _unpickled(kind: type[InitError], arguments: tuple[Any, ...], data: dict[str, Any]) -> InitError:
@@ -141,6 +145,7 @@ class KindError(ConfigError):
     def found_at(self, located: ConfigError) -> Self:
         """Set place and message to those of ``located``, and return this error; its class and cause stay."""
         self.message = located.message
+        self.args = (self.message,)
         if isinstance(located, ConfigFileError):
             self.config_file, self.line, self.key_path = located.path, located.line, located.key_path
         return self

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import os
 import shlex
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -63,6 +65,33 @@ def one_line(text: str, most: int | None = None) -> str:
     return printable(text).replace("\n", "\\n")
 
 
+class _Escaping(logging.Filter):
+    """Escapes foreign text in records: a name must not write to the terminal, or begin a line of its own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg = printable(str(record.msg))
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(_shown, record.args))
+        return True
+
+
+def _shown(argument: object) -> object:
+    """An argument of a record: numbers as they are, texts on one line, and the lines of a report escaped."""
+    if argument is None or isinstance(argument, int | float):
+        return argument
+    return one_line(str(argument)) if isinstance(argument, str | os.PathLike) else printable(str(argument))
+
+
+_ESCAPING = _Escaping()
+
+
+def logger_of(name: str) -> logging.Logger:
+    """The logger ``name``, whose records have foreign text escaped. May be called again for the same name."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_ESCAPING)
+    return logger
+
+
 def quoted(text: object, most: int = 80) -> str:
     """Foreign text in double quotes, on one line, cut after ``most`` characters."""
     return f'"{one_line(str(text), most)}"'
@@ -103,6 +132,7 @@ def yaml_line(value: Any) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
 
     OneLine.add_representer(str, text_node)
+    OneLine.add_multi_representer(str, text_node)  # texts that know where they stand in a file
 
     def dumped(*, allow_unicode: bool) -> str:
         text: str = yaml.dump(

@@ -183,7 +183,7 @@ def plan(
         message = f"not planned: {kind} provides no plan"
         if error is not None:
             show_traceback(error)
-            named = f"x {kind}: {type(error).__name__}: {error}.{how_to_see()}"
+            named = f"x {kind}: {type(error).__name__}: {one_line(str(error))}.{how_to_see()}"
             message = f"x {error}" if isinstance(error, InitError) else named
         show_text(message, err=to_stdout)
     if not planned.is_fine or any(error is not None for _kind, error in unplanned):

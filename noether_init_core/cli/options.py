@@ -24,7 +24,7 @@ from noether_init_core import kinds
 from noether_init_core.cli.output import show, show_text
 from noether_init_core.errors import ConfigError, InitError, type_of
 from noether_init_core.files.storage.disk import LOCAL, reaching
-from noether_init_core.messages import listed, near
+from noether_init_core.messages import listed, near, one_line
 from noether_init_core.paths import PathProvider
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def _failed(what: str, error: BaseException, hint: str = "") -> ConfigError:
     # the frame of this module is of no use to the user
     outer = error.__traceback__ and error.__traceback__.tb_next
     traceback.print_exception(type(error), error, outer, file=sys.stderr)
-    return ConfigError(f"--model: {what} failed: {type(error).__name__}: {error}{hint}")
+    return ConfigError(f"--model: {what} failed: {type(error).__name__}: {one_line(str(error))}{hint}")
 
 
 def _wrong(message: str) -> typer.BadParameter:

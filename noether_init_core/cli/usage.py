@@ -250,7 +250,7 @@ def _of_a_plugin(error: Exception) -> str | None:
             return None
         if package in provided_by:
             where = f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_qualname}"
-            message = f"{provided_by[package]} failed: {type(error).__name__}: {error} ({where})."
+            message = f"{provided_by[package]} failed: {type(error).__name__}: {one_line(str(error))} ({where})."
             return printable(f"{message}{how_to_see()}")
     return None
 

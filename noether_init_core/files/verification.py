@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
@@ -25,9 +24,9 @@ from noether_init_core.files.graph import Content
 from noether_init_core.files.reading import nonfinite_in, read_tensor
 from noether_init_core.files.storage.handle import GROUP, Handle, by_threads
 from noether_init_core.memory import BUFFER, Finding, can_be_nonfinite, nonfinite
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, logger_of
 
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 _REPLACED = "is not the file that was committed"
 _NEXT = "It was overwritten. Next: take an older checkpoint"
 

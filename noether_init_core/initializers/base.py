@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ from noether_init_core.config.base import KindConfig
 from noether_init_core.errors import ConfigError, StartConflictError, type_of
 from noether_init_core.files.checkpoint import Digests
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.messages import logger_of
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.file_names import Part
 from noether_init_core.sets.provenance import History
@@ -132,7 +132,7 @@ class InitializerBase:
             raise TypeError(f"{cls.__qualname__} got two configs: config and initializer_config")
         self.config = self._checked_config(next((one for one in (config, initializer_config) if one is not None), None))
         self.path_provider: PathProvider | None = None if path_provider is None else PathProvider.of(path_provider)
-        self.logger = logging.getLogger(f"{cls.__module__}.{cls.__qualname__}")
+        self.logger = logger_of(f"{cls.__module__}.{cls.__qualname__}")
 
     def _checked_config(self, given: KindConfig | None) -> Any:
         """``given``, else the config of the constructor, else the defaults of ``config_class``."""

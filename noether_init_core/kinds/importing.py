@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from noether_init_core.errors import KindImportError
 from noether_init_core.files.storage.disk import LOCAL, reaching
 from noether_init_core.kinds.hints import install_extra
 from noether_init_core.kinds.settings import isolated
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, logger_of, one_line
 
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 # One stack resolves a kind several times.
 _warned_of: set[str] = set()
 
@@ -43,7 +42,7 @@ def importing(who: str, kind: str, target: str, distribution: str | None) -> Ite
         again = f'python -c "from {parts[1]} import {parts[2]}"' if parts else f"ninit check {kind}"
         again = install_extra(distribution, target, error) or again
         raise KindImportError(
-            f"{who}: importing {target} raised {type(error).__name__}: {error}. "
+            f"{who}: importing {target} raised {type(error).__name__}: {one_line(str(error))}. "
             f"Other {who.partition(' ')[0]}s are not affected. Next: {again}",
             kind=kind,
         ) from error

@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import inspect
-import logging
 import os
 import re
 import stat
@@ -31,7 +30,7 @@ from noether_init_core.errors import (
 )
 from noether_init_core.kinds.hints import normalized, of_other_group, passed_over
 from noether_init_core.kinds.importing import importing, shadowed_by
-from noether_init_core.messages import listed, near, quoted
+from noether_init_core.messages import listed, logger_of, near, quoted
 
 if TYPE_CHECKING:
     from noether_init_core.config.base import KindConfig
@@ -43,7 +42,7 @@ DENY_VARIABLE = "NOETHER_INIT_DENY"
 _CORE = "noether-init-core"
 _LISTED = 12
 
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 _lock = threading.Lock()
 _scanned: dict[str, Mapping[str, tuple[KindInfo, ...]]] = {}
 

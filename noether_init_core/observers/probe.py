@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from noether_init_core.errors import ProbeMismatchError
 from noether_init_core.initializers.checkpoint import CheckpointInitializer
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import hookimpl
+from noether_init_core.messages import logger_of
 from noether_init_core.models import Leaf, submodel_of
 from noether_init_core.probe.outputs import Compared, Output, compare
 from noether_init_core.probe.probe import Probe, computed_by, described, device_of, dtype_of, hindrance, repeat
@@ -22,7 +22,7 @@ from noether_init_core.sets.file_names import parse
 from noether_init_core.surgery.plan import PlanRow
 from noether_init_core.surgery.steps import Interpolate, Pad, Slice
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 Around = Generator[None, Any, Any]
 

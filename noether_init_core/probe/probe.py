@@ -16,6 +16,7 @@ import xxhash
 from noether_init_core.errors import ConfigError, type_of
 from noether_init_core.files.plain_data import plain
 from noether_init_core.files.reading import memory_of_tensor
+from noether_init_core.messages import one_line
 from noether_init_core.models import BoundModel, leaf_models
 from noether_init_core.nested import equal, mapped
 from noether_init_core.probe.outputs import Output, has_values, outputs_of, uncompared
@@ -104,7 +105,7 @@ def take(model: Any, batch: Any) -> Probe:
 
 def described(error: Exception) -> str:
     """Return an error of a run in words, with its notes about state that could not be restored, see ``quietly``."""
-    return "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+    return "; ".join([f"{type(error).__name__}: {one_line(str(error))}", *getattr(error, "__notes__", ())])
 
 
 def computed_by(model: Any) -> str:

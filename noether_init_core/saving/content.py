@@ -3,7 +3,6 @@ to."""
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from noether_init_core.errors import CheckpointFormatError, ConfigError, type_of
 from noether_init_core.files.content import METADATA, state_dict_of
 from noether_init_core.files.plain_data import plain
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, logger_of
 from noether_init_core.models import CompositeModelLike, ModelLike, leaf_models
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER
 from noether_init_core.sets.file_names import CheckpointFileName, Part
@@ -25,7 +24,7 @@ from noether_init_core.sets.manifest import Manifest
 from noether_init_core.sets.snapshot import Snapshot
 
 Averages = Mapping[str, Any]
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 
 
 @attrs.frozen(eq=False)

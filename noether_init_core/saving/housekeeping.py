@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import attrs
 
 from noether_init_core.errors import CheckpointError
 from noether_init_core.files.storage.disk import FileSystem, is_out_of_reach, naming
+from noether_init_core.messages import logger_of
 from noether_init_core.saving.retention import Retention, superfluous_sets
 from noether_init_core.sets.checkpoint_set import SETS_FOLDER, CheckpointFile, CheckpointSet, SetFolder, list_names
 from noether_init_core.sets.file_names import CheckpointFileName, parse
@@ -25,7 +25,7 @@ from noether_init_core.sets.flat_files import RECORD_NAME, WrittenName, is_ours,
 from noether_init_core.sets.manifest import MANIFEST_NAME
 from noether_init_core.sets.snapshot import Snapshot
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _TEMPORARY = re.compile(r"\.noether-init-flat\.(.*\.)?tmp")
 _RECORD_TEMPORARY = ".noether-init-flat.json.tmp"

@@ -7,7 +7,6 @@ import errno
 import functools
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from noether_init_core.errors import CheckpointCorruptError, CheckpointError, Ch
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL, FileSystem, is_out_of_reach, naming
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, logger_of
 from noether_init_core.models import leaf_models
 from noether_init_core.paths import PathProvider
 from noether_init_core.probe.probe import Probe, take
@@ -48,7 +47,7 @@ from noether_init_core.sets.manifest import (
 )
 from noether_init_core.sets.snapshot import Memory, Snapshot
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 LOCK_NAME = ".noether-init.lock"
 LOCK_TIMEOUT_S = 600.0

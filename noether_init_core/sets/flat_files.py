@@ -6,7 +6,6 @@ A record file lists the copies that ``saving.housekeeping`` wrote.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from noether_init_core.errors import CheckpointError, TornSetError
 from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.files.storage.disk import LOCAL, FileSystem, reaching
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.messages import logger_of
 from noether_init_core.sets.checkpoint_set import (
     CheckpointFile,
     CheckpointSet,
@@ -27,7 +27,7 @@ from noether_init_core.sets.checkpoint_set import (
 )
 from noether_init_core.sets.file_names import iteration_of_tag, parse
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 RECORD_NAME = ".noether-init-flat.json"
 _MAX_RECORD_BYTES = 64 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +11,13 @@ import attrs
 
 from noether_init_core.errors import CheckpointCorruptError
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.messages import one_line
+from noether_init_core.messages import logger_of, one_line
 from noether_init_core.sets.checkpoint_set import CheckpointSet
 from noether_init_core.sets.manifest import MAX_PROVENANCE_BYTES, PROVENANCE_NAME, digest_of
 from noether_init_core.shown import Shown
 from noether_init_core.stopwatch import Timing, summed
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 REPORT_VERSION = 1
 PROVENANCE_FORMAT = "noether-init-provenance"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -14,6 +13,7 @@ import attrs
 from noether_init_core.errors import CheckpointError, CheckpointNotFoundError
 from noether_init_core.files.storage.disk import LOCAL, FileSystem, reaching
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.messages import logger_of
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import (
     SETS_FOLDER,
@@ -29,7 +29,7 @@ from noether_init_core.sets.file_names import FOLLOWING, Part
 from noether_init_core.sets.flat_files import flat_copies, iteration_in, legacy_sets, plain_before
 from noether_init_core.sets.manifest import MANIFEST_NAME
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: A committed set, or the error of reading its manifest.
 Head = CheckpointSet | CheckpointError

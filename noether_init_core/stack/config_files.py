@@ -20,7 +20,7 @@ from noether_init_core.config.base import DECIDED, KindConfig, fields_of
 from noether_init_core.config.document import Document, Entry, KeyPath, is_resolved, read_yaml, resolved_entries
 from noether_init_core.config.plain import plain
 from noether_init_core.errors import ConfigError, KindError, type_of
-from noether_init_core.messages import near
+from noether_init_core.messages import near, yaml_field
 from noether_init_core.paths import text_problem
 
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
@@ -181,7 +181,7 @@ class _Frame:
                     if key not in DECIDED and "auto_resume" in value:
                         hint += f"For auto_resume: auto_resume: {{{key}: ...}}. "
                 if key == "kind":
-                    hint = f"Initializers are a list. Next: initializers: [{{kind: {value[key]}, ...}}]. "
+                    hint = f"Initializers are a list. Next: initializers: [{{{yaml_field('kind', value[key])}, ...}}]. "
                 if self.document.path is None and "initializers" in value:
                     hint += 'Of a config of your own, give the list: config["initializers"]. '
                 self._refuse(f"unknown key. {hint}A config has {', '.join(_KEYS)}", key)
@@ -193,7 +193,7 @@ class _Frame:
             return []
         for number, item in enumerate(items):
             if isinstance(item, str):
-                self._refuse(f"is a text, not a mapping. Next: kind: {item}", "initializers", number)
+                self._refuse(f"is a text, not a mapping. Next: {yaml_field('kind', item)}", "initializers", number)
             elif not isinstance(item, Mapping | KindConfig):
                 self._refuse(f"must be a mapping with a kind, not {type_of(item)}", "initializers", number)
         return [

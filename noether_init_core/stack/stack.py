@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -25,6 +24,7 @@ from noether_init_core.initializers.callbacks import StatesBefore
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds.hookspec import HOOK_NAMES
 from noether_init_core.kinds.lookup import load_observer
+from noether_init_core.messages import logger_of, one_line
 from noether_init_core.models import check_model
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.provenance import InitReport
@@ -50,7 +50,7 @@ from noether_init_core.stack.ranks import agreed
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _Answer = TypeVar("_Answer")
 _Ready = tuple[TrainingIteration, list[TrainingIteration | None], tuple[Prepared, ...]]
@@ -400,7 +400,7 @@ class InitializerStack:
                     raise
                 kept = "States of trainer and callbacks were restored." if not problems else " ".join(problems)
                 # str(KeyError) is the key alone, so name the class
-                reason = error if isinstance(error, InitError) else f"{type(error).__name__}: {error}"
+                reason = error if isinstance(error, InitError) else f"{type(error).__name__}: {one_line(str(error))}"
                 raise PartlyInitializedError(
                     f"{labels[number]} failed: {reason}\nDone before it: {', '.join(labels[:number]) or 'nothing'}. "
                     f"{kept} Next: build the model again before you try again",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from noether_init_core.errors import PlanError
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, one_line
 from noether_init_core.shown import Shown
 from noether_init_core.surgery.steps import Shape, Step, carry_out, shapes_after
 
@@ -256,8 +256,8 @@ class LoadPlan(Shown):
         """
         problems = tuple(problems)
         if problems:
-            sources = "; ".join(str(origin) for origin in self.origins if model in (None, origin.model))
-            message = listed([f"{self.kind}: {sources}", *problems], most + 1, separator="\n  ")
+            sources = "; ".join(one_line(str(origin)) for origin in self.origins if model in (None, origin.model))
+            message = listed([f"{self.kind}: {sources}", *map(one_line, problems)], most + 1, separator="\n  ")
             message += (f"\n{hint}" if hint else "") + "\nNothing was changed."
             raise PlanError(message, plan=self, problems=problems)
 
@@ -273,7 +273,7 @@ class LoadPlan(Shown):
         self.raise_for_problems()
         rows, problems = _rows_back(self.rows)
         if problems:
-            reasons = "\n  ".join(dict.fromkeys(problems))
+            reasons = "\n  ".join(map(one_line, dict.fromkeys(problems)))
             raise PlanError(f"the plan of {self.kind} has no inverse:\n  {reasons}", plan=self, problems=problems)
         return LoadPlan(f"{self.kind}, inverted", rows, origins=self.origins)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,9 +12,10 @@ import numpy
 import torch
 
 from noether_init_core.errors import StateMismatchError, type_of
+from noether_init_core.messages import logger_of, one_line
 from noether_init_core.nested import equal
 
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 
 
 def derive_seed(seed: int, *path: str | int) -> int:
@@ -87,7 +87,7 @@ def check_rng(state: Mapping[str, Any]) -> None:
                 raise TypeError(f"the state of a CUDA device is {device_state.dtype}, not uint8")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise StateMismatchError(
-            f"the stored states of random generators are invalid: {type(error).__name__}: {error}. "
+            f"the stored states of random generators are invalid: {type(error).__name__}: {one_line(str(error))}. "
             "Next: resume from another tag, or start a new training with kind: previous_run"
         ) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 
 from noether_init_core.errors import ConfigError, StateMismatchError, type_of
 from noether_init_core.iteration import TrainingIteration, check_whole
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, logger_of, one_line
 from noether_init_core.training.loader import Layout, Position, TrainingLoader
 from noether_init_core.training.plain_state import plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 _VERSION = 1
 _RESERVED = frozenset({"callbacks", "init_report", "iteration", "lineage", "loader", "model", "rng", "version"})
 _OUR_KEY = "trainer_state"
@@ -395,7 +394,7 @@ class TrainerState:
                     _logger.exception("%s could not be restored to its former state", other)
                     stuck.append(other)
             outcome = f"{', '.join(stuck)} could not be restored" if stuck else "all objects were restored"
-            problem = f"{touched[-1]} refuses its state: {type(error).__name__}: {error}"
+            problem = f"{touched[-1]} refuses its state: {type(error).__name__}: {one_line(str(error))}"
             raise StateMismatchError(f"{problem}. {outcome[0].upper()}{outcome[1:]}", problems=[problem]) from error
 
 

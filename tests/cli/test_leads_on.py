@@ -389,8 +389,8 @@ def test_a_uri_is_told_as_one_by_every_command(invoke: Invoke, line: str) -> Non
     assert not any(name.endswith(":") for name in os.listdir())
 
 
-@executes("stack/config_files.py", "Next: kind: {}", "initializers: [], for", "auto_resume: true", "Next: {}.")
-@executes("stack/config_files.py", "ninit schema {}", "[{kind: {}, ...}]", "remove one of the two")
+@executes("stack/config_files.py", "Next: {}", "initializers: [], for", "auto_resume: true", "Next: {}.")
+@executes("stack/config_files.py", "ninit schema {}", "[{{}, ...}]", "remove one of the two")
 @pytest.mark.parametrize(
     ("text", "advised", "mended"),
     [

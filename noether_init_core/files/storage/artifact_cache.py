@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
 import secrets
@@ -35,12 +34,12 @@ from noether_init_core.errors import (
 )
 from noether_init_core.files.storage.disk import LOCAL
 from noether_init_core.files.storage.handle import Handle, LocalFile, digest_problem, open_file
-from noether_init_core.messages import printable
+from noether_init_core.messages import logger_of, printable
 
 CACHE_VARIABLE = "NOETHER_INIT_CACHE"
 OFFLINE_VARIABLE = "NOETHER_INIT_OFFLINE"
 
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 
 _MAX_SHOWN = 120
 _MAX_TAIL = 60
