@@ -224,7 +224,9 @@ def load_by_code(
     """Let a module load its planned entries. Kept entries keep their values, also if its code translates them."""
     rows = [row for row in rows if row.target is not None and row.target.startswith(prefix)]
     state = _state(prefix, module, rows, reader, targets, on_meta=False)
-    given = (row.key for row in rows if row.action in ("keep", "reset") and row.key not in targets.code.brought)
+    # what the state dict leaves out is the business of the code, unless the code asks for it
+    left = targets.code.brought.union(targets.unlisted)
+    given = (row.key for row in rows if row.action in ("keep", "reset") and row.key not in left)
     names = {*given, *(name for name in targets.code.own if name.startswith(prefix))}
     with unchanged(targets.tensors[name] for name in names if name in targets.tensors):
         _load(at_prefix(prefix, module), state)

@@ -196,7 +196,7 @@ class _FreshMemory:
     def hand_over(self, tensors: Iterable[torch.Tensor] | None = None) -> None:
         """Give ``tensors`` their memory; by default all tensors with a replacement."""
         chosen = list(self._new) if tensors is None else [id(tensor) for tensor in tensors if id(tensor) in self._meta]
-        for key in chosen:
+        for key in dict.fromkeys(chosen):  # a tied tensor is listed under each of its names
             old = self._meta.pop(key)
             new = self._new.pop(key, None)
             if new is None:

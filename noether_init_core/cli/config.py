@@ -167,6 +167,10 @@ def plan(
     check_target(html, "--html")
     with start.build(real=real) as (stack, built):
         planned = stack.plan(built)
+    if not real:
+        # this model is on the meta device because the command built it there
+        kept = tuple(problem for problem in planned.problems if problem.code != "memory")
+        planned = attrs.evolve(planned, problems=kept)
     to_stdout = str(json_file) == "-"
     if to_stdout:
         print_json(planned.to_json())

@@ -225,10 +225,8 @@ class WeightsSession(Session):
                 for message in rehearsal_problems(plan, own, readers[part.model], part.model)
             ]
             plan = attrs.evolve(plan, problems=(*plan.problems, *problems))
-        if plan.is_fine and plan.equal:
-            names = ", ".join(part.model for part, _own in found)
-            problems = [Problem("tied", message, names) for message in differing_ties(plan, readers)]
-            plan = attrs.evolve(plan, problems=tuple(problems))
+        if plan.is_fine:
+            plan = attrs.evolve(plan, problems=tuple(self._beyond_names(plan, opened, found)))
         _refuse_unread(plan, opened)
         left_out = [
             Problem("not-a-tensor", f"{listed(own.left_out)} of state_dict(): {NOT_A_TENSOR}, left out", part.model)
@@ -237,6 +235,22 @@ class WeightsSession(Session):
         ]
         plan = attrs.evolve(plan, warnings=(*plan.warnings, *left_out))
         return Planned(opened, plan, {part.model: own for part, own in found}, self._signature(opened.leaves))
+
+    def _beyond_names(
+        self, plan: LoadPlan, opened: Opened, found: Sequence[tuple[PlanPart, ModelTargets]]
+    ) -> Iterator[Problem]:
+        """Problems of a plan that fits: of entries that are one tensor, of versions, and of memory."""
+        readers = {path: file.reader for path, file in opened.weights.items()}
+        targets = {part.model: own for part, own in found}
+        names = ", ".join(targets)
+        for message in (*tied_loading_code(plan, targets), *differing_ties(plan, readers)):
+            yield Problem("tied", message, names)
+        for leaf in opened.leaves:
+            path, rows = leaf.path, plan.rows_of(leaf.path)
+            for message in mixed_versions(rows, readers[path].versions, targets[path]):
+                yield Problem("versions", message, path)
+            for message in lacking_memory(path, leaf.model, rows, targets[path]):
+                yield Problem("memory", message, path)
 
     @property
     def advice(self) -> Advice:
@@ -299,13 +313,9 @@ class WeightsSession(Session):
     def _verify(self, planned: Planned) -> None:
         config, plan, opened, nonfinite = self.config, planned.plan, planned.opened, self.config.nonfinite
         plan.raise_for_problems()
-        plan.refuse(tied_loading_code(plan, planned.targets))
         readers = {path: file.reader for path, file in opened.weights.items()}
         for leaf in opened.leaves:
-            path, rows, targets = leaf.path, plan.rows_of(leaf.path), planned.targets[leaf.path]
-            reader = readers[path]
-            plan.refuse(lacking_memory(path, leaf.model, rows, targets), model=path)
-            plan.refuse(mixed_versions(rows, reader.versions, targets), model=path)
+            path, rows, reader = leaf.path, plan.rows_of(leaf.path), readers[leaf.path]
             examined = [source for row in rows if row.writes and row.dtype != "object" for source in row.sources]
             if config.verify == "full":
                 found = reader.verify(look=examined if nonfinite != "ignore" else ())
