@@ -57,7 +57,7 @@ docs: env  ## Build the site into site/; warnings are errors
 
 # What was counted stays in build/faults: a campaign that was stopped goes on; `make faults WORK=...` begins another one.
 WORK := build/faults
-faults: env  ## Put in faults by the thousand (25 minutes on two cores); writes table and picture
+faults: env  ## Put in faults by the thousand (33 minutes on two cores); writes table and picture
 	@$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[faults]' \
 		|| echo "atheris cannot be installed here: headers are changed blindly" >&2
 	PYTHONPATH=tests $(PYTHON) -m faults.campaign --work $(WORK) --page docs/maintain/faults.md

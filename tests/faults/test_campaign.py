@@ -107,6 +107,9 @@ def test_what_is_not_zero_and_has_to_be_is_a_problem() -> None:
         ("bytes/replaced/bare_file/ours", "half changed"),
         ("kills/ours", "torn"),
         ("crashes/first save", "lost"),
+        ("looks/retention/EIO/once", "lost"),
+        ("looks/auto_resume/EIO/once", "silent"),
+        ("looks/verify/EACCES/lasting", "unnamed"),
         ("headers/opcodes", "found"),
     ):
         assert problems({**RESULTS, name: _result(**{key: 1})}) == [f"{name}: {key} 1 of 10"]

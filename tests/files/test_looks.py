@@ -21,7 +21,7 @@ LOOKS = frozenset(
     }
 )  # fmt: skip
 #: What these names are methods of, in code that is not about the disk.
-OTHERS = ("LOCAL", "storage", "self.storage", "snapshot.storage", "kinds", "leaf", "self", "re", "ast")
+OTHERS = ("LOCAL", "storage", "self.storage", "snapshot.storage", "kinds", "leaf", "graph", "self", "re", "ast")
 
 #: Module and function -> why it may look by itself.
 ALLOWED = {
@@ -29,6 +29,8 @@ ALLOWED = {
     ("files.storage.artifact_cache", "_check_folder"): "only FileNotFoundError is absent, the rest is raised",
     ("files.storage.artifact_cache", "_refusal"): "only FileNotFoundError is absent, the rest is raised",
     ("files.storage.artifact_cache", "_brought_onto_disk"): "only FileNotFoundError is absent, the rest is raised",
+    ("files.refusals", "new_name"): "a name for a command in a message; where the look fails, the command fails, too",
+    ("links", "absence"): "words about a path that was not found; every other failure is skipped",
     ("diff.compare", "_stamp"): "every failure is raised",
     ("kinds.lookup", "_mode"): "only FileNotFoundError and NotADirectoryError are absent, the rest is raised",
     ("cli.usage", "configs_here"): "names for an example in a message",

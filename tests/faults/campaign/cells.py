@@ -22,6 +22,7 @@ from faults.campaign.crashes import ERRORS, SCENARIOS, failures, replay
 from faults.campaign.damage import FAULTS, tally
 from faults.campaign.headers import TARGETS
 from faults.campaign.kills import METHODS, kills
+from faults.campaign.looks import QUESTIONS, SERIES, looking_failures
 from faults.campaign.readings import HOW, reading_failures
 from faults.campaign.subjects import FORMATS, build
 
@@ -68,6 +69,11 @@ def all_cells(scale: float = 1.0) -> list[Cell]:
         for name in SCENARIOS
         for error in ERRORS
         for mode in ("once", "lasting")
+    ]
+    cells += [
+        Cell(f"looks/{name}/{code}/{mode}", _looks(name, code, mode, every))
+        for name in QUESTIONS
+        for code, mode in SERIES
     ]
     cells += [Cell(f"reads/{format_name}/{how}", _reads(format_name, how)) for format_name in FORMATS for how in HOW]
     cells += [Cell(f"headers/{target}", _headers(target, scale)) for target in TARGETS]
@@ -173,6 +179,10 @@ def _failures(name: str, error: str, lasting: bool, every: int) -> Callable[...,
     return lambda folder, so_far: failures(
         SCENARIOS[name], folder, error, lasting=lasting, start=every * so_far["tried"], every=every
     )
+
+
+def _looks(name: str, code: str, mode: str, every: int) -> Callable[..., Iterator[Counter[str]]]:
+    return lambda folder, so_far: looking_failures(name, folder, code, mode, start=every * so_far["tried"], every=every)
 
 
 def _reads(format_name: str, how: str) -> Callable[..., Iterator[Counter[str]]]:

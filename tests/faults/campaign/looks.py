@@ -29,13 +29,15 @@ from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, 
 from noether_init_core.errors import InitError
 from noether_init_core.sets.snapshot import Snapshot
 
-__all__ = ["CODES", "MODES", "QUESTIONS", "FailingLooks", "looking_failures"]
+__all__ = ["CODES", "MODES", "QUESTIONS", "SERIES", "FailingLooks", "looking_failures"]
 
 CODES = {"EIO": errno.EIO, "ESTALE": errno.ESTALE, "EACCES": errno.EACCES}
+#: A failing disk once, a lost server once, a permission from then on.
+SERIES = (("EIO", "once"), ("ESTALE", "once"), ("EACCES", "lasting"))
 #: ``once``: the call with the number. ``lasting``: from then on each call that asks for the same path.
 MODES = ("once", "lasting")
 WIDTH = 4
-#: Functions that take a path or a descriptor first, and whether they take ``dir_fd``.
+#: Functions that take a path first, and those that take a descriptor.
 _BY_PATH = ("stat", "lstat", "open", "listdir", "scandir", "readlink", "access")
 _BY_DESCRIPTOR = ("fstat", "read", "pread", "preadv")
 
@@ -229,8 +231,6 @@ QUESTIONS: Mapping[str, Question] = {
     "retention, remembered": _saves(4, keep_last=2, remembers=True, flat_names=True),
     "retention, best and every": _saves(3, retention={"last": 1, "every": {"epoch": 2}}, remembers=True),
 }
-#: What an error must not say of a disk that fails.
-_ABSENT = ("does not exist", "not found", "unfinished", "uncommitted", "no checkpoints", "no run", "interrupted")
 
 
 def asked(question: Callable[[], Any], looks: FailingLooks) -> Answer:

@@ -15,6 +15,7 @@ from faults.campaign.crashes import ERRORS, SCENARIOS
 from faults.campaign.damage import FAULTS
 from faults.campaign.headers import TARGETS
 from faults.campaign.kills import METHODS
+from faults.campaign.looks import QUESTIONS, SERIES
 from faults.campaign.readings import HOW
 from faults.campaign.subjects import FORMATS
 
@@ -42,7 +43,7 @@ FORMAT_NAMES = {
 PEERS = {"safetensors_digest": "safetensors", "safetensors_alone": "safetensors"}
 MUST_BE_ZERO = (
     "silent", "half changed", "foreign error", "torn", "unloadable", "lost", "from the future", "next save not found",
-    "wrongly reported", "found", "crashed",
+    "wrongly reported", "unnamed", "found", "crashed",
 )  # fmt: skip
 #: What the column "wrong" of a table adds up.
 AFTER_A_CRASH = ("unloadable", "torn", "lost", "next save not found")
@@ -108,6 +109,15 @@ def _sections(results: Results) -> Iterator[str]:
         ("save", f"{' and '.join(ERRORS)}", "failed calls", "reported", "saved", "in doubt", "wrong"),
         _failure_rows(results),
     )
+    yield "### Looks that fail\n\n" + _table(
+        ("question", "failed looks", "refused, path named", "answered as without the fault", "wrong", "sets lost"),
+        [
+            (name, *_numbers(state, "tried", "refused", "same"), _sum(state, ("silent", "unnamed", "foreign error")),
+             *_numbers(state, "lost"))
+            for name in QUESTIONS
+            if (state := _added(results, [f"looks/{name}/{code}/{mode}" for code, mode in SERIES]))
+        ],
+    )  # fmt: skip
     yield "### Reads that fail\n\n" + _table(
         ("format", "failed reads", "nothing changed", "read again", "after the first change", "wrong", "half changed"),
         [
@@ -172,12 +182,13 @@ def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequenc
 
 def totals(results: Results) -> str:
     """What was tried, in one sentence."""
-    tried = dict.fromkeys(("bytes", "kills", "crashes", "failures", "reads", "headers"), 0)
+    tried = dict.fromkeys(("bytes", "kills", "crashes", "failures", "looks", "reads", "headers"), 0)
     for name, state in results.items():
         tried[name.partition("/")[0]] += 0 if _is_peer(name) else state["counts"].get("tried", 0)
     return (
         f"{tried['bytes']:,} damaged files, {tried['kills']:,} kills, {tried['crashes']:,} disk states after a crash, "
-        f"{tried['failures']:,} failed operations, {tried['reads']:,} failed reads, {tried['headers']:,} headers"
+        f"{tried['failures']:,} failed operations, {tried['looks']:,} failed looks, {tried['reads']:,} failed reads, "
+        f"{tried['headers']:,} headers"
     )
 
 
