@@ -225,6 +225,14 @@ def check_path(path: Path) -> None:
     absent = "" if is_there else absence(path)
     if "Next: " in absent:
         raise CheckpointNotFoundError(f"{path} {absent}", path=path, asked=str(path))
+    run, at, tag = path.name.rpartition("@")
+    if not is_there and at and run and LOCAL.leads_somewhere(path.with_name(run)):
+        raise CheckpointNotFoundError(
+            f"{path} does not exist, and only ninit diff takes RUN@{one_line(tag)}. "
+            f"Next: ninit inspect {in_shell(path.with_name(run))}",
+            path=path,
+            asked=str(path),
+        )
     if not is_there:
         with reaching(path):
             folder = next((parent for parent in path.parents if LOCAL.is_folder(parent)), Path())

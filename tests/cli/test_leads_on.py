@@ -62,6 +62,8 @@ COMMANDS = {
     "verify ''": "ninit verify .",
     "lineage w.pt": "ninit lineage runs/finetune",
     "inspect runs/finetune@E9_U9_S9": "ninit inspect runs/finetune",
+    "verify runs/finetune@latest": "ninit inspect runs/finetune",
+    "lineage runs/finetune@latest": "ninit inspect runs/finetune",
     "diff runs/finetune runs/finetune/checkpoints": None,
     "validate inti.yaml": "ninit validate init.yaml",
     "validate w.pt": "ninit inspect w.pt",
