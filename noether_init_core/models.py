@@ -6,7 +6,7 @@ The protocols are structural; Noether's own classes satisfy them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -61,6 +61,7 @@ class BoundModel:
     optimizer: Any = None
     _is_frozen: bool | None = None
     _device: torch.device | None = None
+    reset: Callable[[torch.nn.Module], object] | None = None
 
     @property
     def is_frozen(self) -> bool:
@@ -125,6 +126,7 @@ def bind(
     optimizer: Any = None,
     is_frozen: bool | None = None,
     device: torch.device | str | None = None,
+    reset: Callable[[torch.nn.Module], object] | None = None,
 ) -> BoundModel:
     """Return a view on ``module`` that can be initialized, resumed and saved; the module is not changed.
 
@@ -137,6 +139,8 @@ def bind(
         is_frozen: The optimizer of a frozen model is neither saved nor resumed. None: the ``is_frozen`` of the module,
             else whether no parameter requires a gradient.
         device: None: the ``device`` of the module, else the device of its first parameter.
+        reset: Called with each inner module whose non-persistent buffers have no memory, with ``on_missing: reset``. It
+            fills these buffers. None: ``reset_parameters`` of that module, or ``_init_weights`` of one around it.
 
     Raises ``ConfigError`` if ``module`` is not a module, if no name is found, and for an ``optimizer`` that is not an
     optimizer or holds parameters of another module. Raises ``InvalidNameError`` for a name that a file cannot have.
@@ -160,6 +164,7 @@ def bind(
         optimizer,
         is_frozen,
         None if device is None else torch.device(device),
+        reset,
     )
 
 

@@ -79,6 +79,11 @@ def rehearse(
     return Rehearsal(f"{type(error).__name__}: {str(error).strip()}")
 
 
+def copy_with_values(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module whose tensors have memory: zeros for those on the meta device."""
+    return _Copy(on_meta=False).of(module)
+
+
 def at_prefix(prefix: str, module: torch.nn.Module) -> torch.nn.Module:
     """Modules without tensors of their own around ``module``, so that its names begin with ``prefix``."""
     for segment in reversed(prefix.split(".")[:-1]):

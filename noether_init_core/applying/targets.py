@@ -227,6 +227,38 @@ def left_without_memory(model: Any, rows: Iterable[PlanRow], targets: ModelTarge
     return [name for name, tensor in found.items() if tensor.is_meta and id(tensor) not in written]
 
 
+#: Gives the tensors of a module their initial values.
+Fill = Callable[[torch.nn.Module], object]
+
+
+def fills_of(model: Any, names: Iterable[str]) -> dict[str, tuple[torch.nn.Module, Fill]]:
+    """Name of a non-persistent buffer -> its module, and the code that gives it its initial value, if there is some.
+
+    The code is ``reset`` of ``bind``, else ``reset_parameters`` of the module, else ``_init_weights`` of the innermost
+    module around it.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    given = model.reset if isinstance(model, BoundModel) else None
+    found: dict[str, tuple[torch.nn.Module, Fill]] = {}
+    for name in names:
+        path = name.rpartition(".")[0]
+        around = [path, *(path[:end] for end in range(len(path) - 1, 0, -1) if path[end] == "."), ""]
+        module = modules[path]
+        own: Fill | None = reset_one if reset_method(module) else None
+        others = (getattr(modules[one], "_init_weights", None) for one in dict.fromkeys(around))
+        fill = given or own or next(filter(callable, others), None)
+        if fill is not None:
+            found[name] = module, fill
+    return found
+
+
+def reset_one(module: torch.nn.Module) -> None:
+    """Call ``reset_parameters`` of a module that has it."""
+    reset = reset_method(module)
+    assert reset is not None
+    reset()
+
+
 def device_for(model: Any) -> torch.device:
     """The device for new memory: the one given for the model, else the CPU."""
     device = getattr(model, "device", None)

@@ -15,7 +15,15 @@ import torch
 
 from noether_init_core.applying.own_loading import load_by_code, put, run_hooks_after, unchanged
 from noether_init_core.applying.places import Identity
-from noether_init_core.applying.targets import ModelTargets, left_without_memory, reset_method
+from noether_init_core.applying.rehearsal import copy_with_values
+from noether_init_core.applying.targets import (
+    Fill,
+    ModelTargets,
+    fills_of,
+    left_without_memory,
+    reset_method,
+    reset_one,
+)
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.memory import in_large_pages
@@ -36,10 +44,31 @@ def differing_ties(plan: LoadPlan, readers: Mapping[str, Checkpoint]) -> Iterato
             yield f"{name} of {model} and {other} of {other_model} differ in the files but are one tensor"
 
 
-def lacking_memory(path: str, model: Any, rows: Sequence[PlanRow], targets: ModelTargets) -> Iterator[str]:
-    """Problems for tensors that stay on the meta device: they are not in the file, or cannot get memory."""
+def lacking_memory(
+    path: str, model: Any, rows: Sequence[PlanRow], targets: ModelTargets, *, resets: bool
+) -> Iterator[str]:
+    """Problems for tensors that stay on the meta device: they are not in the file, or cannot get memory.
+
+    With ``resets``, code of the model fills non-persistent buffers; it is tried on a copy of their module.
+    """
     next_step = "Next: module.to_empty(device='cpu')"
     without = left_without_memory(model, rows, targets)
+    hidden = [name for name in without if name in targets.hidden]
+    fills = fills_of(model, hidden) if resets else {}
+    for module, (fill, names) in _by_module(fills).items():
+        try:
+            empty = _filled(copy_with_values(module), fill, names, torch.device("cpu"))
+        except Exception as error:
+            yield f"on_missing: reset: {listed(names)} cannot be filled: {type(error).__name__}: {error}"
+            continue
+        if empty:
+            yield f"on_missing: reset: {listed(empty)} would get no values from {_name_of(fill)}"
+    without = [name for name in without if name not in fills]
+    if hidden and len(fills) < len(hidden):
+        next_step = (
+            "Next: on_missing: reset, with reset_parameters in their modules, _init_weights in the model, or "
+            "bind(module, ..., reset=function); or module.to_empty(device='cpu')"
+        )
     if without:
         yield (
             f"{path} is on the meta device, and {listed(without)} would stay there: not found in the file, "
@@ -51,6 +80,58 @@ def lacking_memory(path: str, model: Any, rows: Sequence[PlanRow], targets: Mode
             f"{path} is on the meta device, and {held[0]} cannot get memory: an object holds a weak "
             f"reference to it. {next_step}"
         )
+
+
+def _by_module(
+    fills: Mapping[str, tuple[torch.nn.Module, Fill]],
+) -> dict[torch.nn.Module, tuple[Fill, list[str]]]:
+    found: dict[torch.nn.Module, tuple[Fill, list[str]]] = {}
+    for name, (module, fill) in fills.items():
+        found.setdefault(module, (fill, []))[1].append(name)
+    return found
+
+
+def _filled(module: torch.nn.Module, fill: Fill, names: Sequence[str], device: torch.device) -> list[str]:
+    """Let code fill buffers of a module that has memory; returns the names that it leaves without values."""
+    leaves = {name: name.rpartition(".")[2] for name in names}
+    before = {}
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            buffer = module._buffers[leaf]
+            assert buffer is not None
+            if buffer.is_floating_point() or buffer.is_complex():
+                buffer.fill_(float("nan"))
+            before[name] = buffer, buffer._version
+        with device:
+            fill(module)
+    empty = []
+    for name, leaf in leaves.items():
+        buffer = module._buffers[leaf]
+        is_same = buffer is before[name][0] and buffer._version == before[name][1]
+        if buffer is None or is_same or bool(torch.isnan(buffer).any()):
+            empty.append(name)
+    return empty
+
+
+def _name_of(fill: Fill) -> str:
+    return "reset_parameters" if fill is reset_one else getattr(fill, "__qualname__", repr(fill))
+
+
+def fill_hidden(model: Any, rows: Sequence[PlanRow], targets: ModelTargets, device: torch.device) -> None:
+    """Give memory and initial values to non-persistent buffers on the meta device, by code of the model.
+
+    Tensors of their modules that the plan keeps keep their values. Raises ``StateMismatchError`` if the code leaves a
+    buffer without values.
+    """
+    hidden = [name for name in left_without_memory(model, rows, targets) if name in targets.hidden]
+    for module, (fill, names) in _by_module(fills_of(model, hidden)).items():
+        below = [*module.parameters(), *module.buffers()]
+        kept = [tensor for tensor in below if not tensor.is_meta]
+        _FreshMemory(below, device).hand_over(below)
+        with unchanged(kept):
+            empty = _filled(module, fill, names, device)
+        if empty:
+            raise StateMismatchError(f"on_missing: reset: {listed(empty)} got no values", problems=empty)
 
 
 def nonfinite_values(rows: Sequence[PlanRow], reader: Checkpoint) -> list[str]:

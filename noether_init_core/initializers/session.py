@@ -28,6 +28,7 @@ from noether_init_core.applying.targets import ModelTargets, device_for, model_t
 from noether_init_core.applying.weights import (
     apply_rows,
     differing_ties,
+    fill_hidden,
     lacking_memory,
     nonfinite_values,
     unfit_casts,
@@ -236,6 +237,10 @@ class WeightsSession(Session):
         plan = attrs.evolve(plan, warnings=(*plan.warnings, *left_out))
         return Planned(opened, plan, {part.model: own for part, own in found}, self._signature(opened.leaves))
 
+    @property
+    def _resets(self) -> bool:
+        return self.config.policies.on_missing == "reset"
+
     def _beyond_names(
         self, plan: LoadPlan, opened: Opened, found: Sequence[tuple[PlanPart, ModelTargets]]
     ) -> Iterator[Problem]:
@@ -249,7 +254,7 @@ class WeightsSession(Session):
             path, rows = leaf.path, plan.rows_of(leaf.path)
             for message in mixed_versions(rows, readers[path].versions, targets[path]):
                 yield Problem("versions", message, path)
-            for message in lacking_memory(path, leaf.model, rows, targets[path]):
+            for message in lacking_memory(path, leaf.model, rows, targets[path], resets=self._resets):
                 yield Problem("memory", message, path)
 
     @property
@@ -343,15 +348,16 @@ class WeightsSession(Session):
             for identity in loaded_by_code(plan.rows_of(path), targets)
         )
         for leaf in opened.leaves:
-            file = opened.weights[leaf.path]
-            total = len(written) + sum(row.writes for row in plan.rows_of(leaf.path))
+            file, rows, own = opened.weights[leaf.path], plan.rows_of(leaf.path), planned.targets[leaf.path]
+            before, total = len(written), len(written) + sum(row.writes for row in rows)
             what = f"writing the weights of {leaf.path} failed after verification"
             with self.writing(what, opened.leaves, done, partial(_counted, written, total)):
-                before = len(written)
+                if self._resets:
+                    fill_hidden(leaf.model, rows, own, device_for(leaf.model))
                 apply_rows(
-                    plan.rows_of(leaf.path),
+                    rows,
                     file.reader,
-                    planned.targets[leaf.path],
+                    own,
                     by_code=by_code,
                     device=device_for(leaf.model),
                     may_map=self.config.verify == "none",
