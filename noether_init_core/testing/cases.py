@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,14 @@ from noether_init_core.saving.writer import CheckpointWriter
 _OLDER, _NEWEST = TrainingIteration(1, 4, 32), TrainingIteration(2, 8, 64)
 _SOURCE_SEED, _OLDER_SEED = 1, 3
 _NUMBER = 7
+#: The seed of the model to initialize, and the number of its trainer and callback.
+MODEL_SEED, _OWN_NUMBER = 2, 3
+
+Change = Callable[[torch.nn.Module], object]
+
+
+def _as_it_is(module: torch.nn.Module) -> None:
+    """Change nothing."""
 
 
 def _plain(**more: torch.nn.Module) -> torch.nn.Sequential:
@@ -26,10 +35,34 @@ def _plain(**more: torch.nn.Module) -> torch.nn.Sequential:
     return torch.nn.Sequential(OrderedDict(embed=torch.nn.Linear(4, 3), norm=torch.nn.LayerNorm(3), **more))
 
 
+def _in_single_precision() -> torch.nn.Sequential:
+    """A model that also has a square matrix, which fits transposed too."""
+    return _plain(square=torch.nn.Linear(3, 3, bias=False))
+
+
 def _with_half_precision() -> torch.nn.Sequential:
-    """A model that also has a square matrix, which fits transposed too, and half precision."""
-    module = _plain(square=torch.nn.Linear(3, 3, bias=False))
+    """The same, with an entry in half precision."""
+    module = _in_single_precision()
     module.coarse = torch.nn.Parameter(torch.empty(5, dtype=torch.bfloat16))
+    return module
+
+
+def _precise() -> torch.nn.Sequential:
+    """A model with values that no float32 holds: fractions, complex numbers, large whole numbers, truth values."""
+    module = _plain()
+    module.fine = torch.nn.Parameter(torch.empty(3, dtype=torch.float64))
+    module.wave = torch.nn.Parameter(torch.empty(2, dtype=torch.complex64))
+    module.register_buffer("seen", 2**53 + torch.randint(1, 2**20, (2,)) * 2 + 1)
+    module.register_buffer("chosen", torch.rand(8) < 0.5)
+    return module
+
+
+def _strided(*, is_dense: bool = False) -> torch.nn.Sequential:
+    """A model with a transposed matrix, and two parameters within one block of memory; ``is_dense``: each by itself."""
+    module, block = _plain(), torch.zeros(16)
+    turned, first, second = torch.empty(4, 3).t(), block[:6].view(2, 3), block[8:14].view(3, 2)
+    for name, one in {"turned": turned, "first": first, "second": second}.items():
+        module.register_parameter(name, torch.nn.Parameter(torch.empty(one.shape) if is_dense else one))
     return module
 
 
@@ -54,10 +87,10 @@ def _buffers() -> torch.nn.Sequential:
 
 def _single(name: str, module: torch.nn.Module, **more: Any) -> Any:
     """A bound model with random values in every entry, and an optimizer after one step."""
+    parameters = [one for one in module.parameters() if one.is_floating_point() or one.is_complex()]
     with torch.no_grad():
-        for parameter in module.parameters():
+        for parameter in parameters:
             parameter.normal_()
-    parameters = list(module.parameters())
     if not parameters:
         return bind(module, name=name, **more)
     # a learning rate that differs between seeds, so that a check sees whose it is
@@ -69,9 +102,12 @@ def _single(name: str, module: torch.nn.Module, **more: Any) -> Any:
     return bind(module, name=name, optimizer=optimizer, **more)
 
 
-def _composite() -> Any:
+def _composite(change: Change = _as_it_is) -> Any:
+    """Two models and one that is absent; ``change`` is for the second one."""
+    decoder = _plain()
+    change(decoder)
     return compose(
-        "pair", {"encoder": _single("encoder", _plain()), "absent": None, "decoder": _single("decoder", _plain())}
+        "pair", {"encoder": _single("encoder", _plain()), "absent": None, "decoder": _single("decoder", decoder)}
     )
 
 
@@ -86,41 +122,56 @@ def _frozen() -> Any:
     return model
 
 
+#: Shape of a single model -> function that makes its module with the global generator.
+_MODULES: Mapping[str, Callable[[], torch.nn.Module]] = {
+    "single": _with_half_precision,
+    "single_precision": _in_single_precision,
+    "meta_device": _plain,
+    "tied": _tied,
+    "buffers": _buffers,
+    "precise": _precise,
+    "strided": _strided,
+}
 #: Shape -> function that makes a model of that shape with the global generator.
 SHAPES: Mapping[str, Callable[[], Any]] = {
-    "single": lambda: _single("net", _with_half_precision()),
     "composite": _composite,
     "nested": _nested,
     "frozen": _frozen,
-    "meta_device": lambda: _single("net", _plain()),
-    "tied": lambda: _single("net", _tied()),
-    "buffers": lambda: _single("net", _buffers()),
+    **{shape: functools.partial(lambda make: _single("net", make()), make) for shape, make in _MODULES.items()},
 }
 
 
-def new_model(shape: str, seed: int, *, on_meta: bool | None = None) -> Any:
+def new_model(shape: str, seed: int, *, on_meta: bool | None = None, is_dense: bool = False) -> Any:
     """A model of a shape in ``SHAPES``, with every value from ``seed``; the global generator is restored.
 
     Args:
-        shape: ``single``, ``composite``, ``nested``, ``frozen``, ``meta_device``, ``tied`` or ``buffers``.
+        shape: A key of ``SHAPES``.
         seed: Models of different seeds differ in every entry.
         on_meta: Whether it is on the meta device, without an optimizer; None: if the shape is ``meta_device``.
+        is_dense: Whether every entry is contiguous and has memory of its own, also for the shape ``strided``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if on_meta or (on_meta is None and shape == "meta_device"):
             with torch.device("meta"):
                 return bind(_plain(), name="net")
-        return SHAPES[shape]()
+        return _single("net", _strided(is_dense=True)) if is_dense and shape == "strided" else SHAPES[shape]()
 
 
-def with_extra_parameter(seed: int) -> Any:
-    """The single model with one more parameter, ``extra``, which is in no source."""
+def changed_model(shape: str, seed: int, change: Change) -> Any:
+    """A model of a shape whose module ``change`` changed before it got an optimizer; of a composite, the last one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = _with_half_precision()
-        module.register_parameter("extra", torch.nn.Parameter(torch.empty(3)))
+        if shape == "composite":
+            return _composite(change)
+        module = _MODULES[shape]()
+        change(module)
         return _single("net", module)
+
+
+def add_extra_parameter(module: torch.nn.Module) -> None:
+    """Add a parameter ``extra``, which is in no source."""
+    module.register_parameter("extra", torch.nn.Parameter(torch.empty(3)))
 
 
 def leaf_state(model: Any) -> dict[str, torch.Tensor]:
@@ -156,6 +207,11 @@ class NumberedTrainer:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.number = state_dict["number"]
+
+
+def new_training() -> dict[str, Any]:
+    """A trainer and callbacks as they are before an initialization."""
+    return {"trainer": NumberedTrainer(_OWN_NUMBER), "callbacks": [Counter(_OWN_NUMBER)]}
 
 
 @attrs.frozen(eq=False)
@@ -194,7 +250,7 @@ class Case:
     """The input of one initialization.
 
     Attributes:
-        shape: ``single``, ``composite``, ``nested``, ``frozen``, ``meta_device``, ``tied`` or ``buffers``.
+        shape: A key of ``SHAPES``.
         model: The model to initialize; it differs from the source in every entry.
         source: A run on disk of a model of the same shape.
         paths: The run that is started; that of the source for kinds that continue a run.
@@ -252,12 +308,28 @@ def closed(reason: str) -> Answer:
     return Answer(False, reason)
 
 
-def saved_run(folder: Path, shape: str = "single", run_id: str = "source") -> SavedRun:
-    """Save a run with two sets, and its weights as plain files, below ``folder``, which must not hold one already."""
+def saved_run(
+    folder: Path,
+    shape: str = "single",
+    run_id: str = "source",
+    *,
+    seeds: tuple[int, int] = (_OLDER_SEED, _SOURCE_SEED),
+    change: Callable[[Any], object] = _as_it_is,
+) -> SavedRun:
+    """Save a run with two sets, and its weights as plain files, below ``folder``, which must not hold one already.
+
+    Args:
+        folder: Gets the folders ``runs`` and ``files``.
+        shape: A key of ``SHAPES``.
+        run_id: The id of the run.
+        seeds: Of the values of the older set, and of the newest.
+        change: Function that changes each model before it is saved.
+    """
     paths = PathProvider(folder / "runs", run_id)
-    for seed, iteration in ((_OLDER_SEED, _OLDER), (_SOURCE_SEED, _NEWEST)):
-        model = new_model(shape, seed, on_meta=False)
-        number = _NUMBER if seed == _SOURCE_SEED else _NUMBER + 1
+    for seed, iteration in zip(seeds, (_OLDER, _NEWEST), strict=True):
+        model = new_model(shape, seed, on_meta=False, is_dense=True)
+        change(model)
+        number = _NUMBER if iteration == _NEWEST else _NUMBER + 1
         trainer = NumberedTrainer(number, (Counter(number),))
         CheckpointWriter(paths, flat_names=False).save(model, iteration, trainer=trainer)
     files = {}

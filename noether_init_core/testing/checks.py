@@ -1,12 +1,17 @@
-"""What every check uses, and the checks of weights: every shape of model, in place, on every rank, as planned."""
+"""What every check of the kit uses: the declarations of the author, the fixtures, and helpers.
+
+The messages are complete without the details that pytest adds and cuts: PYTEST_DONT_REWRITE.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
+import attrs
+import numpy as np
 import pytest
 import torch
 
@@ -14,30 +19,33 @@ from noether_init_core import kinds
 from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.files.storage.artifact_cache import CACHE_VARIABLE
 from noether_init_core.initializers.base import InitializerBase
+from noether_init_core.messages import listed
 from noether_init_core.models import leaf_models
 from noether_init_core.nested import equal
 from noether_init_core.sets.provenance import InitReport
+from noether_init_core.stack.members import prepare
 from noether_init_core.stack.stack import InitializerStack
 from noether_init_core.testing.cases import (
+    MODEL_SEED,
     Answer,
     Case,
+    SavedRun,
     Wrong,
     closed,
-    leaf_state,
     new_model,
+    new_training,
     open_,
-    with_extra_parameter,
 )
-from noether_init_core.testing.processes import initialized_by_ranks
-from noether_init_core.testing.snapshots import differences, state_of_model, unchanged
+from noether_init_core.testing.process_state import GENERATORS, state_of_process
+from noether_init_core.testing.snapshots import differences, said, state_of_model, told, values_of_model
 
 _SEED = 5
-_OPEN = open_()
 
 Config = Mapping[str, Any]
 MakeConfig = Callable[[Case], Config]
 Expected = Callable[[Case], Mapping[str, Mapping[str, torch.Tensor]]]
 NewCase = Callable[..., Case]
+NewRun = Callable[..., SavedRun]
 
 
 class Checks:
@@ -62,10 +70,22 @@ class Checks:
     tied: ClassVar[Answer] = open_()
     #: Models that have buffers and no parameter.
     buffers: ClassVar[Answer] = open_()
+    #: Models with entries in half precision (bfloat16); if closed, the other checks use models without such entries.
+    half_precision: ClassVar[Answer] = open_()
+    #: Models with float64, complex64, int64 and bool entries.
+    precise: ClassVar[Answer] = open_()
+    #: Models with transposed parameters, and with several parameters in one block of memory.
+    strided: ClassVar[Answer] = open_()
     #: The kind provides a plan; kinds that derive from SourceInitializer do.
     plans: ClassVar[Answer] = open_()
     #: The kind compares shapes and names of a model with its source, so that a model can be wrong.
     compares_models: ClassVar[Answer] = open_()
+    #: Damaged bytes are found, by a checksum or a digest.
+    verifies: ClassVar[Answer] = open_()
+    #: The values are drawn, from a seed of the config or from the global generators; none is in a source.
+    draws: ClassVar[Answer] = closed("the values come from the source")
+    #: Values of another kind of dtype are converted on purpose: float to int, int to float.
+    casts: ClassVar[Answer] = closed("values of another kind of dtype are refused")
     #: Some wrong configs are found only by ``check``.
     can_be_wrong: ClassVar[Answer] = open_()
     #: Every rank of a distributed run may use it.
@@ -76,6 +96,17 @@ class Checks:
     #: Training continues at the iteration of the source.
     continues: ClassVar[Answer] = closed("training starts at zero")
     needs_path_provider: ClassVar[Answer] = closed("it reads no run")
+
+    def __init_subclass__(cls, **arguments: object) -> None:
+        super().__init_subclass__(**arguments)
+        for name, value in vars(cls).copy().items():
+            if isinstance(getattr(Checks, name, None), Answer):
+                setattr(cls, name, answer_of(name, value))
+
+    @classmethod
+    def real_shape(cls, shape: str) -> str:
+        """The shape that is used for ``shape``: without half precision, if the kind refuses that."""
+        return shape if cls.half_precision.is_open or shape != "single" else "single_precision"
 
     @pytest.fixture(autouse=True)
     def _own_cache(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,178 +148,182 @@ class Checks:
 
     # Helpers of the checks
 
-    def make(self, case: Case, config: Mapping[str, Any], **more: Any) -> InitializerStack:
+    def make(
+        self, case: Case, config: Mapping[str, Any], *, observers: Sequence[Any] = (), **more: Any
+    ) -> InitializerStack:
         """A stack of this kind alone; ``case.paths`` is the run that is started."""
-        return InitializerStack.from_config([{"kind": self.kind, **config, **more}], path_provider=case.paths)
+        configs = [{"kind": self.kind, **config, **more}]
+        return InitializerStack.from_config(configs, path_provider=case.paths, observers=observers)
 
     def one(self, case: Case, config: Mapping[str, Any]) -> InitializerBase:
         """The initializer alone."""
         return kinds.create({"kind": self.kind, **config}, path_provider=case.paths)
 
-    def initialize(self, case: Case, config: Mapping[str, Any]) -> InitReport:
+    def initialize(self, case: Case, config: Mapping[str, Any], *, observers: Sequence[Any] = ()) -> InitReport:
         """Initialize the model, the trainer and the callbacks of the case."""
-        return self.make(case, config).initialize(case.model, trainer=case.trainer, callbacks=case.callbacks)
+        return self.start(self.make(case, config, observers=observers), case)
+
+    def start(self, stack: InitializerStack, case: Case) -> InitReport:
+        """Initialize the case with a stack; for a kind that draws, from equal states of the global generators."""
+        if self.draws.is_open:
+            seed_generators(_SEED)
+        return stack.initialize(case.model, trainer=case.trainer, callbacks=case.callbacks)
+
+    def check(self, initializer: InitializerBase, case: Case) -> None:
+        """Do what a stack does before the first change: ``check`` of the kind and its delegates, and their plans."""
+        stack = InitializerStack([initializer])
+        with stack._in_sessions():
+            tuple(prepare(stack._members, case.model, (case.trainer, case.callbacks)))
+
+    def again(self, case: Case) -> Case:
+        """The case with a new model, trainer and callbacks, as the first ones were."""
+        return attrs.evolve(case, model=new_model(self.real_shape(case.shape), MODEL_SEED), **new_training())
 
     def assert_weights(self, case: Case, expected: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Every entry of the state dict holds the expected bits, in the dtype of the model."""
         for path, leaf in leaf_models(case.model):
             state, wanted = leaf.state_dict(), expected[path]
-            assert set(state) == set(wanted), f"names of {path}"
+            assert set(state) == set(wanted), told(
+                f"the names of the entries of {path} changed: {listed(set(state) ^ set(wanted))}",
+                "optimizers, wrappers and later checkpoints refer to entries by name",
+                "write into the existing parameters and buffers",
+            )
             for name, value in state.items():
-                assert not value.is_meta, f"{path}: {name} is still on the meta device"
+                assert not value.is_meta, told(
+                    f"{path}: {name} is still on the meta device",
+                    "the training cannot start without values",
+                    'give it memory and a value, or refuse such models and declare meta_device = closed("why")',
+                )
                 right = wanted[name].to(value.dtype)
-                assert equal(value, right), f"{path}: {name} holds {value.tolist()}, not {right.tolist()}"
+                assert equal(value, right), told(
+                    f"{path}: {name} has {_short(value)}, and {_short(right)} is right",
+                    "the training would start from other weights, without an error",
+                    "copy each entry by its name, bit for bit, in its dtype and strides; or return other values from "
+                    "the fixture expected",
+                )
+
+    def assert_drawn(self, case: Case) -> None:
+        """At least one entry has another value than before, and every value is finite."""
+        fresh = dict(leaf_models(self.again(case).model))
+        changed = False
+        for path, leaf in leaf_models(case.model):
+            for name, value in leaf.state_dict().items():
+                old = fresh[path].state_dict()[name]
+                changed = changed or value.is_meta is not old.is_meta or not equal(value, old)
+                # masks may be infinite
+                assert value.is_meta or not value.is_floating_point() or not value.isnan().any(), told(
+                    f"{path}: {name} was drawn as {_short(value)}",
+                    "NaN spreads to every weight in the first step",
+                    "draw finite values",
+                )
+        assert changed, told(
+            f"no entry of {case.model.name} changed",
+            "the training would start from other weights than the config says, without an error",
+            "draw the parameters in place, or raise an InitError in check()",
+        )
 
     def assert_shape_is_served(self, answer: Answer, case: Case, make_config: MakeConfig, expected: Expected) -> None:
         """Open: the right values are loaded. Closed: an ``InitError`` is raised, and nothing has changed."""
-        if answer.is_open:
-            self.initialize(case, make_config(case))
-            self.assert_weights(case, expected(case))
+        if not answer.is_open:
+            with self.refused(case, f"the shape {case.shape} is closed ({answer.reason}), so it must be refused"):
+                self.initialize(case, make_config(case))
             return
-        with self.refused(case, f"{case.shape} is closed ({answer.reason}), so the kind must refuse it"):
+        with explained(
+            f"the shape {case.shape}",
+            "users have such models",
+            f'serve it, or refuse it with an InitError in check() and declare {case.shape} = closed("why")',
+        ):
             self.initialize(case, make_config(case))
+        self.assert_right(case, expected)
+
+    def assert_right(self, case: Case, expected: Expected) -> None:
+        """The expected weights; for a kind that draws, new values."""
+        if self.draws.is_open:
+            self.assert_drawn(case)
+        else:
+            self.assert_weights(case, expected(case))
 
     @contextlib.contextmanager
     def refused(self, case: Case, what: str, error: type[InitError] = InitError) -> Iterator[None]:
         """The block must raise before anything of the case has changed."""
         before = self.everything(case)
-        with pytest.raises(Exception) as caught:
+        try:
             yield
-            pytest.fail(f"{what}: nothing was raised")
-        assert not isinstance(caught.value, PartlyInitializedError), (
-            f"{what}: {caught.value} Raise in check(), before anything has changed"
+        except Exception as caught:
+            self.assert_early(caught, what, differences(before, self.everything(case)), error)
+            return
+        raise AssertionError(
+            told(
+                f"{what}: nothing was raised",
+                "the training would start from other weights than the config asks for",
+                "compare names, shapes and dtypes of the model with the source in check(), and raise an InitError",
+            )
         )
-        changed = differences(before, self.everything(case))
-        assert not changed, f"{what}: {caught.value!r} was raised after these had changed: {', '.join(changed[:5])}"
-        assert isinstance(caught.value, error), f"{what}: {caught.value!r} is not a {error.__name__}"
+
+    def assert_early(
+        self, caught: Exception, what: str, changed: Sequence[str], error: type[InitError] = InitError
+    ) -> None:
+        """Assert that an error is of the right class, and was raised before anything had changed."""
+        assert not changed, told(
+            f"{what}: {said(caught)} was raised after these had changed: {listed(changed)}",
+            "a failed initialization must leave everything as it was, so that the caller can go on",
+            "read and verify everything in check(), before the first change",
+        )
+        assert not isinstance(caught, PartlyInitializedError), told(
+            f"{what}: it was found only after the checks: {said(caught)}",
+            "other initializers of the stack may have changed the model by then",
+            "raise it in check() already",
+        )
+        assert isinstance(caught, error), told(
+            f"{what}: {said(caught)} is not a {error.__name__}",
+            "callers could not tell it from a bug",
+            f"raise a subclass of {error.__name__} from it, such as CheckpointError or PlanError",
+        )
 
     def everything(self, case: Case) -> dict[str, Any]:
+        """Model, optimizers, trainer and callbacks, by value and by identity."""
+        return state_of_model(case.model) | self._state_beside(case)
+
+    def results(self, case: Case) -> dict[str, Any]:
         """Model, optimizers, trainer and callbacks, by value."""
-        return {
-            **state_of_model(case.model),
-            "trainer": case.trainer.number,
-            **{f"callback {number}": callback.number for number, callback in enumerate(case.callbacks)},
-        }
+        return values_of_model(case.model) | self._state_beside(case)
+
+    def process(self) -> dict[str, Any]:
+        """What all code in this process shares; without the global generators for a kind that draws."""
+        state = state_of_process()
+        return {name: value for name, value in state.items() if not (self.draws.is_open and name in GENERATORS)}
+
+    def _state_beside(self, case: Case) -> dict[str, Any]:
+        numbers = {f"callback {number}": callback.number for number, callback in enumerate(case.callbacks)}
+        return {"trainer": case.trainer.number, **numbers}
 
 
-class WeightChecks(Checks):
-    """Values, identity, plan, ranks."""
+@contextlib.contextmanager
+def explained(what: str, why: str, change: str) -> Iterator[None]:
+    """Turn any error of the block into a failed check that says what was tried, why it matters and what to change."""
+    try:
+        yield
+    except Exception as error:
+        seen = str(error).partition(". Why it matters: ")[0] if isinstance(error, AssertionError) else said(error)
+        raise AssertionError(told(f"{what}: {seen}", why, change)) from error
 
-    def test_single_model(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """Matrices, one of them square, biases and scales."""
-        self.assert_shape_is_served(_OPEN, new_case("single"), make_config, expected)
 
-    def test_composite_model(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """Two submodels, and one that is None."""
-        self.assert_shape_is_served(self.composites, new_case("composite"), make_config, expected)
+def answer_of(name: str, value: object) -> Answer:
+    """The answer for a declaration; True and False count as one. Raises ``TypeError`` for anything else."""
+    if isinstance(value, bool):
+        return open_() if value else closed(f"declared as {name} = False")
+    if not isinstance(value, Answer):
+        raise TypeError(f'{name} = {value!r} is not an answer. Next: {name} = open_(), or {name} = closed("why not")')
+    return value
 
-    def test_nested_composite(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """A composite within a composite."""
-        self.assert_shape_is_served(self.nested, new_case("nested"), make_config, expected)
 
-    def test_frozen_model(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """A frozen model gets its weights and stays frozen."""
-        case = new_case("frozen")
-        self.assert_shape_is_served(self.frozen, case, make_config, expected)
-        assert case.model.is_frozen
-        assert not any(parameter.requires_grad for parameter in case.model.parameters())
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
-    def test_model_on_the_meta_device(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """A model without memory gets memory for every entry."""
-        self.assert_shape_is_served(self.meta_device, new_case("meta_device"), make_config, expected)
 
-    def test_tied_weights(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """One parameter with two names stays one parameter."""
-        case = new_case("tied")
-        self.assert_shape_is_served(self.tied, case, make_config, expected)
-        assert case.model.module.head.weight is case.model.module.embed.weight, "the weights are no longer tied"
-
-    def test_buffers(self, new_case: NewCase, make_config: MakeConfig, expected: Expected) -> None:
-        """A model of buffers only: step counters, statistics, masks."""
-        self.assert_shape_is_served(self.buffers, new_case("buffers"), make_config, expected)
-
-    def test_tensors_stay_the_same_objects(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """Identity, shape, dtype, device and flags of tensors stay: optimizers, ties and wrappers refer to them."""
-        shapes = {"single": _OPEN, "nested": self.nested, "buffers": self.buffers}
-        for shape in (name for name, answer in shapes.items() if answer.is_open):
-            case = new_case(shape)
-            before = state_of_model(case.model)
-            self.initialize(case, make_config(case))
-            changed = differences(before, state_of_model(case.model))
-            others = [
-                name for name in changed if name.startswith(("identity of", "flags of", "training of", "hooks of"))
-            ]
-            assert not others, f"changed: {', '.join(others)}. Write in place, under torch.no_grad()"
-
-    def test_plan_is_what_happens(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """Exactly the entries that the plan writes change; a parameter with on_missing: keep keeps its value."""
-        case = new_case("single", model=with_extra_parameter(_SEED) if self.plans.is_open else None)
-        stack = self.make(case, make_config(case), **({"on_missing": "keep"} if self.plans.is_open else {}))
-        plan = stack.plan(case.model)
-        if not self.plans.is_open:
-            assert plan.rows == (), f"plans is closed ({self.plans.reason}), but the kind provides a plan"
-            return
-        before = state_of_model(case.model)
-        report = stack.initialize(case.model, trainer=case.trainer, callbacks=case.callbacks)
-        changed = set(differences(before, state_of_model(case.model)))
-        written = {f"{row.model} {row.target}" for row in plan.rows if row.writes}
-        entries = {f"{path} {name}" for path, leaf in leaf_models(case.model) for name in leaf.state_dict()}
-        assert {name for name in changed if name in entries} == written
-        assert sum((dict(one.counts).get("keep", 0) for one in report.initializers), 0) == 1, (
-            "exactly one entry must be kept: extra"
-        )
-
-    def test_plan_changes_nothing(self, single: Case, single_config: Config) -> None:
-        """A plan does not change the model, its optimizer or its flags."""
-        with unchanged(lambda: self.everything(single), "the plan"):
-            self.make(single, single_config).plan(single.model)
-
-    def test_initializing_again_gives_the_same(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """The same stack initializes a second model to the same values."""
-        case, again = new_case("single"), new_case("single")
-        stack = self.make(case, make_config(case))
-        stack.initialize(case.model)
-        stack.initialize(again.model)
-        self.assert_weights(again, {"net": leaf_state(case.model)})
-
-    def misfits(self, new_case: NewCase, make_config: MakeConfig) -> Iterator[tuple[str, Case, InitializerBase]]:
-        """Models of which only the last tensor does not fit: what is wrong, the case, and the initializer."""
-        models: dict[str, Any] = {"extra is in the model and not in the source": with_extra_parameter(_SEED)}
-        for shape in ((7,), (1,), (3, 1)):  # (1,) would be broadcast, and (3, 1) has as many elements
-            model = new_model("single", _SEED)
-            model.module.norm.weight = torch.nn.Parameter(torch.ones(shape))
-            models[f"norm.weight has the shape {shape} in the model, and (3,) in the source"] = model
-        model = new_model("single", _SEED)
-        del model.module.coarse
-        models["coarse is in the source and not in the model"] = model
-        for what, model in models.items():
-            case = new_case("single", model=model)
-            yield what, case, self.one(case, make_config(case))
-
-    def test_a_model_that_does_not_fit_is_left_as_it_was(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """``init_weights`` without ``check``: another shape raises an ``InitError``, and nothing changes."""
-        for what, case, initializer in self.misfits(new_case, make_config):
-            with self.refused(case, what) if self.compares_models.is_open else contextlib.nullcontext():
-                initializer.init_weights(case.model)
-
-    def test_check_finds_a_model_that_does_not_fit(self, new_case: NewCase, make_config: MakeConfig) -> None:
-        """``check`` raises for another shape, so that no initializer of the stack has changed anything yet."""
-        for what, case, initializer in self.misfits(new_case, make_config):
-            if not self.compares_models.is_open:
-                initializer.check(case.model, case.trainer, case.callbacks)
-                continue
-            with pytest.raises(InitError):
-                initializer.check(case.model, case.trainer, case.callbacks)
-                pytest.fail(f"{what}, and check() did not raise")
-
-    def test_two_ranks_agree(self, single: Case, single_config: Config, tmp_path: Path) -> None:
-        """Two ranks with different global generators start at the same iteration with the same bits."""
-        if not self.ranks.is_open:
-            pytest.skip(f"closed: {self.ranks.reason}")
-        if kinds.describe(self.kind).distribution is None:
-            pytest.skip("registered in this process only: another process cannot resolve the kind")
-        config = {"kind": self.kind, **single_config}
-        (start, digests), (other_start, others) = initialized_by_ranks(config, single.paths, tmp_path / "meeting point")
-        assert start == other_start
-        different = [name for name, digest in digests.items() if others[name] != digest]
-        assert not different, f"the ranks differ in {', '.join(different)}: the kind used a rank or a global generator"
+def _short(value: torch.Tensor) -> str:
+    text = str(value.tolist())
+    return text if len(text) <= 120 else f"{text[:120]}..."

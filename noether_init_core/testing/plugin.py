@@ -15,11 +15,8 @@ import torch
 from noether_init_core import kinds
 from noether_init_core.initializers.base import InitializerBase
 from noether_init_core.paths import PathProvider
-from noether_init_core.testing.cases import Case, Counter, NumberedTrainer, SavedRun, new_model, saved_run
+from noether_init_core.testing.cases import MODEL_SEED, Case, SavedRun, new_model, new_training, saved_run
 from noether_init_core.testing.checks import Checks
-
-_MODEL_SEED = 2
-_OWN_NUMBER = 3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,10 +57,14 @@ def case_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source_run(case_folder: Path, _saved_once: Callable[[str, Path], SavedRun]) -> Callable[..., SavedRun]:
-    """A function that makes runs on disk, each in its own folder: ``source_run("composite")``."""
+    """A function that makes runs on disk, each in its own folder: ``source_run("composite")``.
 
-    def make(shape: str = "single") -> SavedRun:
-        return _saved_once(shape, _another_folder(case_folder))
+    Other arguments are those of ``saved_run``.
+    """
+
+    def make(shape: str = "single", **more: Any) -> SavedRun:
+        folder = _another_folder(case_folder)
+        return saved_run(folder, shape, **more) if more else _saved_once(shape, folder)
 
     return make
 
@@ -78,22 +79,23 @@ def _another_folder(parent: Path) -> Path:
 def new_case(
     request: pytest.FixtureRequest, case_folder: Path, _saved_once: Callable[[str, Path], SavedRun]
 ) -> Callable[..., Case]:
-    """A function that makes cases: ``new_case("single")``; ``model`` replaces the new model."""
-    cls = request.cls
-    continues = isinstance(cls, type) and issubclass(cls, Checks) and cls.continues.is_open
+    """A function that makes cases: ``new_case("single")``; ``model`` and ``source`` replace the new ones."""
+    cls = request.cls if isinstance(request.cls, type) and issubclass(request.cls, Checks) else Checks
 
-    def make(shape: str, model: Any = None) -> Case:
-        folder = _another_folder(case_folder)
+    def make(shape: str, model: Any = None, source: SavedRun | None = None) -> Case:
+        folder, real_shape = _another_folder(case_folder), cls.real_shape(shape)
+        if source is None:
+            source = _saved_once(real_shape, folder)
+        else:
+            folder = source.paths.output_root.parent
         (folder / "config").mkdir()
-        source = _saved_once(shape, folder)
         return Case(
             shape,
-            new_model(shape, _MODEL_SEED) if model is None else model,
+            new_model(real_shape, MODEL_SEED) if model is None else model,
             source,
-            source.paths if continues else source.paths.with_run("started"),
+            source.paths if cls.continues.is_open else source.paths.with_run("started"),
             folder / "config",
-            NumberedTrainer(_OWN_NUMBER),
-            [Counter(_OWN_NUMBER)],
+            **new_training(),
         )
 
     return make

@@ -1,4 +1,7 @@
-"""Snapshots of what must not change, as values to compare: a model, the process, files."""
+"""Snapshots of what must not change, as values to compare: a model, the process, files.
+
+The messages are complete without the details that pytest adds and cuts: PYTEST_DONT_REWRITE.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,21 @@ import contextlib
 import copy
 import gc
 import hashlib
-import logging
 import os
-import random
-import signal
-import socket
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from noether_init_core.messages import listed
+from noether_init_core.messages import listed, one_line
 from noether_init_core.models import leaf_models
 from noether_init_core.nested import equal
 
 
 def state_of_model(model: Any) -> dict[str, Any]:
-    """Every tensor of the model by value and by identity, flags, gradients, and its optimizers."""
+    """Every tensor of the model by value and by identity, flags, gradients, modules, hooks, and its optimizers."""
     found: dict[str, Any] = {}
     for path, leaf in leaf_models(model):
         for name, tensor in _tensors(leaf):
@@ -35,15 +31,41 @@ def state_of_model(model: Any) -> dict[str, Any]:
             found[f"{path} {name}"] = "meta" if is_meta else tensor.detach().clone()
             # views, flat copies and buckets of wrappers refer to the memory, not to the object
             memory = None if is_meta else tensor.data_ptr()
-            found[f"identity of {path} {name}"] = (id(tensor), memory, tensor.shape, tensor.dtype, tensor.device)
+            found[f"identity of {path} {name}"] = (
+                (id(tensor), memory, tensor.shape, tensor.dtype, tensor.device),
+                () if is_meta else (tensor.stride(), tensor.storage_offset()),
+            )
             found[f"flags of {path} {name}"] = (tensor.requires_grad, tensor.grad is None, tensor.is_leaf)
-        found[f"training of {path}"] = tuple(module.training for module in leaf.modules())
+            if tensor.grad is not None:
+                found[f"gradient of {path} {name}"] = tensor.grad.detach().clone()
+            hooks = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+            found[f"hooks of {path} {name}"] = [len(one or ()) for one in hooks]
+        modules = list(leaf.named_modules())
+        found[f"training of {path}"] = tuple(module.training for _name, module in modules)
         found[f"hooks of {path}"] = tuple(
-            len(hooks) for module in leaf.modules() for kind, hooks in vars(module).items() if kind.endswith("_hooks")
+            len(hooks) for _name, module in modules for kind, hooks in vars(module).items() if kind.endswith("_hooks")
         )
+        found[f"modules of {path}"] = [
+            (name, id(module), type(module), sorted(vars(module))) for name, module in modules
+        ]
+        found[f"optimizer of {path}"] = (id(leaf.optimizer), leaf.is_frozen, leaf.name)
         if leaf.optimizer is not None:
             found.update(state_of_optimizer(path, leaf.optimizer))
     return found
+
+
+#: How the names in ``state_of_model`` begin that no initialization may change.
+FIXED = ("identity of", "flags of", "gradient of", "training of", "hooks of", "modules of")
+
+
+def values_of_model(model: Any) -> dict[str, Any]:
+    """What an initialization writes: every tensor and optimizer state by value, without identities."""
+    found = state_of_model(model)
+    return {
+        name: value
+        for name, value in found.items()
+        if not name.startswith(FIXED) and not re.fullmatch(r"optimizer of [^:]*(: parameters)?", name)
+    }
 
 
 def state_of_optimizer(path: str, optimizer: Any) -> dict[str, Any]:
@@ -63,41 +85,33 @@ def _tensors(leaf: Any) -> Iterator[tuple[str, torch.Tensor]]:
     yield from leaf.named_buffers(remove_duplicate=False)
 
 
-def state_of_process() -> dict[str, Any]:
-    """The settings and generators that all code in this process shares."""
-    numpy_state: Any = np.random.get_state(legacy=True)
-    return {
-        "torch's generator": torch.random.get_rng_state().clone(),
-        "NumPy's generator": [str(numpy_state[0]), np.asarray(numpy_state[1]).tolist(), *map(str, numpy_state[2:])],
-        "Python's generator": random.getstate(),
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's default device": str(torch.get_default_device()),
-        "torch's number of threads": torch.get_num_threads(),
-        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "torch's matmul precision": torch.get_float32_matmul_precision(),
-        "torch's gradient mode": torch.is_grad_enabled(),
-        "working folder": os.getcwd(),
-        # pytest sets it to the name of the running test
-        "environment": {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
-        "sys.path": list(sys.path),
-        "root logger": (logging.root.level, [type(handler).__name__ for handler in logging.root.handlers]),
-        "disabled logging": logging.root.manager.disable,
-        "warning filters": [str(one) for one in warnings.filters],
-        "excepthook": sys.excepthook,
-        "garbage collector": (gc.isenabled(), gc.get_threshold()),
-        "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
-        "NumPy's error handling": np.geterr(),
-        "recursion limit": sys.getrecursionlimit(),
-        "timeout of sockets": socket.getdefaulttimeout(),
-        "number of threads": threading.active_count(),
-        "loggers of torch and of the core": [
-            (name, logger.level, logger.disabled, len(logger.handlers))
-            for name, logger in sorted(logging.root.manager.loggerDict.items())
-            if isinstance(logger, logging.Logger)
-            and name.partition(".")[0] in ("torch", "noether_init_core")
-            and (logger.level or logger.disabled or logger.handlers)
-        ],
-    }
+def open_files(*folders: Path) -> list[str] | None:
+    """The files below ``folders`` that this process has open or mapped; None if the system does not list them."""
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.is_dir():
+        return None
+    found = _open_below(folders)
+    if found:
+        gc.collect()  # what only a cycle of garbage keeps open is not counted
+        found = _open_below(folders)
+    return found
+
+
+def _open_below(folders: Iterable[Path]) -> list[str]:
+    found = set(descriptors_of_process())
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        found.update(line.split(maxsplit=5)[5:])
+    roots = tuple(f"{folder.resolve()}{os.sep}" for folder in folders)
+    return sorted(one for one in found if one.startswith(roots))
+
+
+def descriptors_of_process() -> list[str]:
+    """The target of every open descriptor of this process; empty if the system does not list them."""
+    found = []
+    for entry in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):  # the descriptor of listdir itself, which is closed by now
+            found.append(os.readlink(f"/proc/self/fd/{entry}"))
+    return found
 
 
 def state_of_files(*folders: Path) -> dict[str, Any]:
@@ -111,22 +125,6 @@ def state_of_files(*folders: Path) -> dict[str, Any]:
     return found
 
 
-def open_files(*folders: Path) -> list[str] | None:
-    """The files below ``folders`` that this process has open; None if the system does not list them."""
-    descriptors = Path("/proc/self/fd")
-    if not descriptors.is_dir():
-        return None
-    found = []
-    for entry in descriptors.iterdir():
-        try:
-            target = Path(os.readlink(entry))
-        except OSError:  # the descriptor of iterdir() itself, which is closed by now
-            continue
-        if any(target.is_relative_to(folder.resolve()) for folder in folders):
-            found.append(str(target))
-    return sorted(found)
-
-
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """The names under which the two differ: changed, removed, or new."""
     names = dict.fromkeys([*before, *after])
@@ -134,9 +132,26 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 @contextlib.contextmanager
-def unchanged(look: Callable[[], Mapping[str, Any]], what: str, advice: str = "") -> Iterator[None]:
-    """Assert that ``look()`` returns the same before and after the block; ``advice`` ends the message."""
+def unchanged(look: Callable[[], Mapping[str, Any]], what: str, *, why: str, change: str) -> Iterator[None]:
+    """Assert that ``look()`` returns the same before and after the block; the message has ``why`` and ``change``."""
     before = look()
     yield
-    changed = differences(before, look())
-    assert not changed, f"{what} changed {listed(changed)}{advice and '. '}{advice}"
+    after = look()
+    changed = [_change(name, before, after) for name in differences(before, after)]
+    assert not changed, told(f"{what} changed {listed(changed)}", why, change)
+
+
+def _change(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The name, and the values before and after if they are short."""
+    values = [one_line(repr(one[name]), 41) if name in one else "nothing" for one in (before, after)]
+    return name if max(map(len, values)) > 40 or values[0] == values[1] else f"{name} ({values[0]} -> {values[1]})"
+
+
+def said(error: BaseException) -> str:
+    """Class and message of an error, on one line and not too long."""
+    return f"{type(error).__name__}: {one_line(str(error), 160)}"
+
+
+def told(seen: str, why: str, change: str) -> str:
+    """The message of a failed check: what was seen, why it matters, and what to change."""
+    return f"{seen}. Why it matters: {why}. Next: {change}"

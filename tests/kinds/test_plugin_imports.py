@@ -18,7 +18,8 @@ import torch
 from support.foreign import INITIALIZER, ForeignPackages
 
 from noether_init_core import InitializerStack, KindImportError, bind, kinds
-from noether_init_core.testing.snapshots import differences, state_of_process
+from noether_init_core.testing.process_state import state_of_process
+from noether_init_core.testing.snapshots import differences
 
 
 @pytest.fixture

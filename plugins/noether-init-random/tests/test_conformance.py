@@ -59,6 +59,15 @@ def expected_values(case: Case) -> dict[str, dict[str, torch.Tensor]]:
         names = {id(parameter): name for name, parameter in leaf.named_parameters()}
         found[path] = {}
         for name, tensor in leaf.state_dict(keep_vars=True).items():
+            if id(tensor) not in names:  # a buffer, which is not drawn
+                found[path][name] = tensor
+                continue
             seed = seed_of(SEED, f"{below}.{names[id(tensor)]}".lstrip("."))
-            found[path][name] = torch.empty(tensor.shape).uniform_(-2, 1, generator=torch.Generator().manual_seed(seed))
+            found[path][name] = _drawn(tensor, seed)
     return found
+
+
+def _drawn(parameter: torch.Tensor, seed: int) -> torch.Tensor:
+    """Values of the dtype of the parameter; half precision is drawn in single precision."""
+    values = torch.empty(parameter.shape, dtype=parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32)
+    return values.uniform_(-2, 1, generator=torch.Generator().manual_seed(seed))

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from acme_good import FolderConfig, FolderInitializer
+from acme_good.plain import PlainInitializer
 from pydantic import BaseModel, Field, SecretStr, field_validator
 
-from noether_init_core import CheckpointNotFoundError, KindConfig, TrainingIteration
+from noether_init_core import CheckpointNotFoundError, KindConfig, TrainingIteration, leaf_models
 
 
 class Unregistered(FolderInitializer):
@@ -236,16 +237,17 @@ class ClearsFirst(FolderInitializer):
         super().init_weights(model)
 
 
-class LooksAtFilesOnly(FolderInitializer):
-    """Checks that the file is there and can be opened, and not whether it fits the model."""
+class LooksAtFilesOnly(PlainInitializer):
+    """Checks that the file is there and is not damaged, and not whether it fits the model."""
 
     contract = 1
 
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
-        self.plan(model)
+        for path, _leaf in leaf_models(model):
+            self.read(self.path_of(path))
 
 
-class HopesForTheFile(FolderInitializer):
+class HopesForTheFile(PlainInitializer):
     """Leaves it to ``init_weights`` to find out that the file is not there."""
 
     contract = 1
