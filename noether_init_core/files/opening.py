@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from noether_init_core.files.content import (
     is_state_dict,
     state_dict_of,
 )
+from noether_init_core.files.formats.others import folder_kind
 from noether_init_core.files.formats.safetensors import read_safetensors
 from noether_init_core.files.formats.torch_zip import read_torch_zip
 from noether_init_core.files.graph import Content, Unread
@@ -69,12 +71,13 @@ def open_checkpoint(
     """
     stopwatch = Stopwatch() if stopwatch is None else stopwatch
     with stopwatch.phase("screen"):
-        handle = open_file(local_path(location)) if isinstance(location, str | os.PathLike) else Handle(location)
+        handle = _opened(local_path(location)) if isinstance(location, str | os.PathLike) else Handle(location)
         try:
             with no_garbage_collection():
                 # Byte 8 of a safetensors file is the first brace of its header. In a zip archive of stored records it
-                # is the compression method, 0.
-                is_safetensors = handle.size > 8 and handle.read(1, 8) == b"{"
+                # is the compression method, 0. The length before it is never text, as in a file of JSON.
+                first = handle.read(min(handle.size, 9), 0)
+                is_safetensors = (first[8:] == b"{" and not first.isascii()) or first[6:] == b"\0\0{"
                 content = read_safetensors(handle) if is_safetensors else read_torch_zip(handle, allow_globals)
                 known = Digests(digests) if isinstance(digests, str) else digests or Digests()
                 found = FileCheckpoint(handle, content, entry, known, stopwatch)
@@ -88,6 +91,17 @@ def open_checkpoint(
             if isinstance(error, UnreadableError):
                 raise CheckpointFormatError(f"{handle.path} {error}", path=handle.path) from error
             raise
+
+
+def _opened(path: Path) -> Handle:
+    """Open a file; the error for a folder says what the folder is, if it is known."""
+    try:
+        return open_file(path)
+    except CheckpointFormatError as error:
+        kind = folder_kind(path) if path.is_dir() else None
+        if kind is None:
+            raise
+        raise CheckpointFormatError(f"{path} {kind}", path=path) from error
 
 
 class FileCheckpoint(BaseCheckpoint):

@@ -50,10 +50,14 @@ def unsafe(
     )
 
 
-def new_name(path: Path, ending: str) -> str:
-    """Return a path beside ``path`` at which no file exists: ``a.state_dict.pt`` for ``a.pt``."""
+def new_name(path: Path, ending: str, suffix: str | None = None) -> str:
+    """Return a path beside ``path`` at which no file exists: ``a.state_dict.pt`` for ``a.pt``.
+
+    ``suffix``: of the new file; None: that of ``path``.
+    """
     numbers = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
-    names = (str(path.with_name(f"{path.stem}{ending}{number}{path.suffix}")) for number in numbers)
+    last = path.suffix if suffix is None else suffix
+    names = (str(path.with_name(f"{path.stem}{ending}{number}{last}")) for number in numbers)
     return next(name for name in names if not os.path.lexists(name))
 
 

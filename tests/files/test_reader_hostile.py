@@ -428,7 +428,7 @@ NOT_ARCHIVES = {
     "zeros": (bytes(4096), "zeros"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
     "safetensors": (struct.pack("<Q", 20) + b'{"w":{"dtype":"F32"}}', "safetensors"),
-    "gzip": (b"\x1f\x8b\x08\x00" + bytes(60), "gunzip"),
+    "gzip": (b"\x1f\x8b\x08\x00" + bytes(60), "gunzip -c"),
     "pickle": (pickle.dumps({"a": 1}, 4), "plain pickle"),
     "noise": (bytes(range(128, 256)), "neither a zip archive nor safetensors"),
 }

@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -26,10 +25,11 @@ from noether_init_core.files.content import (
     children,
 )
 from noether_init_core.files.formats.opcodes import Interpreter
+from noether_init_core.files.formats.others import NEXT_COPY, NEXT_SAVE, check_kind, unreadable, zip_kind
 from noether_init_core.files.graph import Content, ObjectGraph
-from noether_init_core.files.refusals import ALLOW_GLOBALS_VARIABLE, NEXT_PLAIN, new_name, unsafe
+from noether_init_core.files.refusals import ALLOW_GLOBALS_VARIABLE, NEXT_PLAIN, unsafe
 from noether_init_core.files.storage.handle import Handle
-from noether_init_core.messages import python_command, python_text, quoted
+from noether_init_core.messages import quoted
 
 _HEADER = "data.pkl"
 _MAX_HEADER = 512 << 20
@@ -44,12 +44,8 @@ _MAX_CENTRAL = 1 << 30
 # torch pads the extra field of a local header so that data is aligned to 64 bytes; this covers header and name as well.
 _LOCAL_GUESS = 512
 _AT_ONCE = 256
-_INDEX_GUESS = 1 << 20
-_NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
-_NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
-# The start of a file of torch.save before the zip format: a pickle of torch.serialization.MAGIC_NUMBER.
-_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
+#: Number of names of a foreign archive that a message looks at.
+_MOST_NAMES = 1000
 _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
@@ -75,7 +71,7 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
     except OpcodeError as error:
         if names:
             raise unsafe(handle.path, names) from error
-        raise _bad(str(error), NEXT_PLAIN) from error
+        raise unreadable(str(error), NEXT_PLAIN) from error
     return Content("torch", value, graph, records, versions)
 
 
@@ -137,14 +133,14 @@ def _is_plain(value: Any, known: set[int]) -> bool:
 def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
     record, order = records[_HEADER], records.get("byteorder")
     if record.size > _MAX_HEADER:
-        raise _bad(f"its header is {record.size} bytes long, more than {_MAX_HEADER}", NEXT_PLAIN)
+        raise unreadable(f"its header is {record.size} bytes long, more than {_MAX_HEADER}", NEXT_PLAIN)
     places = [(record.offset, record.size)]
     data, *byte_order = handle.read_many(places if order is None else [*places, (order.offset, min(order.size, 16))])
     if byte_order == [b"big"]:
         reason = "it was written on a big-endian machine; save it again on a little-endian one"
-        raise _bad(reason, NEXT_PLAIN)
+        raise unreadable(reason, NEXT_PLAIN)
     if byte_order and byte_order != [b"little"]:
-        raise _bad(f"its byte order is {byte_order[0]!r}, neither little nor big", NEXT_PLAIN)
+        raise unreadable(f"its byte order is {byte_order[0]!r}, neither little nor big", NEXT_PLAIN)
     handle.check_record(record, data)
     return data
 
@@ -155,24 +151,45 @@ def read_records(handle: Handle) -> dict[str, Record]:
     Raises ``CheckpointFormatError`` and ``UnreadableError``.
     """
     start, count, end = _read_end(handle)
-    entries = _read_central(handle, start, count, end)
+    try:
+        records = _records(handle, start, _read_central(handle, start, count, end))
+    except UnreadableError as error:
+        raise zip_kind(handle.path, _names(handle, start, count, end)) or error from None
+    if "constants.pkl" in records or any(name.startswith("code/") for name in records):
+        raise zip_kind(handle.path, [f"archive/{name}" for name in records]) or unreadable("it holds code")
+    return records
+
+
+def _names(handle: Handle, start: int, count: int, end: int) -> list[str]:
+    """Return the first names in an archive, for a message; nothing else of it is checked."""
+    data, at, names = handle.read(end - start, start), 0, []
+    for _ in range(min(count, _MOST_NAMES)):
+        if at + _CENTRAL.size > len(data):
+            break
+        lengths = _CENTRAL.unpack_from(data, at)[10:13]
+        first = at + _CENTRAL.size
+        names.append(data[first : first + lengths[0]].decode("utf-8", "replace"))
+        at = first + sum(lengths)
+    return names
+
+
+def _records(handle: Handle, start: int, entries: list[_Entry]) -> dict[str, Record]:
     entries.sort(key=lambda entry: entry.position)
     records: dict[str, Record] = {}
     folder = entries[0].name.partition("/")[0] + "/"
     limits = [*(entry.position for entry in entries[1:]), start]
     for entry, limit, header in zip(entries, limits, _headers(handle, entries), strict=True):
         if not entry.name.startswith(folder):
-            raise _bad(f"its records lie in more than one folder ({folder}, {quoted(entry.name)})")
+            raise unreadable(f"its records lie in more than one folder ({folder}, {quoted(entry.name)})")
         name = entry.name[len(folder) :]
         if name in records:
-            raise _bad(f"it has two records named {quoted(name)}")
+            raise unreadable(f"it has two records named {quoted(name)}")
         records[name] = Record(name, _data_offset(handle, entry, header, limit), entry.size, entry.crc)
     if entries[0].position != 0:
-        raise _bad(f"its first record begins at byte {entries[0].position} instead of 0")
-    _check_torchscript(records, handle.path)
+        raise unreadable(f"its first record begins at byte {entries[0].position} instead of 0")
     if _HEADER not in records:
         known = ", ".join(quoted(name) for name in itertools.islice(records, 5))
-        raise _bad(f"it is a zip archive without {_HEADER} (found: {known}), so torch.save did not write it")
+        raise unreadable(f"it is a zip archive without {_HEADER} (found: {known}), so torch.save did not write it")
     return records
 
 
@@ -188,28 +205,28 @@ class _Entry(msgspec.Struct, frozen=True, gc=False):
 def _read_end(handle: Handle) -> tuple[int, int, int]:
     """Return start, number of entries, and end of the central directory, from one read of the end of the file."""
     if handle.size == 0:
-        raise CheckpointFormatError(f"{handle.path} is empty (0 bytes). {_NEXT_COPY}", path=handle.path)
+        raise CheckpointFormatError(f"{handle.path} is empty (0 bytes). {NEXT_COPY}", path=handle.path)
     most = _END_64.size + _END_64_LOCATOR.size + _END.size
     head, tail = handle.read_many([(0, min(handle.size, 64)), (max(0, handle.size - most), min(handle.size, most))])
-    _check_kind(handle, head)
+    check_kind(handle, head)
     if handle.size < _END.size:
-        raise _bad("it is truncated: a zip archive has at least 22 bytes", _NEXT_COPY)
+        raise unreadable("it is truncated: a zip archive has at least 22 bytes", NEXT_COPY)
     end = handle.size - _END.size
     signature, disk, first_disk, here, count, length, start, comment = _END.unpack(tail[-_END.size :])
     if signature != b"PK\x05\x06" or comment != 0:
-        raise _bad("its end is not the end of a zip archive; it is truncated, or data was appended", _NEXT_COPY)
+        raise unreadable("its end is not the end of a zip archive; it is truncated, or data was appended", NEXT_COPY)
     large = _read_end_64(tail, end - _END_64_LOCATOR.size) if len(tail) == most else None
     if large is not None:
         stated = (disk, first_disk, here, count, length, start)
         small_limits = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
         values, end = large
         if any(a not in (b, limit) for a, b, limit in zip(stated, values, small_limits, strict=True)):
-            raise _bad("its two end records differ", _NEXT_COPY)
+            raise unreadable("its two end records differ", NEXT_COPY)
         disk, first_disk, here, count, length, start = values
     if disk or first_disk or here != count:
-        raise _bad("it is one part of a zip archive in several files")
+        raise unreadable("it is one part of a zip archive in several files")
     if count == 0 or start + length != end or count * _CENTRAL.size > length or length > _MAX_CENTRAL:
-        raise _bad("its list of records is not where its end record states", _NEXT_COPY)
+        raise unreadable("its list of records is not where its end record states", NEXT_COPY)
     return start, count, end
 
 
@@ -219,10 +236,10 @@ def _read_end_64(tail: bytes, position: int) -> tuple[tuple[int, int, int, int, 
     if signature != b"PK\x06\x07":
         return None
     if disk or disks != 1 or where + _END_64.size != position:
-        raise _bad("its zip64 end record is not at the stated position", _NEXT_COPY)
+        raise unreadable("its zip64 end record is not at the stated position", NEXT_COPY)
     signature, size, _, _, disk, first_disk, here, count, length, start = _END_64.unpack_from(tail)
     if signature != b"PK\x06\x06" or size != _END_64.size - 12:
-        raise _bad("its zip64 end record is damaged", _NEXT_COPY)
+        raise unreadable("its zip64 end record is damaged", NEXT_COPY)
     return (disk, first_disk, here, count, length, start), where
 
 
@@ -233,7 +250,7 @@ def _read_central(handle: Handle, start: int, count: int, end: int) -> list[_Ent
     at, stop = 0, len(data)
     for _ in range(count):
         if at + fixed > stop:
-            raise _bad("its list of records is truncated", _NEXT_COPY)
+            raise unreadable("its list of records is truncated", NEXT_COPY)
         fields = unpack(data, at)
         signature, _, _, flags, method, _, _, crc, stored, size = fields[:10]
         name_length, extra_length, comment_length, disk, _, _, position = fields[10:]
@@ -241,21 +258,20 @@ def _read_central(handle: Handle, start: int, count: int, end: int) -> list[_Ent
         extra_at = name_at + name_length
         at = extra_at + extra_length + comment_length
         if signature != b"PK\x01\x02" or at > stop:
-            raise _bad("its list of records is damaged", _NEXT_COPY)
+            raise unreadable("its list of records is damaged", NEXT_COPY)
         raw_name = data[name_at:extra_at]
         name = _check_name(raw_name)
         if extra_length and 0xFFFFFFFF in (size, stored, position):
             size, stored, position = _large(name, data[extra_at : extra_at + extra_length], size, stored, position)
         if flags & _ENCRYPTED:
-            raise _bad(f"its record {quoted(name)} is encrypted", _NEXT_SAVE)
+            raise unreadable(f"its record {quoted(name)} is encrypted", NEXT_SAVE)
         if method != 0 or stored != size:
-            _check_torchscript([name.partition("/")[2]], handle.path)
-            raise _bad(f"its record {quoted(name)} is compressed; torch.save never compresses", _NEXT_SAVE)
+            raise unreadable(f"its record {quoted(name)} is compressed; torch.save never compresses", NEXT_SAVE)
         if disk or position + _LOCAL.size + name_length + size > start:
-            raise _bad(f"its record {quoted(name)} of {size} bytes does not fit into the file", _NEXT_COPY)
+            raise unreadable(f"its record {quoted(name)} of {size} bytes does not fit into the file", NEXT_COPY)
         entries.append(_Entry(name, raw_name, flags, crc, size, position))
     if at != stop:
-        raise _bad("its list of records is longer than the stated number of records", _NEXT_COPY)
+        raise unreadable("its list of records is longer than the stated number of records", NEXT_COPY)
     return entries
 
 
@@ -281,17 +297,17 @@ def _large(name: str, extra: bytes, size: int, stored: int, position: int) -> tu
             for value, is_wanted in zip((size, stored, position), wanted, strict=True)
         )
         return size, stored, position
-    raise _bad(f"the sizes of its record {quoted(name)} are missing", _NEXT_COPY)
+    raise unreadable(f"the sizes of its record {quoted(name)} are missing", NEXT_COPY)
 
 
 def _check_name(raw_name: bytes) -> str:
     try:
         name = raw_name.decode("utf-8")
     except UnicodeDecodeError:
-        raise _bad(f"the name of a record is not UTF-8: {raw_name[:40]!r}") from None
+        raise unreadable(f"the name of a record is not UTF-8: {raw_name[:40]!r}") from None
     parts = name.split("/")
     if len(parts) < 2 or "" in parts or ".." in parts or "." in parts or "\\" in name or "\0" in name:
-        raise _bad(f"a record is named {quoted(name)}, which torch.save never writes")
+        raise unreadable(f"a record is named {quoted(name)}, which torch.save never writes")
     return name
 
 
@@ -310,57 +326,13 @@ def _data_offset(handle: Handle, entry: _Entry, header: bytes, limit: int) -> in
         name = handle.read(min(name_length, limit - entry.position), entry.position + _LOCAL.size)
     offset = int(entry.position + _LOCAL.size + name_length + extra_length)
     if signature != b"PK\x03\x04" or name != entry.raw_name or method != 0 or flags != entry.flags:
-        raise _bad(f"the header of its record {quoted(entry.name)} differs from the list of records", _NEXT_COPY)
+        raise unreadable(f"the header of its record {quoted(entry.name)} differs from the list of records", NEXT_COPY)
     deferred = bool(flags & _DESCRIPTOR_FOLLOWS)
     for value, expected in ((stored, entry.size), (size, entry.size), (crc, entry.crc)):
         # torch writes sizes and checksum after the bytes and leaves 0 here. Sizes of 4 GiB and more are in the zip64
         # extra field, and 0xFFFFFFFF here.
         if value != expected and not (deferred and value == 0) and not (expected >= 0xFFFFFFFF and value == 0xFFFFFFFF):
-            raise _bad(f"the header of its record {quoted(entry.name)} has another size or checksum", _NEXT_COPY)
+            raise unreadable(f"the header of its record {quoted(entry.name)} has another size or checksum", NEXT_COPY)
     if offset + entry.size > limit:
-        raise _bad(f"its record {quoted(entry.name)} of {entry.size} bytes overlaps the next one")
+        raise unreadable(f"its record {quoted(entry.name)} of {entry.size} bytes overlaps the next one")
     return offset
-
-
-def _written_again(path: Path, value: str) -> str:
-    """The command that writes ``value``, an expression with ``{path}`` for the file, to another file."""
-    value = value.replace("{path}", python_text(str(path)))
-    return python_command(f"import torch; torch.save({value}, {python_text(new_name(path, '.tensors'))})")
-
-
-def _check_torchscript(names: Iterable[str], path: Path) -> None:
-    if any(name == "constants.pkl" or name.startswith("code/") for name in names):
-        raise _bad(
-            "it is a TorchScript archive, which holds code",
-            f"Next, if you trust it: {_written_again(path, 'torch.jit.load({path}).state_dict()')}",
-        )
-
-
-def _check_kind(handle: Handle, head: bytes) -> None:
-    """Raise an error that names the kind of file, unless the file starts as a zip archive."""
-    if head.startswith(b"PK"):
-        return
-    again = _written_again(handle.path, "torch.load({path}, weights_only=True)")
-    trusted = f"Next, with torch >= 1.6: {again}"
-    if head[:1] == b"\x80" and _LEGACY in head[:24]:
-        raise _bad("torch.save wrote it in the format before torch 1.6, which is not a zip archive", trusted)
-    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
-        raise _bad("it is a plain pickle", _NEXT_SAVE)
-    if head.startswith(b"version https://git-lfs"):
-        raise _bad("it is a pointer of Git LFS, not the file itself", "Next: git lfs pull")
-    if head.lstrip()[:1] == b"{" and b'"weight_map"' in handle.read(min(handle.size, _INDEX_GUESS), 0):
-        raise _bad(
-            "it is the index of a sharded checkpoint, which cannot be read yet",
-            "Next: open one of the shards, or join all of them in one file",
-        )
-    if head.startswith(b"\x1f\x8b"):
-        raise _bad("it is compressed by gzip", "Next: gunzip it")
-    if not any(head):
-        raise _bad("it begins with zeros, as after a crash before its content reached the disk", _NEXT_COPY)
-    is_text = head.isascii() and head.decode("ascii").strip("\r\n\t").isprintable()
-    what = "text" if is_text else "neither a zip archive nor safetensors"
-    raise _bad(f"it is {what} (it begins with {head[:16]!r})", _NEXT_SAVE)
-
-
-def _bad(reason: str, following: str = _NEXT_SAVE) -> UnreadableError:
-    return UnreadableError(f"cannot be read as a checkpoint: {reason}. {following}")
