@@ -44,8 +44,8 @@ test-pythons: env  ## Run the tests that need no torch on other Pythons
 test-noether: env  ## Compare with what Noether itself has written and computed
 	$(PYTHON) -m pytest tests/noether tests/files/test_reader_noether_files.py
 
-test-real: env  ## Read files that other software has written
-	$(PYTHON) -m pytest tests/files/test_reader_other_software.py
+test-real: env  ## Read files that other software writes, in .venv-real (6.5 GB)
+	$(PYTHON) tools/real.py
 
 lint: env  ## Check style and types
 	$(PYTHON) -m ruff check .

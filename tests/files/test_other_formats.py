@@ -61,9 +61,9 @@ def baselines(path: Path, compression: int = zipfile.ZIP_STORED) -> None:
 
 def distributed(path: Path) -> None:
     """A folder of torch.distributed.checkpoint."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    dcp.save(dict(WEIGHTS), checkpoint_id=path, no_dist=True)
+    save(dict(WEIGHTS), checkpoint_id=path, no_dist=True)
 
 
 def scripted(path: Path) -> None:
@@ -71,6 +71,11 @@ def scripted(path: Path) -> None:
     module = torch.nn.Linear(3, 2)
     module.load_state_dict(WEIGHTS)
     torch.jit.save(torch.jit.script(module), str(path))
+
+
+def arrays(path: Path) -> None:
+    """Arrays of NumPy under the names of the weights."""
+    np.savez(path, weight=WEIGHTS["weight"].numpy(), bias=WEIGHTS["bias"].numpy())
 
 
 # Name of the file -> how to write it, what the error says, and the file that the command makes; "": it makes none.
@@ -88,11 +93,7 @@ LEADS_ON: dict[str, Kind] = {
     "a.zip": (baselines, "Stable-Baselines3", "a.files/policy.pth"),
     "b.zip": (lambda path: baselines(path, zipfile.ZIP_DEFLATED), "Stable-Baselines3", "b.files/policy.pth"),
     "c.zip": (lambda path: zipped(path, {"run/last.pt": saved()}), "archive of files", "c.files/run/last.pt"),
-    "a.npz": (
-        lambda path: np.savez(path, **{k: v.numpy() for k, v in WEIGHTS.items()}),
-        "NumPy arrays",
-        "a.tensors.pt",
-    ),
+    "a.npz": (arrays, "NumPy arrays", "a.tensors.pt"),
     "a.pkl": (lambda path: path.write_bytes(pickle.dumps(WEIGHTS)), "plain pickle", "a.tensors.pt"),
     "folder": (distributed, "folder of torch.distributed.checkpoint", "folder.pt"),
     "a.torchscript": (scripted, "TorchScript", "a.tensors.pt"),

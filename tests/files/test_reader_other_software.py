@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
-from noether_init_core import InitializerStack, bind, open_checkpoint
+from noether_init_core import InitializerStack, UnsafeGlobalError, bind, open_checkpoint
 
 
 class Tied(torch.nn.Module):
@@ -88,3 +92,67 @@ def test_a_bin_as_transformers_wrote_it_is_read(tmp_path: Path) -> None:
     initialize(target, path)
     assert target.first.weight is target.last.weight
     assert torch.equal(target.first.weight, module.first.weight.float())
+
+
+def test_a_checkpoint_as_timm_writes_it_is_read(tmp_path: Path) -> None:
+    """The namespace of the script lies beside the weights and their average."""
+    module, average = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    content = {
+        "epoch": 0,
+        "arch": "linear",
+        "state_dict": module.state_dict(),
+        "optimizer": torch.optim.SGD(module.parameters(), lr=0.1).state_dict(),
+        "version": 2,
+        "args": argparse.Namespace(model="linear", data=Path("/data")),
+        "state_dict_ema": average.state_dict(),
+        "metric": np.float64(0.5),
+    }
+    torch.save(content, tmp_path / "last.pth.tar")
+    target = torch.nn.Linear(3, 2)
+    initialize(target, tmp_path / "last.pth.tar")
+    assert torch.equal(target.weight, module.weight)
+    with open_checkpoint(tmp_path / "last.pth.tar", entry="state_dict_ema") as reader:
+        assert torch.equal(reader.read("weight"), average.weight)
+        assert list(reader.unread) == ["args", "metric"]
+
+
+class History:
+    """Logged values with methods that pickle finds by getattr, as mmengine keeps them."""
+
+    def __init__(self) -> None:
+        self.values = np.arange(3.0)
+        self.methods = {"mean": History.mean}
+
+    def mean(self) -> float:
+        """The mean of the values."""
+        return float(self.values.mean())
+
+
+def test_a_checkpoint_as_mmengine_writes_it_is_read(tmp_path: Path) -> None:
+    """Its message hub holds methods and arrays, which are not asked for."""
+    module, target = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    hub = {"log_scalars": {"train/loss": History()}, "runtime_info": {"iter": 4}, "resumed_keys": {}}
+    torch.save({"meta": {"epoch": 1}, "state_dict": module.state_dict(), "message_hub": hub}, tmp_path / "epoch_1.pth")
+    initialize(target, tmp_path / "epoch_1.pth")
+    assert torch.equal(target.weight, module.weight)
+
+
+class Detector(torch.nn.Module):
+    """A model that its trainer pickles as a whole, as ultralytics does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(3, 2)
+
+
+def test_a_pickled_model_as_ultralytics_writes_it_leads_on(tmp_path: Path) -> None:
+    """The line that is said writes the state dict, in half precision, to another file."""
+    module = Detector()
+    content: dict[str, Any] = {"epoch": -1, "model": None, "ema": Detector().half(), "train_args": {"lr0": 0.01}}
+    content["optimizer"] = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9).state_dict()
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(UnsafeGlobalError, match="It holds a pickled module") as caught:
+        initialize(module, tmp_path / "last.pt")
+    exec(str(caught.value)[str(caught.value).index("torch.save(") :], {"torch": torch})
+    initialize(module, tmp_path / "last.state_dict.pt")
+    assert torch.equal(module.net.weight, content["ema"].net.weight.float())

@@ -76,6 +76,8 @@ def _written_again(path: Path, value: str, modules: str = "torch") -> str:
 def _by_content(handle: Handle, head: bytes) -> Iterator[tuple[bool, str, str]]:
     """Yield (whether the file is of a kind, what that is, the next step), the surest ones first."""
     path, text = handle.path, head.lstrip().lower()
+    unpickled = _written_again(path, 'pickle.load(open({path}, "rb"))', "pickle, torch")
+    array = _written_again(path, '{"array": torch.from_numpy(numpy.load({path}))}', "numpy, torch")
     yield (
         head[:1] == b"\x80" and _LEGACY in head[:24],
         "torch.save wrote it in the format before torch 1.6, which is not a zip archive",
