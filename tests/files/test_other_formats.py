@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.advice import executes
 
 from noether_init_core import InitializerStack, bind, open_checkpoint
 from noether_init_core.errors import CheckpointFormatError
@@ -100,6 +101,14 @@ LEADS_ON: dict[str, Kind] = {
 }
 
 
+@executes(
+    "files/formats/others.py",
+    "Next: {}",
+    "Next, if you trust it: {}",
+    "Next: mkdir {} && tar -xf {} -C {}, then give {}",
+    "Next: mkdir {} && unzip -q {} -d {}, then give {}",
+    "Next: {} {} > {}, then give that file",
+)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LEADS_ON)
 def test_the_command_leads_to_a_file_that_is_loaded(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +178,49 @@ def test_a_file_of_another_format_is_told_what_it_is(tmp_path: Path, name: str) 
     assert caught.value.path == tmp_path / name
     assert "Next: " in str(caught.value)
     assert [one.name for one in tmp_path.iterdir()] == [name]
+
+
+@executes("files/formats/others.py", "Next: give its file {}", "Next: give one, such as {}")
+def test_the_file_of_a_folder_that_is_named_is_read(tmp_path: Path) -> None:
+    """The only file of weights, or the first of several."""
+    for count in (1, 2):
+        (tmp_path / f"{count}.pt").write_bytes(saved())
+        with pytest.raises(CheckpointFormatError, match="it is a folder") as caught:
+            open_checkpoint(tmp_path)
+        with open_checkpoint(re.split("give its file |such as ", str(caught.value))[1]) as reader:
+            assert list(reader.tensors()) == list(WEIGHTS)
+
+
+@executes("files/formats/others.py", "Next: head -c 500 {} shows what the server said")
+def test_the_command_shows_what_a_server_said(tmp_path: Path) -> None:
+    """Its answer is the content of the file."""
+    (tmp_path / "a.pt").write_bytes(b"<html>Please log in</html>")
+    with pytest.raises(CheckpointFormatError, match="web page") as caught:
+        open_checkpoint(tmp_path / "a.pt")
+    command = re.search(r"Next: (.*) shows", str(caught.value))[1]
+    assert b"Please log in" in subprocess.run(["bash", "-ec", command], check=True, capture_output=True).stdout
+
+
+@executes("files/formats/others.py", "Next: write it again with torch.save(state_dict, path)")
+def test_what_is_written_again_is_read(tmp_path: Path) -> None:
+    """A file of text is refused; torch.save to the path makes it one that is read."""
+    (tmp_path / "a.pt").write_bytes(b"a log of something")
+    with pytest.raises(CheckpointFormatError, match=r"it is text.*torch\.save\(state_dict, path\)"):
+        open_checkpoint(tmp_path / "a.pt")
+    torch.save(WEIGHTS, tmp_path / "a.pt")
+    open_checkpoint(tmp_path / "a.pt").close()
+
+
+@executes("files/formats/others.py", "Next: open one of the shards", "Next: give the file of weights beside it")
+def test_the_file_beside_an_index_or_a_config_is_read(tmp_path: Path) -> None:
+    """A shard holds some of the tensors; the weights beside a config hold all."""
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"weight": "model-1.safetensors"}}', "utf-8")
+    (tmp_path / "config.json").write_text('{"a": 1}', "utf-8")
+    (tmp_path / "model-1.safetensors").write_bytes(saved())
+    for name, says in (("model.safetensors.index.json", "open one of the shards"), ("config.json", "beside it")):
+        with pytest.raises(CheckpointFormatError, match=says):
+            open_checkpoint(tmp_path / name)
+    open_checkpoint(tmp_path / "model-1.safetensors").close()
 
 
 def test_a_folder_is_told_by_what_it_holds(tmp_path: Path) -> None:

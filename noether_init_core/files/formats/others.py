@@ -65,6 +65,14 @@ def check_kind(handle: Handle, head: bytes) -> None:
     raise unreadable(f"it is {what} (it begins with {head[:16]!r})")
 
 
+def _opened_by(call: str) -> str:
+    return f"Next: {call} opens it; write its tensors with torch.save to another file"
+
+
+def _made_from(call: str) -> str:
+    return f"Next: take the checkpoint that it was made from; {call} opens it for a look"
+
+
 def _written_again(path: Path, value: str, modules: str = "torch") -> str:
     """The command that writes ``value``, an expression with ``{path}`` for the file, to another file."""
     value = value.replace("{path}", python_text(str(path)))
@@ -86,7 +94,7 @@ def _by_content(handle: Handle, head: bytes) -> Iterator[tuple[bool, str, str]]:
     yield (
         head[:1] == b"\x80" and head[1:2] <= b"\x05",
         "it is a plain pickle, which runs code when it is loaded",
-        f"Next, if you trust it: {_written_again(path, 'pickle.load(open({path}, "rb"))', 'pickle, torch')}",
+        f"Next, if you trust it: {unpickled}",
     )
     yield (
         head.startswith(b"version https://git-lfs"),
@@ -113,36 +121,36 @@ def _by_content(handle: Handle, head: bytes) -> Iterator[tuple[bool, str, str]]:
     yield (
         head.startswith(b"GGUF"),
         "it is a GGUF file of llama.cpp, whose weights are usually quantized for inference",
-        "Next: take the safetensors files that it was made from; the package gguf opens it (gguf.GGUFReader)",
+        _made_from("gguf.GGUFReader(path)"),
     )
     yield (
         head.startswith(b"\x93NUMPY"),
         "it is one array of NumPy (.npy)",
-        f"Next: {_written_again(path, '{"array": torch.from_numpy(numpy.load({path}))}', 'numpy, torch')}",
+        f"Next: {array}",
     )
     yield (
         head.startswith(b"\x89HDF\r\n"),
         "it is an HDF5 file, as Keras and h5py write",
-        "Next: h5py.File(path) opens it; write its arrays with torch.save({name: torch.from_numpy(array[()])}, new)",
+        _opened_by("h5py.File(path)"),
     )
     tail = handle.read(min(handle.size, 8), max(0, handle.size - 8))
     is_shard = re.search(r"\.data-\d{5}-of-\d{5}$", path.name) is not None
     yield (
         tail == _TABLE or is_shard or head.startswith(b"model_checkpoint_path:"),
         "it is a part of a checkpoint of TensorFlow",
-        "Next: tf.train.load_checkpoint(prefix) opens it; write its tensors with torch.save",
+        _opened_by("tf.train.load_checkpoint(prefix)"),
     )
     yield (
         path.suffix == ".onnx" or (head[:1] == b"\x08" and (b"pytorch" in head or b"onnx" in head)),
         "it is an ONNX graph, made for inference",
-        "Next: take the checkpoint that it was exported from; the package onnx opens it (onnx.load)",
+        _made_from("onnx.load(path)"),
     )
     yield (
         path.suffix == ".msgpack" or (0x81 <= head[0] <= 0x8F and 0xA1 <= head[1] <= 0xBF),
         "it is a msgpack file, as Flax writes",
-        "Next: flax.serialization.msgpack_restore(open(path, 'rb').read()) opens it; write its arrays with torch.save",
+        _opened_by("flax.serialization.msgpack_restore(open(path, 'rb').read())"),
     )
-    yield head[4:8] == b"TFL3", "it is a model of TensorFlow Lite", "Next: take the checkpoint that it was made from"
+    yield head[4:8] == b"TFL3", "it is a model of TensorFlow Lite", _made_from("tf.lite.Interpreter(path)")
     yield not any(head), "it begins with zeros, as after a crash before its content reached the disk", NEXT_COPY
 
 
@@ -221,7 +229,7 @@ def zip_kind(path: Path, names: Collection[str]) -> UnreadableError | None:
             "it is an archive of NumPy arrays (.npz)", f"Next: {_written_again(path, value, 'numpy, torch')}"
         )
     if "model.weights.h5" in first:
-        return unreadable("it is a model of Keras", "Next: keras.models.load_model(path) opens it")
+        return unreadable("it is a model of Keras", _opened_by("keras.models.load_model(path)"))
     inside = sorted(name for name in names if name.endswith(_WEIGHTS) and ".." not in name and not name.startswith("/"))
     if inside and not any(name.endswith("data.pkl") for name in names):
         return unreadable(f"it is an archive of files, {quoted(inside[0])} among them", unzip(inside[0]))
@@ -237,7 +245,7 @@ def folder_kind(path: Path) -> UnreadableError | None:
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return unreadable("it is a folder of torch.distributed.checkpoint", _next_dcp(path))
     if "saved_model.pb" in names or ("checkpoint" in names and any(name.endswith(".index") for name in names)):
-        return unreadable("it is a folder of TensorFlow", "Next: tf.train.load_checkpoint(path) opens it")
+        return unreadable("it is a folder of TensorFlow", _opened_by("tf.train.load_checkpoint(path)"))
     files = [name for name in names if name.endswith(_WEIGHTS)]
     if not files:
         return None
