@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,8 @@ def test_an_import_changes_no_generator_and_no_default(
         assert name in said[0]
 
 
+#: torch leaves its parts untyped.
+cudnn: Any = torch.backends.cudnn
 #: What a plugin does at import -> how to see it, and the name in the warning.
 SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
     "import os; os.environ['CUDA_VISIBLE_DEVICES'] = '3'": (
@@ -100,7 +103,7 @@ SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
         "torch's precision of float32",
     ),
     "import torch; torch.backends.cudnn.conv.fp32_precision = 'ieee'": (
-        lambda: torch.backends.cudnn.conv.fp32_precision,
+        lambda: cudnn.conv.fp32_precision,
         "torch's precision of float32",
     ),
     "import torch; torch.set_autocast_enabled('cpu', True)": (lambda: torch.is_autocast_enabled("cpu"), "autocast"),
