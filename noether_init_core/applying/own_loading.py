@@ -51,6 +51,7 @@ def learned(
     }
     active = _outermost({**code.of_users, **needed})
     code = attrs.evolve(code, of_users=active)
+    loaded = {row.key for row in given if row.writes}
     brought: dict[str, Brought] = {}
     consumed: dict[str, str] = {}
     for prefix, module in active.items():
@@ -69,7 +70,7 @@ def learned(
         for row in unfit:
             if row.key.startswith(prefix) and (one := fates.of_row(row)) is not None:
                 brought[row.key] = one
-        unlisted = [name for name in part.unlisted if name.startswith(prefix) and not _is_written(given, name)]
+        unlisted = [name for name in part.unlisted if name.startswith(prefix) and name not in loaded]
         for name in unlisted:
             if (one := fates.of(name)) is not None and one.sources:
                 brought[name] = one
@@ -79,7 +80,8 @@ def learned(
             if source in used or (found.unexpected is not None and name not in found.unexpected):
                 consumed[source] = rule
     kept = {name: source for name, source in names.items() if source in consumed}
-    absent = frozenset(name for name, one in brought.items() if name not in {row.key for row in given if row.sources})
+    has_source = {row.key for row in given if row.sources}
+    absent = frozenset(name for name in brought if name not in has_source)
     code = attrs.evolve(code, passed=kept, brought=absent)
     return attrs.evolve(part, brought=brought, consumed=consumed), attrs.evolve(targets, code=code)
 
@@ -124,10 +126,6 @@ def _is_unfit(row: PlanRow) -> bool:
 def _is_free(row: PlanRow) -> bool:
     """Whether no rule decided on an entry of the file that the model does not have."""
     return row.action == "unexpected" or row.rule in ("on_unexpected: ignore", NOT_A_TENSOR)
-
-
-def _is_written(rows: Sequence[PlanRow], name: str) -> bool:
-    return any(row.key == name and row.writes for row in rows)
 
 
 def _expected_names(part: PlanPart, rules: NameRules, sources: Sequence[str]) -> dict[str, str]:
