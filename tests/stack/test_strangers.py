@@ -230,3 +230,33 @@ def test_two_delegates_cannot_both_continue_a_run(run: PathProvider) -> None:
     with pytest.raises(StartConflictError, match="more than one delegate of delegating continues a run") as caught:
         InitializerStack([Delegating(*both)]).start_checkpoint()
     assert caught.value.starts == starts
+
+
+def test_a_delegate_whose_hook_is_called_by_hand_loads_once_and_is_reported(run: PathProvider) -> None:
+    """The kind overrides init_weights; files and parameters are those that the delegate reports by itself."""
+    calls: list[Any] = []
+
+    class ByHand(Delegating):
+        contract: ClassVar[int] = 1
+
+        def init_weights(self, model: Any) -> None:
+            for one in self.delegates:
+                calls.append(one)
+                one.init_weights(model)
+
+    expected = InitializerStack([previous_run(run)]).initialize(bound(net(1)))
+    delegate = previous_run(run)
+    report = InitializerStack([ByHand(delegate)]).initialize(bound(net(1)))
+    assert calls == [delegate]
+    assert report.loaded_parameters() == expected.loaded_parameters() != ()
+    assert report.sources == expected.sources
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_delegate_may_be_shared(run: PathProvider, is_nested: bool) -> None:
+    """By two kinds of one stack, and by two delegates of one kind."""
+    delegate, model = previous_run(run), bound(net(1))
+    both = [Delegating(delegate), Delegating(delegate)]
+    report = InitializerStack([Delegating(*both)] if is_nested else both).initialize(model)
+    assert report.loaded_parameters() == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert delegate.session is None
