@@ -342,7 +342,9 @@ def _show_run(run: RunHealth) -> None:
     if any(one.state in ("good", "nonfinite") and not one.is_committed for one in run.sets):
         show("no manifests: each file was verified with the checksums inside it")
     _show_problems(run.problems)
-    if run.newest_good is not None and run.newest_good.state == "nonfinite":
+    if run.newest_good is not None and not run.use:
+        show(f"newest good set that could be read: {run.newest_good.name}")
+    elif run.newest_good is not None and run.newest_good.state == "nonfinite":
         show_text(f"every good set holds NaN or infinity. To start from {run.newest_good.name} anyway:\n  {run.use}")
     elif run.newest_good is not None:
         show_text(f"newest good set: {run.newest_good.name}. To start from it:\n  {run.use}")

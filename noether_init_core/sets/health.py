@@ -137,7 +137,8 @@ class RunHealth:
         stage_name: The stage, as a config must name it.
         sets: Every set, including uncommitted ones.
         newest_good: The newest good set that can be resumed, else the newest good set, else the newest nonfinite one.
-        use: The line of a config that starts from it; if it is None, from the newest unverifiable set.
+        use: The line of a config that starts from it; if it is None, from the newest unverifiable set. Empty if a newer
+            set cannot be read.
         problems: Problems beside the sets: flat files that are later than every committed set.
         flat: The flat files beside committed sets.
     """
@@ -233,7 +234,10 @@ def verify_run(
     except CheckpointError as error:
         paths, problems = snapshot.paths, [str(error)]
     use = ""
-    if start is not None and source is not None:
+    heads = [(one.sequence, head) for one, head in snapshot.heads() if isinstance(head, CheckpointError)]
+    unread = (sequence for sequence, head in heads if is_out_of_reach(head))
+    # A newer set that cannot be read may be good: to start from an older one would lose training.
+    if start is not None and source is not None and max(unread, default=-1) <= (source.sequence or 0):
         added: dict[str, object] = {} if newest is not None else {"verify": "header"}
         # A resume needs model_name if there are trainer files of several models.
         if source.models("trainer") and len({name for _, one in verified if one for name in one.models("trainer")}) > 1:

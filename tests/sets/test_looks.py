@@ -466,6 +466,25 @@ def test_a_look_that_fails_in_verify_is_a_problem(paths: PathProvider, code: int
         assert str(storage.failed_at) in said
 
 
+def test_verify_advises_no_older_set_than_one_that_cannot_be_read(paths: PathProvider) -> None:
+    """It may be good; an older one that cannot be read is no obstacle."""
+
+    class Denied(FileSystem):
+        name = "E5_U5_S5"
+
+        def read_bytes(self, path: Path, limit: int) -> bytes:
+            if self.name in str(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return super().read_bytes(path, limit)
+
+    storage = Denied()
+    health = verify_run(Snapshot(paths, storage=storage))
+    assert health.newest_good is not None
+    assert (health.newest_good.iteration, health.use) == ("E4_U4_S4", "")
+    storage.name = "E3_U3_S3"
+    assert "E5_U5_S5" in verify_run(Snapshot(paths, storage=storage)).use
+
+
 def test_a_tag_stays_with_the_older_set_when_the_newer_one_was_removed_by_hand(tmp_path: Path) -> None:
     """However many sets lie between: what a writer remembers of a holder is looked at before another one goes."""
     run = Run(tmp_path, keep_last=50)
