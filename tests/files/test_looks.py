@@ -30,6 +30,8 @@ ALLOWED = {
     ("files.storage.artifact_cache", "_refusal"): "only FileNotFoundError is absent, the rest is raised",
     ("files.storage.artifact_cache", "_brought_onto_disk"): "only FileNotFoundError is absent, the rest is raised",
     ("files.refusals", "new_name"): "a name for a command in a message; where the look fails, the command fails, too",
+    ("files.opening", "_opened"): "words about a folder that was refused before",
+    ("files.formats.others", "folder_kind"): "words about a folder that was refused before",
     ("links", "absence"): "words about a path that was not found; every other failure is skipped",
     ("diff.compare", "_stamp"): "every failure is raised",
     ("kinds.lookup", "_mode"): "only FileNotFoundError and NotADirectoryError are absent, the rest is raised",
@@ -40,6 +42,7 @@ ALLOWED = {
     ("cli.options", "_configs"): "words for a shell that completes a line",
     ("cli.kinds", "_naming_folders"): "advice in an error",
     ("scaffold.package", "_sources"): "files of this package, perhaps in a zip file",
+    ("testing.damage", "*"): "folders that the kit itself has made",
     ("testing.plugin", "*"): "folders that the kit itself has made",
     ("testing.snapshots", "*"): "folders that the kit itself has made",
 }
