@@ -124,17 +124,21 @@ class ObjectGraph:
     def unread(self, value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, Unread]]:
         """Yield path, part, and reason of every unread part of ``value``; parts below an unread one are left out."""
         met: set[int] = set()
-        stack = [(path, value)]
+        stack: list[tuple[tuple[Any, ...], Iterator[tuple[Any, Any]]]] = [(path, iter([(None, value)]))]
         while stack:
-            path, value = stack.pop()
+            above, parts = stack[-1]
+            key, value = next(parts, (_UNKNOWN, None))
+            if key is _UNKNOWN:
+                stack.pop()
+                continue
+            path = above if key is None and len(stack) == 1 else (*above, key)
             reason = self._reason(value)
             if reason:
                 is_foreign = type(value) in (ForeignObject, ForeignName) and value.name in self._names
                 yield path, value, Unread(value.name if is_foreign else "", reason)
-            elif id(value) not in met:
+            elif self.is_spoiled(value) and id(value) not in met:
                 met.add(id(value))
-                below = [((*path, key), child) for key, child in self._parts(value) if self.is_spoiled(child)]
-                stack += reversed(below)
+                stack.append((path, self._parts(value)))
 
     def is_unread(self, value: Any) -> bool:
         """Whether a part of the object is itself unread."""

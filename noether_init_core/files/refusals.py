@@ -70,17 +70,20 @@ def refusal(
     """
     if not graph.is_spoiled(value):
         return None
-    parts = [one for one in graph.unread(value, place) if without is None or one[0][len(place) :][:1] != (without,)]
     places: dict[str, str] = {}
+    reasons: list[str] = []
     met: set[int] = set()
-    for at, part, unread in parts:
+    for at, part, unread in graph.unread(value, place):
+        if without is not None and at[len(place) :][:1] == (without,):
+            continue
         if unread.foreign:
             places[unread.foreign] = places.get(unread.foreign) or dotted(at)
+        elif len(reasons) < _MOST_PASTED:
+            reasons.append(f"{one_line(dotted(at))}: {unread.reason}" if at else unread.reason)
         for name in graph.names_in(part, met):
             places.setdefault(name, "")
     if places:
         return unsafe(path, places, places, _module_in(value, place))
-    reasons = [f"{one_line(dotted(at))}: {unread.reason}" if at else unread.reason for at, _part, unread in parts]
     if not reasons:
         return None
     return CheckpointFormatError(

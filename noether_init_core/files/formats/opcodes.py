@@ -28,6 +28,8 @@ _MEMO_GAP = 1024
 _ALWAYS = 1 << 16
 #: Memory of an empty set, in empty lists.
 _SET = 4
+#: Memory of an inert record and of what the graph keeps about it; pickle writes at least five bytes for an object.
+_RECORD = 2
 _TOO_MANY = "data.pkl builds far more objects than its size accounts for"
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _OLD_NAMES = {"builtins.xrange": "builtins.range", "builtins.unicode": "builtins.str", "builtins.long": "builtins.int"}
@@ -225,7 +227,7 @@ class Interpreter:
     def _foreign(self, name: str, args: tuple[Any, ...], *, is_call: bool = False) -> ForeignObject:
         if name in KNOWN_NAMES and not self._are_foreign(args):
             raise OpcodeError(f"data.pkl calls {name}, which torch.save never does")
-        self._count_container()
+        self._count_container(_RECORD)
         found = ForeignObject(name, args)
         if is_call:
             self.calls.append(found)
