@@ -170,10 +170,10 @@ class SourceInitializer(InitializerBase, abc.ABC):
         chosen = submodel_of(model, tuple(below.split(".")) if below else ())
         found = leaves_of(chosen, path, self.file_root(name, below))
         if self.one_model and len(found) > 1:
-            names = ", ".join(leaf.path.removeprefix(f"{name}.") for leaf in found)
+            names = [leaf.path.removeprefix(f"{name}.") for leaf in found]
             raise ConfigError(
-                f"{self.config.kind} brings the weights of one model, and {path} has several: {names}. "
-                "Add: submodel: ..."
+                f"{self.config.kind} brings the weights of one model, and {path} has several: {', '.join(names)}. "
+                f"Next: submodel: {names[0]}, or another of them"
             )
         return found
 

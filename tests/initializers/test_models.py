@@ -272,7 +272,7 @@ def test_file_reads_a_bare_state_dict_and_checks_its_digest(paths: PathProvider,
     with pytest.raises(CheckpointNotFoundError, match=r"weight\.pt does not exist\. Found in .*: weights\.pt"):
         start({"kind": "file", "path": str(tmp_path / "weight.pt")}, paths, bind(target, name="net"))
     two = compose("pair", {"a": bind(linear(0), name="a"), "b": bind(linear(1), name="b")})
-    with pytest.raises(ConfigError, match="Add: submodel:"):
+    with pytest.raises(ConfigError, match="Next: submodel: a"):
         start({"kind": "file", "path": str(path)}, paths, two)
 
 
