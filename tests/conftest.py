@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.advice import watched
 from support.foreign import ForeignPackages
 
 from noether_init_core import PathProvider
@@ -64,6 +65,12 @@ def noether_runs() -> Path:
         if folder.is_dir():
             return folder
     pytest.skip("the folder shared/noether_runs is absent")
+
+
+@pytest.fixture(autouse=True)
+def advice_that_is_executed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test with ``executes`` must be given the advice that it names."""
+    yield from watched(getattr(request, "function", advice_that_is_executed), monkeypatch)
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def _check_average(path: str, info: str, average: Any, model: Any) -> None:
         f"{listed(unlike, 3)} has another shape" if unlike else "",
     ]
     inner = {key.removeprefix("module.") for key in average if str(key).startswith("module.")}
-    if inner >= {*own} - covered:
+    if inner and inner >= {*own} - covered:
         # torch.optim.swa_utils.AveragedModel wraps the averaged copy in its attribute module.
         advice = f'averages={{"{info}": averaged.module.state_dict()}}'
     elif missing and not strange and not unlike:
@@ -321,7 +321,7 @@ class Start:
             if isinstance(iteration, TrainingIteration):
                 parts = [part for part in getattr(one, "initializers", ()) if getattr(part, "resumed_set", None)]
                 return cls(
-                    is_resumed=not iteration.is_zero,
+                    is_resumed=bool(parts) or not iteration.is_zero,
                     iteration=iteration,
                     folder=Path(parts[0].resumed_set) if parts else None,
                     passed_over=tuple(name for part in parts[:1] for name, _reason in part.passed_over),

@@ -1,6 +1,7 @@
 """Collects the advice that the code can print, and does what it says: types a command, pastes a line of a config.
 
-A test that does what an advice says carries ``executes(module, text)``; ``tests/test_advice.py`` compares both.
+A test that does what an advice says carries ``executes(module, text)``; ``tests/test_advice.py`` compares both. Such a
+test fails unless that text occurs while it runs: in an error of ours, in a log, or in what it passes to ``saw``.
 """
 
 from __future__ import annotations
@@ -8,18 +9,37 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import logging
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
+import pytest
 import yaml
 
-__all__ = ["REPOSITORY", "Advice", "advices", "digests", "executes", "fixes_of", "pasted", "registrations", "typed"]
+from noether_init_core.errors import InitError
+
+__all__ = [
+    "REPOSITORY",
+    "Advice",
+    "advices",
+    "digests",
+    "executes",
+    "fixes_of",
+    "named",
+    "pasted",
+    "registrations",
+    "saw",
+    "typed",
+    "unseen",
+    "watched",
+]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _MARK = re.compile(r"Next\b[^:.;]{0,60}: |fix: |\bAdd: |there add: |unread add: |pip install|Did you mean: ")
@@ -33,6 +53,8 @@ class Advice:
 
     module: str
     text: str
+    #: the whole texts that end in it, from before the mark
+    sources: tuple[str, ...] = attrs.field(default=(), eq=False, order=False)
 
     def __str__(self) -> str:
         return f"{self.module} | {self.text}"
@@ -41,21 +63,23 @@ class Advice:
 @functools.cache
 def advices() -> list[Advice]:
     """Every advice in the package and its plugins, sorted; docstrings are left out."""
-    found = set()
+    found: dict[Advice, set[str]] = {}
     for root in (REPOSITORY / "noether_init_core", *sorted((REPOSITORY / "plugins").glob("*/src"))):
         for path in sorted(root.rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             module = path.relative_to(root).as_posix()
-            found |= {Advice(module, text) for text in _texts(tree)}
-    return sorted(found)
+            for text, source in _texts(tree):
+                found.setdefault(Advice(module, text), set()).add(source)
+    return sorted(attrs.evolve(advice, sources=tuple(sorted(sources))) for advice, sources in found.items())
 
 
-def _texts(node: ast.AST) -> Iterator[str]:
+def _texts(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Each advice, and the whole text that has it."""
     text = _text(node)
     if text is not None:
         mark = _MARK.search(text)
         if mark is not None:
-            yield " ".join(text[mark.start() :].split())
+            yield " ".join(text[mark.start() :].split()), text
         return
     body = list(ast.iter_child_nodes(node))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -77,9 +101,101 @@ def _text(node: ast.AST) -> str | None:
     return None
 
 
+@functools.cache
+def named(module: str, part: str) -> tuple[Advice, ...]:
+    """The advice of a module whose text is ``part``; if none is, those that have it in their text."""
+    of_module = tuple(one for one in advices() if one.module == module)
+    exact = tuple(one for one in of_module if one.text == part)
+    return exact or tuple(one for one in of_module if part in one.text)
+
+
 def executes(module: str, *texts: str) -> Callable[[_Test], _Test]:
-    """Say that a test does what the advice in ``module`` says that contains one of ``texts``, all of them literals."""
-    return lambda test: test
+    """Say that a test does what the advice in ``module`` says that contains one of ``texts``, all of them literals.
+
+    A text that is a whole advice names only that one.
+    """
+
+    def registered(test: _Test) -> _Test:
+        vars(test).setdefault("executes", []).extend((module, text) for text in texts)
+        return test
+
+    return registered
+
+
+#: What was said during the tests of each function that executes advice, and how many of them ran.
+_SAID: dict[Callable[..., Any], tuple[list[str], list[None]]] = {}
+_RECORDS: list[list[str]] = []
+
+
+def saw(text: str) -> str:
+    """Return a text that a function returned or a command printed; an advice in it counts as seen."""
+    for record in _RECORDS:
+        record.append(text)
+    return text
+
+
+class _Log(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        saw(record.getMessage())
+
+
+def watched(function: Callable[..., Any], patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run one test of ``function``; after the last of its parameters, each advice that it executes must have been seen.
+
+    If some of its tests are not run, nothing is checked.
+    """
+    registered = getattr(function, "executes", None)
+    if registered is None:
+        yield
+        return
+    made, added = InitError.__attrs_post_init__, InitError.add
+
+    def recorded(error: InitError) -> None:
+        made(error)
+        saw(error.message)
+
+    def recorded_with_more(error: InitError, text: str) -> None:
+        added(error, text)
+        saw(error.message)
+
+    patch.setattr(InitError, "__attrs_post_init__", recorded)
+    patch.setattr(InitError, "add", recorded_with_more)
+    said, runs = _SAID.setdefault(function, ([], []))
+    _RECORDS.append(said)
+    log = _Log()
+    logging.getLogger().addHandler(log)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(log)
+        _RECORDS.remove(said)
+    runs.append(None)
+    marks = [mark for mark in getattr(function, "pytestmark", ()) if mark.name == "parametrize"]
+    if len(runs) == math.prod(len(mark.args[1]) for mark in marks):
+        lacking = unseen(registered, said)
+        _SAID.pop(function)
+        assert not lacking, f"the test executes advice that was not given while it ran: {[*map(str, lacking)]}"
+
+
+def unseen(registered: Collection[tuple[str, str]], said: Iterable[str]) -> list[Advice]:
+    """Advice of ``(module, part of an advice)`` that none of the texts has, with any values in it."""
+    texts = [" ".join(text.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split()) for text in said]
+    return [
+        one
+        for one in sorted({one for module, part in registered for one in named(module, part)})
+        if not any(_is_in(source, text) for source in one.sources for text in texts)
+    ]
+
+
+def _is_in(source: str, text: str) -> bool:
+    """Whether a text of the code is in ``text``; ``{}``, ``%s`` and the like stand for any value."""
+    at = 0
+    for part in re.split(r"\{\}|%[sdr]", " ".join(source.split())):
+        found = text.find(part.strip(), at)
+        if found < 0:
+            return False
+        at = found + len(part.strip())
+    return True
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import attrs
 import pytest
 
 from noether_init_core import cli
+from support.advice import saw
 
 __all__ = ["Result", "run_command"]
 
@@ -28,6 +29,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as ended:
         cli.main()
     captured = capsys.readouterr()
+    saw(captured.out + captured.err)
     code = ended.value.code
     assert code is None or isinstance(code, int)
     return Result(code or 0, captured.out, captured.err)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from support.advice import saw
+
 __all__ = ["advised", "refusal"]
 
 
@@ -15,7 +17,7 @@ def refusal(call: Callable[[], Any]) -> str:
     with pytest.raises((Exception,)) as refused:  # of any class: it is the text that is followed
         call()
     assert "Next: " in str(refused.value), refused.value
-    return str(refused.value)
+    return saw(str(refused.value))
 
 
 def advised(call: Callable[[], Any], mark: str = "Next: ") -> str:
