@@ -482,10 +482,11 @@ def test_an_expanded_tensor_is_told_to_become_contiguous(tmp_path: Path, view: t
 
 
 def archive(path: Path, names: list[str], *, compression: int = zipfile.ZIP_STORED) -> Path:
-    """An archive with these names, good in all else."""
+    """An archive with these names and a version, good in all else."""
+    contents = {"data.pkl": b"\x80\x02N.", "byteorder": b"little", "version": b"3\n"}
     with zipfile.ZipFile(path, "w", compression) as file:
-        for entry in names:
-            content = b"\x80\x02N." if entry.endswith("data.pkl") else b"little" if "byteorder" in entry else bytes(900)
+        for entry in (*names, "a/version"):
+            content = contents.get(entry.rpartition("/")[2].lower(), bytes(900))
             file.writestr(zipfile.ZipInfo(entry), content, compression)
     return path
 
@@ -505,6 +506,13 @@ def archive(path: Path, names: list[str], *, compression: int = zipfile.ZIP_STOR
         (["a/data.pkl", "a/x\\y"], "never writes"),
         (["a/data.pkl", "a/data/"], "never writes"),
         (["a/other"], r"without data\.pkl"),
+        (["a/data.pkl", "a/DATA.pkl"], "two records.*upper or lower case"),
+        (["a/Data.pkl", "a/data.pkl"], r"data\.pkl is named \"Data"),
+        (["a/data.pkl", "a/data/k", "a/data/K"], "two records.*upper or lower case"),
+        (["a/data.pkl", "a/data/0", "a/Data/0"], "two records.*upper or lower case"),
+        (["a/data.pkl", "a/Byteorder"], "byteorder is named .Byteorder"),
+        (["a/data.pkl", "a/byteorder", "a/BYTEORDER"], "two records.*upper or lower case"),
+        (["a/data.pkl", "a/.data/Version"], r"\.data/version is named .\.data/Version"),
     ],
 )
 def test_names_that_torch_never_writes_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
@@ -579,6 +587,30 @@ def test_other_byte_orders_are_refused(tmp_path: Path, order: bytes, message: st
     """Only files of little-endian machines are read."""
     with pytest.raises(CheckpointFormatError, match=message):
         open_checkpoint(write_pickle(tmp_path / "a.th", b"}", {"byteorder": order}))
+
+
+@pytest.mark.parametrize("record", ["version", ".data/version"])
+@pytest.mark.parametrize("version", [b"3\n", b"1", b"10\n", b"0\n", b"11\n", b"99\n", b"-1", b"", b"three"])
+def test_the_version_of_the_format_is_one_that_torch_reads(tmp_path: Path, version: bytes, record: str) -> None:
+    """It stands in either of two records, and what torch refuses is refused."""
+    path = write_zip(tmp_path / "a.th", {"data.pkl": b"\x80\x02}.", "byteorder": b"little", record: version})
+    try:
+        torch.load(path, weights_only=True)
+    except RuntimeError:
+        with pytest.raises(CheckpointFormatError, match="the version of its format is"):
+            open_checkpoint(path)
+    else:
+        open_checkpoint(path).close()
+
+
+def test_a_file_without_a_version_is_refused(tmp_path: Path) -> None:
+    """As by torch."""
+    with zipfile.ZipFile(tmp_path / "a.th", "w") as file:
+        file.writestr(zipfile.ZipInfo("a/data.pkl"), b"\x80\x02}.")
+    with pytest.raises(RuntimeError):
+        torch.load(tmp_path / "a.th", weights_only=True)
+    with pytest.raises(CheckpointFormatError, match="no record named version"):
+        open_checkpoint(tmp_path / "a.th")
 
 
 def test_a_symbolic_link_to_a_file_is_read(tmp_path: Path) -> None:

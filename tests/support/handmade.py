@@ -66,9 +66,10 @@ def write_pickle(path: Path, opcodes: bytes, records: Mapping[str, bytes] | None
 
 
 def write_zip(path: Path, records: Mapping[str, bytes], *, folder: str = "archive/") -> Path:
-    """Stored records by the standard library, without anything that torch adds."""
+    """Stored records by the standard library, without anything that torch adds but the version of the format."""
+    version = {} if {"version", ".data/version"} & {*records} else {"version": b"3\n"}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for record, content in records.items():
+        for record, content in {**records, **version}.items():
             archive.writestr(zipfile.ZipInfo(folder + record), content)
     return path
 
@@ -86,14 +87,14 @@ def write_large(path: Path, size: int, header: bytes, tail: bytes) -> None:
     """An archive in the format for more than 4 GiB, with a storage of ``size`` bytes that is a hole but for its end."""
     central = b""
     with open(path, "wb") as file:
-        for record, length in ((b"a/data/0", size), (b"a/data.pkl", len(header)), (b"a/data/1", 4)):
+        for record, length in ((b"a/data/0", size), (b"a/data.pkl", len(header)), (b"a/data/1", 4), (b"a/version", 2)):
             position = file.tell()
             file.write(struct.pack("<4s5H3L2H", b"PK\x03\x04", 0, 0x808, 0, 0, 0, 0, 0, 0, len(record), 0) + record)
             if record == b"a/data/0":
                 file.seek(length - len(tail), 1)
                 content = tail
             else:
-                content = header if record == b"a/data.pkl" else bytes(4)
+                content = {b"a/data.pkl": header, b"a/version": b"3\n"}.get(record, bytes(4))
             file.write(content)
             large = [value for value in (length, length, position) if value >= 0xFFFFFFFF]
             extra = struct.pack("<2H", 1, 8 * len(large)) + struct.pack(f"<{len(large)}Q", *large) if large else b""
@@ -106,6 +107,6 @@ def write_large(path: Path, size: int, header: bytes, tail: bytes) -> None:
         start = file.tell()
         file.write(central)
         end = file.tell()
-        file.write(struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 0, 0, 0, 0, 3, 3, len(central), start))
+        file.write(struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 0, 0, 0, 0, 4, 4, len(central), start))
         file.write(struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1))
-        file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 3, 3, len(central), 0xFFFFFFFF, 0))
+        file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 4, 4, len(central), 0xFFFFFFFF, 0))

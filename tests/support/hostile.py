@@ -52,8 +52,9 @@ def zipped(*names: str, compression: int = zipfile.ZIP_STORED) -> Callable[[Path
 
     def write(path: Path) -> None:
         with zipfile.ZipFile(path, "w", compression) as file:
-            for entry in names:
-                content = b"\x80\x02" + under_key(GOOD) + b"." if entry.endswith(".pkl") else bytes(24)
+            for entry in (*names, "version"):
+                header = b"\x80\x02" + under_key(GOOD) + b"."
+                content = header if entry.endswith(".pkl") else b"3\n" if entry == "version" else bytes(24)
                 file.writestr(zipfile.ZipInfo(f"a/{entry}"), content, compression)
 
     return write

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from noether_init_core.errors import type_of
 from noether_init_core.files.content import (
     ITEMSIZES,
     ForeignName,
@@ -30,6 +31,8 @@ _LARGEST = 1 << 58
 _MOST_DIMENSIONS = 64
 #: Python does not cache the hash of a tuple, so a nested key is hashed again at every use.
 _KEY_DEPTH = 8
+#: Cost, as a copy, of remembering a dict with a foreign key.
+_MARK = 16
 #: Number of bytes that are compared in about the time of one element of a tuple.
 _BYTES_OF_A_PART = 64
 
@@ -44,8 +47,12 @@ class Scope:
         self.key_elements = 1024 + 16 * size
         #: Comparisons that are still allowed for keys with predictable hashes.
         self.key_comparisons = (32 << 20) + 4 * size
-        #: Whether the key that was weighed last contains a tensor.
-        self.has_tensor = False
+        #: Whether the key that was weighed last contains a tensor, and whether one since this was reset is inert.
+        self.has_tensor = self.has_foreign = False
+        #: Dicts with keys of foreign classes. These keys may equal others, so what the dicts hold is not known.
+        self.foreign_keyed: list[dict[Any, Any]] = []
+        #: Key of each storage -> its dtype, or ``meta``.
+        self.storages: dict[str, str] = {}
 
     def charge(self, amount: int) -> None:
         """Subtract a copy from the budget. Raises ``OpcodeError`` if the copies are far larger than the file."""
@@ -88,8 +95,12 @@ _SUB_BYTE_DTYPES = frozenset(f"torch.{sign}int{bits}" for sign in ("", "u") for 
 
 def set_items(scope: Scope, target: dict[Any, Any], items: Sequence[Any]) -> None:
     """Set items of ``target``; keys and values alternate. Keys are checked before they are hashed."""
+    scope.has_foreign = False
     keys = _checked_keys(scope, items[0::2], len(target))
     target.update(zip(keys, items[1::2], strict=True))
+    if scope.has_foreign:
+        scope.charge(_MARK)
+        scope.foreign_keyed.append(target)
 
 
 def add_members(scope: Scope, target: set[Any], members: Sequence[Any]) -> None:
@@ -137,6 +148,8 @@ def _weight(scope: Scope, key: Any, depth: int) -> int:
     if kind in _TENSORS:
         scope.has_tensor = True
         return 1
+    if kind is ForeignObject or kind is ForeignName:
+        scope.has_foreign = True
     if kind not in _HASHABLE:
         raise OpcodeError(f"a key is a {kind.__name__}")
     nbytes = len(key) if kind is str or kind is bytes else key.bit_length() // 8 if kind is int else 0
@@ -150,8 +163,11 @@ _TENSORS = frozenset({TensorInfo, RefusedTensor, StorageRef})
 _HASHABLE = _SECRET_HASHES | {int, float, bool, complex, type(None), range}
 
 
-def storage_of(records: Mapping[str, Record], reference: object) -> StorageRef | RefusedTensor:
-    """Resolve a persistent id: torch.save writes only ``('storage', type, key, location, number of elements)``."""
+def storage_of(scope: Scope, records: Mapping[str, Record], reference: object) -> StorageRef | RefusedTensor:
+    """Resolve a persistent id: torch.save writes only ``('storage', type, key, location, number of elements)``.
+
+    torch gives a storage the type and place under which it appears first, so another one later is refused.
+    """
     if type(reference) is not tuple or len(reference) != 5:
         raise OpcodeError("a persistent id is not that of a storage")
     tag, kind, key, location, numel = reference
@@ -159,6 +175,10 @@ def storage_of(records: Mapping[str, Record], reference: object) -> StorageRef |
         raise OpcodeError("a persistent id is not that of a storage")
     if not (type(key) is str and type(location) is str and type(numel) is int and 0 <= numel < _LARGEST):
         raise OpcodeError("the persistent id of a storage has arguments of a wrong type or size")
+    used_as = "meta" if location == "meta" else _STORAGES.get(kind.name, kind.name) or "uint8"
+    first = scope.storages.setdefault(key, used_as)
+    if first != used_as:
+        return RefusedTensor(f"its storage data/{key[:80]} is used as {first} before, and as {used_as} here")
     if kind.name not in _STORAGES:
         what = "quantized" if kind.name in _QUANTIZED_STORAGES else "of the unknown kind " + kind.name
         return RefusedTensor(f"its storage is {what}")
@@ -175,7 +195,8 @@ def storage_of(records: Mapping[str, Record], reference: object) -> StorageRef |
     return StorageRef(record.name, record.offset, nbytes, dtype)
 
 
-def _tensor(storage: object, offset: object, shape: object, stride: object, dtype: str | None, extra: object) -> Any:
+def _tensor(args: tuple[Any, ...], dtype: str | None, extra: object) -> Any:
+    storage, offset, shape, stride, requires_grad = args[:5]
     if type(storage) is RefusedTensor:
         return storage
     if type(storage) is not StorageRef:
@@ -209,17 +230,32 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, dtyp
             f"{storage.record} ({storage.nbytes} bytes){shared if is_inside else ''}",
             is_damaged=True,
         )
+    if _cannot_learn(requires_grad, dtype):
+        return RefusedTensor(_NO_GRADIENT)
     is_conjugated = is_negated = False
     if extra:
         if type(extra) is not dict or not set(extra) <= {"conj", "neg"}:
             return RefusedTensor("it has unknown properties besides conj and neg")
-        is_conjugated, is_negated = extra.get("conj", False) is True, extra.get("neg", False) is True
+        is_conjugated, is_negated = extra.get("conj", False), extra.get("neg", False)
+        if type(is_conjugated) is not bool or type(is_negated) is not bool:
+            return RefusedTensor("its properties conj and neg are not both True or False")
         if is_conjugated and not dtype.startswith("complex"):
             return RefusedTensor("it is conjugated and not complex")
     kept = None if is_row_major else stride
     nbytes = (last + 1) * itemsize if numel else 0
-    piece = Piece(storage.offset + offset * itemsize, nbytes, kept, None, "", "raw", is_conjugated, is_negated)
+    # a tensor without elements may begin anywhere, and is placed within its storage
+    begin = storage.offset + min(offset * itemsize, storage.nbytes)
+    piece = Piece(begin, nbytes, kept, None, "", "raw", is_conjugated, is_negated)
     return TensorInfo(shape, dtype, (piece,))
+
+
+#: dtypes whose tensors may require gradients; torch refuses others.
+_LEARNING = ("float", "bfloat", "complex")
+_NO_GRADIENT = "it requires gradients, which its dtype cannot have, or says neither True nor False"
+
+
+def _cannot_learn(requires_grad: object, dtype: str) -> bool:
+    return requires_grad is not False and not (requires_grad is True and dtype.startswith(_LEARNING))
 
 
 def _tensor_2(scope: Scope, args: tuple[Any, ...]) -> Any:
@@ -227,25 +263,49 @@ def _tensor_2(scope: Scope, args: tuple[Any, ...]) -> Any:
         raise OpcodeError("a tensor has a wrong number of arguments")
     storage = args[0]
     dtype = storage.dtype if type(storage) is StorageRef else None
-    return _tensor(storage, args[1], args[2], args[3], dtype, args[6] if len(args) == 7 else None)
+    return _tensor(args, dtype, args[6] if len(args) == 7 else None)
 
 
 def _tensor_3(scope: Scope, args: tuple[Any, ...]) -> Any:
     if len(args) not in (7, 8) or type(args[6]) is not GlobalName:
         raise OpcodeError("a tensor has a wrong number of arguments or no dtype")
     dtype = args[6].name.removeprefix("torch.")
-    return _tensor(args[0], args[1], args[2], args[3], dtype, args[7] if len(args) == 8 else None)
+    return _tensor(args, dtype, args[7] if len(args) == 8 else None)
 
 
 def _parameter(scope: Scope, args: tuple[Any, ...]) -> Any:
-    # A fourth argument holds attributes of the parameter, which are not part of its values.
     if len(args) not in (3, 4):
         raise OpcodeError("a parameter has a wrong number of arguments")
-    if type(args[0]) is TensorInfo or type(args[0]) is RefusedTensor:
+    if type(args[0]) is TensorInfo:
+        if _cannot_learn(args[1], args[0].dtype):
+            return RefusedTensor(_NO_GRADIENT)
+        return _with_state(scope, args[0], args[3] if len(args) == 4 else None)
+    if type(args[0]) is RefusedTensor:
         return args[0]
     if type(args[0]) is ForeignObject:
         return ForeignObject("torch.nn.parameter.Parameter", (args[0],))
     raise OpcodeError("a parameter is built from something that is not a tensor")
+
+
+def _with_state(scope: Scope, tensor: TensorInfo, state: object) -> TensorInfo | RefusedTensor:
+    """Return a tensor with attributes of its own; one with an attribute that all tensors have is refused.
+
+    torch sets each of them, and to set ``data`` or ``real`` changes the values.
+    """
+    for attributes in state if type(state) is tuple and len(state) == 2 else (state,):
+        if attributes is None:
+            continue
+        if type(attributes) is not dict:
+            return RefusedTensor("its attributes are not a dict")
+        scope.charge(len(attributes))
+        if attributes:
+            import torch  # here, because nearly no file has such attributes
+
+            wrong = next((key for key in attributes if type(key) is not str or hasattr(torch.nn.Parameter, key)), None)
+            if wrong is not None:
+                shown = wrong[:80] if type(wrong) is str else type_of(wrong)
+                return RefusedTensor(f"it sets the attribute {shown}, which may change its values")
+    return tensor
 
 
 def _of_type(scope: Scope, args: tuple[Any, ...]) -> Any:
@@ -255,12 +315,16 @@ def _of_type(scope: Scope, args: tuple[Any, ...]) -> Any:
     if type(args[2]) is not tuple:
         raise OpcodeError("a tensor of a class has arguments of a wrong type")
     function, kind = args[0].name, args[1].name
-    if function not in _TENSOR_FUNCTIONS:
+    is_plain = kind in _PLAIN_TENSORS or kind in _PARAMETERS
+    if function not in _TENSOR_FUNCTIONS and function not in KNOWN_NAMES:
         return ForeignObject(kind, (ForeignObject(function, args[2]),), args[3])
+    if function not in _TENSOR_FUNCTIONS or (kind in KNOWN_NAMES and not is_plain):
+        raise OpcodeError(f"a tensor of the class {kind} is built by {function}")
     tensor = BUILDERS[function](scope, args[2])
-    is_plain = kind in _PLAIN_TENSORS or (kind in _PARAMETERS and type(tensor) is TensorInfo)
-    if is_plain or type(tensor) is RefusedTensor:
+    if type(tensor) is RefusedTensor:
         return tensor
+    if is_plain and type(tensor) is TensorInfo:
+        return _with_state(scope, tensor, args[3])
     return ForeignObject(kind, (tensor,), args[3])
 
 
@@ -273,8 +337,8 @@ def _plain_dict(scope: Scope, args: tuple[Any, ...]) -> Any:
     content = args[0] if args else {}
     scope.charge(len(content))
     if type(content) is dict:
-        return dict(content)
-    if any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in content):
+        content = content.items()
+    elif any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in content):
         raise OpcodeError("a dict is built from something that is not a pair")
     result: dict[Any, Any] = {}
     set_items(scope, result, list(itertools.chain.from_iterable(content)))
@@ -342,7 +406,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "builtins.range": (_range, (int,), (int, int), (int, int, int)),
     "builtins.set": (_set, *_SEQUENCES),
     "builtins.slice": (lambda scope, args: slice(*args), *_UP_TO_3),
-    "collections.Counter": (_plain_dict, (), (dict,), (list,)),
+    "collections.Counter": (_plain_dict, (), (dict,)),
     "collections.OrderedDict": (_plain_dict, (), (dict,), (list,)),
     "collections.defaultdict": (lambda scope, args: {}, (), (type(None),), (GlobalName,)),
     "torch.Size": (_size, *_SEQUENCES),

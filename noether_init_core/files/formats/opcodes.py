@@ -157,7 +157,7 @@ class Interpreter:
                     raise IndexError
                 stack.append(data[start:position].decode("utf-8", "surrogatepass"))
             elif opcode == 0x51:  # BINPERSID
-                stack[-1] = storage_of(self._records, stack[-1])
+                stack[-1] = storage_of(scope, self._records, stack[-1])
             elif opcode == 0x29:  # EMPTY_TUPLE
                 stack.append(())
             elif opcode == 0x4D:  # BININT2

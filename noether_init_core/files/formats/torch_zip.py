@@ -32,6 +32,11 @@ from noether_init_core.files.storage.handle import Handle
 from noether_init_core.messages import quoted
 
 _HEADER = "data.pkl"
+#: Where torch looks for the version of the format, and the versions that it reads.
+_VERSIONS = (".data/version", "version")
+_KNOWN_VERSIONS = frozenset(f"{number}{end}".encode() for number in range(1, 11) for end in ("", "\n"))
+#: Names that torch looks up without regard to upper and lower case.
+_LOOKED_UP = frozenset({_HEADER, "byteorder", "constants.pkl", *_VERSIONS})
 _MAX_HEADER = 512 << 20
 _END = struct.Struct("<4s4H2LH")
 _END_64_LOCATOR = struct.Struct("<4sLQL")
@@ -132,10 +137,16 @@ def _is_plain(value: Any, known: set[int]) -> bool:
 
 def _read_header(handle: Handle, records: Mapping[str, Record]) -> bytes:
     record, order = records[_HEADER], records.get("byteorder")
+    version = next((records[name] for name in _VERSIONS if name in records), None)
     if record.size > _MAX_HEADER:
         raise unreadable(f"its header is {record.size} bytes long, more than {_MAX_HEADER}", NEXT_PLAIN)
-    places = [(record.offset, record.size)]
-    data, *byte_order = handle.read_many(places if order is None else [*places, (order.offset, min(order.size, 16))])
+    if version is None:
+        raise unreadable("it has no record named version, so torch does not read it")
+    small = [version] if order is None else [version, order]
+    places = [(one.offset, min(one.size, 16)) for one in small]
+    data, found, *byte_order = handle.read_many([(record.offset, record.size), *places])
+    if found not in _KNOWN_VERSIONS:
+        raise unreadable(f"the version of its format is {found!r}, and torch reads 1 to 10")
     if byte_order == [b"big"]:
         reason = "it was written on a big-endian machine; save it again on a little-endian one"
         raise unreadable(reason, NEXT_PLAIN)
@@ -176,14 +187,20 @@ def _names(handle: Handle, start: int, count: int, end: int) -> list[str]:
 def _records(handle: Handle, start: int, entries: list[_Entry]) -> dict[str, Record]:
     entries.sort(key=lambda entry: entry.position)
     records: dict[str, Record] = {}
+    folded: set[str] = set()
     folder = entries[0].name.partition("/")[0] + "/"
     limits = [*(entry.position for entry in entries[1:]), start]
     for entry, limit, header in zip(entries, limits, _headers(handle, entries), strict=True):
         if not entry.name.startswith(folder):
             raise unreadable(f"its records lie in more than one folder ({folder}, {quoted(entry.name)})")
         name = entry.name[len(folder) :]
-        if name in records:
-            raise unreadable(f"it has two records named {quoted(name)}")
+        # torch looks names up without regard to case, and would find either of two.
+        plain = name.casefold()
+        if plain in folded:
+            raise unreadable(f"it has two records named {quoted(name)}, in upper or lower case")
+        if plain in _LOOKED_UP and plain != name:
+            raise unreadable(f"its record {plain} is named {quoted(name)}, which torch.save never writes")
+        folded.add(plain)
         records[name] = Record(name, _data_offset(handle, entry, header, limit), entry.size, entry.crc)
     if entries[0].position != 0:
         raise unreadable(f"its first record begins at byte {entries[0].position} instead of 0")

@@ -51,7 +51,7 @@ def archive(data: bytes) -> None:
 
 def opcodes(data: bytes) -> None:
     """The pickle of a ``.th``, in an archive that is in order."""
-    records = {"data.pkl": data, "byteorder": b"little", "data/0": bytes(16), "data/1": bytes(64)}
+    records = {"data.pkl": data, "byteorder": b"little", "data/0": bytes(16), "data/1": bytes(64), "version": b"3\n"}
     with open_checkpoint(_file("opcodes.th", _stored(records))) as reader:
         reader.load()
 
@@ -162,7 +162,7 @@ def _archives() -> Iterator[bytes]:
     for path in _files():
         if path.suffix == ".th":
             yield path.read_bytes()
-    yield _stored({"data.pkl": b"\x80\x02}.", "byteorder": b"little"})
+    yield _stored({"data.pkl": b"\x80\x02}.", "byteorder": b"little", "version": b"3\n"})
 
 
 def _pickles() -> Iterator[bytes]:
