@@ -319,7 +319,10 @@ class OptimizerStateConfig(SourceInitializerConfig):
         about_state: dict[str, Any] = {"param_groups": {}, "on_missing_state": "error", "on_unexpected_state": None}
         given = [name for name, default in about_state.items() if getattr(self, name) != default]
         if given and not self.load_optim:
-            raise ValueError(f"{given[0]} is about optimizer state, which is not loaded. Add: load_optim: true")
+            others = " and ".join(given)
+            raise ValueError(
+                f"{others}: about optimizer state, which is not loaded. Next: load_optim: true, or remove {others}"
+            )
         return self
 
 

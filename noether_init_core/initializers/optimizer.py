@@ -193,6 +193,9 @@ class LoadSession(WeightsSession):
                 messages = list(getattr(error, "problems", ())) or [str(error)]
                 if len(messages) > _MOST_PROBLEMS:
                     messages[_MOST_PROBLEMS:] = [f"and {len(messages) - _MOST_PROBLEMS} more"]
+                if isinstance(error, StateMismatchError):
+                    fresh = f". Next: {self.advice.field('load_optim', False)}"
+                    messages = [one if "Next: " in one or "\n" in one else one + fresh for one in messages]
                 problems += [Problem("optimizer", f"optimizer state: {message}", leaf.path) for message in messages]
             else:
                 # state follows the weights, so that a plan with problems would only repeat them
@@ -212,7 +215,7 @@ class LoadSession(WeightsSession):
         if without and not chosen and self._is_asked_for:
             raise ConfigError(
                 f"load_optim: true, but {', '.join(without)} has no optimizer to load into. "
-                "Next: bind(module, optimizer=...), or load_optim: false"
+                f"Next: bind(module, optimizer=...), or {self.advice.field('load_optim', False)}"
             )
         # plan all before the first one is read, which takes long
         steps = [self._step(leaf, planned) for leaf in chosen]
@@ -281,6 +284,7 @@ class LoadSession(WeightsSession):
                 optimizer_class=class_name(optimizer),
                 policies=OptimizerPolicies(config.on_missing_state, config.on_unexpected_state, fields),
                 where=file.source.location.name,
+                advice=self.advice,
             )
         except BaseException:
             self._steps.pop(leaf.path, None)

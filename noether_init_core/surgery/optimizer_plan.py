@@ -10,6 +10,7 @@ import attrs
 
 from noether_init_core.errors import StateMismatchError
 from noether_init_core.messages import listed
+from noether_init_core.surgery.advice import Advice
 from noether_init_core.surgery.optimizer_fields import (
     Group,
     OptimizerPolicies,
@@ -107,6 +108,7 @@ def plan_optimizer(
     optimizer_class: str = "",
     policies: OptimizerPolicies | None = None,
     where: str = "",
+    advice: Advice | None = None,
 ) -> OptimizerPlan:
     """Match a stored optimizer state to the groups of an optimizer, by name. Pure.
 
@@ -124,6 +126,7 @@ def plan_optimizer(
         optimizer_class: The class of the optimizer; compared with the recorded class, if there is one.
         policies: What to do where optimizer and file do not fit.
         where: The file, for messages.
+        advice: How the config writes a line that puts the plan right.
 
     Raises:
         StateMismatchError: For parameters without counterpart, shapes that do not fit, groups whose stored fields
@@ -133,7 +136,16 @@ def plan_optimizer(
         raise StateMismatchError(f"{where} is not the state of an optimizer: state or param_groups not found")
     stored, warnings = _stored_names(saved, groups, where)
     planner = _Planner(
-        saved, groups, shapes, origins, aliases or {}, policies or OptimizerPolicies(), where, stored, warnings
+        saved,
+        groups,
+        shapes,
+        origins,
+        aliases or {},
+        policies or OptimizerPolicies(),
+        where,
+        advice or Advice(),
+        stored,
+        warnings,
     )
     return planner.plan(current, optimizer_class)
 
@@ -149,6 +161,7 @@ class _Planner:
     aliases: Mapping[str, tuple[str, ...]]
     policies: OptimizerPolicies
     where: str
+    advice: Advice
     stored: Mapping[str, tuple[Any, int]]
     warnings: list[str]
     problems: list[str] = attrs.Factory(list)
@@ -182,7 +195,7 @@ class _Planner:
             raise StateMismatchError(
                 f"the optimizer state in {self.where} does not fit:\n  "
                 f"{listed(self.problems, 20, separator=_NEXT_LINE)}\nNothing was changed. "
-                "Next: load_optim: false, for a fresh optimizer",
+                f"Next, for a fresh optimizer: {self.advice.field('load_optim', False)}",
                 problems=self.problems,
             )
         return OptimizerPlan(tuple(states), tuple(fields), tuple(self.warnings))
@@ -200,7 +213,7 @@ class _Planner:
                     lacking.setdefault(found, []).append(name)
         return [
             f"{field} of the optimizer is {fields[field]} and needs {key}, not found in the file for "
-            f"{listed(named)}. Next: build the optimizer without {field}, or load_optim: false"
+            f"{listed(named)}. Next: build the optimizer without {field}, or {self.advice.field('load_optim', False)}"
             for (field, key), named in lacking.items()
         ]
 
@@ -230,7 +243,8 @@ class _Planner:
                 return None
             candidates = near(lacking[0], left)
             hint = f"; near: {', '.join(candidates)}" if candidates else ""
-            self.problems.append(f"state of {name} not found in the file{hint}. Next: on_missing_state: fresh")
+            line = self.advice.field("on_missing_state", "fresh")
+            self.problems.append(f"state of {name} not found in the file{hint}. Next: {line}")
             return None
         found = [self.stored[source] for source in origin.sources]
         for _index, group in found:
@@ -291,7 +305,7 @@ class _Planner:
             return
         if policy == "error" or self.origins is None:
             what = f"the file has state of {listed(gone)}, not found in the optimizer"
-            self.problems.append(f"{what}. Next: on_unexpected_state: ignore")
+            self.problems.append(f"{what}. Next: {self.advice.field('on_unexpected_state', 'ignore')}")
         else:
             what = f"optimizer state of {listed(gone)} was not loaded"
             self.warnings.append(f"{what}: no parameter of the optimizer takes it")

@@ -368,13 +368,13 @@ class LoadPlan(Shown):
 
 def _rows_back(rows: Iterable[PlanRow]) -> tuple[tuple[PlanRow, ...], tuple[str, ...]]:
     """The rows from entries of the model to entries of the file, and reasons why some have no inverse."""
-    ways: dict[tuple[str, tuple[str, ...], tuple[Step, ...]], list[PlanRow]] = {}
+    ways: dict[tuple[str, int, tuple[str, ...], tuple[Step, ...]], list[PlanRow]] = {}
     for row in rows:
         if row.writes and row.target is not None and row.dtype != "object":
-            ways.setdefault((row.model, row.sources, row.steps), []).append(row)
+            ways.setdefault((row.model, row.origin, row.sources, row.steps), []).append(row)
     found: list[PlanRow] = []
     problems: list[str] = []
-    for (_model, sources, steps), parts in ways.items():
+    for (_model, _origin, sources, steps), parts in ways.items():
         # several names of one tensor hold the same values: the first one suffices
         parts = sorted({row.part: row for row in reversed(parts)}.values(), key=lambda row: row.part)
         first = parts[0]

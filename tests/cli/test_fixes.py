@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.advice import digests, fixes_of, pasted
+from support.advice import digests, executes, fixes_of, pasted
 from support.command import Result, run_command
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainerState, TrainingIteration, bind, compose
@@ -114,6 +114,8 @@ def followed(invoke: Invoke, model: str, *more: str, most: int = 6) -> tuple[lis
     """Paste the first fix and plan again, until the plan is fine; returns the fixes and the coverage at last."""
     before = {name: digest for name, digest in digests(Path()).items() if name != "init.yaml"}
     seen: list[str] = []
+    # the whole messages, of which a terminal shows the fix in a line of its own
+    invoke("plan", "init.yaml", "--model", f"fix_models:{model}", *more, "--json", "-")
     while len(seen) <= most:
         result = invoke("plan", "init.yaml", "--model", f"fix_models:{model}", *more)
         assert result.code in (0, 1), result.err
@@ -145,6 +147,7 @@ EXTRA: dict[str, State] = {
 }
 
 
+@executes("surgery/fit.py", "unread add:")
 @pytest.mark.parametrize("name", EXTRA)
 @pytest.mark.parametrize("rules", ["", "    transforms:\n      - {from: 0., to: 0.}\n"], ids=["none", "some"])
 def test_entries_that_only_the_file_has_can_be_left_unread(invoke: Invoke, name: str, rules: str) -> None:
@@ -191,6 +194,7 @@ def test_counters_that_torch_fills_are_kept_by_one_rule(invoke: Invoke) -> None:
     assert coverage == 100
 
 
+@executes("surgery/fit.py", "Next: {}")
 @pytest.mark.parametrize("model", ["larger_vocabulary", "more_channels", "smaller_vocabulary"])
 def test_the_common_part_of_a_table_is_taken_over(invoke: Invoke, model: str) -> None:
     """Of a larger or smaller vocabulary, and of more channels; the weights of the file are not thrown away."""
@@ -231,6 +235,7 @@ def test_an_output_layer_follows_its_table(invoke: Invoke) -> None:
     assert all("pad: {size: 32}" in fix for fix in fixes)
 
 
+@executes("surgery/fit.py", "there add:")
 def test_another_number_of_classes_at_many_levels(invoke: Invoke) -> None:
     """Names agree, so that suggest is not named."""
     torch.save(built("detector"), "w.pt")
@@ -392,3 +397,27 @@ def test_fields_of_noether_get_further_entries(invoke: Invoke, fields: str) -> N
     )
     fixes, _coverage = followed(invoke, "build", "--runs", "runs")
     assert 1 <= len(fixes) <= 4
+
+
+@pytest.mark.parametrize("value", ["true", "{verify: header}"])
+def test_a_line_for_the_optimizer_says_where_it_goes(invoke: Invoke, value: str) -> None:
+    """Below auto_resume, whatever that is; the optimizer is of another class than the one that was saved."""
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    CheckpointWriter(PathProvider("runs", "before")).save(
+        bind(module, "net", optimizer), trainer=TrainerState(seed=0), iteration=TrainingIteration.zero()
+    )
+    Path("fix_models.py").write_text(
+        "import torch\nfrom noether_init_core import bind\n\n\ndef build():\n"
+        "    module = torch.nn.Linear(3, 2)\n"
+        "    return bind(module, 'net', torch.optim.SGD(module.parameters(), 0.1, momentum=0.9))\n"
+    )
+    Path("init.yaml").write_text(f"auto_resume: {value}\ninitializers: []\n")
+    fixes, coverage = followed(invoke, "build", "--runs", "runs", "--run-id", "before")
+    expected = (
+        "auto_resume: {load_optim: false}" if value == "true" else "load_optim: false  # in auto_resume, init.yaml:1"
+    )
+    assert [fix[: len(expected)] for fix in fixes] == [expected]
+    assert coverage == 100

@@ -356,13 +356,15 @@ def test_the_plan_knows_what_stands_in_the_way_of_the_optimizer(
         (
             "optimizer",
             "net",
-            "optimizer state: the state is of a torch.optim.adamw.AdamW, the optimizer is a torch.optim.sgd.SGD",
+            "optimizer state: the state is of a torch.optim.adamw.AdamW, the optimizer is a torch.optim.sgd.SGD. "
+            "Next: load_optim: false  # in initializers.0",
         )
     ]
     adamw = torch.optim.AdamW(fresh.parameters())
     plan = planned(paths, fresh, adamw)
     assert [problem.message for problem in plan.problems] == [
-        f"optimizer state: state of body.{leaf} not found in the file. Next: on_missing_state: fresh"
+        f"optimizer state: state of body.{leaf} not found in the file. "
+        "Next: on_missing_state: fresh  # in initializers.0"
         for leaf in ("weight", "bias")
     ]
     assert planned(paths, fresh, adamw, on_missing_state="fresh").is_fine

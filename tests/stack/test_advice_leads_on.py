@@ -445,7 +445,7 @@ def test_a_folder_for_links_is_set_as_advised(
     assert tempfile.gettempdir() == os.environ[variable]
 
 
-@executes("initializers/optimizer.py", "bind(module, optimizer=...), or load_optim: false")
+@executes("initializers/optimizer.py", "bind(module, optimizer=...), or {}")
 @executes("initializers/optimizer.py", "init_weights first, as InitializerStack.initialize does")
 def test_optimizer_state_without_an_optimizer_or_memory(run: PathProvider) -> None:
     """Both ways on; called by hand, the hooks have an order."""

@@ -76,9 +76,10 @@ def advices() -> list[Advice]:
 def _texts(node: ast.AST) -> Iterator[tuple[str, str]]:
     """Each advice, and the whole text that has it."""
     text = _text(node)
-    if text is not None:
-        mark = _MARK.search(text)
-        if mark is not None:
+    mark = None if text is None else _MARK.search(text)
+    if text is not None and mark is not None:
+        # a mark alone is what a message is searched for, or a label
+        if text.strip(" .\n") not in ("Next:", "fix:"):
             yield " ".join(text[mark.start() :].split()), text
         return
     body = list(ast.iter_child_nodes(node))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ def refusal(call: Callable[[], Any]) -> str:
     """The message of the exception that ``call`` raises; it must advise something."""
     with pytest.raises((Exception,)) as refused:  # of any class: it is the text that is followed
         call()
-    assert "Next: " in str(refused.value), refused.value
+    assert re.search(r"Next\b[^:.;]{0,60}: ", str(refused.value)), refused.value
     return saw(str(refused.value))
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import given, strategies as st
+from support.advice import executes
 
 from noether_init_core import (
     CheckpointWriter,
@@ -115,6 +116,7 @@ def test_names_below_roots_are_paired_by_what_follows_the_root() -> None:
     assert found.moves == dict(zip(targets, sources, strict=True))
 
 
+@executes("surgery/name_rules.py", "choose, for example under transforms: {}")
 @pytest.mark.parametrize("target", ["a", "module.a"])
 def test_the_rule_that_the_message_shows_chooses(target: str, tmp_path: Path) -> None:
     """The file's only prefix is not part of names in rules, so the shown rule leaves it out."""
