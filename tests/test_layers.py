@@ -16,6 +16,7 @@ LAYERS = {
     "messages": 0,
     "nested": 0,
     "progress": 0,
+    "settings": 0,
     "shown": 0,
     "stopwatch": 0,
     "memory": 0,

@@ -23,7 +23,7 @@ _MOST_RUNS = 1 << 24
 
 def tensor_identity(tensor: torch.Tensor) -> Identity:
     """Equal for two tensors that are the same elements of the same memory; on the meta device, the same object."""
-    if tensor.is_meta or not _is_ordinary(tensor) or tensor.numel() == 0:
+    if tensor.is_meta or not is_ordinary(tensor) or tensor.numel() == 0:
         return ("object", id(tensor))
     storage = tensor.untyped_storage()
     if not storage.data_ptr():
@@ -122,7 +122,7 @@ def unwritable(tensor: torch.Tensor, read_only: ReadOnlyMemory) -> str:
         return f"is a {'nested' if tensor.is_nested else 'quantized'} tensor, which is not supported"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "is inside a transformation of torch.func. Next: load outside of vmap and grad"
-    if not _is_ordinary(tensor):
+    if not is_ordinary(tensor):
         return f"is a {name} without memory of its own, which is not supported. Next: load the plain tensors first"
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return "was made in inference mode"
@@ -142,7 +142,7 @@ def _is_sharded(tensor: torch.Tensor) -> bool:
     return any(kind.__module__.startswith("torch.distributed.") for kind in type(tensor).__mro__)
 
 
-def _is_ordinary(tensor: torch.Tensor) -> bool:
+def is_ordinary(tensor: torch.Tensor) -> bool:
     """Whether a tensor has strided memory of its own, which wrappers of other tensors do not have."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return False

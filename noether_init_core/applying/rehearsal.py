@@ -1,31 +1,35 @@
 """Rehearses the loading code of a model on a copy, so that a plan knows what it does with the entries of a file.
 
 The copy has every module of the model, with tensors on the meta device, which take no memory. Only if the code needs
-values, such as ``int(state["step"])``, does the copy get memory. The model itself is not touched.
+values, such as ``int(state["step"])``, does the copy get memory. The model itself is not touched: code that reaches it
+in spite of the copy is stopped, and what it changed is put back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import attrs
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from noether_init_core.applying.places import Identity, tensor_identity
+from noether_init_core.applying.copying import CannotRehearseError, Copier, Watch
+from noether_init_core.applying.places import is_ordinary
+from noether_init_core.messages import listed
+from noether_init_core.settings import isolated
 
 #: Makes the state dict to load: on the meta device if the argument is True, else with values.
 MakeState = Callable[[bool], dict[str, Any]]
 #: Loads a state dict into a module; returns missing and unexpected keys, or None.
-Load = Callable[[torch.nn.Module, dict[str, Any]], Any]
+Load = Callable[[Any, dict[str, Any]], Any]
+
+_META, _CPU = torch.device("meta"), torch.device("cpu")
 
 
 @attrs.frozen
@@ -36,11 +40,15 @@ class Written:
         keys: Keys of the state dict whose values it was computed from; empty if it depends on no key.
         is_copy: Whether it is a copy of the single key, unchanged.
         shape: Its shape, which loading code may change.
+        is_touched: Whether the code writes or replaces it.
+        is_replaced: Whether the code registers another tensor under the name.
     """
 
     keys: tuple[str, ...]
     is_copy: bool
     shape: tuple[int, ...]
+    is_touched: bool
+    is_replaced: bool
 
 
 @attrs.frozen
@@ -48,32 +56,42 @@ class Rehearsal:
     """The result of a rehearsal.
 
     Attributes:
-        error: Why the loading code fails, in words; empty if it does not.
+        error: Why the loading code fails, or cannot be rehearsed, in words; empty if it does not.
         missing: Keys that the modules expect and that were not given.
         unexpected: Keys that were given and that no module takes; None if the loading code does not report them.
         written: Name of a parameter or buffer -> what it holds afterwards.
+        is_refused: Whether ``error`` says that the code cannot be rehearsed.
+        has_values: Whether the tensors had values.
     """
 
     error: str = ""
     missing: frozenset[str] = frozenset()
     unexpected: frozenset[str] | None = frozenset()
     written: Mapping[str, Written] = attrs.Factory(dict)
+    is_refused: bool = False
+    has_values: bool = False
 
 
 def rehearse(
-    prefix: str, module: torch.nn.Module, make_state: MakeState, load: Load, *, with_values: bool = True
+    module: torch.nn.Module, make_state: MakeState, load: Load, *, prefix: str = "", on_meta: bool = True
 ) -> Rehearsal:
     """Load a state dict into a copy of ``module`` at ``prefix``: on the meta device, and with values if that fails.
 
-    ``with_values`` False: on the meta device only.
+    ``on_meta`` False: with values at once.
 
     Never raises for errors of loading code or of the copy: they are ``error`` of the result.
     """
+    tensors = [*module.parameters(), *module.buffers()]
+    on_cpu = all(tensor.device.type in ("cpu", "meta") for tensor in tensors)
+    # values of another device are tried on the CPU first, where there is more memory
+    places = [*([_META] if on_meta else []), _CPU, *([] if on_cpu else [None])]
     error: BaseException | None = None
-    for on_meta in (True, False) if with_values else (True,):
+    for device in places:
         try:
-            with _undisturbed():
-                return _rehearse(prefix, module, make_state, load, on_meta=on_meta)
+            with undisturbed():
+                return _rehearse(prefix, module, make_state, load, device)
+        except CannotRehearseError as raised:
+            return Rehearsal(str(raised), is_refused=True)
         except (Exception, SystemExit) as raised:
             error = raised
     return Rehearsal(f"{type(error).__name__}: {str(error).strip()}")
@@ -81,7 +99,8 @@ def rehearse(
 
 def copy_with_values(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module whose tensors have memory: zeros for those on the meta device."""
-    return _Copy(on_meta=False).of(module)
+    copied: torch.nn.Module = Copier(frozenset(map(id, module.parameters())), None).of(module)
+    return copied
 
 
 def at_prefix(prefix: str, module: torch.nn.Module) -> torch.nn.Module:
@@ -94,194 +113,187 @@ def at_prefix(prefix: str, module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def _rehearse(prefix: str, module: torch.nn.Module, make_state: MakeState, load: Load, *, on_meta: bool) -> Rehearsal:
-    twin = at_prefix(prefix, _Copy(on_meta=on_meta).of(module))
-    state = make_state(on_meta)
-    with _Origins(state) as origins:
-        found = load(twin, state)
+def _rehearse(
+    prefix: str, module: torch.nn.Module, make_state: MakeState, load: Load, device: torch.device | None
+) -> Rehearsal:
+    tensors = [*module.parameters(), *module.buffers()]
+    copier = Copier(frozenset(map(id, tensors)), device)
+    for tensor in tensors:  # an array may share memory with one
+        copier.of(tensor)
+    twin = at_prefix(prefix, copier.of(module))
+    state = make_state(device == _META)
+    found, origins = guarded(copier, lambda: load(twin, state), state)
     registered = [
         *twin.named_parameters(remove_duplicate=False),
         *twin.named_buffers(remove_duplicate=False),
     ]
     missing, unexpected = getattr(found, "missing_keys", ()), getattr(found, "unexpected_keys", None)
+    own = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
     return Rehearsal(
         "",
         frozenset(map(str, missing)),
         None if unexpected is None else frozenset(map(str, unexpected)),
-        {name: origins.written(tensor) for name, tensor in registered},
+        {name: origins.written(tensor, own.get(name.removeprefix(prefix)), copier) for name, tensor in registered},
+        has_values=device != _META,
     )
 
 
+def guarded(copier: Copier, act: Callable[[], Any], state: Mapping[str, Any]) -> tuple[Any, Origins]:
+    """Call ``act``, which works on copies of ``copier``, and stop it before it changes an original.
+
+    Raises ``CannotRehearseError`` if it reaches an original; what it changed there is put back.
+    """
+    watch = Watch(copier.modules, copier.tensors)
+    origins = Origins(state, copier.tensors)
+    found: Any = None
+    try:
+        with origins:
+            found = act()
+    finally:
+        changed = [*watch.changes()]
+        if changed or origins.reached:
+            what = listed(dict.fromkeys([*origins.reached, *changed]), 3)
+            raise CannotRehearseError(
+                f"it changes the model through a global variable, a class or memory of its own ({what}), so it cannot "
+                "be rehearsed on a copy"
+            ) from None
+    return found, origins
+
+
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep output, warnings and random numbers of loading code to its real run."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+def undisturbed() -> Iterator[None]:
+    """Keep output, warnings, random numbers and settings of loading code to its real run."""
+    with isolated([]), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
         yield
 
 
-class _Copy:
-    """Copies the modules of a model; tensors go to the meta device, or are cloned.
+class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Follows values through operations: of which keys of a state dict is the memory of a tensor computed?
 
-    Attributes that cannot be copied, such as process groups, are shared. Functions that refer to a module of the
-    model, as hooks do, refer to its copy afterwards.
+    An operation that changes memory of ``originals`` raises ``CannotRehearseError``; ``reached`` names it.
     """
 
-    def __init__(self, *, on_meta: bool) -> None:
-        self._on_meta = on_meta
-        self._memo: dict[int, Any] = {}
-        self._memory: dict[Identity, torch.Tensor] = {}
-        self._functions: dict[int, FunctionType] = {}
-
-    def of(self, root: torch.nn.Module) -> torch.nn.Module:
-        """The copy of ``root``."""
-        modules = [*root.modules()]
-        copies = [object.__new__(type(module)) for module in modules]
-        self._memo.update((id(module), made) for module, made in zip(modules, copies, strict=True))
-        for module in modules:
-            for holder in (module._parameters, module._buffers, module.__dict__):
-                for tensor in holder.values():
-                    if isinstance(tensor, torch.Tensor):
-                        self._tensor(tensor)
-        with _CopiesTensors(self._tensor):
-            for module, made in zip(modules, copies, strict=True):
-                for name, value in module.__dict__.items():
-                    made.__dict__[name] = self._value(value)
-        root_copy: torch.nn.Module = self._memo[id(root)]
-        return root_copy
-
-    def _value(self, value: Any) -> Any:
-        try:
-            made = copy.deepcopy(value, self._memo)
-        except Exception:  # objects without a copy are shared, as by copy.copy
-            return value
-        if type(made) is FunctionType:
-            return self._rebound(made)
-        for key, inner in made.items() if isinstance(made, dict) else ():
-            if type(inner) is FunctionType:
-                made[key] = self._rebound(inner)
-            elif type(getattr(inner, "hook", None)) is FunctionType:  # torch's wrapper of a hook
-                inner.hook = self._rebound(inner.hook)
-        return made
-
-    def _rebound(self, function: FunctionType) -> FunctionType:
-        """The function with the copies of the modules that it refers to."""
-        known = self._functions.get(id(function))
-        if known is not None:
-            return known
-        closure = function.__closure__ or ()
-        cells = tuple(CellType() for _cell in closure)
-        made = FunctionType(
-            function.__code__, function.__globals__, function.__name__, None, cells if closure else None
-        )
-        self._functions[id(function)] = made
-        made.__defaults__ = tuple(map(self._referred, function.__defaults__ or ())) or None
-        made.__kwdefaults__ = {key: self._referred(one) for key, one in (function.__kwdefaults__ or {}).items()} or None
-        made.__dict__.update(function.__dict__)
-        for cell, old in zip(cells, closure, strict=True):
-            with contextlib.suppress(ValueError):  # a cell may be empty
-                cell.cell_contents = self._referred(old.cell_contents)
-        return made
-
-    def _referred(self, value: Any) -> Any:
-        if type(value) is FunctionType:
-            return self._rebound(value)
-        if isinstance(value, MethodType | torch.nn.Module | torch.Tensor | list | dict | tuple):
-            return self._value(value)
-        return value
-
-    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        known = self._memo.get(id(tensor))
-        if known is not None:
-            return known  # type: ignore[no-any-return]  # the memo holds copies of any type
-        identity = tensor_identity(tensor)
-        memory = self._memory.get(identity)
-        if memory is None:
-            if self._on_meta:
-                memory = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            elif tensor.is_meta:
-                memory = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-            else:
-                memory = tensor.detach().clone()
-            self._memory[identity] = memory
-        made: torch.Tensor = memory.detach()
-        if isinstance(tensor, torch.nn.Parameter):
-            kind = type(tensor) if type(tensor).__torch_function__ is torch.Tensor.__torch_function__ else None
-            made = torch.Tensor._make_subclass(kind or torch.nn.Parameter, made, tensor.requires_grad)
-        made.__dict__.update(tensor.__dict__)
-        self._memo[id(tensor)] = made
-        return made
-
-
-class _CopiesTensors(TorchFunctionMode):
-    """Makes ``copy.deepcopy`` copy tensors by a function."""
-
-    def __init__(self, copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self._copied = copied
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__deepcopy__:
-            return self._copied(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-class _Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Follows values through operations: of which keys of a state dict is the memory of a tensor computed?"""
-
-    def __init__(self, state: Mapping[str, Any]) -> None:
+    def __init__(self, state: Mapping[str, Any], originals: list[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._keys: dict[int, frozenset[str]] = {}
-        self._copies: dict[int, str] = {}
         # memory that was freed would be used again, under the same address
         self._alive: list[Any] = []
+        self._originals = {self._place(tensor) for tensor in originals if is_ordinary(tensor)}
+        self.reached: list[str] = []
+        self._regions: dict[int, dict[_Region, tuple[frozenset[str], str]]] = {}
         self._given: dict[int, tuple[str, torch.Tensor]] = {}
         for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                place = self._place(value)
-                self._keys[place] = self._keys.get(place, frozenset()) | {key}
-                self._given.setdefault(place, (key, value))
+            if isinstance(value, torch.Tensor) and is_ordinary(value):
+                self._put(value, self._keys(value) | {key}, "")
+                self._given.setdefault(self._place(value), (key, value))
 
     def _place(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
         self._alive.append(storage)
         return int(storage._cdata)
 
+    def _keys(self, tensor: torch.Tensor) -> frozenset[str]:
+        own = _region(tensor)
+        regions = self._regions.get(self._place(tensor), {})
+        return frozenset[str]().union(*(keys for other, (keys, _copy) in regions.items() if own.meets(other)))
+
+    def _put(self, tensor: torch.Tensor, keys: frozenset[str], copy: str) -> None:
+        own, regions = _region(tensor), self._regions.setdefault(self._place(tensor), {})
+        for other, (before, _copy) in list(regions.items()):
+            if own.covers(other):
+                del regions[other]
+            elif own.meets(other):
+                regions[other] = (before | keys, "")
+        regions[own] = (keys, copy)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        inputs = {self._place(one) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
-        keys = frozenset[str]().union(*(self._keys.get(place, ()) for place in inputs))
-        if func is torch.ops.aten.copy_.default:
-            self._copied(*args[:2])
+        changed = _changed_by(func, args, kwargs)
+        if any(self._place(one) in self._originals for one in changed):
+            self.reached.append(str(func._schema.name).removeprefix("aten::"))
+            raise CannotRehearseError("it changes the model itself, so it cannot be rehearsed on a copy")
+        if func is torch.ops.aten.copy_.default and is_ordinary(args[0]) and is_ordinary(args[1]):
+            target, source = args[:2]
+            keys, copy = self._keys(source), self._copy_of(target, source)
+            result = func(*args, **kwargs)
+            self._put(target, keys, copy)
             return result
-        for one in tree_leaves(result):
-            if isinstance(one, torch.Tensor):
-                place = self._place(one)
-                if place not in inputs or func._schema.is_mutable:
-                    self._keys[place] = keys
-                    self._copies.pop(place, None)
+        inputs = _tensors((args, kwargs))
+        keys = frozenset[str]().union(*map(self._keys, inputs))
+        places = set(map(self._place, inputs))
+        result = func(*args, **kwargs)
+        made = [one for one in _tensors(result) if self._place(one) not in places]
+        for one in (*changed, *made):
+            self._put(one, keys, "")
         return result
 
-    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        place, origin = self._place(target), self._place(source)
-        keys = self._keys.get(origin, frozenset())
-        is_whole = target.numel() * target.element_size() == target.untyped_storage().nbytes()
-        self._keys[place] = keys if is_whole else keys | self._keys.get(place, frozenset())
-        self._copies.pop(place, None)
-        key, given = self._given.get(origin, ("", None))
-        if is_whole and given is not None and _same_view(given, source) and given.shape == target.shape:
-            self._copies[place] = key
-        elif is_whole and origin in self._copies and source.shape == target.shape:
-            self._copies[place] = self._copies[origin]
+    def _copy_of(self, target: torch.Tensor, source: torch.Tensor) -> str:
+        """The key of which ``target`` becomes a copy by a copy of ``source``; empty for none."""
+        if source.shape != target.shape:
+            return ""
+        key, given = self._given.get(self._place(source), ("", None))
+        if given is not None and _same_view(given, source):
+            return key
+        return self._regions.get(self._place(source), {}).get(_region(source), (frozenset(), ""))[1]
 
-    def written(self, tensor: torch.Tensor) -> Written:
-        """What the tensor holds now."""
-        place = self._place(tensor)
-        keys = self._keys.get(place, frozenset())
-        given = self._given.get(place)
-        is_given = given is not None and _same_view(given[1], tensor)
-        return Written(tuple(sorted(keys)), len(keys) == 1 and (is_given or place in self._copies), tuple(tensor.shape))
+    def written(self, tensor: torch.Tensor, original: torch.Tensor | None, copier: Copier) -> Written:
+        """What the tensor holds now; ``original`` is the tensor of that name in the model."""
+        keys = self._keys(tensor)
+        _key, given = self._given.get(self._place(tensor), ("", None))
+        is_given = given is not None and _same_view(given, tensor)
+        copy = self._regions.get(self._place(tensor), {}).get(_region(tensor), (frozenset(), ""))[1]
+        is_same = original is not None and copier.of(original) is tensor
+        is_copy = len(keys) == 1 and (is_given or bool(copy))
+        is_touched = not is_same or any(map(_region(tensor).meets, self._regions.get(self._place(tensor), {})))
+        # NumPy may write memory that it shares with a tensor
+        is_touched = is_touched or (original is not None and not tensor.is_meta and not _is_equal(tensor, original))
+        return Written(tuple(sorted(keys)), is_copy, tuple(tensor.shape), is_touched, not is_same)
+
+
+def _is_equal(tensor: torch.Tensor, original: torch.Tensor) -> bool:
+    plain = (each.detach().resolve_conj().resolve_neg() for each in (tensor, original))
+    one, other = (each.contiguous().reshape(-1).view(torch.uint8) for each in plain)
+    return original.is_meta or torch.equal(one, other.to(one.device))
+
+
+@attrs.frozen
+class _Region:
+    """The bytes of its storage that a tensor takes."""
+
+    begin: int
+    end: int
+    is_dense: bool
+
+    def meets(self, other: _Region) -> bool:
+        return self.begin < other.end and other.begin < self.end
+
+    def covers(self, other: _Region) -> bool:
+        return self.is_dense and self.begin <= other.begin and other.end <= self.end
+
+
+def _region(tensor: torch.Tensor) -> _Region:
+    size = tensor.element_size()
+    begin = int(tensor.storage_offset()) * size
+    if not is_ordinary(tensor) or not tensor.numel():
+        return _Region(begin, begin + 1, is_dense=True)
+    reach = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return _Region(begin, begin + reach * size, is_dense=reach == tensor.numel())
+
+
+def _changed_by(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an operation changes in place."""
+    if not func._schema.is_mutable:
+        return []
+    arguments = {argument.name: argument for argument in func._schema.arguments}
+    given = [*zip(arguments, args, strict=False), *kwargs.items()]
+    chosen = [value for name, value in given if (alias := arguments[name].alias_info) is not None and alias.is_write]
+    return _tensors(chosen)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested values whose memory can be followed."""
+    return [one for one in tree_leaves(value) if isinstance(one, torch.Tensor) and is_ordinary(one)]
 
 
 def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -65,7 +65,7 @@ def model_targets(model: Any) -> ModelTargets:
     owned = registered(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     code = LoadingCode.of(root)
-    codes = (*code.of_users, *code.of_torch)
+    codes = (*code.runs, *code.of_torch)
     specs: dict[str, TargetSpec] = {}
     tensors: dict[str, torch.Tensor] = {}
     extra: dict[str, torch.nn.Module] = {}
@@ -82,6 +82,11 @@ def model_targets(model: Any) -> ModelTargets:
     for name, value in _state_dict(model).items():
         owner, _, leaf = name.rpartition(".")
         if leaf == _EXTRA_STATE and owner in modules:
+            if name in owned:
+                raise ConfigError(
+                    f"{model.name}: {name} is a parameter or buffer, but torch uses that name for extra state. "
+                    "Next: rename it"
+                )
             extra[name] = modules[owner]
             specs[name] = TargetSpec((), "object", 0, is_parameter=False)
             continue

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from noether_init_core.applying.own_loading import load_by_code, put, run_hooks_after, unchanged
+from noether_init_core.applying.own_loading import load_by_code, put, unchanged
 from noether_init_core.applying.places import Identity
-from noether_init_core.applying.rehearsal import copy_with_values
+from noether_init_core.applying.rehearsal import copy_with_values, undisturbed
 from noether_init_core.applying.targets import (
     Fill,
     ModelTargets,
@@ -57,7 +57,8 @@ def lacking_memory(
     fills = fills_of(model, hidden) if resets else {}
     for module, (fill, names) in _by_module(fills).items():
         try:
-            empty = _filled(copy_with_values(module), fill, names, torch.device("cpu"))
+            with undisturbed():
+                empty = _filled(copy_with_values(module), fill, names, torch.device("cpu"))
         except Exception as error:
             yield f"on_missing: reset: {listed(names)} cannot be filled: {type(error).__name__}: {error}"
             continue
@@ -303,9 +304,9 @@ def apply_rows(
 
     Tensors on the meta device get memory on ``device``; with ``may_map`` the memory may be the mapped file.
 
-    A tensor with several names is written once. Modules with rows that reset run ``reset_parameters`` first. Loading
-    code of modules runs for everything below them, on tensors in memory, with the versions recorded in the file; hooks
-    after a load are called. ``by_code`` are the tensors that such code loads in any of the models: they get their value
+    A tensor with several names is written once. Modules with rows that reset run ``reset_parameters`` first. A model
+    with loading code of its own is loaded by its ``load_state_dict``, from tensors in memory, with the versions
+    recorded in the file. ``by_code`` are the tensors that such code loads in any of the models: they get their value
     there, under every name.
 
     The plan must have no problems and the reader must be verified; this function decides nothing. ``stopwatch`` gets
@@ -315,12 +316,12 @@ def apply_rows(
     rows = tuple(rows)
     fresh = _FreshMemory(targets.tensors.values(), device)
     _reset(rows, targets, fresh)
-    for prefix, module in targets.code.of_users.items():
+    for prefix, module in targets.code.runs.items():
         fresh.hand_over(tensor for name, tensor in targets.tensors.items() if name.startswith(prefix))
         with stopwatch.phase("copy"):
             load_by_code(prefix, module, rows, reader, targets)
         written += [row.key for row in rows if row.writes and row.key.startswith(prefix)]
-    prefixes = tuple(targets.code.of_users)
+    prefixes = tuple(targets.code.runs)
     seen = set(by_code)
     plain: list[tuple[PlanRow, torch.Tensor]] = []
     made: dict[tuple[tuple[str, ...], tuple[Step, ...]], list[tuple[PlanRow, torch.Tensor]]] = {}
@@ -349,8 +350,6 @@ def apply_rows(
                         written.append(row.key)
     written += shared
     fresh.hand_over()
-    for module in targets.code.after:
-        run_hooks_after(module)
 
 
 def _copy_plain(

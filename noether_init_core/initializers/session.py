@@ -17,13 +17,14 @@ from typing import Any
 
 import attrs
 
-from noether_init_core.applying.own_loading import (
+from noether_init_core.applying.learning import (
     learned,
-    loaded_by_code,
     mixed_versions,
     rehearsal_problems,
     tied_loading_code,
+    value_problems,
 )
+from noether_init_core.applying.own_loading import loaded_by_code
 from noether_init_core.applying.targets import ModelTargets, device_for, model_targets, separated
 from noether_init_core.applying.weights import (
     apply_rows,
@@ -237,24 +238,20 @@ class WeightsSession(Session):
         plan = attrs.evolve(plan, warnings=(*plan.warnings, *left_out))
         return Planned(opened, plan, {part.model: own for part, own in found}, self._signature(opened.leaves))
 
-    @property
-    def _resets(self) -> bool:
-        return self.config.policies.on_missing == "reset"
-
     def _beyond_names(
         self, plan: LoadPlan, opened: Opened, found: Sequence[tuple[PlanPart, ModelTargets]]
     ) -> Iterator[Problem]:
         """Problems of a plan that fits: of entries that are one tensor, of versions, and of memory."""
         readers = {path: file.reader for path, file in opened.weights.items()}
         targets = {part.model: own for part, own in found}
-        names = ", ".join(targets)
+        names, resets = ", ".join(targets), self.config.policies.on_missing == "reset"
         for message in (*tied_loading_code(plan, targets), *differing_ties(plan, readers)):
             yield Problem("tied", message, names)
         for leaf in opened.leaves:
             path, rows = leaf.path, plan.rows_of(leaf.path)
             for message in mixed_versions(rows, readers[path].versions, targets[path]):
                 yield Problem("versions", message, path)
-            for message in lacking_memory(path, leaf.model, rows, targets[path], resets=self._resets):
+            for message in lacking_memory(path, leaf.model, rows, targets[path], resets=resets):
                 yield Problem("memory", message, path)
 
     @property
@@ -333,6 +330,7 @@ class WeightsSession(Session):
                 for finding in findings:
                     self.warn(f"{path}: {finding}")
                 plan.refuse(unfit_casts(rows, reader), model=path)
+                plan.refuse(value_problems(plan, planned.targets[path], reader, path), model=path)
         with self.stopwatch.phase("verify"):
             plan.refuse(differing_ties(plan, readers))
 
@@ -352,7 +350,7 @@ class WeightsSession(Session):
             before, total = len(written), len(written) + sum(row.writes for row in rows)
             what = f"writing the weights of {leaf.path} failed after verification"
             with self.writing(what, opened.leaves, done, partial(_counted, written, total)):
-                if self._resets:
+                if self.config.policies.on_missing == "reset":
                     fill_hidden(leaf.model, rows, own, device_for(leaf.model))
                 apply_rows(
                     rows,

@@ -15,8 +15,8 @@ from urllib.request import url2pathname
 from noether_init_core.errors import KindImportError
 from noether_init_core.files.storage.disk import LOCAL, reaching
 from noether_init_core.kinds.hints import install_extra
-from noether_init_core.kinds.settings import isolated
 from noether_init_core.messages import listed, logger_of, one_line
+from noether_init_core.settings import isolated
 
 _logger = logger_of(__name__)
 # One stack resolves a kind several times.
