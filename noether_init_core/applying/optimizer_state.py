@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import torch
 
 from noether_init_core import nested
+from noether_init_core.applying.rehearsal import act_on_copy
 from noether_init_core.errors import StateMismatchError, type_of
 from noether_init_core.surgery.optimizer_fields import lacking_state
 from noether_init_core.surgery.optimizer_plan import STAYS, Moved, OptimizerPlan, Stays
@@ -122,16 +124,61 @@ def apply_optimizer(plan: OptimizerPlan, optimizer: torch.optim.Optimizer) -> No
     ]
     fields = [dict(stored) for stored in plan.fields]
     _check_staying(optimizer, prepared, fields)
-    before = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
+    groups, attributes = list(optimizer.param_groups), dict(vars(optimizer))
+    states = {key: dict(values) if isinstance(values, dict) else values for key, values in optimizer.state.items()}
+    before = states, [dict(group) for group in groups]
+    values = [(one, one.detach().clone()) for one in _tensors_of(optimizer)] if has_own_loading(optimizer) else []
+    state = optimizer.state
     try:
         _hand_over(optimizer, prepared, fields)
     except BaseException:  # also after KeyboardInterrupt, the optimizer must not be half changed
-        optimizer.state.clear()
-        optimizer.state.update(before[0])
-        for group, values in zip(optimizer.param_groups, before[1], strict=True):
+        vars(optimizer).clear()
+        vars(optimizer).update(attributes)
+        state.clear()
+        state.update(before[0])
+        for group, own in zip(groups, before[1], strict=True):
             group.clear()
-            group.update(values)
+            group.update(own)
+        optimizer.param_groups[:] = groups
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
         raise
+
+
+def has_own_loading(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether code of users sees the state that is loaded: hooks, or overrides of the methods that take it."""
+    kind = type(optimizer)
+    own = [getattr(kind, name) for name in ("load_state_dict", "__setstate__")]
+    own += [vars(optimizer)[name] for name in ("load_state_dict", "__setstate__") if name in vars(optimizer)]
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks or optimizer._optimizer_load_state_dict_post_hooks
+    return bool(hooks) or any(str(one.__module__).split(".")[0] != "torch" for one in own)
+
+
+def rehearsed_optimizer(plan: OptimizerPlan, optimizer: torch.optim.Optimizer) -> str:
+    """Why the optimizer refuses its planned state, in words; empty if it does not. It is tried on a copy.
+
+    Only code of users is tried: the code of torch takes what was planned.
+    """
+    if not has_own_loading(optimizer):
+        return ""
+    tensors = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def cloned(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+    def load(copied: torch.optim.Optimizer) -> None:
+        state, fields = nested.mapped(plan.state, cloned), nested.mapped(plan.fields, cloned)
+        apply_optimizer(attrs.evolve(plan, state=state, fields=fields), copied)
+
+    return act_on_copy(optimizer, [*tensors, *_tensors_of(optimizer)], load)
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The tensors in the state of an optimizer."""
+    return [
+        leaf for state in optimizer.state.values() for leaf in nested.leaves(state) if isinstance(leaf, torch.Tensor)
+    ]
 
 
 def _check_staying(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: list[dict[str, Any]]) -> None:

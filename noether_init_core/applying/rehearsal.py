@@ -11,7 +11,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -95,6 +96,27 @@ def rehearse(
         except (Exception, SystemExit) as raised:
             error = raised
     return Rehearsal(f"{type(error).__name__}: {str(error).strip()}")
+
+
+def act_on_copy(value: Any, tensors: Iterable[torch.Tensor], act: Callable[[Any], Any]) -> str:
+    """Why ``act`` fails on a copy of ``value`` with values, in words; empty if it does not.
+
+    ``tensors`` are those of ``value`` that ``act`` may change.
+    """
+    tensors = tuple(tensors)
+    on_cpu = all(tensor.device.type in ("cpu", "meta") for tensor in tensors)
+    error: BaseException | None = None
+    for device in (_CPU, *([] if on_cpu else [None])):
+        try:
+            with undisturbed():
+                copier = Copier(frozenset(map(id, tensors)), device)
+                guarded(copier, partial(act, copier.of(value)), {})
+            return ""
+        except CannotRehearseError as raised:
+            return str(raised)
+        except (Exception, SystemExit) as raised:
+            error = raised
+    return f"{type(error).__name__}: {str(error).strip()}"
 
 
 def copy_with_values(module: torch.nn.Module) -> torch.nn.Module:

@@ -16,6 +16,7 @@ from noether_init_core.applying.optimizer_state import (
     moved_value,
     optimizer_names,
     parameter_aliases,
+    rehearsed_optimizer,
     torch_optimizer,
 )
 from noether_init_core.config.source import OptimizerStateConfig
@@ -101,6 +102,17 @@ class OptimizerStep:
         )
         self.is_read = True
         return warnings
+
+    def rehearse(self) -> None:
+        """Raise ``StateMismatchError`` if hooks or methods of the optimizer refuse the state that was read."""
+        problem = rehearsed_optimizer(self.plan, self.optimizer)
+        if problem:
+            name = type(self.optimizer).__name__
+            raise StateMismatchError(
+                f"{self.leaf.path}: the loading code of the optimizer {name} fails: {problem}. Nothing was changed. "
+                "To train with fresh state: load_optim: false",
+                problems=[problem],
+            )
 
     def check_memory(self) -> None:
         """Raise ``StateMismatchError`` for parameters on the meta device, where their state would be lost."""
@@ -225,6 +237,7 @@ class LoadSession(WeightsSession):
                     self.warn(f"{step.leaf.path}: {warning}")
                 for warning in step.read(config):
                     self.warn(warning)
+                step.rehearse()
         return steps
 
     def apply_optimizers(self, model: Any) -> None:

@@ -399,6 +399,8 @@ class InitializerStack:
                 if not isinstance(error, Exception):  # KeyboardInterrupt and SystemExit stay what they are
                     raise
                 kept = "States of trainer and callbacks were restored." if not problems else " ".join(problems)
+                is_written = any(label.startswith(("init_weights", "init_optimizer")) for label in labels[: number + 1])
+                kept += "" if is_written else " No initializer has written weights."
                 # str(KeyError) is the key alone, so name the class
                 reason = error if isinstance(error, InitError) else f"{type(error).__name__}: {one_line(str(error))}"
                 raise PartlyInitializedError(

@@ -12,6 +12,7 @@ import torch
 from noether_init_core.errors import ConfigError, StateMismatchError, type_of
 from noether_init_core.iteration import TrainingIteration, check_whole
 from noether_init_core.messages import listed, logger_of, one_line
+from noether_init_core.nested import equal
 from noether_init_core.training.loader import Layout, Position, TrainingLoader
 from noether_init_core.training.plain_state import plain, restored
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
@@ -389,7 +390,9 @@ class TrainerState:
             stuck = []
             for other in touched:
                 try:
-                    self._stateful[other].load_state_dict(before[other])
+                    self._stateful[other].load_state_dict(copy.deepcopy(before[other]))
+                    if not equal(self._stateful[other].state_dict(), before[other]):
+                        stuck.append(other)
                 except Exception:  # an object that refused one state may refuse its own, too; the message names it
                     _logger.exception("%s could not be restored to its former state", other)
                     stuck.append(other)

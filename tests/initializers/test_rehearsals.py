@@ -330,9 +330,8 @@ def test_code_that_needs_the_very_object_is_refused(tmp_path: Path) -> None:
             state[f"{prefix}layer.bias"] = state[f"{prefix}layer.bias"] * factors[id(self)]
 
     model, source = Registered(), Registered()
-    problem = stack_for(tmp_path, source.state_dict()).plan(bind(model, "net")).problems[0].message
-    assert "fails: KeyError" in problem
-    assert "It ran on a copy of the model" in problem
+    with pytest.raises(PlanError, match=r"fails: KeyError.*It ran on a copy of the model"):
+        stack_for(tmp_path, source.state_dict()).initialize(bind(model, "net"))
     model.load_state_dict(source.state_dict())
     assert torch.equal(model.layer.bias, source.layer.bias * 2)
 
@@ -531,7 +530,8 @@ def test_code_that_replaces_what_the_plan_keeps_is_refused(tmp_path: Path) -> No
     model = Replacing()
     before = model.w
     stack = stack_for(tmp_path, Replacing().state_dict(), transforms=[{"keep_model": "w"}])
-    assert "changes w, which the plan keeps" in stack.plan(bind(model, "net")).problems[0].message
+    with pytest.raises(PlanError, match="changes w, which the plan keeps"):
+        stack.initialize(bind(model, "net"))
     assert model.w is before
     source = Replacing()
     stack_for(tmp_path, source.state_dict()).initialize(bind(model, "net"))
@@ -612,13 +612,15 @@ def test_what_fails_by_values_fails_before_a_change(make: Callable[[], Any], wor
 
 @executes("applying/learning.py", "let it decide by names and shapes")
 def test_code_that_decides_by_shapes_is_planned(tmp_path: Path) -> None:
-    """Names and shapes are the same on the meta device."""
+    """Names and shapes are the same on the meta device, but values are not."""
 
     class DoublesByShape(Code):
         def code(self, state: dict[str, Any], prefix: str) -> None:
             if state[f"{prefix}layer.weight"].shape == (2, 2):
                 state[f"{prefix}layer.weight"] = state[f"{prefix}layer.weight"] * 2
 
+    with pytest.raises(PlanError, match="does something else with values"):
+        stack_for(tmp_path, DoublesOnValues().state_dict()).initialize(bind(DoublesOnValues(), "net"))
     model, source = DoublesByShape(), DoublesByShape()
     stack_for(tmp_path, source.state_dict()).initialize(bind(model, "net"))
     assert torch.equal(model.layer.weight, source.layer.weight * 2)
