@@ -49,9 +49,12 @@ def isolated(changed: list[str]) -> Iterator[None]:
             yield
     finally:
         for (name, read, write), value in before:
-            if not _same(read(), value):
-                write(value)
-                changed.append(name)
+            try:
+                if not _same(read(), value):
+                    changed.append(name)
+                    write(value)
+            except Exception as error:  # the others must still be put back
+                changed.append(f"{name}, which cannot be put back ({type(error).__name__}: {error})")
         if "numpy" in sys.modules and not had_numpy:
             sys.modules["numpy"].random.seed()  # as after any first import: from the operating system
 

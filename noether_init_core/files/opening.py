@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
+import xxhash
 
 from noether_init_core.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError
 from noether_init_core.files import reading
@@ -39,6 +40,9 @@ from noether_init_core.uris import local_path
 
 if TYPE_CHECKING:
     import torch
+
+#: Bytes of each record that ``identity`` reads where a file has no checksums.
+_SAMPLE_BYTES = 4096
 
 
 def open_checkpoint(
@@ -161,9 +165,8 @@ class FileCheckpoint(BaseCheckpoint):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._handle.check_unchanged()
-        has_checksums = all(record.crc is not None for record in self._content.records.values())
-        identity = (self._handle.storage.version, self.digest_of_records, has_checksums)
-        return _opened_again, (self.again, identity)
+        version = self._handle.storage.version  # raises if the file is closed
+        return _opened_again, (self.again, ("" if self._has_checksums else version, self.identity()))
 
     @property
     def format(self) -> Literal["torch", "safetensors"]:
@@ -296,6 +299,20 @@ class FileCheckpoint(BaseCheckpoint):
         """Digest of the list of records with their checksums; see ``Digests.records``."""
         return digest_of_records(self._content.records.values())
 
+    @property
+    def _has_checksums(self) -> bool:
+        return all(record.crc is not None for record in self._content.records.values())
+
+    def identity(self) -> str:
+        """Digest of size and records with their checksums; without checksums, also of the first bytes of each record.
+
+        Equal for copies of a file, wherever they lie. Only checksums make another identity certain for other bytes.
+        """
+        found = xxhash.xxh3_128(f"{self._handle.size} {self.digest_of_records}".encode())
+        for record in () if self._has_checksums else self._content.records.values():
+            found.update(self._handle.read(min(record.size, _SAMPLE_BYTES), record.offset))
+        return f"xxh3_128:{found.hexdigest()}"
+
     def checksums(self) -> dict[str, int | None]:
         """Return path in the complete object -> CRC-32 of the bytes of the tensor, in the memory order of the file.
 
@@ -380,12 +397,10 @@ class FileCheckpoint(BaseCheckpoint):
         return reading.read_tensor(self._handle, self._info(info))
 
 
-def _opened_again(again: Callable[[], FileCheckpoint], identity: tuple[str, str, bool]) -> FileCheckpoint:
-    """The copy of a checkpoint. On another node the version differs; the checksums in the file then prove its bytes."""
-    version, records, has_checksums = identity
+def _opened_again(again: Callable[[], FileCheckpoint], identity: tuple[str, str]) -> FileCheckpoint:
+    """The copy of a checkpoint. Checksums prove its bytes, on any node; without them the version must be the same."""
     found = again()
-    same_bytes = has_checksums and found.digest_of_records == records
-    if found._handle.storage.version != version and not same_bytes:
+    if identity != ("" if found._has_checksums else found._handle.storage.version, found.identity()):
         found.close()
         raise CheckpointCorruptError(
             f"{found.path} is not the file that was opened: it was written again since. Next: open_checkpoint again",

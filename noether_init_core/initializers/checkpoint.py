@@ -16,6 +16,7 @@ from noether_init_core.config.source import (
 )
 from noether_init_core.errors import CheckpointNotFoundError, ConfigError
 from noether_init_core.files.checkpoint import Checkpoint
+from noether_init_core.files.opening import open_checkpoint
 from noether_init_core.initializers.base import (
     LocateQuery,
     Outcome,
@@ -216,15 +217,15 @@ class CheckpointInitializer(SourceInitializer):
     def open(self, source: Source) -> Checkpoint:
         """Open a file of the set, as ``SourceInitializer`` does.
 
-        Raises ``TornSetError`` for a flat optimizer file that was written again since it was selected. Such a file
-        records no iteration, so that ``check_together`` could not find it.
+        Raises ``TornSetError`` for a flat file that was written again since it was selected: it may record the same
+        iteration, or none, so that ``check_together`` could not find it.
         """
         reader = super().open(source)
         files = () if self.selection is None else self.selection.chosen.files
         with ExitStack() as opened:
             opened.enter_context(reader)
             for file in files:
-                if file.path == source.location and file.part == "optim":
+                if file.path == source.location:
                     check_as_listed(file)
             opened.pop_all()
         return reader
@@ -241,6 +242,15 @@ class CheckpointInitializer(SourceInitializer):
         trainer = self.selection.trainer
         if trainer is not None:
             found["trainer"] = recorded_in(trainer, chosen.folder)
+        # Flat files that are not loaded say which run the loaded ones must be of.
+        models = {parsed.model for name in found if (parsed := parse(name)) is not None}
+        for file in () if chosen.committed else chosen.files:
+            # a trainer file that was read may have been written again since
+            is_trainer = file.part == "trainer" and trainer is None
+            is_plain = (file.part, file.info) == ("model", None) and file.model in models
+            if (is_trainer or is_plain) and file.name not in found:
+                with open_checkpoint(file.path) as reader:
+                    found[file.name] = recorded_in(reader.metadata, file.path)
         # A file that is not loaded may decide the iteration of the set, such as the trainer file for a warm start.
         check_consistency(found, attrs.evolve(chosen, iteration=self.selection.snapshot.iteration_of(chosen)))
 
@@ -252,12 +262,19 @@ class CheckpointInitializer(SourceInitializer):
         return read_histories(self.selection.chosen).get(parsed.model, {})
 
     def fingerprint(self) -> tuple[str, ...]:
-        """As in ``SourceInitializer``, and the set with the seal of its manifest."""
+        """As in ``SourceInitializer``, and the set: by the seal of its manifest, a flat one by its other files."""
         if self.selection is None:
             return super().fingerprint()
         chosen = self.selection.chosen
-        seal = "not committed" if chosen.manifest is None else digest_of(chosen.manifest.to_bytes())
-        return (f"the set {chosen.name} ({seal})", *super().fingerprint())
+        if chosen.manifest is not None:
+            seal = digest_of(chosen.manifest.to_bytes())
+            return (f"the set {chosen.name} ({seal})", *super().fingerprint())
+        beside = []
+        for state in chosen.files:
+            if state.part != "model":  # weights are in the fingerprint of the files that are open
+                with open_checkpoint(state.path) as reader:
+                    beside.append(f"{state.path.name}, {reader.identity()}")
+        return (f"the flat set {chosen.name}", *beside, *super().fingerprint())
 
     def outcome(self) -> Outcome:
         """As in ``SourceInitializer``, and the sets that were passed over."""

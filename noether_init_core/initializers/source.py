@@ -110,7 +110,7 @@ class SourceInitializer(InitializerBase, abc.ABC):
             session.checked_optimizers(model)
 
     def fingerprint(self) -> tuple[str, ...]:
-        """The file of each single model, with a digest of its checksums or, without them, of its header."""
+        """The file of each single model, with a digest of its checksums, or of its header and samples of its bytes."""
         opened = None if self.session is None else self.session.opened
         files = {} if opened is None else opened.weights
         return tuple(f"{path} from {file.source.location.name}, {_content(file)}" for path, file in files.items())
@@ -185,5 +185,5 @@ class SourceInitializer(InitializerBase, abc.ABC):
 def _content(file: OpenFile) -> str:
     """The bytes of an open file in words, without reading them."""
     if isinstance(file.reader, FileCheckpoint):
-        return file.reader.digest_of_records
+        return file.reader.identity()
     return file.source.digest or f"{len(file.reader.tensors())} tensors"

@@ -70,7 +70,11 @@ def shadowed_by(distribution: str, target: str) -> str | None:
     imported = getattr(sys.modules.get(module), "__file__", None)
     if imported is None:
         return None
-    path, installed = module.replace(".", "/"), importlib.metadata.distribution(distribution)
+    path = module.replace(".", "/")
+    try:
+        installed = importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:  # its metadata folder has a name that is not normalized
+        return None
     places = [Path(str(installed.locate_file(f"{path}{end}"))) for end in (".py", "/__init__.py")]
     with reaching(Path(imported)):
         own = [one for one in places if LOCAL.is_file(one)]

@@ -125,10 +125,13 @@ def retire_sets(snapshot: Snapshot, rules: Retention, training: str | None = Non
 
 def _remove_folder(checkpoints: Path, folder: Path, storage: FileSystem) -> None:
     for name in list_names(folder, storage):
-        # A flat name may be a hard link to the file, which would keep its bytes on the disk.
-        if parse(name) is not None and storage.is_same_file(checkpoints / name, folder / name):
-            storage.unlink(checkpoints / name)
-        _remove(folder / name, storage)
+        # A flat name may be a hard link to the file, which would keep its bytes on the disk. Behind a symbolic link, on
+        # either side, may be the only copy of another program.
+        flat, own = checkpoints / name, folder / name
+        is_linked = storage.is_link(flat) or storage.is_link(own)
+        if parse(name) is not None and not is_linked and storage.is_same_file(flat, own):
+            storage.unlink(flat)
+        _remove(own, storage)
     storage.remove_folder(folder)
 
 

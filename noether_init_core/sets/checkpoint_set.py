@@ -229,9 +229,15 @@ class SetFolder:
         return TrainingIteration(*self.numbers)
 
     def is_committed(self, storage: FileSystem = LOCAL) -> bool:
-        """Whether a manifest exists, even a damaged one. Raises ``CheckpointUnreachableError`` if the disk fails."""
+        """Whether a manifest exists, even a damaged one.
+
+        Raises ``CheckpointUnreachableError`` if the disk fails, and if the name is a link that leads nowhere.
+        """
         with reaching(self.manifest_path):
-            return storage.exists(self.manifest_path)
+            if storage.exists(self.manifest_path):
+                return True
+        refuse_dangling(self.path, storage)
+        return False
 
 
 def set_folders(
@@ -378,6 +384,22 @@ def check_reachable(folder: Path, storage: FileSystem) -> None:
             )
         if is_there:
             raise CheckpointUnreachableError(f"{place} is not a folder. Next: move this file away", path=place)
+
+
+def refuse_dangling(path: Path, storage: FileSystem) -> None:
+    """Raise ``CheckpointUnreachableError`` for a link that leads nowhere, as on a disk that is not mounted.
+
+    Its set may be the newest one, so it is not passed over as absent.
+    """
+    with reaching(path):
+        is_dangling = storage.is_link(path) and not storage.leads_somewhere(path)
+        target = storage.resolve(path) if is_dangling else path
+    if is_dangling:
+        raise CheckpointUnreachableError(
+            f"{path} is a link to {target}, which does not exist, so it is unknown what is there. "
+            "Next: mount its disk, or remove the link",
+            path=path,
+        )
 
 
 def lies_in_a_run(path: Path) -> bool:

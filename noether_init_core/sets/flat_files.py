@@ -23,6 +23,7 @@ from noether_init_core.sets.checkpoint_set import (
     check_consistency,
     list_names,
     recorded_in,
+    refuse_dangling,
     sorted_files,
 )
 from noether_init_core.sets.file_names import iteration_of_tag, parse
@@ -52,6 +53,8 @@ def legacy_sets(folder: Path, storage: FileSystem) -> list[CheckpointSet]:
         if parsed is not None and identity is not None:
             file = CheckpointFile(folder, name, parsed.model, parsed.info, parsed.part, identity)
             by_tag.setdefault(parsed.tag, []).append(file)
+        elif parsed is not None:
+            refuse_dangling(folder / name, storage)
     found = [
         CheckpointSet(folder, tag, (tag,), iteration_of_tag(tag), None, False, sorted_files(files))
         for tag, files in sorted(by_tag.items())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+import xxhash
 
-from noether_init_core.errors import RankError
+from noether_init_core.errors import ConfigError, RankError, type_of
+from noether_init_core.iteration import TrainingIteration
+from noether_init_core.stack.members import Member
 
 _Ready = TypeVar("_Ready")
 
@@ -30,10 +33,19 @@ def agreed(
         group: A process group; None: all ranks.
         timeout_s: Seconds to wait for the others.
 
-    Raises ``RankError`` on every rank if the words differ, if ``prepare`` failed on some ranks only, and if a rank does
-    not answer in time. If it failed in the same way on all of them, each raises its own error.
+    Raises ``ConfigError`` on a rank that is not in ``group``. Raises ``RankError`` on every rank if the words differ,
+    if ``prepare`` failed on some ranks only, and if a rank does not answer in time. If it failed in the same way on all
+    of them, each raises its own error.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:
+    if not (dist.is_available() and dist.is_initialized()):
+        return prepare()
+    size = dist.get_world_size(group)
+    if size < 1:  # torch says -1
+        raise ConfigError(
+            f"initialize(group=...) was called by rank {dist.get_rank()}, which is not in that group. "
+            "Next: give each rank the group that it is in, or none"
+        )
+    if size == 1:
         return prepare()
     ready: list[_Ready] = []
     failure: Exception | None = None
@@ -50,6 +62,20 @@ def agreed(
     return ready[0]
 
 
+def facts(auto_resume: str, members: Iterable[Member], start: TrainingIteration) -> Iterator[str]:
+    """What every rank must have found: the initializers, their settings, what each of them reads, and the start."""
+    yield auto_resume or "no auto_resume"
+    units = [one for member in members for one in member.units]
+    yield f"initializers {', '.join(one.config.kind for one in units) or 'none'}"
+    for number, one in enumerate(units):
+        # a digest, since settings may hold secrets; where a file lies may differ between nodes
+        settings = one.config.model_dump_json(exclude={"path", "output_path", "digest"}, fallback=type_of)
+        yield f"{number}: {one.config.kind} has the settings {xxhash.xxh3_64_hexdigest(settings.encode())}"
+        for line in one.fingerprint():
+            yield f"{number}: {one.config.kind} reads {line}"
+    yield f"start {start}"
+
+
 def _exchanged(lines: tuple[str, ...], group: Any, timeout_s: float) -> dict[int, tuple[str, ...]]:
     """Rank -> its lines. Over gloo, since NCCL waits for a dead rank without end."""
     ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
@@ -63,8 +89,8 @@ def _exchanged(lines: tuple[str, ...], group: Any, timeout_s: float) -> dict[int
     except RuntimeError as error:  # torch has no narrower class for a rank that is gone or late
         raise RankError(
             f"not all of the {len(ranks)} ranks answered within {timeout_s:g} s: one has failed, or does not call "
-            "initialize(). Nothing was changed. Next: read the output of the other ranks; every rank calls "
-            f"initialize(), a rank that starts by itself with group=. torch says: {error}"
+            "initialize(). Nothing was changed. Next: read the output of the other ranks, and start all of them again; "
+            f"every rank calls initialize(), a rank that starts by itself with group=. torch says: {error}"
         ) from error
     finally:
         if own is not None:

@@ -46,7 +46,7 @@ from noether_init_core.stack.members import (
     values_of,
     written_by,
 )
-from noether_init_core.stack.ranks import agreed
+from noether_init_core.stack.ranks import agreed, facts
 from noether_init_core.suggest.rules import Suggestion
 from noether_init_core.surgery.plan import LoadPlan, Problem
 
@@ -236,7 +236,8 @@ class InitializerStack:
         """Start the run: check all that can fail, then change trainer, weights, optimizer and callbacks.
 
         In a distributed run, the ranks compare what they found before the first change: the initializers, the sets and
-        files, the start iteration, and errors. All go on, or all raise.
+        files, the settings, the start iteration, and errors. If anything differs, all raise. A failure of user code
+        after the first change is raised on its own rank only.
 
         Args:
             model: A model or composite; ``bind`` makes one of a plain module.
@@ -261,7 +262,9 @@ class InitializerStack:
         callbacks = list(callbacks) if callbacks is not None else None
         with self._in_sessions(trains=trains, is_last=True):
             ready = functools.partial(self._ready, model, trainer, callbacks)
-            start, starts, prepared = agreed(ready, self._described, group=group, timeout_s=timeout_s)
+            start, starts, prepared = agreed(
+                ready, lambda found: facts(self._auto_resume, self._members, found[0]), group=group, timeout_s=timeout_s
+            )
             written: dict[int, Written] = {}
             absent = {"init_trainer": trainer is None, "init_callbacks": callbacks is None}
             hooks = [hook for hook in HOOK_NAMES if not absent.get(hook)]
@@ -282,16 +285,6 @@ class InitializerStack:
         start, starts = self._starts()
         self._check_start(start)
         return start, starts, tuple(prepare(self._members, model, (trainer, callbacks)))
-
-    def _described(self, ready: _Ready) -> Iterator[str]:
-        """What every rank must have found: the initializers, what each of them will read, and the start."""
-        yield self._auto_resume or "no auto_resume"
-        yield f"initializers {', '.join(member.kind for member in self._members) or 'none'}"
-        for member in self._members:
-            for one in member.units:
-                for line in one.fingerprint():
-                    yield f"{one.config.kind} reads {line}"
-        yield f"start {ready[0]}"
 
     def close(self) -> None:
         """Drop the selection of ``start_checkpoint``, so that the next call selects again. May be called twice."""

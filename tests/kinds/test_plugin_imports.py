@@ -218,3 +218,31 @@ def test_the_copy_beside_the_script_is_told_where_no_file_is_listed(
     monkeypatch.syspath_prepend(beside)
     kinds.resolve("bare")
     assert kinds.imported_from(kinds.describe("bare")) == str(beside / "bare_kind.py")
+
+
+def test_what_cannot_be_put_back_leaves_nothing_else_changed(
+    foreign: ForeignPackages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plugin that removes the working folder: generators and defaults are put back all the same."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    code = "import os, torch\nos.chdir('/')\nos.rmdir(%r)\ntorch.set_default_dtype(torch.float64)\n" % str(gone)
+    foreign.install("rude", offers={"rude": "rude_kind:ConstantInitializer"}, modules={"rude_kind": code + INITIALIZER})
+    before = torch.get_rng_state()
+    kinds.resolve("rude")
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.get_rng_state(), before)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "the working folder, which cannot be put back (FileNotFoundError: " in said
+    assert "torch's default dtype" in said
+
+
+def test_a_distribution_whose_folder_has_another_spelling_is_used(foreign: ForeignPackages) -> None:
+    """Some tools write ``my-plugin-1.0.dist-info``, which the standard library does not find by name."""
+    info = foreign.install(
+        "my-plugin", offers={"mine": "mine_kind:ConstantInitializer"}, modules={"mine_kind": INITIALIZER}
+    )
+    info.rename(info.with_name("my-plugin-1.0.dist-info"))
+    kinds.clear_cache()
+    assert kinds.resolve("mine").__name__ == "ConstantInitializer"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from support import rank_cases
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, RankError, TrainingIteration
@@ -33,6 +34,17 @@ def save(root: Path, seed: int, *epochs: int) -> None:
         CheckpointWriter(PathProvider(root, "source")).save(model, TrainingIteration(epoch, epoch, epoch))
 
 
+def legacy(root: Path, number: float) -> None:
+    """A run of Noether: the same weights on each rank, another state of the trainer."""
+    folder = PathProvider(root, "source").checkpoint_path
+    folder.mkdir(parents=True)
+    model, iteration = rank_cases.model(), {"epoch": 2, "update": 2, "sample": 2}
+    torch.save({"state_dict": model.state_dict(), "training_iteration": iteration}, folder / "net_cp=latest_model.th")
+    torch.save({"state_dict": model.optimizer.state_dict()}, folder / "net_cp=latest_optim.th")
+    state = {"callback_state_dicts": {"loss": {"best": number}}, "training_iteration": iteration}
+    torch.save(state, folder / "net_cp=latest_trainer.th")
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What every case came to, on every rank."""
@@ -50,6 +62,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         (folder / f"flat{rank}").mkdir()
         torch.manual_seed(rank)
         torch.save(torch.nn.Linear(3, 2).state_dict(), folder / f"flat{rank}" / "w.pt")
+        save_file(torch.nn.Linear(3, 2).state_dict(), folder / f"flat{rank}" / "w.safetensors")
+        legacy(folder / f"legacy{rank}", float(rank))
     program = [sys.executable, rank_cases.__file__]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     running = [
@@ -80,10 +94,14 @@ def test_ranks_that_agree_go_on(found: Found, case: str) -> None:
     ("case", "words"),
     [
         ("another root", ["rank 0: auto_resume: resumed from", "rank 1: auto_resume: source has no checkpoints"]),
+        ("other flat state", ["rank 0: 0: resume reads net_cp=latest_trainer.th", "rank 1: 0: resume reads net_cp"]),
+        ("other settings", ["rank 0: 0: previous_run has the settings", "rank 1: 0: previous_run has the settings"]),
+        ("other bytes without checksums", ["rank 0: 0: file reads net from w.safetensors", "rank 1: 0: file"]),
+        ("another order", ["rank 0: initializers previous_run, file", "rank 1: initializers file, previous_run"]),
         ("behind", ["resumed from E2_U2_S2", "resumed from E1_U1_S1", "start E1_U1_S1"]),
-        ("another run, the same iteration", ["rank 0: resume reads the set", "rank 1: resume reads the set"]),
-        ("other bytes", ["rank 0: previous_run reads the set", "rank 1: previous_run reads the set"]),
-        ("other flat bytes", ["rank 0: file reads net from w.pt", "rank 1: file reads net from w.pt"]),
+        ("another run, the same iteration", ["rank 0: 0: resume reads the set", "rank 1: 0: resume reads the set"]),
+        ("other bytes", ["rank 0: 0: previous_run reads the set", "rank 1: 0: previous_run reads the set"]),
+        ("other flat bytes", ["rank 0: 0: file reads net from w.pt", "rank 1: 0: file reads net from w.pt"]),
         ("damaged on one", ["rank 1: CheckpointCorruptError: ", "_model.th"]),
         ("another config", ["rank 0: initializers previous_run", "rank 1: initializers none"]),
         ("another model on one", ["rank 1: PlanError: "]),
@@ -115,6 +133,13 @@ def test_ranks_of_other_groups_may_start_from_something_else(found: Found) -> No
     """Several runs in one job: each group agrees by itself."""
     assert [rank["groups of one"]["error"] for rank in found] == [None] * RANKS
     assert [rank["groups of one"]["changed"] for rank in found] == [True, False]
+
+
+def test_a_rank_outside_the_given_group_is_refused(found: Found) -> None:
+    """It would start by itself, compared with nobody."""
+    assert [rank["not in the group"]["error"] for rank in found] == [None, "ConfigError"]
+    assert "rank 1, which is not in that group" in found[1]["not in the group"]["text"]
+    assert not found[1]["not in the group"]["changed"]
 
 
 def test_a_rank_that_never_comes_ends_the_wait(found: Found) -> None:

@@ -32,8 +32,11 @@ def cases(rank: int, folder: Path) -> dict[str, Callable[[], Made]]:
     """Name -> model, stack and further arguments of this rank."""
     one, other, empty = folder / "one", folder / "other", folder / "empty"
     resume = {"auto_resume": True, "initializers": []}
+    legacy = {"auto_resume": {"load_optim": False}, "initializers": []}
     weights = [{"kind": "previous_run", "run_id": "source"}]
     first = rank == 0
+    flat = {"kind": "file", "path": str(folder / "flat0" / "w.pt")}
+    only_first = dist.new_group([0])
     alone = [dist.new_group([number]) for number in range(dist.get_world_size())][rank]
     return {
         "the same": lambda: (model(), stack(resume, one), {}),
@@ -47,6 +50,23 @@ def cases(rank: int, folder: Path) -> dict[str, Callable[[], Made]]:
             stack([{"kind": "file", "path": str(folder / f"flat{rank}" / "w.pt")}], one, "new"),
             {},
         ),
+        "other flat state": lambda: (model(), stack(legacy, folder / f"legacy{rank}"), {}),
+        "other settings": lambda: (
+            model(),
+            stack([{**weights[0], "on_nonfinite": "warn" if first else "error"}], one, "new"),
+            {},
+        ),
+        "other bytes without checksums": lambda: (
+            model(),
+            stack([{"kind": "file", "path": str(folder / f"flat{rank}" / "w.safetensors")}], one, "new"),
+            {},
+        ),
+        "another order": lambda: (
+            model(),
+            stack([*weights, flat][:: 1 if first else -1], one, "new"),
+            {},
+        ),
+        "not in the group": lambda: (model(), stack(weights, one, "new"), {"group": only_first}),
         "damaged on one": lambda: (model(), stack(weights, one if first else folder / "damaged", "new"), {}),
         "another config": lambda: (model(), stack(weights if first else [], one, "new"), {}),
         "another model on one": lambda: (model(2 if first else 4), stack(weights, one, "new"), {}),
