@@ -251,8 +251,10 @@ class CheckpointInitializer(SourceInitializer):
             if (is_trainer or is_plain) and file.name not in found:
                 with open_checkpoint(file.path) as reader:
                     found[file.name] = recorded_in(reader.metadata, file.path)
-        # A file that is not loaded may decide the iteration of the set, such as the trainer file for a warm start.
-        check_consistency(found, attrs.evolve(chosen, iteration=self.selection.snapshot.iteration_of(chosen)))
+        # A file that is not loaded may decide the iteration of the set, such as the trainer file for a warm start. That
+        # of a state that was read is known, and the file may have been written again since.
+        own = self.selection.snapshot.iteration_of(chosen) if trainer is None else found["trainer"][0]
+        check_consistency(found, attrs.evolve(chosen, iteration=own))
 
     def history_of(self, source: Source) -> History:
         """The recorded origins of the set's weights; empty if it records none."""

@@ -227,7 +227,7 @@ def test_what_cannot_be_put_back_leaves_nothing_else_changed(
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
-    code = "import os, torch\nos.chdir('/')\nos.rmdir(%r)\ntorch.set_default_dtype(torch.float64)\n" % str(gone)
+    code = f"import os, torch\nos.chdir('/')\nos.rmdir({str(gone)!r})\ntorch.set_default_dtype(torch.float64)\n"
     foreign.install("rude", offers={"rude": "rude_kind:ConstantInitializer"}, modules={"rude_kind": code + INITIALIZER})
     before = torch.get_rng_state()
     kinds.resolve("rude")

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from support import rank_cases
+from support.advice import executes, saw
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, RankError, TrainingIteration
 from noether_init_core.stack import ranks
@@ -135,16 +136,29 @@ def test_ranks_of_other_groups_may_start_from_something_else(found: Found) -> No
     assert [rank["groups of one"]["changed"] for rank in found] == [True, False]
 
 
+@executes("stack/ranks.py", "Next: give every rank the same config, and a folder that all of them see")
+def test_the_same_config_and_folder_for_all_starts_them(found: Found) -> None:
+    """As the message about ranks that differ advises."""
+    saw(found[1]["another root"]["text"])
+    assert [rank["the same"]["error"] for rank in found] == [None] * RANKS
+
+
+@executes("stack/ranks.py", "Next: give each rank the group that it is in, or none")
 def test_a_rank_outside_the_given_group_is_refused(found: Found) -> None:
-    """It would start by itself, compared with nobody."""
+    """It would start by itself, compared with nobody. With a group that it is in, or none, it starts."""
+    saw(found[1]["not in the group"]["text"])
+    assert [rank[case]["error"] for rank in found for case in ("groups of one", "weights alike")] == [None] * 4
     assert [rank["not in the group"]["error"] for rank in found] == [None, "ConfigError"]
     assert "rank 1, which is not in that group" in found[1]["not in the group"]["text"]
     assert not found[1]["not in the group"]["changed"]
 
 
+@executes("stack/ranks.py", "Next: read the output of the other ranks, and start all of them again")
 def test_a_rank_that_never_comes_ends_the_wait(found: Found) -> None:
-    """The others raise after ``timeout_s``, and have changed nothing."""
+    """The others raise after ``timeout_s``, and have changed nothing. Where all of them start, they load."""
     absent = found[0]["absent"]
+    saw(absent["text"])
+    assert [rank["weights alike"]["changed"] for rank in found] == [True] * RANKS
     assert absent["error"] == "RankError"
     assert "not all of the 2 ranks answered within 2 s" in absent["text"]
     assert not absent["changed"]
