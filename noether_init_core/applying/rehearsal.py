@@ -155,7 +155,11 @@ def _rehearse(
         "",
         frozenset(map(str, missing)),
         None if unexpected is None else frozenset(map(str, unexpected)),
-        {name: origins.written(tensor, own.get(name.removeprefix(prefix)), copier) for name, tensor in registered},
+        {
+            name: origins.written(tensor, own.get(name.removeprefix(prefix)), copier)
+            for name, tensor in registered
+            if is_ordinary(tensor)
+        },
         has_values=device != _META,
     )
 

@@ -164,6 +164,15 @@ class HoldsScratch(Code):
         self.calls.append(1)
 
 
+class HoldsSparse(Code):
+    def setup(self) -> None:
+        self.register_buffer("graph", torch.eye(3).to_sparse(), persistent=False)
+        self.other = [torch.eye(2).to_sparse().coalesce()]
+
+    def code(self, state: dict[str, Any], prefix: str) -> None:
+        state[f"{prefix}layer.bias"] = state[f"{prefix}layer.bias"] + self.other[0].values().sum().item()
+
+
 def removes_itself() -> Any:
     model = Code()
 
@@ -188,6 +197,7 @@ COPIED: dict[str, Callable[[], Any]] = {
     "slots": BySlots,
     "an object with __del__": HoldsScratch,
     "a hook that removes itself": removes_itself,
+    "sparse tensors": HoldsSparse,
 }
 
 
@@ -204,7 +214,7 @@ def stack_for(tmp_path: Path, state: Any, **config: Any) -> InitializerStack:
 def facts(model: Any) -> list[Any]:
     """All that a plan must leave: objects, values, hooks and lists of a model."""
     found: list[Any] = [id(one) for one in (*model.parameters(), *model.buffers(), *model.modules())]
-    found += [one.tolist() for one in (*model.parameters(), *model.buffers())]
+    found += [one.to_dense().tolist() for one in (*model.parameters(), *model.buffers())]
     found += [len(model._load_state_dict_pre_hooks), *getattr(model, "calls", ())]
     found += [list(getattr(one, "history", ())) for one in model.parameters()]
     found += [None if one.grad is None else one.grad.tolist() for one in model.parameters()]
