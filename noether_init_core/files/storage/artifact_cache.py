@@ -34,7 +34,7 @@ from noether_init_core.errors import (
 )
 from noether_init_core.files.storage.disk import LOCAL
 from noether_init_core.files.storage.handle import Handle, LocalFile, digest_problem, open_file
-from noether_init_core.messages import logger_of, printable
+from noether_init_core.messages import in_shell, logger_of, printable
 
 CACHE_VARIABLE = "NOETHER_INIT_CACHE"
 OFFLINE_VARIABLE = "NOETHER_INIT_OFFLINE"
@@ -180,9 +180,8 @@ class ArtifactCache:
         if is_foreign or stat.S_IMODE(status.st_mode) & 0o022:
             whose = f"belongs to the user {status.st_uid}" if is_foreign else "is writable by other users"
             raise CheckpointError(
-                f"the cache {self.folder} {whose}, who could replace checked files. Next: "
-                + ("" if is_foreign else f"remove {self.folder} with all entries, or ")
-                + f"set {CACHE_VARIABLE}=<a folder of your own>",
+                f"the cache {self.folder} {whose}, who could replace checked files. "
+                f"Next: set {CACHE_VARIABLE}=<a folder of your own>",
                 path=self.folder,
             )
 
@@ -314,7 +313,7 @@ class ArtifactCache:
                 except filelock.Timeout as error:
                     raise CheckpointError(
                         f"{self.shown(key)}: another process or thread has held the lock {path} for {self.timeout:g} "
-                        f"s. Next: fuser {path} shows its process; end it, or set a longer timeout",
+                        f"s. Next: fuser {in_shell(path)} shows its process; end it, or set a longer timeout",
                         path=path,
                     ) from error
         try:

@@ -1,0 +1,269 @@
+"""What an error about a file, or about the cache of files, advises is done here, and leads on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from support.advice import digests, executes, typed
+from support.following import advised, refusal
+
+from noether_init_core import ArtifactCache, InitializerStack, PathProvider, bind
+from noether_init_core.files.opening import open_checkpoint
+
+CONTENT = b"content of the file"
+
+
+def write(target: Path) -> None:
+    target.write_bytes(CONTENT)
+
+
+def setting(advice: str) -> tuple[str, str]:
+    """Name and value of the variable that an advice sets."""
+    found = re.search(r"set (\w+)=(<[^>]*>|\S+)", advice)
+    assert found is not None, advice
+    return found[1], found[2]
+
+
+@executes("files/storage/artifact_cache.py", "Next: set {}=<a folder of your own>", "Next: set {}=<a folder>")
+@executes("files/storage/artifact_cache.py", "Next: set {}=<absolute path of a folder>")
+@pytest.mark.parametrize("case", ["a file", "of others", "no home", "unusable"])
+def test_a_cache_gets_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """By the variable of the message; what is in the first folder stays."""
+    first = tmp_path / "first"
+    if case == "a file":
+        first.write_text("mine")
+    elif case == "of others":
+        first.mkdir()
+        (first / "entry").write_text("mine")
+        first.chmod(0o777)
+    elif case == "unusable":
+        first.symlink_to(first)
+    monkeypatch.setenv("NOETHER_INIT_CACHE", "~no-such-user/cache" if case == "no home" else str(first))
+    before = digests(tmp_path)
+    name, value = setting(advised(lambda: ArtifactCache().get("key", write)))
+    assert "folder" in value
+    monkeypatch.setenv(name, str(tmp_path / "own"))
+    assert ArtifactCache().get("key", write).read_bytes() == CONTENT
+    assert before.items() <= digests(tmp_path).items()
+
+
+@executes("files/storage/artifact_cache.py", "Next: set {}=1 to fetch nothing, or unset it to fetch missing files")
+@executes("files/storage/artifact_cache.py", "Next: {}, or put the file there as {}")
+def test_offline_mode_is_left_or_the_file_is_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the variable or the argument, or by a copy to the path of the message."""
+    monkeypatch.setenv("NOETHER_INIT_OFFLINE", "maybe")
+    name, value = setting(advised(lambda: ArtifactCache(tmp_path / "a")))
+    monkeypatch.setenv(name, value)
+    offline = ArtifactCache(tmp_path / "a")
+    way, _, entry = advised(lambda: offline.get("key", write)).partition(", or put the file there as ")
+    (tmp_path / "a").mkdir(mode=0o700, exist_ok=True)
+    Path(entry).write_bytes(CONTENT)
+    assert offline.get("key", write).read_bytes() == CONTENT
+    monkeypatch.delenv(way.removeprefix("unset "))
+    assert ArtifactCache(tmp_path / "b").get("key", write).read_bytes() == CONTENT
+    advice = advised(lambda: ArtifactCache(tmp_path / "c", offline=True).get("key", write))
+    assert advice.startswith("leave out offline=True, or put the file there as ")
+    assert ArtifactCache(tmp_path / "c").get("key", write).read_bytes() == CONTENT
+
+
+@executes("files/storage/artifact_cache.py", "Next: remove it, or put the file itself there")
+@executes("files/storage/artifact_cache.py", "Next: write the content to target in download(target)")
+@executes(
+    "files/storage/artifact_cache.py", "Next: correct the digest if the file was replaced on purpose, or fetch it"
+)
+def test_an_entry_is_a_file_with_the_content(tmp_path: Path) -> None:
+    """A link is removed or replaced, and what it leads to stays; a download writes to its argument."""
+    cache = ArtifactCache(tmp_path / "cache")
+    entry = cache.get("key", write)
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    for way in ("remove it", "put the file itself there"):
+        entry.unlink()
+        entry.symlink_to(mine)
+        assert advised(lambda: cache.get("key", write)) == "remove it, or put the file itself there"
+        entry.unlink()
+        if way != "remove it":
+            entry.write_bytes(b"mine")
+        assert cache.get("key", write).read_bytes() == (CONTENT if way == "remove it" else b"mine")
+    assert mine.read_bytes() == b"mine"
+
+    linked = advised(lambda: cache.get("other", lambda target: target.symlink_to(mine)))
+    assert linked == "write the content to target in download(target)"
+    assert cache.get("other", lambda target: target.write_bytes(mine.read_bytes())).read_bytes() == b"mine"
+
+    right, wrong = (f"sha256:{hashlib.sha256(one).hexdigest()}" for one in (CONTENT, b"another"))
+    said = advised(lambda: cache.get("third", write, digest=wrong))
+    assert said == "correct the digest if the file was replaced on purpose, or fetch it from another source"
+    assert cache.get("third", lambda target: target.write_bytes(b"another"), digest=wrong).read_bytes() == b"another"
+    assert cache.get("fourth", write, digest=right).read_bytes() == CONTENT
+
+
+@executes("files/storage/artifact_cache.py", "Next: fuser {} shows its process; end it, or set a longer timeout")
+def test_a_lock_is_waited_for_longer(tmp_path: Path) -> None:
+    """The command names the lock file, in quotes where the shell needs them; with more time, the file is there."""
+    folder = tmp_path / "a cache"
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(target: Path) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        write(target)
+
+    thread = threading.Thread(target=lambda: ArtifactCache(folder).get("key", slow))
+    thread.start()
+    assert begun.wait(60)
+    advice = advised(lambda: ArtifactCache(folder, timeout=0.01).get("key", write))
+    command = advice.partition(" shows its process")[0]
+    assert typed(command.replace("fuser ", "ls ")).stdout.strip().startswith(str(folder))
+    go_on.set()
+    assert ArtifactCache(folder, timeout=60).get("key", write).read_bytes() == CONTENT
+    thread.join()
+
+
+def saved(path: Path, value: Any = None) -> Path:
+    torch.save(torch.nn.Linear(3, 2).state_dict() if value is None else value, path)
+    return path
+
+
+@executes("files/storage/handle.py", "Next: open_checkpoint again", "Next: give the file itself")
+@executes("files/storage/handle.py", "Next: start again after the run that writes it has ended, or select a checkpoint")
+@executes("files/opening.py", "Next: open_checkpoint again", "Next: pass a leaf of values() of this checkpoint")
+def test_a_file_is_opened_again(tmp_path: Path) -> None:
+    """After it was closed or written again, and where a pipe is in its place; a leaf is taken from the right file."""
+    path, other = saved(tmp_path / "a.pt"), saved(tmp_path / "b.pt", {"weight": torch.ones(9999)})
+    with open_checkpoint(path) as reader:
+        pass
+    assert advised(lambda: reader.read("weight")) == "open_checkpoint again"
+    with open_checkpoint(path) as reader, open_checkpoint(other) as second:
+        of_other = second.values()["weight"]
+        assert advised(lambda: reader.read(of_other)) == "pass a leaf of values() of this checkpoint"
+        assert reader.read(reader.values()["weight"]).shape == (2, 3)
+        text = pickle.dumps(reader)
+    with open_checkpoint(path) as reader:
+        os.utime(path, ns=(1, 1))
+        said = advised(reader.verify)
+        assert said.startswith("start again after the run that writes it has ended")
+    with open_checkpoint(path) as reader:
+        reader.verify()
+    saved(path)
+    assert advised(lambda: pickle.loads(text)) == "open_checkpoint again"
+    os.mkfifo(tmp_path / "pipe")
+    assert advised(lambda: open_checkpoint(tmp_path / "pipe")) == "give the file itself"
+
+
+@executes("files/storage/handle.py", "Next: copy it again, or take an older checkpoint")
+@executes("files/storage/handle.py", "Next: copy the file again from where it was written, or take an older checkpoint")
+@executes("files/storage/handle.py", "Next: write xxh3_128:<32 hexadecimal digits> or sha256:<64 hexadecimal digits>")
+@executes("files/formats/safetensors.py", "Next: copy the file again from where it was written, or take an older")
+@executes("files/formats/others.py", "Next: copy the file again from where it was written, or take an older checkpoint")
+@pytest.mark.parametrize("damage", ["a bit", "the digest", "the end of a.pt", "the end of a.safetensors"])
+def test_a_damaged_file_is_copied_again_or_an_older_one_is_taken(tmp_path: Path, damage: str) -> None:
+    """Both are verified; the file that was copied from is as it was."""
+    name = damage.rpartition(" ")[2] if damage.startswith("the end") else "a.pt"
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    for file in (name, "older.pt"):
+        saved(origin / file)
+    if name.endswith("safetensors"):
+        save_file(torch.nn.Linear(3, 2).state_dict(), origin / name)
+    before = digests(origin)
+    path = tmp_path / name
+    content = (origin / name).read_bytes()
+    with open_checkpoint(origin / name) as reader:
+        first = reader.read("weight").numpy().tobytes()
+    at = content.index(first)
+    changed = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    path.write_bytes(content[: len(content) // 2] if damage.startswith("the end") else changed)
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}" if damage == "the digest" else None
+
+    def verified(file: Path, digest: str | None = digest) -> None:
+        with open_checkpoint(file, digests=digest) as reader:
+            reader.verify()
+            reader.read("weight")
+
+    if damage == "the digest":
+        form = advised(lambda: verified(path, "sha256:12"))
+        assert form.startswith("write xxh3_128:<32 hexadecimal digits> or sha256:<64 hexadecimal digits>")
+    assert re.match(r"copy (it|the file) again.*, or take an older checkpoint", advised(lambda: verified(path)))
+    shutil.copy(origin / name, path)
+    if name.endswith("pt"):
+        verified(path)
+    else:
+        with open_checkpoint(path) as reader:
+            reader.read("weight")
+    verified(origin / "older.pt", None)
+    assert digests(origin) == before
+
+
+@executes("files/formats/safetensors.py", "Next: write it again with safetensors.torch.save_file(tensors, path)")
+@executes("files/opening.py", "Next: write it again with torch.save(state_dict, path)")
+@executes("files/refusals.py", "Next: write it again with torch.save(state_dict, path), with tensors and plain values")
+def test_a_refused_file_is_written_again(tmp_path: Path) -> None:
+    """To another path, by the call of the message; the refused file stays."""
+    import safetensors
+
+    state = torch.nn.Linear(3, 2).state_dict()
+    (tmp_path / "a.safetensors").write_bytes((24).to_bytes(8, "little") + b'{"__metadata__":{"a":1}}')
+    saved(tmp_path / "b.pt", {"state_dict": {**state, 3: torch.ones(2)}})
+    with zipfile.ZipFile(saved(tmp_path / "origin.pt")) as origin, zipfile.ZipFile(tmp_path / "c.pt", "w") as changed:
+        for name in origin.namelist():
+            changed.writestr(name, b"middle" if name.endswith("byteorder") else origin.read(name))
+    before = digests(tmp_path)
+
+    def read(path: Path) -> None:
+        with open_checkpoint(path) as reader:
+            reader.tensors()
+            reader.load()
+
+    for name in ("a.safetensors", "b.pt", "c.pt"):
+        found = re.search(r"write it again with ([\w.]+)\((\w+), path\)", refusal(lambda: read(tmp_path / name)))  # noqa: B023
+        assert found is not None
+        new = tmp_path / f"new_{name}"
+        eval(
+            f"{found[1]}({found[2]}, path)", {"torch": torch, "safetensors": safetensors, found[2]: state, "path": new}
+        )
+        read(new)
+    assert before.items() <= digests(tmp_path).items()
+
+
+@executes("files/verification.py", "Next: set digest: xxh3_128:... or sha256:... to verify every byte")
+@executes("files/verification.py", "Next: set verify: header to load it unverified")
+def test_a_file_without_checksums_is_loaded_as_advised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A torch file by its header; a safetensors file by a digest, after which nothing is warned of."""
+    state = torch.nn.Linear(3, 2).state_dict()
+    torch.serialization.set_crc32_options(False)
+    try:
+        saved(tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    save_file(state, tmp_path / "b.safetensors")
+    before = digests(tmp_path)
+
+    def loaded(name: str, more: str = "") -> None:
+        entry = {"kind": "file", "path": str(tmp_path / name), **yaml.safe_load("{" + more + "}")}
+        InitializerStack.from_config([entry], path_provider=PathProvider(tmp_path, "run")).initialize(
+            bind(torch.nn.Linear(3, 2), "net")
+        )
+
+    field = advised(lambda: loaded("a.pt")).removeprefix("set ").partition(" to ")[0]
+    loaded("a.pt", field)
+    caplog.clear()
+    loaded("b.safetensors")
+    assert "Next: set digest: xxh3_128:... or sha256:... to verify every byte" in caplog.text
+    caplog.clear()
+    digest = hashlib.sha256((tmp_path / "b.safetensors").read_bytes()).hexdigest()
+    loaded("b.safetensors", f"digest: 'sha256:{digest}'")
+    assert "no checksums" not in caplog.text
+    assert digests(tmp_path) == before
