@@ -214,7 +214,18 @@ class _Question:
             found = self.snapshot.newest_flat(self._models)
         except CheckpointError as error:
             return Broken(error, self.snapshot.newest_flat(self._models, []), may_walk_back=True)
-        return NothingHere() if found is None else Selected(found, (), self.snapshot)
+        if found is not None:
+            return Selected(found, (), self.snapshot)
+        begun = next(
+            (one for one in self.snapshot.flat if set(self._models) <= set(one.models("trainer") or ("",))), None
+        )
+        if begun is None or not begun.models("trainer"):
+            return NothingHere()
+        message = (
+            f"{begun.folder}: no trainer file records a full training_iteration, so it is unknown where to go on. "
+            "Next: kind: previous_run for its weights, and a start at iteration zero"
+        )
+        return Broken(CheckpointFormatError(message, path=begun.folder), None, may_walk_back=False)
 
     def _literal_tag(self) -> str | SeveralBest:
         """Return the tag to search for, with ``best`` resolved; empty if no tag decides."""

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.advice import executes
 
 from noether_init_core import (
+    CheckpointFormatError,
     CheckpointUnreachableError,
     CheckpointWriteError,
     CheckpointWriter,
@@ -178,3 +180,19 @@ def test_a_file_of_another_program_behind_a_link_in_a_set_is_not_removed(tmp_pat
         writer.save(net(number), TrainingIteration(number, number, number), trainer=Trainer())
     assert flat.read_bytes() == content
     assert not folder.exists()
+
+
+@executes("sets/selection.py", "Next: kind: previous_run for its weights, and a start at iteration zero")
+@pytest.mark.parametrize("iteration", [None, {"epoch": 3, "update": None, "sample": None}])
+def test_a_trainer_file_without_a_full_iteration_is_no_fresh_start(tmp_path: Path, iteration: Any) -> None:
+    """The run is there; only where it stands is unknown. Its weights can be had."""
+    flat = Flat(tmp_path)
+    torch.save({"state_dict": net(5.0).state_dict()}, flat.folder / "net_cp=latest_model.th")
+    state = {"callback_state_dicts": {}, **({"training_iteration": iteration} if iteration else {})}
+    torch.save(state, flat.folder / "net_cp=latest_trainer.th")
+    for config in (True, {"on_invalid": "previous"}):
+        with pytest.raises(CheckpointFormatError):
+            InitializerStack.from_config(
+                {"auto_resume": config, "initializers": []}, path_provider=flat.paths
+            ).start_checkpoint()
+    assert flat.start(kind="previous_run", run_id="A") == 5.0
