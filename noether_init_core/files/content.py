@@ -294,6 +294,16 @@ def children(value: Any) -> Iterable[tuple[Any, Any]]:
     return enumerate(value)
 
 
+def length_of(key: Any) -> int:
+    """Return about how many letters ``key`` has in a dotted name, without writing it."""
+    kind = type(key)
+    if kind is str or kind is bytes:
+        return len(key) if kind is str else 4 * len(key)
+    if kind is tuple or kind is frozenset:
+        return 2 + sum(2 + length_of(part) for part in key)
+    return key.bit_length() // 3 + 1 if kind is int else 40
+
+
 def join(path: str, key: Any) -> str:
     """Return the dotted path of the child ``key`` of the value at ``path``."""
     text = key if type(key) is str else repr(key)
@@ -358,6 +368,23 @@ def is_state_dict(value: Any, kind: type[Any]) -> bool:
 def dotted(path: Iterable[Any]) -> str:
     """Join keys to a dotted path, such as ``state.0.exp_avg``."""
     return functools.reduce(join, path, "")
+
+
+def place_of(path: Iterable[Any]) -> str:
+    """Join keys to a dotted path for a message; long keys are cut, and foreign ones are named only."""
+    return dotted(key if type(key) in _SHOWN and length_of(key) <= _LONG else _cut(key) for key in path)
+
+
+_SHOWN = frozenset({str, int, float, bool, bytes, type(None)})
+_LONG = 200
+
+
+def _cut(key: Any) -> str:
+    if type(key) is str:
+        return f"{key[:_LONG]}..."
+    if type(key) is tuple and length_of(key) <= _LONG and all(type(part) in _SHOWN for part in key):
+        return repr(key)
+    return f"<{key.name[:_LONG]}>" if isinstance(key, GlobalName | ForeignObject) else f"<{type(key).__name__}>"
 
 
 #: The attribute in which torch keeps the versions of modules on a state dict.

@@ -6,13 +6,15 @@ of values. The limits count values of the tree, because callers walk over it as 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
 
 from noether_init_core.errors import type_of
 from noether_init_core.files.content import (
+    METADATA,
     ForeignName,
     ForeignObject,
     OpcodeError,
@@ -23,12 +25,15 @@ from noether_init_core.files.content import (
     TensorKey,
     Versions,
     children,
-    dotted,
+    length_of,
     named,
+    place_of,
 )
 from noether_init_core.messages import listed, one_line
 
 MAX_DEPTH = 128
+#: Number of damaged tensors that are looked at for a message.
+_MOST_DAMAGED = 100
 _CONTAINERS = frozenset({dict, list, tuple, ForeignObject})
 _SETS = frozenset({set, frozenset})
 #: Types of values with parts, or with a reason to refuse them.
@@ -39,8 +44,9 @@ _DEEP = f"it is nested deeper than {MAX_DEPTH}"
 _REPEATS = "its object repeats shared parts so often that its tree is far larger than the file"
 
 #: Of a tree: number of values, number of tensors, height, and whether a part is unread.
-Found = tuple[int, int, int, bool]
-_UNKNOWN: Found = 0, 0, 0, False
+#: And the number of letters in the dotted names of its tensors.
+Found = tuple[int, int, int, bool, int]
+_UNKNOWN: Found = 0, 0, 0, False, 0
 
 
 @attrs.frozen
@@ -69,9 +75,10 @@ class ObjectGraph:
         root: The object.
         size: Number of bytes of its header.
         names: Foreign names that were not allowed.
-        calls: The records of calls of names that are not known, also of calls whose result the file drops.
         attached: Dicts with attributes that were set on them.
         marred: Id of a dict -> why it cannot be read.
+        foreign_keyed: Dicts with keys of foreign classes. Such a key may equal another, so the dicts are unread.
+        handed: What the file hands to foreign code.
 
     Raises ``OpcodeError`` for an object that is too large as a tree, and for a tensor that contradicts the file.
     """
@@ -81,19 +88,22 @@ class ObjectGraph:
         root: Any,
         size: int,
         names: Collection[str] = (),
-        calls: Sequence[ForeignObject] = (),
         attached: Sequence[tuple[dict[Any, Any], Any]] = (),
         marred: Mapping[int, str] | None = None,
+        foreign_keyed: Sequence[dict[Any, Any]] = (),
+        handed: Handed | None = None,
     ) -> None:
         self._names = names
-        self._calls = calls
+        self._handed = handed
         self._marred = dict(marred or {})
-        self._owners = root, attached  # kept alive, because parts are known by their ids
+        self._owners = root, attached, foreign_keyed  # kept alive, because parts are known by their ids
+        self._foreign_keys = {id(one): name for one in foreign_keyed for name in self._names_of_keys(one)}
         self._attached: dict[int, list[Any]] = {}
         for owner, state in attached:
             self._attached.setdefault(id(owner), []).append(state)
         self._largest = 1_000_000 + 20 * size
         self._most_tensors = 10_000 + size
+        self._most_letters = (4 << 20) + 16 * size
         self._damaged: dict[str, str] = {}
         # Id -> the findings; None while it is being visited, which detects cycles.
         self._seen: dict[int, Found | None] = {}
@@ -135,7 +145,8 @@ class ObjectGraph:
             reason = self._reason(value)
             if reason:
                 is_foreign = type(value) in (ForeignObject, ForeignName) and value.name in self._names
-                yield path, value, Unread(value.name if is_foreign else "", reason)
+                name = value.name if is_foreign else self._foreign_keys.get(id(value), "")
+                yield path, value, Unread(name, reason)
             elif self.is_spoiled(value) and id(value) not in met:
                 met.add(id(value))
                 stack.append((path, self._parts(value)))
@@ -166,29 +177,64 @@ class ObjectGraph:
                 yield one
                 stack += reversed([part for _key, part in self._parts(one) if type(part) in _WALKED])
 
-    def calls_on(self, value: Any) -> list[str]:
-        """Return the foreign names that the file calls with a part of ``value``: they could change it.
+    def calls_on(self, value: Any, *, are_weights: bool = True, is_whole: bool = False) -> dict[str, str]:
+        """Return foreign name -> what the file lets it do with a part of ``value``: it could change it.
 
-        A part is a container or a tensor of the tree that can be read, as one object.
+        ``are_weights``: dicts and lists are looked for also in states and items of foreign objects. ``is_whole``: all
+        of ``value`` is asked for, not only what holds tensors.
         """
-        asked = {id(one) for one in self._readable(value)} if self._calls else set()
-        found: dict[str, None] = {}
-        met: set[int] = set()  # a part is walked once for all calls
-        for call in self._calls:
-            if any(id(part) in asked for part in self.walk(call.args, met)):
-                found.update(dict.fromkeys(self.names_in(call)))
-        return list(found)
-
-    def _readable(self, value: Any) -> Iterator[Any]:
-        """Yield ``value``, and the containers with tensors, and the tensors, that are listed of it."""
+        handed = self._handed
+        if handed is None or not handed.made:
+            return {}
+        found: dict[str, str] = {}
         met: set[int] = set()
-        stack = [value]
+        for one, is_named in self._readable(value, is_whole):
+            taken = handed.to(self, one, are_weights and is_named)
+            if taken is not None:
+                foreign, how = taken
+                found |= dict.fromkeys(self.names_in(foreign, met), how) or ({} if found else {foreign.name: how})
+        return found
+
+    def names(self) -> Collection[str]:
+        """Return the foreign names of the file that were not allowed, also of what it drops."""
+        return self._names
+
+    def _readable(self, value: Any, is_whole: bool) -> Iterator[tuple[Any, bool]]:
+        """Yield ``value``, the containers with tensors, and the tensors, that are listed of it; each at most twice.
+
+        With each comes whether only texts and positions lead to it, not other keys: the state of an optimizer has its
+        parameters by number, and shares these dicts with the optimizer itself. Unread parts are left out, and so is
+        a ``_metadata`` among the keys of ``value``.
+        """
+        met: tuple[set[int], set[int]] = set(), set()
+        stack = [(value, True)]
         while stack:
-            one = stack.pop()
-            if id(one) not in met and (one is value or type(one) is TensorInfo or self.count(one)):
-                met.add(id(one))
-                yield one
-                stack += [child for _key, child in children(one)] if type(one) in _CONTAINERS else ()
+            one, is_named = stack.pop()
+            if id(one) in met[True] or id(one) in met[is_named]:
+                continue
+            is_listed = type(one) is TensorInfo or self.count(one) or (is_whole and not self._reason(one))
+            if one is value or is_listed:
+                met[is_named].add(id(one))
+                yield one, is_named
+                if type(one) in _CONTAINERS:
+                    parts = self._parts(one) if is_whole else children(one)
+                    is_dict = type(one) is dict
+                    stack += [
+                        (child, is_named and not (is_dict and type(key) is not str))
+                        for key, child in parts
+                        if type(child) in _WALKED and not (one is value and key == METADATA)
+                    ]
+
+    def _names_of_keys(self, keys: Iterable[Any]) -> list[str]:
+        """Return the first foreign name among keys that are foreign, or tuples with something foreign."""
+        for key in keys:
+            if type(key) in (ForeignName, ForeignObject) and key.name in self._names:
+                return [key.name]
+            inner = key.key if type(key) is TensorKey else key
+            found = self._names_of_keys(inner) if type(inner) in (tuple, frozenset) else []
+            if found:
+                return found
+        return []
 
     def _is_cyclic(self, value: Any) -> bool:
         return self._marred.get(id(value)) is _CYCLE
@@ -205,7 +251,8 @@ class ObjectGraph:
             return "it is a bare storage; store a tensor instead"
         elif kind is TensorKey:
             return f"a key is {type_of(value.key)}"
-        return self._marred.get(id(value), "")
+        foreign = self._foreign_keys.get(id(value)) if kind is dict else None
+        return f"a key of it is of {foreign}" if foreign else self._marred.get(id(value), "")
 
     def _parts(self, value: Any) -> Iterator[tuple[Any, Any]]:
         """Yield (key, part) of a container; of a dict also the keys that are inert, and what was set on it."""
@@ -232,20 +279,20 @@ class ObjectGraph:
     def _visit(self, value: Any, path: tuple[Any, ...], depth: int) -> Found:
         """Return what is below ``value``, as far as it can be read."""
         if self._reason(value):
-            return self._weigh(value, path), 0, 0, True
+            return self._weigh(value, path), 0, 0, True, 0
         known = self._seen.get(id(value), _UNKNOWN)
         if known is None:
             self._marred[id(value)] = _CYCLE
-            return 1, 0, 0, True
+            return 1, 0, 0, True, 0
         if depth + known[2] >= MAX_DEPTH:
             if known[0]:
                 raise OpcodeError(_DEEP)
             self._marred[id(value)] = _DEEP
-            return self._weigh(value, path), 0, 0, True
+            return self._weigh(value, path), 0, 0, True, 0
         if known[0]:
             return known
         self._seen[id(value)] = None
-        values, tensors, height, is_spoiled = 1, 0, 0, False
+        values, tensors, height, is_spoiled, letters = 1, 0, 0, False, 0
         for key, child in self._parts(value):
             if type(child) in _PARTS:
                 of_child = self._visit(child, (*path, key), depth + 1)
@@ -253,14 +300,20 @@ class ObjectGraph:
                 tensors += of_child[1]
                 height = max(height, of_child[2])
                 is_spoiled |= of_child[3]
+                if of_child[1]:
+                    letters += of_child[4] + of_child[1] * (length_of(key) + 1)
             else:  # a fast path: most children are tensors and plain values, and a call costs more than this
                 values += 1
-                tensors += type(child) is TensorInfo
+                if type(child) is TensorInfo:
+                    tensors += 1
+                    letters += (len(key) if type(key) is str else length_of(key)) + 1
         if values > self._largest or tensors > self._most_tensors:
             raise OpcodeError(_REPEATS)
+        if letters > self._most_letters:
+            raise OpcodeError("the dotted names of its tensors are far longer than the file")
         if self._is_cyclic(value):
             tensors, is_spoiled = 0, True
-        self._seen[id(value)] = found = values, tensors, height + 1, is_spoiled
+        self._seen[id(value)] = found = values, tensors, height + 1, is_spoiled, letters
         return found
 
     def _weigh(self, root: Any, path: tuple[Any, ...]) -> int:
@@ -277,8 +330,8 @@ class ObjectGraph:
                     break
                 frame[2] += known or 1
             else:
-                if type(value) is RefusedTensor and value.is_damaged:
-                    self._damaged.setdefault(dotted(path), value.reason)
+                if type(value) is RefusedTensor and value.is_damaged and len(self._damaged) < _MOST_DAMAGED:
+                    self._damaged.setdefault(place_of(path), value.reason)
                 total = frame[2]
                 if total > self._largest:
                     raise OpcodeError(_REPEATS)
@@ -287,6 +340,72 @@ class ObjectGraph:
                 if not frames:
                     return int(total)
                 frames[-1][2] += total
+
+
+#: Containers that may be changed.
+_CHANGEABLE = frozenset({dict, list, set, ForeignObject})
+
+
+class Handed:
+    """What a file hands to foreign code: real unpickling could change it there.
+
+    A call (REDUCE, NEWOBJ) has the whole of what its arguments reach: dicts and lists, and the memory of tensors. A
+    state or an item of a foreign object may hold tensors, as every module and optimizer does. But a dict or list of the
+    weights in it, or a bare storage, is handed over too. A partial and a method hold what a later call then takes.
+
+    ``calls`` are among ``made``, all foreign objects of the file. ``records`` are those of the file, in their order.
+    """
+
+    def __init__(
+        self, calls: Sequence[ForeignObject], made: Sequence[ForeignObject], records: Mapping[str, Record]
+    ) -> None:
+        self.made = made
+        self._calls = calls
+        self._starts = [record.offset for record in records.values()] if made else []
+        self._by_call: dict[int, ForeignObject] | None = None
+        self._by_state: dict[int, ForeignObject] = {}
+        self._memory: dict[int, ForeignObject] = {}
+
+    def to(self, graph: ObjectGraph, part: Any, is_strict: bool) -> tuple[ForeignObject, str] | None:
+        """Return the foreign object that ``part`` is handed to, and how; None if it stays.
+
+        ``is_strict``: a state or item that holds a dict or list counts.
+        """
+        if self._by_call is None:
+            self._by_call = {}
+            self._search(graph)
+        if type(part) is TensorInfo:
+            found = self._memory.get(self._record(part.pieces[0].offset))
+        else:
+            found = self._by_call.get(id(part))
+            if found is None and is_strict and id(part) in self._by_state:
+                return self._by_state[id(part)], "an object that holds the dict of the weights"
+        return None if found is None else (found, "a call that takes the weights")
+
+    def _record(self, offset: int) -> int:
+        return bisect_right(self._starts, offset)
+
+    def _search(self, graph: ObjectGraph) -> None:
+        """Walk over all that is handed over, once for calls and once for states and items."""
+        met: set[int] = set()
+        for foreign in self._calls:
+            self._note(graph.walk(foreign.args, met), foreign, self._by_call)
+        for foreign in self.made:  # of other keys than texts, an index for example, the meaning is not known
+            if type(foreign.items) is dict and any(type(key) is not str for key in foreign.items):
+                self._note(graph.walk(foreign.items, met), foreign, self._by_call)
+        met = set()
+        for foreign in self.made:
+            for part in (foreign.args, foreign.state, foreign.items):
+                self._note(graph.walk(part, met), foreign, self._by_state)
+
+    def _note(self, parts: Iterable[Any], foreign: ForeignObject, found: dict[int, ForeignObject] | None) -> None:
+        for part in parts:
+            if type(part) in _CHANGEABLE and found is not None:
+                found.setdefault(id(part), foreign)
+            elif type(part) is StorageRef:
+                self._memory.setdefault(self._record(part.offset), foreign)
+            elif type(part) is TensorInfo and found is self._by_call:
+                self._memory.setdefault(self._record(part.pieces[0].offset), foreign)
 
 
 @attrs.frozen(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -19,11 +20,13 @@ from noether_init_core.files.checkpoint import AnyKey, BaseCheckpoint, Copy, Dig
 from noether_init_core.files.content import (
     METADATA,
     Box,
+    ForeignName,
+    ForeignObject,
     TensorInfo,
     UnreadableError,
     children,
-    dotted,
     is_state_dict,
+    place_of,
     state_dict_of,
 )
 from noether_init_core.files.formats.others import folder_kind
@@ -43,6 +46,11 @@ if TYPE_CHECKING:
 
 #: Bytes of each record that ``identity`` reads where a file has no checksums.
 _SAMPLE_BYTES = 4096
+
+
+#: Number of unread parts that are listed, and of letters of their places; the others are counted.
+_MOST_UNREAD = 10_000
+_MOST_LETTERS = 1 << 20
 
 
 def open_checkpoint(
@@ -207,9 +215,24 @@ class FileCheckpoint(BaseCheckpoint):
         graph = self._content.graph
         met: set[int] = set()
         found: dict[str, Unread] = {}
+        names = dict.fromkeys(graph.names())
+        letters = more = tensors = 0
         for at, part, unread in graph.unread(self._content.value):
-            inside = sum(type(one) is TensorInfo for one in graph.walk(part, met))
-            found.setdefault(dotted(at), attrs.evolve(unread, tensors=inside))
+            inside = 0
+            for one in graph.walk(part, met):
+                inside += type(one) is TensorInfo
+                if type(one) in (ForeignObject, ForeignName):
+                    names.pop(one.name, None)
+            if len(found) < _MOST_UNREAD and letters < _MOST_LETTERS:
+                place = place_of(at)
+                letters += len(place)
+                found.setdefault(place, attrs.evolve(unread, tensors=inside))
+            else:
+                more, tensors = more + 1, tensors + inside
+        for name in itertools.islice(names, _MOST_UNREAD):
+            found[f"<dropped>.{name}"] = Unread(name, f"it is {name}, which the file makes and drops")
+        if more:
+            found["<more>"] = Unread("", f"{more} more parts", tensors)
         return MappingProxyType(found)
 
     def read(self, key: Key, box: Box | None = None) -> torch.Tensor:
@@ -338,15 +361,15 @@ class FileCheckpoint(BaseCheckpoint):
             error = refusal(self.path, graph, tree, place) or refusal(self.path, graph, self._content.value)
         elif self._is_state_dict(name):
             error = refusal(self.path, graph, tree, place, without=METADATA)
-        names = graph.calls_on(tree)
-        if error is None and names:
-            error = unsafe(self.path, names, dict.fromkeys(names, "a call that takes the weights"))
+        called = graph.calls_on(tree, is_whole=self._is_state_dict(name))
+        if error is None and called:
+            error = unsafe(self.path, called, called)
         if error is not None:
             raise error
 
     def _guarded(self, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
         path, graph = self.path, self._content.graph
-        if not any(map(graph.is_spoiled, values.values())):
+        if not any(graph.is_spoiled(one) or graph.calls_on(one, are_weights=False) for one in values.values()):
             return values
         return Guarded(values, lambda value, key: refusal(path, graph, value, (key,)))
 

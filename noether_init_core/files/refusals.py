@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from noether_init_core.errors import CheckpointFormatError, UnsafeGlobalError
-from noether_init_core.files.content import ForeignObject, dotted
+from noether_init_core.files.content import ForeignObject, place_of
 from noether_init_core.files.graph import ObjectGraph
 from noether_init_core.messages import listed, one_line
 
@@ -69,7 +69,8 @@ def refusal(
     ``without``: a key of ``value`` that the caller does not ask for.
     """
     if not graph.is_spoiled(value):
-        return None
+        called = graph.calls_on(value, are_weights=False)
+        return unsafe(path, called, called) if called else None
     places: dict[str, str] = {}
     reasons: list[str] = []
     met: set[int] = set()
@@ -77,9 +78,9 @@ def refusal(
         if without is not None and at[len(place) :][:1] == (without,):
             continue
         if unread.foreign:
-            places[unread.foreign] = places.get(unread.foreign) or dotted(at)
+            places[unread.foreign] = places.get(unread.foreign) or place_of(at)
         elif len(reasons) < _MOST_PASTED:
-            reasons.append(f"{one_line(dotted(at))}: {unread.reason}" if at else unread.reason)
+            reasons.append(f"{one_line(place_of(at))}: {unread.reason}" if at else unread.reason)
         for name in graph.names_in(part, met):
             places.setdefault(name, "")
     if places:

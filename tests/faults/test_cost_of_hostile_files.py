@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support.handmade import call, integer, write_pickle
+from support.counting import LineCounter
+from support.handmade import call, integer, name, string, tensor, write_pickle
 from support.hostile import FILES
 
 from noether_init_core import CheckpointFormatError, open_checkpoint
@@ -202,3 +205,98 @@ def test_honest_headers_of_many_small_parts_are_read(tmp_path: Path) -> None:
         torch.save({"w": torch.ones(1), **content}, tmp_path / "a.th", pickle_protocol=protocol)
         with open_checkpoint(tmp_path / "a.th") as reader:
             assert {key: reader.metadata[key] for key in content} == content
+
+
+WEIGHT = tensor([2], [1])
+
+
+CHAINS = {
+    "calls without weights": (b"h\x08h\x09\x85Rq\x090", None),
+    "calls with weights": (b"h\x08h\x09h\x07\x86Rq\x090", "a call that takes the weights"),
+    "new objects with weights": (b"h\x08h\x09h\x07\x86\x81q\x090", "a call that takes the weights"),
+}
+
+
+@pytest.mark.parametrize("case", CHAINS, ids=lambda case: case.replace(" ", "_"))
+def test_a_chain_of_calls_is_walked_once(tmp_path: Path, case: str) -> None:
+    """Twice as many calls, each of which holds all before it, take twice as long, whether they are refused or not."""
+    taken, says = CHAINS[case]
+    counts = []
+    for count in (1000, 2000):
+        weights = b"".join(string(str(number)) + b"h\x07" for number in range(count))
+        head = WEIGHT + b"q\x07" + name("a.b", "f") + b"q\x08Nq\x09000"
+        calls = string("x") + b"(" + taken * count + b"tu"
+        path = write_pickle(tmp_path / "a.th", head + b"}(" + string("state_dict") + b"}(" + weights + b"u" + calls)
+        with LineCounter() as lines:
+            said = attempted(path)
+        assert said is None if says is None else said is not None and says in said
+        counts.append(lines.count)
+    assert counts[1] < 2.2 * counts[0]
+
+
+def attempted(path: Path) -> str | None:
+    """What is said if the file is refused."""
+    try:
+        open_checkpoint(path).close()
+    except CheckpointFormatError as error:
+        return str(error)
+    return None
+
+
+LONG = "k" * 100_000
+
+
+def under_long_key(items: bytes) -> bytes:
+    """A dict with a weight, and a dict under a long key."""
+    return WEIGHT + b"q\x070}(" + string(LONG) + b"}(" + items + b"u" + string("w") + b"h\x07u"
+
+
+def test_names_under_long_keys_are_counted_before_they_are_written(tmp_path: Path) -> None:
+    """Eight thousand tensors under one long key would take 800 MB of names; so would nested keys, and tuples."""
+    tensors = b"".join(string(str(number)) + b"h\x07" for number in range(8000))
+    nested = b"(" + b"h\x06" * 400 + b"tq\x05"
+    for opcodes in (
+        under_long_key(tensors),
+        string(LONG) + b"q\x060" + WEIGHT + b"q\x070}" + nested + b"}(" + tensors + b"us",
+        string(LONG) + b"q\x060" + WEIGHT + b"q\x070" + b"}h\x06" * 100 + b"h\x07" + b"s" * 100,
+    ):
+        path = write_pickle(tmp_path / "a.th", opcodes)
+        with pytest.raises(CheckpointFormatError, match="names of its tensors are far longer"):
+            open_checkpoint(path)
+        assert peak_of(functools.partial(attempt, path)) < (16 << 20) + 80 * path.stat().st_size
+
+
+def test_unread_and_damaged_parts_under_long_keys_are_listed_shortly(tmp_path: Path) -> None:
+    """Places are cut, the first ones are listed, and the others are counted."""
+    foreign = name("a", "B") + b"q\x050"
+    items = b"".join(string(str(number)) + b"h\x05" for number in range(20_000))
+    path = write_pickle(tmp_path / "a.th", foreign + under_long_key(items))
+
+    def look() -> None:
+        with open_checkpoint(path) as reader:
+            assert list(reader.tensors()) == ["w"]
+            assert len(reader.unread) <= 10_001
+            assert reader.unread["<more>"].reason.endswith("more parts")
+
+    assert peak_of(look) < (16 << 20) + 80 * path.stat().st_size
+    damaged = tensor([9], [1]) + b"q\x050"
+    path = write_pickle(tmp_path / "b.th", damaged + under_long_key(items))
+    with pytest.raises(CheckpointFormatError, match=r"does not fit.*and 90 more"):
+        open_checkpoint(path)
+    assert peak_of(functools.partial(attempt, path)) < (16 << 20) + 80 * path.stat().st_size
+
+
+def attempt(path: Path) -> None:
+    """Open a file that is refused."""
+    with pytest.raises(CheckpointFormatError):
+        open_checkpoint(path)
+
+
+def peak_of(function: Callable[[], object]) -> int:
+    """The most memory that Python objects take meanwhile, in bytes."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

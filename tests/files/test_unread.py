@@ -251,6 +251,9 @@ WEIGHT = tensor([2, 2], [2, 1])
 SHARED = b"}q\x01(" + string("w") + WEIGHT + b"q\x02u"  # a dict, memoized as 1, of a tensor, memoized as 2
 
 
+STORAGE = b"(" + string("storage") + name("torch", "FloatStorage") + string("0") + string("cpu") + b"K\x04tQ"
+
+
 def entry(key: str, opcodes: bytes) -> bytes:
     """A key and its value."""
     return string(key) + opcodes
@@ -317,6 +320,102 @@ REFUSED: dict[str, tuple[bytes, str, str]] = {
         "a call that takes",
     ),
     "call on a tensor": (both(SHARED, call("a.b", "zero_", b"h\x02")), "a.b.zero_", "a call that takes"),
+    "call on another tensor of the storage": (both(SHARED, call("a.b", "zero_", WEIGHT)), "a.b.zero_", "a call that"),
+    "call on a tensor without elements": (
+        both(SHARED, call("a.b", "f", tensor([0], [1], offset=9))),
+        "a.b.f",
+        "a call that takes",
+    ),
+    "call on the storage": (both(SHARED, call("a.b", "fill_", STORAGE)), "a.b.fill_", "a call that takes"),
+    "call on a holder of a tensor": (
+        both(SHARED, call("a.b", "f", name("c", "D") + b")\x81}" + entry("t", WEIGHT) + b"sb")),
+        "a.b.f",
+        "a call that takes",
+    ),
+    "call by a partial": (
+        both(SHARED, call("functools", "partial", name("a.b", "f"), WEIGHT) + b")R"),
+        "a.b.f",
+        "call",
+    ),
+    "call by a method": (
+        both(SHARED, call("builtins", "getattr", name("c", "D") + b")\x81" + WEIGHT + b"b", string("f")) + b")R"),
+        "c.D",
+        "a call that takes",
+    ),
+    "call that builds a tensor": (
+        both(
+            SHARED,
+            call(
+                "torch._tensor",
+                "_rebuild_from_type_v2",
+                name("a.b", "f"),
+                name("torch", "Tensor"),
+                b"h\x01\x85",
+                b"N",
+            ),
+        ),
+        "a.b.f",
+        "a call that takes",
+    ),
+    "second call beside an allowed one": (
+        both(SHARED, call("ok", "f", WEIGHT) + b"0" + call("a.b", "f", WEIGHT)),
+        "a.b.f",
+        "a call that takes",
+    ),
+    "new object with the state dict": (both(SHARED, name("a.b", "C") + b"h\x01\x85\x81"), "a.b.C", "a call that takes"),
+    "new object that is dropped": (both(SHARED, name("a.b", "C") + b"h\x01\x85\x810N"), "a.b.C", "a call that takes"),
+    "new object with a tensor": (both(SHARED, name("a.b", "C") + WEIGHT + b"\x85\x81"), "a.b.C", "a call that takes"),
+    "new object with keywords": (
+        both(SHARED, name("a.b", "C") + b")}" + entry("d", b"h\x01") + b"s\x92"),
+        "a.b.C",
+        "a call that takes",
+    ),
+    "state of an object": (both(SHARED, name("a.b", "C") + b")\x81h\x01b"), "a.b.C", "an object that holds"),
+    "state of an object, before": (
+        both(b"}q\x01", name("a.b", "C") + b")\x81h\x01b") + b"h\x01" + entry("w", WEIGHT) + b"s0",
+        "a.b.C",
+        "an object that holds",
+    ),
+    "state of an object with the storage": (
+        both(SHARED, name("a.b", "C") + b")\x81" + STORAGE + b"b"),
+        "a.b.C",
+        "a call that takes",
+    ),
+    "item of a dict of a class": (
+        both(SHARED, name("a.b", "C") + b")\x81" + entry("d", b"h\x01") + b"s"),
+        "a.b.C",
+        "an object that holds",
+    ),
+    "item at an index": (both(SHARED, name("a.b", "C") + b")\x81K\x00h\x02s"), "a.b.C", "a call that takes"),
+    "item of a list of a class": (both(SHARED, name("a.b", "C") + b")\x81h\x01a"), "a.b.C", "an object that holds"),
+    "items of a list of a class": (both(SHARED, name("a.b", "C") + b")\x81(h\x01Ne"), "a.b.C", "an object that holds"),
+    "member of a set of a class": (both(SHARED, name("a.b", "C") + b")\x81(h\x01\x90"), "a.b.C", "an object that hol"),
+    "key that has the state dict": (both(SHARED, b"}" + name("a.b", "C") + b"h\x01\x85\x81Ns"), "a.b.C", "a call that"),
+    "extra state of the weights": (
+        both(b"}(" + entry("w", WEIGHT) + entry("_extra_state", b"}q\x03") + b"u", call("a.b", "f", b"h\x03")),
+        "a.b.f",
+        "a call that takes",
+    ),
+    "key beside the state dict": (
+        b"}("
+        + entry("state_dict", SHARED)
+        + call("a.b", "Text", string("state_dict"))
+        + b"}"
+        + entry("w", WEIGHT)
+        + b"su",
+        "a.b.Text",
+        "a.pt refers to",
+    ),
+    "name as a key beside the state dict": (
+        both(SHARED, b"N")[:-1] + name("a.b", "KEY") + SHARED + b"u",
+        "a.b.KEY",
+        "a.pt",
+    ),
+    "key in a tuple beside the state dict": (
+        both(SHARED, b"N")[:-1] + name("a", "K") + b"\x85Nu",
+        "a.K",
+        "a.pt refers",
+    ),
 }
 
 
@@ -325,7 +424,7 @@ def test_what_is_asked_for_and_foreign_is_refused(tmp_path: Path, case: str) -> 
     """By name and place, whichever opcode brings the two together, and nothing is imported."""
     opcodes, foreign, place = REFUSED[case]
     with pytest.raises(UnsafeGlobalError, match=place) as caught:
-        open_checkpoint(write_pickle(tmp_path / "a.pt", opcodes))
+        open_checkpoint(write_pickle(tmp_path / "a.pt", opcodes), allow_globals=["ok.f"])
     assert foreign in caught.value.names
     assert "a.b" not in sys.modules
 
@@ -381,22 +480,76 @@ def test_keys_that_are_missing_are_told_where_nothing_foreign_holds_tensors(tmp_
         stack.initialize(bind(make_model(), name="net"))
 
 
-def test_a_dict_that_an_object_shares_is_read_as_it_is_written(tmp_path: Path) -> None:
-    """Items that are set after the object took the dict are in it, under both of its names."""
-    opcodes = (
-        b"}("
-        + string("x")
-        + name("a.b", "C")
-        + b")\x81}q\x01b"
-        + string("state_dict")
-        + b"h\x01("
-        + string("w")
-        + WEIGHT
-        + b"uu"
-    )
+class Attributes(dict[str, Any]):
+    """A dict of a class of one's own, as configs are."""
+
+
+class WithMethod(torch.nn.Sequential):
+    """A module that keeps one of its methods, and one with an argument."""
+
+    def __init__(self, *layers: torch.nn.Module) -> None:
+        super().__init__(*layers)
+        self.act = self.square
+        self.bound = functools.partial(self.square, 2)
+
+    def square(self, x: Any) -> Any:
+        """A method."""
+        return x * x
+
+
+# What shares the memory of the weights, and is no danger to them: everything as real programs write it.
+SHARING: dict[str, Callable[[torch.nn.Module, torch.optim.Optimizer], Any]] = {
+    "whole module": lambda model, optimizer: model,
+    "module with methods": lambda model, optimizer: WithMethod(*model.children()),
+    "whole optimizer": lambda model, optimizer: optimizer,
+    "schedule": lambda model, optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3),
+    "namespace with a weight": lambda model, optimizer: argparse.Namespace(classes=model.state_dict()["0.weight"]),
+    "dict of a class with a weight": lambda model, optimizer: Attributes(classes=model.state_dict()["0.weight"]),
+    "list of a class with a weight": lambda model, optimizer: List([model.state_dict()["0.weight"]]),
+    "partial with a weight": lambda model, optimizer: functools.partial(print, model.state_dict()["0.weight"]),
+}
+
+
+@pytest.mark.parametrize("root", ["state_dict", "model"])
+@pytest.mark.parametrize("case", SHARING, ids=lambda case: case.replace(" ", "_"))
+def test_objects_that_share_the_weights_are_no_danger(tmp_path: Path, case: str, root: str) -> None:
+    """The weights are loaded, and the state of the optimizer can be read, whose dicts the optimizer shares."""
+    model, target = make_model(), torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2))
+    optimizer = trained(model)
+    beside = SHARING[case](model, optimizer)
+    path = tmp_path / "a.pt"
+    config = {"kind": "file", "path": str(path), **({} if root == "state_dict" else {"source_root": root})}
+    for protocol in (2, 5):
+        content = {root: model.state_dict(), "optimizer": optimizer.state_dict(), "beside": beside}
+        torch.save(content, path, pickle_protocol=protocol)
+        InitializerStack.from_config([config]).initialize(bind(target, name="net"))
+        for key, value in model.state_dict().items():
+            assert torch.equal(target.state_dict()[key], value)
+        with open_checkpoint(path) as reader:
+            assert set(reader.values("optimizer")) == {"state", "param_groups"}
+            assert set(reader.metadata["optimizer"]) == {"state", "param_groups"}
+
+
+def test_what_the_file_makes_and_drops_is_listed(tmp_path: Path) -> None:
+    """An object whose result is popped, and a name that is only looked up, which imports its module."""
+    opcodes = both(SHARED, name("a.b", "C") + b")\x810" + name("d", "e") + b"0N")
     with open_checkpoint(write_pickle(tmp_path / "a.pt", opcodes)) as reader:
-        assert torch.equal(reader.read("w"), torch.zeros(2, 2))
-        assert (reader.unread["x"].foreign, reader.unread["x"].tensors) == ("a.b.C", 1)
+        assert {place: str(part) for place, part in reader.unread.items()} == {
+            "<dropped>.a.b.C": "a.b.C",
+            "<dropped>.d.e": "d.e",
+        }
+
+
+def test_optimizer_values_that_a_call_takes_are_refused(tmp_path: Path) -> None:
+    """Also where only they are asked for, by their tree or as a value; the weights are loaded."""
+    moments = tensor([4], [1], record="1")
+    opcodes = b"}(" + entry("state_dict", SHARED) + entry("optimizer", b"}(" + entry("m", moments) + b"u")
+    opcodes += entry("x", call("a.b", "zero_", tensor([2], [1], record="1"))) + b"u"
+    with open_checkpoint(write_pickle(tmp_path / "a.pt", opcodes, {"data/1": bytes(16)})) as reader:
+        assert list(reader.tensors()) == ["w"]
+        for ask in (lambda: reader.metadata["optimizer"], lambda: reader.values("optimizer")):
+            with pytest.raises(UnsafeGlobalError, match=r"a\.b\.zero_ \(at a call that takes"):
+                ask()
 
 
 def test_optimizer_and_trainer_values_that_are_foreign_stay_refused(tmp_path: Path) -> None:

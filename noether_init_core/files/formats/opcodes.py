@@ -10,6 +10,7 @@ Depth, keys and copies are limited, and the number of objects is limited by the 
 from __future__ import annotations
 
 import struct
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ _ALWAYS = 1 << 16
 _SET = 4
 #: Memory of an inert record and of what the graph keeps about it; pickle writes at least five bytes for an object.
 _RECORD = 2
+#: Attributes of the dicts that a file may make; an own one of these names would stand in its place.
+_ATTRIBUTES_OF_DICTS = frozenset({*dir(OrderedDict()), *dir(Counter()), *dir(defaultdict())})
 _TOO_MANY = "data.pkl builds far more objects than its size accounts for"
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _OLD_NAMES = {"builtins.xrange": "builtins.range", "builtins.unicode": "builtins.str", "builtins.long": "builtins.int"}
@@ -51,12 +54,17 @@ class Interpreter:
         self.unknown: dict[str, None] = {}
         #: Dicts, each with the attributes that were set on it (``_metadata`` of state dicts), in order.
         self.attached: list[tuple[dict[Any, Any], Any]] = []
-        #: The records of calls, also of those whose result the file drops.
+        #: The records of all objects that are not allowed, also of those that the file drops, in order.
+        self.made: list[ForeignObject] = []
+        #: Those of them whose making runs foreign code on their arguments.
         self.calls: list[ForeignObject] = []
         self._data = data
         self._records = records
         self._allowed = frozenset(allowed)
         self._scope = Scope(len(data))
+        #: Dicts with keys of foreign classes.
+        self.foreign_keyed = self._scope.foreign_keyed
+        self._attached_sizes: list[int] = []
         # pickle writes at least three bytes for a container. A hostile file could write an empty one in one byte, and
         # each takes 56 bytes of memory or more.
         self._containers = 1024 + len(data) // 2
@@ -70,7 +78,10 @@ class Interpreter:
     def run(self) -> Any:
         """Return the object in the file. Raises ``OpcodeError``."""
         try:
-            return self._run()
+            value = self._run()
+            if [len(state) for _owner, state in self.attached] != self._attached_sizes:
+                raise OpcodeError("data.pkl changes the attributes of a dict after it has set them")
+            return value
         except (IndexError, KeyError, struct.error):
             # IndexError: the stack is empty or the data ends. KeyError: no object was memoized under the number.
             raise OpcodeError(f"data.pkl is damaged near byte {self._position}") from None
@@ -128,14 +139,16 @@ class Interpreter:
                 if not args and function.name == "collections.OrderedDict":  # one stands beside every tensor
                     stack[-1] = {}
                 elif builder is None:
-                    stack[-1] = self._foreign(function.name, args, is_call=True)
+                    stack[-1] = self._foreign(function.name, args)
                 else:
                     try:
                         stack[-1] = builder(scope, args)
+                        if type(stack[-1]) is ForeignObject:
+                            self._note_built(stack[-1])
                     except OpcodeError:
                         if not self._are_foreign(args):
                             raise
-                        stack[-1] = self._foreign(function.name, args, is_call=True)
+                        stack[-1] = self._foreign(function.name, args)
             elif opcode == 0x58:  # BINUNICODE
                 start = position + 4
                 position = start + _LENGTH_4(data, position)[0]
@@ -224,20 +237,31 @@ class Interpreter:
             raise OpcodeError("data.pkl has a name that is not a string, or is too long")
         self._name(f"{module}\n{name}".encode("utf-8", "surrogatepass"), module, name)
 
-    def _foreign(self, name: str, args: tuple[Any, ...], *, is_call: bool = False) -> ForeignObject:
+    def _foreign(self, name: str, args: tuple[Any, ...]) -> ForeignObject:
         if name in KNOWN_NAMES and not self._are_foreign(args):
             raise OpcodeError(f"data.pkl calls {name}, which torch.save never does")
         self._count_container(_RECORD)
         found = ForeignObject(name, args)
-        if is_call:
-            self.calls.append(found)
+        if name not in self._allowed or self._are_foreign(args):
+            self.made.append(found)
+            is_method = name == "builtins.getattr" and len(args) == 2 and type(args[0]) is ForeignObject
+            if not (is_method and type(args[1]) is str) and name != "functools.partial":
+                self.calls.append(found)
         return found
+
+    def _note_built(self, found: ForeignObject) -> None:
+        """Note an object of a tensor subclass, and the call that makes its tensor."""
+        self._count_container(_RECORD)
+        for one in (found, *found.args[:1]):
+            if type(one) is ForeignObject and one.name in self.unknown:
+                self.made.append(one)
+                self.calls.append(one)
 
     def _call(self, function: Any, args: Any) -> ForeignObject:
         """Record a call of an unknown name, or of an inert object such as the result of ``getattr``."""
         if type(args) is not tuple or type(function) not in (ForeignName, ForeignObject):
             raise OpcodeError("data.pkl calls something that is not a name")
-        return self._foreign(*self._named(function, args), is_call=True)
+        return self._foreign(*self._named(function, args))
 
     def _named(self, kind: GlobalName | ForeignObject, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
         """Return the name for a record, and its arguments; an inert object that is called is one of them."""
@@ -271,7 +295,14 @@ class Interpreter:
             target.state = state
         elif type(target) is dict:
             self._count_container(_SET)
+            if type(state) is not dict:
+                raise OpcodeError(f"data.pkl gives {type_of(state)} as attributes to a dict")
+            self._scope.charge(len(state))
+            for name in state:
+                if name in _ATTRIBUTES_OF_DICTS:
+                    raise OpcodeError(f"data.pkl sets the attribute {name} of a dict, which all dicts have")
             self.attached.append((target, state))
+            self._attached_sizes.append(len(state))
         else:
             raise OpcodeError(f"data.pkl gives a state to {type_of(target)}")
 
@@ -308,6 +339,8 @@ class Interpreter:
         """Return the container on the stack to fill; that of an inert object is created at the first item."""
         target = self._stack[-1]
         if type(target) is ForeignObject:
+            if target.state is not None:  # pickle writes the state last
+                raise OpcodeError(f"data.pkl gives items to an object of {target.name} after its state")
             if target.items is None:
                 target.items = kind()
             target = target.items

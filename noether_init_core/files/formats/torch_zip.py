@@ -26,7 +26,7 @@ from noether_init_core.files.content import (
 )
 from noether_init_core.files.formats.opcodes import Interpreter
 from noether_init_core.files.formats.others import NEXT_COPY, NEXT_SAVE, check_kind, unreadable, zip_kind
-from noether_init_core.files.graph import Content, ObjectGraph
+from noether_init_core.files.graph import Content, Handed, ObjectGraph
 from noether_init_core.files.refusals import ALLOW_GLOBALS_VARIABLE, NEXT_PLAIN, unsafe
 from noether_init_core.files.storage.handle import Handle
 from noether_init_core.messages import quoted
@@ -72,7 +72,9 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
     try:
         value = interpreter.run()
         versions, marred = _versions_in(interpreter.attached, len(header), names)
-        graph = ObjectGraph(value, len(header), names, interpreter.calls, interpreter.attached, marred)
+        handed = Handed(interpreter.calls, interpreter.made, records)
+        keyed = interpreter.foreign_keyed
+        graph = ObjectGraph(value, len(header), names, interpreter.attached, marred, keyed, handed)
     except OpcodeError as error:
         if names:
             raise unsafe(handle.path, names) from error
