@@ -250,3 +250,28 @@ def test_a_mapping_makes_an_initializer_as_advised() -> None:
     expression = said.removesuffix(" for a mapping").replace("{...}", "config")
     made = eval(expression, {"kinds": kinds, "config": config})
     assert isinstance(made, FileInitializer)
+
+
+@executes(
+    "noether_init_random/__init__.py", "module.to_empty(device='cpu'); for a lazy module, pass one batch through it"
+)
+@executes("noether_init_random/__init__.py", "parameter.data = parameter.data.clone()")
+@pytest.mark.parametrize("case", ["meta", "lazy", "expanded"])
+def test_random_values_are_drawn_after_the_advised_call(case: str) -> None:
+    """Into memory, into a shape, into elements of their own."""
+    with torch.device("meta" if case == "meta" else "cpu"):
+        module = torch.nn.LazyLinear(2) if case == "lazy" else torch.nn.Linear(3, 2)
+    if case == "expanded":
+        module.weight.data = torch.zeros(1).expand(2, 3)
+    config = {"kind": "random", "seed": 1, "rules": [{"match": "**.weight", "init": "xavier_uniform_"}]}
+    stack = InitializerStack.from_config([config])
+    said = advised(lambda: stack.initialize(bind(module, "net")))
+    if case == "lazy":
+        assert "for a lazy module, pass one batch through it" in said
+        module(torch.ones(1, 3))
+    else:
+        call = re.match(r"module\.to_empty\(device='cpu'\)|parameter\.data = parameter\.data\.clone\(\)", said)
+        assert call is not None, said
+        exec(call[0], {"module": module, "parameter": module.weight})
+    stack.initialize(bind(module, "net"))
+    assert module.weight.std() > 0
