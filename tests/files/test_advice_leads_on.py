@@ -267,3 +267,42 @@ def test_a_file_without_checksums_is_loaded_as_advised(tmp_path: Path, caplog: p
     loaded("b.safetensors", f"digest: 'sha256:{digest}'")
     assert "no checksums" not in caplog.text
     assert digests(tmp_path) == before
+
+
+class Extra:
+    """A class of a user, whose objects are in a file."""
+
+
+@executes("files/refusals.py", "Next, to read objects of these classes as inert records: in code, open_checkpoint(")
+@executes("files/storage/disk.py", "Next: mount its disk, or change its permissions")
+def test_objects_are_read_as_records_and_a_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the argument and by the variable of the message, which make no object; and after a disk failed."""
+    path = saved(tmp_path / "a.pt", {"state_dict": torch.nn.Linear(3, 2).state_dict(), "extra": Extra()})
+    before = digests(tmp_path)
+
+    def read(**options: Any) -> Any:
+        with open_checkpoint(path, **options) as reader:
+            return reader.load()["extra"]
+
+    said = refusal(read)
+    variable = re.search(r"set (\w+)=(\S+) in the environment", said)
+    assert variable is not None
+    assert "allow_globals=[...]" in said
+    assert not isinstance(read(allow_globals=variable[2].split(",")), Extra)
+    monkeypatch.setenv(variable[1], variable[2])
+    InitializerStack.from_config(
+        [{"kind": "file", "path": str(path)}], path_provider=PathProvider(tmp_path, "run")
+    ).initialize(bind(torch.nn.Linear(3, 2), "net"))
+    opened = os.open
+
+    def failing(name: Any, *arguments: Any, **options: Any) -> int:
+        if str(name) == str(path):
+            raise PermissionError(13, "Permission denied", str(name))
+        return opened(name, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        assert advised(lambda: open_checkpoint(path)) == "mount its disk, or change its permissions"
+    with open_checkpoint(path) as reader:
+        reader.verify()
+    assert digests(tmp_path) == before
