@@ -9,6 +9,23 @@ from typing import Literal
 from noether_init_core.surgery.steps import Cast, Concat, Interpolate, Stack, Step
 
 CastPolicy = Literal["same_kind", "none", "any"]
+#: Torch converts each of these to each other one; asked about others, it must be there.
+PLAIN = frozenset(
+    [
+        "bool",
+        "uint8",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+    ]
+)
 
 
 def _kind_of(dtype: str) -> str:
@@ -26,7 +43,8 @@ def can_cast(source: str, target: str, policy: CastPolicy) -> bool:
     from_kind, to_kind = _kind_of(source), _kind_of(target)
     if policy == "none" or "object" in (from_kind, to_kind) or (from_kind == "complex" and to_kind != "complex"):
         return False
-    return (policy == "any" or from_kind == to_kind) and _torch_converts(source, target)
+    is_allowed = policy == "any" or from_kind == to_kind
+    return is_allowed and ({source, target} <= PLAIN or _torch_converts(source, target))
 
 
 @functools.cache
