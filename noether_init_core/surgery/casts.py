@@ -10,22 +10,10 @@ from noether_init_core.surgery.steps import Cast, Concat, Interpolate, Stack, St
 
 CastPolicy = Literal["same_kind", "none", "any"]
 #: Torch converts each of these to each other one; asked about others, it must be there.
-PLAIN = frozenset(
-    [
-        "bool",
-        "uint8",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "float16",
-        "bfloat16",
-        "float32",
-        "float64",
-        "complex64",
-        "complex128",
-    ]
-)
+PLAIN = frozenset({
+    "bool", "uint8", "int8", "int16", "int32", "int64",
+    "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
+})  # fmt: skip
 
 
 def _kind_of(dtype: str) -> str:
