@@ -145,9 +145,9 @@ class FileCheckpoint(BaseCheckpoint):
         )
         # The empty name is the complete object.
         self._trees = {"": root}
+        asked = {entry, "state_dict"} if is_below else {entry}
         for key, child in self._parts.items() if type(root) is dict else ():
-            is_own = is_below and key == "state_dict"
-            if type(key) is str and key and (content.graph.count(child) or is_own or key == entry):
+            if type(key) is str and key and (content.graph.count(child) or key in asked):
                 self._trees[key] = child
         usual = "state_dict" if is_below else ""
         self._entry = usual if entry is None else entry
