@@ -64,7 +64,9 @@ class Advice:
         is_wide = any("*" in entry or entry in other for entry in entries for other in others)
         if self.style == "fields" and not is_wide:
             return self._more("patterns_to_instantiate", entries)
-        return self.rule({"keep_model": _alone(entries)})
+        line = self.rule({"keep_model": _alone(entries)})
+        # the values that the run has trained since would be replaced at each later resume
+        return f"{line}  # only until the next save" if self.whole == "auto_resume" else line
 
     def drop(self, names: Sequence[str], others: Collection[str]) -> str:
         """The line that leaves exactly ``names`` of the file unread, and none of ``others``."""

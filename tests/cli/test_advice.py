@@ -128,10 +128,19 @@ def test_a_fix_below_auto_resume_is_a_line_that_works_there(invoke: Invoke, tmp_
     refused = plan(invoke, "wider")
     assert refused.code == 1
     fix = next(line.split("fix: ")[1] for line in refused.out.splitlines() if "fix: " in line)
-    assert fix == "auto_resume: {transforms: [{keep_model: b.}]}"
+    assert fix == "auto_resume: {transforms: [{keep_model: b.}]}  # only until the next save"
     (tmp_path / "init.yaml").write_text(f"{fix}\ninitializers: []\n")
     mended = plan(invoke, "wider")
     assert mended.code == 0, mended.out
+    # after the next save, as the comment says: with the line, what was trained since would be left out
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(2, 3)})
+    state.advance(samples=1)
+    CheckpointWriter(PathProvider("runs", "wider")).save(bind(layers, "model"), trainer=state)
+    assert "o keep     b.*" in plan(invoke, "wider").out
+    (tmp_path / "init.yaml").write_text("auto_resume: true\ninitializers: []\n")
+    later = plan(invoke, "wider")
+    assert later.code == 0, later.out
+    assert "keep" not in later.out
 
 
 @pytest.mark.parametrize("built", ["{'left': LINEAR, 'right': LINEAR}", "(LINEAR, LINEAR)", "[LINEAR]"])
