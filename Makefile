@@ -15,12 +15,13 @@ help:  ## Show the targets
 
 env: $(STAMP)  ## Create .venv with everything for development
 
-# Where Python comes without ensurepip, the pip that is there installs one into the environment.
+# Where Python comes without ensurepip, the pip that is there installs one into the environment. antlr4, which OmegaConf
+# needs, is a source archive: setuptools builds it, from release 70.1 on without the package wheel.
 $(STAMP): pyproject.toml constraints.txt $(PLUGINS:%=%pyproject.toml)
 	@test -n "$(PYTHON3)" || { echo "Python 3.11 or newer is needed; PYTHON3=... names it" >&2; exit 2; }
 	test -x $(PYTHON) || "$(PYTHON3)" -m venv .venv || { "$(PYTHON3)" -m venv --clear --without-pip .venv \
 		&& "$(PYTHON3)" -m pip --python $(PYTHON) install --quiet pip; }
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt hatchling editables
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt hatchling editables setuptools
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --no-build-isolation --no-deps $(PLUGINS:%=--editable ./%)
 	touch $(STAMP)
