@@ -242,7 +242,6 @@ def _failures(
 ) -> Iterator[str]:
     """Problems in words of what a rehearsal found."""
     who, kept = _who(targets.code), kept_names(prefix, rows, targets)
-    fix = "Next: convert the file with the code that wrote it, or keep the model's values there (keep_model)"
     if found.is_refused:
         yield f"{who}: {found.error}. Next: load this model by its own load_state_dict, without an initializer"
         return
@@ -257,9 +256,15 @@ def _failures(
             "model: code that needs the model itself, as by its id, works only without an initializer"
         )
     elif missing:
-        yield f"{who} needs {listed(sorted(missing))}, not found in the file. {fix}"
+        yield (
+            f"{who} reports missing entries: {listed(sorted(missing))}. Next: convert the file with the code that "
+            "wrote it, or keep the model's values there (keep_model)"
+        )
     elif found.unexpected:
-        yield f"{who} does not take {listed(sorted(found.unexpected))}. {fix}"
+        yield (
+            f"{who} reports unexpected entries: {listed(sorted(found.unexpected))}. "
+            "Next: convert the file with the code that wrote it"
+        )
     for name, is_asked in kept.items():
         written = found.written.get(name)
         if written is not None and (written.is_replaced or (written.is_touched and not is_asked)):
@@ -287,7 +292,7 @@ def tied_loading_code(plan: LoadPlan, targets: Mapping[str, ModelTargets]) -> It
                     yield (
                         f"{other} and {name} of {model} are one tensor, and {kind.__name__} and "
                         f"{type(module).__name__} have loading code of their own for it. Next: untie it, or let one "
-                        "module hold both"
+                        "module hold both: call load_state_dict of its parts, and save it"
                     )
 
 
@@ -296,8 +301,9 @@ def mixed_versions(rows: Sequence[PlanRow], versions: Versions, targets: ModelTa
 
     Their loading code receives one version only, and would translate some entries wrongly.
     """
-    named = [row for row in rows if row.key not in targets.code.brought]
-    for prefix, own in targets.code.runs.items():
+    code = targets.code
+    named = [code.fed.get(row.key, row) for row in rows if row.key not in code.brought]
+    for prefix, own in code.runs.items():
         for path, module, sources in modules_of_sources(prefix, own, named):
             versions_of = {source: versions[source] for source in sources if source in versions}
             if all(other == next(iter(versions_of.values())) for other in versions_of.values()) or not translates(

@@ -603,10 +603,10 @@ def returns_a_value() -> Any:
     ("make", "words"),
     [
         (Newer, "the file is too new"),
-        (LooksForMeta, "needs layer.weight"),
+        (LooksForMeta, "reports missing entries: layer.weight"),
         (DoublesOnValues, "does something else with values"),
         (checks_afterwards, "a bad sum of metadata"),
-        (reports_more, "needs more"),
+        (reports_more, "reports missing entries: more"),
         (returns_a_value, "not expected to return new values"),
     ],
 )
