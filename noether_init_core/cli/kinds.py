@@ -62,7 +62,7 @@ def list_kinds(
         print_json(json.dumps(rows, indent=2))
         return
     if not found:
-        show(f"no {what} is installed. Next: pip install noether-init-core")
+        show(f"no {what} is installed. Next: python -m pip install --force-reinstall --no-deps noether-init-core")
         return
     show_table(("", what, "provided by"), [(_mark(info, conflicts), info.name, info.source) for info in found])
     if conflicts:

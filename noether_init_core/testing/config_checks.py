@@ -38,7 +38,7 @@ class ConfigChecks(Checks):
             assert info.distribution is None, told(
                 f"{self.kind} is provided by {info.source}, and the test class declares no distribution",
                 "the kit would look at another class than users get",
-                "distribution = ...",
+                f'distribution = "{info.distribution}"',
             )
             return
         assert info.distribution is not None, told(
@@ -55,7 +55,7 @@ class ConfigChecks(Checks):
         assert info.version == installed, told(
             f"{self.kind} is of version {info.version}, and {self.distribution} {installed} is installed",
             "reports would name the wrong version",
-            "pip install --force-reinstall",
+            f"python -m pip install --force-reinstall --no-deps {self.distribution}, or the folder of its project",
         )
 
     def test_says_the_contract_it_was_written_for(self) -> None:

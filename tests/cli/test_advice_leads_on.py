@@ -74,6 +74,19 @@ def test_a_package_that_is_refused_is_written_as_advised(invoke: Invoke, argumen
     assert list(Path().rglob("pyproject.toml"))
 
 
+@executes("scaffold/package.py", "Next: --into another folder")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that not even root can write to")
+def test_a_package_is_written_into_another_folder(invoke: Invoke) -> None:
+    """Where the first one takes no files."""
+    said = told(invoke("new", "demo", "--into", "/proc"))
+    assert "could not be written, and no file was left" in said
+    option = re.search(r"Next: (--into) another folder", said)
+    assert option is not None
+    Path("mine").mkdir()
+    assert invoke("new", "demo", option[1], "mine").code == 0
+    assert Path("mine/demo/pyproject.toml").is_file()
+
+
 @executes("cli/contents.py", "ninit inspect {}")
 @executes("cli/config.py", "--out {}")
 def test_runs_and_models_are_named_one_by_one(invoke: Invoke) -> None:

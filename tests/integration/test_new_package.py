@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.wheels import Environment, run_process
+from support.advice import executes, saw
+from support.wheels import Environment, build_wheel, run_process
 
 
 @pytest.fixture(params=["source", "plain"])
@@ -100,3 +101,50 @@ def test_its_wheel_is_selected_by_kind_in_a_config_file(
     assert json.loads(output) == ["noether-init-demo 0.1.0", [[2.5] * 3] * 2, [2.5] * 2]
     checked = environment.command("validate", "init.yaml", where=tmp_path)
     assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@executes("cli/kinds.py", "pip install '.[test]'", "Next: python -m pip install {}")
+@pytest.mark.parametrize("way", ["as new says", "as check says"])
+def test_it_is_installed_by_the_printed_commands(environment: Environment, tmp_path: Path, way: str) -> None:
+    """Those that ``new`` prints, in their order; or the one of ``check``, where it is not installed yet."""
+    printed = saw(environment.typed("ninit new demo", where=tmp_path))
+    commands = re.findall(r"^  (\S.*)$", printed, re.MULTILINE)
+    assert commands == [
+        "cd demo",
+        "python -m pip install '.[test]'",
+        "python -m pytest",
+        "ninit kinds",
+        "ninit check demo",
+    ]
+    refused = saw(environment.typed("ninit check demo", where=tmp_path, code=1))
+    before = {path: path.read_bytes() for path in (tmp_path / "demo").rglob("*") if path.is_file()}
+    try:
+        if way == "as check says":
+            environment.typed(refused.rpartition("Next: ")[2], where=tmp_path)
+            assert "problems: 0" in environment.typed("ninit check demo", where=tmp_path)
+        else:
+            # the tests of the new package run in another test
+            kept = [one for one in commands if one != "python -m pytest"]
+            assert "problems: 0, advice: 0" in environment.typed(" && ".join(kept), where=tmp_path)
+    finally:
+        environment.pip("uninstall", "--yes", "noether-init-demo")
+    assert before.items() <= {path: path.read_bytes() for path in before}.items()
+
+
+@executes("testing/config_checks.py", "pip install --force-reinstall --no-deps {}, or the folder of its project")
+@pytest.mark.parametrize("base", ["plain"], indirect=True)
+def test_metadata_of_another_version_is_written_again(environment: Environment, demo: Path, tmp_path: Path) -> None:
+    """From a wheel, or from the folder of the project; the kit finds nothing wrong afterwards."""
+    build_wheel(demo, tmp_path)
+    (metadata,) = environment.site_packages.glob("noether_init_demo-*.dist-info/METADATA")
+    original = metadata.read_text()
+    check = "python -m pytest -p no:cacheprovider -q -k test_is_registered_by_its_distribution"
+    for is_folder in (False, True):
+        metadata.write_text(original.replace("\nVersion: 0.1.0\n", "\nVersion: 9.9\n"))
+        failed = saw(environment.typed(check, where=demo, code=1))
+        found = re.search(r"Next: (python -m pip .*?)(\S+), or the folder of its project$", failed, re.MULTILINE)
+        assert found is not None, failed
+        assert found[2] == "noether-init-demo"
+        environment.typed(f"{found[1]}{'.' if is_folder else found[2]}", where=demo, PIP_FIND_LINKS=str(tmp_path))
+        assert metadata.read_text() == original
+        environment.typed(check, where=demo)

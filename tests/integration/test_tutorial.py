@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -34,17 +33,7 @@ class Shell:
         done = subprocess.run(
             ["bash", "-c", INSTEAD.get(command, command)],
             cwd=self.folder,
-            env={
-                "PATH": f"{self.environment.python.parent}{os.pathsep}{os.defpath}",
-                "COLUMNS": "120",
-                "TERM": "dumb",
-                "LANG": "C.UTF-8",
-                "OMP_NUM_THREADS": "1",
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "PIP_NO_INDEX": "1",
-                "PIP_NO_BUILD_ISOLATION": "0",  # that is how pip wants it to be said
-                "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-            },
+            env=self.environment.variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.advice import executes, saw
 from support.wheels import ROOT, Environment, build_wheel, run_process
 
 PLUGINS = sorted(project.parent for project in ROOT.glob("plugins/*/pyproject.toml"))
@@ -308,8 +310,9 @@ def test_two_wheels_that_claim_a_kind_and_one_that_raises_do_no_harm(
     assert works == [1.0, "FileInitializer", "PreviousRunInitializer", "ResumeInitializer"]
 
 
-def test_without_its_entry_points_the_core_knows_no_kind(environment: Environment, tmp_path: Path) -> None:
-    """Nothing but the metadata makes previous_run a kind."""
+@executes("cli/kinds.py", "Next: python -m pip install --force-reinstall --no-deps noether-init-core")
+def test_without_its_entry_points_the_core_knows_no_kind(environment: Environment, built: Path, tmp_path: Path) -> None:
+    """Nothing but the metadata makes previous_run a kind; the advised command writes it again."""
     (points,) = environment.site_packages.glob("noether_init_core-*.dist-info/entry_points.txt")
     original = points.read_text()
     points.write_text(original[: original.index("[noether_init.initializers]")])
@@ -324,11 +327,14 @@ def test_without_its_entry_points_the_core_knows_no_kind(environment: Environmen
             """,
             where=tmp_path,
         )
-        listed = environment.command("kinds", where=tmp_path)
+        listed = saw(environment.typed("ninit kinds", where=tmp_path))
+        environment.typed(listed.partition("Next: ")[2], where=tmp_path, PIP_FIND_LINKS=str(built))
+        assert points.read_text() == original
+        assert re.search(r"ok +previous_run +noether-init-core", environment.typed("ninit kinds", where=tmp_path))
     finally:
         points.write_text(original)
     assert output == 'no kind "previous_run". No kind is installed. Next: ninit kinds\n'
-    assert (listed.returncode, listed.stdout) == (0, "no kind is installed. Next: pip install noether-init-core\n")
+    assert listed == "no kind is installed. Next: python -m pip install --force-reinstall --no-deps noether-init-core\n"
 
 
 NOETHER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +31,35 @@ class Environment:
     def site_packages(self) -> Path:
         (found,) = (self.folder / "lib").glob("python*/site-packages")
         return found
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment variables of a shell; pip asks no index, and builds with what is there."""
+        return {
+            "PATH": f"{self.python.parent}{os.pathsep}{os.defpath}",
+            "COLUMNS": "120",
+            "TERM": "dumb",
+            "LANG": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",  # that is how pip wants it to be said
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        }
+
+    def typed(self, line: str, *, where: Path, code: int = 0, **variables: str) -> str:
+        """Type a line in a shell; return what it printed on either stream."""
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=where,
+            env={**self.variables, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, f"{line}\n{done.stdout}"
+        return done.stdout
 
     def run(self, program: str, *, where: Path, code: int = 0) -> str:
         """Run a program that sees neither this checkout nor the variables of the tests; return what it printed."""
