@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import re
 import shlex
+import shutil
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.advice import digests, executes, typed
+from support.advice import REPOSITORY, digests, executes, typed
 from support.command import run_command
 from support.following import advised
 from support.foreign import INITIALIZER, ForeignPackages
+from torch._C._distributed_c10d import HashStore
+from torch.testing._internal.two_tensor import TwoTensor
 
+import noether_init_pages
 from noether_init_core import InitializerStack, KindConfig, bind, kinds
 from noether_init_core.builtin.file import FileInitializer, FileInitializerConfig
 from noether_init_core.kinds import contract
 from noether_init_core.kinds.hookspec import CONTRACT_VERSION
+from noether_init_pages import html_page
 
 CLASS = "ConstantInitializer"
 
@@ -275,3 +283,63 @@ def test_random_values_are_drawn_after_the_advised_call(case: str) -> None:
         exec(call[0], {"module": module, "parameter": module.weight})
     stack.initialize(bind(module, "net"))
     assert module.weight.std() > 0
+
+
+@executes("noether_init_random/__init__.py", "Next: initialize the model before that step")
+@pytest.mark.parametrize("step", ["fully_shard", "inference_mode", "quantize"])
+def test_random_values_are_drawn_before_the_step_that_prevents_it(step: str) -> None:
+    """The values are those of the seed, and the step works on them."""
+    config = {"kind": "random", "seed": 1, "rules": [{"match": "**", "init": "ones_"}]}
+    stack = InitializerStack.from_config([config])
+
+    def changed(module: torch.nn.Module) -> Any:
+        if step == "fully_shard":
+            from torch.distributed.fsdp import fully_shard
+
+            return fully_shard(module, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        if step == "quantize":
+            module.register_parameter("weight", torch.nn.Parameter(TwoTensor(module.weight, module.weight)))
+            return module
+        with torch.inference_mode():
+            for name, value in list(module.named_parameters()):
+                module.register_parameter(name, torch.nn.Parameter(value.detach().clone()))
+        return module
+
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        said = advised(lambda: stack.initialize(bind(changed(torch.nn.Linear(3, 2)), "net")))
+        assert said.startswith("initialize the model before that step")
+        module = torch.nn.Linear(3, 2)
+        stack.initialize(bind(module, "net"))
+        found = changed(module)(torch.ones(1, 3))
+        assert (found.a if step == "quantize" else found).tolist() == [[4.0, 4.0]]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@executes("noether_init_pages/__init__.py", "Next: {}", "pip install --upgrade noether-init-pages")
+def test_data_of_another_version_are_shown_by_a_newer_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose files are put there as pip would do it; data without a version are taken from the value again."""
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "w.pt")
+    stack = InitializerStack.from_config([{"kind": "file", "path": str(tmp_path / "w.pt")}])
+    plan = stack.plan(bind(torch.nn.Linear(3, 2), "net"))
+    for version in (None, 0, "1"):
+        said = advised(functools.partial(html_page, {**plan.to_dict(), "version": version}))
+        assert said == "pass the value itself, or its to_dict()"
+    assert html_page(plan) == html_page(plan.to_dict())
+    newer = {**plan.to_dict(), "version": 2}
+    command = advised(lambda: html_page(newer))
+    name = command.removeprefix("pip install --upgrade ")
+    project = REPOSITORY / "plugins" / name
+    assert tomllib.loads((project / "pyproject.toml").read_text("utf-8"))["project"]["name"] == name
+    assert Path(noether_init_pages.__file__).is_relative_to(project)
+    folder = tmp_path / "noether_init_pages"
+    shutil.copytree(Path(noether_init_pages.__file__).parent, folder)
+    code = (folder / "__init__.py").read_text("utf-8")
+    assert "\n_VERSION = 1\n" in code
+    (folder / "__init__.py").write_text(code.replace("\n_VERSION = 1\n", "\n_VERSION = 2\n"), "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "noether_init_pages")
+    upgraded = importlib.import_module("noether_init_pages")
+    assert upgraded.html_page(newer).startswith("<!doctype html>")
+    monkeypatch.delitem(sys.modules, "noether_init_pages")

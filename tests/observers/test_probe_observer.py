@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import yaml
+from support.advice import digests, executes
+from support.command import run_command
 from support.damage import flip_tensor_bit, rewrite
 
 from noether_init_core import (
@@ -141,6 +146,51 @@ def test_the_trainer_is_put_back(run: PathProvider) -> None:
     with pytest.raises(PartlyInitializedError, match="States of trainer and callbacks were restored"):
         start(run, net(1), {**RESUME, **EXCHANGED, "load_optim": False}, trainer=trainer)
     assert str(trainer.iteration) == "E0_U1_S4"
+
+
+@executes(
+    "observers/probe.py", "Next: check renames and transforms with ninit plan, and changes of the code or settings"
+)
+@pytest.mark.parametrize("way", ["renames and transforms", "changes of the code", "leave out the observer"])
+def test_a_mismatch_is_mended_as_advised(
+    run: PathProvider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    """The plan shows the rules; without them, with the old code, or without the observer, the start is well."""
+    before = digests(tmp_path)
+    if way == "renames and transforms":
+        with pytest.raises(PartlyInitializedError) as caught:
+            start(run, net(1), {**WARM, **EXCHANGED})
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+        config = {"observers": ["probe"], "initializers": [{**WARM, "run_id": "source", **EXCHANGED}]}
+        Path("init.yaml").write_text(yaml.safe_dump(config))
+        command = re.search(r"with (ninit plan),", str(caught.value))
+        assert command is not None
+        arguments = [*command[1].split()[1:], "init.yaml", "--model", "test_probe_observer:plain", "--runs", "."]
+        shown = run_command(monkeypatch, capsys, *arguments)
+        assert shown.code == 0, shown.err
+        assert re.search(r"rename +first\.\* .*<- second\.\* +init\.yaml:\d", shown.out), shown.out
+        Path("init.yaml").unlink()
+        assert said(start(run, net(1), WARM)) == "same bits"
+    else:
+        changed = net(1, activation=torch.relu)
+        with pytest.raises(PartlyInitializedError) as caught:
+            start(run, changed, WARM)
+        if way == "changes of the code":
+            assert said(start(run, net(1, activation=torch.tanh), WARM)) == "same bits"
+        else:
+            config = {"initializers": [{**WARM, "run_id": "source"}]}
+            InitializerStack.from_config(config, path_provider=run.with_run("new")).initialize(changed)
+            CheckpointWriter(run.with_run("again")).save(changed, at(1), probe=BATCH)
+            assert said(start(run, net(2, activation=torch.relu), {**WARM, "run_id": "again"})) == "same bits"
+    assert way in str(caught.value)
+    assert before.items() <= digests(tmp_path).items()
+
+
+def plain() -> Any:
+    """What ``ninit plan`` builds."""
+    return net(1)
 
 
 def test_code_that_computes_otherwise_is_caught(run: PathProvider) -> None:

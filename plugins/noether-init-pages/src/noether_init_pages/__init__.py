@@ -55,9 +55,10 @@ def html_page(value: HasToDict | Mapping[str, Any], *, title: str | None = None)
     if not isinstance(name, str) or name not in _PAGES:
         raise ValueError(f"no page for the format {name!r}; there are pages for: {', '.join(_PAGES)}")
     if version != _VERSION:
+        is_newer = isinstance(version, int) and version > _VERSION
+        change = "pip install --upgrade noether-init-pages" if is_newer else "pass the value itself, or its to_dict()"
         raise ValueError(
-            f"{name} of version {version!r} cannot be shown; this release shows version {_VERSION}. "
-            "Next: pip install --upgrade noether-init-pages"
+            f"{name} of version {version!r} cannot be shown; this release shows version {_VERSION}. Next: {change}"
         )
     about, command = _PAGES[name](data)
     return _document(name.removeprefix("noether-init-"), about if title is None else title, data, command)
