@@ -315,3 +315,10 @@ class BaseCheckpoint(abc.ABC):
         return CheckpointNotFoundError(
             f"{what} {asked!r} not found in {self.path}. {hint}", path=self.path, asked=asked, candidates=candidates
         )
+
+
+def entries_beside(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the trees of a checkpoint that lie beside the selected one; counts what is in each tree."""
+    names = checkpoint.tensors()
+    others = (entry for entry in checkpoint.entries if entry and checkpoint.tensors(entry) is not names)
+    return tuple(entry for entry in others if not any(name.startswith(f"{entry}.") for name in names))

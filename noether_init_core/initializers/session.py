@@ -36,14 +36,14 @@ from noether_init_core.applying.weights import (
 )
 from noether_init_core.config.source import SourceInitializerConfig
 from noether_init_core.errors import CheckpointNotFoundError, PartlyInitializedError
-from noether_init_core.files.checkpoint import Checkpoint, Digests, Verified
+from noether_init_core.files.checkpoint import Checkpoint, Digests, Verified, entries_beside
 from noether_init_core.files.opening import FileCheckpoint
 from noether_init_core.initializers.base import LoadedFile, LocateQuery, Session, Source
 from noether_init_core.messages import listed, one_line
 from noether_init_core.models import BoundModel, Leaf, modules_of
 from noether_init_core.sets.file_names import Part
 from noether_init_core.suggest.rules import Suggestion, transforms_of
-from noether_init_core.suggest.suggest import suggest
+from noether_init_core.suggest.suggest import suggest_together
 from noether_init_core.surgery.advice import Advice
 from noether_init_core.surgery.fit import PlanPart, TargetSpec, TensorSpec
 from noether_init_core.surgery.name_rules import NoetherSurgery
@@ -205,6 +205,7 @@ class WeightsSession(Session):
                 frozenset(name for name, tensor in targets.tensors.items() if id(tensor) in self.loaded_before),
                 frozenset(targets.resettable),
                 targets.unlisted,
+                beside=entries_beside(file.reader) if self.config.source_root else (),
             )
             yield part, targets
 
@@ -274,21 +275,11 @@ class WeightsSession(Session):
         """Path of a single model -> suggested rules; their plan has the problems that stay with all of them."""
         config = self.config
         roots = config.source_root or "", config.target_root or ""
-        found: dict[str, Suggestion] = {}
         opened = self.open(model)
         made = tuple(self.parts(opened))
         parts = [part for part, _targets in made]
-        for part in parts:
-            found[part.model] = suggest(
-                part.sources,
-                part.targets,
-                model=part.model,
-                policies=config.policies,
-                hidden=part.hidden,
-                loaded=part.loaded,
-                roots=roots,
-                is_followed=self.is_followed,
-            )
+        found = suggest_together(parts, config.policies, roots, is_followed=self.is_followed)
+        roots = next((one.source_root for one in found.values() if one.source_root), roots[0]), roots[1]
         keeps = any(one.on_missing for one in found.values())
         policies = attrs.evolve(config.policies, on_missing="keep") if keeps else config.policies
         # the rules of all models are in one list, and the optimizers follow them

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from noether_init_core.config.source import TransformConfig, rule_of
-from noether_init_core.messages import listed, one_line, yaml_line
+from noether_init_core.messages import listed, one_line, yaml_field, yaml_line
 from noether_init_core.suggest.pairs import Pair
 from noether_init_core.surgery.advice import is_sayable
 from noether_init_core.surgery.name_rules import Transforms
@@ -69,6 +69,7 @@ class Suggestion:
         unmatched_sources: Names of the file that no entry uses.
         unmatched_targets: Names of the model that get no tensor, and that no rule keeps.
         on_missing: ``keep`` if a later initializer is expected to load what the file lacks; else None.
+        source_root: The part of the file that the rules are relative to, if the config has to name it; else empty.
         place: The place of the initializer in its config: ``initializers.0, init.yaml:2``; empty if unknown.
         within: The roots of the config that the rules are relative to, such as ``source_root: model.``; may be empty.
     """
@@ -81,6 +82,7 @@ class Suggestion:
     on_missing: str | None = None
     within: str = ""
     place: str = ""
+    source_root: str = ""
 
     @property
     def is_sure(self) -> bool:
@@ -88,13 +90,16 @@ class Suggestion:
         return not self.unsure
 
     def config(self) -> dict[str, Any]:
-        """The fields for the config of an initializer: ``transforms`` and ``on_missing``, each only if it is needed."""
-        rules = {"transforms": [dict(one.config) for one in self.rules]} if self.rules else {}
-        return {**rules, "on_missing": self.on_missing} if self.on_missing else rules
+        """The fields for the config: ``source_root``, ``transforms``, ``on_missing``, each only if it is needed."""
+        fields: dict[str, Any] = {"source_root": self.source_root} if self.source_root else {}
+        if self.rules:
+            fields["transforms"] = [dict(one.config) for one in self.rules]
+        return {**fields, "on_missing": self.on_missing} if self.on_missing else fields
 
     def to_yaml(self) -> str:
         """``config`` as YAML to paste, one rule per line, with reasons and doubts as comments."""
-        lines = ["transforms:"] if self.rules else []
+        lines = [yaml_field("source_root", self.source_root)] if self.source_root else []
+        lines += ["transforms:"] if self.rules else []
         for one in self.rules:
             lines += [f"  # unsure: {one_line(doubt)}" for doubt in one.doubts]
             lines += [f"  # {one_line(one.reason)}"] if one.reason else []
@@ -124,6 +129,8 @@ class Suggestion:
         is_left = any(str(row.rule).startswith("on_missing:") for row in self.plan.rows)
         if self.plan.is_fine and (self.config() or not is_left or self.plan.coverage() == 1):
             return [] if self.config() else ["no rule is needed"]
+        if any(one.code == "source-root" for one in self.plan.problems):
+            return ["no rule was found: the file has nothing below source_root"]
         others = [one for one in self.plan.problems if one.code not in ("missing", "unexpected", "mismatch")]
         if not (self.unmatched_sources or self.unmatched_targets) and others:
             return ["rules on names do not solve the problems of the plan"]
@@ -134,11 +141,13 @@ class Suggestion:
             # a name that no rule can match is not written as one
             target = next(filter(is_sayable, self.unmatched_targets), None)
             source = next(filter(is_sayable, self.unmatched_sources), None)
-            rules = [{"from": source, "to": target}] if source and target else []
-            rules += [{"keep_model": target}] if target else []
-            if rules:
+            moves = [{"from": source, "to": target}] if source and target else []
+            keeps = [{"keep_model": target}] if target else []
+            if moves or keeps:
                 lines.append("Next: write the rules by hand, such as")
-                lines += ["transforms:", *(f"  - {yaml_line(rule)}" for rule in rules)]
+                lines += ["transforms:", f"  - {yaml_line((moves or keeps)[0])}"]
+            if moves and keeps:
+                lines += ["or, where the file has no such entry:", f"  - {yaml_line(keeps[0])}"]
         return lines
 
 

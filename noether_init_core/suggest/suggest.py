@@ -6,7 +6,8 @@ names and shapes do not decide is reported with its reason and its alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 import attrs
@@ -27,6 +28,7 @@ from noether_init_core.surgery.advice import covering, resized
 from noether_init_core.surgery.fit import TIED, PlanPart, TargetSpec, TensorSpec, shapes_of
 from noether_init_core.surgery.name_rules import below
 from noether_init_core.surgery.planner import Policies, plan_load
+from noether_init_core.surgery.roots import is_average, roots_for, told
 from noether_init_core.surgery.steps import written
 from noether_init_core.surgery.ties import names_of_ties
 from noether_init_core.surgery.wrappers import bare_names
@@ -39,6 +41,8 @@ _COMPUTED = frozenset(
 _MOST_RULES = 500
 # real models stay below; matching splits names into segments, which a hostile file could make slow
 _LONGEST, _DEEPEST = 256, 32
+# parts of a file that are tried as its root
+_MOST_ROOTS = 4
 
 
 def suggest(
@@ -51,6 +55,8 @@ def suggest(
     loaded: frozenset[str] = frozenset(),
     roots: tuple[str, str] = ("", ""),
     is_followed: bool = False,
+    finds_root: bool = True,
+    beside: tuple[str, ...] = (),
 ) -> Suggestion:
     """Suggest rules for a file and a model. Pure: names, shapes and dtypes decide, and no value is read.
 
@@ -67,12 +73,85 @@ def suggest(
         loaded: Names of the model that an earlier initializer loads.
         roots: ``source_root`` and ``target_root`` of the config; the rules are relative to them.
         is_followed: Whether a later initializer loads weights of the model, so that the file may lack some.
+        finds_root: Whether the suggestion may name another ``source_root``, where ``roots`` has none that fits.
+        beside: Names of parts of the file beside its state dict, of which ``roots`` may name one.
 
     Never raises. Names that a rule cannot match stay unmatched: those with ``<``, ``*`` or an empty segment, and
     those of more than 256 characters or 32 segments.
     """
-    part = PlanPart(model or "model", "", (), sources, targets, hidden=hidden, loaded=loaded)
-    return _Suggesting(part, policies or Policies(), roots, is_followed=is_followed).run()
+    part = PlanPart(model or "model", "", (), sources, targets, hidden=hidden, loaded=loaded, beside=beside)
+
+    def below_root(root: str) -> Suggestion:
+        made = _Suggesting(part, policies or Policies(), (root, roots[1]), is_followed=is_followed).run()
+        given = {"source_root": roots[0] if root == roots[0] else "", "target_root": roots[1]}
+        within = ", ".join(yaml_field(name, text) for name, text in given.items() if text)
+        return attrs.evolve(made, within=within, source_root=root if root != roots[0] else "")
+
+    is_absent = bool(roots[0]) and not below(transforms_of((), roots[0]).source_root, bare_names(sources))
+    if not finds_root or roots[0] in beside or (roots[0] and not is_absent):
+        return below_root(roots[0])
+    found = roots_for(part, roots[1], roots[0])
+    if found:
+        made = below_root(found[0].name)
+        return _among(made, [root.name for root in found], told(found, part)) if found[1:] and found[0].name else made
+    return _below_one_of(part, below_root(roots[0]), below_root, [""] * is_absent)
+
+
+def suggest_together(
+    parts: Sequence[PlanPart], policies: Policies, roots: tuple[str, str], *, is_followed: bool
+) -> dict[str, Suggestion]:
+    """Path of a single model -> ``suggest`` for it. One config names one root for the files of all models."""
+
+    def found(*, finds_root: bool) -> dict[str, Suggestion]:
+        return {
+            part.model: suggest(
+                part.sources,
+                part.targets,
+                model=part.model,
+                policies=policies,
+                hidden=part.hidden,
+                loaded=part.loaded,
+                roots=roots,
+                is_followed=is_followed,
+                finds_root=finds_root,
+                beside=part.beside,
+            )
+            for part in parts
+        }
+
+    made = found(finds_root=True)
+    return made if len({one.source_root for one in made.values()}) <= 1 else found(finds_root=False)
+
+
+def _among(made: Suggestion, names: Sequence[str], reason: str) -> Suggestion:
+    """A suggestion for the first of several roots that fit equally well."""
+    first, *others = (yaml_field("source_root", name) for name in names)
+    targets = tuple(row.key for row in made.plan.rows if row.writes)
+    return attrs.evolve(made, unsure=(Unsure(first, reason, tuple(others), targets=targets), *made.unsure))
+
+
+def _below_one_of(
+    part: PlanPart, made: Suggestion, below_root: Callable[[str], Suggestion], others: Sequence[str]
+) -> Suggestion:
+    """The suggestion for the part of the file that gives the best plan; ``made`` if none is better."""
+    counts = Counter(name.partition(".")[0] for name in bare_names(part.sources) if "." in name and _can_say(name))
+    large = [name for name, count in counts.items() if 2 * count >= len(part.targets)]
+    large = [*others, *(large if len(counts) > 1 else ())]
+    # a plan that is fine may take everything from one part of which there are copies
+    is_fine = made.plan.is_fine
+    if not is_fine < len(large) <= _MOST_ROOTS or (is_fine and not made.rules):
+        return made
+
+    def mark(one: Suggestion) -> tuple[bool, float, int]:
+        return one.plan.is_fine, one.plan.coverage(), -len(one.unsure)
+
+    tried = {name: below_root(name) for name in large}
+    best = max(map(mark, tried.values()))
+    names = sorted((name for name, one in tried.items() if mark(one) == best), key=is_average)
+    if best[:2] < mark(made)[:2] or (best[:2] == mark(made)[:2] and not (is_fine and names[1:])):
+        return made
+    chosen = tried[names[0]]
+    return _among(chosen, names, f"the rules fit below {' and below '.join(names)}") if names[1:] else chosen
 
 
 class _Suggesting:
@@ -83,6 +162,7 @@ class _Suggesting:
         self._roots, self._is_followed = roots, is_followed
         empty = transforms_of((), *roots)
         of_file, of_model = below(empty.source_root, bare_names(sources)), below(empty.target_root, bare_names(targets))
+        self._is_outside = bool(sources) and not of_file
         # an earlier initializer loads these; only an entry of the same name replaces them
         of_model = {bare: name for bare, name in of_model.items() if name not in part.loaded or bare in of_file}
         self._source_names = {bare: name for bare, name in of_file.items() if _can_say(bare)}
@@ -97,6 +177,9 @@ class _Suggesting:
         self._unsure: list[Unsure] = []
 
     def run(self) -> Suggestion:
+        if self._is_outside:
+            # no entry of the file is below the root, so there is nothing to tell a fresh head from
+            return attrs.evolve(self._planned(()), unmatched_targets=tuple(self._target_names.values()))
         self._pairing.run()
         for pair in (*self._pairing.pairs, *self._pairing.unfit):
             if pair.doubts:
@@ -127,10 +210,8 @@ class _Suggesting:
         for row in found.plan.rows:
             if row.action in left:
                 left[row.action].append(row.key)
-        shown = zip(("source_root", "target_root"), self._roots, strict=True)
         return attrs.evolve(
             found,
-            within=", ".join(yaml_field(name, root) for name, root in shown if root),
             unsure=tuple(self._unsure),
             unmatched_sources=tuple(left["unexpected"]),
             unmatched_targets=(*left["missing"], *left["mismatch"]),

@@ -55,30 +55,38 @@ class Advice:
         """The line that sets a field of the config."""
         return self._field(name, value)
 
-    def keep(self, names: Sequence[str], others: Collection[str]) -> str:
-        """The line that keeps exactly ``names`` of the model, and none of ``others``; empty if no short one does."""
-        entries = covering(names, others)
+    def keep(self, names: Sequence[str], others: Collection[str], written: Mapping[str, str]) -> str:
+        """The line that keeps exactly ``names`` of the model, and none of ``others``; empty if no short one does.
+
+        ``written``: name -> the name that rules see, where it is another one.
+        """
+        if self.style == "fields":
+            entries = covering(names, others)
+            if entries and not _is_wide(entries, others):
+                return self._more("patterns_to_instantiate", entries)
+        entries = covering(in_rules(names, written), in_rules(others, written))
         if not entries:
             return ""
-        # patterns of Noether match substrings, and 5.weight is a substring of 15.weight
-        is_wide = any("*" in entry or entry in other for entry in entries for other in others)
-        if self.style == "fields" and not is_wide:
-            return self._more("patterns_to_instantiate", entries)
         line = self.rule({"keep_model": _alone(entries)})
         # the values that the run has trained since would be replaced at each later resume
         return f"{line}  # only until the next save" if self.whole == "auto_resume" else line
 
-    def drop(self, names: Sequence[str], others: Collection[str]) -> str:
-        """The line that leaves exactly ``names`` of the file unread, and none of ``others``."""
-        entries = covering(names, others)
-        if not entries:
-            return self.field("on_unexpected", "ignore")
+    def drop(self, names: Sequence[str], others: Collection[str], written: Mapping[str, str]) -> str:
+        """The line that leaves exactly ``names`` of the file unread, and none of ``others``; ``written`` as in keep."""
         if self.style == "fields":
-            if all(entry in names for entry in entries):
+            # the fields of Noether see whole names
+            entries = covering(names, others)
+            if entries and all(entry in names for entry in entries):
                 return self._more("keys_to_remove", entries)
-            if not any("*" in entry or entry in other for entry in entries for other in others):
+            if entries and not _is_wide(entries, others):
                 return self._more("patterns_to_remove", entries)
-        return self.rule({"drop": _alone(entries)})
+        entries = covering(in_rules(names, written), in_rules(others, written))
+        return self.rule({"drop": _alone(entries)}) if entries else self.field("on_unexpected", "ignore")
+
+    def root(self, names: Sequence[str]) -> str:
+        """The line that selects a part of the file, with the other ones that fit as well in its comment."""
+        line = yaml_field(self.whole, {"source_root": names[0]}) if self.whole else yaml_field("source_root", names[0])
+        return line + self._where("", f"{''.join(f'or {name}, ' for name in names[1:])}in")
 
     def _more(self, name: str, entries: Sequence[str]) -> str:
         """A field of Noether with its present entries, and further ones."""
@@ -94,6 +102,16 @@ class Advice:
             words = how.removesuffix("in").rstrip(", ")
             return f"  # {words}" if words else ""
         return f"  # {how} {part}{self.place}"
+
+
+def in_rules(names: Iterable[str], written: Mapping[str, str]) -> list[str]:
+    """Names as rules see them."""
+    return [written.get(name, name) for name in names]
+
+
+def _is_wide(entries: Iterable[str], others: Collection[str]) -> bool:
+    """Whether a pattern of Noether would match one of ``others``, too: 5.weight is a substring of 15.weight."""
+    return any("*" in entry or entry in other for entry in entries for other in others)
 
 
 def _alone(entries: Sequence[str]) -> str | list[str]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import attrs
 
 from noether_init_core.messages import listed
-from noether_init_core.surgery.advice import Advice, resized
-from noether_init_core.surgery.name_rules import NameMatch
+from noether_init_core.surgery.advice import Advice, in_rules, resized
+from noether_init_core.surgery.name_rules import NameMatch, NameRules
 from noether_init_core.surgery.patterns import near
 from noether_init_core.surgery.plan import PlanRow, Problem
+from noether_init_core.surgery.roots import other_root, wrong_root
 from noether_init_core.surgery.steps import (
     Interpolate,
     Pad,
@@ -23,6 +25,7 @@ from noether_init_core.surgery.steps import (
     shapes_after,
     written,
 )
+from noether_init_core.surgery.wrappers import bare_names
 
 
 class TensorSpec(Protocol):
@@ -92,6 +95,7 @@ class PlanPart:
         unlisted: Parameters and persistent buffers that the state dict leaves out; they load where the file has them.
         brought: Names of the model whose value is made by loading code of modules.
         consumed: Names in the file that only such code takes -> the code, in words.
+        beside: Names of parts of the file that lie beside its state dict, and are not in ``sources``.
     """
 
     model: str
@@ -105,6 +109,7 @@ class PlanPart:
     unlisted: Mapping[str, TargetSpec] = attrs.Factory(dict)
     brought: Mapping[str, Brought] = attrs.Factory(dict)
     consumed: Mapping[str, str] = attrs.Factory(dict)
+    beside: tuple[str, ...] = ()
 
 
 #: What begins the part of a message with the line that puts the plan right.
@@ -119,10 +124,10 @@ _NUMBER = re.compile(r"[0-9]+")
 
 
 class Problems:
-    """The problems and warnings of one part of a plan. ``advice`` as in ``plan_load``."""
+    """The problems and warnings of one part of a plan. ``rules`` and ``advice`` as in ``plan_load``."""
 
-    def __init__(self, part: PlanPart, match: NameMatch, advice: Advice | None) -> None:
-        self._part, self._match, self._advice = part, match, advice
+    def __init__(self, part: PlanPart, match: NameMatch, rules: NameRules, advice: Advice | None) -> None:
+        self._part, self._match, self._rules, self._advice = part, match, rules, advice
         # whether the same entries have other names in the file, so that none of them is superfluous
         self._is_renamed = False
         #: Whether the plan loads some tensor; if not, keeping the model and dropping the file is no advice.
@@ -156,6 +161,8 @@ class Problems:
         """Report entries that are not in the file, with a fix: a rename, near names, or a rule that keeps them."""
         if not rows:
             return
+        if self._is_elsewhere:
+            self.add("source-root", wrong_root(self._rules, self._part, self._advice), ())
         names = [row.key for row in rows]
         lost = [name for name in names if name not in self._part.resettable] if was_to_reset else []
         self.add(
@@ -165,6 +172,19 @@ class Problems:
             + (f" (on_missing: reset cannot reset {listed(lost)}: no reset_parameters in their modules)" * bool(lost)),
             names,
         )
+
+    def elsewhere(self) -> str:
+        """The part of the file that fits the model better than what the rules see; empty without one."""
+        if self._advice is None:
+            return ""
+        if self._is_elsewhere:
+            return f"; {wrong_root(self._rules, self._part, self._advice)}"
+        return other_root(self._rules, self._match, self._part, self._advice)
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether ``source_root`` leaves out the whole file."""
+        return bool(self._match.outside) and len(self._match.outside) == len(self._part.sources)
 
     def _taken_away(self, names: Sequence[str]) -> str:
         """The rule that renames an entry of the file which the model needs; empty without one."""
@@ -176,7 +196,12 @@ class Problems:
 
     def _in_their_place(self, names: Sequence[str], unexpected: Sequence[str]) -> str:
         """Near names in the file. If many names differ, it advises no rule that would leave the model random."""
+        if self._is_elsewhere:
+            return ""
         near = self._near(names[0], unexpected or list(self._part.sources), "the file has") or "."
+        if root := self.elsewhere():
+            self._is_renamed = True
+            return near.removesuffix(".") + root
         differ = unexpected and (not self.loads or len({name.rpartition(".")[0] for name in names}) > _FEW_MODULES)
         rename = self._rename(names, unexpected)
         self._is_renamed = bool(rename or differ)
@@ -255,8 +280,8 @@ class Problems:
         if self._advice is None or is_wrong or self._is_renamed or not self.loads:
             return ""
         dropped = set(names)
-        others = self._in_rules(name for name in self._part.sources if name not in dropped)
-        return f". {DROP}{self._advice.drop(self._in_rules(names), others)}"
+        others = [name for name in self._part.sources if name not in dropped]
+        return f". {DROP}{self._advice.drop(names, others, self._written)}"
 
     def squares(self, rows: Sequence[PlanRow]) -> None:
         """Warn of square matrices that stay as they are where others of the same layers are transposed."""
@@ -269,9 +294,17 @@ class Problems:
             message = f"{listed(names)} {verb}, while others in the same layers are: shapes do not show which is right"
             self.warn("square", message, names)
 
+    @cached_property
+    def _written(self) -> Mapping[str, str]:
+        """Name -> how rules write it, if that differs: below roots, without the prefixes of wrappers."""
+        sides = self._part.targets, self._part.sources
+        # the fields of Noether see whole names, and the rules that a line may add do not
+        return self._match.written or {
+            name: bare for side in sides for bare, name in bare_names(side).items() if name != bare
+        }
+
     def _in_rules(self, names: Iterable[str]) -> list[str]:
-        """Names as rules write them: below roots, without the prefixes of wrappers."""
-        return [self._match.written.get(name, name) for name in names]
+        return in_rules(names, self._written)
 
     def _near(self, name: str, others: Sequence[str], words: str) -> str:
         """A sentence with names similar to ``name``; empty without any."""
@@ -302,8 +335,8 @@ class Problems:
         if self._advice is None:
             return ""
         wanted = set(names)
-        others = self._in_rules(target for target in self._part.targets if target not in wanted)
-        line = self._advice.keep(self._in_rules(names), others)
+        others = [target for target in self._part.targets if target not in wanted]
+        line = self._advice.keep(names, others, self._written)
         return f" {KEEP}{line or self._advice.field(policy, 'keep')}"
 
     def _rename(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
@@ -311,15 +344,16 @@ class Problems:
         if self._advice is None or not unexpected or len(missing) > 10_000:
             return ""
         sides = (missing, self._part.targets), (unexpected, self._part.sources)
+        has_fields = self._advice.style == "fields"
         wanted, theirs = (
-            dict(zip(self._in_rules(names), (tuple(specs[name].shape) for name in names), strict=True))
+            {(name if has_fields else self._written.get(name, name)): tuple(specs[name].shape) for name in names}
             for names, specs in sides
         )
-        found = _single_rename(wanted, theirs, anywhere=self._advice.style == "fields")
+        found = _single_rename(wanted, theirs, anywhere=has_fields)
         if found is None:
             return ""
         src, dst = found
-        if self._advice.style == "fields":
+        if has_fields:
             renames = [*self._advice.fields.get("patterns_to_rename", ()), {"src": src, "dst": dst}]
             return f" One rename fits all: {self._advice.field('patterns_to_rename', renames)}"
         if not src.endswith("."):

@@ -22,7 +22,7 @@ from noether_init_core.surgery.fit import (
     TargetSpec,
     TensorSpec,
 )
-from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, lacks_dot
+from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, Transforms, lacks_dot
 from noether_init_core.surgery.patterns import PatternSet, parse_glob
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow, Problem, share_loaded
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Slice, Step, StepError, shapes_after
@@ -91,7 +91,7 @@ def plan_load(
             part = attrs.evolve(part, loaded=part.loaded | before)
         match = rules.match(tuple(part.sources), (*part.targets, *part.unlisted))
         matches.append(match)
-        planner = _PartPlanner(part, match, policies, advice, number)
+        planner = _PartPlanner(part, match, rules, policies, advice, number)
         planner.run()
         planners.append(planner)
         rows += planner.rows
@@ -113,7 +113,8 @@ def plan_load(
         rows += unlisted
         warnings += about
     if parts and not problems and not any(row.writes for row in rows):
-        problems.append(Problem("nothing-loaded", "the plan loads no tensor of the model", names))
+        where = next(filter(None, (planner.found.elsewhere() for planner in planners)), "")
+        problems.append(Problem("nothing-loaded", f"the plan loads no tensor of the model{where}", names))
     problems += _too_little(rows, policies.min_coverage, names)
     origins = tuple(Origin(kind, part.model, description=part.description, files=part.files) for part in parts)
     return LoadPlan(kind, tuple(rows), tuple(problems), tuple(warnings), origins, equal)
@@ -147,11 +148,17 @@ class _PartPlanner:
     """Computes the rows of one part, and its problems."""
 
     def __init__(
-        self, part: PlanPart, match: NameMatch, policies: Policies, advice: Advice | None, origin: int
+        self,
+        part: PlanPart,
+        match: NameMatch,
+        rules: NameRules,
+        policies: Policies,
+        advice: Advice | None,
+        origin: int,
     ) -> None:
         self.part, self.match, self.policies, self.origin = part, match, policies, origin
         self.rows: list[PlanRow] = []
-        self.found = Problems(part, match, advice)
+        self.found = Problems(part, match, rules, advice)
         self._misshaped: list[PlanRow] = []
         self._inconvertible: list[PlanRow] = []
         self._casts: dict[tuple[str, str], list[PlanRow]] = {}
@@ -194,7 +201,7 @@ class _PartPlanner:
             for name, spec in self.part.unlisted.items()
             if name not in self._unlisted_to_load and spec.tied_to is None and spec.identity not in written
         }
-        rows, found = [], Problems(self.part, self.match, None)
+        rows, found = [], Problems(self.part, self.match, Transforms(), None)
         for name, spec in own.items():
             rule = LOADED_BEFORE if name in self.part.loaded else "not in state_dict()"
             rows.append(self._row(name, "keep", spec, Taken((), rule)))

@@ -136,8 +136,9 @@ def test_a_value_of_hydra_that_is_lacking_is_set(value: str, mark: str) -> None:
 
 
 @executes("suggest/rules.py", "write the rules by hand, such as")
-def test_rules_that_suggest_shows_can_be_written(invoke: Invoke) -> None:
-    """Below the file: the plan takes them, and names what is left."""
+@pytest.mark.parametrize("number", [0, 1])
+def test_rules_that_suggest_shows_can_be_written(invoke: Invoke, number: int) -> None:
+    """Below the file, one or the other: the plan takes it, and names what is left."""
     torch.save({"first": torch.ones(2, 3), "second": torch.ones(4)}, "w.pt")
     Path("leads_rules.py").write_text(
         "import torch\n\n\ndef build():\n    one = torch.nn.Module()\n"
@@ -150,14 +151,16 @@ def test_rules_that_suggest_shows_can_be_written(invoke: Invoke) -> None:
     assert "Next: write the rules by hand, such as" in shown, shown
     lines = [line.lstrip("# ") for line in shown.partition("such as\n")[2].splitlines()]
     rules: list[Any] = [yaml.safe_load(line.removeprefix("- ")) for line in lines if line.startswith("- ")]
-    assert rules
+    # together they would contradict each other: an entry that is kept takes nothing from the file
+    assert rules == [{"from": "first", "to": "alpha"}, {"keep_model": "alpha"}]
+    assert "or, where the file has no such entry" in shown
     before = invoke("plan", "init.yaml", *model)
-    entry = {"kind": "file", "path": "w.pt", "transforms": rules}
+    entry = {"kind": "file", "path": "w.pt", "transforms": [rules[number]]}
     Path("init.yaml").write_text(yaml.safe_dump({"initializers": [entry]}))
     after = invoke("plan", "init.yaml", *model)
-    assert before.code == 1
-    assert after.code in (0, 1)
-    assert after.out != before.out
+    assert before.code == after.code == 1
+    assert "alpha" in before.out
+    assert ("mismatch alpha" if number == 0 else "keep alpha") in " ".join(after.out.split())
     assert "missing omega" in " ".join(after.out.split())
     sys.modules.pop("leads_rules", None)
 

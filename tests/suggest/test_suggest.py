@@ -232,17 +232,17 @@ def test_square_matrices_alone_are_unsure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "rule"),
+    ("before", "after", "config"),
     [
-        ("model.", "", {"from": "model.<rest..>", "to": "<rest..>"}),
-        ("", "backbone.", {"from": "<rest..>", "to": "backbone.<rest..>"}),
+        ("model.", "", {"source_root": "model"}),
+        ("", "backbone.", {"transforms": [{"from": "<rest..>", "to": "backbone.<rest..>"}]}),
     ],
 )
-def test_one_moved_prefix_is_one_rule(before: str, after: str, rule: dict[str, str]) -> None:
-    """Everything under another prefix needs one rule for the rest of all names."""
+def test_one_moved_prefix_is_one_line(before: str, after: str, config: dict[str, Any]) -> None:
+    """Everything below another prefix needs the root, or one rule for the rest of all names."""
     sources, targets = ({f"{prefix}{name}": spec for name, spec in GPT2.items()} for prefix in (before, after))
     found, plan = pasted(sources, targets)
-    assert found.config() == {"transforms": [rule]}
+    assert found.config() == config
     assert plan.coverage() == 1.0
     assert found.is_sure
 
@@ -437,8 +437,9 @@ def test_two_copies_for_one_model_are_unsure() -> None:
         blocks("tower.<i>.", affine("fc", 5, 4)),
     )
     assert sure_targets(found) == set()
-    assert found.unsure[0].alternatives == ("right.<i>.fc -> tower.<i>.fc",)
-    assert set(found.unmatched_sources) == blocks("right.<i>.", affine("fc", 5, 4)).keys()
+    assert found.config()["source_root"] == "left"
+    assert found.unsure[0].alternatives == ("source_root: right",)
+    assert found.plan.is_fine
 
 
 def test_uneven_projections_are_split_by_their_sizes() -> None:
