@@ -4,41 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.command import Result, run_command
+from support.command import Invoke, Result, console
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainerState, bind
 
 TRAIN = "import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2)\n"
-Invoke = Callable[..., Result]
 
 
 @pytest.fixture
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
     """The console script in a folder with a config, two modules and a run."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "advice_train.py").write_text(TRAIN)
-    (tmp_path / "advice_other.py").write_text("")
-    (tmp_path / "init.yaml").write_text("auto_resume: true\ninitializers: []\n")
-    model = bind(torch.nn.Linear(3, 2), name="model")
-    state = TrainerState(seed=0)
-    CheckpointWriter(PathProvider("runs", "finetune")).save(model, trainer=state)
-    CheckpointWriter(PathProvider("runs", "staged", "train")).save(model, trainer=state)
-
-    def call(*arguments: Any) -> Result:
-        return run_command(monkeypatch, capsys, *arguments)
-
-    yield call
-    sys.modules.pop("advice_train", None)
+    with console(tmp_path, monkeypatch, capsys, columns=200, advice_train=TRAIN, advice_other="") as call:
+        Path("init.yaml").write_text("auto_resume: true\ninitializers: []\n")
+        model = bind(torch.nn.Linear(3, 2), name="model")
+        state = TrainerState(seed=0)
+        CheckpointWriter(PathProvider("runs", "finetune")).save(model, trainer=state)
+        CheckpointWriter(PathProvider("runs", "staged", "train")).save(model, trainer=state)
+        yield call
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,17 @@ import pytest
 import torch
 import yaml
 from support.advice import digests, executes, saw
-from support.command import Result, run_command
+from support.command import Invoke, Result, console
 from support.following import advised
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainerState, bind
 
-Invoke = Callable[..., Result]
-
 
 @pytest.fixture
-def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
     """The console script in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "900")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return lambda *arguments: run_command(monkeypatch, capsys, *arguments)
+    with console(tmp_path, monkeypatch, capsys) as call:
+        yield call
 
 
 def told(result: Result) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from support.advice import digests, executes, fixes_of, pasted
-from support.command import Result, run_command
+from support.command import Invoke, console
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainerState, TrainingIteration, bind, compose
 
@@ -84,23 +84,14 @@ def composite():
 """
 
 State = Mapping[str, torch.Tensor]
-Invoke = Callable[..., Result]
 
 
 @pytest.fixture
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
     """The console script, in a folder with models; on a terminal that folds no line."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "900")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    Path("fix_models.py").write_text(MODELS)
-
-    def call(*arguments: object) -> Result:
-        return run_command(monkeypatch, capsys, *arguments)
-
-    yield call
-    sys.modules.pop("fix_models", None)
+    with console(tmp_path, monkeypatch, capsys, fix_models=MODELS) as call:
+        monkeypatch.syspath_prepend(tmp_path)
+        yield call
 
 
 def built(name: str, *arguments: int, **keywords: bool) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +15,26 @@ import pytest
 import torch
 import yaml
 from support.advice import digests, executes, pasted, typed
-from support.command import Result, run_command
+from support.command import Invoke, console
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainerState, bind, kinds
 from noether_init_core.errors import ConfigError, InitError, KindImportError, UnknownKindError
 
 TRAIN = "import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2)\n\n\nLINEAR = torch.nn.Linear\n"
-Invoke = Callable[..., Result]
 
 
 @pytest.fixture
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
     """The console script in a folder with a model, runs, files and configs."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "900")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    Path("leads_train.py").write_text(TRAIN)
-    Path("init.yaml").write_text("initializers:\n  - {kind: file, path: w.pt}\n")
-    Path("resume.yaml").write_text("auto_resume: true\ninitializers: []\n")
-    Path("notes.txt").write_text("notes\n")
-    module = torch.nn.Linear(3, 2)
-    torch.save(module.state_dict(), "w.pt")
-    for paths in (PathProvider("runs", "finetune"), PathProvider("runs", "staged", "train")):
-        CheckpointWriter(paths).save(bind(module, "model"), trainer=TrainerState(seed=0))
-
-    def call(*arguments: Any) -> Result:
-        return run_command(monkeypatch, capsys, *arguments)
-
-    yield call
-    sys.modules.pop("leads_train", None)
+    with console(tmp_path, monkeypatch, capsys, leads_train=TRAIN) as call:
+        Path("init.yaml").write_text("initializers:\n  - {kind: file, path: w.pt}\n")
+        Path("resume.yaml").write_text("auto_resume: true\ninitializers: []\n")
+        Path("notes.txt").write_text("notes\n")
+        module = torch.nn.Linear(3, 2)
+        torch.save(module.state_dict(), "w.pt")
+        for paths in (PathProvider("runs", "finetune"), PathProvider("runs", "staged", "train")):
+            CheckpointWriter(paths).save(bind(module, "model"), trainer=TrainerState(seed=0))
+        yield call
 
 
 PLAN = "plan init.yaml --model leads_train:build"

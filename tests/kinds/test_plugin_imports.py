@@ -184,6 +184,16 @@ def test_a_module_that_hides_the_installed_one_is_named(
     ]
 
 
+def assert_imported_beside(kind: str, module: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a copy of its module in the folder of the script, the copy is imported, and named."""
+    beside = folder / "beside"
+    beside.mkdir()
+    (beside / f"{module}.py").write_text(INITIALIZER)
+    monkeypatch.syspath_prepend(beside)
+    kinds.resolve(kind)
+    assert kinds.imported_from(kinds.describe(kind)) == str(beside / f"{module}.py")
+
+
 def test_an_editable_distribution_owns_its_folder_and_no_other(
     foreign: ForeignPackages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,9 +201,8 @@ def test_an_editable_distribution_owns_its_folder_and_no_other(
     info = foreign.install(
         "edited", offers={"edited": "edited_kind:ConstantInitializer"}, modules={"edited_kind": INITIALIZER}
     )
-    source, beside = tmp_path / "my clone" / "src", tmp_path / "beside"
-    for folder in (source, beside):
-        folder.mkdir(parents=True)
+    source = tmp_path / "my clone" / "src"
+    source.mkdir(parents=True)
     shutil.move(info.parent / "edited_kind.py", source / "edited_kind.py")
     (info / "direct_url.json").write_text(f'{{"url": "{source.parent.as_uri()}", "dir_info": {{"editable": true}}}}')
     monkeypatch.syspath_prepend(source)
@@ -201,10 +210,7 @@ def test_an_editable_distribution_owns_its_folder_and_no_other(
     assert kinds.imported_from(kinds.describe("edited")) is None
     sys.modules.pop("edited_kind")
     kinds.clear_cache()
-    (beside / "edited_kind.py").write_text(INITIALIZER)
-    monkeypatch.syspath_prepend(beside)
-    kinds.resolve("edited")
-    assert kinds.imported_from(kinds.describe("edited")) == str(beside / "edited_kind.py")
+    assert_imported_beside("edited", "edited_kind", tmp_path, monkeypatch)
 
 
 def test_the_copy_beside_the_script_is_told_where_no_file_is_listed(
@@ -212,12 +218,7 @@ def test_the_copy_beside_the_script_is_told_where_no_file_is_listed(
 ) -> None:
     """Some installers write no list; the file that lies beside the metadata is that of the distribution."""
     foreign.install("bare", offers={"bare": "bare_kind:ConstantInitializer"}, modules={"bare_kind": INITIALIZER})
-    beside = tmp_path / "beside"
-    beside.mkdir()
-    (beside / "bare_kind.py").write_text(INITIALIZER)
-    monkeypatch.syspath_prepend(beside)
-    kinds.resolve("bare")
-    assert kinds.imported_from(kinds.describe("bare")) == str(beside / "bare_kind.py")
+    assert_imported_beside("bare", "bare_kind", tmp_path, monkeypatch)
 
 
 def test_what_cannot_be_put_back_leaves_nothing_else_changed(
