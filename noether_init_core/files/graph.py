@@ -346,6 +346,10 @@ class ObjectGraph:
 _CHANGEABLE = frozenset({dict, list, set, ForeignObject})
 
 
+#: How a file lets a call change the weights.
+TAKES_WEIGHTS = "a call that takes the weights"
+
+
 class Handed:
     """What a file hands to foreign code: real unpickling could change it there.
 
@@ -380,7 +384,7 @@ class Handed:
             found = self._by_call.get(id(part))
             if found is None and is_strict and id(part) in self._by_state:
                 return self._by_state[id(part)], "an object that holds the dict of the weights"
-        return None if found is None else (found, "a call that takes the weights")
+        return None if found is None else (found, TAKES_WEIGHTS)
 
     def _record(self, offset: int) -> int:
         return bisect_right(self._starts, offset)

@@ -29,11 +29,11 @@ from noether_init_core.files.content import (
     place_of,
     state_dict_of,
 )
-from noether_init_core.files.formats.others import folder_kind
+from noether_init_core.files.formats.others import NEXT_SAVE, folder_kind
 from noether_init_core.files.formats.safetensors import read_safetensors
 from noether_init_core.files.formats.torch_zip import read_torch_zip
 from noether_init_core.files.graph import Content, Unread
-from noether_init_core.files.refusals import Guarded, refusal, unsafe
+from noether_init_core.files.refusals import Guarded, called_on, refusal
 from noether_init_core.files.storage.handle import Handle, Storage, open_file
 from noether_init_core.files.verification import Verification, digest_of_records
 from noether_init_core.memory import Finding, no_garbage_collection
@@ -361,9 +361,8 @@ class FileCheckpoint(BaseCheckpoint):
             error = refusal(self.path, graph, tree, place) or refusal(self.path, graph, self._content.value)
         elif self._is_state_dict(name):
             error = refusal(self.path, graph, tree, place, without=METADATA)
-        called = graph.calls_on(tree, is_whole=self._is_state_dict(name))
-        if error is None and called:
-            error = unsafe(self.path, called, called)
+        if error is None:
+            error = called_on(self.path, graph.calls_on(tree, is_whole=self._is_state_dict(name)), tree, place)
         if error is not None:
             raise error
 
@@ -388,7 +387,7 @@ class FileCheckpoint(BaseCheckpoint):
         if wrong is not None:
             raise UnreadableError(
                 f"cannot be read as a checkpoint: its state dict has the key {one_line(repr(wrong))}, which is not a "
-                "string. Next: write it again with torch.save(state_dict, path)"
+                f"string. {NEXT_SAVE}"
             )
         tensors = _tensors_in(tree)
         left = {key: child for key, child in tree.items() if key not in tensors}

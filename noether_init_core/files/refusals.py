@@ -9,21 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from noether_init_core.errors import CheckpointFormatError, UnsafeGlobalError
-from noether_init_core.files.content import ForeignObject, place_of
-from noether_init_core.files.graph import ObjectGraph
-from noether_init_core.messages import listed, one_line
+from noether_init_core.files.content import ForeignObject, TensorInfo, place_of
+from noether_init_core.files.graph import TAKES_WEIGHTS, ObjectGraph
+from noether_init_core.messages import listed, one_line, python_command, python_text
 
 ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
-NEXT_PLAIN = "Next: write it again with torch.save(state_dict, path), with tensors and plain values only"
+NEXT_PLAIN = "Next: write it to another file with torch.save(state_dict, path), with tensors and plain values only"
 _MOST_PASTED = 200
 
 
 def unsafe(
-    path: Path, unknown: Iterable[str], places: Mapping[str, str] | None = None, module: str | None = None
+    path: Path,
+    unknown: Iterable[str],
+    places: Mapping[str, str] | None = None,
+    module: str | None = None,
+    weights: str | None = None,
 ) -> UnsafeGlobalError:
     """Return the error for names that are not allowed.
 
     ``module``: the expression that leads from the object to a pickled module in it; None if there is no module.
+    ``weights``: that to a state dict whose values only the calls of the file give; else None.
     """
     names = [one_line(name) for name in unknown]
     placed = {one_line(name): one_line(place) for name, place in (places or {}).items() if place}
@@ -35,6 +40,11 @@ def unsafe(
             f"file, and read that: torch.save(torch.load({str(path)!r}, weights_only=False){module}.state_dict(), "
             f"{target!r})"
         )
+    elif weights is not None:
+        loaded = f"torch.load({python_text(str(path))}, weights_only=False){weights}"
+        plain = f"{{key: torch.as_tensor(value).as_subclass(torch.Tensor) for key, value in {loaded}.items()}}"
+        save = f"import torch; torch.save({plain}, {python_text(new_name(path, '.state_dict'))})"
+        advice = f"Its calls make or change weights. Next, if you trust it: {python_command(save)}, then give that file"
     else:
         # A list to paste is complete or left out: a shortened one would not work. Nobody can judge hundreds of names.
         pasted = ",".join(names) if len(names) <= _MOST_PASTED else "..."
@@ -69,27 +79,63 @@ def refusal(
     ``without``: a key of ``value`` that the caller does not ask for.
     """
     if not graph.is_spoiled(value):
-        called = graph.calls_on(value, are_weights=False)
-        return unsafe(path, called, called) if called else None
+        return called_on(path, graph.calls_on(value, are_weights=False), value, place)
     places: dict[str, str] = {}
     reasons: list[str] = []
+    weights: str | None = None
     met: set[int] = set()
     for at, part, unread in graph.unread(value, place):
         if without is not None and at[len(place) :][:1] == (without,):
             continue
         if unread.foreign:
             places[unread.foreign] = places.get(unread.foreign) or place_of(at)
+            if weights is None:
+                weights = _weights_by(part, graph, value, place, at)
         elif len(reasons) < _MOST_PASTED:
             reasons.append(f"{one_line(place_of(at))}: {unread.reason}" if at else unread.reason)
         for name in graph.names_in(part, met):
             places.setdefault(name, "")
     if places:
-        return unsafe(path, places, places, _module_in(value, place))
+        return unsafe(path, places, places, _module_in(value, place), weights)
     if not reasons:
         return None
     return CheckpointFormatError(
         f"{path} cannot be read as a checkpoint: {listed(reasons, 10, separator='; ')}. {NEXT_PLAIN}", path=path
     )
+
+
+def called_on(path: Path, called: Mapping[str, str], value: Any, place: tuple[Any, ...]) -> UnsafeGlobalError | None:
+    """Return the error for names that the file lets change ``value`` at ``place``; None if there are none."""
+    if not called:
+        return None
+    has_weights = type(value) is dict and any(type(one) is TensorInfo for one in value.values())
+    is_taken = has_weights and TAKES_WEIGHTS in called.values()
+    return unsafe(path, called, called, weights=_index(place) if is_taken else None)
+
+
+def _weights_by(part: Any, graph: ObjectGraph, value: Any, place: tuple[Any, ...], at: tuple[Any, ...]) -> str | None:
+    """Return the index expression of the state dict that ``part``, the result of a call, is or belongs to; or None.
+
+    ``value`` is at ``place``, and ``part`` in it at ``at``. An array of NumPy is made by a call, too.
+    """
+    if type(part) is not ForeignObject or part.items:
+        return None
+    is_array = part.name.endswith(".multiarray._reconstruct")
+    is_result = part.state is None and any(type(one) is TensorInfo for one in graph.walk(part.args, set()))
+    if not is_array and not is_result:
+        return None
+    if at == place:
+        return None if is_array else _index(at)
+    for key in at[len(place) : -1]:
+        value = value.get(key) if type(value) is dict else None
+    alike = value.values() if type(value) is dict else ()
+    return _index(at[:-1]) if is_array or any(type(one) is TensorInfo for one in alike) else None
+
+
+def _index(place: Iterable[Any]) -> str | None:
+    """Return the expression that leads from the object of a file to ``place``; None if not all keys are texts."""
+    keys = tuple(place)
+    return "".join(f"[{python_text(key)}]" for key in keys) if all(type(key) is str for key in keys) else None
 
 
 def _module_in(value: Any, place: tuple[Any, ...]) -> str | None:

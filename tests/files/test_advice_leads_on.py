@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import pickle
 import re
 import shutil
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -207,9 +209,11 @@ def test_a_damaged_file_is_copied_again_or_an_older_one_is_taken(tmp_path: Path,
     assert digests(origin) == before
 
 
-@executes("files/formats/safetensors.py", "Next: write it again with safetensors.torch.save_file(tensors, path)")
-@executes("files/opening.py", "Next: write it again with torch.save(state_dict, path)")
-@executes("files/refusals.py", "Next: write it again with torch.save(state_dict, path), with tensors and plain values")
+@executes(
+    "files/formats/safetensors.py", "Next: write it to another file with safetensors.torch.save_file(tensors, path)"
+)
+@executes("files/formats/others.py", "Next: write the weights to another file with torch.save(state_dict, path)")
+@executes("files/refusals.py", "Next: write it to another file with torch.save(state_dict, path), with tensors and")
 def test_a_refused_file_is_written_again(tmp_path: Path) -> None:
     """To another path, by the call of the message; the refused file stays."""
     import safetensors
@@ -228,7 +232,7 @@ def test_a_refused_file_is_written_again(tmp_path: Path) -> None:
             reader.load()
 
     for name in ("a.safetensors", "b.pt", "c.pt"):
-        found = re.search(r"write it again with ([\w.]+)\((\w+), path\)", refusal(lambda: read(tmp_path / name)))  # noqa: B023
+        found = re.search(r"to another file with ([\w.]+)\((\w+), path\)", refusal(lambda: read(tmp_path / name)))  # noqa: B023
         assert found is not None
         new = tmp_path / f"new_{name}"
         eval(
@@ -271,6 +275,89 @@ def test_a_file_without_checksums_is_loaded_as_advised(tmp_path: Path, caplog: p
 
 class Extra:
     """A class of a user, whose objects are in a file."""
+
+
+def doubled(weight: torch.Tensor) -> torch.Tensor:
+    """Twice the weight."""
+    return 2 * weight
+
+
+def emptied(state: dict[str, Any]) -> dict[str, Any]:
+    """The same dict, whose weight is zero now."""
+    state["weight"] = torch.zeros_like(state["weight"])
+    return state
+
+
+class Own(torch.Tensor):
+    """A subclass of a user."""
+
+
+class Made:
+    """In the file, the call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.function, self.arguments
+
+
+def made_by_calls(case: str) -> tuple[Any, torch.Tensor]:
+    """An object to be pickled, and the weight that unpickling gives."""
+    weight = torch.arange(6.0).reshape(2, 3)
+    state = {"weight": weight, "bias": torch.ones(2)}
+    match case:
+        case "a tensor":
+            return {**state, "weight": Made(doubled, weight)}, 2 * weight
+        case "a tensor below a key":
+            return {"a": {"state_dict": {**state, "weight": Made(doubled, weight)}}}, 2 * weight
+        case "a subclass":
+            return {"state_dict": {**state, "weight": weight.as_subclass(Own)}}, weight
+        case "the dict":
+            return {"state_dict": Made(emptied, state)}, torch.zeros(2, 3)
+        case "all":
+            return Made(emptied, state), torch.zeros(2, 3)
+        case "arrays":
+            return {"state_dict": {key: value.numpy() for key, value in state.items()}}, weight
+    return {"state_dict": state, "also": Made(emptied, state)}, torch.zeros(2, 3)
+
+
+@executes("files/refusals.py", "Next, if you trust it: {}, then give that file")
+@pytest.mark.parametrize(
+    "case", ["a tensor", "a tensor below a key", "a subclass", "the dict", "all", "arrays", "also handed over"]
+)
+def test_weights_that_calls_of_the_file_make_are_written_to_another_file(tmp_path: Path, case: str) -> None:
+    """By the command of the message: the values are those that unpickling gives, and the file stays."""
+    content, expected = made_by_calls(case)
+    # the command runs in another process, where the functions are those of a module beside it
+    (tmp_path / "theirs.py").write_text(
+        "import torch\n"
+        "class Own(torch.Tensor): pass\n"
+        "def doubled(weight): return 2 * weight\n"
+        "def emptied(state):\n"
+        "    state['weight'] = torch.zeros_like(state['weight'])\n"
+        "    return state\n"
+    )
+    path = tmp_path / "it's.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        for one in (doubled, emptied, Own):
+            patch.setattr(one, "__module__", "theirs")
+            patch.setattr(importlib.import_module("theirs"), one.__name__, one)
+        torch.save(content, path)
+        sys.modules.pop("theirs")
+    before = digests(tmp_path)
+    module = torch.nn.Linear(3, 2)
+
+    def load(path: Path, **fields: Any) -> None:
+        InitializerStack.from_config([{"kind": "file", "path": str(path), **fields}]).initialize(bind(module, "net"))
+
+    said = refusal(lambda: load(path, **({"source_root": "a.state_dict"} if "below" in case else {})))
+    assert "allow_globals" not in said
+    typed(said.partition("Next, if you trust it: ")[2].removesuffix(", then give that file"), tmp_path)
+    load(tmp_path / "it's.state_dict.pt")
+    assert torch.equal(module.weight, expected)
+    assert before.items() <= digests(tmp_path).items()
 
 
 @executes("files/refusals.py", "Next, to read objects of these classes as inert records: in code, open_checkpoint(")

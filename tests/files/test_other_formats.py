@@ -201,14 +201,15 @@ def test_the_command_shows_what_a_server_said(tmp_path: Path) -> None:
     assert b"Please log in" in subprocess.run(["bash", "-ec", command], check=True, capture_output=True).stdout
 
 
-@executes("files/formats/others.py", "Next: write it again with torch.save(state_dict, path)")
+@executes("files/formats/others.py", "Next: write the weights to another file with torch.save(state_dict, path)")
 def test_what_is_written_again_is_read(tmp_path: Path) -> None:
-    """A file of text is refused; torch.save to the path makes it one that is read."""
+    """A file of text is refused; torch.save to another path makes one that is read."""
     (tmp_path / "a.pt").write_bytes(b"a log of something")
-    with pytest.raises(CheckpointFormatError, match=r"it is text.*torch\.save\(state_dict, path\)"):
+    with pytest.raises(CheckpointFormatError, match=r"it is text.*to another file with torch\.save\(state"):
         open_checkpoint(tmp_path / "a.pt")
-    torch.save(WEIGHTS, tmp_path / "a.pt")
-    open_checkpoint(tmp_path / "a.pt").close()
+    torch.save(WEIGHTS, tmp_path / "b.pt")
+    open_checkpoint(tmp_path / "b.pt").close()
+    assert (tmp_path / "a.pt").read_bytes() == b"a log of something"
 
 
 @executes("files/formats/others.py", "Next: open one of the shards", "Next: give the file of weights beside it")

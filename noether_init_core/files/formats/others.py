@@ -19,7 +19,7 @@ from noether_init_core.files.storage.handle import Handle
 from noether_init_core.messages import one_line, python_command, python_text, quoted
 
 NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
-NEXT_SAVE = "Next: write it again with torch.save(state_dict, path)"
+NEXT_SAVE = "Next: write the weights to another file with torch.save(state_dict, path)"
 _INDEX_GUESS = 1 << 20
 _BLOCK = 512
 _MOST_MEMBERS = 200

@@ -54,7 +54,7 @@ _LONGEST_KEY = 4096
 _MOST_DIMENSIONS = 64
 _LARGEST = 1 << 58
 _NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
-_NEXT_SAVE = "Next: write it again with safetensors.torch.save_file(tensors, path)"
+_NEXT_SAVE = "Next: write it to another file with safetensors.torch.save_file(tensors, path)"
 
 
 def read_safetensors(handle: Handle) -> Content:
