@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from noether_init_core.config.base import InitializerConfig, KindConfig
 from noether_init_core.files.content import ITEMSIZES
+from noether_init_core.messages import near, yaml_line
 from noether_init_core.surgery.name_rules import Rule
 from noether_init_core.surgery.patterns import NamePattern, parse_glob, parse_pattern, parse_regex
 from noether_init_core.surgery.planner import Policies
@@ -82,9 +83,11 @@ def _form_of(step: type[Step]) -> Any:
 def _prepared(value: Any) -> Any:
     if isinstance(value, str):
         if value != "transpose":
-            known = ", ".join(STEPS)
+            similar = near(value, STEPS, 1)
+            if similar:
+                raise ValueError(f"{str(value)!r} is not a step; write for example {described(STEPS[similar[0]])}")
             raise ValueError(
-                f"{str(value)!r} is not a step; write transpose, or a mapping such as {{split: 0}}: {known}"
+                f"{str(value)!r} is not a step; write transpose, or a mapping such as {{split: 0}}: {', '.join(STEPS)}"
             )
         return {"transpose": True}
     if isinstance(value, Mapping) and len(value) != 1:
@@ -168,6 +171,13 @@ class TransformConfig(_Strict):
         default=None, description="Names of the file to consider; all others are ignored."
     )
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _check_form(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping | TransformConfig):
+            raise ValueError(no_rule(value))
+        return value
+
     @pydantic.model_validator(mode="after")
     def _check_rule(self) -> Self:
         given = [name for name in _RULES if getattr(self, "from_" if name == "from" else name) is not None]
@@ -206,6 +216,19 @@ class TransformConfig(_Strict):
         """The patterns for names in the file, and those for names in the model."""
         sources = tuple(map(parse_pattern, self.from_ or ())) or (parse_regex(self.from_regex or ""),)
         return sources, sources[:1] if self.to is None else tuple(map(parse_pattern, self.to))
+
+
+def rule_keys() -> list[str]:
+    """The keys of a rule, as configs write them."""
+    return [field.alias or name for name, field in TransformConfig.model_fields.items()]
+
+
+def no_rule(value: Any) -> str:
+    """The message for a value that stands for a rule, or for all rules, and is no mapping."""
+    text = f"{yaml_line(value)} is not a rule, which is a mapping with one of {', '.join(_RULES)}"
+    if not isinstance(value, str) or not value:
+        return text
+    return f"{text}. Next: - {yaml_line({'from': value, 'to': '...'})}, or - {yaml_line({'drop': value})}"
 
 
 def rule_of(config: TransformConfig, label: str) -> Rule:

@@ -20,7 +20,7 @@ from noether_init_core.config.base import DECIDED, KindConfig, fields_of
 from noether_init_core.config.document import Document, Entry, KeyPath, is_resolved, read_yaml, resolved_entries
 from noether_init_core.config.plain import plain
 from noether_init_core.errors import ConfigError, KindError, type_of
-from noether_init_core.messages import near, yaml_field
+from noether_init_core.messages import near, yaml_field, yaml_line
 from noether_init_core.paths import text_problem
 
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
@@ -285,8 +285,10 @@ def _explained(entry: Entry, error: pydantic.ValidationError) -> Iterator[Config
 def _known_part(config: Any, location: Sequence[str | int], *, is_missing: bool) -> KeyPath:
     """The part of ``location`` that exists in the config: pydantic appends names for unions and validators."""
     path: list[str | int] = []
-    for part in location:
+    for number, part in enumerate(location, 1):
         inside = part in config if isinstance(config, Mapping) else isinstance(config, list) and isinstance(part, int)
+        if not inside and isinstance(config, Mapping) and any(later in config for later in location[number:]):
+            continue
         if not inside:
             return (*path, part) if is_missing and part == location[-1] else tuple(path)
         path.append(part)
@@ -301,20 +303,18 @@ def _explain(kind: str, problem: str, message: str, path: Sequence[str | int], v
     """The message for a wrong ``value`` at ``path`` in a config of ``kind``, from pydantic's error type and message."""
     fields = kinds.resolve(kind).config_class.model_fields if len(path) == 1 else {}
     if problem == "extra_forbidden":
-        known = fields or (_rule_keys() if path and path[0] == "transforms" else ())
-        similar = near(str(path[-1]), known, 1) if path else []
-        hint = "".join(f" Near: {one}." for one in similar)
-        owners = _owners(str(path[0]), kind) if fields else ""
-        if owners:
-            hint += f" {path[0]} belongs to the kind{'s' if ',' in owners else ''} {owners}."
-        elif fields and not similar:
-            hint = f" {kind} has: {', '.join(fields)}."
-        return f"unknown key.{hint} Next: ninit schema {kind}"
+        return _unknown_key(kind, path, fields)
     if problem == "missing":
         description = fields[str(path[0])].description if path and path[0] in fields else None
         return f"is missing{': ' + description if description else ''}"
     if problem in ("path_type", "string_type") and isinstance(value, int | float | date):
         return text_problem(value, str(path[-1]) if path else kind)
+    if problem == "list_type" and path[-1:] == ("transforms",) and not isinstance(value, Mapping):
+        from noether_init_core.config.source import no_rule
+
+        return no_rule(value)
+    if problem == "list_type" and path[-1:] in (("transforms",), ("do",)) and isinstance(value, Mapping):
+        return f"{message}: [{yaml_line(value)}]"
     if problem == "list_type" and isinstance(value, str | int | float):
         return f"{message}: [{value}]"
     return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -327,12 +327,30 @@ def _owners(key: str, kind: str) -> str:
     return ", ".join(sorted(name for name in names - {kind} if "." not in name and key in _fields(name)))
 
 
-def _rule_keys() -> list[str]:
-    """Keys of rules and steps of ``transforms``."""
-    from noether_init_core.config.source import TransformConfig
-    from noether_init_core.surgery.steps import STEPS
+def _unknown_key(kind: str, path: Sequence[str | int], fields: Collection[str]) -> str:
+    """The message for a key that is not a field, with the name that is probably intended."""
+    from noether_init_core.config.source import rule_keys
+    from noether_init_core.surgery.steps import STEPS, Step
 
-    return [*(field.alias or name for name, field in TransformConfig.model_fields.items()), *STEPS]
+    key, known, whole = str(path[-1]) if path else "", fields, f"{kind} has"
+    if path[:1] == ("transforms",):
+        name = path[4] if len(path) == 6 else ""
+        step = STEPS.get(name) if isinstance(name, str) else None
+        known = rule_keys() if len(path) == 3 else STEPS if len(path) == 5 else attrs.fields_dict(type(step or Step))
+        whole = "a rule has" if len(path) == 3 else "steps are" if len(path) == 5 else f"{name} has"
+        misplaced = near(key, STEPS, 1, cutoff=0.75) if len(path) == 3 else []
+        if misplaced:
+            argument = misplaced[0] if misplaced[0] == "transpose" else f"{{{misplaced[0]}: ...}}"
+            return f"unknown key. {misplaced[0]} is a step of a rule with from. Next: do: [{argument}]"
+    # a word of a name is near, too: keep for keep_model
+    similar = near(key, known, 1) or [one for one in known if key in one.split("_") and len(key) > 2][:3]
+    hint = f" Near: {', '.join(similar)}." if similar else ""
+    owners = _owners(key, kind) if fields else ""
+    if owners:
+        hint += f" {key} belongs to the kind{'s' if ',' in owners else ''} {owners}."
+    elif known and not similar:
+        hint = f" {whole}: {', '.join(known)}."
+    return f"unknown key.{hint} Next: ninit schema {kind}"
 
 
 def _fields(kind: str) -> Collection[str]:
