@@ -92,7 +92,11 @@ class InitError(Exception):
 
     def add(self, text: str) -> None:
         """Append ``text`` to the message; class and data stay. A caller can so add facts without a new error."""
-        self.message += printable(text)
+        self.say(self.message + text)
+
+    def say(self, message: str) -> None:
+        """Replace the message; class and data stay."""
+        self.message = printable(message)
         self.args = (self.message,)
 
 

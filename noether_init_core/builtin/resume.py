@@ -13,12 +13,10 @@ import pydantic
 from noether_init_core.config.base import KindConfig
 from noether_init_core.config.source import CheckpointInitializerConfig
 from noether_init_core.errors import (
-    AmbiguousCheckpointError,
     CheckpointCorruptError,
     CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
-    IncompleteSetError,
     PlanError,
     StateMismatchError,
     TornSetError,
@@ -26,6 +24,7 @@ from noether_init_core.errors import (
     type_of,
 )
 from noether_init_core.files.opening import open_checkpoint
+from noether_init_core.files.storage.disk import is_out_of_reach
 from noether_init_core.initializers.base import Outcome
 from noether_init_core.initializers.callbacks import (
     CallbackPlan,
@@ -38,12 +37,14 @@ from noether_init_core.initializers.callbacks import (
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, RunSelection
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
-from noether_init_core.sets import refusals
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, check_files, recorded_in
 from noether_init_core.sets.file_names import Part, Query
 from noether_init_core.sets.health import check_file
+from noether_init_core.sets.hints import AskedBy
+from noether_init_core.sets.refusals import several_models
 from noether_init_core.sets.selection import Policy, find_set, walk_back
 from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.sets.ways import ways_on
 
 #: Key of the state of ``TrainerState`` in a trainer file.
 _TRAINER_STATE = "trainer_state"
@@ -94,11 +95,16 @@ class ResumeInitializer(CheckpointInitializer):
         auto_resume: Snapshot | None = None,
     ) -> None:
         super().__init__(config, path_provider=path_provider, initializer_config=initializer_config)
-        self.asked_by = "resume" if auto_resume is None else "auto_resume"
+        self._by_itself = auto_resume is not None
         self._seen = auto_resume
         self._query = Query.of(self.checkpoint_tag)
         self._is_automatic = auto_resume is not None or self._query.automatic
         self._any_tag = auto_resume is not None and self.config.checkpoint_tag is None
+
+    @property
+    def asked_by(self) -> AskedBy:
+        """As in ``CheckpointInitializer``; the fields of ``auto_resume`` are others."""
+        return attrs.evolve(super().asked_by, kind="auto_resume" if self._by_itself else "resume")
 
     @property
     def continues(self) -> bool:
@@ -158,7 +164,7 @@ class ResumeInitializer(CheckpointInitializer):
         """
         names = snapshot.trainer_names()
         if len(names) > 1:
-            raise refusals.several_models(snapshot, names, self.asked_by)
+            raise several_models(snapshot, names, self.asked_by)
         if not names:
             find_set(snapshot, self.checkpoint_tag, [Need(None, "trainer")], asked_by=self.asked_by)
             raise CheckpointNotFoundError(f"{snapshot.folder} has no trainer file", path=snapshot.folder)
@@ -262,21 +268,22 @@ class ResumeInitializer(CheckpointInitializer):
             yield
         except (CheckpointCorruptError, CheckpointFormatError, TornSetError) as error:
             # globals are the same in every set; and without a selection, the refusal has the advice already
-            if self.selection is not None and not isinstance(error, UnsafeGlobalError):
-                error.add(f". {self._ways_on(self.selection.chosen)}")
+            is_of_set = self.selection is not None and not isinstance(error, UnsafeGlobalError)
+            if self.selection is not None and is_of_set and not is_out_of_reach(error):
+                error.say(self._with_ways_on(error.message, self.selection.chosen))
             raise
-        except (PlanError, IncompleteSetError, AmbiguousCheckpointError) as error:
-            if self.asked_by == "auto_resume" and "auto_resume: {" not in str(error):
+        except PlanError as error:
+            if self._by_itself and "auto_resume: {" not in str(error):
                 error.add("\nFields of resume go into auto_resume: auto_resume: {key: value}")
             raise
 
-    def _ways_on(self, broken: CheckpointSet) -> str:
+    def _with_ways_on(self, message: str, broken: CheckpointSet) -> str:
         snapshot = Snapshot(self.init_run_path_provider)  # sets may have come since
         good = snapshot.older_good(broken)
-        asked = TrainingIteration() if self.asked_by == "auto_resume" else self._query.iteration
+        asked = TrainingIteration() if self._by_itself else self._query.iteration
         is_asked = good is not None and (asked is None or good.iteration is None or asked.matches(good.iteration))
         may_walk_back = self._is_automatic and is_asked and self.config.on_invalid == "error"
-        return refusals.ways_on(snapshot, good, self.asked_by, may_walk_back=may_walk_back)
+        return ways_on(message, snapshot, good, self.asked_by, may_walk_back=may_walk_back)
 
     def init_trainer(self, trainer: Any) -> None:
         """Pass the content of the trainer file to ``trainer.load_state_dict``; if that raises, restore its state."""

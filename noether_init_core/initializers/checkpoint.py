@@ -30,9 +30,9 @@ from noether_init_core.paths import PathProvider, name_of_run
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, recorded_in
 from noether_init_core.sets.file_names import Part, parse
 from noether_init_core.sets.flat_files import check_as_listed, own_files
+from noether_init_core.sets.hints import AskedBy
 from noether_init_core.sets.manifest import digest_of
 from noether_init_core.sets.provenance import History, read_histories
-from noether_init_core.sets.refusals import AskedBy
 from noether_init_core.sets.selection import Selected, find_set, require
 from noether_init_core.sets.snapshot import Snapshot
 
@@ -79,9 +79,6 @@ class CheckpointInitializer(SourceInitializer):
 
     config_class: ClassVar[type[KindConfig]] = CheckpointInitializerConfig
     config: CheckpointInitializerConfig
-
-    #: What selects the set; errors advise keys of its config.
-    asked_by: AskedBy = "tag"
 
     def __init__(
         self,
@@ -145,6 +142,12 @@ class CheckpointInitializer(SourceInitializer):
         """The selection of the present session; None before it is made, and outside of a session."""
         found: RunSelection | None = None if self.session is None else self.session.selection
         return found
+
+    @property
+    def asked_by(self) -> AskedBy:
+        """What selects the set; errors advise lines of its config."""
+        session = self.session
+        return AskedBy() if session is None else AskedBy(place=session.place, whole=session.key)
 
     def select(self, leaves: Sequence[Leaf] = (), part: Part = "model") -> RunSelection:
         """Select the set of the tag, once per session; later calls check that it has further files.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import attrs
 
@@ -19,17 +17,15 @@ from noether_init_core.errors import (
     IncompleteSetError,
     NoGoodSetError,
 )
+from noether_init_core.files.storage.disk import is_out_of_reach
 from noether_init_core.iteration import TrainingIteration
-from noether_init_core.messages import counted, listed, near, yaml_field, yaml_line
+from noether_init_core.messages import counted, in_shell, listed, near
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, SetFolder
 from noether_init_core.sets.file_names import PART_NAMES, parse
-from noether_init_core.sets.hints import line_with_info, line_without_info, nearest_model, tag_field
+from noether_init_core.sets.hints import UNKNOWN, AskedBy, fields_with_info, fields_without_info, nearest_model
 from noether_init_core.sets.places import runs, stages
 from noether_init_core.sets.snapshot import Snapshot
-
-#: The config that asks. ``tag`` can set a tag, ``resume`` a tag and ``on_invalid``, ``auto_resume`` only
-#: ``on_invalid``.
-AskedBy = Literal["tag", "resume", "auto_resume"]
+from noether_init_core.sets.ways import ways_on, without_advice
 
 
 @attrs.frozen
@@ -95,16 +91,16 @@ class NoGoodSet:
 Refusal = NothingHere | NoSuchTag | SeveralBest | Missing | Broken | LaterFlatFiles | NoGoodSet
 
 
-def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> CheckpointError:
+def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = UNKNOWN) -> CheckpointError:
     """Return the error for a refusal, with the sets on disk and the next step."""
     match refusal:
         case NothingHere():
-            return _nothing_here(snapshot)
+            return _nothing_here(snapshot, asked_by)
         case NoSuchTag(tag):
-            return _no_such_tag(snapshot, tag)
+            return _no_such_tag(snapshot, tag, asked_by)
         case SeveralBest(tags):
             return AmbiguousCheckpointError(
-                f'"best" matches several tags: {", ".join(tags)}. Next: select one, such as {tag_field(tags[0])}',
+                f'"best" matches several tags: {", ".join(tags)}. Next: select one, such as {asked_by.tag(tags[0])}',
                 path=snapshot.folder,
                 candidates=tags,
             )
@@ -113,72 +109,32 @@ def worded(refusal: Refusal, snapshot: Snapshot, asked_by: AskedBy = "tag") -> C
         case Broken(error, good, may_walk_back, saved_as):
             known = (CheckpointFormatError, CheckpointUnreachableError)
             kind = next((one for one in known if isinstance(error, one)), CheckpointCorruptError)
-            ways = ways_on(snapshot, good, asked_by, may_walk_back=may_walk_back, saved_as=saved_as)
-            return kind(f"{error}. {ways}", path=error.path)
+            message = str(error)
+            # as long as it is unknown what exists, no other set may be selected
+            if not is_out_of_reach(error):
+                message = ways_on(message, snapshot, good, asked_by, may_walk_back=may_walk_back, saved_as=saved_as)
+            return kind(message, path=error.path)
         case LaterFlatFiles():
             return _later_flat_files(snapshot, refusal, asked_by)
         case NoGoodSet(tried):
-            reasons = "".join(f"\n- {name}: {reason}" for name, reason in tried.items())
+            reasons = "".join(f"\n- {name}: {without_advice(reason)}" for name, reason in tried.items())
             return NoGoodSetError(
                 f"no set in {snapshot.folder} can be resumed; nothing was changed, and no new training was "
-                f"started. Tried, newest first:{reasons}\nNext: ninit verify {shlex.quote(str(snapshot.folder))}",
+                f"started. Tried, newest first:{reasons}\nNext: ninit verify {in_shell(snapshot.folder)}",
                 path=snapshot.folder,
                 tried=dict(tried),
             )
 
 
-def model_line(name: str, asked_by: AskedBy) -> str:
-    """Return the line of a config that selects the model ``name``."""
-    line = {"auto_resume": {"model_name": name}} if asked_by == "auto_resume" else {"model_name": name}
-    return yaml_line(line)[1:-1]
-
-
-def ways_on(
-    snapshot: Snapshot,
-    good: CheckpointSet | None,
-    asked_by: AskedBy,
-    *,
-    may_walk_back: bool,
-    saved_as: str = "",
-) -> str:
-    """Return the next steps after a broken set; the arguments are the fields of ``Broken``."""
-    ways = []
-    by_itself = asked_by == "auto_resume"
-    if good is not None:
-        which = f"set saved as {saved_as}" if saved_as else "set"
-        found = f"The newest older {which} with all its files is {good.name}"
-        found += f" ({good.folder.name})" if good.committed else ""
-        if may_walk_back and asked_by != "tag":
-            place = "beside auto_resume" if by_itself else "in this resume"
-            ways.append(f"on_invalid: previous {place} continues from the newest good {which}")
-        if not by_itself and _is_selected_by_its_name(snapshot, good):
-            ways.append(tag_field(good.name))
-    else:
-        found = "No older set was found"
-        if by_itself:
-            ways.append("a new run_id starts a new training")
-    if asked_by != "tag" or (good is not None and not ways):
-        path = shlex.quote(str(snapshot.paths.checkpoint_path))
-        ways.append(f"ninit verify {path} shows the state of every set")
-    return f"{found}. Next: {'; '.join(ways)}" if ways else found
-
-
-def _is_selected_by_its_name(snapshot: Snapshot, good: CheckpointSet) -> bool:
-    """Whether the tag of its iteration selects this set: no later set is of the same iteration."""
-    if not good.committed or good.iteration is None:
-        return True
-    return not any(folder.sequence > (good.sequence or 0) for folder, _found in snapshot.heads(good.iteration))
-
-
-def _nothing_here(snapshot: Snapshot) -> CheckpointNotFoundError:
+def _nothing_here(snapshot: Snapshot, asked_by: AskedBy) -> CheckpointNotFoundError:
     paths, storage = snapshot.paths, snapshot.storage
     root, run, stage = paths.run_output_path.parent, paths.run_id, paths.stage_name
     run_folder = paths.run_output_path if stage is None else root
     if not storage.is_folder(paths.output_root):
         return CheckpointNotFoundError(
             f'run "{run}" not found: its output root {paths.output_root} does not exist '
-            f"({paths.output_root.absolute()}). Next: set output_path: to the folder of the runs, or pass it to "
-            "PathProvider",
+            f"({paths.output_root.absolute()}). Next: set output_path{asked_by.where} to the folder of the "
+            "runs, or pass it to PathProvider",
             path=paths.output_root,
             asked=run,
         )
@@ -186,7 +142,7 @@ def _nothing_here(snapshot: Snapshot) -> CheckpointNotFoundError:
         names = runs(paths, storage)
         return CheckpointNotFoundError(
             f'run "{run}" not found below {run_folder.parent}. {_near(run, names, "no run with checkpoints")}. '
-            f"Next: ninit inspect {shlex.quote(str(run_folder.parent))}",
+            f"Next: ninit inspect {in_shell(run_folder.parent)}",
             path=run_folder,
             asked=run,
             candidates=_by_nearness(run, names),
@@ -205,7 +161,7 @@ def _nothing_here(snapshot: Snapshot) -> CheckpointNotFoundError:
         candidates, advice = near(stage, others, cutoff=0.5), "Did you mean"
     return CheckpointNotFoundError(
         f"{what}; {'; '.join(found) or f'searched in {paths.checkpoint_path}'}"
-        + (f". {advice}: {yaml_field('stage_name', candidates[0])}" if candidates else "")
+        + (f". {advice}: {asked_by.line({'stage_name': candidates[0]})}" if candidates else "")
         + _unfinished(snapshot.uncommitted()),
         path=paths.checkpoint_path,
         asked=run if stage is None else stage,
@@ -218,7 +174,7 @@ def _count(snapshot: Snapshot, stage: str | None) -> str:
     return counted(len(Snapshot(paths, storage=snapshot.storage).sets()), "set").replace("0 sets", "no sets")
 
 
-def _no_such_tag(snapshot: Snapshot, tag: str) -> CheckpointNotFoundError:
+def _no_such_tag(snapshot: Snapshot, tag: str, asked_by: AskedBy) -> CheckpointNotFoundError:
     tags = snapshot.tags()
     unfinished = snapshot.uncommitted()
     # An interrupted save of this iteration is probably the reason for the question.
@@ -238,10 +194,11 @@ def _no_such_tag(snapshot: Snapshot, tag: str) -> CheckpointNotFoundError:
     there = _near(asked, _by_nearness(tag, tags), "no tags")
     alike = near(asked, tags, cutoff=0.5)
     infos = {info for one in snapshot.sets() for model in one.models("model") for info in one.infos(model)}
-    step = line_with_info(tag, tags, infos) if "=" in tag else None
-    if step is None:
-        folder = shlex.quote(str(snapshot.paths.run_output_path))
-        step = tag_field(alike[0]) if alike else f"ninit inspect {folder}"
+    fields = fields_with_info(tag, tags, infos) if "=" in tag else None
+    if fields is not None:
+        step = asked_by.line(fields)
+    else:
+        step = asked_by.tag(alike[0]) if alike else f"ninit inspect {in_shell(snapshot.paths.run_output_path)}"
     return CheckpointNotFoundError(
         f'{_where(snapshot)} has no checkpoint "{tag}". {found}{there}'
         + _unfinished(() if cut else unfinished)
@@ -256,14 +213,14 @@ def _no_such_tag(snapshot: Snapshot, tag: str) -> CheckpointNotFoundError:
 def _later_flat_files(snapshot: Snapshot, refusal: LaterFlatFiles, asked_by: AskedBy) -> AmbiguousCheckpointError:
     newest, (first, iteration) = refusal.newest, refusal.later[0]
     names = ", ".join(f"*_cp={flat.name}_*.th" for flat, _ in refusal.later)
-    if asked_by == "auto_resume":
+    if asked_by.kind == "auto_resume":
         go_on = (
             f"remove {names} if they are not needed; or, to resume the committed set, replace auto_resume by the "
             f"initializer - {{kind: resume, checkpoint_tag: {newest.iteration}}}"
         )
     else:
         go_on = (
-            f"checkpoint_tag: {newest.iteration} to resume the committed set; or kind: file for one of the flat "
+            f"{asked_by.tag(str(newest.iteration))} to resume the committed set; or kind: file for one of the flat "
             f"files; or remove {names} if they are not needed"
         )
     return AmbiguousCheckpointError(
@@ -280,7 +237,7 @@ def several_models(snapshot: Snapshot, names: Sequence[str], asked_by: AskedBy) 
     path = snapshot.paths.checkpoint_path
     return AmbiguousCheckpointError(
         f"{path} has trainer files of several models: {', '.join(names)}. Next: select one, such as "
-        f"{model_line(names[0], asked_by)}",
+        f"{asked_by.line({'model_name': names[0]})}",
         path=path,
         candidates=names,
     )
@@ -305,7 +262,7 @@ class _Lack:
         if need.model is None and len(plain) > 1:
             return AmbiguousCheckpointError(
                 f'"{self.shown}" has {what} of several models: {", ".join(plain)}. Next: select one, such as '
-                f"{model_line(plain[0], self.asked_by)}",
+                f"{self.asked_by.line({'model_name': plain[0]})}",
                 path=found.folder,
                 candidates=plain,
             )
@@ -331,9 +288,8 @@ class _Lack:
         infos = self.found.infos(need.model)
         there = ", ".join((*(["plain weights"] if self.found.file(need.model, "model") else []), *infos))
         asked = f'with model_info "{need.info}"' if need.info is not None else "without model_info"
-        line = line_without_info(self.shown, need.info, self.snapshot.tags())
-        line = line or yaml_field("model_info", infos[0] if infos else None)
-        advice = f"Next: {line}"
+        fields = fields_without_info(self.shown, need.info, self.snapshot.tags())
+        advice = f"Next: {self.asked_by.line(fields or {'model_info': infos[0] if infos else None})}"
         return CheckpointNotFoundError(
             f'"{self.shown}" has no weights of {need.model} {asked}; it has {there}. {advice}'
             + self._others_with()
@@ -356,9 +312,9 @@ class _Lack:
         join = "; " if complete else ": "
         if need.part == "optim" and found.manifest is not None and need.model in found.manifest.frozen:
             holds += f": {need.model} was frozen at the save, so its optimizer was not saved"
-            advice, join = f"{advice}{join}load_optim: false uses a fresh optimizer", "; "
+            advice, join = f"{advice}{join}{self.asked_by.line({'load_optim': False})} uses a fresh optimizer", "; "
         if need.part != "model":
-            advice, join = f"{advice}{join}kind: previous_run loads weights only", "; "
+            advice, join = f"{advice}{join}{self.asked_by.of_kind('previous_run')} loads weights only", "; "
         advice = advice.removesuffix(" Next")
         return IncompleteSetError(
             f'"{self.shown}" {holds}. {advice}{_irregular(self.snapshot)}',
@@ -383,12 +339,13 @@ class _Lack:
 
     def _alternatives(self, complete: Sequence[CheckpointSet]) -> str:
         same = self._iteration()
-        names = []
+        names, shown = [], []
         for one in complete[:3]:
             is_same = same is not None and one.iteration == same
             name = "latest" if "latest" in self.snapshot.selected_by[one.place] and not is_same else one.name
-            names.append(f"{name} (same iteration)" if is_same else name)
-        return " or ".join(names)
+            names.append(name)
+            shown.append(f"{name} (same iteration)" if is_same else name)
+        return f"{' or '.join(shown)}, with {self.asked_by.tag(names[0])}"
 
     def _iteration(self) -> object:
         try:
@@ -402,10 +359,10 @@ class _Lack:
         alike = nearest_model(asked, named) or nearest_model(asked, elsewhere, 0.6)
         tags = self._tags_with()
         if tags:
-            return f"Next: {tag_field(tags[0])}{self._others_with()}"
+            return f"Next: {self.asked_by.tag(tags[0])}{self._others_with()}"
         if alike:
-            return f"Next: {model_line(alike, self.asked_by)}"
-        return f"Next, if it is the same model under another name: {model_line(named[0], self.asked_by)}"
+            return f"Next: {self.asked_by.line({'model_name': alike})}"
+        return f"Next, if it is the same model under another name: {self.asked_by.line({'model_name': named[0]})}"
 
     def _others_with(self) -> str:
         tags = self._tags_with()

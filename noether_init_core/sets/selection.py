@@ -15,8 +15,8 @@ from noether_init_core.iteration import TrainingIteration
 from noether_init_core.memory import no_garbage_collection
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
 from noether_init_core.sets.file_names import FOLLOWING, PART_NAMES, Part, Query
+from noether_init_core.sets.hints import UNKNOWN, AskedBy
 from noether_init_core.sets.refusals import (
-    AskedBy,
     Broken,
     LaterFlatFiles,
     Missing,
@@ -254,7 +254,9 @@ class _Question:
         is_open = self.query.text in FOLLOWING and chosen is not None and not self.policy.any_tag
         below = (chosen.sequence or 0) + 1 if is_open and chosen and sequence > (chosen.sequence or 0) else sequence
         good = self.snapshot.newest_good(self._models, below)
-        may_walk_back = self.query.automatic and good is not None and self._can_select(good.iteration)
+        # Walking back passes over absent and damaged sets only: see ``_walk_back``.
+        is_over = not is_out_of_reach(error) and not (sequence and isinstance(error, CheckpointFormatError))
+        may_walk_back = self.query.automatic and good is not None and self._can_select(good.iteration) and is_over
         newest = good if below == sequence else self.snapshot.newest_good(self._models, sequence)
         return Broken(error, good, may_walk_back, self.query.text if is_open and good != newest else "")
 
@@ -344,7 +346,7 @@ def find_set(
     policy: Policy = _PLAIN,
     *,
     broken: Mapping[str, str] = _NOTHING,
-    asked_by: AskedBy = "tag",
+    asked_by: AskedBy = UNKNOWN,
 ) -> Selected:
     """Select the set for ``tag`` that has every needed file; see ``select`` for the rules.
 
@@ -395,7 +397,7 @@ def _selected(answer: Selected | Refusal, snapshot: Snapshot, asked_by: AskedBy)
 
 
 @no_garbage_collection()
-def newest_set(snapshot: Snapshot, model: str | None = None, *, asked_by: AskedBy = "tag") -> CheckpointSet | None:
+def newest_set(snapshot: Snapshot, model: str | None = None, *, asked_by: AskedBy = UNKNOWN) -> CheckpointSet | None:
     """Return the newest set with a trainer file (of ``model``), independent of its tags; None if no set has one.
 
     It only reads, so it may be called while a run saves.
@@ -435,7 +437,7 @@ def walk_back(
             broken[selected.found.place] = str(error)
 
 
-def require(snapshot: Snapshot, found: CheckpointSet, needs: Sequence[Need], *, asked_by: AskedBy = "tag") -> None:
+def require(snapshot: Snapshot, found: CheckpointSet, needs: Sequence[Need], *, asked_by: AskedBy = UNKNOWN) -> None:
     """Check that a selected set has further files. Raises the errors of ``find_set``."""
     if not all(found.has(need) for need in needs):
         raise worded(Missing(found, found.name, tuple(needs)), snapshot, asked_by)

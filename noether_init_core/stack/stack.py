@@ -27,6 +27,7 @@ from noether_init_core.kinds.lookup import load_observer
 from noether_init_core.messages import logger_of, one_line
 from noether_init_core.models import check_model
 from noether_init_core.paths import PathProvider
+from noether_init_core.sets.hints import AskedBy
 from noether_init_core.sets.provenance import InitReport
 from noether_init_core.sets.selection import newest_set
 from noether_init_core.sets.snapshot import Snapshot
@@ -436,9 +437,10 @@ def _resumed(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
         return attrs.evolve(entry, config=resumed), "auto_resume: resumed from the newest good set"
     model = getattr(config, "model_name", None)
     # a model name that no set has is an error, not a fresh start: it may be misspelt
-    newest = newest_set(snapshot, model, asked_by="auto_resume")
+    asked_by = AskedBy("auto_resume", entry.shown_place, entry.as_value)
+    newest = newest_set(snapshot, model, asked_by=asked_by)
     if newest is None and model is not None:
-        newest = newest_set(snapshot, asked_by="auto_resume")
+        newest = newest_set(snapshot, asked_by=asked_by)
     if newest is None:
         return None, f"auto_resume: {paths.run_id} has no checkpoints, the initializers of the config apply"
     resumed = config.model_copy(update={"kwargs": keywords, "checkpoint_tag": newest.name})

@@ -132,8 +132,15 @@ def test_another_set_than_a_torn_one_is_taken(paths: PathProvider) -> None:
     """It is resumed, and the files of the torn one stay."""
     flat_run(paths, torn=True)
     before = digests(paths.output_root)
-    assert "Next: take another set" in refusal(lambda: start(paths, "kind: resume, checkpoint_tag: latest"))
-    assert start(paths, f"kind: resume, checkpoint_tag: {ONE}") == 10
+    entry = "kind: previous_run, model_name: net, checkpoint_tag: "
+    assert "Next: take another set" in refusal(lambda: start(paths, entry + "latest"))
+    assert start(paths, entry + str(ONE)) == 0
+    # a resume knows the other sets, and names one in its only advice
+    said = refusal(lambda: start(paths, "kind: resume, checkpoint_tag: latest"))
+    assert said.count("Next") == 1
+    line = re.search(r"; (checkpoint_tag: \S+) \(in initializers\.0\)", said)
+    assert line is not None
+    assert start(paths, f"kind: resume, {line[1]}") == 20
     assert digests(paths.output_root) == before
 
 
@@ -317,7 +324,7 @@ def test_a_refused_selection_names_what_can_be_selected(run: PathProvider) -> No
     said = advised(lambda: start(elsewhere, f"kind: previous_run, model_name: a, checkpoint_tag: {TWO}", "a"))
     assert start(elsewhere, f"kind: previous_run, model_name: a, {entry(said)}", "a") == 0
     said = advised(lambda: start(elsewhere, "kind: resume", "c"))
-    line = said.removeprefix("select one, such as ")
+    line = said.removeprefix("select one, such as ").removesuffix(" (in initializers.0)")
     assert start(elsewhere, f"kind: resume, {line}", "c") >= 10
     weights = PathProvider(root, "weights")
     assert digests(root) == before
@@ -326,9 +333,12 @@ def test_a_refused_selection_names_what_can_be_selected(run: PathProvider) -> No
     CheckpointWriter(weights).save(model(), trainer=At(TWO), optimizer=False)
     before = digests(root)
     said = advised(lambda: start(weights, "kind: resume, checkpoint_tag: latest"))
-    tag = re.match(r"resume from (\S+?)[;.]? ", said + " ")
-    assert tag is not None
-    assert start(weights, f"kind: resume, checkpoint_tag: {tag[1]}") == 10
+    line = re.match(r"resume from .* with (checkpoint_tag: \S+) \(in initializers\.0\)", said)
+    assert line is not None
+    assert start(weights, f"kind: resume, {line[1]}") == 10
+    line = re.search(r"; (kind: previous_run) \(in initializers\.0\) loads weights only", said)
+    assert line is not None
+    assert start(weights, f"{line[1]}, model_name: net, checkpoint_tag: latest") == 0
     assert digests(root) == before
 
 
@@ -399,7 +409,112 @@ def test_later_flat_files_of_another_program_are_left_or_moved(tmp_path: Path, r
         stack.initialize(model())
     else:
         line = (
-            said.rpartition("- {")[2].rstrip("}") if by_itself else "kind: resume, " + said.partition(" to resume")[0]
+            said.rpartition("- {")[2].rstrip("}")
+            if by_itself
+            else "kind: resume, " + said.partition(" (in initializers.0) to resume")[0]
         )
         assert start(run, line) == 20
     assert digests(run.output_root) == before
+
+
+CONFIGS: dict[str, Any] = {
+    "resume": [{"kind": "resume"}],
+    "resume that walks back": [{"kind": "resume", "on_invalid": "previous"}],
+    "auto_resume": {"auto_resume": True},
+    "auto_resume that walks back": {"auto_resume": {"on_invalid": "previous"}},
+}
+
+
+@executes("files/storage/disk.py", "Next: mount its disk, or change its permissions")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("name", ["manifest.json", f"net_cp={TWO}_model.th"])
+def test_a_set_that_cannot_be_reached_is_no_ground_to_take_another_one(
+    run: PathProvider, monkeypatch: pytest.MonkeyPatch, config: Any, name: str
+) -> None:
+    """Only what is absent or damaged is; after the permission was given, the newest set is resumed."""
+    path = Snapshot(run).folders[-1].path / name
+    before = digests(run.output_root)
+    opened = os.open
+
+    def failing(file: Any, *arguments: Any, **options: Any) -> int:
+        if str(file) == str(path):
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    def resumed() -> int:
+        trainer = TrainerState()
+        InitializerStack.from_config(config, path_provider=run).initialize(model(), trainer=trainer)
+        return trainer.update
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        said = refusal(resumed)
+    assert said.count("Next") == 1
+    assert said.endswith("Next: mount its disk, or change its permissions")
+    assert "on_invalid" not in said
+    assert str(ONE) not in said
+    assert resumed() == 20
+    assert digests(run.output_root) == before
+
+
+@pytest.mark.parametrize("walks_back", [False, True])
+def test_a_set_of_a_newer_release_is_not_walked_back_from(run: PathProvider, *, walks_back: bool) -> None:
+    """``on_invalid: previous`` stops at it, too, so it is not advised."""
+    path = Snapshot(run).folders[-1].manifest_path
+    text = path.read_text()
+    path.unlink()
+    path.write_text(re.sub(r'("format_version": ?)\d+', r"\g<1>99", text))
+    said = refusal(lambda: start(run, "kind: resume" + (", on_invalid: previous" if walks_back else "")))
+    assert "on_invalid" not in said
+    assert said.count("Next") == 1
+    line = re.search(r"; (checkpoint_tag: \S+) \(in initializers\.0\)", said)
+    assert line is not None
+    assert start(run, f"kind: resume, {line[1]}") == 10
+
+
+@pytest.mark.parametrize("form", ["kind: resume", "auto_resume: true", "auto_resume: {verify: header}"])
+def test_lines_of_a_refusal_name_their_place_in_the_config(tmp_path: Path, run: PathProvider, form: str) -> None:
+    """File and line; pasted there, they select what the message says."""
+    file = next(Snapshot(run).folders[-1].path.glob("*_model.th"))
+    file.chmod(0o600)
+    file.write_bytes(b"damaged")
+    config = tmp_path / "init.yaml"
+    by_itself = form != "kind: resume"
+    config.write_text(f"# a comment\n{form}\n" if by_itself else f"# a comment\ninitializers:\n- {form}\n")
+
+    def resumed() -> int:
+        trainer = TrainerState()
+        InitializerStack.from_file(config, path_provider=run).initialize(model(), trainer=trainer)
+        return trainer.update
+
+    said = refusal(resumed)
+    place = "auto_resume, init.yaml:2" if by_itself else "initializers.0, init.yaml:3"
+    assert f"on_invalid: previous ({'beside' if by_itself else 'in'} {place}) continues" in said
+    lines = ["on_invalid: previous"] if by_itself else ["on_invalid: previous", f"checkpoint_tag: {ONE}"]
+    text = config.read_text()
+    for line in lines:
+        assert f"{line} ({'beside' if by_itself else 'in'} {place})" in said
+        config.write_text(text + (f"{line}\n" if by_itself else f"  {line}\n"))
+        assert resumed() == 10
+
+    other = PathProvider(run.output_root, "other")
+    for name in ("a", "b"):
+        CheckpointWriter(other).save(model(name), trainer=At(ONE))
+    config.write_text(text)
+
+    def started() -> int:
+        trainer = TrainerState()
+        InitializerStack.from_file(config, path_provider=other).initialize(model("a"), trainer=trainer)
+        return trainer.update
+
+    line = advised(started).removeprefix("select one, such as ")
+    if form == "auto_resume: true":
+        assert line == "auto_resume: {model_name: a}"
+        config.write_text(line)
+    else:
+        assert line == f"model_name: a (in {place})"
+        written = yaml.safe_load(text)
+        target = written["auto_resume"] if by_itself else written["initializers"][0]
+        target.update(yaml.safe_load(line.partition(" (")[0]))
+        config.write_text(yaml.safe_dump(written))
+    assert started() == 10

@@ -25,6 +25,7 @@ from noether_init_core.saving.retention import Retention, superfluous_sets
 from noether_init_core.saving.writer import CheckpointWriter
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need
 from noether_init_core.sets.health import check_file, verify_run
+from noether_init_core.sets.hints import AskedBy
 from noether_init_core.sets.manifest import sealed
 from noether_init_core.sets.selection import Policy, find_set, newest_set, walk_back
 from noether_init_core.sets.snapshot import Snapshot
@@ -32,6 +33,7 @@ from noether_init_core.stack.stack import InitializerStack
 from noether_init_core.training import TrainerState
 
 TRAINER = [Need("mlp", "trainer")]
+BY_ITSELF = AskedBy("auto_resume")
 LOOKS = ("list_folder", "is_folder", "size_of", "exists", "is_link", "identity_of", "changed_in", "read_bytes")
 
 
@@ -112,11 +114,11 @@ QUESTIONS: dict[str, tuple[Callable[[Snapshot], Any], int]] = {
     "one iteration": (lambda snapshot: find_set(snapshot, "E2_U2_S2", TRAINER), 2),
     "auto_resume": (newest_set, 1),
     "auto_resume that walks back": (
-        lambda snapshot: walk_back(snapshot, None, lambda found: None, TRAINER, WALK, asked_by="auto_resume"),
+        lambda snapshot: walk_back(snapshot, None, lambda found: None, TRAINER, WALK, asked_by=BY_ITSELF),
         1,
     ),
     "auto_resume that walks far back": (
-        lambda snapshot: walk_back(snapshot, None, _refuse, TRAINER, WALK, asked_by="auto_resume"),
+        lambda snapshot: walk_back(snapshot, None, _refuse, TRAINER, WALK, asked_by=BY_ITSELF),
         4,
     ),
     "a tag that nobody has": (_find_absent, 5),
@@ -314,7 +316,7 @@ def test_a_writer_whose_folder_leads_elsewhere_removes_nothing_there(tmp_path: P
 def _answers(paths: PathProvider) -> dict[str, Callable[[FileSystem], Any]]:
     def walked(storage: FileSystem) -> Any:
         snapshot = Snapshot(paths, storage=storage)
-        return walk_back(snapshot, None, lambda found: None, TRAINER, WALK, asked_by="auto_resume")[0].found.name
+        return walk_back(snapshot, None, lambda found: None, TRAINER, WALK, asked_by=BY_ITSELF)[0].found.name
 
     return {
         "find_set": lambda storage: find_set(Snapshot(paths, storage=storage), None, TRAINER).found.name,
@@ -402,7 +404,7 @@ def test_walking_back_passes_over_no_set_whose_bytes_cannot_be_read(
         return found.name
 
     with pytest.raises(CheckpointUnreachableError, match="E5_U5_S5") as caught:
-        walk_back(Snapshot(paths), None, prove, TRAINER, WALK, asked_by="auto_resume")
+        walk_back(Snapshot(paths), None, prove, TRAINER, WALK, asked_by=BY_ITSELF)
     assert os.strerror(errno.EIO) in str(caught.value)
 
 

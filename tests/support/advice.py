@@ -149,18 +149,18 @@ def watched(function: Callable[..., Any], patch: pytest.MonkeyPatch) -> Iterator
     if registered is None:
         yield
         return
-    made, added = InitError.__attrs_post_init__, InitError.add
+    made, replaced = InitError.__attrs_post_init__, InitError.say
 
     def recorded(error: InitError) -> None:
         made(error)
         saw(error.message)
 
-    def recorded_with_more(error: InitError, text: str) -> None:
-        added(error, text)
+    def recorded_again(error: InitError, message: str) -> None:
+        replaced(error, message)
         saw(error.message)
 
     patch.setattr(InitError, "__attrs_post_init__", recorded)
-    patch.setattr(InitError, "add", recorded_with_more)
+    patch.setattr(InitError, "say", recorded_again)
     said, runs = _SAID.setdefault(function, ([], []))
     _RECORDS.append(said)
     log = _Log()
