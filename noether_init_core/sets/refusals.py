@@ -307,14 +307,17 @@ class _Lack:
             holds = "holds weights only"
         if named and need.model is not None:
             holds = f"has no {PART_NAMES[need.part]} of {need.model}, only of {listed(named, 8)}"
-        complete = self._complete()
+        complete, earlier = self._complete(), self._earlier_save()
         advice = f"Next: resume from {self._alternatives(complete)}" if complete else "No other set is complete. Next"
-        join = "; " if complete else ": "
+        advice = f"Next: {earlier}" if earlier else advice
+        join = "; " if complete or earlier else ": "
         if need.part == "optim" and found.manifest is not None and need.model in found.manifest.frozen:
             holds += f": {need.model} was frozen at the save, so its optimizer was not saved"
             advice, join = f"{advice}{join}{self.asked_by.line({'load_optim': False})} uses a fresh optimizer", "; "
         if need.part != "model":
-            advice, join = f"{advice}{join}{self.asked_by.of_kind('previous_run')} loads weights only", "; "
+            paths = self.snapshot.paths
+            run = {"run_id": paths.run_id} | ({"stage_name": paths.stage_name} if paths.stage_name else {})
+            advice, join = f"{advice}{join}{self.asked_by.of_kind('previous_run', **run)} loads weights only", "; "
         advice = advice.removesuffix(" Next")
         return IncompleteSetError(
             f'"{self.shown}" {holds}. {advice}{_irregular(self.snapshot)}',
@@ -336,6 +339,21 @@ class _Lack:
         sets.sort(key=lambda one: "latest" not in self.snapshot.selected_by[one.place])
         sets.sort(key=lambda one: same is None or one.iteration != same)
         return sets
+
+    def _earlier_save(self) -> str:
+        """Return the line that selects a complete set of the same iteration which the later one hides; empty if none.
+
+        A second save of an iteration may leave out what the first one has, such as the optimizer.
+        """
+        iteration = self.found.iteration
+        for one in self.snapshot.sets()[::-1] if iteration is not None and self.found.committed else ():
+            tags = self.snapshot.selected_by[one.place]
+            if one.iteration != iteration or one.name in tags or not all(map(one.has, self.needs)):
+                continue
+            line = self.asked_by.tag(next(iter(tags), f"U{iteration.update}"))
+            line = self.asked_by.walk_back() if self.asked_by.kind == "auto_resume" else line
+            return f"{line} selects {one.place}, an earlier save of {iteration} with all parts"
+        return ""
 
     def _alternatives(self, complete: Sequence[CheckpointSet]) -> str:
         same = self._iteration()

@@ -80,7 +80,8 @@ def test_a_set_that_holds_weights_only(folder: Path, noether_runs: Path) -> None
     assert done.returncode == 1
     assert (
         '"best_model.loss.val.total" holds weights only. Next: resume from E3_U12_S96 (same iteration) or latest or '
-        "last; kind: previous_run loads weights only" in done.stderr
+        "last, with checkpoint_tag: E3_U12_S96 (in initializers.0, init.yaml:2); {kind: previous_run, "
+        "run_id: mlp_train, stage_name: train} (in initializers.0, init.yaml:2) loads weights only" in done.stderr
     )
 
 

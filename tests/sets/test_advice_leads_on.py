@@ -336,7 +336,7 @@ def test_a_refused_selection_names_what_can_be_selected(run: PathProvider) -> No
     line = re.match(r"resume from .* with (checkpoint_tag: \S+) \(in initializers\.0\)", said)
     assert line is not None
     assert start(weights, f"kind: resume, {line[1]}") == 10
-    line = re.search(r"; (kind: previous_run) \(in initializers\.0\) loads weights only", said)
+    line = re.search(r"; \{(kind: previous_run, run_id: weights)\} \(in initializers\.0\) loads weights only", said)
     assert line is not None
     assert start(weights, f"{line[1]}, model_name: net, checkpoint_tag: latest") == 0
     assert digests(root) == before
@@ -518,3 +518,33 @@ def test_lines_of_a_refusal_name_their_place_in_the_config(tmp_path: Path, run: 
         target.update(yaml.safe_load(line.partition(" (")[0]))
         config.write_text(yaml.safe_dump(written))
     assert started() == 10
+
+
+@executes("sets/refusals.py", "Next: {}")
+@pytest.mark.parametrize("by_itself", [False, True])
+@pytest.mark.parametrize("has_tag", [False, True])
+def test_a_second_save_without_optimizer_leads_to_the_first_one(
+    paths: PathProvider, *, by_itself: bool, has_tag: bool
+) -> None:
+    """Of the same iteration, not to an older one; also where the second one took over its last tag."""
+    CheckpointWriter(paths).save(model(), trainer=At(ONE))
+    CheckpointWriter(paths).save(model(), trainer=At(TWO))
+    tags = ("best_model.loss",) if has_tag else ("best_model.loss", "latest", "last")
+    CheckpointWriter(paths).save(model(), TWO, optimizer=False, tags=tags)
+    before = digests(paths.output_root)
+    first = Snapshot(paths).sets()[-2]
+
+    def resumed(config: Any) -> int:
+        trainer = TrainerState()
+        report = InitializerStack.from_config(config, path_provider=paths).initialize(model(), trainer=trainer)
+        assert "optimizer of net" in str(report)
+        return trainer.update
+
+    entry: Any = {"auto_resume": True} if by_itself else {"kind": "resume", "checkpoint_tag": "best"}
+    said = advised(lambda: resumed(entry if by_itself else [entry]))
+    line = re.match(rf"(\S+: \S+) \((beside auto_resume|in initializers\.0)\) selects {first.place}, an earlier", said)
+    assert line is not None
+    assert str(ONE) not in said
+    config = {**entry, **yaml.safe_load(line[1])}
+    assert resumed(config if by_itself else [config]) == 20
+    assert digests(paths.output_root) == before

@@ -207,7 +207,7 @@ def test_weights_without_trainer_do_not_resume_and_the_way_out_is_named(noether_
     assert str(caught.value).startswith(
         '"best_model.loss.val.total" holds weights only. Next: resume from E3_U12_S96 (same iteration) or latest'
     )
-    assert str(caught.value).endswith("kind: previous_run loads weights only")
+    assert str(caught.value).endswith("; {kind: previous_run, run_id: mlp_train, stage_name: train} loads weights only")
     assert caught.value.candidates[0] == "E3_U12_S96"
     assert caught.value.missing == ("optimizer state", "trainer state")
 
