@@ -1,7 +1,7 @@
 # Development of noether-init-core. `make env` needs Python 3.11 or newer and pip, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help env browser demo test test-pythons test-noether test-real lint docs bench house faults charts pictures transcripts clean
+.PHONY: help env browser git-tools demo test test-pythons test-noether test-real lint docs bench house faults charts pictures transcripts clean
 
 # The first Python that is new enough; PYTHON3=... chooses another.
 PYTHON3 ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
@@ -35,8 +35,14 @@ browser:  ## Install Chromium where Debian's packages can be installed
 		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 		|| echo "no Chromium, and it cannot be installed here: tests of pages are skipped" >&2
 
+# Pointers of git are followed by the tools themselves, where they are there; else those tests are skipped and say so.
+git-tools:  ## Install git-lfs and git-annex where Debian's packages can be installed
+	@{ command -v git-lfs && command -v git-annex; } >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends git-lfs git-annex >/dev/null; } \
+		|| echo "no git-lfs or git-annex, and they cannot be installed here: tests of pointers are skipped" >&2
+
 # SHUFFLE=1 (any text) runs them in a random order, the same one for the same text.
-test: env browser  ## Run the tests
+test: env browser git-tools  ## Run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(SHUFFLE),--shuffle=$(SHUFFLE))
 
 test-pythons: env  ## Run the tests that need no torch on other Pythons

@@ -10,7 +10,7 @@ from support.advice import REPOSITORY, Advice, advices, named, registrations, un
 
 #: Advice that no test executes yet, one a line; the list may only become shorter.
 WAITING = REPOSITORY / "tests" / "support" / "advice_waiting.txt"
-MOST_WAITING = 10
+MOST_WAITING = 0
 
 
 def waiting() -> list[str]:

@@ -188,7 +188,7 @@ class Start:
         try:
             yield
         except InitError as error:
-            error.message = error.message.replace("or pass it to PathProvider", "or use --runs FOLDER")
+            error.say(error.message.replace("or pass it to PathProvider", "or use --runs FOLDER"))
             if paths is None and "path_provider" in str(error):
                 message = re.sub(r"path_provider=PathProvider\([^)]*\)", "--runs FOLDER --run-id ID", str(error))
                 raise ConfigError(f"{message}\n{_NEXT_RUNS}") from error

@@ -224,7 +224,7 @@ def rule_keys() -> list[str]:
 
 
 def no_rule(value: Any) -> str:
-    """The message for a value that stands for a rule, or for all rules, and is no mapping."""
+    """The message for a value that stands for a rule, or for all rules, and is not a mapping."""
     text = f"{yaml_line(value)} is not a rule, which is a mapping with one of {', '.join(_RULES)}"
     if not isinstance(value, str) or not value:
         return text

@@ -79,7 +79,8 @@ class _Plain:
     def _tensor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         detached = tensor.detach()
         if type(detached) is not torch.Tensor:
-            raise _refuse(place, f"a {_name(tensor)}, not a plain tensor,", "Next: save value.full_tensor()")
+            call = "full_tensor()" if hasattr(tensor, "full_tensor") else "as_subclass(torch.Tensor)"
+            raise _refuse(place, f"a {_name(tensor)}, not a plain tensor,", f"Next: save value.{call}")
         if detached.is_nested:
             raise _refuse(place, "a nested tensor", "Next: save value.to_padded_tensor(0.0)")
         if detached.is_quantized:

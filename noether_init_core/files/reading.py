@@ -359,7 +359,7 @@ class Materializer:
         except RuntimeError as error:
             raise CheckpointFormatError(
                 f"{self._path} contains the device {value.args}, unknown to torch {torch.__version__}. "
-                "Next: pip install --upgrade torch",
+                "Next: import the package that adds this device, or pip install --upgrade torch",
                 path=self._path,
             ) from error
 

@@ -105,7 +105,7 @@ def refusal(
 
 
 def called_on(path: Path, called: Mapping[str, str], value: Any, place: tuple[Any, ...]) -> UnsafeGlobalError | None:
-    """Return the error for names that the file lets change ``value`` at ``place``; None if there are none."""
+    """Return the error for names that the file lets change ``value`` at ``place``, or None."""
     if not called:
         return None
     has_weights = type(value) is dict and any(type(one) is TensorInfo for one in value.values())

@@ -96,10 +96,6 @@ def contents_of(
             origin = {key: common[key] for key in ("training_iteration", "run_id")}
             add(path, None, "optim", {**_optimizer_content(path, leaf), **origin})
     add(str(model.name), None, "trainer", _trainer_content(trainer, iteration, run_id))
-    names = [str(file.name) for file in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"two models would be saved as {', '.join(twice)}. Next: rename a submodel")
     return found
 
 

@@ -346,7 +346,9 @@ class _Lack:
         A second save of an iteration may leave out what the first one has, such as the optimizer.
         """
         iteration = self.found.iteration
-        for one in self.snapshot.sets()[::-1] if iteration is not None and self.found.committed else ():
+        if iteration is None or not self.found.committed:
+            return ""
+        for one in reversed(self.snapshot.sets()):
             tags = self.snapshot.selected_by[one.place]
             if one.iteration != iteration or one.name in tags or not all(map(one.has, self.needs)):
                 continue

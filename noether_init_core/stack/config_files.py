@@ -330,13 +330,14 @@ def _owners(key: str, kind: str) -> str:
 def _unknown_key(kind: str, path: Sequence[str | int], fields: Collection[str]) -> str:
     """The message for a key that is not a field, with the name that is probably intended."""
     from noether_init_core.config.source import rule_keys
-    from noether_init_core.surgery.steps import STEPS, Step
+    from noether_init_core.surgery.steps import STEPS
 
     key, known, whole = str(path[-1]) if path else "", fields, f"{kind} has"
     if path[:1] == ("transforms",):
         name = path[4] if len(path) == 6 else ""
         step = STEPS.get(name) if isinstance(name, str) else None
-        known = rule_keys() if len(path) == 3 else STEPS if len(path) == 5 else attrs.fields_dict(type(step or Step))
+        arguments = [] if step is None else [one.name for one in attrs.fields(type(step))]
+        known = rule_keys() if len(path) == 3 else STEPS if len(path) == 5 else arguments
         whole = "a rule has" if len(path) == 3 else "steps are" if len(path) == 5 else f"{name} has"
         misplaced = near(key, STEPS, 1, cutoff=0.75) if len(path) == 3 else []
         if misplaced:

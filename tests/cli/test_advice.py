@@ -195,5 +195,5 @@ def test_an_output_root_that_is_not_there_is_said_in_options(invoke: Invoke, tmp
     (tmp_path / "init.yaml").write_text("initializers: [{kind: previous_run, run_id: finetune}]\n")
     result = invoke("plan", "init.yaml", "--model", "advice_train:build", "--runs", "rnus")
     assert result.code == 1
-    assert "set output_path: to the folder of the runs, or use --runs FOLDER\n" in result.err
+    assert " to the folder of the runs, or use --runs FOLDER\n" in result.err
     assert "PathProvider" not in result.err

@@ -502,7 +502,7 @@ def test_a_model_that_cannot_be_built_is_built_as_advised(invoke: Invoke) -> Non
 
 
 @executes("cli/options.py", "--runs FOLDER --run-id ID", "Next: --run-id ID", "--runs FOLDER, with")
-@executes("sets/refusals.py", "set output_path:")
+@executes("sets/refusals.py", "set output_path{} to the folder")
 def test_options_for_runs_are_added_as_advised(invoke: Invoke) -> None:
     """The root, the id, and a root that was misspelt."""
     plan = ("plan", "resume.yaml", "--model", "leads_train:build")
@@ -511,7 +511,10 @@ def test_options_for_runs_are_added_as_advised(invoke: Invoke) -> None:
     Path("run.yaml").write_text("initializers:\n  - {kind: previous_run, run_id: finetune}\n")
     plan = ("plan", "run.yaml", "--model", "leads_train:build")
     refused = invoke(*plan, "--runs", "rnus")
-    assert "Next: set output_path: to the folder of the runs, or use --runs FOLDER" in refused.err
+    assert (
+        "Next: set output_path (in initializers.0, run.yaml:2) to the folder of the runs, or use --runs FOLDER"
+        in refused.err
+    )
     assert invoke(*plan, "--runs", "runs").code == 0
     pasted(Path("run.yaml"), "output_path: runs", "initializers.0")
     assert invoke(*plan).code == 0

@@ -226,6 +226,10 @@ def test_a_state_of_a_trainer_gets_other_keys(
     saves(writer, model, TrainingIteration(0, 1, 4), trainer=trainer)
 
 
+class Own(torch.Tensor):
+    """A subclass of a user."""
+
+
 BOTH = torch.zeros(4)
 #: A value that is refused -> what the advice makes of it; ``value`` and ``array`` are that value.
 VALUES: dict[str, Any] = {
@@ -233,6 +237,7 @@ VALUES: dict[str, Any] = {
     "save value.dequantize()": None,
     "save value.to_padded_tensor(0.0)": None,
     "save torch.from_numpy(array), or array.tolist()": np.arange(3.0),
+    "save value.as_subclass(torch.Tensor)": torch.ones(2).as_subclass(Own),
 }
 
 
@@ -245,7 +250,7 @@ def value_for(advice: str) -> Any:
 
 
 @executes("files/plain_data.py", "value.to_dense()", "value.dequantize()", "value.to_padded_tensor(0.0)")
-@executes("files/plain_data.py", "save torch.from_numpy(array), or array.tolist()")
+@executes("files/plain_data.py", "save torch.from_numpy(array), or array.tolist()", "Next: save value.{}")
 @pytest.mark.parametrize("advice", VALUES)
 @pytest.mark.filterwarnings("ignore:.*(nested|quantized|Quantized|deprecated)")
 def test_a_value_that_cannot_be_written_is_converted(writer: CheckpointWriter, advice: str) -> None:

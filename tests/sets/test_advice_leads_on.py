@@ -333,12 +333,12 @@ def test_a_refused_selection_names_what_can_be_selected(run: PathProvider) -> No
     CheckpointWriter(weights).save(model(), trainer=At(TWO), optimizer=False)
     before = digests(root)
     said = advised(lambda: start(weights, "kind: resume, checkpoint_tag: latest"))
-    line = re.match(r"resume from .* with (checkpoint_tag: \S+) \(in initializers\.0\)", said)
-    assert line is not None
-    assert start(weights, f"kind: resume, {line[1]}") == 10
-    line = re.search(r"; \{(kind: previous_run, run_id: weights)\} \(in initializers\.0\) loads weights only", said)
-    assert line is not None
-    assert start(weights, f"{line[1]}, model_name: net, checkpoint_tag: latest") == 0
+    match = re.match(r"resume from .* with (checkpoint_tag: \S+) \(in initializers\.0\)", said)
+    assert match is not None
+    assert start(weights, f"kind: resume, {match[1]}") == 10
+    match = re.search(r"; \{(kind: previous_run, run_id: weights)\} \(in initializers\.0\) loads weights only", said)
+    assert match is not None
+    assert start(weights, f"{match[1]}, model_name: net, checkpoint_tag: latest") == 0
     assert digests(root) == before
 
 
@@ -472,6 +472,7 @@ def test_a_set_of_a_newer_release_is_not_walked_back_from(run: PathProvider, *, 
     assert start(run, f"kind: resume, {line[1]}") == 10
 
 
+@executes("sets/ways.py", "Next: {}")
 @pytest.mark.parametrize("form", ["kind: resume", "auto_resume: true", "auto_resume: {verify: header}"])
 def test_lines_of_a_refusal_name_their_place_in_the_config(tmp_path: Path, run: PathProvider, form: str) -> None:
     """File and line; pasted there, they select what the message says."""

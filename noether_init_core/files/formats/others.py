@@ -16,7 +16,7 @@ from pathlib import Path
 from noether_init_core.files.content import UnreadableError
 from noether_init_core.files.refusals import new_name
 from noether_init_core.files.storage.handle import Handle
-from noether_init_core.messages import one_line, python_command, python_text, quoted
+from noether_init_core.messages import in_shell, one_line, python_command, python_text, quoted
 
 NEXT_COPY = "Next: copy the file again from where it was written, or take an older checkpoint"
 NEXT_SAVE = "Next: write the weights to another file with torch.save(state_dict, path)"
@@ -65,12 +65,22 @@ def check_kind(handle: Handle, head: bytes) -> None:
     raise unreadable(f"it is {what} (it begins with {head[:16]!r})")
 
 
-def _opened_by(call: str) -> str:
+def _opened_by(call: str, path: Path) -> str:
+    """``call``: an expression with ``{path}`` for the file."""
+    call = call.replace("{path}", python_text(str(path)))
     return f"Next: {call} opens it; write its tensors with torch.save to another file"
 
 
-def _made_from(call: str) -> str:
+def _made_from(call: str, path: Path) -> str:
+    call = call.replace("{path}", python_text(str(path)))
     return f"Next: take the checkpoint that it was made from; {call} opens it for a look"
+
+
+def _next_tensorflow(path: Path) -> str:
+    """``path``: a file or the folder of a checkpoint or of a SavedModel; the call takes a prefix or a folder."""
+    name = re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", path.name)
+    prefix = path.parent if path.name == "checkpoint" else path.with_name(name)
+    return _opened_by("tf.train.load_checkpoint({path})", prefix)
 
 
 def _written_again(path: Path, value: str, modules: str = "torch") -> str:
@@ -99,12 +109,12 @@ def _by_content(handle: Handle, head: bytes) -> Iterator[tuple[bool, str, str]]:
     yield (
         head.startswith(b"version https://git-lfs"),
         "it is a pointer of Git LFS, not the file itself",
-        "Next: git lfs pull",
+        f"Next: git -C {in_shell(path.parent)} lfs pull",
     )
     yield (
         head.startswith(b"/annex/objects/"),
         "it is a pointer of git-annex, not the file itself",
-        f"Next: git annex get {shlex.quote(path.name)}",
+        f"Next: git -C {in_shell(path.parent)} annex get {in_shell(path.name)}",
     )
     yield (
         text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")),
@@ -121,7 +131,7 @@ def _by_content(handle: Handle, head: bytes) -> Iterator[tuple[bool, str, str]]:
     yield (
         head.startswith(b"GGUF"),
         "it is a GGUF file of llama.cpp, whose weights are usually quantized for inference",
-        _made_from("gguf.GGUFReader(path)"),
+        _made_from("gguf.GGUFReader({path})", path),
     )
     yield (
         head.startswith(b"\x93NUMPY"),
@@ -131,26 +141,30 @@ def _by_content(handle: Handle, head: bytes) -> Iterator[tuple[bool, str, str]]:
     yield (
         head.startswith(b"\x89HDF\r\n"),
         "it is an HDF5 file, as Keras and h5py write",
-        _opened_by("h5py.File(path)"),
+        _opened_by("h5py.File({path})", path),
     )
     tail = handle.read(min(handle.size, 8), max(0, handle.size - 8))
     is_shard = re.search(r"\.data-\d{5}-of-\d{5}$", path.name) is not None
     yield (
         tail == _TABLE or is_shard or head.startswith(b"model_checkpoint_path:"),
         "it is a part of a checkpoint of TensorFlow",
-        _opened_by("tf.train.load_checkpoint(prefix)"),
+        _next_tensorflow(path),
     )
     yield (
         path.suffix == ".onnx" or (head[:1] == b"\x08" and (b"pytorch" in head or b"onnx" in head)),
         "it is an ONNX graph, made for inference",
-        _made_from("onnx.load(path)"),
+        _made_from("onnx.load({path})", path),
     )
     yield (
         path.suffix == ".msgpack" or (0x81 <= head[0] <= 0x8F and 0xA1 <= head[1] <= 0xBF),
         "it is a msgpack file, as Flax writes",
-        _opened_by("flax.serialization.msgpack_restore(open(path, 'rb').read())"),
+        _opened_by('flax.serialization.msgpack_restore(open({path}, "rb").read())', path),
     )
-    yield head[4:8] == b"TFL3", "it is a model of TensorFlow Lite", _made_from("tf.lite.Interpreter(path)")
+    yield (
+        head[4:8] == b"TFL3",
+        "it is a model of TensorFlow Lite",
+        _made_from("ai_edge_litert.interpreter.Interpreter({path})", path),
+    )
     yield not any(head), "it begins with zeros, as after a crash before its content reached the disk", NEXT_COPY
 
 
@@ -229,7 +243,7 @@ def zip_kind(path: Path, names: Collection[str]) -> UnreadableError | None:
             "it is an archive of NumPy arrays (.npz)", f"Next: {_written_again(path, value, 'numpy, torch')}"
         )
     if "model.weights.h5" in first:
-        return unreadable("it is a model of Keras", _opened_by("keras.models.load_model(path)"))
+        return unreadable("it is a model of Keras", _opened_by("keras.models.load_model({path})", path))
     inside = sorted(name for name in names if name.endswith(_WEIGHTS) and ".." not in name and not name.startswith("/"))
     if inside and not any(name.endswith("data.pkl") for name in names):
         return unreadable(f"it is an archive of files, {quoted(inside[0])} among them", unzip(inside[0]))
@@ -244,8 +258,10 @@ def folder_kind(path: Path) -> UnreadableError | None:
         return None
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return unreadable("it is a folder of torch.distributed.checkpoint", _next_dcp(path))
-    if "saved_model.pb" in names or ("checkpoint" in names and any(name.endswith(".index") for name in names)):
-        return unreadable("it is a folder of TensorFlow", _opened_by("tf.train.load_checkpoint(path)"))
+    if "saved_model.pb" in names:
+        return unreadable("it is a SavedModel of TensorFlow", _next_tensorflow(path / "variables" / "variables"))
+    if "checkpoint" in names and any(name.endswith(".index") for name in names):
+        return unreadable("it is a folder of TensorFlow", _next_tensorflow(path))
     files = [name for name in names if name.endswith(_WEIGHTS)]
     if not files:
         return None
