@@ -112,7 +112,7 @@ def test_an_older_checkpoint_is_taken_for_one_that_was_overwritten(tmp_path: Pat
     weight = net.weight
     if change == "names":
         del net.weight
-        net.register_parameter("height", weight)
+        net.register_parameter("height", torch.nn.Parameter(weight))
     CheckpointWriter(other).save(bind(net, "net"), TrainingIteration(2, 2, 2))
     path = next(find_set(Snapshot(paths), "latest").found.folder.glob("*_model.th"))
     size = path.stat().st_size
