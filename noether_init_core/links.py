@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 from pathlib import Path
 
-from noether_init_core.messages import one_line
+from noether_init_core.messages import near, one_line
+
+# Names of a folder that are looked at; it may be on a network disk.
+_MOST = 1_000
+
+
+def no_folder(folder: Path) -> str:
+    """The first part of a folder's path that does not exist, where it was looked for, and near names. Never raises."""
+    missing = next((part for part in (*reversed(folder.parents), folder) if not os.path.lexists(part)), folder)
+    where = missing.parent
+    try:
+        with os.scandir(where) as entries:
+            names = [entry.name for entry in itertools.islice(entries, _MOST) if entry.is_dir()]
+    except OSError:
+        names = []
+    found = [one_line(str(where / name)) for name in near(missing.name, sorted(names))]
+    nearest = f". Near: {', '.join(found)}" if found else ""
+    return f"folder {one_line(str(missing))} does not exist in {one_line(os.path.abspath(where))}{nearest}"
 
 
 def absence(path: Path) -> str:

@@ -97,6 +97,7 @@ class ResumeInitializer(CheckpointInitializer):
         super().__init__(config, path_provider=path_provider, initializer_config=initializer_config)
         self._by_itself = auto_resume is not None
         self._seen = auto_resume
+        self._warned: set[str] = set()
         self._query = Query.of(self.checkpoint_tag)
         self._is_automatic = auto_resume is not None or self._query.automatic
         self._any_tag = auto_resume is not None and self.config.checkpoint_tag is None
@@ -216,14 +217,18 @@ class ResumeInitializer(CheckpointInitializer):
             self._trainer_state()  # the files must belong to it, see check_together
             selection = session.selection
             root: str = selection.root or self._only_root(selection.snapshot)
-            if name != root and self.model_name is None:
+            if name != root and self.model_name is None and name not in self._warned:
+                # a plan asks for the sources again, in a session of its own
+                self._warned.add(name)
+                line = refusals.model_line(root, "auto_resume" if session.key else "resume")
                 self.logger.warning(
-                    "%s: the model is called %s, and the only trainer file, of %s, is used. "
-                    "Next: model_name: %s, if that is right",
+                    "%s%s: the model is called %s, and the only trainer file, of %s, is used. "
+                    "Next: %s, if that is right",
                     self.config.kind,
+                    f" ({session.place})" if session.place else "",
                     name,
                     root,
-                    root,
+                    line,
                 )
         return f"{root}.{below}" if below else root
 

@@ -7,9 +7,11 @@ terminal would act on. Files are written completely, or not at all.
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -24,7 +26,7 @@ from rich.text import Text
 
 from noether_init_core.errors import CheckpointFormatError, CheckpointNotFoundError, InitError
 from noether_init_core.files.storage.disk import LOCAL, reaching
-from noether_init_core.links import absence
+from noether_init_core.links import absence, no_folder
 from noether_init_core.messages import in_shell, listed, near, one_line, printable
 from noether_init_core.uris import local_path
 
@@ -169,7 +171,7 @@ def check_target(path: Path | None, option: str) -> None:
             named = path.with_suffix(suffixes[0]) if path.stem.strip("-. ") else Path("plan").with_suffix(suffixes[0])
             problem = f"{path}{kept} is not a {suffixes[0]} file. Next: {option} {in_shell(named)}"
         elif not LOCAL.is_folder(path.parent):
-            problem = f"folder {path.parent} does not exist. Next: mkdir -p {in_shell(path.parent)}"
+            problem = f"{no_folder(path.parent)}. Next: mkdir -p {in_shell(path.parent)}"
         elif lies_in_a_run(path):
             problem = f"{path} is in the checkpoint folder of a run. Next: {option} {in_shell(path.name)}"
         elif LOCAL.exists(path) and not (not LOCAL.is_link(path) and LOCAL.is_file(path) and ours in _head(path)):
@@ -210,17 +212,30 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _with_model(path: Path) -> str:
+    """The command that takes the model of a module, if there is a config for it here."""
+    configs = sorted([*glob.glob("*.yaml"), *glob.glob("*.yml")], key=lambda name: (name != "init.yaml", name))
+    if not configs:
+        return "A command with --model takes it, beside a config. Next: ninit, which lists runs and configs here"
+    with reaching(path), path.open("rb") as file:
+        name = "build" if re.search(rb"^(def|class) build\b", file.read(100_000), re.MULTILINE) else "callable"
+    folder = "" if path.parent == Path() else f" --app-dir {in_shell(path.parent)}"
+    model = in_shell(f"{path.stem}:{name}")
+    return f"A model is given beside a config. Next: ninit plan {in_shell(configs[0])} --model {model}{folder}"
+
+
 def check_path(path: Path) -> None:
     """Raise where ``path`` is absent or is a config; the message names near paths and the next command.
 
     Raises ``ConfigError`` for a URI, ``CheckpointNotFoundError`` for an absent path, ``CheckpointFormatError`` for a
-    YAML file.
+    file of YAML or Python.
     """
     from noether_init_core.sets.checkpoint_set import list_names
 
     local_path(path)
     with reaching(path):
         is_there = LOCAL.leads_somewhere(path)
+        is_module = path.suffix.lower() == ".py" and LOCAL.is_file(path)
         is_config = path.suffix.lower() in (".yaml", ".yml") and LOCAL.is_file(path) and b"\0" not in _head(path)
     absent = "" if is_there else absence(path)
     if "Next: " in absent:
@@ -249,6 +264,8 @@ def check_path(path: Path) -> None:
             asked=str(path),
             candidates=found or there,
         )
+    if is_module:
+        raise CheckpointFormatError(f"{path} is a Python file, not a checkpoint. {_with_model(path)}", path=path)
     if is_config:
         raise CheckpointFormatError(
             f"{path} is a YAML file, not a checkpoint. Next: ninit validate {shlex.quote(str(path))}",

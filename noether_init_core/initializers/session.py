@@ -269,6 +269,7 @@ class WeightsSession(Session):
             "" if config.transforms else self.key,
             fields,
             self.is_followed,
+            self.kind.continues,
         )
 
     def suggested(self, model: Any) -> dict[str, Suggestion]:

@@ -24,6 +24,8 @@ from noether_init_core.messages import near, yaml_field, yaml_line
 from noether_init_core.paths import text_problem
 
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
+# Keys at the root that a config of Noether may have, too.
+_READ = (*_KEYS[1:], "resume_run_id", "resume_stage_name", "resume_checkpoint")
 # How deep an entry lies: initializers.0. Up to there, an instance of a dataclass stands for a mapping.
 _ENTRY_DEPTH = 2
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -164,17 +166,44 @@ class _Frame:
         except ConfigError as error:
             self.found.setdefault((), error)
             return []
+        self._refuse_misspelt(entries)
         # Noether writes tuples and sets with tags; only those near entries are refused.
         for entry in entries:
             for place in (entry.place, *entry.places.values()):
                 self._refuse_tags(place)
         return entries
 
+    def _refuse_misspelt(self, entries: Collection[Entry]) -> None:
+        """Report keys of Noether's config that are not read, and would be if they were spelt or placed otherwise."""
+        root = self.document.value
+        for key in root:
+            right = near(key, _READ, 1, cutoff=0.85)
+            if right and key not in _READ:
+                self._refuse(f"is not read. Next: rename it to {right[0]}", key)
+        for place, value in _below(root, ()):
+            if not near(str(place[-1]), ("initializer", "initializers"), 1, cutoff=0.85) or not _are_initializers(
+                value
+            ):
+                continue
+            is_read = place == ("trainer", "initializer") or (place[0], place[-1]) == ("model", "initializers")
+            if is_read or any(_are_related(entry.place, place) for entry in entries):
+                continue
+            right = "initializers" if isinstance(value, list) else "initializer"
+            if place[0] == ("model" if isinstance(value, list) else "trainer") and place[-1] != right:
+                self._refuse(f"is not read. Next: rename it to {right}", *place)
+            else:
+                self._refuse(
+                    "is not read here. Next: move its items to model: {initializers: [...]}, or one of them to "
+                    "trainer: {initializer: {...}}",
+                    *place,
+                )
+
     def _entries(self, value: Mapping[str, Any]) -> list[Entry]:
         self._refuse_tags(())
         for key in value:
             if key not in _KEYS:
-                hint = "".join(f"Near: {one}. " for one in near(key, _KEYS, 1))
+                right = next((one for one in near(key, _KEYS, 1) if one not in value), "")
+                hint = f"Near: {right}. Next: rename it to {right}. " if right else ""
                 if key in _fields("resume"):
                     entry = f"initializers: [{{kind: ..., {key}: ...}}]"
                     hint = f"It is a field of an initializer. Next: {entry}. "
@@ -182,10 +211,11 @@ class _Frame:
                         hint += f"For auto_resume: auto_resume: {{{key}: ...}}. "
                 if key == "kind":
                     hint = f"Initializers are a list. Next: initializers: [{{{yaml_field('kind', value[key])}, ...}}]. "
-                if self.document.path is None and "initializers" in value:
+                if self.document.path is None and "initializers" in value and not right:
                     hint += 'Of a config of your own, give the list: config["initializers"]. '
                 self._refuse(f"unknown key. {hint}A config has {', '.join(_KEYS)}", key)
-        if "initializers" not in value and "auto_resume" not in value:
+        is_misspelt = any(near(key, ("initializers",), 1) for key in value)
+        if "initializers" not in value and "auto_resume" not in value and not is_misspelt:
             self._refuse("initializers: not found. Next: initializers: [], for a start from scratch")
         items = value.get("initializers", [])
         if not isinstance(items, list):
@@ -257,6 +287,22 @@ def _are_related(place: KeyPath, other: KeyPath) -> bool:
     """Whether two places are equal, or one is below the other."""
     shared = min(len(place), len(other))
     return place[:shared] == other[:shared]
+
+
+def _below(value: Any, place: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """The place and the value of every key below ``value``."""
+    items: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(value, Mapping):
+            yield (*place, key), item
+        yield from _below(item, (*place, key))
+
+
+def _are_initializers(value: Any) -> bool:
+    """Whether a value is the config of initializers, rather than of functions that draw parameters."""
+    items = value if isinstance(value, list) else [value]
+    names = {info.name for info in kinds.installed()}
+    return any(isinstance(one, Mapping) and ("run_id" in one or one.get("kind") in names) for one in items)
 
 
 def _unfilled(value: Any, place: KeyPath) -> Iterator[KeyPath]:

@@ -33,6 +33,7 @@ class Advice:
         whole: The key whose value is the whole config, such as ``auto_resume``; the line then begins with it.
         fields: The surgery fields of Noether that the config has, with their values.
         is_followed: Whether a later initializer loads weights, too.
+        is_repeated: Whether the config applies at each start of the run, to what the run has trained until then.
     """
 
     place: str = ""
@@ -40,16 +41,18 @@ class Advice:
     whole: str = ""
     fields: Mapping[str, Sequence[Any]] = attrs.Factory(dict)
     is_followed: bool = False
+    is_repeated: bool = False
 
-    def rule(self, rule: Mapping[str, Any]) -> str:
-        """The line that adds a rule of ``transforms``."""
+    def rule(self, rule: Mapping[str, Any], note: str = "") -> str:
+        """The line that adds a rule of ``transforms``; ``note`` begins its comment."""
+        note = note and f"{note}, "
         if self.style == "rules":
             ((key, value), *others) = rule.items()
             line = f"- {yaml_line(dict(rule))}" if others else f"- {yaml_line(key)}: {yaml_line(value)}"
             # of several rules for a name of the file the first one counts; keep_model holds wherever it stands
-            return line + self._where("transforms of ", "in" if "keep_model" in rule else "first in")
+            return line + self._where("transforms of ", f"{note}{'in' if 'keep_model' in rule else 'first in'}")
         also = "with the other fields written as transforms, " if self.fields else ""
-        return self._field("transforms", [dict(rule)], also)
+        return self._field("transforms", [dict(rule)], note + also)
 
     def field(self, name: str, value: Any) -> str:
         """The line that sets a field of the config."""
@@ -67,9 +70,8 @@ class Advice:
         entries = covering(in_rules(names, written), in_rules(others, written))
         if not entries:
             return ""
-        line = self.rule({"keep_model": _alone(entries)})
         # the values that the run has trained since would be replaced at each later resume
-        return f"{line}  # only until the next save" if self.whole == "auto_resume" else line
+        return self.rule({"keep_model": _alone(entries)}, "only until the next save" if self.is_repeated else "")
 
     def drop(self, names: Sequence[str], others: Collection[str], written: Mapping[str, str]) -> str:
         """The line that leaves exactly ``names`` of the file unread, and none of ``others``; ``written`` as in keep."""
@@ -99,7 +101,7 @@ class Advice:
     def _where(self, part: str, how: str) -> str:
         """A comment of YAML with the place, so that the line can be pasted with it."""
         if self.whole or not self.place:
-            words = how.removesuffix("in").rstrip(", ")
+            words = how.removesuffix("first in").removesuffix("in").rstrip(", ")
             return f"  # {words}" if words else ""
         return f"  # {how} {part}{self.place}"
 

@@ -80,7 +80,14 @@ class TrainerState:
 
     def __repr__(self) -> str:
         members = ", ".join(self._stateful) or "nothing else"
-        return f"TrainerState({self.iteration}, seed={self.seed}, batch={self._position.batch}, {members})"
+        lacks = ", no step with end_of_epoch=True yet" if self._counts_no_epochs else ""
+        return f"TrainerState({self.iteration}{lacks}, seed={self.seed}, batch={self._position.batch}, {members})"
+
+    @property
+    def _counts_no_epochs(self) -> bool:
+        """Whether there were steps, and neither a loader nor the loop has told the end of an epoch."""
+        has_data = self._loader is not None or self._stored_layout is not None
+        return not has_data and self._updates > 0 and self._position.epoch == 0
 
     @property
     def seed(self) -> int:
@@ -128,7 +135,10 @@ class TrainerState:
         check_whole("batches", 0 if batches is None else batches, least=0)
         if self._loader is None:
             if samples is None or batches is not None:
-                raise ConfigError("advance() cannot count batches without a loader. Next: advance(samples=len(batch))")
+                raise ConfigError(
+                    "advance() cannot count batches without a loader. Next: advance(samples=len(batch)), and with "
+                    "end_of_epoch=True for the last batch of an epoch"
+                )
             if self._stored_layout is not None and self._position.batch > 0:
                 raise StateMismatchError(
                     f"resumed after {self._position.batch} batches of epoch {self._position.epoch}, but loader() was "
@@ -251,6 +261,12 @@ class TrainerState:
                     "between two iterations. Next: save right after advance()"
                 )
             _logger.warning("%d batches after the last advance() will be returned again", len(position.handed))
+        if self._counts_no_epochs:
+            _logger.info(
+                "%s: no epoch is counted without a loader. Next: advance(samples=..., end_of_epoch=True) for the last "
+                "batch of each",
+                self.iteration,
+            )
         layout = self._stored_layout if self._loader is None else attrs.asdict(self._loader.layout)
         members = {name: plain(member.state_dict(), name) for name, member in self._stateful.items()}
         state: dict[str, Any] = {"callback_state_dicts": {}, "training_iteration": self.iteration.to_mapping()}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.advice import fixes_of, pasted
 from support.command import Invoke, Result, console
 
 from noether_init_core import CheckpointWriter, PathProvider, TrainerState, bind
@@ -128,6 +129,37 @@ def test_a_fix_below_auto_resume_is_a_line_that_works_there(invoke: Invoke, tmp_
     later = plan(invoke, "wider")
     assert later.code == 0, later.out
     assert "keep" not in later.out
+
+
+def test_a_kept_head_of_a_resume_is_for_one_start(invoke: Invoke, tmp_path: Path) -> None:
+    """An entry of kind resume applies at each start of its run, so that it may keep what is fresh only once."""
+    Path("advice_train.py").write_text(
+        WIDER.replace("CONTENT", '{"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(2, 3)}')
+    )
+    state = TrainerState(seed=0)
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(2, 2)})
+    CheckpointWriter(PathProvider("runs", "wider")).save(bind(layers, "model"), trainer=state)
+    config = tmp_path / "init.yaml"
+    config.write_text("initializers:\n  - {kind: resume, load_optim: false}\n")
+    refused = plan(invoke, "wider")
+    (fix,) = fixes_of(refused.out)
+    line = "transforms: [{keep_model: b.}]  # only until the next save, in initializers.0, init.yaml:2"
+    assert fix == line
+    before = config.read_text()
+    pasted(config, fix)
+    assert plan(invoke, "wider").code == 0
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(2, 3)})
+    state.advance(samples=1)
+    CheckpointWriter(PathProvider("runs", "wider")).save(bind(layers, "model"), trainer=state)
+    assert "o keep     b.*" in plan(invoke, "wider").out
+    config.write_text(before)
+    later = plan(invoke, "wider")
+    assert later.code == 0, later.out
+    assert "keep" not in later.out
+    # another run is the origin of one start only, after which its own sets are resumed
+    config.write_text("initializers:\n  - {kind: resume, load_optim: false, run_id: wider, checkpoint_tag: E0_U0_S0}\n")
+    (fix,) = fixes_of(plan(invoke, "other").out)
+    assert fix == "transforms: [{keep_model: b.}]  # in initializers.0, init.yaml:2"
 
 
 @pytest.mark.parametrize("built", ["{'left': LINEAR, 'right': LINEAR}", "(LINEAR, LINEAR)", "[LINEAR]"])

@@ -130,6 +130,26 @@ def test_a_value_of_hydra_that_is_lacking_is_set(value: str, mark: str) -> None:
     assert InitializerStack.from_config(config) is not None
 
 
+@executes("cli/output.py", "Next: ninit plan {} --model {}{}", "Next: ninit, which lists runs and configs here")
+@pytest.mark.parametrize("folder", ["", "code here/"])
+def test_a_module_is_given_beside_a_config(invoke: Invoke, folder: str) -> None:
+    """It is no checkpoint; with a config in the folder, the command that takes it is shown, and works."""
+    path = Path(f"{folder}leads_module.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("import torch\n\n\ndef build():\n    return torch.nn.Linear(3, 2)\n")
+    said = told(invoke("inspect", str(path)))
+    assert "is a Python file, not a checkpoint" in said
+    assert said.endswith("Next: ninit, which lists runs and configs here")
+    assert invoke().code == 0
+    torch.save(torch.nn.Linear(3, 2).state_dict(), "w.pt")
+    Path("other.yaml").write_text("initializers: [{kind: file, path: w.pt}]\n")
+    said = told(invoke("inspect", str(path)))
+    result = invoke(*shlex.split(said.partition("Next: ninit ")[2]))
+    assert result.code == 0, result
+    assert "2 of 2 keys loaded" in result.out
+    sys.modules.pop("leads_module", None)
+
+
 @executes("suggest/rules.py", "write the rules by hand, such as")
 @pytest.mark.parametrize("number", [0, 1])
 def test_rules_that_suggest_shows_can_be_written(invoke: Invoke, number: int) -> None:

@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import re
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -420,3 +421,20 @@ def test_a_copy_of_a_file_that_was_written_again_is_refused(tmp_path: Path, name
     else:
         with pytest.raises(CheckpointCorruptError, match="it was written again since"):
             pickle.loads(text)
+
+
+def test_a_folder_that_is_not_there_is_told_with_near_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is shown with the folder that it starts at; near files come first."""
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints/first").mkdir(parents=True)
+    for name in ("a.pt", "b.pt", "weights.pt"):
+        Path(f"checkpoints/{name}").touch()
+    there = re.escape(str(tmp_path))
+    for path, said in (
+        ("chekpoints/w.pt", rf"w\.pt does not exist: folder chekpoints does not exist in {there}\. Near: checkpoints$"),
+        ("checkpoints/frist/x/w.pt", r"folder checkpoints/frist does not exist in .*\. Near: checkpoints/first$"),
+        (tmp_path / "quite" / "other.pt", rf"folder {there}/quite does not exist in {there}$"),
+        ("checkpoints/weight.pt", r"does not exist\. Found in checkpoints: weights\.pt, a\.pt, b\.pt$"),
+    ):
+        with pytest.raises(CheckpointNotFoundError, match=said):
+            open_checkpoint(path)

@@ -218,7 +218,11 @@ def test_a_set_with_broken_generators_is_left_by_both_ways(tmp_path: Path, monke
     assert digests(paths.checkpoint_path / "sets") == before
 
 
-@executes("training/state.py", "Next: advance(samples=len(batch))", "Next: call advance() without end_of_epoch")
+@executes(
+    "training/state.py",
+    "Next: advance(samples=len(batch)), and with end_of_epoch=True",
+    "Next: call advance() without end_of_epoch",
+)
 @executes("training/state.py", "Next: advance(batches=1) if the loop fetches the next batch before the step; advance(")
 @executes("training/state.py", "Next: advance(batches=1) if the loop fetches the next batch before the step; state.d")
 @executes("training/state.py", "Next: call state.loader(dataset, batch_size=...) as the saved run did")
@@ -273,6 +277,32 @@ def test_a_step_is_counted_by_the_advised_call(case: str) -> None:
             else:
                 continue
         assert state.update == before + 1, call
+
+
+@executes("training/state.py", "Next: advance(samples=..., end_of_epoch=True) for the last batch of each")
+def test_epochs_are_counted_without_a_loader(caplog: pytest.LogCaptureFixture) -> None:
+    """The text of the state and the log of a save say how, until an epoch has ended so."""
+    caplog.set_level("INFO")
+    state = TrainerState(seed=0)
+    assert "end_of_epoch" not in repr(state)
+    state.state_dict()
+    assert not caplog.records
+    state.advance(samples=4)
+    assert "TrainerState(E0_U1_S4, no step with end_of_epoch=True yet, " in repr(state)
+    state.state_dict()
+    call = caplog.text.partition("Next: ")[2].partition(" for the last")[0]
+    run(call.replace("...", "4"), advance=state.advance)
+    assert state.epoch == 1
+    caplog.clear()
+    state.state_dict()
+    assert not caplog.records
+    assert "end_of_epoch" not in repr(state)
+    # a position that a loader has counted needs no such word
+    first, other = TrainerState(seed=0), TrainerState(seed=0)
+    next(iter(first.loader(Numbers(), 2)))
+    first.advance()
+    other.load_state_dict(first.state_dict())
+    assert not any("end_of_epoch" in repr(one) for one in (first, other))
 
 
 @executes("training/state.py", "Next: save right after advance()", "Next: save right after advance(); or make a step")

@@ -23,8 +23,8 @@ from noether_init_core.errors import (
 )
 from noether_init_core.files.content import Record
 from noether_init_core.files.storage.disk import LOCAL, unreachable
-from noether_init_core.links import absence
-from noether_init_core.messages import listed
+from noether_init_core.links import absence, no_folder
+from noether_init_core.messages import listed, near
 
 Item = TypeVar("Item")
 
@@ -320,8 +320,11 @@ def _not_regular(path: Path, what: str) -> CheckpointFormatError:
 def _neighbours(path: Path) -> str:
     try:
         names = sorted(name for name in LOCAL.list_folder(path.parent) if name.endswith(path.suffix or ".th"))
+    except FileNotFoundError:
+        return f": {no_folder(path.parent)}"
     except OSError:
         return f", and its folder {path.parent} cannot be listed"
+    names = list(dict.fromkeys([*near(path.name, names), *names]))
     if not names:
         return f". The folder {path.parent} has no {path.suffix or '.th'} file"
     return f". Found in {path.parent}: {listed(names)}"
