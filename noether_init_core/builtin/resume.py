@@ -220,15 +220,13 @@ class ResumeInitializer(CheckpointInitializer):
             if name != root and self.model_name is None and name not in self._warned:
                 # a plan asks for the sources again, in a session of its own
                 self._warned.add(name)
-                line = refusals.model_line(root, "auto_resume" if session.key else "resume")
                 self.logger.warning(
-                    "%s%s: the model is called %s, and the only trainer file, of %s, is used. "
+                    "%s: the model is called %s, and the only trainer file, of %s, is used. "
                     "Next: %s, if that is right",
                     self.config.kind,
-                    f" ({session.place})" if session.place else "",
                     name,
                     root,
-                    line,
+                    self.asked_by.line({"model_name": root}),
                 )
         return f"{root}.{below}" if below else root
 

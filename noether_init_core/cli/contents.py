@@ -21,6 +21,7 @@ from noether_init_core.cli.output import (
     show_text,
 )
 from noether_init_core.errors import CheckpointError
+from noether_init_core.files.formats.others import NEXT_COPY
 from noether_init_core.files.storage.disk import LOCAL, reaching, resolved
 from noether_init_core.messages import counted, listed, one_line
 from noether_init_core.paths import name_of_run
@@ -335,8 +336,10 @@ def _show_run(run: RunHealth) -> None:
         show_table(("", "set", *(["iteration"] if with_iterations else []), "tags", "files", "bytes"), rows)
     else:
         show("no sets")
+    # what starts a run comes before what mends a file
+    can_start = run.newest_good is not None and bool(run.use)
     for one in run.sets:
-        _show_set_health(one, run.folder)
+        _show_set_health(one, run.folder, with_mend=not can_start)
     _show_flat(run.flat)
     _show_problems(_short(problem, run.folder, "") for problem in run.flat.problems)
     if any(one.state in ("good", "nonfinite") and not one.is_committed for one in run.sets):
@@ -348,15 +351,21 @@ def _show_run(run: RunHealth) -> None:
         show_text(f"every good set holds NaN or infinity. To start from {run.newest_good.name} anyway:\n  {run.use}")
     elif run.newest_good is not None:
         show_text(f"newest good set: {run.newest_good.name}. To start from it:\n  {run.use}")
+        newest = next(one for one in run.sets if one.state != "uncommitted")
+        if newest.state == "broken" and "kind: resume" in run.use:
+            show("  # a resume goes back to it by itself with on_invalid: previous")
     elif run.use:
         show_text(f"no set could be verified. To start from the newest anyway:\n  {run.use}")
     elif run.sets:
         show("no good set")
+    if can_start and any(NEXT_COPY in problem for one in run.sets for problem in one.problems):
+        show("  # to mend a damaged file, copy it again from where it was written")
     show("")
 
 
-def _show_set_health(one: SetHealth, folder: Path) -> None:
-    _show_problems(f"{one.name}: {_short(problem, folder, one.name)}" for problem in one.problems)
+def _show_set_health(one: SetHealth, folder: Path, *, with_mend: bool) -> None:
+    problems = one.problems if with_mend else [problem.partition(f". {NEXT_COPY}")[0] for problem in one.problems]
+    _show_problems(f"{one.name}: {_short(problem, folder, one.name)}" for problem in problems)
     if one.nonfinite:
         show(f"! {one.name}: {listed(one.nonfinite, 3)}; a resume refuses it (on_nonfinite: error)")
     for note in one.notes:

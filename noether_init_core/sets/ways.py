@@ -53,8 +53,9 @@ def _together(message: str, found: str, ways: Sequence[str]) -> str:
         return f"{message}. {found}. Next: {'; '.join(ways)}"
     head, unless = message[: said[-1].start()], said[-1]["unless"].strip(", ")
     own = _ANOTHER_SET.sub("", message[said[-1].end() :].removesuffix("."))
-    steps = [*ways, f"{unless}: {own}"] if unless else [*filter(None, [own]), *ways]
-    return f"{head}. {found}. Next: {'; '.join(steps)}"
+    # what continues the run comes before what mends the file
+    steps = [*ways, f"{unless}: {own}" if unless else own]
+    return f"{head}. {found}. Next: {'; '.join(filter(None, steps))}"
 
 
 def without_advice(message: str) -> str:

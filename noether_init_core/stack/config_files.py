@@ -188,9 +188,9 @@ class _Frame:
             is_read = place == ("trainer", "initializer") or (place[0], place[-1]) == ("model", "initializers")
             if is_read or any(_are_related(entry.place, place) for entry in entries):
                 continue
-            right = "initializers" if isinstance(value, list) else "initializer"
-            if place[0] == ("model" if isinstance(value, list) else "trainer") and place[-1] != right:
-                self._refuse(f"is not read. Next: rename it to {right}", *place)
+            part, name = ("model", "initializers") if isinstance(value, list) else ("trainer", "initializer")
+            if place[0] == part and place[-1] != name:
+                self._refuse(f"is not read. Next: rename it to {name}", *place)
             else:
                 self._refuse(
                     "is not read here. Next: move its items to model: {initializers: [...]}, or one of them to "

@@ -21,7 +21,16 @@ from safetensors.torch import save_file
 from support.command import run_command
 from support.damage import flip_tensor_bit
 
-from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, Snapshot, TrainingIteration, bind
+from noether_init_core import (
+    CheckpointCorruptError,
+    CheckpointWriter,
+    InitializerStack,
+    PathProvider,
+    Snapshot,
+    TrainerState,
+    TrainingIteration,
+    bind,
+)
 from noether_init_core.sets.health import verify_run
 
 ONE, TWO, THREE = (TrainingIteration(n, 10 * n, 100 * n) for n in (1, 2, 3))
@@ -169,6 +178,27 @@ def test_set_with_nan_is_offered_where_there_is_no_other_with_the_switch_it_need
     stack = InitializerStack.from_config([config], path_provider=PathProvider(paths.output_root, "new"))
     assert stack.initialize(model).start == ONE
     assert bool(module.bias.isnan().all())
+
+
+def test_what_continues_a_run_comes_before_what_mends_a_file(verify: Verify, paths: PathProvider) -> None:
+    """The set, then how a resume goes back to it; that the damaged file may be copied again comes last."""
+    module = torch.nn.Linear(3, 2)
+    model = bind(module, name="mlp", optimizer=torch.optim.AdamW(module.parameters()))
+    state, writer = TrainerState(seed=0), CheckpointWriter(paths)
+    for _ in range(2):
+        state.advance(samples=8, end_of_epoch=True)
+        folder = writer.save(model, trainer=state).folder
+    flip_tensor_bit(folder / "mlp_cp=E2_U2_S16_model.th")
+    (paths.checkpoint_path / "sets" / "00000003_E3_U30_S300").mkdir()
+    said = verify(paths.output_root).out
+    parts = ("is damaged", "To start from it:", "on_invalid: previous", "copy it again")
+    assert [said.count(part) for part in parts] == [1, 1, 1, 1]
+    assert sorted(parts, key=said.index) == list(parts)
+    resume = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    with pytest.raises(CheckpointCorruptError, match=r"Next: on_invalid: previous in .*; copy the file again"):
+        resume.initialize(model, trainer=TrainerState())
+    back = InitializerStack.from_config([{"kind": "resume", "on_invalid": "previous"}], path_provider=paths)
+    assert str(back.initialize(model, trainer=TrainerState()).start) == "E1_U1_S8"
 
 
 def test_nan_is_found_where_no_manifest_tells_of_values(verify: Verify, paths: PathProvider) -> None:

@@ -349,7 +349,7 @@ def test_surgery_of_a_subclass_is_written_as_a_rule(run: PathProvider) -> None:
     assert torch.equal(model.state_dict()["bias"], kept)
 
 
-@executes("builtin/resume.py", "stack.initialize(..., callbacks=[...])", "model_name: %s, if that is right")
+@executes("builtin/resume.py", "stack.initialize(..., callbacks=[...])", "Next: %s, if that is right")
 @executes("builtin/resume.py", "stack.initialize(model, trainer=state); for weights alone: kind: previous_run")
 @executes("builtin/resume.py", "trainer=TrainerState(...), or give it state_dict and load_state_dict")
 def test_a_resume_that_lacks_an_object_is_given_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
