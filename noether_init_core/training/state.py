@@ -85,7 +85,7 @@ class TrainerState:
 
     @property
     def _counts_no_epochs(self) -> bool:
-        """Whether there were steps, and neither a loader nor the loop has told the end of an epoch."""
+        """Whether there were steps, and neither a loader nor the loop has counted an epoch."""
         has_data = self._loader is not None or self._stored_layout is not None
         return not has_data and self._updates > 0 and self._position.epoch == 0
 

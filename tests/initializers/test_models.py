@@ -429,8 +429,8 @@ def test_another_name_than_the_only_trainer_file_is_told(paths: PathProvider, ca
     """Resume takes the only model there is, and says so where it is called otherwise."""
     CheckpointWriter(paths, flat_names=True).save(bind(linear(0), name="disc"), ITERATION)
     start({"kind": "resume"}, paths, bind(linear(1), name="gen"))
-    said = "the model is called gen, and the only trainer file, of disc, is used. Next: model_name: disc, if"
-    assert f"resume (initializers.0): {said}" in caplog.text
+    said = "the model is called gen, and the only trainer file, of disc, is used. Next: model_name: disc (in "
+    assert f"resume: {said}initializers.0), if that is right" in caplog.text
     assert caplog.text.count(said) == 1
     caplog.clear()
     stack = InitializerStack.from_config({"auto_resume": True, "initializers": []}, path_provider=paths)
