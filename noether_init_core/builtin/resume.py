@@ -221,8 +221,7 @@ class ResumeInitializer(CheckpointInitializer):
                 # a plan asks for the sources again, in a session of its own
                 self._warned.add(name)
                 self.logger.warning(
-                    "%s: the model is called %s, and the only trainer file, of %s, is used. "
-                    "Next: %s, if that is right",
+                    "%s: the model is called %s, and the only trainer file, of %s, is used. Next: %s, if that is right",
                     self.config.kind,
                     name,
                     root,

@@ -13,6 +13,7 @@ from noether_init_core.sets.snapshot import Snapshot
 _NEXT = re.compile(r"\. Next(?P<unless>\b[^:.;]{0,60}): ")
 #: What an error about one file or set says where it is not known which other sets exist.
 _ANOTHER_SET = re.compile(r"(?:^|, or )take (?:an older checkpoint|another set)$")
+_NO_OLDER = "No older set was found"
 
 
 def ways_on(
@@ -38,7 +39,7 @@ def ways_on(
         if asked_by.kind != "auto_resume" and _is_selected_by_its_name(snapshot, good):
             ways.append(asked_by.tag(good.name))
     else:
-        found = "No older set was found"
+        found = _NO_OLDER
         if asked_by.kind == "auto_resume":
             ways.append("a new run_id starts a new training")
     if asked_by.kind != "tag" or not ways:
@@ -53,8 +54,10 @@ def _together(message: str, found: str, ways: Sequence[str]) -> str:
         return f"{message}. {found}. Next: {'; '.join(ways)}"
     head, unless = message[: said[-1].start()], said[-1]["unless"].strip(", ")
     own = _ANOTHER_SET.sub("", message[said[-1].end() :].removesuffix("."))
-    # what continues the run comes before what mends the file
-    steps = [*ways, f"{unless}: {own}" if unless else own]
+    # another set continues the run sooner than a copy of the damaged file
+    is_last = unless or (own.startswith("copy the file again") and found != _NO_OLDER)
+    own = f"{unless}: {own}" if unless else own
+    steps = [*ways, own] if is_last else [own, *ways]
     return f"{head}. {found}. Next: {'; '.join(filter(None, steps))}"
 
 

@@ -195,7 +195,7 @@ def test_what_continues_a_run_comes_before_what_mends_a_file(verify: Verify, pat
     assert [said.count(part) for part in parts] == [1, 1, 1, 1]
     assert sorted(parts, key=said.index) == list(parts)
     resume = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
-    with pytest.raises(CheckpointCorruptError, match=r"Next: on_invalid: previous in .*; copy the file again"):
+    with pytest.raises(CheckpointCorruptError, match=r"Next: on_invalid: previous \(in .*; copy the file again"):
         resume.initialize(model, trainer=TrainerState())
     back = InitializerStack.from_config([{"kind": "resume", "on_invalid": "previous"}], path_provider=paths)
     assert str(back.initialize(model, trainer=TrainerState()).start) == "E1_U1_S8"

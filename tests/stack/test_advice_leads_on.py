@@ -374,7 +374,7 @@ def test_a_resume_that_lacks_an_object_is_given_it(tmp_path: Path, caplog: pytes
     assert callback.value == 3
 
     stack.initialize(bound(name="other"), trainer=Stateful(), callbacks=[])
-    line = re.search(r"Next: (model_name: \w+), if that is right", caplog.text)
+    line = re.search(r"Next: (model_name: \w+) \(in initializers\.0\), if that is right", caplog.text)
     assert line is not None
     caplog.clear()
     named = InitializerStack.from_config([{**config, **yaml.safe_load(line[1])}], path_provider=paths)
