@@ -12,6 +12,7 @@ hooks, which a root ``resume_run_id`` replaces.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
@@ -127,7 +128,9 @@ class Entry:
         return f"{self.document.path.name}{'' if line is None else f':{line}'} {shown}"
 
 
-MAX_BYTES = 4 * 2**20
+#: Parsing takes about ten seconds per MiB of short values, so both are limited.
+MAX_BYTES = 512 * 2**10
+MAX_WRITTEN = 50_000
 _LOOKED_AT, _MOST_NAMES = 512, 8
 MAX_NODES = 200_000
 MAX_DEPTH = 64
@@ -139,8 +142,7 @@ def read_yaml(path: Path) -> Document:
     """Read one YAML document. Raises ``ConfigFileError`` with line and key, also for a file that cannot be read."""
     content = content_of(path)
     try:
-        # BaseLoader resolves no scalar, and keeps explicit tags, so that they can be refused.
-        node = yaml.compose(content, Loader=yaml.BaseLoader)
+        node = yaml.compose(content, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = None if mark is None else mark.line + 1
@@ -170,6 +172,7 @@ def content_of(path: Path) -> bytes:
             raise ConfigFileError("is not a regular file; a config is a YAML file", path=path)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise ConfigFileError(f"cannot be read: {error.strerror}", path=path) from error
     # UTF-16 is text with zero bytes, and begins with a byte order mark
@@ -177,7 +180,7 @@ def content_of(path: Path) -> bytes:
         inspect = f"ninit inspect {shlex.quote(str(path))}"
         raise ConfigFileError(f"is not text, and a config is a YAML file. Next: {inspect}", path=path)
     if len(content) > MAX_BYTES:
-        raise ConfigFileError(f"is larger than {MAX_BYTES} bytes; is it a config?", path=path)
+        raise ConfigFileError(f"has {size:,} bytes, and a config has at most {MAX_BYTES:,}", path=path)
     return content
 
 
@@ -191,6 +194,24 @@ def _instead(folder: Path, name: str) -> str:
     chosen = folder / (near(name, there, 1, cutoff=0.7) or there)[0]
     found = f"; found in {where}: {listed(there, _MOST_NAMES)}"
     return f"{found}. Next: ninit validate {shlex.quote(str(chosen))}"
+
+
+class _Loader(yaml.BaseLoader):
+    """Resolves no scalar, and keeps explicit tags, so that they can be refused. Counts while it parses."""
+
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self._count = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._count += 1
+        if self._count > MAX_WRITTEN:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MAX_WRITTEN:,} keys and values, the limit of a config", problem_mark=mark
+            )
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 class _Reader:

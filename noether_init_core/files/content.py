@@ -216,6 +216,10 @@ class OpcodeError(Exception):
     """The pickle of a file is damaged or does something that torch.save never does; the message gives the reason."""
 
 
+class LimitError(OpcodeError):
+    """The pickle of a file builds more than a limit allows; the message gives the limit."""
+
+
 class Record(msgspec.Struct, frozen=True, gc=False):
     """One range of bytes in a file: its name, position, size, and its CRC-32 or None."""
 
@@ -237,7 +241,7 @@ class ForeignName(GlobalName):
     """A name that neither tensors nor plain values need, and that the caller did not allow."""
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, weakref_slot=False)
 class ForeignObject:
     """An inert record of an object whose class is neither imported nor called.
 

@@ -6,7 +6,6 @@ of values. The limits count values of the tree, because callers walk over it as 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -29,6 +28,8 @@ from noether_init_core.files.content import (
     named,
     place_of,
 )
+from noether_init_core.files.handed import Handed
+from noether_init_core.files.limits import PLACES
 from noether_init_core.messages import listed, one_line
 
 MAX_DEPTH = 128
@@ -39,6 +40,11 @@ _SETS = frozenset({set, frozenset})
 #: Types of values with parts, or with a reason to refuse them.
 _PARTS = frozenset({*_CONTAINERS, *_SETS, RefusedTensor, StorageRef, ForeignName, TensorKey})
 _WALKED = _PARTS | {TensorInfo}
+#: Types of values that hold something; a name does not.
+_HOLDING = _WALKED - {ForeignName}
+#: Most values of a part whose findings are not remembered.
+_FEW = 8
+_PLAIN_KEYS = frozenset({str, int})
 _CYCLE = "it contains itself"
 _DEEP = f"it is nested deeper than {MAX_DEPTH}"
 _REPEATS = "its object repeats shared parts so often that its tree is far larger than the file"
@@ -103,11 +109,13 @@ class ObjectGraph:
             self._attached.setdefault(id(owner), []).append(state)
         self._largest = 1_000_000 + 20 * size
         self._most_tensors = 10_000 + size
+        self._places, self._most_places, self._size = 0, PLACES.of(size), size
         self._most_letters = (4 << 20) + 16 * size
         self._damaged: dict[str, str] = {}
         # Id -> the findings; None while it is being visited, which detects cycles.
         self._seen: dict[int, Found | None] = {}
         self._weights: dict[int, int | None] = {}
+        self._equal: dict[Found, Found] = {}  # equal findings are kept once
         if type(root) in _PARTS:
             self._visit(root, (), 0)
         if self._damaged:
@@ -189,7 +197,7 @@ class ObjectGraph:
         found: dict[str, str] = {}
         met: set[int] = set()
         for one, is_named in self._readable(value, is_whole):
-            taken = handed.to(self, one, are_weights and is_named)
+            taken = handed.to(self.walk, one, are_weights and is_named)
             if taken is not None:
                 foreign, how = taken
                 found |= dict.fromkeys(self.names_in(foreign, met), how) or ({} if found else {foreign.name: how})
@@ -295,6 +303,17 @@ class ObjectGraph:
         values, tensors, height, is_spoiled, letters = 1, 0, 0, False, 0
         for key, child in self._parts(value):
             if type(child) in _PARTS:
+                self._places += 1
+                if self._places > self._most_places:
+                    raise PLACES.error(self._size)
+                if type(child) is StorageRef or (type(child) is RefusedTensor and not child.is_damaged):
+                    values, is_spoiled = values + 1, True
+                    continue
+                if depth + 2 < MAX_DEPTH and (small := self._small(child)) is not None:
+                    values += small[0]
+                    height = max(height, small[1])
+                    is_spoiled |= small[1] == 0
+                    continue
                 of_child = self._visit(child, (*path, key), depth + 1)
                 values += of_child[0]
                 tensors += of_child[1]
@@ -313,8 +332,31 @@ class ObjectGraph:
             raise OpcodeError("the dotted names of its tensors are far longer than the file")
         if self._is_cyclic(value):
             tensors, is_spoiled = 0, True
-        self._seen[id(value)] = found = values, tensors, height + 1, is_spoiled, letters
+        found = values, tensors, height + 1, is_spoiled, letters
+        self._seen[id(value)] = found = self._equal.setdefault(found, found)
         return found
+
+    def _small(self, value: Any) -> tuple[int, int] | None:
+        """Return number of values and height of a part with few and only plain ones; None for another part.
+
+        It is not remembered: to look again takes less time and memory. The height of an unread part is 0.
+        """
+        kind, height, parted = type(value), 1, _WALKED
+        if kind is dict:
+            if len(value) > _FEW or not _PLAIN_KEYS.issuperset(map(type, value)) or id(value) in self._attached:
+                return None
+            parts = value.values()
+        elif kind is list or kind is tuple:
+            parts = value
+        elif kind is ForeignObject and value.state is None and value.items is None:
+            parts = value.args
+            # An unread part may also hold names.
+            height, parted = (0, _HOLDING) if value.name in self._names else (2, _WALKED)
+        else:
+            return None
+        if len(parts) > _FEW or not parted.isdisjoint(map(type, parts)) or id(value) in self._marred:
+            return None
+        return len(parts) + (4 if kind is ForeignObject else 1), height
 
     def _weigh(self, root: Any, path: tuple[Any, ...]) -> int:
         """Return the number of values in the tree below an unread part; a part that contains itself ends there."""
@@ -340,76 +382,6 @@ class ObjectGraph:
                 if not frames:
                     return int(total)
                 frames[-1][2] += total
-
-
-#: Containers that may be changed.
-_CHANGEABLE = frozenset({dict, list, set, ForeignObject})
-
-
-#: How a file lets a call change the weights.
-TAKES_WEIGHTS = "a call that takes the weights"
-
-
-class Handed:
-    """What a file hands to foreign code: real unpickling could change it there.
-
-    A call (REDUCE, NEWOBJ) has the whole of what its arguments reach: dicts and lists, and the memory of tensors. A
-    state or an item of a foreign object may hold tensors, as every module and optimizer does. But a dict or list of the
-    weights in it, or a bare storage, is handed over too. A partial and a method hold what a later call then takes.
-
-    ``calls`` are among ``made``, all foreign objects of the file. ``records`` are those of the file, in their order.
-    """
-
-    def __init__(
-        self, calls: Sequence[ForeignObject], made: Sequence[ForeignObject], records: Mapping[str, Record]
-    ) -> None:
-        self.made = made
-        self._calls = calls
-        self._starts = [record.offset for record in records.values()] if made else []
-        self._by_call: dict[int, ForeignObject] | None = None
-        self._by_state: dict[int, ForeignObject] = {}
-        self._memory: dict[int, ForeignObject] = {}
-
-    def to(self, graph: ObjectGraph, part: Any, is_strict: bool) -> tuple[ForeignObject, str] | None:
-        """Return the foreign object that ``part`` is handed to, and how; None if it stays.
-
-        ``is_strict``: a state or item that holds a dict or list counts.
-        """
-        if self._by_call is None:
-            self._by_call = {}
-            self._search(graph)
-        if type(part) is TensorInfo:
-            found = self._memory.get(self._record(part.pieces[0].offset))
-        else:
-            found = self._by_call.get(id(part))
-            if found is None and is_strict and id(part) in self._by_state:
-                return self._by_state[id(part)], "an object that holds the dict of the weights"
-        return None if found is None else (found, TAKES_WEIGHTS)
-
-    def _record(self, offset: int) -> int:
-        return bisect_right(self._starts, offset)
-
-    def _search(self, graph: ObjectGraph) -> None:
-        """Walk over all that is handed over, once for calls and once for states and items."""
-        met: set[int] = set()
-        for foreign in self._calls:
-            self._note(graph.walk(foreign.args, met), foreign, self._by_call)
-        for foreign in self.made:  # of other keys than texts, an index for example, the meaning is not known
-            if type(foreign.items) is dict and any(type(key) is not str for key in foreign.items):
-                self._note(graph.walk(foreign.items, met), foreign, self._by_call)
-        met = set()
-        for foreign in self.made:
-            for part in (foreign.args, foreign.state, foreign.items):
-                self._note(graph.walk(part, met), foreign, self._by_state)
-
-    def _note(self, parts: Iterable[Any], foreign: ForeignObject, found: dict[int, ForeignObject] | None) -> None:
-        for part in parts:
-            if type(part) in _CHANGEABLE and found is not None:
-                found.setdefault(id(part), foreign)
-            elif type(part) is StorageRef:
-                self._memory.setdefault(self._record(part.offset), foreign)
-            elif type(part) is TensorInfo and found is self._by_call:
-                self._memory.setdefault(self._record(part.pieces[0].offset), foreign)
 
 
 @attrs.frozen(eq=False)

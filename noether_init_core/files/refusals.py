@@ -10,12 +10,19 @@ from typing import Any
 
 from noether_init_core.errors import CheckpointFormatError, UnsafeGlobalError
 from noether_init_core.files.content import ForeignObject, TensorInfo, place_of
-from noether_init_core.files.graph import TAKES_WEIGHTS, ObjectGraph
+from noether_init_core.files.graph import ObjectGraph
+from noether_init_core.files.handed import TAKES_WEIGHTS
 from noether_init_core.messages import listed, one_line, python_command, python_text
 
 ALLOW_GLOBALS_VARIABLE = "NOETHER_INIT_ALLOW_GLOBALS"
 NEXT_PLAIN = "Next: write it to another file with torch.save(state_dict, path), with tensors and plain values only"
+NEXT_SMALLER = (
+    "Next: write it to another file with torch.save(state_dict, path), with one tensor in place of a list of many "
+    "values, and no objects of other classes"
+)
 _MOST_PASTED = 200
+_MOST_LOOKED_AT = 50_000
+_MOST_FOR_ADVICE = 100
 
 
 def unsafe(
@@ -84,13 +91,21 @@ def refusal(
     reasons: list[str] = []
     weights: str | None = None
     met: set[int] = set()
-    for at, part, unread in graph.unread(value, place):
+    walked: set[int] = set()
+    known = graph.names()
+    for number, (at, part, unread) in enumerate(graph.unread(value, place)):
+        if number == _MOST_LOOKED_AT:
+            # Of the parts behind, names that stand anywhere in the file are listed.
+            places = {**dict.fromkeys(known, ""), **places}
+            break
+        if number >= _MOST_FOR_ADVICE and len(places) >= len(known) and all(places.values()):
+            break
         if without is not None and at[len(place) :][:1] == (without,):
             continue
         if unread.foreign:
             places[unread.foreign] = places.get(unread.foreign) or place_of(at)
-            if weights is None:
-                weights = _weights_by(part, graph, value, place, at)
+            if weights is None and number < _MOST_FOR_ADVICE:
+                weights = _weights_by(part, graph, value, place, at, walked)
         elif len(reasons) < _MOST_PASTED:
             reasons.append(f"{one_line(place_of(at))}: {unread.reason}" if at else unread.reason)
         for name in graph.names_in(part, met):
@@ -113,15 +128,19 @@ def called_on(path: Path, called: Mapping[str, str], value: Any, place: tuple[An
     return unsafe(path, called, called, weights=_index(place) if is_taken else None)
 
 
-def _weights_by(part: Any, graph: ObjectGraph, value: Any, place: tuple[Any, ...], at: tuple[Any, ...]) -> str | None:
+def _weights_by(
+    part: Any, graph: ObjectGraph, value: Any, place: tuple[Any, ...], at: tuple[Any, ...], walked: set[int]
+) -> str | None:
     """Return the index expression of the state dict that ``part``, the result of a call, is or belongs to; or None.
 
     ``value`` is at ``place``, and ``part`` in it at ``at``. An array of NumPy is made by a call, too.
+
+    ``walked``: ids of what earlier calls have as arguments, which are not looked at again; ids are added.
     """
     if type(part) is not ForeignObject or part.items:
         return None
     is_array = part.name.endswith(".multiarray._reconstruct")
-    is_result = part.state is None and any(type(one) is TensorInfo for one in graph.walk(part.args, set()))
+    is_result = part.state is None and any(type(one) is TensorInfo for one in graph.walk(part.args, walked))
     if not is_array and not is_result:
         return None
     if at == place:

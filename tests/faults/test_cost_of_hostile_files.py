@@ -12,13 +12,17 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
+from support.advice import executes
 from support.counting import LineCounter
 from support.handmade import call, integer, name, string, tensor, write_pickle
 from support.hostile import FILES
 
-from noether_init_core import CheckpointFormatError, open_checkpoint
+from noether_init_core import CheckpointFormatError, UnsafeGlobalError, open_checkpoint
+from noether_init_core.files import graph
+from noether_init_core.files.formats import opcodes, rare_opcodes
 
 # Another process opens each file, in the way a program would, and prints what that took: lines of Python, and the peak
 # of resident memory or of Python's own, whichever grew more.
@@ -157,8 +161,22 @@ MULTIPLIED: dict[str, Callable[[], bytes]] = {
     "sets": lambda: b"(" + b"\x8f" * SIZE + b"t",
     "frozensets": lambda: b"(" + b"(\x91" * (SIZE // 2) + b"t",
     "names": lambda: b"(" + b"".join(b"c\n%x\n" % number for number in range(SIZE // 9)) + b"t",
+    "nothing": lambda: b"](" + b"N" * SIZE + b"e",
+    "short texts": lambda: b"](" + b"\x8c\x02\xc5\xa1" * (SIZE // 4) + b"e",
+    "bytes": lambda: b"](" + b"C\x02ab" * (SIZE // 4) + b"e",
+    "dicts with an item": lambda: b"](" + b"}K\x00Ns" * (SIZE // 5) + b"e",
+    "foreign objects": lambda: name("a.b", "C") + b"q\x000](" + b"h\x00)R" * (SIZE // 4) + b"e",
+    "foreign objects that are dropped": lambda: name("a.b", "C") + b"q\x000](" + b"h\x00)R0" * (SIZE // 5) + b"e",
+    "foreign objects with a state": lambda: name("a.b", "C") + b"q\x000](" + b"h\x00)R}b" * (SIZE // 6) + b"e",
+    "tensors": lambda: (
+        name("torch._utils", "_rebuild_meta_tensor_no_storage")
+        + b"q\x000)q\x010]("
+        + b"h\x00h\x01R" * (SIZE // 5)
+        + b"e"
+    ),
     "versions": lambda: b"(X\x09\x00\x00\x00_metadataq\x000" + b"}}h\x00}sb" * (SIZE // 7) + b"t",
 }
+LIMITS = {opcodes: ("MEMOIZED", "OBJECTS", "SHORT"), rare_opcodes: ("FOREIGN", "NAMES", "OBJECTS"), graph: ("PLACES",)}
 MEASURE_ONE = """
 import sys
 from noether_init_core import CheckpointFormatError, open_checkpoint
@@ -181,15 +199,86 @@ except CheckpointFormatError as error:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is asked of Linux")
 @pytest.mark.parametrize("title", MULTIPLIED, ids=lambda title: title.replace(" ", "_"))
 def test_bytes_that_stand_for_much_memory_are_counted(tmp_path: Path, title: str) -> None:
-    """Each is refused before it takes more than 16 MiB and 80 times its size; some took hundreds of megabytes."""
+    """Each is refused within 64 MiB and 15 times its size, with the limit; some took hundreds of megabytes."""
     good, bad = tmp_path / "good.th", write_pickle(tmp_path / "bad.th", MULTIPLIED[title]())
     torch.save(torch.nn.Linear(3, 2).state_dict(), good)
     command = [sys.executable, "-c", MEASURE_ONE, str(good), str(bad)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     grown, _, message = output.partition(" ")
-    assert "than its size accounts for" in message or re.search(r"refers to (\.0, \.1|a\.b\.C)", message)
-    # one of them alone is allowed half of the sum
-    assert int(grown) < (16 << 20) + 45 * bad.stat().st_size
+    assert re.search(
+        rf"more than [\d,]+ .* (by byte [\d,]+ of|in) {len(MULTIPLIED[title]()) + 3:,}( bytes)?; the limit is", message
+    )
+    assert int(grown) < (64 << 20) + 15 * bad.stat().st_size
+
+
+def test_numbers_left_out_of_the_memo_are_counted_in_all(tmp_path: Path) -> None:
+    """A file may begin with another number than 0, and cannot make room for a thousand more each time."""
+    numbers = b"".join(b"r" + (1000 * number).to_bytes(4, "little") for number in range(1000))
+    path = write_pickle(tmp_path / "a.th", b"N" + numbers)
+    assert peak_of(functools.partial(attempt, path)) < 1 << 20
+    from_one = b"](" + b"".join(b"}r" + number.to_bytes(4, "little") for number in range(1, 999)) + b"h\x09e"
+    with open_checkpoint(write_pickle(tmp_path / "b.th", b"}" + string("x") + from_one + b"s")) as reader:
+        assert reader.metadata["x"] == [{}] * 999
+
+
+def test_a_refusal_takes_no_more_of_a_larger_file(tmp_path: Path) -> None:
+    """Twice the size takes at most twice the lines, for objects of foreign classes too; few of them are walked over."""
+    foreign = name("a.b", "C") + b"q\x00" + name("a.b", "D") + b"q\x0100]("
+    counts = []
+    for count in (20_000, 40_000):
+        path = write_pickle(tmp_path / "a.th", foreign + b"h\x00h\x01\x85R" * count + b"e")
+        with LineCounter() as lines:
+            said = attempted(path)
+        assert said is not None
+        assert re.search(r"refers to a\.b\.C \(at 0\), a\.b\.D", said)
+        counts.append(lines.count)
+    assert counts[1] < 2.1 * counts[0]
+    assert counts[1] < 250 * 40_000
+
+
+def test_a_limit_says_what_would_help(tmp_path: Path) -> None:
+    """Allowing names would not, so the error of a limit is not that of unknown names."""
+    foreign = name("a.b", "C") + b"q\x000](" + b"h\x00)R" * 150_000 + b"e"
+    with pytest.raises(CheckpointFormatError) as caught:
+        open_checkpoint(write_pickle(tmp_path / "a.th", foreign), allow_globals=["a.b.C"])
+    assert not isinstance(caught.value, UnsafeGlobalError)
+    assert re.search(r"more than 140,\d+ objects of foreign classes", str(caught.value))
+
+
+@executes("noether_init_core.files.refusals", "with one tensor in place of a list of many values")
+def test_a_file_of_too_many_values_is_written_again_with_tensors(tmp_path: Path) -> None:
+    """A million tuples are refused; one tensor of them is read."""
+    pairs, path = [(number % 100,) for number in range(1_200_000)], tmp_path / "a.pt"
+    torch.save({"weight": torch.ones(2), "pairs": pairs}, path, pickle_protocol=4)
+    with pytest.raises(CheckpointFormatError, match=r"more than 1,[\d,]+ objects by byte .* the limit is 524,288 and"):
+        open_checkpoint(path)
+    torch.save({"weight": torch.ones(2), "pairs": torch.tensor(pairs)}, path)
+    with open_checkpoint(path) as reader:
+        assert torch.equal(reader.load()["pairs"], torch.tensor(pairs))
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_weights_and_states_of_any_size_stay_within_the_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    """With Adam, up to a million tensors in the protocol that torch.save uses, a hundred thousand in the shortest."""
+    names = [f"layers.{number // 10}.attention.{number % 10}.weight" for number in range(600)]
+    state = {number: {part: torch.zeros(2) for part in ("step", "exp_avg", "exp_avg_sq")} for number in range(600)}
+    groups = [{"lr": 1e-3, "betas": (0.9, 0.999), "foreach": None, "amsgrad": False, "params": list(range(600))}]
+    content = {
+        "state_dict": {name: torch.zeros(2) for name in names},
+        "optimizer": {"state": state, "param_groups": groups},
+        "losses": [number / 7 for number in range(2000)],
+        "steps": {number: {"step": number, "value": number / 7, "note": None} for number in range(500)},
+    }
+    torch.save(content, tmp_path / "a.th", pickle_protocol=protocol)
+    for module, limits in LIMITS.items():
+        for limit in limits:
+            always = getattr(module, limit).always * 2400 // {2: 1_000_000, 5: 100_000}[protocol]
+            monkeypatch.setattr(module, limit, attrs.evolve(getattr(module, limit), always=always))
+    with open_checkpoint(tmp_path / "a.th") as reader:
+        assert len(reader.tensors()) == 600
+        assert reader.metadata["losses"] == content["losses"]
 
 
 def test_honest_headers_of_many_small_parts_are_read(tmp_path: Path) -> None:
@@ -255,12 +344,12 @@ def test_names_under_long_keys_are_counted_before_they_are_written(tmp_path: Pat
     """Eight thousand tensors under one long key would take 800 MB of names; so would nested keys, and tuples."""
     tensors = b"".join(string(str(number)) + b"h\x07" for number in range(8000))
     nested = b"(" + b"h\x06" * 400 + b"tq\x05"
-    for opcodes in (
+    for pickled in (
         under_long_key(tensors),
         string(LONG) + b"q\x060" + WEIGHT + b"q\x070}" + nested + b"}(" + tensors + b"us",
         string(LONG) + b"q\x060" + WEIGHT + b"q\x070" + b"}h\x06" * 100 + b"h\x07" + b"s" * 100,
     ):
-        path = write_pickle(tmp_path / "a.th", opcodes)
+        path = write_pickle(tmp_path / "a.th", pickled)
         with pytest.raises(CheckpointFormatError, match="names of its tensors are far longer"):
             open_checkpoint(path)
         assert peak_of(functools.partial(attempt, path)) < (16 << 20) + 80 * path.stat().st_size

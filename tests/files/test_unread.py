@@ -576,7 +576,7 @@ BOMBS = {
     "gigabyte": (call("builtins", "bytearray", b"J\x00\xca\x9a\x3b"), "bytearray"),
     "many marks": (b"(" * 5000, "nested deeper"),
     "tuples as a key": (b"})" + b"\x85" * 400 + b"Ns", "a key is a tuple nested deeper"),
-    "many empty sets": (b"(" + b"\x8f" * 200_000 + b"t", "more objects"),
+    "many empty sets": (b"(" + b"\x8f" * 200_000 + b"t", "more than .* objects by byte"),
     "tensor of gigabytes": (tensor([10**9], [1]), "does not fit into its storage"),
     "missing record": (tensor([2], [1], record="9"), "missing"),
     "one key twice": (b"}(" + string("a") + b"N" + string("a") + b"Nu", "one key twice"),

@@ -116,6 +116,9 @@ def _checked_keys(scope: Scope, keys: Sequence[Any], present: int) -> Sequence[A
     do not collide. All other keys are counted as if they collided, with the cost of a comparison: 5,000 of them are
     accepted; 70,000 would take minutes.
     """
+    kinds = set(map(type, keys))
+    if kinds == {str} or (kinds == {int} and -sys.hash_info.modulus < min(keys) <= max(keys) < sys.hash_info.modulus):
+        return keys
     with_tensors: dict[int, TensorKey] = {}
     for place, key in enumerate(keys, present):
         kind = type(key)

@@ -18,6 +18,7 @@ import msgspec
 from noether_init_core.errors import CheckpointFormatError
 from noether_init_core.files.content import (
     METADATA,
+    LimitError,
     OpcodeError,
     Record,
     UnreadableError,
@@ -26,8 +27,9 @@ from noether_init_core.files.content import (
 )
 from noether_init_core.files.formats.opcodes import Interpreter
 from noether_init_core.files.formats.others import NEXT_COPY, NEXT_SAVE, check_kind, unreadable, zip_kind
-from noether_init_core.files.graph import Content, Handed, ObjectGraph
-from noether_init_core.files.refusals import ALLOW_GLOBALS_VARIABLE, NEXT_PLAIN, unsafe
+from noether_init_core.files.graph import Content, ObjectGraph
+from noether_init_core.files.handed import Handed
+from noether_init_core.files.refusals import ALLOW_GLOBALS_VARIABLE, NEXT_PLAIN, NEXT_SMALLER, unsafe
 from noether_init_core.files.storage.handle import Handle
 from noether_init_core.messages import quoted
 
@@ -75,6 +77,8 @@ def read_torch_zip(handle: Handle, allow_globals: Collection[str] = ()) -> Conte
         handed = Handed(interpreter.calls, interpreter.made, records)
         keyed = interpreter.foreign_keyed
         graph = ObjectGraph(value, len(header), names, interpreter.attached, marred, keyed, handed)
+    except LimitError as error:
+        raise unreadable(str(error), NEXT_SMALLER) from error
     except OpcodeError as error:
         if names:
             raise unsafe(handle.path, names) from error
