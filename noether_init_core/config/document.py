@@ -143,6 +143,10 @@ def read_yaml(path: Path) -> Document:
     content = content_of(path)
     try:
         node = yaml.compose(content, Loader=_Loader)
+    except _LimitError as error:
+        raise ConfigFileError(
+            f"has more than {MAX_WRITTEN:,} keys and values, the limit of a config", path=path
+        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = None if mark is None else mark.line + 1
@@ -196,6 +200,10 @@ def _instead(folder: Path, name: str) -> str:
     return f"{found}. Next: ninit validate {shlex.quote(str(chosen))}"
 
 
+class _LimitError(Exception):
+    """A document has more than ``MAX_WRITTEN`` keys and values."""
+
+
 class _Loader(yaml.BaseLoader):
     """Resolves no scalar, and keeps explicit tags, so that they can be refused. Counts while it parses."""
 
@@ -206,10 +214,7 @@ class _Loader(yaml.BaseLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._count += 1
         if self._count > MAX_WRITTEN:
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(
-                problem=f"more than {MAX_WRITTEN:,} keys and values, the limit of a config", problem_mark=mark
-            )
+            raise _LimitError
         node: yaml.Node | None = super().compose_node(parent, index)
         return node
 

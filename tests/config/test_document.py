@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from noether_init_core.config.base import YamlText
 from noether_init_core.config.document import Document, read_yaml
@@ -177,5 +178,25 @@ def test_a_file_of_many_megabytes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigFileError, match="is not text"):
         read_yaml(path)
     path.write_bytes(b"a" * (64 << 20))
-    with pytest.raises(ConfigFileError, match="larger than"):
+    with pytest.raises(ConfigFileError, match="has 67,108,864 bytes, and a config has at most 524,288"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["a: [{}]", "[{}]", "a:\n{}"], ids=["flow", "list", "block"])
+def test_many_short_values_are_refused_while_they_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Half a megabyte may hold a quarter of a million values; parsing stops at the limit."""
+    path, taken = tmp_path / "many.yaml", list[None]()
+    compose = yaml.BaseLoader.compose_scalar_node
+    monkeypatch.setattr(
+        yaml.BaseLoader, "compose_scalar_node", lambda self, anchor: (taken.append(None), compose(self, anchor))[1]
+    )
+    for count, is_refused in ((1_000, False), (60_000, True)):
+        path.write_text(text.format("- b\n" * count if "\n" in text else "b," * count))
+        if is_refused:
+            with pytest.raises(ConfigFileError, match="has more than 50,000 keys and values, the limit of a config"):
+                read_yaml(path)
+        else:
+            read_yaml(path)
+    assert len(taken) < 52_000
