@@ -51,6 +51,11 @@ from noether_init_core.messages import one_line, printable
 _FOREIGN = ("kind", "value", "path", "key_path", "asked", "candidates", "key")
 
 
+def text_of(error: BaseException) -> str:
+    """The text of an exception, for a message of ours: what others raised is on one line."""
+    return str(error) if isinstance(error, InitError) else one_line(str(error))
+
+
 def type_of(value: object) -> str:
     """The type of ``value`` with its article, for messages: ``an OrderedDict``, ``a Linear``."""
     if isinstance(value, type):

@@ -10,6 +10,7 @@ from typing import Self
 import attrs
 
 from noether_init_core.errors import ConfigError
+from noether_init_core.messages import one_line
 
 _FIELDS = ("epoch", "update", "sample")
 _PATTERN = re.compile(r"(?:E(?P<epoch>\d{1,18}))?(?:_?U(?P<update>\d{1,18}))?(?:_?S(?P<sample>\d{1,18}))?", re.ASCII)
@@ -69,7 +70,7 @@ class TrainingIteration:
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Self:
         """Build from ``{"epoch": 1, "update": 4, "sample": 32}`` or a part of it. Raises ``ConfigError``."""
-        unknown = sorted(str(name) for name in values if name not in _FIELDS)
+        unknown = sorted(one_line(str(name)) for name in values if name not in _FIELDS)
         if unknown:
             raise ConfigError(
                 f"unknown field {', '.join(unknown)} of an iteration; the fields are epoch, update and sample"

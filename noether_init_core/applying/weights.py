@@ -24,7 +24,7 @@ from noether_init_core.applying.targets import (
     reset_method,
     reset_one,
 )
-from noether_init_core.errors import StateMismatchError
+from noether_init_core.errors import StateMismatchError, text_of
 from noether_init_core.files.checkpoint import Checkpoint
 from noether_init_core.memory import in_large_pages
 from noether_init_core.messages import listed
@@ -60,7 +60,7 @@ def lacking_memory(
             with undisturbed():
                 empty = _filled(copy_with_values(module), fill, names, torch.device("cpu"))
         except Exception as error:
-            yield f"on_missing: reset: {listed(names)} cannot be filled: {type(error).__name__}: {error}"
+            yield f"on_missing: reset: {listed(names)} cannot be filled: {type(error).__name__}: {text_of(error)}"
             continue
         if empty:
             yield f"on_missing: reset: {listed(empty)} would get no values from {_name_of(fill)}"

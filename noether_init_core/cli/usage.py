@@ -10,7 +10,6 @@ import itertools
 import os
 import re
 import shlex
-import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ import typer
 import typer.core
 
 from noether_init_core import kinds
-from noether_init_core.cli.output import only_json, show, show_commands, show_json
+from noether_init_core.cli.output import only_json, show, show_commands, show_json, show_text
 from noether_init_core.errors import InitError, PartlyInitializedError
 from noether_init_core.kinds.lookup import OBSERVERS
 from noether_init_core.messages import listed, near, one_line, printable
@@ -203,6 +202,7 @@ def show_usage(error: Any) -> int:
     """Print a usage error and the next command on standard error; returns the exit code."""
     from typer import rich_utils
 
+    error.message = printable(error.message)
     rich_utils.rich_format_error(error)
     following = advice(error)
     if following is not None:
@@ -228,7 +228,7 @@ def explained(error: Exception) -> str | None:
 def show_traceback(error: Exception) -> None:
     """Print the traceback and its causes on standard error, if ``NOETHER_INIT_TRACEBACK`` is set."""
     if _is_wanted():
-        traceback.print_exception(error, file=sys.stderr)
+        show_text("".join(traceback.format_exception(error)).rstrip("\n"), err=True)
 
 
 def how_to_see() -> str:

@@ -1,8 +1,8 @@
 """How much the pickle of a file may build: limits that grow with its size.
 
-torch.save writes 90 bytes or more for a tensor and its ten objects, and six or more for a short text, a pair of numbers
-or an empty container with its number in the memo. So the limits are above what honest files of any size have. They keep
-a refusal within seconds, and within about 15 times the size of the pickle in memory.
+torch.save writes 90 bytes or more for a tensor and its ten objects. For a short text, a pair of numbers, or an empty
+container, each with its number in the memo, it writes six or more. So the limits are above what honest files of any
+size have. They keep a refusal within seconds, and within about 15 times the size of the pickle in memory.
 """
 
 from __future__ import annotations

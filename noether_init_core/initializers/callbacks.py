@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import attrs
 
 from noether_init_core import nested
-from noether_init_core.errors import StateMismatchError, type_of
+from noether_init_core.errors import StateMismatchError, text_of, type_of
 from noether_init_core.files.storage.disk import LOCAL, resolved
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import CheckpointSet, list_names
@@ -125,7 +125,7 @@ class StatesBefore:
                 except Exception as error:
                     raise StateMismatchError(
                         f"the state of {type_of(owner)} cannot be taken, so that it could not be put back: "
-                        f"{error}. Nothing was changed"
+                        f"{text_of(error)}. Nothing was changed"
                     ) from error
         return cls(tuple(saved))
 
@@ -139,7 +139,7 @@ class StatesBefore:
                 elif owner.state_dict() is not None:
                     problems.append(f"{type(owner).__name__} had no state before and has one now.")
             except Exception as error:
-                problems.append(f"The state of {type(owner).__name__} could not be put back: {error}.")
+                problems.append(f"The state of {type(owner).__name__} could not be put back: {text_of(error)}.")
         return problems
 
     @classmethod

@@ -35,7 +35,7 @@ from noether_init_core.applying.weights import (
     unfit_casts,
 )
 from noether_init_core.config.source import SourceInitializerConfig
-from noether_init_core.errors import CheckpointNotFoundError, PartlyInitializedError
+from noether_init_core.errors import CheckpointNotFoundError, PartlyInitializedError, text_of
 from noether_init_core.files.checkpoint import Checkpoint, Digests, Verified, entries_beside
 from noether_init_core.files.opening import FileCheckpoint
 from noether_init_core.initializers.base import LoadedFile, LocateQuery, Session, Source
@@ -386,7 +386,7 @@ class WeightsSession(Session):
             paths = [leaf.path for leaf in leaves]
             before = listed(done, none="none") if counted is None else counted()
             raise PartlyInitializedError(
-                f"{self.config.kind}: {what}: {error}. Written before: {before}. "
+                f"{self.config.kind}: {what}: {text_of(error)}. Written before: {before}. "
                 "Build the model anew before trying again",
                 done=tuple(done),
                 failed=paths[len(done)],

@@ -13,7 +13,7 @@ import pydantic
 import torch
 import xxhash
 
-from noether_init_core.errors import ConfigError, type_of
+from noether_init_core.errors import ConfigError, text_of, type_of
 from noether_init_core.files.plain_data import plain
 from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.messages import one_line
@@ -206,7 +206,7 @@ def _put_back(steps: Iterable[Callable[[], object]]) -> str:
         except ConfigError as error:
             problems.append(str(error))
         except Exception as error:
-            problems.append(f"a change by its forward cannot be restored: {type(error).__name__}: {error}")
+            problems.append(f"a change by its forward cannot be restored: {type(error).__name__}: {text_of(error)}")
     return problems[0] if problems else ""
 
 

@@ -38,7 +38,7 @@ from noether_init_core.files.storage.disk import LOCAL, FileSystem, naming
 from noether_init_core.files.storage.handle import open_file
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.memory import examine_memory
-from noether_init_core.messages import in_shell
+from noether_init_core.messages import in_shell, one_line
 from noether_init_core.nested import equal
 from noether_init_core.probe.probe import Probe
 from noether_init_core.saving.content import FileContent
@@ -223,7 +223,7 @@ def _read_probe(path: Path, digest: str) -> Probe:
         probe = Probe.model_validate(content)
         plain(probe.batch, "batch")
     except pydantic.ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one_line(one['msg'])}" for one in error.errors()[:5])
         raise CheckpointFormatError(f"{path} is not a probe: {problems}", path=path) from error
     except ValueError as error:
         raise CheckpointFormatError(f"{path} is not a probe of this release: {error}", path=path) from error

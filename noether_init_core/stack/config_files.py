@@ -20,7 +20,7 @@ from noether_init_core.config.base import DECIDED, KindConfig, fields_of
 from noether_init_core.config.document import Document, Entry, KeyPath, is_resolved, read_yaml, resolved_entries
 from noether_init_core.config.plain import plain
 from noether_init_core.errors import ConfigError, KindError, type_of
-from noether_init_core.messages import near, yaml_field, yaml_line
+from noether_init_core.messages import near, one_line, yaml_field, yaml_line
 from noether_init_core.paths import text_problem
 
 _KEYS = ("initializers", "auto_resume", "on_invalid", "observers")
@@ -320,7 +320,7 @@ def _explained(entry: Entry, error: pydantic.ValidationError) -> Iterator[Config
     messages: dict[KeyPath, dict[str, None]] = {}
     for problem in error.errors(include_url=False):
         path = _known_part(entry.config, problem["loc"], is_missing=problem["type"] == "missing")
-        message = _explain(kind, problem["type"], problem["msg"], path, problem["input"])
+        message = _explain(kind, problem["type"], one_line(problem["msg"]), path, problem["input"])
         messages.setdefault(path, {})[message] = None
     for path in sorted(messages, key=lambda path: entry.document.line(entry.place_of(path)) or 0):
         found = entry.document.error("; ".join(messages[path]), entry.place_of(path))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import xxhash
 
-from noether_init_core.errors import ConfigError, RankError, type_of
+from noether_init_core.errors import ConfigError, RankError, text_of, type_of
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.stack.members import Member
 
@@ -53,7 +53,7 @@ def agreed(
         ready.append(prepare())
         lines = tuple(describe(ready[0]))
     except Exception as error:  # whatever failed, the other ranks must be told, since they wait for this one
-        failure, lines = error, (f"{type(error).__name__}: {error}",)
+        failure, lines = error, (f"{type(error).__name__}: {text_of(error)}",)
     found = _exchanged(lines, group, timeout_s)
     if len(set(found.values())) > 1:
         raise RankError(_told(found), found=found) from failure
