@@ -189,9 +189,12 @@ def test_many_short_values_are_refused_while_they_are_parsed(
     """Half a megabyte may hold a quarter of a million values; parsing stops at the limit."""
     path, taken = tmp_path / "many.yaml", list[None]()
     compose = yaml.BaseLoader.compose_scalar_node
-    monkeypatch.setattr(
-        yaml.BaseLoader, "compose_scalar_node", lambda self, anchor: (taken.append(None), compose(self, anchor))[1]
-    )
+
+    def counted(self: yaml.BaseLoader, anchor: dict[str, yaml.Node]) -> yaml.ScalarNode:
+        taken.append(None)
+        return compose(self, anchor)
+
+    monkeypatch.setattr(yaml.BaseLoader, "compose_scalar_node", counted)
     for count, is_refused in ((1_000, False), (60_000, True)):
         path.write_text(text.format("- b\n" * count if "\n" in text else "b," * count))
         if is_refused:

@@ -245,7 +245,7 @@ def test_a_limit_says_what_would_help(tmp_path: Path) -> None:
     assert re.search(r"more than 140,\d+ objects of foreign classes", str(caught.value))
 
 
-@executes("noether_init_core.files.refusals", "with one tensor in place of a list of many values")
+@executes("files/refusals.py", "with one tensor in place of a list of many ")
 def test_a_file_of_too_many_values_is_written_again_with_tensors(tmp_path: Path) -> None:
     """A million tuples are refused; one tensor of them is read."""
     pairs, path = [(number % 100,) for number in range(1_200_000)], tmp_path / "a.pt"
