@@ -252,8 +252,8 @@ def test_a_file_of_too_many_values_is_written_again_with_tensors(tmp_path: Path)
     torch.save({"weight": torch.ones(2), "pairs": pairs}, path, pickle_protocol=4)
     with pytest.raises(CheckpointFormatError, match=r"more than 1,[\d,]+ objects by byte .* the limit is 524,288 and"):
         open_checkpoint(path)
-    torch.save({"weight": torch.ones(2), "pairs": torch.tensor(pairs)}, path)
-    with open_checkpoint(path) as reader:
+    torch.save({"weight": torch.ones(2), "pairs": torch.tensor(pairs)}, tmp_path / "b.pt")
+    with open_checkpoint(tmp_path / "b.pt") as reader:
         assert torch.equal(reader.load()["pairs"], torch.tensor(pairs))
 
 
