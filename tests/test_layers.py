@@ -24,6 +24,7 @@ LAYERS = {
     "iteration": 2,
     "uris": 2,
     "links": 1,
+    "restore": 1,
     "paths": 3,
     "models": 3,
     "files": 3,

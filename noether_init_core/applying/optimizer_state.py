@@ -11,6 +11,7 @@ import torch
 from noether_init_core import nested
 from noether_init_core.applying.rehearsal import act_on_copy
 from noether_init_core.errors import StateMismatchError, type_of
+from noether_init_core.restore import restore_line
 from noether_init_core.surgery.optimizer_fields import lacking_state
 from noether_init_core.surgery.optimizer_plan import STAYS, Moved, OptimizerPlan, Stays
 from noether_init_core.surgery.steps import carry_out
@@ -189,13 +190,16 @@ def _check_staying(optimizer: torch.optim.Optimizer, prepared: list[_Row], field
             if found:
                 field, key = found
                 problem = f"group {number} takes {field} from this checkpoint, but the state loaded before has no {key}"
-                raise StateMismatchError(f"{problem}. Next: param_groups: {{{field}: config}}", problems=[problem])
+                raise StateMismatchError(
+                    f"{problem}. Next: {restore_line(optimizer={field: 'config'})}", problems=[problem]
+                )
 
 
 def _hand_over(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: list[dict[str, Any]]) -> None:
     has_hooks = optimizer._optimizer_load_state_dict_pre_hooks or optimizer._optimizer_load_state_dict_post_hooks
     if has_hooks or type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
         optimizer.load_state_dict(_positional(optimizer, prepared, fields))
+        _undo_casts(optimizer, prepared)
         return
     for group, placed, stored in zip(optimizer.param_groups, prepared, fields, strict=True):
         for parameter, values in zip(group["params"], placed, strict=True):
@@ -206,6 +210,23 @@ def _hand_over(optimizer: torch.optim.Optimizer, prepared: list[_Row], fields: l
                 optimizer.state[parameter] = values
         group.update(stored)
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+
+
+def _undo_casts(optimizer: torch.optim.Optimizer, prepared: list[_Row]) -> None:
+    """Put back state that torch has cast to the dtype of its parameter, as float32 moments of bfloat16 weights.
+
+    torch does so in ``load_state_dict``. The class of the optimizer is the one that saved the state, so it keeps state
+    in the dtype that was saved. What a hook has changed stays.
+    """
+    for group, row in zip(optimizer.param_groups, prepared, strict=True):
+        for parameter, values in zip(group["params"], row, strict=True):
+            held = optimizer.state.get(parameter, {})
+            for key, value in values.items() if isinstance(values, Mapping) else ():
+                cast = held.get(key)
+                if not isinstance(value, torch.Tensor) or not isinstance(cast, torch.Tensor):
+                    continue
+                if cast.dtype != value.dtype and torch.equal(value.to(cast.device, cast.dtype), cast):
+                    held[key] = value.to(cast.device)
 
 
 def _placed(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +12,7 @@ import attrs
 import pydantic
 
 from noether_init_core.config.base import KindConfig
+from noether_init_core.config.restore import RestoreConfig
 from noether_init_core.config.source import CheckpointInitializerConfig
 from noether_init_core.errors import (
     CheckpointCorruptError,
@@ -30,6 +32,7 @@ from noether_init_core.initializers.callbacks import (
     CallbackPlan,
     StatesBefore,
     apply_callbacks,
+    callback_key,
     check_resumption,
     plan_callbacks,
     resume_callbacks,
@@ -37,6 +40,7 @@ from noether_init_core.initializers.callbacks import (
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, RunSelection
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
+from noether_init_core.restore import TrainerFindings
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, check_files, recorded_in
 from noether_init_core.sets.file_names import Part, Query
 from noether_init_core.sets.health import check_file
@@ -58,7 +62,13 @@ class ResumeInitializerConfig(CheckpointInitializerConfig):
     """
 
     kind: str = "resume"
-    load_optim: bool = pydantic.Field(default=True, description="Whether the state of the optimizer is loaded.")
+    load_optim: bool = pydantic.Field(
+        default=True,
+        description="Whether the state of the optimizer is loaded; false equals restore: {optimizer: skip}.",
+    )
+    restore: RestoreConfig = pydantic.Field(
+        default=RestoreConfig(), description="What is taken from the checkpoint, and what from the script as it is now."
+    )
     on_invalid: Literal["error", "previous"] = pydantic.Field(
         default="error",
         description="What to do if the set is broken, or refused by on_nonfinite, and the tag is an open one "
@@ -98,6 +108,8 @@ class ResumeInitializer(CheckpointInitializer):
         self._by_itself = auto_resume is not None
         self._seen = auto_resume
         self._warned: set[str] = set()
+        #: From init_trainer to init_optimizer: a trainer whose schedules set rates after the optimizer took its state.
+        self._trainer: Any = None
         self._query = Query.of(self.checkpoint_tag)
         self._is_automatic = auto_resume is not None or self._query.automatic
         self._any_tag = auto_resume is not None and self.config.checkpoint_tag is None
@@ -114,13 +126,14 @@ class ResumeInitializer(CheckpointInitializer):
         return current is not None and (current.run_id, current.stage_name) == (source.run_id, source.stage_name)
 
     def start_checkpoint(self) -> TrainingIteration:
-        """The iteration that the trainer file records. May be called more than once.
+        """The iteration that the trainer file records, or zero if the config says so. May be called more than once.
 
         Raises ``CheckpointFormatError`` if it records no full iteration, ``NoGoodSetError`` if every set that could be
         resumed from is broken.
         """
         with self.in_session(), self._naming_ways_on():
-            return TrainingIteration.from_mapping(self._trainer_state()["training_iteration"])
+            found = TrainingIteration.from_mapping(self._trainer_state()["training_iteration"])
+            return found if self.config.restore.value.iteration else TrainingIteration.zero()
 
     def _trainer_state(self) -> Mapping[str, Any]:
         """The content of the trainer file of the selected set."""
@@ -232,20 +245,25 @@ class ResumeInitializer(CheckpointInitializer):
     def check(self, model: Any, trainer: Any = None, callbacks: list[Any] | None = None) -> None:
         """Weights and optimizer as in ``CheckpointInitializer``, then the states of trainer and callbacks."""
         with self.in_session() as session, self._naming_ways_on():
+            # before the optimizer is planned, whose rates a schedule of the script may set
+            findings = self._check_trainer(trainer) if session.trains else TrainerFindings()
+            session.scheduled = findings.fields
             super().check(model, trainer, callbacks)
+            for difference in findings.differences:
+                session.warn(str(difference))
             if not session.trains:
                 session.not_restored = ["everything but weights, since nothing is trained here"]
                 return
-            self._check_trainer(trainer)
             if callbacks:
                 self._plan_callbacks(callbacks)
                 check_resumption(callbacks, session.selection)
-            session.not_restored = self._left_callbacks() if callbacks is None else []
+            session.not_restored = [message for _path, message in session.left_state(self.leaves(model))]
+            session.not_restored += self._left_callbacks() if callbacks is None else []
             for what in session.not_restored:
                 session.warn(what)
 
-    def _check_trainer(self, trainer: Any) -> None:
-        state = self._trainer_state()
+    def _check_trainer(self, trainer: Any) -> TrainerFindings:
+        state, restore = self._trainer_state(), self.config.restore.value
         if trainer is None:
             if _TRAINER_STATE in state:
                 members = ", ".join(["the position in the data", "random generators", *_members(state)])
@@ -253,15 +271,22 @@ class ResumeInitializer(CheckpointInitializer):
                     f"{self._tag_words()} has the state of a training loop ({members}), but no trainer was given to "
                     "restore it. Next: stack.initialize(model, trainer=state); for weights alone: kind: previous_run"
                 )
-            return
+            return TrainerFindings()
         if not callable(getattr(trainer, "load_state_dict", None)):
             raise StateMismatchError(
                 f"the trainer, {type_of(trainer)}, has no load_state_dict. "
                 "Next: trainer=TrainerState(...), or give it state_dict and load_state_dict"
             )
+        if not restore.is_whole and not _takes_pieces(trainer):
+            raise StateMismatchError(
+                f"restore chooses pieces of the training loop, and load_state_dict of the trainer, {type_of(trainer)}, "
+                "has no argument restore. Next: trainer=TrainerState(...), or choose only optimizer and callbacks"
+            )
         look = getattr(trainer, "check_state_dict", None)
-        if callable(look):
-            look(copy.copy(state))
+        if not callable(look):
+            return TrainerFindings()
+        found = look(copy.copy(state), restore=restore) if _takes_pieces(trainer) else look(copy.copy(state))
+        return found if isinstance(found, TrainerFindings) else TrainerFindings()
 
     @contextlib.contextmanager
     def _naming_ways_on(self) -> Iterator[None]:
@@ -291,9 +316,22 @@ class ResumeInitializer(CheckpointInitializer):
         """Pass the content of the trainer file to ``trainer.load_state_dict``; if that raises, restore its state."""
         with self.in_session() as session:
             state = self._trainer_state()
+            self._trainer = trainer
             with StatesBefore.kept(trainer):
-                trainer.load_state_dict(copy.deepcopy(state))
+                if _takes_pieces(trainer):
+                    trainer.load_state_dict(copy.deepcopy(state), restore=self.config.restore.value)
+                else:
+                    trainer.load_state_dict(copy.deepcopy(state))
             session.restored.append(": ".join(filter(None, ("trainer", ", ".join(_members(state))))))
+
+    def init_optimizer(self, model: Any) -> None:
+        """As in ``CheckpointInitializer``; then schedules of the script set their rates."""
+        trainer, self._trainer = self._trainer, None
+        with self.in_session() as session:
+            session.scheduled = getattr(trainer, "scheduled_fields", {})
+            super().init_optimizer(model)
+            if callable(getattr(trainer, "restore_rates", None)):
+                trainer.restore_rates()
 
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
         """Give each callback its state, unless the trainer did so, then let callbacks resume from files."""
@@ -323,7 +361,12 @@ class ResumeInitializer(CheckpointInitializer):
         return found if self.selection is None else attrs.evolve(found, resumed_set=str(self.selection.chosen.folder))
 
     def _plan_callbacks(self, callbacks: Sequence[Any]) -> CallbackPlan:
-        saved = self._trainer_state().get("callback_state_dicts", {})
+        saved, restore = self._trainer_state().get("callback_state_dicts", {}), self.config.restore
+        if restore.callbacks != "checkpoint":
+            if not isinstance(saved, Mapping):
+                raise StateMismatchError(f"{self._tag_words()} has states of callbacks by position, not by key")
+            saved = {key: state for key, state in saved.items() if restore.takes_callback(key)}
+            callbacks = [one for one in callbacks if restore.takes_callback(callback_key(one))]
         return plan_callbacks(saved, callbacks, where=f"the trainer file of {self._tag_words()}")
 
     def _left_callbacks(self) -> list[str]:
@@ -341,6 +384,14 @@ class ResumeInitializer(CheckpointInitializer):
         if self.selection is not None and (self.selection.passed_over or self._any_tag):
             return self.selection.chosen.name
         return super()._tag_words()
+
+
+def _takes_pieces(trainer: Any) -> bool:
+    """Whether a trainer takes chosen pieces of its state."""
+    try:
+        return "restore" in inspect.signature(trainer.load_state_dict).parameters
+    except (TypeError, ValueError):  # an object of C code has no signature
+        return False
 
 
 def _members(state: Mapping[str, Any]) -> list[str]:

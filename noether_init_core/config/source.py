@@ -12,6 +12,7 @@ import pydantic
 from pydantic_core import CoreSchema, core_schema
 
 from noether_init_core.config.base import InitializerConfig, KindConfig
+from noether_init_core.config.restore import OptimizerRestoreConfig
 from noether_init_core.files.content import ITEMSIZES
 from noether_init_core.messages import near, yaml_line
 from noether_init_core.surgery.name_rules import Rule
@@ -322,10 +323,8 @@ class OptimizerStateConfig(SourceInitializerConfig):
     """The config of kinds that can bring optimizer state besides weights; ``locate`` is then asked for ``optim``."""
 
     load_optim: bool = pydantic.Field(default=False, description="Whether the state of the optimizer is loaded too.")
-    param_groups: dict[str, Literal["checkpoint", "config"]] = pydantic.Field(
-        default={},
-        description="Field of the optimizer's groups (lr, weight_decay; * for all others) -> whose value stays: that "
-        "of the checkpoint (the default), or of the optimizer as it is configured now.",
+    restore: OptimizerRestoreConfig = pydantic.Field(
+        default=OptimizerRestoreConfig(), description="What is taken from the checkpoint, and what from the script."
     )
     on_missing_state: Literal["error", "fresh"] = pydantic.Field(
         default="error",
@@ -339,14 +338,23 @@ class OptimizerStateConfig(SourceInitializerConfig):
 
     @pydantic.model_validator(mode="after")
     def _check_optimizer_fields(self) -> Self:
-        about_state: dict[str, Any] = {"param_groups": {}, "on_missing_state": "error", "on_unexpected_state": None}
+        about_state: dict[str, Any] = {"on_missing_state": "error", "on_unexpected_state": None}
         given = [name for name, default in about_state.items() if getattr(self, name) != default]
-        if given and not self.load_optim:
+        says_what = "optimizer" in self.restore.model_fields_set
+        given += ["restore"] if says_what and not self.load_optim else []
+        if self.load_optim and "load_optim" in self.model_fields_set and self.restore.optimizer == "skip":
+            raise ValueError("load_optim: true, and restore: {optimizer: skip}. Next: leave one of them out")
+        if given and not self.loads_optimizer:
             others = " and ".join(given)
             raise ValueError(
                 f"{others}: about optimizer state, which is not loaded. Next: load_optim: true, or remove {others}"
             )
         return self
+
+    @property
+    def loads_optimizer(self) -> bool:
+        """Whether the state of the optimizer is loaded: ``load_optim``, unless ``restore`` skips it."""
+        return self.load_optim and self.restore.optimizer != "skip"
 
 
 class CheckpointInitializerConfig(InitializerConfig, OptimizerStateConfig):

@@ -128,8 +128,8 @@ class CheckpointInitializer(SourceInitializer):
 
     @property
     def load_optim(self) -> bool:
-        """``load_optim`` of the config."""
-        return self.config.load_optim
+        """Whether the state of the optimizer is loaded."""
+        return self.config.loads_optimizer
 
     @property
     def checkpoint_tag(self) -> str | TrainingIteration:
@@ -166,6 +166,12 @@ class CheckpointInitializer(SourceInitializer):
         if needs:
             require(selection.snapshot, selection.chosen, needs, asked_by=self.asked_by)
         return selection
+
+    def has_state(self, leaf: Leaf) -> bool:
+        """Whether the selected set has optimizer state of a single model."""
+        selection = self.select()
+        need = self._need(leaf, "optim", selection.snapshot)
+        return selection.chosen.file(need.model, "optim") is not None
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.init_run_path_provider)

@@ -24,6 +24,7 @@ from noether_init_core.errors import CheckpointNotFoundError, ConfigError, State
 from noether_init_core.files.content import TensorInfo
 from noether_init_core.initializers.session import OpenFile, Planned, WeightsSession, close_all
 from noether_init_core.models import Leaf
+from noether_init_core.restore import Side, restore_line
 from noether_init_core.surgery.optimizer_fields import OptimizerPolicies
 from noether_init_core.surgery.optimizer_plan import Moved, OptimizerPlan, ParameterOrigin, Stays, plan_optimizer
 from noether_init_core.surgery.plan import LOADED_BEFORE, LoadPlan, PlanRow, Problem
@@ -149,8 +150,8 @@ class OptimizerStep:
         if not changes:
             return ""
         listed = ", ".join(f"{field} {' and '.join(found)}" for field, found in changes.items())
-        keeping = ", ".join(f"{field}: config" for field in changes)
-        return f"{listed} as in the checkpoint; to keep yours: param_groups: {{{keeping}}}"
+        keeping = restore_line(optimizer=dict.fromkeys(changes, "config"))
+        return f"{listed} as in the checkpoint; to keep yours: {keeping}"
 
     def _nonfinite(self, states: Sequence[Mapping[str, Any]], fields: Sequence[Mapping[str, Any]]) -> list[str]:
         """Problems for NaN or infinities in the state, and NaN in the fields."""
@@ -171,11 +172,13 @@ class LoadSession(WeightsSession):
 
     def __init__(self, kind: Any) -> None:
         super().__init__(kind)
-        has_state = isinstance(self.config, OptimizerStateConfig) and self.config.load_optim
+        has_state = isinstance(self.config, OptimizerStateConfig) and self.config.loads_optimizer
         self._state_config: OptimizerStateConfig | None = kind.config if has_state else None
         # whether the config declares load_optim, and not the default of the kind
         self._is_asked_for = has_state and type(kind.config).model_fields["load_optim"].default is not True
         self._steps: dict[str, OptimizerStep] = {}
+        #: Id of an optimizer -> fields of its groups that schedules of the script set.
+        self.scheduled: Mapping[int, frozenset[str]] = {}
 
     def close_files(self) -> None:
         steps = tuple(self._steps.values())
@@ -198,6 +201,7 @@ class LoadSession(WeightsSession):
         if not chosen and self._is_asked_for:
             message = "optimizer state: not planned, the model has no optimizer"
             warnings += [Problem("optimizer", message, path) for path in without]
+        warnings += [Problem("optimizer", message, path) for path, message in self.left_state(planned.opened.leaves)]
         for leaf in chosen:
             try:
                 step = self._step(leaf, planned)
@@ -214,6 +218,16 @@ class LoadSession(WeightsSession):
                 if planned.plan.is_fine:
                     warnings += [Problem("optimizer", message, leaf.path) for message in step.plan.warnings]
         return problems, warnings
+
+    def left_state(self, leaves: Sequence[Leaf]) -> list[tuple[str, str]]:
+        """(path, message) of models that take no optimizer state although the checkpoint has it."""
+        if self._state_config is None or (self._is_asked_for and not by_optimizer(leaves)[0]):
+            return []
+        return [
+            (leaf.path, f"optimizer state: not loaded, {_why_not(leaf)}")
+            for leaf in leaves
+            if _why_not(leaf) and self.kind.has_state(leaf)
+        ]
 
     def checked_optimizers(self, model: Any) -> list[OptimizerStep]:
         """The steps of all optimizers, planned, read and verified. Changes nothing."""
@@ -284,7 +298,9 @@ class LoadSession(WeightsSession):
             file = OpenFile(source, self.kind.open(source))
         try:
             self.kind.check_together({**planned.opened.metadata, file.source.location: file.reader.metadata})
-            optimizer, fields = torch_optimizer(leaf.model.optimizer), config.param_groups
+            optimizer = torch_optimizer(leaf.model.optimizer)
+            scheduled = self.scheduled.get(id(optimizer), frozenset())
+            fields: dict[str, Side] = {**config.restore.fields, **dict.fromkeys(scheduled, "config")}
             if optimizer is not leaf.model.optimizer:  # a wrapper, such as Noether's, adds its own fields to groups
                 fields = dict.fromkeys([*fields, "*"], "config")
             plan = plan_optimizer(
@@ -295,7 +311,9 @@ class LoadSession(WeightsSession):
                 origins=_origins(leaf, planned.plan, self.loaded_before),
                 aliases=parameter_aliases(leaf.model),
                 optimizer_class=class_name(optimizer),
-                policies=OptimizerPolicies(config.on_missing_state, config.on_unexpected_state, fields),
+                policies=OptimizerPolicies(
+                    config.on_missing_state, config.on_unexpected_state, fields, config.restore.fields.keys(), scheduled
+                ),
                 where=file.source.location.name,
                 advice=self.advice,
             )
@@ -306,6 +324,15 @@ class LoadSession(WeightsSession):
         step = OptimizerStep(leaf, optimizer, file, plan)
         self._steps[leaf.path] = step
         return step
+
+
+def _why_not(leaf: Leaf) -> str:
+    """Why a model takes no optimizer state, with the next step; empty if it does."""
+    if leaf.model.optimizer is None:
+        return f"{leaf.path} has no optimizer. Next: bind(module, optimizer=...), or {restore_line(optimizer='skip')}"
+    if leaf.model.is_frozen:
+        return f"{leaf.path} is frozen. Next: requires_grad_ before initialize, or {restore_line(optimizer='skip')}"
+    return ""
 
 
 def by_optimizer(leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[str]]:

@@ -124,6 +124,10 @@ class SourceInitializer(InitializerBase, abc.ABC):
         with self.in_session() as session:
             session.apply(model)
 
+    def has_state(self, leaf: Leaf) -> bool:
+        """Whether the source has optimizer state of a single model that takes none; False where that is unknown."""
+        return False
+
     def init_optimizer(self, model: Any) -> None:
         """Restore the optimizer state by parameter name if the config declares ``load_optim``, else do nothing.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
 
 from noether_init_core.messages import near
+from noether_init_core.restore import restore_line
 
 Group = Mapping[str, Any]
 
@@ -34,11 +35,15 @@ class OptimizerPolicies:
             an error unless rules renamed or dropped weights.
         fields: Field of the groups (``lr``; ``*`` for all others) -> ``checkpoint`` or ``config``: whose value is used.
             ``initial_lr``, from which schedules set ``lr``, follows ``lr`` unless it is named itself.
+        named: The fields that the config names.
+        scheduled: The fields that a schedule of the script sets, which takes the place of the saved one.
     """
 
     on_missing: Literal["error", "fresh"] = "error"
     on_unexpected: Literal["error", "ignore"] | None = None
     fields: Mapping[str, Literal["checkpoint", "config"]] = attrs.Factory(dict)
+    named: Collection[str] = ()
+    scheduled: Collection[str] = ()
 
     def keeps(self, field: str) -> bool:
         """Whether the optimizer keeps its own value of a field."""
@@ -82,11 +87,36 @@ def unknown_fields(groups: Iterable[Group], policies: OptimizerPolicies) -> list
     """Problems for fields that no group has: a misspelt field would silently be taken from the other side."""
     known = sorted({key for group in groups for key in group} - {"params"})
     messages = []
-    for field in [field for field in policies.fields if field not in ("*", *known)]:
+    for field in [field for field in policies.named if field not in ("*", *known)]:
         close = near(field, known, cutoff=0.5)
         hint = f"near: {', '.join(close)}" if close else f"they have: {', '.join(known)}"
-        messages.append(f"param_groups: {field} not found in the groups of the optimizer; {hint}")
+        messages.append(f"restore: optimizer: {field} not found in the groups of the optimizer; {hint}")
     return messages
+
+
+def left_cycled(stored: Sequence[Group], current: Sequence[Group], policies: OptimizerPolicies) -> list[str]:
+    """Problems for momentum that the saved schedule cycled, and that no schedule of the script sets any more.
+
+    The value in the checkpoint is that of one moment of the cycle; it would stay for the rest of the run.
+    """
+    cycled = any({"base_momentum", "max_momentum"} & group.keys() for group in stored)
+    if not policies.scheduled or not cycled:
+        return []
+    found = [
+        field
+        for field in ("betas", "momentum")
+        if field not in policies.scheduled
+        and field not in policies.named
+        and any(
+            field in group and _differ(group[field], own.get(field))
+            for group, own in zip(stored, current, strict=False)
+        )
+    ]
+    return [
+        f"{field}: {stored[0].get(field)} in the checkpoint is a value of the saved schedule, and the schedule of the "
+        f"script does not set it. Next: {restore_line(optimizer={field: 'config'}, schedule='config')}"
+        for field in found
+    ]
 
 
 def several_groups(
@@ -149,4 +179,4 @@ def _differ(first: Any, other: Any) -> bool:
 
 def _kept(fields: Sequence[str]) -> str:
     """The config line that keeps the optimizer's own values of fields."""
-    return f"param_groups: {{{', '.join(f'{field}: config' for field in fields)}}}"
+    return restore_line(optimizer=dict.fromkeys(fields, "config"))

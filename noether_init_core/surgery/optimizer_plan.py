@@ -17,6 +17,7 @@ from noether_init_core.surgery.optimizer_fields import (
     ambiguous_fields,
     fields_of,
     lacking_state,
+    left_cycled,
     other_class,
     several_groups,
     unknown_fields,
@@ -32,6 +33,9 @@ _SHAPED_STATE = frozenset(
 _COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
 #: State of rows and columns, which optimizers keep for parameters of at least two dimensions.
 _FACTORS = frozenset({"row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"})
+
+#: State of one vector over all parameters, which LBFGS keeps under the first one.
+_JOINT_STATE = frozenset({"prev_flat_grad", "old_dirs"})
 
 State = Mapping[str, Any]
 
@@ -172,6 +176,8 @@ class _Planner:
         stored_groups: Sequence[Group] = self.saved["param_groups"]
         self.problems += other_class(self.saved, current, optimizer_class)
         self.problems += unknown_fields((*stored_groups, *current), self.policies)
+        self.problems += self._other_order()
+        self.problems += left_cycled(stored_groups, current, self.policies)
         ways = {name: self._origin(name) for names in self.groups for name in names}
         wanted = {source for origin in ways.values() for source in origin.sources}
         left = [name for name in self.stored if name not in wanted]
@@ -199,6 +205,21 @@ class _Planner:
                 problems=self.problems,
             )
         return OptimizerPlan(tuple(states), tuple(fields), tuple(self.warnings))
+
+    def _other_order(self) -> list[str]:
+        """A problem if state of all parameters as one vector, as of LBFGS, would be read in another order."""
+        states = (state for state in self.saved["state"].values() if isinstance(state, Mapping))
+        if not any(_JOINT_STATE & state.keys() for state in states):
+            return []
+        origins = [self._origin(name) for names in self.groups for name in names]
+        now = [source for origin in origins for source in origin.sources]
+        if now == list(self.stored) and not any(origin.steps or origin.stays for origin in origins):
+            return []
+        return [
+            "this optimizer keeps its state for all parameters as one vector, in the order of the saved run "
+            f"({listed(self.stored)}), and the parameters now are {listed(now)}. Next: build the optimizer over the "
+            f"parameters in that order, or {self.advice.field('load_optim', False)}"
+        ]
 
     def _lacking(
         self, states: Mapping[str, State | Stays | None], ways: Mapping[str, ParameterOrigin], fields: Group

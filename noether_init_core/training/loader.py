@@ -8,7 +8,7 @@ depend on prefetching or on the number of worker processes, and a resume reads n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sized
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import attrs
 import torch
@@ -17,6 +17,8 @@ from torch.utils.data.dataloader import default_collate
 
 from noether_init_core.errors import ConfigError, StateMismatchError, type_of
 from noether_init_core.iteration import check_whole
+from noether_init_core.messages import counted
+from noether_init_core.restore import Difference
 from noether_init_core.training.randomness import derive_seed, seeded
 
 
@@ -74,16 +76,35 @@ class Layout:
             if stored.get(name) != getattr(self, name)
         ]
 
+    def changes(self, stored: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Return what differs from a ``stored`` layout, as far as a resume allows it: the script's is used."""
+        return tuple(
+            Difference(name, repr(stored.get(name)), repr(getattr(self, name)), taken="config")
+            for name in ("batch_size", "shuffle", "drop_last")
+            if stored.get(name) != getattr(self, name)
+        )
+
 
 @attrs.define
 class Position:
     """The position of a run in its data. ``batch`` counts consumed batches; ``advance`` consumes returned ones.
+
+    A ``for`` over the loader is a pass. The last step of an epoch completes it (``epoch``), though the pass goes on
+    until the loop asks for another batch: only then does the code behind the loop run.
 
     Attributes:
         handed: Number of samples of each batch of this epoch that was returned and not consumed.
         ahead: Number of these that were fetched ahead at the last ``advance``; unused, so they may be returned again.
         carried: Number of samples of each batch at the end of earlier epochs that is not in a step yet.
         current_pass: Identifies the running ``for``; None between two.
+        first: The batch that the running pass began with, or the next one will begin with.
+        is_behind: Whether the epoch of the running pass is completed.
+        by_hand: Whether the loop calls ``next`` itself, so that its passes never end.
+        pending: After a resume: whether the code behind the loop of the last epoch is still to run.
+        was_resumed: Whether this run was resumed in the middle of an epoch.
+        per_step: Batches of each step so far; 0 before the first one, None if they differ.
+        across: Whether steps take batches of several epochs.
+        is_ahead: Whether the loop fetches batches before the step, and says how many a step takes.
     """
 
     seed: int
@@ -93,16 +114,42 @@ class Position:
     ahead: int = 0
     carried: list[int] = attrs.Factory(list)
     current_pass: object | None = None
+    first: int = 0
+    is_behind: bool = False
+    by_hand: bool = False
+    pending: bool = False
+    was_resumed: bool = False
+    per_step: int | None = 0
+    across: bool = False
+    is_ahead: bool = False
 
     @property
     def waiting(self) -> list[int]:
         """The size, in samples, of each returned batch that no optimizer step has used yet; oldest batch first."""
         return [*self.carried, *self.handed]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether an epoch is completed and the code behind its loop is still to run."""
+        return self.pending or (self.is_behind and self.current_pass is not None and not self.by_hand)
+
     def move_to(self, seed: int, epoch: int, batch: int) -> None:
         """Move to another position; a running ``for`` over the loader raises at its next batch."""
         self.seed, self.epoch, self.batch = seed, epoch, batch
         self.handed, self.ahead, self.carried, self.current_pass = [], 0, [], None
+        self.first, self.is_behind, self.pending, self.was_resumed = batch, False, False, batch > 0
+
+    def begin_pass(self) -> tuple[object, bool]:
+        """Begin a pass at the consumed position; returns its identity, and whether it returns batches.
+
+        Batches that an earlier pass returned and ``advance`` did not consume are returned again.
+        """
+        # a pass of a for loop has ended before the next one begins
+        self.by_hand = self.by_hand or (self.current_pass is not None and self.is_behind)
+        self.handed, self.ahead, self.first = [], 0, self.batch
+        was_pending, self.pending, self.is_behind = self.pending, False, False
+        self.current_pass = object()
+        return self.current_pass, not was_pending
 
     def consume(self, number: int, batches: int) -> None:
         """Consume the oldest ``number`` waiting batches. ``batches``: number of batches of an epoch."""
@@ -113,6 +160,27 @@ class Position:
         self.batch += of_this
         if self.batch >= batches:
             self.epoch, self.batch = self.epoch + 1, 0
+            self.is_behind = True
+
+    def check_step(self, number: int, batches: int) -> None:
+        """Raise ``StateMismatchError`` if a step of a resumed epoch has another number of batches than all before.
+
+        That is so where a loop counts batches against the length of a full epoch, or against one that it has kept.
+        """
+        is_last = self.batch + number - len(self.carried) >= batches
+        if self.was_resumed and not self.across and self.per_step not in (0, None, number) and not is_last:
+            raise StateMismatchError(
+                f"this step has {counted(number, 'batch', 'batches')}, and each one before had {self.per_step}. This "
+                "run was resumed within an epoch, where len(loader) is what remains and enumerate(loader) begins "
+                "at 0. Next: for i, batch in loader.enumerate(), with loader.batches_per_epoch as the length"
+            )
+
+    def count_step(self, number: int, *, is_last: bool) -> None:
+        """Remember how many batches a step has; the last one of an epoch may have fewer."""
+        if self.per_step == 0:
+            self.per_step = number
+        elif number != self.per_step and not (is_last and self.per_step is not None and number < self.per_step):
+            self.per_step = None
 
     def end_pass(self, accumulate: int) -> None:
         """Handle the end of an epoch: batches too few for a step wait for the next epoch."""
@@ -125,6 +193,15 @@ class Position:
                 "after each optimizer step; if one step needs more batches than an epoch has, pass their number: "
                 f"state.loader(..., accumulate={waiting + 1})"
             )
+        if self.was_resumed and not self.across and not self.is_ahead:
+            raise StateMismatchError(
+                f"the last {counted(waiting, 'batch', 'batches')} of epoch {self.epoch} are in no step. This run was "
+                "resumed within an epoch, where len(loader) is what remains and enumerate(loader) begins at "
+                "0. Next: for i, batch in loader.enumerate(), with loader.batches_per_epoch as the length; "
+                "state.discard() for batches without a step; state.loader(..., across_epochs=True) if the next epoch "
+                "takes them"
+            )
+        self.across = self.across or not self.is_ahead
         self.carried = self.waiting
         self.epoch, self.batch, self.handed, self.ahead = self.epoch + 1, 0, [], 0
 
@@ -173,15 +250,48 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+class _EndedPass:
+    """A pass without batches. It ends when it is asked for one, or when the loop drops it."""
+
+    def __init__(self, position: Position, mine: object) -> None:
+        self._position, self._mine = position, mine
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        self._end()
+        raise StopIteration
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._position.current_pass is self._mine:
+            self._position.current_pass, self._position.first = None, self._position.batch
+
+
 class TrainingLoader:
     """Batches of the training data; each ``for`` runs from the consumed position to the end of that epoch.
 
-    It is created by ``TrainerState.loader``. ``len()`` is the number of batches of a full epoch. After a ``for`` that
-    was left early, the next ``for`` continues after the last batch that ``advance()`` consumed.
+    It is created by ``TrainerState.loader``. After a ``for`` that was left early, the next ``for`` continues after the
+    last batch that ``advance()`` consumed.
+
+    ``len()`` is the number of batches of the running ``for``, or of the next one: after a resume, what remains of the
+    epoch. So ``i + 1 == len(loader)`` is the last batch of ``enumerate(loader)``. It must be asked anew in each epoch.
+    Positions in a whole epoch come from ``enumerate()`` and ``batches_per_epoch``.
     """
 
     def __init__(
-        self, position: Position, dataset: Any, layout: Layout, *, accumulate: int, collate_fn: Any, **options: Any
+        self,
+        position: Position,
+        dataset: Any,
+        layout: Layout,
+        *,
+        accumulate: int,
+        across_epochs: bool,
+        collate_fn: Any,
+        **options: Any,
     ) -> None:
         check_whole("accumulate", accumulate, least=1)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -194,6 +304,7 @@ class TrainingLoader:
         self.layout = layout
         self._position = position
         self._accumulate = accumulate
+        position.across = position.across or across_epochs
         self._generator = torch.Generator("cpu")
         self._batches: DataLoader[Any] = DataLoader(
             _Fetcher(dataset, default_collate if collate_fn is None else collate_fn),
@@ -206,14 +317,41 @@ class TrainingLoader:
             **options,
         )
 
-    def __len__(self) -> int:
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of batches of a full epoch."""
         return self.layout.batches
 
-    def __iter__(self) -> Iterator[Any]:
+    @property
+    def is_last(self) -> bool:
+        """Whether the batch that was returned last is the last one of its epoch."""
         position = self._position
-        # Batches that an earlier pass returned and advance() did not consume are returned again.
-        position.handed, position.ahead = [], 0
-        mine = position.current_pass = object()
+        return position.is_behind or position.batch + len(position.handed) == self.layout.batches
+
+    def __len__(self) -> int:
+        position = self._position
+        if position.current_pass is None:
+            return 0 if position.pending else self.layout.batches - position.batch
+        return 0 if position.first < 0 else self.layout.batches - position.first
+
+    def enumerate(self) -> Iterator[tuple[int, Any]]:
+        """Yield (number of the batch in its epoch, batch); numbers go on after a resume."""
+        batches = iter(self)
+        number = self._position.first
+        for batch in batches:
+            yield number, batch
+            number += 1
+
+    def __iter__(self) -> Iterator[Any]:
+        mine, has_batches = self._position.begin_pass()
+        if has_batches:
+            return self._pass(mine)
+        # The code behind the loop runs now. The loop may also count to len(), which is then 0.
+        self._position.first = -1
+        return _EndedPass(self._position, mine)
+
+    def _pass(self, mine: object) -> Iterator[Any]:
+        position = self._position
         # DataLoader draws a base seed for its workers from this generator, and worker_init_fn may use it. Seeding by
         # epoch makes it the same after a resume.
         self._generator.manual_seed(derive_seed(position.seed, "workers", position.epoch))
@@ -235,4 +373,4 @@ class TrainingLoader:
                 position.end_pass(self._accumulate)
         finally:
             if position.current_pass is mine:
-                position.current_pass = None
+                position.current_pass, position.first, position.is_behind = None, position.batch, False

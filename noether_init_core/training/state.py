@@ -9,17 +9,16 @@ from typing import Any
 import attrs
 import torch
 
-from noether_init_core.errors import ConfigError, StateMismatchError, type_of
+from noether_init_core.errors import ConfigError, StateMismatchError
 from noether_init_core.iteration import TrainingIteration, check_whole
-from noether_init_core.messages import listed, logger_of, one_line
-from noether_init_core.nested import equal
+from noether_init_core.messages import logger_of
+from noether_init_core.restore import Restore, TrainerFindings, restore_line
 from noether_init_core.training.loader import Layout, Position, TrainingLoader
-from noether_init_core.training.plain_state import plain, restored
+from noether_init_core.training.members import Members, MembersPlan
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
 _logger = logger_of(__name__)
-_VERSION = 1
-_RESERVED = frozenset({"callbacks", "init_report", "iteration", "lineage", "loader", "model", "rng", "version"})
+_VERSION = 2
 _OUR_KEY = "trainer_state"
 
 
@@ -60,26 +59,25 @@ class TrainerState:
     def __init__(self, seed: int | None = None, **stateful: Any) -> None:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
             raise ConfigError(f"seed must be None or an integer from 0 to 2**63 - 1, not {seed!r}")
-        for name, member in stateful.items():
-            _check_member(name, member)
+        self._members = Members(dict(stateful))
         if seed is not None:
             seed_everything(seed)
         self._seed_was_given = seed is not None
         drawn = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if seed is None else seed
         self._position = Position(drawn)
-        self._stateful: dict[str, Any] = dict(stateful)
         self._updates = 0
         self._samples = 0
         self._loader: TrainingLoader | None = None
         self._stored_layout: Mapping[str, Any] | None = None
         self._stored_rng: dict[str, Any] | None = None
+        self._plan = MembersPlan()
         self._given_rng: dict[str, Any] | None = None
         self._rng_is_own = False
         self.lineage: tuple[Mapping[str, Any], ...] = ()
         self.init_report: Any = None
 
     def __repr__(self) -> str:
-        members = ", ".join(self._stateful) or "nothing else"
+        members = ", ".join(self._members) or "nothing else"
         lacks = ", no step with end_of_epoch=True yet" if self._counts_no_epochs else ""
         return f"TrainerState({self.iteration}{lacks}, seed={self.seed}, batch={self._position.batch}, {members})"
 
@@ -101,8 +99,12 @@ class TrainerState:
 
     @property
     def epoch(self) -> int:
-        """Completed epochs."""
-        return self._position.epoch
+        """Completed epochs: those after whose loop the code behind it has begun.
+
+        After a resume from the last step of an epoch, the next loop returns no batch, and the epoch counts from its
+        beginning on. So validation behind the loop runs. ``iteration`` counts the epoch already.
+        """
+        return self._position.epoch - int(self._position.pending)
 
     @property
     def update(self) -> int:
@@ -145,13 +147,20 @@ class TrainerState:
                     "not called. Next: call state.loader(dataset, batch_size=...) as the saved run did"
                 )
             counted = samples
+            self._position.pending = False
             self._position.epoch += int(end_of_epoch)
         elif end_of_epoch:
             raise ConfigError("the loader detects the end of an epoch. Next: call advance() without end_of_epoch")
         else:
             counted = self._count(samples, batches)
-            used = len(self._position.waiting) if batches is None else batches
-            self._position.consume(used, len(self._loader))
+            position, per_epoch = self._position, self._loader.batches_per_epoch
+            used = len(position.waiting) if batches is None else batches
+            position.is_ahead = position.is_ahead or batches is not None
+            if batches is None:
+                position.check_step(used, per_epoch)
+            completed = position.epoch
+            position.consume(used, per_epoch)
+            position.count_step(used, is_last=position.epoch > completed)
         if self._stored_rng is not None:
             if not self._rng_is_own:
                 _logger.warning(
@@ -191,7 +200,7 @@ class TrainerState:
         Call it after setting their gradients to zero, such as at the end of an epoch. A repeated call does nothing.
         """
         if self._loader is not None:
-            self._position.consume(len(self._position.waiting), len(self._loader))
+            self._position.consume(len(self._position.waiting), self._loader.batches_per_epoch)
 
     def loader(
         self,
@@ -201,6 +210,7 @@ class TrainerState:
         shuffle: bool = True,
         drop_last: bool = False,
         accumulate: int = 1,
+        across_epochs: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         **options: Any,
     ) -> TrainingLoader:
@@ -216,6 +226,8 @@ class TrainerState:
             shuffle: Whether to shuffle each epoch, in an order that ``seed`` determines.
             drop_last: Whether to drop an incomplete last batch.
             accumulate: Batches per optimizer step. An epoch with at least so many batches needs a call of ``advance``.
+            across_epochs: Whether a step may take batches of two epochs. Without it, batches at the end of a resumed
+                epoch that are in no step are an error.
             collate_fn: Joins samples to a batch; None: the default of torch.
             options: Other arguments of ``torch.utils.data.DataLoader`` (``num_workers``, ``pin_memory``, ...), except
                 ``sampler``, ``batch_sampler`` and ``generator``.
@@ -233,7 +245,13 @@ class TrainerState:
             )
         layout = Layout.of(dataset, batch_size, shuffle=shuffle, drop_last=drop_last)
         loader = TrainingLoader(
-            self._position, dataset, layout, accumulate=accumulate, collate_fn=collate_fn, **options
+            self._position,
+            dataset,
+            layout,
+            accumulate=accumulate,
+            across_epochs=across_epochs,
+            collate_fn=collate_fn,
+            **options,
         )
         if self._stored_layout is not None:
             _raise_for(layout.differences(self._stored_layout, self._position.batch))
@@ -268,55 +286,105 @@ class TrainerState:
                 self.iteration,
             )
         layout = self._stored_layout if self._loader is None else attrs.asdict(self._loader.layout)
-        members = {name: plain(member.state_dict(), name) for name, member in self._stateful.items()}
+        members = self._members.state()
         state: dict[str, Any] = {"callback_state_dicts": {}, "training_iteration": self.iteration.to_mapping()}
-        if isinstance(self._stateful.get("grad_scaler"), torch.amp.GradScaler):
-            state["grad_scaler"] = dict(members["grad_scaler"][0])
+        if isinstance(self._members.named.get("grad_scaler"), torch.amp.GradScaler):
+            state["grad_scaler"] = dict(members["stateful"]["grad_scaler"])
         state[_OUR_KEY] = {
             "version": _VERSION,
             "seed": position.seed,
-            "stateful": {name: value for name, (value, _types) in members.items()},
-            "types": {name: types for name, (_value, types) in members.items()},
-            "loader": {"batch": position.batch, "layout": None if layout is None else dict(layout)},
+            **members,
+            "loader": {
+                "batch": position.batch,
+                "layout": None if layout is None else dict(layout),
+                "open": position.is_open,
+                "by_hand": position.by_hand,
+                "per_step": position.per_step,
+                "across": position.across,
+                "ahead": position.is_ahead,
+            },
             "rng": take_rng(),
         }
         # Kept, so that load_state_dict recognizes this state if a failed initialization restores it.
         self._given_rng = state[_OUR_KEY]["rng"]
         return state
 
-    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Check a state without loading it. Raises the ``StateMismatchError`` that ``load_state_dict`` would raise."""
-        self._parse(state_dict)
+    def check_state_dict(self, state_dict: Mapping[str, Any], restore: Restore | None = None) -> TrainerFindings:
+        """Check a state without loading it, and return what differs from this loop.
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the result of ``state_dict()`` completely, or change nothing. May be called repeatedly.
-
-        The states of random generators are stored until ``restore_rng()``, because objects that are built in between
-        draw from the generators. A trainer file of Noether holds only the iteration, so only that is loaded.
-
-        Raises ``StateMismatchError`` for missing or unknown names of stateful objects, another seed, or other data.
-        Raises it also if an object refuses its state: its error is the cause, and the other objects are restored.
+        Schedules of the script are replayed and put back. Raises the ``StateMismatchError`` that ``load_state_dict``
+        would raise.
         """
-        iteration, ours, stored = self._parse(state_dict)
+        restore = restore or Restore()
+        parsed = self._parse(state_dict, restore)
+        if parsed.ours is None:
+            return TrainerFindings()
+        layout = parsed.ours["loader"]["layout"] if restore.data else None
+        found = () if self._loader is None or layout is None else self._loader.layout.changes(layout)
+        return TrainerFindings((*parsed.plan.differences, *found), self._members.written_fields(parsed.plan))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], restore: Restore | None = None) -> None:
+        """Load the result of ``state_dict()``, or the pieces of it that ``restore`` names; or change nothing.
+
+        May be called repeatedly. The states of random generators are stored until ``restore_rng()``, because objects
+        that are built in between draw from the generators. The rates of replayed schedules wait for
+        ``restore_rates()``. A trainer file of Noether holds only the iteration, so only that is loaded.
+
+        Raises ``StateMismatchError`` for missing or unknown names of stateful objects, objects of another class,
+        another seed, or other data. Raises it also if an object refuses its state: its error is the cause, and the
+        other objects are restored.
+        """
+        restore = restore or Restore()
+        parsed = self._parse(state_dict, restore)
+        iteration, ours = parsed.iteration, parsed.ours
         if ours is None:
             _logger.warning(
                 "the trainer state has only the iteration %s: the data starts with epoch %d; random generators and "
                 "%s are unchanged",
                 iteration,
                 iteration.epoch,
-                ", ".join(self._stateful) or "everything else",
+                ", ".join(self._members) or "everything else",
             )
             self._move_to(iteration, self.seed, 0, None)
             return
-        self._load_members(stored)
-        if ours["loader"]["layout"] is None and self._loader is not None and not iteration.is_zero:
-            _logger.warning("the checkpoint has no position of a loader; the data starts at the beginning of the epoch")
-        self._move_to(iteration, ours["seed"], ours["loader"]["batch"], ours["loader"]["layout"])
+        self._members.load(parsed.plan)
+        self._plan = parsed.plan
+        stored = ours["loader"]
+        if not restore.data:
+            self._move_to(iteration, self.seed, 0, None)
+        else:
+            if stored["layout"] is None and self._loader is not None and not iteration.is_zero:
+                _logger.warning(
+                    "the checkpoint has no position of a loader; the data starts at the beginning of the epoch"
+                )
+            self._move_to(iteration, ours["seed"], stored["batch"], stored["layout"])
+            position = self._position
+            position.pending, position.by_hand = stored["open"] is True, stored["by_hand"] is True
+            position.was_resumed = position.was_resumed or position.pending
+            position.is_ahead = stored["ahead"] is True
+            position.per_step, position.across = stored["per_step"], position.across or stored["across"] is True
+        if not restore.rng:
+            self._stored_rng = None
+            return
         self._stored_rng = copy.deepcopy(ours["rng"])
         # A state of this object that is loaded again after a failed initialization: if the generators have not changed
         # since it was taken, there is nothing to restore, and no reason for the warning in advance().
         given = self._given_rng
         self._rng_is_own = given is not None and same_rng(given, ours["rng"]) and same_rng(given, take_rng())
+
+    @property
+    def scheduled_fields(self) -> Mapping[int, frozenset[str]]:
+        """Id of an optimizer -> the fields of its groups that ``restore_rates`` will write."""
+        return self._members.written_fields(self._plan)
+
+    def restore_rates(self) -> None:
+        """Write the learning rates of replayed schedules into the groups of their optimizers.
+
+        Call it after the state of the optimizers was loaded. It does nothing if no schedule was replayed since the
+        last call.
+        """
+        self._members.put_rates(self._plan)
+        self._plan = MembersPlan()
 
     def restore_rng(self) -> None:
         """Restore the random generators from the loaded state. Call it last, after everything is built.
@@ -332,10 +400,8 @@ class TrainerState:
         self._position.move_to(seed, epoch, batch)
         self._stored_layout = layout
 
-    def _parse(
-        self, state_dict: Mapping[str, Any]
-    ) -> tuple[TrainingIteration, Mapping[str, Any] | None, dict[str, Any]]:
-        """Check a state; return its iteration, its own part (None if Noether wrote it) and the state of each object."""
+    def _parse(self, state_dict: Mapping[str, Any], restore: Restore) -> _Parsed:
+        """Check a state, and decide what each object takes."""
         if not isinstance(state_dict, Mapping) or "training_iteration" not in state_dict:
             raise StateMismatchError("this is not the state of a trainer: training_iteration not found")
         found = state_dict["training_iteration"]
@@ -345,88 +411,53 @@ class TrainerState:
             raise StateMismatchError(f"training_iteration is invalid: {error}") from error
         if not iteration.is_fully_specified:
             raise StateMismatchError(f"training_iteration is {iteration}; epoch, update and sample are needed")
+        if not restore.iteration:
+            iteration = TrainingIteration.zero()
         ours = state_dict.get(_OUR_KEY)
         if ours is None:
-            return iteration, None, {}
+            return _Parsed(iteration)
         if not isinstance(ours, Mapping) or ours.get("version") != _VERSION:
             version = ours.get("version") if isinstance(ours, Mapping) else ours
             raise StateMismatchError(
                 f"trainer_state has version {version!r}; this release reads version {_VERSION}. "
                 "Next: pip install --upgrade noether-init-core"
             )
-        problems = [f"no {key}" for key in ("stateful", "loader", "rng") if not isinstance(ours.get(key), Mapping)]
+        parts = ("stateful", "types", "classes", "loader", "rng")
+        problems = [f"no {key}" for key in parts if not isinstance(ours.get(key), Mapping)]
         problems += [] if isinstance(ours.get("seed"), int) else ["no seed"]
         _raise_for(problems)
         stored = ours["loader"]
-        if not isinstance(stored.get("batch"), int) or not isinstance(stored.get("layout"), Mapping | None):
+        lacking = {"open", "by_hand", "per_step", "across", "ahead"} - stored.keys()
+        if lacking or not isinstance(stored.get("batch"), int) or not isinstance(stored.get("layout"), Mapping | None):
             _raise_for([f"the position in the data is {dict(stored)!r}"])
-        _raise_for(self._member_problems(ours["stateful"]))
-        if self._seed_was_given and ours["seed"] != self.seed:
-            problems.append(f"seed: {ours['seed']} when saved, {self.seed} now")
-        if self._loader is not None and stored["layout"] is not None:
-            problems += self._loader.layout.differences(stored["layout"], stored["batch"])
-        _raise_for(problems)
-        # Checked now, because restore_rng runs after weights were loaded, too late for an error.
-        check_rng(ours["rng"])
-        states, types = ours["stateful"], ours.get("types", {})
-        if not isinstance(types, Mapping) or not all(isinstance(types.get(name), list) for name in self._stateful):
+        if not all(isinstance(ours["types"].get(name), list) for name in ours["stateful"]):
             _raise_for(["the types of its values are missing"])
-        members = self._stateful.items()
-        return (
-            iteration,
-            ours,
-            {name: restored(states[name], types[name], member.state_dict(), name) for name, member in members},
-        )
-
-    def _member_problems(self, stored: Mapping[str, Any]) -> list[str]:
-        missing = [name for name in self._stateful if name not in stored]
-        unknown = [name for name in stored if name not in self._stateful]
-        problems = []
-        if missing:
-            problems.append(
-                f"no state of {', '.join(missing)} found in the checkpoint; it has {listed(stored, none='no state')}"
-            )
-        if unknown:
-            named = ", ".join(f"{name}=..." for name in unknown)
-            problems.append(
-                f"the checkpoint has state of {', '.join(unknown)}, but this TrainerState has "
-                f"{listed(self._stateful, none='no objects')}. Next: TrainerState(..., {named})"
-            )
-        return problems
-
-    def _load_members(self, stored: Mapping[str, Any]) -> None:
-        before = {name: copy.deepcopy(member.state_dict()) for name, member in self._stateful.items()}
-        # An object may change part of itself before it raises, so the failing one is restored, too.
-        touched: list[str] = []
+        if restore.data:
+            if self._seed_was_given and ours["seed"] != self.seed:
+                problems.append(f"seed: {ours['seed']} when saved, {self.seed} now")
+            if self._loader is not None and stored["layout"] is not None:
+                problems += self._loader.layout.differences(stored["layout"], stored["batch"])
+            if problems:
+                problems[-1] += f". Next, to begin the epoch anew: {restore_line(data='skip')}"
         try:
-            for name, member in self._stateful.items():
-                touched.append(name)
-                member.load_state_dict(stored[name])
-        except Exception as error:
-            stuck = []
-            for other in touched:
-                try:
-                    self._stateful[other].load_state_dict(copy.deepcopy(before[other]))
-                    if not equal(self._stateful[other].state_dict(), before[other]):
-                        stuck.append(other)
-                except Exception:  # an object that refused one state may refuse its own, too; the message names it
-                    _logger.exception("%s could not be restored to its former state", other)
-                    stuck.append(other)
-            outcome = f"{', '.join(stuck)} could not be restored" if stuck else "all objects were restored"
-            problem = f"{touched[-1]} refuses its state: {type(error).__name__}: {one_line(str(error))}"
-            raise StateMismatchError(f"{problem}. {outcome[0].upper()}{outcome[1:]}", problems=[problem]) from error
+            plan = self._members.plan(ours, restore)
+        except StateMismatchError as error:
+            _raise_for([*error.problems, *problems])
+            raise
+        _raise_for(problems)
+        if restore.rng:
+            # Checked now, because restore_rng runs after weights were loaded, too late for an error.
+            check_rng(ours["rng"])
+        return _Parsed(iteration, ours, plan)
 
 
-def _check_member(name: str, member: Any) -> None:
-    if name in _RESERVED:
-        raise ConfigError(f"{name!r} is a reserved name; reserved are {', '.join(sorted(_RESERVED))}")
-    if isinstance(member, type) or not all(
-        callable(getattr(member, method, None)) for method in ("state_dict", "load_state_dict")
-    ):
-        raise ConfigError(
-            f"{name} is {type_of(member)} and lacks state_dict() or load_state_dict(); "
-            "TrainerState accepts only objects with both"
-        )
+@attrs.frozen(eq=False)
+class _Parsed:
+    """A state that was checked: its iteration, its own part (None if Noether wrote it), what each object takes."""
+
+    iteration: TrainingIteration
+    ours: Mapping[str, Any] | None = None
+    plan: MembersPlan = attrs.Factory(MembersPlan)
 
 
 def _raise_for(problems: list[str]) -> None:

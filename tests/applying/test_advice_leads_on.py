@@ -300,7 +300,7 @@ def test_parameters_of_different_age_become_one_without_their_optimizer_state(tm
     assert digests(tmp_path) == before
 
 
-@executes("applying/optimizer_state.py", "Next: param_groups: {{}: config}")
+@executes("applying/optimizer_state.py", "Next: {}")
 def test_a_field_that_contradicts_state_of_an_earlier_file_is_left(tmp_path: Path) -> None:
     """The second run had amsgrad, and the state of the first one stays for half of the parameters."""
 
@@ -326,7 +326,7 @@ def test_a_field_that_contradicts_state_of_an_earlier_file_is_left(tmp_path: Pat
         InitializerStack.from_config([first, {**second, **fields}], path_provider=paths).initialize(made)
         return made
 
-    line = re.search(r"Next: (param_groups: \{\w+: config\})", refusal(start))
+    line = re.search(r"Next: (restore: \{optimizer: \{\w+: config\}\})", refusal(start))
     assert line is not None
     made = start(**yaml.safe_load(line[1]))
     assert made.optimizer.param_groups[0]["amsgrad"] is False

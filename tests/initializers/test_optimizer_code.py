@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.advice import executes
 
 from noether_init_core import (
     CheckpointWriter,
@@ -17,6 +18,7 @@ from noether_init_core import (
     PathProvider,
     StateMismatchError,
     TrainerState,
+    TrainingIteration,
     bind,
 )
 
@@ -157,3 +159,74 @@ def test_an_object_that_is_not_as_before_is_named(tmp_path: Path) -> None:
         )
     assert "Live could not be restored" in str(caught.value)
     assert "No initializer has written weights." in str(caught.value)
+
+
+class Overriding(torch.optim.AdamW):
+    """Loads through a method of its own."""
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+
+
+@pytest.mark.parametrize("how", ["no code", "hook", "method", "hook that changes"])
+def test_moments_keep_their_dtype_beside_narrow_weights(tmp_path: Path, how: str) -> None:
+    """torch casts state to the dtype of the parameter in load_state_dict, which hooks and methods go through."""
+    kind = Overriding if how == "method" else torch.optim.AdamW
+    module = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    optimizer = kind(module.parameters(), lr=0.1)
+    moment = torch.randn(2, 3)
+    for parameter in module.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(3.0),
+            "exp_avg": moment if parameter.ndim == 2 else torch.randn(2),
+            "exp_avg_sq": torch.rand_like(parameter, dtype=torch.float32),
+        }
+    paths = PathProvider(tmp_path, run_id="a")
+    CheckpointWriter(paths).save(bind(module, "net", optimizer), TrainingIteration(1, 3, 3))
+    again = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    taking = kind(again.parameters(), lr=0.1)
+    if how == "hook":
+        taking.register_load_state_dict_post_hook(lambda _: None)
+    if how == "hook that changes":
+        taking.register_load_state_dict_post_hook(lambda one: one.state[again.weight]["exp_avg"].zero_())
+    InitializerStack.from_config([{"kind": "resume"}], path_provider=paths).initialize(bind(again, "net", taking))
+    held = taking.state[again.weight]["exp_avg"]
+    if how == "hook that changes":
+        assert not held.any()
+    else:
+        assert torch.equal(held, moment)
+        assert held.dtype == torch.float32
+    assert taking.state[again.bias]["exp_avg_sq"].dtype == torch.float32
+
+
+def lbfgs(order: str) -> tuple[Any, Any]:
+    """Two layers, built in an order, and an optimizer that made steps."""
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in order})
+    optimizer = torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = module["b"](module["a"](torch.ones(1, 2))).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return module, optimizer
+
+
+@executes("surgery/optimizer_plan.py", "Next: build the optimizer over the parameters in that order, or {}")
+def test_state_of_all_parameters_as_one_vector_needs_their_order(tmp_path: Path) -> None:
+    """LBFGS keeps it under the first parameter; reordered modules would read it wrongly, or not at all."""
+    module, optimizer = lbfgs("ab")
+    paths = PathProvider(tmp_path, run_id="a")
+    CheckpointWriter(paths).save(bind(module, "net", optimizer), TrainingIteration(1, 3, 3))
+    stack = InitializerStack.from_config([{"kind": "resume"}], path_provider=paths)
+    again, other = lbfgs("ba")
+    with pytest.raises(StateMismatchError, match=r"a.weight, a.bias, b.weight, b.bias\), and the parameters now are b"):
+        stack.initialize(bind(again, "net", other))
+    ordered = torch.optim.LBFGS([*again["a"].parameters(), *again["b"].parameters()], lr=0.1, max_iter=3)
+    stack.initialize(bind(again, "net", ordered))
+    assert torch.equal(
+        ordered.state[again["a"].weight]["prev_flat_grad"], optimizer.state[module["a"].weight]["prev_flat_grad"]
+    )

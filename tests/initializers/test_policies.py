@@ -198,7 +198,7 @@ def test_fields_of_groups_come_from_where_the_config_says(tmp_path: Path) -> Non
     ):
         fresh = Net()
         optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.1, weight_decay=0.0)
-        warm(paths, fresh, optimizer, param_groups=fields)
+        warm(paths, fresh, optimizer, restore={"optimizer": fields})
         group = optimizer.param_groups[0]
         assert (group["lr"], group["weight_decay"], group["eps"]) == wanted
         assert fresh.scale in optimizer.state
@@ -295,19 +295,19 @@ def test_a_warm_start_says_which_settings_the_checkpoint_changes(tmp_path: Path)
             warm(paths, fresh, torch.optim.AdamW(fresh.parameters(), lr=lr), **config).initializers[0].restored
         )
 
-    assert said(1e-5, param_groups={"weight_decay": "config"}) == (
-        "optimizer of net (lr 1e-05 -> 0.001 as in the checkpoint; to keep yours: param_groups: {lr: config})",
+    assert said(1e-5, restore={"optimizer": {"weight_decay": "config"}}) == (
+        "optimizer of net (lr 1e-05 -> 0.001 as in the checkpoint; to keep yours: restore: {optimizer: {lr: config}})",
     )
     assert said(1e-5) == (
         "optimizer of net (lr 1e-05 -> 0.001, weight_decay 0.01 -> 0.25 as in the checkpoint; to keep yours: "
-        "param_groups: {lr: config, weight_decay: config})",
+        "restore: {optimizer: {lr: config, weight_decay: config}})",
     )
     as_tensor: Any = torch.tensor(0.5)
-    assert said(as_tensor, param_groups={"weight_decay": "config"}) == (
-        "optimizer of net (lr 0.5 -> 0.001 as in the checkpoint; to keep yours: param_groups: {lr: config})",
+    assert said(as_tensor, restore={"optimizer": {"weight_decay": "config"}}) == (
+        "optimizer of net (lr 0.5 -> 0.001 as in the checkpoint; to keep yours: restore: {optimizer: {lr: config}})",
     )
-    assert said(1e-5, param_groups={"*": "config"}) == ("optimizer of net",)
-    assert said(1e-3, param_groups={"weight_decay": "config"}) == ("optimizer of net",)
+    assert said(1e-5, restore={"optimizer": {"*": "config"}}) == ("optimizer of net",)
+    assert said(1e-3, restore={"optimizer": {"weight_decay": "config"}}) == ("optimizer of net",)
 
 
 def test_a_resume_of_the_same_run_says_nothing_of_settings(tmp_path: Path) -> None:

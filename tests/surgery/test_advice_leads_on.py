@@ -250,7 +250,7 @@ def model_of(kind: Any = torch.optim.AdamW, parts: str = "ab", **arguments: Any)
 AMSGRAD = {"amsgrad": True}
 #: What was saved, what is built, the key of the config that it needs, and the line that is advised.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
-    "amsgrad": ({}, AMSGRAD, {"param_groups": {"amsgrad": "config"}}, "load_optim: false"),
+    "amsgrad": ({}, AMSGRAD, {"restore": {"optimizer": {"amsgrad": "config"}}}, "load_optim: false"),
     "missing": ({"parts": "a"}, {}, {}, "on_missing_state: fresh"),
     "unexpected": ({}, {"parts": "a"}, {"on_unexpected_state": "error"}, "on_unexpected_state: ignore"),
     "class": ({}, {"kind": torch.optim.SGD, "momentum": 0.9}, {}, "load_optim: false"),

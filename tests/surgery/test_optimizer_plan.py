@@ -154,7 +154,7 @@ def test_a_group_made_of_several_stored_groups_is_refused() -> None:
         plan_for(saved, net, one)
     assert caught.value.problems == (
         "group 0 holds parameters of several stored groups (first.weight of group 0, second.weight of group 1), which "
-        "differ in lr. To keep those of the optimizer: param_groups: {lr: config}",
+        "differ in lr. To keep those of the optimizer: restore: {optimizer: {lr: config}}",
     )
 
 
@@ -184,7 +184,7 @@ def test_every_field_that_differs_between_stored_groups_is_ambiguous() -> None:
         with pytest.raises(StateMismatchError) as caught:
             plan_for(saved, net, one, policies=OptimizerPolicies(fields=fields))
         (problem,) = caught.value.problems
-        assert problem.endswith(f"param_groups: {{{listed}}}")
+        assert problem.endswith(f"restore: {{optimizer: {{{listed}}}}}")
     own = OptimizerPolicies(fields={"amsgrad": "config", "betas": "config"})
     apply_optimizer(plan_for(saved, net, one, policies=own), one)
     assert (one.param_groups[0]["betas"], one.param_groups[0]["amsgrad"]) == ((0.7, 0.8), False)
@@ -372,7 +372,7 @@ def test_state_that_stays_has_to_go_with_the_fields_that_its_group_takes() -> No
     saved = copy.deepcopy(saved_state(net, with_it))
     net, optimizer = trained()
     plan = plan_for(saved, net, optimizer, origins={"first.weight": ParameterOrigin(stays=True)})
-    with pytest.raises(StateMismatchError, match=r"Next: param_groups: \{amsgrad: config\}"):
+    with pytest.raises(StateMismatchError, match=r"Next: restore: \{optimizer: \{amsgrad: config\}\}"):
         apply_optimizer(plan, optimizer)
     assert optimizer.param_groups[0]["amsgrad"] is False
 

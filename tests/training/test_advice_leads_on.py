@@ -364,7 +364,8 @@ def test_generators_are_restored_before_the_first_step(caplog: pytest.LogCapture
     assert caplog.text == ""
 
 
-@executes("training/state.py", "Next: pip install --upgrade noether-init-core", "Next: TrainerState(..., {})")
+@executes("training/state.py", "Next: pip install --upgrade noether-init-core")
+@executes("training/members.py", "Next: TrainerState(..., {}), or {}")
 def test_a_state_is_loaded_by_the_release_and_the_objects_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """The release that the command would install reads its version; the objects are passed by the names."""
     with monkeypatch.context() as patch:
@@ -375,6 +376,6 @@ def test_a_state_is_loaded_by_the_release_and_the_objects_that_it_names(monkeypa
         patch.setattr(state_module, "_VERSION", 99)
         TrainerState().load_state_dict(newer)
     saved = TrainerState(seed=0, one=Holder(3), two=Holder(4)).state_dict()
-    call = advised(lambda: TrainerState().load_state_dict(saved))
+    call = advised(lambda: TrainerState().load_state_dict(saved)).partition(", or ")[0]
     assert call == "TrainerState(..., one=..., two=...)"
     run(call.replace("(..., ", "(").replace("...", "Holder()"), Holder=Holder).load_state_dict(saved)

@@ -77,7 +77,7 @@ def test_a_start_is_the_same_under_any_defaults(kind: str, defaults: tuple[str, 
         assert torch.equal(found, value)
     if kind == "resume":
         assert again.iteration == trainer.iteration
-        assert len(list(loader)) == 2
+        assert len(loader) == 2
 
 
 def test_rules_and_a_seed_work_under_any_defaults(defaults: tuple[str, torch.dtype], tmp_path: Path) -> None:

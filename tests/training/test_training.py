@@ -224,7 +224,7 @@ def test_resumed_data_is_the_uninterrupted_data(
 
     def begin() -> tuple[TrainerState, Any]:
         state = TrainerState(seed=seed)
-        return state, state.loader(Numbers(length), batch_size, drop_last=drop_last)
+        return state, state.loader(Numbers(length), batch_size, drop_last=drop_last, across_epochs=True)
 
     whole, loader = begin()
     expected = run(whole, loader, stop + 5, accumulate)
@@ -844,7 +844,7 @@ def test_a_trainer_file_of_noether_sets_the_iteration_only(caplog: pytest.LogCap
             {"training_iteration": {"epoch": 0, "update": 0, "sample": 0}, "trainer_state": {"version": 99}},
             "version 99",
         ),
-        ({"training_iteration": {"epoch": 0, "update": 0, "sample": 0}, "trainer_state": {"version": 1}}, "no seed"),
+        ({"training_iteration": {"epoch": 0, "update": 0, "sample": 0}, "trainer_state": {"version": 2}}, "no seed"),
     ],
 )
 def test_what_is_no_trainer_state_is_refused(state: dict[str, Any], message: str) -> None:
