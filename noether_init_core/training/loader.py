@@ -8,7 +8,7 @@ depend on prefetching or on the number of worker processes, and a resume reads n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sized
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import attrs
 import torch
@@ -107,6 +107,8 @@ class Position:
         is_ahead: Whether the loop fetches batches before the step, and says how many a step takes.
     """
 
+    _STORED: ClassVar[tuple[str, ...]] = ("batch", "by_hand", "per_step", "across", "is_ahead")
+
     seed: int
     epoch: int = 0
     batch: int = 0
@@ -138,6 +140,21 @@ class Position:
         self.seed, self.epoch, self.batch = seed, epoch, batch
         self.handed, self.ahead, self.carried, self.current_pass = [], 0, [], None
         self.first, self.is_behind, self.pending, self.was_resumed = batch, False, False, batch > 0
+
+    def stored(self) -> dict[str, Any]:
+        """Plain data for a checkpoint, without seed and epoch."""
+        return {"open": self.is_open, **{name: getattr(self, name) for name in self._STORED}}
+
+    @classmethod
+    def is_stored(cls, found: Mapping[str, Any]) -> bool:
+        """Whether this is a result of ``stored``."""
+        return isinstance(found.get("batch"), int) and found.keys() >= {"open", *cls._STORED}
+
+    def take(self, stored: Mapping[str, Any]) -> None:
+        """Continue as the ``stored`` run would; the position itself is moved to before."""
+        self.pending, self.by_hand, self.is_ahead = stored["open"], stored["by_hand"], stored["is_ahead"]
+        self.per_step, self.across = stored["per_step"], self.across or stored["across"]
+        self.was_resumed = self.was_resumed or self.pending
 
     def begin_pass(self) -> tuple[object, bool]:
         """Begin a pass at the consumed position; returns its identity, and whether it returns batches.

@@ -294,15 +294,7 @@ class TrainerState:
             "version": _VERSION,
             "seed": position.seed,
             **members,
-            "loader": {
-                "batch": position.batch,
-                "layout": None if layout is None else dict(layout),
-                "open": position.is_open,
-                "by_hand": position.by_hand,
-                "per_step": position.per_step,
-                "across": position.across,
-                "ahead": position.is_ahead,
-            },
+            "loader": {"layout": None if layout is None else dict(layout), **position.stored()},
             "rng": take_rng(),
         }
         # Kept, so that load_state_dict recognizes this state if a failed initialization restores it.
@@ -358,11 +350,7 @@ class TrainerState:
                     "the checkpoint has no position of a loader; the data starts at the beginning of the epoch"
                 )
             self._move_to(iteration, ours["seed"], stored["batch"], stored["layout"])
-            position = self._position
-            position.pending, position.by_hand = stored["open"] is True, stored["by_hand"] is True
-            position.was_resumed = position.was_resumed or position.pending
-            position.is_ahead = stored["ahead"] is True
-            position.per_step, position.across = stored["per_step"], position.across or stored["across"] is True
+            self._position.take(stored)
         if not restore.rng:
             self._stored_rng = None
             return
@@ -427,8 +415,7 @@ class TrainerState:
         problems += [] if isinstance(ours.get("seed"), int) else ["no seed"]
         _raise_for(problems)
         stored = ours["loader"]
-        lacking = {"open", "by_hand", "per_step", "across", "ahead"} - stored.keys()
-        if lacking or not isinstance(stored.get("batch"), int) or not isinstance(stored.get("layout"), Mapping | None):
+        if not Position.is_stored(stored) or not isinstance(stored.get("layout"), Mapping | None):
             _raise_for([f"the position in the data is {dict(stored)!r}"])
         if not all(isinstance(ours["types"].get(name), list) for name in ours["stateful"]):
             _raise_for(["the types of its values are missing"])
