@@ -340,21 +340,17 @@ class OptimizerStateConfig(SourceInitializerConfig):
     def _check_optimizer_fields(self) -> Self:
         about_state: dict[str, Any] = {"on_missing_state": "error", "on_unexpected_state": None}
         given = [name for name, default in about_state.items() if getattr(self, name) != default]
-        says_what = "optimizer" in self.restore.model_fields_set
-        given += ["restore"] if says_what and not self.load_optim else []
-        if self.load_optim and "load_optim" in self.model_fields_set and self.restore.optimizer == "skip":
-            raise ValueError("load_optim: true, and restore: {optimizer: skip}. Next: leave one of them out")
-        if given and not self.loads_optimizer:
+        if self.restore.optimizer == "skip" and self.load_optim:
+            if "load_optim" in self.model_fields_set:
+                raise ValueError("load_optim: true, and restore: {optimizer: skip}. Next: leave one of them out")
+            object.__setattr__(self, "load_optim", False)  # both say the same, also in a dump
+        given += ["restore"] if self.restore.fields else []
+        if given and not self.load_optim:
             others = " and ".join(given)
             raise ValueError(
                 f"{others}: about optimizer state, which is not loaded. Next: load_optim: true, or remove {others}"
             )
         return self
-
-    @property
-    def loads_optimizer(self) -> bool:
-        """Whether the state of the optimizer is loaded: ``load_optim``, unless ``restore`` skips it."""
-        return self.load_optim and self.restore.optimizer != "skip"
 
 
 class CheckpointInitializerConfig(InitializerConfig, OptimizerStateConfig):

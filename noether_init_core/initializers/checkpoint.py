@@ -129,7 +129,7 @@ class CheckpointInitializer(SourceInitializer):
     @property
     def load_optim(self) -> bool:
         """Whether the state of the optimizer is loaded."""
-        return self.config.loads_optimizer
+        return self.config.load_optim
 
     @property
     def checkpoint_tag(self) -> str | TrainingIteration:

@@ -172,7 +172,7 @@ class LoadSession(WeightsSession):
 
     def __init__(self, kind: Any) -> None:
         super().__init__(kind)
-        has_state = isinstance(self.config, OptimizerStateConfig) and self.config.loads_optimizer
+        has_state = isinstance(self.config, OptimizerStateConfig) and self.config.load_optim
         self._state_config: OptimizerStateConfig | None = kind.config if has_state else None
         # whether the config declares load_optim, and not the default of the kind
         self._is_asked_for = has_state and type(kind.config).model_fields["load_optim"].default is not True

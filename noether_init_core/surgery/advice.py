@@ -101,7 +101,7 @@ class Advice:
     def _where(self, part: str, how: str) -> str:
         """A comment of YAML with the place, so that the line can be pasted with it."""
         if self.whole or not self.place:
-            words = how.removesuffix("first in").removesuffix("in").rstrip(", ")
+            words = how.removesuffix("in").rstrip(", ")
             return f"  # {words}" if words else ""
         return f"  # {how} {part}{self.place}"
 

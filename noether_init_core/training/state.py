@@ -302,10 +302,9 @@ class TrainerState:
         return state
 
     def check_state_dict(self, state_dict: Mapping[str, Any], restore: Restore | None = None) -> TrainerFindings:
-        """Check a state without loading it, and return what differs from this loop.
+        """Check a state without loading it, and return what differs from this loop; replayed schedules are put back.
 
-        Schedules of the script are replayed and put back. Raises the ``StateMismatchError`` that ``load_state_dict``
-        would raise.
+        Raises the ``StateMismatchError`` that ``load_state_dict`` would raise.
         """
         restore = restore or Restore()
         parsed = self._parse(state_dict, restore)
@@ -412,8 +411,7 @@ class TrainerState:
             )
         parts = ("stateful", "types", "classes", "loader", "rng")
         problems = [f"no {key}" for key in parts if not isinstance(ours.get(key), Mapping)]
-        problems += [] if isinstance(ours.get("seed"), int) else ["no seed"]
-        _raise_for(problems)
+        _raise_for([*problems, *([] if isinstance(ours.get("seed"), int) else ["no seed"])])
         stored = ours["loader"]
         if not Position.is_stored(stored) or not isinstance(stored.get("layout"), Mapping | None):
             _raise_for([f"the position in the data is {dict(stored)!r}"])
