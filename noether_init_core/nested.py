@@ -24,7 +24,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def equal(first: Any, other: Any) -> bool:
-    """Whether two nested values have the same types, keys, dtypes, shapes and bits of tensors.
+    """Whether two nested values have the same types, keys, dtypes, shapes and bits of tensors and NumPy arrays.
 
     Tensors on different devices are compared on the CPU. NaN equals NaN; in tensors, if the bits are the same.
     """
@@ -47,4 +47,6 @@ def equal(first: Any, other: Any) -> bool:
         plain = (tensor.detach().resolve_conj().resolve_neg().cpu().contiguous() for tensor in (first, other))
         one, two = (tensor.reshape(-1).view(torch.uint8) for tensor in plain)
         return bool(torch.equal(one, two))
+    if hasattr(first, "tobytes") and hasattr(first, "shape"):  # arrays of NumPy, for which == has no single result
+        return first.dtype == other.dtype and first.shape == other.shape and first.tobytes() == other.tobytes()
     return first is other or bool(first == other) or bool(first != first and other != other)

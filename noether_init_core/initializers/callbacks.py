@@ -17,6 +17,7 @@ import attrs
 from noether_init_core import nested
 from noether_init_core.errors import StateMismatchError, text_of, type_of
 from noether_init_core.files.storage.disk import LOCAL, resolved
+from noether_init_core.messages import listed
 from noether_init_core.paths import PathProvider
 from noether_init_core.sets.checkpoint_set import CheckpointSet, list_names
 from noether_init_core.sets.file_names import CheckpointFileName, parse
@@ -130,16 +131,26 @@ class StatesBefore:
         return cls(tuple(saved))
 
     def put_back(self) -> list[str]:
-        """Give every owner its state again; what went wrong with that, in words."""
+        """Give every owner its state again; what went wrong with that, in words.
+
+        The state is taken again and compared, because ``load_state_dict`` may ignore a part without an error.
+        """
         problems = []
         for owner, state in self.saved:
+            name = type(owner).__name__
             try:
-                if state is not None:
-                    owner.load_state_dict(state)
-                elif owner.state_dict() is not None:
-                    problems.append(f"{type(owner).__name__} had no state before and has one now.")
+                if state is None:
+                    if owner.state_dict() is not None:
+                        problems.append(f"{name} had no state before and has one now.")
+                    continue
+                # load_state_dict may take entries out of what it is given
+                expected = _with_own_containers(state)
+                owner.load_state_dict(state)
+                other = _differing(expected, _with_own_containers(owner.state_dict()))
+                if other:
+                    problems.append(f"The state of {name} was put back, but is not what it was: {listed(other)}.")
             except Exception as error:
-                problems.append(f"The state of {type(owner).__name__} could not be put back: {text_of(error)}.")
+                problems.append(f"The state of {name} could not be put back: {text_of(error)}.")
         return problems
 
     @classmethod
@@ -153,6 +164,27 @@ class StatesBefore:
             for problem in before.put_back():
                 error.add_note(problem)
             raise
+
+
+def _with_own_containers(state: Any) -> Any:
+    return nested.mapped(state, lambda leaf: leaf)
+
+
+def _differing(before: Any, now: Any) -> list[str]:
+    """The entries of a state that are not the same; empty if all are."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return [] if _is_same(before, now) else ["all of it"]
+    names = [*before, *(name for name in now if name not in before)]
+    return [str(name) for name in names if not (name in before and name in now and _is_same(before[name], now[name]))]
+
+
+def _is_same(before: Any, now: Any) -> bool:
+    return nested.equal(nested.mapped(before, _comparable), nested.mapped(now, _comparable))
+
+
+def _comparable(leaf: Any) -> Any:
+    """The value, or its type if it has no ``==`` of its own: its copy would never be equal to it."""
+    return type(leaf) if type(leaf).__eq__ is object.__eq__ else leaf
 
 
 @attrs.frozen

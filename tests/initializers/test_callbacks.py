@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind
 from noether_init_core.errors import StateMismatchError
-from noether_init_core.initializers.callbacks import apply_callbacks, plan_callbacks
+from noether_init_core.initializers.callbacks import StatesBefore, apply_callbacks, plan_callbacks
 
 
 class Counter:
@@ -125,3 +127,37 @@ def test_a_hook_called_alone_puts_back_what_it_changed_before_it_failed(tmp_path
     with pytest.raises(ValueError, match="not today"):
         initializer.init_callbacks([callback], model)
     assert (callback.first, callback.second) == (2, 2)
+
+
+class Forgetful:
+    """Takes a part of its state back, and no more of it; keeps values of many types."""
+
+    def __init__(self, number: int, *, forgets: bool) -> None:
+        self.values: dict[str, Any] = {
+            "first": number,
+            "array": numpy.full(3, float(number)),
+            "tensor": torch.full((3,), float(number)),
+            "note": object(),
+        }
+        self.forgets = forgets
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        first = state.pop("first")
+        self.values = {**copy.deepcopy(state), "first": self.values["first"] if self.forgets else first}
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_state_that_is_put_back_in_part_only_is_named(*, forgets: bool) -> None:
+    """``load_state_dict`` raises nothing, so the state is compared; the entries that differ are named."""
+    trainer, callback = Forgetful(1, forgets=forgets), Forgetful(2, forgets=False)
+    with pytest.raises(ValueError, match="later") as caught, StatesBefore.kept(trainer, [callback]):
+        trainer.values = Forgetful(5, forgets=False).values
+        callback.values = Forgetful(6, forgets=False).values
+        raise ValueError("later")
+    expected = ["The state of Forgetful was put back, but is not what it was: first."] if forgets else []
+    assert getattr(caught.value, "__notes__", []) == expected
+    assert callback.values["first"] == 2
+    assert trainer.values["array"].tolist() == [1.0, 1.0, 1.0]
