@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import decimal
 import gc
 import importlib
+import locale
 import logging
+import multiprocessing
 import os
 import random
+import re
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -30,6 +37,17 @@ _SIGNALS = [
 ]
 #: Devices whose autocast is looked at.
 _DEVICES = ("cpu", "cuda")
+#: What decides a result in decimal arithmetic; flags are results themselves.
+_OF_DECIMAL = ("prec", "rounding", "Emin", "Emax", "capitals", "clamp", "traps")
+#: Functions of ``torch.backends.cuda``: reads a switch of scaled dot product attention, sets it.
+_OF_ATTENTION = (
+    ("flash_sdp_enabled", "enable_flash_sdp"), ("mem_efficient_sdp_enabled", "enable_mem_efficient_sdp"),
+    ("math_sdp_enabled", "enable_math_sdp"), ("cudnn_sdp_enabled", "enable_cudnn_sdp"),
+    ("fp16_bf16_reduction_math_sdp_allowed", "allow_fp16_bf16_reduction_math_sdp"),
+)  # fmt: skip
+_OF_CUBLAS = (
+    "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -37,8 +55,13 @@ def isolated(changed: list[str]) -> Iterator[None]:
     """Put back every generator and setting that the block changes, and send what it prints to ``sys.stderr``.
 
     A plugin that seeds at import would give every run the same numbers; one that prints would break ``--json``. The
-    names of what was put back are appended to ``changed``, also when the block raises. Not covered: generators of CUDA
-    that were never used, output that bypasses ``sys.stdout``, and generators of other threads.
+    names of what was put back are appended to ``changed``, also when the block raises.
+
+    Filters for every warning are put back; others are for single dependencies, and stay.
+
+    Not covered: generators of CUDA that were never used, and those of other threads; output that bypasses
+    ``sys.stdout``; the number of threads between operations, and modes of torch that stay entered; ``sys.path``,
+    handlers of loggers, functions that were replaced, and what runs at exit.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("torch")  # if the plugin imported it first, its earlier state would be unknown
@@ -65,6 +88,17 @@ def _of_python() -> Iterator[Setting]:
     yield "variables of the environment", _variables, _set_variables
     yield "the level below which logging is off", lambda: logging.root.manager.disable, logging.disable
     yield "the level of the root logger", lambda: logging.root.level, logging.root.setLevel
+    yield "the mask of permissions for new files", _mask, os.umask
+    yield "the locale", lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name)
+    yield "the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit
+    yield "filters of warnings", _Filters.present, _Filters.put_back
+    yield "the context of decimal numbers", _decimals, _set_decimals
+    yield "the timeout of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout
+    yield (
+        "the start method of processes",
+        lambda: multiprocessing.get_start_method(allow_none=True),
+        lambda method: multiprocessing.set_start_method(method, force=True),
+    )
     yield "the garbage collector", lambda: (gc.isenabled(), gc.get_threshold()), _set_collector
     if threading.current_thread() is threading.main_thread():
         # a handler of C code is None, and cannot be set from Python
@@ -95,6 +129,19 @@ def _of_torch() -> Iterator[Setting]:
     yield "cuDNN's settings", *_attributes(torch.backends.cudnn, ("enabled", "benchmark", "deterministic"))
     yield "MKL-DNN's settings", *_attributes(torch.backends.mkldnn, ("enabled",))
     yield "torch's precision of float32", lambda: _precisions(torch), lambda found: _set_precisions(torch, found)
+    yield "cuBLAS's settings", *_attributes(torch.backends.cuda.matmul, _OF_CUBLAS)
+    yield (
+        "torch's libraries for CUDA",
+        *_functions(
+            torch.backends.cuda, [(name, name) for name in ("preferred_linalg_library", "preferred_blas_library")]
+        ),
+    )
+    yield "torch's backends of attention", *_functions(torch.backends.cuda, _OF_ATTENTION)
+    yield (
+        "the fast path of attention modules",
+        *_functions(torch.backends.mha, [("get_fastpath_enabled", "set_fastpath_enabled")]),
+    )
+    yield "torch's treatment of tiny numbers", _flushes_to_zero, torch.set_flush_denormal
     yield "torch's gradient mode", torch.is_grad_enabled, torch.set_grad_enabled
     yield "torch's anomaly mode", torch.is_anomaly_enabled, torch.set_anomaly_enabled
     yield "autocast", lambda: [torch.is_autocast_enabled(one) for one in _DEVICES], lambda on: _set_autocast(torch, on)
@@ -106,12 +153,80 @@ def _of_torch() -> Iterator[Setting]:
     )
 
 
-def _attributes(owner: Any, names: tuple[str, ...]) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+def _attributes(owner: Any, names: Iterable[str]) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     def write(values: dict[str, Any]) -> None:
         for name, value in values.items():
             setattr(owner, name, value)
 
     return lambda: {name: getattr(owner, name) for name in names}, write
+
+
+def _functions(
+    owner: Any, pairs: Iterable[tuple[str, str]]
+) -> tuple[Callable[[], list[Any]], Callable[[list[Any]], None]]:
+    """For settings that one function reads and another one sets."""
+    known = [(getattr(owner, read), getattr(owner, write)) for read, write in pairs]
+
+    def write(values: list[Any]) -> None:
+        for (_read, change), value in zip(known, values, strict=True):
+            change(value)
+
+    return lambda: [read() for read, _change in known], write
+
+
+@attrs.frozen
+class _Filters:
+    """The filters that apply to every warning, which decide; and all filters in order."""
+
+    general: list[Any]
+    every: list[Any] = attrs.field(eq=False)
+
+    @classmethod
+    def present(cls) -> _Filters:
+        every = list(warnings.filters)
+        return cls([one for one in every if _is_general(one)], every)
+
+    def put_back(self) -> None:
+        """Take general filters that came since away; without the earlier ones, all filters are those from before."""
+        now = [one for one in warnings.filters if not _is_general(one) or one in self.general]
+        warnings.resetwarnings()
+        warnings.filters[:] = now if all(one in now for one in self.general) else self.every  # type: ignore[index]
+
+
+def _is_general(one: Any) -> bool:
+    _action, message, category, module, line = one
+    return message is None and module is None and not line and issubclass(Warning, category)
+
+
+def _decimals() -> dict[str, Any]:
+    context = decimal.getcontext()
+    found = {name: getattr(context, name) for name in _OF_DECIMAL}
+    return {**found, "traps": dict(context.traps)}
+
+
+def _set_decimals(values: dict[str, Any]) -> None:
+    context = decimal.getcontext()
+    context.traps.update(values["traps"])
+    for name in _OF_DECIMAL[:-1]:
+        setattr(context, name, values[name])
+
+
+def _mask() -> int:
+    """The permissions that new files do not get."""
+    with contextlib.suppress(OSError):
+        found = re.search(rb"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_bytes(), re.MULTILINE)
+        if found:
+            return int(found[1], 8)
+    # elsewhere it can only be read by setting it; files of other threads must not be open to others meanwhile
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _flushes_to_zero() -> bool:
+    """Whether results below the smallest normal number are zero; torch has no function that tells."""
+    smallest, half = sys.float_info.min, 0.5
+    return smallest * half == 0.0
 
 
 @attrs.frozen

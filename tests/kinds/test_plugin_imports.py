@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import decimal
 import gc
+import locale
 import logging
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +118,49 @@ SETTINGS: dict[str, tuple[Callable[[], object], str]] = {
         "torch's number of threads",
     ),
     "import numpy; numpy.seterr(all='ignore')": (np.geterr, "NumPy's handling of errors"),
+    "import torch; torch.set_flush_denormal(True)": (
+        lambda: float(torch.tensor([1e-310], dtype=torch.float64) / 2),
+        "torch's treatment of tiny numbers",
+    ),
+    "import torch; torch.backends.cuda.enable_flash_sdp(False)": (
+        torch.backends.cuda.flash_sdp_enabled,
+        "torch's backends of attention",
+    ),
+    "import torch; torch.backends.mha.set_fastpath_enabled(False)": (
+        torch.backends.mha.get_fastpath_enabled,
+        "the fast path of attention modules",
+    ),
+    "import torch; torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False": (
+        lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "cuBLAS's settings",
+    ),
+    # torch raises without CUDA, but has changed the setting by then
+    "import contextlib, torch\nwith contextlib.suppress(RuntimeError):\n"
+    "    torch.backends.cuda.preferred_linalg_library('cusolver')": (
+        torch.backends.cuda.preferred_linalg_library,
+        "torch's libraries for CUDA",
+    ),
+    "import os; os.umask(0o077)": (lambda: state_of_process()["umask"], "the mask of permissions for new files"),
+    "import locale; locale.setlocale(locale.LC_ALL, 'C.UTF-8' if locale.setlocale(locale.LC_ALL) == 'C' else 'C')": (
+        lambda: locale.setlocale(locale.LC_ALL),
+        "the locale",
+    ),
+    "import sys; sys.setrecursionlimit(sys.getrecursionlimit() + 99)": (sys.getrecursionlimit, "the recursion limit"),
+    "import warnings; warnings.simplefilter('ignore')": (lambda: list(warnings.filters), "filters of warnings"),
+    "import warnings; warnings.resetwarnings()": (lambda: list(warnings.filters), "filters of warnings"),
+    "import decimal; decimal.getcontext().prec = 3": (
+        lambda: decimal.Decimal(1) / 7,
+        "the context of decimal numbers",
+    ),
+    "import decimal; decimal.getcontext().traps[decimal.Inexact] = True": (
+        lambda: decimal.Decimal(1) / 7,
+        "the context of decimal numbers",
+    ),
+    "import socket; socket.setdefaulttimeout(1)": (socket.getdefaulttimeout, "the timeout of sockets"),
+    "import multiprocessing; multiprocessing.set_start_method('spawn', force=True)": (
+        lambda: multiprocessing.get_start_method(allow_none=True),
+        "the start method of processes",
+    ),
 }
 
 
@@ -131,6 +179,19 @@ def test_a_setting_that_decides_what_is_computed_is_put_back_and_named(
     assert look() == before
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == f'kind "sets" (sets 1.0) changed {name} while it was imported; put back'
+
+
+def test_filters_for_the_own_dependencies_of_a_plugin_stay(
+    foreign: ForeignPackages, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Libraries silence single warnings of others at import; that decides nothing, and nothing is said about it."""
+    code = "import warnings\nwarnings.filterwarnings('ignore', message='old name', category=FutureWarning)\n"
+    code += "import decimal\ndecimal.Decimal(1) / 3\n"
+    foreign.install("mild", offers={"mild": "mild_kind:ConstantInitializer"}, modules={"mild_kind": code + INITIALIZER})
+    with warnings.catch_warnings():
+        kinds.resolve("mild")
+        warnings.warn("old name", FutureWarning, stacklevel=1)  # else an error, as all warnings in tests
+    assert caplog.records == []
 
 
 def test_an_import_where_backends_were_set_one_by_one_works(foreign: ForeignPackages) -> None:
