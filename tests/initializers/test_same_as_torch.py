@@ -388,18 +388,12 @@ def _loaded(twin: Callable[[], torch.nn.Module], state: Any) -> dict[str, Any] |
             given._metadata = OrderedDict((f"{start}{name}".strip("."), value) for name, value in metadata.items())
         for strict in (True, False):
             made = twin()
-            if not strict and not set(_lacking(made, given)) <= _optional(made, given):
-                continue
             with warnings.catch_warnings(), contextlib.suppress(RuntimeError, ValueError, TypeError, KeyError):
                 warnings.simplefilter("ignore")
                 found = made.load_state_dict(given, strict=strict)
                 if not found.unexpected_keys and set(found.missing_keys) <= _optional(made, given):
                     return values_of(made)
     return None
-
-
-def _lacking(model: torch.nn.Module, state: Any) -> list[str]:
-    return [name for name in model.state_dict() if name not in state and "note" not in name]
 
 
 def _optional(model: torch.nn.Module, state: Any) -> set[str]:
