@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -17,7 +18,7 @@ from typing import Annotated
 import typer
 
 from noether_init_core.cli import config, contents, kinds, relations, usage
-from noether_init_core.cli.output import show, show_text
+from noether_init_core.cli.output import leave_stdout_to_json, show, show_text
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -85,6 +86,9 @@ def main() -> None:
     A usage error is exit code 2. An error of ours or of a plugin is printed on standard error, with exit code 1. Any
     other exception is a bug in this program, and is raised.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when the process began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # stays open until the process ends
     for stream in (sys.stdout, sys.stderr):
         # a terminal in ASCII or Latin-1 must not turn a message into a UnicodeEncodeError
         if isinstance(stream, io.TextIOWrapper):
@@ -102,4 +106,6 @@ def main() -> None:
         usage.show_traceback(error)
         show_text(message, err=True)
         code = 1
+    finally:
+        leave_stdout_to_json()
     sys.exit(code or 0)

@@ -38,6 +38,8 @@ Cell = str | tuple[str, str]
 
 #: The JSON texts of each ``only_json`` that is entered.
 _held: list[list[str]] = []
+#: The standard outputs that got JSON.
+_with_json: list[TextIO] = []
 _NUMBERS = ("bytes", "elements", "files", "keys", "sets", "tensors")
 _WHOLE = ("", "dtype", "iteration", "kind", "newest", "observer", "set")
 _NARROW = 80
@@ -76,6 +78,7 @@ def only_json() -> Iterator[None]:
     """
     texts: list[str] = []
     _held.append(texts)
+    _with_json.append(sys.stdout)
     sys.stdout.flush()
     try:
         with _descriptor_redirected(sys.stdout, sys.stderr), contextlib.redirect_stdout(sys.stderr):
@@ -84,6 +87,18 @@ def only_json() -> Iterator[None]:
         _held.remove(texts)
         for text in texts:
             typer.echo(text)
+
+
+def leave_stdout_to_json() -> None:
+    """Send all later output of this process to standard error, if its standard output got JSON.
+
+    Plugins may print once more when the process ends: in threads, and in functions that ``atexit`` calls.
+    """
+    if sys.stdout is None or sys.stderr is None or sys.stdout is not sys.__stdout__ or sys.stdout not in _with_json:
+        return
+    sys.stdout.flush()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = sys.stderr
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,10 @@ def test_errors_leave_standard_output_empty(world: Path) -> None:
 
 
 LOUD = """
+import atexit
 import os
 import sys
+import threading
 from noether_init_core import InitializerBase
 
 def shout(what):
@@ -116,7 +119,13 @@ def shout(what):
     sys.__stdout__.flush()
     os.system(f"echo {what} from a child process")
 
+def shout_late():
+    threading.main_thread().join()
+    shout("in a thread")
+
 shout("at import")
+atexit.register(shout, "at exit")
+threading.Thread(target=shout_late).start()
 
 class Loud(InitializerBase):
     contract = 1
@@ -144,7 +153,7 @@ MODELS = "import os\nimport torch\n\ndef build():\n    os.system('echo built')\n
     ],
 )
 def test_what_a_plugin_prints_is_not_between_the_json(tmp_path: Path, line: str) -> None:
-    """By print, past ``sys.stdout`` and from a child process; at import, in a hook, and by the model."""
+    """By print, past ``sys.stdout`` and from a child process; at import, in a hook, by the model, and at the end."""
     info = tmp_path / "site" / "loud-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1.0\n")
@@ -160,6 +169,17 @@ def test_what_a_plugin_prints_is_not_between_the_json(tmp_path: Path, line: str)
     assert isinstance(json.loads(done.stdout), dict)
     assert "at import from a child process" in done.stderr
     assert "at import past sys.stdout" in done.stderr
+    for late in ("at exit", "in a thread"):
+        assert all(f"{late}{how}\n" in done.stderr for how in ("", " past sys.stdout", " from a child process"))
     if "apply" in line:
         assert "in init_weights\n" in done.stderr
         assert "built" in done.stderr
+
+
+def test_json_is_printed_without_standard_error() -> None:
+    """A job may have closed it; the same for a standard output that is closed, where nothing can be printed."""
+    command = f"{shlex.quote(str(PROGRAM))} kinds --json"
+    done = subprocess.run(["sh", "-c", f"{command} 2>&-"], capture_output=True, text=True, check=True)
+    assert "previous_run" in {one["name"] for one in json.loads(done.stdout)}
+    done = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
