@@ -42,6 +42,8 @@ class Session:
         stopwatch: Measures the time of phases.
         restored: What was restored besides weights, in words for the report.
         not_restored: What the checkpoint has and no object was given for, in words for the report.
+        on_written: Called with a single model and the names that were written in it, once they were; None if the stack
+            does not compare them.
     """
 
     def __init__(self) -> None:
@@ -54,6 +56,7 @@ class Session:
         self.stopwatch = Stopwatch()
         self.restored: list[str] = []
         self.not_restored: list[str] = []
+        self.on_written: Callable[[Any, Iterable[str]], None] | None = None
 
     def close_files(self) -> None:
         """Close every file and drop what was read from it; the selection stays. May be called more than once."""

@@ -12,6 +12,7 @@ from noether_init_core.errors import ProbeMismatchError
 from noether_init_core.initializers.checkpoint import CheckpointInitializer
 from noether_init_core.initializers.source import SourceInitializer
 from noether_init_core.kinds.hookspec import hookimpl
+from noether_init_core.kinds.naming import name_of
 from noether_init_core.messages import logger_of
 from noether_init_core.models import Leaf, submodel_of
 from noether_init_core.probe.outputs import Compared, Output, compare
@@ -68,7 +69,7 @@ class ProbeObserver:
             # The writes of a kind without a plan are unknown, so it may have changed anything.
             rows = _rows(initializer, model) if isinstance(initializer, SourceInitializer) else ()
             if not rows or earlier.places & _places(row for row in rows if row.writes or row.action == "reset"):
-                earlier.others.append(initializer.config.kind)
+                earlier.others.append(name_of(initializer))
         if pending is not None:
             pending.places = _places(_rows(initializer, model))
             self._pending[initializer] = pending
@@ -82,12 +83,12 @@ class ProbeObserver:
         if pending is not None:
             result_text = self._repeated(model, initializer, pending)
             initializer.session.restored.append(f"probe: {result_text}")
-            logger.info("%s: probe of %s: %s", initializer.config.kind, pending.source.folder, result_text)
+            logger.info("%s: probe of %s: %s", name_of(initializer), pending.source.folder, result_text)
         return result
 
     def _begun(self, initializer: Any) -> _Pending | None:
         """Read the probe of the set of the initializer. Raises errors of the reader for a damaged probe."""
-        kind = initializer.config.kind
+        kind = name_of(initializer)
         selection = initializer.selection if isinstance(initializer, CheckpointInitializer) else None
         selected = None if selection is None else selection.chosen
         if selected is None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from noether_init_core.kinds.hookspec import hookimpl
+from noether_init_core.kinds.naming import name_of
 from noether_init_core.messages import one_line
 from noether_init_core.progress import Advance, progress
 
@@ -34,7 +35,7 @@ class ProgressObserver:
 
 
 def _watch(initializer: Any) -> None:
-    kind = one_line(initializer.config.kind)
+    kind = one_line(name_of(initializer))
 
     def bar(phase: str, nbytes: int) -> AbstractContextManager[Advance]:
         if nbytes < _LEAST:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from noether_init_core.kinds.hookspec import HOOK_NAMES, hookimpl
+from noether_init_core.kinds.naming import name_of
 from noether_init_core.stopwatch import Stopwatch, Timing
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -67,7 +68,7 @@ def in_words(one: Timing) -> str:
 
 def _print(initializer: Any, what: str, seconds: str, timings: Iterable[Timing], word: str = "") -> None:
     words = "  ".join(filter(None, (word, "; ".join(map(in_words, timings)))))
-    print(f"timing  {initializer.config.kind:<14} {what:<16} {seconds:>9}  {words}".rstrip(), file=sys.stderr)
+    print(f"timing  {name_of(initializer):<14} {what:<16} {seconds:>9}  {words}".rstrip(), file=sys.stderr)
 
 
 def _seconds(seconds: float) -> str:

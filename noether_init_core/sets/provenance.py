@@ -25,7 +25,7 @@ PROVENANCE_FORMAT = "noether-init-provenance"
 #: Name of a tensor -> the files that its values came from, the latest first, and the names of the tensor in each.
 History = dict[str, tuple[tuple["SourceRecord", tuple[str, ...]], ...]]
 
-#: Actions on entries of the model, with their words, in the order of reports.
+#: What happened to entries of the model, in words, in the order of reports.
 _DONE: Mapping[str, str] = {
     "load": "loaded",
     "rename": "loaded by another name",
@@ -33,6 +33,7 @@ _DONE: Mapping[str, str] = {
     "cast": "loaded and converted",
     "keep": "kept",
     "reset": "reset",
+    "changed": "changed after they were loaded",
 }
 #: Actions on entries of the file.
 _UNUSED = ("removed", "outside", "unexpected")
@@ -43,11 +44,12 @@ class InitializerReport:
     """The result of one initializer.
 
     Attributes:
-        kind: The kind, as named in the config.
+        kind: The kind, as named in the config. A subclass whose kind is that of its base is named by its class.
         distribution: The distribution that provides it, with its version; empty for a kind registered in the process.
         hooks: The hooks that were called for it.
         origins: (model, description, file) of each file that weights came from.
-        counts: Action of the plan -> number of tensors.
+        counts: Action of the plan -> number of tensors; ``changed`` are those that the kind changed after they were
+            loaded, which no longer come from the file.
         coverage: Share of the parameters that came from the checkpoint, from 0 to 1; None without a plan.
         start: The start iteration; None for zero.
         restored: What was restored besides weights: optimizers, trainer, callbacks; also the result of the observer

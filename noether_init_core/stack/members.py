@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import pluggy
-import xxhash
 
 from noether_init_core import kinds
 from noether_init_core.applying.targets import model_targets
 from noether_init_core.config.document import Entry
 from noether_init_core.errors import ConfigError, type_of
-from noether_init_core.files.reading import memory_of_tensor
 from noether_init_core.initializers.base import InitializerBase, LoadedFile, Outcome, Session, with_delegates
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.kinds import hookspec
 from noether_init_core.kinds.hookspec import HOOK_NAMES, PROJECT_NAME, hookimpl
+from noether_init_core.kinds.naming import name_of
 from noether_init_core.models import leaf_models, submodel_of
 from noether_init_core.sets.provenance import InitializerReport, InitReport, SourceRecord, TensorRecord
+from noether_init_core.stack.changes import Written, entries_of
 from noether_init_core.surgery.plan import LoadPlan, PlanRow
 from noether_init_core.surgery.steps import described
 
@@ -43,8 +43,8 @@ class Member:
 
     @property
     def kind(self) -> str:
-        """The kind, as named in the config."""
-        return self.initializer.config.kind
+        """The kind, as named in the config; the class, if the kind is that of another class."""
+        return name_of(self.initializer)
 
     @property
     def called(self) -> frozenset[str]:
@@ -285,32 +285,6 @@ class Carried:
         return self.path + model.removeprefix(self.name)
 
 
-@attrs.frozen
-class Written:
-    """An initializer without a plan, and the entries whose values it changed: (path of a single model, name)."""
-
-    kind: str
-    entries: frozenset[tuple[str, str]]
-
-
-def values_of(model: Any) -> dict[tuple[str, str], str]:
-    """(path of a single model, name) -> digest of the bytes, for every parameter and buffer that has memory."""
-    found = {}
-    for place, tensor, _is_parameter in _entries(model):
-        if not tensor.is_meta:
-            plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-            found[place] = xxhash.xxh3_128_hexdigest(memory_of_tensor(plain))
-    return found
-
-
-def _entries(model: Any) -> Iterator[tuple[tuple[str, str], Any, bool]]:
-    """Place, tensor, and whether it is a parameter, for every parameter and buffer."""
-    for path, leaf in leaf_models(model):
-        for named, is_parameter in ((leaf.named_parameters, True), (getattr(leaf, "named_buffers", dict), False)):
-            for name, tensor in dict(named()).items():
-                yield (path, name), tensor, is_parameter
-
-
 def trace(
     model: Any, carried: Iterable[Carried | Written]
 ) -> tuple[tuple[SourceRecord, ...], tuple[TensorRecord, ...]]:
@@ -353,7 +327,7 @@ def trace(
                 row.tied_to,
             )
     firsts: dict[int, tuple[str, str]] = {}
-    for place, tensor, is_parameter in _entries(model):
+    for place, tensor, is_parameter in entries_of(model):
         # submodels that share a tensor share its origin
         first = firsts.setdefault(id(tensor), place)
         if first != place and {first, place} <= found.keys():
@@ -363,8 +337,8 @@ def trace(
 
 
 def _forget(found: dict[tuple[str, str], TensorRecord], written: Written) -> None:
-    """Record that an initializer without a plan changed the values, so that they no longer come from a file."""
-    rule = f"set by {written.kind}"
+    """Record that an initializer changed the values, so that they no longer come from a file."""
+    rule = f"{written.how} {written.kind}"
     for place in written.entries & found.keys():
         old = found[place]
         found[place] = TensorRecord(old.model, old.name, old.is_parameter, rule=rule, tied_to=old.tied_to)
@@ -395,6 +369,29 @@ def _distribution(info: kinds.KindInfo | None) -> str:
     return f"{info.source}{f', imported from {other}' if other else ''}"
 
 
+def _path_of(model: Any, one: Prepared) -> str:
+    return ".".join((str(model.name), *one.member.entry.submodel))
+
+
+def full_paths(model: Any, one: Prepared) -> Callable[[str], str]:
+    """The function from the path of a single model, in the plans of a part, to its path in the whole ``model``."""
+    path, name = _path_of(model, one), str(one.part.name)
+    return lambda found: path + found.removeprefix(name)
+
+
+def _achieved(plan: LoadPlan, changed: Written | None, full: Callable[[str], str]) -> tuple[float, dict[str, int]]:
+    """Coverage and counts of a plan that was carried out, without entries that the kind changed afterwards."""
+    places = changed.entries if changed is not None else ()
+    is_changed = [row.writes and (full(row.model), row.target) in places for row in plan.rows]
+    if not any(is_changed):
+        return plan.coverage(), plan.counts()
+    rows = zip(plan.rows, is_changed, strict=True)
+    done = attrs.evolve(plan, rows=tuple([attrs.evolve(row, action="keep") if is_it else row for row, is_it in rows]))
+    counts = {**done.counts(), "changed": sum(is_changed)}
+    counts["keep"] -= counts["changed"]
+    return done.coverage(), {action: count for action, count in counts.items() if count}
+
+
 def reported(
     model: Any,
     prepared: Sequence[Prepared],
@@ -412,7 +409,7 @@ def reported(
         start: The iteration at which training starts.
         starts: What each member returned as its start.
         called: The hooks that were called.
-        written: Number of a member without a plan -> the entries whose values it changed.
+        written: Number of a member -> the entries whose values it changed besides its plan.
         decision: What ``auto_resume`` decided.
     """
     providers = {info.name: info for info in kinds.installed()}
@@ -420,7 +417,9 @@ def reported(
     carried: list[Carried | Written] = []
     for number, (one, own_start) in enumerate(zip(prepared, starts, strict=True)):
         member = one.member
+        path, name = _path_of(model, one), str(one.part.name)
         planned = LoadPlan.merged([plan for _unit, plan in one.plans])
+        coverage, counts = _achieved(planned, written.get(number), full_paths(model, one))
         outcome = member.initializer.outcome()
         reports.append(
             InitializerReport(
@@ -428,8 +427,8 @@ def reported(
                 distribution=_distribution(providers.get(member.kind)),
                 hooks=tuple(hook for hook in called if hook in member.called),
                 origins=tuple((one.model, one.description, ", ".join(one.files)) for one in planned.origins),
-                counts=planned.counts(),
-                coverage=planned.coverage() if one.plans else None,
+                counts=counts,
+                coverage=coverage if one.plans else None,
                 start=str(own_start) if own_start is not None and not own_start.is_zero else None,
                 restored=outcome.restored,
                 passed_over=outcome.passed_over,
@@ -438,10 +437,9 @@ def reported(
                 timings=outcome.timings,
             )
         )
-        path, name = ".".join((str(model.name), *member.entry.submodel)), str(one.part.name)
         for unit, plan in one.plans:
             own = outcome if unit is member.initializer else unit.outcome()
-            carried.append(Carried(unit.config.kind, plan, own, path, name))
+            carried.append(Carried(name_of(unit), plan, own, path, name))
         if number in written:
             carried.append(written[number])
     sources, tensors = trace(model, carried)

@@ -11,6 +11,7 @@ import xxhash
 
 from noether_init_core.errors import ConfigError, RankError, text_of, type_of
 from noether_init_core.iteration import TrainingIteration
+from noether_init_core.kinds.naming import name_of
 from noether_init_core.stack.members import Member
 
 _Ready = TypeVar("_Ready")
@@ -66,13 +67,13 @@ def facts(auto_resume: str, members: Iterable[Member], start: TrainingIteration)
     """What every rank must have found: the initializers, their settings, what each of them reads, and the start."""
     yield auto_resume or "no auto_resume"
     units = [one for member in members for one in member.units]
-    yield f"initializers {', '.join(one.config.kind for one in units) or 'none'}"
+    yield f"initializers {', '.join(name_of(one) for one in units) or 'none'}"
     for number, one in enumerate(units):
         # a digest, since settings may hold secrets; where a file lies may differ between nodes
         settings = one.config.model_dump_json(exclude={"path", "output_path", "digest"}, fallback=type_of)
-        yield f"{number}: {one.config.kind} has the settings {xxhash.xxh3_64_hexdigest(settings.encode())}"
+        yield f"{number}: {name_of(one)} has the settings {xxhash.xxh3_64_hexdigest(settings.encode())}"
         for line in one.fingerprint():
-            yield f"{number}: {one.config.kind} reads {line}"
+            yield f"{number}: {name_of(one)} reads {line}"
     yield f"start {start}"
 
 

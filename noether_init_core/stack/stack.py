@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -31,6 +31,12 @@ from noether_init_core.sets.hints import AskedBy
 from noether_init_core.sets.provenance import InitReport
 from noether_init_core.sets.selection import newest_set
 from noether_init_core.sets.snapshot import Snapshot
+from noether_init_core.stack.changes import (
+    Written,
+    changed_afterwards,
+    may_change_afterwards,
+    written_without_plan,
+)
 from noether_init_core.stack.config_files import (
     LoadedConfig,
     load_config_file,
@@ -41,10 +47,9 @@ from noether_init_core.stack.members import (
     HookCaller,
     Member,
     Prepared,
-    Written,
+    full_paths,
     prepare,
     reported,
-    values_of,
     written_by,
 )
 from noether_init_core.stack.ranks import agreed, facts
@@ -262,7 +267,7 @@ class InitializerStack:
         """
         callbacks = list(callbacks) if callbacks is not None else None
         with self._in_sessions(trains=trains, is_last=True):
-            ready = functools.partial(self._ready, model, trainer, callbacks)
+            ready = partial(self._ready, model, trainer, callbacks)
             start, starts, prepared = agreed(
                 ready, lambda found: facts(self._auto_resume, self._members, found[0]), group=group, timeout_s=timeout_s
             )
@@ -372,9 +377,14 @@ class InitializerStack:
                 if hook not in member.called:
                     continue
                 given = {"model": one.part, "trainer": trainer, "callbacks": callbacks}
-                call: Callable[[], Any] = functools.partial(self._hooks.call, hook, member.initializer, **given)
+                call: Callable[[], Any] = partial(self._hooks.call, hook, member.initializer, **given)
                 if hook == "init_weights" and has_loaded and not one.plans:
-                    call = functools.partial(_watched, model, member.kind, call, written, number)
+                    noted = partial(written_without_plan, model, member.kind, call)
+                    call = partial(_noted, written, number, noted)
+                elif hook == "init_weights" and one.plans and may_change_afterwards(member.units):
+                    full = full_paths(model, one)
+                    noted = partial(changed_afterwards, one.part, full, member.kind, member.units, one.plans, call)
+                    call = partial(_noted, written, number, noted)
                 has_loaded = has_loaded or (hook == "init_weights" and bool(one.plans))
                 steps.append((f"{hook} of {member.kind}", call))
         restore = getattr(trainer, "restore_rng", None)
@@ -406,13 +416,8 @@ class InitializerStack:
                 ) from error
 
 
-def _watched(model: Any, kind: str, call: Callable[[], Any], written: dict[int, Written], number: int) -> None:
-    """Call a kind without a plan, and record which entries changed: their values no longer come from a file."""
-    before = values_of(model)
-    call()
-    after = values_of(model)
-    changed = frozenset(place for place, digest in after.items() if before.get(place) != digest)
-    written[number] = Written(kind, changed)
+def _noted(written: dict[int, Written], number: int, call: Callable[[], Written]) -> None:
+    written[number] = call()
 
 
 def _resumed(path_provider: Any, entry: Entry) -> tuple[Entry | None, str]:
