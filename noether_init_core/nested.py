@@ -48,5 +48,5 @@ def equal(first: Any, other: Any) -> bool:
         one, two = (tensor.reshape(-1).view(torch.uint8) for tensor in plain)
         return bool(torch.equal(one, two))
     if hasattr(first, "tobytes") and hasattr(first, "shape"):  # arrays of NumPy, for which == has no single result
-        return first.dtype == other.dtype and first.shape == other.shape and first.tobytes() == other.tobytes()
+        return bool(first.dtype == other.dtype and first.shape == other.shape and first.tobytes() == other.tobytes())
     return first is other or bool(first == other) or bool(first != first and other != other)

@@ -138,6 +138,20 @@ def unwritable(tensor: torch.Tensor, read_only: ReadOnlyMemory) -> str:
     return ""
 
 
+def valueless_mode() -> str:
+    """Why nothing can be written now, in words: a mode of torch is entered whose new tensors hold no values.
+
+    ``FakeTensorMode`` is one. A model that was built before it has memory, but torch refuses to write into it.
+    """
+    made = torch.empty(1, device="cpu")
+    if is_ordinary(made) and not made.is_meta:
+        return ""
+    return (
+        f"cannot be written in a mode of torch that makes tensors without values ({type(made).__name__}). "
+        "Next: initialize outside of the mode"
+    )
+
+
 def _is_sharded(tensor: torch.Tensor) -> bool:
     return any(kind.__module__.startswith("torch.distributed.") for kind in type(tensor).__mro__)
 

@@ -9,7 +9,14 @@ import attrs
 import torch
 
 from noether_init_core.applying.loading_code import LoadingCode
-from noether_init_core.applying.places import Identity, ReadOnlyMemory, overlapping, tensor_identity, unwritable
+from noether_init_core.applying.places import (
+    Identity,
+    ReadOnlyMemory,
+    overlapping,
+    tensor_identity,
+    unwritable,
+    valueless_mode,
+)
 from noether_init_core.errors import ConfigError
 from noether_init_core.models import BoundModel, check_model, leaf_models
 from noether_init_core.surgery.fit import PlanPart, TargetSpec
@@ -72,12 +79,12 @@ def model_targets(model: Any) -> ModelTargets:
     unregistered, left_out = [], []
     first_names: dict[Identity, str] = {}
     by_object = {id(tensor) for tensor in owned.values()}
-    read_only = ReadOnlyMemory()
+    read_only, mode = ReadOnlyMemory(), valueless_mode()
 
     def spec_of(name: str, tensor: torch.Tensor) -> TargetSpec:
         identity = tensor_identity(tensor)
         first = first_names.setdefault(identity, name)
-        return _spec_of(tensor, identity, None if first == name else first, unwritable(tensor, read_only))
+        return _spec_of(tensor, identity, None if first == name else first, unwritable(tensor, read_only) or mode)
 
     for name, value in _state_dict(model).items():
         owner, _, leaf = name.rpartition(".")

@@ -184,7 +184,8 @@ def _is_same(before: Any, now: Any) -> bool:
 
 def _comparable(leaf: Any) -> Any:
     """The value, or its type if it has no ``==`` of its own: its copy would never be equal to it."""
-    return type(leaf) if type(leaf).__eq__ is object.__eq__ else leaf
+    has_own = any("__eq__" in vars(one) for one in type(leaf).__mro__ if one is not object)
+    return leaf if has_own else type(leaf)
 
 
 @attrs.frozen

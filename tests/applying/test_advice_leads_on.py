@@ -17,9 +17,10 @@ from support.advice import digests, executes, saw
 from support.following import advised, refusal
 from torch import nn
 from torch._C._distributed_c10d import HashStore
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from noether_init_core import CheckpointWriter, InitializerStack, PathProvider, TrainingIteration, bind, compose
-from noether_init_core.applying.places import ReadOnlyMemory, unwritable
+from noether_init_core.applying.places import ReadOnlyMemory, unwritable, valueless_mode
 
 
 @pytest.fixture
@@ -72,6 +73,19 @@ def test_memory_that_is_read_only_is_replaced(tmp_path: Path, start: Callable[..
     said = advised(lambda: start(module))
     assert said.startswith("replace it by a clone()")
     module.bias.data = module.bias.data.clone()
+    start(module)
+
+
+@executes("applying/places.py", "initialize outside of the mode")
+@pytest.mark.parametrize("allows", [True, False])
+def test_a_model_is_loaded_outside_of_a_mode_without_values(start: Callable[..., Any], *, allows: bool) -> None:
+    """A plain model, known before a change."""
+    module = nn.Linear(3, 2)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with FakeTensorMode(allow_non_fake_inputs=allows):
+        saw(valueless_mode())
+        assert advised(lambda: start(module)).startswith("initialize outside of the mode\n")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     start(module)
 
 
