@@ -26,12 +26,11 @@ from noether_init_core.suggest.rules import (
 )
 from noether_init_core.surgery.advice import covering, resized
 from noether_init_core.surgery.fit import TIED, PlanPart, TargetSpec, TensorSpec, shapes_of
-from noether_init_core.surgery.name_rules import below
 from noether_init_core.surgery.planner import Policies, plan_load
 from noether_init_core.surgery.roots import is_average, roots_for, told
 from noether_init_core.surgery.steps import written
 from noether_init_core.surgery.ties import names_of_ties
-from noether_init_core.surgery.wrappers import bare_names
+from noether_init_core.surgery.wrappers import bare_names, below
 
 # buffers that models compute themselves
 _COMPUTED = frozenset(

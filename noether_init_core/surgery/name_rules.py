@@ -14,10 +14,11 @@ from typing import Any, Literal
 import attrs
 
 from noether_init_core.messages import listed, yaml_line
-from noether_init_core.surgery.patterns import NamePattern, PatternSet, near, parse_glob, parse_pattern, repaired
+from noether_init_core.surgery.patterns import NamePattern, PatternSet, lacks_dot, near, repaired
 from noether_init_core.surgery.plan import Problem
 from noether_init_core.surgery.steps import Step
-from noether_init_core.surgery.wrappers import WRAPPERS, Forms, bare_names, cut, forms_of, paired
+from noether_init_core.surgery.wrapper_rules import names_wrapper, partly_matched
+from noether_init_core.surgery.wrappers import WRAPPERS, Forms, bare_names, below, forms_of, paired
 
 
 @attrs.frozen
@@ -33,6 +34,9 @@ class Taken:
     steps: tuple[Step, ...] = ()
     part: int = 0
     parts: int = 1
+
+    def shown(self) -> str:
+        return f"{', '.join(self.sources)} by {self.rule or 'its name'}"
 
 
 @attrs.define
@@ -73,7 +77,7 @@ class NameMatch:
         other = self.moves.setdefault(name, taken)
         if other is not taken:
             message = (
-                f"{shown or name} would be loaded twice: from {_as_text(other)} and from {_as_text(taken)}. "
+                f"{shown or name} would be loaded twice: from {other.shown()} and from {taken.shown()}. "
                 "Next: drop one of them"
             )
             self.problems += (Problem("two-sources", message, "", (*other.sources, *taken.sources)),)
@@ -260,6 +264,7 @@ class Transforms:
         self._takers, self._taking = _asked(self.rules, "from", "drop")
         self._only_rules, self._only = _asked(self.rules, "only")
         self._keep_rules, self._keep = _asked(self.rules, "keep_model")
+        self._of_wrappers = [rule for rule in self.rules if len(rule.patterns) == 1 and names_wrapper(rule.patterns[0])]
 
     def match(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> NameMatch:
         """Decide for one file and one model."""
@@ -304,7 +309,7 @@ class Transforms:
 
 
 def _asked(rules: Sequence[Rule], *fields: str) -> tuple[list[tuple[Rule, int]], PatternSet]:
-    """The patterns of the rules of some fields: rule and number of each pattern, and all of them as one set."""
+    """Rule and number of each pattern of the rules of some fields, and all of them as one set."""
     asked = [(rule, index) for rule in rules if rule.field in fields for index in range(len(rule.patterns))]
     return asked, PatternSet(rule.patterns[index].expression for rule, index in asked)
 
@@ -333,6 +338,7 @@ class _Matching:
                 match.matched.add(label)
                 match.kept.setdefault(name, label)
         groups, plain = self._choose()
+        match.problems += tuple(self._partly_matched(plain))
         for group in groups:
             self._move(group)
         self._take_by_name(plain)
@@ -351,6 +357,19 @@ class _Matching:
                     f"names begin with it. Next: leave {field} out, and drop or rename names by rules"
                 )
                 yield Problem("unclear-prefix", message, "", tuple(inside[:3]))
+
+    def _partly_matched(self, plain: Iterable[str]) -> Iterator[Problem]:
+        match, of_file, of_model = self._match, *self._forms
+        for rule in self._rules._of_wrappers:
+            if rule.label not in match.matched:
+                continue
+            if rule.field == "keep_model":
+                left = [bare for bare, name in self._targets.items() if name not in match.kept]
+                yield from partly_matched(rule, self._targets, of_model, left)
+            else:
+                by_only = self._rules._only_rules[0][0].label if rule.field == "only" else ""
+                left = [bare for bare, name in self._sources.items() if match.removed.get(name) == by_only]
+                yield from partly_matched(rule, self._sources, of_file, left if by_only else plain)
 
     def _take_by_name(self, plain: Mapping[str, str]) -> None:
         """Names that no rule takes."""
@@ -423,28 +442,7 @@ class _Matching:
 NameRules = NoetherSurgery | Transforms
 
 
-def lacks_dot(text: str, names: Iterable[str]) -> bool:
-    """Whether ``text`` would match one of ``names`` with a trailing dot, which means every name below."""
-    if text.endswith("."):
-        return False
-    try:
-        parsed = parse_pattern(f"{text}.") if "<" in text else parse_glob(f"{text}.")
-    except ValueError:
-        return False
-    return any(map(PatternSet([parsed.expression]).matching, names))
-
-
-def _as_text(taken: Taken) -> str:
-    return f"{', '.join(taken.sources)} by {taken.rule or 'its name'}"
-
-
 def _prefix(root: str) -> str:
     """The root with its dot, without the prefixes of wrappers: those are removed before roots are compared."""
     segments = [segment for segment in root.split(".") if segment and segment not in WRAPPERS]
     return ".".join((*segments, "")) if segments else ""
-
-
-def below(root: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The names below ``root``, without it -> name; ``root`` as ``Transforms`` keeps it, with a trailing dot."""
-    cuts = ((cut(bare, root), name) for bare, name in names.items())
-    return {cut: name for cut, name in cuts if cut is not None}

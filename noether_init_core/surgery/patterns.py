@@ -248,6 +248,17 @@ class NameGlobs(PatternSet):
         return near(name, list(others))
 
 
+def lacks_dot(text: str, names: Iterable[str]) -> bool:
+    """Whether ``text`` would match one of ``names`` with a trailing dot, which means every name below."""
+    if text.endswith("."):
+        return False
+    try:
+        parsed = parse_pattern(f"{text}.") if "<" in text else parse_glob(f"{text}.")
+    except ValueError:
+        return False
+    return any(map(PatternSet([parsed.expression]).matching, names))
+
+
 def _is_encodable(name: str) -> bool:
     """Whether the name is valid UTF-8; a file may have names with lone surrogates, which RE2 cannot match."""
     if name.isascii():

@@ -22,8 +22,8 @@ from noether_init_core.surgery.fit import (
     TargetSpec,
     TensorSpec,
 )
-from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, Transforms, lacks_dot
-from noether_init_core.surgery.patterns import PatternSet, parse_glob
+from noether_init_core.surgery.name_rules import NameMatch, NameRules, Taken, Transforms
+from noether_init_core.surgery.patterns import PatternSet, lacks_dot, parse_glob
 from noether_init_core.surgery.plan import LOADED_BEFORE, Action, LoadPlan, Origin, PlanRow, Problem, share_loaded
 from noether_init_core.surgery.steps import Cast, Pad, Shape, Slice, Step, StepError, shapes_after
 from noether_init_core.surgery.ties import names_of_ties, ties

@@ -12,8 +12,8 @@ import attrs
 
 from noether_init_core.messages import listed, near
 from noether_init_core.surgery.advice import Advice, is_sayable
-from noether_init_core.surgery.name_rules import NameMatch, NameRules, Transforms, below
-from noether_init_core.surgery.wrappers import bare_names
+from noether_init_core.surgery.name_rules import NameMatch, NameRules, Transforms
+from noether_init_core.surgery.wrappers import bare_names, below
 
 # Weights lie a few levels deep; a hostile file may have names of thousands of segments.
 _LONGEST, _DEEPEST = 256, 4

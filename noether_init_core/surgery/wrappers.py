@@ -62,6 +62,12 @@ def cut(name: str, root: str) -> str | None:
     return name[len(root) :] if not root or (name.startswith(root) and name != root) else None
 
 
+def below(root: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The names below ``root``, without it -> name; ``root`` as ``Transforms`` keeps it, with a trailing dot."""
+    cuts = ((cut(bare, root), name) for bare, name in names.items())
+    return {cut: name for cut, name in cuts if cut is not None}
+
+
 #: How a name reads below a root: without the prefix that all names have, as it stands, and without all wrappers.
 Forms = tuple[str | None, str | None, str | None]
 

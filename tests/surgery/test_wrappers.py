@@ -219,3 +219,78 @@ def test_an_average_of_it_is_refused_and_the_advice_loads_it(tmp_path: Path) -> 
     config["transforms"] = [{"from": "module.scale", "to": "scale"}]
     InitializerStack.from_config([config]).initialize(bind(model, "net"))
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in source.state_dict().items())
+
+
+class Half(torch.nn.Module):
+    """Has ``scale`` with and without ``module.``, so that rules see the prefix in that name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.rand(1))
+        self.module = torch.nn.Module()
+        self.module.scale = torch.nn.Parameter(torch.rand(1))
+        self.module.b = torch.nn.Linear(2, 2)
+        self.module.c = torch.nn.Linear(2, 2)
+        self.b = torch.nn.Module()
+        self.b.other = torch.nn.Parameter(torch.rand(1))
+
+
+#: A rule -> the rules that its message advises.
+PARTLY: dict[str, str] = {
+    "{drop: module.}": "{drop: b.weight}, {drop: b.bias}, {drop: c.}",
+    "{drop: mod*.}": "{drop: b.weight}, {drop: b.bias}, {drop: c.}",
+    "{keep_model: module.}": "{keep_model: b.weight}, {keep_model: b.bias}, {keep_model: c.}",
+    "{only: module.}": "{only: b.weight}, {only: b.bias}, {only: c.}",
+}
+
+
+@executes("surgery/wrapper_rules.py", "Next: further rules under transforms: ")
+@pytest.mark.parametrize("rule", PARTLY)
+def test_a_rule_for_a_wrapper_that_matches_some_names_below_it_is_refused(tmp_path: Path, rule: str) -> None:
+    """It would apply to a part of what it says without a word; with the advised rules it applies to all of it."""
+    torch.save(Half().state_dict(), tmp_path / "half.pt")
+    model = Half()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rules = [yaml.safe_load(rule)]
+    config = {"kind": "file", "path": str(tmp_path / "half.pt"), "on_missing": "keep", "transforms": rules}
+    with pytest.raises(PlanError, match=r"so it leaves out module\.b\.weight \(in rules b\.weight\)") as refused:
+        InitializerStack.from_config([config]).initialize(bind(model, "net"))
+    told = re.search(r"Next: further rules under transforms: (.*)", str(refused.value))
+    assert told is not None
+    assert told[1] == PARTLY[rule]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    rules += yaml.safe_load(f"[{told[1]}]")
+    report = InitializerStack.from_config([config]).initialize(bind(model, "net"))
+    below, others = ({name for name in before if name.startswith("module.") is is_below} for is_below in (True, False))
+    assert set(report.loaded_parameters()) == (below if "only" in rule else others)
+
+
+@executes("surgery/wrapper_rules.py", "Next: further rules under transforms: ")
+def test_a_rename_of_a_wrapper_that_matches_some_names_below_it_is_refused(tmp_path: Path) -> None:
+    """The advised rules rename the others as the rule says."""
+    source = Half()
+    torch.save(source.state_dict(), tmp_path / "half.pt")
+    model = torch.nn.Module()
+    model.new = torch.nn.Module()
+    model.new.scale = torch.nn.Parameter(torch.rand(1))
+    model.new.b, model.new.c = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    rules = [{"from": "module.", "to": "new."}]
+    config = {"kind": "file", "path": str(tmp_path / "half.pt"), "on_unexpected": "ignore", "transforms": rules}
+    while len(rules) < 5:
+        with pytest.raises(PlanError, match="so it leaves out") as refused:
+            InitializerStack.from_config([config]).initialize(bind(model, "net"))
+        told = re.search(r"Next: further rules under transforms: (.*?\})(?: and \d+ more)?$", str(refused.value), re.M)
+        assert told is not None
+        rules += yaml.safe_load(f"[{told[1]}]")
+    InitializerStack.from_config([config]).initialize(bind(model, "net"))
+    for name, value in source.module.state_dict().items():
+        assert torch.equal(model.state_dict()[f"new.{name}"], value)
+
+
+def test_a_rule_that_names_no_wrapper_is_not_asked_for_what_wrappers_hide(tmp_path: Path) -> None:
+    """Neither one whose word only ends as a wrapper does, nor a rule with a star for any segment."""
+    torch.save(Half().state_dict(), tmp_path / "half.pt")
+    rules = [{"drop": "*.scale"}, {"keep_model": "module.scale"}]
+    config = {"kind": "file", "path": str(tmp_path / "half.pt"), "on_missing": "keep", "transforms": rules}
+    report = InitializerStack.from_config([config]).initialize(bind(Half(), "net"))
+    assert report.fresh_parameters() == ("module.scale",)
