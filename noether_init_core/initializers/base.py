@@ -56,7 +56,7 @@ class Session:
         self.stopwatch = Stopwatch()
         self.restored: list[str] = []
         self.not_restored: list[str] = []
-        self.on_written: Callable[[Any, Iterable[str]], None] | None = None
+        self.on_written: Callable[[Any, list[str]], None] | None = None
 
     def close_files(self) -> None:
         """Close every file and drop what was read from it; the selection stays. May be called more than once."""

@@ -374,9 +374,9 @@ class WeightsSession(Session):
                 self.not_restored.append(f"{source.location.name}: unread: {one_line(listed(parts, 5))}")
             file.reader.close()
         self.files = files
-        note = self.on_written
-        for leaf in opened.leaves if note is not None else ():
-            note(leaf.model, [row.key for row in plan.rows_of(leaf.path) if row.writes])
+        if self.on_written is not None:
+            for leaf in opened.leaves:
+                self.on_written(leaf.model, [row.key for row in plan.rows_of(leaf.path) if row.writes])
 
     @contextmanager
     def writing(
