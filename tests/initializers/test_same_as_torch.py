@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 import warnings
@@ -375,24 +376,26 @@ def _loaded(twin: Callable[[], torch.nn.Module], state: Any) -> dict[str, Any] |
     """The values after torch's own load, or None if it refuses.
 
     Where the project takes more than torch does, torch is helped: the prefix of a wrapper is added, and names may be
-    missing that are another name of a tensor that is there, or that the state dict of the model leaves out.
+    missing that are another name of a tensor that is there, or that the state dict of the model leaves out. If code needs
+    one of the latter, it gets the model's own value.
     """
     metadata = getattr(state, "_metadata", None)
     known = twin().state_dict()
     with_prefix: Any = {name if name in known else f"module.{name}": value for name, value in state.items()}
-    for one in (state, with_prefix):
+    for one, strict, with_own in itertools.product((state, with_prefix), (True, False), (False, True)):
+        made = twin()
         given: Any = OrderedDict((name, value) for name, value in one.items() if isinstance(value, torch.Tensor | dict))
         given.pop("_note", None)
+        if with_own:
+            given.update((name, value.clone()) for name, value in made.named_buffers() if name not in known)
         if metadata is not None:
             start = "" if one is state else "module."
             given._metadata = OrderedDict((f"{start}{name}".strip("."), value) for name, value in metadata.items())
-        for strict in (True, False):
-            made = twin()
-            with warnings.catch_warnings(), contextlib.suppress(RuntimeError, ValueError, TypeError, KeyError):
-                warnings.simplefilter("ignore")
-                found = made.load_state_dict(given, strict=strict)
-                if not found.unexpected_keys and set(found.missing_keys) <= _optional(made, given):
-                    return values_of(made)
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, ValueError, TypeError, KeyError):
+            warnings.simplefilter("ignore")
+            found = made.load_state_dict(given, strict=strict)
+            if not found.unexpected_keys and set(found.missing_keys) <= _optional(made, given):
+                return values_of(made)
     return None
 
 
