@@ -59,8 +59,8 @@ def isolated(changed: list[str]) -> Iterator[None]:
 
     Filters for every warning are put back; others are for single dependencies, and stay.
 
-    Not covered: generators of CUDA that were never used, and those of other threads; output that bypasses
-    ``sys.stdout``; the number of threads between operations, and modes of torch that stay entered; ``sys.path``,
+    Not covered: generators of CUDA that were never used, those of other threads, output that bypasses ``sys.stdout``,
+    the number of threads between operations, and modes of torch that stay entered. Also not covered: ``sys.path``,
     handlers of loggers, functions that were replaced, and what runs at exit.
     """
     with contextlib.suppress(ImportError):

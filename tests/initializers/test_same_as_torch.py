@@ -375,9 +375,9 @@ def _saved(paths: PathProvider, source: torch.nn.Module) -> Path | None:
 def _loaded(twin: Callable[[], torch.nn.Module], state: Any) -> dict[str, Any] | None:
     """The values after torch's own load, or None if it refuses.
 
-    Where the project takes more than torch does, torch is helped: the prefix of a wrapper is added, and names may be
-    missing that are another name of a tensor that is there, or that the state dict of the model leaves out. If code needs
-    one of the latter, it gets the model's own value.
+    Where the project takes more than torch does, torch is helped: the prefix of a wrapper is added. Names may be
+    missing that are another name of a tensor that is there, or that the state dict of the model leaves out. If code
+    needs one of the latter, it gets the model's own value.
     """
     metadata = getattr(state, "_metadata", None)
     known = twin().state_dict()
