@@ -15,7 +15,7 @@ _MOST = 1_000
 
 def no_folder(folder: Path) -> str:
     """The first part of a folder's path that does not exist, where it was looked for, and near names. Never raises."""
-    missing = next((part for part in (*reversed(folder.parents), folder) if not os.path.lexists(part)), folder)
+    missing = next((part for part in (*reversed(folder.parents), folder) if _is_absent(part)), folder)
     where = missing.parent
     try:
         with os.scandir(where) as entries:
@@ -25,6 +25,17 @@ def no_folder(folder: Path) -> str:
     found = [one_line(str(where / name)) for name in near(missing.name, sorted(names))]
     nearest = f". Near: {', '.join(found)}" if found else ""
     return f"folder {one_line(str(missing))} does not exist in {one_line(os.path.abspath(where))}{nearest}"
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether nothing is there; not where the look fails."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # another error names it
+        return False
+    return False
 
 
 def absence(path: Path) -> str:
@@ -37,7 +48,7 @@ def absence(path: Path) -> str:
             target = os.readlink(part)
             os.stat(part)
         except FileNotFoundError:
-            if not os.path.lexists(part):
+            if _is_absent(part):
                 return "does not exist"
             broken = f"a link to {one_line(target)}, which does not exist"
             what = f"is {broken}" if part == path else f"does not exist: {one_line(str(part))} is {broken}"

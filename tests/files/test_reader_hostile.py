@@ -426,7 +426,7 @@ NOT_ARCHIVES = {
     "text": (b"hello, this is a log file of something\n", "it is text"),
     "short": (b"PK", "truncated"),
     "zeros": (bytes(4096), "zeros"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "lfs pull"),
     "safetensors": (struct.pack("<Q", 20) + b'{"w":{"dtype":"F32"}}', "safetensors"),
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(60), "gunzip -c"),
     "pickle": (pickle.dumps({"a": 1}, 4), "plain pickle"),
