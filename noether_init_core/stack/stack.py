@@ -31,12 +31,7 @@ from noether_init_core.sets.hints import AskedBy
 from noether_init_core.sets.provenance import InitReport
 from noether_init_core.sets.selection import newest_set
 from noether_init_core.sets.snapshot import Snapshot
-from noether_init_core.stack.changes import (
-    Written,
-    changed_afterwards,
-    may_change_afterwards,
-    written_without_plan,
-)
+from noether_init_core.stack.changes import Written, changed_afterwards, may_change_afterwards, written_without_plan
 from noether_init_core.stack.config_files import (
     LoadedConfig,
     load_config_file,

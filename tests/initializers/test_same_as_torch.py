@@ -382,7 +382,7 @@ def _loaded(twin: Callable[[], torch.nn.Module], state: Any) -> dict[str, Any] |
     metadata = getattr(state, "_metadata", None)
     known = twin().state_dict()
     with_prefix: Any = {name if name in known else f"module.{name}": value for name, value in state.items()}
-    for one, strict, with_own in itertools.product((state, with_prefix), (True, False), (False, True)):
+    for with_own, one, strict in itertools.product((False, True), (state, with_prefix), (True, False)):
         made = twin()
         given: Any = OrderedDict((name, value) for name, value in one.items() if isinstance(value, torch.Tensor | dict))
         given.pop("_note", None)
