@@ -42,7 +42,7 @@ def train(paths: PathProvider, config: Path, task: str, epochs: int, images: int
             log.write(state.update, loss.item())
             if state.update % 12 == 0 or state.epoch == epochs:
                 writer.save(model, trainer=state, averages={"ema=0.95": ema.module.state_dict()})
-        print(f"{state.iteration}  loss {loss.item():.4f}  accuracy {accuracy(network, task):.1%}", flush=True)
+        print(f"{state.iteration}  accuracy {accuracy(network, task):.1%}", flush=True)
 
 
 if __name__ == "__main__":

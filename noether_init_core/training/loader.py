@@ -17,9 +17,11 @@ from torch.utils.data.dataloader import default_collate
 
 from noether_init_core.errors import ConfigError, StateMismatchError, type_of
 from noether_init_core.iteration import check_whole
-from noether_init_core.messages import counted
+from noether_init_core.messages import counted, logger_of
 from noether_init_core.restore import Difference
 from noether_init_core.training.randomness import derive_seed, seeded
+
+_logger = logger_of(__name__)
 
 
 @attrs.frozen
@@ -363,7 +365,11 @@ class TrainingLoader:
         mine, has_batches = self._position.begin_pass()
         if has_batches:
             return self._pass(mine)
-        # The code behind the loop runs now. The loop may also count to len(), which is then 0.
+        _logger.warning(
+            "this run was saved at the last step of an epoch: the loop returns no batch, and the code behind it runs "
+            "now. Next, if that code uses variables of the loop: set them before the loop"
+        )
+        # The loop may also count to len(), which is then 0.
         self._position.first = -1
         return _EndedPass(self._position, mine)
 

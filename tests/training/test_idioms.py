@@ -304,3 +304,26 @@ def test_the_iteration_is_that_of_the_checkpoint() -> None:
     assert list(loader) == []
     assert (state.epoch, len(loader)) == (1, BATCHES)
     assert state.state_dict()["trainer_state"]["loader"]["open"] is False
+
+
+@executes("training/loader.py", "Next, if that code uses variables of the loop: set them before the loop")
+@pytest.mark.parametrize("is_set", [False, True])
+def test_code_behind_the_loop_may_need_its_variables(is_set: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """After a resume from the last step there is no batch; the log says so before the code fails."""
+
+    def loop(world: World, steps: int) -> None:
+        state, loader = world.begin()
+        if is_set:
+            batch = None
+        while state.epoch < EPOCHS:
+            for batch in loader:  # noqa: B007  # used behind the loop
+                state.advance()
+                world.save(state)
+            world.log.append(batch is None)
+
+    if is_set:
+        assert run(loop, 1, BATCHES).log == [True, False, False]
+    else:
+        with pytest.raises(UnboundLocalError):
+            run(loop, 1, BATCHES)
+    assert "set them before the loop" in saw(caplog.text)
