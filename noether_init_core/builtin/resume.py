@@ -40,7 +40,7 @@ from noether_init_core.initializers.callbacks import (
 from noether_init_core.initializers.checkpoint import CheckpointInitializer, RunSelection
 from noether_init_core.iteration import TrainingIteration
 from noether_init_core.messages import listed
-from noether_init_core.restore import TrainerFindings
+from noether_init_core.restore import TrainerFindings, restore_line
 from noether_init_core.sets.checkpoint_set import CheckpointSet, Need, check_consistency, check_files, recorded_in
 from noether_init_core.sets.file_names import Part, Query
 from noether_init_core.sets.health import check_file
@@ -322,7 +322,11 @@ class ResumeInitializer(CheckpointInitializer):
                     trainer.load_state_dict(copy.deepcopy(state), restore=self.config.restore.value)
                 else:
                     trainer.load_state_dict(copy.deepcopy(state))
-            session.restored.append(": ".join(filter(None, ("trainer", ", ".join(_members(state))))))
+            restore = self.config.restore
+            names = [name for name in _members(state) if restore.stateful.get(name) != "skip"]
+            pieces = restore.model_dump(exclude_defaults=True, exclude={"optimizer", "callbacks"})
+            said = ": ".join(filter(None, ("trainer", ", ".join(names))))
+            session.restored.append(f"{said}, with {restore_line(**pieces)}" if pieces else said)
 
     def init_optimizer(self, model: Any) -> None:
         """As in ``CheckpointInitializer``; then schedules of the script set their rates."""
@@ -331,7 +335,7 @@ class ResumeInitializer(CheckpointInitializer):
             session.scheduled = getattr(trainer, "scheduled_fields", {})
             super().init_optimizer(model)
             if callable(getattr(trainer, "restore_rates", None)):
-                trainer.restore_rates()
+                trainer.restore_rates(session.loaded_groups)
 
     def init_callbacks(self, callbacks: list[Any], model: Any) -> None:
         """Give each callback its state, unless the trainer did so, then let callbacks resume from files."""

@@ -179,6 +179,8 @@ class LoadSession(WeightsSession):
         self._steps: dict[str, OptimizerStep] = {}
         #: Id of an optimizer -> fields of its groups that schedules of the script set.
         self.scheduled: Mapping[int, frozenset[str]] = {}
+        #: Ids of the groups of optimizers that took their state.
+        self.loaded_groups: set[int] = set()
 
     def close_files(self) -> None:
         steps = tuple(self._steps.values())
@@ -271,6 +273,7 @@ class LoadSession(WeightsSession):
                 # if it raises, it restores the earlier state of this optimizer
                 apply_optimizer(step.plan, step.optimizer)
             done.append(path)
+            self.loaded_groups |= {id(group) for group in step.optimizer.param_groups}
             if restored:
                 self.restored.append(restored)
             self.kind.logger.info("%s: %s", self.config.kind, restored or f"no state for the optimizer of {path}")

@@ -248,6 +248,7 @@ class _Frame:
                         key,
                     )
             config = {**config, **resume}
+            self._refuse_repeated(resume.get("restore"))
         else:
             switch = _SWITCHES.get(resume.lower(), resume) if isinstance(resume, str) else resume
             if not isinstance(switch, bool):
@@ -257,6 +258,26 @@ class _Frame:
             if switch is not True:
                 return None
         return Entry(config, place=("auto_resume",), places=places, document=self.document)
+
+    def _refuse_repeated(self, restore: Any) -> None:
+        """Refuse pieces that count anew: ``auto_resume`` would set them back at every restart of the run."""
+        if not isinstance(restore, Mapping):
+            return
+        schedules: dict[KeyPath, Any] = {("schedule",): restore.get("schedule")}
+        if isinstance(restore.get("schedules"), Mapping):
+            schedules |= {("schedules", name): one for name, one in restore["schedules"].items()}
+        counts_anew: dict[KeyPath, bool] = {("iteration",): restore.get("iteration") == "zero"}
+        for path, one in schedules.items():
+            counts_anew[path] = one == "skip" or (isinstance(one, Mapping) and "steps" in one)
+        for path, is_refused in counts_anew.items():
+            if is_refused:
+                self._refuse(
+                    "auto_resume would set this back at every restart. Next: for one start, an initializer of kind "
+                    "resume in place of auto_resume",
+                    "auto_resume",
+                    "restore",
+                    *path,
+                )
 
     def _check_on_invalid(self, value: Mapping[str, Any]) -> None:
         beside = value.get("auto_resume")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import attrs
 import torch
 
 from noether_init_core.errors import ConfigError, StateMismatchError, type_of
-from noether_init_core.messages import listed, logger_of, near, one_line
+from noether_init_core.messages import counted, listed, logger_of, near, one_line
 from noether_init_core.nested import equal
 from noether_init_core.restore import Difference, Restore, ScheduleChoice, restore_line
 from noether_init_core.training.plain_state import plain, restored
@@ -80,13 +81,14 @@ class Members:
         choices = self._choices(restore)
         states, classes, types = stored["stateful"], stored["classes"], stored["types"]
         problems = [*self._unknown_names(restore, states), *self._absent(choices, states, restore)]
+        problems += self._parted(choices, states)
         taken: dict[str, Any] = {}
         replayed: dict[str, Replayed] = {}
         differences: list[Difference] = []
         for name, choice in choices.items():
             member = self.named[name]
             if choice.side == "checkpoint" and name in states:
-                problems += self._other_class(name, classes.get(name))
+                problems += self._other_class(name, classes.get(name)) or self._other_groups(name, states[name])
             if choice.side == "skip" and not is_schedule(member):
                 continue
             if problems or (name not in states and choice.side == "checkpoint"):
@@ -98,6 +100,7 @@ class Members:
                     differences += self._differences(name, state)
                 else:
                     replayed[name] = self._replayed(name, choice, state, classes.get(name), restore)
+                    differences += self._other_count(name, choice, state)
                 problems += self._undone(name, choice, restore)
             except StateMismatchError as error:
                 problems += error.problems or [str(error)]
@@ -105,8 +108,10 @@ class Members:
             raise StateMismatchError("the trainer state does not fit: " + "; ".join(problems), problems=problems)
         return MembersPlan(taken, replayed, tuple(differences))
 
-    def load(self, plan: MembersPlan) -> None:
+    def load(self, plan: MembersPlan) -> MembersPlan:
         """Give each object its state; if one raises, all get their former state again.
+
+        Returns the plan for ``put_rates``, which holds no states any more.
 
         The groups of optimizers are not changed: ``put_rates`` does that, after the state of optimizers was loaded.
         """
@@ -131,12 +136,48 @@ class Members:
             outcome = f"{', '.join(stuck)} could not be restored" if stuck else "all objects were restored"
             problem = f"{touched[-1]} refuses its state: {type(error).__name__}: {one_line(str(error))}"
             raise StateMismatchError(f"{problem}. {outcome[0].upper()}{outcome[1:]}", problems=[problem]) from error
+        return attrs.evolve(plan, states=dict.fromkeys(plan.states))
 
-    def put_rates(self, plan: MembersPlan) -> None:
-        """Write what replayed schedules wrote into the groups of their optimizers."""
+    def put_rates(self, plan: MembersPlan, loaded: Collection[int] | None = None) -> None:
+        """Write the rates of schedules into the groups of their optimizers.
+
+        A replayed schedule writes all that it wrote. One that was restored writes its last rates, if its optimizer took
+        no state: most schedules compute the next rate from that of the group.
+
+        Args:
+            plan: What ``load`` has loaded.
+            loaded: Ids of the groups of optimizers that took their state; None: all did.
+
+        Raises ``StateMismatchError`` if the rates of such a group are unknown.
+        """
+        last = {} if loaded is None else self._last_rates(plan, loaded)
         for name, one in plan.replayed.items():
             for group, fields in zip(self.named[name].optimizer.param_groups, one.groups, strict=True):
                 put_fields(group, fields)
+        for name, rates in last.items():
+            for group, rate in zip(self.named[name].optimizer.param_groups, rates, strict=True):
+                put_fields(group, {"lr": rate})
+
+    def _last_rates(self, plan: MembersPlan, loaded: Collection[int]) -> dict[str, list[Any]]:
+        """Name of a restored schedule whose optimizer took no state -> the last rate of each group."""
+        found: dict[str, list[Any]] = {}
+        for name in plan.states:
+            member = self.named[name]
+            # an optimizer that is an object of the loop has taken its state there
+            if not is_schedule(member) or any(member.optimizer is other for other in self.named.values()):
+                continue
+            groups, rates = member.optimizer.param_groups, getattr(member, "_last_lr", None)
+            if all(id(group) in loaded for group in groups):
+                continue
+            others = [other for other in found if self.named[other].optimizer is member.optimizer]
+            is_told = isinstance(rates, list) and len(rates) == len(groups)
+            if not is_told or not all(equal(found[other], rates) for other in others):
+                raise StateMismatchError(
+                    f"{' and '.join([*others, name])} cannot go on: the optimizer takes no state, and its rates are "
+                    "not known. Next: bind(module, optimizer=...), without restore: {optimizer: skip}"
+                )
+            found[name] = list(rates or [])
+        return found
 
     def written_fields(self, plan: MembersPlan) -> dict[int, frozenset[str]]:
         """Id of an optimizer -> the fields of its groups that replayed schedules write."""
@@ -209,6 +250,45 @@ class Members:
             )
         return problems
 
+    def _parted(self, choices: Mapping[str, ScheduleChoice], states: Mapping[str, Any]) -> list[str]:
+        """Schedules of one optimizer that do not all come from one side: each goes on from the rate of the other."""
+        shared: dict[int, list[str]] = {}
+        for name, member in self.named.items():
+            if is_schedule(member):
+                shared.setdefault(id(member.optimizer), []).append(name)
+        problems = []
+        for names in shared.values():
+            is_one = len({id(self.named[name]) for name in names}) == 1
+            chosen = {choices[name] for name in names}
+            if len(chosen) == 1 and (is_one or chosen <= {ScheduleChoice(), ScheduleChoice("skip")}):
+                continue
+            counts = set()
+            for name in names:
+                with contextlib.suppress(StateMismatchError):
+                    counts |= {recorded_steps(states[name])} if name in states else set()
+            following = ""
+            if len(counts) == 1 and not is_one:
+                old = dict.fromkeys([name for name in names if name in states], "skip")
+                line = restore_line(schedule={"steps": counts.pop()}, stateful=old)
+                following = f". Next: TrainerState(..., schedule=ChainedScheduler([{', '.join(names)}])), and {line}"
+            problems.append(
+                f"{' and '.join(names)} set the rates of one optimizer together, so all of them are taken from the "
+                f"checkpoint, or all are skipped{following}"
+            )
+        return problems
+
+    def _other_count(self, name: str, choice: ScheduleChoice, state: Mapping[str, Any]) -> list[Difference]:
+        """The number of steps that the config gives, if the checkpoint records another."""
+        try:
+            recorded = recorded_steps(state)
+        except StateMismatchError:
+            return []
+        if choice.steps is None or choice.steps == recorded:
+            return []
+        value = dict.fromkeys(choice.fields, "config") or "config"
+        line = self._line(name, value)
+        return [Difference(f"{name}.steps", str(recorded), str(choice.steps), taken="config", line=line)]
+
     def _line(self, name: str, value: Any, **others: Any) -> str:
         """The line of a config with the choice ``value`` for an object."""
         if not is_schedule(self.named[name]):
@@ -223,6 +303,20 @@ class Members:
             return []
         line = self._line(name, "config" if is_schedule(member) else "skip")
         return [f"{name} is a {stored} in the checkpoint and a {now} now. Next: {line}"]
+
+    def _other_groups(self, name: str, state: Mapping[str, Any]) -> list[str]:
+        """A schedule, or a part of one, with rates for another number of groups than its optimizer has."""
+        member = self.named[name]
+        if not is_schedule(member):
+            return []
+        groups = len(member.optimizer.param_groups)
+        for key, rates in settings(type(member), state).items():
+            if key.split(".")[-1] == "base_lrs" and isinstance(rates, list | tuple) and len(rates) != groups:
+                return [
+                    f"{name} has rates of {counted(len(rates), 'group')} in the checkpoint, and its optimizer has "
+                    f"{groups} now. Next: {self._line(name, 'config')}"
+                ]
+        return []
 
     def _replayed(
         self, name: str, choice: ScheduleChoice, state: Mapping[str, Any], stored_class: Any, restore: Restore

@@ -157,8 +157,8 @@ def replay(schedule: Any, steps: int, name: str) -> Replayed:
     made = _made(schedule)
     if made:
         raise StateMismatchError(
-            f"{name} was stepped {counted(made, 'time')} before the start, so it cannot be replayed. "
-            "Next: initialize before the first step of the schedule"
+            f"{name} is at step {made} before the start, so it cannot be replayed. "
+            "Next: build it without last_epoch, and initialize before its first step"
         )
     groups = schedule.optimizer.param_groups
     if steps > _MANY_STEPS:
@@ -170,7 +170,13 @@ def replay(schedule: Any, steps: int, name: str) -> Replayed:
 
 
 def _made(schedule: Any) -> int:
-    """The number of steps of a schedule of the script; 0 where its state does not tell it."""
+    """Where a schedule of the script is: 0 at its beginning, or where it does not tell.
+
+    A step with an argument, or ``last_epoch`` in the constructor, moves it without a count.
+    """
+    last = getattr(schedule, "last_epoch", 0)
+    if isinstance(last, int | float) and last > 0:
+        return int(last) or 1
     try:
         return recorded_steps(schedule.state_dict())
     except StateMismatchError:

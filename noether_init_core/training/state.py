@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import attrs
@@ -338,11 +338,11 @@ class TrainerState:
             )
             self._move_to(iteration, self.seed, 0, None)
             return
-        self._members.load(parsed.plan)
-        self._plan = parsed.plan
+        self._plan = self._members.load(parsed.plan)
         stored = ours["loader"]
         if not restore.data:
             self._move_to(iteration, self.seed, 0, None)
+            self._position.pending = stored["open"] and restore.iteration
         else:
             if stored["layout"] is None and self._loader is not None and not iteration.is_zero:
                 _logger.warning(
@@ -364,13 +364,13 @@ class TrainerState:
         """Id of an optimizer -> the fields of its groups that ``restore_rates`` will write."""
         return self._members.written_fields(self._plan)
 
-    def restore_rates(self) -> None:
-        """Write the learning rates of replayed schedules into the groups of their optimizers.
+    def restore_rates(self, loaded: Collection[int] | None = None) -> None:
+        """Write the learning rates of loaded schedules into the groups of optimizers that do not have them.
 
-        Call it after the state of the optimizers was loaded. It does nothing if no schedule was replayed since the
-        last call.
+        Call it after the state of the optimizers was loaded. A second call does nothing. ``loaded``: ids of the groups
+        that took their state; None: all did. Raises ``StateMismatchError`` if these rates are unknown.
         """
-        self._members.put_rates(self._plan)
+        self._members.put_rates(self._plan, loaded)
         self._plan = MembersPlan()
 
     def restore_rng(self) -> None:

@@ -221,6 +221,27 @@ def test_another_set_is_resumed_by_an_initializer(tmp_path: Path, run: PathProvi
     assert digests(tmp_path) == before
 
 
+@executes("stack/config_files.py", "Next: for one start, an initializer of kind resume in place of auto_resume")
+@pytest.mark.parametrize(
+    "restore",
+    [
+        {"iteration": "zero", "data": "skip"},
+        {"schedule": "skip"},
+        {"schedule": {"steps": 3}},
+        {"schedules": {"warmup": "skip"}},
+        {"schedules": {"warmup": {"steps": 3}}},
+    ],
+)
+def test_what_counts_anew_is_for_one_start(run: PathProvider, restore: dict[str, Any]) -> None:
+    """At every restart of a run it would set the run back. Other pieces are the same each time."""
+    said = advised(lambda: InitializerStack.from_config({"auto_resume": {"restore": restore}}, path_provider=run))
+    kind = re.search(r"an initializer of kind (\w+) in place of auto_resume", said)
+    assert kind is not None
+    InitializerStack.from_config([{"kind": kind[1], "restore": restore}], path_provider=run)
+    again = {"auto_resume": {"restore": {"schedule": "config", "data": "skip"}}, "initializers": []}
+    InitializerStack.from_config(again, path_provider=run)
+
+
 @executes("stack/stack.py", "Next: a fixed run_id")
 def test_auto_resume_with_a_fixed_run_id(tmp_path: Path) -> None:
     """The first start finds no set, a later one finds it."""

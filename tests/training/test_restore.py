@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,6 +77,14 @@ class Loop:
         return loop
 
     @property
+    def schedules(self) -> list[Any]:
+        return [one for one in self.state._members.named.values() if hasattr(one, "step")]
+
+    @property
+    def rate(self) -> Any:
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
     def model(self) -> Any:
         return bind(self.module, "net", self.optimizer)
 
@@ -112,6 +122,17 @@ def cosine(optimizer: torch.optim.Optimizer) -> Any:
     return lr_scheduler.CosineAnnealingLR(optimizer, 20)
 
 
+def alone(make: Callable[[torch.optim.Optimizer], Any]) -> Callable[[torch.optim.Optimizer], Any]:
+    """A schedule of an optimizer of its own, that no model has."""
+
+    def made(_: torch.optim.Optimizer) -> Any:
+        schedule = make(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+        schedule.optimizer.step()  # torch asks for that before the schedule's first step
+        return schedule
+
+    return made
+
+
 def advised(start: Callable[[], Any], mark: str = "Next[^:]*: ") -> dict[str, Any]:
     """The pieces of the line that a refused start advises."""
     with pytest.raises(InitError) as caught:
@@ -124,7 +145,7 @@ def advised(start: Callable[[], Any], mark: str = "Next[^:]*: ") -> dict[str, An
 
 def saved_with(paths: PathProvider, **stateful: Any) -> Loop:
     loop = Loop.of(**stateful)
-    loop.train(5, *[one for one in loop.state._members.named.values() if hasattr(one, "step")]).save(paths)
+    loop.train(5, *loop.schedules).save(paths)
     return loop
 
 
@@ -147,8 +168,8 @@ def test_another_class_and_a_kept_rate_lead_to_the_schedule_of_the_script(paths:
 
 def test_the_lines_name_one_of_several_schedules(paths: PathProvider) -> None:
     """``schedule`` is for the only one; beside others each has its name."""
-    saved_with(paths, first=step_of(), second=step_of(0.9))
-    other = Loop.of(first=step_of(), second=cosine)
+    saved_with(paths, first=step_of(), second=alone(step_of(0.9)))
+    other = Loop.of(first=step_of(), second=alone(cosine))
     pieces = advised(lambda: other.resume(paths))
     assert pieces == {"schedules": {"second": "config"}}
     other.resume(paths, **pieces)
@@ -157,26 +178,26 @@ def test_the_lines_name_one_of_several_schedules(paths: PathProvider) -> None:
 @executes("training/members.py", "Next: TrainerState(..., schedule=...)")
 def test_schedule_is_for_one_schedule(paths: PathProvider) -> None:
     """With two, the line has their names; with none, it is to be passed."""
-    saved_with(paths, first=step_of(), second=step_of(0.9))
-    other = Loop.of(first=step_of(), second=step_of(0.9))
+    saved_with(paths, first=step_of(), second=alone(step_of(0.9)))
+    other = Loop.of(first=step_of(), second=alone(step_of(0.9)))
     pieces = advised(lambda: other.resume(paths, schedule="config"))
     assert pieces == {"schedules": {"first": "config", "second": "config"}}
     other.resume(paths, **pieces)
 
-    alone = PathProvider(paths.output_root, "alone")
-    saved_with(alone)
+    bare = PathProvider(paths.output_root, "bare")
+    saved_with(bare)
     with pytest.raises(StateMismatchError, match=re.escape("Next: TrainerState(..., schedule=...)")):
-        Loop.of().resume(alone, schedule="config")
+        Loop.of().resume(bare, schedule="config")
     with pytest.raises(StateMismatchError, match="no state of schedule"):
-        Loop.of(schedule=cosine).resume(alone)
-    Loop.of(schedule=cosine).resume(alone, schedule={"steps": 5})
+        Loop.of(schedule=cosine).resume(bare)
+    Loop.of(schedule=cosine).resume(bare, schedule={"steps": 5})
 
 
 @executes("training/members.py", "Next, to begin without it: {}", "Next: TrainerState(..., {}), or {}")
 def test_objects_come_and_go(paths: PathProvider) -> None:
     """A new object begins anew; the state of one that is gone is left. Schedules too."""
     saved_with(paths, gone=lambda _: Holder(3.0), old=step_of())
-    new = Loop.of(gone=lambda _: Holder(), old=step_of(), more=lambda _: Holder(7.0), schedule=cosine)
+    new = Loop.of(gone=lambda _: Holder(), old=step_of(), more=lambda _: Holder(7.0), schedule=alone(cosine))
     pieces = advised(lambda: new.resume(paths))
     assert pieces == {"stateful": {"more": "skip"}, "schedules": {"schedule": "skip"}}
     new.resume(paths, **pieces)
@@ -219,7 +240,9 @@ def test_steps_that_are_not_recorded_are_said(paths: PathProvider) -> None:
     assert again.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
 
 
-@executes("training/schedules.py", "Next: {}", "Next: initialize before the first step of the schedule")
+@executes(
+    "training/schedules.py", "Next: {}", "Next: build it without last_epoch, and initialize before its first step"
+)
 def test_what_cannot_be_built_or_was_stepped_is_replayed_whole_and_fresh(paths: PathProvider) -> None:
     """A single setting of a OneCycleLR; a schedule that was stepped before the start."""
 
@@ -232,11 +255,112 @@ def test_what_cannot_be_built_or_was_stepped_is_replayed_whole_and_fresh(paths: 
     assert pieces == {"schedule": "config"}
     again.resume(paths, **pieces)
 
-    early = Loop.of(schedule=cycle)
+    def later(optimizer: torch.optim.Optimizer) -> Any:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return lr_scheduler.CosineAnnealingLR(optimizer, 20, last_epoch=4)
+
+    early, moved, built = Loop.of(schedule=cosine), Loop.of(schedule=cosine), Loop.of(schedule=later)
     early.optimizer.step()
     early.state._members.named["schedule"].step()
-    with pytest.raises(StateMismatchError, match="Next: initialize before the first step of the schedule"):
-        early.resume(paths, schedule="config")
+    moved.optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        moved.state._members.named["schedule"].step(3)
+    for loop, place in ((early, 1), (moved, 3), (built, 5)):
+        with pytest.raises(StateMismatchError, match=f"is at step {place} .*Next: build it without last_epoch, and in"):
+            loop.resume(paths, schedule="config")
+    fresh = Loop.of(schedule=cosine)
+    rates = fresh.resume(paths, schedule="config", optimizer={"betas": "config"}).optimizer.param_groups[0]["lr"]
+    through = Loop.of(schedule=cosine)
+    assert rates == through.train(5, *through.schedules).optimizer.param_groups[0]["lr"]
+
+
+@executes("training/members.py", "Next: TrainerState(..., schedule=ChainedScheduler([{}])), and {}")
+def test_schedules_of_one_optimizer_are_replayed_as_one(paths: PathProvider) -> None:
+    """Each goes on from the rate that the other has set, so that a replay of one alone gives neither's rates."""
+    short: dict[str, Any] = {"warm": lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 10), "decay": step_of(0.5, 2)}
+    longer: dict[str, Any] = {**short, "decay": step_of(0.5, 4)}
+    saved_with(paths, **short)
+    assert Loop.of(**short).resume(paths).rate == saved_with(PathProvider(paths.output_root, "same"), **short).rate
+
+    other = Loop.of(**longer)
+    before = other.rate
+    for choices in ({"warm": "config", "decay": "config"}, {"decay": "config"}, {"decay": "skip"}):
+        pieces = advised(functools.partial(other.resume, paths, schedules=choices))
+        assert pieces == {"schedule": {"steps": 5}, "stateful": {"warm": "skip", "decay": "skip"}}
+        assert other.rate == before
+
+    def chained(optimizer: torch.optim.Optimizer) -> Any:
+        return lr_scheduler.ChainedScheduler([make(optimizer) for make in longer.values()], optimizer=optimizer)
+
+    through = Loop.of(**longer)
+    assert Loop.of(schedule=chained).resume(paths, **pieces).rate == through.train(5, *through.schedules).rate
+    assert Loop.of(**longer).resume(paths, schedules=dict.fromkeys(longer, "skip")).rate == before
+
+
+@executes("training/members.py", "Next: bind(module, optimizer=...), without restore: {optimizer: skip}")
+@pytest.mark.parametrize("way", ["skipped", "unbound"])
+def test_a_restored_schedule_has_its_rate_without_the_optimizer(way: str, paths: PathProvider) -> None:
+    """The next rate is computed from that of the group, which nobody else sets then."""
+    saved = saved_with(paths, schedule=cosine)
+
+    def start(loop: Loop) -> Loop:
+        model = loop.model if way == "skipped" else bind(loop.module, "net")
+        config = {"kind": "resume", "restore": {"optimizer": "skip"}} if way == "skipped" else {"kind": "resume"}
+        InitializerStack.from_config([config], path_provider=paths).initialize(model, trainer=loop.state)
+        return loop
+
+    again = start(Loop.of(rate=0.3, schedule=cosine))
+    assert again.rate == saved.rate
+    for loop in (saved, again):
+        loop.train(3, *loop.schedules)
+    assert again.rate == saved.rate
+
+    paths = PathProvider(paths.output_root, "two")
+    saved = saved_with(paths, warm=lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 10), decay=step_of(0.5, 1))
+    again = Loop.of(warm=lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 10), decay=step_of(0.5, 1))
+    before = copy.deepcopy(again.state.state_dict()["trainer_state"]["stateful"])
+    with pytest.raises(InitError, match=re.escape("Next: bind(module, optimizer=...), without restore: {optimizer: ")):
+        start(again)
+    assert equal(again.state.state_dict()["trainer_state"]["stateful"], before)
+    assert again.resume(paths).rate == saved.rate
+
+
+@executes("training/members.py", "Next: {}")
+@pytest.mark.parametrize("make", [cosine, lambda o: lr_scheduler.SequentialLR(o, [cosine(o), step_of()(o)], [3])])
+def test_a_schedule_has_a_rate_for_each_group(make: Any, paths: PathProvider) -> None:
+    """Of groups beyond those of the saved run, no step would set the rate."""
+    saved_with(paths, schedule=make)
+
+    def split() -> Loop:
+        loop = Loop.of()
+        groups = [{"params": [one]} for one in loop.module.parameters()]
+        loop.optimizer = torch.optim.AdamW(groups, lr=0.1)
+        loop.state = TrainerState(schedule=make(loop.optimizer))
+        return loop
+
+    loop = split()
+    pieces = advised(functools.partial(loop.resume, paths))
+    assert pieces == {"schedule": "config"}
+    loop.resume(paths, **pieces)
+    through = Loop.of(schedule=make)
+    for one in (loop, through.train(5, *through.schedules)):
+        one.train(2, *one.schedules)
+    assert [group["lr"] for group in loop.optimizer.param_groups] == [through.rate] * 2
+
+
+def test_another_number_of_steps_than_recorded_is_said(paths: PathProvider, caplog: pytest.LogCaptureFixture) -> None:
+    """The config's number is used, and the line takes that of the checkpoint."""
+    saved = saved_with(paths, schedule=cosine)
+    third = Loop.of(schedule=cosine)
+    third.train(3, *third.schedules)
+    assert Loop.of(schedule=cosine).resume(paths, schedule={"steps": 3}).rate == third.rate
+    said = "schedule.steps: 5 in the checkpoint, 3 now; config is used. Next, to change that: restore: {schedule: conf"
+    assert said in caplog.text
+    caplog.clear()
+    assert Loop.of(schedule=cosine).resume(paths, schedule={"steps": 5}).rate == saved.rate
+    assert "schedule.steps" not in caplog.text
 
 
 @executes("surgery/optimizer_fields.py", "Next: {}")
@@ -292,6 +416,40 @@ def test_data_and_generators_are_left(paths: PathProvider, caplog: pytest.LogCap
     assert (again.state.seed, again.state.update, again.state.epoch) == (2, 3, 0)
     assert first_of(again) == first_of(Loop.of(seed=2, samples=40))
     assert "random generators" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "told"),
+    [
+        ({}, "trainer: ema, schedule"),
+        ({"optimizer": {"eps": "config"}}, "trainer: ema, schedule"),
+        ({"schedule": "config"}, "trainer: ema, schedule, with restore: {schedule: config}"),
+        ({"stateful": {"ema": "skip"}}, "trainer: schedule, with restore: {stateful: {ema: skip}}"),
+    ],
+)
+def test_the_report_tells_whose_pieces_were_taken(pieces: dict[str, Any], told: str, paths: PathProvider) -> None:
+    """A schedule of the script is not reported like one that was restored."""
+    saved_with(paths, ema=lambda _: Holder(3.0), schedule=cosine)
+    loop = Loop.of(ema=lambda _: Holder(), schedule=cosine)
+    stack = InitializerStack.from_config([{"kind": "resume", "restore": pieces}], path_provider=paths)
+    assert told in stack.initialize(loop.model, trainer=loop.state).initializers[0].restored
+
+
+@pytest.mark.parametrize("iteration", ["checkpoint", "zero"])
+def test_a_new_order_of_the_data_keeps_what_follows_an_epoch(iteration: str, paths: PathProvider) -> None:
+    """Killed at the last step of an epoch: the code behind the loop runs, then the next epoch in the new order."""
+    saved = Loop.of(seed=1, samples=20)
+    for _ in saved.loader:
+        saved.state.advance()
+        if saved.state.update == 5:
+            saved.save(paths)
+    again = Loop.of(seed=2, samples=20).resume(paths, data="skip", iteration=iteration)
+    if iteration == "checkpoint":
+        assert again.state.epoch == 0
+        assert [*again.loader] == []
+    assert again.state.epoch == (1 if iteration == "checkpoint" else 0)
+    order = again.loader.layout.indices(2, again.state.epoch)
+    assert next(iter(again.loader)).tolist() == order[:4].tolist()
 
 
 @executes("training/state.py", "Next, to begin the epoch anew: {}")
