@@ -185,8 +185,7 @@ def test_the_way_from_an_empty_folder_to_a_resumed_run_and_a_page(tmp_path: Path
         words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as training:
         assert training.stdout is not None
-        while not training.stdout.readline().startswith("epoch 2"):
-            pass
+        assert any(line.startswith("epoch 2") for line in training.stdout)
         training.send_signal(signal.SIGINT)
     again = typed(train.replace("100", "8"), tmp_path)
     assert again.returncode == 0, again.stderr
