@@ -520,12 +520,13 @@ def test_weights_that_change_are_saved_as_a_clone(
     optimizer = torch.optim.AdamW(net.parameters())
     net(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    between, written = moment == "between two files", threading.Event()
+    between, written, changed = moment == "between two files", threading.Event(), threading.Event()
 
     def look(data: memoryview, dtype: str) -> Any:
         found = examine_memory(data, dtype)
         if len(data) == net.weight.nbytes:
-            if between and looked_at.is_set() and not written.is_set():  # the moments, after the weights
+            if between and looked_at.is_set() and not changed.is_set():  # the moments, after the weights
+                changed.set()
                 assert written.wait(60)
                 with torch.no_grad():
                     net.weight.add_(1)
