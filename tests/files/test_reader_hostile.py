@@ -481,6 +481,16 @@ def test_an_expanded_tensor_is_told_to_become_contiguous(tmp_path: Path, view: t
         assert torch.equal(reader.read("a"), view)
 
 
+def test_files_of_a_few_bytes_are_refused(tmp_path: Path) -> None:
+    """Every first byte, alone and with each of some others: they are the beginnings of all formats that are told."""
+    path = tmp_path / "a.pt"
+    for first in range(256):
+        for rest in (b"", b"\x00", b"\x8b", b"\xa1", b"GUF", b"\x02N.", b"\x00\x00\x00TFL3"):
+            path.write_bytes(bytes([first]) + rest)
+            with pytest.raises(CheckpointFormatError):
+                open_checkpoint(path)
+
+
 def archive(path: Path, names: list[str], *, compression: int = zipfile.ZIP_STORED) -> Path:
     """An archive with these names and a version, good in all else."""
     contents = {"data.pkl": b"\x80\x02N.", "byteorder": b"little", "version": b"3\n"}

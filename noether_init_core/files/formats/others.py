@@ -156,7 +156,7 @@ def _by_content(handle: Handle, head: bytes) -> Iterator[tuple[bool, str, str]]:
         _made_from("onnx.load({path})", path),
     )
     yield (
-        path.suffix == ".msgpack" or (0x81 <= head[0] <= 0x8F and 0xA1 <= head[1] <= 0xBF),
+        path.suffix == ".msgpack" or re.match(rb"[\x81-\x8f][\xa1-\xbf]", head) is not None,
         "it is a msgpack file, as Flax writes",
         _opened_by('flax.serialization.msgpack_restore(open({path}, "rb").read())', path),
     )
