@@ -374,6 +374,15 @@ class Members:
         ]
 
 
+def other_version(version: Any, reads: int) -> StateMismatchError:
+    """The error for a state in another version than this release ``reads``; an upgrade helps with newer ones only."""
+    if isinstance(version, int) and version < reads:
+        following = "Next, for the weights alone: kind: previous_run"
+    else:
+        following = "Next: pip install --upgrade noether-init-core"
+    return StateMismatchError(f"trainer_state has version {version!r}; this release reads version {reads}. {following}")
+
+
 def class_of(member: Any) -> str:
     """The class of an object, as recorded beside its state."""
     return f"{type(member).__module__}.{type(member).__qualname__}"

@@ -14,7 +14,7 @@ from noether_init_core.iteration import TrainingIteration, check_whole
 from noether_init_core.messages import logger_of
 from noether_init_core.restore import Restore, TrainerFindings, restore_line
 from noether_init_core.training.loader import Layout, Position, TrainingLoader
-from noether_init_core.training.members import Members, MembersPlan
+from noether_init_core.training.members import Members, MembersPlan, other_version
 from noether_init_core.training.randomness import check_rng, put_rng, same_rng, seed_everything, take_rng
 
 _logger = logger_of(__name__)
@@ -404,11 +404,7 @@ class TrainerState:
         if ours is None:
             return _Parsed(iteration)
         if not isinstance(ours, Mapping) or ours.get("version") != _VERSION:
-            version = ours.get("version") if isinstance(ours, Mapping) else ours
-            raise StateMismatchError(
-                f"trainer_state has version {version!r}; this release reads version {_VERSION}. "
-                "Next: pip install --upgrade noether-init-core"
-            )
+            raise other_version(ours.get("version") if isinstance(ours, Mapping) else ours, _VERSION)
         parts = ("stateful", "types", "classes", "loader", "rng")
         problems = [f"no {key}" for key in parts if not isinstance(ours.get(key), Mapping)]
         _raise_for([*problems, *([] if isinstance(ours.get("seed"), int) else ["no seed"])])

@@ -364,7 +364,7 @@ def test_generators_are_restored_before_the_first_step(caplog: pytest.LogCapture
     assert caplog.text == ""
 
 
-@executes("training/state.py", "Next: pip install --upgrade noether-init-core")
+@executes("training/members.py", "Next: pip install --upgrade noether-init-core")
 @executes("training/members.py", "Next: TrainerState(..., {}), or {}")
 def test_a_state_is_loaded_by_the_release_and_the_objects_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """The release that the command would install reads its version; the objects are passed by the names."""
@@ -379,3 +379,22 @@ def test_a_state_is_loaded_by_the_release_and_the_objects_that_it_names(monkeypa
     call = advised(lambda: TrainerState().load_state_dict(saved)).partition(", or ")[0]
     assert call == "TrainerState(..., one=..., two=...)"
     run(call.replace("(..., ", "(").replace("...", "Holder()"), Holder=Holder).load_state_dict(saved)
+
+
+@executes("training/members.py", "Next, for the weights alone: kind: previous_run")
+def test_an_older_state_leads_to_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No newer release reads it either; the weights beside it are loaded."""
+    paths = PathProvider(tmp_path, "old")
+    module = torch.nn.Linear(2, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "_VERSION", 1)
+        CheckpointWriter(paths).save(bind(module, "net"), trainer=TrainerState(seed=0))
+    again = torch.nn.Linear(2, 2)
+
+    def start(kind: str) -> None:
+        stack = InitializerStack.from_config([{"kind": kind, "run_id": "old"}], path_provider=paths)
+        stack.initialize(bind(again, "net"), trainer=TrainerState(seed=0))
+
+    kind = advised(lambda: start("resume"), mark="Next, for the weights alone: kind: ")
+    start(kind)
+    assert torch.equal(again.weight, module.weight)
