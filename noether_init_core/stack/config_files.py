@@ -410,6 +410,9 @@ def _unknown_key(kind: str, path: Sequence[str | int], fields: Collection[str]) 
         if misplaced:
             argument = misplaced[0] if misplaced[0] == "transpose" else f"{{{misplaced[0]}: ...}}"
             return f"unknown key. {misplaced[0]} is a step of a rule with from. Next: do: [{argument}]"
+    if path[:1] == ("restore",) and len(path) == 2:
+        pieces = kinds.resolve(kind).config_class.model_fields["restore"].annotation
+        known, whole = getattr(pieces, "model_fields", ()), f"restore of {kind} has"
     # a word of a name is near, too: keep for keep_model
     similar = near(key, known, 1) or [one for one in known if key in one.split("_") and len(key) > 2][:3]
     hint = f" Near: {', '.join(similar)}." if similar else ""

@@ -637,3 +637,23 @@ def test_a_failed_start_leaves_schedules_and_rates(paths: PathProvider, caplog: 
         again.resume(paths, schedule="config")
     assert equal(again.state._members.named["schedule"].state_dict(), before)
     assert again.optimizer.param_groups[0]["lr"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"kind": "resume", "restore": {"shedule": "config"}}, "Near: schedule"),
+        ({"kind": "resume", "restore": {"seed": "skip"}}, "restore of resume has: optimizer, schedule"),
+        (
+            {"kind": "previous_run", "run_id": "a", "load_optim": True, "restore": {"schedule": "config"}},
+            "restore of previous_run has: optimizer.",
+        ),
+    ],
+)
+def test_an_unknown_piece_is_answered_by_those_that_exist(
+    config: dict[str, Any], said: str, paths: PathProvider
+) -> None:
+    """A near one, or all of this kind."""
+    with pytest.raises(InitError, match="unknown key") as caught:
+        InitializerStack.from_config([config], path_provider=paths)
+    assert said in str(caught.value)
